@@ -1,0 +1,124 @@
+# make help lists the targets. Needed on the machine: python3 >= 3.10 with venv and headers, a C++20
+# compiler (g++ or CXX=...), make. Everything else goes into .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+BUILD := build/pip
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+# The compiler that make was told to use is the one that CMake uses; cmake and ninja are in .venv.
+export CXX
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+TOOLS_STAMP := $(VENV)/.stamp-tools
+PACKAGE_STAMP := $(VENV)/.stamp-package
+SOURCES := CMakeLists.txt pyproject.toml $(wildcard README.md LICENSE) \
+  $(shell find csrc python tests/cpp -type f -not -name '*.pyc' 2>/dev/null)
+CXX_FILES = $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.hpp' -o -name '*.h' \
+  -o -name '*.inc' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: help demo install test test-slow test-all test-cpp lint bench sanitize clean distclean
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo       train, compress and run a small CNN; prints the tables (sets up .venv first)"
+	@echo "make test       the C++ and the fast Python tests"
+	@echo "make test-all   every test, the slow ones too"
+	@echo "make lint       ruff, mypy, clang-format"
+	@echo "make bench      speed against torch float32, checked results first (pytest-benchmark)"
+	@echo "make sanitize   C++ tests under the address, undefined-behaviour and thread sanitizers"
+	@echo "make install    only set up .venv with the package and all tools"
+	@echo "make clean      remove build products and caches (distclean: .venv too)"
+
+demo: $(PACKAGE_STAMP)
+	$(BIN)/adalayer demo
+
+install: $(PACKAGE_STAMP)
+
+test: test-cpp
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(PACKAGE_STAMP)
+	$(BIN)/python -m pytest -m slow
+
+test-all: test-cpp
+	$(BIN)/python -m pytest
+
+test-cpp: $(PACKAGE_STAMP)
+	$(BIN)/ctest --test-dir $(BUILD) --verbose
+
+lint: $(TOOLS_STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+bench: $(PACKAGE_STAMP)
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-disable-gc \
+	  --benchmark-columns=median,iqr,min,rounds --benchmark-group-by=group --benchmark-sort=name
+
+# Some kernels place memory where older thread sanitizers do not expect it; without address
+# randomisation they agree. Where setarch is missing or forbidden, the tests run as they are.
+sanitize: $(TOOLS_STAMP)
+	$(BIN)/cmake --preset asan-ubsan
+	$(BIN)/cmake --build --preset asan-ubsan
+	$(BIN)/ctest --preset asan-ubsan
+	$(BIN)/cmake --preset tsan
+	$(BIN)/cmake --build --preset tsan
+	@if setarch "$$(uname -m)" -R true 2>/dev/null; then \
+	  setarch "$$(uname -m)" -R $(BIN)/ctest --preset tsan; \
+	else \
+	  $(BIN)/ctest --preset tsan; \
+	fi
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -f $(PACKAGE_STAMP)
+	find python tests bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+distclean: clean
+	rm -rf $(VENV)
+
+# ---- set-up -----------------------------------------------------------------------------------
+
+# One clear sentence each for what a bare machine may lack, before anything is downloaded.
+define check_machine
+@command -v "$(PYTHON)" >/dev/null 2>&1 || \
+  { echo "adalayer_native needs Python 3.10 or newer, and '$(PYTHON)' was not found (set PYTHON=...)."; exit 1; }
+@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+  { echo "adalayer_native needs Python 3.10 or newer, but '$(PYTHON)' is $$("$(PYTHON)" -V 2>&1) (set PYTHON=...)."; exit 1; }
+@"$(PYTHON)" -c 'import ensurepip, venv' >/dev/null 2>&1 || \
+  { echo "Python's venv module is missing; install it (on Debian and Ubuntu: python3-venv)."; exit 1; }
+@"$(PYTHON)" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' || \
+  { echo "The headers of Python (Python.h) are missing; install them (on Debian and Ubuntu: python3-dev)."; exit 1; }
+@command -v $(firstword $(CXX)) >/dev/null 2>&1 || \
+  { echo "No C++ compiler: '$(CXX)' was not found; install g++ (on Debian and Ubuntu: g++) or set CXX=..."; exit 1; }
+@printf '#include <concepts>\nint main() {}\n' | $(CXX) -std=c++20 -x c++ -fsyntax-only - >/dev/null 2>&1 || \
+  { echo "The C++ compiler '$(CXX)' has no C++20; g++ 11 or newer is needed (or set CXX=...)."; exit 1; }
+endef
+
+$(TOOLS_STAMP): constraints.txt pyproject.toml
+	$(check_machine)
+	@test -x $(BIN)/python || { echo "Creating $(VENV)"; "$(PYTHON)" -m venv $(VENV); }
+	@echo "Installing build tools and $(TORCH) into $(VENV) (once; torch is a large download)"
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -c constraints.txt "$(TORCH)"
+	$(BIN)/python -m pip install -q -c constraints.txt scikit-build-core pybind11 cmake ninja \
+	  ruff mypy clang-format
+	@touch $@
+
+# A plain install, not an editable one: the demo and the tests run what a user would get, and a
+# file that was forgotten in the package fails here. The build folder is kept, so that a changed
+# file recompiles alone; the C++ tests are built in it too and share its object files.
+$(PACKAGE_STAMP): $(TOOLS_STAMP) $(SOURCES)
+	$(check_machine)
+	@echo "Building and installing adalayer_native"
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation \
+	  --config-settings=build-dir=$(BUILD) \
+	  --config-settings=cmake.define.ADALAYER_BUILD_TESTS=ON \
+	  ".[dev]"
+	@touch $@

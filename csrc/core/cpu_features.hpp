@@ -1,0 +1,56 @@
+// What this machine and this build can run, and which of it is in use.
+//
+// "Supported" means four things together: the CPU reports the instructions (CPUID), the operating
+// system saves the registers (XGETBV), for AMX the kernel grants the process permission, and this
+// build contains the kernels.
+#pragma once
+
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace adalayer {
+
+struct CpuFeatures {
+  bool avx2 = false;         // AVX2 + FMA + F16C
+  bool avx512vnni = false;   // AVX-512 F, BW, DQ, VL and VNNI
+  bool gfni = false;         // with 512-bit registers: gf2p8affineqb unpacks bit-planes
+  bool avx512vbmi2 = false;  // vpexpandb expands bitmask-sparse weights
+  bool avxvnni = false;      // VNNI in 256-bit VEX encoding
+  bool amx_int8 = false;     // AMX tiles with int8, and the permission to use them
+};
+
+// The instruction-set families of the kernel table, slowest first.
+enum class Isa : int { Scalar = 0, Avx2 = 1, Avx512Vnni = 2, Amx = 3 };
+inline constexpr int kIsaCount = 4;
+
+// Detected once, at the first call, which also asks the kernel for the AMX permission (granted
+// per process, inherited by threads and forked children).
+const CpuFeatures& cpu_features();
+
+// Every feature that is present, as "avx2 avx512vnni ...", for people.
+std::string describe_cpu_features();
+
+// "scalar", "avx2", "avx512vnni", "amx": the values of ADALAYER_FORCE_ISA.
+std::string_view isa_name(Isa isa);
+
+// True if both this machine and this build have it. Scalar always is.
+bool isa_supported(Isa isa);
+
+// All supported families, slowest first; never empty.
+std::vector<Isa> supported_isas();
+
+// The fastest supported family.
+Isa best_isa();
+
+// The family in use: the one forced by force_isa(), else by ADALAYER_FORCE_ISA (read at the first
+// use; unset, empty or "auto" means best_isa()). Throws InvalidArgument if the value is unknown,
+// Error if the machine or the build lacks it; both messages list what would work. It never falls
+// back silently.
+Isa active_isa();
+
+// Forces a family by name; "auto" undoes it, and the environment is read again. For tests and
+// diagnosis. Throws as active_isa(), and then leaves the choice as it was.
+void force_isa(std::string_view name);
+
+}  // namespace adalayer

@@ -1,0 +1,16 @@
+// AVX-512 kernels shared by the AVX-512-VNNI and AMX rows (compiled in avx512vnni.cpp alone).
+#pragma once
+
+#include "cpu/kernel_table.hpp"
+
+namespace adalayer::cpu::avx512 {
+
+void quantize_row(const float* x, int64_t n, const ActivationGrid& grid, uint8_t* q);
+void quantize_planar(const float* x, int64_t channel_stride, int64_t channels, int64_t w,
+                     const ActivationGrid& grid, uint8_t* q);
+void fake_quantize(const float* x, int64_t n, const ActivationGrid& grid, float scale, float* y);
+void unpack_tiles(const uint8_t* packed, int bits, int64_t count, int8_t* out);
+void store(const StoreArgs& s);
+void depthwise(const DepthwiseArgs& d);
+
+}  // namespace adalayer::cpu::avx512

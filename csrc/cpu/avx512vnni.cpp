@@ -1,0 +1,269 @@
+// AVX-512 with VNNI: vpdpbusd sums four u8 x s8 products into int32 exactly, 64 of them at once.
+//
+// Apart from `gemm`, these kernels also serve the AMX row: every AMX machine has AVX-512-VNNI.
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "cpu/avx512.hpp"
+#include "cpu/kernel_table.hpp"
+
+namespace adalayer::cpu::avx512 {
+namespace {
+
+struct Bytes512 {
+  using T = __m512i;
+  static constexpr int kBytes = 64;
+  static T load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static void store(int8_t* p, T v) { _mm512_storeu_si512(p, v); }
+  template <int n>
+  static T shr(T v) {
+    return _mm512_srli_epi16(v, n);
+  }
+  template <int n>
+  static T shl(T v) {
+    return _mm512_slli_epi16(v, n);
+  }
+  static T bit_and(T a, T b) { return _mm512_and_si512(a, b); }
+  static T bit_or(T a, T b) { return _mm512_or_si512(a, b); }
+  static T bit_xor(T a, T b) { return _mm512_xor_si512(a, b); }
+  static T sub(T a, T b) { return _mm512_sub_epi8(a, b); }
+  static T set1(int v) { return _mm512_set1_epi8(static_cast<char>(v)); }
+};
+
+#include "cpu/unpack.inl"
+
+__mmask16 tail_mask(int64_t left) {
+  return left >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << left) - 1);
+}
+
+/// A grid in registers. The order of max and min makes NaN the lowest level, as in spec.hpp.
+struct Grid {
+  __m512 inv, lo, hi;
+  __m512i zero;
+  explicit Grid(const ActivationGrid& g)
+      : inv(_mm512_set1_ps(g.inv_scale)),
+        lo(_mm512_set1_ps(static_cast<float>(-g.zero_point))),
+        hi(_mm512_set1_ps(static_cast<float>(g.qmax - g.zero_point))),
+        zero(_mm512_set1_epi32(g.zero_point)) {}
+  __m512i relative(__m512 x) const {
+    return _mm512_cvtps_epi32(
+        _mm512_min_ps(_mm512_max_ps(_mm512_mul_ps(x, inv), lo), hi));
+  }
+  __m512i levels(__m512 x) const { return _mm512_add_epi32(relative(x), zero); }
+};
+
+}  // namespace
+
+void quantize_row(const float* x, int64_t n, const ActivationGrid& grid, uint8_t* q) {
+  const Grid g(grid);
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i),
+                     _mm512_cvtepi32_epi8(g.levels(_mm512_loadu_ps(x + i))));
+  }
+  if (i < n) {
+    const __mmask16 m = tail_mask(n - i);
+    _mm512_mask_cvtepi32_storeu_epi8(q + i, m, g.levels(_mm512_maskz_loadu_ps(m, x + i)));
+  }
+}
+
+void quantize_planar(const float* x, int64_t channel_stride, int64_t channels, int64_t w,
+                     const ActivationGrid& grid, uint8_t* q) {
+  const Grid g(grid);
+  for (int64_t x0 = 0; x0 < w; x0 += 16) {
+    const __mmask16 m = tail_mask(w - x0);
+    const int64_t pixels = w - x0 < 16 ? w - x0 : 16;
+    for (int64_t c0 = 0; c0 < channels; c0 += 16) {
+      // Four channels share a dword per pixel; a 4 x 4 dword transpose within each 128-bit lane
+      // then gives 16 channels of one pixel side by side.
+      __m512i quad[4];
+      for (int64_t k = 0; k < 4; ++k) {
+        __m512i packed = _mm512_setzero_si512();
+        for (int64_t j = 3; j >= 0; --j) {
+          const int64_t c = c0 + 4 * k + j;
+          packed = _mm512_slli_epi32(packed, 8);
+          if (c < channels)
+            packed = _mm512_or_si512(
+                packed, g.levels(_mm512_maskz_loadu_ps(m, x + c * channel_stride + x0)));
+        }
+        quad[k] = packed;
+      }
+      const __m512i ab_lo = _mm512_unpacklo_epi32(quad[0], quad[1]);
+      const __m512i ab_hi = _mm512_unpackhi_epi32(quad[0], quad[1]);
+      const __m512i cd_lo = _mm512_unpacklo_epi32(quad[2], quad[3]);
+      const __m512i cd_hi = _mm512_unpackhi_epi32(quad[2], quad[3]);
+      // Lane l of pixel_in_lane[p] is pixel 4 * l + p.
+      alignas(64) uint8_t rows[4][64];
+      _mm512_store_si512(rows[0], _mm512_unpacklo_epi64(ab_lo, cd_lo));
+      _mm512_store_si512(rows[1], _mm512_unpackhi_epi64(ab_lo, cd_lo));
+      _mm512_store_si512(rows[2], _mm512_unpacklo_epi64(ab_hi, cd_hi));
+      _mm512_store_si512(rows[3], _mm512_unpackhi_epi64(ab_hi, cd_hi));
+      const auto count = static_cast<size_t>(channels - c0 < 16 ? channels - c0 : 16);
+      uint8_t* dst = q + x0 * channels + c0;
+      if (count == 16) {
+        for (int64_t p = 0; p < pixels; ++p, dst += channels)
+          _mm_storeu_si128(
+              reinterpret_cast<__m128i*>(dst),
+              _mm_load_si128(reinterpret_cast<const __m128i*>(&rows[p % 4][p / 4 * 16])));
+      } else {
+        const auto keep = static_cast<__mmask16>((1u << count) - 1);
+        for (int64_t p = 0; p < pixels; ++p, dst += channels)
+          _mm_mask_storeu_epi8(
+              dst, keep,
+              _mm_load_si128(reinterpret_cast<const __m128i*>(&rows[p % 4][p / 4 * 16])));
+      }
+    }
+  }
+}
+
+void fake_quantize(const float* x, int64_t n, const ActivationGrid& grid, float scale, float* y) {
+  const Grid g(grid);
+  const __m512 step = _mm512_set1_ps(scale);
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 m = tail_mask(n - i);
+    const __m512 v = _mm512_cvtepi32_ps(g.relative(_mm512_maskz_loadu_ps(m, x + i)));
+    _mm512_mask_storeu_ps(y + i, m, _mm512_mul_ps(v, step));
+  }
+}
+
+void unpack_tiles(const uint8_t* packed, int bits, int64_t count, int8_t* out) {
+  unpack_tiles_any<Bytes512>(packed, bits, count, out);
+}
+
+void store(const StoreArgs& s) {
+  const __m512 lo = _mm512_set1_ps(s.lo), hi = _mm512_set1_ps(s.hi);
+  const __m512i zero = _mm512_set1_epi32(s.zero_point);
+  if (s.channel_stride == 1) {
+    for (int c = 0; c < s.cols; c += 16) {
+      const __mmask16 m = tail_mask(s.cols - c);
+      const __m512i correction = _mm512_maskz_loadu_epi32(m, s.correction + c);
+      const __m512 scale = _mm512_maskz_loadu_ps(m, s.scale + c);
+      const __m512 bias = _mm512_maskz_loadu_ps(m, s.bias + c);
+      for (int r = 0; r < s.rows; ++r) {
+        if (s.position[r] < 0) continue;
+        const __m512i acc =
+            _mm512_add_epi32(_mm512_loadu_si512(s.sums + r * s.sums_stride + c), correction);
+        const __m512 y = _mm512_min_ps(
+            _mm512_max_ps(_mm512_fmadd_ps(_mm512_cvtepi32_ps(acc), scale, bias), lo), hi);
+        const int64_t at = s.position[r] * s.position_stride + c;
+        if (s.dtype == DType::F32) {
+          _mm512_mask_storeu_ps(static_cast<float*>(s.out) + at, m, y);
+        } else {
+          _mm512_mask_cvtepi32_storeu_epi8(static_cast<uint8_t*>(s.out) + at, m,
+                                           _mm512_add_epi32(_mm512_cvtps_epi32(y), zero));
+        }
+      }
+    }
+    return;
+  }
+  // Planar output: gather one channel of 16 positions; the valid ones are neighbours in the output,
+  // because only padding lies between them.
+  const __m512i lane = _mm512_mullo_epi32(
+      _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+      _mm512_set1_epi32(static_cast<int>(s.sums_stride)));
+  for (int r = 0; r < s.rows; r += 16) {
+    const __mmask16 in_block = tail_mask(s.rows - r);
+    const __m512i position = _mm512_mask_loadu_epi32(_mm512_set1_epi32(-1), in_block,
+                                                     s.position + r);
+    const __mmask16 valid = _mm512_cmpge_epi32_mask(position, _mm512_setzero_si512());
+    if (valid == 0) continue;
+    const int64_t first = s.position[r + __builtin_ctz(valid)];
+    for (int c = 0; c < s.cols; ++c) {
+      const __m512i acc = _mm512_add_epi32(
+          _mm512_i32gather_epi32(lane, s.sums + r * s.sums_stride + c, 4),
+          _mm512_set1_epi32(s.correction[c]));
+      const __m512 y = _mm512_min_ps(
+          _mm512_max_ps(_mm512_fmadd_ps(_mm512_cvtepi32_ps(acc), _mm512_set1_ps(s.scale[c]),
+                                        _mm512_set1_ps(s.bias[c])),
+                        lo),
+          hi);
+      const int64_t at = first + c * s.channel_stride;
+      if (s.dtype == DType::F32) {
+        _mm512_mask_compressstoreu_ps(static_cast<float*>(s.out) + at, valid, y);
+      } else {
+        const __m512i q = _mm512_maskz_compress_epi32(
+            valid, _mm512_add_epi32(_mm512_cvtps_epi32(y), zero));
+        _mm512_mask_cvtepi32_storeu_epi8(static_cast<uint8_t*>(s.out) + at,
+                                         tail_mask(__builtin_popcount(valid)), q);
+      }
+    }
+  }
+}
+
+void depthwise(const DepthwiseArgs& d) {
+  const __m512i zero = _mm512_setzero_si512();
+  for (int64_t c = 0; c < d.padded_channels; c += 16) {
+    const int16_t* weights = d.weights + c * 2;
+    for (int64_t i = 0; i < d.count; ++i) {
+      const uint8_t* a = d.activations + i * d.position_bytes + c;
+      __m512i acc = zero;
+      for (int64_t p = 0; p < d.pairs; ++p) {
+        // Two taps of 16 channels as int16 pairs; |a * w| <= 255 * 128 and their sum fit int32.
+        const __m512i even = _mm512_cvtepu8_epi32(
+            _mm_loadu_si128(reinterpret_cast<const __m128i*>(a + d.tap_offsets[2 * p])));
+        const __m512i odd = _mm512_cvtepu8_epi32(
+            _mm_loadu_si128(reinterpret_cast<const __m128i*>(a + d.tap_offsets[2 * p + 1])));
+        const __m512i pair = _mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
+        const __m512i w = _mm512_loadu_si512(weights + p * d.padded_channels * 2);
+        acc = _mm512_add_epi32(acc, _mm512_madd_epi16(pair, w));
+      }
+      _mm512_storeu_si512(d.sums + i * d.padded_channels + c, acc);
+    }
+  }
+}
+
+namespace {
+
+/// 8 rows x 2 vectors of sums: 16 of 32 registers, 10 loads for 16 vpdpbusd, so that the two
+/// multiply ports, not the load ports, set the pace.
+template <int kCols>
+void gemm_rows8(const GemmArgs& g, int row) {
+  const uint8_t* base = g.activations + row * g.row_stride;
+  __m512i acc[8][kCols];
+  for (auto& r : acc)
+    for (auto& v : r) v = _mm512_setzero_si512();
+  for (int64_t s = 0; s < g.steps; ++s) {
+    const uint8_t* a = base + g.step_offsets[s];
+    const int8_t* b[2] = {g.tile0 + s * formats::kTileBytes, nullptr};
+    if constexpr (kCols == 2) b[1] = g.tile1 + s * formats::kTileBytes;
+    for (int quad = 0; quad < g.live_quads[s]; ++quad) {
+      __m512i w[kCols];
+      for (int c = 0; c < kCols; ++c) w[c] = _mm512_loadu_si512(b[c] + quad * 64);
+#pragma GCC unroll 8
+      for (int r = 0; r < 8; ++r) {
+        int32_t four;
+        std::memcpy(&four, a + r * g.row_stride + quad * 4, 4);
+        const __m512i v = _mm512_set1_epi32(four);
+#pragma GCC unroll 2
+        for (int c = 0; c < kCols; ++c) acc[r][c] = _mm512_dpbusd_epi32(acc[r][c], v, w[c]);
+      }
+    }
+  }
+  for (int r = 0; r < 8; ++r)
+    for (int c = 0; c < kCols; ++c)
+      _mm512_storeu_si512(g.sums + (row + r) * kBlockCols + c * 16, acc[r][c]);
+}
+
+void gemm(const GemmArgs& g) {
+  for (int row = 0; row < g.rows; row += 8) {
+    if (g.tile1 != nullptr)
+      gemm_rows8<2>(g, row);
+    else
+      gemm_rows8<1>(g, row);
+  }
+}
+
+void nothing() {}
+
+}  // namespace
+}  // namespace adalayer::cpu::avx512
+
+namespace adalayer::cpu {
+
+const KernelRow kAvx512VnniRow{
+    "avx512vnni",           Isa::Avx512Vnni,       avx512::quantize_row, avx512::quantize_planar,
+    avx512::fake_quantize,  avx512::unpack_tiles,  avx512::nothing,      avx512::nothing,
+    avx512::gemm, avx512::store,         avx512::depthwise};
+
+}  // namespace adalayer::cpu

@@ -1,0 +1,46 @@
+// Convolution and linear on the active instruction set: packs the activations, multiplies, stores.
+#pragma once
+
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "formats/canonical.hpp"
+#include "formats/panels.hpp"
+#include "reference/spec.hpp"
+
+namespace adalayer::cpu {
+
+/// Weights of one layer in the form that one instruction set wants, immutable and shared by calls.
+struct LayerWeights {
+  formats::CanonicalHeader header;
+  std::vector<int8_t> dense;  // scalar reference only: [O][I/groups][KH][KW]
+  formats::Panels panels;     // every other instruction set
+
+  size_t bytes() const { return dense.size() + panels.bytes(); }
+};
+
+/// Derives the weights of `shape` for the active instruction set from canonical bytes. Throws
+/// CorruptData for damaged bytes, InvalidArgument where they are of another shape.
+LayerWeights derive_weights(const ConvShape& shape, std::span<const uint8_t> canonical);
+
+/// The same through a process-wide cache keyed by the canonical content hash, so that operators can
+/// take the canonical bytes on every call. Least recently used entries leave above the limit.
+std::shared_ptr<const LayerWeights> cached_weights(const ConvShape& shape,
+                                                   std::span<const uint8_t> canonical);
+struct CacheInfo {
+  size_t entries, bytes, limit;
+};
+CacheInfo weight_cache_info();
+void set_weight_cache_limit(size_t bytes);
+void clear_weight_cache();
+
+/// Runs one convolution. Bit-equal to reference::conv2d whatever the instruction set and threads.
+void conv2d(const ConvShape& shape, const ActivationIn& in, const LayerWeights& weights,
+            const OutputSpec& out, int threads);
+
+void quantize(const float* x, int64_t n, const ActivationGrid& grid, uint8_t* q, int threads);
+void fake_quantize(const float* x, int64_t n, const ActivationGrid& grid, float scale, float* y,
+                   int threads);
+
+}  // namespace adalayer::cpu

@@ -1,0 +1,109 @@
+// One row per instruction set: the primitive kernels that the convolution driver is made of.
+//
+// A new instruction set is one file that fills a row, plus one line in kernel_table.cpp. Tests run
+// every row that the machine supports against csrc/reference, because the row exists.
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "core/cpu_features.hpp"
+#include "formats/panels.hpp"
+#include "reference/spec.hpp"
+
+namespace adalayer::cpu {
+
+// Register block of every matmul kernel: 32 output positions by 32 output channels (AMX: 2 x 2
+// tiles of 16 x 16 int32, which leaves 2 + 2 of the 8 tiles for the operands).
+constexpr int kBlockRows = 32;
+constexpr int kBlockCols = 32;
+
+/// sums[r][c] = sum over steps of a * b, for 32 rows of packed activations and two column tiles.
+/// Kernels may read activations of all 32 rows, whatever `rows` says, and 64 bytes at each step.
+struct GemmArgs {
+  const uint8_t* activations;   // row 0, step offset 0
+  int64_t row_stride;           // bytes between output positions
+  const int64_t* step_offsets;  // [steps] byte offset of each step from the row's start
+  const uint8_t* live_quads;    // [steps] groups of 4 bytes worth multiplying
+  int64_t steps;
+  const int8_t* tile0;  // [steps][1024] unpacked weight tiles of column tile 0
+  const int8_t* tile1;  // the same for column tile 1, or null
+  int weight_bits;      // width of the weights before unpacking: AVX2 has a shortcut below 8
+  int rows;             // 1..32 rows wanted; rows up to a multiple of the kernel's may be written
+  int32_t* sums;        // [32][32]
+};
+
+/// Writes rows of sums to the output tensor. Row r is output position `position[r]` of the image
+/// (y * out_w + x), or padding to drop where it is negative.
+struct StoreArgs {
+  const int32_t* sums;  // [rows][sums_stride]
+  int64_t sums_stride;
+  const int32_t* position;  // [rows]; where not negative, ascending by 1 (padding lies between)
+  int rows;
+  int cols;                   // valid output channels in the block
+  const int32_t* correction;  // [cols] zero-point correction to add
+  const float* scale;         // [cols]
+  const float* bias;          // [cols]
+  float lo, hi;
+  int32_t zero_point;
+  void* out;  // element (position 0, first channel of the block)
+  DType dtype;
+  int64_t position_stride;  // elements: channels for NHWC, 1 for NCHW
+  int64_t channel_stride;   // elements: 1 for NHWC, out_h * out_w for NCHW
+};
+
+/// One row of depthwise output: `count` positions x 16-channel blocks over padded NHWC u8 rows.
+struct DepthwiseArgs {
+  const uint8_t* activations;    // padded image, at the row's first tap
+  const int64_t* tap_offsets;    // [taps rounded up to even]; the odd one out repeats a tap
+  const int16_t* weights;        // [pairs][padded_channels][2]
+  int64_t pairs;
+  int64_t channels, padded_channels;
+  int64_t count;            // output positions
+  int64_t position_bytes;   // bytes between their inputs
+  int32_t* sums;            // [count][padded_channels]
+};
+
+using UnpackTiles = void (*)(const uint8_t* packed, int bits, int64_t count, int8_t* out);
+
+struct KernelRow {
+  const char* name;
+  Isa isa;
+  void (*quantize_row)(const float* x, int64_t n, const ActivationGrid& grid, uint8_t* q);
+  /// One image row of a planar tensor to [w][channels].
+  void (*quantize_planar)(const float* x, int64_t channel_stride, int64_t channels, int64_t w,
+                          const ActivationGrid& grid, uint8_t* q);
+  void (*fake_quantize)(const float* x, int64_t n, const ActivationGrid& grid, float scale,
+                        float* y);
+  UnpackTiles unpack_tiles;
+  void (*begin)();  // per thread and pass: AMX tile configuration
+  void (*end)();
+  void (*gemm)(const GemmArgs&);
+  void (*store)(const StoreArgs&);
+  void (*depthwise)(const DepthwiseArgs&);
+};
+
+/// The rows that this build has, fastest first. Which of them the machine can run: isa_supported.
+std::span<const KernelRow* const> kernel_rows();
+
+/// The row of the active instruction set, or null when it is the scalar reference.
+const KernelRow* active_kernels();
+
+/// The row's own unpacking, or the GFNI one where the machine has it (a sub-feature of its own:
+/// Cascade Lake has AVX-512-VNNI without GFNI).
+UnpackTiles unpacker(const KernelRow& row);
+
+#ifdef ADALAYER_HAVE_AVX2
+extern const KernelRow kAvx2Row;
+#endif
+#ifdef ADALAYER_HAVE_AVX512VNNI
+extern const KernelRow kAvx512VnniRow;
+#endif
+#ifdef ADALAYER_HAVE_AMX
+extern const KernelRow kAmxRow;
+#endif
+#ifdef ADALAYER_HAVE_GFNI
+void unpack_tiles_gfni(const uint8_t* packed, int bits, int64_t count, int8_t* out);
+#endif
+
+}  // namespace adalayer::cpu

@@ -1,0 +1,58 @@
+// Canonical packed weights: the device-neutral bytes that files, state_dicts and torch operators hold.
+// Layout and index formulas: FORMATS.md, section "Canonical".
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+namespace adalayer::formats {
+
+constexpr uint32_t kCanonicalMagic = 0x574C4441u;  // "ADLW" in little-endian byte order
+constexpr uint16_t kCanonicalVersion = 1;
+constexpr int kMinBits = 2;
+constexpr int kMaxBits = 8;
+
+enum class Encoding : uint8_t { Dense = 0, Bitmask = 1 };
+
+/// The first 64 bytes of a packed weight; all fields little-endian.
+struct CanonicalHeader {
+  uint32_t magic = kCanonicalMagic;
+  uint16_t version = kCanonicalVersion;
+  uint8_t encoding = 0;
+  uint8_t bits = 0;
+  uint32_t out_channels = 0;
+  uint32_t group_in = 0;  // input channels per group
+  uint32_t kernel_h = 0;
+  uint32_t kernel_w = 0;
+  uint64_t stored = 0;         // weights in the field streams: all, or the nonzeros for Bitmask
+  uint64_t payload_bytes = 0;  // bytes after the header
+  uint64_t content_hash = 0;   // of the 40 bytes above and the payload
+  uint8_t reserved[16] = {};
+
+  int64_t count() const {
+    return static_cast<int64_t>(out_channels) * group_in * kernel_h * kernel_w;
+  }
+};
+static_assert(sizeof(CanonicalHeader) == 64, "the header is part of the file format");
+
+/// Widths of the field streams that make up `bits`, least significant first: 7 -> {4, 2, 1}.
+std::span<const int> field_groups(int bits);
+
+/// Bytes of the field streams for n stored weights.
+int64_t fields_bytes(int64_t n, int bits);
+
+/// Packs int8 weights [O][I][KH][KW]; picks the smaller encoding, dense on ties.
+/// Throws InvalidArgument if a weight lies outside [-2^(bits-1), 2^(bits-1) - 1].
+std::vector<uint8_t> pack_canonical(std::span<const int8_t> weights, int bits,
+                                    uint32_t out_channels, uint32_t group_in, uint32_t kernel_h,
+                                    uint32_t kernel_w);
+
+/// Reads and checks the header against the buffer's size (not the payload's hash).
+/// Throws CorruptData saying what is wrong.
+CanonicalHeader read_header(std::span<const uint8_t> packed);
+
+/// Checks the content hash and returns the int8 weights [O][I][KH][KW]. Throws CorruptData.
+std::vector<int8_t> unpack_canonical(std::span<const uint8_t> packed);
+
+}  // namespace adalayer::formats

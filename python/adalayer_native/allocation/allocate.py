@@ -1,0 +1,106 @@
+"""From scores and a budget to a plan: the one entry to all methods."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..errors import BudgetError, PlanError
+from ..importance.batches import LossFn
+from ..importance.scores import LayerScores
+from ..plan import Plan
+from .adalayer import adalayer
+from .budget import Budget
+from .evaluate import Evaluator
+from .problem import Problem
+from .stages import STAGE_METHODS, stage_plan
+from .uniform import uniform
+
+__all__ = ["METHODS", "allocate"]
+
+METHODS = ("adalayer", "uniform", *STAGE_METHODS)
+
+
+def allocate(
+    scores: LayerScores | None,
+    budget: Budget | None,
+    *,
+    method: str = "adalayer",
+    model: nn.Module,
+    calibration: Iterable[Any] | None = None,
+    loss_fn: LossFn | None = None,
+    hyper: Mapping[str, float] | None = None,
+    bits: int | Sequence[int] | None = None,
+    stages: Sequence[str] | None = None,
+    activation_bits: int = 8,
+    batches: int | None = None,
+    candidates: int = 20,
+    cache: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Plan:
+    """Decide bits and sparsity of every layer under a budget.
+
+    ``"adalayer"`` is eq. (2) ``P = gamma (1 - I) + delta R`` and eq. (3)
+    ``B = Bmax - lambda (1 - I)``, hyper-parameters searched for the highest calibration
+    accuracy within the budget, eq. (6). ``"uniform"`` gives every layer the same bits and
+    sparsity, chosen the same way. ``"fixed"``, ``"ascending"`` and ``"descending"`` give widths
+    to stages. A size budget is about the real saved file, see
+    :func:`~adalayer_native.allocation.estimate_bytes`.
+
+    Args:
+        scores: from ``analyze``; only ``"adalayer"`` needs them.
+        budget: the limit; may be ``None`` for the three stage methods only.
+        method: one of ``METHODS``.
+        model: the float model; not changed.
+        calibration: batches ``x`` or ``(x, y)`` on which candidate plans are compared, never
+            test images. Without it the best plan by the proxy is taken.
+        loss_fn: ``loss_fn(output, target)``; default: KL divergence to the float output.
+        hyper: fixes some of alpha, beta, gamma, delta, lambda, bmax (``"adalayer"``).
+        bits, stages: for the three stage methods, see ``stage_plan``.
+        activation_bits: bits of every quantized layer's input, 2 to 8.
+        batches: use at most this many calibration batches.
+        candidates: how many plans are tried on calibration data in the first round.
+        cache: JSON file that keeps every trial, so that an interrupted search goes on.
+        progress: show progress.
+
+    Raises:
+        BudgetError: impossible budget; the message states the smallest reachable size.
+        PlanError: unknown method or hyper-parameter, bits or stages that do not fit.
+        CalibrationError: unusable calibration data or weights.
+        UnsupportedModelError: a model without supported layers, or with shared ones.
+    """
+    if method not in METHODS:
+        raise PlanError(f"unknown method {method!r}: expected one of {METHODS}")
+    if candidates < 1:
+        raise PlanError(f"candidates must be at least 1, got {candidates}")
+    problem = Problem(model, budget, activation_bits)
+    if method in STAGE_METHODS:
+        plan = stage_plan(problem, method, bits, stages)
+        if scores is not None:
+            plan.scores = scores.as_dict()
+    else:
+        if budget is None:
+            raise BudgetError(f"method {method!r} needs a budget")
+        evaluator = None
+        if calibration is not None:
+            evaluator = Evaluator(model, calibration, loss_fn, batches=batches, cache=cache)
+        if method == "uniform":
+            plan = uniform(problem, evaluator, progress=progress)
+            if scores is not None:
+                plan.scores = scores.as_dict()
+        else:
+            if scores is None:
+                raise PlanError("method 'adalayer' needs scores (from analyze)")
+            plan = adalayer(
+                problem,
+                scores,
+                evaluator,
+                hyper=hyper,
+                candidates=candidates,
+                progress=progress,
+            )
+    plan.validate(model)
+    return plan

@@ -1,0 +1,219 @@
+"""Trying a plan: the model with rounded and masked weights on calibration data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from .._files import write_text_atomic
+from ..errors import CalibrationError
+from ..importance.analyze import dequantized, eval_mode
+from ..importance.batches import LossFn, iterate, loss_of, tensor_bytes
+from ..pruning.masks import magnitude_mask
+
+__all__ = ["Evaluator", "Measurement", "best_of"]
+
+# Calibration batches stay in memory while plans are compared; more than this is refused.
+MEMORY_LIMIT = 2 << 30
+SAVE_INTERVAL = 2.0
+# Dequantized weights kept from one plan to the next, in bytes.
+WEIGHT_CACHE = 1 << 30
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Outcome of one plan on calibration data.
+
+    Attributes:
+        loss: mean loss; KL divergence to the float output unless a ``loss_fn`` was given.
+        accuracy: share of right labels, or of agreement with the float model without labels;
+            NaN where the output has no classes.
+    """
+
+    loss: float
+    accuracy: float
+
+
+class Evaluator:
+    """Measures plans by weight-only fake quantization; nothing is trained, the model untouched.
+
+    Args:
+        model: float model.
+        calibration: batches ``x`` or ``(x, y)``; read once.
+        loss_fn: ``loss_fn(output, target)``; default: KL divergence to the float output, which
+            varies far less on a few hundred images than accuracy does.
+        batches: use at most this many.
+        cache: JSON file that keeps every measurement for a resumed search.
+
+    Raises:
+        CalibrationError: empty or unusable data.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        calibration: Iterable[Any],
+        loss_fn: LossFn | None = None,
+        *,
+        batches: int | None = None,
+        cache: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.model, self.loss_fn = model, loss_fn
+        self.batches = list(self._bounded(iterate(calibration, model, batches)))
+        if not self.batches:
+            raise CalibrationError(
+                "the calibration loader is empty: all its batches hold no sample"
+            )
+        self.samples = sum(batch.count for batch in self.batches)
+        self.modules = dict(model.named_modules())
+        self._weights: dict[tuple[str, int, float], torch.Tensor] = {}
+        self._held = 0
+        with torch.no_grad(), eval_mode(model):
+            self.outputs = [model(batch.x) for batch in self.batches]
+        self._path = None if cache is None else Path(cache)
+        self._known: dict[str, tuple[float, float]] = {}
+        self._saved = time.monotonic()
+        if self._path is not None:
+            self._key = self._digest()
+            self._known = self._read()
+
+    def measure(self, layers: dict[str, tuple[int | None, float]]) -> Measurement:
+        """Loss and accuracy with ``{layer: (bits or None, sparsity)}``.
+
+        Raises:
+            CalibrationError: the loss is not finite.
+        """
+        key = json.dumps([[name, b, round(s, 6)] for name, (b, s) in layers.items()])
+        if key not in self._known:
+            self._known[key] = self._measure(layers)
+            if self._path is not None and time.monotonic() - self._saved >= SAVE_INTERVAL:
+                self.save()
+        return Measurement(*self._known[key])
+
+    @torch.no_grad()
+    def _measure(self, layers: dict[str, tuple[int | None, float]]) -> tuple[float, float]:
+        weights = {
+            f"{name}.weight": self.weight(name, bits, sparsity)
+            for name, (bits, sparsity) in layers.items()
+            if bits is not None
+        }
+        loss, hits, positions = 0.0, 0, 0
+        with eval_mode(self.model):
+            for batch, reference in zip(self.batches, self.outputs, strict=True):
+                output = functional_call(self.model, weights, (batch.x,))
+                target = None if self.loss_fn is None else batch.target
+                value = loss_of(output, reference, target, self.loss_fn)
+                if not math.isfinite(value):
+                    raise CalibrationError(
+                        f"calibration batch {batch.index}: the loss of a quantized model is "
+                        f"{value}; expected a finite number"
+                    )
+                loss += value * batch.count
+                right, of = _hits(output, reference, batch.target)
+                hits, positions = hits + right, positions + of
+        accuracy = hits / positions if positions else math.nan
+        return loss / self.samples, accuracy
+
+    def weight(self, name: str, bits: int, sparsity: float) -> torch.Tensor:
+        """Masked and dequantized weight of a layer, remembered."""
+        key = (name, bits, round(sparsity, 6))
+        if key not in self._weights:
+            weight = self.modules[name].weight
+            assert isinstance(weight, torch.Tensor)
+            mask = magnitude_mask(weight, sparsity) if sparsity > 0 else None
+            value = dequantized(weight, bits, mask)
+            self._held += value.numel() * value.element_size()
+            if self._held > WEIGHT_CACHE:
+                self._weights.clear()
+                self._held = value.numel() * value.element_size()
+            self._weights[key] = value
+        return self._weights[key]
+
+    def save(self) -> None:
+        """Write the cache, if there is one."""
+        self._saved = time.monotonic()
+        if self._path is not None:
+            known = {
+                key: [loss, None if math.isnan(accuracy) else accuracy]
+                for key, (loss, accuracy) in self._known.items()
+            }
+            data = {"key": self._key, "plans": known}
+            write_text_atomic(self._path, json.dumps(data, allow_nan=False))
+
+    def _read(self) -> dict[str, tuple[float, float]]:
+        assert self._path is not None
+        try:
+            data = json.loads(self._path.read_text(encoding="utf-8"))
+            if data["key"] != self._key:
+                return {}
+            return {
+                key: (float(loss), math.nan if accuracy is None else float(accuracy))
+                for key, (loss, accuracy) in data["plans"].items()
+            }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}  # none yet, or not ours: the next save replaces it
+
+    def _digest(self) -> str:
+        name = getattr(self.loss_fn, "__qualname__", str(self.loss_fn))
+        digest = hashlib.sha256(f"adalayer-allocation-cache-1 {name}".encode())
+        for key, value in self.model.state_dict().items():
+            if isinstance(value, torch.Tensor):
+                digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
+                digest.update(tensor_bytes(value))
+        for batch in self.batches:
+            digest.update(batch.digest().encode())
+        return digest.hexdigest()
+
+    @staticmethod
+    def _bounded(batches: Iterable[Any]) -> Iterable[Any]:
+        held = 0
+        for batch in batches:
+            held += batch.x.numel() * batch.x.element_size()
+            if held > MEMORY_LIMIT:
+                raise CalibrationError(
+                    f"the calibration data exceed {MEMORY_LIMIT >> 20} MiB; plans are compared "
+                    f"on data in memory, so give fewer batches (batches=...)"
+                )
+            yield batch
+
+
+def _hits(output: Any, reference: Any, target: Any) -> tuple[int, int]:
+    if not isinstance(output, torch.Tensor) or output.dim() < 2:
+        return 0, 0
+    predicted = output.argmax(dim=1)
+    truth = target
+    if not (isinstance(truth, torch.Tensor) and not truth.is_floating_point()):
+        truth = reference.argmax(dim=1)
+    if truth.shape != predicted.shape:
+        return 0, 0
+    return int((predicted == truth).sum()), predicted.numel()
+
+
+def best_of(measurements: list[Measurement], samples: int) -> int:
+    """Index of the best plan: highest accuracy, and the lowest loss among those that tie.
+
+    Accuracies within one standard error of the best are a tie: on a few hundred images a
+    smaller difference is chance, and the loss decides better.
+    """
+    accuracies = [m.accuracy for m in measurements if not math.isnan(m.accuracy)]
+    indices = list(range(len(measurements)))
+    if accuracies:
+        top = max(accuracies)
+        margin = math.sqrt(max(top * (1 - top), 0.0) / max(1, samples)) + 1e-12
+        indices = [
+            i
+            for i in indices
+            if math.isnan(measurements[i].accuracy) or measurements[i].accuracy >= top - margin
+        ]
+    return min(indices, key=lambda i: (measurements[i].loss, i))

@@ -1,0 +1,145 @@
+"""Bytes of the saved file, computed from a plan before anything is quantized.
+
+The list of tensors comes from :func:`~adalayer_native.quantization.layout.native_layout`; the
+packed weight's length and the safetensors header are formulas. The number of non-zero weights is
+taken from the plan's sparsity. Rounding can only add zeros, and zeros can only shrink a layer,
+so the result is an upper bound.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+from ..errors import PlanError
+from ..plan import Plan
+from ..pruning.masks import pruned_count
+from ..quantization.layout import NativeLayout, native_layout
+
+__all__ = [
+    "GROUPS",
+    "HEADER_BYTES",
+    "estimate_bytes",
+    "float_bytes",
+    "packed_bytes",
+    "safetensors_bytes",
+]
+
+# A weight of b bits is stored as bit planes grouped 4/2/1, so that decoding is shifts and masks.
+GROUPS: dict[int, tuple[int, ...]] = {
+    2: (2,),
+    3: (2, 1),
+    4: (4,),
+    5: (4, 1),
+    6: (4, 2),
+    7: (4, 2, 1),
+    8: (4, 4),
+}
+HEADER_BYTES = 64  # tagged header in front of every packed weight
+
+# safetensors' own order of types; a file holds its tensors by descending type, then by name.
+_ORDER = ("BOOL", "U8", "I8", "I16", "F16", "BF16", "I32", "F32", "F64", "I64")
+_WIDTH = {
+    "BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "F16": 2, "BF16": 2, "I32": 4, "F32": 4, "F64": 8,
+    "I64": 8,
+}  # fmt: skip
+_NAMES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+}
+
+Entry = tuple[str, str, tuple[int, ...]]
+
+
+def packed_bytes(count: int, nonzero: int, bits: int) -> int:
+    """Length of ``weight_packed`` for ``count`` weights of ``bits`` bits, header included.
+
+    Dense planes cost ``sum_g ceil(count * g / 8)``; a bitmask with packed non-zeros costs
+    ``ceil(count / 8) + sum_g ceil(nonzero * g / 8)``. The smaller is stored, dense on ties.
+    """
+    dense = sum(-(-count * g // 8) for g in GROUPS[bits])
+    bitmask = -(-count // 8) + sum(-(-nonzero * g // 8) for g in GROUPS[bits])
+    return HEADER_BYTES + min(dense, bitmask)
+
+
+def safetensors_bytes(entries: Iterable[Entry], metadata: Mapping[str, str] | None = None) -> int:
+    """Length of a safetensors file holding the tensors ``(key, dtype, shape)``.
+
+    8 bytes of length, the JSON header padded to a multiple of 8, then the data.
+    """
+    header: dict[str, object] = {}
+    if metadata:
+        header["__metadata__"] = dict(metadata)
+    offset = 0
+    for key, dtype, shape in sorted(entries, key=lambda e: (-_ORDER.index(e[1]), e[0])):
+        size = math.prod(shape) * _WIDTH[dtype]
+        header[key] = {
+            "dtype": dtype,
+            "shape": list(shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return 8 + -(-len(text) // 8) * 8 + offset
+
+
+def float_bytes(model: nn.Module) -> int:
+    """Length of the model's ``state_dict`` saved as safetensors, floating point as float32."""
+    return safetensors_bytes(
+        (key, _NAMES.get(value.dtype, "F32"), tuple(value.shape))
+        for key, value in model.state_dict().items()
+    )
+
+
+def estimate_bytes(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    layout: NativeLayout | None = None,
+    nonzero: Mapping[str, int] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> int:
+    """Length of the file that ``convert(prepare(model, plan))`` is saved to; an upper bound.
+
+    Args:
+        model: the float model.
+        plan: bits and sparsity per layer.
+        layout: of this model for a plan that quantizes the same layers, if at hand.
+        nonzero: number of non-zero integers per layer where it is known; the result is exact
+            then. Default: what the plan's sparsity leaves.
+        metadata: the file's text metadata, if it has any.
+
+    Raises:
+        PlanError: the plan does not fit the model, or the layout not the plan.
+        UnsupportedModelError: the model cannot be traced.
+    """
+    layout = native_layout(model, plan) if layout is None else layout
+    return safetensors_bytes(native_entries(layout, plan, nonzero), metadata)
+
+
+def native_entries(
+    layout: NativeLayout, plan: Plan, nonzero: Mapping[str, int] | None = None
+) -> list[Entry]:
+    """Every tensor of the saved file as ``(key, dtype, shape)``."""
+    entries: list[Entry] = []
+    for key, dtype, shape in layout.entries():
+        if shape is None:
+            layer = key.removesuffix(".weight_packed")
+            bits = plan[layer].bits
+            if bits is None:
+                raise PlanError(f"layer {layer!r}: the layout has it native, the plan in float")
+            count = layout.layers[layer].numel
+            kept = count - pruned_count(count, plan[layer].sparsity)
+            if nonzero is not None and layer in nonzero:
+                kept = nonzero[layer]
+            shape = (packed_bytes(count, kept, bits),)
+        entries.append((key, dtype, shape))
+    return entries

@@ -1,0 +1,71 @@
+"""Method "uniform": the same bits and the same sparsity in every layer."""
+
+from __future__ import annotations
+
+from .._progress import ProgressBar
+from ..plan import Plan
+from .adalayer import measurement_dict
+from .closed_form import MAX_BITS, MAX_SPARSITY, MIN_BITS
+from .evaluate import Evaluator, best_of
+from .problem import Problem
+
+__all__ = ["uniform"]
+
+STEPS = 1000  # sparsity in thousandths
+
+
+def uniform(problem: Problem, evaluator: Evaluator | None, *, progress: bool = True) -> Plan:
+    """The best uniform plan within the budget.
+
+    Candidates are the widest bits that fit unpruned, and every greater width with the least
+    pruning that makes it fit; the one that does best on calibration data is taken (without
+    data, the unpruned one). A whole number of average bits goes to every layer as it is.
+
+    Raises:
+        BudgetError: nothing fits; states the smallest reachable size.
+    """
+    budget = problem.budget
+    pairs: list[tuple[int, float]] = []
+    if budget is not None and budget.bits is not None and budget.bits in range(2, 9):
+        pairs = [(int(budget.bits), 0.0)]
+    else:
+        for bits in range(MIN_BITS, MAX_BITS + 1):
+            if problem.fits(problem.uniform(bits, 0.0)):
+                pairs = [(bits, 0.0)]  # wider and unpruned is better than narrower
+                continue
+            sparsity = _least_sparsity(problem, bits)
+            if sparsity is not None:
+                pairs.append((bits, sparsity))
+    if not pairs:
+        raise problem.impossible(problem.cost(problem.uniform(MIN_BITS, MAX_SPARSITY)))
+    best, measured = 0, []
+    if evaluator is not None:
+        with ProgressBar("trying plans", len(pairs), unit="plan", enabled=progress) as bar:
+            try:
+                for bits, sparsity in pairs:
+                    measured.append(evaluator.measure(problem.uniform(bits, sparsity)))
+                    bar.advance()
+            finally:
+                evaluator.save()
+        best = best_of(measured, evaluator.samples)
+    bits, sparsity = pairs[best]
+    plan = problem.plan(
+        problem.uniform(bits, sparsity), "uniform", {"bits": float(bits), "sparsity": sparsity}
+    )
+    if measured:
+        plan.measured = measurement_dict(measured[best])
+    return plan
+
+
+def _least_sparsity(problem: Problem, bits: int) -> float | None:
+    """Smallest sparsity in thousandths at which ``bits`` fit; cost never grows with sparsity."""
+    low, high = 0, round(STEPS * MAX_SPARSITY)
+    if not problem.fits(problem.uniform(bits, high / STEPS)):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        if problem.fits(problem.uniform(bits, middle / STEPS)):
+            high = middle
+        else:
+            low = middle
+    return high / STEPS

@@ -1,0 +1,17 @@
+"""Images: folders, zips, scikit-learn's digits, and the loaders over them."""
+
+from .datasets import IMAGENET_MEAN, IMAGENET_STD, ImageDataset, open_dataset
+from .digits import digits
+from .loaders import Batches, Loaders, calibration_indices, loaders
+
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "Batches",
+    "ImageDataset",
+    "Loaders",
+    "calibration_indices",
+    "digits",
+    "loaders",
+    "open_dataset",
+]

@@ -1,0 +1,47 @@
+"""Every error that this package raises on purpose.
+
+All of them derive from :class:`AdaError`, so that ``except AdaError`` catches whatever the
+package refuses, and from ``ValueError``, so that code which does not know the package still
+behaves as it would with any other wrong value. Messages name the layer, tensor or file, what
+was expected and what came instead.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AdaError",
+    "BudgetError",
+    "CalibrationError",
+    "DataError",
+    "FileFormatError",
+    "PlanError",
+    "UnsupportedModelError",
+]
+
+
+class AdaError(Exception):
+    """Base of all errors that this package raises on purpose."""
+
+
+class BudgetError(AdaError, ValueError):
+    """A budget that is ill-formed, or that no plan can meet."""
+
+
+class UnsupportedModelError(AdaError, ValueError):
+    """A model, or a part of one, that the package cannot analyse, trace or convert."""
+
+
+class CalibrationError(AdaError, ValueError):
+    """Calibration data that cannot be used: an empty loader, NaN, infinity, wrong shape."""
+
+
+class DataError(AdaError, ValueError):
+    """A dataset that cannot be read: missing directory, unreadable or oversized image."""
+
+
+class FileFormatError(AdaError, ValueError):
+    """A file that is missing, corrupt, or does not hold what its reader expects."""
+
+
+class PlanError(AdaError, ValueError):
+    """A plan that names an unknown layer or holds a value out of range."""

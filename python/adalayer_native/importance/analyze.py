@@ -1,0 +1,284 @@
+"""Measuring every layer's importance: A, F, R and I of eq. (1)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._files import write_text_atomic
+from .._progress import ProgressBar
+from ..errors import CalibrationError, UnsupportedModelError
+from ..plan import layer_kind, supported_layers
+from ..quantization.weights import quantize_weight
+from .batches import LossFn, iterate, metric_name, tensor_bytes
+from .flops import count_flops
+from .registry import CRITERIA, Probe
+from .scores import LayerScore, LayerScores
+
+__all__ = ["analyze", "eval_mode"]
+
+CACHE_FORMAT = "adalayer-analysis-cache-1"
+SAVE_INTERVAL = 2.0  # seconds between two writes of the cache
+
+
+def analyze(
+    model: nn.Module,
+    calibration: Iterable[Any],
+    loss_fn: LossFn | None = None,
+    *,
+    criterion: str = "accuracy",
+    probe_bits: int = 2,
+    alpha: float = 0.7,
+    beta: float = 0.3,
+    inverse: bool = False,
+    batches: int | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> LayerScores:
+    """Score every ``nn.Conv2d`` and ``nn.Linear`` of a model, eq. (1): ``I = alpha A + beta F``.
+
+    A is the criterion's value over the largest of all layers (negative values count 0); for
+    ``"accuracy"`` that value is the increase of the loss when this layer alone is quantized to
+    ``probe_bits``. F is the layer's FLOPs over the largest. R is the variance of its weights
+    over the largest, or with ``inverse=True`` the smallest non-zero variance over its own, so
+    that even weights count as redundant.
+
+    Batches are read once, one at a time, and the model is not changed.
+
+    Args:
+        model: float model; run in eval mode.
+        calibration: iterable of ``x`` or ``(x, y)``; x float ``[N, ...]``, y class labels.
+        loss_fn: ``loss_fn(output, target) -> scalar``. Default: cross-entropy with labels, KL
+            divergence to the float output without. Target is the float output without labels.
+        criterion: a name in ``CRITERIA``: ``"accuracy"``, ``"gradient"``, ``"weight_error"``.
+        probe_bits: 2 to 8.
+        alpha, beta: weights in eq. (1), not negative.
+        inverse: the other reading of R, see above.
+        batches: use at most this many batches.
+        cache: JSON file that keeps every single measurement, so that an interrupted analysis
+            goes on where it stopped. Measurements of other weights, data or options in it are
+            not used.
+        progress: show a progress bar.
+
+    Raises:
+        CalibrationError: empty loader, NaN or infinity in data, weights, or outputs.
+        UnsupportedModelError: no supported layer, or shared modules or weights.
+        ValueError: unknown criterion, bits or weights out of range.
+    """
+    if criterion not in CRITERIA:
+        raise ValueError(f"unknown criterion {criterion!r}: expected one of {sorted(CRITERIA)}")
+    if not (math.isfinite(alpha) and math.isfinite(beta) and alpha >= 0 and beta >= 0):
+        raise ValueError(f"alpha and beta must be finite and not negative, got {alpha}, {beta}")
+    layers = checked_layers(model)
+    quantized = {name: dequantized(layer.weight, probe_bits) for name, layer in layers.items()}
+    memory = _Cache(cache, model, f"{criterion} {probe_bits} {_loss_name(loss_fn)}")
+    sums = dict.fromkeys(layers, 0.0)
+    loss_sum, samples, labelled = 0.0, 0, False
+    flops: dict[str, float] | None = None
+    total = _total(calibration, batches)
+    bar = ProgressBar(
+        "analyzing layers",
+        None if total is None else total * len(layers),
+        unit="layer·batch",
+        enabled=progress,
+    )
+    with eval_mode(model), bar, memory:
+        for batch in iterate(calibration, model, batches):
+            if flops is None:
+                flops = count_flops(model, layers, batch.x[:1])
+            labelled = labelled or batch.target is not None
+            entry = memory.entry(batch.digest() if memory.path is not None else "")
+            known: dict[str, float] = entry["raw"]
+            bar.advance(sum(name in known for name in layers))
+
+            def report(name: str, value: float, known: dict[str, float] = known) -> None:
+                if not math.isfinite(value):
+                    raise CalibrationError(
+                        f"layer {name!r} at {probe_bits} bits gives a loss that is not finite "
+                        f"({value}); the model or its data overflow"
+                    )
+                known[name] = value
+                memory.touch()
+                bar.advance(1, name)
+
+            if "loss" not in entry or any(name not in known for name in layers):
+                done = {name: known[name] for name in layers if name in known}
+                probe = Probe(model, layers, quantized, loss_fn, done, report)
+                loss = CRITERIA[criterion](probe, batch)
+                if not math.isfinite(loss):
+                    raise CalibrationError(
+                        f"calibration batch {batch.index}: the float model's loss is {loss}; "
+                        f"expected a finite number"
+                    )
+                entry["loss"] = loss
+            loss_sum += entry["loss"] * batch.count
+            samples += batch.count
+            for name in layers:
+                sums[name] += known[name] * batch.count
+    if samples == 0 or flops is None:
+        raise CalibrationError("the calibration loader is empty: all its batches hold no sample")
+    scores = LayerScores(
+        layers={
+            name: LayerScore(
+                name=name,
+                kind=layer_kind(layer),
+                params=layer.weight.numel(),
+                flops=flops[name],
+                raw=sums[name] / samples,
+                variance=_variance(layer.weight),
+            )
+            for name, layer in layers.items()
+        },
+        alpha=alpha,
+        beta=beta,
+        criterion=criterion,
+        probe_bits=probe_bits,
+        loss=loss_sum / samples,
+        metric=metric_name(loss_fn, labelled),
+        samples=samples,
+    )
+    _normalise(scores, inverse)
+    return scores
+
+
+def checked_layers(model: nn.Module) -> dict[str, Any]:
+    """The supported layers, with finite weights.
+
+    Raises:
+        UnsupportedModelError: none, shared ones, or ones that are not materialised.
+        CalibrationError: NaN or infinity in a weight; the message names the layer.
+    """
+    layers = supported_layers(model)
+    if not layers:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no supported layer (nn.Conv2d or nn.Linear)"
+        )
+    for name, layer in layers.items():
+        if isinstance(layer.weight, nn.parameter.UninitializedParameter):
+            raise UnsupportedModelError(f"layer {name!r} is lazy; run the model once first")
+        if not layer.weight.is_floating_point():
+            raise UnsupportedModelError(
+                f"layer {name!r}: expected floating-point weights, got {layer.weight.dtype}"
+            )
+        if not bool(torch.isfinite(layer.weight).all()):
+            raise CalibrationError(f"layer {name!r}: its weight holds NaN or infinity")
+    return layers
+
+
+@torch.no_grad()
+def dequantized(
+    weight: torch.Tensor, bits: int, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Weight after rounding to ``bits`` with the best scale per channel; same shape and dtype."""
+    integers, scale = quantize_weight(weight.detach(), bits, mask)
+    shape = (-1,) + (1,) * (weight.dim() - 1)
+    return (integers.to(scale.dtype) * scale.view(shape)).to(weight.dtype)
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put every module in eval mode and restore each one's own mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _variance(weight: torch.Tensor) -> float:
+    return float(weight.detach().double().var(correction=0)) if weight.numel() else 0.0
+
+
+def _normalise(scores: LayerScores, inverse: bool) -> None:
+    rows = list(scores.layers.values())
+    most_raw = max(max(0.0, s.raw) for s in rows)
+    most_flops = max(s.flops for s in rows)
+    variances = [s.variance for s in rows if s.variance > 0]
+    for s in rows:
+        s.A = max(0.0, s.raw) / most_raw if most_raw > 0 else 0.0
+        s.F = s.flops / most_flops if most_flops > 0 else 0.0
+        if not inverse:
+            s.R = s.variance / max(variances) if variances else 0.0
+        else:
+            s.R = min(variances) / s.variance if s.variance > 0 else 1.0
+
+
+def _total(loader: Iterable[Any], limit: int | None) -> int | None:
+    try:
+        count = len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        return limit
+    return count if limit is None else min(count, limit)
+
+
+def _loss_name(loss_fn: LossFn | None) -> str:
+    if loss_fn is None:
+        return "default"
+    return f"{getattr(loss_fn, '__module__', '')}.{getattr(loss_fn, '__qualname__', loss_fn)}"
+
+
+class _Cache:
+    """Measurements per batch, keyed by weights, options and the batch's contents."""
+
+    def __init__(
+        self, path: str | os.PathLike[str] | None, model: nn.Module, options: str
+    ) -> None:
+        self.path = None if path is None else Path(path)
+        self.batches: dict[str, dict[str, Any]] = {}
+        self.changed = False
+        self.saved = time.monotonic()
+        if self.path is None:
+            return
+        digest = hashlib.sha256(f"{CACHE_FORMAT} {options}".encode())
+        for name, value in model.state_dict().items():
+            if isinstance(value, torch.Tensor):
+                digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+                digest.update(tensor_bytes(value))
+        self.key = digest.hexdigest()
+        try:
+            data = json.loads(self.path.read_text(encoding="utf-8"))
+            if data["key"] == self.key:
+                self.batches = {
+                    batch: {
+                        "raw": {k: float(v) for k, v in entry["raw"].items()},
+                        **({"loss": float(entry["loss"])} if "loss" in entry else {}),
+                    }
+                    for batch, entry in data["batches"].items()
+                }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            self.batches = {}  # none yet, or not ours: it is replaced by the first save
+
+    def entry(self, batch: str) -> dict[str, Any]:
+        if self.path is None:
+            return {"raw": {}}
+        return self.batches.setdefault(batch, {"raw": {}})
+
+    def touch(self) -> None:
+        self.changed = True
+        if time.monotonic() - self.saved >= SAVE_INTERVAL:
+            self.save()
+
+    def save(self) -> None:
+        self.saved = time.monotonic()
+        if self.path is not None and self.changed:
+            data = {"key": self.key, "batches": self.batches}
+            write_text_atomic(self.path, json.dumps(data, allow_nan=False))
+            self.changed = False
+
+    def __enter__(self) -> _Cache:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.save()  # also after Ctrl-C: what was measured is kept

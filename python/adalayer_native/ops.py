@@ -1,0 +1,526 @@
+"""Torch operators over the native kernels: schemas, argument checks, implementations, fake kernels.
+
+Operators take the canonical packed weights (device-neutral bytes with a header), so a compiled or
+exported program holds nothing that depends on the machine. The layout that the machine's kernels
+want is derived on first use and cached by content.
+
+All operators run on CPU tensors. Weights are ``uint8[64 + payload]`` as :func:`pack_weight` makes
+them; scales and biases are ``float32[out_channels]``.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from adalayer_native import _C
+from adalayer_native.errors import FileFormatError
+
+__all__ = [
+    "active_isa",
+    "conv2d",
+    "conv2d_u8",
+    "fake_quantize",
+    "force_isa",
+    "get_num_threads",
+    "isas",
+    "linear",
+    "pack_weight",
+    "packed_info",
+    "quantize",
+    "set_num_threads",
+    "unpack_weight",
+]
+
+_INF = float("inf")
+
+_library = torch.library.Library("adalayer", "DEF")
+
+_CONV_ARGS = (
+    "int[2] kernel_size, int[2] stride, int[4] padding, int[2] dilation, int groups, "
+    "float? lo=None, float? hi=None"
+)
+_library.define(
+    "conv2d(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor bias, float input_scale, "
+    f"int input_zero_point, int input_bits, {_CONV_ARGS}) -> Tensor"
+)
+_library.define(
+    "conv2d_u8(Tensor x, Tensor weight_packed, Tensor scale, Tensor bias, int input_zero_point, "
+    "int output_zero_point, int[2] kernel_size, int[2] stride, int[4] padding, int[2] dilation, "
+    "int groups, int lo=0, int hi=255) -> Tensor"
+)
+_library.define(
+    "linear(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor bias, float input_scale, "
+    "int input_zero_point, int input_bits, float? lo=None, float? hi=None) -> Tensor"
+)
+_library.define("quantize(Tensor x, float scale, int zero_point, int bits) -> Tensor")
+_library.define("fake_quantize(Tensor x, float scale, int zero_point, int bits) -> Tensor")
+
+
+# ------------------------------------------------------------------------------ machine and threads
+
+_threads_lock = threading.Lock()
+_threads: int | None = None
+
+
+def set_num_threads(threads: int | None) -> None:
+    """Sets how many threads a native operator may use; ``None`` follows torch.get_num_threads().
+
+    Raises:
+        ValueError: if ``threads`` is below 1.
+    """
+    global _threads
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1 or None, got {threads}")
+    with _threads_lock:
+        _threads = threads
+
+
+def get_num_threads() -> int:
+    """Threads that a native operator may use."""
+    return torch.get_num_threads() if _threads is None else _threads
+
+
+def isas() -> list[str]:
+    """Instruction sets that this build and this machine have, fastest first."""
+    return list(_C.isas())
+
+
+def active_isa() -> str:
+    """The instruction set in use (environment variable ``ADALAYER_FORCE_ISA``, else the fastest)."""
+    return str(_C.active_isa())
+
+
+def force_isa(name: str) -> None:
+    """Uses one instruction set from now on; ``"auto"`` goes back to the fastest.
+
+    Raises:
+        ValueError: for an unknown name or one that the machine does not support.
+    """
+    _C.force_isa(name)
+
+
+# -------------------------------------------------------------------------------------- packing
+
+
+def pack_weight(weight: Tensor, bits: int) -> Tensor:
+    """Packs integer weights into the canonical form.
+
+    Args:
+        weight: int8, ``[O, I/groups, KH, KW]`` or ``[O, I]``, in -2^(bits-1) … 2^(bits-1)-1.
+        bits: 2 to 8.
+
+    Returns:
+        uint8 ``[64 + payload]``: header and bit-planes, or a bitmask and packed nonzeros where that
+        is smaller.
+
+    Raises:
+        TypeError: if ``weight`` is not int8. ValueError: shape, bits or a value out of range.
+    """
+    if weight.dtype != torch.int8:
+        raise TypeError(f"pack_weight expects int8 weights, got {weight.dtype}")
+    if weight.dim() not in (2, 4):
+        raise ValueError(f"pack_weight expects [O, I] or [O, I, KH, KW], got {list(weight.shape)}")
+    w = weight.detach().cpu().contiguous()
+    shape = tuple(w.shape) if w.dim() == 4 else (w.shape[0], w.shape[1], 1, 1)
+    packed = _C.pack(w.data_ptr(), w.numel(), bits, *shape)
+    return torch.frombuffer(bytearray(packed), dtype=torch.uint8)
+
+
+def unpack_weight(packed: Tensor) -> Tensor:
+    """Inverse of :func:`pack_weight`: int8 ``[O, I/groups, KH, KW]``.
+
+    Raises:
+        FileFormatError: if the bytes are damaged, saying how.
+    """
+    packed = _packed_bytes(packed)
+    shape = packed_info(packed)["shape"]
+    try:
+        raw = _C.unpack(packed.data_ptr(), packed.numel())
+    except ValueError as error:
+        raise FileFormatError(str(error)) from None
+    return torch.frombuffer(bytearray(raw), dtype=torch.int8).reshape(shape)
+
+
+def packed_info(packed: Tensor) -> dict:
+    """Header of packed weights: bits, encoding, shape, stored (weights), payload_bytes.
+
+    Raises:
+        FileFormatError: if the header does not describe the buffer.
+    """
+    packed = _packed_bytes(packed)
+    try:
+        return dict(_C.header(packed.data_ptr(), packed.numel()))
+    except ValueError as error:
+        raise FileFormatError(str(error)) from None
+
+
+def _packed_bytes(packed: Tensor) -> Tensor:
+    if packed.dtype != torch.uint8 or packed.dim() != 1:
+        raise FileFormatError(
+            f"packed weights are uint8 of one dimension, got {packed.dtype} {list(packed.shape)}"
+        )
+    return packed.detach().cpu().contiguous()
+
+
+# ------------------------------------------------------------------------------- shared checking
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _channels_last(x: Tensor) -> bool:
+    """Whether the result should be channels_last: the input is, and not just ambiguously so."""
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _geometry(
+    channels: int,
+    out_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[int, ...]:
+    top, left, bottom, right = padding
+    return (
+        channels,
+        out_channels,
+        *kernel_size,
+        *stride,
+        top,
+        left,
+        bottom,
+        right,
+        *dilation,
+        groups,
+    )
+
+
+def _out_size(size: int, before: int, after: int, kernel: int, stride: int, dilation: int) -> int:
+    return (size + before + after - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def _conv_out_shape(
+    x: Tensor,
+    out_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, int, int, int]:
+    top, left, bottom, right = padding
+    h = _out_size(x.shape[2], top, bottom, kernel_size[0], stride[0], dilation[0])
+    w = _out_size(x.shape[3], left, right, kernel_size[1], stride[1], dilation[1])
+    return x.shape[0], out_channels, h, w
+
+
+def _check_input(op: str, x: Tensor, dtypes: tuple[torch.dtype, ...], dims: int | None) -> None:
+    if x.dtype not in dtypes:
+        wanted = " or ".join(str(d) for d in dtypes)
+        raise TypeError(f"adalayer::{op}: expected an input of {wanted}, got {x.dtype}")
+    if dims is not None and x.dim() != dims:
+        raise ValueError(
+            f"adalayer::{op}: expected an input of {dims} dimensions, got shape {list(x.shape)}"
+        )
+
+
+def _check_parameters(op: str, packed: Tensor, scale: Tensor, bias: Tensor) -> None:
+    if packed.dtype != torch.uint8 or packed.dim() != 1 or not packed.is_contiguous():
+        raise TypeError(
+            f"adalayer::{op}: weight_packed must be contiguous uint8 of one dimension, "
+            f"got {packed.dtype} {list(packed.shape)}"
+        )
+    for name, t in (("scale", scale), ("bias", bias)):
+        if t.dtype != torch.float32 or t.shape != scale.shape or not t.is_contiguous():
+            raise TypeError(
+                f"adalayer::{op}: {name} must be contiguous float32 {list(scale.shape)}, "
+                f"got {t.dtype} {list(t.shape)}"
+            )
+
+
+# ---------------------------------------------------------------------------------- conv2d, linear
+
+
+def _conv2d_cpu(
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor,
+    input_scale: float,
+    input_zero_point: int,
+    input_bits: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    lo: float | None = None,
+    hi: float | None = None,
+) -> Tensor:
+    _check_input("conv2d", x, _FLOATS, 4)
+    _check_parameters("conv2d", weight_packed, weight_scale, bias)
+    dtype = x.dtype
+    if dtype != torch.float32:
+        x = x.float()
+    nhwc = _channels_last(x)
+    if not nhwc:
+        x = x.contiguous()
+    n, channels, h, w = x.shape
+    out_channels = weight_scale.shape[0]
+    geometry = _geometry(channels, out_channels, kernel_size, stride, padding, dilation, groups)
+    out = torch.empty(
+        _conv_out_shape(x, out_channels, kernel_size, stride, padding, dilation),
+        dtype=torch.float32,
+        memory_format=torch.channels_last if nhwc else torch.contiguous_format,
+    )
+    _C.conv2d(
+        x.data_ptr(),
+        False,
+        nhwc,
+        n,
+        h,
+        w,
+        geometry,
+        weight_packed.data_ptr(),
+        weight_packed.numel(),
+        weight_scale.data_ptr(),
+        bias.data_ptr(),
+        input_scale,
+        input_zero_point,
+        input_bits,
+        out.data_ptr(),
+        False,
+        nhwc,
+        -_INF if lo is None else lo,
+        _INF if hi is None else hi,
+        0,
+        get_num_threads(),
+    )
+    return out if dtype == torch.float32 else out.to(dtype)
+
+
+def _conv2d_fake(
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor,
+    input_scale: float,
+    input_zero_point: int,
+    input_bits: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    lo: float | None = None,
+    hi: float | None = None,
+) -> Tensor:
+    _check_input("conv2d", x, _FLOATS, 4)
+    shape = _conv_out_shape(x, weight_scale.shape[0], kernel_size, stride, padding, dilation)
+    layout = torch.channels_last if _channels_last(x) else torch.contiguous_format
+    return x.new_empty(shape).contiguous(memory_format=layout)
+
+
+def _conv2d_u8_cpu(
+    x: Tensor,
+    weight_packed: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    input_zero_point: int,
+    output_zero_point: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    lo: int = 0,
+    hi: int = 255,
+) -> Tensor:
+    _check_input("conv2d_u8", x, (torch.uint8,), 4)
+    _check_parameters("conv2d_u8", weight_packed, scale, bias)
+    if not 0 <= lo <= hi <= 255 or not 0 <= output_zero_point <= 255:
+        raise ValueError(
+            "adalayer::conv2d_u8: expected 0 <= lo <= hi <= 255 and a zero point in 0…255, "
+            f"got lo={lo}, hi={hi}, output_zero_point={output_zero_point}"
+        )
+    nhwc = _channels_last(x)
+    if not nhwc:
+        x = x.contiguous()
+    n, channels, h, w = x.shape
+    out_channels = scale.shape[0]
+    geometry = _geometry(channels, out_channels, kernel_size, stride, padding, dilation, groups)
+    out = torch.empty(
+        _conv_out_shape(x, out_channels, kernel_size, stride, padding, dilation),
+        dtype=torch.uint8,
+        memory_format=torch.channels_last if nhwc else torch.contiguous_format,
+    )
+    _C.conv2d(
+        x.data_ptr(),
+        True,
+        nhwc,
+        n,
+        h,
+        w,
+        geometry,
+        weight_packed.data_ptr(),
+        weight_packed.numel(),
+        scale.data_ptr(),
+        bias.data_ptr(),
+        1.0,
+        input_zero_point,
+        8,
+        out.data_ptr(),
+        True,
+        nhwc,
+        float(lo - output_zero_point),
+        float(hi - output_zero_point),
+        output_zero_point,
+        get_num_threads(),
+    )
+    return out
+
+
+def _conv2d_u8_fake(
+    x: Tensor,
+    weight_packed: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    input_zero_point: int,
+    output_zero_point: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    lo: int = 0,
+    hi: int = 255,
+) -> Tensor:
+    _check_input("conv2d_u8", x, (torch.uint8,), 4)
+    shape = _conv_out_shape(x, scale.shape[0], kernel_size, stride, padding, dilation)
+    layout = torch.channels_last if _channels_last(x) else torch.contiguous_format
+    return x.new_empty(shape).contiguous(memory_format=layout)
+
+
+def _linear_cpu(
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor,
+    input_scale: float,
+    input_zero_point: int,
+    input_bits: int,
+    lo: float | None = None,
+    hi: float | None = None,
+) -> Tensor:
+    _check_input("linear", x, _FLOATS, None)
+    if x.dim() == 0:
+        raise ValueError("adalayer::linear: expected an input of at least one dimension")
+    _check_parameters("linear", weight_packed, weight_scale, bias)
+    dtype = x.dtype
+    x = x.float().contiguous()
+    features, out_features = x.shape[-1], weight_scale.shape[0]
+    out = torch.empty((*x.shape[:-1], out_features), dtype=torch.float32)
+    geometry = _geometry(features, out_features, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1)
+    _C.conv2d(
+        x.data_ptr(),
+        False,
+        True,
+        x.numel() // features,
+        1,
+        1,
+        geometry,
+        weight_packed.data_ptr(),
+        weight_packed.numel(),
+        weight_scale.data_ptr(),
+        bias.data_ptr(),
+        input_scale,
+        input_zero_point,
+        input_bits,
+        out.data_ptr(),
+        False,
+        True,
+        -_INF if lo is None else lo,
+        _INF if hi is None else hi,
+        0,
+        get_num_threads(),
+    )
+    return out if dtype == torch.float32 else out.to(dtype)
+
+
+def _linear_fake(
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor,
+    input_scale: float,
+    input_zero_point: int,
+    input_bits: int,
+    lo: float | None = None,
+    hi: float | None = None,
+) -> Tensor:
+    _check_input("linear", x, _FLOATS, None)
+    return x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
+
+
+# ------------------------------------------------------------------------------- element-wise
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x itself where its elements fill its memory in some order, else a contiguous copy."""
+    if x.is_contiguous() or (
+        x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    ):
+        return x
+    return x.contiguous()
+
+
+def _quantize_cpu(x: Tensor, scale: float, zero_point: int, bits: int) -> Tensor:
+    _check_input("quantize", x, _FLOATS, None)
+    x = _dense(x.float())
+    out = torch.empty_like(x, dtype=torch.uint8)
+    _C.quantize(
+        x.data_ptr(), x.numel(), scale, zero_point, bits, out.data_ptr(), get_num_threads()
+    )
+    return out
+
+
+def _quantize_fake(x: Tensor, scale: float, zero_point: int, bits: int) -> Tensor:
+    _check_input("quantize", x, _FLOATS, None)
+    return torch.empty_like(_dense(x), dtype=torch.uint8)
+
+
+def _fake_quantize_cpu(x: Tensor, scale: float, zero_point: int, bits: int) -> Tensor:
+    _check_input("fake_quantize", x, _FLOATS, None)
+    dtype = x.dtype
+    x = _dense(x.float())
+    out = torch.empty_like(x)
+    _C.fake_quantize(
+        x.data_ptr(), x.numel(), scale, zero_point, bits, out.data_ptr(), get_num_threads()
+    )
+    return out if dtype == torch.float32 else out.to(dtype)
+
+
+def _fake_quantize_fake(x: Tensor, scale: float, zero_point: int, bits: int) -> Tensor:
+    _check_input("fake_quantize", x, _FLOATS, None)
+    return torch.empty_like(_dense(x))
+
+
+for _name, _cpu, _fake in (
+    ("conv2d", _conv2d_cpu, _conv2d_fake),
+    ("conv2d_u8", _conv2d_u8_cpu, _conv2d_u8_fake),
+    ("linear", _linear_cpu, _linear_fake),
+    ("quantize", _quantize_cpu, _quantize_fake),
+    ("fake_quantize", _fake_quantize_cpu, _fake_quantize_fake),
+):
+    _library.impl(_name, _cpu, "CPU")
+    torch.library.register_fake(f"adalayer::{_name}", _fake, lib=_library)
+
+conv2d = torch.ops.adalayer.conv2d.default
+conv2d_u8 = torch.ops.adalayer.conv2d_u8.default
+linear = torch.ops.adalayer.linear.default
+quantize = torch.ops.adalayer.quantize.default
+fake_quantize = torch.ops.adalayer.fake_quantize.default

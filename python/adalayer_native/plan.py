@@ -1,0 +1,346 @@
+"""The compression plan: for every layer how many bits its weights keep and how many are pruned.
+
+A :class:`Plan` is plain data. It prints as a table, is edited by assignment
+(``plan["conv1"].bits = 8``), round-trips through JSON, and says nothing about how it is run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ._files import write_text_atomic
+from .errors import FileFormatError, PlanError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from torch import nn
+
+__all__ = ["LayerPlan", "Plan", "layer_kind", "supported_layers"]
+
+PLAN_FORMAT = "adalayer-plan"
+PLAN_VERSION = 1
+KINDS = ("conv2d", "linear")
+PATTERNS = ("unstructured",)
+MIN_BITS, MAX_BITS = 2, 8
+
+
+@dataclass
+class LayerPlan:
+    """What happens to one layer's weight and to the activation that enters it.
+
+    Attributes:
+        name: the layer's name in ``model.named_modules()``.
+        kind: ``"conv2d"`` or ``"linear"``.
+        params: number of weights (the bias is not counted).
+        bits: bits per weight, 2 to 8; ``None`` leaves the layer in float.
+        sparsity: share of weights set to zero, ``0 <= sparsity < 1``.
+        pattern: how zeros are placed; ``"unstructured"``.
+        activation_bits: bits of the layer's input activation, 2 to 8.
+    """
+
+    name: str
+    kind: str
+    params: int
+    bits: int | None
+    sparsity: float = 0.0
+    pattern: str = "unstructured"
+    activation_bits: int = 8
+
+    def check(self) -> None:
+        """Raise :class:`PlanError` where a value is out of range."""
+
+        def bad(what: str, expected: str, got: object) -> PlanError:
+            return PlanError(f"plan of layer {self.name!r}: {what} must be {expected}, got {got!r}")
+
+        if self.kind not in KINDS:
+            raise bad("kind", f"one of {KINDS}", self.kind)
+        if not _is_int(self.params) or self.params < 0:
+            raise bad("params", "a whole number >= 0", self.params)
+        if self.bits is not None and not (
+            _is_int(self.bits) and MIN_BITS <= self.bits <= MAX_BITS
+        ):
+            raise bad("bits", f"a whole number from {MIN_BITS} to {MAX_BITS}, or None", self.bits)
+        if (
+            isinstance(self.sparsity, bool)
+            or not isinstance(self.sparsity, (int, float))
+            or not (math.isfinite(self.sparsity) and 0.0 <= self.sparsity < 1.0)
+        ):
+            raise bad("sparsity", "a number with 0 <= sparsity < 1", self.sparsity)
+        if self.pattern not in PATTERNS:
+            raise bad("pattern", f"one of {PATTERNS}", self.pattern)
+        if not (_is_int(self.activation_bits) and MIN_BITS <= self.activation_bits <= MAX_BITS):
+            raise bad(
+                "activation_bits",
+                f"a whole number from {MIN_BITS} to {MAX_BITS}",
+                self.activation_bits,
+            )
+
+    @property
+    def params_after(self) -> float:
+        """Parameters after compression as the paper counts them: params * (1-P) * B / 32."""
+        if self.bits is None:
+            return float(self.params)
+        return self.params * (1.0 - self.sparsity) * self.bits / 32.0
+
+
+@dataclass
+class Plan:
+    """Plans of all layers, in the model's order.
+
+    Attributes:
+        layers: one :class:`LayerPlan` per layer, by name.
+        method: how the plan came about (``"adalayer"``, ``"uniform"``, ..., ``"manual"``).
+        hyper: the method's hyper-parameters as numbers.
+        scores: per layer ``{"A": ..., "F": ..., "R": ..., "I": ...}`` where they are known.
+        measured: what was measured when the plan was chosen (``"calibration_loss"``, ...).
+    """
+
+    layers: dict[str, LayerPlan]
+    method: str = "manual"
+    hyper: dict[str, float] = field(default_factory=dict)
+    scores: dict[str, dict[str, float]] | None = None
+    measured: dict[str, float] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> LayerPlan:
+        try:
+            return self.layers[name]
+        except KeyError:
+            raise PlanError(_unknown_layer(name, list(self.layers))) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.layers
+
+    @property
+    def average_bits(self) -> float:
+        """Mean bits per weight over all layers; a float layer counts 32, a pruned weight 0."""
+        total = sum(layer.params for layer in self.layers.values())
+        if total == 0:
+            return 0.0
+        return 32.0 * sum(layer.params_after for layer in self.layers.values()) / total
+
+    def check(self) -> None:
+        """Raise :class:`PlanError` where a value of any layer is out of range."""
+        for name, layer in self.layers.items():
+            if layer.name != name:
+                raise PlanError(f"plan entry {name!r} holds a plan for layer {layer.name!r}")
+            layer.check()
+
+    def validate(self, model: nn.Module) -> None:
+        """Check every value, and that the plan fits ``model``.
+
+        Raises:
+            PlanError: a value is out of range, or a layer is unknown, of another kind, or has
+                another number of weights than the plan says.
+            UnsupportedModelError: the model shares a module or a weight between two names.
+        """
+        self.check()
+        modules = supported_layers(model)
+        for name, layer in self.layers.items():
+            if name not in modules:
+                raise PlanError(_unknown_layer(name, list(modules)))
+            module = modules[name]
+            kind = layer_kind(module)
+            if layer.kind != kind:
+                raise PlanError(
+                    f"plan of layer {name!r}: kind must be {kind!r} as in the model, "
+                    f"got {layer.kind!r}"
+                )
+            if layer.params != module.weight.numel():
+                raise PlanError(
+                    f"plan of layer {name!r}: the model's layer has {module.weight.numel()} "
+                    f"weights, the plan says {layer.params}"
+                )
+
+    # -- JSON -------------------------------------------------------------------------------
+
+    def to_json(self) -> str:
+        """The plan as JSON text that :meth:`from_json` reads back to an equal plan."""
+        data: dict[str, Any] = {
+            "format": PLAN_FORMAT,
+            "version": PLAN_VERSION,
+            "method": self.method,
+            "hyper": self.hyper,
+            "measured": self.measured,
+            "layers": [asdict(layer) for layer in self.layers.values()],
+        }
+        if self.scores is not None:
+            data["scores"] = self.scores
+        return json.dumps(data, indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, source: str = "plan") -> Plan:
+        """Read a plan from JSON text; ``source`` names it in messages.
+
+        Raises:
+            FileFormatError: not JSON, or not a plan.
+            PlanError: a plan with a value out of range.
+        """
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise FileFormatError(f"{source}: not valid JSON: {error}") from None
+        if not isinstance(data, dict) or data.get("format") != PLAN_FORMAT:
+            raise FileFormatError(
+                f'{source}: expected a JSON object with "format": "{PLAN_FORMAT}"'
+            )
+        if data.get("version") != PLAN_VERSION:
+            raise FileFormatError(
+                f"{source}: expected plan version {PLAN_VERSION}, got {data.get('version')!r}"
+            )
+        rows = data.get("layers")
+        if not isinstance(rows, list):
+            raise FileFormatError(f'{source}: "layers" must be a list')
+        known = {f.name for f in fields(LayerPlan)}
+        layers: dict[str, LayerPlan] = {}
+        for row in rows:
+            if not isinstance(row, dict) or not isinstance(row.get("name"), str):
+                raise FileFormatError(f'{source}: every layer must be an object with a "name"')
+            name = row["name"]
+            unknown = sorted(set(row) - known)
+            if unknown:
+                raise FileFormatError(f"{source}: layer {name!r} has unknown fields {unknown}")
+            missing = sorted({"kind", "params", "bits"} - set(row))
+            if missing:
+                raise FileFormatError(f"{source}: layer {name!r} lacks the fields {missing}")
+            if name in layers:
+                raise FileFormatError(f"{source}: layer {name!r} appears twice")
+            layers[name] = LayerPlan(**row)
+        method, hyper = data.get("method", "manual"), data.get("hyper", {})
+        scores, measured = data.get("scores"), data.get("measured", {})
+        if not isinstance(method, str) or not isinstance(hyper, dict):
+            raise FileFormatError(f'{source}: "method" must be text and "hyper" an object')
+        if not isinstance(measured, dict):
+            raise FileFormatError(f'{source}: "measured" must be an object')
+        if scores is not None and not isinstance(scores, dict):
+            raise FileFormatError(f'{source}: "scores" must be an object')
+        plan = cls(layers=layers, method=method, hyper=hyper, scores=scores, measured=measured)
+        plan.check()
+        return plan
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON; the file is replaced as a whole or not at all."""
+        write_text_atomic(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan that :meth:`save` wrote.
+
+        Raises:
+            FileFormatError: missing or unreadable file, or not a plan.
+            PlanError: a plan with a value out of range.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise FileFormatError(f"cannot read the plan {os.fspath(path)!r}: {error}") from None
+        return cls.from_json(text, source=os.fspath(path))
+
+    # -- printing ---------------------------------------------------------------------------
+
+    def table(self) -> Table:
+        """The plan as a rich table, one row per layer and a row of totals."""
+        from rich.table import Table
+
+        hyper = ", ".join(f"{key}={value:g}" for key, value in self.hyper.items())
+        table = Table(title=f"Plan ({self.method})", caption=hyper or None)
+        table.add_column("Layer")
+        table.add_column("Kind")
+        for heading in ("Weights", "Bits", "Pruned %", "Act. bits"):
+            table.add_column(heading, justify="right")
+        scored = [key for key in "AFRI" if self.scores and self._has_score(key)]
+        for key in scored:
+            table.add_column(key, justify="right")
+        for layer in self.layers.values():
+            score = (self.scores or {}).get(layer.name, {})
+            table.add_row(
+                layer.name,
+                layer.kind,
+                f"{layer.params:,}",
+                "float" if layer.bits is None else str(layer.bits),
+                f"{100 * layer.sparsity:.1f}",
+                "float" if layer.bits is None else str(layer.activation_bits),
+                *(f"{score[key]:.3f}" if key in score else "" for key in scored),
+            )
+        table.add_section()
+        table.add_row(
+            "total",
+            "",
+            f"{sum(layer.params for layer in self.layers.values()):,}",
+            f"{self.average_bits:.2f}",
+        )
+        return table
+
+    def _has_score(self, key: str) -> bool:
+        return any(key in score for score in (self.scores or {}).values())
+
+    def __rich__(self) -> Table:
+        return self.table()
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=110, no_color=True, highlight=False)
+        with console.capture() as capture:
+            console.print(self.table())
+        return capture.get()
+
+
+def layer_kind(module: nn.Module) -> str:
+    """``"conv2d"`` or ``"linear"`` for a supported layer."""
+    from torch import nn
+
+    return "conv2d" if isinstance(module, nn.Conv2d) else "linear"
+
+
+def supported_layers(model: nn.Module) -> dict[str, Any]:
+    """All ``nn.Conv2d`` and ``nn.Linear`` modules of ``model`` by name, in the model's order.
+
+    Raises:
+        UnsupportedModelError: one module is registered under two names, or two layers share
+            one weight parameter. Both names are given; untie them first.
+    """
+    from torch import nn
+
+    found: dict[str, Any] = {}
+    module_names: dict[int, str] = {}
+    weight_names: dict[int, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, (nn.Conv2d, nn.Linear)):
+            continue
+        if id(module) in module_names:
+            raise UnsupportedModelError(
+                f"layers {module_names[id(module)]!r} and {name!r} are one module registered "
+                f"twice; untie them first (copy.deepcopy one of them)"
+            )
+        if id(module.weight) in weight_names:
+            raise UnsupportedModelError(
+                f"layers {weight_names[id(module.weight)]!r} and {name!r} share one weight "
+                f"parameter; untie them first (give one of them its own copy)"
+            )
+        module_names[id(module)] = name
+        weight_names[id(module.weight)] = name
+        found[name] = module
+    return found
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _unknown_layer(name: object, known: list[str]) -> str:
+    close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4) or known[:3]
+    hint = f"; closest names: {', '.join(map(repr, close))}" if close else ""
+    return f"unknown layer {name!r}{hint}"

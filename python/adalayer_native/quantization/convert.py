@@ -1,0 +1,271 @@
+"""From a prepared model to native layers, and back from a saved file."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from adalayer_native.errors import FileFormatError
+from adalayer_native.plan import LayerPlan, Plan, layer_kind, supported_layers
+from adalayer_native.quantization import ops_table as table
+from adalayer_native.quantization.exact import check_calibrated, fold
+from adalayer_native.quantization.fake_quant import QuantConv2d, QuantLinear
+from adalayer_native.quantization.graph import (
+    ACT_ROOT,
+    build_prepared,
+    metadata,
+    quantizers_of,
+    set_submodule,
+)
+
+_FULL_RANGE = (float("-inf"), float("inf"))
+
+
+def convert(prepared: fx.GraphModule) -> fx.GraphModule:
+    """Replace every quantized layer by its native counterpart.
+
+    Batch norms that follow a native layer are folded into its scale and bias and leave the graph
+    (an ``nn.Identity`` keeps their name), and so does a relu, relu6 or clamp that is the only
+    reader. Activation quantizers that only native layers read are dropped, since a native layer
+    quantizes its own input on the same grid; the others become ``nn.FakeQuantize``.
+
+    Args:
+        prepared: from :func:`prepare`, calibrated. It is copied and stays usable.
+
+    Returns:
+        A graph module in evaluation mode, float32 in and out, same module names.
+
+    Raises:
+        CalibrationError: an activation has no range (run ``calibrate``), or a parameter is not
+            finite.
+        UnsupportedModelError: the model did not come from :func:`prepare`.
+    """
+    from adalayer_native.nn import FakeQuantize
+
+    entries = metadata(prepared, "layers")
+    check_calibrated(prepared)
+    native = copy.deepcopy(prepared)
+    native.eval()
+    clamps = _fuse(native, entries)
+    for name in entries:
+        set_submodule(native, name, _native_layer(prepared, name, clamps.get(name)))
+    for target, kept in metadata(prepared, "quantizers").items():
+        if kept:
+            old = quantizers_of(prepared)[target]
+            new = FakeQuantize(old.scale, old.zero_point, old.bits)
+            set_submodule(native, target, new)
+        else:
+            _bypass(native, target)
+            native.delete_submodule(target)
+    if not list(native.get_submodule(ACT_ROOT).children()):
+        native.delete_submodule(ACT_ROOT)
+    native.graph.lint()
+    native.recompile()
+    native.eval()
+    return native
+
+
+def _native_layer(prepared: fx.GraphModule, name: str, clamp: Any) -> Any:
+    from adalayer_native.nn import Conv2d, Linear
+
+    layer = prepared.get_submodule(name)
+    folded = fold(prepared, name)
+    quantizer = folded.quantizer
+    common: dict[str, Any] = {
+        "input_scale": quantizer.scale,
+        "input_zero_point": quantizer.zero_point,
+        "input_bits": quantizer.bits,
+        "activation": clamp,
+    }
+    if isinstance(layer, QuantLinear):
+        return Linear.from_quantized(
+            folded.weight, layer.bits, folded.weight_scale, folded.bias, **common
+        )
+    assert isinstance(layer, QuantConv2d)
+    top, bottom, left, right = layer.four_paddings()
+    return Conv2d.from_quantized(
+        folded.weight,
+        layer.bits,
+        folded.weight_scale,
+        folded.bias,
+        stride=layer.stride,
+        padding=(top, left, bottom, right),
+        dilation=layer.dilation,
+        groups=layer.groups,
+        **common,
+    )
+
+
+def _fuse(native: fx.GraphModule, entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Take folded batch norms and fusable activations out of the graph; clamp range by layer."""
+    norms = {entry["batch_norm"] for entry in entries.values()} - {None}
+    for target in norms:
+        _bypass(native, target)
+        set_submodule(native, target, nn.Identity())
+    modules = dict(native.named_modules())
+    calls: dict[str, list[fx.Node]] = {}
+    for node in native.graph.nodes:
+        if node.op == "call_module" and node.target in entries:
+            calls.setdefault(str(node.target), []).append(node)
+    clamps: dict[str, Any] = {}
+    for name, nodes in calls.items():
+        readers = [next(iter(node.users)) for node in nodes if len(node.users) == 1]
+        ranges = {table.clamp_range(reader, modules) for reader in readers}
+        # A layer that is called twice can only take over what follows it at both places.
+        if len(readers) != len(nodes) or len(ranges) != 1 or None in ranges:
+            continue
+        pairs = list(zip(nodes, readers, strict=True))
+        if any(table.source(reader) is not node for node, reader in pairs):
+            continue
+        bounds = ranges.pop()
+        assert bounds is not None
+        if not bounds[0] <= bounds[1] or bounds == _FULL_RANGE:
+            continue
+        # A native layer has no bound where torch has an infinite one.
+        clamps[name] = tuple(None if abs(bound) == float("inf") else bound for bound in bounds)
+        for node, reader in pairs:
+            reader.replace_all_uses_with(node)
+            native.graph.erase_node(reader)
+    return clamps
+
+
+def _bypass(native: fx.GraphModule, target: str) -> None:
+    """Remove every call of the module at ``target``; its readers read its operand."""
+    for node in list(native.graph.nodes):
+        if node.op == "call_module" and node.target == target:
+            operand = table.source(node)
+            assert operand is not None
+            node.replace_all_uses_with(operand)
+            native.graph.erase_node(node)
+
+
+def restore(model: nn.Module, path: str | os.PathLike[str]) -> fx.GraphModule:
+    """Rebuild a converted model from its float architecture and a saved safetensors file.
+
+    The file says by itself which layers are native and with how many bits; neither a plan nor
+    calibration data is needed.
+
+    Args:
+        model: the float model that was compressed; only its architecture is used.
+        path: file with the ``state_dict`` of what :func:`convert` returned.
+
+    Returns:
+        The converted model, in evaluation mode.
+
+    Raises:
+        FileFormatError: the file is missing, corrupt, or does not fit the model; names the tensor.
+    """
+    tensors = _read(path)
+    skeleton = _skeleton(model, tensors, path)
+    expected = {key: tuple(value.shape) for key, value in skeleton.state_dict().items()}
+    missing = sorted(set(expected) - set(tensors))
+    extra = sorted(set(tensors) - set(expected))
+    if missing or extra:
+        raise FileFormatError(
+            f"{os.fspath(path)}: does not fit {type(model).__name__}: "
+            f"missing {missing[:5]}, unexpected {extra[:5]}"
+        )
+    for key, shape in expected.items():
+        # A packed payload's length depends on how many weights are zero.
+        if not key.endswith(".weight_packed") and tuple(tensors[key].shape) != shape:
+            raise FileFormatError(
+                f"{os.fspath(path)}: tensor {key!r} has shape {tuple(tensors[key].shape)}, "
+                f"expected {shape}"
+            )
+        if tensors[key].is_floating_point() and not bool(torch.isfinite(tensors[key]).all()):
+            raise FileFormatError(f"{os.fspath(path)}: tensor {key!r} contains NaN or infinity")
+    try:
+        skeleton.load_state_dict(tensors)
+    except (RuntimeError, ValueError) as error:
+        raise FileFormatError(f"{os.fspath(path)}: {error}") from error
+    return skeleton
+
+
+def _read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        return load(Path(path).read_bytes())
+    except OSError as error:
+        raise FileFormatError(f"{os.fspath(path)}: cannot be read: {error.strerror}") from error
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise FileFormatError(
+            f"{os.fspath(path)}: not a valid safetensors file: {error}"
+        ) from error
+
+
+def _skeleton(
+    model: nn.Module, tensors: dict[str, Tensor], path: str | os.PathLike[str]
+) -> fx.GraphModule:
+    """Converted model of the right structure, with placeholder values."""
+    suffix = ".weight_packed"
+    native = {key[: -len(suffix)] for key in tensors if key.endswith(suffix)}
+    layers = supported_layers(model)
+    unknown = sorted(native - set(layers))
+    if unknown:
+        raise FileFormatError(
+            f"{os.fspath(path)}: layers {unknown[:5]} are not in {type(model).__name__}"
+        )
+    plans: dict[str, LayerPlan] = {}
+    for name, module in layers.items():
+        bits: int | None = None
+        activation_bits = 8
+        if name in native:
+            bits = _packed_bits(tensors[name + suffix], name, path)
+            activation_bits = _activation_bits(tensors, name, path)
+        plans[name] = LayerPlan(
+            name=name,
+            kind=layer_kind(module),
+            params=module.weight.numel(),
+            bits=bits,
+            activation_bits=activation_bits,
+        )
+    prepared = build_prepared(model, Plan(plans, method="restored"), empty=True)
+    if prepared.meta["kept_float"]:
+        raise FileFormatError(
+            f"{os.fspath(path)}: holds native layers that {type(model).__name__} cannot have: "
+            f"{prepared.meta['kept_float']}"
+        )
+    for quantizer in quantizers_of(prepared).values():
+        quantizer.set_range(0.0, 1.0)
+    with torch.no_grad():
+        for name in native:
+            layer = prepared.get_submodule(name)
+            assert isinstance(layer, (QuantConv2d, QuantLinear))
+            layer.weight.zero_()  # whatever the model held must not matter, NaN included
+            if layer.bias is not None:
+                layer.bias.zero_()
+            norm_name = prepared.meta["layers"][name]["batch_norm"]
+            if norm_name is not None:
+                norm = prepared.get_submodule(norm_name)
+                assert isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d))
+                norm.reset_running_stats()
+                norm.reset_parameters()
+    return convert(prepared)
+
+
+def _packed_bits(packed: Tensor, name: str, path: str | os.PathLike[str]) -> int:
+    from adalayer_native.ops import packed_info
+
+    try:
+        return int(packed_info(packed)["bits"])
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise FileFormatError(f"{os.fspath(path)}: layer {name!r}: {error}") from error
+
+
+def _activation_bits(tensors: dict[str, Tensor], name: str, path: str | os.PathLike[str]) -> int:
+    qparams = tensors.get(f"{name}.input_qparams")
+    if qparams is None or qparams.numel() != 3:
+        raise FileFormatError(
+            f"{os.fspath(path)}: tensor '{name}.input_qparams' is missing or not of 3 elements"
+        )
+    return int(qparams.reshape(-1)[2])
+
+
+__all__ = ["convert", "restore"]

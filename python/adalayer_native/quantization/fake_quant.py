@@ -1,0 +1,295 @@
+"""Modules that simulate integer layers in float: activations, convolution and linear.
+
+Outside training and in float32 their values are those of the native kernels up to the rounding of
+float32 sums; inside ``simulate(exact=True)`` they are the same bits (see ``exact.py``).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adalayer_native.errors import CalibrationError, PlanError, UnsupportedModelError
+from adalayer_native.quantization.weights import per_channel, quantize_weight, weight_range
+
+if TYPE_CHECKING:
+    from adalayer_native.quantization.exact import ExactLayer
+    from adalayer_native.quantization.observers import Observer
+
+
+class _QuantizeWeight(torch.autograd.Function):
+    """``mask * clamp(rne(w/s)) * s`` with a straight-through gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, mask: Tensor | None, bits: int) -> Tensor:
+        low, high = weight_range(bits)
+        levels = torch.div(weight, scale)
+        if weight.requires_grad:
+            # -1 / 0 / +1: below, inside and above the range.
+            above = (levels > high + 0.5).to(torch.int8)
+            ctx.save_for_backward(above.sub_((levels < low - 0.5).to(torch.int8)), mask)
+        out = levels.round_().clamp_(low, high)
+        if mask is not None:
+            out.mul_(mask)
+        return out.mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        side, mask = ctx.saved_tensors
+        # A clipped weight only moves when the step (against the gradient) leads back into the
+        # range; were it frozen altogether, it would stay clipped for the rest of the training.
+        out = grad * ((side * grad) >= 0)
+        if mask is not None:
+            out = out * mask
+        return out, None, None, None
+
+
+class _QuantizeActivation(torch.autograd.Function):
+    """Round to the grid; the gradient passes inside the range and stops outside."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: float, inverse: float, low: float, high: float
+    ) -> Tensor:
+        ctx.save_for_backward(x)
+        # Half a step beyond the outer levels still rounds to them without an error of its own.
+        ctx.range = (low - 0.5) * scale, (high + 0.5) * scale
+        return torch.mul(x, inverse).clamp_(low, high).round_().mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (x,) = ctx.saved_tensors
+        # One vectorised pass; comparing and multiplying by hand takes three and a mask.
+        passed = torch.ops.aten.hardtanh_backward(grad, x, *ctx.range)
+        return passed, None, None, None, None
+
+
+class ActivationQuantizer(nn.Module):
+    """Fake quantization of one stored tensor, u8 with a zero point.
+
+    ``q = rne(clamp(x * inv, -z, qmax - z)) + z`` with ``qmax = 2^bits - 1`` and the float32
+    ``inv = 1 / scale``; the output is ``(q - z) * scale``. Zero is always on the grid exactly.
+    Before calibration values pass through unchanged.
+
+    Attributes:
+        qparams: float32 ``[3]`` buffer ``(scale, zero_point, bits)``; scale 0 = not calibrated.
+        observer: collects the range while calibration runs, else ``None``.
+    """
+
+    qparams: Tensor
+
+    def __init__(self, bits: int = 8, *, name: str = "") -> None:
+        super().__init__()
+        weight_range(bits)  # the same limits hold for activations
+        self.bits = bits
+        self.name = name
+        self.register_buffer("qparams", torch.tensor([0.0, 0.0, float(bits)]))
+        self.observer: Observer | None = None
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether a range has been set."""
+        return float(self.qparams[0]) > 0.0
+
+    @property
+    def scale(self) -> float:
+        """Width of one level, a float32 value."""
+        return float(self.qparams[0])
+
+    @property
+    def zero_point(self) -> int:
+        """The level that means 0.0."""
+        return int(self.qparams[1])
+
+    def set_range(self, low: float, high: float) -> None:
+        """Choose scale and zero point for values from ``low`` to ``high`` (0 is included).
+
+        Raises:
+            CalibrationError: a bound is NaN or infinite.
+        """
+        scale, zero_point = grid(low, high, self.bits, name=self.name)
+        self.qparams.copy_(torch.tensor([scale, float(zero_point), float(self.bits)]))
+
+    def constants(self) -> tuple[float, float, float, float]:
+        """``(scale, inv, low, high)`` as used by the kernels: float32 values, integer bounds."""
+        scale, zero_point, _ = self.qparams.tolist()
+        inverse = float(torch.reciprocal(self.qparams[0]))
+        return scale, inverse, -zero_point, (1 << self.bits) - 1 - zero_point
+
+    def levels(self, x: Tensor) -> Tensor:
+        """``q - z``: whole numbers in float32, the operand of the native accumulation."""
+        _, inverse, low, high = self.constants()
+        return torch.mul(x, inverse).clamp_(low, high).round_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.observer is not None:
+            self.observer.observe(x)
+            return x
+        if not self.calibrated:
+            return x
+        if torch.is_grad_enabled() and x.requires_grad:
+            out: Tensor = _QuantizeActivation.apply(x, *self.constants())
+            return out
+        scale, inverse, low, high = self.constants()
+        return torch.mul(x, inverse).clamp_(low, high).round_().mul_(scale)
+
+    def extra_repr(self) -> str:
+        if not self.calibrated:
+            return f"bits={self.bits}, not calibrated"
+        return f"bits={self.bits}, scale={self.scale:.6g}, zero_point={self.zero_point}"
+
+
+def grid(low: float, high: float, bits: int, *, name: str = "") -> tuple[float, int]:
+    """Scale (a float32 value) and zero point of the ``bits`` wide grid covering ``low ... high``.
+
+    Raises:
+        CalibrationError: a bound is NaN or infinite; ``name`` names the tensor.
+    """
+    if not (abs(low) < float("inf") and abs(high) < float("inf")):
+        raise CalibrationError(
+            f"range of {name or 'an activation'} is ({low}, {high}); expected finite numbers"
+        )
+    low, high = min(low, 0.0), max(high, 0.0)
+    top = (1 << bits) - 1
+    if high == low:
+        return 1.0, 0  # only zeros were seen; any scale represents them
+    # Far below any useful step, far above where 1/scale would overflow.
+    scale = float(torch.tensor(max((high - low) / top, 2.0**-100), dtype=torch.float32))
+    return scale, max(0, min(top, round(-low / scale)))
+
+
+class _QuantLayer:
+    """What the two layers share: bits, mask, scales. Mixed into ``nn.Conv2d`` / ``nn.Linear``."""
+
+    weight: Tensor
+    weight_scale: Tensor
+    mask: Tensor | None
+    bits: int
+    name: str
+    folds_batch_norm: bool
+    exact: ExactLayer | None
+
+    def _setup(self, bits: int, mask: Tensor | None, name: str) -> None:
+        assert isinstance(self, nn.Module)
+        weight_range(bits)
+        if mask is not None and mask.shape != self.weight.shape:
+            raise PlanError(
+                f"layer {name!r}: mask has shape {tuple(mask.shape)}, "
+                f"expected {tuple(self.weight.shape)}"
+            )
+        self.bits = bits
+        self.name = name
+        self.folds_batch_norm = False
+        # Set only inside simulate(exact=True): replaces the float computation of forward.
+        self.exact = None
+        self.register_buffer("mask", mask)
+        self.register_buffer(
+            "weight_scale", torch.ones(self.weight.shape[0], device=self.weight.device)
+        )
+
+    def refresh_scales(self) -> None:
+        """Recompute ``weight_scale`` as the MSE-optimal scale of the present weight."""
+        try:
+            _, scale = quantize_weight(self.weight, self.bits, self.mask)
+        except CalibrationError as error:
+            raise CalibrationError(f"layer {self.name!r}: {error}") from None
+        self.weight_scale.copy_(scale)
+
+    def quantized_weight(self) -> Tensor:
+        """Eq. (4): ``W_opt = mask * Q_b(W)``, float32, differentiable straight through."""
+        scale = per_channel(self.weight_scale, self.weight.dim())
+        out: Tensor = _QuantizeWeight.apply(self.weight, scale, self.mask, self.bits)
+        return out
+
+    def _describe(self) -> str:
+        text = f", bits={self.bits}"
+        if self.mask is not None:
+            text += f", pruned={1.0 - float(self.mask.float().mean()):.3f}"
+        return text
+
+
+class QuantConv2d(_QuantLayer, nn.Conv2d):
+    """Convolution whose weight is pruned and quantized on every forward (eq. 4).
+
+    Input and output are float32 ``[N, C, H, W]``. The parameter ``weight`` stays float; the
+    buffers are ``mask`` (bool, or ``None`` where nothing is pruned) and ``weight_scale``
+    (float32 ``[O]``), which is fixed between calls of :meth:`refresh_scales`.
+    """
+
+    @classmethod
+    def from_layer(
+        cls, layer: nn.Conv2d, bits: int, mask: Tensor | None = None, *, name: str = ""
+    ) -> QuantConv2d:
+        """Take over parameters and geometry of a float convolution; scales are not yet chosen."""
+        new = cls(
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,  # type: ignore[arg-type]
+            stride=layer.stride,  # type: ignore[arg-type]
+            padding=layer.padding,  # type: ignore[arg-type]
+            dilation=layer.dilation,  # type: ignore[arg-type]
+            groups=layer.groups,
+            bias=layer.bias is not None,
+            device="meta",
+        )
+        new.weight, new.bias = layer.weight, layer.bias
+        new._setup(bits, mask, name)
+        new.train(layer.training)
+        return new
+
+    def four_paddings(self) -> tuple[int, int, int, int]:
+        """Zero padding as ``(top, bottom, left, right)``; resolves ``"same"`` and ``"valid"``."""
+        if self.padding == "valid":
+            return 0, 0, 0, 0
+        if self.padding == "same":
+            totals = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+            # The odd element goes to the end, as torch does.
+            (top, left) = (total // 2 for total in totals)
+            return top, totals[0] - top, left, totals[1] - left
+        assert not isinstance(self.padding, str)
+        vertical, horizontal = self.padding
+        return vertical, vertical, horizontal, horizontal
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.exact is not None:
+            return self.exact.run(input)
+        out: Tensor = self._conv_forward(input, self.quantized_weight(), self.bias)
+        return out
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}{self._describe()}"
+
+
+class QuantLinear(_QuantLayer, nn.Linear):
+    """Linear layer whose weight is pruned and quantized on every forward (eq. 4).
+
+    Input float32 ``[..., I]``, output ``[..., O]``; state as in :class:`QuantConv2d`.
+    """
+
+    @classmethod
+    def from_layer(
+        cls, layer: nn.Linear, bits: int, mask: Tensor | None = None, *, name: str = ""
+    ) -> QuantLinear:
+        """Take over the parameters of a float layer; scales are not yet chosen."""
+        new = cls(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        new.weight, new.bias = layer.weight, layer.bias
+        new._setup(bits, mask, name)
+        new.train(layer.training)
+        return new
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.folds_batch_norm and input.dim() != 2:
+            # BatchNorm1d normalises axis 1, which is the layer's output only for [N, O].
+            raise UnsupportedModelError(
+                f"layer {self.name!r} is followed by a batch norm that would be folded; expected "
+                f"a 2-D input, got shape {tuple(input.shape)}. Keep this layer in float"
+            )
+        if self.exact is not None:
+            return self.exact.run(input)
+        return F.linear(input, self.quantized_weight(), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}{self._describe()}"

@@ -1,0 +1,172 @@
+"""Which tensors the file of a converted model will hold, before anything is quantized."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from adalayer_native.plan import Plan
+from adalayer_native.quantization.graph import (
+    ACT_ROOT,
+    Structure,
+    analyse,
+    check_model,
+    quantizable,
+    trace,
+)
+
+
+@dataclass(frozen=True)
+class NativeLayer:
+    """A layer as it will be stored.
+
+    Attributes:
+        name: layer name.
+        kind: ``"conv2d"`` or ``"linear"``.
+        weight_shape: shape of the weight; ``weight_shape[0]`` is the number of output channels.
+        bits: bits per weight.
+        sparsity: share of zeros that the plan asks for (rounding adds more).
+        activation_bits: bits of the input.
+        batch_norm: the batch norm that is folded into it and disappears, or ``None``.
+    """
+
+    name: str
+    kind: str
+    weight_shape: tuple[int, ...]
+    bits: int
+    sparsity: float
+    activation_bits: int
+    batch_norm: str | None
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        count = 1
+        for size in self.weight_shape:
+            count *= size
+        return count
+
+
+@dataclass(frozen=True)
+class NativeLayout:
+    """Contents of the saved file of ``convert(prepare(model, plan))``.
+
+    Attributes:
+        layers: native layers by name.
+        quantizers: names of kept activation quantizers; each stores ``<name>.qparams``.
+        float_tensors: ``(key, shape, dtype)`` of everything that stays as it is.
+        kept_float: reason by name for layers that the plan quantizes but that stay float.
+    """
+
+    layers: dict[str, NativeLayer]
+    quantizers: list[str]
+    float_tensors: list[tuple[str, tuple[int, ...], torch.dtype]]
+    kept_float: dict[str, str]
+
+    def entries(self) -> list[tuple[str, str, tuple[int, ...] | None]]:
+        """Every tensor as ``(key, safetensors dtype, shape)``.
+
+        The shape is ``None`` for ``<layer>.weight_packed``, whose length depends on bits and
+        zeros.
+        """
+        found: list[tuple[str, str, tuple[int, ...] | None]] = []
+        for name, layer in self.layers.items():
+            channels = (layer.weight_shape[0],)
+            found.append((f"{name}.weight_packed", "U8", None))
+            found.append((f"{name}.weight_scale", "F32", channels))
+            found.append((f"{name}.bias", "F32", channels))
+            found.append((f"{name}.input_qparams", "F32", (3,)))
+        found += [(f"{name}.qparams", "F32", (3,)) for name in self.quantizers]
+        found += [(key, _DTYPES[dtype], shape) for key, shape, dtype in self.float_tensors]
+        return found
+
+
+_DTYPES = {
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+class _Cache:
+    """Trace of one model and its structure per set of quantized layers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.signature = _signature(model)
+        self.graph: fx.Graph = trace(model)
+        self.structures: dict[frozenset[str], Structure] = {}
+
+
+_caches: weakref.WeakKeyDictionary[nn.Module, _Cache] = weakref.WeakKeyDictionary()
+
+
+def _signature(model: nn.Module) -> tuple[tuple[str, int], ...]:
+    return tuple((name, id(module)) for name, module in model.named_modules())
+
+
+def native_layout(model: nn.Module, plan: Plan) -> NativeLayout:
+    """Tensors of the file that ``convert(prepare(model, plan))`` would be saved to.
+
+    Cheap: the model is traced once, and analysed once per set of quantized layers (bits and
+    sparsity do not matter for the structure). Both are remembered per model object and forgotten
+    when one of its modules is exchanged.
+
+    Raises:
+        UnsupportedModelError: not traceable, shared weights, or no supported layer.
+        PlanError: the plan does not fit the model.
+    """
+    check_model(model)
+    plan.validate(model)
+    cache = _caches.get(model)
+    if cache is None or cache.signature != _signature(model):
+        cache = _Cache(model)
+        _caches[model] = cache
+    bits, kept_float = quantizable(model, plan, cache.graph)
+    modules = dict(model.named_modules())
+    key = frozenset(bits)
+    structure = cache.structures.get(key)
+    if structure is None:
+        structure = analyse(cache.graph, modules, set(bits))
+        cache.structures[key] = structure
+    layers: dict[str, NativeLayer] = {}
+    for name, width in bits.items():
+        weight = modules[name].weight
+        assert isinstance(weight, Tensor)
+        layers[name] = NativeLayer(
+            name=name,
+            kind=plan[name].kind,
+            weight_shape=tuple(weight.shape),
+            bits=width,
+            sparsity=plan[name].sparsity,
+            activation_bits=plan[name].activation_bits,
+            batch_norm=structure.batch_norms.get(name),
+        )
+    gone = set(bits) | set(structure.batch_norms.values())
+    return NativeLayout(
+        layers=layers,
+        quantizers=[f"{ACT_ROOT}.{site.name}" for site in structure.sites.values() if site.kept],
+        float_tensors=_remaining(model, structure, gone),
+        kept_float=kept_float,
+    )
+
+
+def _remaining(
+    model: nn.Module, structure: Structure, gone: set[str]
+) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+    used = [target for target in structure.used if target not in gone]
+    found = []
+    for key, value in model.state_dict().items():
+        # The graph keeps only what it calls or reads.
+        if any(key == target or key.startswith(f"{target}.") for target in used):
+            found.append((key, tuple(value.shape), value.dtype))
+    return found

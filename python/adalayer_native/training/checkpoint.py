@@ -1,0 +1,145 @@
+"""Checkpoints of a training run: one safetensors file, replaced as a whole, no pickle.
+
+Tensors are stored as ``model.<key>``, ``optimizer.<parameter>.<state>`` and ``rng``; everything
+else (where the run stands, its options, its history) is JSON in the file's metadata.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adalayer_native._files import write_atomic
+from adalayer_native.errors import FileFormatError
+
+_FORMAT = "adalayer-finetune"
+_VERSION = "1"
+
+
+@dataclass
+class Progress:
+    """Where a run stands: ``step`` batches of ``epoch`` are done.
+
+    Attributes:
+        epoch: epochs completed.
+        step: batches of the present epoch completed.
+        seconds: training time so far, over all sessions of the run.
+        loss: sum of sample losses in the present epoch.
+        correct: correctly classified samples in the present epoch.
+        labelled: samples with a label in the present epoch.
+        samples: samples in the present epoch.
+        finished: the run is complete.
+        history: one entry per completed epoch.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    loss: float = 0.0
+    correct: int = 0
+    labelled: int = 0
+    samples: int = 0
+    finished: bool = False
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def fingerprint(model: nn.Module, options: dict[str, Any]) -> str:
+    """Hash of the options and of every tensor that the run starts from."""
+    digest = hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode())
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    identity: str,
+) -> None:
+    """Write the state of a run; an interruption leaves the previous file."""
+    from safetensors.torch import save as serialise
+
+    tensors = {f"model.{key}": value.detach() for key, value in model.state_dict().items()}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{names[id(parameter)]}.{key}"] = value.detach()
+    tensors["rng"] = torch.get_rng_state()
+    metadata = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "identity": identity,
+        "progress": json.dumps(asdict(progress)),
+    }
+    # clone: safetensors refuses views that share memory, channels_last is made contiguous
+    stored = {key: value.cpu().contiguous().clone() for key, value in tensors.items()}
+    write_atomic(path, serialise(stored, metadata))
+
+
+def load(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    identity: str,
+) -> tuple[Progress, Tensor] | None:
+    """Restore a run into ``model`` and ``optimizer``.
+
+    Returns:
+        Where it stands and the random state, or ``None`` if the file belongs to another run
+        (other options, plan, data seed or initial weights); nothing is changed then.
+
+    Raises:
+        FileFormatError: the file cannot be read or is not a checkpoint.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    shown = os.fspath(path)
+    if not Path(path).is_file():
+        raise FileFormatError(f"checkpoint {shown!r}: not a file")
+    try:
+        with safe_open(shown, framework="pt") as handle:
+            metadata = handle.metadata() or {}
+            if metadata.get("format") != _FORMAT or metadata.get("version") != _VERSION:
+                raise FileFormatError(
+                    f"checkpoint {shown!r}: expected format {_FORMAT} version {_VERSION}, got "
+                    f"{metadata.get('format')} version {metadata.get('version')}"
+                )
+            if metadata.get("identity") != identity:
+                return None
+            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+            progress = Progress(**json.loads(metadata["progress"]))
+        state = {
+            key.removeprefix("model."): value
+            for key, value in tensors.items()
+            if key.startswith("model.")
+        }
+        model.load_state_dict(state)
+        parameters = dict(model.named_parameters())
+        for key, value in tensors.items():
+            if key.startswith("optimizer."):
+                name, _, entry = key.removeprefix("optimizer.").rpartition(".")
+                parameter = parameters[name]
+                if value.dim() == parameter.dim() and value.dim():
+                    # Same memory layout as the parameter, or sums could be ordered differently.
+                    value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+                optimizer.state[parameter][entry] = value
+        return progress, tensors["rng"]
+    except FileFormatError:
+        raise
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise FileFormatError(
+            f"checkpoint {shown!r} is corrupt ({type(error).__name__}: {error}); delete it to "
+            "start again"
+        ) from error
