@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 TOOLS_STAMP := $(VENV)/.stamp-tools
 PACKAGE_STAMP := $(VENV)/.stamp-package
 SOURCES := CMakeLists.txt pyproject.toml $(wildcard README.md LICENSE) \
-  $(shell find csrc python tests/cpp -type f -not -name '*.pyc' 2>/dev/null)
+  $(shell find csrc python tests/cpp -type f -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
 CXX_FILES = $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.hpp' -o -name '*.h' \
   -o -name '*.inc' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
@@ -77,7 +77,7 @@ sanitize: $(TOOLS_STAMP)
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	rm -f $(PACKAGE_STAMP)
+	rm -f $(PACKAGE_STAMP) python/adalayer_native/*.so
 	find python tests bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean

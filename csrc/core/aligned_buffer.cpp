@@ -45,9 +45,7 @@ AlignedBuffer::AlignedBuffer(std::size_t bytes) {
   size_ = bytes;
 }
 
-AlignedBuffer::~AlignedBuffer() {
-  std::free(data_);
-}
+AlignedBuffer::~AlignedBuffer() { std::free(data_); }
 
 AlignedBuffer::AlignedBuffer(AlignedBuffer&& other) noexcept
     : data_(std::exchange(other.data_, nullptr)),

@@ -23,9 +23,7 @@ constexpr std::string_view kEnvironment = "ADALAYER_FORCE_ISA";
 
 #if defined(__x86_64__)
 
-constexpr bool bit(std::uint32_t word, int index) {
-  return ((word >> index) & 1U) != 0;
-}
+constexpr bool bit(std::uint32_t word, int index) { return ((word >> index) & 1U) != 0; }
 
 // XCR0: which register states the operating system saves. Written in assembly because the
 // _xgetbv intrinsic would need -mxsave for this whole file.
@@ -87,9 +85,7 @@ CpuFeatures detect() {
 
 #else
 
-CpuFeatures detect() {
-  return {};
-}
+CpuFeatures detect() { return {}; }
 
 #endif
 
@@ -195,9 +191,7 @@ std::string_view isa_name(Isa isa) {
   return index >= 0 && index < kIsaCount ? kNames[index] : std::string_view("unknown");
 }
 
-bool isa_supported(Isa isa) {
-  return in_build(isa) && on_machine(isa);
-}
+bool isa_supported(Isa isa) { return in_build(isa) && on_machine(isa); }
 
 std::vector<Isa> supported_isas() {
   std::vector<Isa> out;
@@ -207,9 +201,7 @@ std::vector<Isa> supported_isas() {
   return out;
 }
 
-Isa best_isa() {
-  return supported_isas().back();
-}
+Isa best_isa() { return supported_isas().back(); }
 
 Isa active_isa() {
   const int active = g_active.load(std::memory_order_acquire);

@@ -166,6 +166,8 @@ CanonicalHeader read_header(std::span<const uint8_t> packed) {
     corrupt("bits must be 2 to 8, got " + std::to_string(h.bits));
   if (h.encoding > static_cast<uint8_t>(Encoding::Bitmask))
     corrupt("unknown encoding " + std::to_string(h.encoding));
+  for (uint8_t byte : h.reserved)
+    if (byte != 0) corrupt("reserved header bytes are not zero");
   // The count is bounded factor by factor, so that a forged header cannot overflow the product.
   constexpr uint64_t kMaxCount = uint64_t{1} << 36;
   uint64_t count = 1;

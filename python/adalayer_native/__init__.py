@@ -1,0 +1,61 @@
+"""adalayer_native: layer-wise compression of PyTorch CNNs, run on native low-bit kernels.
+
+The main job in one call is :func:`compress`; its steps are :func:`analyze`, :func:`allocate`,
+:func:`prepare`, :func:`calibrate`, :func:`finetune`, :func:`convert` and :func:`save`.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from adalayer_native import nn, ops
+from adalayer_native.allocation import Budget, allocate, estimate_bytes
+from adalayer_native.compress import Compressed, compress
+from adalayer_native.errors import (
+    AdaError,
+    BudgetError,
+    CalibrationError,
+    DataError,
+    FileFormatError,
+    PlanError,
+    UnsupportedModelError,
+)
+from adalayer_native.files import save
+from adalayer_native.importance import LayerScores, analyze
+from adalayer_native.ops import get_num_threads, set_num_threads
+from adalayer_native.plan import LayerPlan, Plan
+from adalayer_native.quantization import calibrate, convert, prepare, restore, simulate
+from adalayer_native.training import finetune
+
+try:
+    __version__ = version("adalayer_native")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0.0.0"
+
+__all__ = [
+    "AdaError",
+    "Budget",
+    "BudgetError",
+    "CalibrationError",
+    "Compressed",
+    "DataError",
+    "FileFormatError",
+    "LayerPlan",
+    "LayerScores",
+    "Plan",
+    "PlanError",
+    "UnsupportedModelError",
+    "allocate",
+    "analyze",
+    "calibrate",
+    "compress",
+    "convert",
+    "estimate_bytes",
+    "finetune",
+    "get_num_threads",
+    "nn",
+    "ops",
+    "prepare",
+    "restore",
+    "save",
+    "set_num_threads",
+    "simulate",
+]

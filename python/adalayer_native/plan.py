@@ -63,9 +63,7 @@ class LayerPlan:
             raise bad("kind", f"one of {KINDS}", self.kind)
         if not _is_int(self.params) or self.params < 0:
             raise bad("params", "a whole number >= 0", self.params)
-        if self.bits is not None and not (
-            _is_int(self.bits) and MIN_BITS <= self.bits <= MAX_BITS
-        ):
+        if self.bits is not None and not (_is_int(self.bits) and MIN_BITS <= self.bits <= MAX_BITS):
             raise bad("bits", f"a whole number from {MIN_BITS} to {MAX_BITS}, or None", self.bits)
         if (
             isinstance(self.sparsity, bool)

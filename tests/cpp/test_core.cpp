@@ -402,6 +402,4 @@ TEST(default_thread_count) {
   set_default_threads(before);
 }
 
-int main(int argc, char** argv) {
-  return check::run_all(argc, argv);
-}
+int main(int argc, char** argv) { return check::run_all(argc, argv); }

@@ -2,8 +2,9 @@
 
 Three steps. A grid over all hyper-parameters gives plans; duplicates and plans beyond the budget
 go, and so do plans that leave much of it unused. A proxy ranks the rest: the squared weight error
-of every layer, times the loss that one unit of such error cost when the layer was probed. The
-best few are then tried on calibration data, and around the winner a finer grid is tried again.
+of every layer relative to the probe's, weighted by the square root of A. The best few, and the
+uniform plans, are then tried on calibration data, and around the best of them finer grids are
+tried until nothing better comes.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from ..errors import PlanError
 from ..importance.analyze import dequantized
 from ..importance.scores import LayerScores
 from ..plan import Plan
+from ..pruning.masks import magnitude_mask, pruned_count
 from .closed_form import MAX_BITS, MIN_BITS, closed_form
 from .evaluate import Evaluator, Measurement, best_of
 from .problem import PERCENTS, Choice, Problem
+from .uniform import uniform_pairs
 
 __all__ = ["HYPER", "adalayer"]
 
@@ -35,14 +38,18 @@ _MIX = (
     (1.0, 0.0), (0.85, 0.15), (0.7, 0.3), (0.5, 0.5), (0.25, 0.75), (0.0, 1.0),
     (1.5, 0.0), (2.5, 0.0), (4.0, 0.0), (8.0, 0.0), (0.0, 0.0),
 )  # fmt: skip
-_GAMMA = (0.0, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 0.95)
+_GAMMA = (0.0, 0.1, 0.2, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8, 0.95)
 _DELTA = (0.0, 0.15, 0.3, 0.6)
-_LAMBDA = tuple(np.arange(0, 6.01, 0.5).tolist())
+_LAMBDA = (*np.arange(0, 2, 0.25).tolist(), *np.arange(2, 6.01, 0.5).tolist())
 _BMAX = tuple(np.arange(2, 9.01, 0.25).tolist())
 
-GOOD_USE = 0.93  # a plan that leaves more of the budget unused is only a last resort
+GOOD_USE = 0.93  # plans that leave more of the budget unused are only a last resort
 RESORT = 64  # how many of the fullest plans to look at if none uses the budget well
-REFINE = 8  # plans tried around the winner
+ROUNDS = 3  # at most so many finer grids
+REFINE = 8  # plans tried per finer grid
+# Weights per layer from which the error table is measured: whole channels, evenly spread.
+SAMPLE = 1 << 16
+SPARSITIES = (0, 20, 40, 60, 80, 95)  # per cents at which rounding is measured, between: linear
 
 
 @dataclass
@@ -79,45 +86,58 @@ def adalayer(
     a = np.array([scores[name].A for name in names])
     f = np.array([scores[name].F for name in names])
     r = np.array([scores[name].R for name in names])
-    table, constant = problem.cost_table()
+    costs = problem.cost_table()
     errors = _error_table(problem, scores)
 
-    def plans_of(grid: list[np.ndarray]) -> tuple[_Plans, float]:
-        return _enumerate(grid, a, f, r, table, constant, problem.limit)
+    def plans_of(grid: list[np.ndarray]) -> tuple[_Plans, _Plans]:
+        return _enumerate(problem, grid, a, f, r, costs)
 
-    plans, smallest = plans_of(_grid(fixed))
+    def ranked(plans: _Plans) -> np.ndarray:
+        return np.argsort(_proxy(plans, errors), kind="stable")
+
+    plans, least = plans_of(_grid(fixed))
     if len(plans.cost) == 0:
+        smallest = problem.cost(_choice(problem, least, 0))
         raise problem.impossible(smallest, " with these hyper-parameters" if fixed else "")
-    limit = problem.limit if problem.limit is not None else float(plans.cost.max())
-    used = plans.cost >= GOOD_USE * limit
-    if used.any():
-        plans = plans.take(np.flatnonzero(used))
+    if not fixed and problem.fits(problem.uniform(MAX_BITS, 0.0)):
+        # All weights at full width: nothing to trade, and the rest would be chosen by noise.
+        plans, _ = plans_of([np.array([[0.0, 0.0]]), *(np.array([v]) for v in (0, 0, 0, 8.0))])
+    fullest = float(plans.cost.max())
+    limit = fullest if problem.limit is None else min(problem.limit, fullest)
+    if (plans.cost >= GOOD_USE * limit).any():
+        plans = plans.take(np.flatnonzero(plans.cost >= GOOD_USE * limit))
     else:
         plans = plans.take(np.argsort(-plans.cost, kind="stable")[:RESORT])
-    order = np.argsort(_proxy(plans, errors), kind="stable")
-    tried = plans.take(_diverse(plans, order, candidates if evaluator is not None else 1))
-
-    if evaluator is None or len(tried.cost) == 1:
+    tried = plans.take(_diverse(plans, ranked(plans), candidates if evaluator is not None else 1))
+    if evaluator is None:
         return _plan(problem, scores, tried, 0, None)
-    title = "trying plans"
-    total = len(tried.cost) + (REFINE if len(fixed) < len(HYPER) else 0)
-    with ProgressBar(title, total, unit="plan", enabled=progress) as bar:
+
+    searched = len(fixed) < len(HYPER) and len(plans.cost) > 1
+    if not fixed and searched:  # layer-wise must not lose to uniform for want of trying it
+        same = [plans_of(grid)[0] for grid in _uniform_grids(problem)]
+        tried = _joined([tried, *(_without(one, tried) for one in same)])
+    total = len(tried.cost) + (ROUNDS * REFINE if searched else 0)
+    with ProgressBar("trying plans", total, unit="plan", enabled=progress) as bar:
         measured: list[Measurement] = []
         _measure(problem, evaluator, tried, measured, bar)
         best = best_of(measured, evaluator.samples)
-        if len(fixed) < len(HYPER):
-            near, _ = plans_of(_around(tried.hyper[best], fixed))
-            near = _without(near, tried)
-            near = near.take(np.flatnonzero(near.cost >= GOOD_USE * tried.cost[best]))
-            near = near.take(np.argsort(_proxy(near, errors), kind="stable")[:REFINE])
-            _measure(problem, evaluator, near, measured, bar)
-            tried = _Plans(
-                *(
-                    np.concatenate([getattr(tried, key), getattr(near, key)])
-                    for key in ("bits", "percent", "hyper", "cost")
-                )
+        for _ in range(ROUNDS if searched else 0):
+            second = min(
+                (row for row in range(len(measured)) if row != best),
+                key=lambda row: measured[row].loss,
+                default=best,
             )
-            best = best_of(measured, evaluator.samples)
+            grids = [_around(tried.hyper[row], fixed) for row in (best, second)]
+            near = _without(_joined([plans_of(grid)[0] for grid in grids]), tried)
+            near = near.take(np.flatnonzero(near.cost >= GOOD_USE * tried.cost[best]))
+            near = near.take(_diverse(near, ranked(near), REFINE))
+            if len(near.cost) == 0:
+                break
+            tried = _joined([tried, near])
+            _measure(problem, evaluator, near, measured, bar)
+            before, best = best, best_of(measured, evaluator.samples)
+            if best == before:
+                break
     return _plan(problem, scores, tried, best, measured[best])
 
 
@@ -147,6 +167,8 @@ def _around(hyper: np.ndarray, fixed: Mapping[str, float]) -> list[np.ndarray]:
     """A finer grid around one point."""
     alpha, beta, gamma, delta, lam, bmax = hyper.tolist()
     mixes = []
+    if alpha + beta == 0:  # from the uniform plan: let importance count a little
+        mixes = [(0.25, 0.0), (0.5, 0.0), (1.0, 0.0), (2.0, 0.0), (0.0, 0.5)]
     for step in (-0.1, -0.05, 0.0, 0.05, 0.1):
         if alpha > 1:
             mixes.append((alpha * (1 + 2 * step), beta))
@@ -165,29 +187,39 @@ def _around(hyper: np.ndarray, fixed: Mapping[str, float]) -> list[np.ndarray]:
 
     return [
         np.array(mixes),
-        steps("gamma", gamma, (0.03, 0.06), 0.95),
+        steps("gamma", gamma, (0.03, 0.06, 0.12), 0.95),
         steps("delta", delta, (0.05, 0.1), 2.0),
         steps("lambda", lam, (0.125, 0.25, 0.375), 8.0),
         steps("bmax", bmax, (0.0625, 0.125, 0.1875), 9.0),
     ]
 
 
+def _uniform_grids(problem: Problem) -> list[list[np.ndarray]]:
+    """Grids of one point each: the uniform candidates, as (alpha, beta) = (0, 0)."""
+    grids = []
+    for bits, sparsity in uniform_pairs(problem):
+        point = (np.ceil(round(100 * sparsity, 6)) / 100, 0.0, 0.0, float(bits))
+        grids.append([np.array([[0.0, 0.0]]), *(np.array([value]) for value in point)])
+    return grids
+
+
 def _enumerate(
+    problem: Problem,
     grid: list[np.ndarray],
     a: np.ndarray,
     f: np.ndarray,
     r: np.ndarray,
-    table: np.ndarray,
-    constant: float,
-    limit: float | None,
-) -> tuple[_Plans, float]:
-    """Distinct plans of a grid within the limit, and the smallest cost of the whole grid."""
+    costs: tuple[np.ndarray, float, float],
+) -> tuple[_Plans, _Plans]:
+    """Distinct plans of a grid within the budget, and the one of least cost, within it or not."""
     mixes, gammas, deltas, lams, bmaxs = grid
+    table, constant, slack = costs
+    limit = np.inf if problem.limit is None else problem.limit + 1e-9
     columns = np.arange(len(a))
+    pruning = np.array(list(itertools.product(gammas, deltas)), dtype=np.float64)
+    widths = np.array(list(itertools.product(lams, bmaxs)), dtype=np.float64)
     kept: list[_Plans] = []
-    smallest = np.inf
-    pruning = np.array(list(itertools.product(gammas, deltas)))
-    widths = np.array(list(itertools.product(lams, bmaxs)))
+    least: _Plans | None = None
     for alpha, beta in mixes:
         importance = np.minimum(1.0, alpha * a + beta * f)
         # Bits depend on (lambda, bmax) only and sparsity on (gamma, delta) only: each pair is
@@ -196,58 +228,76 @@ def _enumerate(
         _, percent = closed_form(importance, r, pruning[:, :1], pruning[:, 1:], 0.0, 8.0)
         bits, width_rows = np.unique(bits, axis=0, return_index=True)
         percent, prune_rows = np.unique(percent, axis=0, return_index=True)
-        for row, percents in enumerate(percent):
-            cost = constant + table[columns, bits - MIN_BITS, percents].sum(axis=1)
-            smallest = min(smallest, float(cost.min()))
-            fit = np.flatnonzero(cost <= (np.inf if limit is None else limit + 1e-9))
-            if len(fit) == 0:
-                continue
-            point = np.empty((len(fit), 6))
+        for row, asked in enumerate(percent):
+            single = table[columns, bits - MIN_BITS, asked]
+            # Pruning that saves nothing in its layer (the bitmask costs a bit per weight) only
+            # loses accuracy: there P is 0.
+            saves = single < table[columns, bits - MIN_BITS, 0]
+            cost = constant + single.sum(axis=1)
+            point = np.empty((len(bits), 6))
             point[:, 0], point[:, 1] = alpha, beta
             point[:, 2:4] = pruning[prune_rows[row]]
-            point[:, 4:6] = widths[width_rows[fit]]
-            kept.append(
-                _Plans(bits[fit], np.broadcast_to(percents, (len(fit), len(a))), point, cost[fit])
-            )
+            point[:, 4:6] = widths[width_rows]
+            plans = _Plans(bits, np.where(saves, asked, 0), point, cost)
+            lowest = int(cost.argmin())
+            if least is None or cost[lowest] < least.cost[0]:
+                least = plans.take(np.array([lowest]))
+            fit = np.flatnonzero(cost <= limit + slack)
+            if len(fit):
+                kept.append(plans.take(fit))
+    assert least is not None
     if not kept:
-        empty = np.empty((0, len(a)), dtype=np.int64)
-        return _Plans(empty, empty, np.empty((0, 6)), np.empty(0)), smallest
+        return least.take(np.empty(0, dtype=np.int64)), least
+    plans = _joined(kept)
+    # Where the bound cannot tell, the exact cost does.
+    good = plans.cost <= limit
+    for close in np.flatnonzero(~good).tolist():
+        good[close] = problem.fits(_choice(problem, plans, close))
+    return plans.take(np.flatnonzero(good)), least
+
+
+def _joined(parts: list[_Plans]) -> _Plans:
+    """All distinct plans of several sets; the first of equal ones stays."""
     plans = _Plans(
-        np.concatenate([k.bits for k in kept]),
-        np.concatenate([k.percent for k in kept]),
-        np.concatenate([k.hyper for k in kept]),
-        np.concatenate([k.cost for k in kept]),
+        *(
+            np.concatenate([getattr(part, key) for part in parts])
+            for key in ("bits", "percent", "hyper", "cost")
+        )
     )
     rows = np.concatenate([plans.bits, plans.percent], axis=1).astype(np.int8)
     _, first = np.unique(rows, axis=0, return_index=True)
-    return plans.take(np.sort(first)), smallest
+    return plans.take(np.sort(first))
 
 
 @torch.no_grad()
 def _error_table(problem: Problem, scores: LayerScores) -> np.ndarray:
-    """Estimated loss of free layer l at b bits and p per cent zeros, float64 ``[layers, 7, 96]``.
+    """Estimated harm to free layer l at b bits and p per cent zeros, float64 ``[layers, 7, 96]``.
 
-    Squared weight error: the pruned weights' energy, plus the rounding error of the dense layer
-    on the share that is left. It is scaled so that the probe's error costs the probe's loss.
+    The squared weight error (pruned energy plus rounding of what is left) over the probe's,
+    times the square root of A. With the probe's loss itself as the weight the ranking is worse:
+    a layer that is destroyed at 2 bits is not that much worse off at 4.
     """
     result = np.empty((len(problem.free), MAX_BITS - MIN_BITS + 1, PERCENTS))
-    percents = np.arange(PERCENTS) / 100
+    percents = np.arange(PERCENTS)
     for row, name in enumerate(problem.free):
         weight = problem.layers[name].weight.detach().float()
-        energy = weight.double().square().flatten().sort().values.cumsum(0)
-        pruned = np.array([int(weight.numel() * p + 0.5) for p in percents])
-        cut = np.zeros(PERCENTS)
-        some = pruned > 0
-        cut[some] = energy.cpu().numpy()[pruned[some] - 1]
-        rounding = [
-            float((weight - dequantized(weight, bits)).double().square().sum())
-            for bits in range(MIN_BITS, MAX_BITS + 1)
-        ]
-        probe = rounding[scores.probe_bits - MIN_BITS]
+        step = max(1, -(-weight.numel() // SAMPLE))
+        weight = weight[::step]
+        energy = np.concatenate(
+            [[0.0], weight.double().square().flatten().sort().values.cumsum(0).cpu().numpy()]
+        )
+        cut = energy[[pruned_count(weight.numel(), p / 100) for p in percents]]
+        rounding = np.empty((MAX_BITS - MIN_BITS + 1, len(SPARSITIES)))
+        for column, percent in enumerate(SPARSITIES):
+            mask = magnitude_mask(weight, percent / 100)
+            for bits in range(MIN_BITS, MAX_BITS + 1):
+                error = (weight * mask - dequantized(weight, bits, mask)).double().square().sum()
+                rounding[bits - MIN_BITS, column] = float(error)
+        probe = rounding[scores.probe_bits - MIN_BITS, 0]
         # A layer that showed no loss in a small sample is cheap, but never free.
-        weighted = max(scores[name].A, 1e-3) / probe if probe > 0 else 0.0
-        for column, error in enumerate(rounding):
-            result[row, column] = weighted * (cut + error * (1 - percents))
+        share = np.sqrt(max(scores[name].A, 1e-3)) / probe if probe > 0 else 0.0
+        for column, errors in enumerate(rounding):
+            result[row, column] = share * (cut + np.interp(percents, SPARSITIES, errors))
     return result
 
 
@@ -273,7 +323,7 @@ def _diverse(plans: _Plans, order: np.ndarray, count: int) -> np.ndarray:
             chosen.append(row)
             if len(chosen) == count:
                 break
-    return np.array(chosen)
+    return np.array(chosen, dtype=np.int64)
 
 
 def _without(plans: _Plans, known: _Plans) -> _Plans:
@@ -319,13 +369,5 @@ def _plan(
     named = scores.as_dict(hyper["alpha"], hyper["beta"])
     plan = problem.plan(_choice(problem, plans, row), "adalayer", hyper, named)
     if measurement is not None:
-        plan.measured = measurement_dict(measurement)
+        plan.measured = measurement.as_dict()
     return plan
-
-
-def measurement_dict(measurement: Measurement) -> dict[str, float]:
-    """What a plan keeps of its measurement."""
-    result = {"calibration_loss": measurement.loss}
-    if not np.isnan(measurement.accuracy):
-        result["calibration_accuracy"] = measurement.accuracy
-    return result

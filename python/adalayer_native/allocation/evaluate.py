@@ -44,6 +44,13 @@ class Measurement:
     loss: float
     accuracy: float
 
+    def as_dict(self) -> dict[str, float]:
+        """What a plan keeps of it."""
+        result = {"calibration_loss": self.loss}
+        if not math.isnan(self.accuracy):
+            result["calibration_accuracy"] = self.accuracy
+        return result
+
 
 class Evaluator:
     """Measures plans by weight-only fake quantization; nothing is trained, the model untouched.
@@ -203,14 +210,14 @@ def _hits(output: Any, reference: Any, target: Any) -> tuple[int, int]:
 def best_of(measurements: list[Measurement], samples: int) -> int:
     """Index of the best plan: highest accuracy, and the lowest loss among those that tie.
 
-    Accuracies within one standard error of the best are a tie: on a few hundred images a
-    smaller difference is chance, and the loss decides better.
+    Accuracies within two standard errors of the best are a tie: on a few hundred images the
+    best of many tries is ahead by as much as that by chance, and the loss decides better.
     """
     accuracies = [m.accuracy for m in measurements if not math.isnan(m.accuracy)]
     indices = list(range(len(measurements)))
     if accuracies:
         top = max(accuracies)
-        margin = math.sqrt(max(top * (1 - top), 0.0) / max(1, samples)) + 1e-12
+        margin = 2 * math.sqrt(max(top * (1 - top), 0.0) / max(1, samples)) + 1e-12
         indices = [
             i
             for i in indices

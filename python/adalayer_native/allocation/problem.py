@@ -38,7 +38,7 @@ class Problem:
     def __init__(self, model: nn.Module, budget: Budget | None, activation_bits: int = 8) -> None:
         self.model, self.budget, self.activation_bits = model, budget, activation_bits
         self.layers: dict[str, Any] = checked_layers(model)
-        template = self.plan({name: (MAX_BITS, 0.0) for name in self.layers})
+        template = self.plan(dict.fromkeys(self.layers, (MAX_BITS, 0.0)))
         self.layout = native_layout(model, template)
         self.free = [name for name in self.layers if name in self.layout.layers]
         if not self.free:
@@ -94,13 +94,14 @@ class Problem:
 
     def uniform(self, bits: int, sparsity: float) -> Choice:
         """The same bits and sparsity for every layer that can be quantized."""
-        return {name: (bits, sparsity) for name in self.free}
+        return dict.fromkeys(self.free, (bits, sparsity))
 
-    def cost_table(self) -> tuple[np.ndarray, float]:
-        """``(table, constant)``: cost of free layer l at b bits and p per cent zeros.
+    def cost_table(self) -> tuple[np.ndarray, float, float]:
+        """``(table, constant, slack)``: cost of free layer l at b bits and p per cent zeros.
 
-        ``constant + sum_l table[l, b - 2, p]`` is the cost, for bytes an upper bound that is at
-        most a few bytes of header digits too high; float64 ``[layers, 7, 96]``.
+        ``constant + sum_l table[l, b - 2, p]`` is an upper bound of the cost that is at most
+        ``slack`` too high: the digits of the file's header depend on the plan. The table is
+        float64 ``[layers, 7, 96]``.
         """
         table = np.zeros((len(self.free), MAX_BITS - MIN_BITS + 1, PERCENTS))
         total = sum(layer.weight.numel() for layer in self.layers.values())
@@ -114,9 +115,11 @@ class Problem:
                     else:
                         value = count * bits * (1 - percent / 100) / max(1, total)
                     table[row, bits - MIN_BITS, percent] = value
-        # The largest plan has the most digits in its header, so the rest is a bound for all.
+        # The largest plan has the most digits in its header and the smallest the fewest.
         largest = self.cost(self.uniform(MAX_BITS, 0.0))
-        return table, largest - float(table[:, MAX_BITS - MIN_BITS, 0].sum())
+        smallest = self.cost(self.uniform(MIN_BITS, MAX_SPARSITY))
+        constant = largest - float(table[:, MAX_BITS - MIN_BITS, 0].sum())
+        return table, constant, constant - (smallest - float(table[:, 0, PERCENTS - 1].sum()))
 
     def impossible(self, smallest: float, what: str = "") -> BudgetError:
         """The error for a budget that nothing can meet; states the smallest reachable size."""
@@ -131,7 +134,8 @@ class Problem:
                 f"({self.float_bytes:,} bytes)"
             )
         return BudgetError(
-            f"the budget ({self.budget}) cannot be met{what}: the smallest reachable size is {reach}"
+            f"the budget ({self.budget}) cannot be met{what}: "
+            f"the smallest reachable size is {reach}"
         )
 
     def check_scores(self, scores: LayerScores) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from ..errors import PlanError
@@ -48,7 +49,8 @@ def stage_plan(
         raise PlanError("bits must name at least one width")
     groups = _groups(problem, stages, 1 if method == "fixed" else len(widths))
     if method == "fixed":
-        options = [dict.fromkeys(sum(groups, []), w) for w in sorted(set(widths), reverse=True)]
+        members = [name for group in groups for name in group]
+        options = [dict.fromkeys(members, width) for width in sorted(set(widths), reverse=True)]
     else:
         if len(groups) != len(widths):
             raise PlanError(
@@ -56,9 +58,7 @@ def stage_plan(
                 f"widths and {len(groups)} stages"
             )
         ordered = sorted(widths, reverse=method == "descending")
-        options = [
-            {name: w for group, w in zip(groups, ordered, strict=True) for name in group}
-        ]
+        options = [{name: w for group, w in zip(groups, ordered, strict=True) for name in group}]
     choices: list[Choice] = [
         {name: (width, 0.0) for name, width in option.items()} for option in options
     ]
@@ -79,7 +79,7 @@ def _groups(problem: Problem, stages: Sequence[str] | None, parts: int) -> list[
         if len(names) < parts:
             raise PlanError(f"the model has {len(names)} layers, too few for {parts} stages")
         edges = [round(part * len(names) / parts) for part in range(parts + 1)]
-        return [names[a:b] for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        return [names[a:b] for a, b in itertools.pairwise(edges)]
     if isinstance(stages, str) or not stages:
         raise PlanError(f"stages must be a sequence of module names, got {stages!r}")
     groups: list[list[str]] = []

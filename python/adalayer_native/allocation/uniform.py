@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from .._progress import ProgressBar
 from ..plan import Plan
-from .adalayer import measurement_dict
 from .closed_form import MAX_BITS, MAX_SPARSITY, MIN_BITS
 from .evaluate import Evaluator, best_of
 from .problem import Problem
 
-__all__ = ["uniform"]
+__all__ = ["uniform", "uniform_pairs"]
 
 STEPS = 1000  # sparsity in thousandths
 
@@ -24,18 +23,7 @@ def uniform(problem: Problem, evaluator: Evaluator | None, *, progress: bool = T
     Raises:
         BudgetError: nothing fits; states the smallest reachable size.
     """
-    budget = problem.budget
-    pairs: list[tuple[int, float]] = []
-    if budget is not None and budget.bits is not None and budget.bits in range(2, 9):
-        pairs = [(int(budget.bits), 0.0)]
-    else:
-        for bits in range(MIN_BITS, MAX_BITS + 1):
-            if problem.fits(problem.uniform(bits, 0.0)):
-                pairs = [(bits, 0.0)]  # wider and unpruned is better than narrower
-                continue
-            sparsity = _least_sparsity(problem, bits)
-            if sparsity is not None:
-                pairs.append((bits, sparsity))
+    pairs = uniform_pairs(problem)
     if not pairs:
         raise problem.impossible(problem.cost(problem.uniform(MIN_BITS, MAX_SPARSITY)))
     best, measured = 0, []
@@ -53,8 +41,25 @@ def uniform(problem: Problem, evaluator: Evaluator | None, *, progress: bool = T
         problem.uniform(bits, sparsity), "uniform", {"bits": float(bits), "sparsity": sparsity}
     )
     if measured:
-        plan.measured = measurement_dict(measured[best])
+        plan.measured = measured[best].as_dict()
     return plan
+
+
+def uniform_pairs(problem: Problem) -> list[tuple[int, float]]:
+    """The candidates of :func:`uniform` as ``(bits, sparsity)``; empty if nothing fits."""
+    budget = problem.budget
+    pairs: list[tuple[int, float]] = []
+    if budget is not None and budget.bits is not None and budget.bits in range(2, 9):
+        pairs = [(int(budget.bits), 0.0)]
+    else:
+        for bits in range(MIN_BITS, MAX_BITS + 1):
+            if problem.fits(problem.uniform(bits, 0.0)):
+                pairs = [(bits, 0.0)]  # wider and unpruned is better than narrower
+                continue
+            sparsity = _least_sparsity(problem, bits)
+            if sparsity is not None:
+                pairs.append((bits, sparsity))
+    return pairs
 
 
 def _least_sparsity(problem: Problem, bits: int) -> float | None:

@@ -113,9 +113,7 @@ class ImageDataset:
         if self._source is None or self._too_large:
             return
         if self._pixels is None and not self._load_cache():
-            self._pixels = torch.empty(
-                (len(self), 3, self.size, self.size), dtype=torch.uint8
-            )
+            self._pixels = torch.empty((len(self), 3, self.size, self.size), dtype=torch.uint8)
         assert self._pixels is not None
         wanted = torch.arange(len(self)) if indices is None else indices.unique()
         wanted = wanted[~self._ready[wanted]]

@@ -70,7 +70,8 @@ def list_images(path: str | os.PathLike[str], split: str) -> ImageList:
     images = sorted(name for name in files if _is_image(name))
     if not images:
         raise DataError(
-            f"data {os.fspath(path)!r}: no images found (looked for {', '.join(sorted(EXTENSIONS))})"
+            f"data {os.fspath(path)!r}: no images found "
+            f"(looked for {', '.join(sorted(EXTENSIONS))})"
         )
     chosen, classes = _pick(images, split, os.fspath(path))
     digest = hashlib.sha256(stamp.encode())
@@ -102,9 +103,7 @@ def _pick(images: list[str], split: str, where: str) -> tuple[list[tuple[str, in
                     f"{', '.join(SPLITS[split])}; found {', '.join(sorted(groups))})"
                 )
             # Labels come from the classes of all splits, so that they agree between splits.
-            classes = sorted(
-                {parts[n][depth + 1] for a in every_split for n in groups.get(a, [])}
-            )
+            classes = sorted({parts[n][depth + 1] for a in every_split for n in groups.get(a, [])})
             number = {name: index for index, name in enumerate(classes)}
             return [(n, number[parts[n][depth + 1]]) for n in groups[alias]], classes
     tops = {p[0] for p in parts.values()}
@@ -161,7 +160,9 @@ def _from_zip(path: Path) -> tuple[dict[str, str], Callable[[str], bytes], str]:
     try:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
-        raise DataError(f"data {where!r} is neither a directory nor a readable zip: {error}") from error
+        raise DataError(
+            f"data {where!r} is neither a directory nor a readable zip: {error}"
+        ) from error
     infos = {info.filename: info for info in archive.infolist() if not info.is_dir()}
     files = {name: f"{info.file_size} {info.CRC:08x}" for name, info in infos.items()}
 

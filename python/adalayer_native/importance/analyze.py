@@ -176,9 +176,7 @@ def checked_layers(model: nn.Module) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def dequantized(
-    weight: torch.Tensor, bits: int, mask: torch.Tensor | None = None
-) -> torch.Tensor:
+def dequantized(weight: torch.Tensor, bits: int, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Weight after rounding to ``bits`` with the best scale per channel; same shape and dtype."""
     integers, scale = quantize_weight(weight.detach(), bits, mask)
     shape = (-1,) + (1,) * (weight.dim() - 1)
@@ -213,6 +211,8 @@ def _normalise(scores: LayerScores, inverse: bool) -> None:
             s.R = s.variance / max(variances) if variances else 0.0
         else:
             s.R = min(variances) / s.variance if s.variance > 0 else 1.0
+    for name, value in scores.importance().items():
+        scores.layers[name].I = value
 
 
 def _total(loader: Iterable[Any], limit: int | None) -> int | None:
@@ -232,9 +232,7 @@ def _loss_name(loss_fn: LossFn | None) -> str:
 class _Cache:
     """Measurements per batch, keyed by weights, options and the batch's contents."""
 
-    def __init__(
-        self, path: str | os.PathLike[str] | None, model: nn.Module, options: str
-    ) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None, model: nn.Module, options: str) -> None:
         self.path = None if path is None else Path(path)
         self.batches: dict[str, dict[str, Any]] = {}
         self.changed = False

@@ -39,15 +39,13 @@ class Batch:
         return digest.hexdigest()
 
 
-def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+def tensor_bytes(tensor: torch.Tensor) -> bytes:
     """The tensor's raw bytes, whatever its dtype and device."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().tobytes()
 
 
-def iterate(
-    loader: Iterable[Any], model: nn.Module, limit: int | None = None
-) -> Iterator[Batch]:
+def iterate(loader: Iterable[Any], model: nn.Module, limit: int | None = None) -> Iterator[Batch]:
     """Yield at most ``limit`` checked batches; each is a tensor or an ``(x, y, ...)`` pair.
 
     Raises:
@@ -88,9 +86,7 @@ def metric_name(loss_fn: LossFn | None, labelled: bool) -> str:
     return "cross_entropy" if labelled else "kl_divergence"
 
 
-def loss_of(
-    output: Any, float_output: Any, target: Any, loss_fn: LossFn | None = None
-) -> float:
+def loss_of(output: Any, float_output: Any, target: Any, loss_fn: LossFn | None = None) -> float:
     """Mean loss of one batch.
 
     ``loss_fn(output, target)`` if given (``target`` is the float model's output where there are

@@ -37,7 +37,9 @@ def gradient(probe: Probe, batch: Batch) -> float:
                 raise CalibrationError(
                     "criterion 'gradient': the loss does not depend on the weights"
                 )
-            grads = torch.autograd.grad(loss.mean(), list(weights.values()), allow_unused=True)
+            grads: tuple[torch.Tensor | None, ...] = torch.autograd.grad(
+                loss.mean(), list(weights.values()), allow_unused=True
+            )
     finally:
         for name, weight in weights.items():
             weight.requires_grad_(before[name])

@@ -37,6 +37,7 @@ class LayerScore:
         A: ``max(0, raw)`` over the largest of all layers, in [0, 1].
         F: ``flops`` over the largest, in [0, 1].
         R: redundancy from the variance, in [0, 1].
+        I: eq. (1) with the alpha and beta of the analysis.
     """
 
     name: str
@@ -48,6 +49,7 @@ class LayerScore:
     A: float = 0.0
     F: float = 0.0
     R: float = 0.0
+    I: float = 0.0  # noqa: E741  (the paper's name)
 
 
 @dataclass
@@ -87,9 +89,7 @@ class LayerScores:
     def __len__(self) -> int:
         return len(self.layers)
 
-    def importance(
-        self, alpha: float | None = None, beta: float | None = None
-    ) -> dict[str, float]:
+    def importance(self, alpha: float | None = None, beta: float | None = None) -> dict[str, float]:
         """Eq. (1): ``I = min(1, alpha * A + beta * F)`` per layer.
 
         The minimum does nothing while ``alpha + beta <= 1``, as in the paper; with a larger

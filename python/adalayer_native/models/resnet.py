@@ -1,4 +1,4 @@
-"""ResNet-18 for ImageNet-sized images (He et al., table 1), random weights, usual state-dict keys."""
+"""ResNet-18 for ImageNet-sized images (He et al., table 1) with the usual state-dict keys."""
 
 from __future__ import annotations
 

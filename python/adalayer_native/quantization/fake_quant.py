@@ -256,8 +256,12 @@ class QuantConv2d(_QuantLayer, nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         if self.exact is not None:
             return self.exact.run(input)
-        out: Tensor = self._conv_forward(input, self.quantized_weight(), self.bias)
-        return out
+        weight = self.quantized_weight()
+        top, bottom, left, right = self.four_paddings()
+        padding = (top, left)
+        if (top, left) != (bottom, right):
+            input, padding = F.pad(input, (left, right, top, bottom)), (0, 0)
+        return F.conv2d(input, weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}{self._describe()}"

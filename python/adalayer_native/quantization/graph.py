@@ -77,6 +77,15 @@ class Structure:
     used: list[str]
 
 
+class _Tracer(fx.Tracer):
+    """Does not look into convolutions and linear layers, the user's subclasses of them included."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if isinstance(m, (nn.Conv2d, nn.Linear)):
+            return True
+        return super().is_leaf_module(m, module_qualified_name)
+
+
 def trace(model: nn.Module) -> fx.Graph:
     """Symbolic trace of ``model`` as it runs in evaluation mode; the model is not changed.
 
@@ -86,7 +95,7 @@ def trace(model: nn.Module) -> fx.Graph:
     training = {name: module.training for name, module in model.named_modules()}
     model.eval()
     try:
-        return fx.Tracer().trace(model)
+        return _Tracer().trace(model)
     except AdaError:
         raise
     except Exception as error:  # tracing runs the user's code: anything may come out of it

@@ -14,7 +14,7 @@ MAX_BITS = 8
 # pay for clipping the tail with a finer step, many levels do not; each bound lies well below the
 # optimum of a heavy-tailed (Laplace) channel of several thousand weights at that width.
 _LOWEST_RATIO = {2: 0.08, 3: 0.12, 4: 0.18, 5: 0.25, 6: 0.33, 7: 0.4, 8: 0.5}
-_CANDIDATES = {2: 40, 3: 36, 4: 32, 5: 24, 6: 20, 7: 16, 8: 16}
+_CANDIDATES = {2: 40, 3: 36, 4: 32, 5: 32, 6: 28, 7: 24, 8: 24}
 _REFINEMENTS = 3
 _SMALLEST_SCALE = 2.0**-120
 

@@ -30,7 +30,7 @@ class Progress:
     Attributes:
         epoch: epochs completed.
         step: batches of the present epoch completed.
-        seconds: training time so far, over all sessions of the run.
+        seconds: training time so far, over all starts of the run.
         loss: sum of sample losses in the present epoch.
         correct: correctly classified samples in the present epoch.
         labelled: samples with a label in the present epoch.

@@ -127,7 +127,7 @@ def finetune(
         checkpoint: file to write; see above.
         resume: continue from ``checkpoint`` if it belongs to this run, else start anew.
         seed: of the random numbers of the run.
-        max_minutes: time limit over all sessions of the run; the learning rate is annealed
+        max_minutes: time limit over all starts of the run; the learning rate is annealed
             towards it too. (Such a run depends on the machine's speed.)
         progress: show a progress bar.
 

@@ -1,0 +1,169 @@
+"""Command line: ``adalayer demo | compress | info``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from adalayer_native import files, ops
+from adalayer_native.allocation import METHODS, Budget
+from adalayer_native.errors import AdaError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Compress PyTorch CNNs layer by layer and run them on native low-bit kernels.",
+)
+
+Method = Enum("Method", {name: name for name in METHODS}, type=str)  # type: ignore[misc]
+
+
+def _budget(size: float | None, size_bytes: int | None, bits: float | None) -> Budget | None:
+    if size is None and size_bytes is None and bits is None:
+        return None
+    return Budget(size=size, bytes=size_bytes, bits=bits)
+
+
+@app.command()
+def compress(
+    model: Annotated[str, typer.Argument(help="Built-in name or package.module:callable.")],
+    weights: Annotated[Path, typer.Option(help="Float weights, safetensors.")],
+    data: Annotated[str, typer.Option(help="Image folder or zip with train/ and test/, or digits.")],
+    out: Annotated[Path, typer.Option(help="Directory for the results.")] = Path("compressed"),
+    size: Annotated[float | None, typer.Option(help="Budget: fraction of the float file.")] = None,
+    size_bytes: Annotated[int | None, typer.Option("--bytes", help="Budget: bytes.")] = None,
+    bits: Annotated[float | None, typer.Option(help="Budget: average bits per weight.")] = None,
+    method: Annotated[Method, typer.Option(help="How bits are chosen.")] = Method("adalayer"),
+    layer_bits: Annotated[
+        str | None, typer.Option(help="For fixed/ascending/descending, e.g. 2,3,4.")
+    ] = None,
+    stages: Annotated[
+        str | None, typer.Option(help="Their stages, e.g. layer1,layer2,layer3.")
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=0, help="Fine-tuning epochs.")] = 2,
+    lr: Annotated[float, typer.Option(help="Peak learning rate of the fine-tuning.")] = 0.01,
+    distill: Annotated[bool, typer.Option(help="The float model teaches.")] = True,
+    calibration: Annotated[int, typer.Option(min=1, help="Training images to calibrate on.")] = 512,
+    image_size: Annotated[int, typer.Option(min=1, help="Pixels per side.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1)] = 128,
+    classes: Annotated[int | None, typer.Option(help="Classes; default: what the data has.")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads; default: torch's.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print report.json at the end.")] = False,
+    quiet: Annotated[bool, typer.Option(help="No progress bars.")] = False,
+) -> None:
+    """Compress MODEL under a budget; write plan.json, model.safetensors and report.json to OUT.
+
+    Interrupted? The same command goes on where it stopped.
+    """
+    from adalayer_native.jobs import CompressJob, run_compress
+
+    job = CompressJob(
+        model=model,
+        weights=weights,
+        data=data,
+        out=out,
+        budget=_budget(size, size_bytes, bits),
+        method=method.value,
+        layer_bits=[int(b) for b in layer_bits.split(",")] if layer_bits else None,
+        stages=stages.split(",") if stages else None,
+        epochs=epochs,
+        lr=lr,
+        distill=distill,
+        calibration=calibration,
+        image_size=image_size,
+        batch_size=batch_size,
+        classes=classes,
+        seed=seed,
+        threads=threads,
+        progress=not quiet,
+    )
+    report = run_compress(job)
+    if as_json:
+        print(json.dumps(report, indent=2))
+
+
+@app.command()
+def info(
+    file: Annotated[Path, typer.Argument(help="Packed model file (model.safetensors).")],
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Show what a packed model file holds, layer by layer."""
+    entries = files.describe(file)
+    total = file.stat().st_size
+    if as_json:
+        print(json.dumps({"file": str(file), "bytes": total, "layers": entries}, indent=2))
+        return
+    layers = [e for e in entries if e["name"] is not None]
+    params = sum(e["params"] for e in layers)
+    weight_bits = 8 * sum(e["bytes"] for e in layers) / params
+    table = Table(title=f"{file} — {total:,} bytes, {weight_bits:.2f} bits per weight in all")
+    for column in ("layer", "shape"):
+        table.add_column(column)
+    for column in ("params", "bits", "nonzero", "encoding", "input bits", "bytes", "of float32"):
+        table.add_column(column, justify="right")
+    for e in layers:
+        table.add_row(
+            e["name"],
+            "×".join(str(v) for v in e["shape"]),
+            f"{e['params']:,}",
+            str(e["bits"]),
+            f"{e['nonzero']:.1%}" if e["encoding"] == "bitmask" else "all stored",
+            e["encoding"],
+            str(e["input_bits"]),
+            f"{e['bytes']:,}",
+            f"{e['bytes'] / (4 * e['params']):.1%}",
+        )
+    table.caption = (
+        f"other tensors: {entries[-1]['bytes']:,} bytes; this machine runs "
+        f"{', '.join(ops.isas())}, in use: {ops.active_isa()}"
+    )
+    Console().print(table)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory for the results.")] = Path("demo-output"),
+    size: Annotated[float, typer.Option(help="Budget: fraction of the float file.")] = 0.10,
+    epochs: Annotated[int, typer.Option(min=1, help="Training epochs of the float network.")] = 8,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Train AdaLayerNet on handwritten digits, compress it two ways, run it natively, compare."""
+    from adalayer_native.demo import run_demo
+
+    run_demo(out, size=size, epochs=epochs, seed=seed)
+
+
+def main() -> None:
+    """Entry point: errors that the package raises on purpose are one sentence, not a traceback."""
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as done:
+        sys.exit(done.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted; the same command goes on where it stopped", 130)
+    except (AdaError, OSError) as error:
+        _fail(str(error), 1)
+    except Exception as error:
+        if _is_usage_error(error):
+            error.show()  # type: ignore[attr-defined]
+            sys.exit(2)
+        raise
+
+
+def _is_usage_error(error: Any) -> bool:
+    # typer carries click inside itself in newer versions, so the class has no one import path.
+    return hasattr(error, "show") and hasattr(error, "exit_code")
+
+
+def _fail(message: str, code: int) -> None:
+    Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {message}", highlight=False)
+    sys.exit(code)

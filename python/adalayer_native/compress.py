@@ -1,0 +1,116 @@
+"""The main job in one call: analyze, allocate, prepare, calibrate, finetune, convert."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from adalayer_native.allocation import Budget, allocate
+from adalayer_native.errors import BudgetError
+from adalayer_native.importance import LayerScores, analyze
+from adalayer_native.plan import Plan
+from adalayer_native.quantization import calibrate, convert, prepare
+from adalayer_native.training import finetune
+
+__all__ = ["Compressed", "compress"]
+
+
+@dataclass
+class Compressed:
+    """Result of :func:`compress`.
+
+    Attributes:
+        model: the native model, float in and float out.
+        plan: bits and sparsity per layer.
+        scores: A, F, R, I per layer (None for methods that do not look at them).
+        kept_float: layers that the plan wanted quantized and that could not be, with the reason.
+        history: of the fine-tuning; None without.
+    """
+
+    model: nn.Module
+    plan: Plan
+    scores: LayerScores | None = None
+    kept_float: dict[str, str] = field(default_factory=dict)
+    history: Any = None
+
+
+def compress(
+    model: nn.Module,
+    calibration: Iterable[Any],
+    budget: Budget | None,
+    *,
+    method: str = "adalayer",
+    plan: Plan | None = None,
+    train_loader: Iterable[Any] | None = None,
+    epochs: int = 2,
+    distill: bool = True,
+    observer: str = "mse",
+    work_dir: str | os.PathLike[str] | None = None,
+    allocate_options: Mapping[str, Any] | None = None,
+    finetune_options: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Compressed:
+    """Compresses a float CNN to native layers under a budget.
+
+    Args:
+        model: float model in evaluation state; not changed.
+        calibration: batches ``x`` or ``(x, labels)``: layer scores, plan search and activation
+            ranges come from them. Never test images.
+        budget: limit on the saved file or on the bits per weight.
+        method: see :func:`adalayer_native.allocate`.
+        plan: use this plan instead of analyzing and allocating.
+        train_loader: ``(x, labels)`` batches for fine-tuning; without it there is none.
+        epochs: of fine-tuning, eq. (5).
+        distill: the float model teaches while fine-tuning.
+        observer: "mse", "percentile" or "minmax".
+        work_dir: measurements and the fine-tuning checkpoint are kept here; calling again with the
+            same arguments after an interruption goes on where it stopped.
+        allocate_options, finetune_options: further arguments of the two steps.
+        seed: of the fine-tuning.
+
+    Raises:
+        BudgetError, CalibrationError, UnsupportedModelError, PlanError: as the steps do.
+    """
+    work = Path(work_dir) if work_dir is not None else None
+
+    def inside(name: str) -> Path | None:
+        return work / name if work is not None else None
+
+    scores = None
+    if plan is None:
+        if budget is None and method in ("adalayer", "uniform"):
+            raise BudgetError(f"method {method!r} needs a budget")
+        scores = analyze(model, calibration, cache=inside("analysis.json"), progress=progress)
+        plan = allocate(
+            scores,
+            budget,
+            method=method,
+            model=model,
+            calibration=calibration,
+            cache=inside("search.json"),
+            progress=progress,
+            **(allocate_options or {}),
+        )
+    prepared = prepare(model, plan)
+    calibrate(prepared, calibration, observer=observer, progress=progress)
+    history = None
+    if train_loader is not None and epochs > 0:
+        history = finetune(
+            prepared,
+            train_loader,
+            epochs,
+            scores=scores.as_dict() if scores is not None else None,
+            teacher=model if distill else None,
+            checkpoint=inside("finetune.safetensors"),
+            seed=seed,
+            progress=progress,
+            **(finetune_options or {}),
+        )
+    kept = dict(prepared.meta.get("kept_float", {}))
+    return Compressed(convert(prepared), plan, scores, kept, history)

@@ -1,0 +1,90 @@
+"""Accuracy and time of models, measured the same way everywhere."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adalayer_native._progress import ProgressBar
+from adalayer_native.errors import CalibrationError
+
+__all__ = ["Timing", "accuracy", "interleaved", "model_milliseconds"]
+
+
+def accuracy(
+    model: nn.Module, loader: Iterable[Any], *, title: str = "measuring", progress: bool = True
+) -> float:
+    """Top-1 accuracy in percent over ``(x, labels)`` batches, in inference mode.
+
+    Raises:
+        CalibrationError: an empty loader.
+    """
+    was_training = model.training
+    model.eval()
+    right = total = 0
+    steps = len(loader) if hasattr(loader, "__len__") else None  # type: ignore[arg-type]
+    try:
+        with torch.inference_mode(), ProgressBar(title, steps, unit="batch", enabled=progress) as b:
+            for x, y in loader:
+                out = model(x.contiguous(memory_format=torch.channels_last))
+                right += int((out.argmax(1) == y).sum())
+                total += len(y)
+                b.advance(note=f"{100 * right / total:.2f} %")
+    finally:
+        model.train(was_training)
+    if total == 0:
+        raise CalibrationError("accuracy needs at least one image, the loader is empty")
+    return 100 * right / total
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call of one candidate."""
+
+    median: float
+    lowest: float
+    samples: int
+
+
+def interleaved(
+    candidates: Mapping[str, Callable[[], Any]], *, seconds: float = 2.0, warmup: int = 3
+) -> dict[str, Timing]:
+    """Times several callables in turn in one process, so that all see the same neighbours.
+
+    Args:
+        seconds: how long to go on in all; every candidate is run at least 5 times.
+    """
+    for run in candidates.values():
+        for _ in range(warmup):
+            run()
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    deadline = time.perf_counter() + seconds
+    while time.perf_counter() < deadline or len(next(iter(samples.values()))) < 5:
+        for name, run in candidates.items():
+            start = time.perf_counter()
+            run()
+            samples[name].append(time.perf_counter() - start)
+    return {
+        name: Timing(statistics.median(values), min(values), len(values))
+        for name, values in samples.items()
+    }
+
+
+def model_milliseconds(
+    models: Mapping[str, nn.Module], x: Tensor, *, seconds: float = 2.0
+) -> dict[str, float]:
+    """Median milliseconds per forward pass of each model on ``x`` (channels_last), interleaved."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+
+        def runner(model: nn.Module) -> Callable[[], Any]:
+            return lambda: model(x)
+
+        times = interleaved({k: runner(m.eval()) for k, m in models.items()}, seconds=seconds)
+    return {name: 1000 * t.median for name, t in times.items()}

@@ -1,0 +1,217 @@
+// Kernels of every instruction set against the scalar reference, in C++ so that the sanitizers see
+// them: packed weights, activations and outputs live in buffers of exactly their size, so that a
+// stray read or write is an error, not luck.
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "check.hpp"
+#include "core/cpu_features.hpp"
+#include "core/status.hpp"
+#include "cpu/dispatch.hpp"
+#include "cpu/kernel_table.hpp"
+#include "formats/canonical.hpp"
+#include "formats/panels.hpp"
+#include "reference/reference.hpp"
+
+using namespace adalayer;
+
+namespace {
+
+std::mt19937 rng(20240607);
+
+int uniform(int low, int high) { return std::uniform_int_distribution<int>(low, high)(rng); }
+
+struct Layer {
+  ConvShape shape;
+  int bits = 8;
+  std::vector<int8_t> weights;
+  std::vector<uint8_t> packed;
+  std::vector<float> scale, bias;
+};
+
+Layer make_layer(const ConvShape& shape, int bits) {
+  Layer layer{shape, bits, {}, {}, {}, {}};
+  const int lo = -(1 << (bits - 1)), hi = (1 << (bits - 1)) - 1;
+  layer.weights.resize(static_cast<size_t>(shape.out_channels * shape.reduction()));
+  const bool sparse = uniform(0, 1) == 1;
+  for (auto& w : layer.weights)
+    w = static_cast<int8_t>(sparse && uniform(0, 9) < 7 ? 0 : uniform(lo, hi));
+  layer.packed = formats::pack_canonical(
+      layer.weights, bits, static_cast<uint32_t>(shape.out_channels),
+      static_cast<uint32_t>(shape.group_in()), static_cast<uint32_t>(shape.kernel_h),
+      static_cast<uint32_t>(shape.kernel_w));
+  for (int64_t o = 0; o < shape.out_channels; ++o) {
+    layer.scale.push_back(static_cast<float>(uniform(-1000, 1000)) * 1e-5f);
+    layer.bias.push_back(static_cast<float>(uniform(-500, 500)) * 0.1f);
+  }
+  return layer;
+}
+
+ConvShape random_shape() {
+  for (;;) {
+    ConvShape s;
+    s.groups = uniform(0, 3) == 0 ? uniform(2, 20) : 1;
+    const bool depthwise = s.groups > 1 && uniform(0, 1) == 1;
+    s.in_channels = depthwise ? s.groups : s.groups * uniform(1, 70);
+    s.out_channels = depthwise ? s.groups : s.groups * uniform(1, 40);
+    s.batch = uniform(1, 3);
+    s.in_h = uniform(1, 10);
+    s.in_w = uniform(1, 10);
+    s.kernel_h = uniform(1, 4);
+    s.kernel_w = uniform(1, 4);
+    s.stride_h = uniform(1, 3);
+    s.stride_w = uniform(1, 3);
+    s.pad_top = uniform(0, 3);
+    s.pad_left = uniform(0, 3);
+    s.pad_bottom = uniform(0, 3);
+    s.pad_right = uniform(0, 3);
+    s.dilation_h = uniform(1, 2);
+    s.dilation_w = uniform(1, 2);
+    try {
+      validate(s);
+      return s;
+    } catch (const InvalidArgument&) {
+    }
+  }
+}
+
+template <class T>
+std::unique_ptr<T[]> exact(size_t count) {
+  return std::unique_ptr<T[]>(new T[count]);
+}
+
+/// Runs one layer on the active instruction set into a buffer of exactly the output's size.
+template <class T>
+std::vector<T> run(const Layer& layer, const ActivationIn& in, Layout layout, int threads) {
+  const ConvShape& s = layer.shape;
+  const auto count = static_cast<size_t>(s.batch * s.out_channels * s.out_h() * s.out_w());
+  auto out = exact<T>(count);
+  OutputSpec spec;
+  spec.data = out.get();
+  spec.dtype = sizeof(T) == 1 ? DType::U8 : DType::F32;
+  spec.layout = layout;
+  spec.scale = layer.scale.data();
+  spec.bias = layer.bias.data();
+  spec.zero_point = sizeof(T) == 1 ? 120 : 0;
+  spec.lo = -110.0f;
+  spec.hi = 130.0f;
+  const auto weights = cpu::cached_weights(s, layer.packed);
+  cpu::conv2d(s, in, *weights, spec, threads);
+  return {out.get(), out.get() + count};
+}
+
+long long compared = 0;
+
+void check_layer(const Layer& layer, int threads) {
+  const ConvShape& s = layer.shape;
+  const auto count = static_cast<size_t>(s.batch * s.in_channels * s.in_h * s.in_w);
+  auto levels = exact<uint8_t>(count);
+  auto floats = exact<float>(count);
+  for (size_t i = 0; i < count; ++i) {
+    levels[i] = static_cast<uint8_t>(uniform(0, 255));
+    floats[i] = static_cast<float>(uniform(-3000, 3000)) * 0.01f;
+  }
+  for (Layout layout : {Layout::NCHW, Layout::NHWC}) {
+    const ActivationIn u8{levels.get(), DType::U8, layout, {1.0f, 37, 255}};
+    const ActivationIn f32{floats.get(), DType::F32, layout, {11.3f, 91, 255}};
+    force_isa("scalar");
+    const auto want_u8 = run<uint8_t>(layer, u8, layout, 1);
+    const auto want_f32 = run<float>(layer, f32, layout, 1);
+    for (const cpu::KernelRow* row : cpu::kernel_rows()) {
+      if (!isa_supported(row->isa)) continue;
+      force_isa(row->name);
+      CHECK(run<uint8_t>(layer, u8, layout, threads) == want_u8);
+      CHECK(run<float>(layer, f32, layout, threads) == want_f32);
+      ++compared;
+    }
+  }
+  force_isa("auto");
+}
+
+TEST(random_layers) {
+  for (int i = 0; i < 150; ++i)
+    check_layer(make_layer(random_shape(), uniform(2, 8)), uniform(1, 3));
+}
+
+TEST(unpacking) {
+  for (int bits = 2; bits <= 8; ++bits) {
+    const int tiles = 3;
+    std::vector<uint8_t> packed(static_cast<size_t>(tiles) * 128 * bits);
+    for (auto& byte : packed) byte = static_cast<uint8_t>(uniform(0, 255));
+    std::vector<int8_t> want(tiles * formats::kTileBytes), got(want.size());
+    formats::unpack_tiles_scalar(packed.data(), bits, tiles, want.data());
+    for (const cpu::KernelRow* row : cpu::kernel_rows()) {
+      if (!isa_supported(row->isa)) continue;
+      row->unpack_tiles(packed.data(), bits, tiles, got.data());
+      CHECK(got == want);
+      std::fill(got.begin(), got.end(), int8_t{0});
+      cpu::unpacker(*row)(packed.data(), bits, tiles, got.data());
+      CHECK(got == want);
+    }
+  }
+}
+
+TEST(canonical_round_trip_and_damage) {
+  for (int i = 0; i < 60; ++i) {
+    ConvShape s = random_shape();
+    const Layer layer = make_layer(s, uniform(2, 8));
+    CHECK(formats::unpack_canonical(layer.packed) == layer.weights);
+    auto damaged = layer.packed;
+    const auto at = static_cast<size_t>(uniform(0, static_cast<int>(damaged.size()) - 1));
+    damaged[at] ^= static_cast<uint8_t>(1 << uniform(0, 7));
+    CHECK_THROWS(formats::unpack_canonical(damaged), CorruptData, "packed weight");
+    damaged = layer.packed;
+    damaged.resize(static_cast<size_t>(uniform(0, static_cast<int>(damaged.size()) - 1)));
+    CHECK_THROWS(formats::unpack_canonical(damaged), CorruptData, "packed weight");
+  }
+}
+
+TEST(accumulator_bound) {
+  check_accumulator(65793, 8);  // 65793 * 255 * 128 = 2^31 - 128
+  CHECK_THROWS(check_accumulator(65794, 8), InvalidArgument, "overflow the int32 accumulator");
+}
+
+/// Several threads run layers at once through one cache: the results are those of one thread.
+TEST(concurrent_calls) {
+  ConvShape s;
+  s.batch = 2;
+  s.in_channels = 40;
+  s.out_channels = 48;
+  s.in_h = s.in_w = 9;
+  s.kernel_h = s.kernel_w = 3;
+  s.pad_top = s.pad_left = s.pad_bottom = s.pad_right = 1;
+  const Layer layer = make_layer(s, 5);
+  std::vector<float> x(static_cast<size_t>(s.batch * s.in_channels * s.in_h * s.in_w));
+  for (auto& v : x) v = static_cast<float>(uniform(-100, 100)) * 0.05f;
+  const ActivationIn in{x.data(), DType::F32, Layout::NHWC, {12.0f, 100, 255}};
+  const auto want = run<float>(layer, in, Layout::NHWC, 1);
+  std::vector<std::thread> threads;
+  std::vector<int> right(8, 0);
+  cpu::clear_weight_cache();
+  for (int t = 0; t < 8; ++t)
+    threads.emplace_back([&, t] {
+      for (int i = 0; i < 40; ++i)
+        right[static_cast<size_t>(t)] += run<float>(layer, in, Layout::NHWC, 1 + t % 3) == want;
+    });
+  for (auto& thread : threads) thread.join();
+  CHECK(std::all_of(right.begin(), right.end(), [](int r) { return r == 40; }));
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int failed = check::run_all(argc, argv);
+  std::printf("%lld layer comparisons with the scalar reference, on:", compared);
+  for (const cpu::KernelRow* row : cpu::kernel_rows())
+    if (isa_supported(row->isa)) std::printf(" %s", row->name);
+  std::printf("\n");
+  // Without arguments all tests ran; then every machine with a faster kernel has compared some.
+  const bool idle = argc == 1 && best_isa() != Isa::Scalar && compared == 0;
+  return failed != 0 || idle ? 1 : 0;
+}

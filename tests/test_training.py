@@ -1,0 +1,268 @@
+"""Fine-tuning: it learns, it is deterministic, it can be interrupted, it says what is wrong."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from adalayer_native.errors import CalibrationError, FileFormatError, PlanError
+from adalayer_native.plan import LayerPlan, Plan, layer_kind, supported_layers
+from adalayer_native.quantization import calibrate, prepare
+from adalayer_native.quantization.graph import layers_of
+from adalayer_native.training import bf16_helps, finetune
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Dropout(0.1),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32, 4),
+    )
+
+
+def batches(count: int = 8, size: int = 32) -> list[tuple[Tensor, Tensor]]:
+    """Four classes: which quadrant of the image is bright."""
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for _ in range(count):
+        y = torch.randint(0, 4, (size,), generator=generator)
+        x = torch.randn(size, 1, 8, 8, generator=generator)
+        for image, label in zip(x, y.tolist(), strict=True):
+            row, column = 4 * (label // 2), 4 * (label % 2)
+            image[0, row : row + 4, column : column + 4] += 1.5
+        found.append((x, y))
+    return found
+
+
+def prepared_model(bits: int = 3, sparsity: float = 0.25) -> fx.GraphModule:
+    net = model()
+    layers = {
+        name: LayerPlan(name, layer_kind(m), m.weight.numel(), bits, sparsity)
+        for name, m in supported_layers(net).items()
+    }
+    prepared = prepare(net, Plan(layers))
+    calibrate(prepared, batches(2), progress=False)
+    return prepared
+
+
+def run(prepared: nn.Module, loader: Any, epochs: int = 2, **options: Any) -> Any:
+    options = {"lr": 0.05, "amp": False, "progress": False, **options}
+    return finetune(prepared, loader, epochs, **options)
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    other = b.state_dict()
+    return all(torch.equal(value, other[key]) for key, value in a.state_dict().items())
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_learns_and_keeps_the_masks(optimizer: str) -> None:
+    prepared = prepared_model()
+    masks = {name: layer.mask.clone() for name, layer in layers_of(prepared).items()}
+    data = batches()
+    history = run(prepared, data, 6, optimizer=optimizer)
+    assert len(history.epochs) == 6
+    assert history.finished
+    assert history.epochs[-1]["loss"] < 0.8 * history.epochs[0]["loss"]
+    assert history.epochs[-1]["accuracy"] > 0.8
+    assert history.epochs[0]["samples"] == 256
+    assert history.epochs[-1]["lr"] < history.epochs[0]["lr"]
+    assert not prepared.training
+    for name, layer in layers_of(prepared).items():
+        assert torch.equal(layer.mask, masks[name])
+        assert not bool(layer.quantized_weight()[~layer.mask].any())
+
+
+def test_is_deterministic_and_leaves_the_global_generator_alone() -> None:
+    a, b, c = prepared_model(), prepared_model(), prepared_model()
+    torch.manual_seed(123)
+    state = torch.get_rng_state()
+    run(a, batches())
+    assert torch.equal(state, torch.get_rng_state())
+    torch.rand(7)
+    run(b, batches())
+    run(c, batches(), seed=5)
+    assert same(a, b)
+    assert not same(a, c)
+
+
+def test_distillation_with_and_without_labels() -> None:
+    teacher = model()
+    torch.manual_seed(3)
+    nn.init.normal_(teacher[6].weight)
+    teacher.train()
+    before = {key: value.clone() for key, value in teacher.state_dict().items()}
+    data = batches()
+    prepared = prepared_model(bits=2)
+    history = run(prepared, [x for x, _ in data], 6, teacher=teacher, lr=0.1)
+    assert history.epochs[-1]["accuracy"] is None
+    assert history.epochs[-1]["loss"] < history.epochs[0]["loss"]
+    run(prepared, data, 1, teacher=teacher, distill_weight=0.5)
+    assert teacher.training
+    for key, value in teacher.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+def test_equation_5_shrinks_unimportant_layers() -> None:
+    sizes = {}
+    for eta in (0.0, 3.0):
+        prepared = prepared_model(bits=8, sparsity=0.0)
+        run(prepared, batches(), 3, scores={"0": {"I": 1.0}, "6": 0.0}, eta=eta)
+        sizes[eta] = float(layers_of(prepared)["6"].quantized_weight().detach().abs().mean())
+    assert sizes[3.0] < 0.8 * sizes[0.0]
+
+
+def test_equation_5_value() -> None:
+    prepared = prepared_model(bits=4, sparsity=0.0)
+    x, y = batches(1)[0]
+    layers = layers_of(prepared)
+    norms = {n: float(m.quantized_weight().detach().abs().mean()) for n, m in layers.items()}
+    prepared.train()
+    prepared.get_submodule("3").eval()
+    expected = float(F.cross_entropy(prepared(x), y).detach())
+    expected += 0.5 * ((1 - 0.25) * norms["0"] + (1 - 0.75) * norms["6"])
+    fresh = prepared_model(bits=4, sparsity=0.0)
+    fresh.get_submodule("3").p = 0.0
+    history = run(fresh, [(x, y)], 1, scores={"0": 0.25, "6": 0.75}, eta=0.5)
+    assert history.epochs[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+class Interrupting:
+    """A list of batches that raises, or sends a signal, before batch ``at``; draws random noise."""
+
+    def __init__(self, at: int | None, *, by_signal: bool = False) -> None:
+        self.data = batches()
+        self.at = at
+        self.by_signal = by_signal
+        self.served = 0
+        self.epochs: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epochs.append(epoch)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for x, y in self.data:
+            self.served += 1
+            if self.served == self.at:
+                if not self.by_signal:
+                    raise OSError("disk gone")
+                os.kill(os.getpid(), signal.SIGINT)
+            yield x + 0.1 * torch.randn_like(x), y
+
+
+@pytest.mark.parametrize("at", [3, 8, 9, 13])
+def test_ctrl_c_then_resume_gives_the_uninterrupted_result(tmp_path: Path, at: int) -> None:
+    whole = prepared_model()
+    expected = run(whole, Interrupting(None), 2)
+    path = tmp_path / "run" / "checkpoint.safetensors"
+    broken = prepared_model()
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run(broken, Interrupting(at, by_signal=True), 2, checkpoint=path)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert path.is_file()
+    assert not same(whole, broken)
+    again = prepared_model()
+    loader = Interrupting(None)
+    history = run(again, loader, 2, checkpoint=path)
+    assert history.resumed
+    assert same(whole, again)
+    assert [e["loss"] for e in history.epochs] == [e["loss"] for e in expected.epochs]
+    # A finished run is only loaded.
+    served = loader.served
+    third = prepared_model()
+    assert run(third, loader, 2, checkpoint=path).resumed
+    assert loader.served == served
+    assert same(whole, third)
+    assert [item.name for item in path.parent.iterdir()] == [path.name]
+
+
+def test_loader_error_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    with pytest.raises(OSError, match="disk gone"):
+        run(prepared_model(), Interrupting(12), 2, checkpoint=path)
+    again = prepared_model()
+    loader = Interrupting(None)
+    history = run(again, loader, 2, checkpoint=path)
+    assert history.resumed
+    assert loader.epochs == [1]
+    whole = prepared_model()
+    run(whole, Interrupting(None), 2)
+    assert same(whole, again)
+
+
+def test_checkpoint_of_another_run_or_a_corrupt_one(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    run(prepared_model(), batches(), 1, checkpoint=path)
+    with pytest.warns(UserWarning, match="another run"):
+        history = run(prepared_model(), batches(), 1, checkpoint=path, lr=0.01)
+    assert not history.resumed
+    assert not run(prepared_model(), batches(), 1, checkpoint=path, resume=False).resumed
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(FileFormatError, match=r"checkpoint\.safetensors"):
+        run(prepared_model(), batches(), 1, checkpoint=path)
+
+
+def test_time_limit_ends_the_run(tmp_path: Path) -> None:
+    prepared = prepared_model()
+    history = run(prepared, batches(), 50, max_minutes=1e-9)
+    assert not history.finished
+    assert len(history.epochs) == 1
+    assert not prepared.training
+
+
+def test_loader_without_length_and_bfloat16() -> None:
+    class Stream:
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            return iter(batches(3))
+
+    prepared = prepared_model()
+    history = run(prepared, Stream(), 2, amp=True)
+    assert history.amp
+    assert all(p.dtype == torch.float32 for p in prepared.parameters())
+    assert isinstance(bf16_helps(), bool)
+    assert run(prepared, batches(1), 1, amp="auto").amp is bf16_helps()
+
+
+def test_refusals() -> None:
+    net = model()
+    plan = Plan({"6": LayerPlan("6", "linear", net[6].weight.numel(), 4)})
+    with pytest.raises(CalibrationError, match="calibrate"):
+        run(prepare(net, plan), batches())
+    prepared = prepared_model()
+    with pytest.raises(CalibrationError, match="empty"):
+        run(prepared, [])
+    with pytest.raises(CalibrationError, match="teacher"):
+        run(prepared, [x for x, _ in batches(1)])
+    with pytest.raises(CalibrationError, match="NaN"):
+        run(prepared, [(torch.full((2, 1, 8, 8), float("nan")), torch.zeros(2).long())])
+    with pytest.raises(CalibrationError, match="got str"):
+        run(prepared, ["x"])
+    with pytest.raises(PlanError, match="'nothing'"):
+        run(prepared, batches(1), scores={"nothing": 0.5})
+    for bad in ({"lr": -1.0}, {"temperature": 0.0}, {"optimizer": "lbfgs"}, {"epochs": -1}):
+        options: dict[str, Any] = {"epochs": 1, **bad}
+        with pytest.raises(PlanError, match=next(iter(bad))):
+            run(prepared, batches(1), **options)
+    broken = model()
+    with torch.no_grad():
+        broken[6].weight.fill_(float("nan"))
+    with pytest.raises(CalibrationError, match="loss became nan in epoch 1, batch 0"):
+        run(prepared, batches(1), teacher=broken)
