@@ -28,6 +28,9 @@ from adalayer_native.errors import BudgetError, CalibrationError, PlanError, Uns
 from adalayer_native.importance import analyze
 from adalayer_native.models import get_model
 from adalayer_native.plan import Plan
+from adalayer_native.pruning.masks import magnitude_mask
+from adalayer_native.quantization import calibrate, convert, prepare
+from adalayer_native.quantization.weights import quantize_weight
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +136,27 @@ def test_estimate_grows_with_bits_and_shrinks_with_sparsity(scored) -> None:
     plan = problem.plan(problem.uniform(4, 0.5))
     fewer = estimate_bytes(model, plan, nonzero={"conv2": 10})
     assert fewer < estimate_bytes(model, plan)
+
+
+@pytest.mark.parametrize(("bits", "sparsity"), [(2, 0.0), (3, 0.5), (5, 0.0), (7, 0.35), (8, 0.9)])
+@pytest.mark.parametrize("name", ["tiny", "resnet20"])
+def test_estimate_is_an_upper_bound_of_the_real_file(name: str, bits: int, sparsity: float) -> None:
+    torch.manual_seed(0)
+    model = tiny() if name == "tiny" else get_model(name)
+    problem = Problem(model, None)
+    layers = problem.free if bits != 7 else problem.free[1:]  # one layer stays float
+    plan = problem.plan(dict.fromkeys(layers, (bits, sparsity)))
+    prepared = prepare(model, plan)
+    calibrate(prepared, batches(1, 4), observer="minmax", progress=False)
+    native = convert(prepared)
+    real = len(save({k: v.contiguous() for k, v in native.state_dict().items()}))
+    estimate = estimate_bytes(model, plan)
+    assert real <= estimate <= 1.01 * real + 16
+    nonzero = {
+        name: int(quantize_weight(w, bits, magnitude_mask(w, sparsity))[0].count_nonzero())
+        for name, w in ((name, model.get_submodule(name).weight) for name in layers)
+    }
+    assert estimate_bytes(model, plan, nonzero=nonzero) == real
 
 
 def test_cost_table_is_a_tight_upper_bound(scored) -> None:

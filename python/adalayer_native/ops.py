@@ -213,8 +213,15 @@ def _conv_out_shape(
     dilation: Sequence[int],
 ) -> tuple[int, int, int, int]:
     top, left, bottom, right = padding
+    if min(stride) < 1:
+        raise ValueError(f"adalayer::conv2d: stride must be at least 1, got {list(stride)}")
     h = _out_size(x.shape[2], top, bottom, kernel_size[0], stride[0], dilation[0])
     w = _out_size(x.shape[3], left, right, kernel_size[1], stride[1], dilation[1])
+    if h < 1 or w < 1:
+        raise ValueError(
+            f"adalayer::conv2d: an input of {list(x.shape)} with padding {list(padding)} is "
+            f"smaller than the dilated kernel {list(kernel_size)}, dilation {list(dilation)}"
+        )
     return x.shape[0], out_channels, h, w
 
 

@@ -1,10 +1,10 @@
 """Method "adalayer": equations (1)-(3) with their hyper-parameters searched under the budget.
 
 Three steps. A grid over all hyper-parameters gives plans; duplicates and plans beyond the budget
-go, and so do plans that leave much of it unused. A proxy ranks the rest: the squared weight error
-of every layer relative to the probe's, weighted by the square root of A. The best few, and the
+go, and so do plans that leave much of it unused. Proxies rank the rest: the squared weight error
+of every layer relative to the probe's, weighted by a power of A. The best few by each, and the
 uniform plans, are then tried on calibration data, and around the best of them finer grids are
-tried until nothing better comes.
+tried until nothing better comes, ranked by the proxy that has predicted best so far.
 """
 
 from __future__ import annotations
@@ -47,6 +47,9 @@ GOOD_USE = 0.93  # plans that leave more of the budget unused are only a last re
 RESORT = 64  # how many of the fullest plans to look at if none uses the budget well
 ROUNDS = 3  # at most so many finer grids
 REFINE = 8  # plans tried per finer grid
+# Powers of A in the proxies. A's own scale exaggerates (a layer that is destroyed at 2 bits is not
+# that much worse off at 4), no weight at all knows nothing; which is right depends on the model.
+POWERS = (0.5, 0.0, 1.0)
 # Weights per layer from which the error table is measured: whole channels, evenly spread.
 SAMPLE = 1 << 16
 SPARSITIES = (0, 20, 40, 60, 80, 95)  # per cents at which rounding is measured, between: linear
@@ -92,8 +95,15 @@ def adalayer(
     def plans_of(grid: list[np.ndarray]) -> tuple[_Plans, _Plans]:
         return _enumerate(problem, grid, a, f, r, costs)
 
-    def ranked(plans: _Plans) -> np.ndarray:
-        return np.argsort(_proxy(plans, errors), kind="stable")
+    contribution = np.maximum(a, 1e-3)  # no loss in a small sample is cheap, but never free
+
+    def proxy(plans: _Plans, power: float) -> np.ndarray:
+        harm = errors[np.arange(len(a)), plans.bits - MIN_BITS, plans.percent]
+        return (harm * contribution**power).sum(axis=1)
+
+    def ranked(plans: _Plans, powers: tuple[float, ...]) -> np.ndarray:
+        orders = [np.argsort(proxy(plans, power), kind="stable") for power in powers]
+        return np.stack(orders, axis=1).ravel()  # the best by each, the second by each, ...
 
     plans, least = plans_of(_grid(fixed))
     if len(plans.cost) == 0:
@@ -108,7 +118,9 @@ def adalayer(
         plans = plans.take(np.flatnonzero(plans.cost >= GOOD_USE * limit))
     else:
         plans = plans.take(np.argsort(-plans.cost, kind="stable")[:RESORT])
-    tried = plans.take(_diverse(plans, ranked(plans), candidates if evaluator is not None else 1))
+    tried = plans.take(
+        _diverse(plans, ranked(plans, POWERS), candidates if evaluator is not None else 1)
+    )
     if evaluator is None:
         return _plan(problem, scores, tried, 0, None)
 
@@ -130,7 +142,9 @@ def adalayer(
             grids = [_around(tried.hyper[row], fixed) for row in (best, second)]
             near = _without(_joined([plans_of(grid)[0] for grid in grids]), tried)
             near = near.take(np.flatnonzero(near.cost >= GOOD_USE * tried.cost[best]))
-            near = near.take(_diverse(near, ranked(near), REFINE))
+            losses = [m.loss for m in measured]
+            power = max(POWERS, key=lambda p: _rank_correlation(proxy(tried, p), losses))
+            near = near.take(_diverse(near, ranked(near, (power,)), REFINE))
             if len(near.cost) == 0:
                 break
             tried = _joined([tried, near])
@@ -273,9 +287,7 @@ def _joined(parts: list[_Plans]) -> _Plans:
 def _error_table(problem: Problem, scores: LayerScores) -> np.ndarray:
     """Estimated harm to free layer l at b bits and p per cent zeros, float64 ``[layers, 7, 96]``.
 
-    The squared weight error (pruned energy plus rounding of what is left) over the probe's,
-    times the square root of A. With the probe's loss itself as the weight the ranking is worse:
-    a layer that is destroyed at 2 bits is not that much worse off at 4.
+    The squared weight error (pruned energy plus rounding of what is left) over the probe's.
     """
     result = np.empty((len(problem.free), MAX_BITS - MIN_BITS + 1, PERCENTS))
     percents = np.arange(PERCENTS)
@@ -294,16 +306,18 @@ def _error_table(problem: Problem, scores: LayerScores) -> np.ndarray:
                 error = (weight * mask - dequantized(weight, bits, mask)).double().square().sum()
                 rounding[bits - MIN_BITS, column] = float(error)
         probe = rounding[scores.probe_bits - MIN_BITS, 0]
-        # A layer that showed no loss in a small sample is cheap, but never free.
-        share = np.sqrt(max(scores[name].A, 1e-3)) / probe if probe > 0 else 0.0
+        share = 1.0 / probe if probe > 0 else 0.0
         for column, errors in enumerate(rounding):
             result[row, column] = share * (cut + np.interp(percents, SPARSITIES, errors))
     return result
 
 
-def _proxy(plans: _Plans, errors: np.ndarray) -> np.ndarray:
-    columns = np.arange(errors.shape[0])
-    return errors[columns, plans.bits - MIN_BITS, plans.percent].sum(axis=1)
+def _rank_correlation(predicted: np.ndarray, losses: list[float]) -> float:
+    """Spearman's correlation, ties in order of appearance; 0 where there is nothing to compare."""
+    if len(losses) < 3:
+        return 0.0
+    ranks = [np.argsort(np.argsort(v, kind="stable")) for v in (predicted, np.array(losses))]
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
 def _diverse(plans: _Plans, order: np.ndarray, count: int) -> np.ndarray:
