@@ -56,4 +56,6 @@ def test_linear(versus, bits: int) -> None:
     torch.manual_seed(0)
     layer = torch.nn.Linear(4096, 4096)
     native = ada.nn.Linear.from_float(layer, bits, input_range=(-4.0, 4.0))
-    compare(versus, f"linear 4096-4096, {bits} bits", native, layer, torch.randn(1, 4096).clamp(-4, 4))
+    compare(
+        versus, f"linear 4096-4096, {bits} bits", native, layer, torch.randn(1, 4096).clamp(-4, 4)
+    )

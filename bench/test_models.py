@@ -40,5 +40,7 @@ def test_network(versus, name: str, bits: int, batch: int) -> None:
         # Random weights amplify single-step differences; the result must still be the same one.
         torch.testing.assert_close(got, prepared(x), rtol=0.05, atol=0.05 * float(got.abs().max()))
     rounds = 15 if (name, batch) == ("resnet18", 16) else 60
-    speedup = versus(f"{name}, {bits} bits, batch {batch}", lambda: native(x), lambda: model(x), rounds)
+    speedup = versus(
+        f"{name}, {bits} bits, batch {batch}", lambda: native(x), lambda: model(x), rounds
+    )
     assert speedup >= MINIMUM

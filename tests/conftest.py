@@ -1,12 +1,15 @@
-"""Fixtures for all tests."""
+"""Fixtures for all tests, and the count of kernel cases per instruction set."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+# The tests of test_kernels.py that compare random layers on every instruction set.
+COUNTED = {"test_random_shapes", "test_random_linear"}
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +19,39 @@ def shared_dir() -> Path:
     if not (folder / "data" / "cifar10.zip").is_file():
         pytest.skip("needs ../shared (CIFAR-10 and baseline weights), which is not here")
     return folder
+
+
+def _kernel_cases() -> dict[str, tuple[int, int]]:
+    """(all cases, random ones) per instruction set that was loaded; empty without these tests."""
+    module = sys.modules.get("test_kernels")
+    if module is None:
+        return {}
+    return {isa: (module.CASES[isa], module.RANDOM_CASES[isa]) for isa in module.FAST_ISAS}
+
+
+def _idle(session: pytest.Session) -> list[str]:
+    """Instruction sets without a random case although the tests that make them were selected."""
+    chosen = {getattr(item, "originalname", None) for item in session.items}
+    if not chosen >= COUNTED or session.config.option.collectonly:
+        return []
+    return [isa for isa, (_, random) in _kernel_cases().items() if random == 0]
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """A run that compared nothing on some instruction set is a failed run."""
+    if exitstatus == pytest.ExitCode.OK and _idle(session):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints which instruction sets ran, and how many layers were compared on each."""
+    if "test_kernels" not in sys.modules:
+        return
+    terminalreporter.section("layers compared bit for bit with the scalar reference")
+    cases = _kernel_cases()
+    for isa, (total, random) in cases.items():
+        terminalreporter.write_line(f"{isa:<12}{total:6d} cases, {random} of them random")
+    if not cases:
+        terminalreporter.write_line("none: this machine runs the scalar reference only")
+    for isa in _idle(terminalreporter._session):
+        terminalreporter.write_line(f"FAILED: no random case ran on {isa}", red=True)

@@ -30,7 +30,7 @@ from adalayer_native.models import get_model
 from adalayer_native.plan import Plan
 from adalayer_native.pruning.masks import magnitude_mask
 from adalayer_native.quantization import calibrate, convert, prepare
-from adalayer_native.quantization.weights import quantize_weight
+from adalayer_native.rounding import quantize_weight
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from adalayer_native.quantization.observers import (
     PercentileObserver,
     make_observer,
 )
-from adalayer_native.quantization.weights import quantize_weight, round_weight, weight_range
+from adalayer_native.rounding import quantize_weight, round_weight, weight_range
 
 BITS = list(range(2, 9))
 

@@ -51,7 +51,7 @@ def test_figure6_table_reproduces_the_paper() -> None:
 
 
 def test_comparison_table() -> None:
-    rows = [Result("float", 0.9, 1000, 2.0), {"name": "small", "accuracy": 0.895, "bytes": 100}]
+    rows = [Result("float", 90.0, 1000, 2.0), {"name": "small", "accuracy": 89.5, "bytes": 100}]
     shown = text(comparison_table(rows))
     small = next(line for line in shown.splitlines() if "│ small" in line)
     assert "89.50" in small

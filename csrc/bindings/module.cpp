@@ -29,7 +29,8 @@ std::span<const uint8_t> bytes_at(uintptr_t address, size_t size) {
 ConvShape parse_shape(int64_t batch, int64_t h, int64_t w, const py::tuple& geometry) {
   if (geometry.size() != 13) throw InvalidArgument("conv2d: geometry must have 13 entries");
   int64_t v[13];
-  for (size_t i = 0; i < 13; ++i) v[i] = geometry[i].cast<int64_t>();
+  for (size_t i = 0; i < 13; ++i)
+    v[i] = geometry[i].cast<int64_t>();
   ConvShape s;
   s.batch = batch;
   s.in_h = h;
@@ -66,26 +67,34 @@ const float* scaled(const float* scale, int64_t n, float factor) {
   thread_local AlignedBuffer buffer;
   if (buffer.size() < static_cast<size_t>(n) * 4) buffer.reset(static_cast<size_t>(n) * 4);
   auto* out = reinterpret_cast<float*>(buffer.data());
-  for (int64_t i = 0; i < n; ++i) out[i] = scale[i] * factor;
+  for (int64_t i = 0; i < n; ++i)
+    out[i] = scale[i] * factor;
   return out;
 }
 
 void conv2d(uintptr_t x, bool x_is_u8, bool x_nhwc, int64_t batch, int64_t h, int64_t w,
             const py::tuple& geometry, uintptr_t packed, size_t packed_bytes, uintptr_t scale,
             uintptr_t bias, float input_scale, int input_zero_point, int input_bits, uintptr_t y,
-            bool y_is_u8, bool y_nhwc, float lo, float hi, int output_zero_point, int threads) {
+            bool y_is_u8, bool y_nhwc, float lo, float hi, int output_zero_point, uintptr_t residual,
+            float grid_scale, int grid_zero_point, int grid_bits, int threads) {
   const ConvShape shape = parse_shape(batch, h, w, geometry);
   ActivationIn in{reinterpret_cast<const void*>(x), x_is_u8 ? DType::U8 : DType::F32,
                   x_nhwc ? Layout::NHWC : Layout::NCHW,
                   parse_grid(input_scale, input_zero_point, input_bits)};
-  OutputSpec out{reinterpret_cast<void*>(y),
-                 y_is_u8 ? DType::U8 : DType::F32,
-                 y_nhwc ? Layout::NHWC : Layout::NCHW,
-                 nullptr,
-                 reinterpret_cast<const float*>(bias),
-                 lo,
-                 hi,
-                 output_zero_point};
+  OutputSpec out;
+  out.data = reinterpret_cast<void*>(y);
+  out.dtype = y_is_u8 ? DType::U8 : DType::F32;
+  out.layout = y_nhwc ? Layout::NHWC : Layout::NCHW;
+  out.bias = reinterpret_cast<const float*>(bias);
+  out.lo = lo;
+  out.hi = hi;
+  out.zero_point = output_zero_point;
+  out.residual = reinterpret_cast<const float*>(residual);
+  if (grid_bits != 0) {
+    out.on_grid = true;
+    out.grid = parse_grid(grid_scale, grid_zero_point, grid_bits);
+    out.grid_scale = grid_scale;
+  }
   const py::gil_scoped_release release;
   const auto weights = cpu::cached_weights(shape, bytes_at(packed, packed_bytes));
   const auto* channel_scale = reinterpret_cast<const float*>(scale);
@@ -149,22 +158,20 @@ PYBIND11_MODULE(_C, m) {
   });
 
   m.def("conv2d", &conv2d);
-  m.def(
-      "quantize",
-      [](uintptr_t x, int64_t n, float scale, int zero_point, int bits, uintptr_t q, int threads) {
-        const ActivationGrid grid = parse_grid(scale, zero_point, bits);
-        const py::gil_scoped_release release;
-        cpu::quantize(reinterpret_cast<const float*>(x), n, grid, reinterpret_cast<uint8_t*>(q),
-                      threads);
-      });
-  m.def(
-      "fake_quantize",
-      [](uintptr_t x, int64_t n, float scale, int zero_point, int bits, uintptr_t y, int threads) {
-        const ActivationGrid grid = parse_grid(scale, zero_point, bits);
-        const py::gil_scoped_release release;
-        cpu::fake_quantize(reinterpret_cast<const float*>(x), n, grid, scale,
-                           reinterpret_cast<float*>(y), threads);
-      });
+  m.def("quantize", [](uintptr_t x, int64_t n, float scale, int zero_point, int bits, uintptr_t q,
+                       int threads) {
+    const ActivationGrid grid = parse_grid(scale, zero_point, bits);
+    const py::gil_scoped_release release;
+    cpu::quantize(reinterpret_cast<const float*>(x), n, grid, reinterpret_cast<uint8_t*>(q),
+                  threads);
+  });
+  m.def("fake_quantize", [](uintptr_t x, int64_t n, float scale, int zero_point, int bits,
+                            uintptr_t y, int threads) {
+    const ActivationGrid grid = parse_grid(scale, zero_point, bits);
+    const py::gil_scoped_release release;
+    cpu::fake_quantize(reinterpret_cast<const float*>(x), n, grid, scale,
+                       reinterpret_cast<float*>(y), threads);
+  });
 
   m.def("pack", &pack);
   m.def("unpack", &unpack);

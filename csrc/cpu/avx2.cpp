@@ -62,7 +62,8 @@ void quantize_row(const float* x, int64_t n, const ActivationGrid& grid, uint8_t
     const uint64_t bytes = narrow(g.levels(_mm256_loadu_ps(x + i)));
     std::memcpy(q + i, &bytes, 8);
   }
-  for (; i < n; ++i) q[i] = quantize_value(x[i], grid);
+  for (; i < n; ++i)
+    q[i] = quantize_value(x[i], grid);
 }
 
 void quantize_planar(const float* x, int64_t channel_stride, int64_t channels, int64_t w,
@@ -77,7 +78,8 @@ void quantize_planar(const float* x, int64_t channel_stride, int64_t channels, i
       for (int64_t k = 0; k < 8; ++k, bytes >>= 8)
         dst[(i + k) * channels] = static_cast<uint8_t>(bytes);
     }
-    for (; i < w; ++i) dst[i * channels] = quantize_value(row[i], grid);
+    for (; i < w; ++i)
+      dst[i * channels] = quantize_value(row[i], grid);
   }
 }
 
@@ -86,8 +88,8 @@ void fake_quantize(const float* x, int64_t n, const ActivationGrid& grid, float 
   const __m256 step = _mm256_set1_ps(scale);
   int64_t i = 0;
   for (; i + 8 <= n; i += 8)
-    _mm256_storeu_ps(
-        y + i, _mm256_mul_ps(_mm256_cvtepi32_ps(g.relative(_mm256_loadu_ps(x + i))), step));
+    _mm256_storeu_ps(y + i,
+                     _mm256_mul_ps(_mm256_cvtepi32_ps(g.relative(_mm256_loadu_ps(x + i))), step));
   for (; i < n; ++i)
     y[i] = dequantize_value(quantize_value(x[i], grid), scale, grid.zero_point);
 }
@@ -97,12 +99,15 @@ void unpack_tiles(const uint8_t* packed, int bits, int64_t count, int8_t* out) {
 }
 
 void store(const StoreArgs& s) {
-  const __m256 lo = _mm256_set1_ps(s.lo), hi = _mm256_set1_ps(s.hi);
-  const __m256i zero = _mm256_set1_epi32(s.zero_point);
+  const OutputSpec& out = *s.out;
+  const __m256 lo = _mm256_set1_ps(out.lo), hi = _mm256_set1_ps(out.hi);
+  const __m256 step = _mm256_set1_ps(out.grid_scale);
+  const __m256i zero = _mm256_set1_epi32(out.zero_point);
+  const Grid grid(out.grid);
   for (int r = 0; r < s.rows; ++r) {
     if (s.position[r] < 0) continue;
     const int32_t* sums = s.sums + r * s.sums_stride;
-    const int64_t row = s.position[r] * s.position_stride;
+    const int64_t row = s.first + s.position[r] * s.position_stride;
     int c = 0;
     if (s.channel_stride == 1) {
       for (; c + 8 <= s.cols; c += 8) {
@@ -110,28 +115,27 @@ void store(const StoreArgs& s) {
           return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + c));
         };
         const __m256 acc = _mm256_cvtepi32_ps(_mm256_add_epi32(load(sums), load(s.correction)));
-        const __m256 y = _mm256_min_ps(
-            _mm256_max_ps(
-                _mm256_fmadd_ps(acc, _mm256_loadu_ps(s.scale + c), _mm256_loadu_ps(s.bias + c)),
-                lo),
-            hi);
-        if (s.dtype == DType::F32) {
-          _mm256_storeu_ps(static_cast<float*>(s.out) + row + c, y);
+        __m256 y = _mm256_fmadd_ps(acc, _mm256_loadu_ps(out.scale + s.channel + c),
+                                   _mm256_loadu_ps(out.bias + s.channel + c));
+        if (out.residual != nullptr) y = _mm256_add_ps(y, _mm256_loadu_ps(out.residual + row + c));
+        y = _mm256_min_ps(_mm256_max_ps(y, lo), hi);
+        if (out.dtype == DType::F32) {
+          if (out.on_grid) y = _mm256_mul_ps(_mm256_cvtepi32_ps(grid.relative(y)), step);
+          _mm256_storeu_ps(static_cast<float*>(out.data) + row + c, y);
         } else {
           const uint64_t bytes = narrow(_mm256_add_epi32(_mm256_cvtps_epi32(y), zero));
-          std::memcpy(static_cast<uint8_t*>(s.out) + row + c, &bytes, 8);
+          std::memcpy(static_cast<uint8_t*>(out.data) + row + c, &bytes, 8);
         }
       }
     }
     for (; c < s.cols; ++c) {
-      const int64_t at = row + c * s.channel_stride;
+      const int64_t at = row + c * s.channel_stride, channel = s.channel + c;
       const int32_t acc = sums[c] + s.correction[c];
-      if (s.dtype == DType::F32) {
-        static_cast<float*>(s.out)[at] =
-            requantize_float(acc, s.scale[c], s.bias[c], s.lo, s.hi);
+      if (out.dtype == DType::F32) {
+        static_cast<float*>(out.data)[at] = output_value(acc, channel, at, out);
       } else {
-        static_cast<uint8_t*>(s.out)[at] =
-            requantize_u8(acc, s.scale[c], s.bias[c], s.lo, s.hi, s.zero_point);
+        static_cast<uint8_t*>(out.data)[at] = requantize_u8(
+            acc, out.scale[channel], out.bias[channel], out.lo, out.hi, out.zero_point);
       }
     }
   }
@@ -162,8 +166,8 @@ __m256i load_weights(const int8_t* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
 
-/// Two rows x one column tile (two vectors of eight int32 sums). kNarrow: weights of at most 7 bits,
-/// where the int16 sums of vpmaddubsw are exact.
+/// Two rows x one column tile (two vectors of eight int32 sums). kNarrow: weights of at most 7
+/// bits, where the int16 sums of vpmaddubsw are exact.
 template <bool kNarrow>
 void gemm_rows2(const GemmArgs& g, const int8_t* tile, int row, int32_t* sums) {
   const __m256i ones = _mm256_set1_epi16(1);
@@ -187,9 +191,8 @@ void gemm_rows2(const GemmArgs& g, const int8_t* tile, int row, int32_t* sums) {
           } else {
             const __m256i w_even = _mm256_srai_epi16(_mm256_slli_epi16(w[h], 8), 8);
             const __m256i w_odd = _mm256_srai_epi16(w[h], 8);
-            sum = _mm256_add_epi32(
-                _mm256_madd_epi16(_mm256_and_si256(v, low_bytes), w_even),
-                _mm256_madd_epi16(_mm256_srli_epi16(v, 8), w_odd));
+            sum = _mm256_add_epi32(_mm256_madd_epi16(_mm256_and_si256(v, low_bytes), w_even),
+                                   _mm256_madd_epi16(_mm256_srli_epi16(v, 8), w_odd));
           }
           acc[r][h] = _mm256_add_epi32(acc[r][h], sum);
         }
@@ -198,8 +201,8 @@ void gemm_rows2(const GemmArgs& g, const int8_t* tile, int row, int32_t* sums) {
   }
   for (int r = 0; r < 2; ++r)
     for (int h = 0; h < 2; ++h)
-      _mm256_storeu_si256(
-          reinterpret_cast<__m256i*>(sums + (row + r) * kBlockCols + h * 8), acc[r][h]);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + (row + r) * kBlockCols + h * 8),
+                          acc[r][h]);
 }
 
 template <bool kNarrow>

@@ -47,8 +47,7 @@ struct Grid {
         hi(_mm512_set1_ps(static_cast<float>(g.qmax - g.zero_point))),
         zero(_mm512_set1_epi32(g.zero_point)) {}
   __m512i relative(__m512 x) const {
-    return _mm512_cvtps_epi32(
-        _mm512_min_ps(_mm512_max_ps(_mm512_mul_ps(x, inv), lo), hi));
+    return _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(_mm512_mul_ps(x, inv), lo), hi));
   }
   __m512i levels(__m512 x) const { return _mm512_add_epi32(relative(x), zero); }
 };
@@ -131,64 +130,101 @@ void unpack_tiles(const uint8_t* packed, int bits, int64_t count, int8_t* out) {
   unpack_tiles_any<Bytes512>(packed, bits, count, out);
 }
 
-void store(const StoreArgs& s) {
-  const __m512 lo = _mm512_set1_ps(s.lo), hi = _mm512_set1_ps(s.hi);
-  const __m512i zero = _mm512_set1_epi32(s.zero_point);
-  if (s.channel_stride == 1) {
-    for (int c = 0; c < s.cols; c += 16) {
-      const __mmask16 m = tail_mask(s.cols - c);
-      const __m512i correction = _mm512_maskz_loadu_epi32(m, s.correction + c);
-      const __m512 scale = _mm512_maskz_loadu_ps(m, s.scale + c);
-      const __m512 bias = _mm512_maskz_loadu_ps(m, s.bias + c);
-      for (int r = 0; r < s.rows; ++r) {
-        if (s.position[r] < 0) continue;
-        const __m512i acc =
-            _mm512_add_epi32(_mm512_loadu_si512(s.sums + r * s.sums_stride + c), correction);
-        const __m512 y = _mm512_min_ps(
-            _mm512_max_ps(_mm512_fmadd_ps(_mm512_cvtepi32_ps(acc), scale, bias), lo), hi);
-        const int64_t at = s.position[r] * s.position_stride + c;
-        if (s.dtype == DType::F32) {
-          _mm512_mask_storeu_ps(static_cast<float*>(s.out) + at, m, y);
-        } else {
-          _mm512_mask_cvtepi32_storeu_epi8(static_cast<uint8_t*>(s.out) + at, m,
-                                           _mm512_add_epi32(_mm512_cvtps_epi32(y), zero));
-        }
+namespace {
+
+/// OutputSpec in registers: float sums to clamped output values.
+struct Epilogue {
+  __m512 lo, hi, step;
+  Grid grid;
+  bool on_grid;
+  explicit Epilogue(const OutputSpec& out)
+      : lo(_mm512_set1_ps(out.lo)),
+        hi(_mm512_set1_ps(out.hi)),
+        step(_mm512_set1_ps(out.grid_scale)),
+        grid(out.grid),
+        on_grid(out.on_grid) {}
+  __m512 clamp(__m512 y) const { return _mm512_min_ps(_mm512_max_ps(y, lo), hi); }
+  __m512 finish(__m512 y) const {
+    y = clamp(y);
+    if (!on_grid) return y;
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(grid.relative(y)), step);
+  }
+};
+
+/// Interleaved output: 16 channels of one position at a time.
+template <bool kFloat>
+void store_interleaved(const StoreArgs& s) {
+  const OutputSpec& out = *s.out;
+  const Epilogue e(out);
+  const __m512i zero = _mm512_set1_epi32(out.zero_point);
+  for (int c = 0; c < s.cols; c += 16) {
+    const __mmask16 m = tail_mask(s.cols - c);
+    const __m512i correction = _mm512_maskz_loadu_epi32(m, s.correction + c);
+    const __m512 scale = _mm512_maskz_loadu_ps(m, out.scale + s.channel + c);
+    const __m512 bias = _mm512_maskz_loadu_ps(m, out.bias + s.channel + c);
+    for (int r = 0; r < s.rows; ++r) {
+      if (s.position[r] < 0) continue;
+      const __m512i acc =
+          _mm512_add_epi32(_mm512_loadu_si512(s.sums + r * s.sums_stride + c), correction);
+      __m512 y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc), scale, bias);
+      const int64_t at = s.first + s.position[r] * s.position_stride + c;
+      if constexpr (kFloat) {
+        if (out.residual != nullptr)
+          y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(m, out.residual + at));
+        _mm512_mask_storeu_ps(static_cast<float*>(out.data) + at, m, e.finish(y));
+      } else {
+        const __m512i q = _mm512_add_epi32(_mm512_cvtps_epi32(e.clamp(y)), zero);
+        _mm512_mask_cvtepi32_storeu_epi8(static_cast<uint8_t*>(out.data) + at, m, q);
       }
     }
-    return;
   }
-  // Planar output: gather one channel of 16 positions; the valid ones are neighbours in the output,
-  // because only padding lies between them.
+}
+
+/// Planar output: gather one channel of 16 positions; the valid ones are neighbours in the output,
+/// because only padding lies between them.
+template <bool kFloat>
+void store_planar(const StoreArgs& s) {
+  const OutputSpec& out = *s.out;
+  const Epilogue e(out);
+  const __m512i zero = _mm512_set1_epi32(out.zero_point);
   const __m512i lane = _mm512_mullo_epi32(
       _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
       _mm512_set1_epi32(static_cast<int>(s.sums_stride)));
   for (int r = 0; r < s.rows; r += 16) {
-    const __mmask16 in_block = tail_mask(s.rows - r);
-    const __m512i position = _mm512_mask_loadu_epi32(_mm512_set1_epi32(-1), in_block,
+    const __m512i position = _mm512_mask_loadu_epi32(_mm512_set1_epi32(-1), tail_mask(s.rows - r),
                                                      s.position + r);
     const __mmask16 valid = _mm512_cmpge_epi32_mask(position, _mm512_setzero_si512());
     if (valid == 0) continue;
-    const int64_t first = s.position[r + __builtin_ctz(valid)];
+    const int64_t first = s.first + s.position[r + __builtin_ctz(valid)];
     for (int c = 0; c < s.cols; ++c) {
-      const __m512i acc = _mm512_add_epi32(
-          _mm512_i32gather_epi32(lane, s.sums + r * s.sums_stride + c, 4),
-          _mm512_set1_epi32(s.correction[c]));
-      const __m512 y = _mm512_min_ps(
-          _mm512_max_ps(_mm512_fmadd_ps(_mm512_cvtepi32_ps(acc), _mm512_set1_ps(s.scale[c]),
-                                        _mm512_set1_ps(s.bias[c])),
-                        lo),
-          hi);
+      const __m512i acc =
+          _mm512_add_epi32(_mm512_i32gather_epi32(lane, s.sums + r * s.sums_stride + c, 4),
+                           _mm512_set1_epi32(s.correction[c]));
+      __m512 y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc), _mm512_set1_ps(out.scale[s.channel + c]),
+                                 _mm512_set1_ps(out.bias[s.channel + c]));
       const int64_t at = first + c * s.channel_stride;
-      if (s.dtype == DType::F32) {
-        _mm512_mask_compressstoreu_ps(static_cast<float*>(s.out) + at, valid, y);
+      if constexpr (kFloat) {
+        if (out.residual != nullptr)
+          y = _mm512_add_ps(y, _mm512_maskz_expandloadu_ps(valid, out.residual + at));
+        _mm512_mask_compressstoreu_ps(static_cast<float*>(out.data) + at, valid, e.finish(y));
       } else {
         const __m512i q = _mm512_maskz_compress_epi32(
-            valid, _mm512_add_epi32(_mm512_cvtps_epi32(y), zero));
-        _mm512_mask_cvtepi32_storeu_epi8(static_cast<uint8_t*>(s.out) + at,
+            valid, _mm512_add_epi32(_mm512_cvtps_epi32(e.clamp(y)), zero));
+        _mm512_mask_cvtepi32_storeu_epi8(static_cast<uint8_t*>(out.data) + at,
                                          tail_mask(__builtin_popcount(valid)), q);
       }
     }
   }
+}
+
+}  // namespace
+
+void store(const StoreArgs& s) {
+  const bool floats = s.out->dtype == DType::F32;
+  if (s.channel_stride == 1)
+    floats ? store_interleaved<true>(s) : store_interleaved<false>(s);
+  else
+    floats ? store_planar<true>(s) : store_planar<false>(s);
 }
 
 void depthwise(const DepthwiseArgs& d) {
@@ -222,21 +258,24 @@ void gemm_rows8(const GemmArgs& g, int row) {
   const uint8_t* base = g.activations + row * g.row_stride;
   __m512i acc[8][kCols];
   for (auto& r : acc)
-    for (auto& v : r) v = _mm512_setzero_si512();
+    for (auto& v : r)
+      v = _mm512_setzero_si512();
   for (int64_t s = 0; s < g.steps; ++s) {
     const uint8_t* a = base + g.step_offsets[s];
     const int8_t* b[2] = {g.tile0 + s * formats::kTileBytes, nullptr};
     if constexpr (kCols == 2) b[1] = g.tile1 + s * formats::kTileBytes;
     for (int quad = 0; quad < g.live_quads[s]; ++quad) {
       __m512i w[kCols];
-      for (int c = 0; c < kCols; ++c) w[c] = _mm512_loadu_si512(b[c] + quad * 64);
+      for (int c = 0; c < kCols; ++c)
+        w[c] = _mm512_loadu_si512(b[c] + quad * 64);
 #pragma GCC unroll 8
       for (int r = 0; r < 8; ++r) {
         int32_t four;
         std::memcpy(&four, a + r * g.row_stride + quad * 4, 4);
         const __m512i v = _mm512_set1_epi32(four);
 #pragma GCC unroll 2
-        for (int c = 0; c < kCols; ++c) acc[r][c] = _mm512_dpbusd_epi32(acc[r][c], v, w[c]);
+        for (int c = 0; c < kCols; ++c)
+          acc[r][c] = _mm512_dpbusd_epi32(acc[r][c], v, w[c]);
       }
     }
   }
@@ -262,8 +301,8 @@ void nothing() {}
 namespace adalayer::cpu {
 
 const KernelRow kAvx512VnniRow{
-    "avx512vnni",           Isa::Avx512Vnni,       avx512::quantize_row, avx512::quantize_planar,
-    avx512::fake_quantize,  avx512::unpack_tiles,  avx512::nothing,      avx512::nothing,
-    avx512::gemm, avx512::store,         avx512::depthwise};
+    "avx512vnni",          Isa::Avx512Vnni,      avx512::quantize_row, avx512::quantize_planar,
+    avx512::fake_quantize, avx512::unpack_tiles, avx512::nothing,      avx512::nothing,
+    avx512::gemm,          avx512::store,        avx512::depthwise};
 
 }  // namespace adalayer::cpu

@@ -70,13 +70,9 @@ StoreArgs store_args(const Call& call, int64_t n, int64_t channel, int cols) {
   StoreArgs store{};
   store.cols = cols;
   store.correction = call.correction + channel;
-  store.scale = call.out.scale + channel;
-  store.bias = call.out.bias + channel;
-  store.lo = call.out.lo;
-  store.hi = call.out.hi;
-  store.zero_point = call.out.zero_point;
-  store.dtype = call.out.dtype;
-  store.out = static_cast<uint8_t*>(call.out.data) + first * (store.dtype == DType::F32 ? 4 : 1);
+  store.channel = channel;
+  store.out = &call.out;
+  store.first = first;
   store.position_stride = interleaved ? s.out_channels : 1;
   store.channel_stride = interleaved ? 1 : area;
   return store;
@@ -142,9 +138,8 @@ void matmul_block(const Call& call, const uint8_t* packed, const Block& block) {
       for (int64_t p = visit_first; p < visit_last; ++p) {
         const int64_t g = p / pairs_per_group, tile = p % pairs_per_group * 2;
         const int64_t tiles = std::min<int64_t>(2, panels.column_tiles - tile);
-        call.unpack_tiles(
-            panels.tile(g, tile), panels.tag.bits, tiles * steps,
-            reinterpret_cast<int8_t*>(unpacked + (p - visit_first) * pair_bytes));
+        call.unpack_tiles(panels.tile(g, tile), panels.tag.bits, tiles * steps,
+                          reinterpret_cast<int8_t*>(unpacked + (p - visit_first) * pair_bytes));
       }
     }
     for (int64_t n = block.image_first; n < block.image_last; ++n) {
@@ -224,7 +219,8 @@ void depthwise_rows(const Call& call, const uint8_t* packed, int64_t n, int64_t 
   for (int64_t y = first; y < last; ++y) {
     d.activations = packed + y * call.image.row_bytes;
     call.kernels.depthwise(d);
-    for (int64_t x = 0; x < out_w; ++x) position[x] = static_cast<int32_t>(y * out_w + x);
+    for (int64_t x = 0; x < out_w; ++x)
+      position[x] = static_cast<int32_t>(y * out_w + x);
     StoreArgs store = store_args(call, n, 0, static_cast<int>(s.out_channels));
     store.sums = d.sums;
     store.sums_stride = d.padded_channels;
@@ -275,9 +271,8 @@ void run_images(const Call& call, int threads, int64_t parts, const Work& work) 
 /// A 1x1 convolution without padding over an interleaved tensor does not care where images end: one
 /// tall image makes full tiles of them all.
 ConvShape flattened(const ConvShape& s, const ActivationIn& in, const OutputSpec& out) {
-  const bool pointwise = s.kernel_h == 1 && s.kernel_w == 1 && s.stride_h == 1 &&
-                         s.stride_w == 1 && s.pad_top == 0 && s.pad_left == 0 &&
-                         s.pad_bottom == 0 && s.pad_right == 0;
+  const bool pointwise = s.kernel_h == 1 && s.kernel_w == 1 && s.stride_h == 1 && s.stride_w == 1 &&
+                         s.pad_top == 0 && s.pad_left == 0 && s.pad_bottom == 0 && s.pad_right == 0;
   const bool one_pixel = s.in_h == 1 && s.in_w == 1;
   const bool interleaved = in.layout == Layout::NHWC && out.layout == Layout::NHWC;
   const bool addressable = s.batch * s.in_h * s.in_w < kMaxPositions;
@@ -304,9 +299,8 @@ void run(const ConvShape& shape, const ActivationIn& in, const LayerWeights& wei
 
   const int64_t taps = shape.kernel_h * shape.kernel_w;
   const auto& r = panels.reduction;
-  const PackedImage image =
-      depthwise ? PackedImage(shape, 1, 1, (shape.in_channels + 15) / 16 * 16)
-                : PackedImage(shape, shape.groups, r.channel_blocks, r.pitch);
+  const PackedImage image = depthwise ? PackedImage(shape, 1, 1, (shape.in_channels + 15) / 16 * 16)
+                                      : PackedImage(shape, shape.groups, r.channel_blocks, r.pitch);
   auto* offsets = reinterpret_cast<int64_t*>(
       grown(local.offsets, (depthwise ? taps + 1 : r.steps) * static_cast<int64_t>(8)));
   if (depthwise) {
@@ -325,27 +319,28 @@ void run(const ConvShape& shape, const ActivationIn& in, const LayerWeights& wei
   // A block reads 32 positions and 64 bytes from each, whatever it keeps.
   const int64_t slack = kBlockRows * shape.stride_w * image.pitch + 64;
   const int64_t image_stride = (image.bytes + slack + 63) / 64 * 64;
-  const Call call{shape, in,      panels,  out,    kernels,
-                  unpacker(kernels), image, weights.header.bits, correction, offsets, image_stride};
+  const Call call{
+      shape,      in,      panels,      out, kernels, unpacker(kernels), image, weights.header.bits,
+      correction, offsets, image_stride};
 
   if (estimated_nanoseconds(shape) < kSerialNanoseconds) threads = 1;
   if (depthwise) {
     const int64_t out_h = shape.out_h();
-    run_images(call, threads, std::min<int64_t>(out_h, threads * 2),
-               [&](const uint8_t* packed, int64_t first, int64_t last, int64_t part,
-                   int64_t parts) {
-                 for (int64_t n = first; n < last; ++n)
-                   depthwise_rows(call, packed + (n - first) * image_stride, n,
-                                  out_h * part / parts, out_h * (part + 1) / parts);
-               });
+    run_images(
+        call, threads, std::min<int64_t>(out_h, threads * 2),
+        [&](const uint8_t* packed, int64_t first, int64_t last, int64_t part, int64_t parts) {
+          for (int64_t n = first; n < last; ++n)
+            depthwise_rows(call, packed + (n - first) * image_stride, n, out_h * part / parts,
+                           out_h * (part + 1) / parts);
+        });
   } else {
     bool by_columns = false;
     const int64_t parts = matmul_parts(call, threads, &by_columns);
-    run_images(call, threads, parts,
-               [&](const uint8_t* packed, int64_t first, int64_t last, int64_t part,
-                   int64_t count) {
-                 matmul_part(call, packed, first, last, part, count, by_columns && count > 1);
-               });
+    run_images(
+        call, threads, parts,
+        [&](const uint8_t* packed, int64_t first, int64_t last, int64_t part, int64_t count) {
+          matmul_part(call, packed, first, last, part, count, by_columns && count > 1);
+        });
   }
 }
 
@@ -369,9 +364,9 @@ LayerWeights derive_weights(const ConvShape& shape, std::span<const uint8_t> can
   if (h.out_channels != shape.out_channels || h.group_in != shape.group_in() ||
       h.kernel_h != shape.kernel_h || h.kernel_w != shape.kernel_w)
     fail<InvalidArgument>("conv2d: expected packed weights of shape [", shape.out_channels, ", ",
-                          shape.group_in(), ", ", shape.kernel_h, ", ", shape.kernel_w,
-                          "], got [", h.out_channels, ", ", h.group_in, ", ", h.kernel_h, ", ",
-                          h.kernel_w, "]");
+                          shape.group_in(), ", ", shape.kernel_h, ", ", shape.kernel_w, "], got [",
+                          h.out_channels, ", ", h.group_in, ", ", h.kernel_h, ", ", h.kernel_w,
+                          "]");
   check_accumulator(shape.reduction(), h.bits);
   std::vector<int8_t> dense = formats::unpack_canonical(canonical);
   if (active_kernels() == nullptr)

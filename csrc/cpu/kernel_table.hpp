@@ -42,26 +42,23 @@ struct StoreArgs {
   int rows;
   int cols;                   // valid output channels in the block
   const int32_t* correction;  // [cols] zero-point correction to add
-  const float* scale;         // [cols]
-  const float* bias;          // [cols]
-  float lo, hi;
-  int32_t zero_point;
-  void* out;  // element (position 0, first channel of the block)
-  DType dtype;
+  int64_t channel;            // first output channel of the block
+  const OutputSpec* out;
+  int64_t first;            // element of (position 0, first channel) in the output
   int64_t position_stride;  // elements: channels for NHWC, 1 for NCHW
   int64_t channel_stride;   // elements: 1 for NHWC, out_h * out_w for NCHW
 };
 
 /// One row of depthwise output: `count` positions x 16-channel blocks over padded NHWC u8 rows.
 struct DepthwiseArgs {
-  const uint8_t* activations;    // padded image, at the row's first tap
-  const int64_t* tap_offsets;    // [taps rounded up to even]; the odd one out repeats a tap
-  const int16_t* weights;        // [pairs][padded_channels][2]
+  const uint8_t* activations;  // padded image, at the row's first tap
+  const int64_t* tap_offsets;  // [taps rounded up to even]; the odd one out repeats a tap
+  const int16_t* weights;      // [pairs][padded_channels][2]
   int64_t pairs;
   int64_t channels, padded_channels;
-  int64_t count;            // output positions
-  int64_t position_bytes;   // bytes between their inputs
-  int32_t* sums;            // [count][padded_channels]
+  int64_t count;           // output positions
+  int64_t position_bytes;  // bytes between their inputs
+  int32_t* sums;           // [count][padded_channels]
 };
 
 using UnpackTiles = void (*)(const uint8_t* packed, int bits, int64_t count, int8_t* out);

@@ -9,7 +9,8 @@ namespace {
 /// memcpy into plain moves.
 template <int kBytes>
 void copy_pixels(const uint8_t* src, int64_t stride, int64_t count, uint8_t* dst) {
-  for (int64_t x = 0; x < count; ++x) std::memcpy(dst + x * kBytes, src + x * stride, kBytes);
+  for (int64_t x = 0; x < count; ++x)
+    std::memcpy(dst + x * kBytes, src + x * stride, kBytes);
 }
 
 void copy_pixels_any(const uint8_t* src, int64_t stride, int64_t count, int64_t pitch,

@@ -1,7 +1,8 @@
-// Planar tile unpacking over any vector type. Included inside the namespace of one ISA file only, so
-// that no instruction of it can reach another machine through the linker.
+// Planar tile unpacking over any vector type. Included inside the namespace of one ISA file only,
+// so that no instruction of it can reach another machine through the linker.
 //
-// V offers: kBytes, load, store, shr<n> (16-bit lanes), shl<n>, bit_and, bit_or, bit_xor, sub, set1.
+// V offers: kBytes, load, store, shr<n> (16-bit lanes), shl<n>, bit_and, bit_or, bit_xor, sub,
+// set1.
 
 template <class V, int kWidth, int kShift>
 inline typename V::T extract_field(typename V::T chunk, int t) {

@@ -67,7 +67,8 @@ void unpack_single(const uint8_t* packed, const Matrices& m, int64_t count, int8
   constexpr int kPerChunk = 8 / kWidth;
   const int64_t chunks = count * formats::kTileBytes / 64 / kPerChunk;
   __m512i matrix[kPerChunk];
-  for (int t = 0; t < kPerChunk; ++t) matrix[t] = m.matrix[0][t];
+  for (int t = 0; t < kPerChunk; ++t)
+    matrix[t] = m.matrix[0][t];
   for (int64_t i = 0; i < chunks; ++i) {
     const __m512i chunk = _mm512_loadu_si512(packed + i * 64);
 #pragma GCC unroll 4

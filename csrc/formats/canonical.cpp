@@ -94,7 +94,8 @@ std::span<const int> field_groups(int bits) {
 
 int64_t fields_bytes(int64_t n, int bits) {
   int64_t total = 0;
-  for (int width : field_groups(bits)) total += stream_bytes(n, width);
+  for (int width : field_groups(bits))
+    total += stream_bytes(n, width);
   return total;
 }
 
@@ -151,9 +152,7 @@ std::vector<uint8_t> pack_canonical(std::span<const int8_t> weights, int bits,
 }
 
 CanonicalHeader read_header(std::span<const uint8_t> packed) {
-  const auto corrupt = [](const std::string& what) {
-    throw CorruptData("packed weight: " + what);
-  };
+  const auto corrupt = [](const std::string& what) { throw CorruptData("packed weight: " + what); };
   CanonicalHeader h;
   if (packed.size() < sizeof h)
     corrupt("expected at least 64 bytes, got " + std::to_string(packed.size()));
@@ -218,7 +217,8 @@ std::vector<int8_t> unpack_canonical(std::span<const uint8_t> packed) {
   };
   std::vector<int8_t> weights(static_cast<size_t>(n), 0);
   if (!bitmask) {
-    for (int64_t i = 0; i < n; ++i) weights[i] = signed_value(fields[i]);
+    for (int64_t i = 0; i < n; ++i)
+      weights[i] = signed_value(fields[i]);
     return weights;
   }
   int64_t next = 0;

@@ -1,5 +1,5 @@
-// Canonical packed weights: the device-neutral bytes that files, state_dicts and torch operators hold.
-// Layout and index formulas: FORMATS.md, section "Canonical".
+// Canonical packed weights: the device-neutral bytes that files, state_dicts and torch operators
+// hold. Layout and index formulas: FORMATS.md, section "Canonical".
 #pragma once
 
 #include <cstdint>

@@ -41,7 +41,8 @@ std::vector<int32_t> sum_weights(const ConvShape& shape, std::span<const int8_t>
   std::vector<int32_t> sums(static_cast<size_t>(shape.out_channels), 0);
   const int64_t k = shape.reduction();
   for (int64_t o = 0; o < shape.out_channels; ++o)
-    for (int64_t i = 0; i < k; ++i) sums[o] += weights[o * k + i];
+    for (int64_t i = 0; i < k; ++i)
+      sums[o] += weights[o * k + i];
   return sums;
 }
 
@@ -85,8 +86,8 @@ Panels build_panels(const ConvShape& shape, std::span<const int8_t> weights, int
   const ReductionPlan& r = panels.reduction;
   const int64_t channels = shape.group_in(), outs = shape.group_out();
   const int64_t taps_area = shape.kernel_h * shape.kernel_w;
-  panels.data = AlignedBuffer(static_cast<size_t>(panels.groups * panels.column_tiles * r.steps *
-                                                  panels.tile_bytes));
+  panels.data = AlignedBuffer(
+      static_cast<size_t>(panels.groups * panels.column_tiles * r.steps * panels.tile_bytes));
   uint8_t* out = panels.data.data();
   int8_t tile[kTileBytes];
   for (int64_t g = 0; g < panels.groups; ++g) {
@@ -167,7 +168,8 @@ void unpack_tiles_scalar(const uint8_t* packed, int bits, int64_t count, int8_t*
       shift += width;
     }
     const int sign = 1 << (bits - 1);
-    for (int v = 0; v < kTileBytes; ++v) out[v] = static_cast<int8_t>((fields[v] ^ sign) - sign);
+    for (int v = 0; v < kTileBytes; ++v)
+      out[v] = static_cast<int8_t>((fields[v] ^ sign) - sign);
   }
 }
 

@@ -24,7 +24,7 @@ struct PanelTag {
   uint32_t magic = 0x4C504441u;  // "ADPL"
   uint8_t version = 1;
   PanelKind kind = PanelKind::Panels;
-  uint8_t bits = 8;      // bits per stored weight: the layer's, or 8 when unpacked at load
+  uint8_t bits = 8;  // bits per stored weight: the layer's, or 8 when unpacked at load
   uint8_t reserved = 0;
   bool operator==(const PanelTag&) const = default;
 };
@@ -48,11 +48,11 @@ struct Panels {
   PanelTag tag;
   ReductionPlan reduction;
   int64_t groups = 1;
-  int64_t column_tiles = 0;             // ceil(group_out / 16), per group
-  int64_t tile_bytes = 0;               // 128 * tag.bits
-  AlignedBuffer data;                   // [groups][column_tiles][steps] tiles, or depthwise pairs
-  std::vector<int32_t> weight_sums;     // [out_channels], for the zero-point correction
-  std::vector<uint8_t> live_quads;      // [steps]: groups of 4 bytes that hold weights (VNNI, AVX2)
+  int64_t column_tiles = 0;          // ceil(group_out / 16), per group
+  int64_t tile_bytes = 0;            // 128 * tag.bits
+  AlignedBuffer data;                // [groups][column_tiles][steps] tiles, or depthwise pairs
+  std::vector<int32_t> weight_sums;  // [out_channels], for the zero-point correction
+  std::vector<uint8_t> live_quads;   // [steps]: groups of 4 bytes that hold weights (VNNI, AVX2)
 
   const uint8_t* tile(int64_t group, int64_t column_tile) const {
     return data.data() + (group * column_tiles + column_tile) * reduction.steps * tile_bytes;

@@ -115,8 +115,7 @@ void conv2d(const ConvShape& s, const ActivationIn& in, const int8_t* weight, co
       s, in, weight, threads, [&](int64_t n, int64_t o, int64_t y, int64_t x, int32_t acc) {
         const int64_t i = index_of(out.layout, n, o, y, x, s.out_channels, oh, ow);
         if (out.dtype == DType::F32) {
-          static_cast<float*>(out.data)[i] =
-              requantize_float(acc, out.scale[o], out.bias[o], out.lo, out.hi);
+          static_cast<float*>(out.data)[i] = output_value(acc, o, i, out);
         } else {
           static_cast<uint8_t*>(out.data)[i] =
               requantize_u8(acc, out.scale[o], out.bias[o], out.lo, out.hi, out.zero_point);
@@ -134,7 +133,8 @@ void conv2d_accumulate(const ConvShape& s, const ActivationIn& in, const int8_t*
 }
 
 void quantize(const float* x, int64_t n, const ActivationGrid& grid, uint8_t* q) {
-  for (int64_t i = 0; i < n; ++i) q[i] = quantize_value(x[i], grid);
+  for (int64_t i = 0; i < n; ++i)
+    q[i] = quantize_value(x[i], grid);
 }
 
 void fake_quantize(const float* x, int64_t n, const ActivationGrid& grid, float scale, float* y) {

@@ -43,7 +43,8 @@ void check_accumulator(int64_t reduction, int bits);
 enum class DType : uint8_t { F32, U8 };
 enum class Layout : uint8_t { NCHW, NHWC };
 
-/// Grid of a u8 activation: q = rne(clamp(x * inv_scale, -zero_point, qmax - zero_point)) + zero_point.
+/// Grid of a u8 activation: q = rne(clamp(x * inv_scale, -zero_point, qmax - zero_point)) +
+/// zero_point.
 struct ActivationGrid {
   float inv_scale = 1.0f;
   int32_t zero_point = 0;
@@ -58,7 +59,8 @@ struct ActivationIn {
   ActivationGrid grid;
 };
 
-/// What happens to the int32 sums. F32: y = clamp(fma(acc, scale, bias), lo, hi).
+/// What happens to the int32 sums. F32: y = clamp(fma(acc, scale, bias) + residual, lo, hi), then,
+/// with a grid, the nearest value on it: (quantize(y) - zero point) * grid_scale.
 /// U8: q = rne(clamp(fma(acc, scale, bias), lo, hi)) + zero_point, where lo and hi are relative to
 /// the zero point and 0 <= lo + zero_point <= hi + zero_point <= 255.
 struct OutputSpec {
@@ -68,7 +70,11 @@ struct OutputSpec {
   const float* scale = nullptr;  // [out_channels], finite, may be negative
   const float* bias = nullptr;   // [out_channels], finite
   float lo = 0.0f, hi = 0.0f;
-  int32_t zero_point = 0;
+  int32_t zero_point = 0;           // U8 only
+  const float* residual = nullptr;  // F32 only: a tensor of the output's shape and layout
+  bool on_grid = false;             // F32 only
+  ActivationGrid grid;
+  float grid_scale = 1.0f;
 };
 
 // max and min as x86 has them: a NaN in the first operand yields the second, so NaN becomes `lo`.
@@ -89,9 +95,18 @@ inline float dequantize_value(uint8_t q, float scale, int32_t zero_point) {
   return static_cast<float>(static_cast<int32_t>(q) - zero_point) * scale;
 }
 
-/// One output before rounding: one fused multiply-add, then the clamp, in float.
+/// One u8 output before rounding: one fused multiply-add, then the clamp, in float.
 inline float requantize_float(int32_t acc, float scale, float bias, float lo, float hi) {
   return min_x86(max_x86(std::fmaf(static_cast<float>(acc), scale, bias), lo), hi);
+}
+
+/// One float output of a layer, its residual and grid included.
+inline float output_value(int32_t acc, int64_t channel, int64_t index, const OutputSpec& out) {
+  float y = std::fmaf(static_cast<float>(acc), out.scale[channel], out.bias[channel]);
+  if (out.residual != nullptr) y += out.residual[index];
+  y = min_x86(max_x86(y, out.lo), out.hi);
+  if (!out.on_grid) return y;
+  return dequantize_value(quantize_value(y, out.grid), out.grid_scale, out.grid.zero_point);
 }
 
 inline uint8_t requantize_u8(int32_t acc, float scale, float bias, float lo, float hi,

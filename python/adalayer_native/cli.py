@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 
 Method = Enum("Method", {name: name for name in METHODS}, type=str)  # type: ignore[misc]
+_ADALAYER = Method("adalayer")
 
 
 def _budget(size: float | None, size_bytes: int | None, bits: float | None) -> Budget | None:
@@ -36,12 +37,14 @@ def _budget(size: float | None, size_bytes: int | None, bits: float | None) -> B
 def compress(
     model: Annotated[str, typer.Argument(help="Built-in name or package.module:callable.")],
     weights: Annotated[Path, typer.Option(help="Float weights, safetensors.")],
-    data: Annotated[str, typer.Option(help="Image folder or zip with train/ and test/, or digits.")],
+    data: Annotated[
+        str, typer.Option(help="Image folder or zip with train/ and test/, or digits.")
+    ],
     out: Annotated[Path, typer.Option(help="Directory for the results.")] = Path("compressed"),
     size: Annotated[float | None, typer.Option(help="Budget: fraction of the float file.")] = None,
     size_bytes: Annotated[int | None, typer.Option("--bytes", help="Budget: bytes.")] = None,
     bits: Annotated[float | None, typer.Option(help="Budget: average bits per weight.")] = None,
-    method: Annotated[Method, typer.Option(help="How bits are chosen.")] = Method("adalayer"),
+    method: Annotated[Method, typer.Option(help="How bits are chosen.")] = _ADALAYER,
     layer_bits: Annotated[
         str | None, typer.Option(help="For fixed/ascending/descending, e.g. 2,3,4.")
     ] = None,
@@ -54,7 +57,9 @@ def compress(
     calibration: Annotated[int, typer.Option(min=1, help="Training images to calibrate on.")] = 512,
     image_size: Annotated[int, typer.Option(min=1, help="Pixels per side.")] = 32,
     batch_size: Annotated[int, typer.Option(min=1)] = 128,
-    classes: Annotated[int | None, typer.Option(help="Classes; default: what the data has.")] = None,
+    classes: Annotated[
+        int | None, typer.Option(help="Classes; default: what the data has.")
+    ] = None,
     seed: Annotated[int, typer.Option()] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; default: torch's.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json at the end.")] = False,
@@ -132,8 +137,8 @@ def info(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Directory for the results.")] = Path("demo-output"),
-    size: Annotated[float, typer.Option(help="Budget: fraction of the float file.")] = 0.10,
-    epochs: Annotated[int, typer.Option(min=1, help="Training epochs of the float network.")] = 8,
+    size: Annotated[float, typer.Option(help="Budget: fraction of the float file.")] = 0.06,
+    epochs: Annotated[int, typer.Option(min=1, help="Training epochs of the float network.")] = 5,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Train AdaLayerNet on handwritten digits, compress it two ways, run it natively, compare."""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from adalayer_native.allocation import Budget, allocate
-from adalayer_native.errors import BudgetError
+from adalayer_native.allocation import METHODS, Budget, allocate
+from adalayer_native.errors import BudgetError, PlanError
 from adalayer_native.importance import LayerScores, analyze
 from adalayer_native.plan import Plan
 from adalayer_native.quantization import calibrate, convert, prepare
@@ -70,7 +70,8 @@ def compress(
         distill: the float model teaches while fine-tuning.
         observer: "mse", "percentile" or "minmax".
         work_dir: measurements and the fine-tuning checkpoint are kept here; calling again with the
-            same arguments after an interruption goes on where it stopped.
+            same arguments after an interruption goes on where it stopped. Each of them is keyed
+            by what it depends on, so that other arguments never reuse what does not fit.
         allocate_options, finetune_options: further arguments of the two steps.
         seed: of the fine-tuning.
 
@@ -84,9 +85,12 @@ def compress(
 
     scores = None
     if plan is None:
+        if method not in METHODS:
+            raise PlanError(f"unknown method {method!r}: expected one of {METHODS}")
         if budget is None and method in ("adalayer", "uniform"):
             raise BudgetError(f"method {method!r} needs a budget")
-        scores = analyze(model, calibration, cache=inside("analysis.json"), progress=progress)
+        if method == "adalayer":  # the other methods do not look at scores
+            scores = analyze(model, calibration, cache=inside("analysis.json"), progress=progress)
         plan = allocate(
             scores,
             budget,
@@ -105,7 +109,9 @@ def compress(
             prepared,
             train_loader,
             epochs,
-            scores=scores.as_dict() if scores is not None else None,
+            # I as eq. (1) gives it with the plan's own alpha and beta. Without scores the norm
+            # term of eq. (5) is off: nothing says which layers it should shrink.
+            scores=importance_of(plan),
             teacher=model if distill else None,
             checkpoint=inside("finetune.safetensors"),
             seed=seed,
@@ -114,3 +120,9 @@ def compress(
         )
     kept = dict(prepared.meta.get("kept_float", {}))
     return Compressed(convert(prepared), plan, scores, kept, history)
+
+
+def importance_of(plan: Plan) -> dict[str, float] | None:
+    """I per layer where the plan knows it, else ``None``."""
+    known = {name: s["I"] for name, s in (plan.scores or {}).items() if "I" in s}
+    return known or None

@@ -57,6 +57,8 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Times several callables in turn in one process, so that all see the same neighbours.
 
+    Every timed call follows an untimed one of the same callable: its own caches, not another's.
+
     Args:
         seconds: how long to go on in all; every candidate is run at least 5 times.
     """
@@ -67,6 +69,7 @@ def interleaved(
     deadline = time.perf_counter() + seconds
     while time.perf_counter() < deadline or len(next(iter(samples.values()))) < 5:
         for name, run in candidates.items():
+            run()
             start = time.perf_counter()
             run()
             samples[name].append(time.perf_counter() - start)

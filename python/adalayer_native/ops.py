@@ -41,7 +41,8 @@ _library = torch.library.Library("adalayer", "DEF")
 
 _CONV_ARGS = (
     "int[2] kernel_size, int[2] stride, int[4] padding, int[2] dilation, int groups, "
-    "float? lo=None, float? hi=None"
+    "float? lo=None, float? hi=None, Tensor? residual=None, float output_scale=0.0, "
+    "int output_zero_point=0, int output_bits=0"
 )
 _library.define(
     "conv2d(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor bias, float input_scale, "
@@ -90,7 +91,7 @@ def isas() -> list[str]:
 
 
 def active_isa() -> str:
-    """The instruction set in use (environment variable ``ADALAYER_FORCE_ISA``, else the fastest)."""
+    """The instruction set in use: ``ADALAYER_FORCE_ISA`` in the environment, else the fastest."""
     return str(_C.active_isa())
 
 
@@ -267,6 +268,10 @@ def _conv2d_cpu(
     groups: int,
     lo: float | None = None,
     hi: float | None = None,
+    residual: Tensor | None = None,
+    output_scale: float = 0.0,
+    output_zero_point: int = 0,
+    output_bits: int = 0,
 ) -> Tensor:
     _check_input("conv2d", x, _FLOATS, 4)
     _check_parameters("conv2d", weight_packed, weight_scale, bias)
@@ -279,11 +284,16 @@ def _conv2d_cpu(
     n, channels, h, w = x.shape
     out_channels = weight_scale.shape[0]
     geometry = _geometry(channels, out_channels, kernel_size, stride, padding, dilation, groups)
-    out = torch.empty(
-        _conv_out_shape(x, out_channels, kernel_size, stride, padding, dilation),
-        dtype=torch.float32,
-        memory_format=torch.channels_last if nhwc else torch.contiguous_format,
-    )
+    layout = torch.channels_last if nhwc else torch.contiguous_format
+    shape = _conv_out_shape(x, out_channels, kernel_size, stride, padding, dilation)
+    out = torch.empty(shape, dtype=torch.float32, memory_format=layout)
+    if residual is not None:
+        if residual.shape != out.shape:
+            raise ValueError(
+                f"adalayer::conv2d: expected a residual of shape {list(shape)}, "
+                f"got {list(residual.shape)}"
+            )
+        residual = residual.float().contiguous(memory_format=layout)
     _C.conv2d(
         x.data_ptr(),
         False,
@@ -305,6 +315,10 @@ def _conv2d_cpu(
         -_INF if lo is None else lo,
         _INF if hi is None else hi,
         0,
+        0 if residual is None else residual.data_ptr(),
+        output_scale,
+        output_zero_point,
+        output_bits,
         get_num_threads(),
     )
     return out if dtype == torch.float32 else out.to(dtype)
@@ -325,6 +339,10 @@ def _conv2d_fake(
     groups: int,
     lo: float | None = None,
     hi: float | None = None,
+    residual: Tensor | None = None,
+    output_scale: float = 0.0,
+    output_zero_point: int = 0,
+    output_bits: int = 0,
 ) -> Tensor:
     _check_input("conv2d", x, _FLOATS, 4)
     shape = _conv_out_shape(x, weight_scale.shape[0], kernel_size, stride, padding, dilation)
@@ -386,6 +404,10 @@ def _conv2d_u8_cpu(
         float(lo - output_zero_point),
         float(hi - output_zero_point),
         output_zero_point,
+        0,
+        0.0,
+        0,
+        0,
         get_num_threads(),
     )
     return out
@@ -453,6 +475,10 @@ def _linear_cpu(
         -_INF if lo is None else lo,
         _INF if hi is None else hi,
         0,
+        0,
+        0.0,
+        0,
+        0,
         get_num_threads(),
     )
     return out if dtype == torch.float32 else out.to(dtype)
@@ -478,9 +504,7 @@ def _linear_fake(
 
 def _dense(x: Tensor) -> Tensor:
     """x itself where its elements fill its memory in some order, else a contiguous copy."""
-    if x.is_contiguous() or (
-        x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    ):
+    if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
         return x
     return x.contiguous()
 
@@ -489,9 +513,7 @@ def _quantize_cpu(x: Tensor, scale: float, zero_point: int, bits: int) -> Tensor
     _check_input("quantize", x, _FLOATS, None)
     x = _dense(x.float())
     out = torch.empty_like(x, dtype=torch.uint8)
-    _C.quantize(
-        x.data_ptr(), x.numel(), scale, zero_point, bits, out.data_ptr(), get_num_threads()
-    )
+    _C.quantize(x.data_ptr(), x.numel(), scale, zero_point, bits, out.data_ptr(), get_num_threads())
     return out
 
 

@@ -1,13 +1,18 @@
 // Kernels of every instruction set against the scalar reference, in C++ so that the sanitizers see
-// them: packed weights, activations and outputs live in buffers of exactly their size, so that a
-// stray read or write is an error, not luck.
+// them: packed weights, activations, scales and outputs live in memory of exactly their size
+// between unreadable pages, so that a stray read or write is an error, not luck.
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <cstring>
-#include <memory>
 #include <random>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "check.hpp"
@@ -81,29 +86,70 @@ ConvShape random_shape() {
   }
 }
 
+/// Memory of exactly `count` elements with an unreadable page behind it (or, for every second
+/// buffer, in front of it): vector instructions, which the sanitizers do not see, fault there too.
 template <class T>
-std::unique_ptr<T[]> exact(size_t count) {
-  return std::unique_ptr<T[]>(new T[count]);
-}
+class Exact {
+ public:
+  explicit Exact(size_t count) : count_(count), page_(static_cast<size_t>(getpagesize())) {
+    const size_t bytes = count * sizeof(T);
+    span_ = (bytes + page_ - 1) / page_ * page_ + 2 * page_;
+    base_ = static_cast<uint8_t*>(
+        mmap(nullptr, span_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (base_ == MAP_FAILED) throw Error("mmap failed");
+    mprotect(base_, page_, PROT_NONE);
+    mprotect(base_ + span_ - page_, page_, PROT_NONE);
+    thread_local bool at_front = false;
+    at_front = !at_front;
+    data_ = reinterpret_cast<T*>(at_front ? base_ + page_ : base_ + span_ - page_ - bytes);
+  }
+  template <class Range>
+  static Exact of(const Range& values) {
+    Exact copy(values.size());
+    std::copy(values.begin(), values.end(), copy.data());
+    return copy;
+  }
+  Exact(Exact&& other) noexcept
+      : count_(other.count_),
+        page_(other.page_),
+        span_(other.span_),
+        base_(std::exchange(other.base_, nullptr)),
+        data_(other.data_) {}
+  Exact& operator=(Exact&&) = delete;
+  ~Exact() {
+    if (base_ != nullptr) munmap(base_, span_);
+  }
+
+  T* data() const { return data_; }
+  size_t size() const { return count_; }
+  T& operator[](size_t i) const { return data_[i]; }
+
+ private:
+  size_t count_, page_, span_ = 0;
+  uint8_t* base_ = nullptr;
+  T* data_ = nullptr;
+};
 
 /// Runs one layer on the active instruction set into a buffer of exactly the output's size.
 template <class T>
 std::vector<T> run(const Layer& layer, const ActivationIn& in, Layout layout, int threads) {
   const ConvShape& s = layer.shape;
   const auto count = static_cast<size_t>(s.batch * s.out_channels * s.out_h() * s.out_w());
-  auto out = exact<T>(count);
+  const Exact<T> out(count);
+  const auto scale = Exact<float>::of(layer.scale), bias = Exact<float>::of(layer.bias);
+  const auto packed = Exact<uint8_t>::of(layer.packed);
   OutputSpec spec;
-  spec.data = out.get();
+  spec.data = out.data();
   spec.dtype = sizeof(T) == 1 ? DType::U8 : DType::F32;
   spec.layout = layout;
-  spec.scale = layer.scale.data();
-  spec.bias = layer.bias.data();
+  spec.scale = scale.data();
+  spec.bias = bias.data();
   spec.zero_point = sizeof(T) == 1 ? 120 : 0;
   spec.lo = -110.0f;
   spec.hi = 130.0f;
-  const auto weights = cpu::cached_weights(s, layer.packed);
+  const auto weights = cpu::cached_weights(s, {packed.data(), packed.size()});
   cpu::conv2d(s, in, *weights, spec, threads);
-  return {out.get(), out.get() + count};
+  return {out.data(), out.data() + count};
 }
 
 long long compared = 0;
@@ -111,15 +157,15 @@ long long compared = 0;
 void check_layer(const Layer& layer, int threads) {
   const ConvShape& s = layer.shape;
   const auto count = static_cast<size_t>(s.batch * s.in_channels * s.in_h * s.in_w);
-  auto levels = exact<uint8_t>(count);
-  auto floats = exact<float>(count);
+  const Exact<uint8_t> levels(count);
+  const Exact<float> floats(count);
   for (size_t i = 0; i < count; ++i) {
     levels[i] = static_cast<uint8_t>(uniform(0, 255));
     floats[i] = static_cast<float>(uniform(-3000, 3000)) * 0.01f;
   }
   for (Layout layout : {Layout::NCHW, Layout::NHWC}) {
-    const ActivationIn u8{levels.get(), DType::U8, layout, {1.0f, 37, 255}};
-    const ActivationIn f32{floats.get(), DType::F32, layout, {11.3f, 91, 255}};
+    const ActivationIn u8{levels.data(), DType::U8, layout, {1.0f, 37, 255}};
+    const ActivationIn f32{floats.data(), DType::F32, layout, {11.3f, 91, 255}};
     force_isa("scalar");
     const auto want_u8 = run<uint8_t>(layer, u8, layout, 1);
     const auto want_f32 = run<float>(layer, f32, layout, 1);
@@ -143,7 +189,8 @@ TEST(unpacking) {
   for (int bits = 2; bits <= 8; ++bits) {
     const int tiles = 3;
     std::vector<uint8_t> packed(static_cast<size_t>(tiles) * 128 * bits);
-    for (auto& byte : packed) byte = static_cast<uint8_t>(uniform(0, 255));
+    for (auto& byte : packed)
+      byte = static_cast<uint8_t>(uniform(0, 255));
     std::vector<int8_t> want(tiles * formats::kTileBytes), got(want.size());
     formats::unpack_tiles_scalar(packed.data(), bits, tiles, want.data());
     for (const cpu::KernelRow* row : cpu::kernel_rows()) {
@@ -151,7 +198,7 @@ TEST(unpacking) {
       row->unpack_tiles(packed.data(), bits, tiles, got.data());
       CHECK(got == want);
       std::fill(got.begin(), got.end(), int8_t{0});
-      cpu::unpacker(*row)(packed.data(), bits, tiles, got.data());
+      cpu::unpacker (*row)(packed.data(), bits, tiles, got.data());
       CHECK(got == want);
     }
   }
@@ -188,7 +235,8 @@ TEST(concurrent_calls) {
   s.pad_top = s.pad_left = s.pad_bottom = s.pad_right = 1;
   const Layer layer = make_layer(s, 5);
   std::vector<float> x(static_cast<size_t>(s.batch * s.in_channels * s.in_h * s.in_w));
-  for (auto& v : x) v = static_cast<float>(uniform(-100, 100)) * 0.05f;
+  for (auto& v : x)
+    v = static_cast<float>(uniform(-100, 100)) * 0.05f;
   const ActivationIn in{x.data(), DType::F32, Layout::NHWC, {12.0f, 100, 255}};
   const auto want = run<float>(layer, in, Layout::NHWC, 1);
   std::vector<std::thread> threads;
@@ -199,8 +247,46 @@ TEST(concurrent_calls) {
       for (int i = 0; i < 40; ++i)
         right[static_cast<size_t>(t)] += run<float>(layer, in, Layout::NHWC, 1 + t % 3) == want;
     });
-  for (auto& thread : threads) thread.join();
+  for (auto& thread : threads)
+    thread.join();
   CHECK(std::all_of(right.begin(), right.end(), [](int r) { return r == 40; }));
+}
+
+/// The cache's lock may be held by another thread at the moment of a fork.
+TEST(cache_survives_fork) {
+  ConvShape s;
+  s.batch = 1;
+  s.in_channels = 3;
+  s.out_channels = 5;
+  std::vector<Layer> layers;
+  for (int i = 0; i < 8; ++i)
+    layers.push_back(make_layer(s, 4));
+  const size_t limit = cpu::weight_cache_info().limit;
+  cpu::set_weight_cache_limit(1);  // every call derives, inserts and evicts
+  std::atomic<bool> stop{false};
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 3; ++t)
+    threads.emplace_back([&, t] {
+      for (size_t i = static_cast<size_t>(t); !stop; ++i)
+        cpu::cached_weights(s, layers[i % layers.size()].packed);
+    });
+  for (int round = 0; round < 100; ++round) {
+    std::fflush(nullptr);
+    const pid_t child = fork();
+    if (child == 0) {
+      alarm(20);  // a lock that is never released ends the child with a signal
+      const auto weights = cpu::cached_weights(s, layers[0].packed);
+      _exit(weights->header.bits == 4 ? 0 : 1);
+    }
+    CHECK(child > 0);
+    int status = -1;
+    CHECK_EQ(waitpid(child, &status, 0), child);
+    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+  }
+  stop = true;
+  for (auto& thread : threads)
+    thread.join();
+  cpu::set_weight_cache_limit(limit);
 }
 
 }  // namespace

@@ -19,7 +19,7 @@ from .._files import write_text_atomic
 from .._progress import ProgressBar
 from ..errors import CalibrationError, UnsupportedModelError
 from ..plan import layer_kind, supported_layers
-from ..quantization.weights import quantize_weight
+from ..rounding import quantize_weight
 from .batches import LossFn, iterate, metric_name, tensor_bytes
 from .flops import count_flops
 from .registry import CRITERIA, Probe

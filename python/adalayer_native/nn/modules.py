@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from adalayer_native import _C, ops
 from adalayer_native.errors import FileFormatError, UnsupportedModelError
+from adalayer_native.rounding import quantize_weight
 
 __all__ = ["Conv2d", "FakeQuantize", "Linear"]
 
@@ -53,7 +54,9 @@ def _clamp_range(activation: Activation) -> tuple[float | None, float | None]:
     if activation == "relu6":
         return 0.0, 6.0
     if isinstance(activation, str):
-        raise ValueError(f"activation must be None, 'relu', 'relu6' or (lo, hi), got {activation!r}")
+        raise ValueError(
+            f"activation must be None, 'relu', 'relu6' or (lo, hi), got {activation!r}"
+        )
     lo, hi = activation
     if lo is not None and hi is not None and not lo <= hi:
         raise ValueError(f"activation range must have lo <= hi, got {activation!r}")
@@ -109,7 +112,7 @@ class _QuantizedInput(nn.Module):
         scale, zero_point, bits = getattr(self, self._grid_key).tolist()
         self.input_scale, self.input_zero_point, self.input_bits = scale, int(zero_point), int(bits)
 
-    def _load_from_state_dict(  # type: ignore[override]
+    def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         key = prefix + self._grid_key
@@ -179,7 +182,7 @@ class _NativeLayer(_QuantizedInput):
         """The integer weights, int8 in the layer's shape."""
         return ops.unpack_weight(self.weight_packed)
 
-    def _load_from_state_dict(  # type: ignore[override]
+    def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         key = prefix + "weight_packed"
@@ -243,8 +246,8 @@ class Conv2d(_NativeLayer):
     """2-d convolution with packed b-bit weights on the u8 grid of its input.
 
     ``y = clamp(fma(acc, input_scale * weight_scale[o], bias[o]))`` with the exact int32
-    ``acc = Σ w·(q − zero_point)``; padding is the zero point, that is 0.0. Float ``[N, C, H, W]`` in
-    (float32, bfloat16 or half; contiguous or channels_last), the same type and memory format out.
+    ``acc = Σ w·(q − zero_point)``; padding is the zero point, that is 0.0. Float ``[N, C, H, W]``
+    in (float32, bfloat16 or half; contiguous or channels_last), the same type and format out.
     A NaN in the input becomes the grid's lowest level; infinities saturate.
 
     Build one with :meth:`from_quantized` or :meth:`from_float`.
@@ -275,6 +278,9 @@ class Conv2d(_NativeLayer):
         self.groups = groups
         self._set_weight(weight, bits, weight_scale, bias, activation)
         self._set_grid(qparams)
+        # A FakeQuantize elsewhere in the model whose work this layer does on its way out. Not a
+        # child: its tensors belong to the place that the model gave it.
+        self.__dict__["output_grid"] = None
 
     @classmethod
     def from_quantized(
@@ -338,8 +344,6 @@ class Conv2d(_NativeLayer):
             UnsupportedModelError: padding_mode other than zeros, or an overflowing reduction.
             ValueError: NaN or infinity in the weights.
         """
-        from adalayer_native.quantization.weights import quantize_weight
-
         if conv.padding_mode != "zeros":
             raise UnsupportedModelError(
                 f"Conv2d: padding_mode must be 'zeros', got {conv.padding_mode!r}"
@@ -361,8 +365,14 @@ class Conv2d(_NativeLayer):
             activation=activation,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    output_grid: FakeQuantize | None
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``x`` convolved, plus ``residual`` of the output's shape before the clamp."""
         self._check(x, self.in_channels, 1, 4)
+        if residual is not None and not self._same_shape(x, residual):
+            return self._finish(self._broadcast(x, residual), x)
+        grid = self.output_grid
         out = ops.conv2d(
             x,
             self.weight_packed,
@@ -378,8 +388,42 @@ class Conv2d(_NativeLayer):
             self.groups,
             self.lo,
             self.hi,
+            residual,
+            0.0 if grid is None else grid.input_scale,
+            0 if grid is None else grid.input_zero_point,
+            0 if grid is None else grid.input_bits,
         )
         return self._finish(out, x)
+
+    def _same_shape(self, x: Tensor, residual: Tensor) -> bool:
+        """Whether the residual has the output's shape (written out: this runs on every call)."""
+        n, _, h, w = x.shape
+        top, left, bottom, right = self.padding
+        (kh, kw), (sh, sw), (dh, dw) = self.kernel_size, self.stride, self.dilation
+        out_h = (h + top + bottom - dh * (kh - 1) - 1) // sh + 1
+        out_w = (w + left + right - dw * (kw - 1) - 1) // sw + 1
+        return tuple(residual.shape) == (n, self.out_channels, out_h, out_w)
+
+    def _broadcast(self, x: Tensor, residual: Tensor) -> Tensor:
+        """The same function for an addend that torch would broadcast; the kernels take none."""
+        out = ops.conv2d(
+            x,
+            self.weight_packed,
+            self.weight_scale,
+            self.bias,
+            self.input_scale,
+            self.input_zero_point,
+            self.input_bits,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+        )
+        out = out + residual
+        if self.lo is not None or self.hi is not None:
+            out = out.clamp(self.lo, self.hi)
+        return out if self.output_grid is None else self.output_grid(out)
 
     def _size_repr(self) -> str:
         text = (
@@ -456,8 +500,6 @@ class Linear(_NativeLayer):
         activation: Activation = None,
     ) -> Linear:
         """Rounds a float linear layer; arguments and errors as :meth:`Conv2d.from_float`."""
-        from adalayer_native.quantization.weights import quantize_weight
-
         weight, scale = quantize_weight(linear.weight.detach().float(), bits)
         input_scale, zero_point = _grid_of(*input_range, input_bits)
         return cls.from_quantized(
@@ -516,6 +558,5 @@ class FakeQuantize(_QuantizedInput):
 
     def extra_repr(self) -> str:
         return (
-            f"u{self.input_bits}, scale={self.input_scale:.4g}, "
-            f"zero_point={self.input_zero_point}"
+            f"u{self.input_bits}, scale={self.input_scale:.4g}, zero_point={self.input_zero_point}"
         )

@@ -6,7 +6,7 @@ from adalayer_native.quantization.exact import simulate
 from adalayer_native.quantization.fake_quant import ActivationQuantizer, QuantConv2d, QuantLinear
 from adalayer_native.quantization.graph import prepare
 from adalayer_native.quantization.layout import NativeLayout, native_layout
-from adalayer_native.quantization.weights import quantize_weight
+from adalayer_native.rounding import quantize_weight
 
 __all__ = [
     "ActivationQuantizer",

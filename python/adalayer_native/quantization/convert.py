@@ -30,9 +30,11 @@ def convert(prepared: fx.GraphModule) -> fx.GraphModule:
     """Replace every quantized layer by its native counterpart.
 
     Batch norms that follow a native layer are folded into its scale and bias and leave the graph
-    (an ``nn.Identity`` keeps their name), and so does a relu, relu6 or clamp that is the only
-    reader. Activation quantizers that only native layers read are dropped, since a native layer
-    quantizes its own input on the same grid; the others become ``nn.FakeQuantize``.
+    (an ``nn.Identity`` keeps their name), and so does what is the only reader of a convolution: a
+    residual addition (it becomes the layer's second argument), then a relu, relu6 or clamp.
+    Activation quantizers that only native layers read are dropped, since a native layer quantizes
+    its own input on the same grid; the others become ``nn.FakeQuantize``, and a convolution that
+    one follows directly puts its output on that grid itself.
 
     Args:
         prepared: from :func:`prepare`, calibrated. It is copied and stays usable.
@@ -62,6 +64,7 @@ def convert(prepared: fx.GraphModule) -> fx.GraphModule:
         else:
             _bypass(native, target)
             native.delete_submodule(target)
+    _fuse_output_grids(native)
     if not list(native.get_submodule(ACT_ROOT).children()):
         native.delete_submodule(ACT_ROOT)
     native.graph.lint()
@@ -107,6 +110,7 @@ def _fuse(native: fx.GraphModule, entries: dict[str, dict[str, Any]]) -> dict[st
     for target in norms:
         _bypass(native, target)
         set_submodule(native, target, nn.Identity())
+    _fuse_residuals(native, entries)
     modules = dict(native.named_modules())
     calls: dict[str, list[fx.Node]] = {}
     for node in native.graph.nodes:
@@ -132,6 +136,50 @@ def _fuse(native: fx.GraphModule, entries: dict[str, dict[str, Any]]) -> dict[st
             reader.replace_all_uses_with(node)
             native.graph.erase_node(reader)
     return clamps
+
+
+def _single_calls(native: fx.GraphModule, wanted: Any) -> list[fx.Node]:
+    """Calls of modules that ``wanted`` accepts, called once, whose result has one reader."""
+    modules = dict(native.named_modules())
+    calls: dict[str, list[fx.Node]] = {}
+    for node in native.graph.nodes:
+        if node.op == "call_module" and wanted(str(node.target), modules[str(node.target)]):
+            calls.setdefault(str(node.target), []).append(node)
+    return [n[0] for n in calls.values() if len(n) == 1 and len(n[0].users) == 1]
+
+
+def _fuse_residuals(native: fx.GraphModule, entries: dict[str, dict[str, Any]]) -> None:
+    """``add(conv(x), r)`` becomes ``conv(x, r)``, where the shapes are known to be the same."""
+    order = {node: i for i, node in enumerate(native.graph.nodes)}
+    convs = _single_calls(native, lambda t, m: t in entries and isinstance(m, QuantConv2d))
+    # The later of two convolutions takes the addition, as in the chains of `prepare`.
+    for node in sorted(convs, key=order.__getitem__, reverse=True):
+        addition = next(iter(node.users))
+        if not table.is_tensor_add(addition, set()) or len(node.args) != 1:
+            continue
+        left, right = addition.args[:2]
+        other = right if left is node else left
+        if other is node or not isinstance(other, fx.Node):
+            continue
+        with native.graph.inserting_before(addition):
+            fused = native.graph.call_module(str(node.target), (node.args[0], other))
+        addition.replace_all_uses_with(fused)
+        native.graph.erase_node(addition)
+        native.graph.erase_node(node)
+
+
+def _fuse_output_grids(native: fx.GraphModule) -> None:
+    """A convolution whose only reader is a kept quantizer does that quantizer's work."""
+    from adalayer_native.nn import Conv2d, FakeQuantize
+
+    modules = dict(native.named_modules())
+    for node in _single_calls(native, lambda t, m: isinstance(m, Conv2d)):
+        reader = next(iter(node.users))
+        grid = modules.get(str(reader.target)) if reader.op == "call_module" else None
+        if isinstance(grid, FakeQuantize):
+            modules[str(node.target)].__dict__["output_grid"] = grid
+            reader.replace_all_uses_with(node)
+            native.graph.erase_node(reader)
 
 
 def _bypass(native: fx.GraphModule, target: str) -> None:

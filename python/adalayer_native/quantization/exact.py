@@ -36,7 +36,7 @@ from adalayer_native.quantization.graph import (
     quantizers_of,
     set_submodule,
 )
-from adalayer_native.quantization.weights import round_weight
+from adalayer_native.rounding import round_weight
 
 
 def fma_float32(a: Tensor, b: Tensor, c: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adalayer_native.errors import CalibrationError, PlanError, UnsupportedModelError
-from adalayer_native.quantization.weights import per_channel, quantize_weight, weight_range
+from adalayer_native.rounding import per_channel, quantize_weight, weight_range
 
 if TYPE_CHECKING:
     from adalayer_native.quantization.exact import ExactLayer

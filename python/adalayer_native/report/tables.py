@@ -20,7 +20,7 @@ class Result:
 
     Attributes:
         name: what the row is called.
-        accuracy: share of right answers, 0 to 1.
+        accuracy: right answers in per cent, 0 to 100.
         bytes: size of the saved file.
         ms: milliseconds per image.
     """
@@ -54,8 +54,8 @@ def comparison_table(
             faster = f"{base.ms / row.ms:.2f}"
         table.add_row(
             row.name,
-            f"{100 * row.accuracy:.2f}",
-            "" if first else f"{100 * (row.accuracy - base.accuracy):+.2f}",
+            f"{row.accuracy:.2f}",
+            "" if first else f"{row.accuracy - base.accuracy:+.2f}",
             f"{row.bytes:,}",
             f"{base.bytes / row.bytes:.2f}" if row.bytes else "",
             "" if row.ms is None else f"{row.ms:.3f}",
