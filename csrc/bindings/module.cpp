@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "core/cpu_features.hpp"
+#include "core/host_openmp.hpp"
 #include "core/status.hpp"
 #include "core/thread_pool.hpp"
 #include "cpu/dispatch.hpp"
@@ -187,6 +188,7 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("active_isa", [] { return std::string(isa_name(active_isa())); });
   m.def("force_isa", [](const std::string& name) { force_isa(name); });
+  m.def("threading_backend", [] { return std::string(threading_backend()); });
   m.def("cpu_features", [] { return describe_cpu_features(); });
   m.def("cache_info", [] {
     const auto info = cpu::weight_cache_info();

@@ -41,6 +41,7 @@
 #include <pthread.h>
 #include <sched.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdio>
@@ -49,6 +50,7 @@
 #include <thread>
 #include <type_traits>
 
+#include "core/host_openmp.hpp"
 #include "core/status.hpp"
 
 #if defined(__linux__)
@@ -292,10 +294,14 @@ void parallel_for(std::int64_t n_tasks, int threads, FunctionRef<void(std::int64
   if (n_tasks <= 0) return;
   if (threads <= 0) threads = default_threads();
   if (threads > kMaxThreads) threads = kMaxThreads;
-  if (threads > n_tasks) threads = static_cast<int>(n_tasks);
-  if (threads > 1) {
+  if (threads > 1 && n_tasks > 1) {
     Job job(n_tasks, fn);
-    if (g_pool.run(job, threads)) {
+    std::atomic<int> members{0};
+    // The whole team even for fewer tasks, so that its size does not change from loop to loop.
+    const HostTeam team = run_on_host_team(
+        threads, [&] { job.work(members.fetch_add(1, std::memory_order_relaxed)); });
+    const int needed = static_cast<int>(std::min<std::int64_t>(threads, n_tasks));
+    if (team == HostTeam::Done || (team == HostTeam::Absent && g_pool.run(job, needed))) {
       if (job.error) std::rethrow_exception(job.error);
       return;
     }

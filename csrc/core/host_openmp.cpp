@@ -1,0 +1,71 @@
+#include "core/host_openmp.hpp"
+
+#include <dlfcn.h>
+#include <link.h>
+#include <pthread.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#include "core/status.hpp"
+
+namespace adalayer {
+namespace {
+
+using GompParallel = void (*)(void (*fn)(void*), void* data, unsigned threads, unsigned flags);
+
+// A process that forked has libgomp's data structures but none of its threads.
+std::atomic<bool> g_forked{false};
+// One call at a time: a second host thread would get a team of its own and overload the machine.
+std::atomic<bool> g_busy{false};
+
+bool wanted() {
+  const char* value = std::getenv("ADALAYER_THREADS");
+  if (value == nullptr || *value == '\0' || std::strcmp(value, "auto") == 0) return true;
+  if (std::strcmp(value, "own") == 0) return false;
+  fail<InvalidArgument>("ADALAYER_THREADS: expected auto or own, got '", value, "'");
+}
+
+/// The libgomp that is loaded already, under whatever name a wheel gave it; never loads one.
+GompParallel find() {
+  if (!wanted()) return nullptr;
+  pthread_atfork(nullptr, nullptr, [] {
+    g_forked.store(true);
+    g_busy.store(false);
+  });
+  std::string path;
+  dl_iterate_phdr(
+      [](dl_phdr_info* info, size_t, void* found) {
+        if (std::strstr(info->dlpi_name, "libgomp") == nullptr) return 0;
+        *static_cast<std::string*>(found) = info->dlpi_name;
+        return 1;
+      },
+      &path);
+  if (path.empty()) return nullptr;
+  void* library = dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
+  if (library == nullptr) return nullptr;
+  return reinterpret_cast<GompParallel>(dlsym(library, "GOMP_parallel"));
+}
+
+GompParallel host_parallel() {
+  static const GompParallel found = find();
+  return g_forked.load(std::memory_order_relaxed) ? nullptr : found;
+}
+
+}  // namespace
+
+HostTeam run_on_host_team(int threads, FunctionRef<void()> fn) {
+  const GompParallel parallel = host_parallel();
+  if (parallel == nullptr) return HostTeam::Absent;
+  if (g_busy.exchange(true, std::memory_order_acquire)) return HostTeam::Busy;
+  parallel([](void* data) { (*static_cast<FunctionRef<void()>*>(data))(); }, &fn,
+           static_cast<unsigned>(threads), 0);
+  g_busy.store(false, std::memory_order_release);
+  return HostTeam::Done;
+}
+
+const char* threading_backend() { return host_parallel() != nullptr ? "openmp" : "own"; }
+
+}  // namespace adalayer
