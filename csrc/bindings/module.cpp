@@ -76,8 +76,8 @@ const float* scaled(const float* scale, int64_t n, float factor) {
 void conv2d(uintptr_t x, bool x_is_u8, bool x_nhwc, int64_t batch, int64_t h, int64_t w,
             const py::tuple& geometry, uintptr_t packed, size_t packed_bytes, uintptr_t scale,
             uintptr_t bias, float input_scale, int input_zero_point, int input_bits, uintptr_t y,
-            bool y_is_u8, bool y_nhwc, float lo, float hi, int output_zero_point, uintptr_t residual,
-            float grid_scale, int grid_zero_point, int grid_bits, int threads) {
+            bool y_is_u8, bool y_nhwc, float lo, float hi, int output_zero_point,
+            uintptr_t residual, float grid_scale, int grid_zero_point, int grid_bits, int threads) {
   const ConvShape shape = parse_shape(batch, h, w, geometry);
   ActivationIn in{reinterpret_cast<const void*>(x), x_is_u8 ? DType::U8 : DType::F32,
                   x_nhwc ? Layout::NHWC : Layout::NCHW,

@@ -187,12 +187,12 @@ void store_planar(const StoreArgs& s) {
   const OutputSpec& out = *s.out;
   const Epilogue e(out);
   const __m512i zero = _mm512_set1_epi32(out.zero_point);
-  const __m512i lane = _mm512_mullo_epi32(
-      _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
-      _mm512_set1_epi32(static_cast<int>(s.sums_stride)));
+  const __m512i lane =
+      _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+                         _mm512_set1_epi32(static_cast<int>(s.sums_stride)));
   for (int r = 0; r < s.rows; r += 16) {
-    const __m512i position = _mm512_mask_loadu_epi32(_mm512_set1_epi32(-1), tail_mask(s.rows - r),
-                                                     s.position + r);
+    const __m512i position =
+        _mm512_mask_loadu_epi32(_mm512_set1_epi32(-1), tail_mask(s.rows - r), s.position + r);
     const __mmask16 valid = _mm512_cmpge_epi32_mask(position, _mm512_setzero_si512());
     if (valid == 0) continue;
     const int64_t first = s.first + s.position[r + __builtin_ctz(valid)];

@@ -132,7 +132,8 @@ class Exact {
 
 /// Runs one layer on the active instruction set into a buffer of exactly the output's size.
 template <class T>
-std::vector<T> run(const Layer& layer, const ActivationIn& in, Layout layout, int threads) {
+std::vector<T> run(const Layer& layer, const ActivationIn& in, Layout layout, int threads,
+                   const float* residual = nullptr) {
   const ConvShape& s = layer.shape;
   const auto count = static_cast<size_t>(s.batch * s.out_channels * s.out_h() * s.out_w());
   const Exact<T> out(count);
@@ -147,6 +148,12 @@ std::vector<T> run(const Layer& layer, const ActivationIn& in, Layout layout, in
   spec.zero_point = sizeof(T) == 1 ? 120 : 0;
   spec.lo = -110.0f;
   spec.hi = 130.0f;
+  if (residual != nullptr) {
+    spec.residual = residual;
+    spec.on_grid = true;
+    spec.grid = {1.0f / 0.7f, 100, 255};
+    spec.grid_scale = 0.7f;
+  }
   const auto weights = cpu::cached_weights(s, {packed.data(), packed.size()});
   cpu::conv2d(s, in, *weights, spec, threads);
   return {out.data(), out.data() + count};
@@ -163,17 +170,23 @@ void check_layer(const Layer& layer, int threads) {
     levels[i] = static_cast<uint8_t>(uniform(0, 255));
     floats[i] = static_cast<float>(uniform(-3000, 3000)) * 0.01f;
   }
+  const Exact<float> residual(
+      static_cast<size_t>(s.batch * s.out_channels * s.out_h() * s.out_w()));
+  for (size_t i = 0; i < residual.size(); ++i)
+    residual[i] = static_cast<float>(uniform(-900, 900)) * 0.1f;
   for (Layout layout : {Layout::NCHW, Layout::NHWC}) {
     const ActivationIn u8{levels.data(), DType::U8, layout, {1.0f, 37, 255}};
     const ActivationIn f32{floats.data(), DType::F32, layout, {11.3f, 91, 255}};
     force_isa("scalar");
     const auto want_u8 = run<uint8_t>(layer, u8, layout, 1);
     const auto want_f32 = run<float>(layer, f32, layout, 1);
+    const auto want_added = run<float>(layer, f32, layout, 1, residual.data());
     for (const cpu::KernelRow* row : cpu::kernel_rows()) {
       if (!isa_supported(row->isa)) continue;
       force_isa(row->name);
       CHECK(run<uint8_t>(layer, u8, layout, threads) == want_u8);
       CHECK(run<float>(layer, f32, layout, threads) == want_f32);
+      CHECK(run<float>(layer, f32, layout, threads, residual.data()) == want_added);
       ++compared;
     }
   }

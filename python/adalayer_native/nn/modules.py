@@ -203,7 +203,7 @@ class _NativeLayer(_QuantizedInput):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _check(self, x: Tensor, channels: int, axis: int, dims: int | None) -> None:
-        if x.device.type != "cpu":
+        if not x.is_cpu:
             raise ValueError(
                 f"{self._label()}: native layers run on CPU tensors, got a tensor on {x.device}"
             )
@@ -373,7 +373,8 @@ class Conv2d(_NativeLayer):
         if residual is not None and not self._same_shape(x, residual):
             return self._finish(self._broadcast(x, residual), x)
         grid = self.output_grid
-        out = ops.conv2d(
+        run = ops.conv2d_direct if ops.plain_eager(x) else ops.conv2d
+        out = run(
             x,
             self.weight_packed,
             self.weight_scale,

@@ -1,0 +1,65 @@
+"""Imports and includes point only to a room listed above one's own (docs/architecture.md)."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PACKAGE = REPOSITORY / "python" / "adalayer_native"
+PYTHON_ROOMS = [
+    *("errors", "_files", "_progress", "_C", "plan", "ops", "rounding", "files", "nn", "pruning"),
+    *("quantization", "importance", "allocation", "training", "models", "data", "compress"),
+    *("measure", "report", "jobs", "demo", "cli"),
+]
+CPP_ROOMS = ["core", "formats", "reference", "cpu", "bindings"]
+
+
+def _imports(path: Path) -> Iterator[str]:
+    """Rooms that a module imports; inside functions too."""
+    package = ["adalayer_native", *path.relative_to(PACKAGE).parts[:-1]]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = ".".join([*package[: len(package) - node.level + 1], base]).rstrip(".")
+            names = [f"{base}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            first, _, rest = name.partition(".")
+            if first == "adalayer_native" and rest:
+                yield rest.split(".")[0]
+
+
+def test_python_rooms():
+    checked = 0
+    for path in sorted(PACKAGE.rglob("*.py")):
+        room = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        if room == "__init__":
+            continue
+        for imported in _imports(path):
+            if imported == room:
+                continue
+            checked += 1
+            assert PYTHON_ROOMS.index(imported) < PYTHON_ROOMS.index(room), f"{path}: {imported}"
+    assert checked > 50
+
+
+@pytest.mark.parametrize("room", CPP_ROOMS)
+def test_cpp_rooms(room):
+    allowed = set(CPP_ROOMS[: CPP_ROOMS.index(room) + 1])
+    checked = 0
+    for path in sorted((REPOSITORY / "csrc" / room).iterdir()):
+        for include in re.findall(r'#include "([^"]+)"', path.read_text(encoding="utf-8")):
+            checked += 1
+            # Plain structs and scalar formulas, which includes nothing of ours itself.
+            if include == "reference/spec.hpp":
+                continue
+            assert include.split("/")[0] in allowed, f"{path}: {include}"
+    assert checked > 0
