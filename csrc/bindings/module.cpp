@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <chrono>
 #include <cstring>
 #include <string>
 #include <utility>
@@ -188,6 +189,13 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("active_isa", [] { return std::string(isa_name(active_isa())); });
   m.def("force_isa", [](const std::string& name) { force_isa(name); });
+  m.def("fork_join_seconds", [](int threads, int rounds) {
+    // The cost of an empty parallel loop, for bench/test_threads.py.
+    const py::gil_scoped_release release;
+    const auto start = std::chrono::steady_clock::now();
+    for (int i = 0; i < rounds; ++i) parallel_for(threads, threads, [](int64_t, int) {});
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() / rounds;
+  });
   m.def("threading_backend", [] { return std::string(threading_backend()); });
   m.def("cpu_features", [] { return describe_cpu_features(); });
   m.def("cache_info", [] {

@@ -21,6 +21,12 @@ std::atomic<bool> g_forked{false};
 // One call at a time: a second host thread would get a team of its own and overload the machine.
 std::atomic<bool> g_busy{false};
 
+// Registered when the library is loaded, not at first use: the host may fork before that.
+[[maybe_unused]] const int g_at_fork = pthread_atfork(nullptr, nullptr, [] {
+  g_forked.store(true);
+  g_busy.store(false);
+});
+
 bool wanted() {
   const char* value = std::getenv("ADALAYER_THREADS");
   if (value == nullptr || *value == '\0' || std::strcmp(value, "auto") == 0) return true;
@@ -31,10 +37,6 @@ bool wanted() {
 /// The libgomp that is loaded already, under whatever name a wheel gave it; never loads one.
 GompParallel find() {
   if (!wanted()) return nullptr;
-  pthread_atfork(nullptr, nullptr, [] {
-    g_forked.store(true);
-    g_busy.store(false);
-  });
   std::string path;
   dl_iterate_phdr(
       [](dl_phdr_info* info, size_t, void* found) {

@@ -261,7 +261,7 @@ except AttributeError:  # private functions: where they are missing, always use 
 
 
 def plain_eager(x: Tensor) -> bool:
-    """Whether nobody watches the operators: no compiler, tracer, dispatch mode or tensor subclass."""
+    """Whether nobody watches the operators: no compiler, tracer, mode or tensor subclass."""
     return (
         _dispatch_modes is not None
         and type(x) is Tensor
