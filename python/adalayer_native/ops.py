@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -351,46 +352,10 @@ def conv2d_direct(
 
 
 def _conv2d_cpu(
-    x: Tensor,
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor,
-    input_scale: float,
-    input_zero_point: int,
-    input_bits: int,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    lo: float | None = None,
-    hi: float | None = None,
-    residual: Tensor | None = None,
-    output_scale: float = 0.0,
-    output_zero_point: int = 0,
-    output_bits: int = 0,
+    x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor, *rest: Any
 ) -> Tensor:
     _check_parameters("conv2d", weight_packed, weight_scale, bias)
-    return conv2d_direct(
-        x,
-        weight_packed,
-        weight_scale,
-        bias,
-        input_scale,
-        input_zero_point,
-        input_bits,
-        kernel_size,
-        stride,
-        padding,
-        dilation,
-        groups,
-        lo,
-        hi,
-        residual,
-        output_scale,
-        output_zero_point,
-        output_bits,
-    )
+    return conv2d_direct(x, weight_packed, weight_scale, bias, *rest)
 
 
 def _conv2d_fake(
@@ -405,17 +370,16 @@ def _conv2d_fake(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-    groups: int,
-    lo: float | None = None,
-    hi: float | None = None,
-    residual: Tensor | None = None,
-    output_scale: float = 0.0,
-    output_zero_point: int = 0,
-    output_bits: int = 0,
+    *rest: Any,
 ) -> Tensor:
     _check_input("conv2d", x, _FLOATS, 4)
-    shape = _conv_out_shape(x, weight_scale.shape[0], kernel_size, stride, padding, dilation)
+    return _empty_like_input(x, weight_scale.shape[0], kernel_size, stride, padding, dilation)
+
+
+def _empty_like_input(x: Tensor, out_channels: int, *geometry: Sequence[int]) -> Tensor:
+    """Output of a convolution: the input's dtype, device and memory format."""
     layout = torch.channels_last if _channels_last(x) else torch.contiguous_format
+    shape = _conv_out_shape(x, out_channels, *geometry)
     return x.new_empty(shape).contiguous(memory_format=layout)
 
 
@@ -493,14 +457,10 @@ def _conv2d_u8_fake(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-    groups: int,
-    lo: int = 0,
-    hi: int = 255,
+    *rest: Any,
 ) -> Tensor:
     _check_input("conv2d_u8", x, (torch.uint8,), 4)
-    shape = _conv_out_shape(x, scale.shape[0], kernel_size, stride, padding, dilation)
-    layout = torch.channels_last if _channels_last(x) else torch.contiguous_format
-    return x.new_empty(shape).contiguous(memory_format=layout)
+    return _empty_like_input(x, scale.shape[0], kernel_size, stride, padding, dilation)
 
 
 def _linear_cpu(
@@ -554,15 +514,7 @@ def _linear_cpu(
 
 
 def _linear_fake(
-    x: Tensor,
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor,
-    input_scale: float,
-    input_zero_point: int,
-    input_bits: int,
-    lo: float | None = None,
-    hi: float | None = None,
+    x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor, *rest: Any
 ) -> Tensor:
     _check_input("linear", x, _FLOATS, None)
     return x.new_empty((*x.shape[:-1], weight_scale.shape[0]))

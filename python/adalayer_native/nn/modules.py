@@ -376,6 +376,19 @@ class Conv2d(_NativeLayer):
         run = ops.conv2d_direct if ops.plain_eager(x) else ops.conv2d
         out = run(
             x,
+            *self._arguments(),
+            self.lo,
+            self.hi,
+            residual,
+            0.0 if grid is None else grid.input_scale,
+            0 if grid is None else grid.input_zero_point,
+            0 if grid is None else grid.input_bits,
+        )
+        return self._finish(out, x)
+
+    def _arguments(self) -> tuple[Any, ...]:
+        """The operator's arguments from the weights to the groups."""
+        return (
             self.weight_packed,
             self.weight_scale,
             self.bias,
@@ -387,14 +400,7 @@ class Conv2d(_NativeLayer):
             self.padding,
             self.dilation,
             self.groups,
-            self.lo,
-            self.hi,
-            residual,
-            0.0 if grid is None else grid.input_scale,
-            0 if grid is None else grid.input_zero_point,
-            0 if grid is None else grid.input_bits,
         )
-        return self._finish(out, x)
 
     def _same_shape(self, x: Tensor, residual: Tensor) -> bool:
         """Whether the residual has the output's shape (written out: this runs on every call)."""
@@ -407,21 +413,7 @@ class Conv2d(_NativeLayer):
 
     def _broadcast(self, x: Tensor, residual: Tensor) -> Tensor:
         """The same function for an addend that torch would broadcast; the kernels take none."""
-        out = ops.conv2d(
-            x,
-            self.weight_packed,
-            self.weight_scale,
-            self.bias,
-            self.input_scale,
-            self.input_zero_point,
-            self.input_bits,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-        )
-        out = out + residual
+        out = ops.conv2d(x, *self._arguments()) + residual
         if self.lo is not None or self.hi is not None:
             out = out.clamp(self.lo, self.hi)
         return out if self.output_grid is None else self.output_grid(out)
