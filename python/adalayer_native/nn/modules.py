@@ -29,6 +29,12 @@ __all__ = ["Conv2d", "FakeQuantize", "Linear"]
 Activation = str | tuple[float | None, float | None] | None
 
 
+_Pair = tuple[int, int]
+_ConvArguments = tuple[
+    Tensor, Tensor, Tensor, float, int, int, _Pair, _Pair, tuple[int, int, int, int], _Pair, int
+]
+
+
 def _pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
     if isinstance(value, int):
         return value, value
@@ -377,16 +383,16 @@ class Conv2d(_NativeLayer):
         out = run(
             x,
             *self._arguments(),
-            self.lo,
-            self.hi,
-            residual,
-            0.0 if grid is None else grid.input_scale,
-            0 if grid is None else grid.input_zero_point,
-            0 if grid is None else grid.input_bits,
+            lo=self.lo,
+            hi=self.hi,
+            residual=residual,
+            output_scale=0.0 if grid is None else grid.input_scale,
+            output_zero_point=0 if grid is None else grid.input_zero_point,
+            output_bits=0 if grid is None else grid.input_bits,
         )
         return self._finish(out, x)
 
-    def _arguments(self) -> tuple[Any, ...]:
+    def _arguments(self) -> _ConvArguments:
         """The operator's arguments from the weights to the groups."""
         return (
             self.weight_packed,
