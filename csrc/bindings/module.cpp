@@ -193,7 +193,8 @@ PYBIND11_MODULE(_C, m) {
     // The cost of an empty parallel loop, for bench/test_threads.py.
     const py::gil_scoped_release release;
     const auto start = std::chrono::steady_clock::now();
-    for (int i = 0; i < rounds; ++i) parallel_for(threads, threads, [](int64_t, int) {});
+    for (int i = 0; i < rounds; ++i)
+      parallel_for(threads, threads, [](int64_t, int) {});
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() / rounds;
   });
   m.def("threading_backend", [] { return std::string(threading_backend()); });
