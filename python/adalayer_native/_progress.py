@@ -17,12 +17,18 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 __all__ = ["ProgressBar"]
 
 # In a log file a bar is noise; a line this often (seconds) still shows that work goes on.
 LOG_INTERVAL = 10.0
+
+
+def _one_line() -> Column:
+    # A bar that wraps jumps up and down with every change of a number.
+    return Column(no_wrap=True)
 
 
 class _Rate(ProgressColumn):
@@ -60,15 +66,16 @@ class ProgressBar:
         console = Console(stderr=True)
         if console.is_terminal:
             bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                _Rate(),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.description}", table_column=_one_line()),
+                BarColumn(bar_width=None),  # what the texts leave
+                MofNCompleteColumn(table_column=_one_line()),
+                _Rate(table_column=_one_line()),
+                TimeElapsedColumn(table_column=_one_line()),
+                TextColumn("left", table_column=_one_line()),
+                TimeRemainingColumn(table_column=_one_line()),
+                TextColumn("{task.fields[note]}", table_column=_one_line()),
                 console=console,
+                expand=True,
             )
             try:
                 bar.start()

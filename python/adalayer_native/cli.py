@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from adalayer_native import files, ops
@@ -23,6 +25,8 @@ app = typer.Typer(
     help="Compress PyTorch CNNs layer by layer and run them on native low-bit kernels.",
 )
 
+_INTERRUPTED = 130  # what shells report after Ctrl-C
+
 Method = Enum("Method", {name: name for name in METHODS}, type=str)  # type: ignore[misc]
 _ADALAYER = Method("adalayer")
 
@@ -31,6 +35,16 @@ def _budget(size: float | None, size_bytes: int | None, bits: float | None) -> B
     if size is None and size_bytes is None and bits is None:
         return None
     return Budget(size=size, bytes=size_bytes, bits=bits)
+
+
+def _whole_numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(
+            f"expected whole numbers separated by commas, such as 2,3,4, got {text!r}",
+            param_hint="--layer-bits",
+        ) from None
 
 
 @app.command()
@@ -78,8 +92,8 @@ def compress(
         out=out,
         budget=_budget(size, size_bytes, bits),
         method=method.value,
-        layer_bits=[int(b) for b in layer_bits.split(",")] if layer_bits else None,
-        stages=stages.split(",") if stages else None,
+        layer_bits=_whole_numbers(layer_bits) if layer_bits else None,
+        stages=[name.strip() for name in stages.split(",")] if stages else None,
         epochs=epochs,
         lr=lr,
         distill=distill,
@@ -110,7 +124,7 @@ def info(
     layers = [e for e in entries if e["name"] is not None]
     params = sum(e["params"] for e in layers)
     weight_bits = 8 * sum(e["bytes"] for e in layers) / params
-    table = Table(title=f"{file} — {total:,} bytes, {weight_bits:.2f} bits per weight in all")
+    table = Table(title=f"{file.name} — {total:,} bytes, {weight_bits:.2f} bits per weight in all")
     for column in ("layer", "shape"):
         table.add_column(column)
     for column in ("params", "bits", "nonzero", "encoding", "input bits", "bytes", "of float32"):
@@ -137,7 +151,7 @@ def info(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Directory for the results.")] = Path("demo-output"),
-    size: Annotated[float, typer.Option(help="Budget: fraction of the float file.")] = 0.06,
+    size: Annotated[float, typer.Option(help="Budget: fraction of the float file.")] = 0.10,
     epochs: Annotated[int, typer.Option(min=1, help="Training epochs of the float network.")] = 5,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
@@ -149,19 +163,27 @@ def demo(
 
 def main() -> None:
     """Entry point: errors that the package raises on purpose are one sentence, not a traceback."""
+    warnings.showwarning = _show_warning
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
     except typer.Exit as done:
-        sys.exit(done.exit_code)
+        code = done.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; the same command goes on where it stopped", 130)
-    except (AdaError, OSError) as error:
+        code = _INTERRUPTED
+    except AdaError as error:
         _fail(str(error), 1)
+    except OSError as error:
+        named = error.filename is not None and error.strerror is not None
+        _fail(f"{error.filename}: {error.strerror}" if named else str(error), 1)
     except Exception as error:
         if _is_usage_error(error):
             error.show()  # type: ignore[attr-defined]
             sys.exit(2)
         raise
+    if code == _INTERRUPTED:  # newer versions of typer return it for Ctrl-C
+        resumable = sys.argv[1:2] == ["compress"]
+        _fail("interrupted" + "; the same command goes on where it stopped" * resumable, code)
+    sys.exit(code)  # commands return None, which is success
 
 
 def _is_usage_error(error: Any) -> bool:
@@ -170,5 +192,14 @@ def _is_usage_error(error: Any) -> bool:
 
 
 def _fail(message: str, code: int) -> None:
-    Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {message}", highlight=False)
+    _say("[bold red]error:[/]", message)
     sys.exit(code)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    _say("[bold yellow]warning:[/]", str(message))
+
+
+def _say(label: str, message: str) -> None:
+    # Escaped: shapes such as [64, 3] are no markup.
+    Console(stderr=True, soft_wrap=True).print(f"{label} {escape(message)}", highlight=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from adalayer_native.errors import BudgetError, PlanError
 from adalayer_native.importance import LayerScores, analyze
 from adalayer_native.plan import Plan
 from adalayer_native.quantization import calibrate, convert, prepare
+from adalayer_native.quantization.layout import native_layout
 from adalayer_native.training import finetune
 
 __all__ = ["Compressed", "compress"]
@@ -28,7 +29,7 @@ class Compressed:
         model: the native model, float in and float out.
         plan: bits and sparsity per layer.
         scores: A, F, R, I per layer (None for methods that do not look at them).
-        kept_float: layers that the plan wanted quantized and that could not be, with the reason.
+        kept_float: layers that stay float because no native layer covers them, with the reason.
         history: of the fine-tuning; None without.
     """
 
@@ -118,8 +119,13 @@ def compress(
             progress=progress,
             **(finetune_options or {}),
         )
-    kept = dict(prepared.meta.get("kept_float", {}))
-    return Compressed(convert(prepared), plan, scores, kept, history)
+    return Compressed(convert(prepared), plan, scores, kept_float(model, plan), history)
+
+
+def kept_float(model: nn.Module, plan: Plan) -> dict[str, str]:
+    """Layers that no plan could make native, with the reason; planned as float or not."""
+    wanted = {name: replace(layer, bits=layer.bits or 8) for name, layer in plan.layers.items()}
+    return native_layout(model, Plan(wanted)).kept_float
 
 
 def importance_of(plan: Plan) -> dict[str, float] | None:

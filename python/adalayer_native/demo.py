@@ -50,7 +50,7 @@ def train_float(model: nn.Module, train: Batches, epochs: int, seed: int) -> Non
     model.eval()
 
 
-def run_demo(out: Path, *, size: float = 0.06, epochs: int = 5, seed: int = 0) -> None:
+def run_demo(out: Path, *, size: float = 0.10, epochs: int = 5, seed: int = 0) -> None:
     """Trains, compresses uniformly and layer by layer under the same budget, converts, compares.
 
     Writes plan.json, uniform.safetensors, adalayer.safetensors and ribbon.png to ``out``.
@@ -112,5 +112,8 @@ def run_demo(out: Path, *, size: float = 0.06, epochs: int = 5, seed: int = 0) -
     ]
     console.print(figure6_table(plan))
     console.print(comparison_table(rows))
-    console.print(f"architecture ribbon: {out / 'ribbon.png'}")
-    console.print(f"packed model: {out / 'adalayer.safetensors'} (adalayer info shows it)")
+    for line in (
+        f"architecture ribbon: {out / 'ribbon.png'}",
+        f"packed model: {out / 'adalayer.safetensors'} (adalayer info shows it)",
+    ):
+        console.print(line, markup=False, soft_wrap=True)  # a path that is cut cannot be copied

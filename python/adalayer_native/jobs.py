@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from adalayer_native._files import write_text_atomic
 from adalayer_native.allocation import Budget, float_bytes
 from adalayer_native.compress import Compressed, compress
 from adalayer_native.data import ImageDataset, Loaders, digits, loaders, open_dataset
-from adalayer_native.errors import FileFormatError
+from adalayer_native.errors import BudgetError, FileFormatError, UnsupportedModelError
 from adalayer_native.measure import accuracy, model_milliseconds
 from adalayer_native.models import get_model, load_weights
 from adalayer_native.report import comparison_table, figure6_table
@@ -68,16 +70,26 @@ def run_compress(job: CompressJob) -> dict[str, Any]:
     """
     if job.threads is not None:
         torch.set_num_threads(job.threads)
-    if not job.weights.exists():
-        raise FileFormatError(f"{job.weights}: no such file")
-    job.out.mkdir(parents=True, exist_ok=True)
+    # What is cheap to check comes first: nobody should wait for minutes to read about a typo.
+    if job.budget is None and job.method in ("adalayer", "uniform"):
+        raise BudgetError(f"method {job.method!r} needs a budget: --size, --bytes or --bits")
+    if not job.weights.is_file():
+        raise FileFormatError(f"weight file {os.fspath(job.weights)!r} does not exist")
+    # Also shows now, not at the end, whether the directory can be written.
+    write_text_atomic(job.out / "work" / "command.json", json.dumps(arguments(job), indent=2))
     train, test = open_splits(job)
+    if ":" in job.model and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as ``python -m`` does
     model = get_model(job.model, job.classes or len(train.classes))
     load_weights(model, job.weights)
     model.eval()
     data = loaders(
         train, test, batch_size=job.batch_size, calibration=job.calibration, seed=job.seed
     )
+    check_fit(job, model, data)
+    test.decode()  # an unreadable image shows before the work, not after it
+    if job.epochs > 0:
+        train.decode()
     options: dict[str, Any] = {}
     if job.layer_bits is not None:
         options["bits"] = job.layer_bits
@@ -100,10 +112,47 @@ def run_compress(job: CompressJob) -> dict[str, Any]:
     return write_results(job, model, result, data)
 
 
+def arguments(job: CompressJob) -> dict[str, Any]:
+    """The job as JSON values, for a reader of the work directory."""
+    return {key: value if _plain(value) else str(value) for key, value in vars(job).items()}
+
+
+def _plain(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str, list))
+
+
+def check_fit(job: CompressJob, model: nn.Module, data: Loaders) -> None:
+    """Tries one image.
+
+    Raises:
+        UnsupportedModelError: the model cannot take the images, or does not return one value per
+            class.
+    """
+    x, _ = next(iter(data.calibration))
+    shape = tuple(x[:1].shape)
+    try:
+        with torch.inference_mode():
+            out = model(x[:1])
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise UnsupportedModelError(
+            f"model {job.model!r} cannot take images of shape {shape} (--image-size "
+            f"{job.image_size}): {error}"
+        ) from error
+    classes = len(data.train.dataset.classes)
+    if not isinstance(out, torch.Tensor) or out.dim() != 2 or out.shape[1] < classes:
+        got = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
+        raise UnsupportedModelError(
+            f"model {job.model!r} must return logits of shape (N, {classes}) for the {classes} "
+            f"classes of the data, got {got}"
+        )
+
+
 def write_results(
     job: CompressJob, model: nn.Module, result: Compressed, data: Loaders
 ) -> dict[str, Any]:
     """Saves plan, packed model and report; prints the tables to standard error."""
+    # Both in the layout in which they are fastest on a CPU, and measured alike.
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # no stub for it
     native = result.model
     result.plan.save(job.out / "plan.json")
     packed = job.out / "model.safetensors"
@@ -161,7 +210,10 @@ def write_results(
             ]
         )
     )
-    console.print(f"written to {job.out}: plan.json, model.safetensors, report.json")
+    for name, reason in result.kept_float.items():
+        console.print(f"{name} stays float: {reason}", markup=False, soft_wrap=True)
+    written = f"written to {job.out}: plan.json, model.safetensors, report.json"
+    console.print(written, markup=False, soft_wrap=True)  # a path that is cut cannot be copied
     return report
 
 
@@ -182,8 +234,6 @@ def layer_entries(result: Compressed, packed: Path) -> list[dict[str, Any]]:
         if name in stored:
             file = stored[name]
             entry |= {"encoding": file["encoding"], "bytes": file["bytes"]}
-        if result.scores is not None:
-            score = result.scores[name]
-            entry |= {"A": score.A, "F": score.F, "R": score.R, "I": score.I}
+        entry |= (result.plan.scores or {}).get(name, {})
         entries.append(entry)
     return entries

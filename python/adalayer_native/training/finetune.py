@@ -269,6 +269,8 @@ class _Run:
             options = {**vars(self.options), "penalties": self.penalties}
             options["teacher"] = self.teacher is not None
             options["layers"] = metadata(self.model, "layers")
+            # Another batch size is another run: its steps are not ours.
+            options["loader"] = [self.steps, getattr(self.loader, "batch_size", None)]
             self.identity = store.fingerprint(self.model, options)
             if resume and Path(checkpoint).exists():
                 loaded = store.load(checkpoint, self.model, self.optimizer, self.identity)

@@ -1,0 +1,232 @@
+"""The command line: compress from files to files, info, errors in one sentence."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from helpers_cli import SIZE, SmallNet, make_quick, run, save_weights, train_small, write_images
+from safetensors.torch import load_file
+
+from adalayer_native import Plan, restore
+from adalayer_native.data import open_dataset
+from adalayer_native.measure import accuracy
+from adalayer_native.models import load_weights
+
+BUDGET = 0.25
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> tuple[Path, Path]:
+    """(image folder, float weights)."""
+    root = tmp_path_factory.mktemp("cli")
+    data = write_images(root / "images")
+    return data, save_weights(train_small(data), root / "weights.safetensors")
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch, tmp_path) -> None:
+    make_quick(monkeypatch, tmp_path / "cache")
+
+
+def compress(monkeypatch, files: tuple[Path, Path], out: Path, *more: object) -> int:
+    data, weights = files
+    return run(
+        monkeypatch, "compress", "helpers_cli:SmallNet", "--weights", weights, "--data", data,
+        "--out", out, "--image-size", SIZE, "--batch-size", 16, "--calibration", 32, *more,
+    )  # fmt: skip
+
+
+def load(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_compress_writes_plan_model_and_report(monkeypatch, capsys, files, tmp_path) -> None:
+    out = tmp_path / "out"
+    assert compress(monkeypatch, files, out, "--size", BUDGET, "--epochs", 1, "--json") == 0
+    printed = capsys.readouterr()
+    report = json.loads(printed.out)  # nothing but the report on standard output
+    assert report == load(out / "report.json")
+    assert "QuantBits" in printed.err and "Times smaller" in printed.err
+
+    packed = out / "model.safetensors"
+    assert report["bytes"] == packed.stat().st_size
+    assert report["size_fraction"] == report["bytes"] / files[1].stat().st_size <= BUDGET
+    assert report["float_ms"] > 0 and report["native_ms"] > 0
+    assert report["test_images"] == 20 and report["epochs"] == 1
+    plan = Plan.load(out / "plan.json")
+    assert [layer["name"] for layer in report["layers"]] == list(plan)
+    for layer in report["layers"]:
+        assert layer["bits"] == plan[layer["name"]].bits
+        assert set(layer) >= {"params", "planned_sparsity", "encoding", "bytes", *"AFRI"}
+
+    # Both accuracies are those of the files, in per cent.
+    test = open_dataset(files[0], "test", SIZE, progress=False)
+    batch = [(test.normalise(test.pixels()), test.labels)]
+    float_model = load_weights(SmallNet().eval(), files[1])
+    native = restore(SmallNet(), packed)
+    assert report["float_accuracy"] == accuracy(float_model, batch, progress=False) > 90
+    assert report["accuracy"] == accuracy(native, batch, progress=False) > 60
+
+
+@pytest.mark.parametrize("form", ["zip", "folder"])
+def test_compress_uniform_from_folder_and_zip(monkeypatch, files, tmp_path, form: str) -> None:
+    data, weights = files
+    if form == "zip":
+        data = Path(shutil.make_archive(str(tmp_path / "images"), "zip", data))
+    out = tmp_path / "out"
+    more = ("--bits", 4, "--method", "uniform", "--epochs", 0, "--quiet")
+    assert compress(monkeypatch, (data, weights), out, *more) == 0
+    report = load(out / "report.json")
+    assert {layer["bits"] for layer in report["layers"]} == {4}
+    assert report["method"] == "uniform" and report["epochs"] == 0
+    assert not (out / "work" / "analysis.json").exists()  # uniform needs no scores
+    assert "A" not in report["layers"][0]
+
+
+def test_compress_ascending(monkeypatch, files, tmp_path) -> None:
+    out = tmp_path / "out"
+    more = ("--method", "ascending", "--layer-bits", "2,3,4", "--stages", "conv1,conv2,conv3")
+    assert compress(monkeypatch, files, out, *more, "--epochs", 0, "--quiet") == 0
+    bits = {layer["name"]: layer["bits"] for layer in load(out / "report.json")["layers"]}
+    assert bits == {"conv1": 2, "conv2": 3, "conv3": 4, "fc": None}
+
+
+def tensors(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "model.safetensors")
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return list(left) == list(right) and all(torch.equal(left[k], right[k]) for k in left)
+
+
+@pytest.mark.parametrize("stage", ["analysis", "search", "finetune"])
+def test_interrupted_compress_goes_on(monkeypatch, capsys, files, tmp_path, stage: str) -> None:
+    command = ("--size", BUDGET, "--epochs", 2, "--quiet")
+    owner, name, interrupt_at = {
+        "analysis": (sys.modules["adalayer_native.importance.accuracy"], "loss_of", 3),
+        "search": (sys.modules["adalayer_native.allocation.evaluate"].Evaluator, "_measure", 5),
+        "finetune": (sys.modules["adalayer_native.training.finetune"]._Run, "_step", 6),
+    }[stage]
+    original = getattr(owner, name)
+
+    def calls_of(out: Path, limit: float = math.inf) -> tuple[int, int]:
+        """Exit code, and how often the stage's function was called."""
+        count = 0
+
+        def counting(*arguments, **options):
+            nonlocal count
+            count += 1
+            if count == limit:
+                signal.raise_signal(signal.SIGINT)  # Ctrl-C
+            return original(*arguments, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, counting)
+            return compress(monkeypatch, files, out, *command), count
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    code, needed = calls_of(whole)
+    assert code == 0
+    capsys.readouterr()
+    assert calls_of(broken, interrupt_at) == (130, interrupt_at)
+    assert "same command goes on" in capsys.readouterr().err
+    assert not (broken / "model.safetensors").exists()
+    code, rest = calls_of(broken)
+    assert code == 0
+    assert rest < needed
+    assert same(tensors(whole), tensors(broken))
+    assert load(whole / "plan.json") == load(broken / "plan.json")
+
+
+def test_other_arguments_do_not_reuse_the_checkpoint(monkeypatch, capsys, files, tmp_path) -> None:
+    used, fresh = tmp_path / "used", tmp_path / "fresh"
+    base = ("--size", BUDGET, "--method", "uniform", "--quiet")
+    assert compress(monkeypatch, files, used, *base, "--epochs", 1) == 0
+    first = tensors(used)
+    other = (*base, "--epochs", 2, "--seed", 5)
+    capsys.readouterr()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert compress(monkeypatch, files, used, *other) == 0
+    assert "belongs to another run" in capsys.readouterr().err
+    assert compress(monkeypatch, files, fresh, *other) == 0
+    assert same(tensors(used), tensors(fresh))
+    assert not same(first, tensors(used))
+
+
+def test_repeating_a_finished_command_trains_nothing(monkeypatch, files, tmp_path) -> None:
+    command = ("--size", BUDGET, "--method", "uniform", "--epochs", 1, "--quiet")
+    assert compress(monkeypatch, files, tmp_path / "out", *command) == 0
+    before = tensors(tmp_path / "out")
+
+    def never(*_: object) -> None:
+        raise AssertionError("trained again")
+
+    run_class = sys.modules["adalayer_native.training.finetune"]._Run
+    monkeypatch.setattr(run_class, "_step", never)
+    assert compress(monkeypatch, files, tmp_path / "out", *command) == 0
+    assert same(before, tensors(tmp_path / "out"))
+
+
+def test_info(monkeypatch, capsys, files, tmp_path) -> None:
+    out = tmp_path / "out"
+    assert compress(monkeypatch, files, out, "--size", BUDGET, "--epochs", 0, "--quiet") == 0
+    packed = out / "model.safetensors"
+    capsys.readouterr()
+    assert run(monkeypatch, "info", packed, "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["bytes"] == packed.stat().st_size
+    assert [e["name"] for e in shown["layers"]] == ["conv1", "conv2", "conv3", "fc", None]
+    assert shown["layers"][1]["shape"] == [32, 16, 3, 3]
+    assert sum(e["bytes"] for e in shown["layers"]) < shown["bytes"]
+    assert run(monkeypatch, "info", packed) == 0
+    table = capsys.readouterr().out
+    assert "conv3" in table and "32×32×3×3" in table and "bits per weight" in table
+
+
+def test_help_and_usage(monkeypatch, capsys) -> None:
+    assert run(monkeypatch, "--help") == 0
+    assert "compress" in capsys.readouterr().out
+    assert run(monkeypatch, "compress", "adalayernet") == 2
+    assert "--weights" in capsys.readouterr().err
+    assert run(monkeypatch, "nothing") == 2
+    assert run(monkeypatch, "info") == 2
+
+
+@pytest.mark.slow
+def test_demo(monkeypatch, capsys, tmp_path) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    assert run(monkeypatch, "demo", "--out", tmp_path) == 0
+    printed = capsys.readouterr().out
+    for text in ("float", "uniform", "layer-wise", "Times faster", "AccContrib", "ribbon.png"):
+        assert text in printed
+    sizes = [(tmp_path / f"{name}.safetensors").stat().st_size for name in ("uniform", "adalayer")]
+    assert (tmp_path / "ribbon.png").stat().st_size > 10_000
+    assert max(sizes) <= 0.1 * 5_579_816
+
+
+@pytest.mark.slow
+def test_real_network_keeps_its_accuracy_without_training(
+    monkeypatch, shared_dir, tmp_path
+) -> None:
+    out = tmp_path / "out"
+    more = ("--size", 0.2, "--method", "uniform", "--epochs", 0, "--quiet", "--out", out)
+    weights = shared_dir / "models" / "adalayernet_cifar10.safetensors"
+    data = shared_dir / "data" / "cifar10.zip"
+    monkeypatch.delenv("ADALAYER_CACHE")
+    assert (
+        run(monkeypatch, "compress", "adalayernet", "--weights", weights, "--data", data, *more)
+        == 0
+    )
+    report = load(out / "report.json")
+    assert report["float_accuracy"] == pytest.approx(89.85, abs=0.02)
+    assert report["accuracy"] > 89.2
+    assert report["size_fraction"] <= 0.2
