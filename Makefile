@@ -59,7 +59,7 @@ lint: $(PACKAGE_STAMP)
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
 bench: $(PACKAGE_STAMP)
-	$(BIN)/python -m pytest bench --benchmark-only --benchmark-disable-gc \
+	$(BIN)/python -m pytest bench --benchmark-disable-gc \
 	  --benchmark-columns=median,iqr,min,rounds --benchmark-group-by=group --benchmark-sort=name
 
 # Some kernels place memory where older thread sanitizers do not expect it; without address
