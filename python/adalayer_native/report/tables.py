@@ -39,28 +39,31 @@ def comparison_table(
     A row is a :class:`Result` or a mapping with its fields.
     """
     rows = [row if isinstance(row, Result) else Result(**row) for row in results]
-    table = Table(title=title)
-    table.add_column("Variant")
     headings = (
-        "Accuracy %", "Change", "Bytes on disk", "Times smaller", "ms per image", "Times faster"
+        "Variant", "Accuracy %", "Change", "Bytes on disk", "Times smaller", "ms per image",
+        "Times faster",
     )  # fmt: skip
-    for heading in headings:
-        table.add_column(heading, justify="right")
+    lines = []
     for position, row in enumerate(rows):
         base = rows[0]
-        first = position == 0
-        faster = ""
-        if row.ms and base.ms:
-            faster = f"{base.ms / row.ms:.2f}"
-        table.add_row(
-            row.name,
-            f"{row.accuracy:.2f}",
-            "" if first else f"{row.accuracy - base.accuracy:+.2f}",
-            f"{row.bytes:,}",
-            f"{base.bytes / row.bytes:.2f}" if row.bytes else "",
-            "" if row.ms is None else f"{row.ms:.3f}",
-            faster,
+        lines.append(
+            (
+                row.name,
+                f"{row.accuracy:.2f}",
+                "" if position == 0 else f"{row.accuracy - base.accuracy:+.2f}",
+                f"{row.bytes:,}",
+                f"{base.bytes / row.bytes:.2f}" if row.bytes else "",
+                "" if row.ms is None else f"{row.ms:.3f}",
+                f"{base.ms / row.ms:.2f}" if row.ms and base.ms else "",
+            )
         )
+    table = Table(title=title)
+    for i, heading in enumerate(headings):
+        # As wide as its values: the headings wrap, so that the table fits 80 columns uncut.
+        needed = max(len(text) for text in (*heading.split(), *(line[i] for line in lines)))
+        table.add_column(heading, justify="right" if i else "left", width=needed)
+    for line in lines:
+        table.add_row(*line)
     return table
 
 
