@@ -210,7 +210,6 @@ void depthwise_rows(const Call& call, const uint8_t* packed, int64_t n, int64_t 
   d.tap_offsets = call.offsets;
   d.weights = reinterpret_cast<const int16_t*>(call.panels.data.data());
   d.pairs = (taps + 1) / 2;
-  d.channels = s.in_channels;
   d.padded_channels = call.image.pitch;
   d.count = out_w;
   d.position_bytes = s.stride_w * call.image.pitch;
@@ -374,7 +373,7 @@ LayerWeights derive_weights(const ConvShape& shape, std::span<const uint8_t> can
   else if (shape.depthwise())
     weights.panels = formats::build_depthwise(shape, dense);
   else
-    weights.panels = formats::build_panels(shape, dense, h.bits, /*expand=*/false);
+    weights.panels = formats::build_panels(shape, dense, h.bits);
   return weights;
 }
 

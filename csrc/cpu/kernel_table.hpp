@@ -55,7 +55,7 @@ struct DepthwiseArgs {
   const int64_t* tap_offsets;  // [taps rounded up to even]; the odd one out repeats a tap
   const int16_t* weights;      // [pairs][padded_channels][2]
   int64_t pairs;
-  int64_t channels, padded_channels;
+  int64_t padded_channels;
   int64_t count;           // output positions
   int64_t position_bytes;  // bytes between their inputs
   int32_t* sums;           // [count][padded_channels]

@@ -71,12 +71,11 @@ ReductionPlan plan_reduction(const ConvShape& shape) {
   return plan;
 }
 
-Panels build_panels(const ConvShape& shape, std::span<const int8_t> weights, int bits,
-                    bool expand) {
+Panels build_panels(const ConvShape& shape, std::span<const int8_t> weights, int bits) {
   check_count(shape, weights);
   Panels panels;
   panels.tag.kind = PanelKind::Panels;
-  panels.tag.bits = static_cast<uint8_t>(expand ? 8 : bits);
+  panels.tag.bits = static_cast<uint8_t>(bits);
   panels.reduction = plan_reduction(shape);
   panels.groups = shape.groups;
   panels.column_tiles = (shape.group_out() + kTileWidth - 1) / kTileWidth;

@@ -24,7 +24,7 @@ struct PanelTag {
   uint32_t magic = 0x4C504441u;  // "ADPL"
   uint8_t version = 1;
   PanelKind kind = PanelKind::Panels;
-  uint8_t bits = 8;  // bits per stored weight: the layer's, or 8 when unpacked at load
+  uint8_t bits = 8;  // bits per stored weight
   uint8_t reserved = 0;
   bool operator==(const PanelTag&) const = default;
 };
@@ -61,8 +61,7 @@ struct Panels {
 };
 
 /// Builds the panels of `shape` from int8 weights [O][I/groups][KH][KW] at `bits` per weight.
-/// With `expand`, weights are stored as bytes whatever their width.
-Panels build_panels(const ConvShape& shape, std::span<const int8_t> weights, int bits, bool expand);
+Panels build_panels(const ConvShape& shape, std::span<const int8_t> weights, int bits);
 
 /// Depthwise layout: int16 pairs of kernel taps, [ceil(taps/2)][ceil16(channels)][2].
 Panels build_depthwise(const ConvShape& shape, std::span<const int8_t> weights);
