@@ -23,11 +23,11 @@ struct ImageLayout {
   int64_t channels = 0, h = 0, w = 0;
   int64_t pitch = 0;  // bytes of one pixel, at least `channels`
   int64_t pad_top = 0, pad_left = 0;
-  int64_t columns = 0;     // pixels per padded row
-  int64_t phases = 1;      // the stride of the convolutions that read it
-  int64_t phase_rows = 0;  // rows per phase
-  int64_t row_bytes = 0;   // columns * pitch
-  int64_t image_bytes = 0; // phases * phase_rows * row_bytes: from image to image
+  int64_t columns = 0;      // pixels per padded row
+  int64_t phases = 1;       // the stride of the convolutions that read it
+  int64_t phase_rows = 0;   // rows per phase
+  int64_t row_bytes = 0;    // columns * pitch
+  int64_t image_bytes = 0;  // phases * phase_rows * row_bytes: from image to image
   int64_t slack = 0;
 
   int64_t row_offset(int64_t padded_row) const {

@@ -45,27 +45,27 @@ enum class OpKind : uint8_t {
   // dequantized and added after the fma). A linear layer over c x h x w features flattened in
   // NCHW order is a convolution with an h x w kernel.
   Conv = 2,  //    x [res]   kh kw sh sw pt pl pb pr dh dw groups finish
-             //                                             residual_scale lo hi  weights scale bias [table]
+  //                                             residual_scale lo hi  weights scale bias [table]
   // As Conv; ints: kh kw sh sw pt pl pb pr dh dw groups finish, where the output's size says how
   // far the output padding reaches: out(oy) collects iy * sh - pt + ky * dh = oy. Weights are
   // [O][I/groups][KH][KW], not flipped.
   ConvTranspose = 3,
-  Lookup = 4,   // x         -                                    -                  table [256]
-  Add = 5,      // a b       finish                        scale_a scale_b offset    [table]
-  Mul = 6,      // a b       zero_a zero_b finish          scale                     [table]
-  Affine = 7,   // x         finish                               -             scale bias [table]
-  Concat = 8,   // x ...     -                                    -        one [table] per input
-  MaxPool = 9,  // x         kh kw sh sw pt pl dh dw              -                  -
-  AvgPool = 10, // x         kh kw sh sw pt pl pb pr count_padding finish   ratio    [table]
+  Lookup = 4,    // x         -                                    -                  table [256]
+  Add = 5,       // a b       finish                        scale_a scale_b offset    [table]
+  Mul = 6,       // a b       zero_a zero_b finish          scale                     [table]
+  Affine = 7,    // x         finish                               -             scale bias [table]
+  Concat = 8,    // x ...     -                                    -        one [table] per input
+  MaxPool = 9,   // x         kh kw sh sw pt pl dh dw              -                  -
+  AvgPool = 10,  // x         kh kw sh sw pt pl pb pr count_padding finish   ratio    [table]
   AdaptiveAvgPool = 11,  // x  finish                             ratio              [table]
   // begin and step along an axis (0 = c, 1 = h, 2 = w); the output's size ends it.
-  Slice = 12,   // x         axis begin step                      -                  -
+  Slice = 12,  // x         axis begin step                      -                  -
   // Output channel i is input channel index[i] (channel shuffle and any other permutation).
   Gather = 13,  // x         -                                    -                  index i32 [C]
   Pad = 14,     // x         top left bottom right level          -                  -
   // Tables as in ResizeSpec; also f32 -> f32 (then scale, offset and finish are not used).
-  Resize = 15,  // x         bilinear finish               scale offset
-                //                                        low_h high_h part_h low_w high_w part_w
+  Resize = 15,     // x         bilinear finish               scale offset
+                   //                                        low_h high_h part_h low_w high_w part_w
   LayerNorm = 16,  // x      finish                        eps                   gamma beta
   // c x h x w to (c*h*w) x 1 x 1 in NCHW order, or back: sizes from the values.
   Reshape = 17,  // x        -                                    -                  -
@@ -118,8 +118,8 @@ struct Program {
 void validate(const Program& program);
 
 constexpr int64_t kMaxNodes = 1 << 16;
-constexpr int64_t kMaxAxis = 1 << 20;         // any of c, h, w
-constexpr int64_t kMaxElements = 1LL << 31;   // c * h * w of one value
+constexpr int64_t kMaxAxis = 1 << 20;        // any of c, h, w
+constexpr int64_t kMaxElements = 1LL << 31;  // c * h * w of one value
 
 /// Named views of a node's parameters; the node has been validated.
 struct ConvAttributes {
