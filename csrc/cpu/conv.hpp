@@ -24,6 +24,7 @@ struct ConvRun {
   std::vector<int64_t> step_offsets;     // [steps] from a position to the step's 64 bytes
   std::vector<int32_t> out_offset;       // [positions] byte in the output image, or -1: dropped
   std::vector<int32_t> residual_offset;  // [positions], empty without a residual
+  std::vector<int32_t> position;         // [positions] y * out_w + x, or -1; float output only
 };
 
 struct ConvPlan {
@@ -83,7 +84,7 @@ struct ConvCall {
   const ConvPlan& plan;
   const uint8_t* weights;  // panels
   int bits;
-  const ConvEpilogue& epilogue;
+  const ConvEpilogue* epilogue;
   const uint8_t* in;  // first image
   int64_t images;
   uint8_t* out;
@@ -93,8 +94,16 @@ struct ConvCall {
   int64_t segment;          // this convolution's in the stream
 };
 
+/// The same with float output, NCHW images of the output's size (no residual).
+struct FloatConvCall {
+  ConvCall conv;  // its out, residual and epilogue are not used
+  const OutputSpec& out;
+  const int32_t* correction;  // [out channels rounded up to 32], zeros where the zero point is 0
+};
+
 /// One part of a convolution. The caller has called kernels.begin() on this thread.
 void run_conv(const ConvCall& call, const KernelRow& kernels, Part part);
+void run_conv(const FloatConvCall& call, const KernelRow& kernels, Part part);
 
 /// How to cut a convolution for `threads` threads: by columns where weights are the larger side.
 bool prefers_columns(const ConvPlan& plan, int bits, int threads);

@@ -101,21 +101,22 @@ std::vector<Rows> row_runs(const ConvShape& s, const ImageLayout& in) {
   return runs;
 }
 
-std::vector<int32_t> offsets_of(const ImageLayout& layout, const Rows& rows, int64_t out_w) {
+/// One entry per position of a run: `at(y, x)` for those that are outputs, -1 between rows.
+template <class Fn>
+std::vector<int32_t> table_of(const Rows& rows, int64_t out_w, const Fn& at) {
   const int64_t positions = (rows.count - 1) * rows.per_row + out_w;
-  std::vector<int32_t> offsets(static_cast<size_t>(positions), -1);
+  std::vector<int32_t> table(static_cast<size_t>(positions), -1);
   for (int64_t i = 0; i < rows.count; ++i)
     for (int64_t x = 0; x < out_w; ++x)
-      offsets[i * rows.per_row + x] =
-          static_cast<int32_t>(layout.offset(rows.first + i * rows.step, x));
-  return offsets;
+      table[i * rows.per_row + x] = static_cast<int32_t>(at(rows.first + i * rows.step, x));
+  return table;
 }
 
 }  // namespace
 
-ConvPlan plan_conv(const ConvShape& shape, const ImageLayout& in, const ImageLayout& out,
-                   const ImageLayout* residual) {
-  if (in.image_bytes > INT32_MAX || out.image_bytes > INT32_MAX)
+ConvPlan plan_conv(const ConvShape& shape, const ImageLayout& in, const ImageLayout* out,
+                   const ImageLayout* residual, const OutputMap& map) {
+  if (in.image_bytes > INT32_MAX || (out != nullptr && out->image_bytes > INT32_MAX))
     throw InvalidArgument("convolution: an image of 2^31 or more bytes is not supported");
   ConvPlan plan;
   plan.shape = shape;
@@ -123,19 +124,31 @@ ConvPlan plan_conv(const ConvShape& shape, const ImageLayout& in, const ImageLay
   plan.position_stride = shape.stride_w * in.pitch;
   plan.column_tiles = (shape.group_out() + kTileWidth - 1) / kTileWidth;
   plan.in_image_bytes = in.image_bytes;
-  plan.out_image_bytes = out.image_bytes;
-  plan.residual_image_bytes = residual == nullptr ? 0 : residual->image_bytes;
-  plan.out_pitch = out.pitch;
+  const int64_t out_h = shape.out_h(), out_w = shape.out_w();
+  if (out != nullptr) {
+    plan.out_image_bytes = out->image_bytes;
+    plan.out_pitch = out->pitch;
+  }
+  if (residual != nullptr) plan.residual_image_bytes = residual->image_bytes;
   const std::vector<Stretch> list = stretches(shape, in.pitch);
   plan_steps(plan, list, in.pitch);
+  if (out_h <= 0 || out_w <= 0) return plan;
   for (const Rows& rows : row_runs(shape, in)) {
     ConvRun run;
     const int64_t p = rows.first * shape.stride_h - shape.pad_top + in.pad_top;
     run.base = in.row_offset(p) + (in.pad_left - shape.pad_left) * in.pitch;
-    run.positions = (rows.count - 1) * rows.per_row + shape.out_w();
+    run.positions = (rows.count - 1) * rows.per_row + out_w;
     run.step_offsets = step_offsets(shape, list, in, p);
-    run.out_offset = offsets_of(out, rows, shape.out_w());
-    if (residual != nullptr) run.residual_offset = offsets_of(*residual, rows, shape.out_w());
+    const auto offset_in = [&](const ImageLayout& layout) {
+      return table_of(rows, out_w, [&](int64_t y, int64_t x) {
+        return layout.offset(map.first_y + y * map.step_y, map.first_x + x * map.step_x);
+      });
+    };
+    if (out != nullptr)
+      run.out_offset = offset_in(*out);
+    else
+      run.position = table_of(rows, out_w, [&](int64_t y, int64_t x) { return y * out_w + x; });
+    if (residual != nullptr) run.residual_offset = offset_in(*residual);
     plan.runs.push_back(std::move(run));
   }
   return plan;

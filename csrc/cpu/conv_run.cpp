@@ -42,6 +42,7 @@ struct Columns {
 
 struct Loop {
   const ConvCall& call;
+  const FloatConvCall* floats;  // null for u8 output
   const KernelRow& kernels;
   UnpackTiles unpack_tiles;
   Requantize requantize;
@@ -53,23 +54,23 @@ struct Loop {
            (c.group * call.plan.column_tiles + c.tile) * call.plan.packed_tile_bytes(call.bits);
   }
 
-  /// Positions [first, first + rows) of `run` in image `n`, times `columns`. `unpacked_at` is where
-  /// the columns' unpacked tiles are, or go if `fresh`.
-  void block(const Columns& c, int8_t* unpacked_at, bool fresh, int64_t n, const ConvRun& run,
-             int64_t first, int rows) const {
+  WeightStream::Piece ahead(const Columns& c, bool fresh) const {
+    if (call.stream == nullptr) return {nullptr, 0};
+    const int64_t used = fresh ? c.tiles * call.plan.packed_tile_bytes(call.bits) : 0;
+    return call.stream->take(call.segment, packed(c) - call.weights,
+                             std::max(used, call.plan.steps * kFetchPerStep));
+  }
+
+  /// sums[r][16 * tiles] of positions [first, first + rows) of `run` in image `n`, times `columns`.
+  /// `unpacked_at` is where the columns' unpacked tiles are, or go if `fresh`. Returns `tiles`.
+  int multiply(const Columns& c, int8_t* unpacked_at, bool fresh, int64_t n, const ConvRun& run,
+               int64_t first, int rows) const {
     const ConvPlan& plan = call.plan;
-    const int64_t outs = plan.shape.group_out();
-    const int64_t column = c.tile * kTileWidth;
     const uint8_t* activations = call.in + n * plan.in_image_bytes + run.base +
                                  c.group * plan.shape.group_in() + first * plan.position_stride;
     const int64_t tile_bytes = plan.packed_tile_bytes(call.bits);
     const uint8_t* weights = packed(c);
-    WeightStream::Piece ahead{nullptr, 0};
-    if (call.stream != nullptr) {
-      const int64_t used = fresh ? c.tiles * tile_bytes : 0;
-      ahead = call.stream->take(call.segment, weights - call.weights,
-                                std::max(used, plan.steps * kFetchPerStep));
-    }
+    const WeightStream::Piece fetch = ahead(c, fresh);
     if (kernels.block != nullptr) {
       BlockArgs b{};
       b.activations = activations;
@@ -84,33 +85,58 @@ struct Loop {
       b.unpack = fresh && call.bits < 8;
       b.rows = rows;
       b.sums = sums;
-      b.prefetch = ahead.begin;
-      b.prefetch_bytes = ahead.bytes;
+      b.prefetch = fetch.begin;
+      b.prefetch_bytes = fetch.bytes;
       kernels.block(b);
-    } else {
-      if (fresh && call.bits < 8)
-        unpack_tiles(weights, call.bits, c.tiles * plan.steps, unpacked_at);
-      GemmArgs g{};
-      g.activations = activations;
-      g.row_stride = plan.position_stride;
-      g.step_offsets = run.step_offsets.data();
-      g.live_quads = plan.live_quads.data();
-      g.steps = plan.steps;
-      g.tile0 = call.bits < 8 ? unpacked_at : reinterpret_cast<const int8_t*>(weights);
-      g.tile1 = c.tiles == 2 ? g.tile0 + plan.steps * kTileBytes : nullptr;
-      g.weight_bits = call.bits;
-      g.rows = rows;
-      g.sums = sums;
-      kernels.gemm(g);
+      return c.tiles;
     }
+    if (fresh && call.bits < 8) unpack_tiles(weights, call.bits, c.tiles * plan.steps, unpacked_at);
+    GemmArgs g{};
+    g.activations = activations;
+    g.row_stride = plan.position_stride;
+    g.step_offsets = run.step_offsets.data();
+    g.live_quads = plan.live_quads.data();
+    g.steps = plan.steps;
+    g.tile0 = call.bits < 8 ? unpacked_at : reinterpret_cast<const int8_t*>(weights);
+    g.tile1 = c.tiles == 2 ? g.tile0 + plan.steps * kTileBytes : nullptr;
+    g.weight_bits = call.bits;
+    g.rows = rows;
+    g.sums = sums;
+    kernels.gemm(g);
+    return 2;  // gemm's rows are 32 sums apart
+  }
 
+  void block(const Columns& c, int8_t* unpacked_at, bool fresh, int64_t n, const ConvRun& run,
+             int64_t first, int rows) const {
+    const ConvPlan& plan = call.plan;
+    const int tiles = multiply(c, unpacked_at, fresh, n, run, first, rows);
+    const int64_t outs = plan.shape.group_out();
+    const int64_t column = c.tile * kTileWidth;
     const int64_t channel = c.group * outs + column;
+    const int cols = static_cast<int>(std::min<int64_t>(c.tiles * kTileWidth, outs - column));
+    if (floats != nullptr) {
+      const int64_t area = plan.shape.out_h() * plan.shape.out_w();
+      StoreArgs s{};
+      s.sums = sums;
+      s.sums_stride = tiles * kTileWidth;
+      s.position = run.position.data() + first;
+      s.rows = rows;
+      s.cols = cols;
+      s.correction = floats->correction + channel;
+      s.channel = channel;
+      s.out = &floats->out;
+      s.first = (n * plan.shape.out_channels + channel) * area;
+      s.position_stride = 1;
+      s.channel_stride = area;
+      kernels.store(s);
+      return;
+    }
     RequantizeArgs q{};
     q.sums = sums;
-    q.tiles = kernels.block != nullptr ? c.tiles : 2;  // gemm's rows are 32 sums apart
+    q.tiles = tiles;
     q.rows = rows;
-    q.cols = static_cast<int>(std::min<int64_t>(c.tiles * kTileWidth, outs - column));
-    q.whole = plan.shape.groups == 1 && c.tiles == q.tiles &&
+    q.cols = cols;
+    q.whole = plan.shape.groups == 1 && c.tiles == tiles &&
               column + c.tiles * kTileWidth <= plan.out_pitch;
     q.out_offset = run.out_offset.data() + first;
     q.out = call.out + n * plan.out_image_bytes + channel;
@@ -118,7 +144,7 @@ struct Loop {
       q.residual_offset = run.residual_offset.data() + first;
       q.residual = call.residual + n * plan.residual_image_bytes + channel;
     }
-    q.epilogue = &call.epilogue;
+    q.epilogue = call.epilogue;
     q.channel = channel;
     requantize(q);
   }
@@ -162,30 +188,7 @@ int64_t unpacked_bytes(const ConvPlan& plan, int64_t pairs) {
   return pairs * 2 * plan.steps * kTileBytes;
 }
 
-}  // namespace
-
-WeightStream::Piece WeightStream::take(int64_t segment, int64_t at, int64_t want) {
-  const int64_t used = segments_[segment].before + at;
-  const int64_t total = segments_.back().before + segments_.back().bytes;
-  asked_ = std::max(asked_, used);
-  while (current_ + 1 < segments_.size() && asked_ >= segments_[current_ + 1].before)
-    ++current_;
-  const Segment& s = segments_[current_];
-  const int64_t room = std::min({used + window_, total, s.before + s.bytes}) - asked_;
-  const int64_t bytes = std::min(room, want) & ~int64_t{63};
-  if (bytes <= 0) return {nullptr, 0};
-  const Piece piece{s.begin + (asked_ - s.before), bytes};
-  asked_ += bytes;
-  return piece;
-}
-
-bool prefers_columns(const ConvPlan& plan, int bits, int threads) {
-  if (plan.pairs() < threads) return false;
-  const int64_t blocks = block_count(plan, kBlockRows);
-  return blocks < threads || plan.packed_bytes(bits) > plan.in_image_bytes;
-}
-
-void run_conv(const ConvCall& call, const KernelRow& kernels, Part part) {
+void run(const ConvCall& call, const FloatConvCall* floats, const KernelRow& kernels, Part part) {
   const ConvPlan& plan = call.plan;
   const int64_t pairs = plan.pairs();
   const int64_t pair_first = call.by_columns ? part.first(pairs) : 0;
@@ -241,6 +244,37 @@ void run_conv(const ConvCall& call, const KernelRow& kernels, Part part) {
       }
     }
   }
+}
+
+}  // namespace
+
+WeightStream::Piece WeightStream::take(int64_t segment, int64_t at, int64_t want) {
+  const int64_t used = segments_[segment].before + at;
+  const int64_t total = segments_.back().before + segments_.back().bytes;
+  asked_ = std::max(asked_, used);
+  while (current_ + 1 < segments_.size() && asked_ >= segments_[current_ + 1].before)
+    ++current_;
+  const Segment& s = segments_[current_];
+  const int64_t room = std::min({used + window_, total, s.before + s.bytes}) - asked_;
+  const int64_t bytes = std::min(room, want) & ~int64_t{63};
+  if (bytes <= 0) return {nullptr, 0};
+  const Piece piece{s.begin + (asked_ - s.before), bytes};
+  asked_ += bytes;
+  return piece;
+}
+
+bool prefers_columns(const ConvPlan& plan, int bits, int threads) {
+  if (plan.pairs() < threads) return false;
+  const int64_t blocks = block_count(plan, kBlockRows);
+  return blocks < threads || plan.packed_bytes(bits) > plan.in_image_bytes;
+}
+
+void run_conv(const ConvCall& call, const KernelRow& kernels, Part part) {
+  run(call, nullptr, kernels, part);
+}
+
+void run_conv(const FloatConvCall& call, const KernelRow& kernels, Part part) {
+  run(call.conv, &call, kernels, part);
 }
 
 }  // namespace adalayer::cpu
