@@ -25,6 +25,7 @@ struct ConvRun {
   std::vector<int32_t> out_offset;       // [positions] byte in the output image, or -1: dropped
   std::vector<int32_t> residual_offset;  // [positions], empty without a residual
   std::vector<int32_t> position;         // [positions] y * out_w + x, or -1; float output only
+  std::vector<int32_t> position;         // [positions] y * out_w + x, or -1; float output only
 };
 
 struct ConvPlan {
@@ -45,10 +46,16 @@ struct ConvPlan {
   }
 };
 
-/// `in` has room for the padding that the shape asks for (image_layout.hpp). `residual` may be
-/// null.
-ConvPlan plan_conv(const ConvShape& shape, const ImageLayout& in, const ImageLayout& out,
-                   const ImageLayout* residual);
+/// Where output (y, x) of the convolution goes: to (first_y + y * step_y, first_x + x * step_x) of
+/// the output image. A transposed convolution is several convolutions whose outputs interleave.
+struct OutputMap {
+  int64_t first_y = 0, step_y = 1, first_x = 0, step_x = 1;
+};
+
+/// `in` has room for the padding that the shape asks for (image_layout.hpp; padding may be negative
+/// here). `out` is null for a float output, `residual` where there is none.
+ConvPlan plan_conv(const ConvShape& shape, const ImageLayout& in, const ImageLayout* out,
+                   const ImageLayout* residual, const OutputMap& map = {});
 
 /// Writes the panels of `weights` [O][I/groups][KH][KW]: [group][column tile][step] tiles, each
 /// packed to 128 * bits bytes (formats/FORMATS.md, "Panels").
