@@ -25,7 +25,6 @@ struct ConvRun {
   std::vector<int32_t> out_offset;       // [positions] byte in the output image, or -1: dropped
   std::vector<int32_t> residual_offset;  // [positions], empty without a residual
   std::vector<int32_t> position;         // [positions] y * out_w + x, or -1; float output only
-  std::vector<int32_t> position;         // [positions] y * out_w + x, or -1; float output only
 };
 
 struct ConvPlan {
