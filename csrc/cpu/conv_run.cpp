@@ -212,6 +212,7 @@ void run(const ConvCall& call, const FloatConvCall* floats, const KernelRow& ker
   const int64_t held = resident ? pair_last - pair_first : 1;
   const Loop loop{
       call,
+      floats,
       kernels,
       unpacker(kernels),
       requantizer(kernels),
