@@ -72,6 +72,7 @@ CpuFeatures detect() {
   const bool avx512 = os_avx512 && features.avx2 && bit(b, 16) /* F */ && bit(b, 17) /* DQ */ &&
                       bit(b, 30) /* BW */ && bit(b, 31) /* VL */;
   features.avx512vnni = avx512 && bit(c, 11);
+  features.avx512vbmi = avx512 && bit(c, 1);
   features.avx512vbmi2 = avx512 && bit(c, 6);
   features.gfni = avx512 && bit(c, 8);
   const bool amx_tile = bit(d, 24);
@@ -180,6 +181,7 @@ std::string describe_cpu_features() {
   add(features.avx2, "avx2");
   add(features.avxvnni, "avxvnni");
   add(features.avx512vnni, "avx512vnni");
+  add(features.avx512vbmi, "avx512vbmi");
   add(features.avx512vbmi2, "avx512vbmi2");
   add(features.gfni, "gfni");
   add(features.amx_int8, "amx_int8");

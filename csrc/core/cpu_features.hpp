@@ -15,6 +15,7 @@ struct CpuFeatures {
   bool avx2 = false;         // AVX2 + FMA + F16C
   bool avx512vnni = false;   // AVX-512 F, BW, DQ, VL and VNNI
   bool gfni = false;         // with 512-bit registers: gf2p8affineqb unpacks bit-planes
+  bool avx512vbmi = false;   // vpermb looks up bytes in tables of 64
   bool avx512vbmi2 = false;  // vpexpandb expands bitmask-sparse weights
   bool avxvnni = false;      // VNNI in 256-bit VEX encoding
   bool amx_int8 = false;     // AMX tiles with int8, and the permission to use them
