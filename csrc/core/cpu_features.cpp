@@ -183,6 +183,7 @@ std::string describe_cpu_features() {
   add(features.avx2, "avx2");
   add(features.avxvnni, "avxvnni");
   add(features.avx512vnni, "avx512vnni");
+  add(features.avx512vbmi, "avx512vbmi");
   add(features.avx512vbmi2, "avx512vbmi2");
   add(features.gfni, "gfni");
   add(features.amx_int8, "amx_int8");
