@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "core/aligned_buffer.hpp"
@@ -110,6 +111,9 @@ struct FloatConvCall {
 /// One part of a convolution. The caller has called kernels.begin() on this thread.
 void run_conv(const ConvCall& call, const KernelRow& kernels, Part part);
 void run_conv(const FloatConvCall& call, const KernelRow& kernels, Part part);
+
+/// Bytes [first, second) of the panels that a part by columns reads.
+std::pair<int64_t, int64_t> weight_range(const ConvPlan& plan, int bits, Part part);
 
 /// How to cut a convolution for `threads` threads: by columns where weights are the larger side.
 bool prefers_columns(const ConvPlan& plan, int bits, int threads);

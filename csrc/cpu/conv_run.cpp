@@ -48,6 +48,7 @@ struct Loop {
   Requantize requantize;
   int8_t* unpacked;
   int32_t* sums;
+  const uint8_t* segment_begin;  // of the part's own weights
 
   const uint8_t* packed(const Columns& c) const {
     return call.weights +
@@ -57,7 +58,7 @@ struct Loop {
   WeightStream::Piece ahead(const Columns& c, bool fresh) const {
     if (call.stream == nullptr) return {nullptr, 0};
     const int64_t used = fresh ? c.tiles * call.plan.packed_tile_bytes(call.bits) : 0;
-    return call.stream->take(call.segment, packed(c) - call.weights,
+    return call.stream->take(call.segment, packed(c) - segment_begin,
                              std::max(used, call.plan.steps * kFetchPerStep));
   }
 
@@ -217,7 +218,8 @@ void run(const ConvCall& call, const FloatConvCall* floats, const KernelRow& ker
       unpacker(kernels),
       requantizer(kernels),
       call.bits < 8 ? grown<int8_t>(local.unpacked, unpacked_bytes(plan, held)) : nullptr,
-      grown<int32_t>(local.sums, kTallRows * kBlockCols)};
+      grown<int32_t>(local.sums, kTallRows * kBlockCols),
+      call.weights + (call.by_columns ? weight_range(plan, call.bits, part).first : 0)};
 
   if (resident) {
     bool fresh = true;
@@ -262,6 +264,16 @@ WeightStream::Piece WeightStream::take(int64_t segment, int64_t at, int64_t want
   const Piece piece{s.begin + (asked_ - s.before), bytes};
   asked_ += bytes;
   return piece;
+}
+
+std::pair<int64_t, int64_t> weight_range(const ConvPlan& plan, int bits, Part part) {
+  const auto tile = [&](int64_t pair) {
+    if (pair == plan.pairs()) return plan.shape.groups * plan.column_tiles;
+    const Columns c = columns_of(plan, pair);
+    return c.group * plan.column_tiles + c.tile;
+  };
+  const int64_t bytes = plan.packed_tile_bytes(bits);
+  return {tile(part.first(plan.pairs())) * bytes, tile(part.last(plan.pairs())) * bytes};
 }
 
 bool prefers_columns(const ConvPlan& plan, int bits, int threads) {
