@@ -105,6 +105,7 @@ const KernelRow kAmxRow{"amx",
                         amx::end,
                         amx::gemm,
                         avx512::store,
-                        avx512::depthwise};
+                        avx512::depthwise,
+                        &avx512::kGrouped};
 
 }  // namespace adalayer::cpu

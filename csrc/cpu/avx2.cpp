@@ -235,6 +235,7 @@ const KernelRow kAvx2Row{"avx2",
                          avx2::nothing,
                          avx2::gemm,
                          avx2::store,
-                         avx2::depthwise};
+                         avx2::depthwise,
+                         &avx2::kGrouped};
 
 }  // namespace adalayer::cpu

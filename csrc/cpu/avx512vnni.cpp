@@ -303,6 +303,6 @@ namespace adalayer::cpu {
 const KernelRow kAvx512VnniRow{
     "avx512vnni",          Isa::Avx512Vnni,      avx512::quantize_row, avx512::quantize_planar,
     avx512::fake_quantize, avx512::unpack_tiles, avx512::nothing,      avx512::nothing,
-    avx512::gemm,          avx512::store,        avx512::depthwise};
+    avx512::gemm,          avx512::store,        avx512::depthwise,    &avx512::kGrouped};
 
 }  // namespace adalayer::cpu

@@ -8,6 +8,7 @@
 #include <span>
 
 #include "core/cpu_features.hpp"
+#include "cpu/grouped_kernels.hpp"
 #include "formats/panels.hpp"
 #include "reference/spec.hpp"
 
@@ -78,6 +79,7 @@ struct KernelRow {
   void (*gemm)(const GemmArgs&);
   void (*store)(const StoreArgs&);
   void (*depthwise)(const DepthwiseArgs&);
+  const GroupedKernels* grouped;
 };
 
 /// The rows that this build has, fastest first. Which of them the machine can run: isa_supported.
