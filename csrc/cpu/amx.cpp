@@ -274,6 +274,7 @@ const KernelRow kAmxRow{.name = "amx",
                         .store = avx512::store,
                         .depthwise = avx512::depthwise,
                         .block = amx::block,
-                        .requantize = avx512::requantize};
+                        .requantize = avx512::requantize,
+                        .grouped = &avx512::kGrouped};
 
 }  // namespace adalayer::cpu

@@ -237,6 +237,7 @@ const KernelRow kAvx2Row{.name = "avx2",
                          .store = avx2::store,
                          .depthwise = avx2::depthwise,
                          .block = nullptr,
-                         .requantize = requantize_avx2};
+                         .requantize = requantize_avx2,
+                         .grouped = &avx2::kGrouped};
 
 }  // namespace adalayer::cpu

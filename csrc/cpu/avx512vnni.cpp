@@ -312,6 +312,7 @@ const KernelRow kAvx512VnniRow{.name = "avx512vnni",
                                .store = avx512::store,
                                .depthwise = avx512::depthwise,
                                .block = nullptr,
-                               .requantize = avx512::requantize};
+                               .requantize = avx512::requantize,
+                               .grouped = &avx512::kGrouped};
 
 }  // namespace adalayer::cpu

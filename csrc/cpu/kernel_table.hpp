@@ -9,6 +9,7 @@
 
 #include "core/cpu_features.hpp"
 #include "cpu/conv_epilogue.hpp"
+#include "cpu/grouped_kernels.hpp"
 #include "formats/panels.hpp"
 #include "reference/spec.hpp"
 
@@ -113,6 +114,7 @@ struct KernelRow {
   void (*depthwise)(const DepthwiseArgs&);
   void (*block)(const BlockArgs&);  // null: unpack_tiles and gemm do its work
   void (*requantize)(const RequantizeArgs&);
+  const GroupedKernels* grouped;
 };
 
 /// The rows that this build has, fastest first. Which of them the machine can run: isa_supported.

@@ -128,7 +128,7 @@ ConvStep::ConvStep(const Program& program, const Node& node, const cpu::ImageLay
   // A float output adds its residual afterwards.
   const cpu::ImageLayout* fused = float_out_ ? nullptr : residual;
   if (node.op == OpKind::ConvTranspose) {
-    plan_transposed(attributes_, in, out, fused, weights);
+    plan_transposed(transposed_phases(program, node), in, out, fused, weights);
   } else if (runs_grouped(program, node)) {
     grouped_ = cpu::build_grouped(shape_, weights);
   } else if (stem != nullptr) {
@@ -139,16 +139,12 @@ ConvStep::ConvStep(const Program& program, const Node& node, const cpu::ImageLay
   }
 }
 
-void ConvStep::plan_transposed(const ConvAttributes& a, const cpu::ImageLayout& in,
-                               const cpu::ImageLayout* out, const cpu::ImageLayout* residual,
-                               std::span<const int8_t> weights) {
-  Program shell;
-  shell.values = {Value{.c = shape_.in_channels, .h = shape_.in_h, .w = shape_.in_w}, out_value_};
-  Node copy = *node_;
-  copy.inputs = {0};
-  copy.output = 1;
+void ConvStep::plan_transposed(const std::vector<TransposedPhase>& phases,
+                               const cpu::ImageLayout& in, const cpu::ImageLayout* out,
+                               const cpu::ImageLayout* residual, std::span<const int8_t> weights) {
+  const ConvAttributes& a = attributes_;
   const int64_t outs = shape_.out_channels, ins = shape_.group_in();
-  for (const TransposedPhase& phase : transposed_phases(shell, copy)) {
+  for (const TransposedPhase& phase : phases) {
     const ConvShape& s = phase.shape;
     std::vector<int8_t> taps(static_cast<size_t>(outs * ins * s.kernel_h * s.kernel_w), 0);
     for (int64_t o = 0; o < outs; ++o)

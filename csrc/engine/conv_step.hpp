@@ -23,6 +23,15 @@ struct ConvBuffers {
   int64_t images = 0;
 };
 
+/// Shape of a transposed convolution's inverse: the geometry that reads the input. out_channels and
+/// the output's size are the node's output.
+struct TransposedPhase {
+  ConvShape shape;             // an ordinary convolution of stride 1
+  cpu::OutputMap map;          // where its outputs go
+  int64_t first_ky, first_kx;  // its taps are first_ky + j * stride_h, in falling order
+};
+std::vector<TransposedPhase> transposed_phases(const Program& program, const Node& node);
+
 /// Conv and ConvTranspose. A transposed convolution is up to stride_h * stride_w ordinary ones
 /// whose outputs interleave; every other node is one.
 class ConvStep {
@@ -57,7 +66,7 @@ class ConvStep {
     std::vector<int8_t> weights;  // int8 until pack()
     const uint8_t* panels = nullptr;
   };
-  void plan_transposed(const ConvAttributes& a, const cpu::ImageLayout& in,
+  void plan_transposed(const std::vector<TransposedPhase>& phases, const cpu::ImageLayout& in,
                        const cpu::ImageLayout* out, const cpu::ImageLayout* residual,
                        std::span<const int8_t> weights);
   void prepare_epilogue(const Program& program, std::span<const int8_t> weights);
@@ -79,14 +88,5 @@ class ConvStep {
 
 /// Whether the node runs on the grouped kernels (which want no stride phases in their input).
 bool runs_grouped(const Program& program, const Node& node);
-
-/// Shape of a transposed convolution's inverse: the geometry that reads the input. out_channels and
-/// the output's size are the node's output.
-struct TransposedPhase {
-  ConvShape shape;             // an ordinary convolution of stride 1
-  cpu::OutputMap map;          // where its outputs go
-  int64_t first_ky, first_kx;  // its taps are first_ky + j * stride_h, in falling order
-};
-std::vector<TransposedPhase> transposed_phases(const Program& program, const Node& node);
 
 }  // namespace adalayer::engine
