@@ -66,8 +66,10 @@ struct Vnni512 {
   /// Four rows of bytes to dwords of four vertical neighbours: 4 channels of each 128-bit piece in
   /// every vector, in order.
   static void interleave(const I* row, uint8_t* to) {
-    const I lo01 = _mm512_unpacklo_epi8(row[0], row[1]), hi01 = _mm512_unpackhi_epi8(row[0], row[1]);
-    const I lo23 = _mm512_unpacklo_epi8(row[2], row[3]), hi23 = _mm512_unpackhi_epi8(row[2], row[3]);
+    const I lo01 = _mm512_unpacklo_epi8(row[0], row[1]),
+            hi01 = _mm512_unpackhi_epi8(row[0], row[1]);
+    const I lo23 = _mm512_unpacklo_epi8(row[2], row[3]),
+            hi23 = _mm512_unpackhi_epi8(row[2], row[3]);
     _mm512_storeu_si512(to, _mm512_unpacklo_epi16(lo01, lo23));
     _mm512_storeu_si512(to + 64, _mm512_unpackhi_epi16(lo01, lo23));
     _mm512_storeu_si512(to + 128, _mm512_unpacklo_epi16(hi01, hi23));

@@ -6,6 +6,7 @@
 
 #include "core/status.hpp"
 #include "cpu/grouped_kernels.hpp"
+#include "cpu/image_rows.hpp"
 #include "cpu/kernel_table.hpp"
 
 namespace adalayer::cpu {
@@ -109,8 +110,8 @@ struct Source {
   std::span<const int8_t> weights;
 
   int8_t at(int64_t o, int64_t i, int64_t ky, int64_t kx) const {
-    return weights[static_cast<size_t>(
-        ((o * s.group_in() + i) * s.kernel_h + ky) * s.kernel_w + kx)];
+    return weights[static_cast<size_t>(((o * s.group_in() + i) * s.kernel_h + ky) * s.kernel_w +
+                                       kx)];
   }
 };
 
@@ -207,27 +208,6 @@ uint8_t* grown(AlignedBuffer& buffer, int64_t bytes) {
   return buffer.data();
 }
 
-void lookup_bytes(const uint8_t* table, uint8_t* data, int64_t n) {
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    uint64_t in, out = 0;
-    std::memcpy(&in, data + i, 8);
-    for (int k = 0; k < 64; k += 8)
-      out |= static_cast<uint64_t>(table[in >> k & 0xFF]) << k;
-    std::memcpy(data + i, &out, 8);
-  }
-  for (; i < n; ++i)
-    data[i] = table[data[i]];
-}
-
-LookupBytes active_lookup() {
-#ifdef ADALAYER_HAVE_AVX512VNNI
-  if (active_isa() >= Isa::Avx512Vnni && cpu_features().avx512vbmi)
-    return avx512::lookup_bytes_vbmi;
-#endif
-  return lookup_bytes;
-}
-
 /// Everything that the tiles of one call share.
 struct Job {
   const ConvShape& s;
@@ -286,6 +266,14 @@ struct Pointers {
   }
 };
 
+/// Copies elements [first, first + n) of 4 bytes; a missing array (correction) is all zeros.
+void copy_dwords(const void* array, int64_t first, int64_t n, uint8_t* to) {
+  if (array == nullptr)
+    std::memset(to, 0, static_cast<size_t>(n * 4));
+  else
+    std::memcpy(to, static_cast<const uint8_t*>(array) + first * 4, static_cast<size_t>(n * 4));
+}
+
 /// Splits `count` columns into equal tiles of at most `most`.
 template <class Fn>
 void column_tiles(int64_t count, int64_t most, const Fn& fn) {
@@ -336,10 +324,7 @@ void run_blocks(Job& job, int64_t y_first, int64_t y_last) {
       for (int v = 0; v < 4; ++v)
         for (int lane = 0; lane < k.lanes; ++lane)
           for (int i = 0; i < 4; ++i, to += 4)
-            std::memcpy(to,
-                        static_cast<const uint8_t*>(array) +
-                            channel_of(blocks[b], job.order, lane, v, i) * 4,
-                        4);
+            copy_dwords(array, channel_of(blocks[b], job.order, lane, v, i), 1, to);
   }
 
   const auto run_tile = [&](size_t index, int64_t y0, int64_t strips) {
@@ -353,8 +338,8 @@ void run_blocks(Job& job, int64_t y_first, int64_t y_last) {
     t.expand = nullptr;
     if (multiplier > 1) {
       for (int64_t i = 0; i < vector; ++i)
-        expand[i] = static_cast<uint8_t>((channel + i % kGranule) / multiplier -
-                                         channel / multiplier);
+        expand[i] =
+            static_cast<uint8_t>((channel + i % kGranule) / multiplier - channel / multiplier);
       t.expand = expand;
     }
     column_tiles(out_w, most, [&](int64_t x, int64_t n) {
@@ -379,7 +364,6 @@ void run_blocks(Job& job, int64_t y_first, int64_t y_last) {
     });
   };
 
-  const LookupBytes lookup = active_lookup();
   const int64_t group_rows = static_cast<int64_t>(k.lanes) * strip;
   for (int64_t y = y_first; y < y_last; y += group_rows) {
     const int64_t end = std::min(y + group_rows, y_last);
@@ -388,9 +372,8 @@ void run_blocks(Job& job, int64_t y_first, int64_t y_last) {
       for (int64_t y0 = y; y0 < end; y0 += rows)
         run_tile(b, y0, std::min<int64_t>(blocks[b].splits, (end - y0 + strip - 1) / strip));
     }
-    if (job.epilogue.finish.table != nullptr)
-      for (int64_t row = y; row < end; ++row)
-        lookup(job.epilogue.finish.table, job.out.row(row), out_w * t.out_pitch);
+    for (int64_t row = y; row < end; ++row)
+      apply_table(image_kernels(), job.epilogue.finish, job.out, row);
   }
 }
 
@@ -422,14 +405,12 @@ void run_groups(Job& job, int64_t y_first, int64_t y_last) {
       const int64_t slots = group_out - first > width ? 2 * width : width;
       const int64_t real = std::min(slots, group_out - first);
       for (const void* array : arrays) {
-        std::memcpy(to, static_cast<const uint8_t*>(array) + (g * group_out + first) * 4,
-                    static_cast<size_t>(real * 4));
+        copy_dwords(array, g * group_out + first, real, to);
         std::memset(to + real * 4, 0, static_cast<size_t>((slots - real) * 4));
         to += slots * 4;
       }
     }
 
-  const LookupBytes lookup = active_lookup();
   for (int64_t y = y_first; y < y_last; ++y) {
     column_tiles(out_w, most, [&](int64_t x, int64_t n) {
       t.count = n;
@@ -449,8 +430,7 @@ void run_groups(Job& job, int64_t y_first, int64_t y_last) {
         }
       }
     });
-    if (job.epilogue.finish.table != nullptr)
-      lookup(job.epilogue.finish.table, job.out.row(y), out_w * t.out_pitch);
+    apply_table(image_kernels(), job.epilogue.finish, job.out, y);
   }
 }
 
@@ -463,13 +443,13 @@ void run_plain(const ConvShape& s, const int8_t* weights, const ConvEpilogue& e,
       for (int64_t o = 0; o < s.out_channels; ++o) {
         const int64_t channel = o / group_out * group_in;
         const int8_t* w = weights + o * s.reduction();
-        int32_t sum = e.correction[o];
+        int32_t sum = e.correction == nullptr ? 0 : e.correction[o];
         for (int64_t i = 0; i < group_in; ++i)
           for (int64_t ky = 0; ky < s.kernel_h; ++ky)
             for (int64_t kx = 0; kx < s.kernel_w; ++kx)
-              sum += int32_t{*w++} * in.pixel(y * s.stride_h - s.pad_top + ky * s.dilation_h,
-                                              x * s.stride_w - s.pad_left +
-                                                  kx * s.dilation_w)[channel + i];
+              sum += int32_t{*w++} *
+                     in.pixel(y * s.stride_h - s.pad_top + ky * s.dilation_h,
+                              x * s.stride_w - s.pad_left + kx * s.dilation_w)[channel + i];
         float value = conv_value(sum, e.scale[o], e.bias[o]);
         if (residual.data != nullptr)
           value = add_residual(value, residual.pixel(y, x)[o], e.residual_scale);

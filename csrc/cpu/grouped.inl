@@ -44,7 +44,8 @@ struct Finish {
 /// A block of 4 vectors of sums for kOuts outputs, from initial value to stored bytes. sum(t, acc)
 /// adds the products of vector t; output n is column x + n % kColumns of output row n / kColumns.
 template <class V, int kRows, int kColumns, int kSplit, class Sum>
-inline void block_of_four(const GroupedTile& t, const Finish<V>& finish, int64_t x, const Sum& sum) {
+inline void block_of_four(const GroupedTile& t, const Finish<V>& finish, int64_t x,
+                          const Sum& sum) {
   using I = typename V::I;
   constexpr int kOuts = kRows * kColumns;
   I words[2][kOuts];
@@ -70,8 +71,8 @@ inline void block_of_four(const GroupedTile& t, const Finish<V>& finish, int64_t
         const I widen = V::broadcast_granule(t.widen + 16 * v);
 #pragma GCC unroll 16
         for (int n = 0; n < kOuts; ++n) {
-          const I bytes = V::template load_split<kSplit>(
-              t.residual + n / kColumns, kRows, (x + n % kColumns) * t.residual_pitch);
+          const I bytes = V::template load_split<kSplit>(t.residual + n / kColumns, kRows,
+                                                         (x + n % kColumns) * t.residual_pitch);
           const auto r = V::to_floats(V::shuffle_bytes(bytes, widen));
           const auto y = V::fma(V::to_floats(acc[n]), scale, bias);
           level[half][n] = finish.round(V::fma(r, finish.residual_scale, y));
@@ -86,8 +87,8 @@ inline void block_of_four(const GroupedTile& t, const Finish<V>& finish, int64_t
   for (int n = 0; n < kOuts; ++n) {
     I bytes = finish.bytes(words[0][n], words[1][n]);
     if (t.narrow != nullptr) bytes = V::shuffle_bytes(bytes, V::broadcast_granule(t.narrow));
-    V::template store_split<kSplit>(t.out + n / kColumns, kRows,
-                                    (x + n % kColumns) * t.out_pitch, bytes, t.bytes);
+    V::template store_split<kSplit>(t.out + n / kColumns, kRows, (x + n % kColumns) * t.out_pitch,
+                                    bytes, t.bytes);
   }
 }
 
@@ -167,23 +168,35 @@ void depthwise_tile(const GroupedTile& t) {
   if (t.out_rows == 2) {
     in_pieces<4>(t.count, [&](int64_t n, int64_t x) {
       switch (n) {
-        case 1: return depthwise_block<V, 2, 1, kSplit, kKernel>(t, finish, columns, x);
-        case 2: return depthwise_block<V, 2, 2, kSplit, kKernel>(t, finish, columns, x);
-        case 3: return depthwise_block<V, 2, 3, kSplit, kKernel>(t, finish, columns, x);
-        default: return depthwise_block<V, 2, 4, kSplit, kKernel>(t, finish, columns, x);
+        case 1:
+          return depthwise_block<V, 2, 1, kSplit, kKernel>(t, finish, columns, x);
+        case 2:
+          return depthwise_block<V, 2, 2, kSplit, kKernel>(t, finish, columns, x);
+        case 3:
+          return depthwise_block<V, 2, 3, kSplit, kKernel>(t, finish, columns, x);
+        default:
+          return depthwise_block<V, 2, 4, kSplit, kKernel>(t, finish, columns, x);
       }
     });
   } else {
     in_pieces<8>(t.count, [&](int64_t n, int64_t x) {
       switch (n) {
-        case 1: return depthwise_block<V, 1, 1, kSplit, kKernel>(t, finish, columns, x);
-        case 2: return depthwise_block<V, 1, 2, kSplit, kKernel>(t, finish, columns, x);
-        case 3: return depthwise_block<V, 1, 3, kSplit, kKernel>(t, finish, columns, x);
-        case 4: return depthwise_block<V, 1, 4, kSplit, kKernel>(t, finish, columns, x);
-        case 5: return depthwise_block<V, 1, 5, kSplit, kKernel>(t, finish, columns, x);
-        case 6: return depthwise_block<V, 1, 6, kSplit, kKernel>(t, finish, columns, x);
-        case 7: return depthwise_block<V, 1, 7, kSplit, kKernel>(t, finish, columns, x);
-        default: return depthwise_block<V, 1, 8, kSplit, kKernel>(t, finish, columns, x);
+        case 1:
+          return depthwise_block<V, 1, 1, kSplit, kKernel>(t, finish, columns, x);
+        case 2:
+          return depthwise_block<V, 1, 2, kSplit, kKernel>(t, finish, columns, x);
+        case 3:
+          return depthwise_block<V, 1, 3, kSplit, kKernel>(t, finish, columns, x);
+        case 4:
+          return depthwise_block<V, 1, 4, kSplit, kKernel>(t, finish, columns, x);
+        case 5:
+          return depthwise_block<V, 1, 5, kSplit, kKernel>(t, finish, columns, x);
+        case 6:
+          return depthwise_block<V, 1, 6, kSplit, kKernel>(t, finish, columns, x);
+        case 7:
+          return depthwise_block<V, 1, 7, kSplit, kKernel>(t, finish, columns, x);
+        default:
+          return depthwise_block<V, 1, 8, kSplit, kKernel>(t, finish, columns, x);
       }
     });
   }
@@ -255,12 +268,12 @@ void in_lane_block(const GroupedTile& t, const Finish<V>& finish, int64_t x) {
       });
     }
   }
-  block_of_four<V, 1, kColumns, kSplit>(
-      t, finish, x, [&](int v, I* acc) __attribute__((always_inline)) {
+  block_of_four<V, 1, kColumns, kSplit>(t, finish, x,
+                                        [&](int v, I* acc) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-        for (int n = 0; n < kColumns; ++n)
-          acc[n] = V::add_dwords(acc[n], sums[v][n]);
-      });
+                                          for (int n = 0; n < kColumns; ++n)
+                                            acc[n] = V::add_dwords(acc[n], sums[v][n]);
+                                        });
 }
 
 template <class V, int kSplit, int kQuads>
@@ -268,9 +281,12 @@ void in_lane_tile(const GroupedTile& t) {
   const Finish<V> finish(t);
   in_pieces<V::kInLaneColumns>(t.count, [&](int64_t n, int64_t x) {
     switch (n) {
-      case 1: return in_lane_block<V, 1, kSplit, kQuads>(t, finish, x);
-      case 2: return in_lane_block<V, 2, kSplit, kQuads>(t, finish, x);
-      default: break;
+      case 1:
+        return in_lane_block<V, 1, kSplit, kQuads>(t, finish, x);
+      case 2:
+        return in_lane_block<V, 2, kSplit, kQuads>(t, finish, x);
+      default:
+        break;
     }
     if constexpr (V::kInLaneColumns == 4) {
       if (n == 3) return in_lane_block<V, 3, kSplit, kQuads>(t, finish, x);
@@ -289,9 +305,12 @@ void in_lane_splits(const GroupedTile& t) {
 template <class V>
 void in_lane(const GroupedTile& t) {
   switch (t.quads) {
-    case 1: return in_lane_splits<V, 1>(t);
-    case 2: return in_lane_splits<V, 2>(t);
-    default: return in_lane_splits<V, 4>(t);
+    case 1:
+      return in_lane_splits<V, 1>(t);
+    case 2:
+      return in_lane_splits<V, 2>(t);
+    default:
+      return in_lane_splits<V, 4>(t);
   }
 }
 
@@ -358,18 +377,27 @@ void broadcast_tile(const GroupedTile& t) {
   in_pieces<kMost>(t.count, [&](int64_t n, int64_t x) {
     if constexpr (kMost == 8) {
       switch (n) {
-        case 5: return broadcast_block<V, kTiles, 5>(t, finish, x);
-        case 6: return broadcast_block<V, kTiles, 6>(t, finish, x);
-        case 7: return broadcast_block<V, kTiles, 7>(t, finish, x);
-        case 8: return broadcast_block<V, kTiles, 8>(t, finish, x);
-        default: break;
+        case 5:
+          return broadcast_block<V, kTiles, 5>(t, finish, x);
+        case 6:
+          return broadcast_block<V, kTiles, 6>(t, finish, x);
+        case 7:
+          return broadcast_block<V, kTiles, 7>(t, finish, x);
+        case 8:
+          return broadcast_block<V, kTiles, 8>(t, finish, x);
+        default:
+          break;
       }
     }
     switch (n) {
-      case 1: return broadcast_block<V, kTiles, 1>(t, finish, x);
-      case 2: return broadcast_block<V, kTiles, 2>(t, finish, x);
-      case 3: return broadcast_block<V, kTiles, 3>(t, finish, x);
-      default: return broadcast_block<V, kTiles, 4>(t, finish, x);
+      case 1:
+        return broadcast_block<V, kTiles, 1>(t, finish, x);
+      case 2:
+        return broadcast_block<V, kTiles, 2>(t, finish, x);
+      case 3:
+        return broadcast_block<V, kTiles, 3>(t, finish, x);
+      default:
+        return broadcast_block<V, kTiles, 4>(t, finish, x);
     }
   });
 }

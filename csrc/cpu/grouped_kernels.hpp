@@ -37,24 +37,24 @@ struct GroupedTile {
   int64_t kernel_w, stride_w, dilation_w;
   const void* weights;
   const void* constants;  // int32 correction[t], float scale[t], float bias[t]: vectors
-  int weight_rows;         // Depthwise: output rows that the weights are for, at least out_rows
-  int quads;               // InLane: 1, 2, 4 dwords of a group; Broadcast: any number
-  int tiles;               // Broadcast: 1 or 2
+  int weight_rows;        // Depthwise: output rows that the weights are for, at least out_rows
+  int quads;              // InLane: 1, 2, 4 dwords of a group; Broadcast: any number
+  int tiles;              // Broadcast: 1 or 2
   int splits;
-  int out_rows;           // Depthwise: 1 or 2
-  uint8_t* const* out;    // [splits][out_rows] at the first column and channel
+  int out_rows;         // Depthwise: 1 or 2
+  uint8_t* const* out;  // [splits][out_rows] at the first column and channel
   int64_t out_pitch;
   const uint8_t* const* residual;  // the same, or null
   int64_t residual_pitch;
   int64_t count;
-  int64_t bytes;           // channels that exist: of a split, or of the tiles
-  const uint8_t* expand;   // Depthwise: [16 * lanes] byte shuffle of the loaded input, or null
-  const uint8_t* widen;    // [4][16] byte shuffle from a granule to dwords of vector t
-  const uint8_t* narrow;   // [16] byte shuffle from packed sums to channels, or null
+  int64_t bytes;          // channels that exist: of a split, or of the tiles
+  const uint8_t* expand;  // Depthwise: [16 * lanes] byte shuffle of the loaded input, or null
+  const uint8_t* widen;   // [4][16] byte shuffle from a granule to dwords of vector t
+  const uint8_t* narrow;  // [16] byte shuffle from packed sums to channels, or null
   float residual_scale, lo, hi;
   int32_t zero_point;
-  bool bounded;  // ConvEpilogue::bounded
-  uint8_t* scratch;        // Depthwise: interleaved columns
+  bool bounded;      // ConvEpilogue::bounded
+  uint8_t* scratch;  // Depthwise: interleaved columns
 };
 
 struct GroupedKernels {
@@ -66,9 +66,6 @@ struct GroupedKernels {
   void (*broadcast)(const GroupedTile&);
 };
 
-/// data[i] = table[data[i]].
-using LookupBytes = void (*)(const uint8_t* table, uint8_t* data, int64_t n);
-
 #ifdef ADALAYER_HAVE_AVX2
 namespace avx2 {
 extern const GroupedKernels kGrouped;
@@ -77,9 +74,7 @@ extern const GroupedKernels kGrouped;
 #ifdef ADALAYER_HAVE_AVX512VNNI
 namespace avx512 {
 extern const GroupedKernels kGrouped;
-/// Needs CpuFeatures::avx512vbmi.
-void lookup_bytes_vbmi(const uint8_t* table, uint8_t* data, int64_t n);
-}
+}  // namespace avx512
 #endif
 
 }  // namespace adalayer::cpu
