@@ -5,6 +5,7 @@
 // function whose result differs between C libraries.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 
 #include "reference/spec.hpp"
@@ -145,6 +146,30 @@ inline uint8_t layer_norm_u8(uint8_t q, int64_t c, const LayerNormMoments& m,
                              const LayerNormSpec& s) {
   const auto centred = static_cast<float>(static_cast<double>(q) - m.mean);
   return finish_u8(std::fmaf(centred * m.factor, s.gamma[c], s.beta[c]), s.finish);
+}
+
+/// Softmax over the channels of one position, in float: e_c = softmax_exp(x_c - max x), the sum of
+/// all e_c in double, channel after channel, y_c = e_c * (float)(1 / sum). Inputs are finite.
+///
+/// e^x for x <= 0 with an error below 2 units in the last place, from fused multiply-adds alone, so
+/// that every C library and instruction set gives the same bits. Below -87 it stays at e^-87.
+inline float softmax_exp(float x) {
+  constexpr float kLog2e = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  x = max_x86(x, -87.0f);
+  const float n = std::nearbyintf(x * kLog2e);
+  const float r = std::fmaf(n, -kLn2Low, std::fmaf(n, -kLn2High, x));
+  // Taylor's series; |r| <= ln(2) / 2 leaves less than 2^-26 after the seventh power.
+  float p = 1.0f / 5040.0f;
+  p = std::fmaf(p, r, 1.0f / 720.0f);
+  p = std::fmaf(p, r, 1.0f / 120.0f);
+  p = std::fmaf(p, r, 1.0f / 24.0f);
+  p = std::fmaf(p, r, 1.0f / 6.0f);
+  p = std::fmaf(p, r, 0.5f);
+  p = std::fmaf(p, r, 1.0f);
+  p = std::fmaf(p, r, 1.0f);
+  // Times 2^n, exactly: n is in -126 .. 0.
+  const auto power = static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23;
+  return p * std::bit_cast<float>(power);
 }
 
 }  // namespace adalayer
