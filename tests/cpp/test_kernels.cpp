@@ -1,7 +1,6 @@
 // Kernels of every instruction set against the scalar reference, in C++ so that the sanitizers see
 // them: packed weights, activations, scales and outputs live in memory of exactly their size
 // between unreadable pages, so that a stray read or write is an error, not luck.
-#include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -20,6 +19,7 @@
 #include "core/status.hpp"
 #include "cpu/dispatch.hpp"
 #include "cpu/kernel_table.hpp"
+#include "exact.hpp"
 #include "formats/canonical.hpp"
 #include "formats/panels.hpp"
 #include "reference/reference.hpp"
@@ -85,50 +85,6 @@ ConvShape random_shape() {
     }
   }
 }
-
-/// Memory of exactly `count` elements with an unreadable page behind it (or, for every second
-/// buffer, in front of it): vector instructions, which the sanitizers do not see, fault there too.
-template <class T>
-class Exact {
- public:
-  explicit Exact(size_t count) : count_(count), page_(static_cast<size_t>(getpagesize())) {
-    const size_t bytes = count * sizeof(T);
-    span_ = (bytes + page_ - 1) / page_ * page_ + 2 * page_;
-    base_ = static_cast<uint8_t*>(
-        mmap(nullptr, span_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    if (base_ == MAP_FAILED) throw Error("mmap failed");
-    mprotect(base_, page_, PROT_NONE);
-    mprotect(base_ + span_ - page_, page_, PROT_NONE);
-    thread_local bool at_front = false;
-    at_front = !at_front;
-    data_ = reinterpret_cast<T*>(at_front ? base_ + page_ : base_ + span_ - page_ - bytes);
-  }
-  template <class Range>
-  static Exact of(const Range& values) {
-    Exact copy(values.size());
-    std::copy(values.begin(), values.end(), copy.data());
-    return copy;
-  }
-  Exact(Exact&& other) noexcept
-      : count_(other.count_),
-        page_(other.page_),
-        span_(other.span_),
-        base_(std::exchange(other.base_, nullptr)),
-        data_(other.data_) {}
-  Exact& operator=(Exact&&) = delete;
-  ~Exact() {
-    if (base_ != nullptr) munmap(base_, span_);
-  }
-
-  T* data() const { return data_; }
-  size_t size() const { return count_; }
-  T& operator[](size_t i) const { return data_[i]; }
-
- private:
-  size_t count_, page_, span_ = 0;
-  uint8_t* base_ = nullptr;
-  T* data_ = nullptr;
-};
 
 /// Runs one layer on the active instruction set into a buffer of exactly the output's size.
 template <class T>
