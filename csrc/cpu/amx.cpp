@@ -104,6 +104,7 @@ const KernelRow kAmxRow{"amx",
                         amx::begin,
                         amx::end,
                         amx::gemm,
+                        avx512::gemv,
                         avx512::store,
                         avx512::depthwise};
 

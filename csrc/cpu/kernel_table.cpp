@@ -12,6 +12,9 @@ std::span<const KernelRow* const> kernel_rows() {
 #ifdef ADALAYER_HAVE_AVX512VNNI
       &kAvx512VnniRow,
 #endif
+#ifdef ADALAYER_HAVE_AVXVNNI
+      &kAvxVnniRow,
+#endif
 #ifdef ADALAYER_HAVE_AVX2
       &kAvx2Row,
 #endif
@@ -27,11 +30,27 @@ const KernelRow* active_kernels() {
   return nullptr;
 }
 
+namespace {
+
+/// CpuFeatures::gfni is GFNI with 512-bit registers, which a row must be allowed to use.
+[[maybe_unused]] bool use_gfni(const KernelRow& row) {
+  return (row.isa == Isa::Avx512Vnni || row.isa == Isa::Amx) && cpu_features().gfni;
+}
+
+}  // namespace
+
 UnpackTiles unpacker(const KernelRow& row) {
 #ifdef ADALAYER_HAVE_GFNI
-  if (row.isa != Isa::Avx2 && cpu_features().gfni) return unpack_tiles_gfni;
+  if (use_gfni(row)) return unpack_tiles_gfni;
 #endif
   return row.unpack_tiles;
+}
+
+Gemv gemv(const KernelRow& row) {
+#ifdef ADALAYER_HAVE_GFNI
+  if (use_gfni(row)) return gemv_gfni;
+#endif
+  return row.gemv;
 }
 
 }  // namespace adalayer::cpu

@@ -33,6 +33,25 @@ struct GemmArgs {
   int32_t* sums;        // [32][32]
 };
 
+/// Most activation rows that `gemv` takes.
+constexpr int kGemvRows = 4;
+
+/// sums[r][c] = sum over steps of a * b for few rows and many columns: weights that are used once
+/// are read packed, and each goes from memory through registers into its sum. Activations are
+/// `rows` rows as in GemmArgs, all 64 bytes of each step readable.
+struct GemvArgs {
+  const uint8_t* activations;
+  int64_t row_stride;
+  const int64_t* step_offsets;  // [steps]
+  int64_t steps;
+  const uint8_t* packed;  // [column_tiles][steps] packed tiles of 128 * bits bytes
+  int bits;               // of the packed tiles
+  int rows;               // 1..kGemvRows
+  int64_t column_tiles;
+  int32_t* sums;        // [rows][sums_stride]
+  int64_t sums_stride;  // elements between rows, at least column_tiles * 16
+};
+
 /// Writes rows of sums to the output tensor. Row r is output position `position[r]` of the image
 /// (y * out_w + x), or padding to drop where it is negative.
 struct StoreArgs {
@@ -61,6 +80,7 @@ struct DepthwiseArgs {
   int32_t* sums;           // [count][padded_channels]
 };
 
+using Gemv = void (*)(const GemvArgs&);
 using UnpackTiles = void (*)(const uint8_t* packed, int bits, int64_t count, int8_t* out);
 
 struct KernelRow {
@@ -76,6 +96,7 @@ struct KernelRow {
   void (*begin)();  // per thread and pass: AMX tile configuration
   void (*end)();
   void (*gemm)(const GemmArgs&);
+  Gemv gemv;  // between begin and end not needed: no AMX
   void (*store)(const StoreArgs&);
   void (*depthwise)(const DepthwiseArgs&);
 };
@@ -86,12 +107,16 @@ std::span<const KernelRow* const> kernel_rows();
 /// The row of the active instruction set, or null when it is the scalar reference.
 const KernelRow* active_kernels();
 
-/// The row's own unpacking, or the GFNI one where the machine has it (a sub-feature of its own:
-/// Cascade Lake has AVX-512-VNNI without GFNI).
+/// The row's own unpacking and matrix-vector product, or the GFNI ones where the machine has it (a
+/// sub-feature of its own: Cascade Lake has AVX-512-VNNI without GFNI).
 UnpackTiles unpacker(const KernelRow& row);
+Gemv gemv(const KernelRow& row);
 
 #ifdef ADALAYER_HAVE_AVX2
 extern const KernelRow kAvx2Row;
+#endif
+#ifdef ADALAYER_HAVE_AVXVNNI
+extern const KernelRow kAvxVnniRow;
 #endif
 #ifdef ADALAYER_HAVE_AVX512VNNI
 extern const KernelRow kAvx512VnniRow;
@@ -101,6 +126,7 @@ extern const KernelRow kAmxRow;
 #endif
 #ifdef ADALAYER_HAVE_GFNI
 void unpack_tiles_gfni(const uint8_t* packed, int bits, int64_t count, int8_t* out);
+void gemv_gfni(const GemvArgs& g);
 #endif
 
 }  // namespace adalayer::cpu
