@@ -215,7 +215,8 @@ void store_planar(const StoreArgs& s) {
     const int64_t first = s.first + s.position[r + __builtin_ctz(valid)];
     for (int c = 0; c < s.cols; ++c) {
       const __m512i acc =
-          _mm512_add_epi32(_mm512_i32gather_epi32(lane, s.sums + r * s.sums_stride + c, 4),
+          _mm512_add_epi32(_mm512_mask_i32gather_epi32(_mm512_setzero_si512(), valid, lane,
+                                                       s.sums + r * s.sums_stride + c, 4),
                            _mm512_set1_epi32(s.correction[c]));
       __m512 y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc), _mm512_set1_ps(out.scale[s.channel + c]),
                                  _mm512_set1_ps(out.bias[s.channel + c]));
@@ -289,9 +290,20 @@ void nothing() {}
 
 namespace adalayer::cpu {
 
-const KernelRow kAvx512VnniRow{
-    "avx512vnni",          Isa::Avx512Vnni,      avx512::quantize_row, avx512::quantize_planar,
-    avx512::fake_quantize, avx512::unpack_tiles, avx512::nothing,      avx512::nothing,
-    avx512::gemm,          avx512::gemv,         avx512::store,        avx512::depthwise};
+const KernelRow kAvx512VnniRow{.name = "avx512vnni",
+                               .isa = Isa::Avx512Vnni,
+                               .quantize_row = avx512::quantize_row,
+                               .quantize_planar = avx512::quantize_planar,
+                               .fake_quantize = avx512::fake_quantize,
+                               .unpack_tiles = avx512::unpack_tiles,
+                               .begin = avx512::nothing,
+                               .end = avx512::nothing,
+                               .gemm = avx512::gemm,
+                               .gemv = avx512::gemv,
+                               .store = avx512::store,
+                               .depthwise = avx512::depthwise,
+                               .block = nullptr,
+                               .requantize = avx512::requantize,
+                               .grouped = &avx512::kGrouped};
 
 }  // namespace adalayer::cpu

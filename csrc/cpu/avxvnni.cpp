@@ -37,17 +37,20 @@ void gemv(const GemvArgs& g) { gemv_planar<Vnni256>(g); }
 }  // namespace
 }  // namespace avxvnni
 
-const KernelRow kAvxVnniRow{"avxvnni",
-                            Isa::AvxVnni,
-                            avxvnni::quantize_row,
-                            avxvnni::quantize_planar,
-                            avxvnni::fake_quantize,
-                            avxvnni::unpack_tiles,
-                            avxvnni::nothing,
-                            avxvnni::nothing,
-                            avxvnni::gemm,
-                            avxvnni::gemv,
-                            avxvnni::store,
-                            avxvnni::depthwise};
+const KernelRow kAvxVnniRow{.name = "avxvnni",
+                            .isa = Isa::AvxVnni,
+                            .quantize_row = avxvnni::quantize_row,
+                            .quantize_planar = avxvnni::quantize_planar,
+                            .fake_quantize = avxvnni::fake_quantize,
+                            .unpack_tiles = avxvnni::unpack_tiles,
+                            .begin = avxvnni::nothing,
+                            .end = avxvnni::nothing,
+                            .gemm = avxvnni::gemm,
+                            .gemv = avxvnni::gemv,
+                            .store = avxvnni::store,
+                            .depthwise = avxvnni::depthwise,
+                            .block = nullptr,
+                            .requantize = requantize_avx2,
+                            .grouped = &avx2::kGrouped};
 
 }  // namespace adalayer::cpu

@@ -32,25 +32,32 @@ const KernelRow* active_kernels() {
 
 namespace {
 
-/// CpuFeatures::gfni is GFNI with 512-bit registers, which a row must be allowed to use.
-[[maybe_unused]] bool use_gfni(const KernelRow& row) {
-  return (row.isa == Isa::Avx512Vnni || row.isa == Isa::Amx) && cpu_features().gfni;
+/// The rows that may use 512-bit registers, and with them the sub-features of those.
+[[maybe_unused]] bool wide(const KernelRow& row) {
+  return row.isa == Isa::Avx512Vnni || row.isa == Isa::Amx;
 }
 
 }  // namespace
 
 UnpackTiles unpacker(const KernelRow& row) {
 #ifdef ADALAYER_HAVE_GFNI
-  if (use_gfni(row)) return unpack_tiles_gfni;
+  if (wide(row) && cpu_features().gfni) return unpack_tiles_gfni;
 #endif
   return row.unpack_tiles;
 }
 
 Gemv gemv(const KernelRow& row) {
 #ifdef ADALAYER_HAVE_GFNI
-  if (use_gfni(row)) return gemv_gfni;
+  if (wide(row) && cpu_features().gfni) return gemv_gfni;
 #endif
   return row.gemv;
+}
+
+Requantize requantizer(const KernelRow& row) {
+#ifdef ADALAYER_HAVE_AVX512VBMI
+  if (wide(row) && cpu_features().avx512vbmi) return requantize_vbmi;
+#endif
+  return row.requantize;
 }
 
 }  // namespace adalayer::cpu
