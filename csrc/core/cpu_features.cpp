@@ -82,8 +82,7 @@ CpuFeatures detect() {
     features.avxvnni = features.avx2 && bit(a, 4);
   }
   // Every AMX machine has GFNI; the AMX kernels unpack weights with it.
-  features.amx_int8 =
-      os_tiles && amx_tile && amx_int8 && features.gfni && request_amx_permission();
+  features.amx_int8 = os_tiles && amx_tile && amx_int8 && features.gfni && request_amx_permission();
   return features;
 }
 

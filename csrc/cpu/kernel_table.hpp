@@ -130,7 +130,7 @@ struct KernelRow {
   void (*begin)();  // per thread and pass: AMX tile configuration
   void (*end)();
   void (*gemm)(const GemmArgs&);
-  Gemv gemv;  // between begin and end not needed: no AMX
+  Gemv gemv;  // needs no begin() and end()
   void (*store)(const StoreArgs&);
   void (*depthwise)(const DepthwiseArgs&);
   void (*block)(const BlockArgs&);  // null: unpack_tiles and gemm do its work

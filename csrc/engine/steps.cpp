@@ -5,6 +5,7 @@
 
 #include "core/status.hpp"
 #include "cpu/image_ops.hpp"
+#include "engine/float_tail.hpp"
 
 namespace adalayer::engine {
 namespace {
@@ -74,10 +75,24 @@ RunImage resize(const Program& program, const Node& node) {
   };
 }
 
+/// AvgPool and AdaptiveAvgPool behind the last quantized layer.
+RunImage float_average(const Program& program, const Node& node) {
+  const bool adaptive = node.op == OpKind::AdaptiveAvgPool;
+  const PoolSpec spec = pool_spec(program, node);
+  const int32_t x = node.inputs[0], y = node.output;
+  const Value in = program.values[x], out = program.values[y];
+  return [=](const Frame& f, int64_t n, Part part) {
+    average_f32(spec, adaptive, f.floats(x, n), in.h, in.w, f.floats(y, n), out.h, out.w,
+                part.first(in.c), part.last(in.c));
+  };
+}
+
 RunImage run_image(const Program& program, const Node& node,
                    const std::vector<ValueLayout>& layouts) {
   const int32_t x = node.inputs[0], y = node.output;
   const Value in = program.values[x];
+  const bool pools = node.op == OpKind::AvgPool || node.op == OpKind::AdaptiveAvgPool;
+  if (pools && in.kind == ValueKind::F32) return float_average(program, node);
   switch (node.op) {
     case OpKind::Quantize:
       return quantize(program, node, layouts);

@@ -106,7 +106,8 @@ class Lowering:
         program: what has been emitted so far.
         exported: the model.
         grids: intrinsic grids.
-        origin: the graph node of every program node, by name.
+        origins: by name of a value, the graph node that it holds, how the node's tensor shows it,
+            and what was asked for. Checks compare the two with it.
     """
 
     def __init__(self, exported: Exported, inside: set[fx.Node], grids: Grids) -> None:
@@ -115,6 +116,7 @@ class Lowering:
         self.grids = grids
         self.program = Program()
         self.inputs: list[fx.Node] = []
+        self.origins: dict[str, tuple[fx.Node, Dims, Want]] = {}
         self._u8: dict[tuple[fx.Node, Want], Ref] = {}
         self._f32: dict[tuple[fx.Node, float, float], Ref] = {}
         self._external: dict[fx.Node, Ref] = {}
@@ -128,7 +130,9 @@ class Lowering:
             raise CannotLower(None, f"expected a tensor operand, got {node!r}")
         key = (node, want)
         if key not in self._u8:
-            self._u8[key] = self._find_u8(node, want)
+            ref = self._find_u8(node, want)
+            self._u8[key] = ref
+            self.origins.setdefault(self.value(ref).name, (node, ref.dims, want))
         return self._u8[key]
 
     def on_own_grid(self, node: Any) -> tuple[Ref, Grid]:
@@ -316,6 +320,7 @@ class Lowered:
         outputs: graph nodes whose values come out.
         sources: for each of them, which of the program's outputs it is.
         views: for each of them, how it shows that output.
+        origins: see :class:`Lowering`.
     """
 
     program: Program
@@ -323,6 +328,7 @@ class Lowered:
     outputs: list[fx.Node]
     sources: list[int]
     views: list[Dims]
+    origins: dict[str, tuple[fx.Node, Dims, Want]]
 
 
 def lower(
@@ -353,7 +359,7 @@ def lower(
     sources = [numbers.index(ref.value) for ref in refs]
     # An input that turned out to be unused stays: the caller passes it by position.
     shorten(program)
-    return Lowered(program, low.inputs, outputs, sources, [ref.dims for ref in refs])
+    return Lowered(program, low.inputs, outputs, sources, [ref.dims for ref in refs], low.origins)
 
 
 # Operators that quantize their input themselves, and the function that asks for it.
