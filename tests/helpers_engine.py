@@ -13,6 +13,8 @@ from torch import Tensor, fx, nn
 from adalayer_native import ops
 from adalayer_native.engine.emit import emit
 from adalayer_native.engine.export import Exported, export
+from adalayer_native.engine.grids import Want
+from adalayer_native.engine.lower import Grids
 from adalayer_native.engine.segments import Part, divide
 
 
@@ -76,6 +78,8 @@ def _interpret(
     forced: dict[fx.Node, list[Any]],
     found: list[Difference],
 ) -> None:
+    grids = Grids()
+
     def value(node: fx.Node) -> Any:
         if node.op == "get_attr":
             return exported.tensor(node)
@@ -90,11 +94,15 @@ def _interpret(
         args, kwargs = fx.map_arg((node.args, node.kwargs), value)
         with torch.no_grad():
             result = node.target(*args, **kwargs)  # type: ignore[operator]
-        for name, op, levels, grid, want in forced.get(node, []):
+        own = grids(node)
+        stored = forced.get(node, [])
+        # The value on the node's own grid first: tables to other grids start from it.
+        for name, op, levels, grid, want in sorted(stored, key=lambda item: item[4] != Want(own)):
             expected = ops.quantize(result.clamp(want.lo, want.hi).contiguous(), *grid)
             gap = (expected.int() - levels.int()).abs()
             found.append(
                 Difference(name, op, int(gap.count_nonzero()), gap.numel(), int(gap.max()))
             )
-            result = (levels.float() - grid[1]) * grid[0]
+            if own is None or Want(own) == want:
+                result = (levels.float() - grid[1]) * grid[0]
         values[node] = result

@@ -1,5 +1,4 @@
-// The image kernels in AVX2 with FMA. Short loads of bytes read a whole register: images have
-// readable slack behind them.
+// The image kernels in AVX2 with FMA. Short loads of bytes go by dwords.
 #include <immintrin.h>
 
 #include <cstring>
@@ -28,24 +27,31 @@ struct V {
   static I zero() { return _mm256_setzero_si256(); }
   static I iota() { return _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0); }
 
-  template <class Left>
-  static F bytes(const uint8_t* p, Left) {
+  static F bytes(const uint8_t* p, Whole) {
     return to_float(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+  static F bytes(const uint8_t* p, int64_t left) {
+    if (left > 4) return bytes(p, Whole{});
+    int four;
+    std::memcpy(&four, p, 4);
+    return to_float(_mm256_cvtepu8_epi32(_mm_cvtsi32_si128(four)));
   }
   static F floats(const float* p, Whole) { return _mm256_loadu_ps(p); }
   static F floats(const float* p, int64_t left) { return _mm256_maskload_ps(p, mask32(left)); }
   static void store_floats(float* p, F v, Whole) { _mm256_storeu_ps(p, v); }
   static void store_floats(float* p, F v, int64_t left) { _mm256_maskstore_ps(p, mask32(left), v); }
-  template <class Left>
-  static I load(const uint8_t* p, Left) {
+  static I load(const uint8_t* p, Whole) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  static I load(const uint8_t* p, int64_t left) {
+    return _mm256_maskload_epi32(reinterpret_cast<const int*>(p), mask32((left + 3) / 4));
   }
   static I load_zero(const uint8_t* p, int64_t left) {
     // 32 times 0xFF, then zeros: the window that starts 32 - left bytes in keeps `left` bytes.
     alignas(32) static constexpr uint8_t kKeep[64] = {
         255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255,
         255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255};
-    return _mm256_and_si256(load(p, left), load(kKeep + 32 - left, left));
+    return _mm256_and_si256(load(p, left), load(kKeep + 32 - left, Whole{}));
   }
   static void store(uint8_t* p, I v, Whole) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v);

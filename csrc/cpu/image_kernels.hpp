@@ -2,8 +2,8 @@
 // operations themselves (image_ops.cpp, image_pool.cpp, image_move.cpp, image_float.cpp) cut images
 // into such runs and know nothing of instruction sets.
 //
-// Every kernel reads at most 64 bytes beyond the pixels it is given (the slack of an image allows
-// that) and writes exactly the bytes that it is asked for. Formulas: reference/image_spec.hpp.
+// Every kernel reads at most 3 bytes beyond those that it is given (by dwords, and a pitch is a
+// multiple of 4) and writes exactly those that it is asked for. Formulas: reference/image_spec.hpp.
 // A kernel leaves U8Finish::table alone; the caller looks it up afterwards.
 #pragma once
 

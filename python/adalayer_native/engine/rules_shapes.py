@@ -383,22 +383,59 @@ def _average(
     return Ref(number, image_dims(size))
 
 
-def _avg_pool(low: Lowering, node: fx.Node, want: Want) -> Ref:
+def _average_f32(
+    low: Lowering, node: fx.Node, ref: Ref, op: str, size: Size, ints: list[int]
+) -> int:
+    return low.program.node(
+        op,
+        low.name(node),
+        [ref.value],
+        size,
+        None,
+        ints=[*ints, 0, 255, 0],
+        floats=[1.0],
+        constants=[-1],
+    )
+
+
+def _no_clamp(node: fx.Node, lo: float, hi: float) -> None:
+    if (lo, hi) != (-math.inf, math.inf):
+        raise CannotLower(node, "a clamp of its float32 result")
+
+
+def _avg_pool_ints(node: fx.Node) -> list[int]:
     a = arguments(node)
     if a["divisor_override"] is not None:
         raise CannotLower(node, "average pooling with a divisor of its own")
     kernel = _two(a["kernel_size"])
     stride, padding = _two(a["stride"], kernel), _two(a["padding"])
-    ints = [*kernel, *stride, *padding, *padding, int(a["count_include_pad"])]
+    return [*kernel, *stride, *padding, *padding, int(a["count_include_pad"])]
+
+
+def _avg_pool(low: Lowering, node: fx.Node, want: Want) -> Ref:
+    ints = _avg_pool_ints(node)
     return _average(low, node, "avg_pool", _image_size(low, node), ints, want)
+
+
+def _avg_pool_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
+    _no_clamp(node, lo, hi)
+    ref, size = _image(low, node, low.f32(node.args[0])), _image_size(low, node)
+    number = _average_f32(low, node, ref, "avg_pool", size, _avg_pool_ints(node))
+    return Ref(number, image_dims(size))
 
 
 def _adaptive(low: Lowering, node: fx.Node, want: Want) -> Ref:
     return _average(low, node, "adaptive_avg_pool", _image_size(low, node), [], want)
 
 
-RULES["aten.avg_pool2d.default"] = Rule(_avg_pool)
-RULES["aten.adaptive_avg_pool2d.default"] = Rule(_adaptive)
+def _adaptive_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
+    _no_clamp(node, lo, hi)
+    ref, size = _image(low, node, low.f32(node.args[0])), _image_size(low, node)
+    return Ref(_average_f32(low, node, ref, "adaptive_avg_pool", size, []), image_dims(size))
+
+
+RULES["aten.avg_pool2d.default"] = Rule(_avg_pool, _avg_pool_f32)
+RULES["aten.adaptive_avg_pool2d.default"] = Rule(_adaptive, _adaptive_f32)
 
 
 def _mean_axes(low: Lowering, node: fx.Node, ref: Ref) -> tuple[Dims, int]:
@@ -436,7 +473,14 @@ def _mean(low: Lowering, node: fx.Node, want: Want) -> Ref:
     return Ref(number, dims)
 
 
-RULES["aten.mean.dim"] = Rule(_mean)
+def _mean_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
+    _no_clamp(node, lo, hi)
+    ref = low.f32(node.args[0])
+    dims, c = _mean_axes(low, node, ref)
+    return Ref(_average_f32(low, node, ref, "adaptive_avg_pool", (c, 1, 1), []), dims)
+
+
+RULES["aten.mean.dim"] = Rule(_mean, _mean_f32)
 
 
 # -- resizing -------------------------------------------------------------------------------------
@@ -524,8 +568,7 @@ def _resize_u8(low: Lowering, node: fx.Node, want: Want) -> Ref:
 
 
 def _resize_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
-    if (lo, hi) != (-math.inf, math.inf):
-        raise CannotLower(node, "a clamp of a resized float32 image")
+    _no_clamp(node, lo, hi)
     ref = _image(low, node, low.f32(node.args[0]))
     size = _image_size(low, node)
     bilinear, constants = _resize_constants(low, node, low.size(ref))

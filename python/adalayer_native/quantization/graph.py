@@ -204,7 +204,7 @@ class _Analysis:
     def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module], quantized: set[str]) -> None:
         self.modules = modules
         self.quantized = quantized
-        self.nodes = list(graph.nodes)
+        self.nodes: list[fx.Node] = list(graph.nodes)
         self.order = {node: index for index, node in enumerate(self.nodes)}
         self.shapes: set[fx.Node] = set()
         for node in self.nodes:
