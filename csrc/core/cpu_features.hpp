@@ -15,15 +15,15 @@ struct CpuFeatures {
   bool avx2 = false;         // AVX2 + FMA + F16C
   bool avx512vnni = false;   // AVX-512 F, BW, DQ, VL and VNNI
   bool gfni = false;         // with 512-bit registers: gf2p8affineqb unpacks bit-planes
-  bool avx512vbmi = false;   // vpermb looks up bytes in tables of 64
+  bool avx512vbmi = false;   // vpermi2b: 256-entry tables in registers
   bool avx512vbmi2 = false;  // vpexpandb expands bitmask-sparse weights
   bool avxvnni = false;      // VNNI in 256-bit VEX encoding
-  bool amx_int8 = false;     // AMX tiles with int8, and the permission to use them
+  bool amx_int8 = false;     // AMX tiles with int8, the permission to use them, and GFNI
 };
 
 // The instruction-set families of the kernel table, slowest first.
-enum class Isa : int { Scalar = 0, Avx2 = 1, Avx512Vnni = 2, Amx = 3 };
-inline constexpr int kIsaCount = 4;
+enum class Isa : int { Scalar = 0, Avx2 = 1, AvxVnni = 2, Avx512Vnni = 3, Amx = 4 };
+inline constexpr int kIsaCount = 5;
 
 // Detected once, at the first call, which also asks the kernel for the AMX permission (granted
 // per process, inherited by threads and forked children).
@@ -32,7 +32,7 @@ const CpuFeatures& cpu_features();
 // Every feature that is present, as "avx2 avx512vnni ...", for people.
 std::string describe_cpu_features();
 
-// "scalar", "avx2", "avx512vnni", "amx": the values of ADALAYER_FORCE_ISA.
+// "scalar", "avx2", "avxvnni", "avx512vnni", "amx": the values of ADALAYER_FORCE_ISA.
 std::string_view isa_name(Isa isa);
 
 // True if both this machine and this build have it. Scalar always is.

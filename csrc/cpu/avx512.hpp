@@ -1,4 +1,4 @@
-// AVX-512 kernels shared by the AVX-512-VNNI and AMX rows (compiled in avx512vnni.cpp alone).
+// AVX-512 kernels shared by the AVX-512-VNNI and AMX rows.
 #pragma once
 
 #include "cpu/kernel_table.hpp"
@@ -10,7 +10,9 @@ void quantize_planar(const float* x, int64_t channel_stride, int64_t channels, i
                      const ActivationGrid& grid, uint8_t* q);
 void fake_quantize(const float* x, int64_t n, const ActivationGrid& grid, float scale, float* y);
 void unpack_tiles(const uint8_t* packed, int bits, int64_t count, int8_t* out);
+void gemv(const GemvArgs& g);
 void store(const StoreArgs& s);
 void depthwise(const DepthwiseArgs& d);
+void requantize(const RequantizeArgs& args);
 
 }  // namespace adalayer::cpu::avx512

@@ -30,6 +30,7 @@ const ImageKernels& image_kernels() {
       return avx512_kernels();
 #endif
 #ifdef ADALAYER_HAVE_AVX2_IMAGE
+    case Isa::AvxVnni:
     case Isa::Avx2:
       return kAvx2Image;
 #endif

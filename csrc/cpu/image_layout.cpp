@@ -10,9 +10,7 @@ constexpr int64_t kLine = 64;
 // A kernel that keeps one position may read this many.
 constexpr int64_t kBlockPositions = 64;
 
-int64_t round_up(int64_t n, int64_t multiple) {
-  return (n + multiple - 1) / multiple * multiple;
-}
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 }  // namespace
 
@@ -57,11 +55,9 @@ void fill_padding(const ImageLayout& l, uint8_t* data, int64_t images, uint8_t z
         continue;
       }
       if (left > 0) std::memset(row, zero_point, static_cast<size_t>(left));
-      if (right > 0)
-        std::memset(row + l.row_bytes - right, zero_point, static_cast<size_t>(right));
+      if (right > 0) std::memset(row + l.row_bytes - right, zero_point, static_cast<size_t>(right));
     }
-    if (tail > 0)
-      std::memset(data + rows * l.row_bytes, zero_point, static_cast<size_t>(tail));
+    if (tail > 0) std::memset(data + rows * l.row_bytes, zero_point, static_cast<size_t>(tail));
   }
 }
 

@@ -8,6 +8,8 @@
 #include <span>
 
 #include "core/cpu_features.hpp"
+#include "cpu/conv_epilogue.hpp"
+#include "cpu/grouped_kernels.hpp"
 #include "formats/panels.hpp"
 #include "reference/spec.hpp"
 
@@ -31,6 +33,25 @@ struct GemmArgs {
   int weight_bits;      // width of the weights before unpacking: AVX2 has a shortcut below 8
   int rows;             // 1..32 rows wanted; rows up to a multiple of the kernel's may be written
   int32_t* sums;        // [32][32]
+};
+
+/// Most activation rows that `gemv` takes.
+constexpr int kGemvRows = 4;
+
+/// sums[r][c] = sum over steps of a * b for few rows and many columns: weights that are used once
+/// are read packed, and each goes from memory through registers into its sum. Activations are
+/// `rows` rows as in GemmArgs, all 64 bytes of each step readable.
+struct GemvArgs {
+  const uint8_t* activations;
+  int64_t row_stride;
+  const int64_t* step_offsets;  // [steps]
+  int64_t steps;
+  const uint8_t* packed;  // [column_tiles][steps] packed tiles of 128 * bits bytes
+  int bits;               // of the packed tiles
+  int rows;               // 1..kGemvRows
+  int64_t column_tiles;
+  int32_t* sums;        // [rows][sums_stride]
+  int64_t sums_stride;  // elements between rows, at least column_tiles * 16
 };
 
 /// Writes rows of sums to the output tensor. Row r is output position `position[r]` of the image
@@ -61,6 +82,39 @@ struct DepthwiseArgs {
   int32_t* sums;           // [count][padded_channels]
 };
 
+/// The engine's matmul block: up to 64 positions x one column tile, or 32 x two, straight from
+/// packed weights. Reads activations of all positions up to a multiple of 16, whatever `rows` says.
+struct BlockArgs {
+  const uint8_t* activations;
+  int64_t row_stride;
+  const int64_t* step_offsets;
+  int64_t steps;
+  const uint8_t* packed[2];  // tiles of each column: [steps][128 * bits]; the second may be null
+  int bits;
+  int8_t* unpacked[2];      // [steps][1024] of each column; not used at 8 bits
+  bool unpack;              // `unpacked` is still to be filled (by this call), else it is ready
+  int rows;                 // 1..64 with one column tile, 1..32 with two
+  int32_t* sums;            // [rows][16] or [rows][32]
+  const uint8_t* prefetch;  // weights to fetch into the second-level cache meanwhile
+  int64_t prefetch_bytes;
+};
+
+/// Sums to u8 levels in the output image. Rows whose out_offset is negative are dropped.
+struct RequantizeArgs {
+  const int32_t* sums;  // [rows][16 * tiles]
+  int tiles;            // 1 or 2
+  int rows;
+  int cols;  // channels to write; whole tiles if `whole`, whose surplus lies within the pixel
+  bool whole;
+  const int32_t* out_offset;  // [rows]
+  uint8_t* out;               // image, at the block's first channel
+  const int32_t* residual_offset;
+  const uint8_t* residual;  // as out, or null
+  const ConvEpilogue* epilogue;
+  int64_t channel;  // of the epilogue's arrays
+};
+
+using Gemv = void (*)(const GemvArgs&);
 using UnpackTiles = void (*)(const uint8_t* packed, int bits, int64_t count, int8_t* out);
 
 struct KernelRow {
@@ -76,8 +130,12 @@ struct KernelRow {
   void (*begin)();  // per thread and pass: AMX tile configuration
   void (*end)();
   void (*gemm)(const GemmArgs&);
+  Gemv gemv;  // needs no begin() and end()
   void (*store)(const StoreArgs&);
   void (*depthwise)(const DepthwiseArgs&);
+  void (*block)(const BlockArgs&);  // null: unpack_tiles and gemm do its work
+  void (*requantize)(const RequantizeArgs&);
+  const GroupedKernels* grouped;
 };
 
 /// The rows that this build has, fastest first. Which of them the machine can run: isa_supported.
@@ -86,12 +144,21 @@ std::span<const KernelRow* const> kernel_rows();
 /// The row of the active instruction set, or null when it is the scalar reference.
 const KernelRow* active_kernels();
 
-/// The row's own unpacking, or the GFNI one where the machine has it (a sub-feature of its own:
-/// Cascade Lake has AVX-512-VNNI without GFNI).
+/// The row's own unpacking and matrix-vector product, or the GFNI ones where the machine has it (a
+/// sub-feature of its own: Cascade Lake has AVX-512-VNNI without GFNI).
 UnpackTiles unpacker(const KernelRow& row);
+Gemv gemv(const KernelRow& row);
+
+/// The row's own requantize, or the one with a table lookup in registers (AVX512-VBMI).
+using Requantize = void (*)(const RequantizeArgs&);
+Requantize requantizer(const KernelRow& row);
 
 #ifdef ADALAYER_HAVE_AVX2
 extern const KernelRow kAvx2Row;
+void requantize_avx2(const RequantizeArgs& args);
+#endif
+#ifdef ADALAYER_HAVE_AVXVNNI
+extern const KernelRow kAvxVnniRow;
 #endif
 #ifdef ADALAYER_HAVE_AVX512VNNI
 extern const KernelRow kAvx512VnniRow;
@@ -101,6 +168,10 @@ extern const KernelRow kAmxRow;
 #endif
 #ifdef ADALAYER_HAVE_GFNI
 void unpack_tiles_gfni(const uint8_t* packed, int bits, int64_t count, int8_t* out);
+void gemv_gfni(const GemvArgs& g);
+#endif
+#ifdef ADALAYER_HAVE_AVX512VBMI
+void requantize_vbmi(const RequantizeArgs& args);
 #endif
 
 }  // namespace adalayer::cpu

@@ -13,7 +13,11 @@
 #include <map>
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
+
+#include "reference/image_spec.hpp"
+#include "reference/spec.hpp"
 
 namespace adalayer::engine {
 
@@ -32,8 +36,13 @@ struct Value {
 
 /// Parameters of a node are lists, in the order that is given here; validate() checks each count
 /// and range. "finish" stands for three ints (lo, hi, zero_point), lo and hi levels in 0..255 and
-/// lo <= hi, of the grid before the table. [t] marks an optional constant: -1 in its place if
-/// absent.
+/// lo <= hi, of the grid before the table; without a table that grid is the output value's. [t]
+/// marks an optional constant: -1 in its place if absent. Parameters that a form of an operation
+/// does not use are present all the same and in range.
+///
+/// Operations that move levels (Slice, Gather, Pad, MaxPool, Reshape, nearest Resize, and Concat
+/// where it has no table) have the grid of their input as the grid of their output. No level that
+/// a program computes exceeds the qmax of its value.
 ///
 /// operation   inputs      ints                                  floats             constants
 enum class OpKind : uint8_t {
@@ -41,20 +50,23 @@ enum class OpKind : uint8_t {
   Quantize = 0,  // x        -                                    -                  -
   // u8 -> f32.
   Dequantize = 1,  // x      -                                    -                  -
-  // u8 -> u8, or u8 -> f32 (then finish is ignored, floats lo and hi clamp, and the residual is
-  // dequantized and added after the fma). A linear layer over c x h x w features flattened in
-  // NCHW order is a convolution with an h x w kernel.
+  // u8 -> u8, or u8 -> f32 (then finish and residual_scale are ignored, floats lo and hi, possibly
+  // infinite, clamp, there is no table, and the residual is dequantized and added after the fma).
+  // A linear layer over c x h x w features flattened in NCHW order is a convolution with an h x w
+  // kernel.
   Conv = 2,  //    x [res]   kh kw sh sw pt pl pb pr dh dw groups finish
   //                                             residual_scale lo hi  weights scale bias [table]
   // As Conv; ints: kh kw sh sw pt pl pb pr dh dw groups finish, where the output's size says how
   // far the output padding reaches: out(oy) collects iy * sh - pt + ky * dh = oy. Weights are
   // [O][I/groups][KH][KW], not flipped.
   ConvTranspose = 3,
-  Lookup = 4,    // x         -                                    -                  table [256]
-  Add = 5,       // a b       finish                        scale_a scale_b offset    [table]
-  Mul = 6,       // a b       zero_a zero_b finish          scale                     [table]
-  Affine = 7,    // x         finish                               -             scale bias [table]
-  Concat = 8,    // x ...     -                                    -        one [table] per input
+  Lookup = 4,  // x         -                                    -                  table [256]
+  Add = 5,     // a b       finish                        scale_a scale_b offset    [table]
+  Mul = 6,     // a b       zero_a zero_b finish          scale                     [table]
+  Affine = 7,  // x         finish                               -             scale bias [table]
+  Concat = 8,  // x ...     -                                    -        one [table] per input
+  // Every window of a pooling operation contains a position of the image. The averages also take
+  // f32 to f32 (float_tail.hpp); then ratio and finish are not used and there is no table.
   MaxPool = 9,   // x         kh kw sh sw pt pl dh dw              -                  -
   AvgPool = 10,  // x         kh kw sh sw pt pl pb pr count_padding finish   ratio    [table]
   AdaptiveAvgPool = 11,  // x  finish                             ratio              [table]
@@ -63,18 +75,21 @@ enum class OpKind : uint8_t {
   // Output channel i is input channel index[i] (channel shuffle and any other permutation).
   Gather = 13,  // x         -                                    -                  index i32 [C]
   Pad = 14,     // x         top left bottom right level          -                  -
-  // Tables as in ResizeSpec; also f32 -> f32 (then scale, offset and finish are not used).
+  // Tables as in ResizeSpec, all six always; also f32 -> f32. Scale, offset and finish are used
+  // by bilinear u8 only.
   Resize = 15,     // x         bilinear finish               scale offset
                    //                                        low_h high_h part_h low_w high_w part_w
   LayerNorm = 16,  // x      finish                        eps                   gamma beta
-  // c x h x w to (c*h*w) x 1 x 1 in NCHW order, or back: sizes from the values.
+  // u8: c x h x w to (c*h*w) x 1 x 1 in NCHW order, or back: sizes from the values.
   Reshape = 17,  // x        -                                    -                  -
   // Over channels, f32 -> f32; a float tail with a stated tolerance.
   Softmax = 18,  // x        -                                    -                  -
 };
 constexpr int kOpKinds = 19;
 
+/// "conv", "avg_pool", ...; and back, throwing InvalidArgument for an unknown name.
 const char* op_name(OpKind op);
+OpKind op_from_name(std::string_view name);
 
 struct Node {
   OpKind op = OpKind::Quantize;
@@ -118,10 +133,17 @@ struct Program {
 void validate(const Program& program);
 
 constexpr int64_t kMaxNodes = 1 << 16;
-constexpr int64_t kMaxAxis = 1 << 20;        // any of c, h, w
-constexpr int64_t kMaxElements = 1LL << 31;  // c * h * w of one value
+constexpr int64_t kMaxPorts = 1 << 10;  // program inputs, and program outputs
+constexpr int64_t kMaxConstants = 1 << 18;
+constexpr int64_t kMaxAxis = 1 << 20;        // any of c, h, w; kernel, stride, padding, dilation
+constexpr int64_t kMaxElements = 1LL << 31;  // c * h * w of one value, its padding included
+constexpr int64_t kMaxName = 1 << 12;        // bytes of a name or of a metadata key
+constexpr int64_t kMaxMetadata = 1 << 12;    // entries
+constexpr int64_t kMaxText = 1 << 26;        // bytes of one metadata entry
 
-/// Named views of a node's parameters; the node has been validated.
+// ---- named views of a node's parameters; the program has been validated ------------------------
+// Pointers go into the program's constants.
+
 struct ConvAttributes {
   int64_t kernel_h, kernel_w, stride_h, stride_w;
   int64_t pad_top, pad_left, pad_bottom, pad_right;
@@ -130,6 +152,35 @@ struct ConvAttributes {
   float residual_scale, f32_lo, f32_hi;
   int32_t weights, scale, bias, table;  // constants; table may be -1
 };
+/// Conv and ConvTranspose.
 ConvAttributes conv_attributes(const Node& node);
+/// Conv only, at batch 1.
+ConvShape conv_shape(const Program& program, const Node& node);
+
+struct SliceAttributes {
+  int axis;  // 0 = c, 1 = h, 2 = w
+  int64_t begin, step;
+};
+SliceAttributes slice_attributes(const Node& node);
+
+struct PadAttributes {
+  int64_t top, left, bottom, right;
+  uint8_t level;
+};
+PadAttributes pad_attributes(const Node& node);
+
+/// The finish of any operation that has one, its table included.
+U8Finish node_finish(const Program& program, const Node& node);
+/// Bytes of a 256-entry table; null for -1.
+const uint8_t* table_bytes(const Program& program, int32_t constant);
+ActivationGrid value_grid(const Value& value);
+
+AddSpec add_spec(const Program& program, const Node& node);
+MulSpec mul_spec(const Program& program, const Node& node);
+AffineSpec affine_spec(const Program& program, const Node& node);
+/// MaxPool, AvgPool, AdaptiveAvgPool.
+PoolSpec pool_spec(const Program& program, const Node& node);
+ResizeSpec resize_spec(const Program& program, const Node& node);
+LayerNormSpec layer_norm_spec(const Program& program, const Node& node);
 
 }  // namespace adalayer::engine

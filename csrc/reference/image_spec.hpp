@@ -124,12 +124,29 @@ inline float blend(float q00, float q01, float q10, float q11, float part_w, flo
 ///   rstd = 1 / sqrt(var * step^2 + eps)            (double), step = scale of the input's grid
 ///   y_c  = fma((float)(q_c - mean) * (float)(rstd * step), gamma[c], beta[c])
 /// q_c - mean is taken in double and rounded once; gamma and beta are divided by the output's step.
+/// The inline functions below fix the order of the double operations.
 struct LayerNormSpec {
   double step = 1.0, eps = 1e-5;
   const float* gamma = nullptr;  // [C]
   const float* beta = nullptr;   // [C]
   U8Finish finish;
 };
+struct LayerNormMoments {
+  double mean;
+  float factor;  // (float)(rstd * step)
+};
+inline LayerNormMoments layer_norm_moments(int64_t s1, int64_t s2, int64_t channels,
+                                           const LayerNormSpec& s) {
+  const auto count = static_cast<double>(channels);
+  const double var = static_cast<double>(channels * s2 - s1 * s1) / (count * count);
+  const double rstd = 1.0 / std::sqrt(var * (s.step * s.step) + s.eps);
+  return {static_cast<double>(s1) / count, static_cast<float>(rstd * s.step)};
+}
+inline uint8_t layer_norm_u8(uint8_t q, int64_t c, const LayerNormMoments& m,
+                             const LayerNormSpec& s) {
+  const auto centred = static_cast<float>(static_cast<double>(q) - m.mean);
+  return finish_u8(std::fmaf(centred * m.factor, s.gamma[c], s.beta[c]), s.finish);
+}
 
 /// Softmax over the channels of one position, in float: e_c = softmax_exp(x_c - max x), the sum of
 /// all e_c in double, channel after channel, y_c = e_c * (float)(1 / sum). Inputs are finite.
