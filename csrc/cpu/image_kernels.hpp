@@ -150,10 +150,10 @@ struct ImageKernels {
 const ImageKernels& image_kernels();
 
 extern const ImageKernels kScalarImage;
-#ifdef ADALAYER_HAVE_AVX2_IMAGE
+#ifdef ADALAYER_HAVE_AVX2
 extern const ImageKernels kAvx2Image;
 #endif
-#ifdef ADALAYER_HAVE_AVX512_IMAGE
+#ifdef ADALAYER_HAVE_AVX512VNNI
 extern const ImageKernels kAvx512Image;  // also serves the AMX row
 #endif
 #ifdef ADALAYER_HAVE_AVX512VBMI

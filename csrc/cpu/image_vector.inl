@@ -1,9 +1,9 @@
-// The inner loops of image_kernels.hpp for any vector width. Included inside an unnamed namespace of
-// a file with instruction-set flags; V holds the instructions:
+// The inner loops of image_kernels.hpp for any vector width. Included inside an unnamed namespace
+// of a file with instruction-set flags; V holds the instructions:
 //
-//   F floats, I integers; kLanes floats and kBlock = 4 * kLanes bytes in a register. Loads and stores
-//   take `left`, the elements wanted: Whole (all), or a number that may exceed a register. What a
-//   short load puts into other lanes is unspecified, except for load_zero.
+//   F floats, I integers; kLanes floats and kBlock = 4 * kLanes bytes in a register. Loads and
+//   stores take `left`, the elements wanted: Whole (all), or a number that may exceed a register.
+//   What a short load puts into other lanes is unspecified, except for load_zero.
 
 using F = V::F;
 using I = V::I;
@@ -87,8 +87,8 @@ void mul(const MulSpec& spec, bool bounded, const uint8_t* a, const uint8_t* b, 
   with_finish(spec.finish, bounded, [&](const auto& finish) {
     emit(finish, out, n, [&](int64_t i, auto left) {
       // Whole numbers below 2^24: exact in float.
-      const F product = V::mul(V::sub(V::bytes(a + i, left), zero_a),
-                               V::sub(V::bytes(b + i, left), zero_b));
+      const F product =
+          V::mul(V::sub(V::bytes(a + i, left), zero_a), V::sub(V::bytes(b + i, left), zero_b));
       return V::mul(product, scale);
     });
   });
@@ -458,8 +458,8 @@ void quantize_planar(const QuantizeRow& row, const ActivationGrid& grid) {
   if (row.pitch == 4) {
     int64_t x = 0;
     for (; x + kLanes <= row.count; x += kLanes)
-      V::store(row.out + x * 4,
-               quantize_quad(row, finish, inv, grid.zero_point, 0, x, Whole{}), Whole{});
+      V::store(row.out + x * 4, quantize_quad(row, finish, inv, grid.zero_point, 0, x, Whole{}),
+               Whole{});
     const int64_t left = row.count - x;
     if (left > 0)
       V::store(row.out + x * 4, quantize_quad(row, finish, inv, grid.zero_point, 0, x, left),
@@ -489,9 +489,8 @@ void quantize_pixels(const QuantizeRow& row, const ActivationGrid& grid) {
   const F inv = V::set(grid.inv_scale);
   if (row.channels == 3 && row.pitch == 4 && row.count > 0) {
     // Three floats to four lanes reads one float more: the last pixel is done by itself.
-    emit(finish, row.out, (row.count - 1) * 4, [&](int64_t i, auto left) {
-      return V::mul(V::triples(row.x + i / 4 * 3, left), inv);
-    });
+    emit(finish, row.out, (row.count - 1) * 4,
+         [&](int64_t i, auto left) { return V::mul(V::triples(row.x + i / 4 * 3, left), inv); });
     for (int64_t c = 0; c < 3; ++c)
       row.out[(row.count - 1) * 4 + c] = quantize_value(row.x[(row.count - 1) * 3 + c], grid);
     return;
@@ -536,8 +535,7 @@ void dequantize_row(const uint8_t* q, int64_t n, float scale, int32_t zero_point
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes)
     V::store_floats(out + i, V::mul(V::sub(V::bytes(q + i, Whole{}), zero), scales), Whole{});
-  if (i < n)
-    V::store_floats(out + i, V::mul(V::sub(V::bytes(q + i, n - i), zero), scales), n - i);
+  if (i < n) V::store_floats(out + i, V::mul(V::sub(V::bytes(q + i, n - i), zero), scales), n - i);
 }
 
 /// fn(i, left) for n elements, kLanes at a time.
