@@ -110,11 +110,9 @@ def _interpret(
         values[node] = result
 
 
-def native_of(
-    model: nn.Module, calibration: Tensor, *, bits: int = 8, activation_bits: int = 8
-) -> fx.GraphModule:
-    """A float model converted, with ranges from one batch."""
-    plan = Plan(
+def plan_of(model: nn.Module, bits: int = 8, activation_bits: int = 8) -> Plan:
+    """The same widths for every layer."""
+    return Plan(
         {
             name: LayerPlan(
                 name, layer_kind(layer), layer.weight.numel(), bits, activation_bits=activation_bits
@@ -122,6 +120,12 @@ def native_of(
             for name, layer in supported_layers(model).items()
         }
     )
-    prepared = prepare(model.eval(), plan)
+
+
+def native_of(
+    model: nn.Module, calibration: Tensor, *, bits: int = 8, activation_bits: int = 8
+) -> fx.GraphModule:
+    """A float model converted, with ranges from one batch."""
+    prepared = prepare(model.eval(), plan_of(model, bits, activation_bits))
     calibrate(prepared, [calibration], observer="minmax", progress=False)
     return convert(prepared)
