@@ -18,8 +18,8 @@ namespace {
 // About 30 microseconds of a fast core.
 constexpr int64_t kProducts = 4096;
 constexpr int64_t kOperationsPerProduct = int64_t{2} * 16 * 16 * 64;
-constexpr int64_t kSteps = 1 << 13;
-constexpr int kChains = 8;
+constexpr int64_t kWords = 4096;
+constexpr int64_t kPasses = 16;
 
 bool has_amx() {
 #ifdef ADALAYER_HAVE_AMX_PROBE
@@ -29,17 +29,14 @@ bool has_amx() {
 #endif
 }
 
-// Where there is no AMX: independent integer multiply-add chains.
-void probe_scalar() {
-  uint32_t chain[kChains];
-  for (int c = 0; c < kChains; ++c)
-    chain[c] = static_cast<uint32_t>(c);
-  for (int64_t i = 0; i < kSteps; ++i)
-    for (int c = 0; c < kChains; ++c)
-      chain[c] = chain[c] * 1664525u + 1013904223u;
-  volatile uint32_t sink = 0;  // the chains must be computed
-  for (const uint32_t value : chain)
-    sink = sink ^ value;
+// Where there is no AMX: additions to numbers in the first cache.
+void probe_additions() {
+  thread_local uint32_t words[kWords];
+  for (int64_t pass = 0; pass < kPasses; ++pass) {
+    for (int64_t i = 0; i < kWords; ++i)
+      words[i] += 3;
+    __asm__ volatile("" ::: "memory");  // every pass is computed
+  }
 }
 
 double run_once() {
@@ -49,7 +46,7 @@ double run_once() {
     probe_amx(kProducts);
   else
 #endif
-    probe_scalar();
+    probe_additions();
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
@@ -93,7 +90,7 @@ Probe probe_cores(int threads) {
     run_once();
     seconds[others] = run_once();
   }
-  const int64_t operations = has_amx() ? kProducts * kOperationsPerProduct : 2 * kSteps * kChains;
+  const int64_t operations = has_amx() ? kProducts * kOperationsPerProduct : kPasses * kWords;
   return {*std::max_element(seconds.begin(), seconds.end()), operations};
 }
 

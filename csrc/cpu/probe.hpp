@@ -14,7 +14,7 @@ struct Probe {
 };
 
 /// Runs the probe on the calling thread and on `threads - 1` other CPUs of the process, each by a
-/// thread that ends with it: no thread pool is woken. Registers only, so no cache is disturbed.
+/// thread that ends with it: no thread pool is woken. It touches 16 KB of memory.
 Probe probe_cores(int threads);
 
 /// `products` int8 tile products; only on machines with AMX.
