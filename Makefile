@@ -102,12 +102,15 @@ define check_machine
   { echo "The C++ compiler '$(CXX)' has no C++20; g++ 11 or newer is needed (or set CXX=...)."; exit 1; }
 endef
 
+# torchvision is for tests of its networks. Without its dependencies, because it would replace the
+# CPU build of torch; its Python code works beside any.
 $(TOOLS_STAMP): constraints.txt pyproject.toml
 	$(check_machine)
 	@test -x $(BIN)/python || { echo "Creating $(VENV)"; "$(PYTHON)" -m venv $(VENV); }
 	@echo "Installing build tools and $(TORCH) into $(VENV) (once; torch is a large download)"
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -c constraints.txt "$(TORCH)"
+	$(BIN)/python -m pip install -q --no-deps -c constraints.txt torchvision
 	$(BIN)/python -m pip install -q -c constraints.txt scikit-build-core pybind11 cmake ninja \
 	  ruff mypy clang-format
 	@touch $@

@@ -182,6 +182,13 @@ TILE_SHAPES = [
         for n in (1, 2, 5)
     ],
     Conv(n=3, c=64, o=64, h=7, w=7, padding=(1, 1, 1, 1)),
+    # Images of one pixel, as squeeze-and-excitation has them: both layouts are the same bytes.
+    *[Conv(n=n, c=20, o=33, h=1, w=1, kh=1, kw=1) for n in (2, 5, 37)],
+    Conv(n=3, c=12, o=8, h=1, w=1, kh=1, kw=1, groups=4),
+    *[
+        Conv(n=3, c=17, o=o, h=1, w=1, padding=(1, 1, 1, 1), groups=g)
+        for o, g in ((9, 1), (17, 17))
+    ],
     Conv(c=16, o=16, h=8, w=8, stride=(2, 2), padding=(1, 1, 1, 1)),
     Conv(c=16, o=16, h=8, w=8, stride=(2, 2), padding=(0, 0, 1, 1)),
     Conv(c=64, o=32, h=9, w=8, stride=(3, 2), padding=(2, 1, 0, 3), dilation=(2, 1)),

@@ -16,7 +16,7 @@ PYTHON_ROOMS = [
     *("quantization", "importance", "allocation", "training", "models", "data", "compress"),
     *("measure", "report", "jobs", "demo", "cli"),
 ]
-CPP_ROOMS = ["core", "formats", "reference", "cpu", "bindings"]
+CPP_ROOMS = ["core", "formats", "reference", "cpu", "engine", "bindings"]
 
 
 def _imports(path: Path) -> Iterator[str]:

@@ -9,6 +9,7 @@
 #include <string>
 #include <utility>
 
+#include "bindings/engine_bindings.hpp"
 #include "core/cpu_features.hpp"
 #include "core/host_openmp.hpp"
 #include "core/status.hpp"
@@ -159,6 +160,8 @@ PYBIND11_MODULE(_C, m) {
       py::set_error(PyExc_ValueError, e.what());
     }
   });
+
+  bind_engine(m);
 
   m.def("conv2d", &conv2d);
   m.def("quantize", [](uintptr_t x, int64_t n, float scale, int zero_point, int bits, uintptr_t q,

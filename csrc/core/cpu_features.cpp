@@ -72,6 +72,7 @@ CpuFeatures detect() {
   const bool avx512 = os_avx512 && features.avx2 && bit(b, 16) /* F */ && bit(b, 17) /* DQ */ &&
                       bit(b, 30) /* BW */ && bit(b, 31) /* VL */;
   features.avx512vnni = avx512 && bit(c, 11);
+  features.avx512vbmi = avx512 && bit(c, 1);
   features.avx512vbmi2 = avx512 && bit(c, 6);
   features.gfni = avx512 && bit(c, 8);
   const bool amx_tile = bit(d, 24);
@@ -79,7 +80,9 @@ CpuFeatures detect() {
   if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0) {
     features.avxvnni = features.avx2 && bit(a, 4);
   }
-  features.amx_int8 = os_tiles && amx_tile && amx_int8 && request_amx_permission();
+  // Every AMX machine has GFNI; the AMX kernels unpack weights with it.
+  features.amx_int8 =
+      os_tiles && amx_tile && amx_int8 && features.gfni && request_amx_permission();
   return features;
 }
 
@@ -180,6 +183,7 @@ std::string describe_cpu_features() {
   add(features.avx2, "avx2");
   add(features.avxvnni, "avxvnni");
   add(features.avx512vnni, "avx512vnni");
+  add(features.avx512vbmi, "avx512vbmi");
   add(features.avx512vbmi2, "avx512vbmi2");
   add(features.gfni, "gfni");
   add(features.amx_int8, "amx_int8");

@@ -15,9 +15,10 @@ struct CpuFeatures {
   bool avx2 = false;         // AVX2 + FMA + F16C
   bool avx512vnni = false;   // AVX-512 F, BW, DQ, VL and VNNI
   bool gfni = false;         // with 512-bit registers: gf2p8affineqb unpacks bit-planes
+  bool avx512vbmi = false;   // vpermi2b: 256-entry tables in registers
   bool avx512vbmi2 = false;  // vpexpandb expands bitmask-sparse weights
   bool avxvnni = false;      // VNNI in 256-bit VEX encoding
-  bool amx_int8 = false;     // AMX tiles with int8, and the permission to use them
+  bool amx_int8 = false;     // AMX tiles with int8, the permission to use them, and GFNI
 };
 
 // The instruction-set families of the kernel table, slowest first.

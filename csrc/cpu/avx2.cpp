@@ -225,16 +225,19 @@ void nothing() {}
 }  // namespace
 }  // namespace avx2
 
-const KernelRow kAvx2Row{"avx2",
-                         Isa::Avx2,
-                         avx2::quantize_row,
-                         avx2::quantize_planar,
-                         avx2::fake_quantize,
-                         avx2::unpack_tiles,
-                         avx2::nothing,
-                         avx2::nothing,
-                         avx2::gemm,
-                         avx2::store,
-                         avx2::depthwise};
+const KernelRow kAvx2Row{.name = "avx2",
+                         .isa = Isa::Avx2,
+                         .quantize_row = avx2::quantize_row,
+                         .quantize_planar = avx2::quantize_planar,
+                         .fake_quantize = avx2::fake_quantize,
+                         .unpack_tiles = avx2::unpack_tiles,
+                         .begin = avx2::nothing,
+                         .end = avx2::nothing,
+                         .gemm = avx2::gemm,
+                         .store = avx2::store,
+                         .depthwise = avx2::depthwise,
+                         .block = nullptr,
+                         .requantize = requantize_avx2,
+                         .grouped = &avx2::kGrouped};
 
 }  // namespace adalayer::cpu

@@ -1,4 +1,4 @@
-// AVX-512 kernels shared by the AVX-512-VNNI and AMX rows (compiled in avx512vnni.cpp alone).
+// AVX-512 kernels shared by the AVX-512-VNNI and AMX rows.
 #pragma once
 
 #include "cpu/kernel_table.hpp"
@@ -12,5 +12,6 @@ void fake_quantize(const float* x, int64_t n, const ActivationGrid& grid, float 
 void unpack_tiles(const uint8_t* packed, int bits, int64_t count, int8_t* out);
 void store(const StoreArgs& s);
 void depthwise(const DepthwiseArgs& d);
+void requantize(const RequantizeArgs& args);
 
 }  // namespace adalayer::cpu::avx512

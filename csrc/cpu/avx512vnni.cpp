@@ -300,9 +300,19 @@ void nothing() {}
 
 namespace adalayer::cpu {
 
-const KernelRow kAvx512VnniRow{
-    "avx512vnni",          Isa::Avx512Vnni,      avx512::quantize_row, avx512::quantize_planar,
-    avx512::fake_quantize, avx512::unpack_tiles, avx512::nothing,      avx512::nothing,
-    avx512::gemm,          avx512::store,        avx512::depthwise};
+const KernelRow kAvx512VnniRow{.name = "avx512vnni",
+                               .isa = Isa::Avx512Vnni,
+                               .quantize_row = avx512::quantize_row,
+                               .quantize_planar = avx512::quantize_planar,
+                               .fake_quantize = avx512::fake_quantize,
+                               .unpack_tiles = avx512::unpack_tiles,
+                               .begin = avx512::nothing,
+                               .end = avx512::nothing,
+                               .gemm = avx512::gemm,
+                               .store = avx512::store,
+                               .depthwise = avx512::depthwise,
+                               .block = nullptr,
+                               .requantize = avx512::requantize,
+                               .grouped = &avx512::kGrouped};
 
 }  // namespace adalayer::cpu

@@ -267,15 +267,20 @@ void run_images(const Call& call, int threads, int64_t parts, const Work& work) 
   });
 }
 
-/// A 1x1 convolution without padding over an interleaved tensor does not care where images end: one
+/// Images of one pixel are the same bytes in both layouts; as interleaved ones they can be merged.
+void prefer_interleaved(const ConvShape& s, ActivationIn& in, OutputSpec& out) {
+  if (s.in_h == 1 && s.in_w == 1 && s.out_h() == 1 && s.out_w() == 1)
+    in.layout = out.layout = Layout::NHWC;
+}
+
+/// A 1x1 convolution without padding over interleaved tensors does not care where images end: one
 /// tall image makes full tiles of them all.
 ConvShape flattened(const ConvShape& s, const ActivationIn& in, const OutputSpec& out) {
   const bool pointwise = s.kernel_h == 1 && s.kernel_w == 1 && s.stride_h == 1 && s.stride_w == 1 &&
                          s.pad_top == 0 && s.pad_left == 0 && s.pad_bottom == 0 && s.pad_right == 0;
-  const bool one_pixel = s.in_h == 1 && s.in_w == 1;
   const bool interleaved = in.layout == Layout::NHWC && out.layout == Layout::NHWC;
   const bool addressable = s.batch * s.in_h * s.in_w < kMaxPositions;
-  if (!pointwise || s.depthwise() || !(interleaved || one_pixel) || !addressable) return s;
+  if (!pointwise || s.depthwise() || !interleaved || !addressable) return s;
   ConvShape flat = s;
   flat.batch = 1;
   flat.in_h = s.batch * s.in_h;
@@ -390,7 +395,10 @@ void conv2d(const ConvShape& shape, const ActivationIn& in, const LayerWeights& 
   }
   if (output_elements(shape) >= kMaxPositions)
     throw InvalidArgument("conv2d: an output image of 2^31 or more positions is not supported");
-  run(flattened(shape, in, out), in, weights, out, threads, *kernels);
+  ActivationIn from = in;
+  OutputSpec to = out;
+  prefer_interleaved(shape, from, to);
+  run(flattened(shape, from, to), from, weights, to, threads, *kernels);
 }
 
 void quantize(const float* x, int64_t n, const ActivationGrid& grid, uint8_t* q, int threads) {

@@ -34,4 +34,11 @@ UnpackTiles unpacker(const KernelRow& row) {
   return row.unpack_tiles;
 }
 
+Requantize requantizer(const KernelRow& row) {
+#ifdef ADALAYER_HAVE_AVX512VBMI
+  if (row.isa != Isa::Avx2 && cpu_features().avx512vbmi) return requantize_vbmi;
+#endif
+  return row.requantize;
+}
+
 }  // namespace adalayer::cpu

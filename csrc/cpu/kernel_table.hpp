@@ -8,6 +8,8 @@
 #include <span>
 
 #include "core/cpu_features.hpp"
+#include "cpu/conv_epilogue.hpp"
+#include "cpu/grouped_kernels.hpp"
 #include "formats/panels.hpp"
 #include "reference/spec.hpp"
 
@@ -61,6 +63,38 @@ struct DepthwiseArgs {
   int32_t* sums;           // [count][padded_channels]
 };
 
+/// The engine's matmul block: up to 64 positions x one column tile, or 32 x two, straight from
+/// packed weights. Reads activations of all positions up to a multiple of 16, whatever `rows` says.
+struct BlockArgs {
+  const uint8_t* activations;
+  int64_t row_stride;
+  const int64_t* step_offsets;
+  int64_t steps;
+  const uint8_t* packed[2];  // tiles of each column: [steps][128 * bits]; the second may be null
+  int bits;
+  int8_t* unpacked[2];      // [steps][1024] of each column; not used at 8 bits
+  bool unpack;              // `unpacked` is still to be filled (by this call), else it is ready
+  int rows;                 // 1..64 with one column tile, 1..32 with two
+  int32_t* sums;            // [rows][16] or [rows][32]
+  const uint8_t* prefetch;  // weights to fetch into the second-level cache meanwhile
+  int64_t prefetch_bytes;
+};
+
+/// Sums to u8 levels in the output image. Rows whose out_offset is negative are dropped.
+struct RequantizeArgs {
+  const int32_t* sums;  // [rows][16 * tiles]
+  int tiles;            // 1 or 2
+  int rows;
+  int cols;  // channels to write; whole tiles if `whole`, whose surplus lies within the pixel
+  bool whole;
+  const int32_t* out_offset;  // [rows]
+  uint8_t* out;               // image, at the block's first channel
+  const int32_t* residual_offset;
+  const uint8_t* residual;  // as out, or null
+  const ConvEpilogue* epilogue;
+  int64_t channel;  // of the epilogue's arrays
+};
+
 using UnpackTiles = void (*)(const uint8_t* packed, int bits, int64_t count, int8_t* out);
 
 struct KernelRow {
@@ -78,6 +112,9 @@ struct KernelRow {
   void (*gemm)(const GemmArgs&);
   void (*store)(const StoreArgs&);
   void (*depthwise)(const DepthwiseArgs&);
+  void (*block)(const BlockArgs&);  // null: unpack_tiles and gemm do its work
+  void (*requantize)(const RequantizeArgs&);
+  const GroupedKernels* grouped;
 };
 
 /// The rows that this build has, fastest first. Which of them the machine can run: isa_supported.
@@ -90,8 +127,13 @@ const KernelRow* active_kernels();
 /// Cascade Lake has AVX-512-VNNI without GFNI).
 UnpackTiles unpacker(const KernelRow& row);
 
+/// The row's own requantize, or the one with a table lookup in registers (AVX512-VBMI).
+using Requantize = void (*)(const RequantizeArgs&);
+Requantize requantizer(const KernelRow& row);
+
 #ifdef ADALAYER_HAVE_AVX2
 extern const KernelRow kAvx2Row;
+void requantize_avx2(const RequantizeArgs& args);
 #endif
 #ifdef ADALAYER_HAVE_AVX512VNNI
 extern const KernelRow kAvx512VnniRow;
@@ -101,6 +143,9 @@ extern const KernelRow kAmxRow;
 #endif
 #ifdef ADALAYER_HAVE_GFNI
 void unpack_tiles_gfni(const uint8_t* packed, int bits, int64_t count, int8_t* out);
+#endif
+#ifdef ADALAYER_HAVE_AVX512VBMI
+void requantize_vbmi(const RequantizeArgs& args);
 #endif
 
 }  // namespace adalayer::cpu

@@ -11,9 +11,25 @@ namespace {
 
 constexpr int kLanes = 64;  // bytes of one vector of weights within a tile
 
-/// Planar packing of one 1024-byte tile: stream of width g keeps 8/g vectors of 64 bytes in each
-/// chunk of 64 bytes, vector t of the chunk in bits [t*g, t*g + g). One shift and mask (or one
-/// gf2p8affineqb) then yields 64 weights at once.
+std::vector<int32_t> sum_weights(const ConvShape& shape, std::span<const int8_t> weights) {
+  std::vector<int32_t> sums(static_cast<size_t>(shape.out_channels), 0);
+  const int64_t k = shape.reduction();
+  for (int64_t o = 0; o < shape.out_channels; ++o)
+    for (int64_t i = 0; i < k; ++i)
+      sums[o] += weights[o * k + i];
+  return sums;
+}
+
+void check_count(const ConvShape& shape, std::span<const int8_t> weights) {
+  if (static_cast<int64_t>(weights.size()) != shape.out_channels * shape.reduction())
+    throw InvalidArgument("panels: the weights do not match the layer's shape");
+}
+
+}  // namespace
+
+// A stream of width g keeps 8/g vectors of 64 bytes in each chunk of 64 bytes, vector t of the
+// chunk in bits [t*g, t*g + g). One shift and mask (or one gf2p8affineqb) then yields 64 weights at
+// once.
 void pack_tile(const int8_t* tile, int bits, uint8_t* out) {
   if (bits == 8) {
     std::memcpy(out, tile, kTileBytes);
@@ -36,22 +52,6 @@ void pack_tile(const int8_t* tile, int bits, uint8_t* out) {
     shift += width;
   }
 }
-
-std::vector<int32_t> sum_weights(const ConvShape& shape, std::span<const int8_t> weights) {
-  std::vector<int32_t> sums(static_cast<size_t>(shape.out_channels), 0);
-  const int64_t k = shape.reduction();
-  for (int64_t o = 0; o < shape.out_channels; ++o)
-    for (int64_t i = 0; i < k; ++i)
-      sums[o] += weights[o * k + i];
-  return sums;
-}
-
-void check_count(const ConvShape& shape, std::span<const int8_t> weights) {
-  if (static_cast<int64_t>(weights.size()) != shape.out_channels * shape.reduction())
-    throw InvalidArgument("panels: the weights do not match the layer's shape");
-}
-
-}  // namespace
 
 ReductionPlan plan_reduction(const ConvShape& shape) {
   ReductionPlan plan;

@@ -66,6 +66,9 @@ Panels build_panels(const ConvShape& shape, std::span<const int8_t> weights, int
 /// Depthwise layout: int16 pairs of kernel taps, [ceil(taps/2)][ceil16(channels)][2].
 Panels build_depthwise(const ConvShape& shape, std::span<const int8_t> weights);
 
+/// Planar packing of one 1024-byte tile to 128 * bits bytes.
+void pack_tile(const int8_t* tile, int bits, uint8_t* out);
+
 /// Scalar inverse of the planar tile packing: `count` tiles of 128*bits bytes to 1024 bytes each.
 void unpack_tiles_scalar(const uint8_t* packed, int bits, int64_t count, int8_t* out);
 

@@ -1,0 +1,240 @@
+// _C.Program, which Python builds piece by piece, and _C.Engine, which runs it. Buffers are raw
+// addresses, as in module.cpp; the sizes follow from the program's values.
+#include "bindings/engine_bindings.hpp"
+
+#include <pybind11/stl.h>
+#include <pybind11/stl/filesystem.h>
+
+#include <algorithm>
+#include <filesystem>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "core/status.hpp"
+#include "engine/container.hpp"
+#include "engine/engine.hpp"
+#include "engine/interpret.hpp"
+#include "engine/program.hpp"
+
+namespace py = pybind11;
+using namespace adalayer;
+using namespace adalayer::engine;
+
+namespace {
+
+using Addresses = std::vector<uintptr_t>;
+
+const char* kind_name(ValueKind kind) { return kind == ValueKind::U8 ? "u8" : "f32"; }
+
+const char* kind_name(ConstantKind kind) {
+  switch (kind) {
+    case ConstantKind::Weights:
+      return "weights";
+    case ConstantKind::F32:
+      return "f32";
+    case ConstantKind::I32:
+      return "i32";
+    case ConstantKind::U8:
+      return "u8";
+  }
+  return "unknown";
+}
+
+int32_t add_value(Program& p, std::string name, const std::string& kind, int64_t c, int64_t h,
+                  int64_t w, float scale, int32_t zero_point, int32_t qmax) {
+  if (kind != "u8" && kind != "f32")
+    fail<InvalidArgument>("value \"", name, "\": expected kind u8 or f32, got ", kind);
+  p.values.push_back({std::move(name), kind == "u8" ? ValueKind::U8 : ValueKind::F32, c, h, w,
+                      scale, zero_point, qmax});
+  return static_cast<int32_t>(p.values.size()) - 1;
+}
+
+/// Copies `count` entries of `Width` bytes.
+template <ConstantKind kind, size_t Width>
+int32_t add_constant(Program& p, uintptr_t address, size_t count) {
+  const auto* bytes = reinterpret_cast<const uint8_t*>(address);
+  p.constants.push_back({kind, {bytes, bytes + count * Width}});
+  return static_cast<int32_t>(p.constants.size()) - 1;
+}
+
+void add_node(Program& p, const std::string& op, std::string name, std::vector<int32_t> inputs,
+              int32_t output, std::vector<int64_t> ints, std::vector<float> floats,
+              std::vector<int32_t> constants) {
+  p.nodes.push_back({op_from_name(op), std::move(name), std::move(inputs), output, std::move(ints),
+                     std::move(floats), std::move(constants)});
+}
+
+py::list values(const Program& p) {
+  py::list out;
+  for (const Value& v : p.values)
+    out.append(
+        py::make_tuple(v.name, kind_name(v.kind), v.c, v.h, v.w, v.scale, v.zero_point, v.qmax));
+  return out;
+}
+
+py::list nodes(const Program& p) {
+  py::list out;
+  for (const Node& n : p.nodes)
+    out.append(
+        py::make_tuple(op_name(n.op), n.name, n.inputs, n.output, n.ints, n.floats, n.constants));
+  return out;
+}
+
+py::list constants(const Program& p) {
+  py::list out;
+  for (const Constant& c : p.constants)
+    out.append(py::make_tuple(kind_name(c.kind), c.bytes.size()));
+  return out;
+}
+
+py::bytes constant_bytes(const Program& p, size_t index) {
+  if (index >= p.constants.size())
+    fail<InvalidArgument>("constant ", index, " does not exist (there are ", p.constants.size(),
+                          ")");
+  const auto& bytes = p.constants[index].bytes;
+  return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
+}
+
+py::bytes to_bytes(const Program& p) {
+  std::vector<uint8_t> bytes;
+  {
+    const py::gil_scoped_release release;
+    bytes = write_program(p);
+  }
+  return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
+}
+
+/// The tensors of one call. Their number is checked here: run() would read beyond the lists.
+struct Call {
+  std::vector<InputTensor> inputs;
+  std::vector<float*> outputs;
+
+  Call(const Program& p, const Addresses& in, const std::vector<bool>& nhwc, const Addresses& out) {
+    if (in.size() != p.inputs.size() || nhwc.size() != p.inputs.size())
+      fail<InvalidArgument>("expected ", p.inputs.size(), " inputs and as many layouts, got ",
+                            in.size(), " and ", nhwc.size());
+    if (out.size() != p.outputs.size())
+      fail<InvalidArgument>("expected ", p.outputs.size(), " outputs, got ", out.size());
+    for (size_t k = 0; k < in.size(); ++k)
+      inputs.push_back(
+          {reinterpret_cast<const float*>(in[k]), nhwc[k] ? Layout::NHWC : Layout::NCHW});
+    for (const uintptr_t address : out)
+      outputs.push_back(reinterpret_cast<float*>(address));
+  }
+};
+
+void run_reference(const Program& p, const Addresses& in, const std::vector<bool>& nhwc,
+                   int64_t batch, const Addresses& out) {
+  const Call call(p, in, nhwc, out);
+  const py::gil_scoped_release release;
+  const auto results = interpret(p, call.inputs, batch);
+  for (size_t k = 0; k < results.size(); ++k)
+    std::copy(results[k].begin(), results[k].end(), call.outputs[k]);
+}
+
+/// Every value of a reference run as bytes: u8 levels or float32 numbers.
+py::list reference_values(const Program& p, const Addresses& in, const std::vector<bool>& nhwc,
+                          int64_t batch) {
+  const Call call(p, in, nhwc, Addresses(p.outputs.size()));
+  std::vector<Tensor> tensors;
+  {
+    const py::gil_scoped_release release;
+    tensors = interpret_values(p, call.inputs, batch);
+  }
+  py::list out;
+  for (size_t v = 0; v < tensors.size(); ++v) {
+    const Tensor& t = tensors[v];
+    const bool levels = p.values[v].kind == ValueKind::U8;
+    out.append(levels ? py::bytes(reinterpret_cast<const char*>(t.levels.data()), t.levels.size())
+                      : py::bytes(reinterpret_cast<const char*>(t.numbers.data()),
+                                  t.numbers.size() * sizeof(float)));
+  }
+  return out;
+}
+
+void run(const Engine& e, const Addresses& in, const std::vector<bool>& nhwc, int64_t batch,
+         const Addresses& out, int threads) {
+  const Call call(e.program(), in, nhwc, out);
+  const py::gil_scoped_release release;
+  e.run(call.inputs, batch, call.outputs, threads);
+}
+
+py::list profile(const Engine& e, int64_t batch, int threads, int rounds) {
+  std::vector<NodeProfile> profiles;
+  {
+    const py::gil_scoped_release release;
+    profiles = e.profile(batch, threads, rounds);
+  }
+  py::list out;
+  for (const NodeProfile& n : profiles)
+    out.append(py::make_tuple(n.name, op_name(n.op), n.kernel, n.bits, n.macs, n.packed_bytes,
+                              n.derived_bytes, n.microseconds));
+  return out;
+}
+
+}  // namespace
+
+void bind_engine(py::module_& m) {
+  // OSError picks its subclass (FileNotFoundError, PermissionError ...) by the number.
+  py::register_exception_translator([](std::exception_ptr p) {
+    try {
+      if (p) std::rethrow_exception(p);
+    } catch (const FileError& e) {
+      const auto type = py::reinterpret_borrow<py::object>(PyExc_OSError);
+      const py::object error = type(e.code(), e.what());
+      PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.ptr())), error.ptr());
+    }
+  });
+
+  py::class_<Program>(m, "Program")
+      .def(py::init<>())
+      .def("add_value", &add_value, py::arg("name"), py::arg("kind"), py::arg("c"),
+           py::arg("h") = 1, py::arg("w") = 1, py::arg("scale") = 1.0f, py::arg("zero_point") = 0,
+           py::arg("qmax") = 255)
+      .def("add_constant_weights", &add_constant<ConstantKind::Weights, 1>)
+      .def("add_constant_f32", &add_constant<ConstantKind::F32, 4>)
+      .def("add_constant_i32", &add_constant<ConstantKind::I32, 4>)
+      .def("add_constant_u8", &add_constant<ConstantKind::U8, 1>)
+      .def("add_node", &add_node, py::arg("op"), py::arg("name"), py::arg("inputs"),
+           py::arg("output"), py::arg("ints") = std::vector<int64_t>(),
+           py::arg("floats") = std::vector<float>(), py::arg("constants") = std::vector<int32_t>())
+      .def("set_inputs", [](Program& p, std::vector<int32_t> v) { p.inputs = std::move(v); })
+      .def("set_outputs", [](Program& p, std::vector<int32_t> v) { p.outputs = std::move(v); })
+      .def("inputs", [](const Program& p) { return p.inputs; })
+      .def("outputs", [](const Program& p) { return p.outputs; })
+      .def("metadata", [](const Program& p) { return p.metadata; })
+      .def("set_metadata", [](Program& p, const std::string& key,
+                              std::string text) { p.metadata[key] = std::move(text); })
+      .def("values", &values)
+      .def("nodes", &nodes)
+      .def("constants", &constants)
+      .def("constant_bytes", &constant_bytes)
+      .def("validate", [](const Program& p) { engine::validate(p); })
+      .def("to_bytes", &to_bytes)
+      .def_static("from_bytes",
+                  [](uintptr_t address, size_t size) {
+                    const py::gil_scoped_release release;
+                    return read_program({reinterpret_cast<const uint8_t*>(address), size});
+                  })
+      .def("save", &save_program, py::call_guard<py::gil_scoped_release>())
+      .def_static("load", &load_program, py::call_guard<py::gil_scoped_release>())
+      .def("run_reference", &run_reference)
+      .def("reference_values", &reference_values);
+
+  py::class_<Engine>(m, "Engine")
+      .def(py::init([](const Program& program, int64_t chunk) {
+             EngineOptions options;
+             options.chunk = chunk;
+             const py::gil_scoped_release release;
+             return Engine(Program(program), options);
+           }),
+           py::arg("program"), py::arg("chunk") = 0)
+      .def("run", &run)
+      .def("profile", &profile)
+      .def("weight_bytes", &Engine::weight_bytes)
+      .def("workspace_bytes", &Engine::workspace_bytes)
+      // A copy: the engine's own never changes.
+      .def("program", [](const Engine& e) { return Program(e.program()); });
+}

@@ -1,0 +1,179 @@
+#include <algorithm>
+#include <numeric>
+
+#include "core/status.hpp"
+#include "cpu/conv.hpp"
+#include "formats/panels.hpp"
+
+namespace adalayer::cpu {
+namespace {
+
+using formats::kTileBytes;
+using formats::kTileDepth;
+using formats::kTileWidth;
+
+/// A stretch of neighbouring bytes of one kernel row, cut into steps: `columns` kernel columns from
+/// `kx` on, `pitch` bytes each, of which `channels` hold values.
+struct Stretch {
+  int64_t ky, kx, columns;
+};
+
+/// Kernel rows whole where their pixels are neighbours, else pixel by pixel: whatever needs fewer
+/// steps.
+std::vector<Stretch> stretches(const ConvShape& s, int64_t pitch) {
+  const auto steps = [&](int64_t columns) {
+    const int64_t bytes = (columns - 1) * pitch + s.group_in();
+    return (bytes + kTileDepth - 1) / kTileDepth;
+  };
+  const bool whole = s.dilation_w == 1 && steps(s.kernel_w) <= s.kernel_w * steps(1);
+  std::vector<Stretch> list;
+  for (int64_t ky = 0; ky < s.kernel_h; ++ky) {
+    if (whole)
+      list.push_back({ky, 0, s.kernel_w});
+    else
+      for (int64_t kx = 0; kx < s.kernel_w; ++kx)
+        list.push_back({ky, kx, 1});
+  }
+  return list;
+}
+
+void plan_steps(ConvPlan& plan, const std::vector<Stretch>& list, int64_t pitch) {
+  const ConvShape& s = plan.shape;
+  const int64_t channels = s.group_in(), area = s.kernel_h * s.kernel_w;
+  for (const Stretch& stretch : list) {
+    const int64_t bytes = (stretch.columns - 1) * pitch + channels;
+    for (int64_t first = 0; first < bytes; first += kTileDepth) {
+      int64_t last_live = -1;
+      for (int64_t b = 0; b < kTileDepth; ++b) {
+        const int64_t column = (first + b) / pitch, c = (first + b) % pitch;
+        const bool live = first + b < bytes && column < stretch.columns && c < channels;
+        plan.source.push_back(
+            live ? static_cast<int32_t>(c * area + stretch.ky * s.kernel_w + stretch.kx + column)
+                 : -1);
+        if (live) last_live = b;
+      }
+      plan.live_quads.push_back(static_cast<uint8_t>(last_live / 4 + 1));
+    }
+  }
+  plan.steps = static_cast<int64_t>(plan.live_quads.size());
+}
+
+/// Offsets of the steps for output rows whose first kernel row is padded row `p`.
+std::vector<int64_t> step_offsets(const ConvShape& s, const std::vector<Stretch>& list,
+                                  const ImageLayout& in, int64_t p) {
+  std::vector<int64_t> offsets;
+  for (const Stretch& stretch : list) {
+    const int64_t bytes = (stretch.columns - 1) * in.pitch + s.group_in();
+    const int64_t start = in.row_offset(p + stretch.ky * s.dilation_h) - in.row_offset(p) +
+                          stretch.kx * s.dilation_w * in.pitch;
+    for (int64_t first = 0; first < bytes; first += kTileDepth)
+      offsets.push_back(start + first);
+  }
+  return offsets;
+}
+
+struct Rows {
+  int64_t first, step, count;  // output rows of one run
+  int64_t per_row;             // positions from one of them to the next
+};
+
+int64_t tiles(int64_t positions) { return (positions + 15) / 16; }
+
+/// Output rows in runs whose positions can be flattened, or row by row where that wastes less.
+std::vector<Rows> row_runs(const ConvShape& s, const ImageLayout& in) {
+  const int64_t out_h = s.out_h(), out_w = s.out_w();
+  const int64_t step = in.phases / std::gcd(in.phases, s.stride_h);
+  // Rows of one run move this many rows of the layout.
+  const int64_t advance = s.stride_h * step / in.phases;
+  const int64_t per_row = advance * in.columns / s.stride_w;
+  const bool even = advance * in.columns % s.stride_w == 0 && per_row >= out_w;
+  std::vector<Rows> runs;
+  int64_t flat_tiles = 0;
+  for (int64_t first = 0; first < std::min(step, out_h); ++first) {
+    const int64_t count = (out_h - first + step - 1) / step;
+    runs.push_back({first, step, count, per_row});
+    flat_tiles += tiles((count - 1) * per_row + out_w);
+  }
+  if (even && flat_tiles <= out_h * tiles(out_w)) return runs;
+  runs.clear();
+  for (int64_t y = 0; y < out_h; ++y)
+    runs.push_back({y, 1, 1, out_w});
+  return runs;
+}
+
+/// One entry per position of a run: `at(y, x)` for those that are outputs, -1 between rows.
+template <class Fn>
+std::vector<int32_t> table_of(const Rows& rows, int64_t out_w, const Fn& at) {
+  const int64_t positions = (rows.count - 1) * rows.per_row + out_w;
+  std::vector<int32_t> table(static_cast<size_t>(positions), -1);
+  for (int64_t i = 0; i < rows.count; ++i)
+    for (int64_t x = 0; x < out_w; ++x)
+      table[i * rows.per_row + x] = static_cast<int32_t>(at(rows.first + i * rows.step, x));
+  return table;
+}
+
+}  // namespace
+
+ConvPlan plan_conv(const ConvShape& shape, const ImageLayout& in, const ImageLayout* out,
+                   const ImageLayout* residual, const OutputMap& map) {
+  if (in.image_bytes > INT32_MAX || (out != nullptr && out->image_bytes > INT32_MAX))
+    throw InvalidArgument("convolution: an image of 2^31 or more bytes is not supported");
+  ConvPlan plan;
+  plan.shape = shape;
+  plan.shape.batch = 1;
+  plan.position_stride = shape.stride_w * in.pitch;
+  plan.column_tiles = (shape.group_out() + kTileWidth - 1) / kTileWidth;
+  plan.in_image_bytes = in.image_bytes;
+  const int64_t out_h = shape.out_h(), out_w = shape.out_w();
+  if (out != nullptr) {
+    plan.out_image_bytes = out->image_bytes;
+    plan.out_pitch = out->pitch;
+  }
+  if (residual != nullptr) plan.residual_image_bytes = residual->image_bytes;
+  const std::vector<Stretch> list = stretches(shape, in.pitch);
+  plan_steps(plan, list, in.pitch);
+  if (out_h <= 0 || out_w <= 0) return plan;
+  for (const Rows& rows : row_runs(shape, in)) {
+    ConvRun run;
+    const int64_t p = rows.first * shape.stride_h - shape.pad_top + in.pad_top;
+    run.base = in.row_offset(p) + (in.pad_left - shape.pad_left) * in.pitch;
+    run.positions = (rows.count - 1) * rows.per_row + out_w;
+    run.step_offsets = step_offsets(shape, list, in, p);
+    const auto offset_in = [&](const ImageLayout& layout) {
+      return table_of(rows, out_w, [&](int64_t y, int64_t x) {
+        return layout.offset(map.first_y + y * map.step_y, map.first_x + x * map.step_x);
+      });
+    };
+    if (out != nullptr)
+      run.out_offset = offset_in(*out);
+    else
+      run.position = table_of(rows, out_w, [&](int64_t y, int64_t x) { return y * out_w + x; });
+    if (residual != nullptr) run.residual_offset = offset_in(*residual);
+    plan.runs.push_back(std::move(run));
+  }
+  return plan;
+}
+
+void pack_panels(const ConvPlan& plan, std::span<const int8_t> weights, int bits, uint8_t* out) {
+  const ConvShape& s = plan.shape;
+  const int64_t outs = s.group_out(), reduction = s.reduction();
+  int8_t tile[kTileBytes];
+  for (int64_t g = 0; g < s.groups; ++g) {
+    for (int64_t t = 0; t < plan.column_tiles; ++t) {
+      for (int64_t step = 0; step < plan.steps; ++step) {
+        for (int64_t depth = 0; depth < kTileDepth; ++depth) {
+          const int32_t from = plan.source[step * kTileDepth + depth];
+          for (int64_t n = 0; n < kTileWidth; ++n) {
+            const int64_t o = t * kTileWidth + n;
+            tile[depth / 4 * 64 + n * 4 + depth % 4] =
+                from < 0 || o >= outs ? int8_t{0} : weights[(g * outs + o) * reduction + from];
+          }
+        }
+        formats::pack_tile(tile, bits, out);
+        out += 128 * bits;
+      }
+    }
+  }
+}
+
+}  // namespace adalayer::cpu

@@ -1,0 +1,339 @@
+#include <algorithm>
+
+#include "core/aligned_buffer.hpp"
+#include "cpu/conv.hpp"
+#include "formats/panels.hpp"
+
+namespace adalayer::cpu {
+namespace {
+
+using formats::kTileBytes;
+using formats::kTileWidth;
+
+// Weights up to this size stay in the first-level cache beside a block of activations.
+constexpr int64_t kFirstLevel = 24 << 10;
+// A task's unpacked weights and its activations should stay in the second-level cache together;
+// what does not costs about kThirdLevelCost times as much to read again.
+constexpr int64_t kSecondLevel = 1 << 20;
+constexpr int64_t kThirdLevelCost = 5;
+// Bytes to fetch ahead with every step: three lines in the time of four tile products is about what
+// memory delivers.
+constexpr int64_t kFetchPerStep = 192;
+constexpr int kTallRows = 64;
+constexpr int64_t kSums = kTallRows * kBlockCols;
+
+/// Buffers of one thread; they grow to the largest layer and stay.
+struct Scratch {
+  AlignedBuffer unpacked, sums;
+};
+Scratch& scratch() {
+  thread_local Scratch s;
+  return s;
+}
+
+template <class T>
+T* grown(AlignedBuffer& buffer, int64_t count) {
+  const auto bytes = static_cast<size_t>(count) * sizeof(T);
+  if (buffer.size() < bytes) buffer.reset(bytes);
+  return buffer.as<T>();
+}
+
+/// One or two neighbouring column tiles of one group.
+struct Columns {
+  int64_t group, tile;
+  int tiles;
+};
+
+struct Loop {
+  const ConvCall& call;
+  const FloatConvCall* floats;  // null for u8 output
+  const KernelRow& kernels;
+  UnpackTiles unpack_tiles;
+  Requantize requantize;
+  int8_t* unpacked;
+  int32_t* sums;                 // two blocks
+  const uint8_t* segment_begin;  // of the part's own weights
+
+  const uint8_t* packed(const Columns& c) const {
+    return call.weights +
+           (c.group * call.plan.column_tiles + c.tile) * call.plan.packed_tile_bytes(call.bits);
+  }
+
+  WeightStream::Piece ahead(const Columns& c, bool fresh) const {
+    if (call.stream == nullptr) return {nullptr, 0};
+    const int64_t used = fresh ? c.tiles * call.plan.packed_tile_bytes(call.bits) : 0;
+    return call.stream->take(call.segment, packed(c) - segment_begin,
+                             std::max(used, call.plan.steps * kFetchPerStep));
+  }
+
+  /// sums[r][16 * tiles] of positions [first, first + rows) of `run` in image `n`, times `columns`.
+  /// `unpacked_at` is where the columns' unpacked tiles are, or go if `fresh`. Returns `tiles`.
+  int multiply(const Columns& c, int8_t* unpacked_at, bool fresh, int64_t n, const ConvRun& run,
+               int64_t first, int rows, int32_t* at) const {
+    const ConvPlan& plan = call.plan;
+    const uint8_t* activations = call.in + n * plan.in_image_bytes + run.base +
+                                 c.group * plan.shape.group_in() + first * plan.position_stride;
+    const int64_t tile_bytes = plan.packed_tile_bytes(call.bits);
+    const uint8_t* weights = packed(c);
+    const WeightStream::Piece fetch = ahead(c, fresh);
+    if (kernels.block != nullptr) {
+      BlockArgs b{};
+      b.activations = activations;
+      b.row_stride = plan.position_stride;
+      b.step_offsets = run.step_offsets.data();
+      b.steps = plan.steps;
+      b.bits = call.bits;
+      for (int t = 0; t < c.tiles; ++t) {
+        b.packed[t] = weights + t * tile_bytes;
+        b.unpacked[t] = unpacked_at + t * plan.steps * kTileBytes;
+      }
+      b.unpack = fresh && call.bits < 8;
+      b.rows = rows;
+      b.sums = at;
+      b.prefetch = fetch.begin;
+      b.prefetch_bytes = fetch.bytes;
+      kernels.block(b);
+      return c.tiles;
+    }
+    if (fresh && call.bits < 8) unpack_tiles(weights, call.bits, c.tiles * plan.steps, unpacked_at);
+    GemmArgs g{};
+    g.activations = activations;
+    g.row_stride = plan.position_stride;
+    g.step_offsets = run.step_offsets.data();
+    g.live_quads = plan.live_quads.data();
+    g.steps = plan.steps;
+    g.tile0 = call.bits < 8 ? unpacked_at : reinterpret_cast<const int8_t*>(weights);
+    g.tile1 = c.tiles == 2 ? g.tile0 + plan.steps * kTileBytes : nullptr;
+    g.weight_bits = call.bits;
+    g.rows = rows;
+    g.sums = at;
+    kernels.gemm(g);
+    return 2;  // gemm's rows are 32 sums apart
+  }
+
+  /// The block whose sums are ready but not yet stored. Its epilogue is issued behind the next
+  /// block's products, so that the vector units work while the tile unit does.
+  struct Pending {
+    Columns columns;
+    const ConvRun* run = nullptr;
+    int64_t n, first;
+    int rows, tiles;
+    const int32_t* sums;
+  };
+
+  void block(const Columns& c, int8_t* unpacked_at, bool fresh, int64_t n, const ConvRun& run,
+             int64_t first, int rows, Pending& pending) const {
+    int32_t* at = pending.sums == sums ? sums + kSums : sums;
+    const int tiles = multiply(c, unpacked_at, fresh, n, run, first, rows, at);
+    if (pending.run != nullptr) finish(pending);
+    pending = {c, &run, n, first, rows, tiles, at};
+  }
+
+  void finish(const Pending& p) const {
+    const Columns& c = p.columns;
+    const ConvRun& run = *p.run;
+    const int64_t n = p.n, first = p.first;
+    const int rows = p.rows, tiles = p.tiles;
+    const int32_t* const sums = p.sums;
+    const ConvPlan& plan = call.plan;
+    const int64_t outs = plan.shape.group_out();
+    const int64_t column = c.tile * kTileWidth;
+    const int64_t channel = c.group * outs + column;
+    const int cols = static_cast<int>(std::min<int64_t>(c.tiles * kTileWidth, outs - column));
+    if (floats != nullptr) {
+      const int64_t area = plan.shape.out_h() * plan.shape.out_w();
+      StoreArgs s{};
+      s.sums = sums;
+      s.sums_stride = tiles * kTileWidth;
+      s.position = run.position.data() + first;
+      s.rows = rows;
+      s.cols = cols;
+      s.correction = floats->correction + channel;
+      s.channel = channel;
+      s.out = &floats->out;
+      s.first = (n * plan.shape.out_channels + channel) * area;
+      s.position_stride = 1;
+      s.channel_stride = area;
+      kernels.store(s);
+      return;
+    }
+    RequantizeArgs q{};
+    q.sums = sums;
+    q.tiles = tiles;
+    q.rows = rows;
+    q.cols = cols;
+    q.whole = plan.shape.groups == 1 && c.tiles == tiles &&
+              column + c.tiles * kTileWidth <= plan.out_pitch;
+    q.out_offset = run.out_offset.data() + first;
+    q.out = call.out + n * plan.out_image_bytes + channel;
+    if (call.residual != nullptr) {
+      q.residual_offset = run.residual_offset.data() + first;
+      q.residual = call.residual + n * plan.residual_image_bytes + channel;
+    }
+    q.epilogue = call.epilogue;
+    q.channel = channel;
+    requantize(q);
+  }
+};
+
+Columns columns_of(const ConvPlan& plan, int64_t pair) {
+  const int64_t per_group = (plan.column_tiles + 1) / 2;
+  Columns c{pair / per_group, pair % per_group * 2, 0};
+  c.tiles = static_cast<int>(std::min<int64_t>(2, plan.column_tiles - c.tile));
+  return c;
+}
+
+/// A share of the positions: blocks [first, last) of `rows` over all runs of one image.
+struct BlockRange {
+  int64_t first, last;
+  int rows;
+};
+
+template <class Fn>
+void for_blocks(const ConvPlan& plan, const BlockRange& range, const Fn& fn) {
+  int64_t before = 0;
+  for (const ConvRun& run : plan.runs) {
+    const int64_t blocks = (run.positions + range.rows - 1) / range.rows;
+    const int64_t end = std::min(blocks, range.last - before);
+    for (int64_t b = std::max<int64_t>(0, range.first - before); b < end; ++b) {
+      const int64_t first = b * range.rows;
+      fn(run, first, static_cast<int>(std::min<int64_t>(range.rows, run.positions - first)));
+    }
+    before += blocks;
+  }
+}
+
+int64_t block_count(const ConvPlan& plan, int rows) {
+  int64_t count = 0;
+  for (const ConvRun& run : plan.runs)
+    count += (run.positions + rows - 1) / rows;
+  return count;
+}
+
+int64_t unpacked_bytes(const ConvPlan& plan, int64_t pairs) {
+  return pairs * 2 * plan.steps * kTileBytes;
+}
+
+/// Whether a block of positions should meet all of the task's columns before the next one does (the
+/// weights are read again for every block), or each pair of columns all positions (the activations
+/// are): whatever reads less from beyond the first-level cache.
+bool rows_outside(const ConvPlan& plan, int64_t images, const BlockRange& range, int64_t pairs) {
+  const auto cost = [](int64_t bytes, int64_t near) {
+    return bytes <= near ? int64_t{0} : bytes <= kSecondLevel ? bytes : bytes * kThirdLevelCost;
+  };
+  const int64_t weights = unpacked_bytes(plan, pairs);
+  if (weights > kSecondLevel) return false;
+  const int64_t blocks = range.last - range.first;
+  const int64_t activations =
+      plan.in_image_bytes * images * blocks / std::max<int64_t>(1, block_count(plan, range.rows));
+  return images * blocks * cost(weights, kFirstLevel) + activations <=
+         pairs * (cost(activations, kFirstLevel) +
+                  images * blocks * cost(unpacked_bytes(plan, 1), kFirstLevel));
+}
+
+void run(const ConvCall& call, const FloatConvCall* floats, const KernelRow& kernels, Part part) {
+  const ConvPlan& plan = call.plan;
+  const int64_t pairs = plan.pairs();
+  const int64_t pair_first = call.by_columns ? part.first(pairs) : 0;
+  const int64_t pair_last = call.by_columns ? part.last(pairs) : pairs;
+  if (pair_first == pair_last) return;
+
+  // Four row tiles by one column: every weight tile is unpacked and used once.
+  const bool tall = kernels.block != nullptr && call.bits < 8 && plan.runs.size() == 1 &&
+                    plan.runs[0].positions > kBlockRows && plan.runs[0].positions <= kTallRows;
+  const int rows = tall ? kTallRows : kBlockRows;
+  const int64_t blocks = block_count(plan, rows);
+  BlockRange range{0, blocks, rows};
+  if (!call.by_columns) {
+    range.first = part.first(blocks);
+    range.last = part.last(blocks);
+    if (range.first == range.last) return;
+  }
+
+  Scratch& local = scratch();
+  const bool together = !tall && rows_outside(plan, call.images, range, pair_last - pair_first);
+  const int64_t held = together ? pair_last - pair_first : 1;
+  const Loop loop{
+      call,
+      floats,
+      kernels,
+      unpacker(kernels),
+      requantizer(kernels),
+      call.bits < 8 ? grown<int8_t>(local.unpacked, unpacked_bytes(plan, held)) : nullptr,
+      grown<int32_t>(local.sums, 2 * kSums),
+      call.weights + (call.by_columns ? weight_range(plan, call.bits, part).first : 0)};
+
+  Loop::Pending pending;
+  pending.sums = nullptr;
+  if (together) {
+    bool fresh = true;
+    for (int64_t n = 0; n < call.images; ++n) {
+      for_blocks(plan, range, [&](const ConvRun& run, int64_t first, int count) {
+        for (int64_t p = pair_first; p < pair_last; ++p)
+          loop.block(columns_of(plan, p), loop.unpacked + unpacked_bytes(plan, p - pair_first),
+                     fresh, n, run, first, count, pending);
+        fresh = false;
+      });
+    }
+    if (pending.run != nullptr) loop.finish(pending);
+    return;
+  }
+  for (int64_t p = pair_first; p < pair_last; ++p) {
+    const Columns pair = columns_of(plan, p);
+    const int per_visit = tall ? 1 : pair.tiles;
+    for (int t = 0; t < pair.tiles; t += per_visit) {
+      const Columns columns{pair.group, pair.tile + t, per_visit};
+      bool fresh = true;
+      for (int64_t n = 0; n < call.images; ++n) {
+        for_blocks(plan, range, [&](const ConvRun& run, int64_t first, int count) {
+          loop.block(columns, loop.unpacked, fresh, n, run, first, count, pending);
+          fresh = false;
+        });
+      }
+    }
+  }
+  if (pending.run != nullptr) loop.finish(pending);
+}
+
+}  // namespace
+
+WeightStream::Piece WeightStream::take(int64_t segment, int64_t at, int64_t want) {
+  const int64_t used = segments_[segment].before + at;
+  const int64_t total = segments_.back().before + segments_.back().bytes;
+  asked_ = std::max(asked_, used);
+  while (current_ + 1 < segments_.size() && asked_ >= segments_[current_ + 1].before)
+    ++current_;
+  const Segment& s = segments_[current_];
+  const int64_t room = std::min({used + window_, total, s.before + s.bytes}) - asked_;
+  const int64_t bytes = std::min(room, want) & ~int64_t{63};
+  if (bytes <= 0) return {nullptr, 0};
+  const Piece piece{s.begin + (asked_ - s.before), bytes};
+  asked_ += bytes;
+  return piece;
+}
+
+std::pair<int64_t, int64_t> weight_range(const ConvPlan& plan, int bits, Part part) {
+  const auto tile = [&](int64_t pair) {
+    if (pair == plan.pairs()) return plan.shape.groups * plan.column_tiles;
+    const Columns c = columns_of(plan, pair);
+    return c.group * plan.column_tiles + c.tile;
+  };
+  const int64_t bytes = plan.packed_tile_bytes(bits);
+  return {tile(part.first(plan.pairs())) * bytes, tile(part.last(plan.pairs())) * bytes};
+}
+
+bool prefers_columns(const ConvPlan& plan, int bits, int threads) {
+  if (plan.pairs() < threads) return false;
+  const int64_t blocks = block_count(plan, kBlockRows);
+  return blocks < threads || plan.packed_bytes(bits) > plan.in_image_bytes;
+}
+
+void run_conv(const ConvCall& call, const KernelRow& kernels, Part part) {
+  run(call, nullptr, kernels, part);
+}
+
+void run_conv(const FloatConvCall& call, const KernelRow& kernels, Part part) {
+  run(call.conv, &call, kernels, part);
+}
+
+}  // namespace adalayer::cpu

@@ -1,0 +1,164 @@
+// The inner loops of image_ops.hpp: one table per instruction set over plain runs of bytes. The
+// operations themselves (image_ops.cpp, image_pool.cpp, image_move.cpp, image_float.cpp) cut images
+// into such runs and know nothing of instruction sets.
+//
+// Every kernel reads at most 64 bytes beyond the pixels it is given (the slack of an image allows
+// that) and writes exactly the bytes that it is asked for. Formulas: reference/image_spec.hpp.
+// A kernel leaves U8Finish::table alone; the caller looks it up afterwards.
+#pragma once
+
+#include <cstdint>
+
+#include "reference/image_spec.hpp"
+
+namespace adalayer::cpu {
+
+/// `count` runs of `bytes` bytes each, read and written at fixed distances. With an index, run i
+/// is read at in + index[i] * in_step.
+struct Pixels {
+  const uint8_t* in;
+  int64_t in_step;
+  uint8_t* out;
+  int64_t out_step;
+  int64_t bytes;
+  int64_t count;
+  const int32_t* index = nullptr;  // copy only
+};
+
+/// A permutation of a pixel's bytes, prepared for 64-byte table look-ups: output block b collects
+/// the lanes `lanes` of each source block at position low[64 * b + lane] of it.
+struct GatherSource {
+  int64_t offset;     // bytes from the pixel's start
+  uint64_t readable;  // bytes of the block that belong to the pixel
+  uint64_t lanes;
+};
+struct GatherPlan {
+  const int32_t* index;         // [channels of the output]
+  bool interleaved;             // out[2i] = in[i], out[2i + 1] = in[channels / 2 + i]
+  const uint8_t* low;           // index % 64, padded to whole blocks
+  const GatherSource* sources;  // of all blocks, one after another
+  const int32_t* ends;          // end of each block's sources
+};
+
+/// y = fma(q, slope[i % period], offset[i % period]) * scale, where scaled.
+struct LineArgs {
+  const float* slope;   // [period], readable to the next multiple of 64
+  const float* offset;  // likewise
+  int64_t period;
+  bool scaled;
+  float scale;
+  bool bounded;
+  U8Finish finish;
+};
+
+/// `count` outputs whose windows lie `step` bytes apart and have the same shape: rows at byte
+/// offsets rows[0 .. height), columns `column` bytes apart.
+struct Window {
+  const int64_t* rows;
+  int64_t height, width;
+  int64_t column;
+  int64_t step;
+  int64_t out_step;
+  int64_t count;
+  int64_t bytes;  // of each pixel
+};
+
+/// y = (float)(sum - centre) * factor
+struct Average {
+  int32_t centre;
+  float factor;
+  U8Finish finish;
+};
+
+/// One output row of a bilinear resize.
+struct BilinearRow {
+  const uint8_t* top;  // input rows low_h[y] and high_h[y]
+  const uint8_t* bottom;
+  int64_t in_step;
+  const ResizeSpec* spec;
+  float part_h;
+  bool bounded;
+  uint8_t* out;
+  int64_t out_step;
+  int64_t count;
+  int64_t bytes;
+};
+
+/// Float pixels to levels: `channels` planes `plane` elements apart, or side by side.
+struct QuantizeRow {
+  const float* x;
+  int64_t channels;
+  int64_t plane;
+  int64_t count;
+  uint8_t* out;
+  int64_t pitch;
+};
+
+/// `count` pixels to planes of floats, `plane` elements apart.
+struct DequantizeRow {
+  const uint8_t* in;
+  int64_t pitch;
+  int64_t channels;
+  int64_t count;
+  float scale;
+  int32_t zero_point;
+  float* out;
+  int64_t plane;
+};
+
+/// `bounded` promises |y| < 2^30 before the clamp for all possible inputs: the kernel may then
+/// convert first and clamp integers. lo and hi are whole numbers and rounding is monotone, so that
+/// the level is the same.
+struct ImageKernels {
+  void (*copy)(const Pixels& p);
+  void (*lookup)(const uint8_t* table, const Pixels& p);
+  void (*gather)(const GatherPlan& plan, const Pixels& p);
+
+  /// n bytes; b repeats after `period` bytes. Outputs may be inputs.
+  void (*add)(const AddSpec& spec, bool bounded, const uint8_t* a, const uint8_t* b, int64_t period,
+              uint8_t* out, int64_t n);
+  void (*mul)(const MulSpec& spec, bool bounded, const uint8_t* a, const uint8_t* b, uint8_t* out,
+              int64_t n);
+  void (*line)(const LineArgs& args, const uint8_t* in, uint8_t* out, int64_t n);
+
+  void (*max_window)(const Window& w, const uint8_t* in, uint8_t* out);
+  void (*average_window)(const Window& w, const Average& average, const uint8_t* in, uint8_t* out);
+  void (*bilinear)(const BilinearRow& row);
+
+  /// Sums of n levels and of their squares.
+  void (*moments)(const uint8_t* q, int64_t n, int64_t* sum, int64_t* squares);
+  /// y = fma((float)(q - mean) * factor, gamma[c], beta[c])
+  void (*normalize)(const LayerNormSpec& spec, double mean, float factor, const uint8_t* q,
+                    uint8_t* out, int64_t n);
+
+  void (*quantize_planar)(const QuantizeRow& row, const ActivationGrid& grid);
+  void (*quantize_pixels)(const QuantizeRow& row, const ActivationGrid& grid);
+  void (*dequantize_planar)(const DequantizeRow& row);
+  void (*dequantize_row)(const uint8_t* q, int64_t n, float scale, int32_t zero_point, float* out);
+
+  /// out[x] = fma(part[x], row[high[x]] - row[low[x]], row[low[x]])
+  void (*blend_columns)(const float* row, const int32_t* low, const int32_t* high,
+                        const float* part, int64_t n, float* out);
+  /// out[x] = fma(part, bottom[x] - top[x], top[x])
+  void (*blend_rows)(const float* top, const float* bottom, float part, int64_t n, float* out);
+  /// Softmax over `channels` values `stride` apart, at `count` neighbouring positions.
+  void (*softmax)(const float* in, int64_t channels, int64_t stride, int64_t count, float* out);
+};
+
+/// The kernels of the active instruction set, the scalar ones included.
+const ImageKernels& image_kernels();
+
+extern const ImageKernels kScalarImage;
+#ifdef ADALAYER_HAVE_AVX2_IMAGE
+extern const ImageKernels kAvx2Image;
+#endif
+#ifdef ADALAYER_HAVE_AVX512_IMAGE
+extern const ImageKernels kAvx512Image;  // also serves the AMX row
+#endif
+#ifdef ADALAYER_HAVE_AVX512VBMI
+// A sub-feature of its own: Cascade Lake has AVX-512-VNNI without VBMI.
+void lookup_vbmi(const uint8_t* table, const Pixels& p);
+void gather_vbmi(const GatherPlan& plan, const Pixels& p);
+#endif
+
+}  // namespace adalayer::cpu

@@ -1,0 +1,187 @@
+// Operations that handle each level by itself, and layer norm.
+#include "cpu/image_ops.hpp"
+
+#include <cmath>
+
+#include "cpu/image_rows.hpp"
+
+namespace adalayer::cpu {
+namespace {
+
+/// How per-channel values repeat along a run. Several pixels make up a period where one is not a
+/// whole number of vectors.
+struct Period {
+  bool rows;       // runs are rows, else single pixels
+  int64_t pixels;  // per period
+  int64_t pitch;
+  int64_t length;  // pixels * pitch
+};
+
+Period make_period(ConstImageView in, ImageView out) {
+  constexpr int64_t kVector = 64, kLongest = 2048;
+  Period p{in.layout->pitch == out.layout->pitch, 1, out.layout->pitch, out.layout->pitch};
+  if (p.rows) {
+    int64_t pixels = 1;
+    while (pixels * p.pitch % kVector != 0 && (pixels + 1) * p.pitch <= kLongest &&
+           pixels < out.layout->w)
+      ++pixels;
+    if (pixels * p.pitch % kVector == 0 || pixels == out.layout->w) p.pixels = pixels;
+  }
+  p.length = p.pixels * p.pitch;
+  return p;
+}
+
+struct ForSlope {};
+struct ForOffset {};
+struct ForBytes {};
+
+/// value(c) for every channel, repeated over the period, with zeros between and behind.
+template <class T, class Tag, class Value>
+const T* spread(const Period& p, int64_t channels, const Value& value) {
+  const int64_t length = (p.length + 63) / 64 * 64;
+  T* values = thread_scratch<T, Tag>(length);
+  for (int64_t i = 0; i < length; ++i)
+    values[i] = T{};
+  for (int64_t x = 0; x < p.pixels; ++x)
+    for (int64_t c = 0; c < channels; ++c)
+      values[x * p.pitch + c] = value(c);
+  return values;
+}
+
+bool is_broadcast(ConstImageView a, ConstImageView b) {
+  return b.layout->h == 1 && b.layout->w == 1 && (a.layout->h != 1 || a.layout->w != 1);
+}
+
+void lines(const LineArgs& args, ConstImageView in, ImageView out, Part part) {
+  const ImageKernels& kernels = image_kernels();
+  const int64_t h = out.layout->h;
+  for (int64_t y = part.first(h); y < part.last(h); ++y) {
+    each_run(in, out, y,
+             [&](const uint8_t* from, uint8_t* to, int64_t n) { kernels.line(args, from, to, n); });
+    apply_table(kernels, args.finish, out, y);
+  }
+}
+
+/// fn(a, b, out, n) over runs of an operation on two images of one shape.
+template <class Fn>
+void each_pair(ConstImageView a, ConstImageView b, ImageView out, int64_t y, const Fn& fn) {
+  const ImageLayout &la = *a.layout, &lb = *b.layout, &lo = *out.layout;
+  const uint8_t *pa = a.row(y), *pb = b.row(y);
+  uint8_t* po = out.row(y);
+  if (la.pitch == lo.pitch && lb.pitch == lo.pitch) {
+    fn(pa, pb, po, lo.w * lo.pitch);
+    return;
+  }
+  for (int64_t x = 0; x < lo.w; ++x)
+    fn(pa + x * la.pitch, pb + x * lb.pitch, po + x * lo.pitch, lo.channels);
+}
+
+}  // namespace
+
+void lookup(const uint8_t* table, ConstImageView in, ImageView out, Part part) {
+  const ImageKernels& kernels = image_kernels();
+  const int64_t h = out.layout->h;
+  for (int64_t y = part.first(h); y < part.last(h); ++y)
+    kernels.lookup(table, row_pixels(in, out, y));
+}
+
+void add(const AddSpec& spec, ConstImageView a, ConstImageView b, ImageView out, Part part) {
+  const ImageKernels& kernels = image_kernels();
+  const bool bounded = is_bounded(255.0 * (std::fabs(static_cast<double>(spec.scale_a)) +
+                                           std::fabs(static_cast<double>(spec.scale_b))) +
+                                  std::fabs(static_cast<double>(spec.offset)));
+  const int64_t h = out.layout->h;
+  if (is_broadcast(a, b)) {
+    const Period p = make_period(a, out);
+    const uint8_t* levels = b.pixel(0, 0);
+    const uint8_t* repeated =
+        spread<uint8_t, ForBytes>(p, out.layout->channels, [&](int64_t c) { return levels[c]; });
+    for (int64_t y = part.first(h); y < part.last(h); ++y) {
+      each_run(a, out, y, [&](const uint8_t* from, uint8_t* to, int64_t n) {
+        kernels.add(spec, bounded, from, repeated, p.length, to, n);
+      });
+      apply_table(kernels, spec.finish, out, y);
+    }
+    return;
+  }
+  for (int64_t y = part.first(h); y < part.last(h); ++y) {
+    each_pair(a, b, out, y, [&](const uint8_t* pa, const uint8_t* pb, uint8_t* po, int64_t n) {
+      kernels.add(spec, bounded, pa, pb, n, po, n);
+    });
+    apply_table(kernels, spec.finish, out, y);
+  }
+}
+
+void mul(const MulSpec& spec, ConstImageView a, ConstImageView b, ImageView out, Part part) {
+  const ImageKernels& kernels = image_kernels();
+  const bool bounded = is_bounded(65025.0 * std::fabs(static_cast<double>(spec.scale)));
+  if (is_broadcast(a, b)) {
+    // (a - zero_a) * m = fma(a, m, -zero_a * m) without rounding: all integers below 2^24.
+    const Period p = make_period(a, out);
+    const uint8_t* levels = b.pixel(0, 0);
+    const auto factor = [&](int64_t c) { return levels[c] - spec.zero_b; };
+    const float* slope = spread<float, ForSlope>(
+        p, out.layout->channels, [&](int64_t c) { return static_cast<float>(factor(c)); });
+    const float* offset = spread<float, ForOffset>(p, out.layout->channels, [&](int64_t c) {
+      return static_cast<float>(-spec.zero_a * factor(c));
+    });
+    lines({slope, offset, p.length, true, spec.scale, bounded, spec.finish}, a, out, part);
+    return;
+  }
+  const int64_t h = out.layout->h;
+  for (int64_t y = part.first(h); y < part.last(h); ++y) {
+    each_pair(a, b, out, y, [&](const uint8_t* pa, const uint8_t* pb, uint8_t* po, int64_t n) {
+      kernels.mul(spec, bounded, pa, pb, po, n);
+    });
+    apply_table(kernels, spec.finish, out, y);
+  }
+}
+
+void affine(const AffineSpec& spec, ConstImageView in, ImageView out, Part part) {
+  const int64_t channels = out.layout->channels;
+  bool bounded = true;
+  for (int64_t c = 0; c < channels; ++c)
+    bounded &= is_bounded(255.0 * std::fabs(static_cast<double>(spec.scale[c])) +
+                          std::fabs(static_cast<double>(spec.bias[c])));
+  const Period p = make_period(in, out);
+  const float* slope =
+      spread<float, ForSlope>(p, channels, [&](int64_t c) { return spec.scale[c]; });
+  const float* offset =
+      spread<float, ForOffset>(p, channels, [&](int64_t c) { return spec.bias[c]; });
+  lines({slope, offset, p.length, false, 1.0f, bounded, spec.finish}, in, out, part);
+}
+
+void copy_channels(ConstImageView in, const uint8_t* table, ImageView out, int64_t channel,
+                   Part part) {
+  const ImageKernels& kernels = image_kernels();
+  const ImageLayout &a = *in.layout, &b = *out.layout;
+  for (int64_t y = part.first(b.h); y < part.last(b.h); ++y) {
+    const Pixels pixels{in.row(y), a.pitch, out.row(y) + channel, b.pitch, a.channels, b.w};
+    if (table == nullptr)
+      kernels.copy(pixels);
+    else
+      kernels.lookup(table, pixels);
+  }
+}
+
+void layer_norm(const LayerNormSpec& spec, ConstImageView in, ImageView out, Part part) {
+  const ImageKernels& kernels = image_kernels();
+  const ImageLayout &a = *in.layout, &b = *out.layout;
+  const int64_t n = b.channels;
+  const auto count = static_cast<double>(n), square = static_cast<double>(n * n);
+  for (int64_t y = part.first(b.h); y < part.last(b.h); ++y) {
+    for (int64_t x = 0; x < b.w; ++x) {
+      const uint8_t* q = in.row(y) + x * a.pitch;
+      int64_t s1, s2;
+      kernels.moments(q, n, &s1, &s2);
+      const double mean = static_cast<double>(s1) / count;
+      const double var = static_cast<double>(n * s2 - s1 * s1) / square;
+      const double rstd = 1.0 / std::sqrt(var * (spec.step * spec.step) + spec.eps);
+      kernels.normalize(spec, mean, static_cast<float>(rstd * spec.step), q,
+                        out.row(y) + x * b.pitch, n);
+    }
+    apply_table(kernels, spec.finish, out, y);
+  }
+}
+
+}  // namespace adalayer::cpu

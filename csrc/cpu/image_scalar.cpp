@@ -1,0 +1,209 @@
+// The inner loops in plain C++, straight from the formulas: what other machines run.
+#include <cstring>
+
+#include "cpu/image_kernels.hpp"
+
+namespace adalayer::cpu {
+namespace {
+
+/// The finish without its table.
+uint8_t level(float y, const U8Finish& f) {
+  return static_cast<uint8_t>(round_even(min_x86(max_x86(y, f.lo), f.hi)) + f.zero_point);
+}
+
+void copy(const Pixels& p) {
+  for (int64_t i = 0; i < p.count; ++i) {
+    const int64_t from = p.index == nullptr ? i : p.index[i];
+    std::memcpy(p.out + i * p.out_step, p.in + from * p.in_step, static_cast<size_t>(p.bytes));
+  }
+}
+
+void lookup(const uint8_t* table, const Pixels& p) {
+  for (int64_t i = 0; i < p.count; ++i) {
+    const uint8_t* in = p.in + i * p.in_step;
+    uint8_t* out = p.out + i * p.out_step;
+    for (int64_t c = 0; c < p.bytes; ++c)
+      out[c] = table[in[c]];
+  }
+}
+
+void gather(const GatherPlan& plan, const Pixels& p) {
+  for (int64_t i = 0; i < p.count; ++i) {
+    const uint8_t* in = p.in + i * p.in_step;
+    uint8_t* out = p.out + i * p.out_step;
+    for (int64_t c = 0; c < p.bytes; ++c)
+      out[c] = in[plan.index[c]];
+  }
+}
+
+void add(const AddSpec& spec, bool, const uint8_t* a, const uint8_t* b, int64_t period,
+         uint8_t* out, int64_t n) {
+  for (int64_t base = 0; base < n; base += period) {
+    for (int64_t i = base; i < n && i < base + period; ++i) {
+      const float y = std::fmaf(static_cast<float>(a[i]), spec.scale_a, spec.offset);
+      out[i] = level(std::fmaf(static_cast<float>(b[i - base]), spec.scale_b, y), spec.finish);
+    }
+  }
+}
+
+void mul(const MulSpec& spec, bool, const uint8_t* a, const uint8_t* b, uint8_t* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t product = (a[i] - spec.zero_a) * (b[i] - spec.zero_b);
+    out[i] = level(static_cast<float>(product) * spec.scale, spec.finish);
+  }
+}
+
+void line(const LineArgs& args, const uint8_t* in, uint8_t* out, int64_t n) {
+  for (int64_t base = 0; base < n; base += args.period) {
+    for (int64_t i = base; i < n && i < base + args.period; ++i) {
+      const int64_t c = i - base;
+      const float y = std::fmaf(static_cast<float>(in[i]), args.slope[c], args.offset[c]);
+      out[i] = level(args.scaled ? y * args.scale : y, args.finish);
+    }
+  }
+}
+
+void max_window(const Window& w, const uint8_t* in, uint8_t* out) {
+  for (int64_t i = 0; i < w.count; ++i, in += w.step, out += w.out_step) {
+    std::memset(out, 0, static_cast<size_t>(w.bytes));
+    for (int64_t r = 0; r < w.height; ++r) {
+      for (int64_t k = 0; k < w.width; ++k) {
+        const uint8_t* q = in + w.rows[r] + k * w.column;
+        for (int64_t c = 0; c < w.bytes; ++c)
+          out[c] = out[c] > q[c] ? out[c] : q[c];
+      }
+    }
+  }
+}
+
+void average_window(const Window& w, const Average& average, const uint8_t* in, uint8_t* out) {
+  constexpr int64_t kBlock = 256;
+  int64_t sums[kBlock];
+  for (int64_t i = 0; i < w.count; ++i, in += w.step, out += w.out_step) {
+    for (int64_t c0 = 0; c0 < w.bytes; c0 += kBlock) {
+      const int64_t n = w.bytes - c0 < kBlock ? w.bytes - c0 : kBlock;
+      for (int64_t c = 0; c < n; ++c)
+        sums[c] = 0;
+      for (int64_t r = 0; r < w.height; ++r) {
+        for (int64_t k = 0; k < w.width; ++k) {
+          const uint8_t* q = in + w.rows[r] + k * w.column + c0;
+          for (int64_t c = 0; c < n; ++c)
+            sums[c] += q[c];
+        }
+      }
+      for (int64_t c = 0; c < n; ++c) {
+        const auto centred = static_cast<int32_t>(sums[c] - average.centre);
+        out[c0 + c] = level(static_cast<float>(centred) * average.factor, average.finish);
+      }
+    }
+  }
+}
+
+void bilinear(const BilinearRow& row) {
+  const ResizeSpec& s = *row.spec;
+  for (int64_t x = 0; x < row.count; ++x) {
+    const int64_t low = s.low_w[x] * row.in_step, high = s.high_w[x] * row.in_step;
+    for (int64_t c = 0; c < row.bytes; ++c) {
+      const float y =
+          blend(static_cast<float>(row.top[low + c]), static_cast<float>(row.top[high + c]),
+                static_cast<float>(row.bottom[low + c]), static_cast<float>(row.bottom[high + c]),
+                s.part_w[x], row.part_h);
+      row.out[x * row.out_step + c] = level(std::fmaf(y, s.scale, s.offset), s.finish);
+    }
+  }
+}
+
+void moments(const uint8_t* q, int64_t n, int64_t* sum, int64_t* squares) {
+  int64_t s1 = 0, s2 = 0;
+  for (int64_t c = 0; c < n; ++c) {
+    s1 += q[c];
+    s2 += q[c] * q[c];
+  }
+  *sum = s1;
+  *squares = s2;
+}
+
+void normalize(const LayerNormSpec& spec, double mean, float factor, const uint8_t* q, uint8_t* out,
+               int64_t n) {
+  for (int64_t c = 0; c < n; ++c) {
+    const float centred = static_cast<float>(static_cast<double>(q[c]) - mean) * factor;
+    out[c] = level(std::fmaf(centred, spec.gamma[c], spec.beta[c]), spec.finish);
+  }
+}
+
+void quantize_planar(const QuantizeRow& row, const ActivationGrid& grid) {
+  for (int64_t c = 0; c < row.channels; ++c)
+    for (int64_t x = 0; x < row.count; ++x)
+      row.out[x * row.pitch + c] = quantize_value(row.x[c * row.plane + x], grid);
+}
+
+void quantize_pixels(const QuantizeRow& row, const ActivationGrid& grid) {
+  for (int64_t x = 0; x < row.count; ++x)
+    for (int64_t c = 0; c < row.channels; ++c)
+      row.out[x * row.pitch + c] = quantize_value(row.x[x * row.channels + c], grid);
+}
+
+void dequantize_planar(const DequantizeRow& row) {
+  for (int64_t c = 0; c < row.channels; ++c)
+    for (int64_t x = 0; x < row.count; ++x)
+      row.out[c * row.plane + x] =
+          dequantize_value(row.in[x * row.pitch + c], row.scale, row.zero_point);
+}
+
+void dequantize_row(const uint8_t* q, int64_t n, float scale, int32_t zero_point, float* out) {
+  for (int64_t i = 0; i < n; ++i)
+    out[i] = dequantize_value(q[i], scale, zero_point);
+}
+
+void blend_columns(const float* row, const int32_t* low, const int32_t* high, const float* part,
+                   int64_t n, float* out) {
+  for (int64_t x = 0; x < n; ++x)
+    out[x] = std::fmaf(part[x], row[high[x]] - row[low[x]], row[low[x]]);
+}
+
+void blend_rows(const float* top, const float* bottom, float part, int64_t n, float* out) {
+  for (int64_t x = 0; x < n; ++x)
+    out[x] = std::fmaf(part, bottom[x] - top[x], top[x]);
+}
+
+void softmax(const float* in, int64_t channels, int64_t stride, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; ++i) {
+    float top = in[i];
+    for (int64_t c = 1; c < channels; ++c)
+      top = max_x86(in[c * stride + i], top);
+    double sum = 0.0;
+    for (int64_t c = 0; c < channels; ++c) {
+      const float e = softmax_exp(in[c * stride + i] - top);
+      out[c * stride + i] = e;
+      sum += static_cast<double>(e);
+    }
+    const auto factor = static_cast<float>(1.0 / sum);
+    for (int64_t c = 0; c < channels; ++c)
+      out[c * stride + i] *= factor;
+  }
+}
+
+}  // namespace
+
+const ImageKernels kScalarImage{
+    .copy = copy,
+    .lookup = lookup,
+    .gather = gather,
+    .add = add,
+    .mul = mul,
+    .line = line,
+    .max_window = max_window,
+    .average_window = average_window,
+    .bilinear = bilinear,
+    .moments = moments,
+    .normalize = normalize,
+    .quantize_planar = quantize_planar,
+    .quantize_pixels = quantize_pixels,
+    .dequantize_planar = dequantize_planar,
+    .dequantize_row = dequantize_row,
+    .blend_columns = blend_columns,
+    .blend_rows = blend_rows,
+    .softmax = softmax,
+};
+
+}  // namespace adalayer::cpu

@@ -1,0 +1,70 @@
+// A program made ready for this machine: derived weights, memory plan, executor.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "engine/program.hpp"
+#include "reference/spec.hpp"
+
+namespace adalayer::engine {
+
+struct EngineOptions {
+  // Images that one thread takes through the whole program at a time; 0 lets the planner choose.
+  int64_t chunk = 0;
+};
+
+/// One input batch, float32, [batch][c][h][w] or [batch][h][w][c].
+struct InputTensor {
+  const float* data = nullptr;
+  Layout layout = Layout::NCHW;
+};
+
+/// What one node costs, for coverage().
+struct NodeProfile {
+  std::string name;  // the node's
+  OpKind op = OpKind::Conv;
+  std::string kernel;         // what runs: "amx 2x2 streamed", "grouped", "lookup", ...
+  int bits = 0;               // of the weights; 0 without weights
+  int64_t macs = 0;           // per image
+  int64_t packed_bytes = 0;   // canonical weights
+  int64_t derived_bytes = 0;  // weights as this machine holds them
+  double microseconds = 0.0;  // median over the rounds; 0 if never measured
+};
+
+/// Immutable after construction; run() may be called from many threads at once. Each call borrows a
+/// workspace from a pool that grows to the number of concurrent calls; a warm call allocates
+/// nothing.
+class Engine {
+ public:
+  /// Validates the program. Throws InvalidArgument or CorruptData naming the node.
+  explicit Engine(Program program, const EngineOptions& options = {});
+  ~Engine();
+  Engine(Engine&&) noexcept;
+  Engine& operator=(Engine&&) noexcept;
+
+  const Program& program() const;
+
+  /// Outputs are [batch][c][h][w]. threads <= 0: default_threads(). Zero images are allowed.
+  void run(std::span<const InputTensor> inputs, int64_t batch, std::span<float* const> outputs,
+           int threads) const;
+
+  /// The same by the scalar interpreter (interpret.hpp): the specification, slow.
+  void run_reference(std::span<const InputTensor> inputs, int64_t batch,
+                     std::span<float* const> outputs) const;
+
+  /// Times every node over `rounds` runs of `batch` images of noise.
+  std::vector<NodeProfile> profile(int64_t batch, int threads, int rounds) const;
+
+  size_t weight_bytes() const;     // derived weights
+  size_t workspace_bytes() const;  // one call's
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace adalayer::engine

@@ -1,0 +1,438 @@
+#include "engine/interpret.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+
+#include "core/status.hpp"
+#include "engine/float_tail.hpp"
+#include "formats/canonical.hpp"
+
+namespace adalayer::engine {
+
+namespace {
+
+/// One image of a value.
+struct Shape {
+  int64_t c, h, w;
+  explicit Shape(const Value& v) : c(v.c), h(v.h), w(v.w) {}
+  int64_t at(int64_t ch, int64_t y, int64_t x) const { return (ch * h + y) * w + x; }
+  int64_t size() const { return c * h * w; }
+};
+
+template <class F>
+void for_each(const Shape& s, F&& f) {
+  for (int64_t c = 0; c < s.c; ++c)
+    for (int64_t y = 0; y < s.h; ++y)
+      for (int64_t x = 0; x < s.w; ++x)
+        f(c, y, x);
+}
+
+class Interpreter {
+ public:
+  Interpreter(const Program& program, std::span<const InputTensor> inputs, int64_t batch)
+      : program_(program), tensors_(program.values.size()) {
+    for (size_t v = 0; v < program.values.size(); ++v) {
+      const auto count = static_cast<size_t>(batch * Shape(program.values[v]).size());
+      if (program.values[v].kind == ValueKind::U8)
+        tensors_[v].levels.resize(count);
+      else
+        tensors_[v].numbers.resize(count);
+    }
+    for (size_t k = 0; k < inputs.size(); ++k)
+      read_input(program.inputs[k], inputs[k], batch);
+    for (const Node& n : program.nodes) {
+      weights_.clear();
+      if (n.op == OpKind::Conv || n.op == OpKind::ConvTranspose)
+        weights_ = formats::unpack_canonical(program.constants[n.constants[0]].bytes);
+      for (int64_t image = 0; image < batch; ++image)
+        run(n, image);
+    }
+  }
+
+  std::vector<Tensor> take() { return std::move(tensors_); }
+
+ private:
+  void read_input(int32_t value, const InputTensor& in, int64_t batch) {
+    const Shape s(program_.values[value]);
+    float* out = tensors_[value].numbers.data();
+    for (int64_t n = 0; n < batch; ++n)
+      for_each(s, [&](int64_t c, int64_t y, int64_t x) {
+        const int64_t from = in.layout == Layout::NCHW ? s.at(c, y, x) : (y * s.w + x) * s.c + c;
+        out[n * s.size() + s.at(c, y, x)] = in.data[n * s.size() + from];
+      });
+  }
+
+  const Value& value(int32_t v) const { return program_.values[v]; }
+  uint8_t* levels(int32_t v, int64_t image) {
+    return tensors_[v].levels.data() + image * Shape(value(v)).size();
+  }
+  float* numbers(int32_t v, int64_t image) {
+    return tensors_[v].numbers.data() + image * Shape(value(v)).size();
+  }
+
+  void run(const Node& n, int64_t image);
+  void convolve(const Node& n, int64_t image);
+  int32_t conv_sum(const Node& n, const ConvAttributes& a, const uint8_t* in, int64_t o, int64_t oy,
+                   int64_t ox) const;
+  int32_t transposed_sum(const Node& n, const ConvAttributes& a, const uint8_t* in, int64_t o,
+                         int64_t oy, int64_t ox) const;
+  void combine(const Node& n, int64_t image);
+  void concat(const Node& n, int64_t image);
+  void max_pool(const Node& n, int64_t image);
+  void average_floats(const Node& n, int64_t image);
+  void avg_pool(const Node& n, int64_t image);
+  void adaptive_avg_pool(const Node& n, int64_t image);
+  void slice(const Node& n, int64_t image);
+  void pad(const Node& n, int64_t image);
+  void resize(const Node& n, int64_t image);
+  void layer_norm(const Node& n, int64_t image);
+  void softmax(const Node& n, int64_t image);
+
+  const Program& program_;
+  std::vector<Tensor> tensors_;
+  std::vector<int8_t> weights_;  // of the node that runs
+};
+
+int32_t Interpreter::conv_sum(const Node& n, const ConvAttributes& a, const uint8_t* in, int64_t o,
+                              int64_t oy, int64_t ox) const {
+  const Value& x = value(n.inputs[0]);
+  const Shape s(x);
+  const int64_t group_in = s.c / a.groups, group_out = value(n.output).c / a.groups;
+  const int8_t* w = weights_.data() + o * group_in * a.kernel_h * a.kernel_w;
+  int32_t sum = 0;
+  for (int64_t c = 0; c < group_in; ++c)
+    for (int64_t ky = 0; ky < a.kernel_h; ++ky)
+      for (int64_t kx = 0; kx < a.kernel_w; ++kx) {
+        const int64_t iy = oy * a.stride_h - a.pad_top + ky * a.dilation_h;
+        const int64_t ix = ox * a.stride_w - a.pad_left + kx * a.dilation_w;
+        if (iy < 0 || iy >= s.h || ix < 0 || ix >= s.w) continue;  // holds the zero point
+        const int32_t level = in[s.at(o / group_out * group_in + c, iy, ix)];
+        sum += w[(c * a.kernel_h + ky) * a.kernel_w + kx] * (level - x.zero_point);
+      }
+  return sum;
+}
+
+int32_t Interpreter::transposed_sum(const Node& n, const ConvAttributes& a, const uint8_t* in,
+                                    int64_t o, int64_t oy, int64_t ox) const {
+  const Value& x = value(n.inputs[0]);
+  const Shape s(x);
+  const int64_t group_in = s.c / a.groups, group_out = value(n.output).c / a.groups;
+  const int8_t* w = weights_.data() + o * group_in * a.kernel_h * a.kernel_w;
+  int32_t sum = 0;
+  for (int64_t c = 0; c < group_in; ++c)
+    for (int64_t ky = 0; ky < a.kernel_h; ++ky)
+      for (int64_t kx = 0; kx < a.kernel_w; ++kx) {
+        // iy * stride - pad + ky * dilation = oy, where there is such an iy.
+        const int64_t sy = oy + a.pad_top - ky * a.dilation_h;
+        const int64_t sx = ox + a.pad_left - kx * a.dilation_w;
+        if (sy < 0 || sx < 0 || sy % a.stride_h != 0 || sx % a.stride_w != 0) continue;
+        const int64_t iy = sy / a.stride_h, ix = sx / a.stride_w;
+        if (iy >= s.h || ix >= s.w) continue;
+        const int32_t level = in[s.at(o / group_out * group_in + c, iy, ix)];
+        sum += w[(c * a.kernel_h + ky) * a.kernel_w + kx] * (level - x.zero_point);
+      }
+  return sum;
+}
+
+void Interpreter::convolve(const Node& n, int64_t image) {
+  const ConvAttributes a = conv_attributes(n);
+  const Shape out(value(n.output));
+  const bool to_float = value(n.output).kind == ValueKind::F32;
+  const uint8_t* in = levels(n.inputs[0], image);
+  const float* scale = program_.constants[a.scale].f32().data();
+  const float* bias = program_.constants[a.bias].f32().data();
+  const U8Finish finish = node_finish(program_, n);
+  const uint8_t* residual = n.inputs.size() == 2 ? levels(n.inputs[1], image) : nullptr;
+  for_each(out, [&](int64_t o, int64_t oy, int64_t ox) {
+    const int64_t i = out.at(o, oy, ox);
+    const int32_t sum =
+        n.op == OpKind::Conv ? conv_sum(n, a, in, o, oy, ox) : transposed_sum(n, a, in, o, oy, ox);
+    float y = conv_value(sum, scale[o], bias[o]);
+    if (to_float) {
+      if (residual != nullptr) {
+        const Value& r = value(n.inputs[1]);
+        y += dequantize_value(residual[i], r.scale, r.zero_point);
+      }
+      numbers(n.output, image)[i] = min_x86(max_x86(y, a.f32_lo), a.f32_hi);
+    } else {
+      if (residual != nullptr) y = add_residual(y, residual[i], a.residual_scale);
+      levels(n.output, image)[i] = finish_u8(y, finish);
+    }
+  });
+}
+
+/// Add and Mul.
+void Interpreter::combine(const Node& n, int64_t image) {
+  const Shape out(value(n.output)), second(value(n.inputs[1]));
+  const uint8_t* a = levels(n.inputs[0], image);
+  const uint8_t* b = levels(n.inputs[1], image);
+  uint8_t* q = levels(n.output, image);
+  // One value per channel, or one per position; the same for a 1 x 1 image.
+  const bool per_channel = second.h == 1 && second.w == 1;
+  const AddSpec add = n.op == OpKind::Add ? add_spec(program_, n) : AddSpec{};
+  const MulSpec mul = n.op == OpKind::Mul ? mul_spec(program_, n) : MulSpec{};
+  for_each(out, [&](int64_t c, int64_t y, int64_t x) {
+    const int64_t i = out.at(c, y, x);
+    const uint8_t other = b[per_channel ? c : i];
+    q[i] = n.op == OpKind::Add ? add_u8(a[i], other, add) : mul_u8(a[i], other, mul);
+  });
+}
+
+void Interpreter::concat(const Node& n, int64_t image) {
+  uint8_t* q = levels(n.output, image);
+  for (size_t k = 0; k < n.inputs.size(); ++k) {
+    const uint8_t* in = levels(n.inputs[k], image);
+    const uint8_t* table = table_bytes(program_, n.constants[k]);
+    for (int64_t i = 0; i < Shape(value(n.inputs[k])).size(); ++i)
+      *q++ = table == nullptr ? in[i] : table[in[i]];
+  }
+}
+
+void Interpreter::max_pool(const Node& n, int64_t image) {
+  const PoolSpec p = pool_spec(program_, n);
+  const Shape in(value(n.inputs[0])), out(value(n.output));
+  const uint8_t* a = levels(n.inputs[0], image);
+  uint8_t* q = levels(n.output, image);
+  for_each(out, [&](int64_t c, int64_t oy, int64_t ox) {
+    uint8_t most = 0;  // no level is lower
+    for (int64_t ky = 0; ky < p.kernel_h; ++ky)
+      for (int64_t kx = 0; kx < p.kernel_w; ++kx) {
+        const int64_t y = oy * p.stride_h - p.pad_top + ky * p.dilation_h;
+        const int64_t x = ox * p.stride_w - p.pad_left + kx * p.dilation_w;
+        if (y >= 0 && y < in.h && x >= 0 && x < in.w) most = std::max(most, a[in.at(c, y, x)]);
+      }
+    q[out.at(c, oy, ox)] = most;
+  });
+}
+
+/// AvgPool and AdaptiveAvgPool over floats.
+void Interpreter::average_floats(const Node& n, int64_t image) {
+  const Shape in(value(n.inputs[0])), out(value(n.output));
+  average_f32(pool_spec(program_, n), n.op == OpKind::AdaptiveAvgPool, numbers(n.inputs[0], image),
+              in.h, in.w, numbers(n.output, image), out.h, out.w, 0, in.c);
+}
+
+void Interpreter::avg_pool(const Node& n, int64_t image) {
+  const PoolSpec p = pool_spec(program_, n);
+  const Shape in(value(n.inputs[0])), out(value(n.output));
+  const uint8_t* a = levels(n.inputs[0], image);
+  uint8_t* q = levels(n.output, image);
+  for_each(out, [&](int64_t c, int64_t oy, int64_t ox) {
+    int64_t sum = 0, valid = 0, padded = 0;
+    for (int64_t ky = 0; ky < p.kernel_h; ++ky)
+      for (int64_t kx = 0; kx < p.kernel_w; ++kx) {
+        const int64_t y = oy * p.stride_h - p.pad_top + ky;
+        const int64_t x = ox * p.stride_w - p.pad_left + kx;
+        if (y < in.h + p.pad_bottom && x < in.w + p.pad_right) ++padded;
+        if (y < 0 || y >= in.h || x < 0 || x >= in.w) continue;
+        ++valid;
+        sum += a[in.at(c, y, x)];
+      }
+    const float y = average_value(sum, valid, p.count_padding ? padded : valid, p);
+    q[out.at(c, oy, ox)] = finish_u8(y, p.finish);
+  });
+}
+
+void Interpreter::adaptive_avg_pool(const Node& n, int64_t image) {
+  const PoolSpec p = pool_spec(program_, n);
+  const Shape in(value(n.inputs[0])), out(value(n.output));
+  const uint8_t* a = levels(n.inputs[0], image);
+  uint8_t* q = levels(n.output, image);
+  for_each(out, [&](int64_t c, int64_t oy, int64_t ox) {
+    int64_t sum = 0, valid = 0;
+    for (int64_t y = adaptive_begin(oy, in.h, out.h); y < adaptive_end(oy, in.h, out.h); ++y)
+      for (int64_t x = adaptive_begin(ox, in.w, out.w); x < adaptive_end(ox, in.w, out.w); ++x) {
+        ++valid;
+        sum += a[in.at(c, y, x)];
+      }
+    q[out.at(c, oy, ox)] = finish_u8(average_value(sum, valid, valid, p), p.finish);
+  });
+}
+
+void Interpreter::slice(const Node& n, int64_t image) {
+  const SliceAttributes s = slice_attributes(n);
+  const Shape in(value(n.inputs[0])), out(value(n.output));
+  const uint8_t* a = levels(n.inputs[0], image);
+  uint8_t* q = levels(n.output, image);
+  for_each(out, [&](int64_t c, int64_t y, int64_t x) {
+    int64_t from[] = {c, y, x};
+    from[s.axis] = s.begin + from[s.axis] * s.step;
+    q[out.at(c, y, x)] = a[in.at(from[0], from[1], from[2])];
+  });
+}
+
+void Interpreter::pad(const Node& n, int64_t image) {
+  const PadAttributes p = pad_attributes(n);
+  const Shape in(value(n.inputs[0])), out(value(n.output));
+  const uint8_t* a = levels(n.inputs[0], image);
+  uint8_t* q = levels(n.output, image);
+  for_each(out, [&](int64_t c, int64_t oy, int64_t ox) {
+    const int64_t y = oy - p.top, x = ox - p.left;
+    const bool inside = y >= 0 && y < in.h && x >= 0 && x < in.w;
+    q[out.at(c, oy, ox)] = inside ? a[in.at(c, y, x)] : p.level;
+  });
+}
+
+void Interpreter::resize(const Node& n, int64_t image) {
+  const ResizeSpec r = resize_spec(program_, n);
+  const Shape in(value(n.inputs[0])), out(value(n.output));
+  // The four neighbours of an output position, and their blend.
+  const auto neighbour = [&](const auto* a, int64_t c, int64_t y, int64_t x, bool high_y,
+                             bool high_x) {
+    return a[in.at(c, high_y ? r.high_h[y] : r.low_h[y], high_x ? r.high_w[x] : r.low_w[x])];
+  };
+  const auto blended = [&](const auto* a, int64_t c, int64_t y, int64_t x) {
+    const auto at = [&](bool high_y, bool high_x) {
+      return static_cast<float>(neighbour(a, c, y, x, high_y, high_x));
+    };
+    return blend(at(false, false), at(false, true), at(true, false), at(true, true), r.part_w[x],
+                 r.part_h[y]);
+  };
+  const bool is_float = value(n.output).kind == ValueKind::F32;
+  for_each(out, [&](int64_t c, int64_t y, int64_t x) {
+    const int64_t i = out.at(c, y, x);
+    if (is_float) {
+      const float* a = numbers(n.inputs[0], image);
+      numbers(n.output, image)[i] =
+          r.bilinear ? blended(a, c, y, x) : neighbour(a, c, y, x, false, false);
+    } else {
+      const uint8_t* a = levels(n.inputs[0], image);
+      levels(n.output, image)[i] =
+          r.bilinear ? finish_u8(std::fmaf(blended(a, c, y, x), r.scale, r.offset), r.finish)
+                     : neighbour(a, c, y, x, false, false);
+    }
+  });
+}
+
+void Interpreter::layer_norm(const Node& n, int64_t image) {
+  const LayerNormSpec spec = layer_norm_spec(program_, n);
+  const Shape s(value(n.output));
+  const uint8_t* a = levels(n.inputs[0], image);
+  uint8_t* q = levels(n.output, image);
+  for (int64_t y = 0; y < s.h; ++y)
+    for (int64_t x = 0; x < s.w; ++x) {
+      int64_t s1 = 0, s2 = 0;
+      for (int64_t c = 0; c < s.c; ++c) {
+        const int64_t level = a[s.at(c, y, x)];
+        s1 += level;
+        s2 += level * level;
+      }
+      const LayerNormMoments m = layer_norm_moments(s1, s2, s.c, spec);
+      for (int64_t c = 0; c < s.c; ++c)
+        q[s.at(c, y, x)] = layer_norm_u8(a[s.at(c, y, x)], c, m, spec);
+    }
+}
+
+/// In double: the float executor is compared with a tolerance.
+void Interpreter::softmax(const Node& n, int64_t image) {
+  const Shape s(value(n.output));
+  const float* a = numbers(n.inputs[0], image);
+  float* out = numbers(n.output, image);
+  for (int64_t y = 0; y < s.h; ++y)
+    for (int64_t x = 0; x < s.w; ++x) {
+      float most = a[s.at(0, y, x)];
+      for (int64_t c = 1; c < s.c; ++c)
+        most = std::max(most, a[s.at(c, y, x)]);
+      const auto power = [&](int64_t c) {
+        return std::exp(static_cast<double>(a[s.at(c, y, x)]) - static_cast<double>(most));
+      };
+      double sum = 0.0;
+      for (int64_t c = 0; c < s.c; ++c)
+        sum += power(c);
+      for (int64_t c = 0; c < s.c; ++c)
+        out[s.at(c, y, x)] = static_cast<float>(power(c) / sum);
+    }
+}
+
+void Interpreter::run(const Node& n, int64_t image) {
+  const Value& out = value(n.output);
+  const Shape s(out);
+  const auto map = [&](auto&& f) {
+    const uint8_t* a = levels(n.inputs[0], image);
+    uint8_t* q = levels(n.output, image);
+    for_each(s,
+             [&](int64_t c, int64_t y, int64_t x) { q[s.at(c, y, x)] = f(a[s.at(c, y, x)], c); });
+  };
+  switch (n.op) {
+    case OpKind::Quantize: {
+      const float* x = numbers(n.inputs[0], image);
+      for (int64_t i = 0; i < s.size(); ++i)
+        levels(n.output, image)[i] = quantize_value(x[i], value_grid(out));
+      break;
+    }
+    case OpKind::Dequantize: {
+      const Value& x = value(n.inputs[0]);
+      for (int64_t i = 0; i < s.size(); ++i)
+        numbers(n.output, image)[i] =
+            dequantize_value(levels(n.inputs[0], image)[i], x.scale, x.zero_point);
+      break;
+    }
+    case OpKind::Conv:
+    case OpKind::ConvTranspose:
+      return convolve(n, image);
+    case OpKind::Lookup: {
+      const uint8_t* table = table_bytes(program_, n.constants[0]);
+      return map([&](uint8_t q, int64_t) { return table[q]; });
+    }
+    case OpKind::Add:
+    case OpKind::Mul:
+      return combine(n, image);
+    case OpKind::Affine: {
+      const AffineSpec spec = affine_spec(program_, n);
+      return map([&](uint8_t q, int64_t c) { return affine_u8(q, c, spec); });
+    }
+    case OpKind::Concat:
+      return concat(n, image);
+    case OpKind::MaxPool:
+      return max_pool(n, image);
+    case OpKind::AvgPool:
+      return out.kind == ValueKind::F32 ? average_floats(n, image) : avg_pool(n, image);
+    case OpKind::AdaptiveAvgPool:
+      return out.kind == ValueKind::F32 ? average_floats(n, image) : adaptive_avg_pool(n, image);
+    case OpKind::Slice:
+      return slice(n, image);
+    case OpKind::Gather: {
+      const auto index = program_.constants[n.constants[0]].i32();
+      const uint8_t* a = levels(n.inputs[0], image);
+      const int64_t plane = s.h * s.w;
+      for (int64_t c = 0; c < s.c; ++c)
+        std::copy_n(a + index[c] * plane, plane, levels(n.output, image) + c * plane);
+      break;
+    }
+    case OpKind::Pad:
+      return pad(n, image);
+    case OpKind::Resize:
+      return resize(n, image);
+    case OpKind::LayerNorm:
+      return layer_norm(n, image);
+    case OpKind::Reshape:  // both sides are in NCHW order
+      std::copy_n(levels(n.inputs[0], image), s.size(), levels(n.output, image));
+      break;
+    case OpKind::Softmax:
+      return softmax(n, image);
+  }
+}
+
+}  // namespace
+
+std::vector<Tensor> interpret_values(const Program& program, std::span<const InputTensor> inputs,
+                                     int64_t batch) {
+  validate(program);
+  if (inputs.size() != program.inputs.size())
+    fail<InvalidArgument>("expected ", program.inputs.size(), " inputs, got ", inputs.size());
+  if (batch < 0 || batch > kMaxAxis)
+    fail<InvalidArgument>("batch must be 0 to ", kMaxAxis, ", got ", batch);
+  return Interpreter(program, inputs, batch).take();
+}
+
+std::vector<std::vector<float>> interpret(const Program& program,
+                                          std::span<const InputTensor> inputs, int64_t batch) {
+  std::vector<Tensor> tensors = interpret_values(program, inputs, batch);
+  std::vector<std::vector<float>> outputs;
+  for (const int32_t v : program.outputs)
+    outputs.push_back(std::move(tensors[v].numbers));
+  return outputs;
+}
+
+}  // namespace adalayer::engine

@@ -1,0 +1,200 @@
+#include "engine/program.hpp"
+
+#include "core/status.hpp"
+
+namespace adalayer::engine {
+
+namespace {
+
+constexpr const char* kNames[kOpKinds] = {
+    "quantize", "dequantize", "conv",   "conv_transpose", "lookup",     "add",
+    "mul",      "affine",     "concat", "max_pool",       "avg_pool",   "adaptive_avg_pool",
+    "slice",    "gather",     "pad",    "resize",         "layer_norm", "reshape",
+    "softmax"};
+
+int32_t small(int64_t v) { return static_cast<int32_t>(v); }
+
+const Value& first_input(const Program& p, const Node& n) { return p.values[n.inputs[0]]; }
+
+const float* floats(const Program& p, int32_t constant) {
+  return p.constants[constant].f32().data();
+}
+
+const int32_t* indices(const Program& p, int32_t constant) {
+  return p.constants[constant].i32().data();
+}
+
+/// Three ints from `at` on, and a table or -1.
+U8Finish finish_from(const Program& p, const Node& n, size_t at, int32_t table) {
+  const int64_t zero_point = n.ints[at + 2];
+  U8Finish f;
+  f.lo = static_cast<float>(n.ints[at] - zero_point);
+  f.hi = static_cast<float>(n.ints[at + 1] - zero_point);
+  f.zero_point = small(zero_point);
+  f.table = table_bytes(p, table);
+  return f;
+}
+
+}  // namespace
+
+const char* op_name(OpKind op) {
+  const auto k = static_cast<size_t>(op);
+  return k < kOpKinds ? kNames[k] : "unknown";
+}
+
+OpKind op_from_name(std::string_view name) {
+  for (int k = 0; k < kOpKinds; ++k)
+    if (name == kNames[k]) return static_cast<OpKind>(k);
+  fail<InvalidArgument>("unknown operation \"", name, "\"");
+}
+
+ConvAttributes conv_attributes(const Node& n) {
+  ConvAttributes a{};
+  a.kernel_h = n.ints[0];
+  a.kernel_w = n.ints[1];
+  a.stride_h = n.ints[2];
+  a.stride_w = n.ints[3];
+  a.pad_top = n.ints[4];
+  a.pad_left = n.ints[5];
+  a.pad_bottom = n.ints[6];
+  a.pad_right = n.ints[7];
+  a.dilation_h = n.ints[8];
+  a.dilation_w = n.ints[9];
+  a.groups = n.ints[10];
+  a.lo = small(n.ints[11]);
+  a.hi = small(n.ints[12]);
+  a.zero_point = small(n.ints[13]);
+  a.residual_scale = n.floats[0];
+  a.f32_lo = n.floats[1];
+  a.f32_hi = n.floats[2];
+  a.weights = n.constants[0];
+  a.scale = n.constants[1];
+  a.bias = n.constants[2];
+  a.table = n.constants[3];
+  return a;
+}
+
+ConvShape conv_shape(const Program& p, const Node& n) {
+  const ConvAttributes a = conv_attributes(n);
+  const Value& x = first_input(p, n);
+  ConvShape s;
+  s.batch = 1;
+  s.in_channels = x.c;
+  s.in_h = x.h;
+  s.in_w = x.w;
+  s.out_channels = p.values[n.output].c;
+  s.kernel_h = a.kernel_h;
+  s.kernel_w = a.kernel_w;
+  s.stride_h = a.stride_h;
+  s.stride_w = a.stride_w;
+  s.pad_top = a.pad_top;
+  s.pad_left = a.pad_left;
+  s.pad_bottom = a.pad_bottom;
+  s.pad_right = a.pad_right;
+  s.dilation_h = a.dilation_h;
+  s.dilation_w = a.dilation_w;
+  s.groups = a.groups;
+  return s;
+}
+
+SliceAttributes slice_attributes(const Node& n) {
+  return {static_cast<int>(n.ints[0]), n.ints[1], n.ints[2]};
+}
+
+PadAttributes pad_attributes(const Node& n) {
+  return {n.ints[0], n.ints[1], n.ints[2], n.ints[3], static_cast<uint8_t>(n.ints[4])};
+}
+
+const uint8_t* table_bytes(const Program& p, int32_t constant) {
+  return constant < 0 ? nullptr : p.constants[constant].bytes.data();
+}
+
+ActivationGrid value_grid(const Value& v) { return {1.0f / v.scale, v.zero_point, v.qmax}; }
+
+U8Finish node_finish(const Program& p, const Node& n) {
+  switch (n.op) {
+    case OpKind::Conv:
+    case OpKind::ConvTranspose:
+      return finish_from(p, n, 11, n.constants[3]);
+    case OpKind::Add:
+      return finish_from(p, n, 0, n.constants[0]);
+    case OpKind::Mul:
+      return finish_from(p, n, 2, n.constants[0]);
+    case OpKind::Affine:
+      return finish_from(p, n, 0, n.constants[2]);
+    case OpKind::AvgPool:
+      return finish_from(p, n, 9, n.constants[0]);
+    case OpKind::AdaptiveAvgPool:
+      return finish_from(p, n, 0, n.constants[0]);
+    case OpKind::Resize:
+      return finish_from(p, n, 1, -1);
+    case OpKind::LayerNorm:
+      return finish_from(p, n, 0, -1);
+    default:
+      fail<InvalidArgument>(op_name(n.op), " has no finish");
+  }
+}
+
+AddSpec add_spec(const Program& p, const Node& n) {
+  return {n.floats[0], n.floats[1], n.floats[2], node_finish(p, n)};
+}
+
+MulSpec mul_spec(const Program& p, const Node& n) {
+  return {small(n.ints[0]), small(n.ints[1]), n.floats[0], node_finish(p, n)};
+}
+
+AffineSpec affine_spec(const Program& p, const Node& n) {
+  return {floats(p, n.constants[0]), floats(p, n.constants[1]), node_finish(p, n)};
+}
+
+PoolSpec pool_spec(const Program& p, const Node& n) {
+  PoolSpec s;
+  if (n.op != OpKind::MaxPool) {
+    s.zero_in = first_input(p, n).zero_point;
+    s.ratio = n.floats[0];
+    s.finish = node_finish(p, n);
+  }
+  if (n.op == OpKind::AdaptiveAvgPool) return s;
+  s.kernel_h = n.ints[0];
+  s.kernel_w = n.ints[1];
+  s.stride_h = n.ints[2];
+  s.stride_w = n.ints[3];
+  s.pad_top = n.ints[4];
+  s.pad_left = n.ints[5];
+  if (n.op == OpKind::MaxPool) {
+    s.dilation_h = n.ints[6];
+    s.dilation_w = n.ints[7];
+  } else {
+    s.pad_bottom = n.ints[6];
+    s.pad_right = n.ints[7];
+    s.count_padding = n.ints[8] != 0;
+  }
+  return s;
+}
+
+ResizeSpec resize_spec(const Program& p, const Node& n) {
+  ResizeSpec s;
+  s.bilinear = n.ints[0] != 0;
+  s.low_h = indices(p, n.constants[0]);
+  s.high_h = indices(p, n.constants[1]);
+  s.part_h = floats(p, n.constants[2]);
+  s.low_w = indices(p, n.constants[3]);
+  s.high_w = indices(p, n.constants[4]);
+  s.part_w = floats(p, n.constants[5]);
+  s.scale = n.floats[0];
+  s.offset = n.floats[1];
+  s.finish = node_finish(p, n);
+  return s;
+}
+
+LayerNormSpec layer_norm_spec(const Program& p, const Node& n) {
+  LayerNormSpec s;
+  s.step = static_cast<double>(first_input(p, n).scale);
+  s.eps = static_cast<double>(n.floats[0]);
+  s.gamma = floats(p, n.constants[0]);
+  s.beta = floats(p, n.constants[1]);
+  s.finish = node_finish(p, n);
+  return s;
+}
+
+}  // namespace adalayer::engine

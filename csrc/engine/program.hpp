@@ -1,0 +1,186 @@
+// The engine's program: a device-neutral, serialisable list of operations over u8 images.
+//
+// A program says what is computed, never how: no layout, no instruction set, no thread count. The
+// planner (plan.hpp) derives those for the machine at hand. Values are numbered; node k writes
+// exactly one value, and reads only values that program inputs or nodes before k wrote.
+//
+// Every value has four axes: the batch, which is dynamic, and c x h x w. A vector of n features is
+// n x 1 x 1. The arithmetic of each operation is in reference/spec.hpp and
+// reference/image_spec.hpp.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "reference/image_spec.hpp"
+#include "reference/spec.hpp"
+
+namespace adalayer::engine {
+
+enum class ValueKind : uint8_t { U8 = 0, F32 = 1 };
+
+/// One tensor. For U8, real = (q - zero_point) * scale with q in 0 .. qmax. F32 values are NCHW at
+/// the program's boundary (inputs and outputs).
+struct Value {
+  std::string name;
+  ValueKind kind = ValueKind::U8;
+  int64_t c = 0, h = 1, w = 1;
+  float scale = 1.0f;
+  int32_t zero_point = 0;
+  int32_t qmax = 255;
+};
+
+/// Parameters of a node are lists, in the order that is given here; validate() checks each count
+/// and range. "finish" stands for three ints (lo, hi, zero_point), lo and hi levels in 0..255 and
+/// lo <= hi, of the grid before the table; without a table that grid is the output value's. [t]
+/// marks an optional constant: -1 in its place if absent. Parameters that a form of an operation
+/// does not use are present all the same and in range.
+///
+/// Operations that move levels (Slice, Gather, Pad, MaxPool, Reshape, nearest Resize, and Concat
+/// where it has no table) have the grid of their input as the grid of their output. No level that
+/// a program computes exceeds the qmax of its value.
+///
+/// operation   inputs      ints                                  floats             constants
+enum class OpKind : uint8_t {
+  // f32 -> u8 on the output value's grid.
+  Quantize = 0,  // x        -                                    -                  -
+  // u8 -> f32.
+  Dequantize = 1,  // x      -                                    -                  -
+  // u8 -> u8, or u8 -> f32 (then finish and residual_scale are ignored, floats lo and hi, possibly
+  // infinite, clamp, there is no table, and the residual is dequantized and added after the fma).
+  // A linear layer over c x h x w features flattened in NCHW order is a convolution with an h x w
+  // kernel.
+  Conv = 2,  //    x [res]   kh kw sh sw pt pl pb pr dh dw groups finish
+  //                                             residual_scale lo hi  weights scale bias [table]
+  // As Conv; ints: kh kw sh sw pt pl pb pr dh dw groups finish, where the output's size says how
+  // far the output padding reaches: out(oy) collects iy * sh - pt + ky * dh = oy. Weights are
+  // [O][I/groups][KH][KW], not flipped.
+  ConvTranspose = 3,
+  Lookup = 4,  // x         -                                    -                  table [256]
+  Add = 5,     // a b       finish                        scale_a scale_b offset    [table]
+  Mul = 6,     // a b       zero_a zero_b finish          scale                     [table]
+  Affine = 7,  // x         finish                               -             scale bias [table]
+  Concat = 8,  // x ...     -                                    -        one [table] per input
+  // Every window of a pooling operation contains a position of the image. The averages also take
+  // f32 to f32 (float_tail.hpp); then ratio and finish are not used and there is no table.
+  MaxPool = 9,   // x         kh kw sh sw pt pl dh dw              -                  -
+  AvgPool = 10,  // x         kh kw sh sw pt pl pb pr count_padding finish   ratio    [table]
+  AdaptiveAvgPool = 11,  // x  finish                             ratio              [table]
+  // begin and step along an axis (0 = c, 1 = h, 2 = w); the output's size ends it.
+  Slice = 12,  // x         axis begin step                      -                  -
+  // Output channel i is input channel index[i] (channel shuffle and any other permutation).
+  Gather = 13,  // x         -                                    -                  index i32 [C]
+  Pad = 14,     // x         top left bottom right level          -                  -
+  // Tables as in ResizeSpec, all six always; also f32 -> f32. Scale, offset and finish are used
+  // by bilinear u8 only.
+  Resize = 15,     // x         bilinear finish               scale offset
+                   //                                        low_h high_h part_h low_w high_w part_w
+  LayerNorm = 16,  // x      finish                        eps                   gamma beta
+  // u8: c x h x w to (c*h*w) x 1 x 1 in NCHW order, or back: sizes from the values.
+  Reshape = 17,  // x        -                                    -                  -
+  // Over channels, f32 -> f32; a float tail with a stated tolerance.
+  Softmax = 18,  // x        -                                    -                  -
+};
+constexpr int kOpKinds = 19;
+
+/// "conv", "avg_pool", ...; and back, throwing InvalidArgument for an unknown name.
+const char* op_name(OpKind op);
+OpKind op_from_name(std::string_view name);
+
+struct Node {
+  OpKind op = OpKind::Quantize;
+  std::string name;  // of the layer, as the model calls it
+  std::vector<int32_t> inputs;
+  int32_t output = -1;
+  std::vector<int64_t> ints;
+  std::vector<float> floats;
+  std::vector<int32_t> constants;
+};
+
+enum class ConstantKind : uint8_t { Weights = 0, F32 = 1, I32 = 2, U8 = 3 };
+
+/// Bytes that nodes refer to by number. Weights are canonical (formats/canonical.hpp).
+struct Constant {
+  ConstantKind kind = ConstantKind::F32;
+  std::vector<uint8_t> bytes;
+
+  std::span<const float> f32() const {
+    return {reinterpret_cast<const float*>(bytes.data()), bytes.size() / 4};
+  }
+  std::span<const int32_t> i32() const {
+    return {reinterpret_cast<const int32_t*>(bytes.data()), bytes.size() / 4};
+  }
+};
+
+struct Program {
+  std::vector<Value> values;
+  std::vector<Node> nodes;
+  std::vector<Constant> constants;
+  std::vector<int32_t> inputs;   // F32 values
+  std::vector<int32_t> outputs;  // F32 values
+  // "classes" and "preprocessing" (JSON texts) and whatever else the writer adds.
+  std::map<std::string, std::string> metadata;
+};
+
+/// Checks everything that execution relies on: counts and ranges of every node's parameters, value
+/// and constant numbers, order, shapes, grids, constant sizes, accumulator bounds (law 1), and
+/// limits on sizes (kMax...). Throws InvalidArgument naming the node; a program that passes can be
+/// planned and run without further checks of its own data.
+void validate(const Program& program);
+
+constexpr int64_t kMaxNodes = 1 << 16;
+constexpr int64_t kMaxPorts = 1 << 10;  // program inputs, and program outputs
+constexpr int64_t kMaxConstants = 1 << 18;
+constexpr int64_t kMaxAxis = 1 << 20;        // any of c, h, w; kernel, stride, padding, dilation
+constexpr int64_t kMaxElements = 1LL << 31;  // c * h * w of one value, its padding included
+constexpr int64_t kMaxName = 1 << 12;        // bytes of a name or of a metadata key
+constexpr int64_t kMaxMetadata = 1 << 12;    // entries
+constexpr int64_t kMaxText = 1 << 26;        // bytes of one metadata entry
+
+// ---- named views of a node's parameters; the program has been validated ------------------------
+// Pointers go into the program's constants.
+
+struct ConvAttributes {
+  int64_t kernel_h, kernel_w, stride_h, stride_w;
+  int64_t pad_top, pad_left, pad_bottom, pad_right;
+  int64_t dilation_h, dilation_w, groups;
+  int32_t lo, hi, zero_point;
+  float residual_scale, f32_lo, f32_hi;
+  int32_t weights, scale, bias, table;  // constants; table may be -1
+};
+/// Conv and ConvTranspose.
+ConvAttributes conv_attributes(const Node& node);
+/// Conv only, at batch 1.
+ConvShape conv_shape(const Program& program, const Node& node);
+
+struct SliceAttributes {
+  int axis;  // 0 = c, 1 = h, 2 = w
+  int64_t begin, step;
+};
+SliceAttributes slice_attributes(const Node& node);
+
+struct PadAttributes {
+  int64_t top, left, bottom, right;
+  uint8_t level;
+};
+PadAttributes pad_attributes(const Node& node);
+
+/// The finish of any operation that has one, its table included.
+U8Finish node_finish(const Program& program, const Node& node);
+/// Bytes of a 256-entry table; null for -1.
+const uint8_t* table_bytes(const Program& program, int32_t constant);
+ActivationGrid value_grid(const Value& value);
+
+AddSpec add_spec(const Program& program, const Node& node);
+MulSpec mul_spec(const Program& program, const Node& node);
+AffineSpec affine_spec(const Program& program, const Node& node);
+/// MaxPool, AvgPool, AdaptiveAvgPool.
+PoolSpec pool_spec(const Program& program, const Node& node);
+ResizeSpec resize_spec(const Program& program, const Node& node);
+LayerNormSpec layer_norm_spec(const Program& program, const Node& node);
+
+}  // namespace adalayer::engine

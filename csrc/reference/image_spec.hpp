@@ -1,0 +1,175 @@
+// The numeric law of the engine's operations between convolutions, in scalar form.
+//
+// All of them read and write u8 levels; each formula below is the specification that the vector
+// kernels must reproduce bit for bit. Float constants come from the program; nothing here calls a
+// function whose result differs between C libraries.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+
+#include "reference/spec.hpp"
+
+namespace adalayer {
+
+/// The end of every operation with a u8 result: q = rne(clamp(y, lo, hi)) + zero_point, then the
+/// table. lo and hi are whole numbers relative to the zero point, in -zero_point .. 255-zero_point.
+struct U8Finish {
+  float lo = 0.0f, hi = 255.0f;
+  int32_t zero_point = 0;
+  const uint8_t* table = nullptr;  // [256], or null
+};
+
+inline uint8_t finish_u8(float y, const U8Finish& f) {
+  const auto q = static_cast<uint8_t>(round_even(min_x86(max_x86(y, f.lo), f.hi)) + f.zero_point);
+  return f.table == nullptr ? q : f.table[q];
+}
+
+/// Convolution to u8: y = fma(acc, scale[c], bias[c]); with a residual, y = fma(r, residual_scale,
+/// y), where r is the residual's raw level and bias[c] has absorbed its zero point.
+inline float conv_value(int32_t acc, float scale, float bias) {
+  return std::fmaf(static_cast<float>(acc), scale, bias);
+}
+inline float add_residual(float y, uint8_t r, float residual_scale) {
+  return std::fmaf(static_cast<float>(r), residual_scale, y);
+}
+
+/// Sum of two tensors: y = fma(b, scale_b, fma(a, scale_a, offset)) over raw levels; offset has
+/// absorbed both zero points. b has a's shape, or one value per channel ([C, 1, 1]).
+struct AddSpec {
+  float scale_a = 1.0f, scale_b = 1.0f, offset = 0.0f;
+  U8Finish finish;
+};
+inline uint8_t add_u8(uint8_t a, uint8_t b, const AddSpec& s) {
+  const float y = std::fmaf(static_cast<float>(a), s.scale_a, s.offset);
+  return finish_u8(std::fmaf(static_cast<float>(b), s.scale_b, y), s.finish);
+}
+
+/// Product of two tensors: y = (float)((a - zero_a) * (b - zero_b)) * scale. b as in AddSpec.
+struct MulSpec {
+  int32_t zero_a = 0, zero_b = 0;
+  float scale = 1.0f;
+  U8Finish finish;
+};
+inline uint8_t mul_u8(uint8_t a, uint8_t b, const MulSpec& s) {
+  const int32_t product = (a - s.zero_a) * (b - s.zero_b);
+  return finish_u8(static_cast<float>(product) * s.scale, s.finish);
+}
+
+/// Per-channel line, a batch norm that no convolution absorbs: y = fma(a, scale[c], bias[c]) over
+/// raw levels.
+struct AffineSpec {
+  const float* scale = nullptr;  // [C]
+  const float* bias = nullptr;   // [C]
+  U8Finish finish;
+};
+inline uint8_t affine_u8(uint8_t a, int64_t c, const AffineSpec& s) {
+  return finish_u8(std::fmaf(static_cast<float>(a), s.scale[c], s.bias[c]), s.finish);
+}
+
+/// Windows of max and average pooling. Windows are cut off at the image's border: positions outside
+/// take part in neither maximum nor sum.
+struct PoolSpec {
+  int64_t kernel_h = 1, kernel_w = 1;
+  int64_t stride_h = 1, stride_w = 1;
+  int64_t pad_top = 0, pad_left = 0;
+  int64_t dilation_h = 1, dilation_w = 1;  // max pooling only
+  // Average pooling: y = (float)(sum - valid * zero_in) * (ratio / (float)divisor), a float
+  // division, where `valid` counts the window's positions inside the image. The divisor is `valid`,
+  // or, with count_padding, the window's positions inside the padded image (pad_bottom and
+  // pad_right limit it; a window of ceil_mode may stick out further).
+  bool count_padding = false;
+  int64_t pad_bottom = 0, pad_right = 0;
+  int32_t zero_in = 0;
+  float ratio = 1.0f;
+  U8Finish finish;
+};
+inline float average_value(int64_t sum, int64_t valid, int64_t divisor, const PoolSpec& s) {
+  const auto centred = static_cast<int32_t>(sum - valid * s.zero_in);
+  return static_cast<float>(centred) * (s.ratio / static_cast<float>(divisor));
+}
+
+/// Adaptive average pooling to out_h x out_w: window i covers floor(i*H/out) .. ceil((i+1)*H/out).
+/// The value is average_value with divisor = valid; out = 1 x 1 is the global average.
+inline int64_t adaptive_begin(int64_t i, int64_t in, int64_t out) { return i * in / out; }
+inline int64_t adaptive_end(int64_t i, int64_t in, int64_t out) {
+  return ((i + 1) * in + out - 1) / out;
+}
+
+/// Resize by tables that the program holds: output row y reads input rows low_h[y] and high_h[y]
+/// with weights 1 - part_h[y] and part_h[y]; columns alike. Nearest keeps levels: it reads
+/// (low_h[y], low_w[x]). Bilinear over u8, raw levels:
+///   top    = fma(part_w, (float)q01 - (float)q00, (float)q00)
+///   bottom = fma(part_w, (float)q11 - (float)q10, (float)q10)
+///   y      = fma(fma(part_h, bottom - top, top), scale, offset)
+struct ResizeSpec {
+  bool bilinear = false;
+  const int32_t* low_h = nullptr;
+  const int32_t* high_h = nullptr;
+  const float* part_h = nullptr;
+  const int32_t* low_w = nullptr;
+  const int32_t* high_w = nullptr;
+  const float* part_w = nullptr;
+  float scale = 1.0f, offset = 0.0f;  // bilinear over u8 only
+  U8Finish finish;                    // bilinear over u8 only
+};
+inline float blend(float q00, float q01, float q10, float q11, float part_w, float part_h) {
+  const float top = std::fmaf(part_w, q01 - q00, q00);
+  const float bottom = std::fmaf(part_w, q11 - q10, q10);
+  return std::fmaf(part_h, bottom - top, top);
+}
+
+/// Layer norm over the channels of one position, from exact integer sums s1 = sum q, s2 = sum q^2:
+///   mean = s1 / C, var = (C * s2 - s1^2) / C^2     (double; the numerator is an exact int64)
+///   rstd = 1 / sqrt(var * step^2 + eps)            (double), step = scale of the input's grid
+///   y_c  = fma((float)(q_c - mean) * (float)(rstd * step), gamma[c], beta[c])
+/// q_c - mean is taken in double and rounded once; gamma and beta are divided by the output's step.
+/// The inline functions below fix the order of the double operations.
+struct LayerNormSpec {
+  double step = 1.0, eps = 1e-5;
+  const float* gamma = nullptr;  // [C]
+  const float* beta = nullptr;   // [C]
+  U8Finish finish;
+};
+struct LayerNormMoments {
+  double mean;
+  float factor;  // (float)(rstd * step)
+};
+inline LayerNormMoments layer_norm_moments(int64_t s1, int64_t s2, int64_t channels,
+                                           const LayerNormSpec& s) {
+  const auto count = static_cast<double>(channels);
+  const double var = static_cast<double>(channels * s2 - s1 * s1) / (count * count);
+  const double rstd = 1.0 / std::sqrt(var * (s.step * s.step) + s.eps);
+  return {static_cast<double>(s1) / count, static_cast<float>(rstd * s.step)};
+}
+inline uint8_t layer_norm_u8(uint8_t q, int64_t c, const LayerNormMoments& m,
+                             const LayerNormSpec& s) {
+  const auto centred = static_cast<float>(static_cast<double>(q) - m.mean);
+  return finish_u8(std::fmaf(centred * m.factor, s.gamma[c], s.beta[c]), s.finish);
+}
+
+/// Softmax over the channels of one position, in float: e_c = softmax_exp(x_c - max x), the sum of
+/// all e_c in double, channel after channel, y_c = e_c * (float)(1 / sum). Inputs are finite.
+///
+/// e^x for x <= 0 with an error below 2 units in the last place, from fused multiply-adds alone, so
+/// that every C library and instruction set gives the same bits. Below -87 it stays at e^-87.
+inline float softmax_exp(float x) {
+  constexpr float kLog2e = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  x = max_x86(x, -87.0f);
+  const float n = std::nearbyintf(x * kLog2e);
+  const float r = std::fmaf(n, -kLn2Low, std::fmaf(n, -kLn2High, x));
+  // Taylor's series; |r| <= ln(2) / 2 leaves less than 2^-26 after the seventh power.
+  float p = 1.0f / 5040.0f;
+  p = std::fmaf(p, r, 1.0f / 720.0f);
+  p = std::fmaf(p, r, 1.0f / 120.0f);
+  p = std::fmaf(p, r, 1.0f / 24.0f);
+  p = std::fmaf(p, r, 1.0f / 6.0f);
+  p = std::fmaf(p, r, 0.5f);
+  p = std::fmaf(p, r, 1.0f);
+  p = std::fmaf(p, r, 1.0f);
+  // Times 2^n, exactly: n is in -126 .. 0.
+  const auto power = static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23;
+  return p * std::bit_cast<float>(power);
+}
+
+}  // namespace adalayer

@@ -1,0 +1,254 @@
+// Convolutions of u8 images in place, on every instruction set, against a plain loop.
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "check.hpp"
+#include "core/cpu_features.hpp"
+#include "cpu/conv.hpp"
+#include "cpu/kernel_table.hpp"
+#include "formats/canonical.hpp"
+
+using namespace adalayer;
+using namespace adalayer::cpu;
+
+namespace {
+
+std::mt19937 g_random(1);
+
+int pick(int lo, int hi) { return std::uniform_int_distribution<int>(lo, hi)(g_random); }
+
+struct Case {
+  ConvShape shape;
+  int bits = 8;
+  int64_t phases = 1;
+  int64_t images = 1;
+  int zero_point = 0;
+  bool residual = false, table = false, bounded = true, extreme = false;
+};
+
+std::string describe(const Case& c) {
+  const ConvShape& s = c.shape;
+  std::string text;
+  for (int64_t v :
+       {s.in_channels,     s.in_h,      s.in_w,       s.out_channels,      s.kernel_h,
+        s.kernel_w,        s.stride_h,  s.stride_w,   s.pad_top,           s.pad_left,
+        s.pad_bottom,      s.pad_right, s.dilation_h, s.dilation_w,        s.groups,
+        int64_t{c.bits},   c.phases,    c.images,     int64_t{c.residual}, int64_t{c.table},
+        int64_t{c.bounded}})
+    text += std::to_string(v) + " ";
+  return text;
+}
+
+void run_case(const Case& c, Isa isa, int parts, bool by_columns) {
+  force_isa(isa_name(isa));
+  const KernelRow& kernels = *active_kernels();
+  const ConvShape& s = c.shape;
+  const ImageLayout in =
+      image_layout(s.in_channels, s.in_h, s.in_w,
+                   {s.pad_top + pick(0, 1), s.pad_left + pick(0, 1), s.pad_bottom, s.pad_right},
+                   c.phases, s.stride_w);
+  const ImageLayout out =
+      image_layout(s.out_channels, s.out_h(), s.out_w(), {pick(0, 2), pick(0, 1), 1, 1});
+  const ImageLayout res = image_layout(s.out_channels, s.out_h(), s.out_w(), {0, pick(0, 1), 0, 0});
+
+  const int lo = -(1 << (c.bits - 1)), hi = (1 << (c.bits - 1)) - 1;
+  std::vector<int8_t> weights(static_cast<size_t>(s.out_channels * s.reduction()));
+  for (auto& w : weights)
+    w = static_cast<int8_t>(c.extreme ? (pick(0, 3) ? lo : hi) : pick(lo, hi));
+  std::vector<uint8_t> x(static_cast<size_t>(c.images * in.image_bytes + in.slack));
+  for (auto& v : x)
+    v = static_cast<uint8_t>(c.extreme ? 255 : pick(0, 255));
+  fill_padding(in, x.data(), c.images, static_cast<uint8_t>(c.zero_point));
+  std::vector<uint8_t> r(static_cast<size_t>(c.images * res.image_bytes + res.slack));
+  for (auto& v : r)
+    v = static_cast<uint8_t>(pick(0, 255));
+
+  const auto padded = static_cast<size_t>((s.out_channels + 63) / 64 * 64);
+  std::vector<float> scale(padded), bias(padded);
+  std::vector<int32_t> correction(padded);
+  std::vector<uint8_t> table(256);
+  for (auto& v : table)
+    v = static_cast<uint8_t>(pick(0, 255));
+  for (int64_t o = 0; o < s.out_channels; ++o) {
+    int32_t sum = 0;
+    for (int64_t k = 0; k < s.reduction(); ++k)
+      sum += weights[o * s.reduction() + k];
+    correction[o] = -c.zero_point * sum;
+    scale[o] = static_cast<float>(pick(-100, 100)) / 1e3f /
+               static_cast<float>((1 << (c.bits - 1)) * (1 + s.reduction() / 16));
+    bias[o] = static_cast<float>(pick(-1000, 1000)) / 10.0f;
+  }
+  if (!c.bounded) scale[0] = 1e30f;
+  ConvEpilogue e;
+  e.correction = c.zero_point == 0 ? nullptr : correction.data();
+  e.scale = scale.data();
+  e.bias = bias.data();
+  e.residual_scale = c.residual ? 0.37f : 0.0f;
+  e.finish = {.lo = static_cast<float>(3 - 17),
+              .hi = static_cast<float>(250 - 17),
+              .zero_point = 17,
+              .table = c.table ? table.data() : nullptr};
+  e.bounded = c.bounded;
+
+  const ConvPlan plan = plan_conv(s, in, &out, c.residual ? &res : nullptr);
+  // Tiles are 64-byte aligned, as the engine keeps them.
+  AlignedBuffer packed(static_cast<size_t>(plan.packed_bytes(c.bits)));
+  pack_panels(plan, weights, c.bits, packed.data());
+  std::vector<uint8_t> y(static_cast<size_t>(c.images * out.image_bytes + out.slack), 0xA5);
+  const WeightStream::Segment segment{packed.data(), plan.packed_bytes(c.bits), 0};
+  WeightStream stream({&segment, 1}, 4096);
+  const ConvCall call{.plan = plan,
+                      .weights = packed.data(),
+                      .bits = c.bits,
+                      .epilogue = &e,
+                      .in = x.data(),
+                      .images = c.images,
+                      .out = y.data(),
+                      .residual = c.residual ? r.data() : nullptr,
+                      .by_columns = by_columns,
+                      .stream = &stream,
+                      .segment = 0};
+  kernels.begin();
+  for (int p = 0; p < parts; ++p)
+    run_conv(call, kernels, {p, parts});
+  kernels.end();
+
+  int64_t wrong = 0;
+  std::vector<uint8_t> touched(y.size(), 0);
+  for (int64_t n = 0; n < c.images; ++n) {
+    for (int64_t oy = 0; oy < s.out_h(); ++oy) {
+      for (int64_t ox = 0; ox < s.out_w(); ++ox) {
+        const int64_t at = n * out.image_bytes + out.offset(oy, ox);
+        std::memset(touched.data() + at, 1, static_cast<size_t>(out.pitch));
+        for (int64_t o = 0; o < s.out_channels; ++o) {
+          int32_t acc = 0;
+          const int64_t g = o / s.group_out();
+          for (int64_t ky = 0; ky < s.kernel_h; ++ky) {
+            for (int64_t kx = 0; kx < s.kernel_w; ++kx) {
+              const int64_t iy = oy * s.stride_h - s.pad_top + ky * s.dilation_h;
+              const int64_t ix = ox * s.stride_w - s.pad_left + kx * s.dilation_w;
+              for (int64_t i = 0; i < s.group_in(); ++i) {
+                const bool inside = iy >= 0 && iy < s.in_h && ix >= 0 && ix < s.in_w;
+                const int a = inside
+                                  ? x[n * in.image_bytes + in.offset(iy, ix) + g * s.group_in() + i]
+                                  : c.zero_point;
+                acc += (a - c.zero_point) *
+                       weights[((o * s.group_in() + i) * s.kernel_h + ky) * s.kernel_w + kx];
+              }
+            }
+          }
+          float v = conv_value(acc, scale[o], bias[o]);
+          if (c.residual)
+            v = add_residual(v, r[n * res.image_bytes + res.offset(oy, ox) + o], e.residual_scale);
+          if (finish_u8(v, e.finish) != y[at + o]) ++wrong;
+        }
+      }
+    }
+  }
+  for (size_t i = 0; i < y.size(); ++i)
+    if (!touched[i] && y[i] != 0xA5) ++wrong;
+  CHECK_MSG(wrong == 0,
+            std::string(kernels.name) + ", parts " + std::to_string(parts) + ": " + describe(c));
+}
+
+void all_isas(const Case& c) {
+  for (const KernelRow* row : kernel_rows()) {
+    if (!isa_supported(row->isa)) continue;
+    run_case(c, row->isa, 1, false);
+    run_case(c, row->isa, 3, pick(0, 1) == 1);
+  }
+  force_isa("auto");
+}
+
+Case square(int in, int size, int out, int kernel, int stride, int pad, int bits) {
+  Case c;
+  c.shape = {.batch = 1,
+             .in_channels = in,
+             .in_h = size,
+             .in_w = size,
+             .out_channels = out,
+             .kernel_h = kernel,
+             .kernel_w = kernel,
+             .stride_h = stride,
+             .stride_w = stride,
+             .pad_top = pad,
+             .pad_left = pad,
+             .pad_bottom = pad,
+             .pad_right = pad};
+  c.bits = bits;
+  c.phases = stride;
+  return c;
+}
+
+}  // namespace
+
+TEST(every_width) {
+  for (int bits = 2; bits <= 8; ++bits) {
+    Case c = square(64, 7, 48, 3, 1, 1, bits);
+    c.residual = true;
+    all_isas(c);
+    c = square(70, 9, 33, 3, 2, 1, bits);
+    c.zero_point = 12;
+    all_isas(c);
+    c = square(512, 7, 32, 3, 1, 1, bits);
+    c.images = 2;
+    all_isas(c);
+  }
+}
+
+TEST(extremes_do_not_overflow) {
+  for (int bits : {2, 7, 8}) {
+    Case c = square(256, 6, 20, 3, 1, 1, bits);
+    c.extreme = true;
+    all_isas(c);
+  }
+}
+
+TEST(channels_around_the_tile) {
+  for (int in : {1, 3, 4, 5, 15, 16, 17, 63, 64, 65, 129})
+    for (int out : {1, 8, 15, 16, 17, 31, 32, 33, 65}) {
+      Case c = square(in, 5, out, 3, 1, 1, 4);
+      c.table = out % 2 == 0;
+      all_isas(c);
+    }
+}
+
+TEST(random_shapes) {
+  for (int i = 0; i < 150; ++i) {
+    Case c;
+    const int groups = pick(0, 3) == 0 ? pick(2, 4) : 1;
+    c.shape = {.batch = 1,
+               .in_channels = pick(1, 40) * groups,
+               .in_h = pick(1, 20),
+               .in_w = pick(1, 20),
+               .out_channels = pick(1, 40) * groups,
+               .kernel_h = pick(1, 4),
+               .kernel_w = pick(1, 5),
+               .stride_h = pick(1, 3),
+               .stride_w = pick(1, 3),
+               .pad_top = pick(0, 2),
+               .pad_left = pick(0, 2),
+               .pad_bottom = pick(0, 2),
+               .pad_right = pick(0, 2),
+               .dilation_h = pick(1, 2),
+               .dilation_w = pick(1, 2),
+               .groups = groups};
+    if (c.shape.out_h() < 1 || c.shape.out_w() < 1 ||
+        c.shape.in_h + c.shape.pad_top + c.shape.pad_bottom <=
+            c.shape.dilation_h * (c.shape.kernel_h - 1) ||
+        c.shape.in_w + c.shape.pad_left + c.shape.pad_right <=
+            c.shape.dilation_w * (c.shape.kernel_w - 1))
+      continue;
+    c.bits = pick(2, 8);
+    c.phases = pick(1, 3);
+    c.images = pick(1, 3);
+    c.zero_point = pick(0, 1) * pick(0, 255);
+    c.residual = pick(0, 1) == 1;
+    c.table = pick(0, 1) == 1;
+    c.bounded = pick(0, 2) != 0;
+    all_isas(c);
+  }
+}
+
+int main(int argc, char** argv) { return check::run_all(argc, argv); }
