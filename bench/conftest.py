@@ -156,7 +156,7 @@ def measure(
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("adalayer benchmarks")
     group.addoption("--strict-targets", action="store_true", help="a missed target fails the run")
-    group.addoption("--results", type=Path, default=RESULTS, help="JSON file that keeps the samples")
+    group.addoption("--results", type=Path, default=RESULTS, help="JSON file of the samples")
     group.addoption("--keep", action="store_true", help="add to that file instead of replacing it")
     group.addoption("--scale", type=float, default=1.0, help="factor on the measuring time")
     group.addoption("--seeds", default="0,1", help="seeds of the randomly generated networks")

@@ -2,44 +2,24 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import adalayer_native as ada
-from adalayer_native import _C
+from bench.networks import native_network, network
 from bench.peers import Peer
 
-COVERAGE_FIELDS = ("name", "kind", "bits", "microseconds", "bytes", "macs", "where")
+
+@lru_cache(maxsize=4)
+def engine(name: str, bits: int) -> Any:
+    """The compiled engine of a network with ``bits`` in every layer, all of it native."""
+    native = native_network(name, bits)[1]
+    return ada.compile(native, network(name).images(1), policy="native", strict=True)
 
 
-def compiled(native: nn.Module, images: Tensor, threads: int) -> Any:
-    """The engine of a converted network: callable, with ``coverage()``."""
-    if not hasattr(ada, "compile"):
-        return DropIn(native)
-    return ada.compile(native, (images,), threads=threads)
-
-
-def ours(native: nn.Module, images: Tensor, threads: int) -> Peer:
-    """Float NCHW images in, logits out, like every peer."""
-    engine = compiled(native, images, threads)
-    return lambda: engine(images)
-
-
-def weight_bytes(engine: Any) -> int:
-    """Bytes that the engine holds for its weights."""
-    if isinstance(engine, DropIn):
-        return _C.cache_info()[1]
-    return sum(row.bytes for row in engine.coverage())
-
-
-class DropIn:
-    """Stands for an engine where there is none: the converted modules under torch."""
-
-    def __init__(self, native: nn.Module) -> None:
-        self.native = native
-
-    def __call__(self, images: Tensor) -> Tensor:
-        with torch.inference_mode():
-            return self.native(images.contiguous(memory_format=torch.channels_last))
+def ours(name: str, bits: int, images: Tensor) -> Peer:
+    """Float NCHW images in, logits out, like every peer; as many threads as torch."""
+    compiled = engine(name, bits)
+    return lambda: compiled(images)

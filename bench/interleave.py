@@ -2,9 +2,9 @@
 
 Candidates take turns in one process. A turn is: a pause until the thread pools of the others have
 gone to sleep, a probe of the cores, untimed calls of the candidate's own, timed calls, a pause, a
-probe. The probe is a fixed AMX computation (:func:`adalayer_native._C.probe_cores`) of about 30 µs. On a core that
-shares its units with a busy neighbour it takes two to three times as long, and so it tells the state
-of the cores during the sample: samples are compared with samples of the same state.
+probe. The probe is a fixed AMX computation (:func:`adalayer_native._C.probe_cores`) of about 30 µs.
+On a core that shares its units with a busy neighbour it takes two to three times as long, and so it
+tells the state of the cores during the sample: samples are compared with samples of that state.
 """
 
 from __future__ import annotations
@@ -198,8 +198,8 @@ class Sampler:
         threads: how many cores the candidates use, and the probe with them.
         cold: called between the untimed call and the timed one, of which a turn then has one
             each; it should push the weights out of the caches.
-        pause: what to do before a turn; default: :func:`wait_for_idle_pools` where the candidates use
-            several threads, else nothing.
+        pause: what to do before a turn; default: :func:`wait_for_idle_pools` where the candidates
+            use several threads, else nothing.
     """
 
     def __init__(

@@ -15,7 +15,14 @@ import adalayer_native as ada
 from bench import engines
 from bench.conftest import measure
 from bench.networks import native_network, network
-from bench.peers import SIMILARITY, as_tensor, meet_all_cpus, openvino_f32, openvino_int8, similarity
+from bench.peers import (
+    SIMILARITY,
+    as_tensor,
+    meet_all_cpus,
+    openvino_f32,
+    openvino_int8,
+    similarity,
+)
 
 
 def main(name: str, isa: str, threads: int, seconds: float) -> None:
@@ -25,10 +32,10 @@ def main(name: str, isa: str, threads: int, seconds: float) -> None:
     torch.set_num_threads(threads)
     source = network(name)
     images = source.images(1)
-    prepared, native = native_network(name, 8)
+    prepared, _ = native_network(name, 8)
     with torch.inference_mode():
         exact, simulated = source.model(images), prepared(images)
-    ours = engines.ours(native, images, threads)
+    ours = engines.ours(name, 8, images)
     rival = "openvino int8 capped"
     try:
         peer = openvino_int8(source, images, threads)

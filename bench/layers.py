@@ -76,7 +76,8 @@ class Layer:
             self.dilation,
             self.groups,
         )
-        return layer.requires_grad_(False).to(memory_format=torch.channels_last)
+        layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
+        return layer.requires_grad_(False)
 
 
 INPUT_SCALE, ZERO_POINT = 8.0 / 255.0, 128

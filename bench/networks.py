@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import importlib.util
 import random
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -18,40 +13,7 @@ from torch import Tensor, nn
 import adalayer_native as ada
 from adalayer_native.models import get_model
 from adalayer_native.plan import LayerPlan, Plan, layer_kind, supported_layers
-
-# Kept for the process: operators that are defined here vanish with the library object.
-_TORCHVISION_OPERATORS: list[torch.library.Library] = []
-
-
-def torchvision_model(name: str) -> nn.Module:
-    """A classification network of torchvision with random weights.
-
-    Only the Python part of torchvision is needed. Its C++ part does not load beside every build of
-    torch; the operators whose schemas the import asks for are then declared here, and stay empty.
-    """
-    if not _TORCHVISION_OPERATORS:
-        _declare_missing_operators()
-    models = importlib.import_module("torchvision.models")
-    return getattr(models, name)(weights=None)
-
-
-def _declare_missing_operators() -> None:
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError("the benchmarks need torchvision; run `make bench`")
-    folder = Path(spec.submodule_search_locations[0])
-    for extension in folder.glob("_C*.so"):
-        with contextlib.suppress(OSError):
-            torch.ops.load_library(extension)
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    text = (folder / "_meta_registrations.py").read_text(encoding="utf-8")
-    for operator in sorted(set(re.findall(r'register_\w+\("(?:torchvision::)?(\w+)"', text))):
-        if not hasattr(torch.ops.torchvision, operator):
-            library.define(f"{operator}(Tensor x) -> Tensor")
-    _TORCHVISION_OPERATORS.append(library)
-
-
-# ------------------------------------------------------------------------------ random networks
+from tests.helpers_torchvision import torchvision_models
 
 
 class Residual(nn.Module):
@@ -67,21 +29,24 @@ class Residual(nn.Module):
 
 
 def _conv(
-    inputs: int, outputs: int, kernel: int, activation: nn.Module | None, **options: int
+    inputs: int,
+    outputs: int,
+    kernel: int,
+    activation: nn.Module | None,
+    stride: int = 1,
+    dilation: int = 1,
+    groups: int = 1,
 ) -> list[nn.Module]:
-    padding = options.get("dilation", 1) * (kernel // 2)
-    layers: list[nn.Module] = [
-        nn.Conv2d(inputs, outputs, kernel, padding=padding, bias=False, **options),
-        nn.BatchNorm2d(outputs),
-    ]
+    padding = dilation * (kernel // 2)
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, groups, bias=False)
+    layers: list[nn.Module] = [conv, nn.BatchNorm2d(outputs)]
     return layers if activation is None else [*layers, activation]
 
 
 def random_network(seed: int) -> nn.Module:
     """A network that nobody tuned for: blocks, widths and strides drawn by ``seed``.
 
-    Plain, bottleneck, grouped, dilated, asymmetric-width and inverted-residual blocks for
-    128 x 128 images.
+    Plain, bottleneck, grouped, dilated and inverted-residual blocks for 128 x 128 images.
     """
     draw = random.Random(seed)
     activation: Callable[[], nn.Module] = draw.choice([nn.ReLU, nn.ReLU6])
@@ -136,8 +101,8 @@ class Network:
 
 NETWORKS: dict[str, tuple[int, Callable[[], nn.Module]]] = {
     "resnet18": (224, lambda: get_model("resnet18", 1000)),
-    "resnet50": (224, lambda: torchvision_model("resnet50")),
-    "mobilenet_v2": (224, lambda: torchvision_model("mobilenet_v2")),
+    "resnet50": (224, lambda: torchvision_models().resnet50(weights=None)),
+    "mobilenet_v2": (224, lambda: torchvision_models().mobilenet_v2(weights=None)),
     "adalayernet": (32, lambda: get_model("adalayernet")),
     "resnet20": (32, lambda: get_model("resnet20")),
 }

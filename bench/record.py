@@ -109,9 +109,10 @@ class Results:
         for verdict in self.verdicts():
             if not verdict.met:
                 ratio = "not measured" if verdict.ratio is None else f"{verdict.ratio.value:.2f}x"
+                target = verdict.target
                 lines.append(
-                    f"{verdict.name}: {verdict.target.ours} over {' / '.join(verdict.target.peers)} "
-                    f"is {ratio}, wanted {verdict.target.minimum:g}x"
+                    f"{verdict.name}: {target.ours} over {' / '.join(target.peers)} is {ratio}, "
+                    f"wanted {target.minimum:g}x"
                 )
         for figure in self.figures.values():
             if figure.met is False:

@@ -128,13 +128,15 @@ def node_tables(results: Results) -> list[str]:
     lines = []
     for network, widths in networks.items():
         bits = sorted(widths, reverse=True)
-        heading = [network, "kind", "runs in", *(f"{b} bits, µs" for b in bits), "MMAC"]
+        heading = [network, "operation", "kernel", *(f"{b} bits, µs" for b in bits), "MMAC"]
         rows = []
         for name, row in widths[bits[0]].items():
             times = [
                 f"{widths[b][name]['microseconds']:.1f}" if name in widths[b] else "–" for b in bits
             ]
-            rows.append([name, row["kind"], row["where"], *times, f"{row['macs'] / 1e6:.1f}"])
+            rows.append(
+                [name, row["op"], row["kernel"] or row["kind"], *times, f"{row['macs'] / 1e6:.1f}"]
+            )
         lines += table(heading, rows)
     return lines
 
@@ -187,8 +189,8 @@ def page_section(results: Results) -> str:
             lines += [f"## {title}", "", *comparison_table(results, names, column)]
         if prefix == "instruction set" and names:
             lines += [
-                "The cap (`ONEDNN_MAX_CPU_ISA`) binds oneDNN's kernels only: what OpenVINO generates "
-                "itself may use wider instructions.",
+                "The cap (`ONEDNN_MAX_CPU_ISA`) binds oneDNN's kernels only: what OpenVINO "
+                "generates itself may use wider instructions.",
                 "",
             ]
         if prefix == "layer" and names:
@@ -279,9 +281,12 @@ def _roofline(results: Results, path: Path) -> None:
             if candidate in spread_table:
                 spread = spread_table[candidate][shown_state(spread_table)]
                 moved = info["bytes"][candidate]
-                points.append((info["operations"] / moved, 1e-9 * info["operations"] / spread.median))
+                points.append(
+                    (info["operations"] / moved, 1e-9 * info["operations"] / spread.median)
+                )
         if points:
-            axis.scatter(*zip(*points, strict=True), s=14, marker=marker, label=f"{bits} bits")
+            across, up = zip(*points, strict=True)
+            axis.scatter(across, up, s=14, marker=marker, label=f"{bits} bits")
     peak = results.figures.get("int8 peak of one core")
     bandwidth = results.figures.get("memory bandwidth of one core")
     if peak is not None and bandwidth is not None:

@@ -1,7 +1,8 @@
 """Single layers: shapes x bits x instruction set x threads, beside torch float32.
 
-The native side is the u8 kernel as an engine calls it. Before a timed call the second-level cache is filled with other data and the input is read again: in a network weights come cold, activations
-warm.
+The native side is the u8 kernel with the cost of its operator. Before a timed call the second-level
+cache is filled with other data and the input is read again: in a network weights come cold and
+activations warm.
 """
 
 from __future__ import annotations

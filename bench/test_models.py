@@ -39,10 +39,10 @@ def candidates(
         exact = source.model(images)
     found: dict[str, Callable[[], Any]] = {}
     for width in bits:
-        prepared, native = native_network(source.name, width)
+        prepared, _ = native_network(source.name, width)
         with torch.inference_mode():
             simulated = prepared(images)
-        run = engines.ours(native, images, threads)
+        run = engines.ours(source.name, width, images)
         # Single-step differences of float simulation grow through random weights.
         assert similarity(as_tensor(run()), simulated) > 0.99, f"native, {width} bits"
         found[f"ours {width} bits"] = run
