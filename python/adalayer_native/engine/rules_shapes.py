@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor, fx
 
+from adalayer_native import ops
 from adalayer_native.engine.grids import Grid, Want
 from adalayer_native.engine.lower import RULES, CannotLower, Grids, Lowering, Rule
 from adalayer_native.engine.rules_layers import arguments
@@ -301,24 +303,59 @@ def _pad_value(node: fx.Node) -> float | None:
 def _pad(low: Lowering, node: fx.Node, want: Want) -> Ref:
     value = _pad_value(node)
     amounts = list(arguments(node)["pad"])
-    if value is None or min(amounts) < 0 or len(amounts) > 4:
-        raise CannotLower(node, f"padding of {amounts} other than by a constant around the image")
-    left, right, top, bottom = [*amounts, 0, 0, 0, 0][:4]
+    if value is None or min(amounts) < 0 or len(amounts) > 6 or (any(amounts[4:]) and value != 0):
+        raise CannotLower(
+            node, f"padding of {amounts}: only a constant around the image, or channels of zeros"
+        )
+    left, right, top, bottom, front, back = [*amounts, *[0] * 6][:6]
     ref = low.plain(low.u8(node.args[0], want), low.name(node, "reorder"))
     if len(ref.dims) != 3:
         raise CannotLower(node, "padding of something that is no image")
+    number = ref.value
     c, h, w = low.size(ref)
-    size: Size = (c, h + top + bottom, w + left + right)
-    level = want.grid.level(min(max(value, want.lo), want.hi))
-    number = low.program.node(
-        "pad",
-        low.name(node),
-        [ref.value],
-        size,
-        want.grid,
-        ints=[top, left, bottom, right, level],
-    )
+    if left or right or top or bottom:
+        h, w = h + top + bottom, w + left + right
+        level = want.grid.level(min(max(value, want.lo), want.hi))
+        number = low.program.node(
+            "pad",
+            low.name(node),
+            [number],
+            (c, h, w),
+            want.grid,
+            ints=[top, left, bottom, right, level],
+        )
+    if front or back:
+        number = _zero_channels(low, node, number, (c, h, w), (front, back), want)
+    size: Size = (front + c + back, h, w)
     return Ref(number, image_dims(size))
+
+
+def _zero_channels(
+    low: Lowering, node: fx.Node, number: int, size: Size, amounts: tuple[int, int], want: Want
+) -> int:
+    """Channels of zeros in front and behind: a 1x1 convolution with the identity, which is exact
+    and can take an addition that follows."""
+    front, back = amounts
+    c, h, w = size
+    outs = front + c + back
+    identity = torch.zeros(outs, c, 1, 1, dtype=torch.int8)
+    identity[front : front + c, :, 0, 0] = torch.eye(c, dtype=torch.int8)
+    program = low.program
+    return program.node(
+        "conv",
+        low.name(node, "channels"),
+        [number],
+        (outs, h, w),
+        want.grid,
+        ints=[1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, *want.finish()],
+        floats=[0.0, 0.0, 0.0],
+        constants=[
+            program.constant("weights", ops.pack_weight(identity, 2).numpy().tobytes()),
+            program.f32(np.ones(outs)),
+            program.f32(np.zeros(outs)),
+            -1,
+        ],
+    )
 
 
 RULES["aten.pad.default"] = Rule(_pad, None, _pad_grid)
