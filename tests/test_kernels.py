@@ -274,6 +274,22 @@ def test_random_shapes(conv, bits, seed, threads):
     RANDOM_CASES.update(FAST_ISAS)
 
 
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_linear_rows_and_extremes(bits):
+    """1 to 33 rows: few take the matrix-vector product, more the matrix product and its tails."""
+    fills = [("random", "random"), ("low", "high"), ("high", "high"), ("low", "low")]
+    for rows in (1, 2, 3, 4, 5, 12, 13, 25, 31, 32, 33):
+        fill, levels = fills[rows % 4]
+        conv = Conv(n=rows, c=200, h=1, w=1, o=70, kh=1, kw=1)
+        check_all_isas(conv, bits, seed=rows, fill=fill, levels=levels)
+    for fill, levels in fills:
+        for conv in (
+            Conv(c=1100, h=1, w=1, o=530, kh=1, kw=1),
+            Conv(n=2, c=24, h=3, w=2, o=34, groups=2, kh=2, kw=2),  # two positions, two groups
+        ):
+            check_all_isas(conv, bits, seed=bits, fill=fill, levels=levels, threads=3)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     rows=st.integers(0, 70),
@@ -309,7 +325,7 @@ def test_quantize_clamps_rounds_to_even_and_sends_nan_to_the_lowest_level(isa):
     assert torch.equal(again, want.float() - 10)
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512vnni", "amx"])
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avxvnni", "avx512vnni", "amx"])
 def test_force_isa_by_environment(isa):
     code = "from adalayer_native import ops; print(ops.active_isa())"
     env = {**os.environ, "ADALAYER_FORCE_ISA": isa}

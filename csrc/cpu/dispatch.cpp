@@ -52,6 +52,7 @@ struct Call {
   const OutputSpec& out;
   const KernelRow& kernels;
   UnpackTiles unpack_tiles;
+  Gemv gemv;
   const PackedImage& image;
   int weight_bits;            // of the layer, before any unpacking at load
   const int32_t* correction;  // [out_channels]
@@ -105,6 +106,50 @@ struct Block {
   int64_t position_first, position_last;
   int64_t pair_first, pair_last;  // over groups * ceil(column_tiles / 2)
 };
+
+/// At most kGemvRows positions per image: every weight is used once for all of them, so that none
+/// is unpacked to memory.
+void gemv_block(const Call& call, const uint8_t* packed, const Block& block) {
+  // Column tiles whose sums are stored together: a few kilobytes of them, some hundred of weights.
+  constexpr int64_t kTilesAtOnce = 32;
+  const Panels& panels = call.panels;
+  const int64_t pairs_per_group = (panels.column_tiles + 1) / 2;
+  auto* sums = reinterpret_cast<int32_t*>(
+      grown(scratch().sums, kGemvRows * kTilesAtOnce * formats::kTileWidth * 4));
+  int32_t position[kGemvRows];
+  GemvArgs args{};
+  args.row_stride = call.shape.stride_w * call.image.pitch;
+  args.step_offsets = call.offsets;
+  args.steps = panels.reduction.steps;
+  args.bits = panels.tag.bits;
+  args.rows = static_cast<int>(block.position_last - block.position_first);
+  args.sums = sums;
+  args.sums_stride = kTilesAtOnce * formats::kTileWidth;
+  fill_positions(call, block.position_first, args.rows, position);
+  for (int64_t n = block.image_first; n < block.image_last; ++n) {
+    const uint8_t* image = packed + (n - block.image_first) * call.image_stride;
+    for (int64_t pair = block.pair_first; pair < block.pair_last;) {
+      const int64_t g = pair / pairs_per_group, tile = pair % pairs_per_group * 2;
+      const int64_t pairs =
+          std::min({kTilesAtOnce / 2, pairs_per_group - tile / 2, block.pair_last - pair});
+      args.column_tiles = std::min(pairs * 2, panels.column_tiles - tile);
+      args.packed = panels.tile(g, tile);
+      args.activations =
+          image + g * call.image.group_bytes + block.position_first * args.row_stride;
+      call.gemv(args);
+      const int64_t column = tile * formats::kTileWidth, outs = call.shape.group_out();
+      StoreArgs store = store_args(
+          call, n, g * outs + column,
+          static_cast<int>(std::min(args.column_tiles * formats::kTileWidth, outs - column)));
+      store.sums = sums;
+      store.sums_stride = args.sums_stride;
+      store.position = position;
+      store.rows = args.rows;
+      call.kernels.store(store);
+      pair += pairs;
+    }
+  }
+}
 
 void matmul_block(const Call& call, const uint8_t* packed, const Block& block) {
   const Panels& panels = call.panels;
@@ -196,7 +241,10 @@ void matmul_part(const Call& call, const uint8_t* packed, int64_t image_first, i
     block.position_first = blocks * part / parts * kBlockRows;
     block.position_last = std::min(blocks * (part + 1) / parts * kBlockRows, call.image.positions);
   }
-  matmul_block(call, packed, block);
+  if (block.position_last - block.position_first <= kGemvRows)
+    gemv_block(call, packed, block);
+  else
+    matmul_block(call, packed, block);
 }
 
 // ------------------------------------------------------------------------------------- depthwise
@@ -323,9 +371,10 @@ void run(const ConvShape& shape, const ActivationIn& in, const LayerWeights& wei
   // A block reads 32 positions and 64 bytes from each, whatever it keeps.
   const int64_t slack = kBlockRows * shape.stride_w * image.pitch + 64;
   const int64_t image_stride = (image.bytes + slack + 63) / 64 * 64;
-  const Call call{
-      shape,      in,      panels,      out, kernels, unpacker(kernels), image, weights.header.bits,
-      correction, offsets, image_stride};
+  const Call call{shape,         in,      panels,
+                  out,           kernels, unpacker(kernels),
+                  gemv(kernels), image,   weights.header.bits,
+                  correction,    offsets, image_stride};
 
   if (estimated_nanoseconds(shape) < kSerialNanoseconds) threads = 1;
   if (depthwise) {

@@ -173,6 +173,147 @@ TEST(unpacking) {
   }
 }
 
+// How weights and levels are filled: the extremes are where int16 sums would overflow.
+enum class Fill { Random, Small, Low, High, Mixed };
+constexpr Fill kFills[] = {Fill::Random, Fill::Small, Fill::Low, Fill::High, Fill::Mixed};
+
+int fill_value(Fill fill, int low, int high) {
+  switch (fill) {
+    case Fill::Low:
+      return low;
+    case Fill::High:
+      return high;
+    case Fill::Mixed:
+      return uniform(0, 1) == 0 ? low : high;
+    case Fill::Small:  // most near the middle, some at the ends
+      return uniform(0, 19) == 0 ? uniform(low, high)
+                                 : std::clamp((low + high) / 2 + uniform(-9, 9), low, high);
+    default:
+      return uniform(low, high);
+  }
+}
+
+/// Operands of one product of the kernel table, in memory of exactly the size that they may read.
+struct Product {
+  int bits, rows, steps, tiles;
+  int64_t row_stride;
+  std::vector<int64_t> offsets;
+  std::vector<uint8_t> live;
+  std::vector<int8_t> weights;  // unpacked tiles [tiles][steps]
+  formats::Panels panels;       // the same, packed
+  Exact<uint8_t> levels;
+
+  Product(int width, int row_count, int step_count, int tile_count, Fill weight_fill,
+          Fill level_fill)
+      : bits(width),
+        rows(row_count),
+        steps(step_count),
+        tiles(tile_count),
+        row_stride(16 * uniform(1, 6)),
+        levels(static_cast<size_t>(31 * row_stride + step_count * 80 + 64)) {
+    // The last step may be partly live; weights beyond are zero, levels beyond are neighbours'.
+    ConvShape s;
+    s.batch = s.in_h = s.in_w = s.kernel_h = s.kernel_w = 1;
+    s.in_channels = steps * 64 - uniform(0, 40);
+    s.out_channels = tiles * 16 - uniform(0, 15);
+    std::vector<int8_t> dense(static_cast<size_t>(s.in_channels * s.out_channels));
+    for (auto& w : dense)
+      w = static_cast<int8_t>(fill_value(weight_fill, -(1 << (bits - 1)), (1 << (bits - 1)) - 1));
+    panels = formats::build_panels(s, dense, bits);
+    if (panels.reduction.steps != steps) throw Error("the test's reduction has another length");
+    live = panels.live_quads;
+    weights.resize(static_cast<size_t>(tiles * steps) * formats::kTileBytes);
+    formats::unpack_tiles_scalar(panels.data.data(), bits, tiles * steps, weights.data());
+    for (int step = 0; step < steps; ++step)
+      offsets.push_back(step * 64 + uniform(0, step * 16));
+    for (size_t i = 0; i < levels.size(); ++i)
+      levels[i] = static_cast<uint8_t>(fill_value(level_fill, 0, 255));
+  }
+
+  const int8_t* tile(int t) const { return weights.data() + t * steps * formats::kTileBytes; }
+
+  int64_t want(int row, int column) const {
+    int64_t sum = 0;
+    for (int s = 0; s < steps; ++s)
+      for (int d = 0; d < 64; ++d)
+        sum += int64_t{levels[static_cast<size_t>(row * row_stride + offsets[s] + d)]} *
+               tile(column / 16)[s * formats::kTileBytes + d / 4 * 64 + column % 16 * 4 + d % 4];
+    return sum;
+  }
+};
+
+/// The matrix product of every row of the table, alone: 1..32 rows, one and two column tiles.
+TEST(gemm_of_every_row) {
+  int i = 0;
+  for (int bits = 2; bits <= 8; ++bits)
+    for (int rows = 1; rows <= cpu::kBlockRows; ++rows) {
+      const int steps = 1 + i % 7, tiles = 1 + i / 7 % 2;
+      const Product p(bits, rows, steps, tiles, kFills[i % 5], kFills[i / 5 % 5]);
+      ++i;
+      for (const cpu::KernelRow* row : cpu::kernel_rows()) {
+        if (!isa_supported(row->isa)) continue;
+        std::vector<int32_t> sums(cpu::kBlockRows * cpu::kBlockCols, -1);
+        cpu::GemmArgs g{};
+        g.activations = p.levels.data();
+        g.row_stride = p.row_stride;
+        g.step_offsets = p.offsets.data();
+        g.live_quads = p.live.data();
+        g.steps = steps;
+        g.tile0 = p.tile(0);
+        g.tile1 = tiles == 2 ? p.tile(1) : nullptr;
+        g.weight_bits = bits;
+        g.rows = rows;
+        g.sums = sums.data();
+        row->begin();
+        row->gemm(g);
+        row->end();
+        bool equal = true;
+        for (int r = 0; r < rows; ++r)
+          for (int c = 0; c < tiles * 16; ++c)
+            equal = equal && sums[static_cast<size_t>(r * cpu::kBlockCols + c)] == p.want(r, c);
+        CHECK(equal);
+      }
+    }
+}
+
+/// The matrix-vector product of every row of the table, and what the machine has in place of it.
+TEST(gemv_of_every_row) {
+  int i = 0;
+  for (int bits = 2; bits <= 8; ++bits)
+    for (int rows = 1; rows <= cpu::kGemvRows; ++rows)
+      for (int steps : {1, 2, 5, 9}) {
+        const int tiles = uniform(1, 4);
+        const Product p(bits, rows, steps, tiles, kFills[i % 5], kFills[i / 5 % 5]);
+        ++i;
+        for (const cpu::KernelRow* row : cpu::kernel_rows()) {
+          if (!isa_supported(row->isa)) continue;
+          for (const cpu::Gemv gemv : {row->gemv, cpu::gemv(*row)}) {
+            const int64_t stride = tiles * 16 + uniform(0, 9);
+            const Exact<int32_t> sums(static_cast<size_t>((rows - 1) * stride + tiles * 16));
+            const auto packed = Exact<uint8_t>::of(std::vector<uint8_t>(
+                p.panels.data.data(), p.panels.data.data() + tiles * steps * 128 * bits));
+            cpu::GemvArgs g{};
+            g.activations = p.levels.data();
+            g.row_stride = p.row_stride;
+            g.step_offsets = p.offsets.data();
+            g.steps = steps;
+            g.packed = packed.data();
+            g.bits = bits;
+            g.rows = rows;
+            g.column_tiles = tiles;
+            g.sums = sums.data();
+            g.sums_stride = stride;
+            gemv(g);
+            bool equal = true;
+            for (int r = 0; r < rows; ++r)
+              for (int c = 0; c < tiles * 16; ++c)
+                equal = equal && sums[static_cast<size_t>(r * stride + c)] == p.want(r, c);
+            CHECK(equal);
+          }
+        }
+      }
+}
+
 TEST(canonical_round_trip_and_damage) {
   for (int i = 0; i < 60; ++i) {
     ConvShape s = random_shape();
