@@ -165,6 +165,7 @@ PATTERNS: dict[str, tuple[Callable[[], Any], int]] = {
     "asymmetric": (lambda: nn.Conv2d(8, 8, (2, 4), padding="same"), 8),
     "prelu": (lambda: nn.PReLU(), 8),
     "padding": (lambda: lambda x: F.pad(F.relu(x), (1, 2, 0, 3)), 8),
+    "zero channels": (lambda: lambda x: F.pad(F.relu(x)[..., ::2, ::2], (0, 0, 0, 0, 3, 4)), 15),
     "max pool": (lambda: nn.MaxPool2d(3, 2, 1, ceil_mode=True), 8),
     "dilated pool": (lambda: lambda x: F.max_pool2d(x, 2, 1, 1, 2), 8),
     "avg pool": (lambda: nn.AvgPool2d(3, 2, 1, ceil_mode=True), 8),
