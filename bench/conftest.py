@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import adalayer_native as ada
-from bench.interleave import Comparison, Sampler, on_cpus, rounds, schedule
+from bench.interleave import Comparison, Sampler, on_cpus, place, rounds, schedule
 from bench.record import RESULTS, Figure, Results, Target, describe_machine
 from bench.report import comparison_lines
 
@@ -139,6 +139,7 @@ def measure(
     gc.collect()
     gc.disable()
     try:
+        place(threads)
         sampler = Sampler(candidates, threads, cold=cold)
         plan = schedule(sampler, every, seconds, least=least)
         for chosen in rounds(plan, candidates, every):
@@ -171,6 +172,9 @@ BENCH = pytest.StashKey[Bench]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A test that fails before it measures has one message, not two.
+    unused = "ignore::pytest_benchmark.logger.PytestBenchmarkWarning"
+    config.addinivalue_line("filterwarnings", unused)
     option = config.option
     results = Results(machine=describe_machine())
     if option.results.is_file():

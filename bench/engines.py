@@ -14,9 +14,9 @@ from bench.peers import Peer
 
 @lru_cache(maxsize=4)
 def engine(name: str, bits: int) -> Any:
-    """The compiled engine of a network with ``bits`` in every layer, all of it native."""
+    """The compiled engine of a network with ``bits`` in every layer that it can run natively."""
     native = native_network(name, bits)[1]
-    return ada.compile(native, network(name).images(1), policy="native", strict=True)
+    return ada.compile(native, network(name).images(1), policy="native")
 
 
 def ours(name: str, bits: int, images: Tensor) -> Peer:

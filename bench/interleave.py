@@ -21,6 +21,8 @@ from typing import Any
 
 from adalayer_native import _C
 
+# As the process was started.
+ALL_CPUS = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 # How much longer than its fastest a probe of a contended core takes at least.
 CONTENDED = 1.7
 # A state with fewer samples than this is not compared.
@@ -40,20 +42,20 @@ def on_cpus(threads: int) -> Iterator[None]:
     With one thread the probe then runs where the sample runs, and a candidate cannot put part of
     its work on another core.
     """
-    if not hasattr(os, "sched_setaffinity"):
-        yield
-        return
-    everything = os.sched_getaffinity(0)
-    # The last CPUs: the first one serves most of the interrupts.
-    chosen = set(sorted(everything)[-threads:])
+    place(threads)
     try:
-        _set_affinity(chosen)
         yield
     finally:
-        _set_affinity(everything)
+        place(len(ALL_CPUS))
 
 
-def _set_affinity(cpus: set[int]) -> None:
+def place(threads: int) -> None:
+    """Puts every thread of the process on the same ``threads`` CPUs, also those that a library
+    has placed elsewhere."""
+    # The last CPUs: the first one serves most of the interrupts.
+    cpus = set(sorted(ALL_CPUS)[-threads:])
+    if not cpus:
+        return
     for task in Path("/proc/self/task").iterdir():
         with contextlib.suppress(ProcessLookupError):
             os.sched_setaffinity(int(task.name), cpus)

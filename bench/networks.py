@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import adalayer_native as ada
-from adalayer_native.models import get_model
+from adalayer_native.models import get_model, load_weights
 from adalayer_native.plan import LayerPlan, Plan, layer_kind, supported_layers
 from tests.helpers_torchvision import torchvision_models
+
+CACHE = Path(__file__).resolve().parent.parent / "build" / "bench-cache"
 
 
 class Residual(nn.Module):
@@ -87,11 +94,17 @@ def random_network(seed: int) -> nn.Module:
 
 @dataclass(frozen=True)
 class Network:
-    """A float network as a user brings it, and the side of its square input images."""
+    """A float network as a user brings it.
+
+    Attributes:
+        size: side of its square input images.
+        folder: where its weights and what is made of them are kept.
+    """
 
     name: str
     size: int
     model: nn.Module
+    folder: Path
 
     def images(self, batch: int, seed: int = 1) -> Tensor:
         """Random normalised images, contiguous NCHW float32."""
@@ -117,21 +130,42 @@ def network(name: str) -> Network:
     else:
         size, build = NETWORKS[name]
         model = build()
-    found = Network(name, size, model)
-    # Fresh batch norms let activations grow from block to block; a few batches settle them, so that
-    # the ranges are those of a trained network and a wrong result shows in the logits.
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    digest = hashlib.sha256(version("torch").encode())
+    for key, value in model.state_dict().items():
+        digest.update(key.encode())
+        digest.update(value.contiguous().numpy().tobytes())
+    found = Network(name, size, model, CACHE / f"{name}-{digest.hexdigest()[:16]}")
+    # Kept, because the statistics depend on the instruction set and the threads that made them,
+    # and exported models are found by these weights.
+    settled = found.folder / "settled.safetensors"
+    if settled.is_file():
+        load_weights(model, settled)
+    else:
+        _settle(found)
+        found.folder.mkdir(parents=True, exist_ok=True)
+        scratch = settled.with_suffix(f".{os.getpid()}")
+        save_file(model.state_dict(), scratch)
+        scratch.replace(settled)
+    model.eval().requires_grad_(False)
+    return found
+
+
+def _settle(source: Network) -> None:
+    """Statistics of batch norms from a few random batches.
+
+    Fresh ones let activations grow from block to block. Settled ones give the ranges of a trained
+    network, and a wrong result shows in the logits.
+    """
+    norms = [m for m in source.model.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = None
         norm.reset_running_stats()
-    model.train()
+    source.model.train()
     with torch.no_grad():
         for seed in (2, 3):
-            model(found.images(4, seed))
+            source.model(source.images(4, seed))
     for norm in norms:
         norm.momentum = 0.1
-    model.eval().requires_grad_(False)
-    return found
 
 
 @lru_cache(maxsize=4)

@@ -1,7 +1,7 @@
 """The runtimes that the native engine is measured against, each in its fastest usual setting.
 
 Exported and quantized models are kept under ``build/bench-cache``, because quantizing one takes
-much longer than measuring it. The key holds the weights' hash and every version involved.
+much longer than measuring it. The folder's name holds the weights' hash and the versions involved.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from bench.networks import Network
 
-CACHE = Path(__file__).resolve().parent.parent / "build" / "bench-cache"
 CALIBRATION_IMAGES = 8
 OPSET = 13
 
@@ -49,16 +48,10 @@ def quiet() -> Iterator[None]:
             logging.disable(previous)
 
 
-@lru_cache(maxsize=8)
 def _folder(network: Network) -> Path:
-    digest = hashlib.sha256()
-    for name, value in network.model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.contiguous().numpy().tobytes())
-    tools = ["torch", "openvino", "nncf", "onnxruntime", "onnx"]
-    digest.update(repr([(tool, version(tool)) for tool in tools]).encode())
-    digest.update(f"{OPSET} {CALIBRATION_IMAGES}".encode())
-    folder = CACHE / f"{network.name}-{digest.hexdigest()[:16]}"
+    tools = [(tool, version(tool)) for tool in ("openvino", "nncf", "onnxruntime", "onnx")]
+    key = hashlib.sha256(repr([tools, OPSET, CALIBRATION_IMAGES]).encode()).hexdigest()
+    folder = network.folder / key[:12]
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -153,6 +146,16 @@ def openvino_int8_file(network: Network) -> Path:
         openvino.save_model(quantized, path, compress_to_fp16=False)
 
     return _cached(network, "openvino-int8.xml", make)
+
+
+def make_files(network: Network) -> None:
+    """Makes what the peers of a network are built from.
+
+    To be called before the process is restricted to some CPUs: the quantizer runs models with
+    thread pools of its own, and those place the calling thread.
+    """
+    onnxruntime_int8_file(network)
+    openvino_int8_file(network)
 
 
 # ------------------------------------------------------------------------------- running peers

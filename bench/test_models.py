@@ -11,7 +11,7 @@ import torch
 from bench import engines
 from bench.conftest import Bench
 from bench.networks import NETWORKS, Network, native_network, network
-from bench.peers import PEERS, RIVALS, SIMILARITY, as_tensor, meet_all_cpus, similarity
+from bench.peers import PEERS, RIVALS, SIMILARITY, as_tensor, make_files, meet_all_cpus, similarity
 from bench.record import Target
 
 # Wanted speed over the faster rival, by (network, batch, threads) and bits.
@@ -62,6 +62,7 @@ def _pools() -> None:
 def compare(
     bench: Bench, turns: Any, name: str, batch: int, threads: int, wanted: dict[int, float]
 ) -> None:
+    make_files(network(name))
     with bench.cores(threads):
         runs = candidates(network(name), BITS, batch, threads)
         turns(
@@ -71,7 +72,11 @@ def compare(
             seconds=SECONDS[batch, threads],
             side=set(PEERS) - set(RIVALS),
             targets=[Target(f"ours {b} bits", RIVALS, minimum) for b, minimum in wanted.items()],
-            info={"network": name, "batch": batch},
+            info={
+                "network": name,
+                "batch": batch,
+                "native share": [engines.engine(name, bits).native_share for bits in BITS],
+            },
             least=5,
         )
 
