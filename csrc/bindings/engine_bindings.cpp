@@ -224,13 +224,14 @@ void bind_engine(py::module_& m) {
       .def("reference_values", &reference_values);
 
   py::class_<Engine>(m, "Engine")
-      .def(py::init([](const Program& program, int64_t chunk) {
+      .def(py::init([](const Program& program, int64_t chunk, int64_t cache_bytes) {
              EngineOptions options;
              options.chunk = chunk;
+             options.cache_bytes = cache_bytes;
              const py::gil_scoped_release release;
              return Engine(Program(program), options);
            }),
-           py::arg("program"), py::arg("chunk") = 0)
+           py::arg("program"), py::arg("chunk") = 0, py::arg("cache_bytes") = 0)
       .def("run", &run)
       .def("profile", &profile)
       .def("weight_bytes", &Engine::weight_bytes)

@@ -13,8 +13,11 @@
 namespace adalayer::engine {
 
 struct EngineOptions {
-  // Images that one thread takes through the whole program at a time; 0 lets the planner choose.
+  // Images that one thread takes through the whole program at a time; 0 lets the planner choose,
+  // which then also lets nodes with large tensors run image by image.
   int64_t chunk = 0;
+  // What one thread's tensors may take of the second-level cache; 0 is 1 MiB.
+  int64_t cache_bytes = 0;
 };
 
 /// One input batch, float32, [batch][c][h][w] or [batch][h][w][c].
