@@ -16,6 +16,8 @@ from adalayer_native.engine.export import Exported, export
 from adalayer_native.engine.grids import Want
 from adalayer_native.engine.lower import Grids
 from adalayer_native.engine.segments import Part, divide
+from adalayer_native.plan import LayerPlan, Plan, layer_kind, supported_layers
+from adalayer_native.quantization import calibrate, convert, prepare
 
 
 @dataclass(frozen=True)
@@ -106,3 +108,24 @@ def _interpret(
             if own is None or Want(own) == want:
                 result = (levels.float() - grid[1]) * grid[0]
         values[node] = result
+
+
+def plan_of(model: nn.Module, bits: int = 8, activation_bits: int = 8) -> Plan:
+    """The same widths for every layer."""
+    return Plan(
+        {
+            name: LayerPlan(
+                name, layer_kind(layer), layer.weight.numel(), bits, activation_bits=activation_bits
+            )
+            for name, layer in supported_layers(model).items()
+        }
+    )
+
+
+def native_of(
+    model: nn.Module, calibration: Tensor, *, bits: int = 8, activation_bits: int = 8
+) -> fx.GraphModule:
+    """A float model converted, with ranges from one batch."""
+    prepared = prepare(model.eval(), plan_of(model, bits, activation_bits))
+    calibrate(prepared, [calibration], observer="minmax", progress=False)
+    return convert(prepared)

@@ -313,6 +313,7 @@ const KernelRow kAvx2Row{.name = "avx2",
                          .depthwise = avx2::depthwise,
                          .block = nullptr,
                          .requantize = requantize_avx2,
+                         .stem = {},
                          .grouped = &avx2::kGrouped};
 
 }  // namespace adalayer::cpu

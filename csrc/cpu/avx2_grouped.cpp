@@ -14,10 +14,12 @@ struct Words256 {
   using F = __m256;
   static constexpr int kBytes = 32, kDwords = 8, kLanes = 2;
   static constexpr int kRows = 2, kHalves = 2;
+  static constexpr int kColumns = 4;
   static constexpr int kInLaneColumns = 2, kBroadcastSums = 8;
 
   static I zero() { return _mm256_setzero_si256(); }
   static I load(const void* p) { return _mm256_loadu_si256(static_cast<const I*>(p)); }
+  static void store(void* p, I v) { _mm256_storeu_si256(static_cast<I*>(p), v); }
   static I load_constant(const void* p, int i) { return load(static_cast<const I*>(p) + i); }
   static F as_floats(I v) { return _mm256_castsi256_ps(v); }
   static I broadcast_granule(const uint8_t* p) { return _mm256_broadcastsi128_si256(granule(p)); }

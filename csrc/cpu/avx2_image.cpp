@@ -27,14 +27,18 @@ struct V {
   static I zero() { return _mm256_setzero_si256(); }
   static I iota() { return _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0); }
 
-  static F bytes(const uint8_t* p, Whole) {
-    return to_float(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  static I ints(const uint8_t* p, Whole) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
   }
-  static F bytes(const uint8_t* p, int64_t left) {
-    if (left > 4) return bytes(p, Whole{});
+  static I ints(const uint8_t* p, int64_t left) {
+    if (left > 4) return ints(p, Whole{});
     int four;
     std::memcpy(&four, p, 4);
-    return to_float(_mm256_cvtepu8_epi32(_mm_cvtsi32_si128(four)));
+    return _mm256_cvtepu8_epi32(_mm_cvtsi32_si128(four));
+  }
+  template <class Left>
+  static F bytes(const uint8_t* p, Left left) {
+    return to_float(ints(p, left));
   }
   static F floats(const float* p, Whole) { return _mm256_loadu_ps(p); }
   static F floats(const float* p, int64_t left) { return _mm256_maskload_ps(p, mask32(left)); }
@@ -97,7 +101,6 @@ struct V {
     return _mm256_i32gather_ps(p, _mm256_maskload_epi32(index, mask32(left)), 4);
   }
 
-  static F add(F a, F b) { return _mm256_add_ps(a, b); }
   static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
   static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
@@ -126,7 +129,10 @@ struct V {
   static I mul32(I a, I b) { return _mm256_mullo_epi32(a, b); }
   static I min32(I a, I b) { return _mm256_min_epi32(a, b); }
   static I add64(I a, I b) { return _mm256_add_epi64(a, b); }
-  static I subs8(I a, I b) { return _mm256_subs_epi8(a, b); }
+  static I sub8(I a, I b) { return _mm256_sub_epi8(a, b); }
+  static I choose_by_sign(I sign, I negative, I other) {
+    return _mm256_blendv_epi8(other, negative, sign);
+  }
   static I max8(I a, I b) { return _mm256_max_epu8(a, b); }
   static I min8(I a, I b) { return _mm256_min_epu8(a, b); }
   static I bit_and(I a, I b) { return _mm256_and_si256(a, b); }
@@ -172,7 +178,7 @@ struct V {
   }
   template <class Left>
   static F centred(const uint8_t* p, Left left, __m256d mean) {
-    const I q = _mm256_cvtps_epi32(bytes(p, left));
+    const I q = ints(p, left);
     const __m256d low = _mm256_cvtepi32_pd(_mm256_castsi256_si128(q));
     const __m256d high = _mm256_cvtepi32_pd(_mm256_extracti128_si256(q, 1));
     return join(_mm256_cvtpd_ps(_mm256_sub_pd(low, mean)),

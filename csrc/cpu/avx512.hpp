@@ -14,5 +14,9 @@ void gemv(const GemvArgs& g);
 void store(const StoreArgs& s);
 void depthwise(const DepthwiseArgs& d);
 void requantize(const RequantizeArgs& args);
+void quantize_quads(const float* x, int64_t channel_stride, int64_t channels, int64_t w,
+                    const ActivationGrid& grid, uint32_t* quads);
+void interleave_pairs(const uint32_t* first, const uint32_t* second, int64_t n, uint8_t* out);
+void interleave_fours(const uint32_t* const* lines, int64_t n, uint8_t* out);
 
 }  // namespace adalayer::cpu::avx512

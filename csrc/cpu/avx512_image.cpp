@@ -30,11 +30,15 @@ struct V {
   static I zero() { return _mm512_setzero_si512(); }
   static I iota() { return _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0); }
 
-  static F bytes(const uint8_t* p, Whole) {
-    return to_float(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  static I ints(const uint8_t* p, Whole) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
-  static F bytes(const uint8_t* p, int64_t left) {
-    return to_float(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask16(left), p)));
+  static I ints(const uint8_t* p, int64_t left) {
+    return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask16(left), p));
+  }
+  template <class Left>
+  static F bytes(const uint8_t* p, Left left) {
+    return to_float(ints(p, left));
   }
   static F floats(const float* p, Whole) { return _mm512_loadu_ps(p); }
   static F floats(const float* p, int64_t left) { return _mm512_maskz_loadu_ps(mask16(left), p); }
@@ -64,7 +68,6 @@ struct V {
     return _mm512_i32gather_ps(_mm512_maskz_loadu_epi32(mask16(left), index), p, 4);
   }
 
-  static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
@@ -96,7 +99,10 @@ struct V {
   static I mul32(I a, I b) { return _mm512_mullo_epi32(a, b); }
   static I min32(I a, I b) { return _mm512_min_epi32(a, b); }
   static I add64(I a, I b) { return _mm512_add_epi64(a, b); }
-  static I subs8(I a, I b) { return _mm512_subs_epi8(a, b); }
+  static I sub8(I a, I b) { return _mm512_sub_epi8(a, b); }
+  static I choose_by_sign(I sign, I negative, I other) {
+    return _mm512_mask_blend_epi8(_mm512_movepi8_mask(sign), other, negative);
+  }
   static I max8(I a, I b) { return _mm512_max_epu8(a, b); }
   static I min8(I a, I b) { return _mm512_min_epu8(a, b); }
   static I bit_and(I a, I b) { return _mm512_and_si512(a, b); }
@@ -142,7 +148,7 @@ struct V {
   /// (float)((double)q - mean)
   template <class Left>
   static F centred(const uint8_t* p, Left left, __m512d mean) {
-    const I q = _mm512_cvtps_epi32(bytes(p, left));
+    const I q = ints(p, left);
     const __m512d low = _mm512_cvtepi32_pd(_mm512_castsi512_si256(q));
     const __m512d high = _mm512_cvtepi32_pd(_mm512_extracti64x4_epi64(q, 1));
     return join(_mm512_cvtpd_ps(_mm512_sub_pd(low, mean)),

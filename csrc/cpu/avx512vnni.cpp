@@ -290,20 +290,22 @@ void nothing() {}
 
 namespace adalayer::cpu {
 
-const KernelRow kAvx512VnniRow{.name = "avx512vnni",
-                               .isa = Isa::Avx512Vnni,
-                               .quantize_row = avx512::quantize_row,
-                               .quantize_planar = avx512::quantize_planar,
-                               .fake_quantize = avx512::fake_quantize,
-                               .unpack_tiles = avx512::unpack_tiles,
-                               .begin = avx512::nothing,
-                               .end = avx512::nothing,
-                               .gemm = avx512::gemm,
-                               .gemv = avx512::gemv,
-                               .store = avx512::store,
-                               .depthwise = avx512::depthwise,
-                               .block = nullptr,
-                               .requantize = avx512::requantize,
-                               .grouped = &avx512::kGrouped};
+const KernelRow kAvx512VnniRow{
+    .name = "avx512vnni",
+    .isa = Isa::Avx512Vnni,
+    .quantize_row = avx512::quantize_row,
+    .quantize_planar = avx512::quantize_planar,
+    .fake_quantize = avx512::fake_quantize,
+    .unpack_tiles = avx512::unpack_tiles,
+    .begin = avx512::nothing,
+    .end = avx512::nothing,
+    .gemm = avx512::gemm,
+    .gemv = avx512::gemv,
+    .store = avx512::store,
+    .depthwise = avx512::depthwise,
+    .block = nullptr,
+    .requantize = avx512::requantize,
+    .stem = {avx512::quantize_quads, avx512::interleave_pairs, avx512::interleave_fours},
+    .grouped = &avx512::kGrouped};
 
 }  // namespace adalayer::cpu

@@ -51,6 +51,7 @@ const KernelRow kAvxVnniRow{.name = "avxvnni",
                             .depthwise = avxvnni::depthwise,
                             .block = nullptr,
                             .requantize = requantize_avx2,
+                            .stem = {},
                             .grouped = &avx2::kGrouped};
 
 }  // namespace adalayer::cpu

@@ -25,7 +25,7 @@ struct ConvRun {
   std::vector<int64_t> step_offsets;     // [steps] from a position to the step's 64 bytes
   std::vector<int32_t> out_offset;       // [positions] byte in the output image, or -1: dropped
   std::vector<int32_t> residual_offset;  // [positions], empty without a residual
-  std::vector<int32_t> position;         // [positions] y * out_w + x, or -1; float output only
+  std::vector<int32_t> position;         // [positions] in the output image, or -1; float output
 };
 
 struct ConvPlan {
@@ -35,6 +35,7 @@ struct ConvPlan {
   int64_t column_tiles = 0;  // of 16 output channels, per group
   int64_t in_image_bytes = 0, out_image_bytes = 0, residual_image_bytes = 0;
   int64_t out_pitch = 0;
+  int64_t out_area = 0;             // positions of the output image
   std::vector<uint8_t> live_quads;  // [steps] groups of 4 bytes that hold weights
   std::vector<int32_t> source;      // [steps * 64] index in [I/groups][KH][KW], or -1: no weight
   std::vector<ConvRun> runs;
@@ -50,6 +51,7 @@ struct ConvPlan {
 /// the output image. A transposed convolution is several convolutions whose outputs interleave.
 struct OutputMap {
   int64_t first_y = 0, step_y = 1, first_x = 0, step_x = 1;
+  int64_t image_h = 0, image_w = 0;  // of the output image; 0: the convolution's own output size
 };
 
 /// `in` has room for the padding that the shape asks for (image_layout.hpp; padding may be negative

@@ -40,8 +40,8 @@ T* grown(AlignedBuffer& buffer, int64_t count) {
 
 /// One or two neighbouring column tiles of one group.
 struct Columns {
-  int64_t group, tile;
-  int tiles;
+  int64_t group = 0, tile = 0;
+  int tiles = 0;
 };
 
 struct Loop {
@@ -116,9 +116,9 @@ struct Loop {
   struct Pending {
     Columns columns;
     const ConvRun* run = nullptr;
-    int64_t n, first;
-    int rows, tiles;
-    const int32_t* sums;
+    int64_t n = 0, first = 0;
+    int rows = 0, tiles = 0;
+    const int32_t* sums = nullptr;
   };
 
   void block(const Columns& c, int8_t* unpacked_at, bool fresh, int64_t n, const ConvRun& run,
@@ -141,20 +141,27 @@ struct Loop {
     const int64_t channel = c.group * outs + column;
     const int cols = static_cast<int>(std::min<int64_t>(c.tiles * kTileWidth, outs - column));
     if (floats != nullptr) {
-      const int64_t area = plan.shape.out_h() * plan.shape.out_w();
       StoreArgs s{};
-      s.sums = sums;
       s.sums_stride = tiles * kTileWidth;
-      s.position = run.position.data() + first;
-      s.rows = rows;
       s.cols = cols;
       s.correction = floats->correction + channel;
       s.channel = channel;
       s.out = &floats->out;
-      s.first = (n * plan.shape.out_channels + channel) * area;
+      s.first = (n * plan.shape.out_channels + channel) * plan.out_area;
       s.position_stride = 1;
-      s.channel_stride = area;
-      kernels.store(s);
+      s.channel_stride = plan.out_area;
+      // A store takes positions that are neighbours but for dropped ones in between.
+      const int32_t* position = run.position.data() + first;
+      for (int begin = 0, end = 0; begin < rows; begin = end) {
+        int32_t next = -1;
+        for (end = begin; end < rows && (position[end] < 0 || next < 0 || position[end] == next);
+             ++end)
+          if (position[end] >= 0) next = position[end] + 1;
+        s.sums = sums + begin * s.sums_stride;
+        s.position = position + begin;
+        s.rows = end - begin;
+        kernels.store(s);
+      }
       return;
     }
     RequantizeArgs q{};
@@ -264,7 +271,6 @@ void run(const ConvCall& call, const FloatConvCall* floats, const KernelRow& ker
       call.weights + (call.by_columns ? weight_range(plan, call.bits, part).first : 0)};
 
   Loop::Pending pending;
-  pending.sums = nullptr;
   if (together) {
     bool fresh = true;
     for (int64_t n = 0; n < call.images; ++n) {

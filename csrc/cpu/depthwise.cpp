@@ -15,8 +15,6 @@ namespace {
 constexpr int64_t kGranule = 16;
 // Interleaved columns of one tile, to stay in the first-level cache beside the image's rows.
 constexpr int64_t kScratchBudget = 24 << 10;
-// Rows of the input that the groups of a broadcast visit one after the other: also first level.
-constexpr int64_t kWindowBudget = 24 << 10;
 // At least this many columns per tile, whatever the budgets say.
 constexpr int64_t kLeastColumns = 8;
 
@@ -196,7 +194,7 @@ int64_t block_weights(const ConvShape& s, GroupedKind kind, const GroupedKernels
 
 /// Buffers of one thread; they grow to the largest layer and are then reused.
 struct Scratch {
-  AlignedBuffer columns, pointers, constants, sink;
+  AlignedBuffer columns, pointers, rows, constants, sink;
 };
 Scratch& scratch() {
   thread_local Scratch s;
@@ -249,6 +247,27 @@ GroupedTile tile_of(const Job& job) {
   t.bounded = e.bounded;
   return t;
 }
+
+/// Where the input rows of output rows [y_first, y_last) begin: finding a row in its phase takes a
+/// division.
+class InputRows {
+ public:
+  InputRows(const Job& job, int64_t y_first, int64_t y_last) {
+    const ConvShape& s = job.s;
+    first_ = y_first * s.stride_h - s.pad_top;
+    last_ = (y_last - 1) * s.stride_h - s.pad_top + (s.kernel_h - 1) * s.dilation_h;
+    rows_ = reinterpret_cast<const uint8_t**>(
+        grown(scratch().rows, (last_ - first_ + 1) * static_cast<int64_t>(sizeof(const uint8_t*))));
+    for (int64_t y = first_; y <= last_; ++y)
+      rows_[y - first_] = job.input_row(y);
+  }
+  /// Rows below the last one meet only zero weights and need not exist.
+  const uint8_t* operator[](int64_t y) const { return rows_[std::min(y, last_) - first_]; }
+
+ private:
+  int64_t first_, last_;
+  const uint8_t** rows_;
+};
 
 /// Pointers of one tile, in the thread's memory.
 struct Pointers {
@@ -311,8 +330,7 @@ void run_blocks(Job& job, int64_t y_first, int64_t y_last) {
   t.residual = job.residual.data == nullptr ? nullptr : p.residual;
   uint8_t* sink = grown(scratch().sink, most * t.out_pitch + 64);
   uint8_t expand[64];
-  const int64_t last_row =
-      (s.out_h() - 1) * s.stride_h - s.pad_top + (s.kernel_h - 1) * s.dilation_h;
+  const InputRows input(job, y_first, y_last);
   const std::vector<GroupedBlock>& blocks = job.weights.blocks;
 
   // Constants in the order of the sums.
@@ -348,11 +366,9 @@ void run_blocks(Job& job, int64_t y_first, int64_t y_last) {
         // Splits without rows of their own repeat the last strip, and drop what they find.
         const int64_t y = y0 + std::min<int64_t>(split, strips - 1) * strip;
         const int64_t in_offset = x * s.stride_w * t.pitch + channel / multiplier;
-        for (int64_t r = 0; r < t.row_count; ++r) {
-          // Rows that only zero weights meet need not exist.
-          const int64_t in_y = std::min(y * s.stride_h - s.pad_top + r * s.dilation_h, last_row);
-          p.rows[split * t.row_count + r] = job.input_row(in_y) + in_offset;
-        }
+        for (int64_t r = 0; r < t.row_count; ++r)
+          p.rows[split * t.row_count + r] =
+              input[y * s.stride_h - s.pad_top + r * s.dilation_h] + in_offset;
         for (int r = 0; r < t.out_rows; ++r) {
           const bool real = split < strips && y + r < y_last;
           const int64_t at = split * t.out_rows + r, row = std::min(y + r, y_last - 1);
@@ -364,21 +380,17 @@ void run_blocks(Job& job, int64_t y_first, int64_t y_last) {
     });
   };
 
-  const int64_t group_rows = static_cast<int64_t>(k.lanes) * strip;
-  for (int64_t y = y_first; y < y_last; y += group_rows) {
-    const int64_t end = std::min(y + group_rows, y_last);
-    for (size_t b = 0; b < blocks.size(); ++b) {
-      const int64_t rows = static_cast<int64_t>(blocks[b].splits) * strip;
-      for (int64_t y0 = y; y0 < end; y0 += rows)
-        run_tile(b, y0, std::min<int64_t>(blocks[b].splits, (end - y0 + strip - 1) / strip));
-    }
-    for (int64_t row = y; row < end; ++row)
-      apply_table(image_kernels(), job.epilogue.finish, job.out, row);
+  // Block by block: its weights and the rows that strips share stay in the first-level cache.
+  for (size_t b = 0; b < blocks.size(); ++b) {
+    const int64_t rows = static_cast<int64_t>(blocks[b].splits) * strip;
+    for (int64_t y0 = y_first; y0 < y_last; y0 += rows)
+      run_tile(b, y0, std::min<int64_t>(blocks[b].splits, (y_last - y0 + strip - 1) / strip));
   }
+  for (int64_t y = y_first; y < y_last; ++y)
+    apply_table(image_kernels(), job.epilogue.finish, job.out, y);
 }
 
-/// Broadcast: row by row, and in it few columns at a time, so that the groups, which share cache
-/// lines, find them in the first level.
+/// Broadcast: group by group, whose weights stay in the first-level cache.
 void run_groups(Job& job, int64_t y_first, int64_t y_last) {
   const ConvShape& s = job.s;
   const GroupedKernels& k = job.kernels;
@@ -393,8 +405,8 @@ void run_groups(Job& job, int64_t y_first, int64_t y_last) {
   t.rows = p.rows;
   t.out = p.out;
   t.residual = job.residual.data == nullptr ? nullptr : p.residual;
-  const int64_t column_bytes = s.kernel_h * s.stride_w * t.pitch;
-  const int64_t most = std::min(std::max(kWindowBudget / column_bytes, kLeastColumns), out_w);
+  const InputRows input(job, y_first, y_last);
+  t.count = out_w;
 
   // Constants of every tile, zero where the group has no channel: [group][pair][array][tile].
   auto* constants = grown(scratch().constants, s.groups * tiles * 3 * vector);
@@ -411,27 +423,23 @@ void run_groups(Job& job, int64_t y_first, int64_t y_last) {
       }
     }
 
-  for (int64_t y = y_first; y < y_last; ++y) {
-    column_tiles(out_w, most, [&](int64_t x, int64_t n) {
-      t.count = n;
-      for (int64_t g = 0; g < s.groups; ++g) {
+  for (int64_t g = 0; g < s.groups; ++g)
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+      const int64_t first = pair * 2 * width, channel = g * group_out + first;
+      t.tiles = group_out - first > width ? 2 : 1;
+      t.bytes = std::min<int64_t>(t.tiles * width, group_out - first);
+      t.weights = job.weights.data.data() + g * group_bytes + pair * pair_bytes;
+      t.constants = constants + (g * tiles + pair * 2) * 3 * vector;
+      for (int64_t y = y_first; y < y_last; ++y) {
         for (int64_t r = 0; r < s.kernel_h; ++r)
-          p.rows[r] = job.input_row(y * s.stride_h - s.pad_top + r * s.dilation_h) +
-                      x * s.stride_w * t.pitch + g * s.group_in();
-        for (int64_t pair = 0; pair < pairs; ++pair) {
-          const int64_t first = pair * 2 * width, channel = g * group_out + first;
-          t.tiles = group_out - first > width ? 2 : 1;
-          t.bytes = std::min<int64_t>(t.tiles * width, group_out - first);
-          t.weights = job.weights.data.data() + g * group_bytes + pair * pair_bytes;
-          t.constants = constants + (g * tiles + pair * 2) * 3 * vector;
-          p.out[0] = job.out.pixel(y, x) + channel;
-          if (t.residual != nullptr) p.residual[0] = job.residual.pixel(y, x) + channel;
-          k.broadcast(t);
-        }
+          p.rows[r] = input[y * s.stride_h - s.pad_top + r * s.dilation_h] + g * s.group_in();
+        p.out[0] = job.out.row(y) + channel;
+        if (t.residual != nullptr) p.residual[0] = job.residual.row(y) + channel;
+        k.broadcast(t);
       }
-    });
+    }
+  for (int64_t y = y_first; y < y_last; ++y)
     apply_table(image_kernels(), job.epilogue.finish, job.out, y);
-  }
 }
 
 /// The formulas, for machines without vectors.

@@ -23,12 +23,9 @@ struct Finish {
         hi_dwords(V::set1_dwords(static_cast<int>(t.hi))),
         clamp_floats(!t.bounded) {}
 
-  typename V::I round(typename V::F y) const {
-    if (clamp_floats) y = V::min(V::max(y, lo), hi);
-    return V::round(y);
-  }
+  typename V::F clamp(typename V::F y) const { return V::min(V::max(y, lo), hi); }
   /// Eight-bit levels of four vectors: packing saturates, which changes nothing that the clamp
-  /// would not; so a clamp that `round` left out may follow here.
+  /// would not; so a clamp of floats that was left out may follow here.
   typename V::I words(typename V::I a, typename V::I b) const {
     return V::add_words(V::pack_words(a, b), zero_words);
   }
@@ -41,65 +38,69 @@ struct Finish {
   }
 };
 
-/// A block of 4 vectors of sums for kOuts outputs, from initial value to stored bytes. sum(t, acc)
-/// adds the products of vector t; output n is column x + n % kColumns of output row n / kColumns.
+/// A block of 4 vectors of sums for kOuts outputs, from initial value to stored bytes. sum(v, acc)
+/// adds the products of vector v; output n is column x + n % kColumns of output row n / kColumns.
+/// Levels wait in memory for the other vectors that they are packed with: they have the time.
 template <class V, int kRows, int kColumns, int kSplit, class Sum>
 inline void block_of_four(const GroupedTile& t, const Finish<V>& finish, int64_t x,
                           const Sum& sum) {
   using I = typename V::I;
+  using F = typename V::F;
   constexpr int kOuts = kRows * kColumns;
-  I words[2][kOuts];
-#pragma GCC unroll 2
-  for (int pair = 0; pair < 2; ++pair) {
-    I level[2][kOuts];
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-      const int v = 2 * pair + half;
-      I acc[kOuts];
-      const I correction = V::load_constant(t.constants, v);
+  alignas(V::kBytes) uint8_t levels[4][kOuts * V::kBytes];
+#pragma GCC unroll 1
+  for (int v = 0; v < 4; ++v) {
+    I acc[kOuts];
+    const I correction = V::load_constant(t.constants, v);
+#pragma GCC unroll 16
+    for (int n = 0; n < kOuts; ++n)
+      acc[n] = correction;
+    sum(v, acc);
+    const F scale = V::as_floats(V::load_constant(t.constants, 4 + v));
+    const F bias = V::as_floats(V::load_constant(t.constants, 8 + v));
+    F y[kOuts];
+#pragma GCC unroll 16
+    for (int n = 0; n < kOuts; ++n)
+      y[n] = V::fma(V::to_floats(acc[n]), scale, bias);
+    if (t.residual != nullptr) {
+      const I widen = V::broadcast_granule(t.widen + 16 * v);
+#pragma GCC unroll 16
+      for (int n = 0; n < kOuts; ++n) {
+        const I bytes = V::template load_split<kSplit>(t.residual + n / kColumns, kRows,
+                                                       (x + n % kColumns) * t.residual_pitch);
+        y[n] = V::fma(V::to_floats(V::shuffle_bytes(bytes, widen)), finish.residual_scale, y[n]);
+      }
+    }
+    if (finish.clamp_floats) {
 #pragma GCC unroll 16
       for (int n = 0; n < kOuts; ++n)
-        acc[n] = correction;
-      sum(v, acc);
-      const auto scale = V::as_floats(V::load_constant(t.constants, 4 + v));
-      const auto bias = V::as_floats(V::load_constant(t.constants, 8 + v));
-      if (t.residual == nullptr) {
-#pragma GCC unroll 16
-        for (int n = 0; n < kOuts; ++n)
-          level[half][n] = finish.round(V::fma(V::to_floats(acc[n]), scale, bias));
-      } else {
-        const I widen = V::broadcast_granule(t.widen + 16 * v);
-#pragma GCC unroll 16
-        for (int n = 0; n < kOuts; ++n) {
-          const I bytes = V::template load_split<kSplit>(t.residual + n / kColumns, kRows,
-                                                         (x + n % kColumns) * t.residual_pitch);
-          const auto r = V::to_floats(V::shuffle_bytes(bytes, widen));
-          const auto y = V::fma(V::to_floats(acc[n]), scale, bias);
-          level[half][n] = finish.round(V::fma(r, finish.residual_scale, y));
-        }
-      }
+        y[n] = finish.clamp(y[n]);
     }
 #pragma GCC unroll 16
     for (int n = 0; n < kOuts; ++n)
-      words[pair][n] = finish.words(level[0][n], level[1][n]);
+      V::store(levels[v] + n * V::kBytes, V::round(y[n]));
   }
-#pragma GCC unroll 16
-  for (int n = 0; n < kOuts; ++n) {
-    I bytes = finish.bytes(words[0][n], words[1][n]);
-    if (t.narrow != nullptr) bytes = V::shuffle_bytes(bytes, V::broadcast_granule(t.narrow));
-    V::template store_split<kSplit>(t.out + n / kColumns, kRows, (x + n % kColumns) * t.out_pitch,
-                                    bytes, t.bytes);
+#pragma GCC unroll 1
+  for (int r = 0; r < kRows; ++r) {
+    for (int n = r * kColumns; n < (r + 1) * kColumns; ++n) {
+      const int64_t at = n * V::kBytes;
+      I bytes = finish.bytes(finish.words(V::load(levels[0] + at), V::load(levels[1] + at)),
+                             finish.words(V::load(levels[2] + at), V::load(levels[3] + at)));
+      if (t.narrow != nullptr) bytes = V::shuffle_bytes(bytes, V::broadcast_granule(t.narrow));
+      V::template store_split<kSplit>(t.out + r, kRows, (x + n - r * kColumns) * t.out_pitch, bytes,
+                                      t.bytes);
+    }
   }
 }
 
 // ------------------------------------------------------------------------------------- depthwise
 
-/// Fills the scratch with interleaved columns: [run][column][t] vectors.
+/// Fills columns [from, to) of the scratch: [run][columns][t] vectors.
 template <class V, int kSplit>
-void interleave_columns(const GroupedTile& t, int64_t columns) {
-  uint8_t* to = t.scratch;
+inline void interleave_columns(const GroupedTile& t, int64_t columns, int64_t from, int64_t to) {
   for (int64_t run = 0; run < t.row_count; run += V::kRows) {
-    for (int64_t c = 0; c < columns; ++c, to += 4 * V::kBytes) {
+    uint8_t* scratch = t.scratch + (run / V::kRows * columns + from) * 4 * V::kBytes;
+    for (int64_t c = from; c < to; ++c, scratch += 4 * V::kBytes) {
       typename V::I row[V::kRows];
 #pragma GCC unroll 4
       for (int k = 0; k < V::kRows; ++k)
@@ -110,7 +111,7 @@ void interleave_columns(const GroupedTile& t, int64_t columns) {
         for (int k = 0; k < V::kRows; ++k)
           row[k] = V::shuffle_bytes(row[k], expand);
       }
-      V::interleave(row, to);
+      V::interleave(row, scratch);
     }
   }
 }
@@ -131,13 +132,12 @@ void depthwise_block(const GroupedTile& t, const Finish<V>& finish, int64_t colu
         const uint8_t* column = first + v * V::kBytes;
         for (int64_t run = 0; run < runs; ++run, column += columns * kColumnBytes) {
           const uint8_t* data = column;
-#pragma GCC unroll 3
           for (int64_t kx = 0; kx < taps; ++kx, data += dilation, weights += weight_step) {
             typename V::I w[kRows];
 #pragma GCC unroll 2
             for (int r = 0; r < kRows; ++r)
               w[r] = V::load(weights + r * V::kBytes);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
             for (int n = 0; n < kColumns; ++n) {
               const auto d = V::load(data + n * step);
 #pragma GCC unroll 2
@@ -160,56 +160,62 @@ inline void in_pieces(int64_t count, const Run& run) {
   }
 }
 
-template <class V, int kSplit, int kKernel>
+template <class V, int kRows, int kSplit, int kKernel>
 void depthwise_tile(const GroupedTile& t) {
   const Finish<V> finish(t);
-  const int64_t columns = (t.count - 1) * t.stride_w + (t.kernel_w - 1) * t.dilation_w + 1;
-  interleave_columns<V, kSplit>(t, columns);
-  if (t.out_rows == 2) {
-    in_pieces<4>(t.count, [&](int64_t n, int64_t x) {
+  const int64_t reach = (t.kernel_w - 1) * t.dilation_w + 1;
+  const int64_t columns = (t.count - 1) * t.stride_w + reach;
+  int64_t ready = 0;
+  constexpr int kMost = V::kColumns;
+  in_pieces<kMost>(t.count, [&](int64_t n, int64_t x) {
+    // Shuffles and products use different ports: new columns are interleaved block by block, so
+    // that the processor can do both at once.
+    const int64_t needed = (x + n - 1) * t.stride_w + reach;
+    interleave_columns<V, kSplit>(t, columns, ready, needed);
+    ready = needed;
+    if constexpr (kMost == 8) {
       switch (n) {
-        case 1:
-          return depthwise_block<V, 2, 1, kSplit, kKernel>(t, finish, columns, x);
-        case 2:
-          return depthwise_block<V, 2, 2, kSplit, kKernel>(t, finish, columns, x);
-        case 3:
-          return depthwise_block<V, 2, 3, kSplit, kKernel>(t, finish, columns, x);
-        default:
-          return depthwise_block<V, 2, 4, kSplit, kKernel>(t, finish, columns, x);
-      }
-    });
-  } else {
-    in_pieces<8>(t.count, [&](int64_t n, int64_t x) {
-      switch (n) {
-        case 1:
-          return depthwise_block<V, 1, 1, kSplit, kKernel>(t, finish, columns, x);
-        case 2:
-          return depthwise_block<V, 1, 2, kSplit, kKernel>(t, finish, columns, x);
-        case 3:
-          return depthwise_block<V, 1, 3, kSplit, kKernel>(t, finish, columns, x);
-        case 4:
-          return depthwise_block<V, 1, 4, kSplit, kKernel>(t, finish, columns, x);
         case 5:
-          return depthwise_block<V, 1, 5, kSplit, kKernel>(t, finish, columns, x);
+          return depthwise_block<V, kRows, 5, kSplit, kKernel>(t, finish, columns, x);
         case 6:
-          return depthwise_block<V, 1, 6, kSplit, kKernel>(t, finish, columns, x);
+          return depthwise_block<V, kRows, 6, kSplit, kKernel>(t, finish, columns, x);
         case 7:
-          return depthwise_block<V, 1, 7, kSplit, kKernel>(t, finish, columns, x);
+          return depthwise_block<V, kRows, 7, kSplit, kKernel>(t, finish, columns, x);
+        case 8:
+          return depthwise_block<V, kRows, 8, kSplit, kKernel>(t, finish, columns, x);
         default:
-          return depthwise_block<V, 1, 8, kSplit, kKernel>(t, finish, columns, x);
+          break;
       }
-    });
-  }
+    }
+    switch (n) {
+      case 1:
+        return depthwise_block<V, kRows, 1, kSplit, kKernel>(t, finish, columns, x);
+      case 2:
+        return depthwise_block<V, kRows, 2, kSplit, kKernel>(t, finish, columns, x);
+      case 3:
+        return depthwise_block<V, kRows, 3, kSplit, kKernel>(t, finish, columns, x);
+      default:
+        return depthwise_block<V, kRows, 4, kSplit, kKernel>(t, finish, columns, x);
+    }
+  });
+}
+
+template <class V, int kSplit, int kKernel>
+void depthwise_rows(const GroupedTile& t) {
+  if (t.out_rows == 2)
+    depthwise_tile<V, 2, kSplit, kKernel>(t);
+  else
+    depthwise_tile<V, 1, kSplit, kKernel>(t);
 }
 
 template <class V>
 void depthwise(const GroupedTile& t) {
   if (t.splits == 1) {
-    if (t.row_count == V::kRows && t.kernel_w == 3) return depthwise_tile<V, 1, 3>(t);
-    return depthwise_tile<V, 1, 0>(t);
+    if (t.row_count == V::kRows && t.kernel_w == 3) return depthwise_rows<V, 1, 3>(t);
+    return depthwise_rows<V, 1, 0>(t);
   }
-  if (t.splits == 2) return depthwise_tile<V, 2, 0>(t);
-  if constexpr (V::kLanes == 4) return depthwise_tile<V, 4, 0>(t);
+  if (t.splits == 2) return depthwise_rows<V, 2, 0>(t);
+  if constexpr (V::kLanes == 4) return depthwise_rows<V, 4, 0>(t);
 }
 
 // --------------------------------------------------------------------------------------- in lane
@@ -322,7 +328,7 @@ void broadcast_block(const GroupedTile& t, const Finish<V>& finish, int64_t x) {
   I acc[kTiles][kColumns];
 #pragma GCC unroll 2
   for (int v = 0; v < kTiles; ++v)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int n = 0; n < kColumns; ++n)
       acc[v][n] = V::load_constant(t.constants, v);
   const auto* weights = static_cast<const uint8_t*>(t.weights);
@@ -332,7 +338,7 @@ void broadcast_block(const GroupedTile& t, const Finish<V>& finish, int64_t x) {
     for (int64_t kx = 0; kx < t.kernel_w; ++kx, tap += t.dilation_w * t.pitch) {
       for (int quad = 0; quad < t.quads; ++quad) {
         I four[kColumns];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int n = 0; n < kColumns; ++n)
           four[n] = V::broadcast_dword(tap + n * step + quad * 4);
 #pragma GCC unroll 2
@@ -341,7 +347,7 @@ void broadcast_block(const GroupedTile& t, const Finish<V>& finish, int64_t x) {
 #pragma GCC unroll 2
           for (int v = 0; v < kTiles; ++v)
             w[v] = V::load(weights + v * V::kBytes);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
           for (int n = 0; n < kColumns; ++n) {
             const I data = V::half(four[n], half);
 #pragma GCC unroll 2
@@ -357,15 +363,16 @@ void broadcast_block(const GroupedTile& t, const Finish<V>& finish, int64_t x) {
     const auto scale = V::as_floats(V::load_constant(t.constants, kTiles + v));
     const auto bias = V::as_floats(V::load_constant(t.constants, 2 * kTiles + v));
     const int64_t first = v * V::kDwords, left = t.bytes - first;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int n = 0; n < kColumns; ++n) {
       auto y = V::fma(V::to_floats(acc[v][n]), scale, bias);
       if (t.residual != nullptr) {
         const auto r = V::widen_bytes(t.residual[0] + (x + n) * t.residual_pitch + first);
         y = V::fma(V::to_floats(r), finish.residual_scale, y);
       }
-      V::store_dwords_as_bytes(t.out[0] + (x + n) * t.out_pitch + first,
-                               finish.dwords(finish.round(y)), left);
+      if (finish.clamp_floats) y = finish.clamp(y);
+      V::store_dwords_as_bytes(t.out[0] + (x + n) * t.out_pitch + first, finish.dwords(V::round(y)),
+                               left);
     }
   }
 }

@@ -1,9 +1,9 @@
-// The inner loops of image_kernels.hpp for any vector width. Included inside an unnamed namespace of
-// a file with instruction-set flags; V holds the instructions:
+// The inner loops of image_kernels.hpp for any vector width. Included inside an unnamed namespace
+// of a file with instruction-set flags; V holds the instructions:
 //
-//   F floats, I integers; kLanes floats and kBlock = 4 * kLanes bytes in a register. Loads and stores
-//   take `left`, the elements wanted: Whole (all), or a number that may exceed a register. What a
-//   short load puts into other lanes is unspecified, except for load_zero.
+//   F floats, I integers; kLanes floats and kBlock = 4 * kLanes bytes in a register. Loads and
+//   stores take `left`, the elements wanted: Whole (all), or a number that may exceed a register.
+//   What a short load puts into other lanes is unspecified, except for load_zero.
 
 using F = V::F;
 using I = V::I;
@@ -87,8 +87,8 @@ void mul(const MulSpec& spec, bool bounded, const uint8_t* a, const uint8_t* b, 
   with_finish(spec.finish, bounded, [&](const auto& finish) {
     emit(finish, out, n, [&](int64_t i, auto left) {
       // Whole numbers below 2^24: exact in float.
-      const F product = V::mul(V::sub(V::bytes(a + i, left), zero_a),
-                               V::sub(V::bytes(b + i, left), zero_b));
+      const F product =
+          V::mul(V::sub(V::bytes(a + i, left), zero_a), V::sub(V::bytes(b + i, left), zero_b));
       return V::mul(product, scale);
     });
   });
@@ -134,22 +134,21 @@ struct Pieces {
   explicit Pieces(const uint8_t* table) {
     for (int k = 0; k < 16; ++k) {
       const I piece = V::repeat16(table + 16 * k);
-      // Indices of 128 and more start anew from piece 8, with their top bit flipped.
+      // The halves of the table are looked up apart, by the lower seven bits.
       difference[k] = k % 8 == 0 ? piece : V::bit_xor(piece, V::repeat16(table + 16 * (k - 1)));
     }
   }
   I operator()(I index) const {
-    I low = index, high = V::bit_xor(index, V::set8(0x80));
-    I a = V::zero(), b = V::zero();
+    I rest = V::bit_and(index, V::set8(0x7F));
+    I low = V::zero(), high = V::zero();
     const I sixteen = V::set8(16);
 #pragma GCC unroll 8
     for (int k = 0; k < 8; ++k) {
-      a = V::bit_xor(a, V::shuffle(difference[k], low));
-      b = V::bit_xor(b, V::shuffle(difference[8 + k], high));
-      low = V::subs8(low, sixteen);
-      high = V::subs8(high, sixteen);
+      low = V::bit_xor(low, V::shuffle(difference[k], rest));
+      high = V::bit_xor(high, V::shuffle(difference[8 + k], rest));
+      rest = V::sub8(rest, sixteen);
     }
-    return V::bit_xor(a, b);
+    return V::choose_by_sign(index, high, low);
   }
 };
 
@@ -245,27 +244,76 @@ struct WordSums {
 };
 constexpr int64_t kWordTaps = 256;
 
-/// Lane i of sums[j] belongs to byte 4 * i + j.
-void widen(WordSums& words, I* sums) {
+/// Adds them to 32-bit sums: lane i of sums[j] belongs to byte 4 * i + j.
+void widen(const WordSums& words, I* sums) {
   const I even = V::sub16(words.all, V::template shl16<8>(words.odd));
   const I low = V::set32(0xFFFF);
   sums[0] = V::add32(sums[0], V::bit_and(even, low));
   sums[1] = V::add32(sums[1], V::bit_and(words.odd, low));
   sums[2] = V::add32(sums[2], V::template shr32<16>(even));
   sums[3] = V::add32(sums[3], V::template shr32<16>(words.odd));
-  words = {};
 }
 
-/// kCount registers of neighbouring bytes; each input row is walked once for all of them.
+struct AverageFinish {
+  Finish<false> finish;
+  I centre, zero;
+  F factor;
+  explicit AverageFinish(const Average& a)
+      : finish(a.finish),
+        centre(V::set32(a.centre)),
+        zero(V::set32(a.finish.zero_point)),
+        factor(V::set(a.factor)) {}
+  I level(I sum) const {
+    const F y = V::mul(V::to_float(V::sub32(sum, centre)), factor);
+    return V::add32(finish.relative(y), zero);
+  }
+  I bytes(const I* sums) const {
+    const I even = V::bit_or(level(sums[0]), V::template shl32<16>(level(sums[2])));
+    const I odd = V::bit_or(level(sums[1]), V::template shl32<16>(level(sums[3])));
+    return V::bit_or(even, V::template shl32<8>(odd));
+  }
+};
+
+/// Windows of kHeight x kWidth positions, or of any size up to kWordTaps where both are 0.
+template <int kHeight, int kWidth>
+void average_small(const Window& w, const AverageFinish& finish, const uint8_t* in, uint8_t* out) {
+  const int64_t height = kHeight > 0 ? kHeight : w.height, width = kWidth > 0 ? kWidth : w.width;
+  const auto average = [&](const uint8_t* from, auto left) {
+    WordSums words;
+    for (int64_t r = 0; r < height; ++r) {
+      const uint8_t* q = from + w.rows[r];
+      for (int64_t k = 0; k < width; ++k, q += w.column)
+        words.add(V::load(q, left));
+    }
+    I sums[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+    widen(words, sums);
+    return finish.bytes(sums);
+  };
+  for (int64_t i = 0; i < w.count; ++i, in += w.step, out += w.out_step) {
+    int64_t c = 0;
+    for (; c + kBlock <= w.bytes; c += kBlock)
+      V::store(out + c, average(in + c, Whole{}), Whole{});
+    if (c < w.bytes) V::store(out + c, average(in + c, w.bytes - c), w.bytes - c);
+  }
+}
+
+/// One window of any size; kCount registers of neighbouring bytes share each walk over it.
 template <int kCount, class Left>
-void average_blocks(const Window& w, const Average& average, const Finish<false>& finish,
-                    const uint8_t* in, uint8_t* out, Left left) {
+void average_large(const Window& w, const AverageFinish& finish, const uint8_t* in, uint8_t* out,
+                   Left left) {
   I sums[kCount][4];
-  WordSums words[kCount];
   for (auto& s : sums)
     for (auto& v : s)
       v = V::zero();
+  WordSums words[kCount];
   int64_t room = kWordTaps;
+  const auto flush = [&] {
+    for (int b = 0; b < kCount; ++b) {
+      widen(words[b], sums[b]);
+      words[b] = {};
+    }
+    room = kWordTaps;
+  };
   for (int64_t r = 0; r < w.height; ++r) {
     const uint8_t* q = in + w.rows[r];
     for (int64_t todo = w.width; todo > 0;) {
@@ -275,36 +323,27 @@ void average_blocks(const Window& w, const Average& average, const Finish<false>
           words[b].add(V::load(q + b * kBlock, left));
       todo -= taps;
       room -= taps;
-      if (room == 0) {
-        for (int b = 0; b < kCount; ++b)
-          widen(words[b], sums[b]);
-        room = kWordTaps;
-      }
+      if (room == 0) flush();
     }
   }
-  const I centre = V::set32(average.centre), zero = V::set32(average.finish.zero_point);
-  const F factor = V::set(average.factor);
-  for (int b = 0; b < kCount; ++b) {
-    widen(words[b], sums[b]);
-    const auto level = [&](I sum) {
-      const F y = V::mul(V::to_float(V::sub32(sum, centre)), factor);
-      return V::add32(finish.relative(y), zero);
-    };
-    const I even = V::bit_or(level(sums[b][0]), V::template shl32<16>(level(sums[b][2])));
-    const I odd = V::bit_or(level(sums[b][1]), V::template shl32<16>(level(sums[b][3])));
-    V::store(out + b * kBlock, V::bit_or(even, V::template shl32<8>(odd)), left);
-  }
+  flush();
+  for (int b = 0; b < kCount; ++b)
+    V::store(out + b * kBlock, finish.bytes(sums[b]), left);
 }
 
 void average_window(const Window& w, const Average& average, const uint8_t* in, uint8_t* out) {
-  const Finish<false> finish(average.finish);
+  const AverageFinish finish(average);
+  const int64_t taps = w.height * w.width;
+  if (w.height == 3 && w.width == 3) return average_small<3, 3>(w, finish, in, out);
+  if (w.height == 2 && w.width == 2) return average_small<2, 2>(w, finish, in, out);
+  if (taps < 16) return average_small<0, 0>(w, finish, in, out);
   for (int64_t i = 0; i < w.count; ++i, in += w.step, out += w.out_step) {
     int64_t c = 0;
     for (; c + 4 * kBlock <= w.bytes; c += 4 * kBlock)
-      average_blocks<4>(w, average, finish, in + c, out + c, Whole{});
+      average_large<4>(w, finish, in + c, out + c, Whole{});
     for (; c + kBlock <= w.bytes; c += kBlock)
-      average_blocks<1>(w, average, finish, in + c, out + c, Whole{});
-    if (c < w.bytes) average_blocks<1>(w, average, finish, in + c, out + c, w.bytes - c);
+      average_large<1>(w, finish, in + c, out + c, Whole{});
+    if (c < w.bytes) average_large<1>(w, finish, in + c, out + c, w.bytes - c);
   }
 }
 
@@ -329,36 +368,43 @@ void bilinear(const BilinearRow& row) {
 
 // ---- layer norm -----------------------------------------------------------------------------
 
-void moments(const uint8_t* q, int64_t n, int64_t* sum, int64_t* squares) {
+void moments(const uint8_t* in, int64_t in_step, int64_t channels, int64_t count, int64_t* sums,
+             int64_t* squares) {
   constexpr int64_t kRun = 4096 * kBlock;  // a lane of squares grows by at most 4 * 255^2 a block
-  I s1 = V::zero();
-  int64_t s2 = 0;
-  for (int64_t base = 0; base < n; base += kRun) {
-    const int64_t end = n - base < kRun ? n : base + kRun;
-    I acc = V::zero();
-    const auto take = [&](I v) {
-      s1 = V::add64(s1, V::sum8(v));
-      const I low = V::unpack_low8(v), high = V::unpack_high8(v);
-      acc = V::add32(acc, V::add32(V::dot16(low, low), V::dot16(high, high)));
-    };
-    int64_t i = base;
-    for (; i + kBlock <= end; i += kBlock)
-      take(V::load(q + i, Whole{}));
-    if (i < end) take(V::load_zero(q + i, end - i));
-    s2 += V::total32(acc);
+  for (int64_t p = 0; p < count; ++p, in += in_step) {
+    I s1 = V::zero();
+    int64_t s2 = 0;
+    for (int64_t base = 0; base < channels; base += kRun) {
+      const int64_t end = channels - base < kRun ? channels : base + kRun;
+      I acc = V::zero();
+      const auto take = [&](I v) {
+        s1 = V::add64(s1, V::sum8(v));
+        const I low = V::unpack_low8(v), high = V::unpack_high8(v);
+        acc = V::add32(acc, V::add32(V::dot16(low, low), V::dot16(high, high)));
+      };
+      int64_t i = base;
+      for (; i + kBlock <= end; i += kBlock)
+        take(V::load(in + i, Whole{}));
+      if (i < end) take(V::load_zero(in + i, end - i));
+      s2 += V::total32(acc);
+    }
+    sums[p] = V::total64(s1);
+    squares[p] = s2;
   }
-  *sum = V::total64(s1);
-  *squares = s2;
 }
 
-void normalize(const LayerNormSpec& spec, double mean, float factor, const uint8_t* q, uint8_t* out,
-               int64_t n) {
-  const auto means = V::set_double(mean);
-  const F factors = V::set(factor);
-  emit(Finish<false>(spec.finish), out, n, [&](int64_t i, auto left) {
-    return V::fma(V::mul(V::centred(q + i, left, means), factors), V::floats(spec.gamma + i, left),
-                  V::floats(spec.beta + i, left));
-  });
+void normalize(const LayerNormSpec& spec, const double* means, const float* factors,
+               const Pixels& p) {
+  const Finish<false> finish(spec.finish);
+  for (int64_t x = 0; x < p.count; ++x) {
+    const uint8_t* in = p.in + x * p.in_step;
+    const auto mean = V::set_double(means[x]);
+    const F factor = V::set(factors[x]);
+    emit(finish, p.out + x * p.out_step, p.bytes, [&](int64_t i, auto left) {
+      return V::fma(V::mul(V::centred(in + i, left, mean), factor), V::floats(spec.gamma + i, left),
+                    V::floats(spec.beta + i, left));
+    });
+  }
 }
 
 // ---- floats ---------------------------------------------------------------------------------
@@ -412,8 +458,8 @@ void quantize_planar(const QuantizeRow& row, const ActivationGrid& grid) {
   if (row.pitch == 4) {
     int64_t x = 0;
     for (; x + kLanes <= row.count; x += kLanes)
-      V::store(row.out + x * 4,
-               quantize_quad(row, finish, inv, grid.zero_point, 0, x, Whole{}), Whole{});
+      V::store(row.out + x * 4, quantize_quad(row, finish, inv, grid.zero_point, 0, x, Whole{}),
+               Whole{});
     const int64_t left = row.count - x;
     if (left > 0)
       V::store(row.out + x * 4, quantize_quad(row, finish, inv, grid.zero_point, 0, x, left),
@@ -443,9 +489,8 @@ void quantize_pixels(const QuantizeRow& row, const ActivationGrid& grid) {
   const F inv = V::set(grid.inv_scale);
   if (row.channels == 3 && row.pitch == 4 && row.count > 0) {
     // Three floats to four lanes reads one float more: the last pixel is done by itself.
-    emit(finish, row.out, (row.count - 1) * 4, [&](int64_t i, auto left) {
-      return V::mul(V::triples(row.x + i / 4 * 3, left), inv);
-    });
+    emit(finish, row.out, (row.count - 1) * 4,
+         [&](int64_t i, auto left) { return V::mul(V::triples(row.x + i / 4 * 3, left), inv); });
     for (int64_t c = 0; c < 3; ++c)
       row.out[(row.count - 1) * 4 + c] = quantize_value(row.x[(row.count - 1) * 3 + c], grid);
     return;
@@ -490,8 +535,7 @@ void dequantize_row(const uint8_t* q, int64_t n, float scale, int32_t zero_point
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes)
     V::store_floats(out + i, V::mul(V::sub(V::bytes(q + i, Whole{}), zero), scales), Whole{});
-  if (i < n)
-    V::store_floats(out + i, V::mul(V::sub(V::bytes(q + i, n - i), zero), scales), n - i);
+  if (i < n) V::store_floats(out + i, V::mul(V::sub(V::bytes(q + i, n - i), zero), scales), n - i);
 }
 
 /// fn(i, left) for n elements, kLanes at a time.
@@ -538,8 +582,18 @@ F exponential(F x) {
 /// One position: vectors run along the channels; only the sum goes one by one.
 void softmax_one(const float* in, int64_t n, float* out) {
   float top = in[0];
-  for (int64_t c = 1; c < n; ++c)
-    top = in[c] > top ? in[c] : top;
+  int64_t c0 = 1;
+  if (n >= kLanes) {
+    F most = V::floats(in, Whole{});
+    for (c0 = kLanes; c0 + kLanes <= n; c0 += kLanes)
+      most = V::max(V::floats(in + c0, Whole{}), most);
+    float each[kLanes];
+    V::store_floats(each, most, Whole{});
+    for (const float v : each)
+      top = v > top ? v : top;
+  }
+  for (; c0 < n; ++c0)
+    top = in[c0] > top ? in[c0] : top;
   const F tops = V::set(top);
   each_vector(n, [&](int64_t i, auto left) {
     V::store_floats(out + i, exponential(V::sub(V::floats(in + i, left), tops)), left);

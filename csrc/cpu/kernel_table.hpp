@@ -115,6 +115,16 @@ struct RequantizeArgs {
 };
 
 using Gemv = void (*)(const GemvArgs&);
+/// The input step of a network (stem.hpp); null where the plain loops have to do.
+struct StemKernels {
+  /// One row of 1..4 planes to a dword per pixel, channel 0 in the lowest byte.
+  void (*quantize_quads)(const float* x, int64_t channel_stride, int64_t channels, int64_t w,
+                         const ActivationGrid& grid, uint32_t* quads);
+  /// n pixels of two, or four, lines of dwords side by side.
+  void (*interleave_pairs)(const uint32_t* first, const uint32_t* second, int64_t n, uint8_t* out);
+  void (*interleave_fours)(const uint32_t* const* lines, int64_t n, uint8_t* out);
+};
+
 using UnpackTiles = void (*)(const uint8_t* packed, int bits, int64_t count, int8_t* out);
 
 struct KernelRow {
@@ -135,6 +145,7 @@ struct KernelRow {
   void (*depthwise)(const DepthwiseArgs&);
   void (*block)(const BlockArgs&);  // null: unpack_tiles and gemm do its work
   void (*requantize)(const RequantizeArgs&);
+  StemKernels stem;
   const GroupedKernels* grouped;
 };
 

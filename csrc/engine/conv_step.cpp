@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 
 #include "core/status.hpp"
 #include "formats/canonical.hpp"
@@ -45,21 +46,30 @@ ConvShape shape_of(const Program& program, const Node& node) {
   return s;
 }
 
-/// One axis of a transposed convolution's phase r: outputs r, r + stride, ... read `taps` inputs
-/// from `first` on (may be negative: padding).
+/// One axis of a transposed convolution's phase r: outputs r, r + stride, ... collect the kernel
+/// taps first_tap + j * tap_step. The last of them reads input `first` (negative: padding) for the
+/// first output, the one before it input first + dilation, and so on.
 struct PhaseAxis {
-  int64_t count, taps, first, first_tap;
+  int64_t count = 0, taps = 0, first = 0, first_tap = 0, tap_step = 1, dilation = 1;
 };
-PhaseAxis phase_axis(int64_t r, int64_t out, int64_t kernel, int64_t stride, int64_t pad) {
+PhaseAxis phase_axis(int64_t r, int64_t out, int64_t kernel, int64_t stride, int64_t dilation,
+                     int64_t pad) {
   PhaseAxis p;
-  p.count = r < out ? (out - r + stride - 1) / stride : 0;
-  p.first_tap = (r + pad) % stride;
-  // A kernel that is smaller than the stride leaves some outputs without any tap; they get one tap
-  // of zero weights.
-  const int64_t taps =
-      p.first_tap < kernel ? (kernel - p.first_tap + stride - 1) / stride : int64_t{0};
-  p.taps = std::max<int64_t>(taps, 1);
-  p.first = (r + pad - p.first_tap) / stride - (p.taps - 1);
+  p.count = (out - r + stride - 1) / stride;
+  const int64_t common = std::gcd(stride, dilation);
+  p.tap_step = stride / common;
+  p.dilation = dilation / common;
+  while (p.first_tap < p.tap_step && (r + pad - p.first_tap * dilation) % stride != 0)
+    ++p.first_tap;
+  if (p.first_tap < p.tap_step && p.first_tap < kernel)
+    p.taps = (kernel - p.first_tap + p.tap_step - 1) / p.tap_step;
+  if (p.taps == 0) {
+    // No tap reaches these outputs; they get one of zero weights.
+    p.taps = 1;
+    p.first_tap = kernel;
+    return p;
+  }
+  p.first = (r + pad - (p.first_tap + (p.taps - 1) * p.tap_step) * dilation) / stride;
   return p;
 }
 
@@ -69,14 +79,11 @@ std::vector<TransposedPhase> transposed_phases(const Program& program, const Nod
   const ConvAttributes a = conv_attributes(node);
   const Value& x = value_of(program, node.inputs[0]);
   const Value& y = value_of(program, node.output);
-  if (a.dilation_h != 1 || a.dilation_w != 1)
-    fail<InvalidArgument>("node '", node.name,
-                          "': a transposed convolution with dilation is not supported");
   std::vector<TransposedPhase> phases;
   for (int64_t ry = 0; ry < std::min(a.stride_h, y.h); ++ry) {
     for (int64_t rx = 0; rx < std::min(a.stride_w, y.w); ++rx) {
-      const PhaseAxis v = phase_axis(ry, y.h, a.kernel_h, a.stride_h, a.pad_top);
-      const PhaseAxis h = phase_axis(rx, y.w, a.kernel_w, a.stride_w, a.pad_left);
+      const PhaseAxis v = phase_axis(ry, y.h, a.kernel_h, a.stride_h, a.dilation_h, a.pad_top);
+      const PhaseAxis h = phase_axis(rx, y.w, a.kernel_w, a.stride_w, a.dilation_w, a.pad_left);
       TransposedPhase phase;
       ConvShape& s = phase.shape;
       s.batch = 1;
@@ -86,15 +93,19 @@ std::vector<TransposedPhase> transposed_phases(const Program& program, const Nod
       s.out_channels = y.c;
       s.kernel_h = v.taps;
       s.kernel_w = h.taps;
+      s.dilation_h = v.dilation;
+      s.dilation_w = h.dilation;
       s.groups = a.groups;
       // Padding that is negative where the first window starts inside the image.
       s.pad_top = -v.first;
       s.pad_left = -h.first;
-      s.pad_bottom = v.count + v.taps - 1 + v.first - x.h;
-      s.pad_right = h.count + h.taps - 1 + h.first - x.w;
-      phase.map = {ry, a.stride_h, rx, a.stride_w};
+      s.pad_bottom = v.count + (v.taps - 1) * v.dilation + v.first - x.h;
+      s.pad_right = h.count + (h.taps - 1) * h.dilation + h.first - x.w;
+      phase.map = {ry, a.stride_h, rx, a.stride_w, y.h, y.w};
       phase.first_ky = v.first_tap;
+      phase.step_ky = v.tap_step;
       phase.first_kx = h.first_tap;
+      phase.step_kx = h.tap_step;
       phases.push_back(phase);
     }
   }
@@ -113,6 +124,7 @@ ConvStep::ConvStep(const Program& program, const Node& node, const cpu::ImageLay
       attributes_(conv_attributes(node)),
       shape_(shape_of(program, node)),
       out_value_(value_of(program, node.output)),
+      zero_point_(value_of(program, node.inputs[0]).zero_point),
       in_(in),
       float_out_(out == nullptr),
       has_residual_(node.inputs.size() > 1),
@@ -131,12 +143,37 @@ ConvStep::ConvStep(const Program& program, const Node& node, const cpu::ImageLay
     plan_transposed(transposed_phases(program, node), in, out, fused, weights);
   } else if (runs_grouped(program, node)) {
     grouped_ = cpu::build_grouped(shape_, weights);
+    correction_ = correction(weights);
+    epilogue_.correction = zero_point_ == 0 ? nullptr : correction_.as<int32_t>();
   } else if (stem != nullptr) {
-    pieces_.push_back(
-        {cpu::plan_conv(stem->shape, in, out, fused), cpu::stem_weights(*stem, shape_, weights)});
+    add_piece(cpu::plan_conv(stem->shape, in, out, fused),
+              cpu::stem_weights(*stem, shape_, weights));
   } else {
-    pieces_.push_back({cpu::plan_conv(shape_, in, out, fused), weights});
+    add_piece(cpu::plan_conv(shape_, in, out, fused), weights);
   }
+}
+
+AlignedBuffer ConvStep::correction(std::span<const int8_t> weights) const {
+  const int64_t outs = shape_.out_channels;
+  const int64_t reduction = static_cast<int64_t>(weights.size()) / std::max<int64_t>(outs, 1);
+  std::vector<int32_t> values(static_cast<size_t>(outs));
+  for (int64_t o = 0; o < outs; ++o) {
+    int64_t sum = 0;
+    for (int64_t k = 0; k < reduction; ++k)
+      sum += weights[o * reduction + k];
+    values[o] = static_cast<int32_t>(-zero_point_ * sum);
+  }
+  return padded_copy<int32_t>(values);
+}
+
+void ConvStep::add_piece(cpu::ConvPlan plan, std::vector<int8_t> weights) {
+  Piece piece;
+  piece.plan = std::move(plan);
+  piece.correction = correction(weights);
+  piece.weights = std::move(weights);
+  piece.epilogue = epilogue_;
+  piece.epilogue.correction = zero_point_ == 0 ? nullptr : piece.correction.as<int32_t>();
+  pieces_.push_back(std::move(piece));
 }
 
 void ConvStep::plan_transposed(const std::vector<TransposedPhase>& phases,
@@ -151,42 +188,35 @@ void ConvStep::plan_transposed(const std::vector<TransposedPhase>& phases,
       for (int64_t i = 0; i < ins; ++i)
         for (int64_t jy = 0; jy < s.kernel_h; ++jy)
           for (int64_t jx = 0; jx < s.kernel_w; ++jx) {
-            const int64_t ky = phase.first_ky + (s.kernel_h - 1 - jy) * a.stride_h;
-            const int64_t kx = phase.first_kx + (s.kernel_w - 1 - jx) * a.stride_w;
+            const int64_t ky = phase.first_ky + (s.kernel_h - 1 - jy) * phase.step_ky;
+            const int64_t kx = phase.first_kx + (s.kernel_w - 1 - jx) * phase.step_kx;
             if (ky < a.kernel_h && kx < a.kernel_w)
               taps[((o * ins + i) * s.kernel_h + jy) * s.kernel_w + jx] =
                   weights[((o * ins + i) * a.kernel_h + ky) * a.kernel_w + kx];
           }
-    pieces_.push_back({cpu::plan_conv(s, in, out, residual, phase.map), std::move(taps)});
+    add_piece(cpu::plan_conv(s, in, out, residual, phase.map), std::move(taps));
   }
 }
 
 void ConvStep::prepare_epilogue(const Program& program, std::span<const int8_t> weights) {
   const ConvAttributes& a = attributes_;
-  const Value& x = value_of(program, node_->inputs[0]);
   const std::span<const float> scale = program.constants[a.scale].f32();
   const std::span<const float> bias = program.constants[a.bias].f32();
   const int64_t outs = shape_.out_channels;
   const int64_t reduction = static_cast<int64_t>(weights.size()) / std::max<int64_t>(outs, 1);
-  std::vector<int32_t> correction(static_cast<size_t>(outs));
   double largest = 0.0;
   for (int64_t o = 0; o < outs; ++o) {
-    int64_t sum = 0, absolute = 0;
-    for (int64_t k = 0; k < reduction; ++k) {
-      sum += weights[o * reduction + k];
+    int64_t absolute = 0;
+    for (int64_t k = 0; k < reduction; ++k)
       absolute += std::abs(static_cast<int>(weights[o * reduction + k]));
-    }
-    correction[o] = static_cast<int32_t>(-x.zero_point * sum);
     largest = std::max(
         largest, 255.0 * static_cast<double>(absolute) * std::fabs(static_cast<double>(scale[o])) +
                      std::fabs(static_cast<double>(bias[o])));
   }
   scale_ = padded_copy(scale);
   bias_ = padded_copy(bias);
-  correction_ = padded_copy<int32_t>(correction);
   epilogue_.scale = scale_.as<float>();
   epilogue_.bias = bias_.as<float>();
-  epilogue_.correction = x.zero_point == 0 ? nullptr : correction_.as<int32_t>();
   epilogue_.residual_scale = a.residual_scale;
   if (!float_out_) epilogue_.finish = node_finish(program, *node_);
   if (has_residual_) largest += 255.0 * std::fabs(static_cast<double>(a.residual_scale));
@@ -243,7 +273,7 @@ void ConvStep::run(const cpu::KernelRow& kernels, const ConvBuffers& b, cpu::Par
     const cpu::ConvCall call{.plan = piece.plan,
                              .weights = piece.panels,
                              .bits = bits_,
-                             .epilogue = &epilogue_,
+                             .epilogue = &piece.epilogue,
                              .in = b.in,
                              .images = b.images,
                              .out = b.out,
@@ -255,8 +285,6 @@ void ConvStep::run(const cpu::KernelRow& kernels, const ConvBuffers& b, cpu::Par
       cpu::run_conv(call, kernels, part);
       continue;
     }
-    if (pieces_.size() != 1)
-      throw InvalidArgument("a transposed convolution with float output is not supported");
     OutputSpec out;
     out.data = b.out_f32;
     out.dtype = DType::F32;
@@ -266,7 +294,7 @@ void ConvStep::run(const cpu::KernelRow& kernels, const ConvBuffers& b, cpu::Par
     // With a residual the clamp comes after it.
     out.lo = has_residual_ ? -INFINITY : attributes_.f32_lo;
     out.hi = has_residual_ ? INFINITY : attributes_.f32_hi;
-    cpu::run_conv({call, out, correction_.as<int32_t>()}, kernels, part);
+    cpu::run_conv({call, out, piece.correction.as<int32_t>()}, kernels, part);
   }
   if (float_out_ && has_residual_) add_float_residual(b);
 }

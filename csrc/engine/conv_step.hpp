@@ -26,9 +26,10 @@ struct ConvBuffers {
 /// Shape of a transposed convolution's inverse: the geometry that reads the input. out_channels and
 /// the output's size are the node's output.
 struct TransposedPhase {
-  ConvShape shape;             // an ordinary convolution of stride 1
-  cpu::OutputMap map;          // where its outputs go
-  int64_t first_ky, first_kx;  // its taps are first_ky + j * stride_h, in falling order
+  ConvShape shape;     // an ordinary convolution of stride 1
+  cpu::OutputMap map;  // where its outputs go
+  // Its taps are first + j * step of the kernel's, in falling order.
+  int64_t first_ky = 0, step_ky = 1, first_kx = 0, step_kx = 1;
 };
 std::vector<TransposedPhase> transposed_phases(const Program& program, const Node& node);
 
@@ -63,12 +64,16 @@ class ConvStep {
  private:
   struct Piece {
     cpu::ConvPlan plan;
+    AlignedBuffer correction;  // of this piece's taps
+    cpu::ConvEpilogue epilogue;
     std::vector<int8_t> weights;  // int8 until pack()
     const uint8_t* panels = nullptr;
   };
   void plan_transposed(const std::vector<TransposedPhase>& phases, const cpu::ImageLayout& in,
                        const cpu::ImageLayout* out, const cpu::ImageLayout* residual,
                        std::span<const int8_t> weights);
+  AlignedBuffer correction(std::span<const int8_t> weights) const;
+  void add_piece(cpu::ConvPlan plan, std::vector<int8_t> weights);
   void prepare_epilogue(const Program& program, std::span<const int8_t> weights);
   void add_float_residual(const ConvBuffers& buffers) const;
 
@@ -76,13 +81,15 @@ class ConvStep {
   ConvAttributes attributes_;
   ConvShape shape_;
   Value out_value_, residual_value_;
+  int32_t zero_point_ = 0;  // of the input
   cpu::ImageLayout in_, out_, residual_;
   bool float_out_ = false, has_residual_ = false, stem_ = false;
   int bits_ = 8;
   size_t packed_bytes_ = 0;
   std::vector<Piece> pieces_;
   std::optional<cpu::GroupedWeights> grouped_;
-  AlignedBuffer scale_, bias_, correction_;  // padded to 64 channels
+  AlignedBuffer scale_, bias_;  // padded to 64 channels
+  AlignedBuffer correction_;    // likewise; grouped kernels only
   cpu::ConvEpilogue epilogue_;
 };
 

@@ -1,7 +1,5 @@
 #include "engine/engine.hpp"
 
-#include <immintrin.h>
-
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -31,7 +29,7 @@ constexpr int kMaxTeam = 64;
 
 void pause() {
 #if defined(__x86_64__)
-  _mm_pause();
+  __builtin_ia32_pause();
 #endif
 }
 
@@ -48,6 +46,7 @@ struct Workspace {
   AlignedBuffer arena;
   Frame frame;
   std::vector<Progress> progress;
+  std::atomic<bool> failed{false};  // a member met an exception: the others stop waiting for it
   int team = 0;
   std::vector<std::vector<cpu::WeightStream::Segment>> segments;  // [member][nodes]
 };
@@ -239,30 +238,51 @@ struct Engine::Impl {
     step.conv->run(*kernels, b, part, team > 1 && step.conv->by_columns(team), stream, segment);
   }
 
+  /// Tile configuration of a thread for the length of one pass.
+  struct KernelScope {
+    const cpu::KernelRow& kernels;
+    explicit KernelScope(const cpu::KernelRow& k) : kernels(k) { kernels.begin(); }
+    ~KernelScope() { kernels.end(); }
+    KernelScope(const KernelScope&) = delete;
+    KernelScope& operator=(const KernelScope&) = delete;
+  };
+
+  /// A member's share of node k, then the parts that nobody has begun, then the wait for the rest.
+  void run_shared(Workspace& w, size_t k, int member, int team, cpu::WeightStream& stream) const {
+    const Step& step = steps[k];
+    const auto parts = static_cast<int>(parts_of(step, team));
+    Progress& progress = w.progress[k];
+    // One's own part first: its rows or weights are in this core's cache.
+    for (int i = 0; i < parts; ++i) {
+      const int p = (member + i) % parts;
+      const uint64_t mine = uint64_t{1} << p;
+      if ((progress.begun.load(std::memory_order_relaxed) & mine) != 0) continue;
+      if ((progress.begun.fetch_or(mine, std::memory_order_relaxed) & mine) != 0) continue;
+      run_part(step, w.frame, {p, parts}, team, p == member ? &stream : nullptr,
+               static_cast<int64_t>(k));
+      progress.done.fetch_add(1, std::memory_order_release);
+    }
+    while (progress.done.load(std::memory_order_acquire) < parts &&
+           !w.failed.load(std::memory_order_relaxed))
+      pause();
+  }
+
   /// One member's way through the program.
   void run_member(Workspace& w, int member, int team, std::vector<double>* seconds) const {
-    kernels->begin();
+    const KernelScope scope(*kernels);
     cpu::WeightStream stream(w.segments[member], kPrefetchWindow);
     auto last = seconds == nullptr ? Clock::time_point{} : Clock::now();
     for (size_t k = 0; k < steps.size(); ++k) {
-      const Step& step = steps[k];
-      const auto segment = static_cast<int64_t>(k);
       if (team == 1) {
-        run_part(step, w.frame, {0, 1}, 1, &stream, segment);
+        run_part(steps[k], w.frame, {0, 1}, 1, &stream, static_cast<int64_t>(k));
       } else {
-        const auto parts = static_cast<int>(parts_of(step, team));
-        Progress& progress = w.progress[k];
-        // One's own part first: its rows or weights are in this core's cache.
-        for (int i = 0; i < parts; ++i) {
-          const int p = (member + i) % parts;
-          const uint64_t mine = uint64_t{1} << p;
-          if ((progress.begun.load(std::memory_order_relaxed) & mine) != 0) continue;
-          if ((progress.begun.fetch_or(mine, std::memory_order_relaxed) & mine) != 0) continue;
-          run_part(step, w.frame, {p, parts}, team, p == member ? &stream : nullptr, segment);
-          progress.done.fetch_add(1, std::memory_order_release);
+        if (w.failed.load(std::memory_order_relaxed)) return;
+        try {
+          run_shared(w, k, member, team, stream);
+        } catch (...) {
+          w.failed.store(true, std::memory_order_relaxed);
+          throw;  // parallel_for hands it to the caller
         }
-        while (progress.done.load(std::memory_order_acquire) < parts)
-          pause();
       }
       if (seconds != nullptr) {
         const auto now = Clock::now();
@@ -270,7 +290,6 @@ struct Engine::Impl {
         last = now;
       }
     }
-    kernels->end();
   }
 
   /// All of a chunk by a team whose members share each node.
@@ -281,6 +300,7 @@ struct Engine::Impl {
       run_member(w, 0, 1, seconds);
       return;
     }
+    w.failed.store(false, std::memory_order_relaxed);
     for (Progress& p : w.progress) {
       p.begun.store(0, std::memory_order_relaxed);
       p.done.store(0, std::memory_order_relaxed);

@@ -789,7 +789,7 @@ TEST(softmax_f32) {
 }
 
 // Machines with VBMI never call the plain AVX-512 versions through the table.
-#ifdef ADALAYER_HAVE_AVX512_IMAGE
+#ifdef ADALAYER_HAVE_AVX512VNNI
 TEST(avx512_without_vbmi) {
   if (!isa_supported(Isa::Avx512Vnni)) {
     CHECK(!cpu_features().avx512vbmi);

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from adalayer_native import ops
@@ -64,9 +64,9 @@ def compile(
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"expected an nn.Module, got {type(model).__name__}")
     _check_converted(model)
-    first = example_inputs if hasattr(example_inputs, "shape") else next(iter(example_inputs), None)
-    batch = int(first.shape[0]) if first is not None and first.dim() else 1
     exported = export(model, example_inputs)
+    first = example_inputs if isinstance(example_inputs, Tensor) else next(iter(example_inputs))
+    batch = int(first.shape[0])
     return compile_exported(exported, policy=policy, strict=strict, batch=batch)
 
 
@@ -113,7 +113,8 @@ def _build(exported: Exported, as_float: dict[fx.Node, str], strict: bool) -> En
     if strict and reasons:
         shown = [f"{op_name(n)} (layer {layer_name(n)!r}): {why}" for n, why in reasons.items()]
         raise UnsupportedModelError(
-            f"strict: {len(shown)} operators cannot run natively: " + "; ".join(shown[:5])
+            f"strict: {len(shown)} operators cannot run natively: "
+            + "; ".join(shown[:5])
             + ("; ..." if len(shown) > 5 else "")
         )
     numbers: dict[fx.Node, int] = {node: k for k, node in enumerate(exported.inputs)}

@@ -32,9 +32,7 @@ def emit(program: Program) -> _C.Program:
             out.add_value(value.name, "f32", *value.size)
         else:
             grid = value.grid
-            out.add_value(
-                value.name, "u8", *value.size, grid.scale, grid.zero_point, grid.qmax
-            )
+            out.add_value(value.name, "u8", *value.size, grid.scale, grid.zero_point, grid.qmax)
     for node in program.nodes:
         out.add_node(
             node.op,

@@ -19,16 +19,14 @@ from adalayer_native.errors import AdaError, UnsupportedModelError
 __all__ = ["Exported", "export", "layer_name", "op_name"]
 
 # Results that share memory with their operand.
-_ALIASES = frozenset(
-    f"aten.{name}"
-    for name in (
-        "alias.default view.default reshape.default flatten.using_ints unflatten.int "
-        "squeeze.default squeeze.dim squeeze.dims unsqueeze.default permute.default transpose.int "
-        "t.default slice.Tensor select.int narrow.default chunk.default split.Tensor "
-        "split_with_sizes.default unbind.int expand.default detach.default contiguous.default "
-        "view_as.default to.dtype"
-    ).split()
-)
+_SHARING = (
+    "alias.default", "view.default", "reshape.default", "flatten.using_ints", "unflatten.int",
+    "squeeze.default", "squeeze.dim", "squeeze.dims", "unsqueeze.default", "permute.default",
+    "transpose.int", "t.default", "slice.Tensor", "select.int", "narrow.default", "chunk.default",
+    "split.Tensor", "split_with_sizes.default", "unbind.int", "expand.default", "detach.default",
+    "contiguous.default", "view_as.default", "dropout.default", "to.dtype",
+)  # fmt: skip
+_ALIASES = frozenset(f"aten.{name}" for name in _SHARING)
 
 
 @dataclass
@@ -51,11 +49,7 @@ class Exported:
 
     def tensor(self, node: fx.Node) -> Tensor:
         """The parameter or buffer of a ``get_attr`` node."""
-        found: Any = self.module
-        for part in str(node.target).split("."):
-            found = getattr(found, part)
-        assert isinstance(found, Tensor)
-        return found.detach()
+        return attribute(self.module, str(node.target))
 
     def is_batch(self, value: Any) -> bool:
         """Whether a size is the batch's."""
@@ -78,8 +72,10 @@ class Exported:
 def op_name(node: fx.Node) -> str:
     """``aten.relu.default`` for that operator, the function's name for others."""
     target = node.target
-    return str(target) if isinstance(target, torch._ops.OpOverload) else str(
-        getattr(target, "__name__", target)
+    return (
+        str(target)
+        if isinstance(target, torch._ops.OpOverload)
+        else str(getattr(target, "__name__", target))
     )
 
 
@@ -147,7 +143,9 @@ def export(model: nn.Module, example_inputs: Any) -> Exported:
             warnings.simplefilter("ignore")  # of torch.export about itself
             program = torch.export.export(model, examples, dynamic_shapes=shapes)
             options = inspect.signature(program.module).parameters
-            module = program.module(**({"check_guards": False} if "check_guards" in options else {}))
+            module = program.module(
+                **({"check_guards": False} if "check_guards" in options else {})
+            )
     except AdaError:
         raise
     except Exception as error:  # export runs the user's code: anything may come out of it
@@ -162,11 +160,12 @@ def export(model: nn.Module, example_inputs: Any) -> Exported:
     assert isinstance(module, fx.GraphModule)
     graph = module.graph
     for node in list(graph.nodes):
-        if node.op == "call_module" and not node.users:  # checks of the inputs
-            graph.erase_node(node)
-        elif op_name(node).startswith(("aten._assert", "aten.sym_constrain")) and not node.users:
+        if (node.op == "call_module" and not node.users) or (
+            op_name(node).startswith(("aten._assert", "aten.sym_constrain")) and not node.users
+        ):  # checks of the inputs
             graph.erase_node(node)
     functionalise(graph)
+    fold_constants(module)
     graph.eliminate_dead_code()
     outputs = next(node for node in graph.nodes if node.op == "output")
     flat = pytree.tree_leaves(outputs.args[0])
@@ -205,6 +204,38 @@ def functionalise(graph: fx.Graph) -> None:
                 f"layer {layer_name(node)!r}: {op_name(node)} writes into memory that is read "
                 "later through another view of it"
             )
+
+
+def fold_constants(module: fx.GraphModule) -> None:
+    """Replace what depends on parameters alone by its value."""
+    for node in list(module.graph.nodes):
+        sources = node.all_input_nodes
+        foldable = isinstance(node.target, torch._ops.OpOverload) and sources
+        if not foldable or any(item.op != "get_attr" for item in sources):
+            continue
+        if not isinstance(node.meta.get("val"), Tensor):
+            continue
+        args, kwargs = fx.node.map_arg(
+            (node.args, node.kwargs), lambda item: attribute(module, str(item.target))
+        )
+        with torch.no_grad():
+            value = node.target(*args, **kwargs)
+        name = f"folded_{node.name}"
+        module.register_buffer(name, value.detach().clone(), persistent=False)
+        with module.graph.inserting_before(node):
+            constant = module.graph.get_attr(name)
+        constant.meta = dict(node.meta)
+        node.replace_all_uses_with(constant)
+        module.graph.erase_node(node)
+
+
+def attribute(module: nn.Module, path: str) -> Tensor:
+    """The tensor at a dotted path."""
+    found: Any = module
+    for part in path.split("."):
+        found = getattr(found, part)
+    assert isinstance(found, Tensor)
+    return found.detach()
 
 
 def _family(node: fx.Node) -> set[fx.Node]:

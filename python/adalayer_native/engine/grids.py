@@ -48,6 +48,11 @@ class Grid:
         """Values of the 256 levels of the container, float32."""
         return (torch.arange(256, dtype=torch.float32) - self.zero_point) * self.scale
 
+    def holds(self, value: float) -> bool:
+        """Whether a value is exactly that of a level."""
+        reals = self.reals()[: self.qmax + 1]
+        return bool((reals == value).any())
+
     def level(self, value: float) -> int:
         """The level that a float32 value is stored as."""
         inverse = np.float32(self.inverse)
@@ -108,9 +113,7 @@ class Want:
         return np.asarray(levels.numpy())
 
 
-def compose_clamps(
-    inner: tuple[float, float], outer: tuple[float, float]
-) -> tuple[float, float]:
+def compose_clamps(inner: tuple[float, float], outer: tuple[float, float]) -> tuple[float, float]:
     """One clamp that equals ``inner`` followed by ``outer``."""
     lo, hi = (min(max(bound, outer[0]), outer[1]) for bound in inner)
     return lo, hi

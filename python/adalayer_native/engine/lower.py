@@ -171,6 +171,8 @@ class Lowering:
             return self.external(node)
         own = self.grids(node)
         if own is not None:
+            if any(math.isfinite(bound) and not own.holds(bound) for bound in (lo, hi)):
+                raise CannotLower(None, f"a clamp to {lo} ... {hi}, between two levels of its grid")
             source = self.u8(node, Want(own, lo, hi))
             size = self.size(source)
             name = self.name(node, "dequantize")
@@ -200,15 +202,19 @@ class Lowering:
         except CannotLower as error:
             raise CannotLower(error.node or node, error.reason) from None
 
+    def prepare_input(self, node: fx.Node) -> None:
+        """Lower what a layer reads."""
+        self._apply(node, lambda rule: LAYER_INPUTS[op_name(node)](self, node))
+
     def external(self, node: fx.Node) -> Ref:
         """A float32 tensor that comes from outside the program."""
         if node not in self._external:
             sizes = self.exported.sizes(node)
             value = node.meta.get("val")
-            if sizes is None or not 1 <= len(sizes) <= 3 or value.dtype != torch.float32:
-                found = f"{list(value.shape)} {value.dtype}" if sizes is not None else "no batch"
+            dtype = value.dtype if isinstance(value, Tensor) else None
+            if sizes is None or not 1 <= len(sizes) <= 3 or dtype != torch.float32:
                 raise CannotLower(
-                    None, f"operand {node} is no float32 image, feature map or vector ({found})"
+                    None, f"operand {node} is no batch of float32 images or vectors ({value})"
                 )
             size: Size = (*sizes, *(1,) * (3 - len(sizes)))  # type: ignore[assignment]
             number = self.program.value(node.name, size, None)
@@ -240,9 +246,7 @@ class Lowering:
     ) -> Ref:
         """A node whose u8 result has the shape and view of ``like``."""
         size = self.size(like)
-        return Ref(
-            self.program.node(op, name, inputs, size, want.grid, **parameters), like.dims
-        )
+        return Ref(self.program.node(op, name, inputs, size, want.grid, **parameters), like.dims)
 
     def retable(
         self,
@@ -343,12 +347,11 @@ def lower(
     # In graph order, so that a deep network does not become a deep recursion.
     for node in inside:
         own = grids(node)
-        rule = rule_for(node)
         if own is not None and isinstance(node.meta.get("val"), Tensor):
             if op_name(node).startswith("adalayer."):
                 low.u8(node, Want(own))
-        elif rule is not None and op_name(node) in LAYER_INPUTS:
-            low._apply(node, lambda rule, node=node: LAYER_INPUTS[op_name(node)](low, node))
+        elif op_name(node) in LAYER_INPUTS:
+            low.prepare_input(node)
     refs = [low.f32(node) for node in outputs]
     program = low.program
     for node, ref in zip(outputs, refs, strict=True):

@@ -22,7 +22,9 @@ _CLEARLY = 0.8
 _ROUNDS = 5
 
 
-def seconds_of(candidates: Mapping[str, Any], batch: int, rounds: int = _ROUNDS) -> dict[str, float]:
+def seconds_of(
+    candidates: Mapping[str, Any], batch: int, rounds: int = _ROUNDS
+) -> dict[str, float]:
     """Median seconds per call of engines with the same inputs, in turn."""
     first = next(iter(candidates.values()))
     inputs = [torch.rand(batch, *port.shape) for port in first.inputs]

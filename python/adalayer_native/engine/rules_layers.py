@@ -152,7 +152,8 @@ def _linear(low: Lowering, node: fx.Node) -> _Layer:
     size = low.size(source)
     features = low.sizes(node)[-1]
     c, h, w = size
-    kernel, out, axes = (1, 1), (features, h, w), None
+    kernel, out = (1, 1), (features, h, w)
+    axes: tuple[str, ...] | None = None
     if source.dims == ((merged([(c * h * w, 1)])),):
         # Flattened in memory order: a convolution that sees the whole image at once.
         kernel, out, axes = (h, w), (features, 1, 1), ("c",)
@@ -168,7 +169,7 @@ def _linear(low: Lowering, node: fx.Node) -> _Layer:
         source = low.plain(source, low.name(node, "reorder"))
         if len(source.dims) != 1:
             raise CannotLower(node, "its input's last axis is not the channels")
-        axes = ("c",)
+        out, axes = (features, 1, 1), ("c",)
     return _Layer(
         "conv",
         source,

@@ -85,11 +85,13 @@ def _clamp_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
     return low.f32(node.args[0], *compose_clamps(bounds, (lo, hi)))
 
 
-for _name in (
-    "relu relu6 hardtanh clamp clip clamp_min clamp_max hardswish hardsigmoid silu sigmoid gelu "
-    "leaky_relu elu selu celu mish softplus softsign tanh hardshrink softshrink threshold "
-    "log_sigmoid abs neg square sqrt exp erf sin cos round floor ceil"
-).split():
+_FUNCTIONS = (
+    "relu", "relu6", "hardtanh", "clamp", "clip", "clamp_min", "clamp_max", "hardswish",
+    "hardsigmoid", "silu", "sigmoid", "gelu", "leaky_relu", "elu", "selu", "celu", "mish",
+    "softplus", "softsign", "tanh", "hardshrink", "softshrink", "threshold", "log_sigmoid", "abs",
+    "neg", "square", "sqrt", "exp", "erf", "sin", "cos", "round", "floor", "ceil",
+)  # fmt: skip
+for _name in _FUNCTIONS:
     RULES[f"aten.{_name}.default"] = Rule(_pointwise, _clamp_f32)
 RULES["aten.pow.Tensor_Scalar"] = Rule(_pointwise)
 RULES["aten.rsub.Scalar"] = Rule(_pointwise)

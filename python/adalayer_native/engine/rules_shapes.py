@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor, fx
 
+from adalayer_native import ops
 from adalayer_native.engine.grids import Grid, Want
 from adalayer_native.engine.lower import RULES, CannotLower, Grids, Lowering, Rule
 from adalayer_native.engine.rules_layers import arguments
@@ -56,7 +58,7 @@ def _cast(low: Lowering, node: fx.Node, want: Want) -> Ref:
     return low.u8(node.args[0], want)
 
 
-for _name in ("alias", "contiguous", "clone", "detach", "view_as", "lift_fresh_copy"):
+for _name in ("alias", "contiguous", "clone", "detach", "lift_fresh_copy"):
     RULES[f"aten.{_name}.default"] = Rule(_same_u8, _same_f32, _operand_grid)
 RULES["aten.dropout.default"] = Rule(_dropout, _same_f32, _operand_grid)
 RULES["aten.feature_dropout.default"] = Rule(_dropout, _same_f32, _operand_grid)
@@ -79,7 +81,7 @@ def _viewed(low: Lowering, node: fx.Node, ref: Ref) -> Ref:
     assert isinstance(operand, fx.Node)
     rank = operand.meta["val"].dim()
     if name == "permute":
-        order = [item % rank for item in node.args[1]]  # type: ignore[union-attr, operator]
+        order = [item % rank for item in node.args[1]]  # type: ignore[union-attr]
         if order[0] != 0:
             raise CannotLower(node, "it moves the batch")
         return Ref(ref.value, tuple(ref.dims[item - 1] for item in order[1:]))
@@ -102,11 +104,12 @@ def _view_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
     return _viewed(low, node, low.f32(node.args[0], lo, hi))
 
 
-for _name in (
-    "view.default reshape.default flatten.using_ints unflatten.int squeeze.default squeeze.dim "
-    "squeeze.dims unsqueeze.default permute.default transpose.int swapaxes.default "
-    "_unsafe_view.default"
-).split():
+_VIEWS = (
+    "view.default", "reshape.default", "flatten.using_ints", "unflatten.int", "squeeze.default",
+    "squeeze.dim", "squeeze.dims", "unsqueeze.default", "permute.default", "transpose.int",
+    "swapaxes.default", "_unsafe_view.default", "view_as.default",
+)  # fmt: skip
+for _name in _VIEWS:
     RULES[f"aten.{_name}"] = Rule(_view_u8, _view_f32, _operand_grid)
 
 
@@ -185,9 +188,7 @@ def _narrow(low: Lowering, node: fx.Node, want: Want) -> Ref:
     operand = node.args[0]
     assert isinstance(operand, fx.Node)
     axis = _axis(node, int(a["dim"]), operand.meta["val"].dim())
-    return _sliced(
-        low, node, low.u8(operand, want), axis, int(a["start"]), 1, int(a["length"])
-    )
+    return _sliced(low, node, low.u8(operand, want), axis, int(a["start"]), 1, int(a["length"]))
 
 
 RULES["aten.narrow.default"] = Rule(_narrow, None, _operand_grid)
@@ -250,7 +251,10 @@ def _cat(low: Lowering, node: fx.Node, want: Want) -> Ref:
     layouts = set()
     for item in items:
         ref = low.u8(item, want)
-        if channel_axis(ref.dims, low.size(ref)) != axis or axes_of(ref.dims, low.size(ref)) is None:
+        if (
+            channel_axis(ref.dims, low.size(ref)) != axis
+            or axes_of(ref.dims, low.size(ref)) is None
+        ):
             ref = low.plain(ref, low.name(node, "reorder"))
         refs.append(ref)
         if axis != 0 or len(ref.dims) not in (1, 3):
@@ -259,7 +263,7 @@ def _cat(low: Lowering, node: fx.Node, want: Want) -> Ref:
             raise CannotLower(node, "a concatenation along an axis that is not the channels")
     if len(layouts) > 1 or len({low.size(ref)[1:] for ref in refs}) != 1:
         raise CannotLower(node, "a concatenation of tensors whose axes differ in order or size")
-    size: Size = (sum(low.size(ref)[0] for ref in refs), *low.size(refs[0])[1:])
+    size = (sum(low.size(ref)[0] for ref in refs), *low.size(refs[0])[1:])
     number = low.program.node(
         "concat",
         low.name(node),
@@ -285,7 +289,7 @@ def _pad_grid(grids: Grids, node: fx.Node) -> Grid | None:
     # A value between two levels would be put on the reader's grid only.
     if grid is None or value is None:
         return None
-    return grid if (grid.level(value) - grid.zero_point) * grid.scale == value else None
+    return grid if grid.holds(value) else None
 
 
 def _pad_value(node: fx.Node) -> float | None:
@@ -299,24 +303,59 @@ def _pad_value(node: fx.Node) -> float | None:
 def _pad(low: Lowering, node: fx.Node, want: Want) -> Ref:
     value = _pad_value(node)
     amounts = list(arguments(node)["pad"])
-    if value is None or min(amounts) < 0 or len(amounts) > 4:
-        raise CannotLower(node, f"padding of {amounts} other than by a constant around the image")
-    left, right, top, bottom = [*amounts, 0, 0, 0, 0][:4]
+    if value is None or min(amounts) < 0 or len(amounts) > 6 or (any(amounts[4:]) and value != 0):
+        raise CannotLower(
+            node, f"padding of {amounts}: only a constant around the image, or channels of zeros"
+        )
+    left, right, top, bottom, front, back = [*amounts, *[0] * 6][:6]
     ref = low.plain(low.u8(node.args[0], want), low.name(node, "reorder"))
     if len(ref.dims) != 3:
         raise CannotLower(node, "padding of something that is no image")
+    number = ref.value
     c, h, w = low.size(ref)
-    size: Size = (c, h + top + bottom, w + left + right)
-    level = want.grid.level(min(max(value, want.lo), want.hi))
-    number = low.program.node(
-        "pad",
-        low.name(node),
-        [ref.value],
-        size,
-        want.grid,
-        ints=[top, left, bottom, right, level],
-    )
+    if left or right or top or bottom:
+        h, w = h + top + bottom, w + left + right
+        level = want.grid.level(min(max(value, want.lo), want.hi))
+        number = low.program.node(
+            "pad",
+            low.name(node),
+            [number],
+            (c, h, w),
+            want.grid,
+            ints=[top, left, bottom, right, level],
+        )
+    if front or back:
+        number = _zero_channels(low, node, number, (c, h, w), (front, back), want)
+    size: Size = (front + c + back, h, w)
     return Ref(number, image_dims(size))
+
+
+def _zero_channels(
+    low: Lowering, node: fx.Node, number: int, size: Size, amounts: tuple[int, int], want: Want
+) -> int:
+    """Channels of zeros in front and behind: a 1x1 convolution with the identity, which is exact
+    and can take an addition that follows."""
+    front, back = amounts
+    c, h, w = size
+    outs = front + c + back
+    identity = torch.zeros(outs, c, 1, 1, dtype=torch.int8)
+    identity[front : front + c, :, 0, 0] = torch.eye(c, dtype=torch.int8)
+    program = low.program
+    return program.node(
+        "conv",
+        low.name(node, "channels"),
+        [number],
+        (outs, h, w),
+        want.grid,
+        ints=[1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, *want.finish()],
+        floats=[0.0, 0.0, 0.0],
+        constants=[
+            program.constant("weights", ops.pack_weight(identity, 2).numpy().tobytes()),
+            program.f32(np.ones(outs)),
+            program.f32(np.zeros(outs)),
+            -1,
+        ],
+    )
 
 
 RULES["aten.pad.default"] = Rule(_pad, None, _pad_grid)
@@ -364,9 +403,7 @@ def _max_pool(low: Lowering, node: fx.Node, want: Want) -> Ref:
 RULES["aten.max_pool2d.default"] = Rule(_max_pool, None, _operand_grid)
 
 
-def _average(
-    low: Lowering, node: fx.Node, op: str, size: Size, ints: list[int], want: Want
-) -> Ref:
+def _average(low: Lowering, node: fx.Node, op: str, size: Size, ints: list[int], want: Want) -> Ref:
     ref, grid = low.on_own_grid(node.args[0])
     ref = _image(low, node, ref)
     ratio = float(np.float32(grid.scale * want.grid.inverse))

@@ -193,6 +193,7 @@ class Engine:
                 type(x) is Tensor
                 and x.dtype is torch.float32
                 and x.is_cpu
+                and x.layout is torch.strided
                 and x.dim() == self._rank
                 and x.shape[1:] == self._shape
             ):
@@ -233,9 +234,7 @@ class Engine:
     def _checked(self, inputs: Sequence[Any]) -> tuple[list[Tensor], torch.dtype]:
         if len(inputs) != len(self.inputs):
             names = ", ".join(port.name for port in self.inputs)
-            raise InputError(
-                f"expected {len(self.inputs)} inputs ({names}), got {len(inputs)}"
-            )
+            raise InputError(f"expected {len(self.inputs)} inputs ({names}), got {len(inputs)}")
         found: list[Tensor] = []
         batch = None
         for position, (x, port) in enumerate(zip(inputs, self.inputs, strict=True)):
@@ -252,9 +251,7 @@ class Engine:
                 raise InputError(f"{label}: expected a dense tensor, got layout {x.layout}")
             wanted = ", ".join(["batch", *map(str, port.shape)])
             if x.dim() != len(port.shape) + 1 or tuple(x.shape[1:]) != port.shape:
-                raise InputError(
-                    f"{label}: expected shape [{wanted}], got {list(x.shape)}"
-                )
+                raise InputError(f"{label}: expected shape [{wanted}], got {list(x.shape)}")
             if batch is not None and x.shape[0] != batch:
                 raise InputError(
                     f"{label}: expected a batch of {batch} as in the first input, got {x.shape[0]}"
@@ -294,13 +291,13 @@ class Engine:
         if not short:
             return error
         shapes = [list(x.shape) for x in inputs]
-        return InputError(f"a batch of shape {shapes} does not fit into memory ({text.strip()[:200]})")
+        return InputError(
+            f"a batch of shape {shapes} does not fit into memory ({text.strip()[:200]})"
+        )
 
     # -- what it consists of ----------------------------------------------------------------------
 
-    def coverage(
-        self, batch: int = 1, *, rounds: int = 5, threads: int | None = None
-    ) -> Coverage:
+    def coverage(self, batch: int = 1, *, rounds: int = 5, threads: int | None = None) -> Coverage:
         """What runs for every node, why, with how many bits and microseconds.
 
         Args:
@@ -333,7 +330,9 @@ class Engine:
     @property
     def weight_bytes(self) -> int:
         """Memory of the weights as this machine holds them, shared by all threads."""
-        return sum(s.run.engine.weight_bytes() for s in self._steps if isinstance(s.run, NativePart))
+        return sum(
+            s.run.engine.weight_bytes() for s in self._steps if isinstance(s.run, NativePart)
+        )
 
     def save(
         self,
@@ -355,11 +354,13 @@ class Engine:
             UnsupportedModelError: some nodes run in torch; names them.
             OSError: the file cannot be written; nothing is left behind.
         """
-        rest = [row.name for s in self._steps if isinstance(s.run, TorchStep) for _, row in s.run.rows]
+        rest = [
+            row.name for s in self._steps if isinstance(s.run, TorchStep) for _, row in s.run.rows
+        ]
         if rest or len(self._steps) != 1:
             raise UnsupportedModelError(
                 f"{len(rest)} nodes run in torch, which a file cannot hold: {', '.join(rest[:8])}"
-                f"{', ...' if len(rest) > 8 else ''}; compile with policy=\"native\" and strict=True "
+                f'{", ..." if len(rest) > 8 else ""}; compile with policy="native" and strict=True '
                 "to see why"
             )
         part = self._steps[0].run
@@ -394,7 +395,9 @@ class Engine:
     def __repr__(self) -> str:
         ports = ", ".join(f"{p.name}[batch, {', '.join(map(str, p.shape))}]" for p in self.inputs)
         kinds = [isinstance(step.run, NativePart) for step in self._steps]
-        parts = "native" if all(kinds) else f"{sum(kinds)} native and {kinds.count(False)} torch parts"
+        parts = (
+            "native" if all(kinds) else f"{sum(kinds)} native and {kinds.count(False)} torch parts"
+        )
         return f"Engine({ports}; {parts})"
 
 
@@ -482,7 +485,17 @@ def _torch_rows(step: TorchStep, batch: int, inputs: list[Tensor], rounds: int) 
         times = samples.get(node)
         spent = 1e6 * statistics.median(times) if times else 0.0
         rows.append(
-            Row(row.name, row.op, row.kind, row.kernel, row.bits, spent, row.bytes, row.macs, row.why)
+            Row(
+                row.name,
+                row.op,
+                row.kind,
+                row.kernel,
+                row.bits,
+                spent,
+                row.bytes,
+                row.macs,
+                row.why,
+            )
         )
     return rows
 
@@ -529,7 +542,12 @@ def _rebuilt(program: _C.Program, values: list[Any], metadata: Mapping[str, Any]
             reach = 0 if pairs is None else sum((n - 1) * step for n, step in pairs)
             count = math.prod(shape if pairs is None else [n for n, _ in pairs])
             positive = pairs is None or all(n > 0 and step >= 0 for n, step in pairs)
-            if math.prod(shape) != elements or count != elements or reach >= elements or not positive:
+            if (
+                math.prod(shape) != elements
+                or count != elements
+                or reach >= elements
+                or not positive
+            ):
                 raise ValueError(f"output {source} does not fit {results[source]}")
             outputs.append(Output(int(source), tuple(int(n) for n in shape), pairs))
         first = len(ports)
@@ -549,9 +567,7 @@ def _rebuilt(program: _C.Program, values: list[Any], metadata: Mapping[str, Any]
         if isinstance(leaf, Leaf) and not first <= leaf.number < first + len(outputs):
             raise ValueError(f"the result names tensor {leaf.number}")
     _build(structure, leaves)
-    step = Step(
-        NativePart(program, outputs), order, [first + k for k in range(len(outputs))], []
-    )
+    step = Step(NativePart(program, outputs), order, [first + k for k in range(len(outputs))], [])
     names = metadata.get("classes")
     return Engine(
         [step],

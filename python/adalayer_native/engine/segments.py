@@ -142,8 +142,10 @@ def divide(exported: Exported, chosen: dict[fx.Node, str]) -> tuple[list[Part], 
                     part.lowered = lower(exported, part.nodes, part.outputs, grids)
             return parts, reasons
         except CannotLower as error:
-            assert error.node is not None
-            _pieces_together(error.node, reasons, error.reason)
+            failed, reason = error.node, error.reason
+        if failed is None:
+            raise AssertionError(reason)
+        _pieces_together(failed, reasons, reason)
 
 
 # -- parts in torch -------------------------------------------------------------------------------
@@ -160,10 +162,14 @@ class FloatLayer(nn.Module):
         scale = exported.tensor(a["weight_scale"])
         self.register_buffer("weight", weight * scale.reshape(-1, 1, 1, 1))
         self.register_buffer("bias", exported.tensor(a["bias"]))
-        self.input_grid = None if on_grid else (
-            a["input_scale"],
-            a["input_zero_point"],
-            a["input_bits"],
+        self.input_grid = (
+            None
+            if on_grid
+            else (
+                a["input_scale"],
+                a["input_zero_point"],
+                a["input_bits"],
+            )
         )
         self.bounds = a["lo"], a["hi"]
         self.output_grid = None
@@ -231,12 +237,12 @@ class TorchPart:
                 name = f"constant_{len(known)}"
                 root.register_buffer(name, exported.tensor(node))
                 known[node] = graph.get_attr(name)
-            elif isinstance(value, int) and not isinstance(value, torch.SymInt):
-                known[node] = value
             elif exported.is_batch(value):
                 known[node] = batch
             elif isinstance(value, torch.SymInt):
                 known[node] = graph.node_copy(node, find)
+            elif isinstance(value, int):
+                known[node] = value
             else:
                 raise UnsupportedModelError(f"node {node} reads {value} from another part")
             return known[node]
