@@ -14,6 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 TOOLS_STAMP := $(VENV)/.stamp-tools
 PACKAGE_STAMP := $(VENV)/.stamp-package
+BENCH_STAMP := $(VENV)/.stamp-bench
 SOURCES := CMakeLists.txt pyproject.toml $(wildcard README.md LICENSE) \
   $(shell find csrc python tests/cpp -type f -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
 CXX_FILES = $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.hpp' -o -name '*.h' \
@@ -29,7 +30,7 @@ help:
 	@echo "make test       the C++ and the fast Python tests"
 	@echo "make test-all   every test, the slow ones too"
 	@echo "make lint       ruff, mypy, clang-format"
-	@echo "make bench      speed against torch float32, checked results first (pytest-benchmark)"
+	@echo "make bench      speed beside torch, ONNX Runtime and OpenVINO, checked results first; K=resnet18: a part"
 	@echo "make sanitize   C++ tests under the address, undefined-behaviour and thread sanitizers"
 	@echo "make install    only set up .venv with the package and all tools"
 	@echo "make clean      remove build products and caches (distclean: .venv too)"
@@ -58,9 +59,17 @@ lint: $(PACKAGE_STAMP)
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
-bench: $(PACKAGE_STAMP)
-	$(BIN)/python -m pytest bench --benchmark-disable-gc \
-	  --benchmark-columns=median,iqr,min,rounds --benchmark-group-by=group --benchmark-sort=name
+# All of it writes docs/performance.md; a part (make bench K=resnet18) only prints, and keeps its
+# samples in a file of its own. STRICT=1: a missed target fails the run.
+BENCH := $(BIN)/python -m pytest bench --benchmark-columns=median,iqr,min,rounds \
+  --benchmark-group-by=group --benchmark-sort=name $(if $(STRICT),--strict-targets)
+bench: $(PACKAGE_STAMP) $(BENCH_STAMP)
+ifdef K
+	$(BENCH) -k "$(K)" --results build/bench/part.json
+else
+	$(BENCH)
+	$(BIN)/python -m bench.report
+endif
 
 # Some kernels place memory where older thread sanitizers do not expect it; without address
 # randomisation they agree. Where setarch is missing or forbidden, the tests run as they are.
@@ -102,12 +111,15 @@ define check_machine
   { echo "The C++ compiler '$(CXX)' has no C++20; g++ 11 or newer is needed (or set CXX=...)."; exit 1; }
 endef
 
+# torchvision is for tests of its networks. Without its dependencies, because it would replace the
+# CPU build of torch; its Python code works beside any.
 $(TOOLS_STAMP): constraints.txt pyproject.toml
 	$(check_machine)
 	@test -x $(BIN)/python || { echo "Creating $(VENV)"; "$(PYTHON)" -m venv $(VENV); }
 	@echo "Installing build tools and $(TORCH) into $(VENV) (once; torch is a large download)"
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -c constraints.txt "$(TORCH)"
+	$(BIN)/python -m pip install -q --no-deps -c constraints.txt torchvision
 	$(BIN)/python -m pip install -q -c constraints.txt scikit-build-core pybind11 cmake ninja \
 	  ruff mypy clang-format
 	@touch $@
@@ -122,4 +134,11 @@ $(PACKAGE_STAMP): $(TOOLS_STAMP) $(SOURCES)
 	  --config-settings=build-dir=$(BUILD) \
 	  --config-settings=cmake.define.ADALAYER_BUILD_TESTS=ON \
 	  ".[dev]"
+	@touch $@
+
+# The package is installed already, so that only what the extra asks for is added; torch satisfies
+# every requirement on it and stays. torchvision came with the tools.
+$(BENCH_STAMP): $(TOOLS_STAMP) | $(PACKAGE_STAMP)
+	@echo "Installing the runtimes that the benchmarks compare with"
+	$(BIN)/python -m pip install -q -c constraints.txt "adalayer_native[bench]"
 	@touch $@

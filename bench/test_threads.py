@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from adalayer_native import _C
 FORK_JOIN_LIMIT = 5e-6
 
 
-def test_fork_join(benchmark) -> None:
+def test_fork_join(benchmark: Any) -> None:
     seconds = min(_C.fork_join_seconds(2, 2000) for _ in range(20))
     benchmark.extra_info.update(backend=_C.threading_backend(), fork_join_us=1e6 * seconds)
     benchmark.pedantic(lambda: _C.fork_join_seconds(2, 2000), rounds=5, iterations=1)

@@ -182,6 +182,13 @@ TILE_SHAPES = [
         for n in (1, 2, 5)
     ],
     Conv(n=3, c=64, o=64, h=7, w=7, padding=(1, 1, 1, 1)),
+    # Images of one pixel, as squeeze-and-excitation has them: both layouts are the same bytes.
+    *[Conv(n=n, c=20, o=33, h=1, w=1, kh=1, kw=1) for n in (2, 5, 37)],
+    Conv(n=3, c=12, o=8, h=1, w=1, kh=1, kw=1, groups=4),
+    *[
+        Conv(n=3, c=17, o=o, h=1, w=1, padding=(1, 1, 1, 1), groups=g)
+        for o, g in ((9, 1), (17, 17))
+    ],
     Conv(c=16, o=16, h=8, w=8, stride=(2, 2), padding=(1, 1, 1, 1)),
     Conv(c=16, o=16, h=8, w=8, stride=(2, 2), padding=(0, 0, 1, 1)),
     Conv(c=64, o=32, h=9, w=8, stride=(3, 2), padding=(2, 1, 0, 3), dilation=(2, 1)),
@@ -267,6 +274,22 @@ def test_random_shapes(conv, bits, seed, threads):
     RANDOM_CASES.update(FAST_ISAS)
 
 
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_linear_rows_and_extremes(bits):
+    """1 to 33 rows: few take the matrix-vector product, more the matrix product and its tails."""
+    fills = [("random", "random"), ("low", "high"), ("high", "high"), ("low", "low")]
+    for rows in (1, 2, 3, 4, 5, 12, 13, 25, 31, 32, 33):
+        fill, levels = fills[rows % 4]
+        conv = Conv(n=rows, c=200, h=1, w=1, o=70, kh=1, kw=1)
+        check_all_isas(conv, bits, seed=rows, fill=fill, levels=levels)
+    for fill, levels in fills:
+        for conv in (
+            Conv(c=1100, h=1, w=1, o=530, kh=1, kw=1),
+            Conv(n=2, c=24, h=3, w=2, o=34, groups=2, kh=2, kw=2),  # two positions, two groups
+        ):
+            check_all_isas(conv, bits, seed=bits, fill=fill, levels=levels, threads=3)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     rows=st.integers(0, 70),
@@ -302,7 +325,7 @@ def test_quantize_clamps_rounds_to_even_and_sends_nan_to_the_lowest_level(isa):
     assert torch.equal(again, want.float() - 10)
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512vnni", "amx"])
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avxvnni", "avx512vnni", "amx"])
 def test_force_isa_by_environment(isa):
     code = "from adalayer_native import ops; print(ops.active_isa())"
     env = {**os.environ, "ADALAYER_FORCE_ISA": isa}

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from adalayer_native.errors import CalibrationError, PlanError, UnsupportedModelError
 from adalayer_native.plan import LayerPlan, Plan, layer_kind, supported_layers
-from adalayer_native.quantization import calibrate, native_layout, prepare
+from adalayer_native.quantization import calibrate, convert, native_layout, prepare, simulate
 from adalayer_native.quantization.fake_quant import QuantConv2d, QuantLinear
 from adalayer_native.quantization.graph import quantizers_of
 
@@ -150,7 +150,7 @@ def test_batch_norm_shared_by_two_layers_is_not_folded() -> None:
     )
     prepared = prepare(model, plan_for(model))
     assert prepared.meta["layers"]["a"]["batch_norm"] is None
-    assert sites(prepared)[:3] == ["x", "a", "bn"]
+    assert sites(prepared) == ["x", "a", "relu", "b", "bn_1", "mean"]
 
 
 def test_batch_norm_read_beside_the_convolution_is_not_folded() -> None:
@@ -161,6 +161,107 @@ def test_batch_norm_read_beside_the_convolution_is_not_folded() -> None:
     model = Net(forward, conv=conv(), bn=nn.BatchNorm2d(3), fc=nn.Linear(3, 2))
     prepared = prepare(model, plan_for(model))
     assert prepared.meta["layers"]["conv"]["batch_norm"] is None
+
+
+def test_batch_norm_that_no_layer_absorbs_is_a_chain_with_its_activation() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        y = torch.cat([x, m.conv(x)], dim=1)
+        return m.fc(m.pool(F.relu(m.bn(y))).flatten(1))
+
+    model = Net(
+        forward,
+        conv=conv(),
+        bn=nn.BatchNorm2d(6),
+        pool=nn.AdaptiveAvgPool2d(1),
+        fc=nn.Linear(6, 2),
+    )
+    assert sites(prepare(model, plan_for(model))) == ["x", "conv", "cat", "relu", "pool"]
+
+
+def test_addition_to_a_linear_layer_and_of_a_constant_are_operations_of_their_own() -> None:
+    class Biased(Net):
+        def __init__(self) -> None:
+            super().__init__(
+                lambda m, x: m.last(m.fc(m.conv(x) + m.offset) + x),
+                conv=conv(),
+                fc=nn.Linear(8, 8),
+                last=nn.Linear(8, 2),
+            )
+            self.offset = nn.Parameter(torch.randn(3, 1, 1))
+
+    model = Biased()
+    prepared = prepare(model, plan_for(model))
+    assert sites(prepared) == ["x", "conv", "add", "fc", "add_1"]
+    calibrate(prepared, [torch.randn(2, 3, 8, 8)], progress=False)
+    native = convert(prepared)
+    assert [n.name for n in native.graph.nodes if n.op == "call_function"] == ["add", "add_1"]
+    x = torch.randn(1, 3, 8, 8)
+    with torch.no_grad(), simulate(prepared):
+        assert torch.equal(native(x), prepared(x))
+
+
+def test_dropped_branches_do_not_separate_a_convolution_from_its_addition() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        y = m.drop(m.bn(m.gap(m.conv(x))))
+        y = F.dropout(m.other(y), training=m.training) + y
+        return m.last(m.relu(m.gap(y)))
+
+    model = Net(
+        forward,
+        conv=conv(),
+        gap=nn.Identity(),
+        bn=nn.BatchNorm2d(3),
+        drop=nn.Dropout2d(),
+        other=conv(),
+        relu=nn.ReLU(),
+        last=conv(),
+    )
+    prepared = prepare(model, plan_for(model))
+    assert prepared.meta["layers"]["conv"]["batch_norm"] == "bn"
+    assert sites(prepared) == ["x", "bn", "relu"]
+    calibrate(prepared, [torch.randn(2, 3, 8, 8)], progress=False)
+    native = convert(prepared)
+    called = [str(node.target) for node in native.graph.nodes if node.op.startswith("call")]
+    assert called == ["conv", "other", "last"]
+    x = torch.randn(1, 3, 8, 8)
+    with torch.no_grad(), simulate(prepared):
+        assert torch.equal(native(x), prepared(x))
+    prepared.train()
+    assert not torch.equal(prepared(x), prepared(x))  # dropout is alive in training
+
+
+def test_tensor_that_was_overwritten_is_read_through_the_operation() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        y = m.conv(x)
+        F.relu(y, inplace=True)
+        z = m.other(y)
+        z += y
+        z.clamp_(0, 4)
+        return m.last(z)
+
+    model = Net(forward, conv=conv(), other=conv(), last=conv())
+    prepared = prepare(model, plan_for(model))
+    assert sites(prepared) == ["x", "relu", "clamp_"]
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(prepare(model, plan_for(model, bits=None))(x), model(x))
+    calibrate(prepared, [x], progress=False)
+    native = convert(prepared)
+    assert (native.get_submodule("conv").lo, native.get_submodule("other").hi) == (0.0, 4.0)
+    with torch.no_grad(), simulate(prepared):
+        assert torch.equal(native(x), prepared(x))
+
+
+def test_layer_called_twice_keeps_what_only_one_call_has_outside() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        return m.last(F.relu(m.shared(x)) + m.shared(m.other(x)))
+
+    model = Net(forward, shared=conv(), other=conv(), last=conv())
+    prepared = prepare(model, plan_for(model))
+    assert sites(prepared) == ["x", "shared", "relu", "x", "shared_1", "add"]
+    calibrate(prepared, [torch.randn(2, 3, 8, 8)], progress=False)
+    x = torch.randn(1, 3, 8, 8)
+    with torch.no_grad(), simulate(prepared):
+        assert torch.equal(convert(prepared)(x), prepared(x))
 
 
 def test_quantizer_takes_the_fewest_bits_of_its_readers() -> None:
@@ -219,7 +320,9 @@ def test_refusals() -> None:
     with pytest.raises(UnsupportedModelError, match=r"Net\.forward cannot be traced"):
         prepare(branching, plan_for(branching))
     bare = nn.Sequential(nn.ReLU())
-    with pytest.raises(UnsupportedModelError, match=r"no nn\.Conv2d or nn\.Linear"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"no nn\.Conv2d, nn\.ConvTranspose2d or nn\.Linear"
+    ):
         prepare(bare, Plan({}))
     tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     plan = plan_for(tied)

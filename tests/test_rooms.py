@@ -13,7 +13,16 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "python" / "adalayer_native"
 PYTHON_ROOMS = [
     *("errors", "_files", "_progress", "_C", "plan", "ops", "rounding", "files", "nn", "pruning"),
-    *("quantization", "importance", "allocation", "training", "models", "data", "compress"),
+    *(
+        "quantization",
+        "engine",
+        "importance",
+        "allocation",
+        "training",
+        "models",
+        "data",
+        "compress",
+    ),
     *("measure", "report", "jobs", "demo", "cli"),
 ]
 CPP_ROOMS = ["core", "formats", "reference", "cpu", "engine", "bindings"]

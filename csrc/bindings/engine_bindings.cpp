@@ -3,15 +3,17 @@
 #include "bindings/engine_bindings.hpp"
 
 #include <pybind11/stl.h>
+#include <pybind11/stl/filesystem.h>
 
 #include <algorithm>
-#include <cstring>
+#include <filesystem>
 #include <span>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "core/status.hpp"
+#include "engine/container.hpp"
 #include "engine/engine.hpp"
 #include "engine/interpret.hpp"
 #include "engine/program.hpp"
@@ -95,6 +97,15 @@ py::bytes constant_bytes(const Program& p, size_t index) {
   return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
 }
 
+py::bytes to_bytes(const Program& p) {
+  std::vector<uint8_t> bytes;
+  {
+    const py::gil_scoped_release release;
+    bytes = write_program(p);
+  }
+  return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
+}
+
 /// The tensors of one call. Their number is checked here: run() would read beyond the lists.
 struct Call {
   std::vector<InputTensor> inputs;
@@ -166,6 +177,17 @@ py::list profile(const Engine& e, int64_t batch, int threads, int rounds) {
 }  // namespace
 
 void bind_engine(py::module_& m) {
+  // OSError picks its subclass (FileNotFoundError, PermissionError ...) by the number.
+  py::register_exception_translator([](std::exception_ptr p) {
+    try {
+      if (p) std::rethrow_exception(p);
+    } catch (const FileError& e) {
+      const auto type = py::reinterpret_borrow<py::object>(PyExc_OSError);
+      const py::object error = type(e.code(), e.what());
+      PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.ptr())), error.ptr());
+    }
+  });
+
   py::class_<Program>(m, "Program")
       .def(py::init<>())
       .def("add_value", &add_value, py::arg("name"), py::arg("kind"), py::arg("c"),
@@ -190,6 +212,14 @@ void bind_engine(py::module_& m) {
       .def("constants", &constants)
       .def("constant_bytes", &constant_bytes)
       .def("validate", [](const Program& p) { engine::validate(p); })
+      .def("to_bytes", &to_bytes)
+      .def_static("from_bytes",
+                  [](uintptr_t address, size_t size) {
+                    const py::gil_scoped_release release;
+                    return read_program({reinterpret_cast<const uint8_t*>(address), size});
+                  })
+      .def("save", &save_program, py::call_guard<py::gil_scoped_release>())
+      .def_static("load", &load_program, py::call_guard<py::gil_scoped_release>())
       .def("run_reference", &run_reference)
       .def("reference_values", &reference_values);
 

@@ -16,6 +16,7 @@
 #include "core/thread_pool.hpp"
 #include "cpu/dispatch.hpp"
 #include "cpu/kernel_table.hpp"
+#include "cpu/probe.hpp"
 #include "formats/canonical.hpp"
 #include "reference/reference.hpp"
 
@@ -199,6 +200,12 @@ PYBIND11_MODULE(_C, m) {
     for (int i = 0; i < rounds; ++i)
       parallel_for(threads, threads, [](int64_t, int) {});
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() / rounds;
+  });
+  m.def("probe_cores", [](int threads) {
+    // How fast the cores are now, for the classes of bench/interleave.py.
+    const py::gil_scoped_release release;
+    const cpu::Probe probe = cpu::probe_cores(threads);
+    return std::pair(probe.seconds, probe.operations);
   });
   m.def("threading_backend", [] { return std::string(threading_backend()); });
   m.def("cpu_features", [] { return describe_cpu_features(); });

@@ -18,7 +18,8 @@
 namespace adalayer {
 namespace {
 
-constexpr std::array<std::string_view, kIsaCount> kNames = {"scalar", "avx2", "avx512vnni", "amx"};
+constexpr std::array<std::string_view, kIsaCount> kNames = {"scalar", "avx2", "avxvnni",
+                                                            "avx512vnni", "amx"};
 constexpr std::string_view kEnvironment = "ADALAYER_FORCE_ISA";
 
 #if defined(__x86_64__)
@@ -81,8 +82,7 @@ CpuFeatures detect() {
     features.avxvnni = features.avx2 && bit(a, 4);
   }
   // Every AMX machine has GFNI; the AMX kernels unpack weights with it.
-  features.amx_int8 =
-      os_tiles && amx_tile && amx_int8 && features.gfni && request_amx_permission();
+  features.amx_int8 = os_tiles && amx_tile && amx_int8 && features.gfni && request_amx_permission();
   return features;
 }
 
@@ -98,6 +98,12 @@ bool in_build(Isa isa) {
       return true;
     case Isa::Avx2:
 #if defined(ADALAYER_HAVE_AVX2)
+      return true;
+#else
+      return false;
+#endif
+    case Isa::AvxVnni:
+#if defined(ADALAYER_HAVE_AVXVNNI)
       return true;
 #else
       return false;
@@ -125,6 +131,8 @@ bool on_machine(Isa isa) {
       return true;
     case Isa::Avx2:
       return features.avx2;
+    case Isa::AvxVnni:
+      return features.avxvnni;
     case Isa::Avx512Vnni:
       return features.avx512vnni;
     case Isa::Amx:
@@ -159,7 +167,7 @@ Isa resolve(std::string_view name, std::string_view source) {
   }
   fail<InvalidArgument>(
       source, ": unknown instruction set '", name,
-      "'; valid: auto, scalar, avx2, avx512vnni, amx; supported here: ", list_supported());
+      "'; valid: auto, scalar, avx2, avxvnni, avx512vnni, amx; supported here: ", list_supported());
 }
 
 constexpr int kUndecided = -1;

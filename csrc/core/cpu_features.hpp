@@ -22,8 +22,8 @@ struct CpuFeatures {
 };
 
 // The instruction-set families of the kernel table, slowest first.
-enum class Isa : int { Scalar = 0, Avx2 = 1, Avx512Vnni = 2, Amx = 3 };
-inline constexpr int kIsaCount = 4;
+enum class Isa : int { Scalar = 0, Avx2 = 1, AvxVnni = 2, Avx512Vnni = 3, Amx = 4 };
+inline constexpr int kIsaCount = 5;
 
 // Detected once, at the first call, which also asks the kernel for the AMX permission (granted
 // per process, inherited by threads and forked children).
@@ -32,7 +32,7 @@ const CpuFeatures& cpu_features();
 // Every feature that is present, as "avx2 avx512vnni ...", for people.
 std::string describe_cpu_features();
 
-// "scalar", "avx2", "avx512vnni", "amx": the values of ADALAYER_FORCE_ISA.
+// "scalar", "avx2", "avxvnni", "avx512vnni", "amx": the values of ADALAYER_FORCE_ISA.
 std::string_view isa_name(Isa isa);
 
 // True if both this machine and this build have it. Scalar always is.

@@ -262,19 +262,22 @@ void block(const BlockArgs& b) {
 }  // namespace
 }  // namespace amx
 
-const KernelRow kAmxRow{.name = "amx",
-                        .isa = Isa::Amx,
-                        .quantize_row = avx512::quantize_row,
-                        .quantize_planar = avx512::quantize_planar,
-                        .fake_quantize = avx512::fake_quantize,
-                        .unpack_tiles = avx512::unpack_tiles,
-                        .begin = amx::begin,
-                        .end = amx::end,
-                        .gemm = amx::gemm,
-                        .store = avx512::store,
-                        .depthwise = avx512::depthwise,
-                        .block = amx::block,
-                        .requantize = avx512::requantize,
-                        .grouped = &avx512::kGrouped};
+const KernelRow kAmxRow{
+    .name = "amx",
+    .isa = Isa::Amx,
+    .quantize_row = avx512::quantize_row,
+    .quantize_planar = avx512::quantize_planar,
+    .fake_quantize = avx512::fake_quantize,
+    .unpack_tiles = avx512::unpack_tiles,
+    .begin = amx::begin,
+    .end = amx::end,
+    .gemm = amx::gemm,
+    .gemv = avx512::gemv,
+    .store = avx512::store,
+    .depthwise = avx512::depthwise,
+    .block = amx::block,
+    .requantize = avx512::requantize,
+    .stem = {avx512::quantize_quads, avx512::interleave_pairs, avx512::interleave_fours},
+    .grouped = &avx512::kGrouped};
 
 }  // namespace adalayer::cpu

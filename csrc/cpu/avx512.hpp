@@ -10,8 +10,13 @@ void quantize_planar(const float* x, int64_t channel_stride, int64_t channels, i
                      const ActivationGrid& grid, uint8_t* q);
 void fake_quantize(const float* x, int64_t n, const ActivationGrid& grid, float scale, float* y);
 void unpack_tiles(const uint8_t* packed, int bits, int64_t count, int8_t* out);
+void gemv(const GemvArgs& g);
 void store(const StoreArgs& s);
 void depthwise(const DepthwiseArgs& d);
 void requantize(const RequantizeArgs& args);
+void quantize_quads(const float* x, int64_t channel_stride, int64_t channels, int64_t w,
+                    const ActivationGrid& grid, uint32_t* quads);
+void interleave_pairs(const uint32_t* first, const uint32_t* second, int64_t n, uint8_t* out);
+void interleave_fours(const uint32_t* const* lines, int64_t n, uint8_t* out);
 
 }  // namespace adalayer::cpu::avx512

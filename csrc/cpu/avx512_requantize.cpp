@@ -1,6 +1,8 @@
 // Requantization with AVX-512; the table, where there is one, is read value by value.
 #include <immintrin.h>
 
+#include <utility>
+
 #include "cpu/avx512.hpp"
 
 namespace adalayer::cpu::avx512 {

@@ -1,6 +1,8 @@
 // Requantization with AVX512-VBMI: the 256-entry table lies in four registers.
 #include <immintrin.h>
 
+#include <utility>
+
 #include "cpu/kernel_table.hpp"
 
 namespace adalayer::cpu {

@@ -14,24 +14,39 @@ namespace {
 struct Bytes512 {
   using T = __m512i;
   static constexpr int kBytes = 64;
+  static constexpr int kSums = 28;
   static T load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static T load_weights(const int8_t* p) { return _mm512_loadu_si512(p); }
   static void store(int8_t* p, T v) { _mm512_storeu_si512(p, v); }
-  template <int n>
-  static T shr(T v) {
-    return _mm512_srli_epi16(v, n);
-  }
-  template <int n>
-  static T shl(T v) {
-    return _mm512_slli_epi16(v, n);
-  }
-  static T bit_and(T a, T b) { return _mm512_and_si512(a, b); }
   static T bit_or(T a, T b) { return _mm512_or_si512(a, b); }
-  static T bit_xor(T a, T b) { return _mm512_xor_si512(a, b); }
-  static T sub(T a, T b) { return _mm512_sub_epi8(a, b); }
+  template <int kBits, int kWidth, int kT, int kAt>
+  static T field(T chunk) {
+    // Shifts work on 16-bit lanes, so bits of the neighbouring byte come in; the mask drops them.
+    constexpr int kShift = kAt - kT * kWidth;
+    if constexpr (kShift > 0) chunk = _mm512_slli_epi16(chunk, kShift);
+    if constexpr (kShift < 0) chunk = _mm512_srli_epi16(chunk, -kShift);
+    return _mm512_and_si512(chunk, set1(((1 << kWidth) - 1) << kAt));
+  }
+  template <int kBits>
+  static T finish(T u) {
+    const T sign = set1(1 << (kBits - 1));
+    return _mm512_sub_epi8(_mm512_xor_si512(u, sign), sign);
+  }
   static T set1(int v) { return _mm512_set1_epi8(static_cast<char>(v)); }
+  static T zero() { return _mm512_setzero_si512(); }
+  static T broadcast(const uint8_t* p) {
+    int32_t four;
+    std::memcpy(&four, p, 4);
+    return _mm512_set1_epi32(four);
+  }
+  template <int kBits>
+  static constexpr int kRun = 1;
+  static T dot(T sum, T a, T w) { return _mm512_dpbusd_epi32(sum, a, w); }
+  static T add(T a, T b) { return _mm512_add_epi32(a, b); }
+  static void store_sums(int32_t* p, T v) { _mm512_storeu_si512(p, v); }
 };
 
-#include "cpu/unpack.inl"
+#include "cpu/planar.inl"
 
 __mmask16 tail_mask(int64_t left) {
   return left >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << left) - 1);
@@ -127,8 +142,10 @@ void fake_quantize(const float* x, int64_t n, const ActivationGrid& grid, float 
 }
 
 void unpack_tiles(const uint8_t* packed, int bits, int64_t count, int8_t* out) {
-  unpack_tiles_any<Bytes512>(packed, bits, count, out);
+  unpack_planar<Bytes512>(packed, bits, count, out);
 }
+
+void gemv(const GemvArgs& g) { gemv_planar<Bytes512>(g); }
 
 namespace {
 
@@ -198,7 +215,8 @@ void store_planar(const StoreArgs& s) {
     const int64_t first = s.first + s.position[r + __builtin_ctz(valid)];
     for (int c = 0; c < s.cols; ++c) {
       const __m512i acc =
-          _mm512_add_epi32(_mm512_i32gather_epi32(lane, s.sums + r * s.sums_stride + c, 4),
+          _mm512_add_epi32(_mm512_mask_i32gather_epi32(_mm512_setzero_si512(), valid, lane,
+                                                       s.sums + r * s.sums_stride + c, 4),
                            _mm512_set1_epi32(s.correction[c]));
       __m512 y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc), _mm512_set1_ps(out.scale[s.channel + c]),
                                  _mm512_set1_ps(out.bias[s.channel + c]));
@@ -251,46 +269,18 @@ void depthwise(const DepthwiseArgs& d) {
 
 namespace {
 
-/// 8 rows x 2 vectors of sums: 16 of 32 registers, 10 loads for 16 vpdpbusd, so that the two
-/// multiply ports, not the load ports, set the pace.
-template <int kCols>
-void gemm_rows8(const GemmArgs& g, int row) {
-  const uint8_t* base = g.activations + row * g.row_stride;
-  __m512i acc[8][kCols];
-  for (auto& r : acc)
-    for (auto& v : r)
-      v = _mm512_setzero_si512();
-  for (int64_t s = 0; s < g.steps; ++s) {
-    const uint8_t* a = base + g.step_offsets[s];
-    const int8_t* b[2] = {g.tile0 + s * formats::kTileBytes, nullptr};
-    if constexpr (kCols == 2) b[1] = g.tile1 + s * formats::kTileBytes;
-    for (int quad = 0; quad < g.live_quads[s]; ++quad) {
-      __m512i w[kCols];
-      for (int c = 0; c < kCols; ++c)
-        w[c] = _mm512_loadu_si512(b[c] + quad * 64);
-#pragma GCC unroll 8
-      for (int r = 0; r < 8; ++r) {
-        int32_t four;
-        std::memcpy(&four, a + r * g.row_stride + quad * 4, 4);
-        const __m512i v = _mm512_set1_epi32(four);
-#pragma GCC unroll 2
-        for (int c = 0; c < kCols; ++c)
-          acc[r][c] = _mm512_dpbusd_epi32(acc[r][c], v, w[c]);
-      }
-    }
-  }
-  for (int r = 0; r < 8; ++r)
-    for (int c = 0; c < kCols; ++c)
-      _mm512_storeu_si512(g.sums + (row + r) * kBlockCols + c * 16, acc[r][c]);
-}
+#include "cpu/vnni_gemm.inl"
+
+// 12 rows x 2 tiles of sums, two vectors of weights and one of activations: 27 of 32 registers, and
+// 14 loads for 24 vpdpbusd, so that the multiply ports set the pace.
+constexpr int kPassRows = 12;
 
 void gemm(const GemmArgs& g) {
-  for (int row = 0; row < g.rows; row += 8) {
-    if (g.tile1 != nullptr)
-      gemm_rows8<2>(g, row);
-    else
-      gemm_rows8<1>(g, row);
-  }
+  const int8_t* tiles[2] = {g.tile0, g.tile1};
+  if (g.tile1 != nullptr)
+    gemm_passes<Bytes512, kPassRows, 2>(g, tiles, g.sums);
+  else
+    gemm_passes<Bytes512, kPassRows, 1>(g, tiles, g.sums);
 }
 
 void nothing() {}
@@ -300,19 +290,22 @@ void nothing() {}
 
 namespace adalayer::cpu {
 
-const KernelRow kAvx512VnniRow{.name = "avx512vnni",
-                               .isa = Isa::Avx512Vnni,
-                               .quantize_row = avx512::quantize_row,
-                               .quantize_planar = avx512::quantize_planar,
-                               .fake_quantize = avx512::fake_quantize,
-                               .unpack_tiles = avx512::unpack_tiles,
-                               .begin = avx512::nothing,
-                               .end = avx512::nothing,
-                               .gemm = avx512::gemm,
-                               .store = avx512::store,
-                               .depthwise = avx512::depthwise,
-                               .block = nullptr,
-                               .requantize = avx512::requantize,
-                               .grouped = &avx512::kGrouped};
+const KernelRow kAvx512VnniRow{
+    .name = "avx512vnni",
+    .isa = Isa::Avx512Vnni,
+    .quantize_row = avx512::quantize_row,
+    .quantize_planar = avx512::quantize_planar,
+    .fake_quantize = avx512::fake_quantize,
+    .unpack_tiles = avx512::unpack_tiles,
+    .begin = avx512::nothing,
+    .end = avx512::nothing,
+    .gemm = avx512::gemm,
+    .gemv = avx512::gemv,
+    .store = avx512::store,
+    .depthwise = avx512::depthwise,
+    .block = nullptr,
+    .requantize = avx512::requantize,
+    .stem = {avx512::quantize_quads, avx512::interleave_pairs, avx512::interleave_fours},
+    .grouped = &avx512::kGrouped};
 
 }  // namespace adalayer::cpu

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "core/aligned_buffer.hpp"
@@ -24,7 +25,7 @@ struct ConvRun {
   std::vector<int64_t> step_offsets;     // [steps] from a position to the step's 64 bytes
   std::vector<int32_t> out_offset;       // [positions] byte in the output image, or -1: dropped
   std::vector<int32_t> residual_offset;  // [positions], empty without a residual
-  std::vector<int32_t> position;         // [positions] y * out_w + x, or -1; float output only
+  std::vector<int32_t> position;         // [positions] in the output image, or -1; float output
 };
 
 struct ConvPlan {
@@ -34,6 +35,7 @@ struct ConvPlan {
   int64_t column_tiles = 0;  // of 16 output channels, per group
   int64_t in_image_bytes = 0, out_image_bytes = 0, residual_image_bytes = 0;
   int64_t out_pitch = 0;
+  int64_t out_area = 0;             // positions of the output image
   std::vector<uint8_t> live_quads;  // [steps] groups of 4 bytes that hold weights
   std::vector<int32_t> source;      // [steps * 64] index in [I/groups][KH][KW], or -1: no weight
   std::vector<ConvRun> runs;
@@ -49,6 +51,7 @@ struct ConvPlan {
 /// the output image. A transposed convolution is several convolutions whose outputs interleave.
 struct OutputMap {
   int64_t first_y = 0, step_y = 1, first_x = 0, step_x = 1;
+  int64_t image_h = 0, image_w = 0;  // of the output image; 0: the convolution's own output size
 };
 
 /// `in` has room for the padding that the shape asks for (image_layout.hpp; padding may be negative
@@ -110,6 +113,9 @@ struct FloatConvCall {
 /// One part of a convolution. The caller has called kernels.begin() on this thread.
 void run_conv(const ConvCall& call, const KernelRow& kernels, Part part);
 void run_conv(const FloatConvCall& call, const KernelRow& kernels, Part part);
+
+/// Bytes [first, second) of the panels that a part by columns reads.
+std::pair<int64_t, int64_t> weight_range(const ConvPlan& plan, int bits, Part part);
 
 /// How to cut a convolution for `threads` threads: by columns where weights are the larger side.
 bool prefers_columns(const ConvPlan& plan, int bits, int threads);

@@ -125,6 +125,8 @@ ConvPlan plan_conv(const ConvShape& shape, const ImageLayout& in, const ImageLay
   plan.column_tiles = (shape.group_out() + kTileWidth - 1) / kTileWidth;
   plan.in_image_bytes = in.image_bytes;
   const int64_t out_h = shape.out_h(), out_w = shape.out_w();
+  const int64_t image_w = map.image_w == 0 ? out_w : map.image_w;
+  plan.out_area = (map.image_h == 0 ? out_h : map.image_h) * image_w;
   if (out != nullptr) {
     plan.out_image_bytes = out->image_bytes;
     plan.out_pitch = out->pitch;
@@ -147,7 +149,9 @@ ConvPlan plan_conv(const ConvShape& shape, const ImageLayout& in, const ImageLay
     if (out != nullptr)
       run.out_offset = offset_in(*out);
     else
-      run.position = table_of(rows, out_w, [&](int64_t y, int64_t x) { return y * out_w + x; });
+      run.position = table_of(rows, out_w, [&](int64_t y, int64_t x) {
+        return (map.first_y + y * map.step_y) * image_w + map.first_x + x * map.step_x;
+      });
     if (residual != nullptr) run.residual_offset = offset_in(*residual);
     plan.runs.push_back(std::move(run));
   }

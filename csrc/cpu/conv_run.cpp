@@ -10,13 +10,17 @@ namespace {
 using formats::kTileBytes;
 using formats::kTileWidth;
 
-// All unpacked weights of a task up to this size are kept, and each block of positions meets all of
-// them while it is in the first-level cache. Larger ones go column by column over all positions.
-constexpr int64_t kResidentBytes = 384 << 10;
+// Weights up to this size stay in the first-level cache beside a block of activations.
+constexpr int64_t kFirstLevel = 24 << 10;
+// A task's unpacked weights and its activations should stay in the second-level cache together;
+// what does not costs about kThirdLevelCost times as much to read again.
+constexpr int64_t kSecondLevel = 1 << 20;
+constexpr int64_t kThirdLevelCost = 5;
 // Bytes to fetch ahead with every step: three lines in the time of four tile products is about what
 // memory delivers.
 constexpr int64_t kFetchPerStep = 192;
 constexpr int kTallRows = 64;
+constexpr int64_t kSums = kTallRows * kBlockCols;
 
 /// Buffers of one thread; they grow to the largest layer and stay.
 struct Scratch {
@@ -36,8 +40,8 @@ T* grown(AlignedBuffer& buffer, int64_t count) {
 
 /// One or two neighbouring column tiles of one group.
 struct Columns {
-  int64_t group, tile;
-  int tiles;
+  int64_t group = 0, tile = 0;
+  int tiles = 0;
 };
 
 struct Loop {
@@ -47,7 +51,8 @@ struct Loop {
   UnpackTiles unpack_tiles;
   Requantize requantize;
   int8_t* unpacked;
-  int32_t* sums;
+  int32_t* sums;                 // two blocks
+  const uint8_t* segment_begin;  // of the part's own weights
 
   const uint8_t* packed(const Columns& c) const {
     return call.weights +
@@ -57,14 +62,14 @@ struct Loop {
   WeightStream::Piece ahead(const Columns& c, bool fresh) const {
     if (call.stream == nullptr) return {nullptr, 0};
     const int64_t used = fresh ? c.tiles * call.plan.packed_tile_bytes(call.bits) : 0;
-    return call.stream->take(call.segment, packed(c) - call.weights,
+    return call.stream->take(call.segment, packed(c) - segment_begin,
                              std::max(used, call.plan.steps * kFetchPerStep));
   }
 
   /// sums[r][16 * tiles] of positions [first, first + rows) of `run` in image `n`, times `columns`.
   /// `unpacked_at` is where the columns' unpacked tiles are, or go if `fresh`. Returns `tiles`.
   int multiply(const Columns& c, int8_t* unpacked_at, bool fresh, int64_t n, const ConvRun& run,
-               int64_t first, int rows) const {
+               int64_t first, int rows, int32_t* at) const {
     const ConvPlan& plan = call.plan;
     const uint8_t* activations = call.in + n * plan.in_image_bytes + run.base +
                                  c.group * plan.shape.group_in() + first * plan.position_stride;
@@ -84,7 +89,7 @@ struct Loop {
       }
       b.unpack = fresh && call.bits < 8;
       b.rows = rows;
-      b.sums = sums;
+      b.sums = at;
       b.prefetch = fetch.begin;
       b.prefetch_bytes = fetch.bytes;
       kernels.block(b);
@@ -101,34 +106,62 @@ struct Loop {
     g.tile1 = c.tiles == 2 ? g.tile0 + plan.steps * kTileBytes : nullptr;
     g.weight_bits = call.bits;
     g.rows = rows;
-    g.sums = sums;
+    g.sums = at;
     kernels.gemm(g);
     return 2;  // gemm's rows are 32 sums apart
   }
 
+  /// The block whose sums are ready but not yet stored. Its epilogue is issued behind the next
+  /// block's products, so that the vector units work while the tile unit does.
+  struct Pending {
+    Columns columns;
+    const ConvRun* run = nullptr;
+    int64_t n = 0, first = 0;
+    int rows = 0, tiles = 0;
+    const int32_t* sums = nullptr;
+  };
+
   void block(const Columns& c, int8_t* unpacked_at, bool fresh, int64_t n, const ConvRun& run,
-             int64_t first, int rows) const {
+             int64_t first, int rows, Pending& pending) const {
+    int32_t* at = pending.sums == sums ? sums + kSums : sums;
+    const int tiles = multiply(c, unpacked_at, fresh, n, run, first, rows, at);
+    if (pending.run != nullptr) finish(pending);
+    pending = {c, &run, n, first, rows, tiles, at};
+  }
+
+  void finish(const Pending& p) const {
+    const Columns& c = p.columns;
+    const ConvRun& run = *p.run;
+    const int64_t n = p.n, first = p.first;
+    const int rows = p.rows, tiles = p.tiles;
+    const int32_t* const sums = p.sums;
     const ConvPlan& plan = call.plan;
-    const int tiles = multiply(c, unpacked_at, fresh, n, run, first, rows);
     const int64_t outs = plan.shape.group_out();
     const int64_t column = c.tile * kTileWidth;
     const int64_t channel = c.group * outs + column;
     const int cols = static_cast<int>(std::min<int64_t>(c.tiles * kTileWidth, outs - column));
     if (floats != nullptr) {
-      const int64_t area = plan.shape.out_h() * plan.shape.out_w();
       StoreArgs s{};
-      s.sums = sums;
       s.sums_stride = tiles * kTileWidth;
-      s.position = run.position.data() + first;
-      s.rows = rows;
       s.cols = cols;
       s.correction = floats->correction + channel;
       s.channel = channel;
       s.out = &floats->out;
-      s.first = (n * plan.shape.out_channels + channel) * area;
+      s.first = (n * plan.shape.out_channels + channel) * plan.out_area;
       s.position_stride = 1;
-      s.channel_stride = area;
-      kernels.store(s);
+      s.channel_stride = plan.out_area;
+      // A store takes positions that are neighbours but for dropped ones in between.
+      const int32_t* position = run.position.data() + first;
+      for (int begin = 0, end = 0; begin < rows; begin = end) {
+        int32_t next = -1;
+        for (end = begin; end < rows && (position[end] < 0 || next < 0 || position[end] == next);
+             ++end)
+          if (position[end] >= 0) next = position[end] + 1;
+        s.sums = sums + begin * s.sums_stride;
+        s.position = position + begin;
+        s.rows = end - begin;
+        kernels.store(s);
+      }
       return;
     }
     RequantizeArgs q{};
@@ -188,6 +221,23 @@ int64_t unpacked_bytes(const ConvPlan& plan, int64_t pairs) {
   return pairs * 2 * plan.steps * kTileBytes;
 }
 
+/// Whether a block of positions should meet all of the task's columns before the next one does (the
+/// weights are read again for every block), or each pair of columns all positions (the activations
+/// are): whatever reads less from beyond the first-level cache.
+bool rows_outside(const ConvPlan& plan, int64_t images, const BlockRange& range, int64_t pairs) {
+  const auto cost = [](int64_t bytes, int64_t near) {
+    return bytes <= near ? int64_t{0} : bytes <= kSecondLevel ? bytes : bytes * kThirdLevelCost;
+  };
+  const int64_t weights = unpacked_bytes(plan, pairs);
+  if (weights > kSecondLevel) return false;
+  const int64_t blocks = range.last - range.first;
+  const int64_t activations =
+      plan.in_image_bytes * images * blocks / std::max<int64_t>(1, block_count(plan, range.rows));
+  return images * blocks * cost(weights, kFirstLevel) + activations <=
+         pairs * (cost(activations, kFirstLevel) +
+                  images * blocks * cost(unpacked_bytes(plan, 1), kFirstLevel));
+}
+
 void run(const ConvCall& call, const FloatConvCall* floats, const KernelRow& kernels, Part part) {
   const ConvPlan& plan = call.plan;
   const int64_t pairs = plan.pairs();
@@ -208,8 +258,8 @@ void run(const ConvCall& call, const FloatConvCall* floats, const KernelRow& ker
   }
 
   Scratch& local = scratch();
-  const bool resident = !tall && unpacked_bytes(plan, pair_last - pair_first) <= kResidentBytes;
-  const int64_t held = resident ? pair_last - pair_first : 1;
+  const bool together = !tall && rows_outside(plan, call.images, range, pair_last - pair_first);
+  const int64_t held = together ? pair_last - pair_first : 1;
   const Loop loop{
       call,
       floats,
@@ -217,18 +267,21 @@ void run(const ConvCall& call, const FloatConvCall* floats, const KernelRow& ker
       unpacker(kernels),
       requantizer(kernels),
       call.bits < 8 ? grown<int8_t>(local.unpacked, unpacked_bytes(plan, held)) : nullptr,
-      grown<int32_t>(local.sums, kTallRows * kBlockCols)};
+      grown<int32_t>(local.sums, 2 * kSums),
+      call.weights + (call.by_columns ? weight_range(plan, call.bits, part).first : 0)};
 
-  if (resident) {
+  Loop::Pending pending;
+  if (together) {
     bool fresh = true;
     for (int64_t n = 0; n < call.images; ++n) {
       for_blocks(plan, range, [&](const ConvRun& run, int64_t first, int count) {
         for (int64_t p = pair_first; p < pair_last; ++p)
           loop.block(columns_of(plan, p), loop.unpacked + unpacked_bytes(plan, p - pair_first),
-                     fresh, n, run, first, count);
+                     fresh, n, run, first, count, pending);
         fresh = false;
       });
     }
+    if (pending.run != nullptr) loop.finish(pending);
     return;
   }
   for (int64_t p = pair_first; p < pair_last; ++p) {
@@ -239,12 +292,13 @@ void run(const ConvCall& call, const FloatConvCall* floats, const KernelRow& ker
       bool fresh = true;
       for (int64_t n = 0; n < call.images; ++n) {
         for_blocks(plan, range, [&](const ConvRun& run, int64_t first, int count) {
-          loop.block(columns, loop.unpacked, fresh, n, run, first, count);
+          loop.block(columns, loop.unpacked, fresh, n, run, first, count, pending);
           fresh = false;
         });
       }
     }
   }
+  if (pending.run != nullptr) loop.finish(pending);
 }
 
 }  // namespace
@@ -262,6 +316,16 @@ WeightStream::Piece WeightStream::take(int64_t segment, int64_t at, int64_t want
   const Piece piece{s.begin + (asked_ - s.before), bytes};
   asked_ += bytes;
   return piece;
+}
+
+std::pair<int64_t, int64_t> weight_range(const ConvPlan& plan, int bits, Part part) {
+  const auto tile = [&](int64_t pair) {
+    if (pair == plan.pairs()) return plan.shape.groups * plan.column_tiles;
+    const Columns c = columns_of(plan, pair);
+    return c.group * plan.column_tiles + c.tile;
+  };
+  const int64_t bytes = plan.packed_tile_bytes(bits);
+  return {tile(part.first(plan.pairs())) * bytes, tile(part.last(plan.pairs())) * bytes};
 }
 
 bool prefers_columns(const ConvPlan& plan, int bits, int threads) {

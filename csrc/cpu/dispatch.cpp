@@ -52,6 +52,7 @@ struct Call {
   const OutputSpec& out;
   const KernelRow& kernels;
   UnpackTiles unpack_tiles;
+  Gemv gemv;
   const PackedImage& image;
   int weight_bits;            // of the layer, before any unpacking at load
   const int32_t* correction;  // [out_channels]
@@ -105,6 +106,50 @@ struct Block {
   int64_t position_first, position_last;
   int64_t pair_first, pair_last;  // over groups * ceil(column_tiles / 2)
 };
+
+/// At most kGemvRows positions per image: every weight is used once for all of them, so that none
+/// is unpacked to memory.
+void gemv_block(const Call& call, const uint8_t* packed, const Block& block) {
+  // Column tiles whose sums are stored together: a few kilobytes of them, some hundred of weights.
+  constexpr int64_t kTilesAtOnce = 32;
+  const Panels& panels = call.panels;
+  const int64_t pairs_per_group = (panels.column_tiles + 1) / 2;
+  auto* sums = reinterpret_cast<int32_t*>(
+      grown(scratch().sums, kGemvRows * kTilesAtOnce * formats::kTileWidth * 4));
+  int32_t position[kGemvRows];
+  GemvArgs args{};
+  args.row_stride = call.shape.stride_w * call.image.pitch;
+  args.step_offsets = call.offsets;
+  args.steps = panels.reduction.steps;
+  args.bits = panels.tag.bits;
+  args.rows = static_cast<int>(block.position_last - block.position_first);
+  args.sums = sums;
+  args.sums_stride = kTilesAtOnce * formats::kTileWidth;
+  fill_positions(call, block.position_first, args.rows, position);
+  for (int64_t n = block.image_first; n < block.image_last; ++n) {
+    const uint8_t* image = packed + (n - block.image_first) * call.image_stride;
+    for (int64_t pair = block.pair_first; pair < block.pair_last;) {
+      const int64_t g = pair / pairs_per_group, tile = pair % pairs_per_group * 2;
+      const int64_t pairs =
+          std::min({kTilesAtOnce / 2, pairs_per_group - tile / 2, block.pair_last - pair});
+      args.column_tiles = std::min(pairs * 2, panels.column_tiles - tile);
+      args.packed = panels.tile(g, tile);
+      args.activations =
+          image + g * call.image.group_bytes + block.position_first * args.row_stride;
+      call.gemv(args);
+      const int64_t column = tile * formats::kTileWidth, outs = call.shape.group_out();
+      StoreArgs store = store_args(
+          call, n, g * outs + column,
+          static_cast<int>(std::min(args.column_tiles * formats::kTileWidth, outs - column)));
+      store.sums = sums;
+      store.sums_stride = args.sums_stride;
+      store.position = position;
+      store.rows = args.rows;
+      call.kernels.store(store);
+      pair += pairs;
+    }
+  }
+}
 
 void matmul_block(const Call& call, const uint8_t* packed, const Block& block) {
   const Panels& panels = call.panels;
@@ -196,7 +241,10 @@ void matmul_part(const Call& call, const uint8_t* packed, int64_t image_first, i
     block.position_first = blocks * part / parts * kBlockRows;
     block.position_last = std::min(blocks * (part + 1) / parts * kBlockRows, call.image.positions);
   }
-  matmul_block(call, packed, block);
+  if (block.position_last - block.position_first <= kGemvRows)
+    gemv_block(call, packed, block);
+  else
+    matmul_block(call, packed, block);
 }
 
 // ------------------------------------------------------------------------------------- depthwise
@@ -267,15 +315,20 @@ void run_images(const Call& call, int threads, int64_t parts, const Work& work) 
   });
 }
 
-/// A 1x1 convolution without padding over an interleaved tensor does not care where images end: one
+/// Images of one pixel are the same bytes in both layouts; as interleaved ones they can be merged.
+void prefer_interleaved(const ConvShape& s, ActivationIn& in, OutputSpec& out) {
+  if (s.in_h == 1 && s.in_w == 1 && s.out_h() == 1 && s.out_w() == 1)
+    in.layout = out.layout = Layout::NHWC;
+}
+
+/// A 1x1 convolution without padding over interleaved tensors does not care where images end: one
 /// tall image makes full tiles of them all.
 ConvShape flattened(const ConvShape& s, const ActivationIn& in, const OutputSpec& out) {
   const bool pointwise = s.kernel_h == 1 && s.kernel_w == 1 && s.stride_h == 1 && s.stride_w == 1 &&
                          s.pad_top == 0 && s.pad_left == 0 && s.pad_bottom == 0 && s.pad_right == 0;
-  const bool one_pixel = s.in_h == 1 && s.in_w == 1;
   const bool interleaved = in.layout == Layout::NHWC && out.layout == Layout::NHWC;
   const bool addressable = s.batch * s.in_h * s.in_w < kMaxPositions;
-  if (!pointwise || s.depthwise() || !(interleaved || one_pixel) || !addressable) return s;
+  if (!pointwise || s.depthwise() || !interleaved || !addressable) return s;
   ConvShape flat = s;
   flat.batch = 1;
   flat.in_h = s.batch * s.in_h;
@@ -318,9 +371,10 @@ void run(const ConvShape& shape, const ActivationIn& in, const LayerWeights& wei
   // A block reads 32 positions and 64 bytes from each, whatever it keeps.
   const int64_t slack = kBlockRows * shape.stride_w * image.pitch + 64;
   const int64_t image_stride = (image.bytes + slack + 63) / 64 * 64;
-  const Call call{
-      shape,      in,      panels,      out, kernels, unpacker(kernels), image, weights.header.bits,
-      correction, offsets, image_stride};
+  const Call call{shape,         in,      panels,
+                  out,           kernels, unpacker(kernels),
+                  gemv(kernels), image,   weights.header.bits,
+                  correction,    offsets, image_stride};
 
   if (estimated_nanoseconds(shape) < kSerialNanoseconds) threads = 1;
   if (depthwise) {
@@ -390,7 +444,10 @@ void conv2d(const ConvShape& shape, const ActivationIn& in, const LayerWeights& 
   }
   if (output_elements(shape) >= kMaxPositions)
     throw InvalidArgument("conv2d: an output image of 2^31 or more positions is not supported");
-  run(flattened(shape, in, out), in, weights, out, threads, *kernels);
+  ActivationIn from = in;
+  OutputSpec to = out;
+  prefer_interleaved(shape, from, to);
+  run(flattened(shape, from, to), from, weights, to, threads, *kernels);
 }
 
 void quantize(const float* x, int64_t n, const ActivationGrid& grid, uint8_t* q, int threads) {

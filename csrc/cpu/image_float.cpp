@@ -18,7 +18,8 @@ void quantize_image(const float* x, Layout order, const ActivationGrid& grid, Im
   const ImageLayout& l = *out.layout;
   const int64_t plane = l.h * l.w;
   for (int64_t y = part.first(l.h); y < part.last(l.h); ++y) {
-    if (order == Layout::NCHW)
+    // One channel is the same in both orders.
+    if (order == Layout::NCHW || l.channels == 1)
       kernels.quantize_planar({x + y * l.w, l.channels, plane, l.w, out.row(y), l.pitch}, grid);
     else
       kernels.quantize_pixels({x + y * l.w * l.channels, l.channels, 1, l.w, out.row(y), l.pitch},

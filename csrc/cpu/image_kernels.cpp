@@ -5,7 +5,7 @@
 namespace adalayer::cpu {
 namespace {
 
-#ifdef ADALAYER_HAVE_AVX512_IMAGE
+#ifdef ADALAYER_HAVE_AVX512VNNI
 const ImageKernels& avx512_kernels() {
 #ifdef ADALAYER_HAVE_AVX512VBMI
   static const ImageKernels with_vbmi = [] {
@@ -24,12 +24,13 @@ const ImageKernels& avx512_kernels() {
 
 const ImageKernels& image_kernels() {
   switch (active_isa()) {
-#ifdef ADALAYER_HAVE_AVX512_IMAGE
+#ifdef ADALAYER_HAVE_AVX512VNNI
     case Isa::Amx:
     case Isa::Avx512Vnni:
       return avx512_kernels();
 #endif
-#ifdef ADALAYER_HAVE_AVX2_IMAGE
+#ifdef ADALAYER_HAVE_AVX2
+    case Isa::AvxVnni:
     case Isa::Avx2:
       return kAvx2Image;
 #endif

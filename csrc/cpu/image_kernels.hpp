@@ -2,8 +2,8 @@
 // operations themselves (image_ops.cpp, image_pool.cpp, image_move.cpp, image_float.cpp) cut images
 // into such runs and know nothing of instruction sets.
 //
-// Every kernel reads at most 64 bytes beyond the pixels it is given (the slack of an image allows
-// that) and writes exactly the bytes that it is asked for. Formulas: reference/image_spec.hpp.
+// Every kernel reads at most 3 bytes beyond those that it is given (by dwords, and a pitch is a
+// multiple of 4) and writes exactly those that it is asked for. Formulas: reference/image_spec.hpp.
 // A kernel leaves U8Finish::table alone; the caller looks it up afterwards.
 #pragma once
 
@@ -125,11 +125,12 @@ struct ImageKernels {
   void (*average_window)(const Window& w, const Average& average, const uint8_t* in, uint8_t* out);
   void (*bilinear)(const BilinearRow& row);
 
-  /// Sums of n levels and of their squares.
-  void (*moments)(const uint8_t* q, int64_t n, int64_t* sum, int64_t* squares);
-  /// y = fma((float)(q - mean) * factor, gamma[c], beta[c])
-  void (*normalize)(const LayerNormSpec& spec, double mean, float factor, const uint8_t* q,
-                    uint8_t* out, int64_t n);
+  /// Sums of the levels of each of `count` pixels, and of their squares.
+  void (*moments)(const uint8_t* in, int64_t in_step, int64_t channels, int64_t count,
+                  int64_t* sums, int64_t* squares);
+  /// y = fma((float)(q - mean) * factor, gamma[c], beta[c]); each pixel has a mean and a factor.
+  void (*normalize)(const LayerNormSpec& spec, const double* means, const float* factors,
+                    const Pixels& p);
 
   void (*quantize_planar)(const QuantizeRow& row, const ActivationGrid& grid);
   void (*quantize_pixels)(const QuantizeRow& row, const ActivationGrid& grid);
@@ -149,10 +150,10 @@ struct ImageKernels {
 const ImageKernels& image_kernels();
 
 extern const ImageKernels kScalarImage;
-#ifdef ADALAYER_HAVE_AVX2_IMAGE
+#ifdef ADALAYER_HAVE_AVX2
 extern const ImageKernels kAvx2Image;
 #endif
-#ifdef ADALAYER_HAVE_AVX512_IMAGE
+#ifdef ADALAYER_HAVE_AVX512VNNI
 extern const ImageKernels kAvx512Image;  // also serves the AMX row
 #endif
 #ifdef ADALAYER_HAVE_AVX512VBMI

@@ -126,31 +126,63 @@ void resize(const ResizeSpec& spec, ConstImageView in, ImageView out, Part part)
   }
 }
 
+namespace {
+
+/// c x h x w to one pixel, eight channels at a time: each pixel's eight levels go to eight planes.
+void flatten(ConstImageView in, uint8_t* out, int64_t first, int64_t last) {
+  const ImageLayout& l = *in.layout;
+  const int64_t plane = l.h * l.w;
+  for (int64_t c = first; c < last; c += 8) {
+    const int64_t count = std::min<int64_t>(8, last - c);
+    uint8_t* to = out + c * plane;
+    for (int64_t y = 0; y < l.h; ++y) {
+      const uint8_t* from = in.row(y) + c;
+      for (int64_t x = 0; x < l.w; ++x, ++to, from += l.pitch) {
+        if (count == 8) {
+          for (int64_t k = 0; k < 8; ++k)
+            to[k * plane] = from[k];
+        } else {
+          for (int64_t k = 0; k < count; ++k)
+            to[k * plane] = from[k];
+        }
+      }
+    }
+  }
+}
+
+/// One position of an image in NCHW order.
+struct Cursor {
+  const ImageLayout& l;
+  int64_t c, y, x;
+  Cursor(const ImageLayout& layout, int64_t at)
+      : l(layout), c(at / (layout.h * layout.w)), y(at / layout.w % layout.h), x(at % layout.w) {}
+  bool flat() const { return l.h * l.w == 1; }
+  int64_t offset() const { return l.offset(y, x) + c; }
+  // A run within which the next position is `stride` bytes on.
+  int64_t run() const { return flat() ? l.channels - c : l.w - x; }
+  int64_t stride() const { return flat() ? 1 : l.pitch; }
+  void advance(int64_t n) {
+    if (flat()) {
+      c += n;
+      return;
+    }
+    x += n;
+    if (x < l.w) return;
+    x = 0;
+    if (++y < l.h) return;
+    y = 0;
+    ++c;
+  }
+};
+
+}  // namespace
+
 void reshape(ConstImageView in, ImageView out, Part part) {
   const ImageLayout &a = *in.layout, &b = *out.layout;
-  // One position in NCHW order.
-  struct Cursor {
-    const ImageLayout& l;
-    int64_t c, y, x;
-    Cursor(const ImageLayout& layout, int64_t at)
-        : l(layout), c(at / (layout.h * layout.w)), y(at / layout.w % layout.h), x(at % layout.w) {}
-    int64_t offset() const { return l.offset(y, x) + c; }
-    // A run within which the next position is `stride` bytes on.
-    int64_t run() const { return l.h * l.w == 1 ? l.channels - c : l.w - x; }
-    int64_t stride() const { return l.h * l.w == 1 ? 1 : l.pitch; }
-    void advance(int64_t n) {
-      if (l.h * l.w == 1) {
-        c += n;
-        return;
-      }
-      x += n;
-      if (x < l.w) return;
-      x = 0;
-      if (++y < l.h) return;
-      y = 0;
-      ++c;
-    }
-  };
+  if (b.h * b.w == 1 && a.h * a.w > 1) {
+    flatten(in, out.pixel(0, 0), part.first(a.channels), part.last(a.channels));
+    return;
+  }
   const int64_t count = b.channels * b.h * b.w;
   int64_t at = part.first(count);
   const int64_t last = part.last(count);

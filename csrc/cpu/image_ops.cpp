@@ -34,6 +34,7 @@ Period make_period(ConstImageView in, ImageView out) {
 struct ForSlope {};
 struct ForOffset {};
 struct ForBytes {};
+struct ForMoments {};
 
 /// value(c) for every channel, repeated over the period, with zeros between and behind.
 template <class T, class Tag, class Value>
@@ -168,18 +169,18 @@ void layer_norm(const LayerNormSpec& spec, ConstImageView in, ImageView out, Par
   const ImageKernels& kernels = image_kernels();
   const ImageLayout &a = *in.layout, &b = *out.layout;
   const int64_t n = b.channels;
-  const auto count = static_cast<double>(n), square = static_cast<double>(n * n);
+  auto* sums = thread_scratch<int64_t, ForMoments>(2 * b.w);
+  auto* squares = sums + b.w;
+  auto* means = thread_scratch<double, ForMoments>(b.w);
+  auto* factors = thread_scratch<float, ForMoments>(b.w);
   for (int64_t y = part.first(b.h); y < part.last(b.h); ++y) {
+    kernels.moments(in.row(y), a.pitch, n, b.w, sums, squares);
     for (int64_t x = 0; x < b.w; ++x) {
-      const uint8_t* q = in.row(y) + x * a.pitch;
-      int64_t s1, s2;
-      kernels.moments(q, n, &s1, &s2);
-      const double mean = static_cast<double>(s1) / count;
-      const double var = static_cast<double>(n * s2 - s1 * s1) / square;
-      const double rstd = 1.0 / std::sqrt(var * (spec.step * spec.step) + spec.eps);
-      kernels.normalize(spec, mean, static_cast<float>(rstd * spec.step), q,
-                        out.row(y) + x * b.pitch, n);
+      const LayerNormMoments m = layer_norm_moments(sums[x], squares[x], n, spec);
+      means[x] = m.mean;
+      factors[x] = m.factor;
     }
+    kernels.normalize(spec, means, factors, {in.row(y), a.pitch, out.row(y), b.pitch, n, b.w});
     apply_table(kernels, spec.finish, out, y);
   }
 }

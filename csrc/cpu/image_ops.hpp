@@ -1,6 +1,7 @@
 // The engine's operations between convolutions, over one image, on the active instruction set.
 // Formulas: reference/image_spec.hpp. Each call does one part of the output (Part) and leaves the
-// output's padding alone.
+// output's padding alone. Bytes between channels and pitch of an output pixel may be overwritten,
+// except by copy_channels. lookup, add, mul and affine may run in place: `out` may be `in` or `a`.
 #pragma once
 
 #include "cpu/image_layout.hpp"

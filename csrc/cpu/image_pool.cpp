@@ -79,7 +79,7 @@ void max_pool(const PoolSpec& spec, ConstImageView in, ImageView out, Part part)
     const uint8_t* source = in.data;
     int64_t height = rows.count;
     if (two_passes && rows.count > 0) {
-      uint8_t* maxima = thread_scratch<uint8_t, ForRows>(a.w * a.pitch + 64);
+      uint8_t* maxima = thread_scratch<uint8_t, ForRows>(a.w * a.pitch);
       kernels.max_window({offsets, rows.count, 1, 0, 0, 0, 1, a.w * a.pitch}, in.data, maxima);
       static constexpr int64_t kStart[] = {0};
       offsets = kStart;

@@ -113,21 +113,26 @@ void bilinear(const BilinearRow& row) {
   }
 }
 
-void moments(const uint8_t* q, int64_t n, int64_t* sum, int64_t* squares) {
-  int64_t s1 = 0, s2 = 0;
-  for (int64_t c = 0; c < n; ++c) {
-    s1 += q[c];
-    s2 += q[c] * q[c];
+void moments(const uint8_t* in, int64_t in_step, int64_t channels, int64_t count, int64_t* sums,
+             int64_t* squares) {
+  for (int64_t i = 0; i < count; ++i, in += in_step) {
+    sums[i] = squares[i] = 0;
+    for (int64_t c = 0; c < channels; ++c) {
+      sums[i] += in[c];
+      squares[i] += in[c] * in[c];
+    }
   }
-  *sum = s1;
-  *squares = s2;
 }
 
-void normalize(const LayerNormSpec& spec, double mean, float factor, const uint8_t* q, uint8_t* out,
-               int64_t n) {
-  for (int64_t c = 0; c < n; ++c) {
-    const float centred = static_cast<float>(static_cast<double>(q[c]) - mean) * factor;
-    out[c] = level(std::fmaf(centred, spec.gamma[c], spec.beta[c]), spec.finish);
+void normalize(const LayerNormSpec& spec, const double* means, const float* factors,
+               const Pixels& p) {
+  for (int64_t i = 0; i < p.count; ++i) {
+    const uint8_t* in = p.in + i * p.in_step;
+    uint8_t* out = p.out + i * p.out_step;
+    for (int64_t c = 0; c < p.bytes; ++c) {
+      const float centred = static_cast<float>(static_cast<double>(in[c]) - means[i]) * factors[i];
+      out[c] = level(std::fmaf(centred, spec.gamma[c], spec.beta[c]), spec.finish);
+    }
   }
 }
 

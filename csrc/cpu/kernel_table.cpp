@@ -12,6 +12,9 @@ std::span<const KernelRow* const> kernel_rows() {
 #ifdef ADALAYER_HAVE_AVX512VNNI
       &kAvx512VnniRow,
 #endif
+#ifdef ADALAYER_HAVE_AVXVNNI
+      &kAvxVnniRow,
+#endif
 #ifdef ADALAYER_HAVE_AVX2
       &kAvx2Row,
 #endif
@@ -27,16 +30,32 @@ const KernelRow* active_kernels() {
   return nullptr;
 }
 
+namespace {
+
+/// The rows that may use 512-bit registers, and with them the sub-features of those.
+[[maybe_unused]] bool wide(const KernelRow& row) {
+  return row.isa == Isa::Avx512Vnni || row.isa == Isa::Amx;
+}
+
+}  // namespace
+
 UnpackTiles unpacker(const KernelRow& row) {
 #ifdef ADALAYER_HAVE_GFNI
-  if (row.isa != Isa::Avx2 && cpu_features().gfni) return unpack_tiles_gfni;
+  if (wide(row) && cpu_features().gfni) return unpack_tiles_gfni;
 #endif
   return row.unpack_tiles;
 }
 
+Gemv gemv(const KernelRow& row) {
+#ifdef ADALAYER_HAVE_GFNI
+  if (wide(row) && cpu_features().gfni) return gemv_gfni;
+#endif
+  return row.gemv;
+}
+
 Requantize requantizer(const KernelRow& row) {
 #ifdef ADALAYER_HAVE_AVX512VBMI
-  if (row.isa != Isa::Avx2 && cpu_features().avx512vbmi) return requantize_vbmi;
+  if (wide(row) && cpu_features().avx512vbmi) return requantize_vbmi;
 #endif
   return row.requantize;
 }

@@ -35,6 +35,25 @@ struct GemmArgs {
   int32_t* sums;        // [32][32]
 };
 
+/// Most activation rows that `gemv` takes.
+constexpr int kGemvRows = 4;
+
+/// sums[r][c] = sum over steps of a * b for few rows and many columns: weights that are used once
+/// are read packed, and each goes from memory through registers into its sum. Activations are
+/// `rows` rows as in GemmArgs, all 64 bytes of each step readable.
+struct GemvArgs {
+  const uint8_t* activations;
+  int64_t row_stride;
+  const int64_t* step_offsets;  // [steps]
+  int64_t steps;
+  const uint8_t* packed;  // [column_tiles][steps] packed tiles of 128 * bits bytes
+  int bits;               // of the packed tiles
+  int rows;               // 1..kGemvRows
+  int64_t column_tiles;
+  int32_t* sums;        // [rows][sums_stride]
+  int64_t sums_stride;  // elements between rows, at least column_tiles * 16
+};
+
 /// Writes rows of sums to the output tensor. Row r is output position `position[r]` of the image
 /// (y * out_w + x), or padding to drop where it is negative.
 struct StoreArgs {
@@ -95,6 +114,17 @@ struct RequantizeArgs {
   int64_t channel;  // of the epilogue's arrays
 };
 
+using Gemv = void (*)(const GemvArgs&);
+/// The input step of a network (stem.hpp); null where the plain loops have to do.
+struct StemKernels {
+  /// One row of 1..4 planes to a dword per pixel, channel 0 in the lowest byte.
+  void (*quantize_quads)(const float* x, int64_t channel_stride, int64_t channels, int64_t w,
+                         const ActivationGrid& grid, uint32_t* quads);
+  /// n pixels of two, or four, lines of dwords side by side.
+  void (*interleave_pairs)(const uint32_t* first, const uint32_t* second, int64_t n, uint8_t* out);
+  void (*interleave_fours)(const uint32_t* const* lines, int64_t n, uint8_t* out);
+};
+
 using UnpackTiles = void (*)(const uint8_t* packed, int bits, int64_t count, int8_t* out);
 
 struct KernelRow {
@@ -110,10 +140,12 @@ struct KernelRow {
   void (*begin)();  // per thread and pass: AMX tile configuration
   void (*end)();
   void (*gemm)(const GemmArgs&);
+  Gemv gemv;  // needs no begin() and end()
   void (*store)(const StoreArgs&);
   void (*depthwise)(const DepthwiseArgs&);
   void (*block)(const BlockArgs&);  // null: unpack_tiles and gemm do its work
   void (*requantize)(const RequantizeArgs&);
+  StemKernels stem;
   const GroupedKernels* grouped;
 };
 
@@ -123,9 +155,10 @@ std::span<const KernelRow* const> kernel_rows();
 /// The row of the active instruction set, or null when it is the scalar reference.
 const KernelRow* active_kernels();
 
-/// The row's own unpacking, or the GFNI one where the machine has it (a sub-feature of its own:
-/// Cascade Lake has AVX-512-VNNI without GFNI).
+/// The row's own unpacking and matrix-vector product, or the GFNI ones where the machine has it (a
+/// sub-feature of its own: Cascade Lake has AVX-512-VNNI without GFNI).
 UnpackTiles unpacker(const KernelRow& row);
+Gemv gemv(const KernelRow& row);
 
 /// The row's own requantize, or the one with a table lookup in registers (AVX512-VBMI).
 using Requantize = void (*)(const RequantizeArgs&);
@@ -135,6 +168,9 @@ Requantize requantizer(const KernelRow& row);
 extern const KernelRow kAvx2Row;
 void requantize_avx2(const RequantizeArgs& args);
 #endif
+#ifdef ADALAYER_HAVE_AVXVNNI
+extern const KernelRow kAvxVnniRow;
+#endif
 #ifdef ADALAYER_HAVE_AVX512VNNI
 extern const KernelRow kAvx512VnniRow;
 #endif
@@ -143,6 +179,7 @@ extern const KernelRow kAmxRow;
 #endif
 #ifdef ADALAYER_HAVE_GFNI
 void unpack_tiles_gfni(const uint8_t* packed, int bits, int64_t count, int8_t* out);
+void gemv_gfni(const GemvArgs& g);
 #endif
 #ifdef ADALAYER_HAVE_AVX512VBMI
 void requantize_vbmi(const RequantizeArgs& args);

@@ -22,100 +22,135 @@ struct Constants {
         residual_scale(_mm512_set1_ps(e.residual_scale)) {}
 };
 
-template <int kTiles, bool kResidual, bool kBounded, bool kCorrection, bool kTable>
-void requantize_rows(const RequantizeArgs& a, const Lookup& lookup) {
-  const ConvEpilogue& e = *a.epilogue;
-  const Constants k(e);
+/// Which steps an epilogue needs; what is left out would change nothing.
+enum Flags : int {
+  kResidual = 1,
+  kClampFirst = 2,  // the sums are not bounded: clamp before conversion
+  kCorrection = 4,
+  kLevels = 8,  // a zero point, or limits inside 0..255
+  kTable = 16,
+};
+
+/// One channel block's constants, and the rows of one call.
+template <int kTiles, int kFlags>
+struct Rows {
+  const RequantizeArgs& a;
+  const Lookup& lookup;
+  const Constants k;
   const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
   __m512 scale[kTiles], bias[kTiles];
   __m512i correction[kTiles];
-  for (int t = 0; t < kTiles; ++t) {
-    scale[t] = _mm512_loadu_ps(e.scale + a.channel + 16 * t);
-    bias[t] = _mm512_loadu_ps(e.bias + a.channel + 16 * t);
-    if constexpr (kCorrection)
-      correction[t] = _mm512_loadu_si512(e.correction + a.channel + 16 * t);
+  __mmask32 keep;
+  bool full;
+
+  Rows(const RequantizeArgs& args, const Lookup& table) : a(args), lookup(table), k(*a.epilogue) {
+    const ConvEpilogue& e = *a.epilogue;
+    for (int t = 0; t < kTiles; ++t) {
+      scale[t] = _mm512_loadu_ps(e.scale + a.channel + 16 * t);
+      bias[t] = _mm512_loadu_ps(e.bias + a.channel + 16 * t);
+      if constexpr ((kFlags & kCorrection) != 0)
+        correction[t] = _mm512_loadu_si512(e.correction + a.channel + 16 * t);
+    }
+    const int width = a.whole ? 16 * kTiles : a.cols;
+    keep = width == 32 ? ~__mmask32{0} : (__mmask32{1} << width) - 1;
+    full = width == 16 * kTiles;
   }
-  const int width = a.whole ? 16 * kTiles : a.cols;
-  const __mmask32 keep = width == 32 ? ~__mmask32{0} : (__mmask32{1} << width) - 1;
-  const bool full = width == 16 * kTiles;
-  constexpr int kRows = 4 / kTiles;
-  for (int r = 0; r < a.rows; r += kRows) {
-    const int live = a.rows - r < kRows ? a.rows - r : kRows;
+
+  /// 16 channels of a row to int32 levels without their zero point.
+  __m512i relative(int row, int t) const {
+    __m512i sum = _mm512_loadu_si512(a.sums + row * 16 * kTiles + 16 * t);
+    if constexpr ((kFlags & kCorrection) != 0) sum = _mm512_add_epi32(sum, correction[t]);
+    __m512 y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale[t], bias[t]);
+    if constexpr ((kFlags & kResidual) != 0) {
+      // A dropped row reads the image's first pixel.
+      const int64_t at = a.residual_offset[row] < 0 ? 0 : a.residual_offset[row];
+      const __m128i q = _mm_loadu_si128(reinterpret_cast<const __m128i*>(a.residual + at + 16 * t));
+      y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(q)), k.residual_scale, y);
+    }
+    if constexpr ((kFlags & kClampFirst) != 0) y = _mm512_min_ps(_mm512_max_ps(y, k.lo), k.hi);
+    return _mm512_cvtps_epi32(y);
+  }
+
+  __m512i levels(const __m512i (&v)[4]) const {
+    __m512i low = _mm512_packs_epi32(v[0], v[1]), high = _mm512_packs_epi32(v[2], v[3]);
+    if constexpr ((kFlags & kLevels) != 0) {
+      low = _mm512_adds_epi16(low, k.zero_point);
+      high = _mm512_adds_epi16(high, k.zero_point);
+    }
+    __m512i q = _mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high));
+    if constexpr ((kFlags & kLevels) != 0)
+      q = _mm512_min_epu8(_mm512_max_epu8(q, k.level_lo), k.level_hi);
+    if constexpr ((kFlags & kTable) != 0) q = lookup(q);
+    return q;
+  }
+
+  void store(int row, __m256i q) const {
+    if (a.out_offset[row] < 0) return;
+    uint8_t* out = a.out + a.out_offset[row];
+    if (full)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), q);
+    else
+      _mm256_mask_storeu_epi8(out, keep, q);
+  }
+  void store(int row, __m128i q) const {
+    if (a.out_offset[row] < 0) return;
+    uint8_t* out = a.out + a.out_offset[row];
+    if (full)
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out), q);
+    else
+      _mm_mask_storeu_epi8(out, static_cast<__mmask16>(keep), q);
+  }
+
+  /// Rows r .. r + 4 / kTiles - 1, of which `live` exist.
+  inline __attribute__((always_inline)) void group(int r, int live) const {
     __m512i v[4];
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      const int t = i % kTiles;
-      const int row = r + (i / kTiles < live ? i / kTiles : 0);
-      __m512i sum = _mm512_loadu_si512(a.sums + row * 16 * kTiles + 16 * t);
-      if constexpr (kCorrection) sum = _mm512_add_epi32(sum, correction[t]);
-      __m512 y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale[t], bias[t]);
-      if constexpr (kResidual) {
-        const int32_t at = a.residual_offset[row] < 0 ? 0 : a.residual_offset[row];
-        const __m128i q =
-            _mm_loadu_si128(reinterpret_cast<const __m128i*>(a.residual + at + 16 * t));
-        y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(q)), k.residual_scale, y);
-      }
-      if constexpr (!kBounded) y = _mm512_min_ps(_mm512_max_ps(y, k.lo), k.hi);
-      v[i] = _mm512_cvtps_epi32(y);
-    }
-    const __m512i low = _mm512_adds_epi16(_mm512_packs_epi32(v[0], v[1]), k.zero_point);
-    const __m512i high = _mm512_adds_epi16(_mm512_packs_epi32(v[2], v[3]), k.zero_point);
-    __m512i q = _mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high));
-    q = _mm512_min_epu8(_mm512_max_epu8(q, k.level_lo), k.level_hi);
-    if constexpr (kTable) q = lookup(q);
+    for (int i = 0; i < 4; ++i)
+      v[i] = relative(r + (i / kTiles < live ? i / kTiles : 0), i % kTiles);
+    const __m512i q = levels(v);
     if constexpr (kTiles == 2) {
-      const __m256i half[2] = {_mm512_castsi512_si256(q), _mm512_extracti64x4_epi64(q, 1)};
-#pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i) {
-        if (i >= live || a.out_offset[r + i] < 0) continue;
-        uint8_t* out = a.out + a.out_offset[r + i];
-        if (full)
-          _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), half[i]);
-        else
-          _mm256_mask_storeu_epi8(out, keep, half[i]);
-      }
+      store(r, _mm512_castsi512_si256(q));
+      if (live > 1) store(r + 1, _mm512_extracti64x4_epi64(q, 1));
     } else {
-      const __m128i lane[4] = {_mm512_castsi512_si128(q), _mm512_extracti32x4_epi32(q, 1),
-                               _mm512_extracti32x4_epi32(q, 2), _mm512_extracti32x4_epi32(q, 3)};
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        if (i >= live || a.out_offset[r + i] < 0) continue;
-        uint8_t* out = a.out + a.out_offset[r + i];
-        if (full)
-          _mm_storeu_si128(reinterpret_cast<__m128i*>(out), lane[i]);
-        else
-          _mm_mask_storeu_epi8(out, static_cast<__mmask16>(keep), lane[i]);
-      }
+      store(r, _mm512_castsi512_si128(q));
+      if (live > 1) store(r + 1, _mm512_extracti32x4_epi32(q, 1));
+      if (live > 2) store(r + 2, _mm512_extracti32x4_epi32(q, 2));
+      if (live > 3) store(r + 3, _mm512_extracti32x4_epi32(q, 3));
     }
   }
+
+  void all() const {
+    constexpr int kRows = 4 / kTiles;
+    int r = 0;
+    for (; r + kRows <= a.rows; r += kRows)
+      group(r, kRows);
+    if (r < a.rows) group(r, a.rows - r);
+  }
+};
+
+using Variant = void (*)(const RequantizeArgs&, const Lookup&);
+
+template <int kTiles, int kFlags>
+void run_rows(const RequantizeArgs& a, const Lookup& lookup) {
+  Rows<kTiles, kFlags>(a, lookup).all();
 }
 
-template <int kTiles, bool kResidual, bool kBounded, bool kCorrection>
-void with_table(const RequantizeArgs& a, const Lookup& lookup) {
-  if (a.epilogue->finish.table != nullptr)
-    requantize_rows<kTiles, kResidual, kBounded, kCorrection, true>(a, lookup);
-  else
-    requantize_rows<kTiles, kResidual, kBounded, kCorrection, false>(a, lookup);
-}
-
-template <int kTiles, bool kResidual>
-void with_bounds(const RequantizeArgs& a, const Lookup& lookup) {
-  const ConvEpilogue& e = *a.epilogue;
-  if (e.bounded)
-    e.correction != nullptr ? with_table<kTiles, kResidual, true, true>(a, lookup)
-                            : with_table<kTiles, kResidual, true, false>(a, lookup);
-  else
-    e.correction != nullptr ? with_table<kTiles, kResidual, false, true>(a, lookup)
-                            : with_table<kTiles, kResidual, false, false>(a, lookup);
+template <int kTiles, int... kFlags>
+Variant variant(int flags, std::integer_sequence<int, kFlags...>) {
+  static constexpr Variant kAll[] = {run_rows<kTiles, kFlags>...};
+  return kAll[flags];
 }
 
 void requantize_any(const RequantizeArgs& a) {
-  const Lookup lookup(a.epilogue->finish.table);
-  const bool residual = a.residual != nullptr;
-  if (a.tiles == 2)
-    residual ? with_bounds<2, true>(a, lookup) : with_bounds<2, false>(a, lookup);
-  else
-    residual ? with_bounds<1, true>(a, lookup) : with_bounds<1, false>(a, lookup);
+  const ConvEpilogue& e = *a.epilogue;
+  const U8Finish& f = e.finish;
+  const bool levels = f.zero_point != 0 || f.lo != 0.0f || f.hi != 255.0f;
+  const int flags = (a.residual != nullptr ? kResidual : 0) | (e.bounded ? 0 : kClampFirst) |
+                    (e.correction != nullptr ? kCorrection : 0) | (levels ? kLevels : 0) |
+                    (f.table != nullptr ? kTable : 0);
+  const Lookup lookup(f.table);
+  constexpr auto kFlagSets = std::make_integer_sequence<int, 32>();
+  (a.tiles == 2 ? variant<2>(flags, kFlagSets) : variant<1>(flags, kFlagSets))(a, lookup);
 }
 
 }  // namespace

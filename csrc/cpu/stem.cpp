@@ -40,6 +40,12 @@ void quantize_line(const Stem& stem, const KernelRow* kernels, const float* x, L
     return;
   }
   const int64_t c = stem.channels, w = stem.in_w, plane = stem.in_h * w;
+  std::fill_n(line, stem.pad_left, zero);
+  std::fill(line + stem.pad_left + w, line + columns, zero);
+  if (order == Layout::NCHW && kernels != nullptr && kernels->stem.quantize_quads != nullptr) {
+    kernels->stem.quantize_quads(x + y * w, plane, c, w, grid, line + stem.pad_left);
+    return;
+  }
   if (order == Layout::NHWC) {
     const float* row = x + y * w * c;
     if (kernels != nullptr)
@@ -54,7 +60,6 @@ void quantize_line(const Stem& stem, const KernelRow* kernels, const float* x, L
       for (int64_t k = 0; k < c; ++k)
         pixels[i * c + k] = quantize_value(x[k * plane + y * w + i], grid);
   }
-  std::fill_n(line, stem.pad_left, zero);
   uint32_t* out = line + stem.pad_left;
   if (c == 3) {
     // Four bytes are read of three; `pixels` has room after its end.
@@ -70,7 +75,6 @@ void quantize_line(const Stem& stem, const KernelRow* kernels, const float* x, L
       out[i] = four;
     }
   }
-  std::fill(out + w, line + columns, zero);
 }
 
 template <int kRows, int kPitch>
@@ -83,8 +87,12 @@ void interleave(const uint32_t* const* lines, int64_t columns, uint8_t* out) {
   }
 }
 
-void interleave_any(const uint32_t* const* lines, int64_t rows, int64_t columns, int64_t pitch,
-                    uint8_t* out) {
+void interleave_any(const KernelRow* kernels, const uint32_t* const* lines, int64_t rows,
+                    int64_t columns, int64_t pitch, uint8_t* out) {
+  if (kernels != nullptr && kernels->stem.interleave_pairs != nullptr) {
+    if (rows == 2) return kernels->stem.interleave_pairs(lines[0], lines[1], columns, out);
+    if (rows == 3 || rows == 4) return kernels->stem.interleave_fours(lines, columns, out);
+  }
   if (rows == 2) return interleave<2, 8>(lines, columns, out);
   if (rows == 3) return interleave<3, 16>(lines, columns, out);
   if (rows == 4) return interleave<4, 16>(lines, columns, out);
@@ -162,7 +170,10 @@ void quantize_stem(const Stem& stem, const float* x, Layout order, const Activat
       held[slot] = p;
       group[r] = line;
     }
-    interleave_any(group.data(), rows, columns, stem.layout.pitch, out + g * stem.layout.row_bytes);
+    // The fourth byte group of three rows is read but means nothing.
+    if (rows == 3) group[3] = group[0];
+    interleave_any(kernels, group.data(), rows, columns, stem.layout.pitch,
+                   out + g * stem.layout.row_bytes);
   }
 }
 

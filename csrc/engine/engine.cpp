@@ -1,21 +1,330 @@
 #include "engine/engine.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
+#include <cstring>
+#include <mutex>
+#include <random>
 
+#include "core/aligned_buffer.hpp"
 #include "core/status.hpp"
+#include "core/thread_pool.hpp"
 #include "engine/interpret.hpp"
+#include "engine/memory.hpp"
+#include "engine/steps.hpp"
 
 namespace adalayer::engine {
+namespace {
+
+using cpu::Part;
+using Clock = std::chrono::steady_clock;
+
+// What one thread's tensors may take of the second-level cache (2 MiB on the machines that this was
+// tuned on), and how far ahead of their use weights are fetched into it.
+constexpr int64_t kActivationBudget = 1 << 20;
+constexpr int64_t kPrefetchWindow = 512 << 10;
+constexpr int64_t kMaxChunk = 8;
+constexpr int kMaxTeam = 64;
+
+void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+/// How far a team is with one node: which parts somebody has begun, and how many are done. A thread
+/// that comes late finds the parts taken; one that never comes is not waited for.
+struct alignas(64) Progress {
+  std::atomic<uint64_t> begun{0};
+  std::atomic<int> done{0};
+};
+
+/// Memory of one call: tensors, the team's progress, and the order in which each member reads the
+/// weights.
+struct Workspace {
+  AlignedBuffer arena;
+  Frame frame;
+  std::vector<Progress> progress;
+  std::atomic<bool> failed{false};  // a member met an exception: the others stop waiting for it
+  int team = 0;
+  std::vector<std::vector<cpu::WeightStream::Segment>> segments;  // [member][nodes]
+};
+
+int64_t f32_bytes(const Value& v) { return v.c * v.h * v.w * 4; }
+
+}  // namespace
 
 struct Engine::Impl {
   Program program;
+  const cpu::KernelRow* kernels = nullptr;  // null: everything runs on the interpreter
+  Isa isa = Isa::Scalar;
+  std::vector<ValueLayout> layouts;
+  std::vector<Step> steps;
+  AlignedBuffer panels;
+  int64_t chunk = 1;
+  ArenaPlan arena;
+  std::vector<int> port;  // [values] index among program inputs, or outputs, or -1
+  std::vector<bool> is_output;
+
+  mutable std::mutex mutex;
+  mutable std::vector<std::unique_ptr<Workspace>> idle;
+
+  Impl(Program p, const EngineOptions& options) : program(std::move(p)) {
+    validate(program);
+    isa = active_isa();
+    kernels = cpu::active_kernels();
+    if (kernels == nullptr) return;
+    layouts = plan_layouts(program);
+    steps = build_steps(program, layouts);
+    pack_weights();
+    plan_ports();
+    chunk = options.chunk > 0 ? options.chunk : 1;
+    plan_memory();
+    if (options.chunk == 0) {
+      chunk =
+          std::clamp<int64_t>(kActivationBudget / std::max<int64_t>(arena.bytes, 1), 1, kMaxChunk);
+      plan_memory();
+    }
+  }
+
+  void pack_weights() {
+    int64_t bytes = 0;
+    for (const Step& step : steps)
+      if (step.conv) bytes += step.conv->panel_bytes();
+    panels = AlignedBuffer(static_cast<size_t>(bytes));
+    uint8_t* at = panels.data();
+    for (Step& step : steps) {
+      if (!step.conv) continue;
+      step.conv->pack(at);
+      at += step.conv->panel_bytes();
+    }
+  }
+
+  void plan_ports() {
+    port.assign(program.values.size(), -1);
+    is_output.assign(program.values.size(), false);
+    for (size_t k = 0; k < program.inputs.size(); ++k)
+      port[program.inputs[k]] = static_cast<int>(k);
+    for (size_t k = 0; k < program.outputs.size(); ++k) {
+      if (port[program.outputs[k]] >= 0)
+        continue;  // an input, or twice an output: copied at the end
+      port[program.outputs[k]] = static_cast<int>(k);
+      is_output[program.outputs[k]] = true;
+    }
+  }
+
+  int64_t value_bytes(size_t v) const {
+    const Value& value = program.values[v];
+    if (port[v] >= 0) return 0;
+    if (value.kind == ValueKind::F32) return chunk * f32_bytes(value);
+    return chunk * layouts[v].layout.image_bytes + layouts[v].layout.slack;
+  }
+
+  void plan_memory() {
+    std::vector<Lifetime> lifetimes(program.values.size());
+    for (size_t v = 0; v < lifetimes.size(); ++v)
+      lifetimes[v] = {value_bytes(v), -1, -1};
+    for (size_t k = 0; k < program.nodes.size(); ++k) {
+      const Node& node = program.nodes[k];
+      lifetimes[node.output].first = static_cast<int32_t>(k);
+      lifetimes[node.output].last = std::max(lifetimes[node.output].last, static_cast<int32_t>(k));
+      for (const int32_t v : node.inputs)
+        lifetimes[v].last = static_cast<int32_t>(k);
+    }
+    arena = plan_arena(lifetimes);
+  }
+
+  // ------------------------------------------------------------------------------- workspaces
+
+  std::unique_ptr<Workspace> borrow() const {
+    {
+      const std::lock_guard lock(mutex);
+      if (!idle.empty()) {
+        auto workspace = std::move(idle.back());
+        idle.pop_back();
+        return workspace;
+      }
+    }
+    auto workspace = std::make_unique<Workspace>();
+    // Kernels read whole blocks beyond the last tensor, too.
+    workspace->arena = AlignedBuffer(static_cast<size_t>(arena.bytes) + 64);
+    workspace->arena.clear();
+    workspace->progress = std::vector<Progress>(steps.size());
+    Frame& frame = workspace->frame;
+    frame.program = &program;
+    frame.layouts = &layouts;
+    frame.kernels = kernels;
+    frame.data.assign(program.values.size(), nullptr);
+    frame.order.assign(program.values.size(), Layout::NCHW);
+    for (size_t v = 0; v < program.values.size(); ++v)
+      if (port[v] < 0) frame.data[v] = workspace->arena.data() + arena.offsets[v];
+    const std::lock_guard lock(mutex);
+    idle.reserve(idle.capacity() + 1);  // giving back must not allocate
+    return workspace;
+  }
+
+  void give_back(std::unique_ptr<Workspace> workspace) const {
+    const std::lock_guard lock(mutex);
+    idle.push_back(std::move(workspace));
+  }
+
+  /// Points the boundary values of `frame` at images [first, first + count) of the caller's.
+  void bind(Frame& frame, std::span<const InputTensor> inputs, std::span<float* const> outputs,
+            int64_t first, int64_t count) const {
+    frame.images = count;
+    for (size_t v = 0; v < port.size(); ++v) {
+      if (port[v] < 0) continue;
+      const int64_t offset =
+          first * program.values[v].c * program.values[v].h * program.values[v].w;
+      if (is_output[v]) {
+        frame.data[v] = reinterpret_cast<uint8_t*>(outputs[port[v]] + offset);
+      } else {
+        // Program inputs are only read.
+        frame.data[v] =
+            reinterpret_cast<uint8_t*>(const_cast<float*>(inputs[port[v]].data + offset));
+        frame.order[v] = inputs[port[v]].layout;
+      }
+    }
+  }
+
+  void set_team(Workspace& w, int team) const {
+    if (w.team == team) return;
+    w.team = team;
+    w.segments.assign(static_cast<size_t>(team), {});
+    for (int member = 0; member < team; ++member) {
+      int64_t before = 0;
+      for (const Step& step : steps) {
+        cpu::WeightStream::Segment segment{nullptr, 0, 0};
+        if (step.conv) {
+          const int64_t parts = parts_of(step, team);
+          const bool columns = step.conv->by_columns(team);
+          if (member < parts)
+            segment = step.conv->segment(columns ? Part{member, parts} : Part{0, 1});
+        }
+        segment.before = before;
+        before += segment.bytes;
+        w.segments[member].push_back(segment);
+      }
+    }
+  }
+
+  static int64_t parts_of(const Step& step, int team) {
+    return std::min<int64_t>(step.max_parts, team);
+  }
+
+  // -------------------------------------------------------------------------------- execution
+
+  void run_part(const Step& step, const Frame& frame, Part part, int team,
+                cpu::WeightStream* stream, int64_t segment) const {
+    const Node& node = *step.node;
+    const bool u8_out = program.values[node.output].kind == ValueKind::U8;
+    if (part.index == 0 && u8_out && !layouts[node.output].stem.has_value())
+      cpu::fill_padding(frame.layout(node.output), frame.data[node.output], frame.images,
+                        static_cast<uint8_t>(program.values[node.output].zero_point));
+    if (!step.conv) {
+      for (int64_t n = 0; n < frame.images; ++n)
+        step.run_image(frame, n, part);
+      return;
+    }
+    ConvBuffers b;
+    b.in = frame.data[node.inputs[0]];
+    b.residual = node.inputs.size() > 1 ? frame.data[node.inputs[1]] : nullptr;
+    if (u8_out)
+      b.out = frame.data[node.output];
+    else
+      b.out_f32 = frame.floats(node.output, 0);
+    b.images = frame.images;
+    step.conv->run(*kernels, b, part, team > 1 && step.conv->by_columns(team), stream, segment);
+  }
+
+  /// Tile configuration of a thread for the length of one pass.
+  struct KernelScope {
+    const cpu::KernelRow& kernels;
+    explicit KernelScope(const cpu::KernelRow& k) : kernels(k) { kernels.begin(); }
+    ~KernelScope() { kernels.end(); }
+    KernelScope(const KernelScope&) = delete;
+    KernelScope& operator=(const KernelScope&) = delete;
+  };
+
+  /// A member's share of node k, then the parts that nobody has begun, then the wait for the rest.
+  void run_shared(Workspace& w, size_t k, int member, int team, cpu::WeightStream& stream) const {
+    const Step& step = steps[k];
+    const auto parts = static_cast<int>(parts_of(step, team));
+    Progress& progress = w.progress[k];
+    // One's own part first: its rows or weights are in this core's cache.
+    for (int i = 0; i < parts; ++i) {
+      const int p = (member + i) % parts;
+      const uint64_t mine = uint64_t{1} << p;
+      if ((progress.begun.load(std::memory_order_relaxed) & mine) != 0) continue;
+      if ((progress.begun.fetch_or(mine, std::memory_order_relaxed) & mine) != 0) continue;
+      run_part(step, w.frame, {p, parts}, team, p == member ? &stream : nullptr,
+               static_cast<int64_t>(k));
+      progress.done.fetch_add(1, std::memory_order_release);
+    }
+    while (progress.done.load(std::memory_order_acquire) < parts &&
+           !w.failed.load(std::memory_order_relaxed))
+      pause();
+  }
+
+  /// One member's way through the program.
+  void run_member(Workspace& w, int member, int team, std::vector<double>* seconds) const {
+    const KernelScope scope(*kernels);
+    cpu::WeightStream stream(w.segments[member], kPrefetchWindow);
+    auto last = seconds == nullptr ? Clock::time_point{} : Clock::now();
+    for (size_t k = 0; k < steps.size(); ++k) {
+      if (team == 1) {
+        run_part(steps[k], w.frame, {0, 1}, 1, &stream, static_cast<int64_t>(k));
+      } else {
+        if (w.failed.load(std::memory_order_relaxed)) return;
+        try {
+          run_shared(w, k, member, team, stream);
+        } catch (...) {
+          w.failed.store(true, std::memory_order_relaxed);
+          throw;  // parallel_for hands it to the caller
+        }
+      }
+      if (seconds != nullptr) {
+        const auto now = Clock::now();
+        (*seconds)[k] = std::chrono::duration<double>(now - last).count();
+        last = now;
+      }
+    }
+  }
+
+  /// All of a chunk by a team whose members share each node.
+  void run_together(Workspace& w, int threads, std::vector<double>* seconds) const {
+    const int team = std::clamp(threads, 1, kMaxTeam);
+    set_team(w, team);
+    if (team == 1) {
+      run_member(w, 0, 1, seconds);
+      return;
+    }
+    w.failed.store(false, std::memory_order_relaxed);
+    for (Progress& p : w.progress) {
+      p.begun.store(0, std::memory_order_relaxed);
+      p.done.store(0, std::memory_order_relaxed);
+    }
+    parallel_for(team, team, [&](int64_t member, int) {
+      run_member(w, static_cast<int>(member), team, member == 0 ? seconds : nullptr);
+    });
+  }
+
+  void check(std::span<const InputTensor> inputs, int64_t batch,
+             std::span<float* const> outputs) const {
+    if (inputs.size() != program.inputs.size())
+      fail<InvalidArgument>("expected ", program.inputs.size(), " inputs, got ", inputs.size());
+    if (outputs.size() != program.outputs.size())
+      fail<InvalidArgument>("expected ", program.outputs.size(), " outputs, got ", outputs.size());
+    if (batch < 0) fail<InvalidArgument>("expected a batch of 0 or more, got ", batch);
+    if (kernels != nullptr && active_isa() != isa)
+      fail<InvalidArgument>("the engine was compiled for ", isa_name(isa), ", but ",
+                            isa_name(active_isa()), " is in use now; compile it again");
+  }
 };
 
-Engine::Engine(Program program, const EngineOptions&)
-    : impl_(std::make_unique<Impl>(Impl{std::move(program)})) {
-  validate(impl_->program);
-}
+Engine::Engine(Program program, const EngineOptions& options)
+    : impl_(std::make_unique<Impl>(std::move(program), options)) {}
 Engine::~Engine() = default;
 Engine::Engine(Engine&&) noexcept = default;
 Engine& Engine::operator=(Engine&&) noexcept = default;
@@ -23,8 +332,42 @@ Engine& Engine::operator=(Engine&&) noexcept = default;
 const Program& Engine::program() const { return impl_->program; }
 
 void Engine::run(std::span<const InputTensor> inputs, int64_t batch,
-                 std::span<float* const> outputs, int) const {
-  run_reference(inputs, batch, outputs);
+                 std::span<float* const> outputs, int threads) const {
+  const Impl& e = *impl_;
+  e.check(inputs, batch, outputs);
+  if (batch == 0) return;
+  if (e.kernels == nullptr) return run_reference(inputs, batch, outputs);
+  if (threads <= 0) threads = default_threads();
+
+  if (threads == 1 || batch < threads) {
+    auto workspace = e.borrow();
+    for (int64_t first = 0; first < batch; first += e.chunk) {
+      e.bind(workspace->frame, inputs, outputs, first, std::min(e.chunk, batch - first));
+      e.run_together(*workspace, threads, nullptr);
+    }
+    e.give_back(std::move(workspace));
+  } else {
+    // Every thread takes its own images through the whole program: nothing to wait for.
+    const int64_t chunk = std::min(e.chunk, (batch + threads - 1) / threads);
+    parallel_for((batch + chunk - 1) / chunk, threads, [&](int64_t task, int) {
+      const int64_t first = task * chunk;
+      auto workspace = e.borrow();
+      e.bind(workspace->frame, inputs, outputs, first, std::min(chunk, batch - first));
+      e.set_team(*workspace, 1);
+      e.run_member(*workspace, 0, 1, nullptr);
+      e.give_back(std::move(workspace));
+    });
+  }
+  // Outputs that are inputs, or other outputs too.
+  for (size_t k = 0; k < e.program.outputs.size(); ++k) {
+    const int32_t v = e.program.outputs[k];
+    const Value& value = e.program.values[v];
+    const auto bytes = static_cast<size_t>(batch * f32_bytes(value));
+    if (!e.is_output[v])
+      std::memcpy(outputs[k], inputs[e.port[v]].data, bytes);
+    else if (e.port[v] != static_cast<int>(k))
+      std::memcpy(outputs[k], outputs[e.port[v]], bytes);
+  }
 }
 
 void Engine::run_reference(std::span<const InputTensor> inputs, int64_t batch,
@@ -36,19 +379,67 @@ void Engine::run_reference(std::span<const InputTensor> inputs, int64_t batch,
     std::copy(results[k].begin(), results[k].end(), outputs[k]);
 }
 
-std::vector<NodeProfile> Engine::profile(int64_t, int, int) const {
-  std::vector<NodeProfile> out;
-  for (const Node& n : impl_->program.nodes) {
+std::vector<NodeProfile> Engine::profile(int64_t batch, int threads, int rounds) const {
+  const Impl& e = *impl_;
+  if (threads <= 0) threads = default_threads();
+  std::vector<NodeProfile> profiles;
+  for (size_t k = 0; k < e.program.nodes.size(); ++k) {
     NodeProfile p;
-    p.name = n.name;
-    p.op = n.op;
-    p.kernel = "reference";
-    out.push_back(p);
+    p.name = e.program.nodes[k].name;
+    p.op = e.program.nodes[k].op;
+    p.kernel = e.kernels == nullptr ? "scalar" : e.kernels->name;
+    if (e.kernels != nullptr && e.steps[k].conv) {
+      const ConvStep& conv = *e.steps[k].conv;
+      p.kernel = conv.kernel();
+      p.bits = conv.bits();
+      p.macs = conv.macs();
+      p.packed_bytes = static_cast<int64_t>(conv.packed_bytes());
+      p.derived_bytes = static_cast<int64_t>(conv.derived_bytes());
+    }
+    profiles.push_back(std::move(p));
   }
-  return out;
+  if (e.kernels == nullptr || batch < 1 || rounds < 1) return profiles;
+
+  std::mt19937 random(0);
+  std::normal_distribution<float> noise;
+  std::vector<std::vector<float>> memory;
+  std::vector<InputTensor> inputs;
+  std::vector<float*> outputs;
+  batch = std::min(batch, e.chunk);
+  for (const int32_t v : e.program.inputs) {
+    memory.emplace_back(static_cast<size_t>(batch * f32_bytes(e.program.values[v]) / 4));
+    for (float& x : memory.back())
+      x = noise(random);
+    inputs.push_back({memory.back().data(), Layout::NCHW});
+  }
+  for (const int32_t v : e.program.outputs) {
+    memory.emplace_back(static_cast<size_t>(batch * f32_bytes(e.program.values[v]) / 4));
+    outputs.push_back(memory.back().data());
+  }
+  auto workspace = e.borrow();
+  e.bind(workspace->frame, inputs, outputs, 0, batch);
+  std::vector<std::vector<double>> samples(e.steps.size());
+  std::vector<double> seconds(e.steps.size());
+  for (int round = 0; round < rounds + 2; ++round) {
+    e.run_together(*workspace, threads, &seconds);
+    for (size_t k = 0; round >= 2 && k < samples.size(); ++k)
+      samples[k].push_back(seconds[k]);
+  }
+  e.give_back(std::move(workspace));
+  for (size_t k = 0; k < samples.size(); ++k) {
+    std::nth_element(samples[k].begin(), samples[k].begin() + rounds / 2, samples[k].end());
+    profiles[k].microseconds = 1e6 * samples[k][rounds / 2];
+  }
+  return profiles;
 }
 
-size_t Engine::weight_bytes() const { return 0; }
-size_t Engine::workspace_bytes() const { return 0; }
+size_t Engine::weight_bytes() const {
+  size_t bytes = 0;
+  for (const Step& step : impl_->steps)
+    if (step.conv) bytes += step.conv->derived_bytes();
+  return bytes;
+}
+
+size_t Engine::workspace_bytes() const { return static_cast<size_t>(impl_->arena.bytes); }
 
 }  // namespace adalayer::engine

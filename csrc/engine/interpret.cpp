@@ -5,6 +5,7 @@
 #include <map>
 
 #include "core/status.hpp"
+#include "engine/float_tail.hpp"
 #include "formats/canonical.hpp"
 
 namespace adalayer::engine {
@@ -79,6 +80,7 @@ class Interpreter {
   void combine(const Node& n, int64_t image);
   void concat(const Node& n, int64_t image);
   void max_pool(const Node& n, int64_t image);
+  void average_floats(const Node& n, int64_t image);
   void avg_pool(const Node& n, int64_t image);
   void adaptive_avg_pool(const Node& n, int64_t image);
   void slice(const Node& n, int64_t image);
@@ -202,6 +204,13 @@ void Interpreter::max_pool(const Node& n, int64_t image) {
       }
     q[out.at(c, oy, ox)] = most;
   });
+}
+
+/// AvgPool and AdaptiveAvgPool over floats.
+void Interpreter::average_floats(const Node& n, int64_t image) {
+  const Shape in(value(n.inputs[0])), out(value(n.output));
+  average_f32(pool_spec(program_, n), n.op == OpKind::AdaptiveAvgPool, numbers(n.inputs[0], image),
+              in.h, in.w, numbers(n.output, image), out.h, out.w, 0, in.c);
 }
 
 void Interpreter::avg_pool(const Node& n, int64_t image) {
@@ -378,9 +387,9 @@ void Interpreter::run(const Node& n, int64_t image) {
     case OpKind::MaxPool:
       return max_pool(n, image);
     case OpKind::AvgPool:
-      return avg_pool(n, image);
+      return out.kind == ValueKind::F32 ? average_floats(n, image) : avg_pool(n, image);
     case OpKind::AdaptiveAvgPool:
-      return adaptive_avg_pool(n, image);
+      return out.kind == ValueKind::F32 ? average_floats(n, image) : adaptive_avg_pool(n, image);
     case OpKind::Slice:
       return slice(n, image);
     case OpKind::Gather: {

@@ -65,7 +65,8 @@ enum class OpKind : uint8_t {
   Mul = 6,     // a b       zero_a zero_b finish          scale                     [table]
   Affine = 7,  // x         finish                               -             scale bias [table]
   Concat = 8,  // x ...     -                                    -        one [table] per input
-  // Every window of a pooling operation contains a position of the image.
+  // Every window of a pooling operation contains a position of the image. The averages also take
+  // f32 to f32 (float_tail.hpp); then ratio and finish are not used and there is no table.
   MaxPool = 9,   // x         kh kw sh sw pt pl dh dw              -                  -
   AvgPool = 10,  // x         kh kw sh sw pt pl pb pr count_padding finish   ratio    [table]
   AdaptiveAvgPool = 11,  // x  finish                             ratio              [table]

@@ -334,14 +334,14 @@ void NodeCheck::average_bound(int64_t positions) const {
 }
 
 void NodeCheck::avg_pool() const {
-  kinds(ValueKind::U8, ValueKind::U8);
+  kinds(in().kind, in().kind);
   constexpr const char* kWhat[] = {"kernel height",     "kernel width", "vertical stride",
                                    "horizontal stride", "top padding",  "left padding",
                                    "bottom padding",    "right padding"};
   for (size_t k = 0; k < 8; ++k)
     ranged(k, kWhat[k], k >= 4 ? 0 : 1, kMaxAxis);
   ranged(8, "count_padding", 0, 1);
-  finish(9, true, 0);
+  finish(9, in().kind == ValueKind::U8, 0);
   const PoolSpec s = pool_spec(program_, node_);
   const int64_t padded_h = in().h + s.pad_top + s.pad_bottom;
   const int64_t padded_w = in().w + s.pad_left + s.pad_right;
@@ -506,9 +506,9 @@ void NodeCheck::run() {
       avg_pool();
       break;
     case OpKind::AdaptiveAvgPool:
-      kinds(u8, u8);
+      kinds(in().kind, in().kind);
       shape("output", out(), in().c, out().h, out().w);
-      finish(0, true, 0);
+      finish(0, in().kind == u8, 0);
       average_bound(in().h * in().w);
       break;
     case OpKind::Slice:

@@ -65,6 +65,10 @@ int64_t mask_bytes(int64_t n) { return (n + 7) / 8; }
 
 }  // namespace
 
+uint64_t checksum(std::span<const uint8_t> bytes) {
+  return hash_bytes(bytes.data(), bytes.size(), 0);
+}
+
 std::span<const int> field_groups(int bits) {
   check_bits(bits);
   static constexpr std::array<int, 2> k8{4, 4};

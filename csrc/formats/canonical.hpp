@@ -36,6 +36,10 @@ struct CanonicalHeader {
 };
 static_assert(sizeof(CanonicalHeader) == 64, "the header is part of the file format");
 
+/// The hash behind content_hash, for other stored bytes. Every change within eight neighbouring
+/// bytes changes it.
+uint64_t checksum(std::span<const uint8_t> bytes);
+
 /// Widths of the field streams that make up `bits`, least significant first: 7 -> {4, 2, 1}.
 std::span<const int> field_groups(int bits);
 

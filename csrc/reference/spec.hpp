@@ -1,7 +1,8 @@
 // The numeric law of the project, in scalar form.
 //
-// Every backend (AVX2, AVX-512-VNNI, AMX, CUDA) must give the same bits as the functions below for
-// every u8 and float32 output. What is written here is the specification; speed lives elsewhere.
+// Every backend (AVX2, AVX-VNNI, AVX-512-VNNI, AMX, CUDA) must give the same bits as the functions
+// below for every u8 and float32 output. What is written here is the specification; speed lives
+// elsewhere.
 #pragma once
 
 #include <cmath>

@@ -9,12 +9,14 @@ from importlib.metadata import PackageNotFoundError, version
 from adalayer_native import nn, ops
 from adalayer_native.allocation import Budget, allocate, estimate_bytes
 from adalayer_native.compress import Compressed, compress
+from adalayer_native.engine import Engine, compile, load
 from adalayer_native.errors import (
     AdaError,
     BudgetError,
     CalibrationError,
     DataError,
     FileFormatError,
+    InputError,
     PlanError,
     UnsupportedModelError,
 )
@@ -37,7 +39,9 @@ __all__ = [
     "CalibrationError",
     "Compressed",
     "DataError",
+    "Engine",
     "FileFormatError",
+    "InputError",
     "LayerPlan",
     "LayerScores",
     "Plan",
@@ -46,11 +50,13 @@ __all__ = [
     "allocate",
     "analyze",
     "calibrate",
+    "compile",
     "compress",
     "convert",
     "estimate_bytes",
     "finetune",
     "get_num_threads",
+    "load",
     "nn",
     "ops",
     "prepare",

@@ -14,6 +14,7 @@ __all__ = [
     "CalibrationError",
     "DataError",
     "FileFormatError",
+    "InputError",
     "PlanError",
     "UnsupportedModelError",
 ]
@@ -41,6 +42,10 @@ class DataError(AdaError, ValueError):
 
 class FileFormatError(AdaError, ValueError):
     """A file that is missing, corrupt, or does not hold what its reader expects."""
+
+
+class InputError(AdaError, ValueError):
+    """A tensor that a compiled engine cannot take: wrong number, type, shape, device or size."""
 
 
 class PlanError(AdaError, ValueError):

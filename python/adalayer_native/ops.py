@@ -11,6 +11,7 @@ them; scales and biases are ``float32[out_channels]``.
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ __all__ = [
     "active_isa",
     "conv2d",
     "conv2d_u8",
+    "conv_transpose2d",
     "fake_quantize",
     "force_isa",
     "get_num_threads",
@@ -37,6 +39,7 @@ __all__ = [
 ]
 
 _INF = float("inf")
+_HEADER_BYTES = 64
 
 _library = torch.library.Library("adalayer", "DEF")
 
@@ -53,6 +56,12 @@ _library.define(
     "conv2d_u8(Tensor x, Tensor weight_packed, Tensor scale, Tensor bias, int input_zero_point, "
     "int output_zero_point, int[2] kernel_size, int[2] stride, int[4] padding, int[2] dilation, "
     "int groups, int lo=0, int hi=255) -> Tensor"
+)
+_library.define(
+    "conv_transpose2d(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor bias, "
+    "float input_scale, int input_zero_point, int input_bits, int[2] kernel_size, int[2] stride, "
+    "int[2] padding, SymInt[2] output_padding, int[2] dilation, int groups, float? lo=None, "
+    "float? hi=None, float output_scale=0.0, int output_zero_point=0, int output_bits=0) -> Tensor"
 )
 _library.define(
     "linear(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor bias, float input_scale, "
@@ -251,7 +260,7 @@ def _check_parameters(op: str, packed: Tensor, scale: Tensor, bias: Tensor) -> N
             )
 
 
-# ---------------------------------------------------------------------------------- conv2d, linear
+# ------------------------------------------------------------------------------------------ conv2d
 
 
 try:
@@ -463,6 +472,165 @@ def _conv2d_u8_fake(
     return _empty_like_input(x, scale.shape[0], kernel_size, stride, padding, dilation)
 
 
+# ----------------------------------------------------------------------------- conv_transpose2d
+
+# Weights of transposed convolutions with their kernels flipped, by their canonical header, which
+# holds a hash of the content. Small next to the layouts that the kernels derive from them.
+_FLIPPED_LIMIT = 64
+_flipped: OrderedDict[bytes, Tensor] = OrderedDict()
+_flipped_lock = threading.Lock()
+
+
+def _flipped_weight(packed: Tensor) -> Tensor:
+    key = packed[:_HEADER_BYTES].numpy().tobytes()
+    with _flipped_lock:
+        found = _flipped.get(key)
+        if found is not None:
+            _flipped.move_to_end(key)
+            return found
+    flipped = pack_weight(unpack_weight(packed).flip(2, 3), packed_info(packed)["bits"])
+    with _flipped_lock:
+        _flipped[key] = flipped
+        while len(_flipped) > _FLIPPED_LIMIT:
+            _flipped.popitem(last=False)
+    return flipped
+
+
+def _transposed_padding(
+    kernel_size: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, int, int, int]:
+    """(top, left, bottom, right) around the spread-out input; a negative one cuts off."""
+    top, left = (d * (k - 1) - p for d, k, p in zip(dilation, kernel_size, padding, strict=True))
+    return top, left, top + output_padding[0], left + output_padding[1]
+
+
+def _conv_transpose_out_shape(
+    x: Tensor,
+    out_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, int, int, int]:
+    _check_input("conv_transpose2d", x, _FLOATS, 4)
+    if min(stride) < 1 or min(dilation) < 1:
+        raise ValueError(
+            "adalayer::conv_transpose2d: stride and dilation must be at least 1, "
+            f"got {list(stride)} and {list(dilation)}"
+        )
+    sizes = []
+    for axis in range(2):
+        extra = output_padding[axis]
+        if extra < 0 or extra >= max(stride[axis], dilation[axis]):
+            raise ValueError(
+                "adalayer::conv_transpose2d: output_padding must be at least 0 and smaller than "
+                f"stride {list(stride)} or dilation {list(dilation)}, got {list(output_padding)}"
+            )
+        reach = dilation[axis] * (kernel_size[axis] - 1) + 1
+        sizes.append((x.shape[2 + axis] - 1) * stride[axis] - 2 * padding[axis] + reach + extra)
+        if sizes[axis] < 1:
+            raise ValueError(
+                f"adalayer::conv_transpose2d: an input of {list(x.shape)} with padding "
+                f"{list(padding)} leaves no output"
+            )
+    return x.shape[0], out_channels, sizes[0], sizes[1]
+
+
+def _conv_transpose2d_cpu(
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor,
+    input_scale: float,
+    input_zero_point: int,
+    input_bits: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    lo: float | None = None,
+    hi: float | None = None,
+    output_scale: float = 0.0,
+    output_zero_point: int = 0,
+    output_bits: int = 0,
+) -> Tensor:
+    """A convolution with the flipped kernel over the input, its pixels ``stride`` apart.
+
+    The 0.0 between them is a level of every grid and adds nothing to the integer sums.
+    """
+    _check_parameters("conv_transpose2d", weight_packed, weight_scale, bias)
+    shape = _conv_transpose_out_shape(
+        x, weight_scale.shape[0], kernel_size, stride, padding, output_padding, dilation
+    )
+    layout = torch.channels_last if _channels_last(x) else torch.contiguous_format
+    n, channels, h, w = x.shape
+    spread = torch.empty(
+        (n, channels, (h - 1) * stride[0] + 1, (w - 1) * stride[1] + 1),
+        dtype=x.dtype,
+        memory_format=layout,
+    ).zero_()
+    spread[:, :, :: stride[0], :: stride[1]] = x
+    around = _transposed_padding(kernel_size, padding, output_padding, dilation)
+    if min(around) < 0:
+        top, left, bottom, right = (max(-p, 0) for p in around)
+        spread = spread[:, :, top : spread.shape[2] - bottom, left : spread.shape[3] - right]
+        spread = spread.contiguous(memory_format=layout)
+        around = tuple(max(p, 0) for p in around)  # type: ignore[assignment]
+    out = conv2d_direct(
+        spread,
+        _flipped_weight(weight_packed),
+        weight_scale,
+        bias,
+        input_scale,
+        input_zero_point,
+        input_bits,
+        kernel_size,
+        (1, 1),
+        around,
+        dilation,
+        groups,
+        lo,
+        hi,
+        None,
+        output_scale,
+        output_zero_point,
+        output_bits,
+    )
+    assert tuple(out.shape) == shape
+    return out
+
+
+def _conv_transpose2d_fake(
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor,
+    input_scale: float,
+    input_zero_point: int,
+    input_bits: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    dilation: Sequence[int],
+    *rest: Any,
+) -> Tensor:
+    shape = _conv_transpose_out_shape(
+        x, weight_scale.shape[0], kernel_size, stride, padding, output_padding, dilation
+    )
+    layout = torch.channels_last if _channels_last(x) else torch.contiguous_format
+    return x.new_empty(shape).contiguous(memory_format=layout)
+
+
+# ------------------------------------------------------------------------------------------ linear
+
+
 def _linear_cpu(
     x: Tensor,
     weight_packed: Tensor,
@@ -562,6 +730,7 @@ def _fake_quantize_fake(x: Tensor, scale: float, zero_point: int, bits: int) -> 
 for _name, _cpu, _fake in (
     ("conv2d", _conv2d_cpu, _conv2d_fake),
     ("conv2d_u8", _conv2d_u8_cpu, _conv2d_u8_fake),
+    ("conv_transpose2d", _conv_transpose2d_cpu, _conv_transpose2d_fake),
     ("linear", _linear_cpu, _linear_fake),
     ("quantize", _quantize_cpu, _quantize_fake),
     ("fake_quantize", _fake_quantize_cpu, _fake_quantize_fake),
@@ -571,6 +740,7 @@ for _name, _cpu, _fake in (
 
 conv2d = torch.ops.adalayer.conv2d.default
 conv2d_u8 = torch.ops.adalayer.conv2d_u8.default
+conv_transpose2d = torch.ops.adalayer.conv_transpose2d.default
 linear = torch.ops.adalayer.linear.default
 quantize = torch.ops.adalayer.quantize.default
 fake_quantize = torch.ops.adalayer.fake_quantize.default

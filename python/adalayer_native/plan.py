@@ -26,7 +26,7 @@ __all__ = ["LayerPlan", "Plan", "layer_kind", "supported_layers"]
 
 PLAN_FORMAT = "adalayer-plan"
 PLAN_VERSION = 1
-KINDS = ("conv2d", "linear")
+KINDS = ("conv2d", "conv_transpose2d", "linear")
 PATTERNS = ("unstructured",)
 MIN_BITS, MAX_BITS = 2, 8
 
@@ -37,7 +37,7 @@ class LayerPlan:
 
     Attributes:
         name: the layer's name in ``model.named_modules()``.
-        kind: ``"conv2d"`` or ``"linear"``.
+        kind: ``"conv2d"``, ``"conv_transpose2d"`` or ``"linear"``.
         params: number of weights (the bias is not counted).
         bits: bits per weight, 2 to 8; ``None`` leaves the layer in float.
         sparsity: share of weights set to zero, ``0 <= sparsity < 1``.
@@ -297,14 +297,18 @@ class Plan:
 
 
 def layer_kind(module: nn.Module) -> str:
-    """``"conv2d"`` or ``"linear"`` for a supported layer."""
+    """``"conv2d"``, ``"conv_transpose2d"`` or ``"linear"`` for a supported layer."""
     from torch import nn
 
+    if isinstance(module, nn.ConvTranspose2d):
+        return "conv_transpose2d"
     return "conv2d" if isinstance(module, nn.Conv2d) else "linear"
 
 
 def supported_layers(model: nn.Module) -> dict[str, Any]:
-    """All ``nn.Conv2d`` and ``nn.Linear`` modules of ``model`` by name, in the model's order.
+    """All ``nn.Conv2d``, ``nn.ConvTranspose2d`` and ``nn.Linear`` modules of ``model`` by name.
+
+    They come in the model's order.
 
     Raises:
         UnsupportedModelError: one module is registered under two names, or two layers share
@@ -316,7 +320,7 @@ def supported_layers(model: nn.Module) -> dict[str, Any]:
     module_names: dict[int, str] = {}
     weight_names: dict[int, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, (nn.Conv2d, nn.Linear)):
+        if not isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             continue
         if id(module) in module_names:
             raise UnsupportedModelError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adalayer_native.errors import CalibrationError, PlanError
 
@@ -33,6 +33,30 @@ def weight_range(bits: int) -> tuple[int, int]:
 def per_channel(scale: Tensor, ndim: int) -> Tensor:
     """View a ``[O]`` scale so that it broadcasts over a ``[O, ...]`` weight of ``ndim`` axes."""
     return scale.view(-1, *([1] * (ndim - 1)))
+
+
+def conv_form(layer: nn.Module, weight: Tensor) -> Tensor:
+    """A tensor of the layer's weight shape, output channels first: ``[O, I/groups, KH, KW]``.
+
+    That is how weights are rounded, packed and stored. Only a transposed convolution differs: its
+    ``[I, O/groups, KH, KW]`` is transposed within each group (and not flipped). Differentiable.
+    """
+    if not isinstance(layer, nn.ConvTranspose2d):
+        return weight
+    inputs, outputs, *kernel = weight.shape
+    groups = layer.groups
+    grouped = weight.reshape(groups, inputs // groups, outputs, *kernel)
+    return grouped.transpose(1, 2).reshape(groups * outputs, inputs // groups, *kernel)
+
+
+def layer_form(layer: nn.Module, weight: Tensor) -> Tensor:
+    """Inverse of :func:`conv_form`."""
+    if not isinstance(layer, nn.ConvTranspose2d):
+        return weight
+    outputs, inputs, *kernel = weight.shape
+    groups = layer.groups
+    grouped = weight.reshape(groups, outputs // groups, inputs, *kernel)
+    return grouped.transpose(1, 2).reshape(groups * inputs, outputs // groups, *kernel)
 
 
 def round_weight(weight: Tensor, scale: Tensor, bits: int, mask: Tensor | None = None) -> Tensor:

@@ -119,7 +119,8 @@ TEST(forcing_by_name) {
   }
   force_isa("scalar");
   // An unknown name is an error that lists the valid ones, and changes nothing.
-  CHECK_THROWS(force_isa("avx1024"), InvalidArgument, "valid: auto, scalar, avx2, avx512vnni, amx");
+  CHECK_THROWS(force_isa("avx1024"), InvalidArgument,
+               "valid: auto, scalar, avx2, avxvnni, avx512vnni, amx");
   CHECK_THROWS(force_isa("avx1024"), InvalidArgument, "'avx1024'");
   CHECK_THROWS(force_isa("AVX2"), InvalidArgument, "unknown");
   CHECK_THROWS(force_isa("avx2 "), InvalidArgument, "unknown");

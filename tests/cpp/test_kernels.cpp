@@ -1,7 +1,6 @@
 // Kernels of every instruction set against the scalar reference, in C++ so that the sanitizers see
 // them: packed weights, activations, scales and outputs live in memory of exactly their size
 // between unreadable pages, so that a stray read or write is an error, not luck.
-#include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -20,6 +19,7 @@
 #include "core/status.hpp"
 #include "cpu/dispatch.hpp"
 #include "cpu/kernel_table.hpp"
+#include "exact.hpp"
 #include "formats/canonical.hpp"
 #include "formats/panels.hpp"
 #include "reference/reference.hpp"
@@ -85,50 +85,6 @@ ConvShape random_shape() {
     }
   }
 }
-
-/// Memory of exactly `count` elements with an unreadable page behind it (or, for every second
-/// buffer, in front of it): vector instructions, which the sanitizers do not see, fault there too.
-template <class T>
-class Exact {
- public:
-  explicit Exact(size_t count) : count_(count), page_(static_cast<size_t>(getpagesize())) {
-    const size_t bytes = count * sizeof(T);
-    span_ = (bytes + page_ - 1) / page_ * page_ + 2 * page_;
-    base_ = static_cast<uint8_t*>(
-        mmap(nullptr, span_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    if (base_ == MAP_FAILED) throw Error("mmap failed");
-    mprotect(base_, page_, PROT_NONE);
-    mprotect(base_ + span_ - page_, page_, PROT_NONE);
-    thread_local bool at_front = false;
-    at_front = !at_front;
-    data_ = reinterpret_cast<T*>(at_front ? base_ + page_ : base_ + span_ - page_ - bytes);
-  }
-  template <class Range>
-  static Exact of(const Range& values) {
-    Exact copy(values.size());
-    std::copy(values.begin(), values.end(), copy.data());
-    return copy;
-  }
-  Exact(Exact&& other) noexcept
-      : count_(other.count_),
-        page_(other.page_),
-        span_(other.span_),
-        base_(std::exchange(other.base_, nullptr)),
-        data_(other.data_) {}
-  Exact& operator=(Exact&&) = delete;
-  ~Exact() {
-    if (base_ != nullptr) munmap(base_, span_);
-  }
-
-  T* data() const { return data_; }
-  size_t size() const { return count_; }
-  T& operator[](size_t i) const { return data_[i]; }
-
- private:
-  size_t count_, page_, span_ = 0;
-  uint8_t* base_ = nullptr;
-  T* data_ = nullptr;
-};
 
 /// Runs one layer on the active instruction set into a buffer of exactly the output's size.
 template <class T>
@@ -215,6 +171,147 @@ TEST(unpacking) {
       CHECK(got == want);
     }
   }
+}
+
+// How weights and levels are filled: the extremes are where int16 sums would overflow.
+enum class Fill { Random, Small, Low, High, Mixed };
+constexpr Fill kFills[] = {Fill::Random, Fill::Small, Fill::Low, Fill::High, Fill::Mixed};
+
+int fill_value(Fill fill, int low, int high) {
+  switch (fill) {
+    case Fill::Low:
+      return low;
+    case Fill::High:
+      return high;
+    case Fill::Mixed:
+      return uniform(0, 1) == 0 ? low : high;
+    case Fill::Small:  // most near the middle, some at the ends
+      return uniform(0, 19) == 0 ? uniform(low, high)
+                                 : std::clamp((low + high) / 2 + uniform(-9, 9), low, high);
+    default:
+      return uniform(low, high);
+  }
+}
+
+/// Operands of one product of the kernel table, in memory of exactly the size that they may read.
+struct Product {
+  int bits, rows, steps, tiles;
+  int64_t row_stride;
+  std::vector<int64_t> offsets;
+  std::vector<uint8_t> live;
+  std::vector<int8_t> weights;  // unpacked tiles [tiles][steps]
+  formats::Panels panels;       // the same, packed
+  Exact<uint8_t> levels;
+
+  Product(int width, int row_count, int step_count, int tile_count, Fill weight_fill,
+          Fill level_fill)
+      : bits(width),
+        rows(row_count),
+        steps(step_count),
+        tiles(tile_count),
+        row_stride(16 * uniform(1, 6)),
+        levels(static_cast<size_t>(31 * row_stride + step_count * 80 + 64)) {
+    // The last step may be partly live; weights beyond are zero, levels beyond are neighbours'.
+    ConvShape s;
+    s.batch = s.in_h = s.in_w = s.kernel_h = s.kernel_w = 1;
+    s.in_channels = steps * 64 - uniform(0, 40);
+    s.out_channels = tiles * 16 - uniform(0, 15);
+    std::vector<int8_t> dense(static_cast<size_t>(s.in_channels * s.out_channels));
+    for (auto& w : dense)
+      w = static_cast<int8_t>(fill_value(weight_fill, -(1 << (bits - 1)), (1 << (bits - 1)) - 1));
+    panels = formats::build_panels(s, dense, bits);
+    if (panels.reduction.steps != steps) throw Error("the test's reduction has another length");
+    live = panels.live_quads;
+    weights.resize(static_cast<size_t>(tiles * steps) * formats::kTileBytes);
+    formats::unpack_tiles_scalar(panels.data.data(), bits, tiles * steps, weights.data());
+    for (int step = 0; step < steps; ++step)
+      offsets.push_back(step * 64 + uniform(0, step * 16));
+    for (size_t i = 0; i < levels.size(); ++i)
+      levels[i] = static_cast<uint8_t>(fill_value(level_fill, 0, 255));
+  }
+
+  const int8_t* tile(int t) const { return weights.data() + t * steps * formats::kTileBytes; }
+
+  int64_t want(int row, int column) const {
+    int64_t sum = 0;
+    for (int s = 0; s < steps; ++s)
+      for (int d = 0; d < 64; ++d)
+        sum += int64_t{levels[static_cast<size_t>(row * row_stride + offsets[s] + d)]} *
+               tile(column / 16)[s * formats::kTileBytes + d / 4 * 64 + column % 16 * 4 + d % 4];
+    return sum;
+  }
+};
+
+/// The matrix product of every row of the table, alone: 1..32 rows, one and two column tiles.
+TEST(gemm_of_every_row) {
+  int i = 0;
+  for (int bits = 2; bits <= 8; ++bits)
+    for (int rows = 1; rows <= cpu::kBlockRows; ++rows) {
+      const int steps = 1 + i % 7, tiles = 1 + i / 7 % 2;
+      const Product p(bits, rows, steps, tiles, kFills[i % 5], kFills[i / 5 % 5]);
+      ++i;
+      for (const cpu::KernelRow* row : cpu::kernel_rows()) {
+        if (!isa_supported(row->isa)) continue;
+        std::vector<int32_t> sums(cpu::kBlockRows * cpu::kBlockCols, -1);
+        cpu::GemmArgs g{};
+        g.activations = p.levels.data();
+        g.row_stride = p.row_stride;
+        g.step_offsets = p.offsets.data();
+        g.live_quads = p.live.data();
+        g.steps = steps;
+        g.tile0 = p.tile(0);
+        g.tile1 = tiles == 2 ? p.tile(1) : nullptr;
+        g.weight_bits = bits;
+        g.rows = rows;
+        g.sums = sums.data();
+        row->begin();
+        row->gemm(g);
+        row->end();
+        bool equal = true;
+        for (int r = 0; r < rows; ++r)
+          for (int c = 0; c < tiles * 16; ++c)
+            equal = equal && sums[static_cast<size_t>(r * cpu::kBlockCols + c)] == p.want(r, c);
+        CHECK(equal);
+      }
+    }
+}
+
+/// The matrix-vector product of every row of the table, and what the machine has in place of it.
+TEST(gemv_of_every_row) {
+  int i = 0;
+  for (int bits = 2; bits <= 8; ++bits)
+    for (int rows = 1; rows <= cpu::kGemvRows; ++rows)
+      for (int steps : {1, 2, 5, 9}) {
+        const int tiles = uniform(1, 4);
+        const Product p(bits, rows, steps, tiles, kFills[i % 5], kFills[i / 5 % 5]);
+        ++i;
+        for (const cpu::KernelRow* row : cpu::kernel_rows()) {
+          if (!isa_supported(row->isa)) continue;
+          for (const cpu::Gemv gemv : {row->gemv, cpu::gemv(*row)}) {
+            const int64_t stride = tiles * 16 + uniform(0, 9);
+            const Exact<int32_t> sums(static_cast<size_t>((rows - 1) * stride + tiles * 16));
+            const auto packed = Exact<uint8_t>::of(std::vector<uint8_t>(
+                p.panels.data.data(), p.panels.data.data() + tiles * steps * 128 * bits));
+            cpu::GemvArgs g{};
+            g.activations = p.levels.data();
+            g.row_stride = p.row_stride;
+            g.step_offsets = p.offsets.data();
+            g.steps = steps;
+            g.packed = packed.data();
+            g.bits = bits;
+            g.rows = rows;
+            g.column_tiles = tiles;
+            g.sums = sums.data();
+            g.sums_stride = stride;
+            gemv(g);
+            bool equal = true;
+            for (int r = 0; r < rows; ++r)
+              for (int c = 0; c < tiles * 16; ++c)
+                equal = equal && sums[static_cast<size_t>(r * stride + c)] == p.want(r, c);
+            CHECK(equal);
+          }
+        }
+      }
 }
 
 TEST(canonical_round_trip_and_damage) {

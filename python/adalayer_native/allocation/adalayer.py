@@ -22,6 +22,7 @@ from ..importance.analyze import dequantized
 from ..importance.scores import LayerScores
 from ..plan import Plan
 from ..pruning.masks import magnitude_mask, pruned_count
+from ..rounding import conv_form
 from .closed_form import MAX_BITS, MIN_BITS, closed_form
 from .evaluate import Evaluator, Measurement, best_of
 from .problem import PERCENTS, Choice, Problem
@@ -292,7 +293,8 @@ def _error_table(problem: Problem, scores: LayerScores) -> np.ndarray:
     result = np.empty((len(problem.free), MAX_BITS - MIN_BITS + 1, PERCENTS))
     percents = np.arange(PERCENTS)
     for row, name in enumerate(problem.free):
-        weight = problem.layers[name].weight.detach().float()
+        layer = problem.layers[name]
+        weight = conv_form(layer, layer.weight.detach().float())
         step = max(1, -(-weight.numel() // SAMPLE))
         weight = weight[::step]
         energy = np.concatenate(

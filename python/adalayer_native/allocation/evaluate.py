@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from .._files import write_text_atomic
 from ..errors import CalibrationError
-from ..importance.analyze import dequantized, eval_mode
+from ..importance.analyze import dequantized_layer, eval_mode
 from ..importance.batches import LossFn, iterate, loss_of, tensor_bytes
 from ..pruning.masks import magnitude_mask
 
@@ -136,10 +136,10 @@ class Evaluator:
         """Masked and dequantized weight of a layer, remembered."""
         key = (name, bits, round(sparsity, 6))
         if key not in self._weights:
-            weight = self.modules[name].weight
-            assert isinstance(weight, torch.Tensor)
-            mask = magnitude_mask(weight, sparsity) if sparsity > 0 else None
-            value = dequantized(weight, bits, mask)
+            layer = self.modules[name]
+            assert isinstance(layer.weight, torch.Tensor)
+            mask = magnitude_mask(layer.weight, sparsity) if sparsity > 0 else None
+            value = dequantized_layer(layer, bits, mask)
             self._held += value.numel() * value.element_size()
             if self._held > WEIGHT_CACHE:
                 self._weights.clear()

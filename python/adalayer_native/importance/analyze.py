@@ -19,7 +19,7 @@ from .._files import write_text_atomic
 from .._progress import ProgressBar
 from ..errors import CalibrationError, UnsupportedModelError
 from ..plan import layer_kind, supported_layers
-from ..rounding import quantize_weight
+from ..rounding import conv_form, layer_form, quantize_weight
 from .batches import LossFn, iterate, metric_name, tensor_bytes
 from .flops import count_flops
 from .registry import CRITERIA, Probe
@@ -45,7 +45,7 @@ def analyze(
     cache: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> LayerScores:
-    """Score every ``nn.Conv2d`` and ``nn.Linear`` of a model, eq. (1): ``I = alpha A + beta F``.
+    """Score every supported layer of a model, eq. (1): ``I = alpha A + beta F``.
 
     A is the criterion's value over the largest of all layers (negative values count 0); for
     ``"accuracy"`` that value is the increase of the loss when this layer alone is quantized to
@@ -80,7 +80,7 @@ def analyze(
     if not (math.isfinite(alpha) and math.isfinite(beta) and alpha >= 0 and beta >= 0):
         raise ValueError(f"alpha and beta must be finite and not negative, got {alpha}, {beta}")
     layers = checked_layers(model)
-    quantized = {name: dequantized(layer.weight, probe_bits) for name, layer in layers.items()}
+    quantized = {name: dequantized_layer(layer, probe_bits) for name, layer in layers.items()}
     memory = _Cache(cache, model, f"{criterion} {probe_bits} {_loss_name(loss_fn)}")
     sums = dict.fromkeys(layers, 0.0)
     loss_sum, samples, labelled = 0.0, 0, False
@@ -161,7 +161,8 @@ def checked_layers(model: nn.Module) -> dict[str, Any]:
     layers = supported_layers(model)
     if not layers:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no supported layer (nn.Conv2d or nn.Linear)"
+            f"{type(model).__name__} has no supported layer "
+            "(nn.Conv2d, nn.ConvTranspose2d or nn.Linear)"
         )
     for name, layer in layers.items():
         if isinstance(layer.weight, nn.parameter.UninitializedParameter):
@@ -177,10 +178,23 @@ def checked_layers(model: nn.Module) -> dict[str, Any]:
 
 @torch.no_grad()
 def dequantized(weight: torch.Tensor, bits: int, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Weight after rounding to ``bits`` with the best scale per channel; same shape and dtype."""
+    """Weight after rounding to ``bits`` with the best scale per channel; same shape and dtype.
+
+    The output channels of ``weight`` come first, as in :func:`adalayer_native.rounding.conv_form`.
+    """
     integers, scale = quantize_weight(weight.detach(), bits, mask)
     shape = (-1,) + (1,) * (weight.dim() - 1)
     return (integers.to(scale.dtype) * scale.view(shape)).to(weight.dtype)
+
+
+def dequantized_layer(
+    layer: torch.nn.Module, bits: int, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """:func:`dequantized` weight of a layer, in the shape that the layer has it."""
+    weight = layer.weight
+    assert isinstance(weight, torch.Tensor)
+    kept = None if mask is None else conv_form(layer, mask)
+    return layer_form(layer, dequantized(conv_form(layer, weight.detach()), bits, kept))
 
 
 @contextmanager

@@ -16,7 +16,7 @@ def count_flops(model: nn.Module, layers: dict[str, Any], x: torch.Tensor) -> di
 
     Args:
         model: in eval mode.
-        layers: conv2d and linear modules by name.
+        layers: convolutions, transposed or not, and linear modules by name.
         x: one batch, ``[N, ...]`` with N at least 1.
     """
     flops = dict.fromkeys(layers, 0.0)
@@ -24,9 +24,12 @@ def count_flops(model: nn.Module, layers: dict[str, Any], x: torch.Tensor) -> di
 
     def hook_for(name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-            # Weights per output value: in_channels / groups * kh * kw, or in_features.
-            fan_in = layers[name].weight[0].numel() if layers[name].weight.shape[0] else 0
-            flops[name] += 2.0 * fan_in * output.numel() / x.shape[0]
+            # Weights per value: in_channels / groups * kh * kw or in_features per output value;
+            # a transposed convolution has out_channels / groups * kh * kw per input value.
+            transposed = isinstance(module, nn.ConvTranspose2d)
+            values = inputs[0].numel() if transposed else output.numel()
+            per_value = layers[name].weight[0].numel() if layers[name].weight.shape[0] else 0
+            flops[name] += 2.0 * per_value * values / x.shape[0]
 
         return hook
 

@@ -28,7 +28,7 @@ class LayerScore:
 
     Attributes:
         name: the layer's name in ``model.named_modules()``.
-        kind: ``"conv2d"`` or ``"linear"``.
+        kind: ``"conv2d"``, ``"conv_transpose2d"`` or ``"linear"``.
         params: number of weights.
         flops: floating-point operations for one sample (a multiply-add counts 2), summed over
             all calls of the layer.

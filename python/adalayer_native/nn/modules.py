@@ -1,4 +1,4 @@
-"""Conv2d, Linear and FakeQuantize over the native kernels.
+"""Conv2d, ConvTranspose2d, Linear and FakeQuantize over the native kernels.
 
 The modules hold the canonical packed weights as buffers, so ``state_dict``, ``deepcopy`` and
 safetensors carry the same device-neutral bytes that the ``.safetensors`` model file has:
@@ -14,7 +14,7 @@ safetensors carry the same device-neutral bytes that the ``.safetensors`` model 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from adalayer_native import _C, ops
 from adalayer_native.errors import FileFormatError, UnsupportedModelError
-from adalayer_native.rounding import quantize_weight
+from adalayer_native.rounding import conv_form, quantize_weight
 
-__all__ = ["Conv2d", "FakeQuantize", "Linear"]
+__all__ = ["Conv2d", "ConvTranspose2d", "FakeQuantize", "Linear"]
 
 Activation = str | tuple[float | None, float | None] | None
 
@@ -95,7 +95,9 @@ class _RefuseBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, out: Tensor, x: Tensor, name: str) -> Tensor:
         ctx.layer = name
-        return out.view_as(out)
+        # Not a view of it: what reads the result may overwrite it.
+        ctx.mark_dirty(out)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -103,6 +105,17 @@ class _RefuseBackward(torch.autograd.Function):
             f"backward through the native layer {ctx.layer} is not possible: it computes in "
             "integers. Train the prepared model (adalayer_native.prepare) and convert it again."
         )
+
+
+# Newer versions of torch say whether an export is under way; older ones keep the node.
+_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+
+
+def _refuse_backward(out: Tensor, x: Tensor, label: Callable[[], str]) -> Tensor:
+    """``out``, whose backward is an error that names the layer; an export has no backward."""
+    if torch.is_grad_enabled() and x.requires_grad and not _exporting():
+        return _RefuseBackward.apply(out, x, label())
+    return out
 
 
 class _QuantizedInput(nn.Module):
@@ -230,9 +243,7 @@ class _NativeLayer(_QuantizedInput):
         raise AssertionError("each layer type says its own size")
 
     def _finish(self, out: Tensor, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and x.requires_grad:
-            return _RefuseBackward.apply(out, x, self._label())
-        return out
+        return _refuse_backward(out, x, self._label)
 
     def extra_repr(self) -> str:
         info = ops.packed_info(self.weight_packed)
@@ -448,6 +459,184 @@ def _explicit_padding(conv: nn.Conv2d) -> tuple[int, int, int, int]:
     return _padding4(conv.padding)  # type: ignore[arg-type]
 
 
+class ConvTranspose2d(_NativeLayer):
+    """Transposed 2-d convolution with packed b-bit weights on the u8 grid of its input.
+
+    Arithmetic, dtypes and memory formats as :class:`Conv2d`. The packed weight has the form of a
+    convolution's, ``[O, I/groups, KH, KW]``: torch's ``[I, O/groups, KH, KW]`` transposed within
+    each group and not flipped, so that there is one scale per output channel.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bits: int,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        qparams: Tensor,
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        output_padding: tuple[int, int],
+        dilation: tuple[int, int],
+        groups: int,
+        activation: Activation,
+    ) -> None:
+        super().__init__()
+        if weight.dim() != 4:
+            raise ValueError(f"weight must be [O, I/groups, KH, KW], got {list(weight.shape)}")
+        if groups < 1 or weight.shape[0] % groups:
+            raise ValueError(f"{weight.shape[0]} output channels do not divide in {groups} groups")
+        if min(stride) < 1 or min(dilation) < 1 or min(padding) < 0:
+            raise ValueError(
+                "stride and dilation must be at least 1 and padding at least 0, "
+                f"got {stride}, {dilation} and {padding}"
+            )
+        for extra, step, spread in zip(output_padding, stride, dilation, strict=True):
+            if not 0 <= extra < max(step, spread):
+                raise ValueError(
+                    f"output_padding must be at least 0 and smaller than stride {stride} or "
+                    f"dilation {dilation}, got {output_padding}"
+                )
+        self.out_channels = weight.shape[0]
+        self.in_channels = weight.shape[1] * groups
+        self.kernel_size = (weight.shape[2], weight.shape[3])
+        self.stride, self.padding, self.dilation = stride, padding, dilation
+        self.output_padding = output_padding
+        self.groups = groups
+        self._set_weight(weight, bits, weight_scale, bias, activation)
+        self._set_grid(qparams)
+        self.__dict__["output_grid"] = None  # as in Conv2d
+
+    output_grid: FakeQuantize | None
+
+    @classmethod
+    def from_quantized(
+        cls,
+        weight: Tensor,
+        bits: int,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        *,
+        input_scale: float,
+        input_zero_point: int,
+        input_bits: int = 8,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        output_padding: int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        activation: Activation = None,
+    ) -> ConvTranspose2d:
+        """From int8 weights ``[O, I/groups, KH, KW]``, not flipped.
+
+        Padding is an int or (h, w); other arguments and errors as :meth:`Conv2d.from_quantized`.
+        """
+        return cls(
+            weight,
+            bits,
+            weight_scale,
+            bias,
+            _qparams(input_scale, input_zero_point, input_bits),
+            _pair(stride, "stride"),
+            _pair(padding, "padding"),
+            _pair(output_padding, "output_padding"),
+            _pair(dilation, "dilation"),
+            groups,
+            activation,
+        )
+
+    @classmethod
+    def from_float(
+        cls,
+        conv: nn.ConvTranspose2d,
+        bits: int = 8,
+        *,
+        input_range: tuple[float, float],
+        input_bits: int = 8,
+        activation: Activation = None,
+    ) -> ConvTranspose2d:
+        """Rounds a float layer; arguments and errors as :meth:`Conv2d.from_float`."""
+        weight, scale = quantize_weight(conv_form(conv, conv.weight.detach().float()), bits)
+        input_scale, zero_point = _grid_of(*input_range, input_bits)
+        return cls.from_quantized(
+            weight,
+            bits,
+            scale,
+            conv.bias,
+            input_scale=input_scale,
+            input_zero_point=zero_point,
+            input_bits=input_bits,
+            stride=conv.stride,
+            padding=conv.padding,  # type: ignore[arg-type]
+            output_padding=conv.output_padding,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            activation=activation,
+        )
+
+    def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """``x`` convolved; ``output_size`` (h, w) or a whole shape overrules output_padding."""
+        self._check(x, self.in_channels, 1, 4)
+        grid = self.output_grid
+        out = ops.conv_transpose2d(
+            x,
+            self.weight_packed,
+            self.weight_scale,
+            self.bias,
+            self.input_scale,
+            self.input_zero_point,
+            self.input_bits,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.output_padding if output_size is None else self._extra(x, output_size),
+            self.dilation,
+            self.groups,
+            self.lo,
+            self.hi,
+            0.0 if grid is None else grid.input_scale,
+            0 if grid is None else grid.input_zero_point,
+            0 if grid is None else grid.input_bits,
+        )
+        return self._finish(out, x)
+
+    def _extra(self, x: Tensor, output_size: Sequence[int]) -> tuple[int, int]:
+        """The output padding that gives the wanted size."""
+        extra = [
+            wanted - ((size - 1) * s - 2 * p + d * (k - 1) + 1)
+            for wanted, size, s, p, d, k in zip(
+                output_size[-2:],
+                x.shape[-2:],
+                self.stride,
+                self.padding,
+                self.dilation,
+                self.kernel_size,
+                strict=True,
+            )
+        ]
+        if any(not 0 <= value < step for value, step in zip(extra, self.stride, strict=True)):
+            raise ValueError(
+                f"{self._label()}: an input of {list(x.shape)} has no output of size "
+                f"{list(output_size)}"
+            )
+        return extra[0], extra[1]
+
+    def _size_repr(self) -> str:
+        text = (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}"
+        )
+        for name, value, default in (
+            ("padding", self.padding, (0, 0)),
+            ("output_padding", self.output_padding, (0, 0)),
+            ("dilation", self.dilation, (1, 1)),
+            ("groups", self.groups, 1),
+        ):
+            if value != default:
+                text += f", {name}={value}"
+        return text
+
+
 class Linear(_NativeLayer):
     """Linear layer with packed b-bit weights on the u8 grid of its input.
 
@@ -551,9 +740,7 @@ class FakeQuantize(_QuantizedInput):
         if x.device.type != "cpu":
             raise ValueError(f"FakeQuantize: native layers run on CPU tensors, got {x.device}")
         out = ops.fake_quantize(x, self.input_scale, self.input_zero_point, self.input_bits)
-        if torch.is_grad_enabled() and x.requires_grad:
-            return _RefuseBackward.apply(out, x, "FakeQuantize")
-        return out
+        return _refuse_backward(out, x, lambda: "FakeQuantize")
 
     def extra_repr(self) -> str:
         return (

@@ -14,7 +14,11 @@ from adalayer_native.errors import FileFormatError
 from adalayer_native.plan import LayerPlan, Plan, layer_kind, supported_layers
 from adalayer_native.quantization import ops_table as table
 from adalayer_native.quantization.exact import check_calibrated, fold
-from adalayer_native.quantization.fake_quant import QuantConv2d, QuantLinear
+from adalayer_native.quantization.fake_quant import (
+    QuantConv2d,
+    QuantConvTranspose2d,
+    QuantLinear,
+)
 from adalayer_native.quantization.graph import (
     ACT_ROOT,
     build_prepared,
@@ -23,15 +27,14 @@ from adalayer_native.quantization.graph import (
     set_submodule,
 )
 
-_FULL_RANGE = (float("-inf"), float("inf"))
-
 
 def convert(prepared: fx.GraphModule) -> fx.GraphModule:
     """Replace every quantized layer by its native counterpart.
 
     Batch norms that follow a native layer are folded into its scale and bias and leave the graph
-    (an ``nn.Identity`` keeps their name), and so does what is the only reader of a convolution: a
-    residual addition (it becomes the layer's second argument), then a relu, relu6 or clamp.
+    (an ``nn.Identity`` keeps their name). So do dropout and stochastic depth, which do nothing
+    outside training, and what is the only reader of a convolution: a residual addition (it becomes
+    the layer's second argument), then a relu, relu6 or clamp.
     Activation quantizers that only native layers read are dropped, since a native layer quantizes
     its own input on the same grid; the others become ``nn.FakeQuantize``, and a convolution that
     one follows directly puts its output on that grid itself.
@@ -53,6 +56,7 @@ def convert(prepared: fx.GraphModule) -> fx.GraphModule:
     check_calibrated(prepared)
     native = copy.deepcopy(prepared)
     native.eval()
+    _drop_identities(native)
     clamps = _fuse(native, entries)
     for name in entries:
         set_submodule(native, name, _native_layer(prepared, name, clamps.get(name)))
@@ -74,7 +78,7 @@ def convert(prepared: fx.GraphModule) -> fx.GraphModule:
 
 
 def _native_layer(prepared: fx.GraphModule, name: str, clamp: Any) -> Any:
-    from adalayer_native.nn import Conv2d, Linear
+    from adalayer_native.nn import Conv2d, ConvTranspose2d, Linear
 
     layer = prepared.get_submodule(name)
     folded = fold(prepared, name)
@@ -88,6 +92,19 @@ def _native_layer(prepared: fx.GraphModule, name: str, clamp: Any) -> Any:
     if isinstance(layer, QuantLinear):
         return Linear.from_quantized(
             folded.weight, layer.bits, folded.weight_scale, folded.bias, **common
+        )
+    if isinstance(layer, QuantConvTranspose2d):
+        return ConvTranspose2d.from_quantized(
+            folded.weight,
+            layer.bits,
+            folded.weight_scale,
+            folded.bias,
+            stride=layer.stride,
+            padding=layer.padding,  # type: ignore[arg-type]
+            output_padding=layer.output_padding,
+            dilation=layer.dilation,
+            groups=layer.groups,
+            **common,
         )
     assert isinstance(layer, QuantConv2d)
     top, bottom, left, right = layer.four_paddings()
@@ -128,8 +145,6 @@ def _fuse(native: fx.GraphModule, entries: dict[str, dict[str, Any]]) -> dict[st
             continue
         bounds = ranges.pop()
         assert bounds is not None
-        if not bounds[0] <= bounds[1] or bounds == _FULL_RANGE:
-            continue
         # A native layer has no bound where torch has an infinite one.
         clamps[name] = tuple(None if abs(bound) == float("inf") else bound for bound in bounds)
         for node, reader in pairs:
@@ -170,16 +185,26 @@ def _fuse_residuals(native: fx.GraphModule, entries: dict[str, dict[str, Any]]) 
 
 def _fuse_output_grids(native: fx.GraphModule) -> None:
     """A convolution whose only reader is a kept quantizer does that quantizer's work."""
-    from adalayer_native.nn import Conv2d, FakeQuantize
+    from adalayer_native.nn import Conv2d, ConvTranspose2d, FakeQuantize
 
     modules = dict(native.named_modules())
-    for node in _single_calls(native, lambda t, m: isinstance(m, Conv2d)):
+    for node in _single_calls(native, lambda t, m: isinstance(m, (Conv2d, ConvTranspose2d))):
         reader = next(iter(node.users))
         grid = modules.get(str(reader.target)) if reader.op == "call_module" else None
         if isinstance(grid, FakeQuantize):
             modules[str(node.target)].__dict__["output_grid"] = grid
             reader.replace_all_uses_with(node)
             native.graph.erase_node(reader)
+
+
+def _drop_identities(native: fx.GraphModule) -> None:
+    modules = dict(native.named_modules())
+    for node in list(native.graph.nodes):
+        if table.is_identity(node, modules):
+            operand = table.source(node)
+            assert operand is not None
+            node.replace_all_uses_with(operand)
+            native.graph.erase_node(node)
 
 
 def _bypass(native: fx.GraphModule, target: str) -> None:
@@ -285,7 +310,7 @@ def _skeleton(
     with torch.no_grad():
         for name in native:
             layer = prepared.get_submodule(name)
-            assert isinstance(layer, (QuantConv2d, QuantLinear))
+            assert isinstance(layer, (QuantConv2d, QuantConvTranspose2d, QuantLinear))
             layer.weight.zero_()  # whatever the model held must not matter, NaN included
             if layer.bias is not None:
                 layer.bias.zero_()

@@ -28,6 +28,8 @@ from adalayer_native.errors import CalibrationError
 from adalayer_native.quantization.fake_quant import (
     ActivationQuantizer,
     QuantConv2d,
+    QuantConvTranspose2d,
+    QuantLayer,
     QuantLinear,
 )
 from adalayer_native.quantization.graph import (
@@ -36,7 +38,7 @@ from adalayer_native.quantization.graph import (
     quantizers_of,
     set_submodule,
 )
-from adalayer_native.rounding import round_weight
+from adalayer_native.rounding import layer_form
 
 
 def fma_float32(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -62,7 +64,7 @@ class FoldedLayer:
     """Everything a native layer stores, computed from a prepared layer.
 
     Attributes:
-        weight: int8, the layer's weight shape.
+        weight: int8, output channels first: ``[O, I/groups, KH, KW]`` or ``[O, I]``.
         weight_scale: float32 ``[O]``, batch norm included; may be negative.
         bias: float32 ``[O]``, batch norm included.
         quantizer: the calibrated quantizer of the layer's input.
@@ -84,7 +86,7 @@ def fold(prepared: nn.Module, name: str) -> FoldedLayer:
     """
     entry = metadata(prepared, "layers")[name]
     layer = prepared.get_submodule(name)
-    assert isinstance(layer, (QuantConv2d, QuantLinear))
+    assert isinstance(layer, (QuantConv2d, QuantConvTranspose2d, QuantLinear))
     quantizer = prepared.get_submodule(entry["input"])
     assert isinstance(quantizer, ActivationQuantizer)
     if not quantizer.calibrated:
@@ -112,23 +114,22 @@ def fold(prepared: nn.Module, name: str) -> FoldedLayer:
             f"layer {name!r}: scale or bias is NaN or infinite after folding batch norm "
             f"{entry['batch_norm']!r}; expected finite parameters and statistics"
         )
-    integers = round_weight(layer.weight, layer.weight_scale, layer.bits, layer.mask)
-    return FoldedLayer(integers.to(torch.int8), scale, bias, quantizer)
+    return FoldedLayer(layer.integers(), scale, bias, quantizer)
 
 
 class ExactLayer:
     """Integer computation of one layer, as installed by :func:`simulate`."""
 
-    def __init__(self, layer: QuantConv2d | QuantLinear, folded: FoldedLayer) -> None:
+    def __init__(self, layer: QuantLayer, folded: FoldedLayer) -> None:
         self.layer = layer
         self.quantizer = folded.quantizer
-        self.weight = folded.weight.double()
+        self.weight = layer_form(layer, folded.weight).double()
         # A float32 product of two float32 numbers, rounded once, as the kernels take it.
         self.multiplier = folded.weight_scale * folded.quantizer.qparams[0]
         self.bias = folded.bias
 
     @torch.no_grad()
-    def run(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Float32 input to float32 output, through the integers."""
         levels = self.quantizer.levels(x.float()).double()
         layer = self.layer
@@ -141,10 +142,13 @@ class ExactLayer:
                 dilation=layer.dilation,
                 groups=layer.groups,
             )
-            multiplier, bias = (t.view(1, -1, 1, 1) for t in (self.multiplier, self.bias))
+        elif isinstance(layer, QuantConvTranspose2d):
+            acc = layer.convolve(levels, self.weight, None, output_size)
         else:
             acc = F.linear(levels, self.weight)
-            multiplier, bias = self.multiplier, self.bias
+        multiplier, bias = self.multiplier, self.bias
+        if not isinstance(layer, QuantLinear):
+            multiplier, bias = (t.view(1, -1, 1, 1) for t in (multiplier, bias))
         # int32 to float32 is one rounding, the first of the two that the kernels make.
         return fma_float32(acc.float(), multiplier, bias)
 

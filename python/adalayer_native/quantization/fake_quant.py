@@ -1,4 +1,4 @@
-"""Modules that simulate integer layers in float: activations, convolution and linear.
+"""Modules that simulate integer layers in float: activations, convolutions and linear layers.
 
 Outside training and in float32 their values are those of the native kernels up to the rounding of
 float32 sums; inside ``simulate(exact=True)`` they are the same bits (see ``exact.py``).
@@ -13,7 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adalayer_native.errors import CalibrationError, PlanError, UnsupportedModelError
-from adalayer_native.rounding import per_channel, quantize_weight, weight_range
+from adalayer_native.rounding import (
+    conv_form,
+    layer_form,
+    per_channel,
+    quantize_weight,
+    round_weight,
+    weight_range,
+)
 
 if TYPE_CHECKING:
     from adalayer_native.quantization.exact import ExactLayer
@@ -162,7 +169,7 @@ def grid(low: float, high: float, bits: int, *, name: str = "") -> tuple[float, 
 
 
 class _QuantLayer:
-    """What the two layers share: bits, mask, scales. Mixed into ``nn.Conv2d`` / ``nn.Linear``."""
+    """What the layers share: bits, mask, scales. Mixed into the float layer's class."""
 
     weight: Tensor
     weight_scale: Tensor
@@ -186,23 +193,37 @@ class _QuantLayer:
         # Set only inside simulate(exact=True): replaces the float computation of forward.
         self.exact = None
         self.register_buffer("mask", mask)
-        self.register_buffer(
-            "weight_scale", torch.ones(self.weight.shape[0], device=self.weight.device)
-        )
+        channels = conv_form(self, self.weight).shape[0]
+        self.register_buffer("weight_scale", torch.ones(channels, device=self.weight.device))
 
     def refresh_scales(self) -> None:
         """Recompute ``weight_scale`` as the MSE-optimal scale of the present weight."""
+        weight, mask = self._conv_form()
         try:
-            _, scale = quantize_weight(self.weight, self.bits, self.mask)
+            _, scale = quantize_weight(weight, self.bits, mask)
         except CalibrationError as error:
             raise CalibrationError(f"layer {self.name!r}: {error}") from None
         self.weight_scale.copy_(scale)
 
     def quantized_weight(self) -> Tensor:
         """Eq. (4): ``W_opt = mask * Q_b(W)``, float32, differentiable straight through."""
-        scale = per_channel(self.weight_scale, self.weight.dim())
-        out: Tensor = _QuantizeWeight.apply(self.weight, scale, self.mask, self.bits)
-        return out
+        assert isinstance(self, nn.Module)
+        weight, mask = self._conv_form()
+        scale = per_channel(self.weight_scale, weight.dim())
+        return layer_form(self, _QuantizeWeight.apply(weight, scale, mask, self.bits))
+
+    @torch.no_grad()
+    def integers(self) -> Tensor:
+        """The integers of the present weight: int8 ``[O, I/groups, ...]``, masked."""
+        weight, mask = self._conv_form()
+        return round_weight(weight, self.weight_scale, self.bits, mask).to(torch.int8)
+
+    def _conv_form(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and mask with the output channels first."""
+        assert isinstance(self, nn.Module)
+        return conv_form(self, self.weight), (
+            None if self.mask is None else conv_form(self, self.mask)
+        )
 
     def _describe(self) -> str:
         text = f", bits={self.bits}"
@@ -267,6 +288,67 @@ class QuantConv2d(_QuantLayer, nn.Conv2d):
         return f"{super().extra_repr()}{self._describe()}"
 
 
+class QuantConvTranspose2d(_QuantLayer, nn.ConvTranspose2d):
+    """Transposed convolution whose weight is pruned and quantized on every forward (eq. 4).
+
+    Input and output are float32 ``[N, C, H, W]``. ``weight`` and ``mask`` have torch's shape
+    ``[I, O/groups, KH, KW]``; ``weight_scale`` is float32 ``[O]``, one per output channel.
+    """
+
+    @classmethod
+    def from_layer(
+        cls, layer: nn.ConvTranspose2d, bits: int, mask: Tensor | None = None, *, name: str = ""
+    ) -> QuantConvTranspose2d:
+        """Take over parameters and geometry of a float layer; scales are not yet chosen."""
+        new = cls(
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,  # type: ignore[arg-type]
+            stride=layer.stride,  # type: ignore[arg-type]
+            padding=layer.padding,  # type: ignore[arg-type]
+            output_padding=layer.output_padding,  # type: ignore[arg-type]
+            groups=layer.groups,
+            bias=layer.bias is not None,
+            dilation=layer.dilation,  # type: ignore[arg-type]
+            device="meta",
+        )
+        new.weight, new.bias = layer.weight, layer.bias
+        new._setup(bits, mask, name)
+        new.train(layer.training)
+        return new
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if self.exact is not None:
+            return self.exact.run(input, output_size)
+        return self.convolve(input, self.quantized_weight(), self.bias, output_size)
+
+    def convolve(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None
+    ) -> Tensor:
+        """The layer's operation with other operands; they all have one dtype."""
+        geometry = self.stride, self.padding, self.kernel_size
+        output_padding = self._output_padding(
+            input,
+            output_size,
+            *geometry,  # type: ignore[arg-type]
+            2,
+            self.dilation,  # type: ignore[arg-type]
+        )
+        return F.conv_transpose2d(
+            input,
+            weight,
+            bias,
+            self.stride,
+            self.padding,  # type: ignore[arg-type]
+            output_padding,
+            self.groups,
+            self.dilation,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}{self._describe()}"
+
+
 class QuantLinear(_QuantLayer, nn.Linear):
     """Linear layer whose weight is pruned and quantized on every forward (eq. 4).
 
@@ -297,3 +379,11 @@ class QuantLinear(_QuantLayer, nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}{self._describe()}"
+
+
+QUANT_LAYERS: dict[type[nn.Module], Any] = {
+    nn.Conv2d: QuantConv2d,
+    nn.ConvTranspose2d: QuantConvTranspose2d,
+    nn.Linear: QuantLinear,
+}
+QuantLayer = QuantConv2d | QuantConvTranspose2d | QuantLinear

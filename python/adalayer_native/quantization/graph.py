@@ -1,8 +1,9 @@
 """Where fake quantization sits: tracing, chain analysis and :func:`prepare`.
 
 The native engine stores u8 between *chains*. A chain is a convolution or linear layer, its batch
-norm, a residual addition and a clamp-like activation, as far as each is the only consumer of the
-one before. Everything inside a chain stays in high precision, so an :class:`ActivationQuantizer`
+norm, a residual addition (to a convolution) and a clamp-like activation, as far as each is the only
+consumer of the one before. A batch norm that no layer absorbs begins a chain of itself and its
+activation. Everything inside a chain stays in high precision, so an :class:`ActivationQuantizer`
 stands only
 
 * after the model's input,
@@ -29,11 +30,21 @@ from adalayer_native.errors import AdaError, CalibrationError, UnsupportedModelE
 from adalayer_native.plan import Plan
 from adalayer_native.pruning.masks import magnitude_mask
 from adalayer_native.quantization import ops_table as table
-from adalayer_native.quantization.fake_quant import ActivationQuantizer, QuantConv2d, QuantLinear
+from adalayer_native.quantization.fake_quant import (
+    QUANT_LAYERS,
+    ActivationQuantizer,
+    QuantConv2d,
+    QuantConvTranspose2d,
+    QuantLayer,
+    QuantLinear,
+)
+from adalayer_native.rounding import conv_form
 
 ACT_ROOT = "act_quant"
 # int32 accumulators hold K products of a u8 activation and a signed weight.
 _ACCUMULATOR_LIMIT = 2**31
+# What can be quantized; subclasses are seen, but stay float.
+LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 
 
 @dataclass
@@ -78,10 +89,10 @@ class Structure:
 
 
 class _Tracer(fx.Tracer):
-    """Does not look into convolutions and linear layers, the user's subclasses of them included."""
+    """Does not look into layers, the user's subclasses of them included, nor stochastic depth."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, (nn.Conv2d, nn.Linear)):
+        if isinstance(m, LAYERS) or table.is_branch_dropout(m):
             return True
         return super().is_leaf_module(m, module_qualified_name)
 
@@ -95,7 +106,9 @@ def trace(model: nn.Module) -> fx.Graph:
     training = {name: module.training for name, module in model.named_modules()}
     model.eval()
     try:
-        return _Tracer().trace(model)
+        graph = _Tracer().trace(model)
+        _read_inplace_results(graph, dict(model.named_modules()))
+        return graph
     except AdaError:
         raise
     except Exception as error:  # tracing runs the user's code: anything may come out of it
@@ -107,6 +120,25 @@ def trace(model: nn.Module) -> fx.Graph:
     finally:
         for name, module in model.named_modules():
             module.training = training[name]
+
+
+def _read_inplace_results(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    """Whoever reads a tensor after an operation overwrote it reads that operation's result.
+
+    It is the same tensor; said explicitly, chains and quantizers are found where values change.
+    """
+    shapes: set[fx.Node] = set()
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        if table.is_shape_value(node, shapes):
+            shapes.add(node)
+            continue
+        operand = table.source(node)
+        if operand is None or not table.is_inplace(node, modules):
+            continue
+        for user in list(operand.users):
+            if order[user] > order[node]:
+                user.replace_input_with(operand, node)
 
 
 def quantizable(
@@ -136,16 +168,16 @@ def quantizable(
 def _unsupported(module: nn.Module, called: bool, bits: int) -> str | None:
     if not called:
         return "the layer is not called as a module by the model's forward"
-    if type(module) not in (nn.Conv2d, nn.Linear):
+    if type(module) not in LAYERS:
         return f"{type(module).__name__} is a subclass that may compute something else"
-    assert isinstance(module, (nn.Conv2d, nn.Linear))
+    assert isinstance(module, LAYERS)
     if module.weight.dtype != torch.float32:
         return f"its weight is {module.weight.dtype}; expected torch.float32"
-    if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
+    if not isinstance(module, nn.Linear) and module.padding_mode != "zeros":
         return f"padding_mode is {module.padding_mode!r}; native layers pad with zeros only"
     if module.weight.numel() == 0:
         return "its weight is empty"
-    reduced = module.weight[0].numel()
+    reduced = conv_form(module, module.weight)[0].numel()
     if reduced * 255 * (1 << (bits - 1)) >= _ACCUMULATOR_LIMIT:
         return (
             f"{reduced} products of 8 and {bits} bits can overflow the int32 accumulator; "
@@ -172,7 +204,7 @@ class _Analysis:
     def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module], quantized: set[str]) -> None:
         self.modules = modules
         self.quantized = quantized
-        self.nodes = list(graph.nodes)
+        self.nodes: list[fx.Node] = list(graph.nodes)
         self.order = {node: index for index, node in enumerate(self.nodes)}
         self.shapes: set[fx.Node] = set()
         for node in self.nodes:
@@ -186,24 +218,31 @@ class _Analysis:
     def layer(self, node: fx.Node) -> str | None:
         """Name of the convolution or linear layer that the node calls."""
         module = table.module_of(node, self.modules)
-        return str(node.target) if isinstance(module, (nn.Conv2d, nn.Linear)) else None
+        return str(node.target) if isinstance(module, LAYERS) else None
 
     def passes_grid(self, node: fx.Node) -> bool:
         return table.is_grid_preserving(node, self.modules)
 
     # -- chains -----------------------------------------------------------------------------
 
-    def fold_batch_norms(self) -> dict[str, str]:
-        """Layer -> batch norm, where every call of the one feeds only the other and vice versa."""
-        calls: dict[str, list[fx.Node]] = {}
+    def calls(self) -> dict[str, list[fx.Node]]:
+        """Calls of every module, in graph order."""
+        found: dict[str, list[fx.Node]] = {}
         for node in self.nodes:
             if node.op == "call_module":
-                calls.setdefault(str(node.target), []).append(node)
+                found.setdefault(str(node.target), []).append(node)
+        return found
+
+    def is_identity(self, node: fx.Node) -> bool:
+        return table.is_identity(node, self.modules)
+
+    def fold_batch_norms(self, calls: dict[str, list[fx.Node]]) -> dict[str, str]:
+        """Layer -> batch norm, where every call of the one feeds only the other and vice versa."""
         folded: dict[str, str] = {}
         for name, nodes in calls.items():
             if self.layer(nodes[0]) is None:
                 continue
-            followers = [self.only_user(node) for node in nodes]
+            followers = [self.only_reader(node) for node in nodes]
             targets = {str(user.target) for user in followers if user is not None}
             if len(targets) != 1 or any(user is None for user in followers):
                 continue
@@ -213,53 +252,92 @@ class _Analysis:
                 continue
             target = targets.pop()
             layer, module = self.modules[name], self.modules[target]
-            channels = layer.weight.shape[0]  # type: ignore[index]
-            fits = isinstance(module, nn.BatchNorm2d) == isinstance(layer, nn.Conv2d)
-            sources = {table.source(call) for call in calls[target]}
+            assert isinstance(layer, LAYERS)
+            channels = conv_form(layer, layer.weight).shape[0]
+            fits = isinstance(module, nn.BatchNorm2d) != isinstance(layer, nn.Linear)
+            sources = {self.behind(call) for call in calls[target]}
             if fits and module.num_features == channels and sources == set(nodes):
                 folded[name] = target
         return folded
 
-    def only_user(self, node: fx.Node) -> fx.Node | None:
-        users = list(node.users)
-        if len(users) != 1 or users[0].op == "output":
-            return None
-        return users[0]
+    def only_reader(self, node: fx.Node) -> fx.Node | None:
+        """The one operation that reads a value, looking through dropout and other identities."""
+        while True:
+            users = list(node.users)
+            if len(users) != 1 or users[0].op == "output":
+                return None
+            if not self.is_identity(users[0]):
+                return users[0]
+            node = users[0]
+
+    def behind(self, node: fx.Node) -> fx.Node | None:
+        """The value that an operation reads first, looking through identities."""
+        operand = table.source(node)
+        while operand is not None and self.is_identity(operand):
+            operand = table.source(operand)
+        return operand
 
     def build_chains(self) -> None:
-        norms = self.fold_batch_norms()
+        calls = self.calls()
+        norms = self.fold_batch_norms(calls)
         # Current end of every chain -> how far it has come: 0 layer or batch norm, 1 addition,
         # 2 activation. A step only ever follows a lower one, as in the fused kernel's epilogue.
         tails: dict[fx.Node, int] = {}
+        joins: set[fx.Node] = set()  # tails that may take an addition
         for node in self.nodes:
             name = self.layer(node)
             if name is None:
+                if table.is_batch_norm(node, self.modules):
+                    tails.setdefault(node, 0)
                 continue
             tail = node
             if name in norms:
-                user = self.only_user(node)
+                user = self.only_reader(node)
                 assert user is not None
                 self.internal.add(node)
                 tail = user
             tails[tail] = 0
+            # A layer that is called twice cannot take an addition at one place only.
+            if isinstance(self.modules[name], nn.Conv2d) and len(calls[name]) == 1:
+                joins.add(tail)
         self.batch_norms = {name: bn for name, bn in norms.items() if name in self.quantized}
+        split = self.split_activations(calls, norms)
         for node in self.nodes:  # graph order: a chain's addition is seen before its activation
             if table.is_tensor_add(node, self.shapes):
-                operands = [
-                    item
-                    for item in node.all_input_nodes
-                    if tails.get(item) == 0 and len(item.users) == 1
-                ]
+                # The later chain absorbs the addition; the other operand is a stored tensor.
+                operands = [tail for tail in joins if self.only_reader(tail) is node]
                 if operands:
-                    # The later chain absorbs the addition; the other operand is a stored tensor.
-                    tail = max(operands, key=lambda item: self.order[item])
+                    absorbing = max(operands, key=lambda item: self.order[item])
                     tails[node] = 1
-                    self.internal.add(tail)
+                    self.internal.add(absorbing)
             elif table.clamp_range(node, self.modules) is not None:
-                origin = table.source(node)
-                if origin is not None and tails.get(origin, 2) < 2 and len(origin.users) == 1:
+                origin = self.behind(node)
+                if (
+                    origin is not None
+                    and origin not in split
+                    and tails.get(origin, 2) < 2
+                    and node is self.only_reader(origin)
+                ):
                     tails[node] = 2
                     self.internal.add(origin)
+
+    def split_activations(
+        self, calls: dict[str, list[fx.Node]], norms: dict[str, str]
+    ) -> set[fx.Node]:
+        """Ends of layers called several times whose calls are not all followed by one clamp."""
+        found: set[fx.Node] = set()
+        for name, nodes in calls.items():
+            if len(nodes) == 1 or self.layer(nodes[0]) is None:
+                continue
+            ends = calls[norms[name]] if name in norms else nodes
+            readers = [self.only_reader(end) for end in ends]
+            ranges = {
+                None if reader is None else table.clamp_range(reader, self.modules)
+                for reader in readers
+            }
+            if len(ranges) != 1 or None in ranges:
+                found.update(ends)
+        return found
 
     # -- quantizer sites --------------------------------------------------------------------
 
@@ -375,11 +453,12 @@ def prepare(model: nn.Module, plan: Plan) -> fx.GraphModule:
     """Trainable simulation of the compressed model: eq. (4), ``W_opt = mask * Q_b(W)``.
 
     The model is copied and stays as it is. In the copy, every layer with bits becomes a
-    :class:`QuantConv2d` or :class:`QuantLinear` of the same name (float weight as the parameter,
-    a magnitude mask where the plan prunes, one scale per output channel), batch norms stay live,
-    and activation quantizers stand under ``act_quant`` (see the module's text). A quantizer has
-    the fewest bits that the plan gives to any of the quantized layers reading it, and 8 where
-    none reads it directly. Until :func:`calibrate` has run they pass values through.
+    :class:`QuantConv2d`, :class:`QuantConvTranspose2d` or :class:`QuantLinear` of the same name
+    (float weight as the parameter, a magnitude mask where the plan prunes, one scale per output
+    channel), batch norms stay live, and activation quantizers stand under ``act_quant`` (see the
+    module's text). A quantizer has the fewest bits that the plan gives to any of the quantized
+    layers reading it, and 8 where none reads it directly. Until :func:`calibrate` has run they
+    pass values through.
 
     ``prepared.meta["kept_float"]`` is ``{layer: reason}`` for layers that the plan quantizes but
     the native kernels cannot run; each also gives a warning.
@@ -432,13 +511,12 @@ def build_prepared(model: nn.Module, plan: Plan, *, empty: bool = False) -> fx.G
 def check_model(model: nn.Module) -> None:
     """Raise unless the model has a convolution or linear layer, and none of them is lazy."""
     layers = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Conv2d, nn.Linear))
+        (name, module) for name, module in model.named_modules() if isinstance(module, LAYERS)
     ]
     if not layers:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no nn.Conv2d or nn.Linear layer; nothing can be compressed"
+            f"{type(model).__name__} has no nn.Conv2d, nn.ConvTranspose2d or nn.Linear layer; "
+            "nothing can be compressed"
         )
     for name, module in layers:
         if isinstance(module.weight, nn.UninitializedParameter):
@@ -457,15 +535,14 @@ def _replace_layer(
     empty: bool,
 ) -> None:
     old = prepared.get_submodule(name)
-    assert isinstance(old, (nn.Conv2d, nn.Linear))
+    assert isinstance(old, LAYERS)
     weight = old.weight.detach()
     if not empty and not bool(torch.isfinite(weight).all()):
         raise CalibrationError(
             f"layer {name!r}: its weight contains NaN or infinity; expected finite numbers"
         )
     mask = magnitude_mask(weight, sparsity) if sparsity and not empty else None
-    kind = QuantConv2d if isinstance(old, nn.Conv2d) else QuantLinear
-    new = kind.from_layer(old, bits, mask, name=name)  # type: ignore[arg-type]
+    new = QUANT_LAYERS[type(old)].from_layer(old, bits, mask, name=name)
     new.folds_batch_norm = name in structure.batch_norms
     if not empty:
         new.refresh_scales()
@@ -505,12 +582,12 @@ def set_submodule(root: nn.Module, name: str, module: nn.Module) -> None:
     setattr(root.get_submodule(parent), leaf, module)
 
 
-def layers_of(prepared: nn.Module) -> dict[str, QuantConv2d | QuantLinear]:
+def layers_of(prepared: nn.Module) -> dict[str, QuantLayer]:
     """Quantized layers of a prepared model by name, in the model's order."""
     return {
         name: module
         for name, module in prepared.named_modules()
-        if isinstance(module, (QuantConv2d, QuantLinear))
+        if isinstance(module, (QuantConv2d, QuantConvTranspose2d, QuantLinear))
     }
 
 

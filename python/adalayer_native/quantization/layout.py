@@ -17,6 +17,7 @@ from adalayer_native.quantization.graph import (
     quantizable,
     trace,
 )
+from adalayer_native.rounding import conv_form
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class NativeLayer:
 
     Attributes:
         name: layer name.
-        kind: ``"conv2d"`` or ``"linear"``.
-        weight_shape: shape of the weight; ``weight_shape[0]`` is the number of output channels.
+        kind: ``"conv2d"``, ``"conv_transpose2d"`` or ``"linear"``.
+        weight_shape: shape of the packed weight, ``[O, I/groups, KH, KW]`` or ``[O, I]``.
         bits: bits per weight.
         sparsity: share of zeros that the plan asks for (rounding adds more).
         activation_bits: bits of the input.
@@ -145,7 +146,7 @@ def native_layout(model: nn.Module, plan: Plan) -> NativeLayout:
         layers[name] = NativeLayer(
             name=name,
             kind=plan[name].kind,
-            weight_shape=tuple(weight.shape),
+            weight_shape=tuple(conv_form(modules[name], weight).shape),
             bits=width,
             sparsity=plan[name].sparsity,
             activation_bits=plan[name].activation_bits,

@@ -15,14 +15,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 # Values that are already on a u8 grid come out on the same grid with the same zero: the operation
-# only moves, drops or selects elements. Dropout is the identity outside training.
+# only moves, drops or selects elements.
 _GRID_MODULES: tuple[type[nn.Module], ...] = (
-    nn.Identity,
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.AlphaDropout,
     nn.Flatten,
     nn.Unflatten,
     nn.MaxPool1d,
@@ -40,10 +34,6 @@ _GRID_MODULES: tuple[type[nn.Module], ...] = (
 )
 _GRID_FUNCTIONS: frozenset[Callable[..., Any]] = frozenset(
     {
-        F.dropout,
-        F.dropout1d,
-        F.dropout2d,
-        F.dropout3d,
         F.max_pool1d,
         F.max_pool2d,
         F.adaptive_max_pool1d,
@@ -102,6 +92,42 @@ _GRID_METHODS = frozenset(
         "roll",
     }
 )
+# Identities outside training, of modules and of functions with a `training` argument.
+_DROPOUT_MODULES: tuple[type[nn.Module], ...] = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
+_DROPOUT_FUNCTIONS: frozenset[Callable[..., Any]] = frozenset(
+    {
+        F.dropout,
+        F.dropout1d,
+        F.dropout2d,
+        F.dropout3d,
+        F.alpha_dropout,
+        F.feature_alpha_dropout,
+        torch.dropout,
+    }
+)
+# Modules of other libraries that drop whole branches in training, by qualified name: the graph
+# must not depend on these libraries.
+_BRANCH_DROPOUTS = frozenset(
+    {
+        "torchvision.ops.stochastic_depth.StochasticDepth",
+        "timm.layers.drop.DropPath",
+    }
+)
+_INPLACE_OPERATORS: frozenset[Callable[..., Any]] = frozenset(
+    {
+        operator.iadd,
+        operator.isub,
+        operator.imul,
+        operator.itruediv,
+    }
+)
 _SHAPE_METHODS = frozenset(
     {
         "size",
@@ -127,7 +153,9 @@ _BN_MODULES = (nn.BatchNorm1d, nn.BatchNorm2d)
 _ADD_FUNCTIONS: frozenset[Callable[..., Any]] = frozenset(
     {operator.add, operator.iadd, torch.add, torch.Tensor.add, torch.Tensor.add_}
 )
-_RELU_FUNCTIONS: frozenset[Callable[..., Any]] = frozenset({F.relu, torch.relu, torch.relu_})
+_RELU_FUNCTIONS: frozenset[Callable[..., Any]] = frozenset(
+    {F.relu, F.relu_, torch.relu, torch.relu_}
+)
 _CLAMP_FUNCTIONS: frozenset[Callable[..., Any]] = frozenset({torch.clamp, torch.clip, torch.clamp_})
 _INFINITY = float("inf")
 
@@ -157,8 +185,51 @@ def is_shape_value(node: fx.Node, known: set[fx.Node]) -> bool:
     return bool(inputs) and all(item in known for item in inputs)
 
 
+def is_branch_dropout(module: nn.Module) -> bool:
+    """Whether a module is the stochastic depth of a known library."""
+    kind = type(module)
+    return f"{kind.__module__}.{kind.__qualname__}" in _BRANCH_DROPOUTS
+
+
+def is_identity(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether the node returns its input outside training: dropout, stochastic depth, identity."""
+    module = module_of(node, modules)
+    if module is not None:
+        known = (nn.Identity, *_DROPOUT_MODULES)
+        return type(module) in known or is_branch_dropout(module)
+    if node.op != "call_function" or node.target not in _DROPOUT_FUNCTIONS:
+        return False
+    if len(node.args) > 2:
+        return node.args[2] is False
+    # F.alpha_dropout and its kin are off unless told otherwise, the others on.
+    off = node.target in (F.alpha_dropout, F.feature_alpha_dropout)
+    name = "train" if node.target is torch.dropout else "training"
+    return node.kwargs.get(name, not off) is False
+
+
+def is_inplace(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether the node overwrites its first operand, which then holds the node's result."""
+    module = module_of(node, modules)
+    if module is not None:
+        return getattr(module, "inplace", False) is True
+    if node.op == "call_method":
+        name = str(node.target)
+        return name.endswith("_") and not name.endswith("__")
+    if node.op != "call_function":
+        return False
+    if node.target in _INPLACE_OPERATORS or node.kwargs.get("inplace") is True:
+        return True
+    name = getattr(node.target, "__name__", "")
+    if name.endswith("_") and not name.endswith("__"):
+        return True
+    # F.relu(x, True); other functions take `inplace` later and practically always by name.
+    return node.target in (F.relu, F.relu6) and len(node.args) > 1 and node.args[1] is True
+
+
 def is_grid_preserving(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether the node's output lies on its input's u8 grid."""
+    if is_identity(node, modules):
+        return True
     if node.op == "call_module":
         module = module_of(node, modules)
         if isinstance(module, (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)):
@@ -191,7 +262,7 @@ def is_batch_norm(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
 
 
 def is_tensor_add(node: fx.Node, shapes: set[fx.Node]) -> bool:
-    """Whether the node adds two different tensors with unit weight."""
+    """Whether the node adds two different tensors with unit weight, neither of them a constant."""
     is_add = (node.op == "call_function" and node.target in _ADD_FUNCTIONS) or (
         node.op == "call_method" and node.target in ("add", "add_")
     )
@@ -204,11 +275,23 @@ def is_tensor_add(node: fx.Node, shapes: set[fx.Node]) -> bool:
         and left is not right
         and left not in shapes
         and right not in shapes
+        and left.op != "get_attr"
+        and right.op != "get_attr"
     )
 
 
 def clamp_range(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[float, float] | None:
-    """``(lo, hi)`` if the node is a relu, relu6, hardtanh or clamp with constant bounds."""
+    """``(lo, hi)`` if the node is a relu, relu6, hardtanh or clamp with constant bounds.
+
+    Only where a native layer can do it: at least one bound is finite, and they are in order.
+    """
+    bounds = _clamp_bounds(node, modules)
+    if bounds is None or not bounds[0] <= bounds[1] or bounds == (-_INFINITY, _INFINITY):
+        return None
+    return bounds
+
+
+def _clamp_bounds(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[float, float] | None:
     module = module_of(node, modules)
     if module is not None:
         if type(module) is nn.ReLU:

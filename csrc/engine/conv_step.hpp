@@ -1,0 +1,99 @@
+// A convolution node made ready for this machine.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "core/aligned_buffer.hpp"
+#include "cpu/conv.hpp"
+#include "cpu/depthwise.hpp"
+#include "cpu/stem.hpp"
+#include "engine/program.hpp"
+
+namespace adalayer::engine {
+
+/// Where a convolution's tensors are during one run.
+struct ConvBuffers {
+  const uint8_t* in = nullptr;
+  const uint8_t* residual = nullptr;
+  uint8_t* out = nullptr;
+  float* out_f32 = nullptr;  // instead of out
+  int64_t images = 0;
+};
+
+/// Shape of a transposed convolution's inverse: the geometry that reads the input. out_channels and
+/// the output's size are the node's output.
+struct TransposedPhase {
+  ConvShape shape;     // an ordinary convolution of stride 1
+  cpu::OutputMap map;  // where its outputs go
+  // Its taps are first + j * step of the kernel's, in falling order.
+  int64_t first_ky = 0, step_ky = 1, first_kx = 0, step_kx = 1;
+};
+std::vector<TransposedPhase> transposed_phases(const Program& program, const Node& node);
+
+/// Conv and ConvTranspose. A transposed convolution is up to stride_h * stride_w ordinary ones
+/// whose outputs interleave; every other node is one.
+class ConvStep {
+ public:
+  /// Layouts are null for float values; `stem` is null unless the input is in row groups.
+  ConvStep(const Program& program, const Node& node, const cpu::ImageLayout& in,
+           const cpu::ImageLayout* out, const cpu::ImageLayout* residual, const cpu::Stem* stem);
+
+  /// Bytes of panels that pack() writes; 0 for grouped kernels, which keep their own.
+  int64_t panel_bytes() const;
+  /// Derives the weights of this machine: panels into `panels` (64-byte aligned), which must live
+  /// as long as this object.
+  void pack(uint8_t* panels);
+
+  /// Weights that part `part` reads, for the prefetch stream.
+  cpu::WeightStream::Segment segment(cpu::Part part) const;
+  int64_t max_parts() const;
+  /// Decides how parts are cut when `threads` work on it.
+  bool by_columns(int threads) const;
+  void run(const cpu::KernelRow& kernels, const ConvBuffers& buffers, cpu::Part part,
+           bool by_columns, cpu::WeightStream* stream, int64_t segment) const;
+
+  int bits() const { return bits_; }
+  int64_t macs() const { return shape_.macs(); }
+  size_t packed_bytes() const { return packed_bytes_; }
+  size_t derived_bytes() const;
+  std::string kernel() const;
+
+ private:
+  struct Piece {
+    cpu::ConvPlan plan;
+    AlignedBuffer correction;  // of this piece's taps
+    cpu::ConvEpilogue epilogue;
+    std::vector<int8_t> weights;  // int8 until pack()
+    const uint8_t* panels = nullptr;
+  };
+  void plan_transposed(const std::vector<TransposedPhase>& phases, const cpu::ImageLayout& in,
+                       const cpu::ImageLayout* out, const cpu::ImageLayout* residual,
+                       std::span<const int8_t> weights);
+  AlignedBuffer correction(std::span<const int8_t> weights) const;
+  void add_piece(cpu::ConvPlan plan, std::vector<int8_t> weights);
+  void prepare_epilogue(const Program& program, std::span<const int8_t> weights);
+  void add_float_residual(const ConvBuffers& buffers) const;
+
+  const Node* node_;
+  ConvAttributes attributes_;
+  ConvShape shape_;
+  Value out_value_, residual_value_;
+  int32_t zero_point_ = 0;  // of the input
+  cpu::ImageLayout in_, out_, residual_;
+  bool float_out_ = false, has_residual_ = false, stem_ = false;
+  int bits_ = 8;
+  size_t packed_bytes_ = 0;
+  std::vector<Piece> pieces_;
+  std::optional<cpu::GroupedWeights> grouped_;
+  AlignedBuffer scale_, bias_;  // padded to 64 channels
+  AlignedBuffer correction_;    // likewise; grouped kernels only
+  cpu::ConvEpilogue epilogue_;
+};
+
+/// Whether the node runs on the grouped kernels (which want no stride phases in their input).
+bool runs_grouped(const Program& program, const Node& node);
+
+}  // namespace adalayer::engine

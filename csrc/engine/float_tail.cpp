@@ -1,0 +1,50 @@
+#include "engine/float_tail.hpp"
+
+#include <algorithm>
+
+namespace adalayer::engine {
+
+namespace {
+
+/// Positions of the image that a window covers along one axis, and what it counts with padding.
+struct Window {
+  int64_t begin, end, padded;
+};
+
+Window fixed_window(int64_t i, int64_t in, int64_t kernel, int64_t stride, int64_t pad,
+                    int64_t pad_end) {
+  const int64_t start = i * stride - pad;
+  return {std::max<int64_t>(start, 0), std::min(start + kernel, in),
+          std::min(start + kernel, in + pad_end) - start};
+}
+
+Window adaptive_window(int64_t i, int64_t in, int64_t out) {
+  return {adaptive_begin(i, in, out), adaptive_end(i, in, out), 0};
+}
+
+}  // namespace
+
+void average_f32(const PoolSpec& s, bool adaptive, const float* in, int64_t in_h, int64_t in_w,
+                 float* out, int64_t out_h, int64_t out_w, int64_t first_channel,
+                 int64_t last_channel) {
+  for (int64_t c = first_channel; c < last_channel; ++c)
+    for (int64_t oy = 0; oy < out_h; ++oy)
+      for (int64_t ox = 0; ox < out_w; ++ox) {
+        const Window y =
+            adaptive ? adaptive_window(oy, in_h, out_h)
+                     : fixed_window(oy, in_h, s.kernel_h, s.stride_h, s.pad_top, s.pad_bottom);
+        const Window x =
+            adaptive ? adaptive_window(ox, in_w, out_w)
+                     : fixed_window(ox, in_w, s.kernel_w, s.stride_w, s.pad_left, s.pad_right);
+        double sum = 0.0;
+        for (int64_t iy = y.begin; iy < y.end; ++iy)
+          for (int64_t ix = x.begin; ix < x.end; ++ix)
+            sum += static_cast<double>(in[(c * in_h + iy) * in_w + ix]);
+        const int64_t divisor = s.count_padding && !adaptive
+                                    ? y.padded * x.padded
+                                    : (y.end - y.begin) * (x.end - x.begin);
+        out[(c * out_h + oy) * out_w + ox] = static_cast<float>(sum / static_cast<double>(divisor));
+      }
+}
+
+}  // namespace adalayer::engine

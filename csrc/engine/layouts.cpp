@@ -1,0 +1,72 @@
+#include "engine/layouts.hpp"
+
+#include <algorithm>
+#include <numeric>
+
+#include "engine/conv_step.hpp"
+
+namespace adalayer::engine {
+namespace {
+
+// Strides whose least common multiple is larger get rows of their own instead of phases.
+constexpr int64_t kMaxPhases = 8;
+
+struct Needs {
+  cpu::Padding padding;
+  int64_t phases = 1;
+  int64_t columns_multiple = 1;
+
+  void read_by(const ConvShape& s, bool in_phases) {
+    padding.top = std::max(padding.top, s.pad_top);
+    padding.left = std::max(padding.left, s.pad_left);
+    // Windows may end before the padding does.
+    const int64_t last_row = (s.out_h() - 1) * s.stride_h + (s.kernel_h - 1) * s.dilation_h;
+    const int64_t last_column = (s.out_w() - 1) * s.stride_w + (s.kernel_w - 1) * s.dilation_w;
+    padding.bottom = std::max(padding.bottom, last_row - s.pad_top - (s.in_h - 1));
+    padding.right = std::max(padding.right, last_column - s.pad_left - (s.in_w - 1));
+    if (!in_phases) return;
+    const int64_t together = std::lcm(phases, s.stride_h);
+    if (together <= kMaxPhases) phases = together;
+    const int64_t columns = std::lcm(columns_multiple, s.stride_w);
+    if (columns <= kMaxPhases) columns_multiple = columns;
+  }
+};
+
+}  // namespace
+
+std::vector<ValueLayout> plan_layouts(const Program& program) {
+  std::vector<Needs> needs(program.values.size());
+  std::vector<int> readers(program.values.size(), 0);
+  std::vector<const Node*> writer(program.values.size(), nullptr);
+  for (const Node& node : program.nodes) {
+    writer[node.output] = &node;
+    for (const int32_t v : node.inputs)
+      ++readers[v];
+    if (node.op == OpKind::Conv) {
+      needs[node.inputs[0]].read_by(conv_shape(program, node), !runs_grouped(program, node));
+    } else if (node.op == OpKind::ConvTranspose) {
+      for (const TransposedPhase& phase : transposed_phases(program, node))
+        needs[node.inputs[0]].read_by(phase.shape, true);
+    }
+  }
+  std::vector<ValueLayout> layouts(program.values.size());
+  for (size_t v = 0; v < layouts.size(); ++v) {
+    const Value& value = program.values[v];
+    if (value.kind != ValueKind::U8) continue;
+    layouts[v].layout = cpu::image_layout(value.c, value.h, value.w, needs[v].padding,
+                                          needs[v].phases, needs[v].columns_multiple);
+  }
+  for (const Node& node : program.nodes) {
+    if (node.op != OpKind::Conv) continue;
+    const int32_t v = node.inputs[0];
+    const bool only_reader =
+        readers[v] == 1 && writer[v] != nullptr && writer[v]->op == OpKind::Quantize;
+    const ConvShape shape = conv_shape(program, node);
+    if (!only_reader || runs_grouped(program, node) || !cpu::stem_suits(shape)) continue;
+    layouts[v].stem = cpu::plan_stem(shape);
+    layouts[v].layout = layouts[v].stem->layout;
+  }
+  return layouts;
+}
+
+}  // namespace adalayer::engine

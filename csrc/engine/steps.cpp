@@ -1,0 +1,200 @@
+#include "engine/steps.hpp"
+
+#include <algorithm>
+#include <cstring>
+
+#include "core/status.hpp"
+#include "cpu/image_ops.hpp"
+#include "engine/float_tail.hpp"
+
+namespace adalayer::engine {
+namespace {
+
+using cpu::Part;
+using RunImage = std::function<void(const Frame&, int64_t, Part)>;
+
+// An element-wise part smaller than this is done before another thread has picked it up.
+constexpr int64_t kBytesPerPart = 32 << 10;
+
+/// y = op(x) over u8 images.
+template <class Fn>
+RunImage unary(const Node& node, Fn fn) {
+  const int32_t x = node.inputs[0], y = node.output;
+  return [=](const Frame& f, int64_t n, Part part) { fn(f.image(x, n), f.image(y, n), part); };
+}
+template <class Fn>
+RunImage binary(const Node& node, Fn fn) {
+  const int32_t a = node.inputs[0], b = node.inputs[1], y = node.output;
+  return [=](const Frame& f, int64_t n, Part part) {
+    fn(f.image(a, n), f.image(b, n), f.image(y, n), part);
+  };
+}
+
+RunImage quantize(const Program& program, const Node& node,
+                  const std::vector<ValueLayout>& layouts) {
+  const int32_t x = node.inputs[0], y = node.output;
+  const ActivationGrid grid = value_grid(program.values[y]);
+  if (layouts[y].stem.has_value()) {
+    const cpu::Stem* stem = &*layouts[y].stem;
+    return [=](const Frame& f, int64_t n, Part part) {
+      cpu::quantize_stem(*stem, f.floats(x, n), f.order[x], grid, f.image(y, n).data, part);
+    };
+  }
+  return [=](const Frame& f, int64_t n, Part part) {
+    cpu::quantize_image(f.floats(x, n), f.order[x], grid, f.image(y, n), part);
+  };
+}
+
+RunImage concat(const Program& program, const Node& node) {
+  struct Piece {
+    int32_t value;
+    int64_t channel;
+    const uint8_t* table;
+  };
+  std::vector<Piece> pieces;
+  int64_t channel = 0;
+  for (size_t k = 0; k < node.inputs.size(); ++k) {
+    pieces.push_back({node.inputs[k], channel, table_bytes(program, node.constants[k])});
+    channel += program.values[node.inputs[k]].c;
+  }
+  const int32_t y = node.output;
+  return [=](const Frame& f, int64_t n, Part part) {
+    for (const Piece& p : pieces)
+      cpu::copy_channels(f.image(p.value, n), p.table, f.image(y, n), p.channel, part);
+  };
+}
+
+RunImage resize(const Program& program, const Node& node) {
+  const ResizeSpec spec = resize_spec(program, node);
+  const int32_t x = node.inputs[0], y = node.output;
+  const Value in = program.values[x], out = program.values[y];
+  if (out.kind == ValueKind::U8)
+    return unary(node, [=](auto i, auto o, Part part) { cpu::resize(spec, i, o, part); });
+  return [=](const Frame& f, int64_t n, Part part) {
+    cpu::resize_f32(spec, f.floats(x, n), in.c, in.h, in.w, f.floats(y, n), out.h, out.w, part);
+  };
+}
+
+/// AvgPool and AdaptiveAvgPool behind the last quantized layer.
+RunImage float_average(const Program& program, const Node& node) {
+  const bool adaptive = node.op == OpKind::AdaptiveAvgPool;
+  const PoolSpec spec = pool_spec(program, node);
+  const int32_t x = node.inputs[0], y = node.output;
+  const Value in = program.values[x], out = program.values[y];
+  return [=](const Frame& f, int64_t n, Part part) {
+    average_f32(spec, adaptive, f.floats(x, n), in.h, in.w, f.floats(y, n), out.h, out.w,
+                part.first(in.c), part.last(in.c));
+  };
+}
+
+RunImage run_image(const Program& program, const Node& node,
+                   const std::vector<ValueLayout>& layouts) {
+  const int32_t x = node.inputs[0], y = node.output;
+  const Value in = program.values[x];
+  const bool pools = node.op == OpKind::AvgPool || node.op == OpKind::AdaptiveAvgPool;
+  if (pools && in.kind == ValueKind::F32) return float_average(program, node);
+  switch (node.op) {
+    case OpKind::Quantize:
+      return quantize(program, node, layouts);
+    case OpKind::Dequantize:
+      return [=](const Frame& f, int64_t n, Part part) {
+        cpu::dequantize_image(f.image(x, n), in.scale, in.zero_point, f.floats(y, n), part);
+      };
+    case OpKind::Lookup: {
+      const uint8_t* table = table_bytes(program, node.constants[0]);
+      return unary(node, [=](auto i, auto o, Part part) { cpu::lookup(table, i, o, part); });
+    }
+    case OpKind::Add: {
+      const AddSpec spec = add_spec(program, node);
+      return binary(node,
+                    [=](auto a, auto b, auto o, Part part) { cpu::add(spec, a, b, o, part); });
+    }
+    case OpKind::Mul: {
+      const MulSpec spec = mul_spec(program, node);
+      return binary(node,
+                    [=](auto a, auto b, auto o, Part part) { cpu::mul(spec, a, b, o, part); });
+    }
+    case OpKind::Affine: {
+      const AffineSpec spec = affine_spec(program, node);
+      return unary(node, [=](auto i, auto o, Part part) { cpu::affine(spec, i, o, part); });
+    }
+    case OpKind::Concat:
+      return concat(program, node);
+    case OpKind::MaxPool: {
+      const PoolSpec spec = pool_spec(program, node);
+      return unary(node, [=](auto i, auto o, Part part) { cpu::max_pool(spec, i, o, part); });
+    }
+    case OpKind::AvgPool: {
+      const PoolSpec spec = pool_spec(program, node);
+      return unary(node, [=](auto i, auto o, Part part) { cpu::avg_pool(spec, i, o, part); });
+    }
+    case OpKind::AdaptiveAvgPool: {
+      const PoolSpec spec = pool_spec(program, node);
+      return unary(node,
+                   [=](auto i, auto o, Part part) { cpu::adaptive_avg_pool(spec, i, o, part); });
+    }
+    case OpKind::Slice: {
+      const SliceAttributes a = slice_attributes(node);
+      return unary(node, [=](auto i, auto o, Part part) {
+        cpu::slice(a.axis, a.begin, a.step, i, o, part);
+      });
+    }
+    case OpKind::Gather: {
+      const int32_t* index = program.constants[node.constants[0]].i32().data();
+      return unary(node,
+                   [=](auto i, auto o, Part part) { cpu::gather_channels(index, i, o, part); });
+    }
+    case OpKind::Pad: {
+      const PadAttributes a = pad_attributes(node);
+      return unary(
+          node, [=](auto i, auto o, Part part) { cpu::pad(a.top, a.left, a.level, i, o, part); });
+    }
+    case OpKind::Resize:
+      return resize(program, node);
+    case OpKind::LayerNorm: {
+      const LayerNormSpec spec = layer_norm_spec(program, node);
+      return unary(node, [=](auto i, auto o, Part part) { cpu::layer_norm(spec, i, o, part); });
+    }
+    case OpKind::Reshape:
+      return unary(node, [](auto i, auto o, Part part) { cpu::reshape(i, o, part); });
+    case OpKind::Softmax:
+      return [=](const Frame& f, int64_t n, Part part) {
+        cpu::softmax_f32(f.floats(x, n), in.c, in.h * in.w, f.floats(y, n), part);
+      };
+    case OpKind::Conv:
+    case OpKind::ConvTranspose:
+      break;
+  }
+  throw InvalidArgument("node '" + node.name + "': no such operation");
+}
+
+}  // namespace
+
+std::vector<Step> build_steps(const Program& program, const std::vector<ValueLayout>& layouts) {
+  std::vector<Step> steps;
+  const auto layout_of = [&](int32_t v) -> const cpu::ImageLayout* {
+    return program.values[v].kind == ValueKind::U8 ? &layouts[v].layout : nullptr;
+  };
+  for (const Node& node : program.nodes) {
+    Step step;
+    step.node = &node;
+    if (node.op == OpKind::Conv || node.op == OpKind::ConvTranspose) {
+      const int32_t x = node.inputs[0];
+      step.conv =
+          std::make_unique<ConvStep>(program, node, layouts[x].layout, layout_of(node.output),
+                                     node.inputs.size() > 1 ? layout_of(node.inputs[1]) : nullptr,
+                                     layouts[x].stem.has_value() ? &*layouts[x].stem : nullptr);
+      step.max_parts = step.conv->max_parts();
+    } else {
+      step.run_image = run_image(program, node, layouts);
+      int64_t bytes = 0;
+      for (const int32_t v : {node.inputs[0], node.output})
+        bytes += program.values[v].c * program.values[v].h * program.values[v].w;
+      step.max_parts = std::max<int64_t>(1, bytes / kBytesPerPart);
+    }
+    steps.push_back(std::move(step));
+  }
+  return steps;
+}
+
+}  // namespace adalayer::engine

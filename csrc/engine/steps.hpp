@@ -1,0 +1,43 @@
+// The operations of a program, ready to run: one Step per node.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "engine/conv_step.hpp"
+#include "engine/engine.hpp"
+#include "engine/layouts.hpp"
+#include "engine/program.hpp"
+
+namespace adalayer::engine {
+
+/// Where every tensor of one run is. Values at the program's boundary are the caller's memory.
+struct Frame {
+  const Program* program = nullptr;
+  const std::vector<ValueLayout>* layouts = nullptr;
+  const cpu::KernelRow* kernels = nullptr;
+  std::vector<uint8_t*> data;  // [values] first image of the frame
+  std::vector<Layout> order;   // [values] of float program inputs
+  int64_t images = 0;
+
+  const cpu::ImageLayout& layout(int32_t v) const { return (*layouts)[v].layout; }
+  cpu::ImageView image(int32_t v, int64_t n) const {
+    return {&layout(v), data[v] + n * layout(v).image_bytes};
+  }
+  float* floats(int32_t v, int64_t n) const {
+    const Value& value = program->values[v];
+    return reinterpret_cast<float*>(data[v]) + n * value.c * value.h * value.w;
+  }
+};
+
+struct Step {
+  const Node* node = nullptr;
+  std::unique_ptr<ConvStep> conv;  // or
+  std::function<void(const Frame&, int64_t image, cpu::Part)> run_image;
+  int64_t max_parts = 1;
+};
+
+std::vector<Step> build_steps(const Program& program, const std::vector<ValueLayout>& layouts);
+
+}  // namespace adalayer::engine

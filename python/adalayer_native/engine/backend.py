@@ -1,0 +1,205 @@
+"""The ``torch.compile`` backend ``"adalayer"``."""
+
+from __future__ import annotations
+
+import re
+import threading
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from adalayer_native.engine.compiler import compile_exported
+from adalayer_native.engine.export import export
+from adalayer_native.errors import UnsupportedModelError
+
+__all__ = ["backend"]
+
+_FLOAT_LAYERS = (
+    torch.conv2d,
+    torch.conv_transpose2d,
+    F.conv2d,
+    F.conv_transpose2d,
+    F.linear,
+    torch.ops.aten.conv2d.default,
+    torch.ops.aten.linear.default,
+)
+_PATH = re.compile(r"\['(\w+)'\]")
+
+
+def backend(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """Compile one graph of ``torch.compile(model, backend="adalayer")``.
+
+    Graphs without layers (between breaks) run as they are.
+
+    Args:
+        options: ``policy`` and ``strict`` as in :func:`adalayer_native.compile`.
+
+    Raises:
+        UnsupportedModelError: the graph has convolutions or linear layers, but none is native: the
+            model was never calibrated.
+    """
+    if not any(str(node.target).startswith("adalayer.") for node in gm.graph.nodes):
+        if any(_is_float_layer(gm, node) for node in gm.graph.nodes):
+            raise UnsupportedModelError(
+                'backend "adalayer": the model has no native layers because it was never '
+                "calibrated; compress it with adalayer_native.compress(model, calibration, "
+                "budget) and compile the model that it returns"
+            )
+        return gm.forward
+    known = dict(options or {})
+    unknown = set(known) - {"policy", "strict"}
+    if unknown:
+        raise ValueError(f'backend "adalayer": unknown options {sorted(unknown)}')
+    return _Compiled(_Bound(gm, example_inputs), known)
+
+
+def _is_float_layer(gm: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return isinstance(gm.get_submodule(str(node.target)), (nn.Conv2d, nn.Linear))
+    return node.op == "call_function" and node.target in _FLOAT_LAYERS
+
+
+class _Bound(nn.Module):
+    """A graph of the compiler with the model's parameters bound, so that only inputs are left."""
+
+    def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+        super().__init__()
+        graph_module = fx.GraphModule(gm, fx.Graph())
+        graph_module.graph.output(graph_module.graph.graph_copy(gm.graph, {}))
+        placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        self.plan: list[tuple[str, Any]] = []
+        self.inputs: list[int] = []  # positions of the user's tensors
+        self.constants: list[Tensor] = []
+        self.names: list[str] = []
+        for position, (node, example) in enumerate(zip(placeholders, example_inputs, strict=True)):
+            if not isinstance(example, Tensor):
+                self.plan.append(("size", node))
+            elif _is_constant(example):
+                self.plan.append(("constant", len(self.constants)))
+                self.constants.append(example)
+                self.names.append(self._bind(node, example))
+            else:
+                self.plan.append(("input", len(self.inputs)))
+                self.inputs.append(position)
+        self.plan = [
+            (kind, self._origin(which, placeholders) if kind == "size" else which)
+            for kind, which in self.plan
+        ]
+        if self.inputs:
+            _free_batch(graph_module, example_inputs[self.inputs[0]].shape[0])
+        graph_module.recompile()
+        self.__dict__["run"] = graph_module
+
+    def _bind(self, node: fx.Node, value: Tensor) -> str:
+        """Hold a constant under its name in the model, from which the engine names layers."""
+        source = getattr(node.meta.get("grapharg"), "source", None)
+        name = getattr(source, "name", "")
+        text = str(name() if callable(name) else name).partition("]")[2]
+        kinds = ("_modules", "_parameters", "_buffers")
+        path = [part for part in _PATH.findall(text) if part not in kinds]
+        owner: nn.Module = self
+        for part in path[:-1]:
+            if part not in owner._modules:
+                if hasattr(owner, part):
+                    path = []
+                    break
+                owner.add_module(part, nn.Module())
+            owner = owner.get_submodule(part)
+        if not path or hasattr(owner, path[-1]):
+            owner, path = self, [f"constant_{len(self._buffers)}"]
+        owner.register_buffer(path[-1], value.detach())
+        return ".".join(path)
+
+    def _origin(self, node: fx.Node, placeholders: Sequence[fx.Node]) -> tuple[int, int]:
+        """Which axis of which input a symbolic size is."""
+        symbol = node.meta["example_value"]
+        for number, position in enumerate(self.inputs):
+            value = placeholders[position].meta.get("example_value")
+            for axis, size in enumerate(getattr(value, "shape", ())):
+                if isinstance(size, torch.SymInt) and str(size) == str(symbol):
+                    return number, axis
+        raise UnsupportedModelError(f"the size {symbol} is that of no input")
+
+    def forward(self, *inputs: Tensor) -> Any:
+        arguments: list[Any] = []
+        for kind, which in self.plan:
+            if kind == "input":
+                arguments.append(inputs[which])
+            elif kind == "constant":
+                arguments.append(self.get_buffer(self.names[which]))
+            else:
+                arguments.append(inputs[which[0]].shape[which[1]])
+        return self.run(*arguments)
+
+    run: fx.GraphModule
+
+
+def _is_constant(example: Tensor) -> bool:
+    """Whether an operand of the graph belongs to the model."""
+    if getattr(example, "_dynamo_static_input_type", None) is not None:
+        return True
+    return isinstance(example, nn.Parameter)
+
+
+def _free_batch(graph_module: fx.GraphModule, batch: int) -> None:
+    """Undo that the compiler wrote the batch size into reshapes, so that export keeps it free."""
+    graph = graph_module.graph
+    for node in list(graph.nodes):
+        if node.op != "call_method" or node.target not in ("view", "reshape", "expand"):
+            continue
+        operand, *rest = node.args
+        sizes = list(rest[0]) if rest and isinstance(rest[0], (list, tuple)) else rest
+        shape = getattr(operand.meta.get("example_value"), "shape", ())
+        if not sizes or type(sizes[0]) is not int or sizes[0] != batch or not shape:
+            continue
+        if shape[0] != batch:
+            continue
+        with graph.inserting_before(node):
+            sizes[0] = graph.call_method("size", (operand, 0))
+        node.args = (operand, *sizes)
+
+
+class _Compiled:
+    """The engine of one graph; made again when the model's tensors were written to.
+
+    It is made at the first call: inside the compiler, torch.export would add its guards to those
+    of the graph that is being compiled.
+    """
+
+    def __init__(self, bound: _Bound, options: Mapping[str, Any]) -> None:
+        self._bound = bound
+        self._options = options
+        self._run: Callable[..., Any] | None = None
+        self._versions = -1
+        self._lock = threading.Lock()
+
+    def _compile(self, examples: Sequence[Tensor]) -> Callable[..., Any]:
+        policy = str(self._options.get("policy", "fastest"))
+        strict = bool(self._options.get("strict", False))
+        try:
+            exported = export(self._bound, examples)
+            batch = examples[0].shape[0]
+            return compile_exported(exported, policy=policy, strict=strict, batch=batch)
+        except UnsupportedModelError as error:
+            if strict:
+                raise
+            warnings.warn(f'backend "adalayer": a graph runs in torch: {error}', stacklevel=3)
+            return self._bound
+
+    def __call__(self, *arguments: Any) -> Any:
+        inputs = [arguments[position] for position in self._bound.inputs]
+        versions = sum(tensor._version for tensor in self._bound.constants)
+        if versions != self._versions:
+            with self._lock:
+                if versions != self._versions:
+                    self._run = self._compile(inputs)
+                    self._versions = versions
+        run = self._run
+        assert run is not None
+        return run(*inputs)

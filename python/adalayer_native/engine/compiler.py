@@ -1,0 +1,212 @@
+"""``compile``: a converted model becomes an engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from adalayer_native import ops
+from adalayer_native.engine import rules_layers, rules_pointwise, rules_shapes  # noqa: F401
+from adalayer_native.engine.coverage import Row
+from adalayer_native.engine.emit import emit
+from adalayer_native.engine.export import (
+    Exported,
+    export,
+    layer_name,
+    multiply_accumulates,
+    op_name,
+)
+from adalayer_native.engine.policy import slower_than_float
+from adalayer_native.engine.runtime import (
+    Engine,
+    Leaf,
+    NativePart,
+    Output,
+    Port,
+    Step,
+    TorchStep,
+    structure_of,
+)
+from adalayer_native.engine.segments import Part, TorchPart, divide, is_layer
+from adalayer_native.errors import CalibrationError, UnsupportedModelError
+
+__all__ = ["compile", "compile_exported"]
+
+POLICIES = ("fastest", "native")
+
+
+def compile(
+    model: nn.Module, example_inputs: Any, *, policy: str = "fastest", strict: bool = False
+) -> Engine:
+    """Compile a converted model to one fused integer engine.
+
+    Batch norm, activation, residual addition and requantization join their convolution, values
+    between layers are u8, and every function of a single value is a table. What the engine has no
+    operation for runs in torch between native parts; ``engine.coverage()`` lists it.
+
+    Args:
+        model: what :func:`adalayer_native.convert` or :func:`adalayer_native.compress` gave.
+        example_inputs: a tensor, or one tensor per input; their sizes but the batch are fixed.
+        policy: "fastest" measures every layer against a float kernel with the same dequantized
+            weights and the same fake-quantized activations, and keeps the faster (by what it is
+            compiled for: the batch of ``example_inputs``); "native" keeps all layers native.
+        strict: a node that cannot run natively is an error.
+
+    Raises:
+        UnsupportedModelError: not exportable with a dynamic batch, without native layers, or, if
+            strict, with nodes that the engine has no operation for; names them.
+        CalibrationError: the model is prepared but not converted.
+    """
+    if policy not in POLICIES:
+        raise ValueError(f"policy must be one of {POLICIES}, got {policy!r}")
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"expected an nn.Module, got {type(model).__name__}")
+    _check_converted(model)
+    exported = export(model, example_inputs)
+    first = example_inputs if isinstance(example_inputs, Tensor) else next(iter(example_inputs))
+    batch = int(first.shape[0])
+    return compile_exported(exported, policy=policy, strict=strict, batch=batch)
+
+
+def _check_converted(model: nn.Module) -> None:
+    from adalayer_native.nn.modules import _NativeLayer
+
+    if any(isinstance(module, _NativeLayer) for module in model.modules()):
+        return
+    if "layers" in getattr(model, "meta", {}):
+        raise CalibrationError(
+            "expected a converted model, got a prepared one; call calibrate(prepared, loader) and "
+            "convert(prepared) first"
+        )
+    raise UnsupportedModelError(
+        f"{type(model).__name__} has no native layers: it was never calibrated and converted. "
+        "adalayer_native.compress(model, calibration, budget).model is what can be compiled"
+    )
+
+
+def compile_exported(
+    exported: Exported, *, policy: str = "native", strict: bool = False, batch: int = 1
+) -> Engine:
+    """:func:`compile` of what is exported already."""
+    engine = _build(exported, {}, strict)
+    if policy == "native":
+        return engine
+    slower = slower_than_float(exported, engine, batch)
+    if not slower:
+        return engine
+    other = _build(exported, slower, False)
+    return faster(engine, other, batch)
+
+
+def faster(engine: Engine, other: Engine, batch: int) -> Engine:
+    """The engine that takes less time for a whole batch."""
+    from adalayer_native.engine.policy import seconds_of
+
+    times = seconds_of({"native": engine, "mixed": other}, batch)
+    return other if times["mixed"] < times["native"] else engine
+
+
+def _build(exported: Exported, as_float: dict[fx.Node, str], strict: bool) -> Engine:
+    parts, reasons = divide(exported, as_float)
+    if strict and reasons:
+        shown = [f"{op_name(n)} (layer {layer_name(n)!r}): {why}" for n, why in reasons.items()]
+        raise UnsupportedModelError(
+            f"strict: {len(shown)} operators cannot run natively: "
+            + "; ".join(shown[:5])
+            + ("; ..." if len(shown) > 5 else "")
+        )
+    numbers: dict[fx.Node, int] = {node: k for k, node in enumerate(exported.inputs)}
+    steps: list[Step] = []
+    for part in parts:
+        if part.native:
+            if not part.outputs:
+                continue
+            steps.append(_native_step(exported, part, numbers))
+        else:
+            steps.append(_torch_step(exported, part, numbers, as_float, reasons))
+    leaves, structure = _result(exported, numbers)
+    kept = {leaf.number for leaf in leaves if isinstance(leaf, Leaf)}
+    for position, step in enumerate(steps):
+        later = {number for other in steps[position + 1 :] for number in other.inputs} | kept
+        step.done = [n for n in {*step.inputs, *step.outputs} if n not in later]
+    # A tensor that two parts read is dropped once, by the last of them.
+    seen: set[int] = set()
+    for step in reversed(steps):
+        step.done = [n for n in step.done if n not in seen]
+        seen.update(step.done)
+    return Engine(steps, _ports(exported), leaves, structure)
+
+
+def _ports(exported: Exported) -> list[Port]:
+    found = []
+    for node in exported.inputs:
+        sizes = exported.sizes(node)
+        if sizes is None:
+            raise UnsupportedModelError(f"input {node.name!r}: its batch is not dynamic")
+        found.append(Port(node.name, sizes))
+    return found
+
+
+def _new_numbers(nodes: list[fx.Node], numbers: dict[fx.Node, int]) -> list[int]:
+    for node in nodes:
+        numbers[node] = len(numbers)
+    return [numbers[node] for node in nodes]
+
+
+def _native_step(exported: Exported, part: Part, numbers: dict[fx.Node, int]) -> Step:
+    lowered = part.lowered
+    assert lowered is not None
+    outputs = []
+    for node, source, dims in zip(lowered.outputs, lowered.sources, lowered.views, strict=True):
+        sizes = exported.sizes(node)
+        assert sizes is not None
+        outputs.append(Output.of(source, sizes, dims))
+    program = emit(lowered.program)
+    inputs = [numbers[node] for node in lowered.inputs]
+    return Step(NativePart(program, outputs), inputs, _new_numbers(lowered.outputs, numbers), [])
+
+
+def _torch_step(
+    exported: Exported,
+    part: Part,
+    numbers: dict[fx.Node, int],
+    as_float: dict[fx.Node, str],
+    reasons: dict[fx.Node, str],
+) -> Step:
+    run = TorchPart(exported, part, set(as_float))
+    rows = []
+    for node in part.nodes:
+        bits = packed = 0
+        kernel = op_name(node)
+        if is_layer(node):
+            weight = node.args[1]
+            assert isinstance(weight, fx.Node)
+            tensor = exported.tensor(weight)
+            bits, packed = int(ops.packed_info(tensor)["bits"]), tensor.numel()
+            if node in as_float:
+                kernel = "float"
+        macs = multiply_accumulates(exported, node)
+        row = Row(
+            layer_name(node), op_name(node), "torch", kernel, bits, 0.0, packed, macs,
+            reasons.get(node, ""),
+        )  # fmt: skip
+        rows.append((node, row))
+    inputs = [numbers[node] for node in part.inputs]
+    return Step(TorchStep(run, rows), inputs, _new_numbers(part.outputs, numbers), [])
+
+
+def _result(exported: Exported, numbers: dict[fx.Node, int]) -> tuple[list[Any], Any]:
+    leaves = []
+    for item in exported.outputs:
+        if isinstance(item, fx.Node):
+            if item not in numbers:
+                raise UnsupportedModelError(
+                    f"the model returns {item} ({item.op}), which is no tensor that it computes"
+                )
+            leaves.append(Leaf(numbers[item]))
+        else:
+            leaves.append(item)
+    nested = pytree.tree_unflatten(list(range(len(leaves))), exported.out_spec)
+    return leaves, structure_of(nested)

@@ -1,0 +1,106 @@
+"""What every node of an engine runs on, how wide it is, and what it costs."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["Coverage", "Row"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One node.
+
+    Attributes:
+        name: the layer or node, as the model calls it.
+        op: operation.
+        kind: ``"native"`` or ``"torch"``.
+        kernel: what runs.
+        bits: of the weights; 0 without weights.
+        microseconds: of one run of the measured batch; 0.0 if it was not measured.
+        bytes: of the stored weights.
+        macs: multiply-accumulates per image.
+        why: the reason for running in torch, else empty.
+    """
+
+    name: str
+    op: str
+    kind: str
+    kernel: str
+    bits: int
+    microseconds: float
+    bytes: int
+    macs: int
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """All rows in the order of execution; prints as a table.
+
+    Attributes:
+        rows: one per node.
+        batch: images per measured run.
+        threads: of the measured run.
+    """
+
+    rows: tuple[Row, ...]
+    batch: int
+    threads: int
+
+    @property
+    def native_share(self) -> float:
+        """Share of the multiply-accumulates that run natively, 0 to 1."""
+        total = sum(row.macs for row in self.rows)
+        native = sum(row.macs for row in self.rows if row.kind == "native")
+        return native / total if total else 1.0
+
+    @property
+    def microseconds(self) -> float:
+        """Sum over the nodes."""
+        return sum(row.microseconds for row in self.rows)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __rich__(self) -> Table:
+        table = Table(
+            title=f"{100 * self.native_share:.2f} % of multiply-accumulates native, "
+            f"batch {self.batch}, {self.threads} threads"
+        )
+        for heading in ("Node", "Operation", "Runs", "Kernel"):
+            table.add_column(heading)
+        for heading in ("Bits", "µs", "Bytes", "MACs per image"):
+            table.add_column(heading, justify="right")
+        for row in self.rows:
+            table.add_row(
+                row.name,
+                row.op,
+                row.kind,
+                row.kernel + (f" ({row.why})" if row.why else ""),
+                str(row.bits or ""),
+                f"{row.microseconds:.1f}" if row.microseconds else "",
+                f"{row.bytes:,}" if row.bytes else "",
+                f"{row.macs:,}" if row.macs else "",
+            )
+        table.add_section()
+        total_bytes = sum(row.bytes for row in self.rows)
+        total_macs = sum(row.macs for row in self.rows)
+        table.add_row(
+            "total", "", "", "", "", f"{self.microseconds:.1f}", f"{total_bytes:,}",
+            f"{total_macs:,}",
+        )  # fmt: skip
+        return table
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        Console(file=text, width=160, color_system=None).print(self)
+        return text.getvalue()

@@ -1,0 +1,369 @@
+"""From exported operators to program nodes, driven by what readers ask for.
+
+Values on a u8 grid are the normal case. Some nodes have a grid of their own: ``fake_quantize``, a
+convolution with an output grid, and whatever moves such values around. Others (a convolution whose
+only readers quantize their input themselves, a mean, a batch norm) are written straight to the grid
+of their reader: a value that is never stored in float has no node in float. So lowering goes
+backward from readers; ``u8(node, want)`` gives the program value of a node on the grid that is
+wanted, and ``f32(node)`` the same in float32, for the outputs.
+
+A rule that cannot do what is asked raises :class:`CannotLower`; the node that it names then runs in
+torch, and the partition is made again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from adalayer_native.engine.export import Exported, layer_name, op_name
+from adalayer_native.engine.grids import Grid, Want
+from adalayer_native.engine.program import Program, Value, shorten
+from adalayer_native.engine.views import (
+    Dims,
+    Ref,
+    Size,
+    channel_order,
+    image_dims,
+    merged,
+    reshaped,
+)
+
+__all__ = ["CannotLower", "Lowering", "Rule", "lower", "rule_for"]
+
+
+class CannotLower(Exception):
+    """A node that the program cannot express.
+
+    Attributes:
+        node: the node; None while the rule that asked is not known yet.
+        reason: a sentence without the node's name.
+    """
+
+    def __init__(self, node: fx.Node | None, reason: str) -> None:
+        super().__init__(reason)
+        self.node = node
+        self.reason = reason
+
+
+class U8Rule(Protocol):
+    def __call__(self, low: Lowering, node: fx.Node, want: Want, /) -> Ref: ...
+
+
+class F32Rule(Protocol):
+    def __call__(self, low: Lowering, node: fx.Node, lo: float, hi: float, /) -> Ref: ...
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one operator is lowered.
+
+    Attributes:
+        u8: its result on a grid.
+        f32: its result in float32, where the program can do that.
+        grid: the grid that its result lies on by itself: of the node, or None.
+    """
+
+    u8: U8Rule
+    f32: F32Rule | None = None
+    grid: Callable[[Grids, fx.Node], Grid | None] = lambda grids, node: None
+
+
+RULES: dict[str, Rule] = {}
+
+
+def rule_for(node: fx.Node) -> Rule | None:
+    """The rule of a node's operator."""
+    return RULES.get(op_name(node)) if node.op == "call_function" else None
+
+
+class Grids:
+    """Which nodes lie on a grid by themselves, whoever reads them."""
+
+    def __init__(self) -> None:
+        self._known: dict[fx.Node, Grid | None] = {}
+
+    def __call__(self, node: Any) -> Grid | None:
+        """The grid of a node, or None."""
+        if not isinstance(node, fx.Node):
+            return None
+        if node not in self._known:
+            rule = rule_for(node)
+            self._known[node] = None if rule is None else rule.grid(self, node)
+        return self._known[node]
+
+
+class Lowering:
+    """One program in the making.
+
+    Attributes:
+        program: what has been emitted so far.
+        exported: the model.
+        grids: intrinsic grids.
+        origins: by name of a value, the graph node that it holds, how the node's tensor shows it,
+            and what was asked for. Checks compare the two with it.
+    """
+
+    def __init__(self, exported: Exported, inside: set[fx.Node], grids: Grids) -> None:
+        self.exported = exported
+        self.inside = inside
+        self.grids = grids
+        self.program = Program()
+        self.inputs: list[fx.Node] = []
+        self.origins: dict[str, tuple[fx.Node, Dims, Want]] = {}
+        self._u8: dict[tuple[fx.Node, Want], Ref] = {}
+        self._f32: dict[tuple[fx.Node, float, float], Ref] = {}
+        self._external: dict[fx.Node, Ref] = {}
+        self._names: dict[str, int] = {}
+
+    # -- what rules ask for -------------------------------------------------------------------
+
+    def u8(self, node: Any, want: Want) -> Ref:
+        """A node's value on the wanted grid."""
+        if not isinstance(node, fx.Node):
+            raise CannotLower(None, f"expected a tensor operand, got {node!r}")
+        key = (node, want)
+        if key not in self._u8:
+            ref = self._find_u8(node, want)
+            self._u8[key] = ref
+            self.origins.setdefault(self.value(ref).name, (node, ref.dims, want))
+        return self._u8[key]
+
+    def on_own_grid(self, node: Any) -> tuple[Ref, Grid]:
+        """A node's value on its own grid."""
+        grid = self.grids(node)
+        if grid is None:
+            raise CannotLower(
+                None, f"operand {node} is a float tensor that no quantizer puts on a u8 grid"
+            )
+        return self.u8(node, Want(grid)), grid
+
+    def f32(self, node: Any, lo: float = -math.inf, hi: float = math.inf) -> Ref:
+        """A node's value in float32, clamped."""
+        if not isinstance(node, fx.Node):
+            raise CannotLower(None, f"expected a tensor operand, got {node!r}")
+        key = (node, lo, hi)
+        if key not in self._f32:
+            self._f32[key] = self._find_f32(node, lo, hi)
+        return self._f32[key]
+
+    def _find_u8(self, node: fx.Node, want: Want) -> Ref:
+        if node not in self.inside:
+            source = self.external(node)
+            plain = Want(want.grid)
+            ref = self.emit("quantize", self.name(node, "quantize"), [source.value], source, plain)
+            return self.retable(ref, node, plain.grid, want)
+        own = self.grids(node)
+        if own is not None and Want(own) != want:
+            return self.retable(self.u8(node, Want(own)), node, own, want)
+        return self._apply(node, lambda rule: rule.u8(self, node, want))
+
+    def _find_f32(self, node: fx.Node, lo: float, hi: float) -> Ref:
+        if node not in self.inside:
+            if (lo, hi) != (-math.inf, math.inf):
+                raise CannotLower(None, "a float tensor from outside would have to be clamped")
+            return self.external(node)
+        own = self.grids(node)
+        if own is not None:
+            if any(math.isfinite(bound) and not own.holds(bound) for bound in (lo, hi)):
+                raise CannotLower(None, f"a clamp to {lo} ... {hi}, between two levels of its grid")
+            source = self.u8(node, Want(own, lo, hi))
+            size = self.size(source)
+            name = self.name(node, "dequantize")
+            return Ref(
+                self.program.node("dequantize", name, [source.value], size, None), source.dims
+            )
+
+        def run(rule: Rule) -> Ref:
+            if rule.f32 is None:
+                raise CannotLower(
+                    None,
+                    "its result is wanted in float32 (no quantized layer reads it), which the "
+                    "engine has no operation for",
+                )
+            return rule.f32(self, node, lo, hi)
+
+        return self._apply(node, run)
+
+    def _apply(self, node: fx.Node, run: Callable[[Rule], Ref]) -> Ref:
+        try:
+            rule = rule_for(node)
+            if rule is None:
+                raise CannotLower(None, "the engine has no such operation")
+            if self.exported.sizes(node) is None and isinstance(node.meta.get("val"), Tensor):
+                raise CannotLower(None, "its first axis is not the batch alone")
+            return run(rule)
+        except CannotLower as error:
+            raise CannotLower(error.node or node, error.reason) from None
+
+    def prepare_input(self, node: fx.Node) -> None:
+        """Lower what a layer reads."""
+        self._apply(node, lambda rule: LAYER_INPUTS[op_name(node)](self, node))
+
+    def external(self, node: fx.Node) -> Ref:
+        """A float32 tensor that comes from outside the program."""
+        if node not in self._external:
+            sizes = self.exported.sizes(node)
+            value = node.meta.get("val")
+            dtype = value.dtype if isinstance(value, Tensor) else None
+            if sizes is None or not 1 <= len(sizes) <= 3 or dtype != torch.float32:
+                raise CannotLower(
+                    None, f"operand {node} is no batch of float32 images or vectors ({value})"
+                )
+            size: Size = (*sizes, *(1,) * (3 - len(sizes)))  # type: ignore[assignment]
+            number = self.program.value(node.name, size, None)
+            self.program.inputs.append(number)
+            self.inputs.append(node)
+            dims = image_dims(size)[: len(sizes)]
+            self._external[node] = Ref(number, dims)
+        return self._external[node]
+
+    # -- emitting -----------------------------------------------------------------------------
+
+    def value(self, ref: Ref) -> Value:
+        """The program value of a ref."""
+        return self.program.values[ref.value]
+
+    def size(self, ref: Ref) -> Size:
+        """c, h, w of a ref's program value."""
+        return self.value(ref).size
+
+    def name(self, node: fx.Node, suffix: str = "") -> str:
+        """A name for a program node that nothing else in the program has."""
+        name = layer_name(node) + (f".{suffix}" if suffix else "")
+        count = self._names.get(name, 0)
+        self._names[name] = count + 1
+        return name if count == 0 else f"{name}#{count + 1}"
+
+    def emit(
+        self, op: str, name: str, inputs: list[int], like: Ref, want: Want, **parameters: Any
+    ) -> Ref:
+        """A node whose u8 result has the shape and view of ``like``."""
+        size = self.size(like)
+        return Ref(self.program.node(op, name, inputs, size, want.grid, **parameters), like.dims)
+
+    def retable(
+        self,
+        ref: Ref,
+        node: fx.Node,
+        source: Grid,
+        want: Want,
+        function: Callable[[Tensor], Tensor] | None = None,
+    ) -> Ref:
+        """``function`` of a value on ``source``, on another grid: one table, or nothing."""
+        table = want.table(source, function)
+        used = source.qmax + 1
+        same = np.array_equal(table[:used], np.arange(used, dtype=np.uint8))
+        if same and source == want.grid:
+            return ref
+        suffix = "" if function is not None else "table"
+        name = self.name(node, suffix)
+        constants = [self.program.table(table)]
+        return self.emit("lookup", name, [ref.value], ref, want, constants=constants)
+
+    # -- layouts ------------------------------------------------------------------------------
+
+    def plain(self, ref: Ref, name: str) -> Ref:
+        """The same tensor as [batch, c, h, w], or [batch, c] with one pixel, in memory.
+
+        Raises:
+            CannotLower: the engine has no operation that reorders it so.
+        """
+        size = self.size(ref)
+        if len(ref.dims) == 3 and ref.dims == image_dims(size):
+            return ref
+        if len(ref.dims) == 1 and ref.dims == image_dims(size)[:1] and size[1:] == (1, 1):
+            return ref
+        grid = self.value(ref).grid
+        if len(ref.dims) in (1, 3):
+            sizes = [math.prod(n for n, _ in atoms) for atoms in ref.dims]
+            wanted: Size = (*sizes, *(1,) * (3 - len(sizes)))  # type: ignore[assignment]
+            order = channel_order(ref.dims, size)
+            if order is not None and grid is not None:
+                number = self.program.node(
+                    "gather", name, [ref.value], wanted, grid, constants=[self.program.i32(order)]
+                )
+                return Ref(number, image_dims(wanted)[: len(sizes)])
+            total = math.prod(size)
+            if reshaped(ref.dims, [total]) == (merged([(total, 1)]),):
+                flat: Size = (total, 1, 1)
+                number = ref.value
+                for target in (flat, wanted):
+                    if self.program.values[number].size != target:
+                        number = self.program.node("reshape", name, [number], target, grid)
+                return Ref(number, image_dims(wanted)[: len(sizes)])
+        raise CannotLower(None, "its operand's axes are in an order that would need a copy")
+
+    def sizes(self, node: fx.Node) -> tuple[int, ...]:
+        """Sizes of a node's tensor without the batch."""
+        sizes = self.exported.sizes(node)
+        if sizes is None:
+            raise CannotLower(None, "its first axis is not the batch alone")
+        return sizes
+
+    def parameter(self, node: Any) -> Tensor | None:
+        """A parameter, buffer or number operand as a tensor; None for computed ones."""
+        if isinstance(node, fx.Node):
+            return self.exported.tensor(node) if node.op == "get_attr" else None
+        return torch.tensor(float(node)) if isinstance(node, (int, float)) else None
+
+
+@dataclass
+class Lowered:
+    """A program and how its boundary is connected.
+
+    Attributes:
+        program: shortened.
+        inputs: graph nodes of the program's inputs.
+        outputs: graph nodes whose values come out.
+        sources: for each of them, which of the program's outputs it is.
+        views: for each of them, how it shows that output.
+        origins: see :class:`Lowering`.
+    """
+
+    program: Program
+    inputs: list[fx.Node]
+    outputs: list[fx.Node]
+    sources: list[int]
+    views: list[Dims]
+    origins: dict[str, tuple[fx.Node, Dims, Want]]
+
+
+def lower(
+    exported: Exported, inside: list[fx.Node], outputs: list[fx.Node], grids: Grids
+) -> Lowered:
+    """Lower the nodes ``inside`` (in graph order) so that ``outputs`` come out in float32.
+
+    Raises:
+        CannotLower: naming the node that has to run in torch.
+    """
+    low = Lowering(exported, set(inside), grids)
+    # In graph order, so that a deep network does not become a deep recursion.
+    for node in inside:
+        own = grids(node)
+        if own is not None and isinstance(node.meta.get("val"), Tensor):
+            if op_name(node).startswith("adalayer."):
+                low.u8(node, Want(own))
+        elif op_name(node) in LAYER_INPUTS:
+            low.prepare_input(node)
+    refs = [low.f32(node) for node in outputs]
+    program = low.program
+    for node, ref in zip(outputs, refs, strict=True):
+        if ref.value in program.inputs:
+            raise CannotLower(node, "it hands an input of the program on as it is")
+    numbers = list(dict.fromkeys(ref.value for ref in refs))
+    program.outputs = numbers
+    sources = [numbers.index(ref.value) for ref in refs]
+    # An input that turned out to be unused stays: the caller passes it by position.
+    shorten(program)
+    return Lowered(program, low.inputs, outputs, sources, [ref.dims for ref in refs], low.origins)
+
+
+# Operators that quantize their input themselves, and the function that asks for it.
+LAYER_INPUTS: dict[str, Callable[[Lowering, fx.Node], Ref]] = {}

@@ -1,0 +1,338 @@
+"""Rules for what has weights: convolutions, linear layers, batch and layer norm, and quantizers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, fx
+
+from adalayer_native import ops
+from adalayer_native.engine.grids import Grid, Want, compose_clamps
+from adalayer_native.engine.lower import (
+    LAYER_INPUTS,
+    RULES,
+    CannotLower,
+    Grids,
+    Lowering,
+    Rule,
+)
+from adalayer_native.engine.views import (
+    Ref,
+    Size,
+    axes_of,
+    built,
+    channel_axis,
+    image_dims,
+    merged,
+)
+
+Doubles = npt.NDArray[np.float64]
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """All arguments of an operator by name, defaults included."""
+    target = node.target
+    assert isinstance(target, torch._ops.OpOverload)
+    found: dict[str, Any] = {}
+    for position, item in enumerate(target._schema.arguments):
+        if position < len(node.args):
+            found[item.name] = node.args[position]
+        else:
+            found[item.name] = node.kwargs.get(item.name, item.default_value)
+    return found
+
+
+def _bounds(arguments: dict[str, Any]) -> tuple[float, float]:
+    lo, hi = arguments["lo"], arguments["hi"]
+    return (-math.inf if lo is None else float(lo)), (math.inf if hi is None else float(hi))
+
+
+def _double(values: Tensor) -> Doubles:
+    return values.detach().to(torch.float64).numpy()
+
+
+# -- quantizers -----------------------------------------------------------------------------------
+
+
+def _fake_quantize_grid(grids: Grids, node: fx.Node) -> Grid:
+    a = arguments(node)
+    return Grid(float(a["scale"]), int(a["zero_point"]), int(a["bits"]))
+
+
+def _fake_quantize(low: Lowering, node: fx.Node, want: Want) -> Ref:
+    return low.u8(node.args[0], want)
+
+
+RULES["adalayer.fake_quantize.default"] = Rule(_fake_quantize, grid=_fake_quantize_grid)
+
+
+# -- convolutions and linear layers ---------------------------------------------------------------
+
+
+@dataclass
+class _Layer:
+    """A convolution, a transposed one or a linear layer, ready to be emitted."""
+
+    op: str
+    source: Ref
+    input_grid: Grid
+    weights: int
+    multiplier: Doubles  # input_scale * weight_scale as the module has it
+    bias: Doubles
+    geometry: list[int]
+    size: Size
+    axes: tuple[str, ...]  # of the result
+    residual: Any
+    bounds: tuple[float, float]
+
+
+def _input_grid(node: fx.Node) -> Grid:
+    a = arguments(node)
+    return Grid(float(a["input_scale"]), int(a["input_zero_point"]), int(a["input_bits"]))
+
+
+def _output_grid(grids: Grids, node: fx.Node) -> Grid | None:
+    a = arguments(node)
+    if not a["output_bits"]:
+        return None
+    return Grid(float(a["output_scale"]), int(a["output_zero_point"]), int(a["output_bits"]))
+
+
+def _source(low: Lowering, node: fx.Node) -> Ref:
+    return low.u8(node.args[0], Want(_input_grid(node)))
+
+
+def _constants(low: Lowering, node: fx.Node) -> tuple[Tensor, Doubles, Doubles]:
+    packed, scale, bias = (low.parameter(item) for item in node.args[1:4])
+    if packed is None or scale is None or bias is None:
+        raise CannotLower(node, "its weights are computed by the graph; expected parameters")
+    multiplier = scale * torch.tensor(_input_grid(node).scale, dtype=torch.float32)
+    return packed, _double(multiplier), _double(bias)
+
+
+def _conv(low: Lowering, node: fx.Node) -> _Layer:
+    a = arguments(node)
+    packed, multiplier, bias = _constants(low, node)
+    source = low.plain(_source(low, node), low.name(node, "reorder"))
+    padding = list(a["padding"])
+    kernel = list(a["kernel_size"])
+    if len(padding) == 2:
+        padding = [*padding, *padding]
+    geometry = [*kernel, *a["stride"], *padding, *a["dilation"], a["groups"]]
+    size: Size = low.sizes(node)  # type: ignore[assignment]
+    if low.size(source)[0] != _in_channels(packed, int(a["groups"])):
+        raise CannotLower(node, f"its weights do not fit an input of {low.size(source)}")
+    return _Layer(
+        "conv_transpose" if "transpose" in str(node.target) else "conv",
+        source,
+        _input_grid(node),
+        low.program.constant("weights", packed.numpy().tobytes()),
+        multiplier,
+        bias,
+        [int(item) for item in geometry],
+        size,
+        ("c", "h", "w"),
+        a.get("residual"),
+        _bounds(a),
+    )
+
+
+def _in_channels(packed: Tensor, groups: int) -> int:
+    return int(ops.packed_info(packed)["shape"][1]) * groups
+
+
+def _linear(low: Lowering, node: fx.Node) -> _Layer:
+    packed, multiplier, bias = _constants(low, node)
+    source = _source(low, node)
+    size = low.size(source)
+    features = low.sizes(node)[-1]
+    c, h, w = size
+    kernel, out = (1, 1), (features, h, w)
+    axes: tuple[str, ...] | None = None
+    if source.dims == ((merged([(c * h * w, 1)])),):
+        # Flattened in memory order: a convolution that sees the whole image at once.
+        kernel, out, axes = (h, w), (features, 1, 1), ("c",)
+        if (h, w) != (1, 1):
+            weight = ops.unpack_weight(packed).reshape(features, c, h, w)
+            packed = ops.pack_weight(weight, int(ops.packed_info(packed)["bits"]))
+    else:
+        found = axes_of(source.dims, size)
+        whole = merged([(c, h * w)])
+        if found is not None and source.dims[-1] == whole and "c" not in "".join(found[:-1]):
+            axes = (*found[:-1], "c")
+    if axes is None:
+        source = low.plain(source, low.name(node, "reorder"))
+        if len(source.dims) != 1:
+            raise CannotLower(node, "its input's last axis is not the channels")
+        out, axes = (features, 1, 1), ("c",)
+    return _Layer(
+        "conv",
+        source,
+        _input_grid(node),
+        low.program.constant("weights", packed.numpy().tobytes()),
+        multiplier,
+        bias,
+        [*kernel, 1, 1, 0, 0, 0, 0, 1, 1, 1],
+        out,
+        axes,
+        None,
+        _bounds(arguments(node)),
+    )
+
+
+def _layer(low: Lowering, node: fx.Node) -> _Layer:
+    return _linear(low, node) if "linear" in str(node.target) else _conv(low, node)
+
+
+def _residual(low: Lowering, node: fx.Node, layer: _Layer) -> tuple[list[int], Grid | None]:
+    if layer.residual is None:
+        return [], None
+    ref, grid = low.on_own_grid(layer.residual)
+    ref = low.plain(ref, low.name(node, "residual"))
+    if low.size(ref) != layer.size:
+        raise CannotLower(node, f"its residual is {low.size(ref)}, its result {layer.size}")
+    return [ref.value], grid
+
+
+def _layer_u8(low: Lowering, node: fx.Node, want: Want) -> Ref:
+    layer = _layer(low, node)
+    want = want.after(*layer.bounds)
+    inverse = want.grid.inverse
+    residual, grid = _residual(low, node, layer)
+    bias = layer.bias * inverse
+    residual_scale = 0.0
+    if grid is not None:
+        residual_scale = float(np.float32(grid.scale * inverse))
+        bias = bias - grid.zero_point * residual_scale
+    program = low.program
+    number = program.node(
+        layer.op,
+        low.name(node),
+        [layer.source.value, *residual],
+        layer.size,
+        want.grid,
+        ints=[*layer.geometry, *want.finish()],
+        floats=[residual_scale, 0.0, 0.0],
+        constants=[
+            layer.weights,
+            program.f32(layer.multiplier * inverse),
+            program.f32(bias),
+            -1,
+        ],
+    )
+    return Ref(number, built(layer.axes, layer.size))
+
+
+def _layer_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
+    layer = _layer(low, node)
+    residual, grid = _residual(low, node, layer)
+    lo, hi = compose_clamps(layer.bounds, (lo, hi))
+    program = low.program
+    number = program.node(
+        layer.op,
+        low.name(node),
+        [layer.source.value, *residual],
+        layer.size,
+        None,
+        ints=[*layer.geometry, 0, 255, 0],
+        floats=[0.0 if grid is None else grid.scale, lo, hi],
+        constants=[layer.weights, program.f32(layer.multiplier), program.f32(layer.bias), -1],
+    )
+    return Ref(number, built(layer.axes, layer.size))
+
+
+def _no_grid(grids: Grids, node: fx.Node) -> None:
+    return None
+
+
+for _name, _grid in (
+    ("adalayer.conv2d.default", _output_grid),
+    ("adalayer.conv_transpose2d.default", _output_grid),
+    ("adalayer.linear.default", _no_grid),
+):
+    RULES[_name] = Rule(_layer_u8, _layer_f32, _grid)
+    LAYER_INPUTS[_name] = _source
+
+
+# -- norms ----------------------------------------------------------------------------------------
+
+
+def affine(
+    low: Lowering, node: fx.Node, operand: Any, factor: Doubles, offset: Doubles, want: Want
+) -> Ref:
+    """``operand * factor[c] + offset[c]`` for an operand on its own grid."""
+    ref, grid = low.on_own_grid(operand)
+    inverse = want.grid.inverse
+    scale = factor * grid.scale * inverse
+    bias = offset * inverse - grid.zero_point * scale
+    if scale.shape != (low.size(ref)[0],):
+        raise CannotLower(node, f"{scale.size} factors for {low.size(ref)[0]} channels")
+    constants = [low.program.f32(scale), low.program.f32(bias), -1]
+    return low.emit(
+        "affine",
+        low.name(node),
+        [ref.value],
+        ref,
+        want,
+        ints=want.finish(),
+        constants=constants,
+    )
+
+
+def _batch_norm(low: Lowering, node: fx.Node, want: Want) -> Ref:
+    a = arguments(node)
+    if a["training"]:
+        raise CannotLower(node, "a batch norm in training mode")
+    operand = a["input"]
+    ref, _ = low.on_own_grid(operand)
+    if channel_axis(ref.dims, low.size(ref)) != 0:
+        raise CannotLower(node, "its channels are not on axis 1")
+    mean, var = low.parameter(a["running_mean"]), low.parameter(a["running_var"])
+    if mean is None or var is None:
+        raise CannotLower(node, "a batch norm without running statistics")
+    weight = low.parameter(a["weight"]) if a["weight"] is not None else torch.ones_like(mean)
+    bias = low.parameter(a["bias"]) if a["bias"] is not None else torch.zeros_like(mean)
+    if weight is None or bias is None:
+        raise CannotLower(node, "its parameters are computed by the graph")
+    factor = _double(weight) / np.sqrt(_double(var) + float(a["eps"]))
+    return affine(low, node, operand, factor, _double(bias) - _double(mean) * factor, want)
+
+
+RULES["aten.batch_norm.default"] = Rule(_batch_norm)
+
+
+def _layer_norm(low: Lowering, node: fx.Node, want: Want) -> Ref:
+    a = arguments(node)
+    ref, _ = low.on_own_grid(a["input"])
+    size = low.size(ref)
+    whole = merged([(size[0], size[1] * size[2])])
+    if list(a["normalized_shape"]) != [size[0]] or not ref.dims or ref.dims[-1] != whole:
+        raise CannotLower(
+            node, f"it normalises {list(a['normalized_shape'])}, which are not the channels alone"
+        )
+    weight = low.parameter(a["weight"]) if a["weight"] is not None else torch.ones(size[0])
+    bias = low.parameter(a["bias"]) if a["bias"] is not None else torch.zeros(size[0])
+    if weight is None or bias is None:
+        raise CannotLower(node, "its parameters are computed by the graph")
+    inverse = want.grid.inverse
+    program = low.program
+    return low.emit(
+        "layer_norm",
+        low.name(node),
+        [ref.value],
+        ref,
+        want,
+        ints=want.finish(),
+        floats=[float(a["eps"])],
+        constants=[program.f32(_double(weight) * inverse), program.f32(_double(bias) * inverse)],
+    )
+
+
+RULES["aten.layer_norm.default"] = Rule(_layer_norm)
+
+__all__ = ["affine", "arguments", "image_dims"]

@@ -1,0 +1,226 @@
+"""Rules for functions of single values, and for sums and products of two tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from adalayer_native.engine.export import op_name
+from adalayer_native.engine.grids import Want, compose_clamps
+from adalayer_native.engine.lower import RULES, CannotLower, Grids, Lowering, Rule
+from adalayer_native.engine.rules_layers import affine, arguments
+from adalayer_native.engine.views import Ref, axes_of
+
+# -- functions of one value -----------------------------------------------------------------------
+
+
+def _function(node: fx.Node) -> Callable[[Tensor], Tensor]:
+    """The operator as a function of its first operand."""
+    rest, kwargs = node.args[1:], node.kwargs
+    if any(isinstance(item, fx.Node) for item in (*rest, *kwargs.values())):
+        raise CannotLower(node, "a pointwise function with a computed operand")
+    target = node.target
+    assert callable(target)
+
+    def run(values: Tensor) -> Tensor:
+        result = target(values, *rest, **kwargs)
+        assert isinstance(result, Tensor)
+        return result
+
+    return run
+
+
+def clamp_bounds(node: fx.Node) -> tuple[float, float] | None:
+    """``(lo, hi)`` of a node that clamps to constants, else None."""
+    name = op_name(node)
+    if name == "aten.relu.default":
+        return 0.0, math.inf
+    if name == "aten.relu6.default":
+        return 0.0, 6.0
+    keys = {
+        "aten.hardtanh.default": ("min_val", "max_val"),
+        "aten.clamp.default": ("min", "max"),
+        "aten.clip.default": ("min", "max"),
+        "aten.clamp_min.default": ("min", ""),
+        "aten.clamp_max.default": ("", "max"),
+    }.get(name)
+    if keys is None:
+        return None
+    a = arguments(node)
+    bounds = [a.get(key) for key in keys]
+    if any(isinstance(item, fx.Node) for item in bounds):
+        return None
+    lo = -math.inf if bounds[0] is None else float(bounds[0])
+    hi = math.inf if bounds[1] is None else float(bounds[1])
+    return (min(lo, hi), hi)  # torch gives the upper bound where they cross
+
+
+def _pointwise(low: Lowering, node: fx.Node, want: Want) -> Ref:
+    operand = node.args[0]
+    grid = low.grids(operand)
+    if grid is None:
+        # Nothing stores the operand; a clamp can still join the node that computes it.
+        bounds = clamp_bounds(node)
+        if bounds is None:
+            raise CannotLower(
+                node, f"its operand {operand} is a float tensor that no quantizer stores"
+            )
+        return low.u8(operand, want.after(*bounds))
+    return low.retable(low.u8(operand, Want(grid)), node, grid, want, _function(node))
+
+
+def _clamp_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
+    bounds = clamp_bounds(node)
+    if bounds is None:
+        raise CannotLower(
+            node,
+            "its result is wanted in float32 (no quantized layer reads it), which the engine has "
+            "no operation for",
+        )
+    return low.f32(node.args[0], *compose_clamps(bounds, (lo, hi)))
+
+
+_FUNCTIONS = (
+    "relu", "relu6", "hardtanh", "clamp", "clip", "clamp_min", "clamp_max", "hardswish",
+    "hardsigmoid", "silu", "sigmoid", "gelu", "leaky_relu", "elu", "selu", "celu", "mish",
+    "softplus", "softsign", "tanh", "hardshrink", "softshrink", "threshold", "log_sigmoid", "abs",
+    "neg", "square", "sqrt", "exp", "erf", "sin", "cos", "round", "floor", "ceil",
+)  # fmt: skip
+for _name in _FUNCTIONS:
+    RULES[f"aten.{_name}.default"] = Rule(_pointwise, _clamp_f32)
+RULES["aten.pow.Tensor_Scalar"] = Rule(_pointwise)
+RULES["aten.rsub.Scalar"] = Rule(_pointwise)
+for _name in ("add", "sub", "mul", "div"):
+    RULES[f"aten.{_name}.Scalar"] = Rule(_pointwise)
+
+
+def _prelu(low: Lowering, node: fx.Node, want: Want) -> Ref:
+    slope = low.parameter(node.args[1])
+    if slope is None or slope.numel() != 1:
+        raise CannotLower(node, "a slope per channel")
+    ref, grid = low.on_own_grid(node.args[0])
+    return low.retable(ref, node, grid, want, lambda x: torch.prelu(x, slope.reshape(1)))
+
+
+RULES["aten.prelu.default"] = Rule(_prelu)
+
+
+# -- sums and products ----------------------------------------------------------------------------
+
+
+def _per_channel(low: Lowering, node: fx.Node, ref: Ref, value: Tensor) -> Tensor:
+    """A constant operand as one value per channel of ``ref``."""
+    size = low.size(ref)
+    axes = axes_of(ref.dims, size)
+    shape = list(value.shape)
+    if axes is None or len(shape) > len(axes) + 1 or (len(shape) > len(axes) and shape[0] != 1):
+        raise CannotLower(node, f"a constant operand of shape {shape}")
+    shape = [1] * (len(axes) - len(shape)) + shape[-len(axes) :]
+    for name, n in zip(axes, shape, strict=True):
+        if n != 1 and name != "c":
+            raise CannotLower(node, f"a constant operand of shape {list(value.shape)}")
+    return value.reshape(-1)
+
+
+def _with_constant(
+    low: Lowering, node: fx.Node, operand: Any, constant: Tensor, left: bool, want: Want
+) -> Ref:
+    """A sum, difference, product or quotient of a tensor and a parameter or number."""
+    kind = op_name(node).split(".")[1]
+    alpha = float(node.kwargs.get("alpha", 1))  # type: ignore[arg-type]
+    ref, grid = low.on_own_grid(operand)
+    target = node.target
+    assert callable(target)
+    if constant.numel() == 1:
+        scalar = constant.reshape(())
+
+        def run(values: Tensor) -> Tensor:
+            pair = (scalar, values) if left else (values, scalar)
+            result = target(*pair, **node.kwargs)
+            assert isinstance(result, Tensor)
+            return result
+
+        return low.retable(ref, node, grid, want, run)
+    channels = _per_channel(low, node, ref, constant).to(torch.float64).numpy()
+    one, zero = np.ones_like(channels), np.zeros_like(channels)
+    if kind == "mul":
+        return affine(low, node, operand, channels, zero, want)
+    if kind == "div" and not left:
+        return affine(low, node, operand, one / channels, zero, want)
+    if kind == "add":
+        factor, offset = (alpha * one, channels) if left else (one, alpha * channels)
+        return affine(low, node, operand, factor, offset, want)
+    if kind == "sub":
+        factor, offset = (-alpha * one, channels) if left else (one, -alpha * channels)
+        return affine(low, node, operand, factor, offset, want)
+    raise CannotLower(node, f"{kind} of a constant by a tensor")
+
+
+def _pair(low: Lowering, node: fx.Node, a: Ref, b: Ref) -> tuple[Ref, Ref, bool]:
+    """Two operands in one layout, the full one first; whether they were exchanged."""
+    if low.size(a) == low.size(b) and a.dims == b.dims:
+        return a, b, False
+    a = low.plain(a, low.name(node, "reorder"))
+    b = low.plain(b, low.name(node, "reorder"))
+    size_a, size_b = low.size(a), low.size(b)
+    if len(a.dims) == len(b.dims):
+        if size_a == size_b or size_b == (size_a[0], 1, 1):
+            return a, b, False
+        if size_a == (size_b[0], 1, 1):
+            return b, a, True
+    raise CannotLower(
+        node, f"operands of {size_a} and {size_b}; expected equal ones or one value per channel"
+    )
+
+
+def _binary(low: Lowering, node: fx.Node, want: Want) -> Ref:
+    left, right = node.args[:2]
+    for operand, other, is_left in ((right, left, False), (left, right, True)):
+        constant = low.parameter(operand)
+        if constant is not None:
+            return _with_constant(low, node, other, constant, is_left, want)
+    (a, grid_a), (b, grid_b) = low.on_own_grid(left), low.on_own_grid(right)
+    a, b, exchanged = _pair(low, node, a, b)
+    inverse = want.grid.inverse
+    kind = op_name(node).split(".")[1]
+    name = low.name(node)
+    if kind == "mul":
+        if exchanged:
+            grid_a, grid_b = grid_b, grid_a
+        scale = float(np.float32(grid_a.scale * grid_b.scale * inverse))
+        ints = [grid_a.zero_point, grid_b.zero_point, *want.finish()]
+        return low.emit(
+            "mul", name, [a.value, b.value], a, want, ints=ints, floats=[scale], constants=[-1]
+        )
+    if kind not in ("add", "sub"):
+        raise CannotLower(node, f"{kind} of two tensors")
+    factor = float(node.kwargs.get("alpha", 1)) * (1.0 if kind == "add" else -1.0)  # type: ignore[arg-type]
+    factors = (factor, 1.0) if exchanged else (1.0, factor)
+    if exchanged:
+        grid_a, grid_b = grid_b, grid_a
+    scale_a = float(np.float32(factors[0] * grid_a.scale * inverse))
+    scale_b = float(np.float32(factors[1] * grid_b.scale * inverse))
+    offset = -(grid_a.zero_point * scale_a + grid_b.zero_point * scale_b)
+    return low.emit(
+        "add",
+        name,
+        [a.value, b.value],
+        a,
+        want,
+        ints=want.finish(),
+        floats=[scale_a, scale_b, offset],
+        constants=[-1],
+    )
+
+
+def _no_grid(grids: Grids, node: fx.Node) -> None:
+    return None
+
+
+for _name in ("add", "sub", "mul", "div"):
+    RULES[f"aten.{_name}.Tensor"] = Rule(_binary, grid=_no_grid)

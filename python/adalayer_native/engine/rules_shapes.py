@@ -1,0 +1,654 @@
+"""Rules for pooling, resizing, padding, concatenation, and for what only moves or selects values.
+
+What only moves values keeps the grid of its operand, and costs nothing while its result is a view
+of it (``views.py``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, fx
+
+from adalayer_native import ops
+from adalayer_native.engine.grids import Grid, Want
+from adalayer_native.engine.lower import RULES, CannotLower, Grids, Lowering, Rule
+from adalayer_native.engine.rules_layers import arguments
+from adalayer_native.engine.views import (
+    Dims,
+    Ref,
+    Size,
+    axes_of,
+    built,
+    channel_axis,
+    image_dims,
+    reshaped,
+)
+
+# -- views ----------------------------------------------------------------------------------------
+
+
+def _operand_grid(grids: Grids, node: fx.Node) -> Grid | None:
+    return grids(node.args[0])
+
+
+def _same_u8(low: Lowering, node: fx.Node, want: Want) -> Ref:
+    return low.u8(node.args[0], want)
+
+
+def _same_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
+    return low.f32(node.args[0], lo, hi)
+
+
+def _dropout(low: Lowering, node: fx.Node, want: Want) -> Ref:
+    if arguments(node)["train"]:
+        raise CannotLower(node, "dropout in training mode")
+    return low.u8(node.args[0], want)
+
+
+def _cast(low: Lowering, node: fx.Node, want: Want) -> Ref:
+    source, result = (item.meta["val"].dtype for item in (node.args[0], node))  # type: ignore[union-attr]
+    if source != result:
+        raise CannotLower(node, f"a cast from {source} to {result}")
+    return low.u8(node.args[0], want)
+
+
+for _name in ("alias", "contiguous", "clone", "detach", "lift_fresh_copy"):
+    RULES[f"aten.{_name}.default"] = Rule(_same_u8, _same_f32, _operand_grid)
+RULES["aten.dropout.default"] = Rule(_dropout, _same_f32, _operand_grid)
+RULES["aten.feature_dropout.default"] = Rule(_dropout, _same_f32, _operand_grid)
+for _name in ("to.dtype", "to.dtype_layout", "_to_copy.default"):
+    RULES[f"aten.{_name}"] = Rule(_cast, None, _operand_grid)
+
+
+def _axis(node: fx.Node, axis: int, rank: int) -> int:
+    """An axis of a tensor counted without the batch."""
+    axis = axis + rank if axis < 0 else axis
+    if axis == 0:
+        raise CannotLower(node, "it works along the batch")
+    return axis - 1
+
+
+def _viewed(low: Lowering, node: fx.Node, ref: Ref) -> Ref:
+    """The operand's value under the view that the node makes of it."""
+    name = str(node.target).split(".")[1]
+    operand = node.args[0]
+    assert isinstance(operand, fx.Node)
+    rank = operand.meta["val"].dim()
+    if name == "permute":
+        order = [item % rank for item in node.args[1]]  # type: ignore[union-attr]
+        if order[0] != 0:
+            raise CannotLower(node, "it moves the batch")
+        return Ref(ref.value, tuple(ref.dims[item - 1] for item in order[1:]))
+    if name in ("transpose", "swapaxes"):
+        first, second = (_axis(node, item, rank) for item in node.args[1:3])  # type: ignore[arg-type]
+        dims = list(ref.dims)
+        dims[first], dims[second] = dims[second], dims[first]
+        return Ref(ref.value, tuple(dims))
+    dims = reshaped(ref.dims, low.sizes(node))  # type: ignore[assignment]
+    if dims is None:
+        raise CannotLower(node, "a reshape that would need a copy")
+    return Ref(ref.value, dims)  # type: ignore[arg-type]
+
+
+def _view_u8(low: Lowering, node: fx.Node, want: Want) -> Ref:
+    return _viewed(low, node, low.u8(node.args[0], want))
+
+
+def _view_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
+    return _viewed(low, node, low.f32(node.args[0], lo, hi))
+
+
+_VIEWS = (
+    "view.default", "reshape.default", "flatten.using_ints", "unflatten.int", "squeeze.default",
+    "squeeze.dim", "squeeze.dims", "unsqueeze.default", "permute.default", "transpose.int",
+    "swapaxes.default", "_unsafe_view.default", "view_as.default",
+)  # fmt: skip
+for _name in _VIEWS:
+    RULES[f"aten.{_name}"] = Rule(_view_u8, _view_f32, _operand_grid)
+
+
+def _shuffle_u8(low: Lowering, node: fx.Node, want: Want) -> Ref:
+    ref = low.u8(node.args[0], want)
+    groups = int(node.args[1])  # type: ignore[arg-type]
+    c, h, w = low.sizes(node)
+    split = reshaped(ref.dims, [groups, c // groups, h, w])
+    if split is None:
+        raise CannotLower(node, "a shuffle of channels that are not contiguous")
+    first, second, *rest = split
+    return Ref(ref.value, reshaped((second, first, *rest), [c, h, w]) or ref.dims)
+
+
+RULES["aten.channel_shuffle.default"] = Rule(_shuffle_u8, None, _operand_grid)
+
+
+# -- slices ---------------------------------------------------------------------------------------
+
+
+def _sliced(
+    low: Lowering, node: fx.Node, ref: Ref, axis: int, begin: int, step: int, count: int
+) -> Ref:
+    """Every ``step``-th of ``count`` elements along one axis of the view."""
+    size = low.size(ref)
+    axes = axes_of(ref.dims, size)
+    if axes is None or axes[axis] not in ("c", "h", "w"):
+        ref = low.plain(ref, low.name(node, "reorder"))
+        size = low.size(ref)
+        axes = axes_of(ref.dims, size)
+    if axes is None or len(axes[axis]) > 1:
+        raise CannotLower(node, "a slice along an axis that is not channels, height or width")
+    if axes[axis] == "":  # one element, and all of it is kept
+        return ref
+    name = axes[axis]
+    position = "chw".index(name)
+    if (begin, step, count) == (0, 1, size[position]):
+        return ref
+    cut = list(size)
+    cut[position] = count
+    new: Size = (cut[0], cut[1], cut[2])
+    number = low.program.node(
+        "slice",
+        low.name(node),
+        [ref.value],
+        new,
+        low.value(ref).grid,
+        ints=[position, begin, step],
+    )
+    return Ref(number, built(axes, new))
+
+
+def _slice(low: Lowering, node: fx.Node, want: Want) -> Ref:
+    a = arguments(node)
+    ref = low.u8(node.args[0], want)
+    operand = node.args[0]
+    assert isinstance(operand, fx.Node)
+    value = operand.meta["val"]
+    axis = int(a["dim"]) % value.dim()
+    if axis == 0:
+        if a["start"] in (None, 0) and node.meta["val"].shape[0] == value.shape[0]:
+            return ref
+        raise CannotLower(node, "a slice of the batch")
+    n = int(value.shape[axis])
+    if isinstance(a["start"], fx.Node) or isinstance(a["end"], fx.Node):
+        raise CannotLower(node, "a slice with computed bounds")
+    begin, _, step = slice(a["start"], a["end"], a["step"]).indices(n)
+    return _sliced(low, node, ref, axis - 1, begin, step, int(node.meta["val"].shape[axis]))
+
+
+RULES["aten.slice.Tensor"] = Rule(_slice, None, _operand_grid)
+
+
+def _narrow(low: Lowering, node: fx.Node, want: Want) -> Ref:
+    a = arguments(node)
+    operand = node.args[0]
+    assert isinstance(operand, fx.Node)
+    axis = _axis(node, int(a["dim"]), operand.meta["val"].dim())
+    return _sliced(low, node, low.u8(operand, want), axis, int(a["start"]), 1, int(a["length"]))
+
+
+RULES["aten.narrow.default"] = Rule(_narrow, None, _operand_grid)
+
+
+def _taken(low: Lowering, node: fx.Node, ref: Ref, axis: int, index: int) -> Ref:
+    """One element along an axis, which disappears."""
+    one = _sliced(low, node, ref, axis, index, 1, 1)
+    return Ref(one.value, one.dims[:axis] + one.dims[axis + 1 :])
+
+
+def _select(low: Lowering, node: fx.Node, want: Want) -> Ref:
+    a = arguments(node)
+    operand = node.args[0]
+    assert isinstance(operand, fx.Node)
+    axis = _axis(node, int(a["dim"]), operand.meta["val"].dim())
+    index = int(a["index"]) % int(operand.meta["val"].shape[axis + 1])
+    return _taken(low, node, low.u8(operand, want), axis, index)
+
+
+RULES["aten.select.int"] = Rule(_select, None, _operand_grid)
+
+
+def _pieces(low: Lowering, node: fx.Node, want: Want) -> Ref:
+    raise CannotLower(node, "its pieces are only known one by one")
+
+
+def _getitem(low: Lowering, node: fx.Node, want: Want) -> Ref:
+    source, index = node.args[:2]
+    assert isinstance(source, fx.Node) and isinstance(index, int)
+    rule = RULES.get(str(source.target))
+    if rule is None or rule.u8 is not _pieces:
+        raise CannotLower(source, "the engine has no such operation")
+    operand = source.args[0]
+    assert isinstance(operand, fx.Node)
+    pieces: Sequence[Tensor] = source.meta["val"]
+    index = index % len(pieces)
+    a = arguments(source)
+    axis = _axis(source, int(a["dim"]), operand.meta["val"].dim())
+    ref = low.u8(operand, want)
+    if str(source.target) == "aten.unbind.int":
+        return _taken(low, node, ref, axis, index)
+    widths = [int(piece.shape[axis + 1]) for piece in pieces]
+    return _sliced(low, node, ref, axis, sum(widths[:index]), 1, widths[index])
+
+
+for _name in ("chunk.default", "split.Tensor", "split_with_sizes.default", "unbind.int"):
+    RULES[f"aten.{_name}"] = Rule(_pieces, None, _operand_grid)
+RULES["getitem"] = Rule(_getitem, None, _operand_grid)
+
+
+# -- concatenation and padding --------------------------------------------------------------------
+
+
+def _cat(low: Lowering, node: fx.Node, want: Want) -> Ref:
+    items, axis = node.args[0], int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
+    assert isinstance(items, (list, tuple))
+    axis = _axis(node, axis, node.meta["val"].dim())
+    refs: list[Ref] = []
+    layouts = set()
+    for item in items:
+        ref = low.u8(item, want)
+        if (
+            channel_axis(ref.dims, low.size(ref)) != axis
+            or axes_of(ref.dims, low.size(ref)) is None
+        ):
+            ref = low.plain(ref, low.name(node, "reorder"))
+        refs.append(ref)
+        if axis != 0 or len(ref.dims) not in (1, 3):
+            layouts.add(tuple(axes_of(ref.dims, low.size(ref)) or ()))
+        if channel_axis(ref.dims, low.size(ref)) != axis:
+            raise CannotLower(node, "a concatenation along an axis that is not the channels")
+    if len(layouts) > 1 or len({low.size(ref)[1:] for ref in refs}) != 1:
+        raise CannotLower(node, "a concatenation of tensors whose axes differ in order or size")
+    size = (sum(low.size(ref)[0] for ref in refs), *low.size(refs[0])[1:])
+    number = low.program.node(
+        "concat",
+        low.name(node),
+        [ref.value for ref in refs],
+        size,
+        want.grid,
+        constants=[-1] * len(refs),
+    )
+    if layouts:
+        axes = list(layouts.pop())
+        axes[axis] = "c"
+        return Ref(number, built(axes, size))
+    return Ref(number, image_dims(size)[: len(refs[0].dims)])
+
+
+RULES["aten.cat.default"] = Rule(_cat)
+RULES["aten.concat.default"] = Rule(_cat)
+
+
+def _pad_grid(grids: Grids, node: fx.Node) -> Grid | None:
+    grid = grids(node.args[0])
+    value = _pad_value(node)
+    # A value between two levels would be put on the reader's grid only.
+    if grid is None or value is None:
+        return None
+    return grid if grid.holds(value) else None
+
+
+def _pad_value(node: fx.Node) -> float | None:
+    a = arguments(node)
+    if a.get("mode", "constant") != "constant":
+        return None
+    value = a.get("value")
+    return 0.0 if value is None else float(value)
+
+
+def _pad(low: Lowering, node: fx.Node, want: Want) -> Ref:
+    value = _pad_value(node)
+    amounts = list(arguments(node)["pad"])
+    if value is None or min(amounts) < 0 or len(amounts) > 6 or (any(amounts[4:]) and value != 0):
+        raise CannotLower(
+            node, f"padding of {amounts}: only a constant around the image, or channels of zeros"
+        )
+    left, right, top, bottom, front, back = [*amounts, *[0] * 6][:6]
+    ref = low.plain(low.u8(node.args[0], want), low.name(node, "reorder"))
+    if len(ref.dims) != 3:
+        raise CannotLower(node, "padding of something that is no image")
+    number = ref.value
+    c, h, w = low.size(ref)
+    if left or right or top or bottom:
+        h, w = h + top + bottom, w + left + right
+        level = want.grid.level(min(max(value, want.lo), want.hi))
+        number = low.program.node(
+            "pad",
+            low.name(node),
+            [number],
+            (c, h, w),
+            want.grid,
+            ints=[top, left, bottom, right, level],
+        )
+    if front or back:
+        number = _zero_channels(low, node, number, (c, h, w), (front, back), want)
+    size: Size = (front + c + back, h, w)
+    return Ref(number, image_dims(size))
+
+
+def _zero_channels(
+    low: Lowering, node: fx.Node, number: int, size: Size, amounts: tuple[int, int], want: Want
+) -> int:
+    """Channels of zeros in front and behind: a 1x1 convolution with the identity, which is exact
+    and can take an addition that follows."""
+    front, back = amounts
+    c, h, w = size
+    outs = front + c + back
+    identity = torch.zeros(outs, c, 1, 1, dtype=torch.int8)
+    identity[front : front + c, :, 0, 0] = torch.eye(c, dtype=torch.int8)
+    program = low.program
+    return program.node(
+        "conv",
+        low.name(node, "channels"),
+        [number],
+        (outs, h, w),
+        want.grid,
+        ints=[1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, *want.finish()],
+        floats=[0.0, 0.0, 0.0],
+        constants=[
+            program.constant("weights", ops.pack_weight(identity, 2).numpy().tobytes()),
+            program.f32(np.ones(outs)),
+            program.f32(np.zeros(outs)),
+            -1,
+        ],
+    )
+
+
+RULES["aten.pad.default"] = Rule(_pad, None, _pad_grid)
+RULES["aten.constant_pad_nd.default"] = Rule(_pad, None, _pad_grid)
+
+
+# -- pooling --------------------------------------------------------------------------------------
+
+
+def _two(value: Any, default: Sequence[int] = ()) -> list[int]:
+    items = [int(item) for item in ([value] if isinstance(value, int) else value)]
+    items = items or list(default)
+    return items * 2 if len(items) == 1 else items
+
+
+def _image(low: Lowering, node: fx.Node, ref: Ref) -> Ref:
+    ref = low.plain(ref, low.name(node, "reorder"))
+    if len(ref.dims) != 3:
+        raise CannotLower(node, "its operand is no image")
+    return ref
+
+
+def _image_size(low: Lowering, node: fx.Node) -> Size:
+    c, h, w = low.sizes(node)
+    return c, h, w
+
+
+def _max_pool(low: Lowering, node: fx.Node, want: Want) -> Ref:
+    a = arguments(node)
+    kernel = _two(a["kernel_size"])
+    stride, padding = _two(a["stride"], kernel), _two(a["padding"])
+    ref = _image(low, node, low.u8(node.args[0], want))
+    size = _image_size(low, node)
+    number = low.program.node(
+        "max_pool",
+        low.name(node),
+        [ref.value],
+        size,
+        want.grid,
+        ints=[*kernel, *stride, *padding, *_two(a["dilation"])],
+    )
+    return Ref(number, image_dims(size))
+
+
+RULES["aten.max_pool2d.default"] = Rule(_max_pool, None, _operand_grid)
+
+
+def _average(low: Lowering, node: fx.Node, op: str, size: Size, ints: list[int], want: Want) -> Ref:
+    ref, grid = low.on_own_grid(node.args[0])
+    ref = _image(low, node, ref)
+    ratio = float(np.float32(grid.scale * want.grid.inverse))
+    number = low.program.node(
+        op,
+        low.name(node),
+        [ref.value],
+        size,
+        want.grid,
+        ints=[*ints, *want.finish()],
+        floats=[ratio],
+        constants=[-1],
+    )
+    return Ref(number, image_dims(size))
+
+
+def _average_f32(
+    low: Lowering, node: fx.Node, ref: Ref, op: str, size: Size, ints: list[int]
+) -> int:
+    return low.program.node(
+        op,
+        low.name(node),
+        [ref.value],
+        size,
+        None,
+        ints=[*ints, 0, 255, 0],
+        floats=[1.0],
+        constants=[-1],
+    )
+
+
+def _no_clamp(node: fx.Node, lo: float, hi: float) -> None:
+    if (lo, hi) != (-math.inf, math.inf):
+        raise CannotLower(node, "a clamp of its float32 result")
+
+
+def _avg_pool_ints(node: fx.Node) -> list[int]:
+    a = arguments(node)
+    if a["divisor_override"] is not None:
+        raise CannotLower(node, "average pooling with a divisor of its own")
+    kernel = _two(a["kernel_size"])
+    stride, padding = _two(a["stride"], kernel), _two(a["padding"])
+    return [*kernel, *stride, *padding, *padding, int(a["count_include_pad"])]
+
+
+def _avg_pool(low: Lowering, node: fx.Node, want: Want) -> Ref:
+    ints = _avg_pool_ints(node)
+    return _average(low, node, "avg_pool", _image_size(low, node), ints, want)
+
+
+def _avg_pool_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
+    _no_clamp(node, lo, hi)
+    ref, size = _image(low, node, low.f32(node.args[0])), _image_size(low, node)
+    number = _average_f32(low, node, ref, "avg_pool", size, _avg_pool_ints(node))
+    return Ref(number, image_dims(size))
+
+
+def _adaptive(low: Lowering, node: fx.Node, want: Want) -> Ref:
+    return _average(low, node, "adaptive_avg_pool", _image_size(low, node), [], want)
+
+
+def _adaptive_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
+    _no_clamp(node, lo, hi)
+    ref, size = _image(low, node, low.f32(node.args[0])), _image_size(low, node)
+    return Ref(_average_f32(low, node, ref, "adaptive_avg_pool", size, []), image_dims(size))
+
+
+RULES["aten.avg_pool2d.default"] = Rule(_avg_pool, _avg_pool_f32)
+RULES["aten.adaptive_avg_pool2d.default"] = Rule(_adaptive, _adaptive_f32)
+
+
+def _mean_axes(low: Lowering, node: fx.Node, ref: Ref) -> tuple[Dims, int]:
+    """The view after a mean over height and width, and the number of channels."""
+    a = arguments(node)
+    size = low.size(ref)
+    axes = axes_of(ref.dims, size)
+    rank = len(ref.dims) + 1
+    over = [_axis(node, int(item), rank) for item in a["dim"] or ()]
+    if axes is None or a["dtype"] is not None:
+        raise CannotLower(node, "a mean over split axes or in another type")
+    spatial = {axis for axis, n in zip("hw", size[1:], strict=True) if n > 1}
+    if set("".join(axes[item] for item in over)) != spatial or not over:
+        raise CannotLower(node, "a mean over other axes than height and width")
+    c = size[0]
+    left = ["c" if "c" in name else "" for name in axes]
+    keep = [left[i] for i in range(len(left)) if i not in over or a["keepdim"]]
+    return built(keep, (c, 1, 1)), c
+
+
+def _mean(low: Lowering, node: fx.Node, want: Want) -> Ref:
+    ref, grid = low.on_own_grid(node.args[0])
+    dims, c = _mean_axes(low, node, ref)
+    ratio = float(np.float32(grid.scale * want.grid.inverse))
+    number = low.program.node(
+        "adaptive_avg_pool",
+        low.name(node),
+        [ref.value],
+        (c, 1, 1),
+        want.grid,
+        ints=want.finish(),
+        floats=[ratio],
+        constants=[-1],
+    )
+    return Ref(number, dims)
+
+
+def _mean_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
+    _no_clamp(node, lo, hi)
+    ref = low.f32(node.args[0])
+    dims, c = _mean_axes(low, node, ref)
+    return Ref(_average_f32(low, node, ref, "adaptive_avg_pool", (c, 1, 1), []), dims)
+
+
+RULES["aten.mean.dim"] = Rule(_mean, _mean_f32)
+
+
+# -- resizing -------------------------------------------------------------------------------------
+
+_Whole = npt.NDArray[np.int32]
+_Float = npt.NDArray[np.float32]
+
+
+def _steps(n_in: int, n_out: int, factor: float | None, align: bool) -> np.float32:
+    """Input pixels per output pixel, as torch has it: float32."""
+    if align:
+        return np.float32(n_in - 1) / np.float32(n_out - 1) if n_out > 1 else np.float32(0)
+    if factor is not None and factor > 0:
+        return np.float32(1.0 / factor)
+    return np.float32(n_in) / np.float32(n_out)
+
+
+def _linear_tables(
+    n_in: int, n_out: int, factor: float | None, align: bool
+) -> tuple[_Whole, _Whole, _Float]:
+    step = _steps(n_in, n_out, factor, align)
+    index = np.arange(n_out, dtype=np.float32)
+    if align:
+        position = step * index
+    else:
+        half = np.float32(0.5)
+        position = np.maximum(step * (index + half) - half, np.float32(0))
+    low = np.minimum(position.astype(np.int32), n_in - 1).astype(np.int32)
+    high = np.minimum(low + 1, n_in - 1).astype(np.int32)
+    part = np.clip(position - low.astype(np.float32), np.float32(0), np.float32(1))
+    return low, high, part.astype(np.float32)
+
+
+def _nearest_tables(
+    n_in: int, n_out: int, factor: float | None, exact: bool
+) -> tuple[_Whole, _Whole, _Float]:
+    step = _steps(n_in, n_out, factor, False)
+    index = np.arange(n_out, dtype=np.float32) + np.float32(0.5 if exact else 0.0)
+    low = np.minimum(np.floor(index * step).astype(np.int32), n_in - 1).astype(np.int32)
+    return low, low, np.zeros(n_out, dtype=np.float32)
+
+
+def _resize_constants(low: Lowering, node: fx.Node, size: Size) -> tuple[bool, list[int]]:
+    a = arguments(node)
+    name = str(node.target)
+    factors = a.get("scale_factors")
+    if factors is None:
+        factors = (a.get("scales_h"), a.get("scales_w"))
+    target = low.sizes(node)
+    bilinear = "bilinear" in name
+    constants = []
+    for n_in, n_out, factor in zip(size[1:], target[1:], factors, strict=True):
+        if bilinear:
+            tables = _linear_tables(n_in, n_out, factor, bool(a["align_corners"]))
+        else:
+            tables = _nearest_tables(n_in, n_out, factor, "exact" in name)
+        first, second, part = tables
+        program = low.program
+        constants += [program.i32(first), program.i32(second), program.f32(part)]
+    return bilinear, constants
+
+
+def _resize_u8(low: Lowering, node: fx.Node, want: Want) -> Ref:
+    bilinear = "bilinear" in str(node.target)
+    if bilinear:
+        ref, grid = low.on_own_grid(node.args[0])
+        scale = float(np.float32(grid.scale * want.grid.inverse))
+        offset = -grid.zero_point * scale
+    else:
+        ref, scale, offset = low.u8(node.args[0], want), 1.0, 0.0
+    ref = _image(low, node, ref)
+    size = _image_size(low, node)
+    bilinear, constants = _resize_constants(low, node, low.size(ref))
+    number = low.program.node(
+        "resize",
+        low.name(node),
+        [ref.value],
+        size,
+        want.grid,
+        ints=[int(bilinear), *want.finish()],
+        floats=[scale, offset],
+        constants=constants,
+    )
+    return Ref(number, image_dims(size))
+
+
+def _resize_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
+    _no_clamp(node, lo, hi)
+    ref = _image(low, node, low.f32(node.args[0]))
+    size = _image_size(low, node)
+    bilinear, constants = _resize_constants(low, node, low.size(ref))
+    number = low.program.node(
+        "resize",
+        low.name(node),
+        [ref.value],
+        size,
+        None,
+        ints=[int(bilinear), 0, 255, 0],
+        floats=[1.0, 0.0],
+        constants=constants,
+    )
+    return Ref(number, image_dims(size))
+
+
+def _nearest_grid(grids: Grids, node: fx.Node) -> Grid | None:
+    return None if "bilinear" in str(node.target) else grids(node.args[0])
+
+
+for _name in ("upsample_bilinear2d", "upsample_nearest2d", "_upsample_nearest_exact2d"):
+    for _form in ("vec", "default"):
+        RULES[f"aten.{_name}.{_form}"] = Rule(_resize_u8, _resize_f32, _nearest_grid)
+
+
+# -- the float tail -------------------------------------------------------------------------------
+
+
+def _no_u8(low: Lowering, node: fx.Node, want: Want) -> Ref:
+    raise CannotLower(node, "a softmax in the middle of the network")
+
+
+def _softmax(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
+    a = arguments(node)
+    ref = low.f32(node.args[0])
+    axis = _axis(node, int(a["dim"]), len(ref.dims) + 1)
+    if channel_axis(ref.dims, low.size(ref)) != axis:
+        raise CannotLower(node, "a softmax over other axes than the channels")
+    if (lo, hi) != (-math.inf, math.inf) or a.get("dtype") is not None:
+        raise CannotLower(node, "a softmax that is clamped or in another type")
+    number = low.program.node("softmax", low.name(node), [ref.value], low.size(ref), None)
+    return Ref(number, ref.dims)
+
+
+RULES["aten.softmax.int"] = Rule(_no_u8, _softmax)
+RULES["aten._softmax.default"] = Rule(_no_u8, _softmax)

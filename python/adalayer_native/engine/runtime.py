@@ -1,0 +1,579 @@
+"""The compiled engine: checks, buffers, and the parts in order."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from adalayer_native import _C, ops
+from adalayer_native._files import replacing
+from adalayer_native.engine.coverage import Coverage, Row
+from adalayer_native.engine.segments import TorchPart
+from adalayer_native.engine.views import Dims, merged
+from adalayer_native.errors import FileFormatError, InputError, UnsupportedModelError
+
+__all__ = ["Engine", "NativePart", "Output", "Port", "TorchStep"]
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input: its name and its sizes without the batch."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Output:
+    """How a tensor shows a program's output.
+
+    Attributes:
+        source: which of the program's outputs.
+        shape: sizes of the tensor without the batch.
+        atoms: sizes and strides that give the tensor its order; None if it is that of memory.
+    """
+
+    source: int
+    shape: tuple[int, ...]
+    atoms: tuple[tuple[int, int], ...] | None
+
+    @classmethod
+    def of(cls, source: int, shape: Sequence[int], dims: Dims) -> Output:
+        """From a view, see ``views.py``."""
+        flat = tuple(atom for atoms in dims for atom in atoms)
+        plain = merged(flat) == merged([(math.prod(shape), 1)])
+        return cls(source, tuple(shape), None if plain else flat)
+
+    def view(self, memory: Tensor) -> Tensor:
+        """The tensor over ``memory``, [batch, elements]."""
+        n, elements = memory.shape
+        if self.atoms is not None:
+            sizes = [n, *(size for size, _ in self.atoms)]
+            strides = [elements, *(stride for _, stride in self.atoms)]
+            memory = memory.as_strided(sizes, strides)
+        return memory.reshape(n, *self.shape)
+
+
+class NativePart:
+    """A program on this machine.
+
+    Attributes:
+        program: as it would be saved.
+        engine: its executor; safe from many threads.
+        outputs: how tensors show its outputs.
+    """
+
+    def __init__(self, program: _C.Program, outputs: Sequence[Output]) -> None:
+        self.program = program
+        self.engine = _C.Engine(program)
+        self.outputs = tuple(outputs)
+        values = program.values()
+        self.elements = [math.prod(values[number][2:5]) for number in program.outputs()]
+        # The common case: one output in memory order.
+        self.single = self.outputs[0].shape if self._is_single() else None
+        self._run = self.engine.run
+
+    def _is_single(self) -> bool:
+        return len(self.outputs) == 1 and self.outputs[0].atoms is None
+
+    def __call__(self, batch: int, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Float32 CPU tensors of checked shapes in, new tensors out."""
+        pointers, nhwc = [], []
+        for x in inputs:
+            if x.is_contiguous():
+                nhwc.append(False)
+            elif x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+                nhwc.append(True)
+            else:
+                x = x.contiguous()
+                nhwc.append(False)
+            pointers.append((x.data_ptr(), x))  # the tensor stays alive
+        addresses = [address for address, _ in pointers]
+        if self.single is not None:
+            out = torch.empty((batch, *self.single))
+            self._run(addresses, nhwc, batch, [out.data_ptr()], ops.get_num_threads())
+            return [out]
+        memory = [torch.empty((batch, elements)) for elements in self.elements]
+        self._run(addresses, nhwc, batch, [m.data_ptr() for m in memory], ops.get_num_threads())
+        return [output.view(memory[output.source]) for output in self.outputs]
+
+
+@dataclass
+class TorchStep:
+    """A part in torch between native ones, and what coverage says about its nodes."""
+
+    part: TorchPart
+    rows: list[tuple[Any, Row]]
+
+
+@dataclass
+class Step:
+    """One part, with the numbers of the tensors that it reads and writes."""
+
+    run: NativePart | TorchStep
+    inputs: list[int]
+    outputs: list[int]
+    done: list[int]  # tensors that nobody reads after it
+
+
+class Engine:
+    """A compiled network. Build one with :func:`adalayer_native.compile` or ``load``.
+
+    Immutable and safe to call from many threads at once; the work runs without Python's global
+    lock. The number of threads of one call is :func:`adalayer_native.get_num_threads`.
+
+    Attributes:
+        inputs: name and sizes of every input.
+        preprocessing: what to do with an image before the first layer, as the writer of the file
+            gave it, else None.
+        class_names: names of the classes, else None.
+    """
+
+    def __init__(
+        self,
+        steps: list[Step],
+        inputs: Sequence[Port],
+        leaves: Sequence[Any],
+        structure: Any,
+        *,
+        preprocessing: Any = None,
+        class_names: list[str] | None = None,
+    ) -> None:
+        self._steps = steps
+        self.inputs = tuple(inputs)
+        self._leaves = list(leaves)  # number of a tensor as Leaf, or a constant
+        self._structure = structure
+        self.preprocessing = preprocessing
+        self.class_names = class_names
+        self._single: NativePart | None = None
+        if len(steps) == 1 and isinstance(steps[0].run, NativePart) and len(self.inputs) == 1:
+            part = steps[0].run
+            if part.single is not None and structure == 0 and steps[0].inputs == [0]:
+                self._single = part
+        self._shape = self.inputs[0].shape
+        self._rank = len(self._shape) + 1
+
+    # -- running --------------------------------------------------------------------------------
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """Run a batch.
+
+        Args:
+            inputs: one CPU tensor per input of the model, ``[batch, ...]`` in any memory format;
+                float32, or bfloat16 and half, which are computed in the same way and give results
+                of their own type. A NaN becomes the lowest level of the input's grid, as in the
+                module tree; infinities saturate.
+
+        Returns:
+            What the model returns: a tensor, or tensors in tuples, lists and dictionaries. They
+            carry no gradient.
+
+        Raises:
+            InputError: number, type, device or shape of an input is wrong, or the batch does not
+                fit into memory.
+        """
+        part = self._single
+        if part is not None and len(inputs) == 1:
+            x = inputs[0]
+            # Written out: a small network at batch 1 takes as long as a few of these lines.
+            if (
+                type(x) is Tensor
+                and x.dtype is torch.float32
+                and x.is_cpu
+                and x.layout is torch.strided
+                and x.dim() == self._rank
+                and x.shape[1:] == self._shape
+            ):
+                try:
+                    return part(x.shape[0], inputs)[0]
+                except (RuntimeError, MemoryError) as error:
+                    raise self._too_much(inputs, error) from error
+        tensors, dtype = self._checked(inputs)
+        try:
+            return self._run(tensors, dtype)
+        except (RuntimeError, MemoryError) as error:
+            raise self._too_much(inputs, error) from error
+
+    def run(self, *inputs: npt.ArrayLike) -> Any:
+        """The same for numpy arrays: float32 ``[batch, ...]`` in, float32 arrays out.
+
+        Raises:
+            InputError: as in a call.
+        """
+        tensors = []
+        for position, item in enumerate(inputs):
+            array = np.asarray(item)
+            if array.dtype not in (np.float32, np.float16):
+                raise InputError(
+                    f"{self._label(position)}: expected an array of float32, got {array.dtype}"
+                )
+            if not array.flags.writeable or any(stride < 0 for stride in array.strides):
+                array = array.copy()
+            tensors.append(torch.from_numpy(array))
+        result = self(*tensors)
+        return _map(result, lambda t: t.numpy() if isinstance(t, Tensor) else t)
+
+    def _label(self, position: int) -> str:
+        if position < len(self.inputs):
+            return f"input {self.inputs[position].name!r}"
+        return f"input {position}"
+
+    def _checked(self, inputs: Sequence[Any]) -> tuple[list[Tensor], torch.dtype]:
+        if len(inputs) != len(self.inputs):
+            names = ", ".join(port.name for port in self.inputs)
+            raise InputError(f"expected {len(self.inputs)} inputs ({names}), got {len(inputs)}")
+        found: list[Tensor] = []
+        batch = None
+        for position, (x, port) in enumerate(zip(inputs, self.inputs, strict=True)):
+            label = self._label(position)
+            if not isinstance(x, Tensor):
+                raise InputError(f"{label}: expected a torch.Tensor, got {type(x).__name__}")
+            if x.dtype not in _FLOATS:
+                raise InputError(
+                    f"{label}: expected torch.float32 (or bfloat16, float16), got {x.dtype}"
+                )
+            if x.device.type != "cpu":
+                raise InputError(f"{label}: expected a tensor on the CPU, got one on {x.device}")
+            if x.layout != torch.strided:
+                raise InputError(f"{label}: expected a dense tensor, got layout {x.layout}")
+            wanted = ", ".join(["batch", *map(str, port.shape)])
+            if x.dim() != len(port.shape) + 1 or tuple(x.shape[1:]) != port.shape:
+                raise InputError(f"{label}: expected shape [{wanted}], got {list(x.shape)}")
+            if batch is not None and x.shape[0] != batch:
+                raise InputError(
+                    f"{label}: expected a batch of {batch} as in the first input, got {x.shape[0]}"
+                )
+            if x.dtype != inputs[0].dtype:
+                raise InputError(
+                    f"{label}: expected {inputs[0].dtype} as in the first input, got {x.dtype}"
+                )
+            batch = x.shape[0]
+            found.append(x)
+        return found, found[0].dtype
+
+    def _run(self, inputs: list[Tensor], dtype: torch.dtype) -> Any:
+        batch = inputs[0].shape[0]
+        with torch.no_grad():
+            tensors: dict[int, Tensor] = {
+                number: x.detach().float() for number, x in enumerate(inputs)
+            }
+            for step in self._steps:
+                operands = [tensors[number] for number in step.inputs]
+                if isinstance(step.run, NativePart):
+                    results: Sequence[Tensor] = step.run(batch, operands)
+                else:
+                    results = step.run.part(batch, *operands)
+                tensors.update(zip(step.outputs, results, strict=True))
+                for number in step.done:
+                    del tensors[number]
+            leaves = [
+                tensors[leaf.number].to(dtype) if isinstance(leaf, Leaf) else leaf
+                for leaf in self._leaves
+            ]
+        return _build(self._structure, leaves)
+
+    def _too_much(self, inputs: Sequence[Any], error: Exception) -> Exception:
+        text = str(error)
+        short = isinstance(error, MemoryError) or "memory" in text or "allocate" in text
+        if not short:
+            return error
+        shapes = [list(x.shape) for x in inputs]
+        return InputError(
+            f"a batch of shape {shapes} does not fit into memory ({text.strip()[:200]})"
+        )
+
+    # -- what it consists of ----------------------------------------------------------------------
+
+    def coverage(self, batch: int = 1, *, rounds: int = 5, threads: int | None = None) -> Coverage:
+        """What runs for every node, why, with how many bits and microseconds.
+
+        Args:
+            batch: images per measured run. rounds: runs of which the median counts; 0 measures
+                nothing. threads: default :func:`adalayer_native.get_num_threads`.
+        """
+        workers = ops.get_num_threads() if threads is None else threads
+        rows: list[Row] = []
+        tensors: dict[int, Tensor] = {}
+        if any(isinstance(step.run, TorchStep) for step in self._steps):
+            tensors = {k: torch.randn(batch, *p.shape) for k, p in enumerate(self.inputs)}
+        for step in self._steps:
+            operands = [tensors[number] for number in step.inputs if number in tensors]
+            if isinstance(step.run, NativePart):
+                rows += _native_rows(step.run, batch, workers, rounds)
+                if tensors:
+                    results: Sequence[Tensor] = step.run(batch, operands)
+            else:
+                rows += _torch_rows(step.run, batch, operands, rounds)
+                results = step.run.part(batch, *operands)
+            if tensors:
+                tensors.update(zip(step.outputs, results, strict=True))
+        return Coverage(tuple(rows), batch, workers)
+
+    @property
+    def native_share(self) -> float:
+        """Share of the multiply-accumulates that run natively, 0 to 1."""
+        return self.coverage(rounds=0).native_share
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of the weights as this machine holds them, shared by all threads."""
+        return sum(
+            s.run.engine.weight_bytes() for s in self._steps if isinstance(s.run, NativePart)
+        )
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        preprocessing: Mapping[str, Any] | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> int:
+        """Write a ``.ada`` file, which :func:`adalayer_native.load` and the C API read.
+
+        Args:
+            preprocessing: what the images need, JSON data; default: what the engine was loaded
+                with. class_names: one name per class.
+
+        Returns:
+            Bytes of the file.
+
+        Raises:
+            UnsupportedModelError: some nodes run in torch; names them.
+            OSError: the file cannot be written; nothing is left behind.
+        """
+        rest = [
+            row.name for s in self._steps if isinstance(s.run, TorchStep) for _, row in s.run.rows
+        ]
+        if rest or len(self._steps) != 1:
+            raise UnsupportedModelError(
+                f"{len(rest)} nodes run in torch, which a file cannot hold: {', '.join(rest[:8])}"
+                f'{", ..." if len(rest) > 8 else ""}; compile with policy="native" and strict=True '
+                "to see why"
+            )
+        part = self._steps[0].run
+        assert isinstance(part, NativePart)
+        program = part.program
+        metadata = {
+            "adalayer.inputs": [[port.name, list(port.shape)] for port in self.inputs],
+            "adalayer.outputs": [
+                [output.source, list(output.shape), output.atoms] for output in part.outputs
+            ],
+            "adalayer.order": self._steps[0].inputs,
+            "adalayer.leaves": [
+                {"tensor": self._steps[0].outputs.index(leaf.number)}
+                if isinstance(leaf, Leaf)
+                else {"constant": leaf}
+                for leaf in self._leaves
+            ],
+            "adalayer.structure": self._structure,
+        }
+        shown = self.preprocessing if preprocessing is None else dict(preprocessing)
+        names = self.class_names if class_names is None else [str(name) for name in class_names]
+        if shown is not None:
+            metadata["preprocessing"] = shown
+        if names is not None:
+            metadata["classes"] = names
+        for key, value in metadata.items():
+            program.set_metadata(key, json.dumps(value))
+        with replacing(path) as temporary:
+            program.save(os.fspath(temporary))
+            return os.stat(temporary).st_size
+
+    def __repr__(self) -> str:
+        ports = ", ".join(f"{p.name}[batch, {', '.join(map(str, p.shape))}]" for p in self.inputs)
+        kinds = [isinstance(step.run, NativePart) for step in self._steps]
+        parts = (
+            "native" if all(kinds) else f"{sum(kinds)} native and {kinds.count(False)} torch parts"
+        )
+        return f"Engine({ports}; {parts})"
+
+
+# -- nested results -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A tensor of the result, by number."""
+
+    number: int
+
+
+def structure_of(nested: Any) -> Any:
+    """JSON form of a nest of leaf numbers: 3, {"tuple": [...]}, {"list": ...}, {"dict": ...}.
+
+    Raises:
+        UnsupportedModelError: another kind of container.
+    """
+    if isinstance(nested, int):
+        return nested
+    if isinstance(nested, dict) and all(isinstance(key, str) for key in nested):
+        return {"dict": {key: structure_of(value) for key, value in nested.items()}}
+    if isinstance(nested, (list, tuple)):
+        kind = "list" if isinstance(nested, list) else "tuple"
+        return {kind: [structure_of(item) for item in nested]}
+    raise UnsupportedModelError(
+        "expected a model that returns a tensor, or tensors in tuples, lists and dictionaries with "
+        f"string keys, got a {type(nested).__name__}"
+    )
+
+
+def _build(structure: Any, leaves: Sequence[Any]) -> Any:
+    if isinstance(structure, int):
+        return leaves[structure]
+    ((kind, items),) = structure.items()
+    if kind == "dict":
+        return {key: _build(value, leaves) for key, value in items.items()}
+    built = [_build(item, leaves) for item in items]
+    return built if kind == "list" else tuple(built)
+
+
+def _map(nested: Any, function: Any) -> Any:
+    if isinstance(nested, dict):
+        return {key: _map(value, function) for key, value in nested.items()}
+    if isinstance(nested, (list, tuple)):
+        return type(nested)(_map(item, function) for item in nested)
+    return function(nested)
+
+
+# -- coverage -------------------------------------------------------------------------------------
+
+
+def _native_rows(part: NativePart, batch: int, threads: int, rounds: int) -> list[Row]:
+    measured = part.engine.profile(batch, threads, rounds) if rounds > 0 else []
+    found = {entry[0]: (entry[2], entry[7]) for entry in measured}
+    program = part.program
+    values, sizes = program.values(), program.constants()
+    rows = []
+    for op, name, inputs, output, _, _, constants in program.nodes():
+        bits = packed = macs = 0
+        if op in ("conv", "conv_transpose"):
+            header = _header(program.constant_bytes(constants[0]))
+            bits, packed = int(header["bits"]), sizes[constants[0]][1]
+            # One product per weight and position of the result, or of the operand if transposed.
+            pixels = values[output if op == "conv" else inputs[0]][3:5]
+            macs = math.prod(header["shape"]) * math.prod(pixels)
+        kernel, microseconds = found.get(name, ("", 0.0))
+        rows.append(Row(name, op, "native", kernel, bits, microseconds, packed, macs))
+    return rows
+
+
+def _header(data: bytes) -> dict[str, Any]:
+    return ops.packed_info(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+
+
+def _torch_rows(step: TorchStep, batch: int, inputs: list[Tensor], rounds: int) -> list[Row]:
+    samples: dict[Any, list[float]] = {}
+    with torch.no_grad():
+        for _ in range(rounds):
+            for node, seconds in step.part.times(batch, inputs, time.perf_counter).items():
+                samples.setdefault(node, []).append(seconds)
+    rows = []
+    for node, row in step.rows:
+        times = samples.get(node)
+        spent = 1e6 * statistics.median(times) if times else 0.0
+        rows.append(
+            Row(
+                row.name,
+                row.op,
+                row.kind,
+                row.kernel,
+                row.bits,
+                spent,
+                row.bytes,
+                row.macs,
+                row.why,
+            )
+        )
+    return rows
+
+
+# -- files ----------------------------------------------------------------------------------------
+
+
+def load(path: str | os.PathLike[str]) -> Engine:
+    """An engine from a ``.ada`` file; neither the model nor torch.export is needed.
+
+    Raises:
+        FileFormatError: missing, truncated or damaged file, or one of a newer version.
+    """
+    try:
+        program = _C.Program.load(os.fspath(path))
+    except OSError as error:
+        raise FileFormatError(f"{os.fspath(path)}: cannot be read: {error}") from error
+    except ValueError as error:
+        raise FileFormatError(f"{os.fspath(path)}: {error}") from error
+    values, metadata = program.values(), program.metadata()
+    try:
+        return _rebuilt(program, values, {k: json.loads(v) for k, v in metadata.items()})
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, AssertionError) as error:
+        raise FileFormatError(
+            f"{os.fspath(path)}: its metadata do not describe its program ({error!r})"
+        ) from error
+
+
+def _rebuilt(program: _C.Program, values: list[Any], metadata: Mapping[str, Any]) -> Engine:
+    sizes = [values[number][2:5] for number in program.inputs()]
+    results = [values[number][2:5] for number in program.outputs()]
+    if "adalayer.inputs" in metadata:
+        ports = [Port(str(name), tuple(shape)) for name, shape in metadata["adalayer.inputs"]]
+        order = [int(number) for number in metadata["adalayer.order"]]
+        for position, number in enumerate(order):
+            if math.prod(ports[number].shape) != math.prod(sizes[position]):
+                raise ValueError(f"input {ports[number].name!r} does not fit {sizes[position]}")
+        if len(order) != len(sizes):
+            raise ValueError(f"{len(order)} inputs are described, the program has {len(sizes)}")
+        outputs = []
+        for source, shape, atoms in metadata["adalayer.outputs"]:
+            pairs = None if atoms is None else tuple((int(n), int(step)) for n, step in atoms)
+            elements = math.prod(results[source])
+            reach = 0 if pairs is None else sum((n - 1) * step for n, step in pairs)
+            count = math.prod(shape if pairs is None else [n for n, _ in pairs])
+            positive = pairs is None or all(n > 0 and step >= 0 for n, step in pairs)
+            if (
+                math.prod(shape) != elements
+                or count != elements
+                or reach >= elements
+                or not positive
+            ):
+                raise ValueError(f"output {source} does not fit {results[source]}")
+            outputs.append(Output(int(source), tuple(int(n) for n in shape), pairs))
+        first = len(ports)
+        leaves = [
+            Leaf(first + int(item["tensor"])) if "tensor" in item else item["constant"]
+            for item in metadata["adalayer.leaves"]
+        ]
+        structure = metadata["adalayer.structure"]
+    else:  # written by something else
+        ports = [Port(values[n][0], tuple(values[n][2:5])) for n in program.inputs()]
+        order = list(range(len(ports)))
+        outputs = [Output(k, tuple(size), None) for k, size in enumerate(results)]
+        first = len(ports)
+        leaves = [Leaf(first + k) for k in range(len(outputs))]
+        structure = 0 if len(outputs) == 1 else {"tuple": list(range(len(outputs)))}
+    for leaf in leaves:
+        if isinstance(leaf, Leaf) and not first <= leaf.number < first + len(outputs):
+            raise ValueError(f"the result names tensor {leaf.number}")
+    _build(structure, leaves)
+    step = Step(NativePart(program, outputs), order, [first + k for k in range(len(outputs))], [])
+    names = metadata.get("classes")
+    return Engine(
+        [step],
+        ports,
+        leaves,
+        structure,
+        preprocessing=metadata.get("preprocessing"),
+        class_names=None if names is None else [str(name) for name in names],
+    )

@@ -1,0 +1,294 @@
+"""Which nodes run natively and which in torch, as alternating parts of the graph."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from adalayer_native import ops
+from adalayer_native.engine.export import Exported, multiply_accumulates, op_name
+from adalayer_native.engine.lower import CannotLower, Grids, Lowered, lower, rule_for
+from adalayer_native.engine.rules_layers import arguments
+from adalayer_native.errors import UnsupportedModelError
+
+__all__ = ["FloatLayer", "Part", "TorchPart", "divide", "is_layer"]
+
+
+@dataclass
+class Part:
+    """Consecutive work of one kind.
+
+    Attributes:
+        native: whether the engine runs it.
+        nodes: in graph order.
+        inputs: nodes outside whose tensors it reads.
+        outputs: nodes inside whose tensors others read.
+        lowered: the program of a native part.
+    """
+
+    native: bool
+    nodes: list[fx.Node]
+    inputs: list[fx.Node]
+    outputs: list[fx.Node]
+    lowered: Lowered | None = None
+
+
+def is_layer(node: fx.Node) -> bool:
+    """Whether the node is a native layer of the module tree."""
+    return node.op == "call_function" and op_name(node) in (
+        "adalayer.conv2d.default",
+        "adalayer.conv_transpose2d.default",
+        "adalayer.linear.default",
+    )
+
+
+def is_tensor(node: Any) -> bool:
+    """Whether a node yields tensors (and not sizes)."""
+    if not isinstance(node, fx.Node):
+        return False
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) or (
+        isinstance(value, (list, tuple)) and all(isinstance(item, Tensor) for item in value)
+    )
+
+
+def _work(exported: Exported) -> list[fx.Node]:
+    return [n for n in exported.graph.nodes if n.op == "call_function" and is_tensor(n)]
+
+
+def _partition(exported: Exported, native: set[fx.Node]) -> list[Part]:
+    """Layers of alternating kind: even ones native, odd ones in torch."""
+    depth: dict[fx.Node, int] = {}
+    work = _work(exported)
+    for node in work:
+        level = 0 if node in native else 1
+        for item in node.all_input_nodes:
+            if item in depth:
+                other = depth[item]
+                level = max(level, other if (other % 2 == 0) == (node in native) else other + 1)
+        depth[node] = level
+    outputs = {item for item in exported.outputs if isinstance(item, fx.Node)}
+    parts = []
+    for level in sorted(set(depth.values())):
+        nodes = [node for node in work if depth[node] == level]
+        inside = set(nodes)
+        inputs = [
+            item
+            for node in nodes
+            for item in node.all_input_nodes
+            if item not in inside and item.op != "get_attr" and is_tensor(item)
+        ]
+        leaving = [
+            node
+            for node in nodes
+            if node in outputs or any(u not in inside and u.op != "output" for u in node.users)
+        ]
+        parts.append(Part(level % 2 == 0, nodes, list(dict.fromkeys(inputs)), leaving))
+    return parts
+
+
+def _pieces_together(node: fx.Node, torch_nodes: dict[fx.Node, str], reason: str) -> None:
+    """A list of tensors does not cross a boundary: its maker and its readers go together."""
+    pending = [node]
+    while pending:
+        item = pending.pop()
+        if item in torch_nodes:
+            continue
+        torch_nodes[item] = reason
+        if op_name(item) == "getitem":
+            pending.append(item.all_input_nodes[0])
+        if isinstance(item.meta.get("val"), (list, tuple)):
+            pending.extend(item.users)
+
+
+def divide(exported: Exported, chosen: dict[fx.Node, str]) -> tuple[list[Part], dict[fx.Node, str]]:
+    """Lower as much as possible.
+
+    Args:
+        chosen: nodes that shall run in torch although the engine could, with the reason.
+
+    Returns:
+        The parts in an order that runs, and the reason of every node that runs in torch.
+    """
+    reasons: dict[fx.Node, str] = {}
+    for node, reason in chosen.items():
+        _pieces_together(node, reasons, reason)
+    for node in _work(exported):
+        if rule_for(node) is None:
+            _pieces_together(node, reasons, "the engine has no such operation")
+    grids = Grids()
+    while True:
+        native = {node for node in _work(exported) if node not in reasons}
+        parts = _partition(exported, native)
+        changed = False
+        if len(parts) > 1:
+            for part in parts:
+                # Not worth a change from float to levels and back.
+                if part.native and not any(multiply_accumulates(exported, n) for n in part.nodes):
+                    for node in part.nodes:
+                        _pieces_together(node, reasons, "it stands between operations in torch")
+                    changed = True
+        if changed:
+            continue
+        try:
+            for part in parts:
+                if part.native:
+                    part.lowered = lower(exported, part.nodes, part.outputs, grids)
+            return parts, reasons
+        except CannotLower as error:
+            failed, reason = error.node, error.reason
+        if failed is None:
+            raise AssertionError(reason)
+        _pieces_together(failed, reasons, reason)
+
+
+# -- parts in torch -------------------------------------------------------------------------------
+
+
+class FloatLayer(nn.Module):
+    """A native layer in float: the same dequantized weights and the same fake-quant activations."""
+
+    def __init__(self, exported: Exported, node: fx.Node, on_grid: bool) -> None:
+        super().__init__()
+        a = arguments(node)
+        self.name = str(node.target).split(".")[1]
+        weight = ops.unpack_weight(exported.tensor(a["weight_packed"])).float()
+        scale = exported.tensor(a["weight_scale"])
+        self.register_buffer("weight", weight * scale.reshape(-1, 1, 1, 1))
+        self.register_buffer("bias", exported.tensor(a["bias"]))
+        self.input_grid = (
+            None
+            if on_grid
+            else (
+                a["input_scale"],
+                a["input_zero_point"],
+                a["input_bits"],
+            )
+        )
+        self.bounds = a["lo"], a["hi"]
+        self.output_grid = None
+        if a.get("output_bits"):
+            self.output_grid = a["output_scale"], a["output_zero_point"], a["output_bits"]
+        self.geometry: dict[str, Any] = {}
+        self.pad: list[int] | None = None
+        if self.name == "linear":
+            self.weight = self.weight.flatten(1)
+            return
+        padding = list(a["padding"])
+        if len(padding) == 4:
+            top, left, bottom, right = padding
+            if (top, left) != (bottom, right):
+                self.pad, top, left = [left, right, top, bottom], 0, 0
+            padding = [top, left]
+        for key in ("stride", "dilation", "output_padding"):
+            if key in a:
+                self.geometry[key] = list(a[key])
+        self.geometry |= {"padding": padding, "groups": int(a["groups"])}
+        if self.name == "conv_transpose2d":
+            # Packed weights are [O, I/groups, ...]; torch wants [I, O/groups, ...].
+            groups = int(a["groups"])
+            o, i, kh, kw = self.weight.shape
+            split = self.weight.reshape(groups, o // groups, i, kh, kw).transpose(1, 2)
+            self.weight = split.reshape(groups * i, o // groups, kh, kw)
+
+    weight: Tensor
+    bias: Tensor
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if self.input_grid is not None:
+            x = ops.fake_quantize(x, *self.input_grid)
+        if self.name == "linear":
+            y = F.linear(x, self.weight, self.bias)
+        else:
+            if self.pad is not None:
+                x = F.pad(x, self.pad)
+            run = F.conv2d if self.name == "conv2d" else F.conv_transpose2d
+            y = run(x, self.weight, self.bias, **self.geometry)
+        if residual is not None:
+            y = y + residual
+        if self.bounds != (None, None):
+            y = y.clamp(*self.bounds)
+        return y if self.output_grid is None else ops.fake_quantize(y, *self.output_grid)
+
+
+class TorchPart:
+    """Nodes that run in torch, as a function of their inputs and the batch size."""
+
+    def __init__(self, exported: Exported, part: Part, as_float: set[fx.Node]) -> None:
+        graph = fx.Graph()
+        root = nn.Module()
+        known: dict[fx.Node, Any] = {}
+        grids = Grids()
+        batch = graph.placeholder("batch_size")
+        for node in part.inputs:
+            known[node] = graph.placeholder(node.name)
+
+        def find(node: fx.Node) -> Any:
+            if node in known:
+                return known[node]
+            value = node.meta.get("val")
+            if node.op == "get_attr":
+                name = f"constant_{len(known)}"
+                root.register_buffer(name, exported.tensor(node))
+                known[node] = graph.get_attr(name)
+            elif exported.is_batch(value):
+                known[node] = batch
+            elif isinstance(value, torch.SymInt):
+                known[node] = graph.node_copy(node, find)
+            elif isinstance(value, int):
+                known[node] = value
+            else:
+                raise UnsupportedModelError(f"node {node} reads {value} from another part")
+            return known[node]
+
+        for node in part.nodes:
+            if node in as_float:
+                name = f"layer_{len(known)}"
+                source, a = node.args[0], arguments(node)
+                wanted = (a["input_scale"], a["input_zero_point"], a["input_bits"])
+                grid = grids(source)
+                same = grid is not None and (grid.scale, grid.zero_point, grid.bits) == wanted
+                root.add_module(name, FloatLayer(exported, node, same))
+                operands = [source, a.get("residual")]
+                found = [find(item) for item in operands if isinstance(item, fx.Node)]
+                known[node] = graph.call_module(name, tuple(found))
+            else:
+                known[node] = graph.node_copy(node, find)
+        graph.output(tuple(known[node] for node in part.outputs))
+        graph.lint()
+        self.nodes = {known[node].name: node for node in part.nodes}
+        self.as_float = as_float & set(part.nodes)
+        self.module = fx.GraphModule(root, graph)
+
+    def __call__(self, batch: int, *inputs: Tensor) -> tuple[Tensor, ...]:
+        result: tuple[Tensor, ...] = self.module(batch, *inputs)
+        return result
+
+    def times(
+        self, batch: int, inputs: list[Tensor], clock: Callable[[], float]
+    ) -> dict[fx.Node, float]:
+        """Seconds of every node in one run."""
+        found: dict[fx.Node, float] = {}
+        nodes = self.nodes
+
+        class Timer(fx.Interpreter):
+            def run_node(self, n: fx.Node) -> Any:
+                start = clock()
+                result = super().run_node(n)
+                if n.name in nodes:
+                    found[nodes[n.name]] = clock() - start
+                return result
+
+        Timer(self.module).run(batch, *inputs)
+        return found
+
+
+def image_bytes(nodes: list[fx.Node]) -> int:
+    """Bytes per image of float32 tensors."""
+    return sum(4 * math.prod(int(s) for s in n.meta["val"].shape[1:]) for n in nodes)

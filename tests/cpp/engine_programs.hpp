@@ -1,0 +1,181 @@
+// Programs for the tests of the engine, and .ada files that were changed on purpose.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "engine/container.hpp"
+#include "engine/program.hpp"
+#include "formats/canonical.hpp"
+
+namespace programs {
+
+using namespace adalayer;
+using namespace adalayer::engine;
+
+/// Appends to a program. Levels are on a grid of scale 0.5 and zero point 10 unless said otherwise.
+struct Builder {
+  Program p;
+
+  int32_t value(const std::string& name, int64_t c, int64_t h, int64_t w,
+                ValueKind kind = ValueKind::U8) {
+    Value v;
+    v.name = name;
+    v.kind = kind;
+    v.c = c;
+    v.h = h;
+    v.w = w;
+    if (kind == ValueKind::U8) {
+      v.scale = 0.5f;
+      v.zero_point = 10;
+    }
+    p.values.push_back(v);
+    return static_cast<int32_t>(p.values.size()) - 1;
+  }
+  template <typename T>
+  int32_t constant(ConstantKind kind, const std::vector<T>& entries) {
+    Constant c;
+    c.kind = kind;
+    c.bytes.resize(entries.size() * sizeof(T));
+    if (!entries.empty()) std::memcpy(c.bytes.data(), entries.data(), c.bytes.size());
+    p.constants.push_back(std::move(c));
+    return static_cast<int32_t>(p.constants.size()) - 1;
+  }
+  int32_t floats(const std::vector<float>& v) { return constant(ConstantKind::F32, v); }
+  int32_t ints(const std::vector<int32_t>& v) { return constant(ConstantKind::I32, v); }
+  int32_t table(int multiplier) {
+    std::vector<uint8_t> t(256);
+    for (int q = 0; q < 256; ++q)
+      t[q] = static_cast<uint8_t>(q * multiplier);
+    return constant(ConstantKind::U8, t);
+  }
+  int32_t weights(uint32_t o, uint32_t i, uint32_t kh, uint32_t kw, int bits) {
+    std::vector<int8_t> w(size_t{o} * i * kh * kw);
+    const int span = 1 << bits;
+    for (size_t k = 0; k < w.size(); ++k)
+      w[k] = static_cast<int8_t>(static_cast<int>(k * 7 % span) - span / 2);
+    return constant(ConstantKind::Weights, formats::pack_canonical(w, bits, o, i, kh, kw));
+  }
+  int32_t node(OpKind op, std::vector<int32_t> inputs, int32_t output,
+               std::vector<int64_t> ints = {}, std::vector<float> floats = {},
+               std::vector<int32_t> constants = {}) {
+    p.nodes.push_back({op, std::string("layer.") + op_name(op), std::move(inputs), output,
+                       std::move(ints), std::move(floats), std::move(constants)});
+    return output;
+  }
+};
+
+/// Every operation once at least, convolutions in all their forms; two inputs, three outputs.
+inline Program every_operation() {
+  constexpr float kInf = std::numeric_limits<float>::infinity();
+  constexpr ValueKind F32 = ValueKind::F32;
+  Builder b;
+  const auto x = b.value("image", 4, 6, 5, F32);
+  const auto z = b.value("extra", 4, 1, 1, F32);
+  const auto q = b.node(OpKind::Quantize, {x}, b.value("q", 4, 6, 5));
+  const auto g = b.node(OpKind::Quantize, {z}, b.value("g", 4, 1, 1));
+  const auto four = b.floats({0.01f, -0.02f, 0.03f, 0.015f});
+  const auto bias = b.floats({0.5f, -1.0f, 2.0f, 0.0f});
+  const auto table = b.table(3);
+
+  const auto conv = b.node(OpKind::Conv, {q}, b.value("conv", 4, 3, 3),
+                           {3, 3, 2, 2, 1, 1, 1, 1, 1, 1, 1, 10, 255, 10}, {0, -kInf, kInf},
+                           {b.weights(4, 4, 3, 3, 4), four, bias, -1});
+  const auto grouped = b.node(OpKind::Conv, {conv, conv}, b.value("grouped", 4, 3, 3),
+                              {2, 3, 1, 1, 1, 2, 1, 2, 2, 2, 2, 0, 255, 10}, {0.25f, 0, 0},
+                              {b.weights(4, 2, 2, 3, 7), four, bias, table});
+  const auto up = b.node(OpKind::ConvTranspose, {grouped}, b.value("up", 4, 6, 6),
+                         {3, 3, 2, 2, 1, 1, 1, 1, 1, 1, 1, 0, 255, 10}, {0, 0, 0},
+                         {b.weights(4, 4, 3, 3, 2), four, bias, -1});
+  const auto looked = b.node(OpKind::Lookup, {up}, b.value("lookup", 4, 6, 6), {}, {}, {table});
+  const auto sum = b.node(OpKind::Add, {up, looked}, b.value("sum", 4, 6, 6), {0, 255, 10},
+                          {0.5f, 0.25f, -3.0f}, {-1});
+  const auto product = b.node(OpKind::Mul, {sum, g}, b.value("product", 4, 6, 6),
+                              {10, 10, 0, 255, 10}, {0.02f}, {table});
+  const auto line = b.node(OpKind::Affine, {product}, b.value("line", 4, 6, 6), {3, 250, 10}, {},
+                           {four, bias, -1});
+  const auto both =
+      b.node(OpKind::Concat, {line, sum}, b.value("both", 8, 6, 6), {}, {}, {table, -1});
+  const auto most =
+      b.node(OpKind::MaxPool, {both}, b.value("most", 8, 3, 3), {3, 3, 2, 2, 1, 1, 1, 1});
+  const auto mean = b.node(OpKind::AvgPool, {both}, b.value("mean", 8, 3, 3),
+                           {3, 3, 2, 2, 1, 1, 1, 1, 1, 0, 255, 10}, {1.0f}, {-1});
+  const auto pooled = b.node(OpKind::AdaptiveAvgPool, {mean}, b.value("pooled", 8, 2, 2),
+                             {0, 255, 10}, {0.5f}, {table});
+  const auto part = b.node(OpKind::Slice, {most}, b.value("part", 4, 3, 3), {0, 1, 2});
+  const auto mixed =
+      b.node(OpKind::Gather, {part}, b.value("mixed", 4, 3, 3), {}, {}, {b.ints({3, 0, 2, 1})});
+  const auto wide = b.node(OpKind::Pad, {mixed}, b.value("wide", 4, 5, 6), {1, 2, 1, 1, 10});
+  const auto low = b.ints({0, 1, 3}), high = b.ints({1, 2, 4});
+  const auto blend = b.floats({0.25f, 0.5f, 1.0f});
+  const auto smooth = b.node(OpKind::Resize, {wide}, b.value("smooth", 4, 3, 3), {1, 0, 255, 10},
+                             {1.0f, -10.0f}, {low, high, blend, low, high, blend});
+  const auto nearest =
+      b.node(OpKind::Resize, {smooth}, b.value("nearest", 4, 2, 2), {0, 0, 255, 10}, {1.0f, 0.0f},
+             {b.ints({0, 2}), b.ints({0, 2}), b.floats({0, 0}), b.ints({1, 2}), b.ints({1, 2}),
+              b.floats({0, 0})});
+  const auto normed = b.node(OpKind::LayerNorm, {nearest}, b.value("normed", 4, 2, 2), {0, 255, 10},
+                             {1e-5f}, {b.floats({2, 3, 4, 5}), b.floats({0, 1, 0, -1})});
+  const auto flat = b.node(OpKind::Reshape, {normed}, b.value("flat", 16, 1, 1));
+  // Float outputs: a convolution with a residual, its softmax and its average.
+  const auto logits = b.node(OpKind::Conv, {pooled, pooled}, b.value("logits", 8, 2, 2, F32),
+                             {1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 0, 255, 0}, {0, -2.0f, kInf},
+                             {b.weights(8, 8, 1, 1, 8), b.floats(std::vector<float>(8, 0.01f)),
+                              b.floats(std::vector<float>(8, 0.0f)), -1});
+  const auto soft = b.node(OpKind::Softmax, {logits}, b.value("soft", 8, 2, 2, F32));
+  const auto bigger = b.node(
+      OpKind::Resize, {soft}, b.value("bigger", 8, 3, 3, F32), {1, 0, 255, 0}, {1.0f, 0.0f},
+      {b.ints({0, 0, 1}), b.ints({1, 1, 1}), blend, b.ints({0, 0, 1}), b.ints({1, 1, 1}), blend});
+  const auto average = b.node(OpKind::AdaptiveAvgPool, {logits}, b.value("average", 8, 1, 1, F32),
+                              {0, 255, 0}, {1.0f}, {-1});
+  const auto levels = b.node(OpKind::Dequantize, {flat}, b.value("levels", 16, 1, 1, F32));
+  b.p.inputs = {x, z};
+  b.p.outputs = {bigger, average, levels};
+  b.p.metadata = {{"classes", "[\"caf\xC3\xA9\", \"b\"]"}, {"preprocessing", "{}"}, {"", ""}};
+  return b.p;
+}
+
+/// The smallest useful program: its file is short enough to damage it at every bit.
+inline Program small_program() {
+  Builder b;
+  const auto x = b.value("x", 2, 1, 1, ValueKind::F32);
+  const auto q = b.node(OpKind::Quantize, {x}, b.value("q", 2, 1, 1));
+  const auto y = b.node(OpKind::Conv, {q}, b.value("y", 2, 1, 1, ValueKind::F32),
+                        {1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 0, 255, 0}, {0, -1, 1},
+                        {b.weights(2, 2, 1, 1, 3), b.floats({1, 2}), b.floats({0, 1}), -1});
+  b.p.inputs = {x};
+  b.p.outputs = {y};
+  b.p.metadata = {{"classes", "[\"a\"]"}};
+  return b.p;
+}
+
+/// Makes every checksum of a changed file right again, as far as its tables lead anywhere: what is
+/// read then are the checks behind the checksums.
+inline void repair_checksums(std::vector<uint8_t>& file) {
+  AdaHeader h;
+  if (file.size() < sizeof h) return;
+  std::memcpy(&h, file.data(), sizeof h);
+  const std::span<uint8_t> all(file);
+  const uint64_t table_bytes = uint64_t{h.sections} * sizeof(AdaSection);
+  if (table_bytes <= file.size() - sizeof h) {
+    for (uint32_t k = 0; k < h.sections; ++k) {
+      uint8_t* entry = file.data() + sizeof h + k * sizeof(AdaSection);
+      AdaSection s;
+      std::memcpy(&s, entry, sizeof s);
+      if (s.offset > file.size() || s.bytes > file.size() - s.offset) continue;
+      s.checksum = formats::checksum(all.subspan(s.offset, s.bytes));
+      std::memcpy(entry, &s, sizeof s);
+    }
+    h.table_checksum = formats::checksum(all.subspan(sizeof h, table_bytes));
+  }
+  std::memcpy(file.data(), &h, sizeof h);
+  h.checksum = formats::checksum(all.first(offsetof(AdaHeader, checksum)));
+  std::memcpy(file.data(), &h, sizeof h);
+}
+
+}  // namespace programs

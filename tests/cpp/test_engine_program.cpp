@@ -1,0 +1,671 @@
+// Tests of csrc/engine: what validate() refuses, and the .ada file: round trips, damage, versions,
+// disks that are full.
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <csignal>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <functional>
+#include <new>
+#include <random>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "check.hpp"
+#include "engine/container.hpp"
+#include "engine/interpret.hpp"
+#include "engine_programs.hpp"
+
+using namespace adalayer;
+using namespace adalayer::engine;
+using namespace programs;
+
+// ---- the largest allocation of a piece of code --------------------------------------------------
+
+namespace {
+size_t g_largest = 0;
+}
+
+// Not inlined: g++ 12 would see free() of what operator new returned, and warn.
+[[gnu::noinline]] void* operator new(size_t size) {
+  g_largest = std::max(g_largest, size);
+  if (void* p = std::malloc(size == 0 ? 1 : size)) return p;
+  throw std::bad_alloc();
+}
+[[gnu::noinline]] void operator delete(void* p) noexcept { std::free(p); }
+[[gnu::noinline]] void operator delete(void* p, size_t) noexcept { std::free(p); }
+
+namespace {
+
+namespace fs = std::filesystem;
+
+/// What became of a program or file: refused with one of our errors, or accepted.
+enum class Outcome { Refused, Accepted };
+
+Outcome outcome(const std::function<void()>& f) {
+  try {
+    f();
+  } catch (const InvalidArgument&) {
+    return Outcome::Refused;
+  } catch (const CorruptData&) {
+    return Outcome::Refused;
+  }
+  return Outcome::Accepted;
+}
+
+bool refused(const Program& p) {
+  return outcome([&] { validate(p); }) == Outcome::Refused;
+}
+bool refused(const std::vector<uint8_t>& file) {
+  return outcome([&] { read_program(file); }) == Outcome::Refused;
+}
+
+/// Runs a valid program on noise if it is small enough for a test.
+std::vector<std::vector<float>> run(const Program& p, int64_t batch) {
+  std::vector<std::vector<float>> data;
+  std::vector<InputTensor> inputs;
+  for (const int32_t v : p.inputs) {
+    const Value& value = p.values[v];
+    std::vector<float> x(static_cast<size_t>(batch * value.c * value.h * value.w));
+    for (size_t i = 0; i < x.size(); ++i)
+      x[i] = static_cast<float>(i * 37 % 101) - 50.0f;
+    data.push_back(std::move(x));
+  }
+  for (const auto& x : data)
+    inputs.push_back({x.data(), Layout::NCHW});
+  return interpret(p, inputs, batch);
+}
+
+bool is_small(const Program& p) {
+  int64_t elements = 0;
+  for (const Value& v : p.values)
+    elements += v.c * v.h * v.w;
+  int64_t taps = 1;
+  for (const Node& n : p.nodes)
+    if (n.op == OpKind::MaxPool || n.op == OpKind::AvgPool)
+      taps = std::max(taps, n.ints[0] * n.ints[1]);
+  return elements < 100000 && taps < 1000;
+}
+
+/// A folder of its own, removed at the end.
+class Folder {
+ public:
+  Folder() {
+    std::string name = (fs::temp_directory_path() / "ada-XXXXXX").string();
+    if (::mkdtemp(name.data()) == nullptr) fail("no temporary folder");
+    path_ = name;
+  }
+  ~Folder() { fs::remove_all(path_); }
+  fs::path operator/(const char* name) const { return path_ / name; }
+  std::vector<std::string> names() const {
+    std::vector<std::string> out;
+    for (const auto& entry : fs::directory_iterator(path_))
+      out.push_back(entry.path().filename().string());
+    return out;
+  }
+
+ private:
+  fs::path path_;
+};
+
+/// The program with one change, and the message that it must give.
+void check_refused(const char* text, const std::function<void(Program&)>& change) {
+  Program p = every_operation();
+  change(p);
+  CHECK_THROWS(validate(p), InvalidArgument, text);
+}
+
+Node& find(Program& p, OpKind op) {
+  return *std::find_if(p.nodes.begin(), p.nodes.end(), [&](const Node& n) { return n.op == op; });
+}
+Value& output_of(Program& p, OpKind op) { return p.values[find(p, op).output]; }
+
+AdaSection section(const std::vector<uint8_t>& file, const char* id) {
+  for (size_t k = 0; k < 6; ++k) {
+    AdaSection s;
+    std::memcpy(&s, file.data() + sizeof(AdaHeader) + k * sizeof s, sizeof s);
+    if (std::memcmp(s.id, id, 4) == 0) return s;
+  }
+  fail("no section ", id);
+}
+
+template <typename T>
+void poke(std::vector<uint8_t>& file, uint64_t at, T value) {
+  std::memcpy(file.data() + at, &value, sizeof value);
+}
+
+}  // namespace
+
+// ---- validation ---------------------------------------------------------------------------------
+
+TEST(every_operation_is_valid_and_runs) {
+  const Program p = every_operation();
+  validate(p);
+  std::set<OpKind> kinds;
+  for (const Node& n : p.nodes)
+    kinds.insert(n.op);
+  CHECK_EQ(kinds.size(), size_t{kOpKinds});
+  const auto outputs = run(p, 2);
+  CHECK_EQ(outputs.size(), p.outputs.size());
+  CHECK_EQ(outputs[0].size(), size_t{2 * 8 * 3 * 3});
+  for (const auto& y : outputs)
+    for (const float v : y)
+      CHECK(std::isfinite(v));
+  CHECK_EQ(run(p, 0)[0].size(), size_t{0});
+}
+
+TEST(levels_stay_below_qmax) {
+  Program p = every_operation();
+  std::vector<float> x(4 * 6 * 5), z(4);
+  for (size_t i = 0; i < x.size(); ++i)
+    x[i] = static_cast<float>(static_cast<int>(i * 31 % 97) - 40) * 3.0f;
+  const InputTensor inputs[] = {{x.data(), Layout::NHWC}, {z.data(), Layout::NCHW}};
+  output_of(p, OpKind::Quantize).qmax = 63;
+  find(p, OpKind::Conv).ints[12] = 255;
+  const auto tensors = interpret_values(p, inputs, 1);
+  for (size_t v = 0; v < p.values.size(); ++v)
+    for (const uint8_t q : tensors[v].levels)
+      CHECK(q <= p.values[v].qmax);
+}
+
+TEST(operation_names_go_back_and_forth) {
+  for (int k = 0; k < kOpKinds; ++k)
+    CHECK_EQ(op_from_name(op_name(static_cast<OpKind>(k))), static_cast<OpKind>(k));
+  CHECK_THROWS(op_from_name("convolve"), InvalidArgument, "unknown operation \"convolve\"");
+  CHECK_EQ(std::string(op_name(static_cast<OpKind>(200))), std::string("unknown"));
+}
+
+TEST(refusals_say_what_is_wrong) {
+  check_refused("expected 14 ints, got 13",
+                [](Program& p) { find(p, OpKind::Conv).ints.pop_back(); });
+  check_refused("(conv \"layer.conv\")", [](Program& p) { find(p, OpKind::Conv).ints.clear(); });
+  check_refused("expected 3 floats", [](Program& p) { find(p, OpKind::Add).floats.clear(); });
+  check_refused("expected 6 constants",
+                [](Program& p) { find(p, OpKind::Resize).constants.pop_back(); });
+  check_refused("inputs", [](Program& p) { find(p, OpKind::Add).inputs.pop_back(); });
+  check_refused("inputs", [](Program& p) { find(p, OpKind::Concat).inputs.clear(); });
+  check_refused("does not exist", [](Program& p) { p.nodes[0].inputs[0] = 999; });
+  check_refused("does not exist", [](Program& p) { p.nodes[0].output = -1; });
+  check_refused("not written before", [](Program& p) { std::swap(p.nodes[2], p.nodes[3]); });
+  check_refused("is never written", [](Program& p) { p.values.push_back(p.values[2]); });
+  check_refused("written twice", [](Program& p) { p.nodes.push_back(p.nodes[0]); });
+  check_refused("listed twice", [](Program& p) { p.outputs.push_back(p.outputs[0]); });
+  check_refused("listed twice", [](Program& p) { p.inputs.push_back(p.inputs[0]); });
+  check_refused("is a program input", [](Program& p) { p.outputs = {p.inputs[0]}; });
+  check_refused("must be f32", [](Program& p) { p.outputs = {p.nodes[0].output}; });
+  check_refused("program outputs", [](Program& p) { p.outputs.clear(); });
+  check_refused("unknown to this version",
+                [](Program& p) { p.nodes[1].op = static_cast<OpKind>(kOpKinds); });
+  check_refused("unknown kind", [](Program& p) { p.values[0].kind = static_cast<ValueKind>(7); });
+  check_refused("unknown kind",
+                [](Program& p) { p.constants[0].kind = static_cast<ConstantKind>(9); });
+  check_refused("multiple of 4", [](Program& p) { p.constants[0].bytes.pop_back(); });
+  check_refused("each axis", [](Program& p) { p.values[1].h = 0; });
+  check_refused("each axis", [](Program& p) { p.values[1].w = kMaxAxis + 1; });
+  check_refused("elements", [](Program& p) { p.values[1].c = p.values[1].h = kMaxAxis; });
+  check_refused("the scale must be", [](Program& p) { output_of(p, OpKind::Quantize).scale = 0; });
+  check_refused("the scale must be",
+                [](Program& p) { output_of(p, OpKind::Quantize).scale = 1e-40f; });
+  check_refused("zero point", [](Program& p) { output_of(p, OpKind::Quantize).zero_point = 256; });
+  check_refused("qmax", [](Program& p) { output_of(p, OpKind::Quantize).qmax = 256; });
+  check_refused("expected weights of",
+                [](Program& p) { find(p, OpKind::Conv).constants[0] = p.nodes[3].constants[0]; });
+  check_refused("packed weight: the magic",
+                [](Program& p) { p.constants[find(p, OpKind::Conv).constants[0]].bytes[0] ^= 1; });
+  check_refused("of kind weights", [](Program& p) { find(p, OpKind::Conv).constants[0] = 0; });
+  check_refused("of kind f32", [](Program& p) {
+    find(p, OpKind::Conv).constants[1] = find(p, OpKind::Conv).constants[0];
+  });
+  check_refused("does not exist", [](Program& p) { find(p, OpKind::Conv).constants[1] = -1; });
+  check_refused("finite", [](Program& p) {
+    const float inf = INFINITY;
+    std::memcpy(p.constants[0].bytes.data(), &inf, 4);
+  });
+  check_refused("divisible by groups", [](Program& p) { find(p, OpKind::Conv).ints[10] = 3; });
+  check_refused("smaller than the dilated kernel",
+                [](Program& p) { find(p, OpKind::Conv).ints[8] = 100; });
+  check_refused("expected output of", [](Program& p) { find(p, OpKind::Conv).ints[2] = 1; });
+  check_refused("expected an output height",
+                [](Program& p) { find(p, OpKind::ConvTranspose).ints[4] = 5; });
+  check_refused("elements with padding", [](Program& p) {
+    Node& n = find(p, OpKind::Conv);
+    n.ints[4] = n.ints[5] = n.ints[6] = n.ints[7] = kMaxAxis;
+  });
+  check_refused("hi must be", [](Program& p) { find(p, OpKind::Conv).ints[12] = 9; });
+  check_refused("without a table the zero point",
+                [](Program& p) { find(p, OpKind::Conv).ints[13] = 11; });
+  check_refused("without a table the zero point",
+                [](Program& p) { output_of(p, OpKind::Conv).qmax = 254; });
+  check_refused("above the output's qmax",
+                [](Program& p) { output_of(p, OpKind::Lookup).qmax = 100; });
+  check_refused("256 entries", [](Program& p) {
+    p.constants[find(p, OpKind::Lookup).constants[0]].bytes.resize(255);
+  });
+  check_refused("a float output has no table", [](Program& p) {
+    for (Node& n : p.nodes)
+      if (n.op == OpKind::Conv) n.constants[3] = find(p, OpKind::Lookup).constants[0];
+  });
+  check_refused("expected second input of",
+                [](Program& p) { find(p, OpKind::Mul).inputs[1] = p.nodes[2].output; });
+  check_refused("contains no position", [](Program& p) { find(p, OpKind::MaxPool).ints[4] = 3; });
+  check_refused("contains no position", [](Program& p) { find(p, OpKind::MaxPool).ints[2] = 4; });
+  check_refused("expected an output height",
+                [](Program& p) { find(p, OpKind::AvgPool).ints[6] = 4; });
+  check_refused("grid of input", [](Program& p) { output_of(p, OpKind::MaxPool).scale = 2.0f; });
+  check_refused("the slice ends behind", [](Program& p) { find(p, OpKind::Slice).ints[1] = 2; });
+  check_refused("is not sliced", [](Program& p) { find(p, OpKind::Slice).ints[0] = 1; });
+  check_refused("expected channels 0 to 3", [](Program& p) {
+    poke(p.constants[find(p, OpKind::Gather).constants[0]].bytes, 4, int32_t{4});
+  });
+  check_refused("expected positions 0 to 4", [](Program& p) {
+    poke(p.constants[find(p, OpKind::Resize).constants[0]].bytes, 4, int32_t{-1});
+  });
+  check_refused("parts must be 0 to 1", [](Program& p) {
+    poke(p.constants[find(p, OpKind::Resize).constants[2]].bytes, 4, 1.5f);
+  });
+  check_refused("eps must be", [](Program& p) { find(p, OpKind::LayerNorm).floats[0] = 0.0f; });
+  check_refused("elements in the output", [](Program& p) { output_of(p, OpKind::Reshape).c = 15; });
+  check_refused("not valid UTF-8", [](Program& p) { p.nodes[0].name = "\xC0\x80"; });
+  check_refused("not valid UTF-8", [](Program& p) { p.values[0].name = "a\xED\xA0\x80"; });
+  check_refused("not valid UTF-8", [](Program& p) { p.metadata["k"] = "\xE2\x82"; });
+  check_refused("bytes of text", [](Program& p) { p.nodes[0].name.assign(kMaxName + 1, 'x'); });
+}
+
+TEST(accumulator_bound) {
+  // 255 * 128 * K reaches 2^31 from K = 65794 on.
+  for (const int64_t k : {65793, 65794}) {
+    Builder b;
+    const auto x = b.value("x", k, 1, 1, ValueKind::F32);
+    const auto q = b.node(OpKind::Quantize, {x}, b.value("q", k, 1, 1));
+    const auto y =
+        b.node(OpKind::Conv, {q}, b.value("y", 1, 1, 1, ValueKind::F32),
+               {1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 0, 255, 0}, {0, -1, 1},
+               {b.weights(1, static_cast<uint32_t>(k), 1, 1, 8), b.floats({1}), b.floats({0}), -1});
+    b.p.inputs = {x};
+    b.p.outputs = {y};
+    if (k == 65793)
+      validate(b.p);
+    else
+      CHECK_THROWS(validate(b.p), InvalidArgument, "overflow the int32 accumulator");
+  }
+}
+
+TEST(no_parameter_may_be_absurd) {
+  const Program good = every_operation();
+  const auto each = [&](auto&& change) {
+    for (size_t k = 0; k < good.nodes.size(); ++k) {
+      Program p = good;
+      change(p.nodes[k], [&](const std::string& what) {
+        CHECK_MSG(refused(p), std::string(op_name(p.nodes[k].op)) + " " + what);
+      });
+    }
+  };
+  each([&](Node& n, auto&& check) {
+    for (size_t i = 0; i < n.ints.size(); ++i) {
+      const int64_t before = n.ints[i];
+      for (const int64_t v : {INT64_MIN, INT64_MAX, int64_t{-1}, int64_t{1} << 32}) {
+        n.ints[i] = v;
+        check("int " + std::to_string(i));
+      }
+      n.ints[i] = before;
+    }
+    for (size_t i = 0; i < n.floats.size(); ++i) {
+      const float before = n.floats[i];
+      n.floats[i] = NAN;
+      check("float " + std::to_string(i));
+      n.floats[i] = before;
+    }
+    for (auto* list : {&n.inputs, &n.constants})
+      for (int32_t& i : *list) {
+        const int32_t before = i;
+        for (const int32_t v : {INT32_MIN, INT32_MAX, -2, 1 << 20}) {
+          i = v;
+          check("number");
+        }
+        i = before;
+      }
+  });
+}
+
+TEST(every_shape_is_checked) {
+  const Program good = every_operation();
+  for (size_t v = 0; v < good.values.size(); ++v)
+    for (int axis = 0; axis < 3; ++axis)
+      for (const int by : {-1, 1, 1000}) {
+        Program p = good;
+        Value& value = p.values[v];
+        // Averages may round up, and adaptive ones may have any size.
+        if (axis > 0 && by > 0 && (value.name == "mean" || value.name == "average")) continue;
+        (axis == 0 ? value.c : axis == 1 ? value.h : value.w) += by;
+        CHECK_MSG(refused(p), value.name + " axis " + std::to_string(axis));
+      }
+}
+
+TEST(changed_programs_are_refused_or_run) {
+  // Values near the borders of validity, where a check that is off by one would show.
+  std::mt19937 random(7);
+  const Program good = every_operation();
+  int accepted = 0;
+  for (int round = 0; round < 4000; ++round) {
+    Program p = good;
+    const int changes = 1 + static_cast<int>(random() % 2);
+    for (int k = 0; k < changes; ++k) {
+      Node& n = p.nodes[random() % p.nodes.size()];
+      Value& v = p.values[random() % p.values.size()];
+      switch (random() % 5) {
+        case 0:
+        case 1:
+          if (!n.ints.empty()) n.ints[random() % n.ints.size()] = static_cast<int>(random() % 9);
+          break;
+        case 2:
+          (random() % 2 != 0 ? v.h : v.w) = 1 + static_cast<int>(random() % 9);
+          break;
+        case 3:
+          n.inputs[0] = static_cast<int32_t>(random() % p.values.size());
+          break;
+        default:
+          if (!n.constants.empty())
+            n.constants[random() % n.constants.size()] =
+                static_cast<int32_t>(random() % p.constants.size());
+      }
+    }
+    if (refused(p)) continue;
+    ++accepted;
+    run(p, 1);
+  }
+  CHECK(accepted > 100);
+}
+
+// ---- the file -----------------------------------------------------------------------------------
+
+TEST(round_trip) {
+  for (const Program& p : {every_operation(), small_program()}) {
+    const auto file = write_program(p);
+    const Program back = read_program(file);
+    CHECK(write_program(back) == file);
+    CHECK_EQ(back.nodes.size(), p.nodes.size());
+    for (size_t k = 0; k < p.nodes.size(); ++k) {
+      const Node &a = p.nodes[k], &b = back.nodes[k];
+      CHECK(a.op == b.op && a.name == b.name && a.inputs == b.inputs && a.output == b.output);
+      CHECK(a.ints == b.ints && a.floats == b.floats && a.constants == b.constants);
+    }
+    for (size_t k = 0; k < p.values.size(); ++k) {
+      const Value &a = p.values[k], &b = back.values[k];
+      CHECK(a.name == b.name && a.kind == b.kind && a.c == b.c && a.h == b.h && a.w == b.w);
+      CHECK(a.scale == b.scale && a.zero_point == b.zero_point && a.qmax == b.qmax);
+    }
+    for (size_t k = 0; k < p.constants.size(); ++k)
+      CHECK(p.constants[k].kind == back.constants[k].kind &&
+            p.constants[k].bytes == back.constants[k].bytes);
+    CHECK(p.inputs == back.inputs && p.outputs == back.outputs && p.metadata == back.metadata);
+    CHECK(run(p, 1) == run(back, 1));
+  }
+}
+
+TEST(constants_lie_on_multiples_of_64) {
+  const Program p = every_operation();
+  const auto file = write_program(p);
+  for (const Constant& c : p.constants) {
+    bool found = false;
+    for (uint64_t at = 0; at + c.bytes.size() <= file.size(); at += 64)
+      found = found || std::equal(c.bytes.begin(), c.bytes.end(), file.begin() + at);
+    CHECK(found);
+  }
+}
+
+TEST(invalid_programs_are_not_written) {
+  Program p = small_program();
+  p.nodes[0].inputs[0] = 17;
+  CHECK_THROWS(write_program(p), InvalidArgument, "does not exist");
+}
+
+TEST(every_truncation_is_refused) {
+  const auto file = write_program(small_program());
+  for (size_t n = 0; n < file.size(); ++n)
+    CHECK(refused(std::vector<uint8_t>(file.begin(), file.begin() + n)));
+  auto longer = file;
+  longer.push_back(0);
+  CHECK(refused(longer));
+  // Also where the header tells the new size.
+  for (size_t n = sizeof(AdaHeader); n < file.size(); ++n) {
+    std::vector<uint8_t> shorter(file.begin(), file.begin() + n);
+    poke(shorter, offsetof(AdaHeader, file_bytes), uint64_t{n});
+    repair_checksums(shorter);
+    CHECK(refused(shorter));
+  }
+}
+
+TEST(every_flipped_bit_is_noticed) {
+  const auto file = write_program(small_program());
+  for (size_t i = 0; i < file.size(); ++i)
+    for (int bit = 0; bit < 8; ++bit) {
+      auto damaged = file;
+      damaged[i] ^= static_cast<uint8_t>(1 << bit);
+      CHECK_MSG(refused(damaged), "byte " + std::to_string(i));
+    }
+}
+
+TEST(damage_names_its_section) {
+  const auto file = write_program(every_operation());
+  for (const char* id : {"VALS", "NODE", "PORT", "CNST", "DATA", "META"}) {
+    auto damaged = file;
+    damaged[section(file, id).offset] ^= 1;
+    CHECK_THROWS(read_program(damaged), CorruptData, std::string("section ") + id);
+  }
+  CHECK_THROWS(read_program(std::vector<uint8_t>(10)), CorruptData, "at least 64 bytes, got 10");
+  CHECK_THROWS(read_program(std::vector<uint8_t>(100)), CorruptData, "magic");
+}
+
+TEST(other_versions) {
+  const Program p = every_operation();
+  const auto file = write_program(p);
+  auto major = file;
+  poke(major, offsetof(AdaHeader, major), uint16_t{2});
+  CHECK_THROWS(read_program(major), CorruptData,
+               "format version 2.0 is not supported; this library reads 1.x");
+  poke(major, offsetof(AdaHeader, major), uint16_t{0});
+  CHECK_THROWS(read_program(major), CorruptData, "format version 0.0 is not supported");
+
+  // A later minor version: reserved bytes in use, a new section behind the others, and new fields
+  // at the end of the section META.
+  const auto extended = [&](uint16_t minor) {
+    constexpr size_t kOld = 6, kTable = sizeof(AdaHeader);
+    std::vector<uint8_t> out(kTable + (kOld + 1) * sizeof(AdaSection));
+    AdaHeader h;
+    std::memcpy(&h, file.data(), sizeof h);
+    h.minor = minor;
+    h.sections = kOld + 1;
+    h.reserved[3] = 5;
+    for (size_t k = 0; k <= kOld; ++k) {
+      AdaSection s;
+      out.resize((out.size() + 63) / 64 * 64);
+      const uint64_t offset = out.size();
+      if (k < kOld) {
+        std::memcpy(&s, file.data() + kTable + k * sizeof s, sizeof s);
+        out.insert(out.end(), file.begin() + s.offset, file.begin() + s.offset + s.bytes);
+        if (k == kOld - 1) out.insert(out.end(), {1, 2, 3});
+      } else {
+        std::memcpy(s.id, "NEWS", 4);
+        out.insert(out.end(), {4, 5, 6});
+      }
+      s.reserved = 9;
+      s.offset = offset;
+      s.bytes = out.size() - offset;
+      std::memcpy(out.data() + kTable + k * sizeof s, &s, sizeof s);
+    }
+    h.file_bytes = out.size();
+    std::memcpy(out.data(), &h, sizeof h);
+    repair_checksums(out);
+    return out;
+  };
+  CHECK(write_program(read_program(extended(1))) == file);
+  CHECK_THROWS(read_program(extended(0)), CorruptData, "reserved");
+
+  // An operation of the future.
+  auto future = file;
+  poke(future, offsetof(AdaHeader, minor), uint16_t{3});
+  poke(future, section(file, "NODE").offset + 8, uint32_t{kOpKinds});
+  repair_checksums(future);
+  CHECK_THROWS(read_program(future), CorruptData,
+               "operation 19 is unknown to format 1.0; the file is of format 1.3");
+}
+
+TEST(longer_records_of_a_later_version) {
+  // META with one byte more in its only record.
+  const Program p = small_program();
+  const auto file = write_program(p);
+  const AdaSection meta = section(file, "META");
+  auto longer = file;
+  longer.push_back(77);
+  poke(longer, meta.offset + 4, static_cast<uint32_t>(meta.bytes - 8 + 1));
+  AdaSection changed = meta;
+  ++changed.bytes;
+  poke(longer, sizeof(AdaHeader) + 5 * sizeof(AdaSection), changed);
+  poke(longer, offsetof(AdaHeader, file_bytes), uint64_t{longer.size()});
+  repair_checksums(longer);
+  CHECK_THROWS(read_program(longer), CorruptData, "an entry has 1 bytes too many");
+  poke(longer, offsetof(AdaHeader, minor), uint16_t{1});
+  repair_checksums(longer);
+  CHECK(read_program(longer).metadata == p.metadata);
+}
+
+TEST(forged_headers) {
+  const auto file = write_program(small_program());
+  const auto forged = [&](uint64_t at, auto value) {
+    auto f = file;
+    poke(f, at, value);
+    repair_checksums(f);
+    return f;
+  };
+  constexpr size_t kTable = sizeof(AdaHeader);
+  for (const uint64_t v : {uint64_t{0}, uint64_t{65}, UINT64_MAX, uint64_t{1} << 63}) {
+    CHECK_THROWS(read_program(forged(offsetof(AdaHeader, file_bytes), v)), CorruptData, "header");
+    CHECK_THROWS(read_program(forged(offsetof(AdaHeader, table_offset), v)), CorruptData, "header");
+    CHECK_THROWS(read_program(forged(kTable + offsetof(AdaSection, offset), v)), CorruptData,
+                 "section VALS");
+    CHECK_THROWS(read_program(forged(kTable + offsetof(AdaSection, bytes), v)), CorruptData,
+                 "section");
+  }
+  CHECK_THROWS(read_program(forged(offsetof(AdaHeader, sections), UINT32_MAX)), CorruptData,
+               "at most 64 sections");
+  CHECK_THROWS(read_program(forged(offsetof(AdaHeader, sections), uint32_t{64})), CorruptData,
+               "section table");
+  CHECK_THROWS(read_program(forged(offsetof(AdaHeader, sections), uint32_t{0})), CorruptData,
+               "section table");
+  CHECK_THROWS(read_program(forged(kTable, 'X')), CorruptData, "section VALS is missing");
+  CHECK_THROWS(read_program(forged(kTable + sizeof(AdaSection), section(file, "VALS"))),
+               CorruptData, "expected offset");
+}
+
+TEST(forged_numbers_are_refused_without_large_allocations) {
+  const auto file = write_program(every_operation());
+  const uint64_t first = section(file, "VALS").offset;
+  std::mt19937 random(3);
+  for (uint64_t at = first; at + 4 <= file.size(); ++at)
+    for (const uint32_t v : {UINT32_MAX, 0x7FFFFFFFu, 0x10000u, 0u}) {
+      auto forged = file;
+      poke(forged, at, v);
+      repair_checksums(forged);
+      g_largest = 0;
+      const bool accepted = !refused(forged);
+      CHECK(g_largest <= 16 * file.size());
+      if (!accepted) continue;
+      const Program p = read_program(forged);
+      // A constant or a name, where any number may stand. The payload of packed weights has a hash
+      // of its own, which is checked when it is unpacked.
+      if (is_small(p) && random() % 64 == 0) outcome([&] { run(p, 1); });
+    }
+  const AdaSection values = section(file, "VALS");
+  for (const char* id : {"VALS", "NODE", "PORT", "CNST", "META"}) {
+    auto forged = file;
+    poke(forged, section(file, id).offset, UINT32_MAX);
+    repair_checksums(forged);
+    CHECK_THROWS(read_program(forged), CorruptData, "expected at most");
+  }
+  auto forged = file;
+  poke(forged, values.offset, uint32_t{60000});
+  repair_checksums(forged);
+  CHECK_THROWS(read_program(forged), CorruptData, "bytes are left");
+}
+
+TEST(random_damage_behind_the_checksums) {
+  // A small fuzzer: whatever is accepted is valid and runs.
+  const auto file = write_program(every_operation());
+  std::mt19937 random(11);
+  int accepted = 0;
+  for (int round = 0; round < 20000; ++round) {
+    auto damaged = file;
+    const int changes = 1 + static_cast<int>(random() % 3);
+    for (int k = 0; k < changes; ++k) {
+      uint8_t& byte = damaged[random() % damaged.size()];
+      byte = random() % 2 != 0 ? static_cast<uint8_t>(random()) : static_cast<uint8_t>(byte + 1);
+    }
+    repair_checksums(damaged);
+    Program p;
+    if (outcome([&] { p = read_program(damaged); }) == Outcome::Refused) continue;
+    ++accepted;
+    if (is_small(p) && random() % 16 == 0) outcome([&] { run(p, 1); });
+  }
+  CHECK(accepted > 100);
+}
+
+// ---- on disk ------------------------------------------------------------------------------------
+
+TEST(save_and_load) {
+  const Folder folder;
+  const Program p = every_operation();
+  save_program(small_program(), folder / "m.ada");
+  save_program(p, folder / "m.ada");
+  CHECK(write_program(load_program(folder / "m.ada")) == write_program(p));
+  CHECK_EQ(folder.names().size(), size_t{1});
+}
+
+TEST(load_refuses_what_is_no_file) {
+  const Folder folder;
+  CHECK_THROWS(load_program(folder / "absent.ada"), FileError, "No such file");
+  CHECK_THROWS(load_program(folder / ""), FileError, "Is a directory");
+  CHECK_THROWS(load_program("/dev/zero"), FileError, "expected a regular file");
+  CHECK_EQ(::mkfifo((folder / "pipe").c_str(), 0600), 0);
+  CHECK_THROWS(load_program(folder / "pipe"), FileError, "expected a regular file");
+  std::ofstream(folder / "text.ada") << std::string(5000, 'x');
+  CHECK_THROWS(load_program(folder / "text.ada"), CorruptData, "text.ada': ada file, header");
+  std::ofstream(folder / "empty.ada").flush();
+  CHECK_THROWS(load_program(folder / "empty.ada"), CorruptData, "got 0");
+  CHECK_THROWS(save_program(small_program(), folder / ""), FileError, "Is a directory");
+  CHECK_THROWS(save_program(small_program(), "/dev/null"), FileError, "expected a regular file");
+  CHECK_THROWS(save_program(small_program(), folder / "no" / "m.ada"), FileError, "No such file");
+}
+
+TEST(a_full_disk_leaves_the_old_file) {
+  const Folder folder;
+  const fs::path path = folder / "m.ada";
+  save_program(small_program(), path);
+  const auto before = write_program(small_program());
+  rlimit old{};
+  CHECK_EQ(::getrlimit(RLIMIT_FSIZE, &old), 0);
+  const auto handler = std::signal(SIGXFSZ, SIG_IGN);
+  const rlimit tight{1024, old.rlim_max};
+  CHECK_EQ(::setrlimit(RLIMIT_FSIZE, &tight), 0);
+  std::string message;
+  int code = 0;
+  try {
+    save_program(every_operation(), path);
+  } catch (const FileError& e) {
+    message = e.what();
+    code = e.code();
+  }
+  ::setrlimit(RLIMIT_FSIZE, &old);
+  std::signal(SIGXFSZ, handler);
+  CHECK_EQ(code, EFBIG);
+  CHECK_MSG(message.find("after 1024 of") != std::string::npos, message);
+  CHECK_EQ(folder.names().size(), size_t{1});
+  CHECK(write_program(load_program(path)) == before);
+}
+
+int main(int argc, char** argv) { return check::run_all(argc, argv); }

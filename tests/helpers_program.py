@@ -1,0 +1,451 @@
+"""Programs of the engine, built and run with numpy arrays; random ones for hypothesis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from hypothesis import strategies as st
+
+from adalayer_native import _C
+
+INF = float("inf")
+
+
+class Grid(NamedTuple):
+    scale: float = 0.5
+    zero_point: int = 10
+    qmax: int = 255
+
+
+class Value(NamedTuple):
+    """A u8 or f32 value of a program; grid is None for f32."""
+
+    number: int
+    shape: tuple[int, int, int]
+    grid: Grid | None
+
+
+class Builder:
+    """A ``_C.Program`` whose constants are numpy arrays."""
+
+    def __init__(self) -> None:
+        self.program = _C.Program()
+        self.inputs: list[Value] = []
+        self.count = 0
+
+    def value(self, shape: Sequence[int], grid: Grid | None = None) -> Value:
+        c, h, w = (int(size) for size in shape)
+        self.count += 1
+        number = self.program.add_value(
+            f"v{self.count}", "f32" if grid is None else "u8", c, h, w, *(grid or ())
+        )
+        return Value(number, (c, h, w), grid)
+
+    def input(self, shape: Sequence[int]) -> Value:
+        value = self.value(shape)
+        self.inputs.append(value)
+        return value
+
+    def constant(self, array: np.ndarray) -> int:
+        array = np.ascontiguousarray(array)
+        add = {
+            np.dtype(np.float32): self.program.add_constant_f32,
+            np.dtype(np.int32): self.program.add_constant_i32,
+            np.dtype(np.uint8): self.program.add_constant_u8,
+        }[array.dtype]
+        return add(array.ctypes.data, array.size)
+
+    def weights(self, array: np.ndarray, bits: int) -> int:
+        array = np.ascontiguousarray(array, dtype=np.int8)
+        packed = np.frombuffer(
+            _C.pack(array.ctypes.data, array.size, bits, *array.shape), dtype=np.uint8
+        )
+        return self.program.add_constant_weights(packed.ctypes.data, packed.size)
+
+    def node(
+        self,
+        op: str,
+        inputs: Sequence[Value],
+        output: Value,
+        ints: Sequence[int] = (),
+        floats: Sequence[float] = (),
+        constants: Sequence[int] = (),
+    ) -> Value:
+        self.program.add_node(
+            op,
+            f"{op}.{output.number}",
+            [value.number for value in inputs],
+            output.number,
+            [int(i) for i in ints],
+            [float(f) for f in floats],
+            list(constants),
+        )
+        return output
+
+    def finish(self, outputs: Sequence[Value]) -> _C.Program:
+        self.program.set_inputs([value.number for value in self.inputs])
+        self.program.set_outputs([value.number for value in outputs])
+        self.program.validate()
+        return self.program
+
+
+def shapes_of(program: _C.Program, numbers: Sequence[int]) -> list[tuple[int, int, int]]:
+    values = program.values()
+    return [values[number][2:5] for number in numbers]
+
+
+def reference_values(program: _C.Program, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Every value of a run of the interpreter, [batch, c, h, w]."""
+    arrays = [np.ascontiguousarray(x, dtype=np.float32) for x in inputs]
+    batch = arrays[0].shape[0]
+    raw = program.reference_values([x.ctypes.data for x in arrays], [False] * len(arrays), batch)
+    return [
+        np.frombuffer(data, np.uint8 if kind == "u8" else np.float32).reshape(batch, c, h, w)
+        for data, (_, kind, c, h, w, *_) in zip(raw, program.values(), strict=True)
+    ]
+
+
+def run_reference(program: _C.Program, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+    values = reference_values(program, inputs)
+    return [values[number] for number in program.outputs()]
+
+
+def run_engine(
+    engine: _C.Engine, inputs: Sequence[np.ndarray], *, nhwc: bool = False, threads: int = 1
+) -> list[np.ndarray]:
+    arrays = [
+        np.ascontiguousarray(x.transpose(0, 2, 3, 1) if nhwc else x, dtype=np.float32)
+        for x in inputs
+    ]
+    batch = arrays[0].shape[0]
+    program = engine.program()
+    outputs = [
+        np.full((batch, *shape), np.nan, np.float32)
+        for shape in shapes_of(program, program.outputs())
+    ]
+    engine.run(
+        [x.ctypes.data for x in arrays],
+        [nhwc] * len(arrays),
+        batch,
+        [y.ctypes.data for y in outputs],
+        threads,
+    )
+    return outputs
+
+
+def noise(program: _C.Program, batch: int, seed: int, spread: float = 60.0) -> list[np.ndarray]:
+    """Random images; some values lie outside every grid."""
+    rng = np.random.default_rng(seed)
+    return [
+        (rng.standard_normal((batch, *shape)) * spread).astype(np.float32)
+        for shape in shapes_of(program, program.inputs())
+    ]
+
+
+# -- random programs ------------------------------------------------------------------------------
+
+
+class _Random:
+    """Adds random nodes to a builder; every draw makes a valid one."""
+
+    def __init__(self, draw: st.DrawFn, everything: bool) -> None:
+        self.draw = draw
+        self.everything = everything
+        self.builder = Builder()
+        self.pool: list[Value] = []
+        self.rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+
+    def int(self, low: int, high: int) -> int:
+        return self.draw(st.integers(low, high))
+
+    def pick(self, options: Sequence):
+        return options[self.int(0, len(options) - 1)]
+
+    def value(self) -> Value:
+        """A value of the pool, one of the last ones mostly."""
+        return self.pool[-1 - min(self.int(0, 5), len(self.pool) - 1) // 2]
+
+    def grid(self) -> Grid:
+        qmax = self.pick([255, 255, 127, 15])
+        return Grid(float(self.rng.uniform(0.1, 2)), self.int(0, qmax), qmax)
+
+    def table(self, qmax: int) -> int:
+        return self.builder.constant(self.rng.integers(0, qmax + 1, 256).astype(np.uint8))
+
+    def finish(self, grid: Grid) -> tuple[list[int], int]:
+        """lo, hi and zero point, and the table or -1."""
+        if self.int(0, 2) == 0:
+            lo = self.int(0, 255)
+            return [lo, self.int(lo, 255), self.int(0, 255)], self.table(grid.qmax)
+        lo = self.pick([0, grid.zero_point])
+        return [lo, self.int(lo, grid.qmax), grid.zero_point], -1
+
+    def floats(self, n: int, low: float, high: float) -> int:
+        return self.builder.constant(self.rng.uniform(low, high, n).astype(np.float32))
+
+    def scale(self, low: float, high: float) -> float:
+        return float(np.float32(self.rng.uniform(low, high)))
+
+    def add(self) -> None:
+        ops = [name.removeprefix("op_") for name in dir(self) if name.startswith("op_")]
+        getattr(self, f"op_{self.pick(sorted(ops))}")(self.value())
+
+    def put(self, op: str, inputs, shape, grid, ints=(), floats=(), constants=()) -> None:
+        value = self.builder.value(shape, grid)
+        self.pool.append(self.builder.node(op, inputs, value, ints, floats, constants))
+
+    # -- one method per operation
+    def _convolution(self, x: Value, transposed: bool, to_float: bool = False) -> Value | None:
+        c, h, w = x.shape
+        groups = self.pick([g for g in range(1, c + 1) if c % g == 0])
+        o = groups * self.int(1, max(1, 24 // groups))
+        kernel = [self.int(1, 4), self.int(1, 4)]
+        stride = [self.int(1, 3), self.int(1, 3)]
+        most = 2 if self.everything or not transposed else 1
+        dilation = [self.int(1, most), self.int(1, most)]
+        pad = [self.int(0, 2) for _ in range(4)]  # top, left, bottom, right
+        size = []
+        for axis, length in enumerate((h, w)):
+            extent = dilation[axis] * (kernel[axis] - 1) + 1
+            if transposed:
+                full = (length - 1) * stride[axis] + extent - pad[axis] - pad[axis + 2]
+                size.append(full + self.int(0, max(stride[axis], dilation[axis]) - 1))
+            else:
+                padded = length + pad[axis] + pad[axis + 2]
+                size.append((padded - extent) // stride[axis] + 1 if padded >= extent else 0)
+        if min(size) < 1 or o * size[0] * size[1] > 4000:
+            return None
+        bits = self.int(2, 8)
+        reduction = c // groups * kernel[0] * kernel[1]
+        shape = (o, c // groups, *kernel)
+        weights = self.rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), shape)
+        weights[self.rng.random(shape) < self.pick([0.0, 0.0, 0.7])] = 0
+        unit = 1.0 / (2.0 ** (bits - 1) * np.sqrt(reduction))
+        grid = None if to_float else self.grid()
+        out = self.builder.value((o, *size), grid)
+        residual = [v for v in self.pool if v.shape == out.shape]
+        inputs = [x, self.pick(residual)] if residual and self.int(0, 1) else [x]
+        finish, table = ([0, 255, 0], -1) if grid is None else self.finish(grid)
+        ints = [*kernel, *stride, *pad, *dilation, groups, *finish]
+        limits = self.pick([(-INF, INF), (0.0, 6.0)])
+        self.builder.node(
+            "conv_transpose" if transposed else "conv",
+            inputs,
+            out,
+            ints,
+            [self.scale(-1, 1), *limits],
+            [
+                self.builder.weights(weights, bits),
+                self.floats(o, -unit, unit),
+                self.floats(o, -40, 80),
+                table,
+            ],
+        )
+        return out
+
+    def op_conv(self, x: Value) -> None:
+        out = self._convolution(x, transposed=False)
+        self.pool += [] if out is None else [out]
+
+    # More of what networks are made of.
+    op_conv2 = op_conv3 = op_conv
+
+    def op_conv_transpose(self, x: Value) -> None:
+        out = self._convolution(x, transposed=True)
+        self.pool += [] if out is None else [out]
+
+    def op_lookup(self, x: Value) -> None:
+        grid = self.grid()
+        self.put("lookup", [x], x.shape, grid, constants=[self.table(grid.qmax)])
+
+    def _second(self, x: Value) -> Value:
+        fits = [v for v in self.pool if v.shape in (x.shape, (x.shape[0], 1, 1))]
+        return self.pick(fits)
+
+    def op_add(self, x: Value) -> None:
+        grid = self.grid()
+        finish, table = self.finish(grid)
+        factors = [self.scale(-1, 1), self.scale(-1, 1), self.scale(-50, 50)]
+        self.put("add", [x, self._second(x)], x.shape, grid, finish, factors, [table])
+
+    def op_mul(self, x: Value) -> None:
+        grid = self.grid()
+        finish, table = self.finish(grid)
+        other = self._second(x)
+        zeros = [x.grid.zero_point, other.grid.zero_point]
+        factors = [self.scale(-0.02, 0.02)]
+        self.put("mul", [x, other], x.shape, grid, [*zeros, *finish], factors, [table])
+
+    def op_affine(self, x: Value) -> None:
+        grid = self.grid()
+        finish, table = self.finish(grid)
+        c = x.shape[0]
+        constants = [self.floats(c, -1, 1), self.floats(c, -40, 40), table]
+        self.put("affine", [x], x.shape, grid, finish, constants=constants)
+
+    def op_concat(self, x: Value) -> None:
+        fits = [v for v in self.pool if v.shape[1:] == x.shape[1:]]
+        inputs = [x, *(self.pick(fits) for _ in range(self.int(0, 2)))]
+        if sum(v.shape[0] for v in inputs) > 64:
+            return
+        grid = x.grid
+        tables = [
+            -1 if v.grid == grid and self.int(0, 1) else self.table(grid.qmax) for v in inputs
+        ]
+        shape = (sum(v.shape[0] for v in inputs), *x.shape[1:])
+        self.put("concat", inputs, shape, grid, constants=tables)
+
+    def op_squeeze(self, x: Value) -> None:
+        """The global average, for additions and products per channel."""
+        grid = self.grid()
+        finish, table = self.finish(grid)
+        ratio = [self.scale(0.2, 2)]
+        self.put("adaptive_avg_pool", [x], (x.shape[0], 1, 1), grid, finish, ratio, [table])
+
+    def op_adaptive_avg_pool(self, x: Value) -> None:
+        grid = self.grid()
+        finish, table = self.finish(grid)
+        shape = (x.shape[0], self.int(1, 7), self.int(1, 7))
+        ratio = [self.scale(0.2, 2)]
+        self.put("adaptive_avg_pool", [x], shape, grid, finish, ratio, [table])
+
+    def op_max_pool(self, x: Value) -> None:
+        sizes, ints = [], []
+        for length in x.shape[1:]:
+            kernel, stride, dilation = self.int(1, 4), self.int(1, 3), self.int(1, 2)
+            extent = dilation * (kernel - 1) + 1
+            pad = self.int(0, min(2, extent // 2))
+            most = (length + pad - 1) // stride + 1  # the last one begins inside
+            least = max(1, (length + 2 * pad - extent) // stride + 1)
+            sizes.append(min(most, self.pick([least, least + 1])))
+            ints.append([kernel, stride, pad, dilation])
+            inside = [
+                any(0 <= i * stride - pad + k * dilation < length for k in range(kernel))
+                for i in range(sizes[-1])
+            ]
+            if not all(inside):
+                return
+        order = [ints[axis][k] for k in range(4) for axis in range(2)]
+        self.put("max_pool", [x], (x.shape[0], *sizes), x.grid, order)
+
+    def op_avg_pool(self, x: Value) -> None:
+        sizes, ints = [], []
+        for length in x.shape[1:]:
+            kernel, stride = self.int(1, min(4, length)), self.int(1, 3)
+            before, after = self.int(0, kernel // 2), self.int(0, kernel // 2)
+            span = length + before + after - kernel
+            up = -(-span // stride) + 1
+            size = self.pick([span // stride + 1, up])
+            if (size - 1) * stride - before >= length:
+                size -= 1
+            sizes.append(size)
+            ints.append([kernel, stride, before, after])
+        grid = self.grid()
+        finish, table = self.finish(grid)
+        order = [ints[axis][k] for k in range(4) for axis in range(2)]
+        ratio = [self.scale(0.2, 2)]
+        shape = (x.shape[0], *sizes)
+        ints = [*order, self.int(0, 1), *finish]
+        self.put("avg_pool", [x], shape, grid, ints, ratio, [table])
+
+    def op_slice(self, x: Value) -> None:
+        axis = self.int(0, 2)
+        begin, step = self.int(0, x.shape[axis] - 1), self.int(1, 3)
+        count = self.int(1, (x.shape[axis] - 1 - begin) // step + 1)
+        shape = [count if k == axis else size for k, size in enumerate(x.shape)]
+        self.put("slice", [x], shape, x.grid, [axis, begin, step])
+
+    def op_gather(self, x: Value) -> None:
+        index = self.rng.integers(0, x.shape[0], self.int(1, 24)).astype(np.int32)
+        if self.int(0, 1):
+            index = self.rng.permutation(x.shape[0]).astype(np.int32)
+        constants = [self.builder.constant(index)]
+        self.put("gather", [x], (index.size, *x.shape[1:]), x.grid, constants=constants)
+
+    def op_pad(self, x: Value) -> None:
+        top, left, bottom, right = (self.int(0, 2) for _ in range(4))
+        shape = (x.shape[0], x.shape[1] + top + bottom, x.shape[2] + left + right)
+        if np.prod(shape) > 4000:
+            return
+        level = self.pick([x.grid.zero_point, self.int(0, x.grid.qmax)])
+        self.put("pad", [x], shape, x.grid, [top, left, bottom, right, level])
+
+    def _tables(self, shape: Sequence[int], sizes: Sequence[int]) -> list[int]:
+        constants = []
+        for length, size in zip(shape, sizes, strict=True):
+            low = self.rng.integers(0, length, size).astype(np.int32)
+            high = np.minimum(low + self.rng.integers(0, 2, size), length - 1).astype(np.int32)
+            constants += [self.builder.constant(low), self.builder.constant(high)]
+            part = self.rng.choice([0.0, 0.25, 0.5, 0.7, 1.0], size).astype(np.float32)
+            constants.append(self.builder.constant(part))
+        return constants
+
+    def op_resize(self, x: Value) -> None:
+        sizes = (self.int(1, 10), self.int(1, 10))
+        shape = (x.shape[0], *sizes)
+        if np.prod(shape) > 4000:
+            return
+        constants = self._tables(x.shape[1:], sizes)
+        if self.int(0, 1):
+            self.put("resize", [x], shape, x.grid, [0, 0, 255, 0], [1, 0], constants)
+            return
+        grid = self.grid()
+        finish = [0, grid.qmax, grid.zero_point]
+        factors = [self.scale(-1, 1), self.scale(-40, 40)]
+        self.put("resize", [x], shape, grid, [1, *finish], factors, constants)
+
+    def op_layer_norm(self, x: Value) -> None:
+        grid = self.grid()
+        c = x.shape[0]
+        constants = [self.floats(c, -30, 30), self.floats(c, -10, 40)]
+        finish = [0, grid.qmax, grid.zero_point]
+        self.put("layer_norm", [x], x.shape, grid, finish, [1e-5], constants)
+
+    def op_reshape(self, x: Value) -> None:
+        elements = int(np.prod(x.shape))
+        shape = (elements, 1, 1)
+        if x.shape == shape and self.int(0, 1):
+            sides = [k for k in range(1, 9) if elements % k == 0]
+            side = self.pick(sides)
+            other = self.pick([k for k in sides if elements % (k * side) == 0])
+            shape = (elements // side // other, side, other)
+        self.put("reshape", [x], shape, x.grid)
+
+    def tail(self, x: Value) -> Value:
+        """One float output."""
+        transposed = self.everything and self.int(0, 3) == 0
+        out = self._convolution(x, transposed, to_float=True) if self.int(0, 1) else None
+        if out is None:
+            value = self.builder.value(x.shape)
+            return self.builder.node("dequantize", [x], value)
+        c, h, w = out.shape
+        kind = self.int(0, 3)
+        if kind == 0:
+            sizes = (self.int(1, 8), self.int(1, 8))
+            value = self.builder.value((c, *sizes))
+            constants = self._tables((h, w), sizes)
+            ints = [self.int(0, 1), 0, 255, 0]
+            return self.builder.node("resize", [out], value, ints, [1, 0], constants)
+        if kind == 1:
+            value = self.builder.value((c, 1, 1))
+            return self.builder.node("adaptive_avg_pool", [out], value, [0, 255, 0], [1], [-1])
+        return out
+
+
+@st.composite
+def programs(draw: st.DrawFn, most_nodes: int = 10, everything: bool = True) -> _C.Program:
+    """A valid program of up to `most_nodes` random nodes between its quantizers and its tails.
+
+    Without `everything` transposed convolutions have no dilation and no float output, which the
+    engine refuses.
+    """
+    r = _Random(draw, everything)
+    for _ in range(draw(st.integers(1, 2))):
+        shape = (r.int(1, 20), r.int(1, 9), r.int(1, 9))
+        x = r.builder.input(shape)
+        r.put("quantize", [x], shape, r.grid())
+    for _ in range(draw(st.integers(1, most_nodes))):
+        r.add()
+    return r.builder.finish([r.tail(r.value()) for _ in range(draw(st.integers(1, 2)))])

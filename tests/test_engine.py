@@ -1,0 +1,747 @@
+"""Compiled engines against the module trees that they come from."""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers_engine import native_of, node_differences, plan_of
+from helpers_models import tiny
+from torch import Tensor, nn
+
+import adalayer_native as ada
+from adalayer_native import _C
+from adalayer_native.engine import Coverage, Engine
+from adalayer_native.engine.backend import backend
+from adalayer_native.engine.emit import emit
+from adalayer_native.engine.export import export
+from adalayer_native.engine.runtime import NativePart
+from adalayer_native.engine.segments import divide
+from adalayer_native.errors import (
+    CalibrationError,
+    FileFormatError,
+    InputError,
+    UnsupportedModelError,
+)
+from adalayer_native.quantization.graph import quantizers_of
+
+
+class Net(nn.Module):
+    """Convolution, then a pattern, then a convolution and a linear layer.
+
+    The layers around the pattern make its operands and its result values that are stored as u8.
+    """
+
+    def __init__(self, pattern: nn.Module | Callable[[Tensor], Tensor], channels: int = 8) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.pattern = pattern
+        self.last = nn.Conv2d(channels, 6, 1)
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.last(self.pattern(self.first(x)))
+        return self.fc(y.mean((2, 3)))
+
+
+class Residual(nn.Module):
+    """Additions on both sides, with and without relu, and a batch norm to fold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(8)
+        self.b = nn.Conv2d(8, 8, 3, padding=1)
+        self.c = nn.Conv2d(8, 8, (1, 3), padding=(0, 1), stride=(1, 1))
+        self.bn.running_mean.normal_()
+        self.bn.running_var.uniform_(0.5, 2.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(x + self.bn(self.a(x)))
+        x = self.b(x) + x
+        return F.relu6(self.c(F.relu(x)) + x)
+
+
+class Excite(nn.Module):
+    """Squeeze and excitation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(x)
+        s = F.relu(self.down(F.adaptive_avg_pool2d(x, 1)))
+        return x * torch.sigmoid(self.up(s))
+
+
+class PreActivation(nn.Module):
+    """Batch norms that no convolution can absorb, concatenations of concatenations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([nn.BatchNorm2d(8), nn.BatchNorm2d(12)])
+        self.convs = nn.ModuleList([nn.Conv2d(8, 4, 3, padding=1), nn.Conv2d(12, 4, 1)])
+        for norm in self.norms:
+            nn.init.normal_(norm.weight)
+            nn.init.normal_(norm.running_mean)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm, conv in zip(self.norms, self.convs, strict=True):
+            x = torch.cat([x, conv(F.relu(norm(x)))], dim=1)
+        return x
+
+
+class ConvNextBlock(nn.Module):
+    """Linear layers and a layer norm over the last axis, a factor per channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(8, 8, 5, padding=2, groups=8)
+        self.norm = nn.LayerNorm(8, eps=1e-6)
+        self.wide, self.narrow = nn.Linear(8, 24), nn.Linear(24, 8)
+        self.scale = nn.Parameter(torch.linspace(-0.5, 1.5, 8).reshape(8, 1, 1))
+        nn.init.normal_(self.norm.weight)
+        nn.init.normal_(self.norm.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
+        y = self.narrow(F.gelu(self.wide(y))).permute(0, 3, 1, 2)
+        return x + self.scale * y
+
+
+class Shuffle(nn.Module):
+    """Halves that go separate ways and are shuffled together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1, groups=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = F.relu(x).chunk(2, dim=1)
+        y = torch.cat([a, self.conv(b)], dim=1)
+        n, c, h, w = y.shape
+        return y.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
+
+
+class Up(nn.Module):
+    """Transposed convolutions beside a skip connection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(8, 12, 3, stride=2, padding=1)
+        self.up = nn.ConvTranspose2d(12, 8, 3, stride=2, padding=1, output_padding=1, groups=2)
+        self.grow = nn.ConvTranspose2d(16, 8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.up(F.relu(self.down(x))))
+        return self.grow(torch.cat([x, y], dim=1))
+
+
+def slices(x: Tensor) -> Tensor:
+    first, second, third = x.split([2, 3, 3], dim=1)
+    picked = x[:, 1].unsqueeze(1)
+    window = torch.cat([first, second, third, picked], dim=1)[:, :, 1:9:2, ::3]
+    return window.narrow(3, 1, 2)
+
+
+PATTERNS: dict[str, tuple[Callable[[], Any], int]] = {
+    "residual": (Residual, 8),
+    "excite": (Excite, 8),
+    "pre-activation": (PreActivation, 16),
+    "convnext": (ConvNextBlock, 8),
+    "shuffle": (Shuffle, 8),
+    "up": (Up, 8),
+    "slices": (lambda: slices, 9),
+    "grouped": (lambda: nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=4), 8),
+    "asymmetric": (lambda: nn.Conv2d(8, 8, (2, 4), padding="same"), 8),
+    "prelu": (lambda: nn.PReLU(), 8),
+    "padding": (lambda: lambda x: F.pad(F.relu(x), (1, 2, 0, 3)), 8),
+    "zero channels": (lambda: lambda x: F.pad(F.relu(x)[..., ::2, ::2], (0, 0, 0, 0, 3, 4)), 15),
+    "max pool": (lambda: nn.MaxPool2d(3, 2, 1, ceil_mode=True), 8),
+    "dilated pool": (lambda: lambda x: F.max_pool2d(x, 2, 1, 1, 2), 8),
+    "avg pool": (lambda: nn.AvgPool2d(3, 2, 1, ceil_mode=True), 8),
+    "avg pool inside": (lambda: nn.AvgPool2d((3, 2), (1, 2), 1, count_include_pad=False), 8),
+    "adaptive": (lambda: nn.AdaptiveAvgPool2d((5, 3)), 8),
+    "mean of last axes": (lambda: lambda x: x.mean((2, 3), keepdim=True), 8),
+    "nearest": (lambda: lambda x: F.interpolate(x, scale_factor=2), 8),
+    "nearest size": (lambda: lambda x: F.interpolate(x, size=(7, 17)), 8),
+    "bilinear": (lambda: lambda x: F.interpolate(x, size=(19, 8), mode="bilinear"), 8),
+    "bilinear corners": (
+        lambda: lambda x: F.interpolate(x, scale_factor=1.5, mode="bilinear", align_corners=True),
+        8,
+    ),
+    "constants": (lambda: lambda x: (2.0 - x * 0.5 + 0.25) / 3.0, 8),
+    "two of a kind": (lambda: lambda x: x * F.relu(x) - torch.tanh(x), 8),
+    "pixel order": (lambda: lambda x: x.flatten(2).transpose(1, 2).transpose(1, 2).view_as(x), 8),
+    **{
+        f"function {function.__name__}": (lambda function=function: function, 8)
+        for function in (F.hardswish, F.hardsigmoid, F.silu, F.gelu, F.leaky_relu, F.elu, F.mish)
+    },
+}
+
+
+def smooth(batch: int, seed: int, size: int = 12) -> Tensor:
+    """Images between noise and blobs."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(batch, 3, size, size, generator=generator)
+    blobs = torch.randn(batch, 3, 3, 3, generator=generator)
+    return noise + F.interpolate(blobs, size=size, mode="bilinear")
+
+
+@pytest.fixture(scope="module")
+def small() -> tuple[nn.Module, Engine]:
+    """A converted small network and its engine."""
+    native = native_of(tiny(), torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1)))
+    return native, ada.compile(native, torch.zeros(1, 3, 8, 8), policy="native", strict=True)
+
+
+# -- operators ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+@torch.no_grad()
+def test_pattern(name: str) -> None:
+    """Law 2: each value at most one level apart on the same inputs, hardly any at all."""
+    make, channels = PATTERNS[name]
+    torch.manual_seed(5)
+    model = Net(make(), channels)
+    native = native_of(model, smooth(16, seed=1))
+    x = smooth(4, seed=2)
+    differences = node_differences(native, x)
+    assert len(differences) >= 3
+    for item in differences:
+        assert item.largest <= 1, item
+        assert item.count <= max(1, item.total // 1000), item
+    engine = ada.compile(native, x[:1], policy="native", strict=True)
+    expected, got = native(x), engine(x)
+    if not any(item.count for item in differences):
+        assert torch.equal(got, expected)
+    assert got.shape == expected.shape
+    assert float((got - expected).abs().max()) <= 0.02 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("name", ["residual", "convnext", "up", "pre-activation"])
+@pytest.mark.parametrize(("bits", "activation_bits"), [(2, 8), (3, 5), (5, 4), (7, 8)])
+@torch.no_grad()
+def test_odd_widths(name: str, bits: int, activation_bits: int) -> None:
+    make, channels = PATTERNS[name]
+    torch.manual_seed(5)
+    native = native_of(
+        Net(make(), channels), smooth(16, seed=1), bits=bits, activation_bits=activation_bits
+    )
+    for item in node_differences(native, smooth(3, seed=2)):
+        assert item.largest <= 1, item
+        assert item.count <= max(1, item.total // 1000), item
+    engine = ada.compile(native, smooth(1, seed=0), policy="native", strict=True)
+    widths = {row.bits for row in engine.coverage(rounds=0) if row.bits}
+    assert widths == {bits}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+@torch.no_grad()
+def test_executor_equals_the_interpreter(name: str) -> None:
+    make, channels = PATTERNS[name]
+    torch.manual_seed(5)
+    native = native_of(Net(make(), channels), smooth(16, seed=1))
+    engine = ada.compile(native, smooth(1, seed=0), policy="native", strict=True)
+    (step,) = engine._steps
+    assert isinstance(step.run, NativePart)
+    x = smooth(3, seed=2)
+    expected = torch.empty(3, 5)
+    step.run.program.run_reference([x.data_ptr()], [False], 3, [expected.data_ptr()])
+    assert torch.equal(engine(x), expected)
+    assert torch.equal(engine(x.contiguous(memory_format=torch.channels_last)), expected)
+
+
+def test_flattened_features_need_no_copy() -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 6, 3, padding=1)
+            self.fc1, self.fc2 = nn.Linear(6 * 5 * 5, 10), nn.Linear(10, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.adaptive_avg_pool2d(F.relu(self.conv(x)), 5)
+            return self.fc2(F.relu(self.fc1(F.dropout(y.flatten(1), training=self.training))))
+
+    torch.manual_seed(0)
+    native = native_of(Flat(), smooth(8, seed=1))
+    x = smooth(5, seed=2)
+    engine = ada.compile(native, x, policy="native", strict=True)
+    assert torch.equal(engine(x), native(x))
+    operations = [row.op for row in engine.coverage(rounds=0)]
+    assert operations == ["quantize", "conv", "adaptive_avg_pool", "conv", "conv"]
+
+
+def test_one_kernel_per_chain() -> None:
+    """Batch norm, addition, activation and requantization are in the convolutions."""
+    torch.manual_seed(0)
+    native = native_of(Net(Residual()), smooth(8, seed=1))
+    engine = ada.compile(native, smooth(1, seed=0), policy="native", strict=True)
+    operations = [row.op for row in engine.coverage(rounds=0)]
+    assert operations.count("conv") == 6
+    # relu of a sum that is read twice, once without it, is a table of its own.
+    assert set(operations) == {"quantize", "conv", "lookup", "adaptive_avg_pool"}
+    assert operations.count("lookup") <= 2
+
+
+def test_functions_become_tables_of_their_convolution() -> None:
+    torch.manual_seed(0)
+    native = native_of(Net(F.hardswish), smooth(8, seed=1))
+    engine = ada.compile(native, smooth(1, seed=0), policy="native", strict=True)
+    assert "lookup" not in [row.op for row in engine.coverage(rounds=0)]
+
+
+# -- results --------------------------------------------------------------------------------------
+
+
+class Several(nn.Module):
+    """Two inputs; results in a dictionary, one of them channels last, one a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(2, 4, 1)
+        self.head = nn.Conv2d(4, 3, 1)
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Any]:
+        features = F.relu(self.a(x) + self.b(y))
+        out = self.head(features)
+        return {"out": out, "more": [out.permute(0, 2, 3, 1), (torch.softmax(out, 1), None)]}
+
+
+def several() -> tuple[nn.Module, Engine, tuple[Tensor, Tensor]]:
+    torch.manual_seed(2)
+    model = Several().eval()
+    prepared = ada.prepare(model, plan_of(model))
+    for quantizer in quantizers_of(prepared).values():  # calibrate() knows models of one input
+        quantizer.set_range(-3.0, 3.0)
+    native = ada.convert(prepared)
+    data = torch.randn(6, 5, 10, 10)
+    inputs = data[:, :3].contiguous(), data[:, 3:, 1:9, 1:9]
+    engine = ada.compile(native, tuple(t[:1] for t in inputs), policy="native", strict=True)
+    return native, engine, inputs
+
+
+@torch.no_grad()
+def test_nested_results_and_several_inputs(tmp_path: Path) -> None:
+    native, engine, inputs = several()
+    engine.save(tmp_path / "model.ada")
+    for run in (engine, ada.load(tmp_path / "model.ada")):
+        expected, got = native(*inputs), run(*inputs)
+        assert list(got) == ["out", "more"]
+        torch.testing.assert_close(got["out"], expected["out"], rtol=0, atol=0.05)
+        assert torch.equal(got["more"][0], got["out"].permute(0, 2, 3, 1))
+        torch.testing.assert_close(got["more"][1][0], torch.softmax(got["out"], 1))
+        assert got["more"][1][1] is None
+        assert type(got["more"]) is list and type(got["more"][1]) is tuple
+    arrays = engine.run(*(t.numpy() for t in inputs))
+    assert np.array_equal(arrays["out"], engine(*inputs)["out"].numpy())
+    with pytest.raises(InputError, match=r"expected 2 inputs \(x, y\), got 1"):
+        engine(inputs[0])
+    with pytest.raises(InputError, match=r"'y': expected a batch of 6 .* got 5"):
+        engine(inputs[0], inputs[1][:5])
+
+
+@torch.no_grad()
+def test_batches_and_memory_formats(small: tuple[nn.Module, Engine]) -> None:
+    native, engine = small
+    x = torch.randn(9, 3, 8, 8)
+    y = engine(x)
+    assert torch.equal(y, native(x))
+    for n in (0, 1, 2, 7):
+        assert torch.equal(engine(x[:n]), y[:n])
+    assert torch.equal(engine(x.contiguous(memory_format=torch.channels_last)), y)
+    assert torch.equal(engine(x.flip(3).flip(3)), y)
+    wide = torch.randn(9, 3, 8, 16)
+    assert torch.equal(engine(wide[..., ::2]), native(wide[..., ::2]))
+    assert torch.equal(engine(x[:1].expand(4, -1, -1, -1)), y[:1].expand(4, -1))
+    assert torch.equal(engine(x.requires_grad_()), y)
+
+
+@torch.no_grad()
+def test_half_inputs_are_computed_in_the_same_way(small: tuple[nn.Module, Engine]) -> None:
+    _, engine = small
+    x = torch.randn(3, 3, 8, 8)
+    for dtype in (torch.float16, torch.bfloat16):
+        y = engine(x.to(dtype))
+        assert y.dtype == dtype
+        assert torch.equal(y, engine(x.to(dtype).float()).to(dtype))
+
+
+@torch.no_grad()
+def test_numpy(small: tuple[nn.Module, Engine]) -> None:
+    native, engine = small
+    x = np.random.default_rng(0).standard_normal((4, 3, 8, 8)).astype(np.float32)
+    y = engine.run(x)
+    assert isinstance(y, np.ndarray)
+    assert np.array_equal(y, native(torch.from_numpy(x)).numpy())
+    assert np.array_equal(engine.run(x[::-1]), y[::-1])
+    x.setflags(write=False)
+    assert np.array_equal(engine.run(x), y)
+    with pytest.raises(InputError, match="float32, got float64"):
+        engine.run(x.astype(np.float64))
+
+
+@torch.no_grad()
+def test_nan_and_infinity_as_in_the_module_tree(small: tuple[nn.Module, Engine]) -> None:
+    native, engine = small
+    x = torch.randn(2, 3, 8, 8)
+    x[0, 0, 0, 0], x[0, 1, 2, 3], x[1, 2, 7, 7] = float("nan"), float("inf"), -float("inf")
+    y = engine(x)
+    assert bool(torch.isfinite(y).all())
+    assert torch.equal(y, native(x))
+
+
+def test_many_threads_at_once(small: tuple[nn.Module, Engine]) -> None:
+    _, engine = small
+    inputs = [torch.randn(1 + k % 3, 3, 8, 8) for k in range(8)]
+    expected = [engine(x) for x in inputs]
+    wrong: list[int] = []
+
+    def work(k: int) -> None:
+        for _ in range(50):
+            if not torch.equal(engine(inputs[k]), expected[k]):
+                wrong.append(k)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+# -- bad input ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: torch.zeros(1, 3, 8, 9), r"'x': expected shape \[batch, 3, 8, 8\], got .*9\]"),
+        (lambda: torch.zeros(1, 4, 8, 8), r"'x': expected shape .* got \[1, 4, 8, 8\]"),
+        (lambda: torch.zeros(3, 8, 8), r"'x': expected shape .* got \[3, 8, 8\]"),
+        (lambda: torch.zeros(()), r"'x': expected shape .* got \[\]"),
+        (lambda: torch.zeros(1, 3, 8, 8, dtype=torch.float64), r"expected torch.float32 .*float64"),
+        (lambda: torch.zeros(1, 3, 8, 8, dtype=torch.uint8), r"expected torch.float32 .*uint8"),
+        (lambda: torch.zeros(1, 3, 8, 8, device="meta"), "expected a tensor on the CPU.* meta"),
+        (lambda: torch.zeros(1, 3, 8, 8).to_sparse(), "expected a dense tensor"),
+        (lambda: np.zeros((1, 3, 8, 8), np.float32), "expected a torch.Tensor, got ndarray"),
+        (lambda: torch.zeros(1, 3, 8, 8).expand(1 << 45, -1, -1, -1), "does not fit into memory"),
+    ],
+)  # fmt: skip
+def test_bad_input(small: tuple[nn.Module, Engine], make: Any, message: str) -> None:
+    _, engine = small
+    with pytest.raises(InputError, match=message):
+        engine(make())
+
+
+def test_models_that_are_not_converted() -> None:
+    x = torch.zeros(1, 3, 8, 8)
+    with pytest.raises(UnsupportedModelError, match=r"never calibrated.*adalayer_native\.compress"):
+        ada.compile(tiny(), x)
+    with pytest.raises(CalibrationError, match=r"convert\(prepared\)"):
+        ada.compile(ada.prepare(tiny(), plan_of(tiny())), x)
+    with pytest.raises(UnsupportedModelError, match=r"nn\.Module, got int"):
+        ada.compile(3, x)  # type: ignore[arg-type]
+
+
+def test_bad_examples(small: tuple[nn.Module, Engine]) -> None:
+    native, _ = small
+    for bad, message in (
+        (torch.zeros(0, 3, 8, 8), "batch size of at least 1"),
+        ([1, 2], "sequence of tensors"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.int32), "floating point"),
+        ((torch.zeros(1, 3, 8, 8), torch.zeros(2, 3, 8, 8)), "one batch size"),
+        (torch.zeros(1, 4, 8, 8), "cannot be exported"),
+    ):
+        with pytest.raises(UnsupportedModelError, match=message):
+            ada.compile(native, bad)
+    with pytest.raises(ValueError, match="policy must be"):
+        ada.compile(native, torch.zeros(1, 3, 8, 8), policy="slowest")
+
+
+def test_fixed_batch_is_refused() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x).reshape(2, 4, 64)
+
+    native = native_of(Fixed(), torch.randn(2, 3, 8, 8))
+    with pytest.raises(UnsupportedModelError, match="dynamic batch"):
+        ada.compile(native, torch.randn(2, 3, 8, 8))
+
+
+# -- parts in torch -------------------------------------------------------------------------------
+
+
+class Odd(nn.Module):
+    """A cumulative sum, which the engine lacks, between native layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.c = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.a(x))
+        y = torch.cumsum(self.b(x), dim=3)
+        return self.c(F.relu(y) * x).mean((2, 3))
+
+
+@torch.no_grad()
+def test_fallback_between_native_parts(tmp_path: Path) -> None:
+    native = native_of(Odd(), smooth(8, seed=1))
+    x = smooth(3, seed=2)
+    engine = ada.compile(native, x[:1], policy="native")
+    for n in (1, 3):
+        torch.testing.assert_close(engine(x[:n]), native(x[:n]), rtol=0, atol=2e-3)
+    coverage = engine.coverage(batch=2, rounds=2)
+    torch_rows = [row for row in coverage if row.kind == "torch"]
+    assert "aten.cumsum.default" in [row.op for row in torch_rows]
+    assert all(row.why for row in torch_rows)
+    assert all(row.microseconds > 0 for row in torch_rows)
+    assert coverage.native_share == 1.0  # of the multiply-accumulates: a, b and c are native
+    assert [row.name for row in coverage if row.macs] == ["a", "b", "c"]
+    assert "cumsum" in str(coverage)
+    with pytest.raises(UnsupportedModelError, match=r"run in torch.*cumsum"):
+        engine.save(tmp_path / "model.ada")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UnsupportedModelError, match=r"strict: .*aten\.cumsum\.default"):
+        ada.compile(native, x[:1], strict=True)
+
+
+@torch.no_grad()
+def test_partly_float_model_runs_in_parts() -> None:
+    torch.manual_seed(0)
+    model = Net(Residual()).eval()
+    plan = plan_of(model)
+    plan["pattern.b"].bits = None
+    prepared = ada.prepare(model, plan)
+    ada.calibrate(prepared, [smooth(8, seed=1)], observer="minmax", progress=False)
+    native = ada.convert(prepared)
+    x = smooth(3, seed=2)
+    engine = ada.compile(native, x, policy="native")
+    torch.testing.assert_close(engine(x), native(x), rtol=0, atol=0.02)
+    coverage = engine.coverage(rounds=0)
+    assert 0.5 < coverage.native_share < 1.0
+    assert [row.name for row in coverage if row.kind == "torch" and row.macs] == ["pattern.b"]
+
+
+@torch.no_grad()
+def test_layers_that_lose_against_float_run_in_float(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choice is the clock's; what a float layer computes is law 2."""
+    from adalayer_native.engine import compiler
+
+    torch.manual_seed(0)
+    native = native_of(Net(Up()), smooth(8, seed=1))
+    x = smooth(3, seed=2)
+
+    def loses(exported: Any, engine: Engine, batch: int) -> dict[Any, str]:
+        assert batch == 3
+        return {
+            node: "float takes 1 µs, native 2 µs"
+            for node in exported.graph.nodes
+            if compiler.is_layer(node) and compiler.layer_name(node) != "last"
+        }
+
+    monkeypatch.setattr(compiler, "slower_than_float", loses)
+    monkeypatch.setattr(compiler, "faster", lambda engine, other, batch: other)
+    engine = ada.compile(native, x)
+    assert 0.0 < engine.native_share < 0.5
+    torch.testing.assert_close(engine(x), native(x), rtol=0, atol=0.02)
+    rows = {row.name: row for row in engine.coverage(rounds=0)}
+    assert rows["pattern.up"].kernel == "float"
+    assert rows["pattern.up"].why == "float takes 1 µs, native 2 µs"
+    assert rows["last"].kind == "native"
+
+
+@torch.no_grad()
+def test_fastest_measures_and_computes_the_same() -> None:
+    native = native_of(tiny(), torch.randn(8, 3, 8, 8))
+    x = torch.randn(4, 3, 8, 8)
+    engine = ada.compile(native, x)
+    torch.testing.assert_close(engine(x), native(x), rtol=0, atol=0.02)
+
+
+# -- coverage -------------------------------------------------------------------------------------
+
+
+def test_coverage(small: tuple[nn.Module, Engine]) -> None:
+    native, engine = small
+    coverage = engine.coverage(batch=2, rounds=3)
+    assert isinstance(coverage, Coverage)
+    assert coverage.native_share == engine.native_share == 1.0
+    layers = {row.name: row for row in coverage if row.bits}
+    assert list(layers) == ["conv1", "conv2", "fc"]
+    assert layers["conv1"].macs == 8 * 3 * 9 * 64
+    assert layers["conv1"].bytes == native.get_submodule("conv1").weight_packed.numel()
+    assert all(row.microseconds > 0 and row.kernel for row in coverage)
+    assert coverage.microseconds == pytest.approx(sum(row.microseconds for row in coverage))
+    text = str(coverage)
+    assert "100.00 % of multiply-accumulates native" in text and "conv1" in text
+    assert repr(engine) == "Engine(x[batch, 3, 8, 8]; native)"
+
+
+# -- files ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_save_and_load(small: tuple[nn.Module, Engine], tmp_path: Path) -> None:
+    _, engine = small
+    path = tmp_path / "model.ada"
+    preprocessing = {"size": [8, 8], "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]}
+    names = ["cat", "dog", "häschen", "fish"]
+    size = engine.save(path, preprocessing=preprocessing, class_names=names)
+    assert size == path.stat().st_size
+    assert [item.name for item in tmp_path.iterdir()] == ["model.ada"]
+    loaded = ada.load(path)
+    x = torch.randn(5, 3, 8, 8)
+    assert torch.equal(loaded(x), engine(x))
+    assert loaded.preprocessing == preprocessing
+    assert loaded.class_names == names
+    assert loaded.inputs == engine.inputs
+    assert loaded.coverage(rounds=0).native_share == 1.0
+    again = tmp_path / "again.ada"
+    loaded.save(again)
+    assert again.read_bytes() == path.read_bytes()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        engine.save(tmp_path / "file" / "model.ada")
+
+
+def test_damaged_files(small: tuple[nn.Module, Engine], tmp_path: Path) -> None:
+    _, engine = small
+    path = tmp_path / "model.ada"
+    engine.save(path)
+    data = path.read_bytes()
+    with pytest.raises(FileFormatError, match=r"missing\.ada"):
+        ada.load(tmp_path / "missing.ada")
+    with pytest.raises(FileFormatError, match=tmp_path.name):
+        ada.load(tmp_path)
+    broken = tmp_path / "broken.ada"
+    for content in (b"", b"nonsense" * 20, data[: len(data) // 2], data[:-1], data + b"x"):
+        broken.write_bytes(content)
+        with pytest.raises(FileFormatError, match=r"broken\.ada"):
+            ada.load(broken)
+    for position in range(0, len(data), max(1, len(data) // 200)):
+        flipped = bytearray(data)
+        flipped[position] ^= 0x10
+        broken.write_bytes(bytes(flipped))
+        with pytest.raises(FileFormatError, match=r"broken\.ada"):
+            ada.load(broken)
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("adalayer.outputs", "[[0, [5], null]]"),
+        ("adalayer.outputs", "[[3, [4], null]]"),
+        ("adalayer.outputs", "[[0, [4], [[4, 7]]]]"),
+        ("adalayer.outputs", "[[0, [4], [[4, -1]]]]"),
+        ("adalayer.inputs", '[["x", [3, 8, 9]]]'),
+        ("adalayer.inputs", "{}"),
+        ("adalayer.order", "[0, 0]"),
+        ("adalayer.order", "[2]"),
+        ("adalayer.leaves", '[{"tensor": 4}]'),
+        ("adalayer.structure", "3"),
+        ("adalayer.structure", '{"tuple": [0], "list": []}'),
+        ("adalayer.structure", "nothing"),
+    ],
+)
+def test_metadata_that_does_not_fit_the_program(
+    small: tuple[nn.Module, Engine], tmp_path: Path, key: str, text: str
+) -> None:
+    _, engine = small
+    path = tmp_path / "model.ada"
+    engine.save(path)
+    program = _C.Program.load(str(path))
+    assert key in program.metadata()
+    program.set_metadata(key, text)
+    program.save(str(path))
+    with pytest.raises(FileFormatError, match="metadata"):
+        ada.load(path)
+
+
+def test_a_program_of_another_writer(small: tuple[nn.Module, Engine], tmp_path: Path) -> None:
+    """Without our metadata inputs and outputs are what the program says: c x h x w."""
+    native, _ = small
+    exported = export(native, torch.zeros(2, 3, 8, 8))
+    (part,), _ = divide(exported, {})
+    assert part.lowered is not None
+    path = tmp_path / "model.ada"
+    emit(part.lowered.program).save(str(path))
+    engine = ada.load(path)
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(engine(x), native(x).reshape(2, 4, 1, 1))
+    assert engine.class_names is None and engine.preprocessing is None
+
+
+# -- torch.compile --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh_compiler() -> Any:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@torch.no_grad()
+def test_torch_compile(small: tuple[nn.Module, Engine]) -> None:
+    native, _ = small
+    compiled = torch.compile(native, backend=backend, options={"policy": "native", "strict": True})
+    for n in (2, 5, 1, 3):
+        x = torch.randn(n, 3, 8, 8)
+        assert torch.equal(compiled(x), native(x))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@torch.no_grad()
+def test_torch_compile_follows_the_weights() -> None:
+    native = native_of(tiny(), torch.randn(8, 3, 8, 8))
+    compiled = torch.compile(native, backend=backend, options={"policy": "native"})
+    x = torch.randn(2, 3, 8, 8)
+    before = compiled(x)
+    native.get_submodule("fc").bias.add_(1.0)
+    torch.testing.assert_close(compiled(x), before + 1.0)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@torch.no_grad()
+def test_torch_compile_with_reshapes_of_the_batch() -> None:
+    torch.manual_seed(0)
+    native = native_of(Net(Shuffle()), smooth(8, seed=1))
+    compiled = torch.compile(native, backend=backend, options={"policy": "native", "strict": True})
+    for n in (2, 3, 1):
+        x = smooth(n, seed=n)
+        torch.testing.assert_close(compiled(x), native(x), rtol=0, atol=0.02)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_torch_compile_of_a_float_model() -> None:
+    with pytest.raises(Exception, match=r"adalayer_native\.compress"):
+        torch.compile(tiny(), backend=backend)(torch.zeros(2, 3, 8, 8))
+    doubled = torch.compile(lambda x: x * 2, backend=backend)
+    assert torch.equal(doubled(torch.ones(3)), torch.full((3,), 2.0))
+
+
+def test_entry_point() -> None:
+    """``backend="adalayer"`` is found by its name once the package is installed."""
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    section = text.partition("[project.entry-points.torch_dynamo_backends]")[2]
+    module, _, name = section.partition('adalayer = "')[2].partition('"')[0].partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
