@@ -233,6 +233,13 @@ void bind_engine(py::module_& m) {
            }),
            py::arg("program"), py::arg("chunk") = 0, py::arg("cache_bytes") = 0)
       .def("run", &run)
+      .def("any_order",
+           [](const Engine& engine) {
+             std::vector<bool> any;
+             for (size_t k = 0; k < engine.program().inputs.size(); ++k)
+               any.push_back(engine.any_order(k));
+             return any;
+           })
       .def("profile", &profile)
       .def("weight_bytes", &Engine::weight_bytes)
       .def("workspace_bytes", &Engine::workspace_bytes)

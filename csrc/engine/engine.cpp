@@ -69,7 +69,8 @@ struct Engine::Impl {
   ArenaPlan arena;
   std::vector<int> port;  // [values] index among program inputs, or outputs, or -1
   std::vector<bool> is_output;
-  std::vector<bool> in_front;  // [values] memory of one image only
+  std::vector<bool> any_order;  // [values] only read by quantization, which takes NHWC as well
+  std::vector<bool> in_front;   // [values] memory of one image only
 
   mutable std::mutex mutex;
   mutable std::vector<std::unique_ptr<Workspace>> idle;
@@ -137,6 +138,12 @@ struct Engine::Impl {
   void plan_ports() {
     port.assign(program.values.size(), -1);
     is_output.assign(program.values.size(), false);
+    any_order.assign(program.values.size(), true);
+    for (const Node& node : program.nodes)
+      for (const int32_t v : node.inputs)
+        if (node.op != OpKind::Quantize) any_order[v] = false;
+    for (const int32_t v : program.outputs)
+      any_order[v] = false;
     for (size_t k = 0; k < program.inputs.size(); ++k)
       port[program.inputs[k]] = static_cast<int>(k);
     for (size_t k = 0; k < program.outputs.size(); ++k) {
@@ -395,6 +402,13 @@ struct Engine::Impl {
       fail<InvalidArgument>("expected ", program.inputs.size(), " inputs, got ", inputs.size());
     if (outputs.size() != program.outputs.size())
       fail<InvalidArgument>("expected ", program.outputs.size(), " outputs, got ", outputs.size());
+    for (size_t k = 0; k < inputs.size() && kernels != nullptr; ++k) {
+      const Value& value = program.values[program.inputs[k]];
+      const bool same = value.c == 1 || value.h * value.w == 1;
+      if (inputs[k].layout == Layout::NHWC && !same && !any_order[program.inputs[k]])
+        fail<InvalidArgument>("input ", k, " ('", value.name,
+                              "') is read as floats: expected NCHW order, got NHWC");
+    }
     if (batch < 0) fail<InvalidArgument>("expected a batch of 0 or more, got ", batch);
     if (kernels != nullptr && active_isa() != isa)
       fail<InvalidArgument>("the engine was compiled for ", isa_name(isa), ", but ",
@@ -409,6 +423,10 @@ Engine::Engine(Engine&&) noexcept = default;
 Engine& Engine::operator=(Engine&&) noexcept = default;
 
 const Program& Engine::program() const { return impl_->program; }
+
+bool Engine::any_order(size_t input) const {
+  return impl_->kernels == nullptr || impl_->any_order[impl_->program.inputs[input]];
+}
 
 void Engine::run(std::span<const InputTensor> inputs, int64_t batch,
                  std::span<float* const> outputs, int threads) const {

@@ -51,6 +51,9 @@ class Engine {
 
   const Program& program() const;
 
+  /// Whether input k may be NHWC: only quantization reads it. Others are NCHW.
+  bool any_order(size_t input) const;
+
   /// Outputs are [batch][c][h][w]. threads <= 0: default_threads(). Zero images are allowed.
   void run(std::span<const InputTensor> inputs, int64_t batch, std::span<float* const> outputs,
            int threads) const;
