@@ -27,7 +27,12 @@ class Compiled:
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(item, id=item.name, marks=item.marks) for item in ARCHITECTURES],
+    params=[
+        pytest.param(
+            item, id=item.name, marks=[*item.marks, pytest.mark.heavy] if item.marks else []
+        )
+        for item in ARCHITECTURES
+    ],
 )
 def compiled(request: pytest.FixtureRequest) -> Compiled:
     architecture: Architecture = request.param
