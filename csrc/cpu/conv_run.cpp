@@ -85,7 +85,7 @@ struct Loop {
       b.bits = call.bits;
       for (int t = 0; t < c.tiles; ++t) {
         b.packed[t] = weights + t * tile_bytes;
-        b.unpacked[t] = unpacked_at + t * plan.steps * kTileBytes;
+        if (call.bits < 8) b.unpacked[t] = unpacked_at + t * plan.steps * kTileBytes;
       }
       b.unpack = fresh && call.bits < 8;
       b.rows = rows;
@@ -276,7 +276,8 @@ void run(const ConvCall& call, const FloatConvCall* floats, const KernelRow& ker
     for (int64_t n = 0; n < call.images; ++n) {
       for_blocks(plan, range, [&](const ConvRun& run, int64_t first, int count) {
         for (int64_t p = pair_first; p < pair_last; ++p)
-          loop.block(columns_of(plan, p), loop.unpacked + unpacked_bytes(plan, p - pair_first),
+          loop.block(columns_of(plan, p),
+                     call.bits < 8 ? loop.unpacked + unpacked_bytes(plan, p - pair_first) : nullptr,
                      fresh, n, run, first, count, pending);
         fresh = false;
       });
