@@ -28,7 +28,7 @@ CXX_FILES = $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.hpp' -o -name 
 help:
 	@echo "make demo       train, compress and run a small CNN; prints the tables (sets up .venv first)"
 	@echo "make test       the C++ and the fast Python tests"
-	@echo "make test-all   every test, the slow ones too"
+	@echo "make test-all   every test, the slow and the heavy ones too"
 	@echo "make lint       ruff, mypy, clang-format"
 	@echo "make bench      speed beside torch, ONNX Runtime and OpenVINO, checked results first; K=resnet18: a part"
 	@echo "make sanitize   C++ tests under the address, undefined-behaviour and thread sanitizers"
@@ -44,7 +44,7 @@ test: test-cpp
 	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: $(PACKAGE_STAMP)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not heavy"
 
 test-all: test-cpp
 	$(BIN)/python -m pytest

@@ -115,9 +115,10 @@ def run_reference(program: _C.Program, inputs: Sequence[np.ndarray]) -> list[np.
 def run_engine(
     engine: _C.Engine, inputs: Sequence[np.ndarray], *, nhwc: bool = False, threads: int = 1
 ) -> list[np.ndarray]:
+    orders = [nhwc and any_order for any_order in engine.any_order()]
     arrays = [
-        np.ascontiguousarray(x.transpose(0, 2, 3, 1) if nhwc else x, dtype=np.float32)
-        for x in inputs
+        np.ascontiguousarray(x.transpose(0, 2, 3, 1) if last else x, dtype=np.float32)
+        for x, last in zip(inputs, orders, strict=True)
     ]
     batch = arrays[0].shape[0]
     program = engine.program()
@@ -127,7 +128,7 @@ def run_engine(
     ]
     engine.run(
         [x.ctypes.data for x in arrays],
-        [nhwc] * len(arrays),
+        orders,
         batch,
         [y.ctypes.data for y in outputs],
         threads,

@@ -47,21 +47,29 @@ class Architecture:
         size: height and width of the test image.
         options: arguments of the constructor.
         slow: whether its tests take more than a few seconds.
+        heavy: whether they take minutes, because its layers are many or large.
     """
 
     name: str
     size: int
     options: tuple[tuple[str, Any], ...] = ()
     slow: bool = False
+    heavy: bool = False
+
+    @property
+    def marks(self) -> list[pytest.MarkDecorator]:
+        """What its tests are marked with."""
+        slow = [pytest.mark.slow] if self.slow or self.heavy else []
+        return [*slow, pytest.mark.heavy] if self.heavy else slow
 
 
 ARCHITECTURES = (
-    Architecture("alexnet", 64, slow=True),
-    Architecture("vgg16_bn", 32, slow=True),
+    Architecture("alexnet", 64, heavy=True),
+    Architecture("vgg16_bn", 32, heavy=True),
     Architecture("resnet18", 64),
     Architecture("resnet50", 64, slow=True),
     Architecture("resnext50_32x4d", 64, slow=True),
-    Architecture("wide_resnet50_2", 64, slow=True),
+    Architecture("wide_resnet50_2", 64, heavy=True),
     Architecture("densenet121", 64),
     Architecture("inception_v3", 96, (("aux_logits", False), ("init_weights", False)), slow=True),
     Architecture("googlenet", 64, (("aux_logits", False), ("init_weights", False))),
@@ -75,7 +83,7 @@ ARCHITECTURES = (
     Architecture("regnet_x_400mf", 64, slow=True),
     Architecture("regnet_y_400mf", 64),
     Architecture("convnext_tiny", 64, slow=True),
-    Architecture("fcn_resnet50", 64, (("weights_backbone", None),), slow=True),
+    Architecture("fcn_resnet50", 64, (("weights_backbone", None),), heavy=True),
     Architecture("unet", 64),
 )
 

@@ -30,10 +30,7 @@ class Converted:
 
 @pytest.fixture(
     scope="module",
-    params=[
-        pytest.param(item, id=item.name, marks=[pytest.mark.slow] if item.slow else [])
-        for item in ARCHITECTURES
-    ],
+    params=[pytest.param(item, id=item.name, marks=item.marks) for item in ARCHITECTURES],
 )
 def converted(request: pytest.FixtureRequest) -> Converted:
     architecture: Architecture = request.param
@@ -96,7 +93,9 @@ QUICKLY_EXPORTED = {"resnet18", "mobilenet_v2", "unet"}
     "converted",
     [
         pytest.param(
-            item, id=item.name, marks=[] if item.name in QUICKLY_EXPORTED else [pytest.mark.slow]
+            item,
+            id=item.name,
+            marks=[] if item.name in QUICKLY_EXPORTED else [*item.marks, pytest.mark.slow],
         )
         for item in ARCHITECTURES
     ],

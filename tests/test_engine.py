@@ -745,3 +745,23 @@ def test_entry_point() -> None:
     section = text.partition("[project.entry-points.torch_dynamo_backends]")[2]
     module, _, name = section.partition('adalayer = "')[2].partition('"')[0].partition(":")
     assert callable(getattr(importlib.import_module(module), name))
+
+
+@torch.no_grad()
+def test_channels_last_input_that_is_read_as_floats_too() -> None:
+    """Only quantization takes pixels in any order; what else reads the input gets planes."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.conv(x), x.softmax(1)
+
+    native = native_of(Both().eval(), torch.randn(4, 3, 6, 5))
+    x = torch.randn(2, 3, 6, 5)
+    engine = ada.compile(native, x, policy="native")
+    for image in (x, x.contiguous(memory_format=torch.channels_last)):
+        for got, expected in zip(engine(image), native(image), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)

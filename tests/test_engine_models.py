@@ -27,10 +27,7 @@ class Compiled:
 
 @pytest.fixture(
     scope="module",
-    params=[
-        pytest.param(item, id=item.name, marks=[pytest.mark.slow] if item.slow else [])
-        for item in ARCHITECTURES
-    ],
+    params=[pytest.param(item, id=item.name, marks=item.marks) for item in ARCHITECTURES],
 )
 def compiled(request: pytest.FixtureRequest) -> Compiled:
     architecture: Architecture = request.param
@@ -86,7 +83,7 @@ def test_batches_give_the_same_results(compiled: Compiled, tmp_path: Path) -> No
 @torch.no_grad()
 def test_executor_equals_the_interpreter(compiled: Compiled) -> None:
     (step,) = compiled.engine._steps
-    if compiled.architecture.slow:
+    if compiled.architecture.marks:
         pytest.skip("takes long in the interpreter")
     x = compiled.images(1, seed=9)
     y = output(compiled.engine(x))

@@ -24,16 +24,17 @@ def test_engine_is_bit_equal_to_the_interpreter(isa):
     @settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
     @given(
         program=programs(everything=False),
-        batch=st.integers(1, 3),
+        batch=st.integers(1, 5),
         chunk=st.integers(0, 2),
+        cache=st.sampled_from([0, 2000, 20000]),  # small: nodes run image by image
         threads=st.integers(1, 2),
         nhwc=st.booleans(),
         seed=st.integers(0, 1000),
     )
-    def check(program, batch, chunk, threads, nhwc, seed):
+    def check(program, batch, chunk, cache, threads, nhwc, seed):
         images = noise(program, batch, seed)
         expected = run_reference(program, images)
-        got = run_engine(_C.Engine(program, chunk), images, nhwc=nhwc, threads=threads)
+        got = run_engine(_C.Engine(program, chunk, cache), images, nhwc=nhwc, threads=threads)
         for a, b in zip(got, expected, strict=True):
             np.testing.assert_array_equal(a, b)
 

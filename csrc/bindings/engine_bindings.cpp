@@ -224,14 +224,22 @@ void bind_engine(py::module_& m) {
       .def("reference_values", &reference_values);
 
   py::class_<Engine>(m, "Engine")
-      .def(py::init([](const Program& program, int64_t chunk) {
+      .def(py::init([](const Program& program, int64_t chunk, int64_t cache_bytes) {
              EngineOptions options;
              options.chunk = chunk;
+             options.cache_bytes = cache_bytes;
              const py::gil_scoped_release release;
              return Engine(Program(program), options);
            }),
-           py::arg("program"), py::arg("chunk") = 0)
+           py::arg("program"), py::arg("chunk") = 0, py::arg("cache_bytes") = 0)
       .def("run", &run)
+      .def("any_order",
+           [](const Engine& engine) {
+             std::vector<bool> any;
+             for (size_t k = 0; k < engine.program().inputs.size(); ++k)
+               any.push_back(engine.any_order(k));
+             return any;
+           })
       .def("profile", &profile)
       .def("weight_bytes", &Engine::weight_bytes)
       .def("workspace_bytes", &Engine::workspace_bytes)

@@ -66,8 +66,14 @@ struct Words256 {
     _mm256_storeu_si256(out + 2, _mm256_unpacklo_epi8(hi, zero()));
     _mm256_storeu_si256(out + 3, _mm256_unpackhi_epi8(hi, zero()));
   }
+  /// sum + _mm256_madd_epi16(data, w). From the intrinsics g++ 12 sends operands through memory.
+  static I dot(I sum, I data, I w) {
+    I products;
+    __asm__("vpmaddwd %2, %1, %0" : "=x"(products) : "x"(data), "xm"(w));
+    __asm__("vpaddd %1, %0, %0" : "+x"(sum) : "x"(products));
+    return sum;
+  }
   static I dot_column(I sum, I data, I w) { return dot(sum, data, w); }
-  static I dot(I sum, I data, I w) { return _mm256_add_epi32(sum, _mm256_madd_epi16(data, w)); }
   /// Bytes 0, 2 or 1, 3 of each dword as int16.
   static I half(I v, int which) {
     return which == 0 ? _mm256_and_si256(v, _mm256_set1_epi16(0x00FF)) : _mm256_srli_epi16(v, 8);

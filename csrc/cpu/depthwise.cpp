@@ -15,6 +15,8 @@ namespace {
 constexpr int64_t kGranule = 16;
 // Interleaved columns of one tile, to stay in the first-level cache beside the image's rows.
 constexpr int64_t kScratchBudget = 24 << 10;
+// One block's share of an image that is worth fetching ahead, to the first level too.
+constexpr int64_t kFetchBudget = 16 << 10;
 // At least this many columns per tile, whatever the budgets say.
 constexpr int64_t kLeastColumns = 8;
 
@@ -293,15 +295,37 @@ void copy_dwords(const void* array, int64_t first, int64_t n, uint8_t* to) {
     std::memcpy(to, static_cast<const uint8_t*>(array) + first * 4, static_cast<size_t>(n * 4));
 }
 
+/// Correction, scale and bias of a block in the order of its sums.
+void order_constants(const Job& job, const GroupedBlock& b, uint8_t* to) {
+  const ConvEpilogue& e = job.epilogue;
+  const void* arrays[3] = {e.correction, e.scale, e.bias};
+  for (const void* array : arrays)
+    for (int v = 0; v < 4; ++v)
+      for (int lane = 0; lane < job.kernels.lanes; ++lane, to += 16) {
+        if (job.natural) {
+          copy_dwords(array, channel_of(b, job.order, lane, v, 0), 4, to);
+          continue;
+        }
+        for (int i = 0; i < 4; ++i)
+          copy_dwords(array, channel_of(b, job.order, lane, v, i), 1, to + 4 * i);
+      }
+}
+
 /// Splits `count` columns into equal tiles of at most `most`.
 template <class Fn>
 void column_tiles(int64_t count, int64_t most, const Fn& fn) {
+  if (count <= most) return fn(0, count);
   int64_t x = 0;
   for (int64_t tiles = (count + most - 1) / most; tiles > 0; --tiles) {
     const int64_t n = (count - x + tiles - 1) / tiles;
     fn(x, n);
     x += n;
   }
+}
+
+void fetch_row(const uint8_t* p, int64_t pitch, int64_t pixels) {
+  for (int64_t x = 0; x < pixels; ++x)
+    __builtin_prefetch(p + x * pitch);
 }
 
 /// Depthwise and InLane: strips of rows, block by block.
@@ -333,17 +357,9 @@ void run_blocks(Job& job, int64_t y_first, int64_t y_last) {
   const InputRows input(job, y_first, y_last);
   const std::vector<GroupedBlock>& blocks = job.weights.blocks;
 
-  // Constants in the order of the sums.
   auto* constants = grown(scratch().constants, static_cast<int64_t>(blocks.size()) * 12 * vector);
-  for (size_t b = 0; b < blocks.size(); ++b) {
-    auto* to = constants + b * static_cast<size_t>(12 * vector);
-    const void* arrays[3] = {job.epilogue.correction, job.epilogue.scale, job.epilogue.bias};
-    for (const void* array : arrays)
-      for (int v = 0; v < 4; ++v)
-        for (int lane = 0; lane < k.lanes; ++lane)
-          for (int i = 0; i < 4; ++i, to += 4)
-            copy_dwords(array, channel_of(blocks[b], job.order, lane, v, i), 1, to);
-  }
+  for (size_t b = 0; b < blocks.size(); ++b)
+    order_constants(job, blocks[b], constants + b * static_cast<size_t>(12 * vector));
 
   const auto run_tile = [&](size_t index, int64_t y0, int64_t strips) {
     const GroupedBlock& b = blocks[index];
@@ -380,11 +396,21 @@ void run_blocks(Job& job, int64_t y_first, int64_t y_last) {
     });
   };
 
-  // Block by block: its weights and the rows that strips share stay in the first-level cache.
+  // Block by block: its weights and the rows that strips share stay in the first-level cache. In a
+  // small image the next block, a cache line or more away in every pixel, is fetched meanwhile.
+  const bool fetch = s.in_h * s.in_w * vector <= kFetchBudget;
   for (size_t b = 0; b < blocks.size(); ++b) {
     const int64_t rows = static_cast<int64_t>(blocks[b].splits) * strip;
-    for (int64_t y0 = y_first; y0 < y_last; y0 += rows)
+    for (int64_t y0 = y_first; y0 < y_last; y0 += rows) {
+      if (fetch && b + 1 < blocks.size()) {
+        const int64_t next = blocks[b + 1].first * kGranule, end = std::min(y0 + rows, y_last);
+        for (int64_t y = y0 * s.stride_h; y < end * s.stride_h && y < s.in_h; ++y)
+          fetch_row(job.in.row(y) + next / multiplier, t.pitch, s.in_w);
+        for (int64_t y = y0; y < end; ++y)
+          fetch_row(job.out.row(y) + next, t.out_pitch, out_w);
+      }
       run_tile(b, y0, std::min<int64_t>(blocks[b].splits, (y_last - y0 + strip - 1) / strip));
+    }
   }
   for (int64_t y = y_first; y < y_last; ++y)
     apply_table(image_kernels(), job.epilogue.finish, job.out, y);

@@ -23,6 +23,13 @@ struct Finish {
         hi_dwords(V::set1_dwords(static_cast<int>(t.hi))),
         clamp_floats(!t.bounded) {}
 
+  /// The same constants, but left in memory: registers are for the sums.
+  const Finish& in_memory() const {
+    const Finish* self = this;
+    __asm__("" : "+r"(self) : : "memory");
+    return *self;
+  }
+
   typename V::F clamp(typename V::F y) const { return V::min(V::max(y, lo), hi); }
   /// Eight-bit levels of four vectors: packing saturates, which changes nothing that the clamp
   /// would not; so a clamp of floats that was left out may follow here.
@@ -116,12 +123,10 @@ inline void interleave_columns(const GroupedTile& t, int64_t columns, int64_t fr
   }
 }
 
-/// kKernel: the kernel's width if there is only one run, or 0 for any kernel.
-template <class V, int kRows, int kColumns, int kSplit, int kKernel>
+template <class V, int kRows, int kColumns, int kSplit>
 void depthwise_block(const GroupedTile& t, const Finish<V>& finish, int64_t columns, int64_t x) {
   constexpr int64_t kColumnBytes = 4 * V::kBytes;
-  const int64_t runs = kKernel > 0 ? 1 : t.row_count / V::kRows;
-  const int64_t taps = kKernel > 0 ? kKernel : t.kernel_w;
+  const int64_t runs = t.row_count / V::kRows, taps = t.kernel_w;
   const int64_t step = t.stride_w * kColumnBytes, dilation = t.dilation_w * kColumnBytes;
   const int64_t weight_step = t.weight_rows * V::kBytes;
   const uint8_t* first = t.scratch + x * step;
@@ -160,9 +165,10 @@ inline void in_pieces(int64_t count, const Run& run) {
   }
 }
 
-template <class V, int kRows, int kSplit, int kKernel>
+template <class V, int kRows, int kSplit>
 void depthwise_tile(const GroupedTile& t) {
-  const Finish<V> finish(t);
+  const Finish<V> constants(t);
+  const Finish<V>& finish = constants.in_memory();
   const int64_t reach = (t.kernel_w - 1) * t.dilation_w + 1;
   const int64_t columns = (t.count - 1) * t.stride_w + reach;
   int64_t ready = 0;
@@ -176,46 +182,43 @@ void depthwise_tile(const GroupedTile& t) {
     if constexpr (kMost == 8) {
       switch (n) {
         case 5:
-          return depthwise_block<V, kRows, 5, kSplit, kKernel>(t, finish, columns, x);
+          return depthwise_block<V, kRows, 5, kSplit>(t, finish, columns, x);
         case 6:
-          return depthwise_block<V, kRows, 6, kSplit, kKernel>(t, finish, columns, x);
+          return depthwise_block<V, kRows, 6, kSplit>(t, finish, columns, x);
         case 7:
-          return depthwise_block<V, kRows, 7, kSplit, kKernel>(t, finish, columns, x);
+          return depthwise_block<V, kRows, 7, kSplit>(t, finish, columns, x);
         case 8:
-          return depthwise_block<V, kRows, 8, kSplit, kKernel>(t, finish, columns, x);
+          return depthwise_block<V, kRows, 8, kSplit>(t, finish, columns, x);
         default:
           break;
       }
     }
     switch (n) {
       case 1:
-        return depthwise_block<V, kRows, 1, kSplit, kKernel>(t, finish, columns, x);
+        return depthwise_block<V, kRows, 1, kSplit>(t, finish, columns, x);
       case 2:
-        return depthwise_block<V, kRows, 2, kSplit, kKernel>(t, finish, columns, x);
+        return depthwise_block<V, kRows, 2, kSplit>(t, finish, columns, x);
       case 3:
-        return depthwise_block<V, kRows, 3, kSplit, kKernel>(t, finish, columns, x);
+        return depthwise_block<V, kRows, 3, kSplit>(t, finish, columns, x);
       default:
-        return depthwise_block<V, kRows, 4, kSplit, kKernel>(t, finish, columns, x);
+        return depthwise_block<V, kRows, 4, kSplit>(t, finish, columns, x);
     }
   });
 }
 
-template <class V, int kSplit, int kKernel>
+template <class V, int kSplit>
 void depthwise_rows(const GroupedTile& t) {
   if (t.out_rows == 2)
-    depthwise_tile<V, 2, kSplit, kKernel>(t);
+    depthwise_tile<V, 2, kSplit>(t);
   else
-    depthwise_tile<V, 1, kSplit, kKernel>(t);
+    depthwise_tile<V, 1, kSplit>(t);
 }
 
 template <class V>
 void depthwise(const GroupedTile& t) {
-  if (t.splits == 1) {
-    if (t.row_count == V::kRows && t.kernel_w == 3) return depthwise_rows<V, 1, 3>(t);
-    return depthwise_rows<V, 1, 0>(t);
-  }
-  if (t.splits == 2) return depthwise_rows<V, 2, 0>(t);
-  if constexpr (V::kLanes == 4) return depthwise_rows<V, 4, 0>(t);
+  if (t.splits == 1) return depthwise_rows<V, 1>(t);
+  if (t.splits == 2) return depthwise_rows<V, 2>(t);
+  if constexpr (V::kLanes == 4) return depthwise_rows<V, 4>(t);
 }
 
 // --------------------------------------------------------------------------------------- in lane
@@ -284,7 +287,8 @@ void in_lane_block(const GroupedTile& t, const Finish<V>& finish, int64_t x) {
 
 template <class V, int kSplit, int kQuads>
 void in_lane_tile(const GroupedTile& t) {
-  const Finish<V> finish(t);
+  const Finish<V> constants(t);
+  const Finish<V>& finish = constants.in_memory();
   in_pieces<V::kInLaneColumns>(t.count, [&](int64_t n, int64_t x) {
     switch (n) {
       case 1:
@@ -380,7 +384,8 @@ void broadcast_block(const GroupedTile& t, const Finish<V>& finish, int64_t x) {
 template <class V, int kTiles>
 void broadcast_tile(const GroupedTile& t) {
   constexpr int kMost = V::kBroadcastSums / kTiles < 8 ? V::kBroadcastSums / kTiles : 8;
-  const Finish<V> finish(t);
+  const Finish<V> constants(t);
+  const Finish<V>& finish = constants.in_memory();
   in_pieces<kMost>(t.count, [&](int64_t n, int64_t x) {
     if constexpr (kMost == 8) {
       switch (n) {

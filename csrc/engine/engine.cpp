@@ -24,7 +24,6 @@ using Clock = std::chrono::steady_clock;
 // tuned on), and how far ahead of their use weights are fetched into it.
 constexpr int64_t kActivationBudget = 1 << 20;
 constexpr int64_t kPrefetchWindow = 512 << 10;
-constexpr int64_t kMaxChunk = 8;
 constexpr int kMaxTeam = 64;
 
 void pause() {
@@ -45,6 +44,7 @@ struct alignas(64) Progress {
 struct Workspace {
   AlignedBuffer arena;
   Frame frame;
+  Frame single;  // one image of `frame`, for the nodes that run image by image
   std::vector<Progress> progress;
   std::atomic<bool> failed{false};  // a member met an exception: the others stop waiting for it
   int team = 0;
@@ -62,10 +62,15 @@ struct Engine::Impl {
   std::vector<ValueLayout> layouts;
   std::vector<Step> steps;
   AlignedBuffer panels;
+  // A thread takes `chunk` images at a time. The first `front` nodes run image by image, because
+  // their tensors are large; the rest run on all images together, because their weights are.
   int64_t chunk = 1;
+  size_t front = 0;
   ArenaPlan arena;
   std::vector<int> port;  // [values] index among program inputs, or outputs, or -1
   std::vector<bool> is_output;
+  std::vector<bool> any_order;  // [values] only read by quantization, which takes NHWC as well
+  std::vector<bool> in_front;   // [values] memory of one image only
 
   mutable std::mutex mutex;
   mutable std::vector<std::unique_ptr<Workspace>> idle;
@@ -79,12 +84,41 @@ struct Engine::Impl {
     steps = build_steps(program, layouts);
     pack_weights();
     plan_ports();
-    chunk = options.chunk > 0 ? options.chunk : 1;
+    if (options.chunk > 0)
+      chunk = options.chunk;
+    else
+      choose_chunk(options.cache_bytes > 0 ? options.cache_bytes : kActivationBudget);
     plan_memory();
-    if (options.chunk == 0) {
-      chunk =
-          std::clamp<int64_t>(kActivationBudget / std::max<int64_t>(arena.bytes, 1), 1, kMaxChunk);
-      plan_memory();
+  }
+
+  /// Bytes of one image's tensors that are alive at each node.
+  std::vector<int64_t> live_bytes() const {
+    std::vector<int64_t> live(steps.size(), 0);
+    const std::vector<Lifetime> lifetimes = lifetimes_of([&](size_t v) { return image_bytes(v); });
+    for (const Lifetime& l : lifetimes)
+      for (int32_t k = std::max(l.first, 0); k <= l.last; ++k)
+        live[k] += l.bytes;
+    return live;
+  }
+
+  /// The chunk that saves the most weight traffic: weights of the nodes behind `front` are read
+  /// once for `chunk` images, whose tensors must stay in the second-level cache.
+  void choose_chunk(int64_t cache_bytes) {
+    const std::vector<int64_t> live = live_bytes();
+    int64_t most = 0;
+    for (const int64_t images : {2, 4, 8}) {
+      size_t first = steps.size();
+      int64_t bytes = 0;
+      while (first > 0 && live[first - 1] * images <= cache_bytes) {
+        --first;
+        if (steps[first].conv) bytes += static_cast<int64_t>(steps[first].conv->derived_bytes());
+      }
+      const int64_t saved = bytes - bytes / images;
+      // Small programs gain from longer runs of one node, too: the call of a node costs the same.
+      if (first == steps.size() || (saved <= most && first > 0)) continue;
+      most = saved;
+      chunk = images;
+      front = first;
     }
   }
 
@@ -104,6 +138,12 @@ struct Engine::Impl {
   void plan_ports() {
     port.assign(program.values.size(), -1);
     is_output.assign(program.values.size(), false);
+    any_order.assign(program.values.size(), true);
+    for (const Node& node : program.nodes)
+      for (const int32_t v : node.inputs)
+        if (node.op != OpKind::Quantize) any_order[v] = false;
+    for (const int32_t v : program.outputs)
+      any_order[v] = false;
     for (size_t k = 0; k < program.inputs.size(); ++k)
       port[program.inputs[k]] = static_cast<int>(k);
     for (size_t k = 0; k < program.outputs.size(); ++k) {
@@ -114,25 +154,45 @@ struct Engine::Impl {
     }
   }
 
-  int64_t value_bytes(size_t v) const {
+  /// Bytes of one image of a value in the arena.
+  int64_t image_bytes(size_t v) const {
     const Value& value = program.values[v];
     if (port[v] >= 0) return 0;
-    if (value.kind == ValueKind::F32) return chunk * f32_bytes(value);
-    return chunk * layouts[v].layout.image_bytes + layouts[v].layout.slack;
+    return value.kind == ValueKind::F32 ? f32_bytes(value) : layouts[v].layout.image_bytes;
+  }
+
+  template <class Bytes>
+  std::vector<Lifetime> lifetimes_of(const Bytes& bytes) const {
+    std::vector<Lifetime> lifetimes(program.values.size());
+    for (size_t v = 0; v < lifetimes.size(); ++v)
+      lifetimes[v] = {bytes(v), -1, -1};
+    for (size_t k = 0; k < program.nodes.size(); ++k) {
+      const Node& node = program.nodes[k];
+      const auto at = static_cast<int32_t>(k);
+      lifetimes[node.output].first = at;
+      lifetimes[node.output].last = std::max(lifetimes[node.output].last, at);
+      for (const int32_t v : node.inputs)
+        lifetimes[v].last = at;
+    }
+    return lifetimes;
   }
 
   void plan_memory() {
-    std::vector<Lifetime> lifetimes(program.values.size());
-    for (size_t v = 0; v < lifetimes.size(); ++v)
-      lifetimes[v] = {value_bytes(v), -1, -1};
-    for (size_t k = 0; k < program.nodes.size(); ++k) {
-      const Node& node = program.nodes[k];
-      lifetimes[node.output].first = static_cast<int32_t>(k);
-      lifetimes[node.output].last = std::max(lifetimes[node.output].last, static_cast<int32_t>(k));
-      for (const int32_t v : node.inputs)
-        lifetimes[v].last = static_cast<int32_t>(k);
+    std::vector<Lifetime> lifetimes = lifetimes_of([&](size_t v) { return image_bytes(v); });
+    for (size_t v = 0; v < lifetimes.size(); ++v) {
+      Lifetime& l = lifetimes[v];
+      if (l.bytes == 0) continue;
+      if (l.last >= static_cast<int32_t>(front)) {
+        l.bytes *= chunk;
+        // Images of it pile up while the front nodes run again and again.
+        if (l.first < static_cast<int32_t>(front)) l.first = 0;
+      }
+      if (program.values[v].kind == ValueKind::U8) l.bytes += layouts[v].layout.slack;
     }
     arena = plan_arena(lifetimes);
+    in_front.assign(program.values.size(), false);
+    for (size_t v = 0; v < lifetimes.size(); ++v)
+      in_front[v] = port[v] < 0 && lifetimes[v].last < static_cast<int32_t>(front);
   }
 
   // ------------------------------------------------------------------------------- workspaces
@@ -159,6 +219,7 @@ struct Engine::Impl {
     frame.order.assign(program.values.size(), Layout::NCHW);
     for (size_t v = 0; v < program.values.size(); ++v)
       if (port[v] < 0) frame.data[v] = workspace->arena.data() + arena.offsets[v];
+    workspace->single = frame;
     const std::lock_guard lock(mutex);
     idle.reserve(idle.capacity() + 1);  // giving back must not allocate
     return workspace;
@@ -267,12 +328,41 @@ struct Engine::Impl {
       pause();
   }
 
-  /// One member's way through the program.
+  /// Points `single` at image i of the frame.
+  void select(Workspace& w, int64_t i) const {
+    w.single.images = 1;
+    w.single.order = w.frame.order;
+    for (size_t v = 0; v < port.size(); ++v) {
+      const Value& value = program.values[v];
+      const int64_t bytes = in_front[v]                    ? 0
+                            : value.kind == ValueKind::F32 ? f32_bytes(value)
+                                                           : layouts[v].layout.image_bytes;
+      w.single.data[v] = w.frame.data[v] + i * bytes;
+    }
+  }
+
+  /// One thread's way through the program, or a member's of a team.
   void run_member(Workspace& w, int member, int team, std::vector<double>* seconds) const {
     const KernelScope scope(*kernels);
     cpu::WeightStream stream(w.segments[member], kPrefetchWindow);
     auto last = seconds == nullptr ? Clock::time_point{} : Clock::now();
-    for (size_t k = 0; k < steps.size(); ++k) {
+    const auto timed = [&](size_t k) {
+      if (seconds == nullptr) return;
+      const auto now = Clock::now();
+      (*seconds)[k] += std::chrono::duration<double>(now - last).count();
+      last = now;
+    };
+    size_t k = 0;
+    if (team == 1 && w.frame.images > 1) {
+      for (int64_t i = 0; i < w.frame.images && front > 0; ++i) {
+        select(w, i);
+        // The weights of the next image's first node are those of this one's: no prefetching.
+        for (size_t f = 0; f < front; ++f, timed(f - 1))
+          run_part(steps[f], w.single, {0, 1}, 1, nullptr, 0);
+      }
+      k = front;
+    }
+    for (; k < steps.size(); ++k) {
       if (team == 1) {
         run_part(steps[k], w.frame, {0, 1}, 1, &stream, static_cast<int64_t>(k));
       } else {
@@ -284,11 +374,7 @@ struct Engine::Impl {
           throw;  // parallel_for hands it to the caller
         }
       }
-      if (seconds != nullptr) {
-        const auto now = Clock::now();
-        (*seconds)[k] = std::chrono::duration<double>(now - last).count();
-        last = now;
-      }
+      timed(k);
     }
   }
 
@@ -316,6 +402,13 @@ struct Engine::Impl {
       fail<InvalidArgument>("expected ", program.inputs.size(), " inputs, got ", inputs.size());
     if (outputs.size() != program.outputs.size())
       fail<InvalidArgument>("expected ", program.outputs.size(), " outputs, got ", outputs.size());
+    for (size_t k = 0; k < inputs.size() && kernels != nullptr; ++k) {
+      const Value& value = program.values[program.inputs[k]];
+      const bool same = value.c == 1 || value.h * value.w == 1;
+      if (inputs[k].layout == Layout::NHWC && !same && !any_order[program.inputs[k]])
+        fail<InvalidArgument>("input ", k, " ('", value.name,
+                              "') is read as floats: expected NCHW order, got NHWC");
+    }
     if (batch < 0) fail<InvalidArgument>("expected a batch of 0 or more, got ", batch);
     if (kernels != nullptr && active_isa() != isa)
       fail<InvalidArgument>("the engine was compiled for ", isa_name(isa), ", but ",
@@ -331,6 +424,10 @@ Engine& Engine::operator=(Engine&&) noexcept = default;
 
 const Program& Engine::program() const { return impl_->program; }
 
+bool Engine::any_order(size_t input) const {
+  return impl_->kernels == nullptr || impl_->any_order[impl_->program.inputs[input]];
+}
+
 void Engine::run(std::span<const InputTensor> inputs, int64_t batch,
                  std::span<float* const> outputs, int threads) const {
   const Impl& e = *impl_;
@@ -341,8 +438,9 @@ void Engine::run(std::span<const InputTensor> inputs, int64_t batch,
 
   if (threads == 1 || batch < threads) {
     auto workspace = e.borrow();
-    for (int64_t first = 0; first < batch; first += e.chunk) {
-      e.bind(workspace->frame, inputs, outputs, first, std::min(e.chunk, batch - first));
+    const int64_t chunk = threads == 1 ? e.chunk : 1;
+    for (int64_t first = 0; first < batch; first += chunk) {
+      e.bind(workspace->frame, inputs, outputs, first, std::min(chunk, batch - first));
       e.run_together(*workspace, threads, nullptr);
     }
     e.give_back(std::move(workspace));
@@ -405,7 +503,7 @@ std::vector<NodeProfile> Engine::profile(int64_t batch, int threads, int rounds)
   std::vector<std::vector<float>> memory;
   std::vector<InputTensor> inputs;
   std::vector<float*> outputs;
-  batch = std::min(batch, e.chunk);
+  batch = std::min(batch, threads == 1 ? e.chunk : 1);
   for (const int32_t v : e.program.inputs) {
     memory.emplace_back(static_cast<size_t>(batch * f32_bytes(e.program.values[v]) / 4));
     for (float& x : memory.back())
@@ -421,6 +519,7 @@ std::vector<NodeProfile> Engine::profile(int64_t batch, int threads, int rounds)
   std::vector<std::vector<double>> samples(e.steps.size());
   std::vector<double> seconds(e.steps.size());
   for (int round = 0; round < rounds + 2; ++round) {
+    std::fill(seconds.begin(), seconds.end(), 0.0);
     e.run_together(*workspace, threads, &seconds);
     for (size_t k = 0; round >= 2 && k < samples.size(); ++k)
       samples[k].push_back(seconds[k]);

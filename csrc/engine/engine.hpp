@@ -13,8 +13,11 @@
 namespace adalayer::engine {
 
 struct EngineOptions {
-  // Images that one thread takes through the whole program at a time; 0 lets the planner choose.
+  // Images that one thread takes through the whole program at a time; 0 lets the planner choose,
+  // which then also lets nodes with large tensors run image by image.
   int64_t chunk = 0;
+  // What one thread's tensors may take of the second-level cache; 0 is 1 MiB.
+  int64_t cache_bytes = 0;
 };
 
 /// One input batch, float32, [batch][c][h][w] or [batch][h][w][c].
@@ -47,6 +50,9 @@ class Engine {
   Engine& operator=(Engine&&) noexcept;
 
   const Program& program() const;
+
+  /// Whether input k may be NHWC: only quantization reads it. Others are NCHW.
+  bool any_order(size_t input) const;
 
   /// Outputs are [batch][c][h][w]. threads <= 0: default_threads(). Zero images are allowed.
   void run(std::span<const InputTensor> inputs, int64_t batch, std::span<float* const> outputs,

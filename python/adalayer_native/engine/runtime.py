@@ -46,6 +46,8 @@ class NativePart:
         # The common case: one output in memory order.
         self.single = self.outputs[0].shape if self._is_single() else None
         self._run = self.engine.run
+        # Inputs that may come in channels_last order as they are.
+        self._any_order = self.engine.any_order()
 
     def _is_single(self) -> bool:
         return len(self.outputs) == 1 and self.outputs[0].atoms is None
@@ -53,10 +55,10 @@ class NativePart:
     def __call__(self, batch: int, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Float32 CPU tensors of checked shapes in, new tensors out."""
         pointers, nhwc = [], []
-        for x in inputs:
+        for x, any_order in zip(inputs, self._any_order, strict=True):
             if x.is_contiguous():
                 nhwc.append(False)
-            elif x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            elif any_order and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
                 nhwc.append(True)
             else:
                 x = x.contiguous()
