@@ -13,8 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers_cli import SIZE, SmallNet, make_quick, run, save_weights, train_small, write_images
+from helpers_engine import native_of
+from helpers_models import tiny
 from safetensors.torch import load_file
 
+import adalayer_native as ada
 from adalayer_native import Plan, restore
 from adalayer_native.data import open_dataset
 from adalayer_native.measure import accuracy
@@ -190,6 +193,25 @@ def test_info(monkeypatch, capsys, files, tmp_path) -> None:
     assert run(monkeypatch, "info", packed) == 0
     table = capsys.readouterr().out
     assert "conv3" in table and "32×32×3×3" in table and "bits per weight" in table
+
+
+def test_info_of_an_engine(monkeypatch, capsys, tmp_path) -> None:
+    path = tmp_path / "tiny.ada"
+    native = native_of(tiny(), torch.randn(8, 3, 8, 8))
+    engine = ada.compile(native, torch.zeros(1, 3, 8, 8), policy="native")
+    engine.save(path, class_names=["a", "b", "c", "d"], preprocessing={"size": 8})
+    assert run(monkeypatch, "info", path, "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["bytes"] == path.stat().st_size
+    assert shown["inputs"] == [{"name": "x", "shape": [3, 8, 8]}]
+    assert shown["classes"] == ["a", "b", "c", "d"] and shown["preprocessing"] == {"size": 8}
+    assert [n["name"] for n in shown["nodes"] if n["bits"] == 8] == ["conv1", "conv2", "fc"]
+    assert run(monkeypatch, "info", path) == 0
+    table = capsys.readouterr().out
+    assert "conv2" in table and "x [batch, 3, 8, 8]; 4 classes; with preprocessing" in table
+    path.write_bytes(path.read_bytes()[:100])
+    assert run(monkeypatch, "info", path) == 1
+    assert "tiny.ada" in capsys.readouterr().err
 
 
 def test_help_and_usage(monkeypatch, capsys) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -112,10 +113,15 @@ def compress(
 
 @app.command()
 def info(
-    file: Annotated[Path, typer.Argument(help="Packed model file (model.safetensors).")],
+    file: Annotated[
+        Path, typer.Argument(help="Packed model (model.safetensors) or engine (.ada).")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
-    """Show what a packed model file holds, layer by layer."""
+    """Show what a packed model file or a compiled engine holds, layer by layer."""
+    if file.suffix == ".ada":
+        _engine_info(file, as_json)
+        return
     entries = files.describe(file)
     total = file.stat().st_size
     if as_json:
@@ -145,6 +151,37 @@ def info(
         f"other tensors: {entries[-1]['bytes']:,} bytes; this machine runs "
         f"{', '.join(ops.isas())}, in use: {ops.active_isa()}"
     )
+    Console().print(table)
+
+
+def _engine_info(file: Path, as_json: bool) -> None:
+    from adalayer_native.engine import load
+
+    engine = load(file)
+    coverage, total = engine.coverage(rounds=0), file.stat().st_size
+    if as_json:
+        report = {
+            "file": str(file),
+            "bytes": total,
+            "inputs": [{"name": port.name, "shape": list(port.shape)} for port in engine.inputs],
+            "preprocessing": engine.preprocessing,
+            "classes": engine.class_names,
+            "nodes": [asdict(row) for row in coverage],
+        }
+        print(json.dumps(report, indent=2))
+        return
+    table = Table(title=f"{file.name} — {total:,} bytes")
+    for column in ("node", "operation"):
+        table.add_column(column)
+    for column in ("bits", "bytes", "MACs per image"):
+        table.add_column(column, justify="right")
+    for row in coverage:
+        counts = (f"{n:,}" if n else "" for n in (row.bits, row.bytes, row.macs))
+        table.add_row(escape(row.name), row.op, *counts)
+    ports = "; ".join(f"{p.name} [batch, {', '.join(map(str, p.shape))}]" for p in engine.inputs)
+    classes = f"{len(engine.class_names)} classes" if engine.class_names else "no class names"
+    given = "with" if engine.preprocessing else "without"
+    table.caption = escape(f"input {ports}; {classes}; {given} preprocessing")
     Console().print(table)
 
 

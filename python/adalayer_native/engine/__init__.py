@@ -2,6 +2,7 @@
 
 from adalayer_native.engine.compiler import compile
 from adalayer_native.engine.coverage import Coverage, Row
-from adalayer_native.engine.runtime import Engine, load
+from adalayer_native.engine.runtime import Engine
+from adalayer_native.engine.saved import load
 
 __all__ = ["Coverage", "Engine", "Row", "compile", "load"]

@@ -8,7 +8,12 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from adalayer_native import ops
-from adalayer_native.engine import rules_layers, rules_pointwise, rules_shapes  # noqa: F401
+from adalayer_native.engine import (  # noqa: F401  (they fill the table of rules)
+    rules_images,
+    rules_layers,
+    rules_pointwise,
+    rules_views,
+)
 from adalayer_native.engine.coverage import Row
 from adalayer_native.engine.emit import emit
 from adalayer_native.engine.export import (
@@ -19,16 +24,8 @@ from adalayer_native.engine.export import (
     op_name,
 )
 from adalayer_native.engine.policy import slower_than_float
-from adalayer_native.engine.runtime import (
-    Engine,
-    Leaf,
-    NativePart,
-    Output,
-    Port,
-    Step,
-    TorchStep,
-    structure_of,
-)
+from adalayer_native.engine.results import Leaf, Output, Port, structure_of
+from adalayer_native.engine.runtime import Engine, NativePart, Step, TorchStep
 from adalayer_native.engine.segments import Part, TorchPart, divide, is_layer
 from adalayer_native.errors import CalibrationError, UnsupportedModelError
 

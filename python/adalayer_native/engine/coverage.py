@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 __all__ = ["Coverage", "Row"]
@@ -82,10 +83,10 @@ class Coverage:
             table.add_column(heading, justify="right")
         for row in self.rows:
             table.add_row(
-                row.name,
+                escape(row.name),
                 row.op,
                 row.kind,
-                row.kernel + (f" ({row.why})" if row.why else ""),
+                escape(row.kernel + (f" ({row.why})" if row.why else "")),
                 str(row.bits or ""),
                 f"{row.microseconds:.1f}" if row.microseconds else "",
                 f"{row.bytes:,}" if row.bytes else "",

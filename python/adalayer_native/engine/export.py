@@ -141,7 +141,7 @@ def export(model: nn.Module, example_inputs: Any) -> Exported:
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch.export about itself
-            program = torch.export.export(model, examples, dynamic_shapes=shapes)
+            program = torch.export.export(model, examples, dynamic_shapes=shapes, strict=False)
             options = inspect.signature(program.module).parameters
             module = program.module(
                 **({"check_guards": False} if "check_guards" in options else {})

@@ -19,52 +19,13 @@ from torch import Tensor
 from adalayer_native import _C, ops
 from adalayer_native._files import replacing
 from adalayer_native.engine.coverage import Coverage, Row
+from adalayer_native.engine.results import Leaf, Output, Port, mapped, rebuild
 from adalayer_native.engine.segments import TorchPart
-from adalayer_native.engine.views import Dims, merged
-from adalayer_native.errors import FileFormatError, InputError, UnsupportedModelError
+from adalayer_native.errors import InputError, UnsupportedModelError
 
-__all__ = ["Engine", "NativePart", "Output", "Port", "TorchStep"]
+__all__ = ["Engine", "NativePart", "Step", "TorchStep"]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class Port:
-    """An input: its name and its sizes without the batch."""
-
-    name: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Output:
-    """How a tensor shows a program's output.
-
-    Attributes:
-        source: which of the program's outputs.
-        shape: sizes of the tensor without the batch.
-        atoms: sizes and strides that give the tensor its order; None if it is that of memory.
-    """
-
-    source: int
-    shape: tuple[int, ...]
-    atoms: tuple[tuple[int, int], ...] | None
-
-    @classmethod
-    def of(cls, source: int, shape: Sequence[int], dims: Dims) -> Output:
-        """From a view, see ``views.py``."""
-        flat = tuple(atom for atoms in dims for atom in atoms)
-        plain = merged(flat) == merged([(math.prod(shape), 1)])
-        return cls(source, tuple(shape), None if plain else flat)
-
-    def view(self, memory: Tensor) -> Tensor:
-        """The tensor over ``memory``, [batch, elements]."""
-        n, elements = memory.shape
-        if self.atoms is not None:
-            sizes = [n, *(size for size, _ in self.atoms)]
-            strides = [elements, *(stride for _, stride in self.atoms)]
-            memory = memory.as_strided(sizes, strides)
-        return memory.reshape(n, *self.shape)
 
 
 class NativePart:
@@ -226,7 +187,7 @@ class Engine:
                 array = array.copy()
             tensors.append(torch.from_numpy(array))
         result = self(*tensors)
-        return _map(result, lambda t: t.numpy() if isinstance(t, Tensor) else t)
+        return mapped(result, lambda t: t.numpy() if isinstance(t, Tensor) else t)
 
     def _label(self, position: int) -> str:
         if position < len(self.inputs):
@@ -285,7 +246,7 @@ class Engine:
                 tensors[leaf.number].to(dtype) if isinstance(leaf, Leaf) else leaf
                 for leaf in self._leaves
             ]
-        return _build(self._structure, leaves)
+        return rebuild(self._structure, leaves)
 
     def _too_much(self, inputs: Sequence[Any], error: Exception) -> Exception:
         text = str(error)
@@ -403,53 +364,6 @@ class Engine:
         return f"Engine({ports}; {parts})"
 
 
-# -- nested results -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """A tensor of the result, by number."""
-
-    number: int
-
-
-def structure_of(nested: Any) -> Any:
-    """JSON form of a nest of leaf numbers: 3, {"tuple": [...]}, {"list": ...}, {"dict": ...}.
-
-    Raises:
-        UnsupportedModelError: another kind of container.
-    """
-    if isinstance(nested, int):
-        return nested
-    if isinstance(nested, dict) and all(isinstance(key, str) for key in nested):
-        return {"dict": {key: structure_of(value) for key, value in nested.items()}}
-    if isinstance(nested, (list, tuple)):
-        kind = "list" if isinstance(nested, list) else "tuple"
-        return {kind: [structure_of(item) for item in nested]}
-    raise UnsupportedModelError(
-        "expected a model that returns a tensor, or tensors in tuples, lists and dictionaries with "
-        f"string keys, got a {type(nested).__name__}"
-    )
-
-
-def _build(structure: Any, leaves: Sequence[Any]) -> Any:
-    if isinstance(structure, int):
-        return leaves[structure]
-    ((kind, items),) = structure.items()
-    if kind == "dict":
-        return {key: _build(value, leaves) for key, value in items.items()}
-    built = [_build(item, leaves) for item in items]
-    return built if kind == "list" else tuple(built)
-
-
-def _map(nested: Any, function: Any) -> Any:
-    if isinstance(nested, dict):
-        return {key: _map(value, function) for key, value in nested.items()}
-    if isinstance(nested, (list, tuple)):
-        return type(nested)(_map(item, function) for item in nested)
-    return function(nested)
-
-
 # -- coverage -------------------------------------------------------------------------------------
 
 
@@ -500,82 +414,3 @@ def _torch_rows(step: TorchStep, batch: int, inputs: list[Tensor], rounds: int) 
             )
         )
     return rows
-
-
-# -- files ----------------------------------------------------------------------------------------
-
-
-def load(path: str | os.PathLike[str]) -> Engine:
-    """An engine from a ``.ada`` file; neither the model nor torch.export is needed.
-
-    Raises:
-        FileFormatError: missing, truncated or damaged file, or one of a newer version.
-    """
-    try:
-        program = _C.Program.load(os.fspath(path))
-    except OSError as error:
-        raise FileFormatError(f"{os.fspath(path)}: cannot be read: {error}") from error
-    except ValueError as error:
-        raise FileFormatError(f"{os.fspath(path)}: {error}") from error
-    values, metadata = program.values(), program.metadata()
-    try:
-        return _rebuilt(program, values, {k: json.loads(v) for k, v in metadata.items()})
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, AssertionError) as error:
-        raise FileFormatError(
-            f"{os.fspath(path)}: its metadata do not describe its program ({error!r})"
-        ) from error
-
-
-def _rebuilt(program: _C.Program, values: list[Any], metadata: Mapping[str, Any]) -> Engine:
-    sizes = [values[number][2:5] for number in program.inputs()]
-    results = [values[number][2:5] for number in program.outputs()]
-    if "adalayer.inputs" in metadata:
-        ports = [Port(str(name), tuple(shape)) for name, shape in metadata["adalayer.inputs"]]
-        order = [int(number) for number in metadata["adalayer.order"]]
-        for position, number in enumerate(order):
-            if math.prod(ports[number].shape) != math.prod(sizes[position]):
-                raise ValueError(f"input {ports[number].name!r} does not fit {sizes[position]}")
-        if len(order) != len(sizes):
-            raise ValueError(f"{len(order)} inputs are described, the program has {len(sizes)}")
-        outputs = []
-        for source, shape, atoms in metadata["adalayer.outputs"]:
-            pairs = None if atoms is None else tuple((int(n), int(step)) for n, step in atoms)
-            elements = math.prod(results[source])
-            reach = 0 if pairs is None else sum((n - 1) * step for n, step in pairs)
-            count = math.prod(shape if pairs is None else [n for n, _ in pairs])
-            positive = pairs is None or all(n > 0 and step >= 0 for n, step in pairs)
-            if (
-                math.prod(shape) != elements
-                or count != elements
-                or reach >= elements
-                or not positive
-            ):
-                raise ValueError(f"output {source} does not fit {results[source]}")
-            outputs.append(Output(int(source), tuple(int(n) for n in shape), pairs))
-        first = len(ports)
-        leaves = [
-            Leaf(first + int(item["tensor"])) if "tensor" in item else item["constant"]
-            for item in metadata["adalayer.leaves"]
-        ]
-        structure = metadata["adalayer.structure"]
-    else:  # written by something else
-        ports = [Port(values[n][0], tuple(values[n][2:5])) for n in program.inputs()]
-        order = list(range(len(ports)))
-        outputs = [Output(k, tuple(size), None) for k, size in enumerate(results)]
-        first = len(ports)
-        leaves = [Leaf(first + k) for k in range(len(outputs))]
-        structure = 0 if len(outputs) == 1 else {"tuple": list(range(len(outputs)))}
-    for leaf in leaves:
-        if isinstance(leaf, Leaf) and not first <= leaf.number < first + len(outputs):
-            raise ValueError(f"the result names tensor {leaf.number}")
-    _build(structure, leaves)
-    step = Step(NativePart(program, outputs), order, [first + k for k in range(len(outputs))], [])
-    names = metadata.get("classes")
-    return Engine(
-        [step],
-        ports,
-        leaves,
-        structure,
-        preprocessing=metadata.get("preprocessing"),
-        class_names=None if names is None else [str(name) for name in names],
-    )
