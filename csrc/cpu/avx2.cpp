@@ -40,12 +40,13 @@ struct Quads {
 
 /// sums[kRows][16] += factor * products of all quads, of which kRun may be added in int16.
 template <int kRun, int kRows>
-void multiply(const Quads& quads, const uint8_t* a, int64_t stride, int factor, int32_t* sums) {
+void multiply(const Quads& quads, const uint8_t* a, const int32_t* offsets, int factor,
+              int32_t* sums) {
   // The empty assembly keeps these values in registers as they stand: the compiler would compute
   // the row addresses anew for every quad, and carry a running sum through memory.
   const uint8_t* rows[kRows];
   unrolled<0, kRows>([&](auto r) __attribute__((always_inline)) {
-    rows[r.value] = a + r.value * stride;
+    rows[r.value] = a + offsets[r.value];
     __asm__("" : "+r"(rows[r.value]));
   });
   const __m256i factors = _mm256_set1_epi16(static_cast<int16_t>(factor));
@@ -122,18 +123,18 @@ void multiply(const Quads& quads, const uint8_t* a, int64_t stride, int factor, 
 }
 
 template <int kRun>
-void multiply_rows(const Quads& quads, const uint8_t* a, int64_t stride, int rows, int factor,
-                   int32_t* sums) {
+void multiply_rows(const Quads& quads, const uint8_t* a, const int32_t* offsets, int rows,
+                   int factor, int32_t* sums) {
   if (quads.count == 0) return;
   switch (rows) {
     case 1:
-      return multiply<kRun, 1>(quads, a, stride, factor, sums);
+      return multiply<kRun, 1>(quads, a, offsets, factor, sums);
     case 2:
-      return multiply<kRun, 2>(quads, a, stride, factor, sums);
+      return multiply<kRun, 2>(quads, a, offsets, factor, sums);
     case 3:
-      return multiply<kRun, 3>(quads, a, stride, factor, sums);
+      return multiply<kRun, 3>(quads, a, offsets, factor, sums);
     default:
-      return multiply<kRun, 4>(quads, a, stride, factor, sums);
+      return multiply<kRun, 4>(quads, a, offsets, factor, sums);
   }
 }
 
@@ -217,7 +218,7 @@ void gemm_narrow(const GemmArgs& g) {
       },
       [&] {
         for_blocks(g, [&](int row, int rows, int c) {
-          multiply_rows<kRun>(quads[c], g.activations + row * g.row_stride, g.row_stride, rows, 1,
+          multiply_rows<kRun>(quads[c], g.activations, g.row_offsets + row, rows, 1,
                               g.sums + row * kBlockCols + c * 16);
         });
       });
@@ -237,11 +238,12 @@ void gemm_wide(const GemmArgs& g) {
       },
       [&] {
         for_blocks(g, [&](int row, int rows, int c) {
-          const uint8_t* a = g.activations + row * g.row_stride;
+          const uint8_t* a = g.activations;
+          const int32_t* offsets = g.row_offsets + row;
           int32_t* sums = g.sums + row * kBlockCols + c * 16;
-          multiply_rows<1>(sorted[c].whole, a, g.row_stride, rows, 1, sums);
-          multiply_rows<kNibblePairs>(sorted[c].high, a, g.row_stride, rows, 16, sums);
-          multiply_rows<kNibblePairs>(sorted[c].low, a, g.row_stride, rows, 1, sums);
+          multiply_rows<1>(sorted[c].whole, a, offsets, rows, 1, sums);
+          multiply_rows<kNibblePairs>(sorted[c].high, a, offsets, rows, 16, sums);
+          multiply_rows<kNibblePairs>(sorted[c].low, a, offsets, rows, 1, sums);
         });
       });
 }

@@ -273,7 +273,7 @@ namespace {
 
 // 12 rows x 2 tiles of sums, two vectors of weights and one of activations: 27 of 32 registers, and
 // 14 loads for 24 vpdpbusd, so that the multiply ports set the pace.
-constexpr int kPassRows = 12;
+constexpr int kPassRows = 14;
 
 void gemm(const GemmArgs& g) {
   const int8_t* tiles[2] = {g.tile0, g.tile1};

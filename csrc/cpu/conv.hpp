@@ -18,10 +18,18 @@
 
 namespace adalayer::cpu {
 
-/// Output positions whose inputs lie a constant stride apart in memory.
+/// What the positions of a run are.
+enum class Positions {
+  Listed,     // the outputs; each has its own place in memory
+  Flattened,  // a constant stride apart, as the tile unit loads them: those between two output rows
+              // are computed and dropped
+};
+
+/// Output positions with the same step offsets.
 struct ConvRun {
-  int64_t base = 0;       // input byte of tap (0, 0) at position 0, from the image's start
-  int64_t positions = 0;  // flattened; those between two output rows are computed and dropped
+  int64_t base = 0;  // input byte of tap (0, 0) at position 0, from the image's start
+  int64_t positions = 0;
+  std::vector<int32_t> in_offset;        // [positions] bytes from `base`
   std::vector<int64_t> step_offsets;     // [steps] from a position to the step's 64 bytes
   std::vector<int32_t> out_offset;       // [positions] byte in the output image, or -1: dropped
   std::vector<int32_t> residual_offset;  // [positions], empty without a residual
@@ -29,10 +37,10 @@ struct ConvRun {
 };
 
 struct ConvPlan {
-  ConvShape shape;  // of one image
-  int64_t position_stride = 0;
-  int64_t steps = 0;         // of 64 bytes each
-  int64_t column_tiles = 0;  // of 16 output channels, per group
+  ConvShape shape;              // of one image
+  int64_t position_stride = 0;  // of flattened positions
+  int64_t steps = 0;            // of 64 bytes each
+  int64_t column_tiles = 0;     // of 16 output channels, per group
   int64_t in_image_bytes = 0, out_image_bytes = 0, residual_image_bytes = 0;
   int64_t out_pitch = 0;
   int64_t out_area = 0;             // positions of the output image
@@ -57,7 +65,10 @@ struct OutputMap {
 /// `in` has room for the padding that the shape asks for (image_layout.hpp; padding may be negative
 /// here). `out` is null for a float output, `residual` where there is none.
 ConvPlan plan_conv(const ConvShape& shape, const ImageLayout& in, const ImageLayout* out,
-                   const ImageLayout* residual, const OutputMap& map = {});
+                   const ImageLayout* residual, Positions positions, const OutputMap& map = {});
+
+/// What the kernels of a row want.
+Positions positions_for(const KernelRow& kernels);
 
 /// Writes the panels of `weights` [O][I/groups][KH][KW]: [group][column tile][step] tiles, each
 /// packed to 128 * bits bytes (formats/FORMATS.md, "Panels").

@@ -19,13 +19,15 @@ struct Stretch {
 };
 
 /// Kernel rows whole where their pixels are neighbours, else pixel by pixel: whatever needs fewer
-/// steps.
-std::vector<Stretch> stretches(const ConvShape& s, int64_t pitch) {
-  const auto steps = [&](int64_t columns) {
+/// products. Those are made of whole steps by the tile unit, which wants flattened positions, and
+/// of quads of bytes elsewhere.
+std::vector<Stretch> stretches(const ConvShape& s, int64_t pitch, Positions positions) {
+  const int64_t unit = positions == Positions::Flattened ? kTileDepth : 4;
+  const auto units = [&](int64_t columns) {
     const int64_t bytes = (columns - 1) * pitch + s.group_in();
-    return (bytes + kTileDepth - 1) / kTileDepth;
+    return (bytes + unit - 1) / unit;
   };
-  const bool whole = s.dilation_w == 1 && steps(s.kernel_w) <= s.kernel_w * steps(1);
+  const bool whole = s.dilation_w == 1 && units(s.kernel_w) <= s.kernel_w * units(1);
   std::vector<Stretch> list;
   for (int64_t ky = 0; ky < s.kernel_h; ++ky) {
     if (whole)
@@ -79,8 +81,9 @@ struct Rows {
 
 int64_t tiles(int64_t positions) { return (positions + 15) / 16; }
 
-/// Output rows in runs whose positions can be flattened, or row by row where that wastes less.
-std::vector<Rows> row_runs(const ConvShape& s, const ImageLayout& in) {
+/// Output rows in runs of equal step offsets. Where positions are flattened: row by row if that
+/// wastes less.
+std::vector<Rows> row_runs(const ConvShape& s, const ImageLayout& in, Positions positions) {
   const int64_t out_h = s.out_h(), out_w = s.out_w();
   const int64_t step = in.phases / std::gcd(in.phases, s.stride_h);
   // Rows of one run move this many rows of the layout.
@@ -91,10 +94,10 @@ std::vector<Rows> row_runs(const ConvShape& s, const ImageLayout& in) {
   int64_t flat_tiles = 0;
   for (int64_t first = 0; first < std::min(step, out_h); ++first) {
     const int64_t count = (out_h - first + step - 1) / step;
-    runs.push_back({first, step, count, per_row});
+    runs.push_back({first, step, count, positions == Positions::Listed ? out_w : per_row});
     flat_tiles += tiles((count - 1) * per_row + out_w);
   }
-  if (even && flat_tiles <= out_h * tiles(out_w)) return runs;
+  if (positions == Positions::Listed || (even && flat_tiles <= out_h * tiles(out_w))) return runs;
   runs.clear();
   for (int64_t y = 0; y < out_h; ++y)
     runs.push_back({y, 1, 1, out_w});
@@ -115,7 +118,7 @@ std::vector<int32_t> table_of(const Rows& rows, int64_t out_w, const Fn& at) {
 }  // namespace
 
 ConvPlan plan_conv(const ConvShape& shape, const ImageLayout& in, const ImageLayout* out,
-                   const ImageLayout* residual, const OutputMap& map) {
+                   const ImageLayout* residual, Positions positions, const OutputMap& map) {
   if (in.image_bytes > INT32_MAX || (out != nullptr && out->image_bytes > INT32_MAX))
     throw InvalidArgument("convolution: an image of 2^31 or more bytes is not supported");
   ConvPlan plan;
@@ -132,15 +135,24 @@ ConvPlan plan_conv(const ConvShape& shape, const ImageLayout& in, const ImageLay
     plan.out_pitch = out->pitch;
   }
   if (residual != nullptr) plan.residual_image_bytes = residual->image_bytes;
-  const std::vector<Stretch> list = stretches(shape, in.pitch);
+  const std::vector<Stretch> list = stretches(shape, in.pitch, positions);
   plan_steps(plan, list, in.pitch);
   if (out_h <= 0 || out_w <= 0) return plan;
-  for (const Rows& rows : row_runs(shape, in)) {
+  for (const Rows& rows : row_runs(shape, in, positions)) {
     ConvRun run;
     const int64_t p = rows.first * shape.stride_h - shape.pad_top + in.pad_top;
     run.base = in.row_offset(p) + (in.pad_left - shape.pad_left) * in.pitch;
     run.positions = (rows.count - 1) * rows.per_row + out_w;
     run.step_offsets = step_offsets(shape, list, in, p);
+    run.in_offset.resize(static_cast<size_t>(run.positions));
+    for (int64_t i = 0; i < run.positions; ++i) {
+      const int64_t row = p + i / rows.per_row * rows.step * shape.stride_h;
+      const int64_t at =
+          positions == Positions::Listed
+              ? in.row_offset(row) - in.row_offset(p) + i % rows.per_row * plan.position_stride
+              : i * plan.position_stride;
+      run.in_offset[i] = static_cast<int32_t>(at);
+    }
     const auto offset_in = [&](const ImageLayout& layout) {
       return table_of(rows, out_w, [&](int64_t y, int64_t x) {
         return layout.offset(map.first_y + y * map.step_y, map.first_x + x * map.step_x);

@@ -20,7 +20,11 @@ constexpr int64_t kThirdLevelCost = 5;
 // memory delivers.
 constexpr int64_t kFetchPerStep = 192;
 constexpr int kTallRows = 64;
-constexpr int64_t kSums = kTallRows * kBlockCols;
+static_assert(kGemmRows >= kTallRows);
+constexpr int64_t kSums = kGemmRows * kBlockCols;
+// Rows of a gemm call: several passes of the kernels' most.
+constexpr int kListedRows = 56;
+static_assert(kListedRows <= kGemmRows);
 
 /// Buffers of one thread; they grow to the largest layer and stay.
 struct Scratch {
@@ -71,14 +75,14 @@ struct Loop {
   int multiply(const Columns& c, int8_t* unpacked_at, bool fresh, int64_t n, const ConvRun& run,
                int64_t first, int rows, int32_t* at) const {
     const ConvPlan& plan = call.plan;
-    const uint8_t* activations = call.in + n * plan.in_image_bytes + run.base +
-                                 c.group * plan.shape.group_in() + first * plan.position_stride;
+    const uint8_t* activations =
+        call.in + n * plan.in_image_bytes + run.base + c.group * plan.shape.group_in();
     const int64_t tile_bytes = plan.packed_tile_bytes(call.bits);
     const uint8_t* weights = packed(c);
     const WeightStream::Piece fetch = ahead(c, fresh);
     if (kernels.block != nullptr) {
       BlockArgs b{};
-      b.activations = activations;
+      b.activations = activations + first * plan.position_stride;
       b.row_stride = plan.position_stride;
       b.step_offsets = run.step_offsets.data();
       b.steps = plan.steps;
@@ -98,7 +102,7 @@ struct Loop {
     if (fresh && call.bits < 8) unpack_tiles(weights, call.bits, c.tiles * plan.steps, unpacked_at);
     GemmArgs g{};
     g.activations = activations;
-    g.row_stride = plan.position_stride;
+    g.row_offsets = run.in_offset.data() + first;
     g.step_offsets = run.step_offsets.data();
     g.live_quads = plan.live_quads.data();
     g.steps = plan.steps;
@@ -190,6 +194,16 @@ Columns columns_of(const ConvPlan& plan, int64_t pair) {
   return c;
 }
 
+/// Rows of a block of listed positions: even blocks, and at least one for every part.
+int even_rows(const ConvPlan& plan, int64_t parts) {
+  int64_t most = 0;
+  for (const ConvRun& run : plan.runs)
+    most = std::max(most, run.positions);
+  int64_t blocks = (most + kListedRows - 1) / kListedRows;
+  blocks = (blocks + parts - 1) / parts * parts;
+  return static_cast<int>(std::max<int64_t>(1, (most + blocks - 1) / blocks));
+}
+
 /// A share of the positions: blocks [first, last) of `rows` over all runs of one image.
 struct BlockRange {
   int64_t first, last;
@@ -248,7 +262,9 @@ void run(const ConvCall& call, const FloatConvCall* floats, const KernelRow& ker
   // Four row tiles by one column: every weight tile is unpacked and used once.
   const bool tall = kernels.block != nullptr && call.bits < 8 && plan.runs.size() == 1 &&
                     plan.runs[0].positions > kBlockRows && plan.runs[0].positions <= kTallRows;
-  const int rows = tall ? kTallRows : kBlockRows;
+  const int rows = tall                       ? kTallRows
+                   : kernels.block != nullptr ? kBlockRows
+                                              : even_rows(plan, call.by_columns ? 1 : part.count);
   const int64_t blocks = block_count(plan, rows);
   BlockRange range{0, blocks, rows};
   if (!call.by_columns) {
@@ -333,6 +349,10 @@ bool prefers_columns(const ConvPlan& plan, int bits, int threads) {
   if (plan.pairs() < threads) return false;
   const int64_t blocks = block_count(plan, kBlockRows);
   return blocks < threads || plan.packed_bytes(bits) > plan.in_image_bytes;
+}
+
+Positions positions_for(const KernelRow& kernels) {
+  return kernels.block != nullptr ? Positions::Flattened : Positions::Listed;
 }
 
 void run_conv(const ConvCall& call, const KernelRow& kernels, Part part) {

@@ -168,7 +168,12 @@ void matmul_block(const Call& call, const uint8_t* packed, const Block& block) {
   int32_t position[kBlockRows];
 
   GemmArgs gemm{};
-  gemm.row_stride = call.shape.stride_w * call.image.pitch;
+  const int64_t row_stride = call.shape.stride_w * call.image.pitch;
+  int32_t row_offsets[kBlockRows];
+  for (int r = 0; r < kBlockRows; ++r)
+    row_offsets[r] = static_cast<int32_t>(r * row_stride);
+  gemm.row_offsets = row_offsets;
+  gemm.row_stride = row_stride;
   gemm.step_offsets = call.offsets;
   gemm.live_quads = panels.live_quads.data();
   gemm.steps = steps;
@@ -194,7 +199,7 @@ void matmul_block(const Call& call, const uint8_t* packed, const Block& block) {
         fill_positions(call, m, gemm.rows, position);
         for (int64_t p = visit_first; p < visit_last; ++p) {
           const int64_t g = p / pairs_per_group, tile = p % pairs_per_group * 2;
-          gemm.activations = image + g * call.image.group_bytes + m * gemm.row_stride;
+          gemm.activations = image + g * call.image.group_bytes + m * row_stride;
           gemm.tile0 = unpack ? reinterpret_cast<int8_t*>(unpacked + (p - visit_first) * pair_bytes)
                               : reinterpret_cast<const int8_t*>(panels.tile(g, tile));
           gemm.tile1 = tile + 1 < panels.column_tiles ? gemm.tile0 + steps * kTileBytes : nullptr;

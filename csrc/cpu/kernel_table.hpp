@@ -20,19 +20,24 @@ namespace adalayer::cpu {
 constexpr int kBlockRows = 32;
 constexpr int kBlockCols = 32;
 
-/// sums[r][c] = sum over steps of a * b, for 32 rows of packed activations and two column tiles.
-/// Kernels may read activations of all 32 rows, whatever `rows` says, and 64 bytes at each step.
+/// Most rows of one gemm call.
+constexpr int kGemmRows = 64;
+
+/// sums[r][c] = sum over steps of a * b, for rows of packed activations and two column tiles. A row
+/// lies anywhere, so that only positions that are wanted are multiplied; kernels read the live
+/// quads of the rows that there are and nothing else.
 struct GemmArgs {
-  const uint8_t* activations;   // row 0, step offset 0
-  int64_t row_stride;           // bytes between output positions
+  const uint8_t* activations;   // step offset 0
+  const int32_t* row_offsets;   // [rows] bytes from `activations`
+  int64_t row_stride;           // between them, for the tile unit alone
   const int64_t* step_offsets;  // [steps] byte offset of each step from the row's start
   const uint8_t* live_quads;    // [steps] groups of 4 bytes worth multiplying
   int64_t steps;
   const int8_t* tile0;  // [steps][1024] unpacked weight tiles of column tile 0
   const int8_t* tile1;  // the same for column tile 1, or null
   int weight_bits;      // width of the weights before unpacking: AVX2 has a shortcut below 8
-  int rows;             // 1..32 rows wanted; rows up to a multiple of the kernel's may be written
-  int32_t* sums;        // [32][32]
+  int rows;             // 1..kGemmRows
+  int32_t* sums;        // [rows][32]
 };
 
 /// Most activation rows that `gemv` takes.

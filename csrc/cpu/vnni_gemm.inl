@@ -18,20 +18,13 @@ void gemm_pass(const GemmArgs& g, const int8_t* const* weights, int row, int32_t
                          : 2 * kProducts <= V::kSums && kProducts < kSumsInFlight   ? 2
                                                                                     : 1;
   constexpr int kUnroll = kSplit > 2 ? kSplit : 2;
-  const int64_t stride = g.row_stride;
-  const uint8_t* base = g.activations + row * stride;
+  const int32_t* const offsets = g.row_offsets + row;
   T acc[kSplit][kRows][kVectors];
   unrolled<0, kSplit * kProducts>([&](auto i) __attribute__((always_inline)) {
     acc[i.value / kProducts][i.value / kVectors % kRows][i.value % kVectors] = V::zero();
   });
   for (int64_t s = 0; s < g.steps; ++s) {
-    // A base register for every third row: the others are one or two strides away, which is an
-    // addressing mode. The empty assembly keeps the compiler from finding its own, slower way.
-    const uint8_t* a[4] = {base + g.step_offsets[s]};
-    unrolled<1, 4>([&](auto third) __attribute__((always_inline)) {
-      a[third.value] = a[third.value - 1] + 3 * stride;
-      if constexpr (third.value * 3 < kRows) __asm__("" : "+r"(a[third.value]));
-    });
+    const uint8_t* a = g.activations + g.step_offsets[s];
     const int8_t* b[kVectors];
     unrolled<0, kVectors>([&](auto c) __attribute__((always_inline)) {
       b[c.value] = weights[c.value] + s * formats::kTileBytes;
@@ -47,7 +40,7 @@ void gemm_pass(const GemmArgs& g, const int8_t* const* weights, int row, int32_t
           _mm_prefetch(reinterpret_cast<const char*>(p + formats::kTileBytes), _MM_HINT_T0);
       });
       unrolled<0, kRows>([&](auto r) __attribute__((always_inline)) {
-        const T v = V::broadcast(a[r.value / 3] + r.value % 3 * stride + quad.value * 4);
+        const T v = V::broadcast(a + offsets[r.value] + quad.value * 4);
         unrolled<0, kVectors>([&](auto c) __attribute__((always_inline)) {
           T& sum = acc[part.value][r.value][c.value];
           sum = V::dot(sum, v, w[c.value]);
@@ -55,8 +48,7 @@ void gemm_pass(const GemmArgs& g, const int8_t* const* weights, int row, int32_t
       });
     };
     const auto advance = [&](int quads) __attribute__((always_inline)) {
-      unrolled<0, 4>([&](auto third)
-                         __attribute__((always_inline)) { a[third.value] += quads * 4; });
+      a += quads * 4;
       unrolled<0, kVectors>([&](auto c)
                                 __attribute__((always_inline)) { b[c.value] += quads * 64; });
     };

@@ -28,6 +28,8 @@ AlignedBuffer padded_copy(std::span<const T> values) {
 
 const Value& value_of(const Program& program, int32_t id) { return program.values[id]; }
 
+cpu::Positions positions() { return cpu::positions_for(*cpu::active_kernels()); }
+
 /// The geometry of a node: an ordinary convolution's, or for a transposed one just its channels.
 ConvShape shape_of(const Program& program, const Node& node) {
   if (node.op == OpKind::Conv) return conv_shape(program, node);
@@ -146,10 +148,10 @@ ConvStep::ConvStep(const Program& program, const Node& node, const cpu::ImageLay
     correction_ = correction(weights);
     epilogue_.correction = zero_point_ == 0 ? nullptr : correction_.as<int32_t>();
   } else if (stem != nullptr) {
-    add_piece(cpu::plan_conv(stem->shape, in, out, fused),
+    add_piece(cpu::plan_conv(stem->shape, in, out, fused, positions()),
               cpu::stem_weights(*stem, shape_, weights));
   } else {
-    add_piece(cpu::plan_conv(shape_, in, out, fused), weights);
+    add_piece(cpu::plan_conv(shape_, in, out, fused, positions()), weights);
   }
 }
 
@@ -194,7 +196,7 @@ void ConvStep::plan_transposed(const std::vector<TransposedPhase>& phases,
               taps[((o * ins + i) * s.kernel_h + jy) * s.kernel_w + jx] =
                   weights[((o * ins + i) * a.kernel_h + ky) * a.kernel_w + kx];
           }
-    add_piece(cpu::plan_conv(s, in, out, residual, phase.map), std::move(taps));
+    add_piece(cpu::plan_conv(s, in, out, residual, positions(), phase.map), std::move(taps));
   }
 }
 

@@ -91,7 +91,7 @@ void run_case(const Case& c, Isa isa, int parts, bool by_columns) {
               .table = c.table ? table.data() : nullptr};
   e.bounded = c.bounded;
 
-  const ConvPlan plan = plan_conv(s, in, &out, c.residual ? &res : nullptr);
+  const ConvPlan plan = plan_conv(s, in, &out, c.residual ? &res : nullptr, positions_for(kernels));
   // Tiles are 64-byte aligned, as the engine keeps them.
   AlignedBuffer packed(static_cast<size_t>(plan.packed_bytes(c.bits)));
   pack_panels(plan, weights, c.bits, packed.data());

@@ -255,6 +255,10 @@ TEST(gemm_of_every_row) {
         std::vector<int32_t> sums(cpu::kBlockRows * cpu::kBlockCols, -1);
         cpu::GemmArgs g{};
         g.activations = p.levels.data();
+        std::vector<int32_t> row_offsets;
+        for (int r = 0; r < rows; ++r)
+          row_offsets.push_back(static_cast<int32_t>(r * p.row_stride));
+        g.row_offsets = row_offsets.data();
         g.row_stride = p.row_stride;
         g.step_offsets = p.offsets.data();
         g.live_quads = p.live.data();
