@@ -82,9 +82,36 @@ void quantize_row(const float* x, int64_t n, const ActivationGrid& grid, uint8_t
   }
 }
 
+namespace {
+
+/// Three planes, the channels of an image, to three bytes per pixel.
+void quantize_rgb(const float* x, int64_t channel_stride, int64_t w, const Grid& g, uint8_t* q) {
+  const __m512i three_of_four =
+      _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1));
+  const __m512i compact = _mm512_set_epi32(15, 11, 7, 3, 14, 13, 12, 10, 9, 8, 6, 5, 4, 2, 1, 0);
+  for (int64_t i = 0; i < w; i += 16, q += 48) {
+    const __mmask16 m = tail_mask(w - i);
+    const auto plane = [&](int c) {
+      return g.levels(_mm512_maskz_loadu_ps(m, x + c * channel_stride + i));
+    };
+    __m512i pixels = _mm512_or_si512(_mm512_slli_epi32(plane(2), 16),
+                                     _mm512_or_si512(_mm512_slli_epi32(plane(1), 8), plane(0)));
+    pixels = _mm512_permutexvar_epi32(compact, _mm512_shuffle_epi8(pixels, three_of_four));
+    if (w - i >= 16) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(q), _mm512_castsi512_si256(pixels));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(q + 32), _mm512_extracti32x4_epi32(pixels, 2));
+    } else {
+      _mm512_mask_storeu_epi8(q, (__mmask64{1} << (3 * (w - i))) - 1, pixels);
+    }
+  }
+}
+
+}  // namespace
+
 void quantize_planar(const float* x, int64_t channel_stride, int64_t channels, int64_t w,
                      const ActivationGrid& grid, uint8_t* q) {
   const Grid g(grid);
+  if (channels == 3) return quantize_rgb(x, channel_stride, w, g, q);
   for (int64_t x0 = 0; x0 < w; x0 += 16) {
     const __mmask16 m = tail_mask(w - x0);
     const int64_t pixels = w - x0 < 16 ? w - x0 : 16;

@@ -30,6 +30,41 @@ Grouping best_grouping(const ConvShape& s) {
   return a < b ? overlapping : disjoint;
 }
 
+/// The pixels of image row `y`, channels side by side.
+void quantize_pixels(const Stem& stem, const KernelRow* kernels, const float* x, Layout order,
+                     const ActivationGrid& grid, int64_t y, uint8_t* pixels) {
+  const int64_t c = stem.channels, w = stem.in_w, plane = stem.in_h * w;
+  if (order == Layout::NHWC) {
+    const float* row = x + y * w * c;
+    if (kernels != nullptr)
+      kernels->quantize_row(row, w * c, grid, pixels);
+    else
+      for (int64_t i = 0; i < w * c; ++i)
+        pixels[i] = quantize_value(row[i], grid);
+  } else if (kernels != nullptr) {
+    kernels->quantize_planar(x + y * w, plane, c, w, grid, pixels);
+  } else {
+    for (int64_t i = 0; i < w; ++i)
+      for (int64_t k = 0; k < c; ++k)
+        pixels[i * c + k] = quantize_value(x[k * plane + y * w + i], grid);
+  }
+}
+
+/// Padded row `p` without gaps between pixels.
+void quantize_dense(const Stem& stem, const KernelRow* kernels, const float* x, Layout order,
+                    const ActivationGrid& grid, int64_t p, uint8_t* out) {
+  const int64_t y = p - stem.pad_top, bytes = stem.layout.row_bytes;
+  const auto zero = static_cast<uint8_t>(grid.zero_point);
+  if (y < 0 || y >= stem.in_h) {
+    std::fill_n(out, bytes, zero);
+    return;
+  }
+  const int64_t left = stem.pad_left * stem.channels, image = stem.in_w * stem.channels;
+  std::fill_n(out, left, zero);
+  quantize_pixels(stem, kernels, x, order, grid, y, out + left);
+  std::fill(out + left + image, out + bytes, zero);
+}
+
 /// Padded row `p` as one dword of four channels per padded column.
 void quantize_line(const Stem& stem, const KernelRow* kernels, const float* x, Layout order,
                    const ActivationGrid& grid, int64_t p, uint8_t* pixels, uint32_t* line) {
@@ -46,20 +81,7 @@ void quantize_line(const Stem& stem, const KernelRow* kernels, const float* x, L
     kernels->stem.quantize_quads(x + y * w, plane, c, w, grid, line + stem.pad_left);
     return;
   }
-  if (order == Layout::NHWC) {
-    const float* row = x + y * w * c;
-    if (kernels != nullptr)
-      kernels->quantize_row(row, w * c, grid, pixels);
-    else
-      for (int64_t i = 0; i < w * c; ++i)
-        pixels[i] = quantize_value(row[i], grid);
-  } else if (kernels != nullptr) {
-    kernels->quantize_planar(x + y * w, plane, c, w, grid, pixels);
-  } else {
-    for (int64_t i = 0; i < w; ++i)
-      for (int64_t k = 0; k < c; ++k)
-        pixels[i * c + k] = quantize_value(x[k * plane + y * w + i], grid);
-  }
+  quantize_pixels(stem, kernels, x, order, grid, y, pixels);
   uint32_t* out = line + stem.pad_left;
   if (c == 3) {
     // Four bytes are read of three; `pixels` has room after its end.
@@ -108,9 +130,10 @@ bool stem_suits(const ConvShape& s) {
          s.dilation_w == 1 && s.kernel_h > 1 && s.kernel_h <= 16;
 }
 
-Stem plan_stem(const ConvShape& s) {
-  const Grouping g = best_grouping(s);
+Stem plan_stem(const ConvShape& s, Positions positions) {
   Stem stem;
+  stem.dense = positions == Positions::Listed;
+  const Grouping g = stem.dense ? Grouping{1, 1, s.kernel_h} : best_grouping(s);
   stem.rows = g.rows;
   stem.step = g.step;
   stem.kernel_rows = g.kernel_rows;
@@ -121,8 +144,9 @@ Stem plan_stem(const ConvShape& s) {
   stem.pad_left = s.pad_left;
   ConvShape& v = stem.shape;
   v.batch = 1;
-  v.in_channels = kStemChannels * g.rows;
-  v.in_h = s.out_h() + g.kernel_rows - 1;
+  v.in_channels = stem.dense ? s.in_channels : kStemChannels * g.rows;
+  v.stride_h = stem.dense ? s.stride_h : 1;
+  v.in_h = (s.out_h() - 1) * v.stride_h + g.kernel_rows;
   v.in_w = std::max(s.pad_left + s.in_w, (s.out_w() - 1) * s.stride_w + s.kernel_w);
   v.out_channels = s.out_channels;
   v.kernel_h = g.kernel_rows;
@@ -130,7 +154,13 @@ Stem plan_stem(const ConvShape& s) {
   v.stride_w = s.stride_w;
   // The image may be wider than the windows reach; the padding to the right is part of in_w.
   v.pad_right = (s.out_w() - 1) * s.stride_w + s.kernel_w - v.in_w;
-  stem.layout = image_layout(v.in_channels, v.in_h, v.in_w, {}, 1, s.stride_w);
+  stem.layout = image_layout(v.in_channels, v.in_h, v.in_w, {}, 1, stem.dense ? 1 : s.stride_w);
+  if (stem.dense) {
+    ImageLayout& l = stem.layout;
+    l.pitch = s.in_channels;
+    l.row_bytes = l.columns * l.pitch;
+    l.image_bytes = (l.h * l.row_bytes + 63) / 64 * 64;
+  }
   return stem;
 }
 
@@ -151,13 +181,18 @@ std::vector<int8_t> stem_weights(const Stem& stem, const ConvShape& s,
 
 void quantize_stem(const Stem& stem, const float* x, Layout order, const ActivationGrid& grid,
                    uint8_t* out, Part part) {
+  const KernelRow* kernels = active_kernels();
+  if (stem.dense) {
+    for (int64_t p = part.first(stem.layout.h); p < part.last(stem.layout.h); ++p)
+      quantize_dense(stem, kernels, x, order, grid, p, out + p * stem.layout.row_bytes);
+    return;
+  }
   thread_local AlignedBuffer scratch;
   const int64_t columns = stem.layout.columns, rows = stem.rows;
   const int64_t pixel_bytes = (stem.in_w * stem.channels + 64) / 64 * 64 + 64;
   const auto bytes = static_cast<size_t>(pixel_bytes + rows * columns * 4);
   if (scratch.size() < bytes) scratch.reset(bytes);
   auto* lines = reinterpret_cast<uint32_t*>(scratch.data() + pixel_bytes);
-  const KernelRow* kernels = active_kernels();
   // Line p lies in slot p % rows; groups ask for rising p, so a slot is overwritten when done with.
   std::array<int64_t, 16> held;
   held.fill(-1);

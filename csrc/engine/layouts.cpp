@@ -16,7 +16,7 @@ struct Needs {
   int64_t phases = 1;
   int64_t columns_multiple = 1;
 
-  void read_by(const ConvShape& s, bool in_phases) {
+  void read_by(const ConvShape& s, bool strided) {
     padding.top = std::max(padding.top, s.pad_top);
     padding.left = std::max(padding.left, s.pad_left);
     // Windows may end before the padding does.
@@ -24,7 +24,7 @@ struct Needs {
     const int64_t last_column = (s.out_w() - 1) * s.stride_w + (s.kernel_w - 1) * s.dilation_w;
     padding.bottom = std::max(padding.bottom, last_row - s.pad_top - (s.in_h - 1));
     padding.right = std::max(padding.right, last_column - s.pad_left - (s.in_w - 1));
-    if (!in_phases) return;
+    if (!strided) return;
     const int64_t together = std::lcm(phases, s.stride_h);
     if (together <= kMaxPhases) phases = together;
     const int64_t columns = std::lcm(columns_multiple, s.stride_w);
@@ -35,6 +35,11 @@ struct Needs {
 }  // namespace
 
 std::vector<ValueLayout> plan_layouts(const Program& program) {
+  const cpu::KernelRow* kernels = cpu::active_kernels();
+  const cpu::Positions positions =
+      kernels == nullptr ? cpu::Positions::Listed : cpu::positions_for(*kernels);
+  // Listed positions may lie anywhere: rows need no phases.
+  const bool strided = positions == cpu::Positions::Flattened;
   std::vector<Needs> needs(program.values.size());
   std::vector<int> readers(program.values.size(), 0);
   std::vector<const Node*> writer(program.values.size(), nullptr);
@@ -43,10 +48,11 @@ std::vector<ValueLayout> plan_layouts(const Program& program) {
     for (const int32_t v : node.inputs)
       ++readers[v];
     if (node.op == OpKind::Conv) {
-      needs[node.inputs[0]].read_by(conv_shape(program, node), !runs_grouped(program, node));
+      needs[node.inputs[0]].read_by(conv_shape(program, node),
+                                    strided && !runs_grouped(program, node));
     } else if (node.op == OpKind::ConvTranspose) {
       for (const TransposedPhase& phase : transposed_phases(program, node))
-        needs[node.inputs[0]].read_by(phase.shape, true);
+        needs[node.inputs[0]].read_by(phase.shape, strided);
     }
   }
   std::vector<ValueLayout> layouts(program.values.size());
@@ -63,7 +69,7 @@ std::vector<ValueLayout> plan_layouts(const Program& program) {
         readers[v] == 1 && writer[v] != nullptr && writer[v]->op == OpKind::Quantize;
     const ConvShape shape = conv_shape(program, node);
     if (!only_reader || runs_grouped(program, node) || !cpu::stem_suits(shape)) continue;
-    layouts[v].stem = cpu::plan_stem(shape);
+    layouts[v].stem = cpu::plan_stem(shape, positions);
     layouts[v].layout = layouts[v].stem->layout;
   }
   return layouts;
