@@ -310,6 +310,14 @@ void gemm(const GemmArgs& g) {
     gemm_passes<Bytes512, kPassRows, 1>(g, tiles, g.sums);
 }
 
+void gemm_requantize(const GemmArgs& g, const RequantizeArgs& q, Requantize requantize) {
+  const int8_t* tiles[2] = {g.tile0, g.tile1};
+  if (g.tile1 != nullptr)
+    gemm_requantize_passes<Bytes512, kPassRows, 2>(g, tiles, q, requantize);
+  else
+    gemm_requantize_passes<Bytes512, kPassRows, 1>(g, tiles, q, requantize);
+}
+
 void nothing() {}
 
 }  // namespace
@@ -327,6 +335,7 @@ const KernelRow kAvx512VnniRow{
     .begin = avx512::nothing,
     .end = avx512::nothing,
     .gemm = avx512::gemm,
+    .gemm_requantize = avx512::gemm_requantize,
     .gemv = avx512::gemv,
     .store = avx512::store,
     .depthwise = avx512::depthwise,

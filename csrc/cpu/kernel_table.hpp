@@ -119,6 +119,8 @@ struct RequantizeArgs {
   int64_t channel;  // of the epilogue's arrays
 };
 
+/// The row's own requantize, or the one with a table lookup in registers (AVX512-VBMI).
+using Requantize = void (*)(const RequantizeArgs&);
 using Gemv = void (*)(const GemvArgs&);
 /// The input step of a network (stem.hpp); null where the plain loops have to do.
 struct StemKernels {
@@ -145,6 +147,9 @@ struct KernelRow {
   void (*begin)();  // per thread and pass: AMX tile configuration
   void (*end)();
   void (*gemm)(const GemmArgs&);
+  /// Any number of rows, whose sums go on to `requantize` (its sums, tiles and rows are the
+  /// kernel's business; g.sums is not used). Null: gemm, then requantize.
+  void (*gemm_requantize)(const GemmArgs& g, const RequantizeArgs& q, Requantize requantize);
   Gemv gemv;  // needs no begin() and end()
   void (*store)(const StoreArgs&);
   void (*depthwise)(const DepthwiseArgs&);
@@ -165,8 +170,6 @@ const KernelRow* active_kernels();
 UnpackTiles unpacker(const KernelRow& row);
 Gemv gemv(const KernelRow& row);
 
-/// The row's own requantize, or the one with a table lookup in registers (AVX512-VBMI).
-using Requantize = void (*)(const RequantizeArgs&);
 Requantize requantizer(const KernelRow& row);
 
 #ifdef ADALAYER_HAVE_AVX2
