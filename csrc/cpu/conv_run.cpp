@@ -24,6 +24,7 @@ static_assert(kGemmRows >= kTallRows);
 constexpr int64_t kSums = kGemmRows * kBlockCols;
 // Rows of a gemm call: several passes of the kernels' most.
 constexpr int kListedRows = 56;
+constexpr int kTypicalPass = 14;
 static_assert(kListedRows <= kGemmRows);
 
 /// Buffers of one thread; they grow to the largest layer and stay.
@@ -123,6 +124,15 @@ struct Loop {
     g.tile1 = c.tiles == 2 ? g.tile0 + plan.steps * kTileBytes : nullptr;
     g.weight_bits = call.bits;
     g.rows = rows;
+    const WeightStream::Piece fetch = ahead(c, fresh);
+    if (fetch.bytes > 0) {
+      // About a line for every step of every pass of rows.
+      const int64_t passes = (rows + kTypicalPass - 1) / kTypicalPass;
+      g.fetch = fetch.begin;
+      g.fetch_lines = static_cast<int>((fetch.bytes + 64 * passes * plan.steps - 1) /
+                                       (64 * passes * plan.steps));
+      g.fetch_row = fetch.bytes / rows;
+    }
     return g;
   }
 

@@ -33,11 +33,14 @@ struct GemmArgs {
   const int64_t* step_offsets;  // [steps] byte offset of each step from the row's start
   const uint8_t* live_quads;    // [steps] groups of 4 bytes worth multiplying
   int64_t steps;
-  const int8_t* tile0;  // [steps][1024] unpacked weight tiles of column tile 0
-  const int8_t* tile1;  // the same for column tile 1, or null
-  int weight_bits;      // width of the weights before unpacking: AVX2 has a shortcut below 8
-  int rows;             // 1..kGemmRows
-  int32_t* sums;        // [rows][32]
+  const int8_t* tile0;   // [steps][1024] unpacked weight tiles of column tile 0
+  const int8_t* tile1;   // the same for column tile 1, or null
+  int weight_bits;       // width of the weights before unpacking: AVX2 has a shortcut below 8
+  int rows;              // 1..kGemmRows
+  const uint8_t* fetch;  // weights to fetch into the second-level cache meanwhile:
+  int64_t fetch_row;     // bytes from one row's share to the next one's
+  int fetch_lines;       // of 64 bytes with every step of a pass
+  int32_t* sums;         // [rows][32]
 };
 
 /// Most activation rows that `gemv` takes.

@@ -20,12 +20,16 @@ __attribute__((noinline)) void gemm_pass(const GemmArgs& g, const int8_t* const*
                                                                                     : 1;
   constexpr int kUnroll = kSplit > 2 ? kSplit : 2;
   const int32_t* const offsets = g.row_offsets + row;
+  // Rows have equal shares.
+  const uint8_t* fetch = g.fetch + row * g.fetch_row;
   T acc[kSplit][kRows][kVectors];
   unrolled<0, kSplit * kProducts>([&](auto i) __attribute__((always_inline)) {
     acc[i.value / kProducts][i.value / kVectors % kRows][i.value % kVectors] = V::zero();
   });
   for (int64_t s = 0; s < g.steps; ++s) {
     const uint8_t* a = g.activations + g.step_offsets[s];
+    for (int line = 0; line < g.fetch_lines; ++line, fetch += 64)
+      _mm_prefetch(reinterpret_cast<const char*>(fetch), _MM_HINT_T1);
     const int8_t* b[kVectors];
     unrolled<0, kVectors>([&](auto c) __attribute__((always_inline)) {
       b[c.value] = weights[c.value] + s * formats::kTileBytes;
