@@ -31,3 +31,5 @@ TEST(a_team_without_its_core_is_left_alone) {
   CHECK(loop(0ms) == HostTeam::Absent);
   CHECK(comes(HostTeam::Done, 0ms));
 }
+
+int main(int argc, char** argv) { return check::run_all(argc, argv); }
