@@ -15,6 +15,7 @@ PYTHON_ROOMS = [
     *("errors", "_files", "_progress", "_C", "plan", "ops", "rounding", "files", "nn", "pruning"),
     *(
         "quantization",
+        "repair",
         "engine",
         "importance",
         "allocation",
