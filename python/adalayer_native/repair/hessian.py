@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from adalayer_native.errors import CalibrationError
+from adalayer_native.errors import CalibrationError, PlanError
 from adalayer_native.pruning.masks import magnitude_mask, pruned_count
 from adalayer_native.repair.columns import columns, groups_of
 from adalayer_native.repair.sweep import Rows, compensate, refine
@@ -119,12 +119,15 @@ class LayerHessian:
         if gain is not None:
             self.gain = gain.detach().to(self.gain).reshape(self.gain.shape).square()
         self.count = 0
-        double = {"dtype": torch.float64, "device": device}
-        self._moment = torch.zeros(groups, width, width, **double)  # type: ignore[arg-type]
-        self._sum = torch.zeros(groups, width, **double)  # type: ignore[arg-type]
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        self._moment = zeros(groups, width, width)
+        self._sum = zeros(groups, width)
         self._cross: Tensor | None = None
         self._float_sum = self._sum
-        self._output = torch.zeros(2, *self.weight.shape[:2], **double)  # type: ignore[arg-type]
+        self._output = zeros(2, *self.weight.shape[:2])
         self._solver: _Solver | None = None
 
     # -- statistics -------------------------------------------------------------------------
@@ -211,6 +214,11 @@ class LayerHessian:
         low, high = weight_range(bits)
         keep: Tensor | None = None
         if mask is not None:
+            if mask.shape != self.shape:
+                raise PlanError(
+                    f"layer {self.name!r}: mask has shape {tuple(mask.shape)}, expected "
+                    f"{tuple(self.shape)}"
+                )
             keep = mask.reshape(self.weight.shape)
         levels, scale, kept = solver.run([(bits, sparsity)], passes, keep=keep)
         chosen = kept if mask is not None or pruned_count(kept.numel(), sparsity) else None
@@ -370,7 +378,6 @@ class _Solver:
         target, gain = self.target, self.owner.gain
         if channels is not None:
             target, gain = target[:, channels], gain[:, channels]
-        groups, per_group, width = target.shape
         rows = self._rows(target, gain, settings, keep)
         repeated = target.repeat(1, len(settings), 1)
         levels, kept = compensate(repeated, self.factor, rows)

@@ -5,10 +5,10 @@ With ``H`` the second moment of a layer's inputs, the squared error of its outpu
 
 :func:`compensate` fixes the columns of ``Q`` one after the other and moves the columns that are
 still free to where they make up best for the error made so far. For the first column of what is
-left that is eq. (3) of Optimal Brain Compression (Frantar and Alistarh, 2022),
-``dw = -(w_j - q_j) / [H^-1]_jj * H^-1[:, j]``; the inverses of all the trailing submatrices are read
-from one Cholesky factor ``H^-1 = U^T U``, as in GPTQ (Frantar et al., 2023). A weight may also be
-fixed at zero; that costs ``w_j^2 / [H^-1]_jj`` instead of ``(w_j - q_j)^2 / [H^-1]_jj``, and the
+left that is the update of Optimal Brain Compression (Frantar and Alistarh, 2022),
+``dw = -(w_j - q_j) / [H^-1]_jj * H^-1[:, j]``; the inverses of all the trailing submatrices are
+read from one Cholesky factor ``H^-1 = U^T U``, as in GPTQ (Frantar et al., 2023). A weight may also
+be fixed at zero; that costs ``w_j^2 / [H^-1]_jj`` instead of ``(w_j - q_j)^2 / [H^-1]_jj``, and the
 weights with the least difference are the ones that are pruned, block by block (SparseGPT, Frantar
 and Alistarh, 2023, there with ``w_j^2 / [H^-1]_jj`` alone).
 

@@ -16,8 +16,13 @@ from adalayer_native.quantization import ops_table as table
 from adalayer_native.quantization.calibrate import images_of
 from adalayer_native.quantization.fake_quant import ActivationQuantizer, QuantLayer
 from adalayer_native.quantization.graph import layers_of, set_submodule
+from adalayer_native.rounding import conv_form
 
-__all__ = ["Data", "float_twin", "in_order", "inputs_of"]
+__all__ = ["Data", "float_twin", "in_order", "inputs_of", "norm_gain", "rows_per_image"]
+
+# Input rows per layer: enough for the covariance of K inputs to be well determined.
+_ROWS = 32768
+_ROWS_PER_COLUMN = 16
 
 
 class Data:
@@ -112,3 +117,19 @@ def inputs_of(model: fx.GraphModule, name: str) -> fx.GraphModule:
             copies[node] = part.node_copy(node, copies.__getitem__)
     part.output(tuple(copies[operand] for operand in operands))
     return fx.GraphModule(model, part).eval()
+
+
+def rows_per_image(layer: nn.Module, images: int) -> int:
+    """Output positions to look at in each of so many images."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    columns = conv_form(layer, weight)[0].numel()
+    return -(-max(_ROWS, _ROWS_PER_COLUMN * columns) // images)
+
+
+def norm_gain(norm: Any) -> Tensor | None:
+    """What a folded batch norm multiplies its channels by."""
+    if norm is None:
+        return None
+    factor = torch.rsqrt(norm.running_var + norm.eps)
+    return factor if norm.weight is None else factor * norm.weight.detach()

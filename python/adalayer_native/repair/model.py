@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from adalayer_native._fingerprint import fingerprint
 from adalayer_native._progress import ProgressBar
@@ -19,17 +19,20 @@ from adalayer_native.quantization.fake_quant import QuantLayer
 from adalayer_native.quantization.graph import layers_of, metadata
 from adalayer_native.repair import checkpoint as store
 from adalayer_native.repair.hessian import DAMPING, PASSES, LayerHessian, LayerSolution
-from adalayer_native.repair.walk import Data, float_twin, in_order, inputs_of
+from adalayer_native.repair.walk import (
+    Data,
+    float_twin,
+    in_order,
+    inputs_of,
+    norm_gain,
+    rows_per_image,
+)
 from adalayer_native.rounding import conv_form, layer_form
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = ["LayerReport", "Repair", "repair"]
-
-# Input rows per layer: enough for the covariance of K inputs to be well determined.
-_ROWS = 32768
-_ROWS_PER_COLUMN = 16
 
 
 @dataclass
@@ -183,8 +186,8 @@ def repair(
                 hessian = LayerHessian(
                     layer,
                     name=name,
-                    gain=_gain(norm),
-                    per_image=_per_image(layer, data.images),
+                    gain=norm_gain(norm),
+                    per_image=rows_per_image(layer, data.images),
                     seed=seed * 1_000_003 + index,
                     damping=damping,
                 )
@@ -233,23 +236,10 @@ def _observe(
         bar.advance(note=name)
 
 
-def _per_image(layer: QuantLayer, images: int) -> int:
-    columns = conv_form(layer, layer.weight)[0].numel()
-    return -(-max(_ROWS, _ROWS_PER_COLUMN * columns) // images)
-
-
 def _norm_of(prepared: nn.Module, entry: dict[str, Any]) -> nn.Module | None:
     """The batch norm that is folded into a layer."""
     target = entry["batch_norm"]
     return None if target is None else prepared.get_submodule(target)
-
-
-def _gain(norm: Any) -> Tensor | None:
-    """What a folded batch norm multiplies its channels by."""
-    if norm is None:
-        return None
-    factor = torch.rsqrt(norm.running_var + norm.eps)
-    return factor if norm.weight is None else factor * norm.weight.detach()
 
 
 def _apply(layer: QuantLayer, norm: Any, solution: LayerSolution) -> None:
