@@ -419,9 +419,10 @@ def test_an_interrupted_repair_leaves_the_model_alone_and_goes_on(tmp_path, done
 
     ready = prepared(mixed(), 3, 0.3)
     start = state(ready)
+    # One reading checks the data, one each repairs a layer.
+    stops = Stops(data, 1 + done, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
-        # One reading checks the data, one each repairs a layer.
-        repair(ready, Stops(data, 1 + done, KeyboardInterrupt), checkpoint=path, progress=False)
+        repair(ready, stops, checkpoint=path, memory=0, progress=False)
     assert same(state(ready), start)
     assert layers_of(ready)["fc"].bias is None
     assert path.exists() == (done > 0)
@@ -479,7 +480,7 @@ def test_what_a_repair_refuses():
             repair(ready, data, progress=False)
     with pytest.raises(ada.CalibrationError, match=r"layer 'conv1': an input of shape \(2, 5,"):
         repair(ready, [torch.zeros(2, 5, 8, 8)], progress=False)
-    for options in ({"passes": -1}, {"damping": 0.0}, {"batches": 0}):
+    for options in ({"passes": -1}, {"damping": 0.0}, {"batches": 0}, {"memory": -1}):
         with pytest.raises(ada.CalibrationError, match="must"):
             repair(ready, batches(), progress=False, **options)
     assert same(state(ready), start)
@@ -493,6 +494,42 @@ def test_what_a_repair_refuses():
     layers_of(ready)["conv2"].bias.data.fill_(float("inf"))
     with pytest.raises(ada.CalibrationError, match="layer 'fc': its input contains NaN"):
         repair(ready, batches(), progress=False)
+
+
+class InPlace(nn.Module):
+    """Operations in place on values that other layers read later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 3, padding=1)
+        self.act = nn.ReLU(inplace=True)
+        self.second = nn.Conv2d(6, 6, 1)
+        self.third = nn.Conv2d(6, 6, 3, padding=1)
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.act(self.first(x))
+        y = self.second(x)
+        y += x
+        z = self.third(self.act(y)).add_(x)
+        return self.fc(self.act(z).mean((2, 3)))
+
+
+@pytest.mark.parametrize("build", [tiny, mixed, InPlace])
+def test_memory_decides_only_what_runs_again(build):
+    torch.manual_seed(1)
+    model, data = build().eval(), batches(3, 8)
+    results = []
+    for memory in (0, 40_000, 1 << 30):
+        ready = prepared(model, 3, 0.25, data)
+        loader = Stops(data, 1 << 20, ValueError)
+        repair(ready, loader, memory=memory, progress=False)
+        results.append((state(ready), (1 << 20) - loader.left))
+    layers = len(layers_of(ready))
+    assert same(results[0][0], results[2][0])
+    assert same(results[1][0], results[2][0])
+    assert results[0][1] > layers  # read for every layer
+    assert results[2][1] < 4
 
 
 def test_one_shot_iterators_and_partial_plans():

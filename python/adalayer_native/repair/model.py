@@ -21,9 +21,9 @@ from adalayer_native.repair import checkpoint as store
 from adalayer_native.repair.hessian import DAMPING, PASSES, LayerHessian, LayerSolution
 from adalayer_native.repair.walk import (
     Data,
+    Streams,
     float_twin,
     in_order,
-    inputs_of,
     norm_gain,
     rows_per_image,
 )
@@ -102,6 +102,7 @@ def repair(
     correct_inputs: bool = True,
     passes: int = PASSES,
     damping: float = DAMPING,
+    memory: int = 1 << 30,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -121,7 +122,8 @@ def repair(
         prepared: from :func:`prepare`, calibrated, not trained further: its float weights are the
             model to be approximated. Changed in place, and put in evaluation mode.
         loader: re-iterable of float tensors ``[N, ...]`` or of ``(inputs, labels)``; the same
-            batches every time it is read (no shuffling). It is read once, and once per layer.
+            batches every time it is read (no shuffling). It is read once to check it, and then for
+            every layer until ``memory`` holds what follows from it.
         batches: use at most that many batches of the loader.
         choose_masks: prune by output error, as many weights as the plan says; false keeps the
             masks of ``prepared``.
@@ -129,6 +131,8 @@ def repair(
             weight would make of the quantized input.
         passes: rounds of refinement after the sweep.
         damping: pull towards the float weight, relative to the mean variance of the inputs.
+        memory: bytes of intermediate values that may be kept from one layer to the next; where they
+            take more, the part of the model before the layer runs again. It changes nothing else.
         seed: of the draw of output positions in large images.
         checkpoint: safetensors file that is rewritten after every layer. A call with the same
             model, plan, data and options goes on behind the last layer in it.
@@ -145,9 +149,10 @@ def repair(
     """
     entries = metadata(prepared, "layers")
     check_calibrated(prepared)
-    if passes < 0 or damping <= 0:
+    if passes < 0 or damping <= 0 or memory < 0:
         raise CalibrationError(
-            f"repair: passes must not be negative and damping positive, got {passes}, {damping}"
+            "repair: passes and memory must not be negative and damping must be positive, got "
+            f"{passes}, {memory} and {damping}"
         )
     prepared.eval()
     layers = layers_of(prepared)
@@ -169,7 +174,8 @@ def repair(
         states, reports = store.load(checkpoint, identity)
         result.layers = {entry["name"]: LayerReport(**entry) for entry in reports}
         result.resumed = len(reports)
-    reference = float_twin(prepared) if correct_inputs else None
+    models = [prepared, float_twin(prepared)] if correct_inputs else [prepared]
+    streams = Streams(models, data, memory)
     order = in_order(prepared)
     norms = {name: _norm_of(prepared, entries[name]) for name in order}
     before = {name: _state(layers[name], norms[name]) for name in order}
@@ -191,7 +197,10 @@ def repair(
                     seed=seed * 1_000_003 + index,
                     damping=damping,
                 )
-                _observe(hessian, prepared, reference, name, data, bar)
+                for calls in streams.inputs(name):
+                    for values in calls:
+                        hessian.add(*values)
+                    bar.advance(note=name)
                 mask = None
                 if not choose_masks and layer.mask is not None:
                     mask = conv_form(layer, layer.mask)
@@ -216,24 +225,6 @@ def repair(
             _load(layers[name], norms[name], before[name])
         raise
     return result
-
-
-def _observe(
-    hessian: LayerHessian,
-    prepared: fx.GraphModule,
-    reference: fx.GraphModule | None,
-    name: str,
-    data: Data,
-    bar: ProgressBar,
-) -> None:
-    """Stream the data up to a layer."""
-    quantized = inputs_of(prepared, name)
-    exact = None if reference is None else inputs_of(reference, name)
-    for x in data:
-        wanted = [None] * len(quantized(x)) if exact is None else exact(x)
-        for got, float_input in zip(quantized(x), wanted, strict=True):
-            hessian.add(got, float_input)
-        bar.advance(note=name)
 
 
 def _norm_of(prepared: nn.Module, entry: dict[str, Any]) -> nn.Module | None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
 
 from adalayer_native.errors import CalibrationError
 from adalayer_native.quantization import ops_table as table
@@ -18,7 +19,7 @@ from adalayer_native.quantization.fake_quant import ActivationQuantizer, QuantLa
 from adalayer_native.quantization.graph import layers_of, set_submodule
 from adalayer_native.rounding import conv_form
 
-__all__ = ["Data", "float_twin", "in_order", "inputs_of", "norm_gain", "rows_per_image"]
+__all__ = ["Data", "Streams", "float_twin", "in_order", "norm_gain", "rows_per_image"]
 
 # Input rows per layer: enough for the covariance of K inputs to be well determined.
 _ROWS = 32768
@@ -94,29 +95,111 @@ def in_order(prepared: fx.GraphModule) -> list[str]:
     return list(dict.fromkeys(name for name in calls if name in known))
 
 
-def inputs_of(model: fx.GraphModule, name: str) -> fx.GraphModule:
-    """Part of a model's graph that computes what enters the layer ``name``.
+class Streams:
+    """Runs models of one graph side by side, batch by batch, from one layer to the next.
 
-    Returns:
-        A module of the same arguments that returns a tuple, one tensor per call of the layer. It
-        shares all parameters with ``model``.
+    Where a pass ends the values that are still needed may be kept for every batch, so that the next
+    pass goes on there; where they take more than ``memory``, it starts from the last values that
+    were kept, or from the data. A layer that is repaired in between must lie behind that point:
+    layers are asked for in graph order.
+
+    Args:
+        models: graph modules of the same graph and input.
+        data: calibration batches.
+        memory: bytes that may be kept, all models and batches together.
     """
-    calls = [n for n in model.graph.nodes if n.op == "call_module" and n.target == name]
-    operands = [operand for operand in map(table.source, calls) if operand is not None]
-    needed: set[fx.Node] = set()
-    pending = list(operands)
-    while pending:
-        node = pending.pop()
-        if node not in needed:
-            needed.add(node)
-            pending.extend(node.all_input_nodes)
-    part = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in model.graph.nodes:
-        if node in needed or node.op == "placeholder":
-            copies[node] = part.node_copy(node, copies.__getitem__)
-    part.output(tuple(copies[operand] for operand in operands))
-    return fx.GraphModule(model, part).eval()
+
+    def __init__(self, models: Sequence[fx.GraphModule], data: Data, memory: int) -> None:
+        self.runners = [fx.Interpreter(model, garbage_collect_values=False) for model in models]
+        self.graphs = [list(model.graph.nodes) for model in models]
+        self.data, self.memory = data, memory
+        self.position = 0
+        self.kept: list[list[_Values]] | None = None
+
+    def inputs(self, name: str) -> Iterator[list[tuple[Tensor, ...]]]:
+        """Per batch what enters the layer: for every call of it one tensor per model."""
+        calls = [
+            index
+            for index, node in enumerate(self.graphs[0])
+            if node.op == "call_module" and node.target == name
+        ]
+        if calls[0] < self.position:
+            raise ValueError(f"layer {name!r} was asked for out of order")
+        source: Iterator[Any] = iter(self.data if self.kept is None else self.kept)
+        new: list[list[_Values]] | None = None
+        for batch, start in enumerate(source):
+            found: list[list[Tensor]] = []
+            envs: list[_Values] = []
+            for runner, graph in zip(self.runners, self.graphs, strict=True):
+                env: _Values = {}
+                if self.kept is None:
+                    runner.args_iter = iter([start])
+                else:
+                    env = _cloned(start[len(envs)])
+                self._advance(runner, graph, env, self.position, calls[0])
+                envs.append(env)
+                found.append(self._operands(runner, graph, env, calls))
+            if batch == 0 and sum(map(_bytes, envs)) * self.data.batches <= self.memory:
+                new = []
+            if new is not None:
+                new.append(envs)
+                if self.kept is not None:
+                    self.kept[batch] = []  # its successor is kept now
+            yield list(zip(*found, strict=True))
+        if new is not None:
+            self.kept, self.position = new, calls[0]
+
+    def _operands(
+        self, runner: fx.Interpreter, graph: list[fx.Node], env: _Values, calls: list[int]
+    ) -> list[Tensor]:
+        """What the calls read; later ones need a look ahead, which must not touch ``env``."""
+        found = []
+        ahead = env if len(calls) == 1 else _cloned(env)
+        for previous, call in zip([calls[0], *calls[:-1]], calls, strict=True):
+            self._advance(runner, graph, ahead, previous, call)
+            operand = table.source(graph[call])
+            assert operand is not None
+            value = ahead[operand]
+            found.append(value if len(calls) == 1 else value.clone())
+        return found
+
+    @staticmethod
+    def _advance(
+        runner: fx.Interpreter, graph: list[fx.Node], env: _Values, start: int, stop: int
+    ) -> None:
+        """Run nodes ``start`` to ``stop``, without it, and drop what nobody reads any more."""
+        order = {node: index for index, node in enumerate(graph)}
+        runner.env = env
+        for node in graph[start:stop]:
+            env[node] = runner.run_node(node)
+            for operand in (node, *node.all_input_nodes):
+                if operand in env and all(order[user] <= order[node] for user in operand.users):
+                    del env[operand]
+
+
+_Values = dict[fx.Node, Any]
+
+
+def _cloned(env: _Values) -> _Values:
+    # Operations in place must not reach what another pass will start from.
+    return {
+        node: map_aggregate(value, lambda v: v.clone() if isinstance(v, Tensor) else v)
+        for node, value in env.items()
+    }
+
+
+def _bytes(env: _Values) -> int:
+    total = 0
+
+    def add(value: Any) -> Any:
+        nonlocal total
+        if isinstance(value, Tensor):
+            total += value.numel() * value.element_size()
+        return value
+
+    for value in env.values():
+        map_aggregate(value, add)
+    return total
 
 
 def rows_per_image(layer: nn.Module, images: int) -> int:
