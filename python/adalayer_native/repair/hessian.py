@@ -34,7 +34,7 @@ from adalayer_native.rounding import (
 __all__ = ["LayerHessian", "LayerSolution"]
 
 PASSES = 4
-DAMPING = 0.01
+DAMPING = 0.1
 # Elements of the input rows held at once, and images that share their drawn positions.
 _CHUNK = 1 << 23
 _IMAGES = 16
@@ -152,13 +152,7 @@ class LayerHessian:
         if self.count and (x_float is None) != (self._cross is None):
             raise CalibrationError(f"layer {self.name!r}: float inputs are needed in all batches")
         self._solver = None
-        kernel = self.shape[2:].numel()
-        each = max(1, min(_IMAGES, _CHUNK // max(1, self.per_image * self.shape[1:].numel())))
-        if x.dim() > 1:
-            most = max(1, x[0].numel() * kernel)
-            each = max(each, min(_IMAGES, _CHUNK // most))
-        if isinstance(self.layer, nn.Linear):
-            each = max(each, 1024)
+        each = self._images_at_once(x)
         for start in range(0, x.shape[0], each):
             part = slice(start, start + each)
             state = self.generator.get_state()
@@ -177,6 +171,16 @@ class LayerHessian:
                 output = self.weight @ other.transpose(1, 2)
                 self._output[0] += output.sum(dim=2)
                 self._output[1] += output.square().sum(dim=2)
+
+    def _images_at_once(self, x: Tensor) -> int:
+        """Samples whose rows are held together; they share their drawn positions."""
+        if x.dim() != 4 or isinstance(self.layer, nn.Linear):
+            return max(1, _CHUNK // max(1, x[:1].numel()))
+        positions = x.shape[2:].numel()
+        if isinstance(self.layer, nn.ConvTranspose2d):
+            positions *= self.layer.stride[0] * self.layer.stride[1]
+        rows = min(self.per_image, max(1, positions))
+        return max(1, min(_IMAGES, _CHUNK // (rows * x.shape[1] * self.shape[2:].numel())))
 
     def _rows(self, x: Tensor) -> Tensor:
         rows = columns(self.layer, x.float(), self.per_image, self.generator, name=self.name)

@@ -112,6 +112,7 @@ class Streams:
     def __init__(self, models: Sequence[fx.GraphModule], data: Data, memory: int) -> None:
         self.runners = [fx.Interpreter(model, garbage_collect_values=False) for model in models]
         self.graphs = [list(model.graph.nodes) for model in models]
+        self.order = {node: i for graph in self.graphs for i, node in enumerate(graph)}
         self.data, self.memory = data, memory
         self.position = 0
         self.kept: list[list[_Values]] | None = None
@@ -133,7 +134,7 @@ class Streams:
             for runner, graph in zip(self.runners, self.graphs, strict=True):
                 env: _Values = {}
                 if self.kept is None:
-                    runner.args_iter = iter([start])
+                    runner.args_iter = iter([start.clone()])  # both models read it
                 else:
                     env = _cloned(start[len(envs)])
                 self._advance(runner, graph, env, self.position, calls[0])
@@ -163,18 +164,17 @@ class Streams:
             found.append(value if len(calls) == 1 else value.clone())
         return found
 
-    @staticmethod
     def _advance(
-        runner: fx.Interpreter, graph: list[fx.Node], env: _Values, start: int, stop: int
+        self, runner: fx.Interpreter, graph: list[fx.Node], env: _Values, start: int, stop: int
     ) -> None:
         """Run nodes ``start`` to ``stop``, without it, and drop what nobody reads any more."""
-        order = {node: index for index, node in enumerate(graph)}
+        order = self.order
         runner.env = env
         for node in graph[start:stop]:
             env[node] = runner.run_node(node)
             for operand in (node, *node.all_input_nodes):
                 if operand in env and all(order[user] <= order[node] for user in operand.users):
-                    del env[operand]
+                    del env[operand]  # its last reader has run
 
 
 _Values = dict[fx.Node, Any]
