@@ -92,13 +92,17 @@ def test_compress_uniform_from_folder_and_zip(monkeypatch, files, tmp_path, form
     assert report["method"] == "uniform" and report["epochs"] == 0
     assert not (out / "work" / "analysis.json").exists()  # uniform needs no scores
     assert "A" not in report["layers"][0]
+    for layer in report["layers"]:  # no training: repaired, and the report says what is left
+        assert 0 < layer["output_error"] <= layer["plain_error"] < 1
 
 
 def test_compress_ascending(monkeypatch, files, tmp_path) -> None:
     out = tmp_path / "out"
     more = ("--method", "ascending", "--layer-bits", "2,3,4", "--stages", "conv1,conv2,conv3")
-    assert compress(monkeypatch, files, out, *more, "--epochs", 0, "--quiet") == 0
-    bits = {layer["name"]: layer["bits"] for layer in load(out / "report.json")["layers"]}
+    assert compress(monkeypatch, files, out, *more, "--epochs", 0, "--quiet", "--no-repair") == 0
+    layers = load(out / "report.json")["layers"]
+    assert not any("output_error" in layer for layer in layers)
+    bits = {layer["name"]: layer["bits"] for layer in layers}
     assert bits == {"conv1": 2, "conv2": 3, "conv3": 4, "fc": None}
 
 

@@ -95,7 +95,7 @@ def test_finetuning_brings_the_compressed_model_nearer_to_the_float_one():
     model = network(CalledTwice)
     x = [batch for batch, _ in images(4)]
     budget = ada.Budget(size=0.09)
-    plain = compress(model, budget, data=x, method="uniform")
+    plain = compress(model, budget, data=x, method="uniform", repair=False)
     options = {"lr": 0.05, "amp": False}
     tuned = compress(
         model, budget, data=x, method="uniform", train_loader=x, epochs=20, finetune_options=options
@@ -106,6 +106,44 @@ def test_finetuning_brings_the_compressed_model_nearer_to_the_float_one():
         return sum(float((result.model(batch) - model(batch)).square().mean()) for batch in x)
 
     assert distance(tuned) < 0.7 * distance(plain)
+    assert plain.repair is tuned.repair is None
+
+
+def test_without_training_the_layers_are_repaired_and_nearer_to_the_float_ones(tmp_path):
+    model = network(CalledTwice)
+    held_out = images(4, seed=5)
+    distances = {}
+    for name, repair in (("plain", False), ("default", None), ("again", True)):
+        result = compress(
+            model, ada.Budget(size=0.12), data=images(8), method="uniform", repair=repair,
+            work_dir=tmp_path,
+        )  # fmt: skip
+        if repair is not False:
+            assert result.repair is not None
+            assert set(result.repair.layers) == {n for n in result.plan if result.plan[n].bits}
+            # The second call finds what the first one did.
+            assert result.repair.resumed == (len(result.repair.layers) if repair else 0)
+        with torch.no_grad():
+            distances[name] = sum(
+                float((result.model(x) - model(x)).square().mean()) for x, _ in held_out
+            )
+    assert distances["default"] == distances["again"] < 0.8 * distances["plain"]
+    # Another plan in the same directory is another repair, and both stay resumable.
+    other = compress(
+        model, ada.Budget(size=0.2), data=images(8), method="uniform", work_dir=tmp_path
+    )
+    assert other.repair is not None
+    assert other.repair.resumed == 0
+    assert len(list(tmp_path.glob("repair-*.safetensors"))) == 2
+
+
+def test_training_may_start_from_repaired_layers():
+    result = compress(
+        network(), ada.Budget(size=0.2), method="uniform", train_loader=images(), epochs=1,
+        repair=True,
+    )  # fmt: skip
+    assert result.repair is not None
+    assert result.history is not None
 
 
 def test_layer_called_twice(tmp_path):

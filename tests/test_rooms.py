@@ -12,9 +12,22 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "python" / "adalayer_native"
 PYTHON_ROOMS = [
-    *("errors", "_files", "_progress", "_C", "plan", "ops", "rounding", "files", "nn", "pruning"),
+    *(
+        "errors",
+        "_files",
+        "_fingerprint",
+        "_progress",
+        "_C",
+        "plan",
+        "ops",
+        "rounding",
+        "files",
+        "nn",
+        "pruning",
+    ),
     *(
         "quantization",
+        "repair",
         "engine",
         "importance",
         "allocation",

@@ -1,7 +1,8 @@
 """adalayer_native: layer-wise compression of PyTorch CNNs, run on native low-bit kernels.
 
 The main job in one call is :func:`compress`; its steps are :func:`analyze`, :func:`allocate`,
-:func:`prepare`, :func:`calibrate`, :func:`finetune`, :func:`convert` and :func:`save`.
+:func:`prepare`, :func:`calibrate`, :func:`repair` or :func:`finetune`, :func:`convert` and
+:func:`save`.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -25,6 +26,7 @@ from adalayer_native.importance import LayerScores, analyze
 from adalayer_native.ops import get_num_threads, set_num_threads
 from adalayer_native.plan import LayerPlan, Plan
 from adalayer_native.quantization import calibrate, convert, prepare, restore, simulate
+from adalayer_native.repair import LayerHessian, Repair, layer_hessians, repair
 from adalayer_native.training import finetune
 
 try:
@@ -42,10 +44,12 @@ __all__ = [
     "Engine",
     "FileFormatError",
     "InputError",
+    "LayerHessian",
     "LayerPlan",
     "LayerScores",
     "Plan",
     "PlanError",
+    "Repair",
     "UnsupportedModelError",
     "allocate",
     "analyze",
@@ -56,10 +60,12 @@ __all__ = [
     "estimate_bytes",
     "finetune",
     "get_num_threads",
+    "layer_hessians",
     "load",
     "nn",
     "ops",
     "prepare",
+    "repair",
     "restore",
     "save",
     "set_num_threads",

@@ -69,6 +69,13 @@ def compress(
     epochs: Annotated[int, typer.Option(min=0, help="Fine-tuning epochs.")] = 2,
     lr: Annotated[float, typer.Option(help="Peak learning rate of the fine-tuning.")] = 0.01,
     distill: Annotated[bool, typer.Option(help="The float model teaches.")] = True,
+    repair: Annotated[
+        bool | None,
+        typer.Option(
+            "--repair/--no-repair",
+            help="Round by the layers' output errors; default: if not fine-tuned.",
+        ),
+    ] = None,
     calibration: Annotated[int, typer.Option(min=1, help="Training images to calibrate on.")] = 512,
     image_size: Annotated[int, typer.Option(min=1, help="Pixels per side.")] = 32,
     batch_size: Annotated[int, typer.Option(min=1)] = 128,
@@ -98,6 +105,7 @@ def compress(
         epochs=epochs,
         lr=lr,
         distill=distill,
+        repair=repair,
         calibration=calibration,
         image_size=image_size,
         batch_size=batch_size,

@@ -1,4 +1,4 @@
-"""The main job in one call: analyze, allocate, prepare, calibrate, finetune, convert."""
+"""The main job in one call: analyze, allocate, prepare, calibrate, repair or finetune, convert."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from typing import Any
 
 from torch import nn
 
+from adalayer_native._fingerprint import fingerprint
 from adalayer_native.allocation import METHODS, Budget, allocate
 from adalayer_native.errors import BudgetError, PlanError
 from adalayer_native.importance import LayerScores, analyze
 from adalayer_native.plan import Plan
 from adalayer_native.quantization import calibrate, convert, prepare
 from adalayer_native.quantization.layout import native_layout
+from adalayer_native.repair import Repair
+from adalayer_native.repair import repair as repair_layers
 from adalayer_native.training import finetune
 
 __all__ = ["Compressed", "compress"]
@@ -31,6 +34,7 @@ class Compressed:
         scores: A, F, R, I per layer (None for methods that do not look at them).
         kept_float: layers that stay float because no native layer covers them, with the reason.
         history: of the fine-tuning; None without.
+        repair: output error of every layer before and after the repair; None without.
     """
 
     model: nn.Module
@@ -38,6 +42,7 @@ class Compressed:
     scores: LayerScores | None = None
     kept_float: dict[str, str] = field(default_factory=dict)
     history: Any = None
+    repair: Repair | None = None
 
 
 def compress(
@@ -50,6 +55,7 @@ def compress(
     train_loader: Iterable[Any] | None = None,
     epochs: int = 2,
     distill: bool = True,
+    repair: bool | None = None,
     observer: str = "mse",
     work_dir: str | os.PathLike[str] | None = None,
     allocate_options: Mapping[str, Any] | None = None,
@@ -69,12 +75,16 @@ def compress(
         train_loader: ``(x, labels)`` batches for fine-tuning; without it there is none.
         epochs: of fine-tuning, eq. (5).
         distill: the float model teaches while fine-tuning.
+        repair: round and prune by the error of the layers' outputs
+            (:func:`adalayer_native.repair`) instead of weight by weight. Default: where there is
+            no fine-tuning; with it, training starts from the repaired weights.
         observer: "mse", "percentile" or "minmax".
-        work_dir: measurements and the fine-tuning checkpoint are kept here; calling again with the
-            same arguments after an interruption goes on where it stopped. Each of them is keyed
-            by what it depends on, so that other arguments never reuse what does not fit.
+        work_dir: measurements and the checkpoints of repair and fine-tuning are kept here;
+            calling again with the same arguments after an interruption goes on where it stopped.
+            Each of them is keyed by what it depends on, so that other arguments never reuse what
+            does not fit.
         allocate_options, finetune_options: further arguments of the two steps.
-        seed: of the fine-tuning.
+        seed: of the repair and the fine-tuning.
 
     Raises:
         BudgetError, CalibrationError, UnsupportedModelError, PlanError: as the steps do.
@@ -104,8 +114,18 @@ def compress(
         )
     prepared = prepare(model, plan)
     calibrate(prepared, calibration, observer=observer, progress=progress)
+    training = train_loader is not None and epochs > 0
+    report = None
+    if repair or (repair is None and not training):
+        checkpoint = None
+        if work is not None:
+            # Calibrated ranges are in it, and with them the data.
+            checkpoint = work / f"repair-{fingerprint(prepared, {'seed': seed})[:16]}.safetensors"
+        report = repair_layers(
+            prepared, calibration, seed=seed, checkpoint=checkpoint, progress=progress
+        )
     history = None
-    if train_loader is not None and epochs > 0:
+    if train_loader is not None and training:
         history = finetune(
             prepared,
             train_loader,
@@ -119,7 +139,7 @@ def compress(
             progress=progress,
             **(finetune_options or {}),
         )
-    return Compressed(convert(prepared), plan, scores, kept_float(model, plan), history)
+    return Compressed(convert(prepared), plan, scores, kept_float(model, plan), history, report)
 
 
 def kept_float(model: nn.Module, plan: Plan) -> dict[str, str]:

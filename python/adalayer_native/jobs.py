@@ -42,6 +42,7 @@ class CompressJob:
     epochs: int = 2
     lr: float = 0.01
     distill: bool = True
+    repair: bool | None = None
     calibration: int = 512
     image_size: int = 32
     batch_size: int = 128
@@ -103,6 +104,7 @@ def run_compress(job: CompressJob) -> dict[str, Any]:
         train_loader=data.train,
         epochs=job.epochs,
         distill=job.distill,
+        repair=job.repair,
         work_dir=job.out / "work",
         allocate_options=options,
         finetune_options={"lr": job.lr},
@@ -192,6 +194,8 @@ def write_results(
     write_text_atomic(job.out / "report.json", json.dumps(report, indent=2) + "\n")
     console = Console(stderr=True)
     console.print(figure6_table(result.plan))
+    if result.repair is not None:
+        console.print(result.repair)
     console.print(
         comparison_table(
             [
@@ -234,6 +238,9 @@ def layer_entries(result: Compressed, packed: Path) -> list[dict[str, Any]]:
         if name in stored:
             file = stored[name]
             entry |= {"encoding": file["encoding"], "bytes": file["bytes"]}
+        if result.repair is not None and name in result.repair.layers:
+            row = result.repair.layers[name]
+            entry |= {"plain_error": row.plain_error, "output_error": row.error}
         entry |= (result.plan.scores or {}).get(name, {})
         entries.append(entry)
     return entries

@@ -232,6 +232,20 @@ class _QuantLayer:
         return text
 
 
+def four_paddings(layer: nn.Conv2d) -> tuple[int, int, int, int]:
+    """Zero padding as ``(top, bottom, left, right)``; resolves ``"same"`` and ``"valid"``."""
+    if layer.padding == "valid":
+        return 0, 0, 0, 0
+    if layer.padding == "same":
+        totals = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        # The odd element goes to the end, as torch does.
+        (top, left) = (total // 2 for total in totals)
+        return top, totals[0] - top, left, totals[1] - left
+    assert not isinstance(layer.padding, str)
+    vertical, horizontal = layer.padding
+    return vertical, vertical, horizontal, horizontal
+
+
 class QuantConv2d(_QuantLayer, nn.Conv2d):
     """Convolution whose weight is pruned and quantized on every forward (eq. 4).
 
@@ -263,16 +277,7 @@ class QuantConv2d(_QuantLayer, nn.Conv2d):
 
     def four_paddings(self) -> tuple[int, int, int, int]:
         """Zero padding as ``(top, bottom, left, right)``; resolves ``"same"`` and ``"valid"``."""
-        if self.padding == "valid":
-            return 0, 0, 0, 0
-        if self.padding == "same":
-            totals = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
-            # The odd element goes to the end, as torch does.
-            (top, left) = (total // 2 for total in totals)
-            return top, totals[0] - top, left, totals[1] - left
-        assert not isinstance(self.padding, str)
-        vertical, horizontal = self.padding
-        return vertical, vertical, horizontal, horizontal
+        return four_paddings(self)
 
     def forward(self, input: Tensor) -> Tensor:
         if self.exact is not None:

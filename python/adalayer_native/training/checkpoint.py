@@ -6,7 +6,6 @@ else (where the run stands, its options, its history) is JSON in the file's meta
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, field
@@ -48,16 +47,6 @@ class Progress:
     samples: int = 0
     finished: bool = False
     history: list[dict[str, Any]] = field(default_factory=list)
-
-
-def fingerprint(model: nn.Module, options: dict[str, Any]) -> str:
-    """Hash of the options and of every tensor that the run starts from."""
-    digest = hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode())
-    for key, value in sorted(model.state_dict().items()):
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def save(

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adalayer_native._fingerprint import fingerprint
 from adalayer_native._progress import ProgressBar
 from adalayer_native.errors import CalibrationError, PlanError
 from adalayer_native.quantization.exact import check_calibrated
@@ -271,7 +272,7 @@ class _Run:
             options["layers"] = metadata(self.model, "layers")
             # Another batch size is another run: its steps are not ours.
             options["loader"] = [self.steps, getattr(self.loader, "batch_size", None)]
-            self.identity = store.fingerprint(self.model, options)
+            self.identity = fingerprint(self.model, options)
             if resume and Path(checkpoint).exists():
                 loaded = store.load(checkpoint, self.model, self.optimizer, self.identity)
                 if loaded is None:

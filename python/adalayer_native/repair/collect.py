@@ -1,0 +1,135 @@
+"""Statistics of all layers of a float model, for a table of errors over bits and sparsities."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adalayer_native._progress import ProgressBar
+from adalayer_native.errors import PlanError
+from adalayer_native.plan import LayerPlan, Plan, layer_kind, supported_layers
+from adalayer_native.quantization.layout import native_layout
+from adalayer_native.repair.hessian import LayerHessian
+from adalayer_native.repair.walk import Data, norm_gain, rows_per_image
+from adalayer_native.rounding import conv_form
+
+__all__ = ["layer_hessians"]
+
+
+def layer_hessians(
+    model: nn.Module,
+    loader: Iterable[Any],
+    layers: Iterable[str] | None = None,
+    *,
+    batches: int | None = None,
+    seed: int = 0,
+    memory: int = 1 << 29,
+    progress: bool = True,
+) -> Iterator[tuple[str, LayerHessian]]:
+    """Yield every quantizable layer of a float model with the statistics of its float inputs.
+
+    ``hessian.errors([(4, 0.0), (3, 0.5), ...])`` then is a row of the table error(bits, sparsity)
+    after repair. Layers are observed together as far as ``memory`` allows, one pass over the data
+    for each such part, and yielded one by one; whoever does not keep them needs no more than that.
+
+    Args:
+        model: float model that :func:`prepare` accepts; run in evaluation mode, not changed.
+        loader: as in :func:`repair`.
+        layers: names; default: all that can be quantized.
+        batches: use at most that many batches.
+        seed: of the draw of output positions.
+        memory: bytes of statistics held at once; a single layer may need more.
+        progress: show a progress bar.
+
+    Raises:
+        CalibrationError: no data, NaN or infinity.
+        PlanError: unknown layer.
+        UnsupportedModelError: as :func:`prepare`.
+    """
+    modules = supported_layers(model)
+    wanted = {
+        name: LayerPlan(name, layer_kind(module), module.weight.numel(), 8)
+        for name, module in modules.items()
+    }
+    layout = native_layout(model, Plan(wanted))
+    names = list(layout.layers) if layers is None else list(layers)
+    for name in names:
+        if name not in layout.layers:
+            reason = layout.kept_float.get(name, "the model has no such layer")
+            raise PlanError(f"layer {name!r} cannot be quantized: {reason}")
+    everything = dict(model.named_modules())
+    norms = {name: layout.layers[name].batch_norm for name in names}
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        data = Data(loader, batches, next(model.parameters()).device)
+        parts = _parts(modules, names, memory)
+        bar = ProgressBar(
+            "Observing layers", len(parts) * data.batches, unit="batch", enabled=progress
+        )
+        with bar:
+            for part in parts:
+                found = {
+                    name: LayerHessian(
+                        modules[name],
+                        name=name,
+                        gain=norm_gain(everything[norms[name] or ""] if norms[name] else None),
+                        per_image=rows_per_image(modules[name], data.images),
+                        seed=seed * 1_000_003 + names.index(name),
+                    )
+                    for name in part
+                }
+                _observe(model, modules, found, data, bar)
+                while found:
+                    name = next(iter(found))
+                    yield name, found.pop(name)
+    finally:
+        for module, mode in training:
+            module.training = mode
+
+
+def _parts(modules: dict[str, Any], names: list[str], memory: int) -> list[list[str]]:
+    parts: list[list[str]] = []
+    held = math.inf
+    for name in names:
+        form = conv_form(modules[name], modules[name].weight)
+        needed = 8 * form.shape[1:].numel() ** 2 * getattr(modules[name], "groups", 1)
+        if held + needed > memory:
+            parts.append([])
+            held = 0
+        parts[-1].append(name)
+        held += needed
+    return parts
+
+
+@torch.no_grad()
+def _observe(
+    model: nn.Module,
+    modules: dict[str, Any],
+    found: dict[str, LayerHessian],
+    data: Data,
+    bar: ProgressBar,
+) -> None:
+    def hook(hessian: LayerHessian) -> Any:
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else kwargs["input"]
+            assert isinstance(x, Tensor)
+            hessian.add(x)
+
+        return see
+
+    handles = [
+        modules[name].register_forward_pre_hook(hook(hessian), with_kwargs=True)
+        for name, hessian in found.items()
+    ]
+    try:
+        for x in data:
+            model(x)
+            bar.advance(note=f"{len(found)} layers")
+    finally:
+        for handle in handles:
+            handle.remove()

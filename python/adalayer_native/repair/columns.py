@@ -1,0 +1,107 @@
+"""What each output of a layer is a product with: rows of the input, one per output position."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adalayer_native.errors import CalibrationError
+from adalayer_native.quantization.fake_quant import four_paddings
+
+__all__ = ["columns", "groups_of"]
+
+
+def groups_of(layer: nn.Module) -> int:
+    """Groups of a convolution; a linear layer has one."""
+    return 1 if isinstance(layer, nn.Linear) else int(layer.groups)  # type: ignore[arg-type]
+
+
+def columns(
+    layer: nn.Module, x: Tensor, per_image: int, generator: torch.Generator, *, name: str = ""
+) -> Tensor:
+    """Input rows of a layer: ``y[g, n] = W[g] @ rows[g, n]`` for every output position ``n``.
+
+    The columns stand in the order of a flattened weight, output channels first
+    (:func:`adalayer_native.rounding.conv_form`), so that one product with ``[G, O/G, K]`` is the
+    layer, bias aside. Padding contributes zeros.
+
+    Args:
+        layer: ``nn.Conv2d``, ``nn.ConvTranspose2d`` or ``nn.Linear``.
+        x: float input ``[N, C, H, W]``, for a linear layer ``[..., I]``.
+        per_image: at most this many output positions per image are drawn, the same ones in all
+            images of ``x`` and for the same state of ``generator``, whatever the values.
+        generator: CPU generator of the draw.
+        name: the layer's name, for messages.
+
+    Returns:
+        float tensor ``[G, n, K]``.
+
+    Raises:
+        CalibrationError: the input is not of the layer's rank.
+    """
+    if isinstance(layer, nn.Linear):
+        flat = x.reshape(-1, x.shape[-1])
+        most = per_image * (x.shape[0] if x.dim() > 1 else 1)
+        if flat.shape[0] > most:
+            chosen = torch.randperm(flat.shape[0], generator=generator)[:most].sort().values
+            flat = flat[chosen.to(x.device)]
+        return flat.unsqueeze(0)
+    if x.dim() != 4:
+        raise CalibrationError(
+            f"layer {name!r}: expected an input [N, C, H, W], got shape {tuple(x.shape)}"
+        )
+    x, stride = _padded(layer, x)
+    kernel, dilation = _pair(layer.kernel_size), _pair(layer.dilation)
+    rows, cols = (
+        (size - d * (k - 1) - 1) // s + 1
+        for size, k, d, s in zip(x.shape[2:], kernel, dilation, stride, strict=True)
+    )
+    images, channels = x.shape[:2]
+    drawn = min(rows * cols, per_image)
+    if drawn < rows * cols:
+        place = torch.randperm(rows * cols, generator=generator)[:drawn].sort().values
+    else:
+        place = torch.arange(rows * cols)
+    place = place.to(x.device)
+
+    def taps(index: Tensor, s: int, k: int, d: int) -> Tensor:
+        return (index * s).view(-1, 1) + torch.arange(k, device=x.device) * d
+
+    y = taps(place // cols, stride[0], kernel[0], dilation[0])  # [P, KH]
+    z = taps(place % cols, stride[1], kernel[1], dilation[1])  # [P, KW]
+    picked = x[:, :, y[:, :, None], z[:, None, :]]  # [N, C, P, KH, KW]
+    if isinstance(layer, nn.ConvTranspose2d):
+        # It multiplies with the kernel turned round; the stored weight is not turned.
+        picked = picked.flip(-2, -1)
+    groups = groups_of(layer)
+    width = channels // groups * kernel[0] * kernel[1]
+    picked = picked.reshape(images, groups, channels // groups, drawn, *kernel)
+    return picked.permute(1, 0, 3, 2, 4, 5).reshape(groups, images * drawn, width)
+
+
+def _padded(layer: nn.Module, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """The input as a stride-``s`` convolution without padding reads it, and that stride."""
+    if isinstance(layer, nn.Conv2d):
+        top, bottom, left, right = four_paddings(layer)
+        return F.pad(x, (left, right, top, bottom)), _pair(layer.stride)
+    # A transposed convolution is a convolution of the input spread out with zeros.
+    stride, padding, extra = (
+        _pair(getattr(layer, key)) for key in ("stride", "padding", "output_padding")
+    )
+    kernel, dilation = _pair(layer.kernel_size), _pair(layer.dilation)
+    images, channels, height, width = x.shape
+    spread = x.new_zeros(
+        images, channels, (height - 1) * stride[0] + 1, (width - 1) * stride[1] + 1
+    )
+    spread[:, :, :: stride[0], :: stride[1]] = x
+    around = [d * (k - 1) - p for d, k, p in zip(dilation, kernel, padding, strict=True)]
+    # Negative where the layer crops more than its kernel reaches; F.pad crops then.
+    bounds = (around[1], around[1] + extra[1], around[0], around[0] + extra[0])
+    return F.pad(spread, bounds), (1, 1)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))

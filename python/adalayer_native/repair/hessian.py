@@ -1,0 +1,449 @@
+"""One layer's quadratic error, and the best rounding and pruning under it.
+
+A layer that computes ``y = W x + b`` from quantized inputs ``x``, where the float network computes
+``W x' + b``, has after rounding to ``Q`` and with the best bias the mean squared error
+
+    E(Q) = var(W x') - 2 tr(W C' Q^T) + tr(Q C Q^T),   C = cov(x), C' = cov(x', x).
+
+Second moments are covariances because a constant error costs nothing: the bias takes it. With a
+damping that pulls ``Q`` towards ``W``, the unconstrained minimum is
+``W* = (W C' + d W) (C + d)^-1``, and rounding approximates it in the norm of ``H = C + d``. So the
+error that earlier layers have made is corrected here as far as a linear map can do it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from adalayer_native.errors import CalibrationError, PlanError
+from adalayer_native.pruning.masks import magnitude_mask, pruned_count
+from adalayer_native.repair.columns import columns, groups_of
+from adalayer_native.repair.sweep import Rows, compensate, refine
+from adalayer_native.rounding import (
+    conv_form,
+    per_channel,
+    quantize_weight,
+    round_weight,
+    weight_range,
+)
+
+__all__ = ["LayerHessian", "LayerSolution"]
+
+PASSES = 4
+DAMPING = 0.1
+# Elements of the input rows held at once, and images that share their drawn positions.
+_CHUNK = 1 << 23
+_IMAGES = 16
+
+
+@dataclass
+class LayerSolution:
+    """A layer on its grid.
+
+    Attributes:
+        levels: int8, output channels first: ``[O, I/groups, KH, KW]`` or ``[O, I]``.
+        scale: float32 ``[O]``, positive.
+        mask: bool of the shape of ``levels``, true where a weight is kept; ``None`` at sparsity 0.
+        bias_shift: float32 ``[O]``, to be added to the layer's bias.
+        error: mean squared error of the layer's output over the variance of the float output,
+            both summed over the channels (weighted by ``gain``). 0 is perfect; 1 is as good as a
+            constant.
+        plain_error: the same of plain rounding: magnitude mask, MSE scales, the bias shift too.
+    """
+
+    levels: Tensor
+    scale: Tensor
+    mask: Tensor | None
+    bias_shift: Tensor
+    error: float
+    plain_error: float
+
+    @property
+    def weight(self) -> Tensor:
+        """Float32 weight ``levels * scale``; rounding it on ``scale`` gives the levels again."""
+        return self.levels.float() * per_channel(self.scale, self.levels.dim())
+
+
+class LayerHessian:
+    """Statistics of a layer's inputs, and roundings of its weight that suit them.
+
+    Collected once with :meth:`add`, then asked as often as needed: :meth:`quantize` for a layer as
+    it will be stored, :meth:`errors` for a table over many bits and sparsities.
+
+    Args:
+        layer: ``nn.Conv2d``, ``nn.ConvTranspose2d`` or ``nn.Linear`` (or a prepared layer) with
+            its float weight, which is read now.
+        name: for messages.
+        gain: optional ``[O]``: what follows multiplies the output channel by it (a batch norm);
+            errors of a channel count with its square.
+        per_image: output positions per image that are looked at, drawn at random.
+        seed: of that draw.
+        damping: ``d`` over the mean of the diagonal of ``C``.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        *,
+        name: str = "",
+        gain: Tensor | None = None,
+        per_image: int = 1 << 30,
+        seed: int = 0,
+        damping: float = DAMPING,
+    ) -> None:
+        if not isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+            raise CalibrationError(
+                f"layer {name!r}: expected Conv2d, ConvTranspose2d or Linear, got "
+                f"{type(layer).__name__}"
+            )
+        if per_image < 1 or damping <= 0:
+            raise CalibrationError(
+                f"layer {name!r}: per_image and damping must be positive, got {per_image} and "
+                f"{damping}"
+            )
+        self.layer, self.name = layer, name
+        self.per_image, self.damping = per_image, damping
+        self.generator = torch.Generator().manual_seed(seed)
+        form = conv_form(layer, layer.weight.detach()).float()
+        if not bool(torch.isfinite(form).all()):
+            raise CalibrationError(f"layer {name!r}: its weight contains NaN or infinity")
+        self.shape = form.shape
+        groups = groups_of(layer)
+        self.weight = form.reshape(groups, form.shape[0] // groups, -1).clone()
+        width, device = self.weight.shape[2], form.device
+        self.gain = torch.ones(self.weight.shape[:2], device=device)
+        if gain is not None:
+            self.gain = gain.detach().to(self.gain).reshape(self.gain.shape).square()
+        self.count = 0
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        self._moment = zeros(groups, width, width)
+        self._sum = zeros(groups, width)
+        self._cross: Tensor | None = None
+        self._float_sum = self._sum
+        self._output = zeros(2, *self.weight.shape[:2])
+        self._solver: _Solver | None = None
+
+    # -- statistics -------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def add(self, x: Tensor, x_float: Tensor | None = None) -> None:
+        """Take a batch of inputs into account.
+
+        Args:
+            x: the layer's (quantized) input, as in :func:`~.columns.columns`.
+            x_float: the input that the float network gives the layer for the same samples; all
+                calls have it or none.
+
+        Raises:
+            CalibrationError: NaN, infinity, wrong shapes.
+        """
+        if x_float is not None and x_float.shape != x.shape:
+            raise CalibrationError(
+                f"layer {self.name!r}: inputs of shape {tuple(x.shape)} and "
+                f"{tuple(x_float.shape)} should be of one shape"
+            )
+        if self.count and (x_float is None) != (self._cross is None):
+            raise CalibrationError(f"layer {self.name!r}: float inputs are needed in all batches")
+        self._solver = None
+        each = self._images_at_once(x)
+        for start in range(0, x.shape[0], each):
+            part = slice(start, start + each)
+            state = self.generator.get_state()
+            rows = self._rows(x[part])
+            self.count += rows.shape[1]
+            self._moment += rows.transpose(1, 2) @ rows
+            self._sum += rows.sum(dim=1)
+            if x_float is not None:
+                if self._cross is None:
+                    self._cross = torch.zeros_like(self._moment)
+                    self._float_sum = torch.zeros_like(self._sum)
+                self.generator.set_state(state)  # the same positions
+                other = self._rows(x_float[part])
+                self._cross += other.transpose(1, 2) @ rows
+                self._float_sum += other.sum(dim=1)
+                output = self.weight @ other.transpose(1, 2)
+                self._output[0] += output.sum(dim=2)
+                self._output[1] += output.square().sum(dim=2)
+
+    def _images_at_once(self, x: Tensor) -> int:
+        """Samples whose rows are held together; they share their drawn positions."""
+        if x.dim() != 4 or isinstance(self.layer, nn.Linear):
+            return max(1, _CHUNK // max(1, x[:1].numel()))
+        positions = x.shape[2:].numel()
+        if isinstance(self.layer, nn.ConvTranspose2d):
+            positions *= self.layer.stride[0] * self.layer.stride[1]
+        rows = min(self.per_image, max(1, positions))
+        return max(1, min(_IMAGES, _CHUNK // (rows * x.shape[1] * self.shape[2:].numel())))
+
+    def _rows(self, x: Tensor) -> Tensor:
+        rows = columns(self.layer, x.float(), self.per_image, self.generator, name=self.name)
+        if rows.shape[2] != self.weight.shape[2]:
+            raise CalibrationError(
+                f"layer {self.name!r}: an input of shape {tuple(x.shape)} does not fit its weight "
+                f"of shape {tuple(self.shape)}"
+            )
+        if not bool(torch.isfinite(rows).all()):
+            raise CalibrationError(
+                f"layer {self.name!r}: its input contains NaN or infinite values; expected finite "
+                "numbers"
+            )
+        return rows
+
+    # -- results ----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def quantize(
+        self, bits: int, sparsity: float = 0.0, *, mask: Tensor | None = None, passes: int = PASSES
+    ) -> LayerSolution:
+        """Integers, scales and mask of small output error; never worse than plain rounding.
+
+        Args:
+            bits: 2 to 8.
+            sparsity: share of weights to remove; exactly ``round(share * weights)`` are.
+            mask: bool, output channels first: keep exactly these instead of choosing.
+            passes: rounds of refinement after the sweep.
+
+        Raises:
+            CalibrationError: no data was added.
+            PlanError: bits, sparsity or the mask's shape are not valid.
+        """
+        solver = self._ready()
+        low, high = weight_range(bits)
+        keep: Tensor | None = None
+        if mask is not None:
+            if mask.shape != self.shape:
+                raise PlanError(
+                    f"layer {self.name!r}: mask has shape {tuple(mask.shape)}, expected "
+                    f"{tuple(self.shape)}"
+                )
+            keep = mask.reshape(self.weight.shape)
+        levels, scale, kept = solver.run([(bits, sparsity)], passes, keep=keep)
+        chosen = kept if mask is not None or pruned_count(kept.numel(), sparsity) else None
+        q = levels * scale[:, :, None]
+        error, energy = solver.error(q), solver.energy
+        plain_mask = keep
+        if plain_mask is None and sparsity:
+            plain_mask = magnitude_mask(self.weight, sparsity)
+        plain_levels, plain_scale = self._plain(bits, plain_mask)
+        plain = solver.error(plain_levels * plain_scale[:, :, None])
+        if float((self.gain * plain).sum()) < float((self.gain * error).sum()):
+            levels, scale, chosen, error = plain_levels, plain_scale, plain_mask, plain
+            q = levels * scale[:, :, None]
+        form = self.shape
+        flat_scale = scale.reshape(-1).float()
+        # The division that rounding makes must give the integers back, on the stored scale.
+        stored = levels.reshape(form).clamp(low, high)
+        weight = stored * per_channel(flat_scale, len(form))
+        assert torch.equal(round_weight(weight, flat_scale, bits), stored)
+        return LayerSolution(
+            levels=stored.to(torch.int8),
+            scale=flat_scale,
+            mask=None if chosen is None else chosen.reshape(form),
+            bias_shift=solver.bias_shift(q).reshape(-1).float(),
+            error=self._ratio(error, energy),
+            plain_error=self._ratio(plain, energy),
+        )
+
+    @torch.no_grad()
+    def errors(
+        self,
+        settings: Sequence[tuple[int, float]],
+        *,
+        channels: int | None = 64,
+        passes: int = 1,
+    ) -> list[float]:
+        """Relative output error for every ``(bits, sparsity)``, all in one sweep.
+
+        Args:
+            settings: bits from 2 to 8 with a sparsity in ``[0, 1)``.
+            channels: look at that many output channels, evenly spread; ``None`` for all.
+            passes: as in :meth:`quantize`; fewer give an upper estimate sooner.
+
+        Returns:
+            As ``LayerSolution.error``, in the order of ``settings``.
+        """
+        solver = self._ready()
+        chosen = self._sample(channels)
+        found: list[float] = []
+        # Settings that fit a bounded amount of memory go together.
+        size = max(1, self.weight[:, chosen].numel())
+        step = max(1, (_CHUNK * 2) // size)
+        gain, energy = self.gain[:, chosen], solver.energy[:, chosen]
+        for start in range(0, len(settings), step):
+            part = list(settings[start : start + step])
+            levels, scale, _ = solver.run(part, passes, channels=chosen)
+            q = levels * scale[:, :, None]
+            for index in range(len(part)):
+                rows = slice(index * len(chosen), (index + 1) * len(chosen))
+                error = solver.error(q[:, rows], chosen)
+                found.append(self._ratio(error, energy, gain))
+        return found
+
+    def _ratio(self, error: Tensor, energy: Tensor, gain: Tensor | None = None) -> float:
+        gain = self.gain if gain is None else gain
+        total = float((gain * energy).sum())
+        wrong = max(float((gain * error).sum()), 0.0)
+        return wrong / total if total > 0.0 else 0.0
+
+    def _sample(self, channels: int | None) -> Tensor:
+        count = self.weight.shape[1]
+        if channels is None or self.weight.shape[0] * count <= channels:
+            return torch.arange(count)
+        each = max(1, channels // self.weight.shape[0])
+        return torch.linspace(0, count - 1, min(each, count)).round().long().unique()
+
+    def _plain(self, bits: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        rows = self.weight.reshape(-1, self.weight.shape[2])
+        keep = None if mask is None else mask.reshape(rows.shape)
+        levels, scale = quantize_weight(rows, bits, keep)
+        return levels.float().reshape(self.weight.shape), scale.reshape(self.weight.shape[:2])
+
+    def _ready(self) -> _Solver:
+        if self.count == 0:
+            raise CalibrationError(
+                f"layer {self.name!r}: no input was seen; expected at least one sample"
+            )
+        if self._solver is None:
+            self._solver = _Solver(self)
+        return self._solver
+
+    def moments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``C``, ``C'`` (float64 ``[G, K, K]``) and ``var(W x')`` per channel (``[G, R]``)."""
+        n = self.count
+        mean, other = self._sum / n, self._float_sum / n
+        covariance = self._moment / n - mean.unsqueeze(2) * mean.unsqueeze(1)
+        if self._cross is None:
+            w = self.weight.double()
+            return covariance, covariance, ((w @ covariance) * w).sum(dim=2)
+        cross = self._cross / n - other.unsqueeze(2) * mean.unsqueeze(1)
+        first, second = self._output / n
+        return covariance, cross, (second - first.square()).clamp_(min=0.0)
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Mean rows of the quantized and of the float input, float64 ``[G, K]``."""
+        other = self._sum if self._cross is None else self._float_sum
+        return self._sum / self.count, other / self.count
+
+
+class _Solver:
+    """Factorisation of one set of statistics; columns are permuted, important ones first."""
+
+    def __init__(self, owner: LayerHessian) -> None:
+        self.owner = owner
+        weight = owner.weight.double()
+        self.covariance, cross, self.energy = owner.moments()
+        self.pull = weight @ cross  # W C'
+        size = self.covariance.shape[1]
+        diagonal = self.covariance.diagonal(dim1=1, dim2=2)
+        level = diagonal.mean(dim=1)
+        # Inputs that never vary say nothing: plain rounding then, by an identity.
+        level = torch.where(level > 0, level, torch.ones_like(level))
+        order = torch.argsort(diagonal, dim=1, descending=True, stable=True)
+        unit = torch.eye(size, dtype=torch.float64, device=weight.device)
+        damping = owner.damping
+        for _ in range(6):
+            damped = self.covariance + (damping * level)[:, None, None] * unit
+            lower, failed = torch.linalg.cholesky_ex(_permute(damped, order))
+            if not bool(failed.any()):
+                break
+            damping *= 10
+        else:
+            raise CalibrationError(
+                f"layer {owner.name!r}: the covariance of its input cannot be factorised"
+            )
+        excess = self.pull - weight @ self.covariance
+        correction = torch.cholesky_solve(
+            _columns_of(excess, order).transpose(1, 2), lower
+        ).transpose(1, 2)
+        scale = level[:, None, None]
+        self.order = order
+        # In units of the mean variance, so that float32 is far from its limits.
+        self.target = (_columns_of(weight, order) + correction).float()
+        self.hessian = (_permute(damped, order) / scale).float()
+        inverse = torch.cholesky_inverse(lower) * scale
+        self.factor = torch.linalg.cholesky(inverse, upper=True).float()
+
+    def run(
+        self,
+        settings: list[tuple[int, float]],
+        passes: int,
+        *,
+        keep: Tensor | None = None,
+        channels: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Integers, scales and mask: ``[G, T, K]``, ``[G, T]``, ``[G, T, K]``."""
+        target, gain = self.target, self.owner.gain
+        if channels is not None:
+            target, gain = target[:, channels], gain[:, channels]
+        rows = self._rows(target, gain, settings, keep)
+        repeated = target.repeat(1, len(settings), 1)
+        levels, kept = compensate(repeated, self.factor, rows)
+        levels, scale = refine(repeated, self.hessian, levels, kept, rows, passes)
+        back = torch.argsort(self.order, dim=1)
+        return _columns_of(levels, back), scale, _columns_of(kept, back)
+
+    def _rows(
+        self,
+        target: Tensor,
+        gain: Tensor,
+        settings: list[tuple[int, float]],
+        keep: Tensor | None,
+    ) -> Rows:
+        groups, per_group, width = target.shape
+        flat = target.reshape(-1, width)
+        diagonal = self.factor.diagonal(dim1=1, dim2=2)[:, None]
+        scales, bounds, pruned = [], [], []
+        kept = None if keep is None else _columns_of(keep, self.order)
+        for bits, sparsity in settings:
+            bounds.append(weight_range(bits))
+            pruned.append(0 if keep is not None else pruned_count(target.numel(), sparsity))
+            likely = kept
+            if pruned[-1]:
+                # A first guess of what will be kept, for the scale alone.
+                likely = magnitude_mask(target * gain[:, :, None].sqrt() / diagonal, sparsity)
+            part = None if likely is None else likely.reshape(flat.shape)
+            _, scale = quantize_weight(flat, bits, part)
+            scales.append(scale.reshape(groups, per_group))
+        low, high = (
+            torch.tensor([pair[end] for pair in bounds], dtype=torch.float32, device=flat.device)
+            for end in (0, 1)
+        )
+        return Rows(
+            scale=torch.cat(scales, dim=1),
+            low=low.repeat_interleave(per_group),
+            high=high.repeat_interleave(per_group),
+            pruned=pruned,
+            gain=gain,
+            keep=None if kept is None else kept.repeat(1, len(settings), 1),
+        )
+
+    def error(self, q: Tensor, channels: Tensor | None = None) -> Tensor:
+        """``E(Q)`` per channel, float64 ``[G, R]``, without the damping."""
+        q = q.double()
+        pull, energy = self.pull, self.energy
+        if channels is not None:
+            pull, energy = pull[:, channels], energy[:, channels]
+        return energy + (q * (q @ self.covariance - 2 * pull)).sum(dim=2)
+
+    def bias_shift(self, q: Tensor) -> Tensor:
+        """``E[W x'] - E[Q x]``, float64 ``[G, R]``."""
+        mean, other = self.owner.means()
+        wanted = self.owner.weight.double() @ other.unsqueeze(2)
+        return (wanted - q.double() @ mean.unsqueeze(2)).squeeze(2)
+
+
+def _columns_of(x: Tensor, order: Tensor) -> Tensor:
+    """Columns of ``[G, T, K]`` in another order per group."""
+    return torch.gather(x, 2, order.unsqueeze(1).expand(-1, x.shape[1], -1))
+
+
+def _permute(x: Tensor, order: Tensor) -> Tensor:
+    """Rows and columns of ``[G, K, K]`` in another order."""
+    return torch.gather(_columns_of(x, order), 1, order.unsqueeze(2).expand_as(x))
