@@ -12,7 +12,6 @@ void fake_quantize(const float* x, int64_t n, const ActivationGrid& grid, float 
 void unpack_tiles(const uint8_t* packed, int bits, int64_t count, int8_t* out);
 void gemv(const GemvArgs& g);
 void store(const StoreArgs& s);
-void depthwise(const DepthwiseArgs& d);
 void requantize(const RequantizeArgs& args);
 void quantize_quads(const float* x, int64_t channel_stride, int64_t channels, int64_t w,
                     const ActivationGrid& grid, uint32_t* quads);

@@ -50,9 +50,10 @@ struct Columns {
 
 struct Loop {
   const ConvCall& call;
-  const FloatConvCall* floats;  // null for u8 output
+  const TensorConvCall* tensor;  // null where the output is an image
   const KernelRow& kernels;
   UnpackTiles unpack_tiles;
+  Gemv gemv;
   Requantize requantize;
   int8_t* unpacked;
   int32_t* sums;                 // two blocks
@@ -115,6 +116,29 @@ struct Loop {
     return 2;  // gemm's rows are 32 sums apart
   }
 
+  /// All positions of all images times `columns`, where they are so few that every weight is used
+  /// once: weights go from memory through registers into their sums.
+  void few(const Columns& c) const {
+    const ConvPlan& plan = call.plan;
+    const ConvRun& run = plan.runs.front();
+    const auto positions = static_cast<int>(run.positions);
+    GemvArgs g{};
+    for (int64_t n = 0; n < call.images; ++n)
+      for (int i = 0; i < positions; ++i)
+        g.activations[g.rows++] = call.in + n * plan.in_image_bytes + run.base +
+                                  c.group * plan.shape.group_in() + run.in_offset[i];
+    g.step_offsets = run.step_offsets.data();
+    g.steps = plan.steps;
+    g.packed = packed(c);
+    g.bits = call.bits;
+    g.column_tiles = c.tiles;
+    g.sums = sums;
+    g.sums_stride = kBlockCols;
+    gemv(g);
+    for (int64_t n = 0; n < call.images; ++n)
+      finish({c, &run, n, 0, positions, 2, sums + n * positions * kBlockCols});
+  }
+
   /// The block whose sums are ready but not yet stored. Its epilogue is issued behind the next
   /// block's products, so that the vector units work while the tile unit does.
   struct Pending {
@@ -144,14 +168,25 @@ struct Loop {
     const int64_t column = c.tile * kTileWidth;
     const int64_t channel = c.group * outs + column;
     const int cols = static_cast<int>(std::min<int64_t>(c.tiles * kTileWidth, outs - column));
-    if (floats != nullptr) {
+    if (tensor != nullptr) {
+      const int64_t channels = plan.shape.out_channels, image = tensor->first_image + n;
       StoreArgs s{};
       s.sums_stride = tiles * kTileWidth;
       s.cols = cols;
-      s.correction = floats->correction + channel;
+      s.correction = tensor->correction + channel;
       s.channel = channel;
-      s.out = &floats->out;
-      s.first = (n * plan.shape.out_channels + channel) * plan.out_area;
+      s.out = &tensor->out;
+      if (tensor->out.layout == Layout::NHWC) {
+        s.first = image * plan.out_area * channels + channel;
+        s.position_stride = channels;
+        s.channel_stride = 1;
+        s.sums = sums;
+        s.position = run.position.data() + first;
+        s.rows = rows;
+        kernels.store(s);
+        return;
+      }
+      s.first = (image * channels + channel) * plan.out_area;
       s.position_stride = 1;
       s.channel_stride = plan.out_area;
       // A store takes positions that are neighbours but for dropped ones in between.
@@ -252,7 +287,7 @@ bool rows_outside(const ConvPlan& plan, int64_t images, const BlockRange& range,
                   images * blocks * cost(unpacked_bytes(plan, 1), kFirstLevel));
 }
 
-void run(const ConvCall& call, const FloatConvCall* floats, const KernelRow& kernels, Part part) {
+void run(const ConvCall& call, const TensorConvCall* tensor, const KernelRow& kernels, Part part) {
   const ConvPlan& plan = call.plan;
   const int64_t pairs = plan.pairs();
   const int64_t pair_first = call.by_columns ? part.first(pairs) : 0;
@@ -274,18 +309,26 @@ void run(const ConvCall& call, const FloatConvCall* floats, const KernelRow& ker
   }
 
   Scratch& local = scratch();
-  const bool together = !tall && rows_outside(plan, call.images, range, pair_last - pair_first);
+  const bool few = plan.runs.size() == 1 && call.images * plan.runs[0].positions <= kGemvRows &&
+                   range.last - range.first == blocks;
+  const bool together = !tall && !few && rows_outside(plan, call.images, range, pair_last - pair_first);
   const int64_t held = together ? pair_last - pair_first : 1;
   const Loop loop{
       call,
-      floats,
+      tensor,
       kernels,
       unpacker(kernels),
+      gemv(kernels),
       requantizer(kernels),
-      call.bits < 8 ? grown<int8_t>(local.unpacked, unpacked_bytes(plan, held)) : nullptr,
+      call.bits < 8 && !few ? grown<int8_t>(local.unpacked, unpacked_bytes(plan, held)) : nullptr,
       grown<int32_t>(local.sums, 2 * kSums),
       call.weights + (call.by_columns ? weight_range(plan, call.bits, part).first : 0)};
 
+  if (few) {
+    for (int64_t p = pair_first; p < pair_last; ++p)
+      loop.few(columns_of(plan, p));
+    return;
+  }
   Loop::Pending pending;
   if (together) {
     bool fresh = true;
@@ -359,7 +402,7 @@ void run_conv(const ConvCall& call, const KernelRow& kernels, Part part) {
   run(call, nullptr, kernels, part);
 }
 
-void run_conv(const FloatConvCall& call, const KernelRow& kernels, Part part) {
+void run_conv(const TensorConvCall& call, const KernelRow& kernels, Part part) {
   run(call.conv, &call, kernels, part);
 }
 

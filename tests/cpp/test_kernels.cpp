@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cstdio>
 #include <cstring>
+#include <optional>
 #include <random>
 #include <string>
 #include <thread>
@@ -194,40 +195,43 @@ int fill_value(Fill fill, int low, int high) {
 }
 
 /// Operands of one product of the kernel table, in memory of exactly the size that they may read.
+/// Rows and steps lie anywhere.
 struct Product {
   int bits, rows, steps, tiles;
-  int64_t row_stride;
+  std::vector<int32_t> row_offsets;
   std::vector<int64_t> offsets;
   std::vector<uint8_t> live;
   std::vector<int8_t> weights;  // unpacked tiles [tiles][steps]
-  formats::Panels panels;       // the same, packed
-  Exact<uint8_t> levels;
+  std::vector<uint8_t> packed;  // the same
+  std::optional<Exact<uint8_t>> levels;
 
+  /// `whole`: all 64 bytes of a step are read, else just the live quads.
   Product(int width, int row_count, int step_count, int tile_count, Fill weight_fill,
-          Fill level_fill)
-      : bits(width),
-        rows(row_count),
-        steps(step_count),
-        tiles(tile_count),
-        row_stride(16 * uniform(1, 6)),
-        levels(static_cast<size_t>(31 * row_stride + step_count * 80 + 64)) {
-    // The last step may be partly live; weights beyond are zero, levels beyond are neighbours'.
-    ConvShape s;
-    s.batch = s.in_h = s.in_w = s.kernel_h = s.kernel_w = 1;
-    s.in_channels = steps * 64 - uniform(0, 40);
-    s.out_channels = tiles * 16 - uniform(0, 15);
-    std::vector<int8_t> dense(static_cast<size_t>(s.in_channels * s.out_channels));
-    for (auto& w : dense)
-      w = static_cast<int8_t>(fill_value(weight_fill, -(1 << (bits - 1)), (1 << (bits - 1)) - 1));
-    panels = formats::build_panels(s, dense, bits);
-    if (panels.reduction.steps != steps) throw Error("the test's reduction has another length");
-    live = panels.live_quads;
-    weights.resize(static_cast<size_t>(tiles * steps) * formats::kTileBytes);
-    formats::unpack_tiles_scalar(panels.data.data(), bits, tiles * steps, weights.data());
+          Fill level_fill, bool whole)
+      : bits(width), rows(row_count), steps(step_count), tiles(tile_count) {
+    for (int step = 0; step < steps; ++step) {
+      live.push_back(static_cast<uint8_t>(uniform(0, 2) == 0 ? uniform(1, 16) : 16));
+      offsets.push_back(uniform(0, 999));
+    }
+    for (int row = 0; row < rows; ++row)
+      row_offsets.push_back(uniform(0, 4999));
+    int64_t end = 0;
     for (int step = 0; step < steps; ++step)
-      offsets.push_back(step * 64 + uniform(0, step * 16));
-    for (size_t i = 0; i < levels.size(); ++i)
-      levels[i] = static_cast<uint8_t>(fill_value(level_fill, 0, 255));
+      for (int row = 0; row < rows; ++row)
+        end = std::max(end, row_offsets[row] + offsets[step] + (whole ? 64 : live[step] * 4));
+    levels.emplace(static_cast<size_t>(end));
+    for (size_t i = 0; i < levels->size(); ++i)
+      (*levels)[i] = static_cast<uint8_t>(fill_value(level_fill, 0, 255));
+    // Weights of bytes that are not live are zero.
+    const int low = -(1 << (bits - 1)), high = (1 << (bits - 1)) - 1;
+    weights.resize(static_cast<size_t>(tiles * steps) * formats::kTileBytes, 0);
+    packed.resize(static_cast<size_t>(tiles * steps * 128 * bits));
+    for (int i = 0; i < tiles * steps; ++i) {
+      int8_t* tile = weights.data() + i * formats::kTileBytes;
+      for (int w = 0; w < live[i % steps] * 64; ++w)
+        tile[w] = static_cast<int8_t>(fill_value(weight_fill, low, high));
+      formats::pack_tile(tile, bits, packed.data() + i * 128 * bits);
+    }
   }
 
   const int8_t* tile(int t) const { return weights.data() + t * steps * formats::kTileBytes; }
@@ -236,30 +240,28 @@ struct Product {
     int64_t sum = 0;
     for (int s = 0; s < steps; ++s)
       for (int d = 0; d < 64; ++d)
-        sum += int64_t{levels[static_cast<size_t>(row * row_stride + offsets[s] + d)]} *
-               tile(column / 16)[s * formats::kTileBytes + d / 4 * 64 + column % 16 * 4 + d % 4];
+        if (const int8_t w =
+                tile(column / 16)[s * formats::kTileBytes + d / 4 * 64 + column % 16 * 4 + d % 4];
+            w != 0)
+          sum += int64_t{(*levels)[static_cast<size_t>(row_offsets[row] + offsets[s] + d)]} * w;
     return sum;
   }
 };
 
-/// The matrix product of every row of the table, alone: 1..32 rows, one and two column tiles.
+/// The matrix product of every row of the table, alone: 1..64 rows, one and two column tiles.
 TEST(gemm_of_every_row) {
   int i = 0;
   for (int bits = 2; bits <= 8; ++bits)
-    for (int rows = 1; rows <= cpu::kBlockRows; ++rows) {
+    for (int rows = 1; rows <= cpu::kGemmRows; ++rows) {
       const int steps = 1 + i % 7, tiles = 1 + i / 7 % 2;
-      const Product p(bits, rows, steps, tiles, kFills[i % 5], kFills[i / 5 % 5]);
+      const Product p(bits, rows, steps, tiles, kFills[i % 5], kFills[i / 5 % 5], false);
       ++i;
       for (const cpu::KernelRow* row : cpu::kernel_rows()) {
-        if (!isa_supported(row->isa)) continue;
-        std::vector<int32_t> sums(cpu::kBlockRows * cpu::kBlockCols, -1);
+        if (!isa_supported(row->isa) || row->gemm == nullptr) continue;
+        std::vector<int32_t> sums(cpu::kGemmRows * cpu::kBlockCols, -1);
         cpu::GemmArgs g{};
-        g.activations = p.levels.data();
-        std::vector<int32_t> row_offsets;
-        for (int r = 0; r < rows; ++r)
-          row_offsets.push_back(static_cast<int32_t>(r * p.row_stride));
-        g.row_offsets = row_offsets.data();
-        g.row_stride = p.row_stride;
+        g.activations = p.levels->data();
+        g.row_offsets = p.row_offsets.data();
         g.step_offsets = p.offsets.data();
         g.live_quads = p.live.data();
         g.steps = steps;
@@ -287,18 +289,17 @@ TEST(gemv_of_every_row) {
     for (int rows = 1; rows <= cpu::kGemvRows; ++rows)
       for (int steps : {1, 2, 5, 9}) {
         const int tiles = uniform(1, 4);
-        const Product p(bits, rows, steps, tiles, kFills[i % 5], kFills[i / 5 % 5]);
+        const Product p(bits, rows, steps, tiles, kFills[i % 5], kFills[i / 5 % 5], true);
         ++i;
         for (const cpu::KernelRow* row : cpu::kernel_rows()) {
           if (!isa_supported(row->isa)) continue;
           for (const cpu::Gemv gemv : {row->gemv, cpu::gemv(*row)}) {
             const int64_t stride = tiles * 16 + uniform(0, 9);
             const Exact<int32_t> sums(static_cast<size_t>((rows - 1) * stride + tiles * 16));
-            const auto packed = Exact<uint8_t>::of(std::vector<uint8_t>(
-                p.panels.data.data(), p.panels.data.data() + tiles * steps * 128 * bits));
+            const auto packed = Exact<uint8_t>::of(p.packed);
             cpu::GemvArgs g{};
-            g.activations = p.levels.data();
-            g.row_stride = p.row_stride;
+            for (int r = 0; r < rows; ++r)
+              g.activations[r] = p.levels->data() + p.row_offsets[r];
             g.step_offsets = p.offsets.data();
             g.steps = steps;
             g.packed = packed.data();
