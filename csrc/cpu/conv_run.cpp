@@ -25,6 +25,9 @@ constexpr int64_t kSums = kGemmRows * kBlockCols;
 // Rows of a gemm call: several passes of the kernels' most.
 constexpr int kListedRows = 56;
 static_assert(kListedRows <= kGemmRows);
+// Column tiles whose sums of a few rows are stored together.
+constexpr int64_t kFewTiles = 32;
+static_assert(kGemvRows * kFewTiles * kTileWidth <= 2 * kSums);
 
 /// Buffers of one thread; they grow to the largest layer and stay.
 struct Scratch {
@@ -116,8 +119,8 @@ struct Loop {
     return 2;  // gemm's rows are 32 sums apart
   }
 
-  /// All positions of all images times `columns`, where they are so few that every weight is used
-  /// once: weights go from memory through registers into their sums.
+  /// All positions of all images times `columns` (any number of tiles for a tensor), where they are
+  /// so few that every weight is used once: weights go from memory through registers into sums.
   void few(const Columns& c) const {
     const ConvPlan& plan = call.plan;
     const ConvRun& run = plan.runs.front();
@@ -133,10 +136,11 @@ struct Loop {
     g.bits = call.bits;
     g.column_tiles = c.tiles;
     g.sums = sums;
-    g.sums_stride = kBlockCols;
+    const int stride = std::max(c.tiles, 2);  // requantize takes one or two tiles
+    g.sums_stride = stride * kTileWidth;
     gemv(g);
     for (int64_t n = 0; n < call.images; ++n)
-      finish({c, &run, n, 0, positions, 2, sums + n * positions * kBlockCols});
+      finish({c, &run, n, 0, positions, stride, sums + n * positions * g.sums_stride});
   }
 
   /// The block whose sums are ready but not yet stored. Its epilogue is issued behind the next
@@ -189,12 +193,13 @@ struct Loop {
       s.first = (image * channels + channel) * plan.out_area;
       s.position_stride = 1;
       s.channel_stride = plan.out_area;
-      // A store takes positions that are neighbours but for dropped ones in between.
+      // A store takes positions that are neighbours but for dropped ones in between. They rise.
       const int32_t* position = run.position.data() + first;
+      const bool neighbours = position[0] >= 0 && position[rows - 1] == position[0] + rows - 1;
       for (int begin = 0, end = 0; begin < rows; begin = end) {
         int32_t next = -1;
-        for (end = begin; end < rows && (position[end] < 0 || next < 0 || position[end] == next);
-             ++end)
+        for (end = neighbours ? rows : begin;
+             end < rows && (position[end] < 0 || next < 0 || position[end] == next); ++end)
           if (position[end] >= 0) next = position[end] + 1;
         s.sums = sums + begin * s.sums_stride;
         s.position = position + begin;
@@ -325,8 +330,14 @@ void run(const ConvCall& call, const TensorConvCall* tensor, const KernelRow& ke
       call.weights + (call.by_columns ? weight_range(plan, call.bits, part).first : 0)};
 
   if (few) {
-    for (int64_t p = pair_first; p < pair_last; ++p)
-      loop.few(columns_of(plan, p));
+    for (int64_t p = pair_first; p < pair_last;) {
+      Columns c = columns_of(plan, p);
+      if (tensor != nullptr)
+        c.tiles = static_cast<int>(
+            std::min({kFewTiles, plan.column_tiles - c.tile, 2 * (pair_last - p)}));
+      loop.few(c);
+      p += (c.tiles + 1) / 2;
+    }
     return;
   }
   Loop::Pending pending;

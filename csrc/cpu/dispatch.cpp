@@ -16,7 +16,8 @@ namespace {
 // was tuned on, 1 MiB on older ones) beside the weights that stream past them.
 constexpr int64_t kImageBudget = 512 << 10;
 // Sums of depthwise rows on their way to the output.
-constexpr int64_t kSumsBudget = 128 << 10;
+constexpr int64_t kSumsBudget = 256 << 10;
+constexpr int64_t kRowsAtOnce = 8;
 // Below about this many nanoseconds of work a fork-join (2-5 us) costs more than it saves.
 constexpr int64_t kSerialNanoseconds = 8000;
 // Output positions of one image are int32 in the kernels.
@@ -58,9 +59,9 @@ void grouped_rows(const Call& call, const uint8_t* image, int64_t n, int64_t y_f
                   int64_t y_last) {
   const ConvShape& s = call.plan.shape;
   const int64_t out_w = s.out_w(), area = s.out_h() * out_w, pitch = grouped_sums_pitch(s);
-  // Kernels take a few rows at a time; eight are enough for all of them.
-  const int64_t fit = std::clamp<int64_t>(kSumsBudget / (out_w * pitch * 4), 2, 8);
-  const int64_t rows = std::min(fit, y_last - y_first);
+  // Kernels take a few rows at a time, up to eight where channels are few.
+  const int64_t fit = kSumsBudget / (out_w * pitch * 4) / kRowsAtOnce * kRowsAtOnce;
+  const int64_t rows = std::min(std::max(fit, kRowsAtOnce), y_last - y_first);
   auto* sums = grown<int32_t>(scratch().sums, rows * out_w * pitch);
   auto* position = grown<int32_t>(scratch().position, rows * out_w);
   std::iota(position, position + rows * out_w, 0);

@@ -106,11 +106,17 @@ void pack_image(const LayerPlan& plan, const ActivationIn& in, int64_t n, uint8_
     from.data = static_cast<const uint8_t*>(in.data) + first;
   if (plan.stem) return pack_stem(*plan.stem, from, image, part);
   fill_padding(plan.in, image, 1, static_cast<uint8_t>(in.grid.zero_point), part);
-  if (in.dtype == DType::F32)
-    quantize_image(static_cast<const float*>(from.data), in.layout, in.grid, {&plan.in, image},
-                   part);
-  else
-    copy_levels(plan, static_cast<const uint8_t*>(from.data), in.layout, image, part);
+  const auto pack_rows = [&](Part rows) {
+    if (in.dtype == DType::F32)
+      quantize_image(static_cast<const float*>(from.data), in.layout, in.grid, {&plan.in, image},
+                     rows);
+    else
+      copy_levels(plan, static_cast<const uint8_t*>(from.data), in.layout, image, rows);
+  };
+  if (s.kernel_h > 1 || s.stride_h == 1) return pack_rows(part);
+  // Nobody reads the rows between those that the stride visits.
+  for (int64_t y = part.first(s.in_h); y < part.last(s.in_h); ++y)
+    if ((y + s.pad_top) % s.stride_h == 0) pack_rows({y, s.in_h});
 }
 
 }  // namespace adalayer::cpu
