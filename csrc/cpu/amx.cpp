@@ -219,6 +219,7 @@ const KernelRow kAmxRow{
     .begin = amx::begin,
     .end = amx::end,
     .gemm = nullptr,
+    .gemm_requantize = nullptr,
     .gemv = avx512::gemv,
     .store = avx512::store,
     .block = amx::block,

@@ -59,7 +59,8 @@ struct Words256 {
   }
   static void store_dwords(int32_t* p, I v, int64_t count) {
     const I lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    const I wanted = _mm256_cmpgt_epi32(set1_dwords(count < 8 ? static_cast<int>(count) : 8), lanes);
+    const I wanted =
+        _mm256_cmpgt_epi32(set1_dwords(count < 8 ? static_cast<int>(count) : 8), lanes);
     _mm256_maskstore_epi32(p, wanted, v);
   }
   static void store_dwords_as_bytes(uint8_t* p, I v, int64_t bytes) {

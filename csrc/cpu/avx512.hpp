@@ -10,6 +10,8 @@ void quantize_planar(const float* x, int64_t channel_stride, int64_t channels, i
                      const ActivationGrid& grid, uint8_t* q);
 void fake_quantize(const float* x, int64_t n, const ActivationGrid& grid, float scale, float* y);
 void unpack_tiles(const uint8_t* packed, int bits, int64_t count, int8_t* out);
+void gemm(const GemmArgs& g);
+void gemm_requantize(const GemmArgs& g, const RequantizeArgs& q, Requantize requantize);
 void gemv(const GemvArgs& g);
 void store(const StoreArgs& s);
 void requantize(const RequantizeArgs& args);

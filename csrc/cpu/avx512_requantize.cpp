@@ -24,6 +24,8 @@ struct Lookup {
 
 #include "cpu/requantize_avx512.inl"
 
+#include "cpu/requantize_variants.inl"
+
 void requantize(const RequantizeArgs& args) { requantize_any(args); }
 
 }  // namespace adalayer::cpu::avx512

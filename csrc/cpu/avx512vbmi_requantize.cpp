@@ -26,6 +26,8 @@ struct Lookup {
 
 #include "cpu/requantize_avx512.inl"
 
+#include "cpu/requantize_variants.inl"
+
 void requantize_vbmi(const RequantizeArgs& args) { requantize_any(args); }
 
 }  // namespace adalayer::cpu

@@ -11,41 +11,7 @@
 namespace adalayer::cpu::avx512 {
 namespace {
 
-struct Bytes512 {
-  using T = __m512i;
-  static constexpr int kBytes = 64;
-  static constexpr int kSums = 28;
-  static T load(const uint8_t* p) { return _mm512_loadu_si512(p); }
-  static T load_weights(const int8_t* p) { return _mm512_loadu_si512(p); }
-  static void store(int8_t* p, T v) { _mm512_storeu_si512(p, v); }
-  static T bit_or(T a, T b) { return _mm512_or_si512(a, b); }
-  template <int kBits, int kWidth, int kT, int kAt>
-  static T field(T chunk) {
-    // Shifts work on 16-bit lanes, so bits of the neighbouring byte come in; the mask drops them.
-    constexpr int kShift = kAt - kT * kWidth;
-    if constexpr (kShift > 0) chunk = _mm512_slli_epi16(chunk, kShift);
-    if constexpr (kShift < 0) chunk = _mm512_srli_epi16(chunk, -kShift);
-    return _mm512_and_si512(chunk, set1(((1 << kWidth) - 1) << kAt));
-  }
-  template <int kBits>
-  static T finish(T u) {
-    const T sign = set1(1 << (kBits - 1));
-    return _mm512_sub_epi8(_mm512_xor_si512(u, sign), sign);
-  }
-  static T set1(int v) { return _mm512_set1_epi8(static_cast<char>(v)); }
-  static T zero() { return _mm512_setzero_si512(); }
-  static T broadcast(const uint8_t* p) {
-    int32_t four;
-    std::memcpy(&four, p, 4);
-    return _mm512_set1_epi32(four);
-  }
-  template <int kBits>
-  static constexpr int kRun = 1;
-  static T dot(T sum, T a, T w) { return _mm512_dpbusd_epi32(sum, a, w); }
-  static T add(T a, T b) { return _mm512_add_epi32(a, b); }
-  static void store_sums(int32_t* p, T v) { _mm512_storeu_si512(p, v); }
-};
-
+#include "cpu/bytes512.inl"
 #include "cpu/planar.inl"
 
 __mmask16 tail_mask(int64_t left) {
@@ -274,20 +240,6 @@ void store(const StoreArgs& s) {
 
 namespace {
 
-#include "cpu/vnni_gemm.inl"
-
-// 12 rows x 2 tiles of sums, two vectors of weights and one of activations: 27 of 32 registers, and
-// 14 loads for 24 vpdpbusd, so that the multiply ports set the pace.
-constexpr int kPassRows = 14;
-
-void gemm(const GemmArgs& g) {
-  const int8_t* tiles[2] = {g.tile0, g.tile1};
-  if (g.tile1 != nullptr)
-    gemm_passes<Bytes512, kPassRows, 2>(g, tiles, g.sums);
-  else
-    gemm_passes<Bytes512, kPassRows, 1>(g, tiles, g.sums);
-}
-
 void nothing() {}
 
 }  // namespace
@@ -305,6 +257,7 @@ const KernelRow kAvx512VnniRow{
     .begin = avx512::nothing,
     .end = avx512::nothing,
     .gemm = avx512::gemm,
+    .gemm_requantize = avx512::gemm_requantize,
     .gemv = avx512::gemv,
     .store = avx512::store,
     .block = nullptr,

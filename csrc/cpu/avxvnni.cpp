@@ -32,6 +32,21 @@ void gemm(const GemmArgs& g) {
   }
 }
 
+void gemm_requantize(const GemmArgs& g, const RequantizeArgs& q, Requantize requantize) {
+  for (int c = 0; c < 2; ++c) {
+    const int8_t* tile = c == 0 ? g.tile0 : g.tile1;
+    const int first = c * formats::kTileWidth;
+    if (tile == nullptr) continue;
+    const int8_t* halves[2] = {tile, tile + Vnni256::kBytes};
+    RequantizeArgs half = q;
+    half.cols = q.cols - first < formats::kTileWidth ? q.cols - first : formats::kTileWidth;
+    half.channel += first;
+    half.out += first;
+    if (q.residual != nullptr) half.residual += first;
+    gemm_requantize_passes<Vnni256, kPassRows, 2>(g, halves, half, requantize);
+  }
+}
+
 void gemv(const GemvArgs& g) { gemv_planar<Vnni256>(g); }
 
 }  // namespace
@@ -46,6 +61,7 @@ const KernelRow kAvxVnniRow{.name = "avxvnni",
                             .begin = avxvnni::nothing,
                             .end = avxvnni::nothing,
                             .gemm = avxvnni::gemm,
+                            .gemm_requantize = avxvnni::gemm_requantize,
                             .gemv = avxvnni::gemv,
                             .store = avxvnni::store,
                             .block = nullptr,

@@ -24,6 +24,7 @@ static_assert(kGemmRows >= kTallRows);
 constexpr int64_t kSums = kGemmRows * kBlockCols;
 // Rows of a gemm call: several passes of the kernels' most.
 constexpr int kListedRows = 56;
+constexpr int kTypicalPass = 14;
 static_assert(kListedRows <= kGemmRows);
 // Column tiles whose sums of a few rows are stored together.
 constexpr int64_t kFewTiles = 32;
@@ -61,10 +62,15 @@ struct Loop {
   int8_t* unpacked;
   int32_t* sums;                 // two blocks
   const uint8_t* segment_begin;  // of the part's own weights
+  bool fused;                    // products and requantization are one call
 
   const uint8_t* packed(const Columns& c) const {
     return call.weights +
            (c.group * call.plan.column_tiles + c.tile) * call.plan.packed_tile_bytes(call.bits);
+  }
+
+  const uint8_t* activations(const Columns& c, int64_t n, const ConvRun& run) const {
+    return call.in + n * call.plan.in_image_bytes + run.base + c.group * call.plan.shape.group_in();
   }
 
   WeightStream::Piece ahead(const Columns& c, bool fresh) const {
@@ -79,14 +85,12 @@ struct Loop {
   int multiply(const Columns& c, int8_t* unpacked_at, bool fresh, int64_t n, const ConvRun& run,
                int64_t first, int rows, int32_t* at) const {
     const ConvPlan& plan = call.plan;
-    const uint8_t* activations =
-        call.in + n * plan.in_image_bytes + run.base + c.group * plan.shape.group_in();
     const int64_t tile_bytes = plan.packed_tile_bytes(call.bits);
-    const uint8_t* weights = packed(c);
-    const WeightStream::Piece fetch = ahead(c, fresh);
     if (kernels.block != nullptr) {
+      const WeightStream::Piece fetch = ahead(c, fresh);
+      const uint8_t* weights = packed(c);
       BlockArgs b{};
-      b.activations = activations + first * plan.position_stride;
+      b.activations = activations(c, n, run) + first * plan.position_stride;
       b.row_stride = plan.position_stride;
       b.step_offsets = run.step_offsets.data();
       b.steps = plan.steps;
@@ -103,9 +107,19 @@ struct Loop {
       kernels.block(b);
       return c.tiles;
     }
+    GemmArgs g = gemm_args(c, unpacked_at, fresh, n, run, first, rows);
+    g.sums = at;
+    kernels.gemm(g);
+    return 2;  // gemm's rows are 32 sums apart
+  }
+
+  GemmArgs gemm_args(const Columns& c, int8_t* unpacked_at, bool fresh, int64_t n,
+                     const ConvRun& run, int64_t first, int rows) const {
+    const ConvPlan& plan = call.plan;
+    const uint8_t* weights = packed(c);
     if (fresh && call.bits < 8) unpack_tiles(weights, call.bits, c.tiles * plan.steps, unpacked_at);
     GemmArgs g{};
-    g.activations = activations;
+    g.activations = activations(c, n, run);
     g.row_offsets = run.in_offset.data() + first;
     g.step_offsets = run.step_offsets.data();
     g.live_quads = plan.live_quads.data();
@@ -114,9 +128,16 @@ struct Loop {
     g.tile1 = c.tiles == 2 ? g.tile0 + plan.steps * kTileBytes : nullptr;
     g.weight_bits = call.bits;
     g.rows = rows;
-    g.sums = at;
-    kernels.gemm(g);
-    return 2;  // gemm's rows are 32 sums apart
+    const WeightStream::Piece fetch = ahead(c, fresh);
+    if (fetch.bytes > 0) {
+      // About a line for every step of every pass of rows.
+      const int64_t passes = (rows + kTypicalPass - 1) / kTypicalPass;
+      g.fetch = fetch.begin;
+      g.fetch_lines = static_cast<int>((fetch.bytes + 64 * passes * plan.steps - 1) /
+                                       (64 * passes * plan.steps));
+      g.fetch_row = fetch.bytes / rows;
+    }
+    return g;
   }
 
   /// All positions of all images times `columns` (any number of tiles for a tensor), where they are
@@ -128,8 +149,7 @@ struct Loop {
     GemvArgs g{};
     for (int64_t n = 0; n < call.images; ++n)
       for (int i = 0; i < positions; ++i)
-        g.activations[g.rows++] = call.in + n * plan.in_image_bytes + run.base +
-                                  c.group * plan.shape.group_in() + run.in_offset[i];
+        g.activations[g.rows++] = activations(c, n, run) + run.in_offset[i];
     g.step_offsets = run.step_offsets.data();
     g.steps = plan.steps;
     g.packed = packed(c);
@@ -155,6 +175,11 @@ struct Loop {
 
   void block(const Columns& c, int8_t* unpacked_at, bool fresh, int64_t n, const ConvRun& run,
              int64_t first, int rows, Pending& pending) const {
+    if (fused) {
+      kernels.gemm_requantize(gemm_args(c, unpacked_at, fresh, n, run, first, rows),
+                              requantize_args(c, n, run, first), requantize);
+      return;
+    }
     int32_t* at = pending.sums == sums ? sums + kSums : sums;
     const int tiles = multiply(c, unpacked_at, fresh, n, run, first, rows, at);
     if (pending.run != nullptr) finish(pending);
@@ -208,13 +233,24 @@ struct Loop {
       }
       return;
     }
-    RequantizeArgs q{};
+    RequantizeArgs q = requantize_args(c, n, run, first);
     q.sums = sums;
     q.tiles = tiles;
     q.rows = rows;
-    q.cols = cols;
-    q.whole = plan.shape.groups == 1 && c.tiles == tiles &&
-              column + c.tiles * kTileWidth <= plan.out_pitch;
+    q.whole = q.whole && c.tiles == tiles;
+    requantize(q);
+  }
+
+  /// All but the sums.
+  RequantizeArgs requantize_args(const Columns& c, int64_t n, const ConvRun& run,
+                                 int64_t first) const {
+    const ConvPlan& plan = call.plan;
+    const int64_t outs = plan.shape.group_out();
+    const int64_t column = c.tile * kTileWidth;
+    const int64_t channel = c.group * outs + column;
+    RequantizeArgs q{};
+    q.cols = static_cast<int>(std::min<int64_t>(c.tiles * kTileWidth, outs - column));
+    q.whole = plan.shape.groups == 1 && column + c.tiles * kTileWidth <= plan.out_pitch;
     q.out_offset = run.out_offset.data() + first;
     q.out = call.out + n * plan.out_image_bytes + channel;
     if (call.residual != nullptr) {
@@ -223,7 +259,7 @@ struct Loop {
     }
     q.epilogue = call.epilogue;
     q.channel = channel;
-    requantize(q);
+    return q;
   }
 };
 
@@ -302,6 +338,7 @@ void run(const ConvCall& call, const TensorConvCall* tensor, const KernelRow& ke
   // Four row tiles by one column: every weight tile is unpacked and used once.
   const bool tall = kernels.block != nullptr && call.bits < 8 && plan.runs.size() == 1 &&
                     plan.runs[0].positions > kBlockRows && plan.runs[0].positions <= kTallRows;
+  const bool fused = tensor == nullptr && kernels.gemm_requantize != nullptr;
   const int rows = tall                       ? kTallRows
                    : kernels.block != nullptr ? kBlockRows
                                               : even_rows(plan, call.by_columns ? 1 : part.count);
@@ -316,7 +353,8 @@ void run(const ConvCall& call, const TensorConvCall* tensor, const KernelRow& ke
   Scratch& local = scratch();
   const bool few = plan.runs.size() == 1 && call.images * plan.runs[0].positions <= kGemvRows &&
                    range.last - range.first == blocks;
-  const bool together = !tall && !few && rows_outside(plan, call.images, range, pair_last - pair_first);
+  const bool together =
+      !tall && !few && rows_outside(plan, call.images, range, pair_last - pair_first);
   const int64_t held = together ? pair_last - pair_first : 1;
   const Loop loop{
       call,
@@ -327,7 +365,8 @@ void run(const ConvCall& call, const TensorConvCall* tensor, const KernelRow& ke
       requantizer(kernels),
       call.bits < 8 && !few ? grown<int8_t>(local.unpacked, unpacked_bytes(plan, held)) : nullptr,
       grown<int32_t>(local.sums, 2 * kSums),
-      call.weights + (call.by_columns ? weight_range(plan, call.bits, part).first : 0)};
+      call.weights + (call.by_columns ? weight_range(plan, call.bits, part).first : 0),
+      fused};
 
   if (few) {
     for (int64_t p = pair_first; p < pair_last;) {

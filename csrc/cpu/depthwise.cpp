@@ -421,8 +421,7 @@ void run_blocks(Job& job, int64_t y_first, int64_t y_last) {
           const bool real = split < strips && y + r < y_last;
           const int64_t at = split * t.out_rows + r, row = std::min(y + r, y_last - 1);
           if (t.sums != nullptr)
-            p.sums[at] =
-                real ? job.sums.pixel(row, x) + channel : reinterpret_cast<int32_t*>(sink);
+            p.sums[at] = real ? job.sums.pixel(row, x) + channel : reinterpret_cast<int32_t*>(sink);
           else
             p.out[at] = real ? job.out.pixel(row, x) + channel : sink;
           if (t.residual != nullptr) p.residual[at] = job.residual.pixel(row, x) + channel;

@@ -32,11 +32,14 @@ struct GemmArgs {
   const int64_t* step_offsets;  // [steps] byte offset of each step from the row's start
   const uint8_t* live_quads;    // [steps] groups of 4 bytes worth multiplying
   int64_t steps;
-  const int8_t* tile0;  // [steps][1024] unpacked weight tiles of column tile 0
-  const int8_t* tile1;  // the same for column tile 1, or null
-  int weight_bits;      // width of the weights before unpacking: AVX2 has a shortcut below 8
-  int rows;             // 1..kGemmRows
-  int32_t* sums;        // [rows][32]
+  const int8_t* tile0;   // [steps][1024] unpacked weight tiles of column tile 0
+  const int8_t* tile1;   // the same for column tile 1, or null
+  int weight_bits;       // width of the weights before unpacking: AVX2 has a shortcut below 8
+  int rows;              // 1..kGemmRows
+  const uint8_t* fetch;  // weights to fetch into the second-level cache meanwhile:
+  int64_t fetch_row;     // bytes from one row's share to the next one's
+  int fetch_lines;       // of 64 bytes with every step of a pass
+  int32_t* sums;         // [rows][32]
 };
 
 /// Most activation rows that `gemv` takes.
@@ -47,7 +50,7 @@ constexpr int kGemvRows = 4;
 /// step must be readable.
 struct GemvArgs {
   const uint8_t* activations[kGemvRows];  // each row's step offset 0
-  const int64_t* step_offsets;  // [steps]
+  const int64_t* step_offsets;            // [steps]
   int64_t steps;
   const uint8_t* packed;  // [column_tiles][steps] packed tiles of 128 * bits bytes
   int bits;               // of the packed tiles
@@ -105,6 +108,8 @@ struct RequantizeArgs {
   int64_t channel;  // of the epilogue's arrays
 };
 
+/// The row's own requantize, or the one with a table lookup in registers (AVX512-VBMI).
+using Requantize = void (*)(const RequantizeArgs&);
 using Gemv = void (*)(const GemvArgs&);
 /// The input step of a network (stem.hpp); null where the plain loops have to do.
 struct StemKernels {
@@ -131,6 +136,9 @@ struct KernelRow {
   void (*begin)();  // per thread and pass: AMX tile configuration
   void (*end)();
   void (*gemm)(const GemmArgs&);  // null where `block` does its work
+  /// Any number of rows, whose sums go on to `requantize` (its sums, tiles and rows are the
+  /// kernel's business; g.sums is not used). Null: gemm, then requantize.
+  void (*gemm_requantize)(const GemmArgs& g, const RequantizeArgs& q, Requantize requantize);
   Gemv gemv;  // needs no begin() and end()
   void (*store)(const StoreArgs&);
   void (*block)(const BlockArgs&);  // null: unpack_tiles and gemm do its work
@@ -150,8 +158,6 @@ const KernelRow* active_kernels();
 UnpackTiles unpacker(const KernelRow& row);
 Gemv gemv(const KernelRow& row);
 
-/// The row's own requantize, or the one with a table lookup in registers (AVX512-VBMI).
-using Requantize = void (*)(const RequantizeArgs&);
 Requantize requantizer(const KernelRow& row);
 
 #ifdef ADALAYER_HAVE_AVX2

@@ -52,10 +52,9 @@ void copy_levels(const LayerPlan& plan, const uint8_t* x, Layout order, uint8_t*
 size_t LayerKeyHash::operator()(const LayerKey& key) const {
   const ConvShape& s = key.shape;
   uint64_t hash = key.content ^ static_cast<uint64_t>(key.isa);
-  for (const int64_t v :
-       {s.batch, s.in_channels, s.in_h, s.in_w, s.out_channels, s.kernel_h, s.kernel_w, s.stride_h,
-        s.stride_w, s.pad_top, s.pad_left, s.pad_bottom, s.pad_right, s.dilation_h, s.dilation_w,
-        s.groups})
+  for (const int64_t v : {s.batch, s.in_channels, s.in_h, s.in_w, s.out_channels, s.kernel_h,
+                          s.kernel_w, s.stride_h, s.stride_w, s.pad_top, s.pad_left, s.pad_bottom,
+                          s.pad_right, s.dilation_h, s.dilation_w, s.groups})
     hash = (hash ^ static_cast<uint64_t>(v)) * 0x9E3779B97F4A7C15ull;
   return hash ^ hash >> 32;
 }

@@ -29,6 +29,7 @@ enum Flags : int {
   kCorrection = 4,
   kLevels = 8,  // a zero point, or limits inside 0..255
   kTable = 16,
+  kEvery = 32,  // all rows are kept, and whole tiles of them
 };
 
 /// One channel block's constants, and the rows of one call.
@@ -49,7 +50,9 @@ struct Rows {
       scale[t] = _mm512_loadu_ps(e.scale + a.channel + 16 * t);
       bias[t] = _mm512_loadu_ps(e.bias + a.channel + 16 * t);
       if constexpr ((kFlags & kCorrection) != 0)
-        correction[t] = _mm512_loadu_si512(e.correction + a.channel + 16 * t);
+        correction[t] = e.correction == nullptr
+                            ? _mm512_setzero_si512()
+                            : _mm512_loadu_si512(e.correction + a.channel + 16 * t);
     }
     const int width = a.whole ? 16 * kTiles : a.cols;
     keep = width == 32 ? ~__mmask32{0} : (__mmask32{1} << width) - 1;
@@ -57,13 +60,13 @@ struct Rows {
   }
 
   /// 16 channels of a row to int32 levels without their zero point.
-  __m512i relative(int row, int t) const {
-    __m512i sum = _mm512_loadu_si512(a.sums + row * 16 * kTiles + 16 * t);
+  inline __attribute__((always_inline)) __m512i relative(__m512i sum, int row, int t) const {
     if constexpr ((kFlags & kCorrection) != 0) sum = _mm512_add_epi32(sum, correction[t]);
     __m512 y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale[t], bias[t]);
     if constexpr ((kFlags & kResidual) != 0) {
       // A dropped row reads the image's first pixel.
-      const int64_t at = a.residual_offset[row] < 0 ? 0 : a.residual_offset[row];
+      const bool dropped = (kFlags & kEvery) == 0 && a.residual_offset[row] < 0;
+      const int64_t at = dropped ? 0 : a.residual_offset[row];
       const __m128i q = _mm_loadu_si128(reinterpret_cast<const __m128i*>(a.residual + at + 16 * t));
       y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(q)), k.residual_scale, y);
     }
@@ -85,17 +88,17 @@ struct Rows {
   }
 
   void store(int row, __m256i q) const {
-    if (a.out_offset[row] < 0) return;
+    if ((kFlags & kEvery) == 0 && a.out_offset[row] < 0) return;
     uint8_t* out = a.out + a.out_offset[row];
-    if (full)
+    if ((kFlags & kEvery) != 0 || full)
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), q);
     else
       _mm256_mask_storeu_epi8(out, keep, q);
   }
   void store(int row, __m128i q) const {
-    if (a.out_offset[row] < 0) return;
+    if ((kFlags & kEvery) == 0 && a.out_offset[row] < 0) return;
     uint8_t* out = a.out + a.out_offset[row];
-    if (full)
+    if ((kFlags & kEvery) != 0 || full)
       _mm_storeu_si128(reinterpret_cast<__m128i*>(out), q);
     else
       _mm_mask_storeu_epi8(out, static_cast<__mmask16>(keep), q);
@@ -106,7 +109,17 @@ struct Rows {
     __m512i v[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i)
-      v[i] = relative(r + (i / kTiles < live ? i / kTiles : 0), i % kTiles);
+      v[i] = relative(loaded(r + (i / kTiles < live ? i / kTiles : 0), i % kTiles),
+                      r + (i / kTiles < live ? i / kTiles : 0), i % kTiles);
+    put(v, r, live);
+  }
+
+  __m512i loaded(int row, int t) const {
+    return _mm512_loadu_si512(a.sums + row * 16 * kTiles + 16 * t);
+  }
+
+  /// Rows r .. r + 4 / kTiles - 1, of which `live` exist, to the image.
+  inline __attribute__((always_inline)) void put(const __m512i (&v)[4], int r, int live) const {
     const __m512i q = levels(v);
     if constexpr (kTiles == 2) {
       store(r, _mm512_castsi512_si256(q));
@@ -127,30 +140,5 @@ struct Rows {
     if (r < a.rows) group(r, a.rows - r);
   }
 };
-
-using Variant = void (*)(const RequantizeArgs&, const Lookup&);
-
-template <int kTiles, int kFlags>
-void run_rows(const RequantizeArgs& a, const Lookup& lookup) {
-  Rows<kTiles, kFlags>(a, lookup).all();
-}
-
-template <int kTiles, int... kFlags>
-Variant variant(int flags, std::integer_sequence<int, kFlags...>) {
-  static constexpr Variant kAll[] = {run_rows<kTiles, kFlags>...};
-  return kAll[flags];
-}
-
-void requantize_any(const RequantizeArgs& a) {
-  const ConvEpilogue& e = *a.epilogue;
-  const U8Finish& f = e.finish;
-  const bool levels = f.zero_point != 0 || f.lo != 0.0f || f.hi != 255.0f;
-  const int flags = (a.residual != nullptr ? kResidual : 0) | (e.bounded ? 0 : kClampFirst) |
-                    (e.correction != nullptr ? kCorrection : 0) | (levels ? kLevels : 0) |
-                    (f.table != nullptr ? kTable : 0);
-  const Lookup lookup(f.table);
-  constexpr auto kFlagSets = std::make_integer_sequence<int, 32>();
-  (a.tiles == 2 ? variant<2>(flags, kFlagSets) : variant<1>(flags, kFlagSets))(a, lookup);
-}
 
 }  // namespace

@@ -7,11 +7,12 @@
 // themselves.
 constexpr int kSumsInFlight = 10;
 
-/// kRows rows x kVectors vectors of sums over all steps: vector c multiplies the weights at
-/// weights[c] and goes to sums[row][c * V::kBytes / 4]. Passes of few rows keep several partial
-/// sums of each.
+/// Rows from `row` on, kRows of them, x kVectors vectors of sums over all steps: vector c
+/// multiplies the weights at weights[c] and goes to sums[r][c * V::kBytes / 4]. Passes of few rows
+/// keep several partial sums of each.
 template <class V, int kRows, int kVectors>
-void gemm_pass(const GemmArgs& g, const int8_t* const* weights, int row, int32_t* sums) {
+__attribute__((noinline)) void gemm_pass(const GemmArgs& g, const int8_t* const* weights, int row,
+                                         int32_t* sums, int sums_stride) {
   using T = typename V::T;
   constexpr int kProducts = kRows * kVectors;
   constexpr int kSplit = 4 * kProducts <= V::kSums && 2 * kProducts < kSumsInFlight ? 4
@@ -19,12 +20,16 @@ void gemm_pass(const GemmArgs& g, const int8_t* const* weights, int row, int32_t
                                                                                     : 1;
   constexpr int kUnroll = kSplit > 2 ? kSplit : 2;
   const int32_t* const offsets = g.row_offsets + row;
+  // Rows have equal shares.
+  const uint8_t* fetch = g.fetch + row * g.fetch_row;
   T acc[kSplit][kRows][kVectors];
   unrolled<0, kSplit * kProducts>([&](auto i) __attribute__((always_inline)) {
     acc[i.value / kProducts][i.value / kVectors % kRows][i.value % kVectors] = V::zero();
   });
   for (int64_t s = 0; s < g.steps; ++s) {
     const uint8_t* a = g.activations + g.step_offsets[s];
+    for (int line = 0; line < g.fetch_lines; ++line, fetch += 64)
+      _mm_prefetch(reinterpret_cast<const char*>(fetch), _MM_HINT_T1);
     const int8_t* b[kVectors];
     unrolled<0, kVectors>([&](auto c) __attribute__((always_inline)) {
       b[c.value] = weights[c.value] + s * formats::kTileBytes;
@@ -70,27 +75,55 @@ void gemm_pass(const GemmArgs& g, const int8_t* const* weights, int row, int32_t
     unrolled<1, kSplit>([&](auto part) __attribute__((always_inline)) {
       sum = V::add(sum, acc[part.value][r][c]);
     });
-    V::store_sums(sums + (row + r) * kBlockCols + c * V::kBytes / 4, sum);
+    V::store_sums(sums + r * sums_stride + c * V::kBytes / 4, sum);
   });
 }
 
 /// A pass over `rows` rows, where kMost is the most that `rows` can be.
 template <class V, int kMost, int kVectors>
-void gemm_rows(const GemmArgs& g, const int8_t* const* weights, int row, int rows, int32_t* sums) {
+void gemm_rows(const GemmArgs& g, const int8_t* const* weights, int row, int rows, int32_t* sums,
+               int sums_stride) {
   if constexpr (kMost > 1) {
-    if (rows < kMost) return gemm_rows<V, kMost - 1, kVectors>(g, weights, row, rows, sums);
+    if (rows < kMost)
+      return gemm_rows<V, kMost - 1, kVectors>(g, weights, row, rows, sums, sums_stride);
   }
-  gemm_pass<V, kMost, kVectors>(g, weights, row, sums);
+  gemm_pass<V, kMost, kVectors>(g, weights, row, sums, sums_stride);
 }
 
-/// All rows in as few passes of at most kPassRows as possible, as even as possible: 32 rows are
-/// 11 + 11 + 10.
+/// fn(row, rows) for all rows in as few passes of at most kPassRows as possible, as even as
+/// possible: 32 rows are 11 + 11 + 10.
+template <int kPassRows, class Fn>
+void for_passes(int rows, const Fn& fn) {
+  int row = 0;
+  for (int passes = (rows + kPassRows - 1) / kPassRows; passes > 0; --passes) {
+    const int count = (rows - row + passes - 1) / passes;
+    fn(row, count);
+    row += count;
+  }
+}
+
 template <class V, int kPassRows, int kVectors>
 void gemm_passes(const GemmArgs& g, const int8_t* const* weights, int32_t* sums) {
-  int row = 0;
-  for (int passes = (g.rows + kPassRows - 1) / kPassRows; passes > 0; --passes) {
-    const int rows = (g.rows - row + passes - 1) / passes;
-    gemm_rows<V, kPassRows, kVectors>(g, weights, row, rows, sums);
-    row += rows;
-  }
+  for_passes<kPassRows>(g.rows, [&](int row, int rows) {
+    gemm_rows<V, kPassRows, kVectors>(g, weights, row, rows, sums + row * kBlockCols, kBlockCols);
+  });
+}
+
+/// The same, and each pass is requantized before the next one: the processor then overlaps the two,
+/// because products and conversions want different ports.
+template <class V, int kPassRows, int kVectors>
+void gemm_requantize_passes(const GemmArgs& g, const int8_t* const* weights, RequantizeArgs q,
+                            Requantize requantize) {
+  constexpr int kStride = kVectors * V::kBytes / 4;
+  alignas(64) int32_t sums[kPassRows * kStride];
+  q.sums = sums;
+  q.tiles = kStride / formats::kTileWidth;
+  const int32_t *const out = q.out_offset, *const residual = q.residual_offset;
+  for_passes<kPassRows>(g.rows, [&](int row, int rows) {
+    gemm_rows<V, kPassRows, kVectors>(g, weights, row, rows, sums, kStride);
+    q.rows = rows;
+    q.out_offset = out + row;
+    if (residual != nullptr) q.residual_offset = residual + row;
+    requantize(q);
+  });
 }
