@@ -7,7 +7,9 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
+#include <new>
 #include <optional>
 #include <random>
 #include <string>
@@ -26,6 +28,30 @@
 #include "reference/reference.hpp"
 
 using namespace adalayer;
+
+// ---- allocations of this thread -----------------------------------------------------------------
+
+namespace {
+thread_local long long t_allocations = 0;
+}
+
+// Not inlined: g++ 12 would see free() of what operator new returned, and warn.
+[[gnu::noinline]] void* operator new(size_t size) {
+  ++t_allocations;
+  if (void* p = std::malloc(size == 0 ? 1 : size)) return p;
+  throw std::bad_alloc();
+}
+[[gnu::noinline]] void operator delete(void* p) noexcept { std::free(p); }
+[[gnu::noinline]] void operator delete(void* p, size_t) noexcept { std::free(p); }
+
+// Sanitizers have an aligned_alloc of their own.
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+extern "C" void* aligned_alloc(size_t alignment, size_t size) {
+  ++t_allocations;
+  void* p = nullptr;
+  return posix_memalign(&p, alignment, size) == 0 ? p : nullptr;
+}
+#endif
 
 namespace {
 
@@ -153,6 +179,125 @@ void check_layer(const Layer& layer, int threads) {
 TEST(random_layers) {
   for (int i = 0; i < 150; ++i)
     check_layer(make_layer(random_shape(), uniform(2, 8)), uniform(1, 3));
+}
+
+ConvShape square(int64_t in, int64_t out, int64_t size, int64_t kernel, int64_t stride,
+                 int64_t groups = 1, int64_t batch = 1) {
+  ConvShape s;
+  s.batch = batch;
+  s.in_channels = in;
+  s.out_channels = out;
+  s.in_h = s.in_w = size;
+  s.kernel_h = s.kernel_w = kernel;
+  s.stride_h = s.stride_w = stride;
+  s.pad_top = s.pad_left = s.pad_bottom = s.pad_right = kernel / 2;
+  s.groups = groups;
+  return s;
+}
+
+/// One to four channels: pixels without gaps, or rows side by side.
+TEST(first_layers) {
+  for (int channels = 1; channels <= 4; ++channels)
+    for (int kernel : {2, 3, 7})
+      for (int stride : {1, 2, 4})
+        check_layer(make_layer(square(channels, 20, 21, kernel, stride, 1, 2), 5), uniform(1, 3));
+}
+
+/// As few positions in all as a matrix-vector product takes, and one more.
+TEST(few_positions) {
+  for (int bits : {2, 5, 8}) {
+    for (int batch = 1; batch <= 5; ++batch) {
+      check_layer(make_layer(square(150, 1100, 1, 1, 1, 1, batch), bits), uniform(1, 3));
+      check_layer(make_layer(square(40, 33, 3, 3, 3, 1, batch), bits), uniform(1, 3));
+    }
+    check_layer(make_layer(square(66, 70, 2, 3, 1), bits), 2);
+    check_layer(make_layer(square(160, 240, 2, 1, 1, 4), bits), 2);
+  }
+}
+
+/// Pointwise layers over more pixels than one of the images that they are cut into.
+TEST(many_pixels) {
+  check_layer(make_layer(square(1500, 3, 27, 1, 1, 1, 2), 4), 3);
+  check_layer(make_layer(square(2000, 5, 16, 1, 1, 1, 2), 3), 1);  // without a rest
+}
+
+/// What lies between the windows is not packed.
+TEST(windows_apart) {
+  for (int stride : {2, 3})
+    for (int pad : {0, 1, 2}) {
+      ConvShape s = square(24, 40, 13, 1, stride, 1, 2);
+      s.pad_top = s.pad_left = s.pad_bottom = s.pad_right = pad;
+      check_layer(make_layer(s, 6), uniform(1, 3));
+    }
+}
+
+/// Narrow groups have kernels of their own, which take several rows at once.
+TEST(grouped_layers) {
+  for (int channels : {3, 16, 17, 40, 130}) {
+    for (int stride : {1, 2})
+      check_layer(make_layer(square(channels, channels, 19, 3, stride, channels), 8), 2);
+    check_layer(make_layer(square(channels, 2 * channels, 9, 5, 1, channels), 4), 1);
+  }
+  for (int group : {2, 3, 4, 8, 9, 12, 16, 32, 33})
+    check_layer(make_layer(square(3 * group, 3 * group, 19, 3, 1, 3), 7), uniform(1, 3));
+  check_layer(make_layer(square(48, 200, 11, 3, 2, 4), 3), 2);
+}
+
+/// A tensor may be empty where padding makes up for it.
+TEST(padding_alone) {
+  ConvShape s = square(20, 18, 0, 3, 1);
+  s.in_w = 4;
+  s.pad_top = s.pad_bottom = 2;
+  check_layer(make_layer(s, 4), 2);
+  s.in_h = 4;
+  s.in_w = 0;
+  s.pad_left = s.pad_right = 2;
+  check_layer(make_layer(s, 4), 2);
+}
+
+TEST(warm_calls_do_not_allocate) {
+  const Layer layers[] = {
+      make_layer(square(3, 16, 30, 7, 2), 8),      make_layer(square(32, 48, 14, 3, 1), 4),
+      make_layer(square(96, 96, 14, 3, 1, 96), 8), make_layer(square(32, 32, 14, 3, 1, 8), 8),
+      make_layer(square(256, 300, 1, 1, 1), 2),    make_layer(square(64, 24, 40, 1, 1, 1, 3), 5)};
+  for (const cpu::KernelRow* row : cpu::kernel_rows()) {
+    if (!isa_supported(row->isa)) continue;
+    force_isa(row->name);
+    long long allocations = 0;
+    for (int round = 0; round < 3; ++round) {
+      allocations = -t_allocations;
+      for (const Layer& layer : layers) {
+        const ConvShape& s = layer.shape;
+        static float x[400000], y[400000];
+        const ActivationIn in{x, DType::F32, Layout::NHWC, {1.0f, 37, 255}};
+        OutputSpec out;
+        out.data = y;
+        out.layout = Layout::NHWC;
+        out.scale = layer.scale.data();
+        out.bias = layer.bias.data();
+        cpu::conv2d(s, in, *cpu::cached_weights(s, layer.packed), out, 1);
+      }
+      allocations += t_allocations;
+    }
+    CHECK_EQ(allocations, 0LL);
+  }
+  force_isa("auto");
+}
+
+/// Weights are laid out for one instruction set.
+TEST(weights_of_another_instruction_set) {
+  const Layer layer = make_layer(square(8, 8, 5, 3, 1), 4);
+  force_isa("scalar");
+  const auto weights = cpu::cached_weights(layer.shape, layer.packed);
+  force_isa("auto");
+  if (cpu::active_kernels() == nullptr) return;
+  float x[200] = {}, y[200];
+  OutputSpec out;
+  out.data = y;
+  out.scale = layer.scale.data();
+  out.bias = layer.bias.data();
+  CHECK_THROWS(cpu::conv2d(layer.shape, {x, DType::F32, Layout::NCHW, {}}, *weights, out, 1),
+               InvalidArgument, "derived for another instruction set");
 }
 
 TEST(unpacking) {
