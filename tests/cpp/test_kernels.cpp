@@ -263,9 +263,10 @@ TEST(warm_calls_do_not_allocate) {
   for (const cpu::KernelRow* row : cpu::kernel_rows()) {
     if (!isa_supported(row->isa)) continue;
     force_isa(row->name);
-    long long allocations = 0;
-    for (int round = 0; round < 3; ++round) {
-      allocations = -t_allocations;
+    cpu::clear_weight_cache();
+    long long allocations[3] = {};
+    for (long long& count : allocations) {
+      count = -t_allocations;
       for (const Layer& layer : layers) {
         const ConvShape& s = layer.shape;
         static float x[400000], y[400000];
@@ -277,9 +278,10 @@ TEST(warm_calls_do_not_allocate) {
         out.bias = layer.bias.data();
         cpu::conv2d(s, in, *cpu::cached_weights(s, layer.packed), out, 1);
       }
-      allocations += t_allocations;
+      count += t_allocations;
     }
-    CHECK_EQ(allocations, 0LL);
+    CHECK(allocations[0] > 0);  // they are seen
+    CHECK_EQ(allocations[2], 0LL);
   }
   force_isa("auto");
 }
