@@ -29,6 +29,10 @@ inline constexpr int kIsaCount = 5;
 // per process, inherited by threads and forked children).
 const CpuFeatures& cpu_features();
 
+// The detection itself, made anew; callers want cpu_features(). It has a source file of its own, so
+// that a test can be linked with another machine in its place.
+CpuFeatures detect_cpu_features();
+
 // Every feature that is present, as "avx2 avx512vnni ...", for people.
 std::string describe_cpu_features();
 

@@ -4,7 +4,9 @@
 #include <link.h>
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <string>
@@ -15,6 +17,18 @@ namespace adalayer {
 namespace {
 
 using GompParallel = void (*)(void (*fn)(void*), void* data, unsigned threads, unsigned flags);
+
+using Clock = std::chrono::steady_clock;
+
+// The team begins and ends a loop together. Where another process holds a core, its member there
+// comes back after a time slice of milliseconds, and every loop waits for that; the pool of our own
+// does not. So a loop whose caller waited longer than this, and longer than it worked, is a reason
+// to do without the team for a while; for twice as long each time it happens again.
+constexpr std::chrono::microseconds kPatience{200};
+constexpr std::chrono::milliseconds kFirstAbsence{50}, kLongestAbsence{2000};
+// Written by whoever holds g_busy.
+std::atomic<Clock::rep> g_absent_until{0};
+Clock::duration g_absence = kFirstAbsence;
 
 // A process that forked has libgomp's data structures but none of its threads.
 std::atomic<bool> g_forked{false};
@@ -56,14 +70,43 @@ GompParallel host_parallel() {
   return g_forked.load(std::memory_order_relaxed) ? nullptr : found;
 }
 
+struct Loop {
+  FunctionRef<void()> fn;
+  pthread_t caller;
+  Clock::duration worked{};  // by the caller
+
+  void run() {
+    if (pthread_equal(pthread_self(), caller) == 0) return fn();
+    const Clock::time_point begin = Clock::now();
+    fn();
+    worked = Clock::now() - begin;
+  }
+};
+
+/// Learns from a loop whether the team has its cores.
+void judge(Clock::duration worked, Clock::duration waited, Clock::time_point now) {
+  if (waited > std::max<Clock::duration>(kPatience, worked)) {
+    g_absent_until.store((now + g_absence).time_since_epoch().count(), std::memory_order_relaxed);
+    g_absence = std::min<Clock::duration>(2 * g_absence, kLongestAbsence);
+  } else {
+    g_absence = kFirstAbsence;
+  }
+}
+
 }  // namespace
 
 HostTeam run_on_host_team(int threads, FunctionRef<void()> fn) {
   const GompParallel parallel = host_parallel();
   if (parallel == nullptr) return HostTeam::Absent;
+  const Clock::time_point begin = Clock::now();
+  if (begin.time_since_epoch().count() < g_absent_until.load(std::memory_order_relaxed))
+    return HostTeam::Absent;
   if (g_busy.exchange(true, std::memory_order_acquire)) return HostTeam::Busy;
-  parallel([](void* data) { (*static_cast<FunctionRef<void()>*>(data))(); }, &fn,
+  Loop loop{fn, pthread_self()};
+  parallel([](void* data) { static_cast<Loop*>(data)->run(); }, &loop,
            static_cast<unsigned>(threads), 0);
+  const Clock::time_point end = Clock::now();
+  judge(loop.worked, end - begin - loop.worked, end);
   g_busy.store(false, std::memory_order_release);
   return HostTeam::Done;
 }

@@ -12,7 +12,7 @@
 namespace adalayer {
 
 enum class HostTeam {
-  Absent,  // there is no team to borrow; nothing was run
+  Absent,  // there is no team to borrow, or it has lost a core of late; nothing was run
   Busy,    // another call has it, maybe the caller's own outer one; nothing was run
   Done,
 };

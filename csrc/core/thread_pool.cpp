@@ -36,6 +36,12 @@
 // threads, and other processes. Wake-ups cannot be lost: a worker reads `epoch` before it looks
 // at `gate`, and the kernel refuses to put it to sleep if `epoch` has changed since. Even a worker
 // that slept through a job would cost speed only.
+//
+// Placing
+// -------
+// The kernel likes to wake a thread on the CPU of the thread that woke it, where a worker of ours
+// would wait until the owner has done all the work. Workers say where they are; an owner that finds
+// one beside itself sends it to the other CPUs that the owner may use.
 #include "core/thread_pool.hpp"
 
 #include <pthread.h>
@@ -103,6 +109,42 @@ void futex_wake(std::atomic<std::uint32_t>& word, int count) {
 #endif
 }
 
+int current_cpu() {
+#if defined(__linux__)
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
+
+/// Where a worker is. Owners look at the first few only.
+struct alignas(64) Place {
+  std::atomic<int> thread{0};  // as the kernel numbers it
+  std::atomic<int> cpu{-1};
+};
+constexpr int kPlaces = 64;
+
+/// Sends those of `count` workers that are on the caller's CPU to the caller's other CPUs.
+void spread(Place* places, int count) {
+#if defined(__linux__)
+  const int here = sched_getcpu();
+  for (int i = 0; i < count; ++i) {
+    if (places[i].cpu.load(std::memory_order_relaxed) != here) continue;
+    cpu_set_t others;
+    if (sched_getaffinity(0, sizeof(others), &others) != 0) return;
+    CPU_CLR(here, &others);
+    if (CPU_COUNT(&others) == 0) return;
+    // Failing is no harm: the worker stays where it is.
+    (void)sched_setaffinity(places[i].thread.load(std::memory_order_relaxed), sizeof(others),
+                            &others);
+    places[i].cpu.store(-1, std::memory_order_relaxed);
+  }
+#else
+  (void)places;
+  (void)count;
+#endif
+}
+
 // Spins until done(), at most kSpin. Returns whether it is.
 template <typename Done>
 bool spin_until(Done done) {
@@ -162,7 +204,7 @@ class Pool {
 
  private:
   void grow(int workers);
-  void worker_loop();
+  void worker_loop(int index);
   bool join_and_work();
 
   // Separate cache lines: `gate` is written by every join and leave, `epoch` is what idle workers
@@ -171,6 +213,7 @@ class Pool {
   alignas(64) std::atomic<std::uint32_t> epoch_{0};
   std::atomic<int> sleepers_{0};
   alignas(64) std::atomic<bool> busy_{false};
+  Place places_[kPlaces];
   Job* job_ = nullptr;  // valid while the gate has seats or active workers
   int spawned_ = 0;     // touched only by the owner
 };
@@ -182,6 +225,7 @@ bool Pool::run(Job& job, int threads) {
   }
   const int workers = threads - 1;
   if (spawned_ < workers) grow(workers);
+  spread(places_, std::min(workers, kPlaces));
 
   // open
   job_ = &job;
@@ -223,9 +267,14 @@ bool Pool::join_and_work() {
   return true;
 }
 
-void Pool::worker_loop() {
+void Pool::worker_loop(int index) {
+  Place* place = index < kPlaces ? &places_[index] : nullptr;
+#if defined(__linux__)
+  if (place != nullptr) place->thread.store(static_cast<int>(syscall(SYS_gettid)));
+#endif
   for (;;) {
     const std::uint32_t seen = epoch_.load(std::memory_order_seq_cst);
+    if (place != nullptr) place->cpu.store(current_cpu(), std::memory_order_relaxed);
     join_and_work();
     const auto changed = [this, seen] { return epoch_.load(std::memory_order_seq_cst) != seen; };
     if (spin_until(changed)) continue;
@@ -250,7 +299,7 @@ void Pool::grow(int workers) {
       // Detached, and the pool is never torn down: at process exit the kernel ends the workers
       // wherever they are. Joining them from a static destructor could hang (the process may hold
       // locks, or have forked) and could run after what they use is gone.
-      std::thread thread([this] { worker_loop(); });
+      std::thread thread([this, index = spawned_] { worker_loop(index); });
 #if defined(__linux__)
       char name[16];
       std::snprintf(name, sizeof(name), "adalayer-%d", (spawned_ + 1) % 1000);

@@ -1,0 +1,139 @@
+// The executor of csrc/engine against the interpreter, whole programs on every instruction set:
+// what a kernel needs between nodes (AMX its tile configuration, on every thread) shows here.
+#include <cmath>
+#include <random>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "check.hpp"
+#include "core/cpu_features.hpp"
+#include "engine/engine.hpp"
+#include "engine/interpret.hpp"
+#include "engine_programs.hpp"
+
+using namespace programs;
+
+namespace {
+
+std::mt19937 g_random(11);
+
+int pick(int lo, int hi) { return std::uniform_int_distribution<int>(lo, hi)(g_random); }
+
+struct Layer {
+  int64_t out_channels = 1, kernel = 3, stride = 1, groups = 1;
+  ValueKind kind = ValueKind::U8;
+  int32_t residual = -1;  // value to add
+};
+
+/// A convolution of value x with random weights, whose results spread over the u8 range.
+int32_t add_conv(Builder& b, int32_t x, const Layer& l) {
+  const Value in = b.p.values[static_cast<size_t>(x)];
+  const int64_t pad = l.kernel / 2, group_in = in.c / l.groups;
+  const int64_t reduction = group_in * l.kernel * l.kernel;
+  const int bits = pick(2, 8), half = 1 << (bits - 1);
+  std::vector<int8_t> w(static_cast<size_t>(l.out_channels * reduction));
+  for (auto& v : w)
+    v = static_cast<int8_t>(pick(-half, half - 1));
+  const auto side = static_cast<uint32_t>(l.kernel);
+  const auto packed = formats::pack_canonical(w, bits, static_cast<uint32_t>(l.out_channels),
+                                              static_cast<uint32_t>(group_in), side, side);
+  std::vector<float> scale(static_cast<size_t>(l.out_channels)), bias(scale.size());
+  for (size_t o = 0; o < scale.size(); ++o) {
+    scale[o] = static_cast<float>(pick(50, 150)) * 0.015f /
+               (std::sqrt(static_cast<float>(reduction)) * static_cast<float>(half));
+    bias[o] = static_cast<float>(pick(50, 150));
+  }
+  const auto size = [&](int64_t n) { return (n + 2 * pad - l.kernel) / l.stride + 1; };
+  const auto y = b.value(std::string("y") + std::to_string(b.p.nodes.size()), l.out_channels,
+                         size(in.h), size(in.w), l.kind);
+  std::vector<int32_t> inputs{x};
+  if (l.residual >= 0) inputs.push_back(l.residual);
+  const bool u8 = l.kind == ValueKind::U8;
+  return b.node(OpKind::Conv, inputs, y,
+                {l.kernel, l.kernel, l.stride, l.stride, pad, pad, pad, pad, 1, 1, l.groups, 0, 255,
+                 u8 ? 10 : 0},
+                {l.residual >= 0 ? 0.4f : 0.0f, -1e30f, 1e30f},
+                {b.constant(ConstantKind::Weights, packed), b.floats(scale), b.floats(bias), -1});
+}
+
+/// A chain of convolutions, one with a residual, one in groups, down to a float vector per image.
+Program network() {
+  Builder b;
+  const auto x = b.value("image", pick(1, 8), pick(4, 14), pick(4, 14), ValueKind::F32);
+  const Value image = b.p.values[0];
+  auto y = b.node(OpKind::Quantize, {x}, b.value("levels", image.c, image.h, image.w));
+  y = add_conv(b, y, {.out_channels = pick(1, 40), .stride = pick(1, 2)});
+  const int64_t middle = 16 * pick(2, 8);
+  const auto wide = add_conv(b, y, {.out_channels = middle, .kernel = 2 * pick(0, 1) + 1});
+  y = add_conv(b, wide, {.out_channels = pick(8, 70), .kernel = 1});
+  y = add_conv(b, y, {.out_channels = middle, .residual = wide});
+  // Groups of 16 channels: a matmul where there is AMX, kernels of their own elsewhere.
+  y = add_conv(b, y, {.out_channels = middle, .groups = middle / 16});
+  y = add_conv(b, y, {.out_channels = pick(1, 50), .stride = 2, .kind = ValueKind::F32});
+  const Value v = b.p.values[static_cast<size_t>(y)];
+  const auto mean = b.node(OpKind::AdaptiveAvgPool, {y}, b.value("mean", v.c, 1, 1, v.kind),
+                           {0, 255, 0}, {1.0f}, {-1});
+  b.p.inputs = {x};
+  b.p.outputs = {y, mean};
+  return b.p;
+}
+
+std::vector<std::vector<float>> noise(const Program& p, int64_t batch) {
+  std::vector<std::vector<float>> images;
+  for (const int32_t v : p.inputs) {
+    const Value& value = p.values[static_cast<size_t>(v)];
+    std::vector<float> image(static_cast<size_t>(batch * value.c * value.h * value.w));
+    for (auto& pixel : image)
+      pixel = static_cast<float>(pick(-20, 140));
+    images.push_back(std::move(image));
+  }
+  return images;
+}
+
+void check_program(const Program& p, int64_t batch) {
+  const auto images = noise(p, batch);
+  std::vector<InputTensor> inputs;
+  for (const auto& image : images)
+    inputs.push_back({image.data(), Layout::NCHW});
+  const auto want = interpret(p, inputs, batch);
+  // All-equal outputs would be right whatever was multiplied.
+  CHECK(std::set<float>(want[0].begin(), want[0].end()).size() > 1);
+  for (const Isa isa : supported_isas()) {
+    force_isa(isa_name(isa));
+    // Images one by one or together; tensors that seem to fit into the cache or not.
+    const EngineOptions options{.chunk = pick(0, 2), .cache_bytes = pick(0, 1) * 2000};
+    const Engine engine(p, options);
+    for (const int threads : {1, 2, 3}) {
+      std::vector<std::vector<float>> got;
+      std::vector<float*> outputs;
+      for (const auto& y : want)
+        outputs.push_back(got.emplace_back(y.size(), NAN).data());
+      engine.run(inputs, batch, outputs, threads);
+      CHECK_MSG(got == want, std::string(isa_name(isa)) + ", batch " + std::to_string(batch) +
+                                 ", threads " + std::to_string(threads) + ", chunk " +
+                                 std::to_string(options.chunk));
+    }
+  }
+  force_isa("auto");
+}
+
+}  // namespace
+
+TEST(every_operation_is_bit_equal_to_the_interpreter) {
+  Program p = every_operation();
+  // Behind the softmax, which the interpreter computes in double.
+  p.outputs.erase(p.outputs.begin());
+  for (const int64_t batch : {1, 2, 5})
+    check_program(p, batch);
+}
+
+TEST(convolutions_are_bit_equal_to_the_interpreter) {
+  for (int i = 0; i < 8; ++i) {
+    const Program p = network();
+    for (const int64_t batch : {1, 2, 5})
+      check_program(p, batch);
+  }
+}
+
+int main(int argc, char** argv) { return check::run_all(argc, argv); }
