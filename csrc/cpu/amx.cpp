@@ -39,59 +39,6 @@ void end() { _tile_release(); }
 // above the stores that fill the unpacked weights.
 inline void compiler_barrier() { __asm__ volatile("" ::: "memory"); }
 
-// Tiles: 0..3 sums, 4..5 activations, 6..7 weights.
-void gemm(const GemmArgs& g) {
-  const bool two_rows = g.rows > 16, two_cols = g.tile1 != nullptr;
-  const int64_t stride = g.row_stride;
-  compiler_barrier();
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  if (two_rows && two_cols) {
-    for (int64_t s = 0; s < g.steps; ++s) {
-      const uint8_t* a = g.activations + g.step_offsets[s];
-      _tile_loadd(4, a, stride);
-      _tile_loadd(6, g.tile0 + s * formats::kTileBytes, 64);
-      _tile_loadd(7, g.tile1 + s * formats::kTileBytes, 64);
-      _tile_loadd(5, a + 16 * stride, stride);
-      _tile_dpbusd(0, 4, 6);
-      _tile_dpbusd(1, 4, 7);
-      _tile_dpbusd(2, 5, 6);
-      _tile_dpbusd(3, 5, 7);
-    }
-  } else if (two_cols) {
-    for (int64_t s = 0; s < g.steps; ++s) {
-      _tile_loadd(4, g.activations + g.step_offsets[s], stride);
-      _tile_loadd(6, g.tile0 + s * formats::kTileBytes, 64);
-      _tile_loadd(7, g.tile1 + s * formats::kTileBytes, 64);
-      _tile_dpbusd(0, 4, 6);
-      _tile_dpbusd(1, 4, 7);
-    }
-  } else if (two_rows) {
-    for (int64_t s = 0; s < g.steps; ++s) {
-      const uint8_t* a = g.activations + g.step_offsets[s];
-      _tile_loadd(4, a, stride);
-      _tile_loadd(5, a + 16 * stride, stride);
-      _tile_loadd(6, g.tile0 + s * formats::kTileBytes, 64);
-      _tile_dpbusd(0, 4, 6);
-      _tile_dpbusd(2, 5, 6);
-    }
-  } else {
-    for (int64_t s = 0; s < g.steps; ++s) {
-      _tile_loadd(4, g.activations + g.step_offsets[s], stride);
-      _tile_loadd(6, g.tile0 + s * formats::kTileBytes, 64);
-      _tile_dpbusd(0, 4, 6);
-    }
-  }
-  constexpr int64_t kRowBytes = kBlockCols * sizeof(int32_t);
-  _tile_stored(0, g.sums, kRowBytes);
-  if (two_cols) _tile_stored(1, g.sums + 16, kRowBytes);
-  if (two_rows) _tile_stored(2, g.sums + 16 * kBlockCols, kRowBytes);
-  if (two_rows && two_cols) _tile_stored(3, g.sums + 16 * kBlockCols + 16, kRowBytes);
-  compiler_barrier();
-}
-
 // ------------------------------------------------------------------------------- packed weights
 
 /// gf2p8affineqb matrices that extract field t of a stream of `width` bits, put it at bit `shift`
@@ -271,11 +218,10 @@ const KernelRow kAmxRow{
     .unpack_tiles = avx512::unpack_tiles,
     .begin = amx::begin,
     .end = amx::end,
-    .gemm = amx::gemm,
+    .gemm = nullptr,
     .gemm_requantize = nullptr,
     .gemv = avx512::gemv,
     .store = avx512::store,
-    .depthwise = avx512::depthwise,
     .block = amx::block,
     .requantize = avx512::requantize,
     .stem = {avx512::quantize_quads, avx512::interleave_pairs, avx512::interleave_fours},

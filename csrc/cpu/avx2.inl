@@ -178,25 +178,4 @@ void store(const StoreArgs& s) {
   }
 }
 
-void depthwise(const DepthwiseArgs& d) {
-  for (int64_t c = 0; c < d.padded_channels; c += 8) {
-    const int16_t* weights = d.weights + c * 2;
-    for (int64_t i = 0; i < d.count; ++i) {
-      const uint8_t* a = d.activations + i * d.position_bytes + c;
-      __m256i acc = _mm256_setzero_si256();
-      for (int64_t p = 0; p < d.pairs; ++p) {
-        const __m256i even = _mm256_cvtepu8_epi32(
-            _mm_loadl_epi64(reinterpret_cast<const __m128i*>(a + d.tap_offsets[2 * p])));
-        const __m256i odd = _mm256_cvtepu8_epi32(
-            _mm_loadl_epi64(reinterpret_cast<const __m128i*>(a + d.tap_offsets[2 * p + 1])));
-        const __m256i pair = _mm256_or_si256(even, _mm256_slli_epi32(odd, 16));
-        const __m256i w = _mm256_loadu_si256(
-            reinterpret_cast<const __m256i*>(weights + p * d.padded_channels * 2));
-        acc = _mm256_add_epi32(acc, _mm256_madd_epi16(pair, w));
-      }
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(d.sums + i * d.padded_channels + c), acc);
-    }
-  }
-}
-
 void nothing() {}

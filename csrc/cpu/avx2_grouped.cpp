@@ -50,6 +50,19 @@ struct Words256 {
       store_granule(p[step] + offset, high, bytes);
     }
   }
+  /// The 128-bit pieces of one split lie 16 dwords apart: granule by granule.
+  template <int kSplit>
+  static void store_sums(int32_t* const* p, int64_t step, int64_t offset, I v) {
+    int32_t* second = kSplit == 1 ? p[0] + 16 : p[step];
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p[0] + offset), _mm256_castsi256_si128(v));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(second + offset), _mm256_extracti128_si256(v, 1));
+  }
+  static void store_dwords(int32_t* p, I v, int64_t count) {
+    const I lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const I wanted =
+        _mm256_cmpgt_epi32(set1_dwords(count < 8 ? static_cast<int>(count) : 8), lanes);
+    _mm256_maskstore_epi32(p, wanted, v);
+  }
   static void store_dwords_as_bytes(uint8_t* p, I v, int64_t bytes) {
     const __m128i words =
         _mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));

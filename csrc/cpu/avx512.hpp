@@ -14,7 +14,6 @@ void gemm(const GemmArgs& g);
 void gemm_requantize(const GemmArgs& g, const RequantizeArgs& q, Requantize requantize);
 void gemv(const GemvArgs& g);
 void store(const StoreArgs& s);
-void depthwise(const DepthwiseArgs& d);
 void requantize(const RequantizeArgs& args);
 void quantize_quads(const float* x, int64_t channel_stride, int64_t channels, int64_t w,
                     const ActivationGrid& grid, uint32_t* quads);

@@ -60,6 +60,22 @@ struct Vnni512 {
       _mm_mask_storeu_epi8(p[3 * step] + offset, mask, _mm512_extracti32x4_epi32(v, 3));
     }
   }
+  /// The 128-bit pieces of one split lie 16 dwords apart: granule by granule.
+  template <int kSplit>
+  static void store_sums(int32_t* const* p, int64_t step, int64_t offset, I v) {
+    constexpr int kPieces = 4 / kSplit;
+    const auto at = [&](int piece) {
+      return reinterpret_cast<__m128i*>(p[piece / kPieces * step] + offset + piece % kPieces * 16);
+    };
+    _mm_storeu_si128(at(0), _mm512_castsi512_si128(v));
+    _mm_storeu_si128(at(1), _mm512_extracti32x4_epi32(v, 1));
+    _mm_storeu_si128(at(2), _mm512_extracti32x4_epi32(v, 2));
+    _mm_storeu_si128(at(3), _mm512_extracti32x4_epi32(v, 3));
+  }
+  static void store_dwords(int32_t* p, I v, int64_t count) {
+    _mm512_mask_storeu_epi32(p, static_cast<__mmask16>(count >= 16 ? 0xFFFF : (1u << count) - 1),
+                             v);
+  }
   static void store_dwords_as_bytes(uint8_t* p, I v, int64_t bytes) {
     const auto mask = static_cast<__mmask16>(bytes >= 16 ? 0xFFFF : (1u << bytes) - 1);
     _mm_mask_storeu_epi8(p, mask, _mm512_cvtepi32_epi8(v));
@@ -282,7 +298,7 @@ void rows_of_three(const GroupedTile& t) {
 void any_depthwise(const GroupedTile& t) {
   const bool sliding = t.out_rows == 2 ? t.stride_w == 1 : t.stride_w > 1;
   if (t.row_count != 4 || t.kernel_w != 3 || t.dilation_w != 1 || !sliding ||
-      t.residual != nullptr || t.expand != nullptr)
+      t.residual != nullptr || t.expand != nullptr || t.sums != nullptr)
     return depthwise<V>(t);
   const bool clamp = !t.bounded;
   if (t.splits == 1)

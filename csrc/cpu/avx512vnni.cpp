@@ -238,28 +238,6 @@ void store(const StoreArgs& s) {
     floats ? store_planar<true>(s) : store_planar<false>(s);
 }
 
-void depthwise(const DepthwiseArgs& d) {
-  const __m512i zero = _mm512_setzero_si512();
-  for (int64_t c = 0; c < d.padded_channels; c += 16) {
-    const int16_t* weights = d.weights + c * 2;
-    for (int64_t i = 0; i < d.count; ++i) {
-      const uint8_t* a = d.activations + i * d.position_bytes + c;
-      __m512i acc = zero;
-      for (int64_t p = 0; p < d.pairs; ++p) {
-        // Two taps of 16 channels as int16 pairs; |a * w| <= 255 * 128 and their sum fit int32.
-        const __m512i even = _mm512_cvtepu8_epi32(
-            _mm_loadu_si128(reinterpret_cast<const __m128i*>(a + d.tap_offsets[2 * p])));
-        const __m512i odd = _mm512_cvtepu8_epi32(
-            _mm_loadu_si128(reinterpret_cast<const __m128i*>(a + d.tap_offsets[2 * p + 1])));
-        const __m512i pair = _mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
-        const __m512i w = _mm512_loadu_si512(weights + p * d.padded_channels * 2);
-        acc = _mm512_add_epi32(acc, _mm512_madd_epi16(pair, w));
-      }
-      _mm512_storeu_si512(d.sums + i * d.padded_channels + c, acc);
-    }
-  }
-}
-
 namespace {
 
 void nothing() {}
@@ -282,7 +260,6 @@ const KernelRow kAvx512VnniRow{
     .gemm_requantize = avx512::gemm_requantize,
     .gemv = avx512::gemv,
     .store = avx512::store,
-    .depthwise = avx512::depthwise,
     .block = nullptr,
     .requantize = avx512::requantize,
     .stem = {avx512::quantize_quads, avx512::interleave_pairs, avx512::interleave_fours},

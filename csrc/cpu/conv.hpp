@@ -62,6 +62,9 @@ struct OutputMap {
   int64_t image_h = 0, image_w = 0;  // of the output image; 0: the convolution's own output size
 };
 
+/// What a convolution needs around its input. Windows may end before the padding does.
+Padding padding_of(const ConvShape& shape);
+
 /// `in` has room for the padding that the shape asks for (image_layout.hpp; padding may be negative
 /// here). `out` is null for a float output, `residual` where there is none.
 ConvPlan plan_conv(const ConvShape& shape, const ImageLayout& in, const ImageLayout* out,
@@ -114,16 +117,17 @@ struct ConvCall {
   int64_t segment;          // this convolution's in the stream
 };
 
-/// The same with float output, NCHW images of the output's size (no residual).
-struct FloatConvCall {
+/// The same with a plain tensor as output, of whole images: floats or levels, NCHW or NHWC.
+struct TensorConvCall {
   ConvCall conv;  // its out, residual and epilogue are not used
   const OutputSpec& out;
-  const int32_t* correction;  // [out channels rounded up to 32], zeros where the zero point is 0
+  const int32_t* correction;  // [out channels], zeros where the zero point is 0
+  int64_t first_image = 0;    // of the tensor, where conv.in's first one goes
 };
 
 /// One part of a convolution. The caller has called kernels.begin() on this thread.
 void run_conv(const ConvCall& call, const KernelRow& kernels, Part part);
-void run_conv(const FloatConvCall& call, const KernelRow& kernels, Part part);
+void run_conv(const TensorConvCall& call, const KernelRow& kernels, Part part);
 
 /// Bytes [first, second) of the panels that a part by columns reads.
 std::pair<int64_t, int64_t> weight_range(const ConvPlan& plan, int bits, Part part);

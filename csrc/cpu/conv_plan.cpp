@@ -117,6 +117,16 @@ std::vector<int32_t> table_of(const Rows& rows, int64_t out_w, const Fn& at) {
 
 }  // namespace
 
+Padding padding_of(const ConvShape& s) {
+  const int64_t last_row = (s.out_h() - 1) * s.stride_h + (s.kernel_h - 1) * s.dilation_h;
+  const int64_t last_column = (s.out_w() - 1) * s.stride_w + (s.kernel_w - 1) * s.dilation_w;
+  const auto beyond = [](int64_t last, int64_t before, int64_t size) {
+    return std::max<int64_t>(0, last - before - (size - 1));
+  };
+  return {std::max<int64_t>(0, s.pad_top), std::max<int64_t>(0, s.pad_left),
+          beyond(last_row, s.pad_top, s.in_h), beyond(last_column, s.pad_left, s.in_w)};
+}
+
 ConvPlan plan_conv(const ConvShape& shape, const ImageLayout& in, const ImageLayout* out,
                    const ImageLayout* residual, Positions positions, const OutputMap& map) {
   if (in.image_bytes > INT32_MAX || (out != nullptr && out->image_bytes > INT32_MAX))

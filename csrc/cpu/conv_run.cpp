@@ -26,6 +26,9 @@ constexpr int64_t kSums = kGemmRows * kBlockCols;
 constexpr int kListedRows = 56;
 constexpr int kTypicalPass = 14;
 static_assert(kListedRows <= kGemmRows);
+// Column tiles whose sums of a few rows are stored together.
+constexpr int64_t kFewTiles = 32;
+static_assert(kGemvRows * kFewTiles * kTileWidth <= 2 * kSums);
 
 /// Buffers of one thread; they grow to the largest layer and stay.
 struct Scratch {
@@ -51,9 +54,10 @@ struct Columns {
 
 struct Loop {
   const ConvCall& call;
-  const FloatConvCall* floats;  // null for u8 output
+  const TensorConvCall* tensor;  // null where the output is an image
   const KernelRow& kernels;
   UnpackTiles unpack_tiles;
+  Gemv gemv;
   Requantize requantize;
   int8_t* unpacked;
   int32_t* sums;                 // two blocks
@@ -136,6 +140,29 @@ struct Loop {
     return g;
   }
 
+  /// All positions of all images times `columns` (any number of tiles for a tensor), where they are
+  /// so few that every weight is used once: weights go from memory through registers into sums.
+  void few(const Columns& c) const {
+    const ConvPlan& plan = call.plan;
+    const ConvRun& run = plan.runs.front();
+    const auto positions = static_cast<int>(run.positions);
+    GemvArgs g{};
+    for (int64_t n = 0; n < call.images; ++n)
+      for (int i = 0; i < positions; ++i)
+        g.activations[g.rows++] = activations(c, n, run) + run.in_offset[i];
+    g.step_offsets = run.step_offsets.data();
+    g.steps = plan.steps;
+    g.packed = packed(c);
+    g.bits = call.bits;
+    g.column_tiles = c.tiles;
+    g.sums = sums;
+    const int stride = std::max(c.tiles, 2);  // requantize takes one or two tiles
+    g.sums_stride = stride * kTileWidth;
+    gemv(g);
+    for (int64_t n = 0; n < call.images; ++n)
+      finish({c, &run, n, 0, positions, stride, sums + n * positions * g.sums_stride});
+  }
+
   /// The block whose sums are ready but not yet stored. Its epilogue is issued behind the next
   /// block's products, so that the vector units work while the tile unit does.
   struct Pending {
@@ -170,22 +197,34 @@ struct Loop {
     const int64_t column = c.tile * kTileWidth;
     const int64_t channel = c.group * outs + column;
     const int cols = static_cast<int>(std::min<int64_t>(c.tiles * kTileWidth, outs - column));
-    if (floats != nullptr) {
+    if (tensor != nullptr) {
+      const int64_t channels = plan.shape.out_channels, image = tensor->first_image + n;
       StoreArgs s{};
       s.sums_stride = tiles * kTileWidth;
       s.cols = cols;
-      s.correction = floats->correction + channel;
+      s.correction = tensor->correction + channel;
       s.channel = channel;
-      s.out = &floats->out;
-      s.first = (n * plan.shape.out_channels + channel) * plan.out_area;
+      s.out = &tensor->out;
+      if (tensor->out.layout == Layout::NHWC) {
+        s.first = image * plan.out_area * channels + channel;
+        s.position_stride = channels;
+        s.channel_stride = 1;
+        s.sums = sums;
+        s.position = run.position.data() + first;
+        s.rows = rows;
+        kernels.store(s);
+        return;
+      }
+      s.first = (image * channels + channel) * plan.out_area;
       s.position_stride = 1;
       s.channel_stride = plan.out_area;
-      // A store takes positions that are neighbours but for dropped ones in between.
+      // A store takes positions that are neighbours but for dropped ones in between. They rise.
       const int32_t* position = run.position.data() + first;
+      const bool neighbours = position[0] >= 0 && position[rows - 1] == position[0] + rows - 1;
       for (int begin = 0, end = 0; begin < rows; begin = end) {
         int32_t next = -1;
-        for (end = begin; end < rows && (position[end] < 0 || next < 0 || position[end] == next);
-             ++end)
+        for (end = neighbours ? rows : begin;
+             end < rows && (position[end] < 0 || next < 0 || position[end] == next); ++end)
           if (position[end] >= 0) next = position[end] + 1;
         s.sums = sums + begin * s.sums_stride;
         s.position = position + begin;
@@ -289,7 +328,7 @@ bool rows_outside(const ConvPlan& plan, int64_t images, const BlockRange& range,
                   images * blocks * cost(unpacked_bytes(plan, 1), kFirstLevel));
 }
 
-void run(const ConvCall& call, const FloatConvCall* floats, const KernelRow& kernels, Part part) {
+void run(const ConvCall& call, const TensorConvCall* tensor, const KernelRow& kernels, Part part) {
   const ConvPlan& plan = call.plan;
   const int64_t pairs = plan.pairs();
   const int64_t pair_first = call.by_columns ? part.first(pairs) : 0;
@@ -299,7 +338,7 @@ void run(const ConvCall& call, const FloatConvCall* floats, const KernelRow& ker
   // Four row tiles by one column: every weight tile is unpacked and used once.
   const bool tall = kernels.block != nullptr && call.bits < 8 && plan.runs.size() == 1 &&
                     plan.runs[0].positions > kBlockRows && plan.runs[0].positions <= kTallRows;
-  const bool fused = floats == nullptr && kernels.gemm_requantize != nullptr;
+  const bool fused = tensor == nullptr && kernels.gemm_requantize != nullptr;
   const int rows = tall                       ? kTallRows
                    : kernels.block != nullptr ? kBlockRows
                                               : even_rows(plan, call.by_columns ? 1 : part.count);
@@ -312,19 +351,34 @@ void run(const ConvCall& call, const FloatConvCall* floats, const KernelRow& ker
   }
 
   Scratch& local = scratch();
-  const bool together = !tall && rows_outside(plan, call.images, range, pair_last - pair_first);
+  const bool few = plan.runs.size() == 1 && call.images * plan.runs[0].positions <= kGemvRows &&
+                   range.last - range.first == blocks;
+  const bool together =
+      !tall && !few && rows_outside(plan, call.images, range, pair_last - pair_first);
   const int64_t held = together ? pair_last - pair_first : 1;
   const Loop loop{
       call,
-      floats,
+      tensor,
       kernels,
       unpacker(kernels),
+      gemv(kernels),
       requantizer(kernels),
-      call.bits < 8 ? grown<int8_t>(local.unpacked, unpacked_bytes(plan, held)) : nullptr,
+      call.bits < 8 && !few ? grown<int8_t>(local.unpacked, unpacked_bytes(plan, held)) : nullptr,
       grown<int32_t>(local.sums, 2 * kSums),
       call.weights + (call.by_columns ? weight_range(plan, call.bits, part).first : 0),
       fused};
 
+  if (few) {
+    for (int64_t p = pair_first; p < pair_last;) {
+      Columns c = columns_of(plan, p);
+      if (tensor != nullptr)
+        c.tiles = static_cast<int>(
+            std::min({kFewTiles, plan.column_tiles - c.tile, 2 * (pair_last - p)}));
+      loop.few(c);
+      p += (c.tiles + 1) / 2;
+    }
+    return;
+  }
   Loop::Pending pending;
   if (together) {
     bool fresh = true;
@@ -398,7 +452,7 @@ void run_conv(const ConvCall& call, const KernelRow& kernels, Part part) {
   run(call, nullptr, kernels, part);
 }
 
-void run_conv(const FloatConvCall& call, const KernelRow& kernels, Part part) {
+void run_conv(const TensorConvCall& call, const KernelRow& kernels, Part part) {
   run(call.conv, &call, kernels, part);
 }
 

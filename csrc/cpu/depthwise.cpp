@@ -208,13 +208,24 @@ uint8_t* grown(AlignedBuffer& buffer, int64_t bytes) {
   return buffer.data();
 }
 
+/// Where the sums go that no epilogue follows.
+struct SumsView {
+  int32_t* data = nullptr;
+  int64_t pitch = 0, columns = 0, first_row = 0;
+
+  int32_t* pixel(int64_t y, int64_t x) const {
+    return data + ((y - first_row) * columns + x) * pitch;
+  }
+};
+
 /// Everything that the tiles of one call share.
 struct Job {
   const ConvShape& s;
   const GroupedWeights& weights;
   const ConvEpilogue& epilogue;
   ConstImageView in, residual;
-  ImageView out;
+  ImageView out;  // or `sums`
+  SumsView sums;
   const GroupedKernels& kernels;
   uint8_t order[16], narrow[16], widen[64];
   bool natural;  // order is 0, 1, 2 ...
@@ -238,7 +249,8 @@ GroupedTile tile_of(const Job& job) {
   t.splits = 1;
   t.out_rows = 1;
   t.row_count = tile_rows(s, job.weights.kind, job.kernels);
-  t.out_pitch = job.out.layout->pitch;
+  t.out_pitch = job.out.data == nullptr ? 0 : job.out.layout->pitch;
+  t.sums_pitch = job.sums.pitch;
   t.residual_pitch = job.residual.data == nullptr ? 0 : job.residual.layout->pitch;
   t.widen = job.widen;
   t.narrow = job.natural ? nullptr : job.narrow;
@@ -276,14 +288,16 @@ struct Pointers {
   const uint8_t** rows;
   const uint8_t** residual;
   uint8_t** out;
+  int32_t** sums;
 
   Pointers(int64_t row_count, int lanes) {
     const int64_t rows_n = row_count * lanes, outs_n = 2 * lanes;
     auto* at = reinterpret_cast<const uint8_t**>(
-        grown(scratch().pointers, (rows_n + 2 * outs_n) * static_cast<int64_t>(sizeof(void*))));
+        grown(scratch().pointers, (rows_n + 3 * outs_n) * static_cast<int64_t>(sizeof(void*))));
     rows = at;
     residual = at + rows_n;
     out = const_cast<uint8_t**>(residual + outs_n);
+    sums = reinterpret_cast<int32_t**>(out + outs_n);
   }
 };
 
@@ -328,6 +342,23 @@ void fetch_row(const uint8_t* p, int64_t pitch, int64_t pixels) {
     __builtin_prefetch(p + x * pitch);
 }
 
+/// What is left to do when the tiles of some rows are done: a table, or the order of the sums.
+void finish_rows(const Job& job, int64_t y_first, int64_t y_last) {
+  if (job.sums.data == nullptr) {
+    for (int64_t y = y_first; y < y_last; ++y)
+      apply_table(image_kernels(), job.epilogue.finish, job.out, y);
+    return;
+  }
+  if (job.natural) return;
+  int32_t* const end = job.sums.pixel(y_last, 0);
+  for (int32_t* granule = job.sums.pixel(y_first, 0); granule < end; granule += kGranule) {
+    int32_t ordered[kGranule];
+    for (int64_t i = 0; i < kGranule; ++i)
+      ordered[job.order[i]] = granule[i];
+    std::memcpy(granule, ordered, sizeof ordered);
+  }
+}
+
 /// Depthwise and InLane: strips of rows, block by block.
 void run_blocks(Job& job, int64_t y_first, int64_t y_last) {
   const ConvShape& s = job.s;
@@ -352,7 +383,8 @@ void run_blocks(Job& job, int64_t y_first, int64_t y_last) {
   t.rows = p.rows;
   t.out = p.out;
   t.residual = job.residual.data == nullptr ? nullptr : p.residual;
-  uint8_t* sink = grown(scratch().sink, most * t.out_pitch + 64);
+  t.sums = job.sums.data == nullptr ? nullptr : p.sums;
+  uint8_t* sink = grown(scratch().sink, most * std::max(t.out_pitch, 4 * t.sums_pitch) + 64);
   uint8_t expand[64];
   const InputRows input(job, y_first, y_last);
   const std::vector<GroupedBlock>& blocks = job.weights.blocks;
@@ -388,7 +420,10 @@ void run_blocks(Job& job, int64_t y_first, int64_t y_last) {
         for (int r = 0; r < t.out_rows; ++r) {
           const bool real = split < strips && y + r < y_last;
           const int64_t at = split * t.out_rows + r, row = std::min(y + r, y_last - 1);
-          p.out[at] = real ? job.out.pixel(row, x) + channel : sink;
+          if (t.sums != nullptr)
+            p.sums[at] = real ? job.sums.pixel(row, x) + channel : reinterpret_cast<int32_t*>(sink);
+          else
+            p.out[at] = real ? job.out.pixel(row, x) + channel : sink;
           if (t.residual != nullptr) p.residual[at] = job.residual.pixel(row, x) + channel;
         }
       }
@@ -406,14 +441,13 @@ void run_blocks(Job& job, int64_t y_first, int64_t y_last) {
         const int64_t next = blocks[b + 1].first * kGranule, end = std::min(y0 + rows, y_last);
         for (int64_t y = y0 * s.stride_h; y < end * s.stride_h && y < s.in_h; ++y)
           fetch_row(job.in.row(y) + next / multiplier, t.pitch, s.in_w);
-        for (int64_t y = y0; y < end; ++y)
+        for (int64_t y = y0; y < end && t.sums == nullptr; ++y)
           fetch_row(job.out.row(y) + next, t.out_pitch, out_w);
       }
       run_tile(b, y0, std::min<int64_t>(blocks[b].splits, (y_last - y0 + strip - 1) / strip));
     }
   }
-  for (int64_t y = y_first; y < y_last; ++y)
-    apply_table(image_kernels(), job.epilogue.finish, job.out, y);
+  finish_rows(job, y_first, y_last);
 }
 
 /// Broadcast: group by group, whose weights stay in the first-level cache.
@@ -431,6 +465,7 @@ void run_groups(Job& job, int64_t y_first, int64_t y_last) {
   t.rows = p.rows;
   t.out = p.out;
   t.residual = job.residual.data == nullptr ? nullptr : p.residual;
+  t.sums = job.sums.data == nullptr ? nullptr : p.sums;
   const InputRows input(job, y_first, y_last);
   t.count = out_w;
 
@@ -459,13 +494,15 @@ void run_groups(Job& job, int64_t y_first, int64_t y_last) {
       for (int64_t y = y_first; y < y_last; ++y) {
         for (int64_t r = 0; r < s.kernel_h; ++r)
           p.rows[r] = input[y * s.stride_h - s.pad_top + r * s.dilation_h] + g * s.group_in();
-        p.out[0] = job.out.row(y) + channel;
+        if (t.sums != nullptr)
+          p.sums[0] = job.sums.pixel(y, 0) + channel;
+        else
+          p.out[0] = job.out.row(y) + channel;
         if (t.residual != nullptr) p.residual[0] = job.residual.row(y) + channel;
         k.broadcast(t);
       }
     }
-  for (int64_t y = y_first; y < y_last; ++y)
-    apply_table(image_kernels(), job.epilogue.finish, job.out, y);
+  finish_rows(job, y_first, y_last);
 }
 
 /// The formulas, for machines without vectors.
@@ -491,10 +528,36 @@ void run_plain(const ConvShape& s, const int8_t* weights, const ConvEpilogue& e,
       }
 }
 
+void run_rows(Job& job, int64_t y_first, int64_t y_last) {
+  // Sums of Broadcast are in natural order, as those of groups of 16.
+  const bool in_lane = job.weights.kind == GroupedKind::InLane;
+  fill_order(in_lane ? group_quads(job.s, job.weights.kind) : 4, job.order);
+  std::memset(job.widen, 0x80, sizeof job.widen);  // a shuffle's zero
+  for (int n = 0; n < 16; ++n) {
+    job.narrow[job.order[n]] = static_cast<uint8_t>(n);
+    job.widen[4 * n] = job.order[n];
+    job.natural = job.natural && job.order[n] == n;
+  }
+  if (job.weights.kind == GroupedKind::Broadcast)
+    run_groups(job, y_first, y_last);
+  else
+    run_blocks(job, y_first, y_last);
+}
+
 void check_view(const char* what, const ImageLayout* layout, int64_t c, int64_t h, int64_t w) {
   if (layout == nullptr || layout->channels != c || layout->h != h || layout->w != w)
     fail<InvalidArgument>("grouped convolution: expected the ", what, " to be ", c, " x ", h, " x ",
                           w, ", got another layout");
+}
+
+void check_input(const ConvShape& shape, const GroupedWeights& weights, ConstImageView in) {
+  check_view("input", in.layout, shape.in_channels, shape.in_h, shape.in_w);
+  if (in.layout->pad_top < shape.pad_top || in.layout->pad_left < shape.pad_left)
+    fail<InvalidArgument>("grouped convolution: expected an input padded by at least ",
+                          shape.pad_top, " rows and ", shape.pad_left, " columns, got ",
+                          in.layout->pad_top, " and ", in.layout->pad_left);
+  if (weights.isa != active_isa())
+    throw InvalidArgument("grouped convolution: weights built for another instruction set");
 }
 
 }  // namespace
@@ -547,35 +610,36 @@ GroupedWeights build_grouped(const ConvShape& shape, std::span<const int8_t> wei
 void run_grouped(const ConvShape& shape, const GroupedWeights& weights,
                  const ConvEpilogue& epilogue, ConstImageView in, ConstImageView residual,
                  ImageView out, Part part) {
-  check_view("input", in.layout, shape.in_channels, shape.in_h, shape.in_w);
+  check_input(shape, weights, in);
   check_view("output", out.layout, shape.out_channels, shape.out_h(), shape.out_w());
   if (residual.data != nullptr)
     check_view("residual", residual.layout, shape.out_channels, shape.out_h(), shape.out_w());
-  if (in.layout->pad_top < shape.pad_top || in.layout->pad_left < shape.pad_left)
-    fail<InvalidArgument>("grouped convolution: expected an input padded by at least ",
-                          shape.pad_top, " rows and ", shape.pad_left, " columns, got ",
-                          in.layout->pad_top, " and ", in.layout->pad_left);
-  if (weights.isa != active_isa())
-    throw InvalidArgument("grouped convolution: weights built for another instruction set");
   const int64_t y_first = part.first(shape.out_h()), y_last = part.last(shape.out_h());
   if (y_first == y_last || shape.out_w() == 0) return;
   const GroupedKernels* kernels = active_grouped();
   if (kernels == nullptr)
     return run_plain(shape, reinterpret_cast<const int8_t*>(weights.data.data()), epilogue, in,
                      residual, out, y_first, y_last);
+  Job job{shape, weights, epilogue, in, residual, out, {}, *kernels, {}, {}, {}, true};
+  run_rows(job, y_first, y_last);
+}
 
-  Job job{shape, weights, epilogue, in, residual, out, *kernels, {}, {}, {}, true};
-  fill_order(std::min(group_quads(shape, weights.kind), 4), job.order);
-  std::memset(job.widen, 0x80, sizeof job.widen);  // a shuffle's zero
-  for (int n = 0; n < 16; ++n) {
-    job.narrow[job.order[n]] = static_cast<uint8_t>(n);
-    job.widen[4 * n] = job.order[n];
-    job.natural = job.natural && job.order[n] == n;
-  }
-  if (weights.kind == GroupedKind::Broadcast)
-    run_groups(job, y_first, y_last);
-  else
-    run_blocks(job, y_first, y_last);
+void grouped_sums(const ConvShape& shape, const GroupedWeights& weights, ConstImageView in,
+                  int64_t y_first, int64_t y_last, int32_t* sums) {
+  check_input(shape, weights, in);
+  const GroupedKernels* kernels = active_grouped();
+  if (kernels == nullptr)
+    throw InvalidArgument("grouped convolution: sums alone need vector kernels");
+  if (y_first == y_last) return;
+  const ConvEpilogue none;
+  const SumsView view{sums, grouped_sums_pitch(shape), shape.out_w(), y_first};
+  Job job{shape, weights, none, in, {}, {}, view, *kernels, {}, {}, {}, true};
+  run_rows(job, y_first, y_last);
+}
+
+int64_t grouped_sums_pitch(const ConvShape& shape) {
+  // Blocks are written whole.
+  return round_up(shape.out_channels, kGranule * 4);
 }
 
 }  // namespace adalayer::cpu

@@ -50,4 +50,13 @@ void run_grouped(const ConvShape& shape, const GroupedWeights& weights,
                  const ConvEpilogue& epilogue, ConstImageView in, ConstImageView residual,
                  ImageView out, Part part);
 
+/// The sums alone, for outputs that are no u8 image: rows [y_first, y_last) of one image as
+/// [y_last - y_first][out_w][grouped_sums_pitch], without any correction for a zero point. Needs
+/// vector kernels.
+void grouped_sums(const ConvShape& shape, const GroupedWeights& weights, ConstImageView in,
+                  int64_t y_first, int64_t y_last, int32_t* sums);
+
+/// Elements from one position's sums to the next one's.
+int64_t grouped_sums_pitch(const ConvShape& shape);
+
 }  // namespace adalayer::cpu

@@ -1,12 +1,13 @@
-// Convolution and linear on the active instruction set: packs the activations, multiplies, stores.
+// Convolution and linear of a single layer on the active instruction set: tensors in, tensors out.
 #pragma once
 
 #include <memory>
 #include <span>
 #include <vector>
 
+#include "core/aligned_buffer.hpp"
+#include "cpu/depthwise.hpp"
 #include "formats/canonical.hpp"
-#include "formats/panels.hpp"
 #include "reference/spec.hpp"
 
 namespace adalayer::cpu {
@@ -14,10 +15,16 @@ namespace adalayer::cpu {
 /// Weights of one layer in the form that one instruction set wants, immutable and shared by calls.
 struct LayerWeights {
   formats::CanonicalHeader header;
-  std::vector<int8_t> dense;  // scalar reference only: [O][I/groups][KH][KW]
-  formats::Panels panels;     // every other instruction set
+  Isa isa = Isa::Scalar;
+  std::vector<int32_t> sums;  // [O] of each channel's weights, for the zero-point correction
+  // One of these:
+  std::vector<int8_t> dense;  // scalar reference: [O][I/groups][KH][KW]
+  AlignedBuffer panels;       // pack_panels (conv.hpp)
+  GroupedWeights grouped;     // where grouped_suits
 
-  size_t bytes() const { return dense.size() + panels.bytes(); }
+  size_t bytes() const {
+    return sums.size() * 4 + dense.size() + panels.size() + grouped.data.size();
+  }
 };
 
 /// Derives the weights of `shape` for the active instruction set from canonical bytes. Throws

@@ -63,6 +63,13 @@ inline void block_of_four(const GroupedTile& t, const Finish<V>& finish, int64_t
     for (int n = 0; n < kOuts; ++n)
       acc[n] = correction;
     sum(v, acc);
+    if (t.sums != nullptr) {
+#pragma GCC unroll 16
+      for (int n = 0; n < kOuts; ++n)
+        V::template store_sums<kSplit>(t.sums + n / kColumns, kRows,
+                                       (x + n % kColumns) * t.sums_pitch + 4 * v, acc[n]);
+      continue;
+    }
     const F scale = V::as_floats(V::load_constant(t.constants, 4 + v));
     const F bias = V::as_floats(V::load_constant(t.constants, 8 + v));
     F y[kOuts];
@@ -87,6 +94,7 @@ inline void block_of_four(const GroupedTile& t, const Finish<V>& finish, int64_t
     for (int n = 0; n < kOuts; ++n)
       V::store(levels[v] + n * V::kBytes, V::round(y[n]));
   }
+  if (t.sums != nullptr) return;
 #pragma GCC unroll 1
   for (int r = 0; r < kRows; ++r) {
     for (int n = r * kColumns; n < (r + 1) * kColumns; ++n) {
@@ -361,6 +369,15 @@ void broadcast_block(const GroupedTile& t, const Finish<V>& finish, int64_t x) {
         }
       }
     }
+  }
+  if (t.sums != nullptr) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kTiles; ++v)
+#pragma GCC unroll 16
+      for (int n = 0; n < kColumns; ++n)
+        V::store_dwords(t.sums[0] + (x + n) * t.sums_pitch + v * V::kDwords, acc[v][n],
+                        t.bytes - v * V::kDwords);
+    return;
   }
 #pragma GCC unroll 2
   for (int v = 0; v < kTiles; ++v) {

@@ -44,6 +44,8 @@ struct GroupedTile {
   int out_rows;         // Depthwise: 1 or 2
   uint8_t* const* out;  // [splits][out_rows] at the first column and channel
   int64_t out_pitch;
+  int32_t* const* sums;  // null, or instead of `out`: correction + products, in the sums' order;
+  int64_t sums_pitch;    // elements
   const uint8_t* const* residual;  // the same, or null
   int64_t residual_pitch;
   int64_t count;

@@ -10,6 +10,9 @@ namespace {
 
 struct ForBlendedRows {};
 
+/// Rows that follow each other without padding are one long row.
+bool is_joined(const ImageLayout& l) { return l.phases == 1 && l.columns == l.w; }
+
 }  // namespace
 
 void quantize_image(const float* x, Layout order, const ActivationGrid& grid, ImageView out,
@@ -17,13 +20,16 @@ void quantize_image(const float* x, Layout order, const ActivationGrid& grid, Im
   const ImageKernels& kernels = image_kernels();
   const ImageLayout& l = *out.layout;
   const int64_t plane = l.h * l.w;
-  for (int64_t y = part.first(l.h); y < part.last(l.h); ++y) {
+  const int64_t first = part.first(l.h), last = part.last(l.h);
+  const int64_t step = is_joined(l) ? last - first : 1;
+  for (int64_t y = first; y < last; y += step) {
     // One channel is the same in both orders.
     if (order == Layout::NCHW || l.channels == 1)
-      kernels.quantize_planar({x + y * l.w, l.channels, plane, l.w, out.row(y), l.pitch}, grid);
-    else
-      kernels.quantize_pixels({x + y * l.w * l.channels, l.channels, 1, l.w, out.row(y), l.pitch},
+      kernels.quantize_planar({x + y * l.w, l.channels, plane, step * l.w, out.row(y), l.pitch},
                               grid);
+    else
+      kernels.quantize_pixels(
+          {x + y * l.w * l.channels, l.channels, 1, step * l.w, out.row(y), l.pitch}, grid);
   }
 }
 
@@ -38,9 +44,7 @@ void dequantize_image(ConstImageView in, float scale, int32_t zero_point, float*
     return;
   }
   const int64_t first = part.first(l.h), last = part.last(l.h);
-  // Rows that follow each other without padding are one long row.
-  const bool joined = l.phases == 1 && l.columns == l.w;
-  const int64_t step = joined ? last - first : 1;
+  const int64_t step = is_joined(l) ? last - first : 1;
   for (int64_t y = first; y < last; y += step)
     kernels.dequantize_planar(
         {in.row(y), l.pitch, l.channels, step * l.w, scale, zero_point, out + y * l.w, plane});

@@ -42,13 +42,14 @@ ImageLayout image_layout(int64_t channels, int64_t h, int64_t w, const Padding& 
   return l;
 }
 
-void fill_padding(const ImageLayout& l, uint8_t* data, int64_t images, uint8_t zero_point) {
+void fill_padding(const ImageLayout& l, uint8_t* data, int64_t images, uint8_t zero_point,
+                  Part part) {
   const int64_t left = l.pad_left * l.pitch;
   const int64_t right = (l.columns - l.pad_left - l.w) * l.pitch;
   const int64_t rows = l.phases * l.phase_rows;
   const int64_t tail = l.image_bytes - rows * l.row_bytes;
   for (int64_t n = 0; n < images; ++n, data += l.image_bytes) {
-    for (int64_t p = 0; p < rows; ++p) {
+    for (int64_t p = part.first(rows); p < part.last(rows); ++p) {
       uint8_t* row = data + l.row_offset(p);
       if (p < l.pad_top || p >= l.pad_top + l.h) {
         std::memset(row, zero_point, static_cast<size_t>(l.row_bytes));
@@ -57,7 +58,8 @@ void fill_padding(const ImageLayout& l, uint8_t* data, int64_t images, uint8_t z
       if (left > 0) std::memset(row, zero_point, static_cast<size_t>(left));
       if (right > 0) std::memset(row + l.row_bytes - right, zero_point, static_cast<size_t>(right));
     }
-    if (tail > 0) std::memset(data + rows * l.row_bytes, zero_point, static_cast<size_t>(tail));
+    if (tail > 0 && part.index + 1 == part.count)
+      std::memset(data + rows * l.row_bytes, zero_point, static_cast<size_t>(tail));
   }
 }
 

@@ -53,9 +53,6 @@ struct Padding {
 ImageLayout image_layout(int64_t channels, int64_t h, int64_t w, const Padding& padding = {},
                          int64_t phases = 1, int64_t columns_multiple = 1);
 
-/// Writes `zero_point` to every pixel outside the image, `images` images from `data` on.
-void fill_padding(const ImageLayout& layout, uint8_t* data, int64_t images, uint8_t zero_point);
-
 /// One image in memory.
 struct ImageView {
   const ImageLayout* layout = nullptr;
@@ -84,5 +81,10 @@ struct Part {
   int64_t first(int64_t n) const { return n * index / count; }
   int64_t last(int64_t n) const { return n * (index + 1) / count; }
 };
+
+/// Writes `zero_point` to every pixel outside the image, `images` images from `data` on; of each
+/// image, the given part of the padded rows.
+void fill_padding(const ImageLayout& layout, uint8_t* data, int64_t images, uint8_t zero_point,
+                  Part part = {});
 
 }  // namespace adalayer::cpu

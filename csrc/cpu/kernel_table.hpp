@@ -29,7 +29,6 @@ constexpr int kGemmRows = 64;
 struct GemmArgs {
   const uint8_t* activations;   // step offset 0
   const int32_t* row_offsets;   // [rows] bytes from `activations`
-  int64_t row_stride;           // between them, for the tile unit alone
   const int64_t* step_offsets;  // [steps] byte offset of each step from the row's start
   const uint8_t* live_quads;    // [steps] groups of 4 bytes worth multiplying
   int64_t steps;
@@ -47,12 +46,11 @@ struct GemmArgs {
 constexpr int kGemvRows = 4;
 
 /// sums[r][c] = sum over steps of a * b for few rows and many columns: weights that are used once
-/// are read packed, and each goes from memory through registers into its sum. Activations are
-/// `rows` rows as in GemmArgs, all 64 bytes of each step readable.
+/// are read packed, and each goes from memory through registers into its sum. All 64 bytes of each
+/// step must be readable.
 struct GemvArgs {
-  const uint8_t* activations;
-  int64_t row_stride;
-  const int64_t* step_offsets;  // [steps]
+  const uint8_t* activations[kGemvRows];  // each row's step offset 0
+  const int64_t* step_offsets;            // [steps]
   int64_t steps;
   const uint8_t* packed;  // [column_tiles][steps] packed tiles of 128 * bits bytes
   int bits;               // of the packed tiles
@@ -78,19 +76,7 @@ struct StoreArgs {
   int64_t channel_stride;   // elements: 1 for NHWC, out_h * out_w for NCHW
 };
 
-/// One row of depthwise output: `count` positions x 16-channel blocks over padded NHWC u8 rows.
-struct DepthwiseArgs {
-  const uint8_t* activations;  // padded image, at the row's first tap
-  const int64_t* tap_offsets;  // [taps rounded up to even]; the odd one out repeats a tap
-  const int16_t* weights;      // [pairs][padded_channels][2]
-  int64_t pairs;
-  int64_t padded_channels;
-  int64_t count;           // output positions
-  int64_t position_bytes;  // bytes between their inputs
-  int32_t* sums;           // [count][padded_channels]
-};
-
-/// The engine's matmul block: up to 64 positions x one column tile, or 32 x two, straight from
+/// The tile unit's matmul block: up to 64 positions x one column tile, or 32 x two, straight from
 /// packed weights. Reads activations of all positions up to a multiple of 16, whatever `rows` says.
 struct BlockArgs {
   const uint8_t* activations;
@@ -149,13 +135,12 @@ struct KernelRow {
   UnpackTiles unpack_tiles;
   void (*begin)();  // per thread and pass: AMX tile configuration
   void (*end)();
-  void (*gemm)(const GemmArgs&);
+  void (*gemm)(const GemmArgs&);  // null where `block` does its work
   /// Any number of rows, whose sums go on to `requantize` (its sums, tiles and rows are the
   /// kernel's business; g.sums is not used). Null: gemm, then requantize.
   void (*gemm_requantize)(const GemmArgs& g, const RequantizeArgs& q, Requantize requantize);
   Gemv gemv;  // needs no begin() and end()
   void (*store)(const StoreArgs&);
-  void (*depthwise)(const DepthwiseArgs&);
   void (*block)(const BlockArgs&);  // null: unpack_tiles and gemm do its work
   void (*requantize)(const RequantizeArgs&);
   StemKernels stem;

@@ -117,7 +117,7 @@ void gemv_rows(const GemvArgs& g) {
       sums[i.value / kParts / kRows][i.value / kParts % kRows][i.value % kParts] = V::zero();
     });
     for (int64_t s = 0; s < g.steps; ++s, tile += formats::kTileBytes / 8 * kBits) {
-      const uint8_t* a = g.activations + g.step_offsets[s];
+      const int64_t step = g.step_offsets[s];
       [[maybe_unused]] typename V::T run[kRows][kParts];
       unrolled<0, kTileVectors>([&](auto v) __attribute__((always_inline)) {
         prefetch_line<kBits, v.value>(tile);
@@ -126,7 +126,7 @@ void gemv_rows(const GemvArgs& g) {
           w[p.value] = decode<V, kBits, v.value>(tile, p.value * V::kBytes);
         });
         unrolled<0, kRows>([&](auto r) __attribute__((always_inline)) {
-          const typename V::T levels = V::broadcast(a + r.value * g.row_stride + v.value * 4);
+          const typename V::T levels = V::broadcast(g.activations[r.value] + step + v.value * 4);
           unrolled<0, kParts>([&](auto p) __attribute__((always_inline)) {
             auto& sum = sums[v.value % kSplit][r.value][p.value];
             if constexpr (kRun == 1) {

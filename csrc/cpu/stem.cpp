@@ -31,10 +31,23 @@ Grouping best_grouping(const ConvShape& s) {
 }
 
 /// The pixels of image row `y`, channels side by side.
-void quantize_pixels(const Stem& stem, const KernelRow* kernels, const float* x, Layout order,
-                     const ActivationGrid& grid, int64_t y, uint8_t* pixels) {
+void level_pixels(const Stem& stem, const KernelRow* kernels, const ActivationIn& in, int64_t y,
+                  uint8_t* pixels) {
   const int64_t c = stem.channels, w = stem.in_w, plane = stem.in_h * w;
-  if (order == Layout::NHWC) {
+  const ActivationGrid& grid = in.grid;
+  if (in.dtype == DType::U8) {
+    const auto* q = static_cast<const uint8_t*>(in.data);
+    if (in.layout == Layout::NHWC) {
+      std::memcpy(pixels, q + y * w * c, static_cast<size_t>(w * c));
+      return;
+    }
+    for (int64_t k = 0; k < c; ++k)
+      for (int64_t i = 0; i < w; ++i)
+        pixels[i * c + k] = q[k * plane + y * w + i];
+    return;
+  }
+  const auto* x = static_cast<const float*>(in.data);
+  if (in.layout == Layout::NHWC) {
     const float* row = x + y * w * c;
     if (kernels != nullptr)
       kernels->quantize_row(row, w * c, grid, pixels);
@@ -51,37 +64,39 @@ void quantize_pixels(const Stem& stem, const KernelRow* kernels, const float* x,
 }
 
 /// Padded row `p` without gaps between pixels.
-void quantize_dense(const Stem& stem, const KernelRow* kernels, const float* x, Layout order,
-                    const ActivationGrid& grid, int64_t p, uint8_t* out) {
+void dense_line(const Stem& stem, const KernelRow* kernels, const ActivationIn& in, int64_t p,
+                uint8_t* out) {
   const int64_t y = p - stem.pad_top, bytes = stem.layout.row_bytes;
-  const auto zero = static_cast<uint8_t>(grid.zero_point);
+  const auto zero = static_cast<uint8_t>(in.grid.zero_point);
   if (y < 0 || y >= stem.in_h) {
     std::fill_n(out, bytes, zero);
     return;
   }
   const int64_t left = stem.pad_left * stem.channels, image = stem.in_w * stem.channels;
   std::fill_n(out, left, zero);
-  quantize_pixels(stem, kernels, x, order, grid, y, out + left);
+  level_pixels(stem, kernels, in, y, out + left);
   std::fill(out + left + image, out + bytes, zero);
 }
 
 /// Padded row `p` as one dword of four channels per padded column.
-void quantize_line(const Stem& stem, const KernelRow* kernels, const float* x, Layout order,
-                   const ActivationGrid& grid, int64_t p, uint8_t* pixels, uint32_t* line) {
+void dword_line(const Stem& stem, const KernelRow* kernels, const ActivationIn& in, int64_t p,
+                uint8_t* pixels, uint32_t* line) {
   const int64_t columns = stem.layout.columns, y = p - stem.pad_top;
-  const uint32_t zero = static_cast<uint32_t>(grid.zero_point) * 0x01010101u;
+  const uint32_t zero = static_cast<uint32_t>(in.grid.zero_point) * 0x01010101u;
   if (y < 0 || y >= stem.in_h) {
     std::fill_n(line, columns, zero);
     return;
   }
   const int64_t c = stem.channels, w = stem.in_w, plane = stem.in_h * w;
+  const bool planes = in.dtype == DType::F32 && in.layout == Layout::NCHW;
   std::fill_n(line, stem.pad_left, zero);
   std::fill(line + stem.pad_left + w, line + columns, zero);
-  if (order == Layout::NCHW && kernels != nullptr && kernels->stem.quantize_quads != nullptr) {
-    kernels->stem.quantize_quads(x + y * w, plane, c, w, grid, line + stem.pad_left);
+  if (planes && kernels != nullptr && kernels->stem.quantize_quads != nullptr) {
+    kernels->stem.quantize_quads(static_cast<const float*>(in.data) + y * w, plane, c, w, in.grid,
+                                 line + stem.pad_left);
     return;
   }
-  quantize_pixels(stem, kernels, x, order, grid, y, pixels);
+  level_pixels(stem, kernels, in, y, pixels);
   uint32_t* out = line + stem.pad_left;
   if (c == 3) {
     // Four bytes are read of three; `pixels` has room after its end.
@@ -179,12 +194,11 @@ std::vector<int8_t> stem_weights(const Stem& stem, const ConvShape& s,
   return out;
 }
 
-void quantize_stem(const Stem& stem, const float* x, Layout order, const ActivationGrid& grid,
-                   uint8_t* out, Part part) {
+void pack_stem(const Stem& stem, const ActivationIn& in, uint8_t* out, Part part) {
   const KernelRow* kernels = active_kernels();
   if (stem.dense) {
     for (int64_t p = part.first(stem.layout.h); p < part.last(stem.layout.h); ++p)
-      quantize_dense(stem, kernels, x, order, grid, p, out + p * stem.layout.row_bytes);
+      dense_line(stem, kernels, in, p, out + p * stem.layout.row_bytes);
     return;
   }
   thread_local AlignedBuffer scratch;
@@ -201,7 +215,7 @@ void quantize_stem(const Stem& stem, const float* x, Layout order, const Activat
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t p = g * stem.step + r, slot = p % rows;
       uint32_t* line = lines + slot * columns;
-      if (held[slot] != p) quantize_line(stem, kernels, x, order, grid, p, scratch.data(), line);
+      if (held[slot] != p) dword_line(stem, kernels, in, p, scratch.data(), line);
       held[slot] = p;
       group[r] = line;
     }

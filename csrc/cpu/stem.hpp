@@ -37,8 +37,7 @@ Stem plan_stem(const ConvShape& shape, Positions positions);
 std::vector<int8_t> stem_weights(const Stem& stem, const ConvShape& shape,
                                  std::span<const int8_t> weights);
 
-/// One float image, NCHW or NHWC, to row groups; padding becomes the zero point.
-void quantize_stem(const Stem& stem, const float* x, Layout order, const ActivationGrid& grid,
-                   uint8_t* out, Part part);
+/// One image (its tensor's first element at in.data) to row groups; padding becomes the zero point.
+void pack_stem(const Stem& stem, const ActivationIn& in, uint8_t* out, Part part);
 
 }  // namespace adalayer::cpu

@@ -17,13 +17,11 @@ struct Needs {
   int64_t columns_multiple = 1;
 
   void read_by(const ConvShape& s, bool strided) {
-    padding.top = std::max(padding.top, s.pad_top);
-    padding.left = std::max(padding.left, s.pad_left);
-    // Windows may end before the padding does.
-    const int64_t last_row = (s.out_h() - 1) * s.stride_h + (s.kernel_h - 1) * s.dilation_h;
-    const int64_t last_column = (s.out_w() - 1) * s.stride_w + (s.kernel_w - 1) * s.dilation_w;
-    padding.bottom = std::max(padding.bottom, last_row - s.pad_top - (s.in_h - 1));
-    padding.right = std::max(padding.right, last_column - s.pad_left - (s.in_w - 1));
+    const cpu::Padding needed = cpu::padding_of(s);
+    padding.top = std::max(padding.top, needed.top);
+    padding.left = std::max(padding.left, needed.left);
+    padding.bottom = std::max(padding.bottom, needed.bottom);
+    padding.right = std::max(padding.right, needed.right);
     if (!strided) return;
     const int64_t together = std::lcm(phases, s.stride_h);
     if (together <= kMaxPhases) phases = together;

@@ -37,7 +37,8 @@ RunImage quantize(const Program& program, const Node& node,
   if (layouts[y].stem.has_value()) {
     const cpu::Stem* stem = &*layouts[y].stem;
     return [=](const Frame& f, int64_t n, Part part) {
-      cpu::quantize_stem(*stem, f.floats(x, n), f.order[x], grid, f.image(y, n).data, part);
+      const ActivationIn in{f.floats(x, n), DType::F32, f.order[x], grid};
+      cpu::pack_stem(*stem, in, f.image(y, n).data, part);
     };
   }
   return [=](const Frame& f, int64_t n, Part part) {

@@ -33,6 +33,7 @@ struct ConvShape {
   int64_t reduction() const { return group_in() * kernel_h * kernel_w; }
   int64_t macs() const { return batch * out_channels * out_h() * out_w() * reduction(); }
   bool depthwise() const { return groups > 1 && groups == in_channels && groups == out_channels; }
+  bool operator==(const ConvShape&) const = default;
 };
 
 /// Throws InvalidArgument naming the field unless the shape is one that the kernels can run.

@@ -62,10 +62,12 @@ void load_config(const void* memory) {
   for (const uint8_t byte : c.reserved)
     if (byte != 0) fault("a reserved byte of the configuration is not 0");
   for (int t = 0; t < kRows; ++t) {
-    const std::string which = "the configuration of tile " + std::to_string(t);
-    if (t >= kTiles && (c.rows[t] != 0 || c.row_bytes[t] != 0)) fault(which + " must be 0");
-    if (c.rows[t] > kRows || c.row_bytes[t] > kRowBytes) fault(which + " is too large");
-    if ((c.rows[t] == 0) != (c.row_bytes[t] == 0)) fault(which + " has rows or columns alone");
+    const auto refuse = [t](const char* what) {
+      fault("the configuration of tile " + std::to_string(t) + what);
+    };
+    if (t >= kTiles && (c.rows[t] != 0 || c.row_bytes[t] != 0)) refuse(" must be 0");
+    if (c.rows[t] > kRows || c.row_bytes[t] > kRowBytes) refuse(" is too large");
+    if ((c.rows[t] == 0) != (c.row_bytes[t] == 0)) refuse(" has rows or columns alone");
   }
   if (state.configured) fault("the tiles are configured already, and were not released");
   set_configured(true);

@@ -7,7 +7,10 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
+#include <new>
+#include <optional>
 #include <random>
 #include <string>
 #include <thread>
@@ -25,6 +28,30 @@
 #include "reference/reference.hpp"
 
 using namespace adalayer;
+
+// ---- allocations of this thread -----------------------------------------------------------------
+
+namespace {
+thread_local long long t_allocations = 0;
+}
+
+// Not inlined: g++ 12 would see free() of what operator new returned, and warn.
+[[gnu::noinline]] void* operator new(size_t size) {
+  ++t_allocations;
+  if (void* p = std::malloc(size == 0 ? 1 : size)) return p;
+  throw std::bad_alloc();
+}
+[[gnu::noinline]] void operator delete(void* p) noexcept { std::free(p); }
+[[gnu::noinline]] void operator delete(void* p, size_t) noexcept { std::free(p); }
+
+// Sanitizers have an aligned_alloc of their own.
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+extern "C" void* aligned_alloc(size_t alignment, size_t size) {
+  ++t_allocations;
+  void* p = nullptr;
+  return posix_memalign(&p, alignment, size) == 0 ? p : nullptr;
+}
+#endif
 
 namespace {
 
@@ -154,6 +181,127 @@ TEST(random_layers) {
     check_layer(make_layer(random_shape(), uniform(2, 8)), uniform(1, 3));
 }
 
+ConvShape square(int64_t in, int64_t out, int64_t size, int64_t kernel, int64_t stride,
+                 int64_t groups = 1, int64_t batch = 1) {
+  ConvShape s;
+  s.batch = batch;
+  s.in_channels = in;
+  s.out_channels = out;
+  s.in_h = s.in_w = size;
+  s.kernel_h = s.kernel_w = kernel;
+  s.stride_h = s.stride_w = stride;
+  s.pad_top = s.pad_left = s.pad_bottom = s.pad_right = kernel / 2;
+  s.groups = groups;
+  return s;
+}
+
+/// One to four channels: pixels without gaps, or rows side by side.
+TEST(first_layers) {
+  for (int channels = 1; channels <= 4; ++channels)
+    for (int kernel : {2, 3, 7})
+      for (int stride : {1, 2, 4})
+        check_layer(make_layer(square(channels, 20, 21, kernel, stride, 1, 2), 5), uniform(1, 3));
+}
+
+/// As few positions in all as a matrix-vector product takes, and one more.
+TEST(few_positions) {
+  for (int bits : {2, 5, 8}) {
+    for (int batch = 1; batch <= 5; ++batch) {
+      check_layer(make_layer(square(150, 1100, 1, 1, 1, 1, batch), bits), uniform(1, 3));
+      check_layer(make_layer(square(40, 33, 3, 3, 3, 1, batch), bits), uniform(1, 3));
+    }
+    check_layer(make_layer(square(66, 70, 2, 3, 1), bits), 2);
+    check_layer(make_layer(square(160, 240, 2, 1, 1, 4), bits), 2);
+  }
+}
+
+/// Pointwise layers over more pixels than one of the images that they are cut into.
+TEST(many_pixels) {
+  check_layer(make_layer(square(1500, 3, 27, 1, 1, 1, 2), 4), 3);
+  check_layer(make_layer(square(2000, 5, 16, 1, 1, 1, 2), 3), 1);  // without a rest
+}
+
+/// What lies between the windows is not packed.
+TEST(windows_apart) {
+  for (int stride : {2, 3})
+    for (int pad : {0, 1, 2}) {
+      ConvShape s = square(24, 40, 13, 1, stride, 1, 2);
+      s.pad_top = s.pad_left = s.pad_bottom = s.pad_right = pad;
+      check_layer(make_layer(s, 6), uniform(1, 3));
+    }
+}
+
+/// Narrow groups have kernels of their own, which take several rows at once.
+TEST(grouped_layers) {
+  for (int channels : {3, 16, 17, 40, 130}) {
+    for (int stride : {1, 2})
+      check_layer(make_layer(square(channels, channels, 19, 3, stride, channels), 8), 2);
+    check_layer(make_layer(square(channels, 2 * channels, 9, 5, 1, channels), 4), 1);
+  }
+  for (int group : {2, 3, 4, 8, 9, 12, 16, 32, 33})
+    check_layer(make_layer(square(3 * group, 3 * group, 19, 3, 1, 3), 7), uniform(1, 3));
+  check_layer(make_layer(square(48, 200, 11, 3, 2, 4), 3), 2);
+}
+
+/// A tensor may be empty where padding makes up for it.
+TEST(padding_alone) {
+  ConvShape s = square(20, 18, 0, 3, 1);
+  s.in_w = 4;
+  s.pad_top = s.pad_bottom = 2;
+  check_layer(make_layer(s, 4), 2);
+  s.in_h = 4;
+  s.in_w = 0;
+  s.pad_left = s.pad_right = 2;
+  check_layer(make_layer(s, 4), 2);
+}
+
+TEST(warm_calls_do_not_allocate) {
+  const Layer layers[] = {
+      make_layer(square(3, 16, 30, 7, 2), 8),      make_layer(square(32, 48, 14, 3, 1), 4),
+      make_layer(square(96, 96, 14, 3, 1, 96), 8), make_layer(square(32, 32, 14, 3, 1, 8), 8),
+      make_layer(square(256, 300, 1, 1, 1), 2),    make_layer(square(64, 24, 40, 1, 1, 1, 3), 5)};
+  for (const cpu::KernelRow* row : cpu::kernel_rows()) {
+    if (!isa_supported(row->isa)) continue;
+    force_isa(row->name);
+    cpu::clear_weight_cache();
+    long long allocations[3] = {};
+    for (long long& count : allocations) {
+      count = -t_allocations;
+      for (const Layer& layer : layers) {
+        const ConvShape& s = layer.shape;
+        static float x[400000], y[400000];
+        const ActivationIn in{x, DType::F32, Layout::NHWC, {1.0f, 37, 255}};
+        OutputSpec out;
+        out.data = y;
+        out.layout = Layout::NHWC;
+        out.scale = layer.scale.data();
+        out.bias = layer.bias.data();
+        cpu::conv2d(s, in, *cpu::cached_weights(s, layer.packed), out, 1);
+      }
+      count += t_allocations;
+    }
+    CHECK(allocations[0] > 0);  // they are seen
+    CHECK_EQ(allocations[2], 0LL);
+  }
+  force_isa("auto");
+}
+
+/// Weights are laid out for one instruction set.
+TEST(weights_of_another_instruction_set) {
+  const Layer layer = make_layer(square(8, 8, 5, 3, 1), 4);
+  force_isa("scalar");
+  const auto weights = cpu::cached_weights(layer.shape, layer.packed);
+  force_isa("auto");
+  if (cpu::active_kernels() == nullptr) return;
+  float x[200] = {}, y[200];
+  OutputSpec out;
+  out.data = y;
+  out.scale = layer.scale.data();
+  out.bias = layer.bias.data();
+  CHECK_THROWS(cpu::conv2d(layer.shape, {x, DType::F32, Layout::NCHW, {}}, *weights, out, 1),
+               InvalidArgument, "derived for another instruction set");
+}
+
 TEST(unpacking) {
   for (int bits = 2; bits <= 8; ++bits) {
     const int tiles = 3;
@@ -194,40 +342,43 @@ int fill_value(Fill fill, int low, int high) {
 }
 
 /// Operands of one product of the kernel table, in memory of exactly the size that they may read.
+/// Rows and steps lie anywhere.
 struct Product {
   int bits, rows, steps, tiles;
-  int64_t row_stride;
+  std::vector<int32_t> row_offsets;
   std::vector<int64_t> offsets;
   std::vector<uint8_t> live;
   std::vector<int8_t> weights;  // unpacked tiles [tiles][steps]
-  formats::Panels panels;       // the same, packed
-  Exact<uint8_t> levels;
+  std::vector<uint8_t> packed;  // the same
+  std::optional<Exact<uint8_t>> levels;
 
+  /// `whole`: all 64 bytes of a step are read, else just the live quads.
   Product(int width, int row_count, int step_count, int tile_count, Fill weight_fill,
-          Fill level_fill)
-      : bits(width),
-        rows(row_count),
-        steps(step_count),
-        tiles(tile_count),
-        row_stride(16 * uniform(1, 6)),
-        levels(static_cast<size_t>(31 * row_stride + step_count * 80 + 64)) {
-    // The last step may be partly live; weights beyond are zero, levels beyond are neighbours'.
-    ConvShape s;
-    s.batch = s.in_h = s.in_w = s.kernel_h = s.kernel_w = 1;
-    s.in_channels = steps * 64 - uniform(0, 40);
-    s.out_channels = tiles * 16 - uniform(0, 15);
-    std::vector<int8_t> dense(static_cast<size_t>(s.in_channels * s.out_channels));
-    for (auto& w : dense)
-      w = static_cast<int8_t>(fill_value(weight_fill, -(1 << (bits - 1)), (1 << (bits - 1)) - 1));
-    panels = formats::build_panels(s, dense, bits);
-    if (panels.reduction.steps != steps) throw Error("the test's reduction has another length");
-    live = panels.live_quads;
-    weights.resize(static_cast<size_t>(tiles * steps) * formats::kTileBytes);
-    formats::unpack_tiles_scalar(panels.data.data(), bits, tiles * steps, weights.data());
+          Fill level_fill, bool whole)
+      : bits(width), rows(row_count), steps(step_count), tiles(tile_count) {
+    for (int step = 0; step < steps; ++step) {
+      live.push_back(static_cast<uint8_t>(uniform(0, 2) == 0 ? uniform(1, 16) : 16));
+      offsets.push_back(uniform(0, 999));
+    }
+    for (int row = 0; row < rows; ++row)
+      row_offsets.push_back(uniform(0, 4999));
+    int64_t end = 0;
     for (int step = 0; step < steps; ++step)
-      offsets.push_back(step * 64 + uniform(0, step * 16));
-    for (size_t i = 0; i < levels.size(); ++i)
-      levels[i] = static_cast<uint8_t>(fill_value(level_fill, 0, 255));
+      for (int row = 0; row < rows; ++row)
+        end = std::max(end, row_offsets[row] + offsets[step] + (whole ? 64 : live[step] * 4));
+    levels.emplace(static_cast<size_t>(end));
+    for (size_t i = 0; i < levels->size(); ++i)
+      (*levels)[i] = static_cast<uint8_t>(fill_value(level_fill, 0, 255));
+    // Weights of bytes that are not live are zero.
+    const int low = -(1 << (bits - 1)), high = (1 << (bits - 1)) - 1;
+    weights.resize(static_cast<size_t>(tiles * steps) * formats::kTileBytes, 0);
+    packed.resize(static_cast<size_t>(tiles * steps * 128 * bits));
+    for (int i = 0; i < tiles * steps; ++i) {
+      int8_t* tile = weights.data() + i * formats::kTileBytes;
+      for (int w = 0; w < live[i % steps] * 64; ++w)
+        tile[w] = static_cast<int8_t>(fill_value(weight_fill, low, high));
+      formats::pack_tile(tile, bits, packed.data() + i * 128 * bits);
+    }
   }
 
   const int8_t* tile(int t) const { return weights.data() + t * steps * formats::kTileBytes; }
@@ -236,30 +387,28 @@ struct Product {
     int64_t sum = 0;
     for (int s = 0; s < steps; ++s)
       for (int d = 0; d < 64; ++d)
-        sum += int64_t{levels[static_cast<size_t>(row * row_stride + offsets[s] + d)]} *
-               tile(column / 16)[s * formats::kTileBytes + d / 4 * 64 + column % 16 * 4 + d % 4];
+        if (const int8_t w =
+                tile(column / 16)[s * formats::kTileBytes + d / 4 * 64 + column % 16 * 4 + d % 4];
+            w != 0)
+          sum += int64_t{(*levels)[static_cast<size_t>(row_offsets[row] + offsets[s] + d)]} * w;
     return sum;
   }
 };
 
-/// The matrix product of every row of the table, alone: 1..32 rows, one and two column tiles.
+/// The matrix product of every row of the table, alone: 1..64 rows, one and two column tiles.
 TEST(gemm_of_every_row) {
   int i = 0;
   for (int bits = 2; bits <= 8; ++bits)
-    for (int rows = 1; rows <= cpu::kBlockRows; ++rows) {
+    for (int rows = 1; rows <= cpu::kGemmRows; ++rows) {
       const int steps = 1 + i % 7, tiles = 1 + i / 7 % 2;
-      const Product p(bits, rows, steps, tiles, kFills[i % 5], kFills[i / 5 % 5]);
+      const Product p(bits, rows, steps, tiles, kFills[i % 5], kFills[i / 5 % 5], false);
       ++i;
       for (const cpu::KernelRow* row : cpu::kernel_rows()) {
-        if (!isa_supported(row->isa)) continue;
-        std::vector<int32_t> sums(cpu::kBlockRows * cpu::kBlockCols, -1);
+        if (!isa_supported(row->isa) || row->gemm == nullptr) continue;
+        std::vector<int32_t> sums(cpu::kGemmRows * cpu::kBlockCols, -1);
         cpu::GemmArgs g{};
-        g.activations = p.levels.data();
-        std::vector<int32_t> row_offsets;
-        for (int r = 0; r < rows; ++r)
-          row_offsets.push_back(static_cast<int32_t>(r * p.row_stride));
-        g.row_offsets = row_offsets.data();
-        g.row_stride = p.row_stride;
+        g.activations = p.levels->data();
+        g.row_offsets = p.row_offsets.data();
         g.step_offsets = p.offsets.data();
         g.live_quads = p.live.data();
         g.steps = steps;
@@ -287,18 +436,17 @@ TEST(gemv_of_every_row) {
     for (int rows = 1; rows <= cpu::kGemvRows; ++rows)
       for (int steps : {1, 2, 5, 9}) {
         const int tiles = uniform(1, 4);
-        const Product p(bits, rows, steps, tiles, kFills[i % 5], kFills[i / 5 % 5]);
+        const Product p(bits, rows, steps, tiles, kFills[i % 5], kFills[i / 5 % 5], true);
         ++i;
         for (const cpu::KernelRow* row : cpu::kernel_rows()) {
           if (!isa_supported(row->isa)) continue;
           for (const cpu::Gemv gemv : {row->gemv, cpu::gemv(*row)}) {
             const int64_t stride = tiles * 16 + uniform(0, 9);
             const Exact<int32_t> sums(static_cast<size_t>((rows - 1) * stride + tiles * 16));
-            const auto packed = Exact<uint8_t>::of(std::vector<uint8_t>(
-                p.panels.data.data(), p.panels.data.data() + tiles * steps * 128 * bits));
+            const auto packed = Exact<uint8_t>::of(p.packed);
             cpu::GemvArgs g{};
-            g.activations = p.levels.data();
-            g.row_stride = p.row_stride;
+            for (int r = 0; r < rows; ++r)
+              g.activations[r] = p.levels->data() + p.row_offsets[r];
             g.step_offsets = p.offsets.data();
             g.steps = steps;
             g.packed = packed.data();

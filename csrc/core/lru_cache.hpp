@@ -1,0 +1,89 @@
+// Shared, immutable values by key; the least recently used ones leave above a limit in bytes.
+#pragma once
+
+#include <cstddef>
+#include <list>
+#include <memory>
+#include <mutex>
+#include <unordered_map>
+#include <utility>
+
+namespace adalayer {
+
+/// Safe from many threads. Value has bytes(), which never changes. A found value costs a look-up
+/// and no memory.
+///
+/// A fork copies the mutex as it is: held by a thread that the child does not have, it would never
+/// be free again. So the owner registers lock() and unlock() with pthread_atfork; the cache is then
+/// whole on both sides.
+template <class Key, class Value, class Hash>
+class LruCache {
+ public:
+  explicit LruCache(std::size_t limit) : limit_(limit) {}
+
+  /// The value of `key`, or null.
+  std::shared_ptr<const Value> find(const Key& key) {
+    const std::lock_guard lock(mutex_);
+    const auto found = index_.find(key);
+    if (found == index_.end()) return nullptr;
+    entries_.splice(entries_.begin(), entries_, found->second);
+    return found->second->value;
+  }
+
+  /// Adds `value` unless another thread was quicker; returns what the cache holds. The newest value
+  /// stays, however large it is.
+  std::shared_ptr<const Value> insert(const Key& key, std::shared_ptr<const Value> value) {
+    const std::lock_guard lock(mutex_);
+    const auto found = index_.find(key);
+    if (found != index_.end()) return found->second->value;
+    entries_.push_front({key, value});
+    index_[key] = entries_.begin();
+    bytes_ += value->bytes();
+    shrink();
+    return value;
+  }
+
+  struct Info {
+    std::size_t entries, bytes, limit;
+  };
+  Info info() {
+    const std::lock_guard lock(mutex_);
+    return {entries_.size(), bytes_, limit_};
+  }
+  void set_limit(std::size_t bytes) {
+    const std::lock_guard lock(mutex_);
+    limit_ = bytes;
+    shrink();
+  }
+  void clear() {
+    const std::lock_guard lock(mutex_);
+    while (!entries_.empty())
+      drop_oldest();
+  }
+
+  void lock() { mutex_.lock(); }
+  void unlock() { mutex_.unlock(); }
+
+ private:
+  struct Entry {
+    Key key;
+    std::shared_ptr<const Value> value;
+  };
+  void shrink() {
+    while (bytes_ > limit_ && entries_.size() > 1)
+      drop_oldest();
+  }
+  void drop_oldest() {
+    bytes_ -= entries_.back().value->bytes();
+    index_.erase(entries_.back().key);
+    entries_.pop_back();
+  }
+
+  std::mutex mutex_;
+  std::list<Entry> entries_;  // most recently used first
+  std::unordered_map<Key, typename std::list<Entry>::iterator, Hash> index_;
+  std::size_t bytes_ = 0;
+  std::size_t limit_;
+};
+
+}  // namespace adalayer
