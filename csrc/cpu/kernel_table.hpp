@@ -171,6 +171,7 @@ Requantize requantizer(const KernelRow& row);
 
 #ifdef ADALAYER_HAVE_AVX2
 extern const KernelRow kAvx2Row;
+void gemm_avx2(const GemmArgs& g);
 void requantize_avx2(const RequantizeArgs& args);
 #endif
 #ifdef ADALAYER_HAVE_AVXVNNI
