@@ -272,6 +272,7 @@ const KernelRow kAmxRow{
     .begin = amx::begin,
     .end = amx::end,
     .gemm = amx::gemm,
+    .gemm_rows = kBlockRows,
     .gemv = avx512::gemv,
     .store = avx512::store,
     .depthwise = avx512::depthwise,

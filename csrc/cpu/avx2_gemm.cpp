@@ -87,8 +87,15 @@ struct Pass {
   int32_t* at(int r, int vector) const { return sums + r * kBlockCols + vector * kVectorCols; }
 };
 
-/// Adds products of which int16 holds one pair to eight columns.
-template <int kRows>
+/// The middle two bytes of every dword change places.
+__m256i middle_swapped(__m256i v) {
+  return _mm256_shuffle_epi8(v, _mm256_broadcastsi128_si256(_mm_setr_epi8(
+                                    0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15)));
+}
+
+/// Adds products of which int16 holds one pair to eight columns. The pairs of a quad are its first
+/// two levels and its last two, or, swapped, the even ones and the odd ones.
+template <bool kSwapped, int kRows>
 void multiply_widening(const Pass<kRows>& pass, const Quads& quads) {
   const __m256i ones = _mm256_set1_epi16(1);
   __m256i sums[kRows];
@@ -97,7 +104,8 @@ void multiply_widening(const Pass<kRows>& pass, const Quads& quads) {
   for (const Quad *quad = quads.begin, *end = quad + quads.count; quad != end; ++quad) {
     const __m256i w = load(quads.weights + quad->weights);
     unrolled<0, kRows>([&](auto r) __attribute__((always_inline)) {
-      const __m256i v = broadcast(pass.rows[r.value] + quad->level);
+      __m256i v = broadcast(pass.rows[r.value] + quad->level);
+      if constexpr (kSwapped) v = middle_swapped(v);
       add32(sums[r.value], _mm256_madd_epi16(_mm256_maddubs_epi16(v, w), ones));
     });
   }
@@ -193,9 +201,11 @@ void for_rows(const GemmArgs& g, int column, const Fn& fn, int row = 0) {
 // Rows of a pass: as many as leave the 16 registers room for the operands.
 constexpr int kWideningRows = 8, kRunRows = 3, kLongRunRows = 4;
 
+template <bool kSwapped = false>
 void add_widening(const GemmArgs& g, int column, const Quads& quads) {
   if (quads.count == 0) return;
-  for_rows<kWideningRows>(g, column, [&](const auto& pass) { multiply_widening(pass, quads); });
+  for_rows<kWideningRows>(g, column,
+                          [&](const auto& pass) { multiply_widening<kSwapped>(pass, quads); });
 }
 
 void add_long_runs(const GemmArgs& g, int column, const Halves& halves, const Quads& quads) {
@@ -246,8 +256,7 @@ bool saturates(__m256i weights) {
 }
 
 /// w = 16 * high + low with both in -8..8: two products of half the width, high first.
-void split(const int8_t* weights, int8_t* parts) {
-  const __m256i w = load(weights);
+void split(__m256i w, int8_t* parts) {
   const __m256i nibble = _mm256_set1_epi8(15), eight = _mm256_set1_epi8(8);
   const auto extended = [&](__m256i v) {
     return _mm256_sub_epi8(_mm256_xor_si256(_mm256_and_si256(v, nibble), eight), eight);
@@ -262,25 +271,37 @@ void split(const int8_t* weights, int8_t* parts) {
 constexpr Halves kNibbles{pairs_in_int16(4), {16, 1}, 0};
 
 /// Eight-bit weights of one column tile, sorted by what makes their products exact. Of trained
-/// layers almost all can be multiplied whole; the others are split.
+/// layers almost all can be multiplied as they are. Of the others, most can with other pairs; those
+/// that are left are split. Sorting has no branches, which no processor could foresee: a quad goes
+/// to the end of two lists and counts in one.
 void add_wide(const GemmArgs& g, int column, const Quads& quads) {
   constexpr int kParts = 2 * kVectorBytes;
-  alignas(kParts) int8_t parts[kChunk * kParts];
-  Quad whole[kChunk], halved[kChunk];
+  alignas(kParts) int8_t swapped[kChunk * kVectorBytes], parts[kChunk * kParts];
+  Quad whole[kChunk], paired[kChunk], halved[kChunk];
   for (int half = 0; half < 2; ++half) {
     const int8_t* const weights = quads.weights + half * kVectorBytes;
-    int splits = 0;
+    int others = 0;
     for (int i = 0; i < quads.count; ++i) {
-      // Without a branch, which no processor could foresee: to both, and one of them keeps it.
-      whole[i - splits] = halved[splits] = quads.begin[i];
-      splits += saturates(load(weights + quads.begin[i].weights));
+      whole[i - others] = halved[others] = quads.begin[i];
+      others += saturates(load(weights + quads.begin[i].weights));
+    }
+    int splits = 0;
+    for (int i = 0; i < others; ++i) {
+      const Quad quad = halved[i];
+      const int at = i - splits;
+      const __m256i w = middle_swapped(load(weights + quad.weights));
+      store(swapped + at * kVectorBytes, w);
+      paired[at] = {quad.level, at * kVectorBytes};
+      halved[splits] = quad;
+      splits += saturates(w);
     }
     for (int i = 0; i < splits; ++i) {
-      split(weights + halved[i].weights, parts + i * kParts);
+      split(load(weights + halved[i].weights), parts + i * kParts);
       halved[i].weights = i * kParts;
     }
     const int at = column + half * kVectorCols;
-    add_widening(g, at, {weights, whole, quads.count - splits});
+    add_widening(g, at, {weights, whole, quads.count - others});
+    add_widening<true>(g, at, {swapped, paired, others - splits});
     add_long_runs(g, at, kNibbles, {parts, halved, splits});
   }
 }

@@ -300,6 +300,7 @@ const KernelRow kAvx512VnniRow{
     .begin = avx512::nothing,
     .end = avx512::nothing,
     .gemm = avx512::gemm,
+    .gemm_rows = 56,  // several passes of the most
     .gemv = avx512::gemv,
     .store = avx512::store,
     .depthwise = avx512::depthwise,

@@ -46,6 +46,7 @@ const KernelRow kAvxVnniRow{.name = "avxvnni",
                             .begin = avxvnni::nothing,
                             .end = avxvnni::nothing,
                             .gemm = avxvnni::gemm,
+                            .gemm_rows = 56,  // several passes of the most
                             .gemv = avxvnni::gemv,
                             .store = avxvnni::store,
                             .depthwise = avxvnni::depthwise,

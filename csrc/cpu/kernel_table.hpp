@@ -21,7 +21,7 @@ constexpr int kBlockRows = 32;
 constexpr int kBlockCols = 32;
 
 /// Most rows of one gemm call.
-constexpr int kGemmRows = 64;
+constexpr int kGemmRows = 224;
 
 /// sums[r][c] = sum over steps of a * b, for rows of packed activations and two column tiles. A row
 /// lies anywhere, so that only positions that are wanted are multiplied; kernels read the live
@@ -145,7 +145,8 @@ struct KernelRow {
   void (*begin)();  // per thread and pass: AMX tile configuration
   void (*end)();
   void (*gemm)(const GemmArgs&);
-  Gemv gemv;  // needs no begin() and end()
+  int gemm_rows;  // that a call should have at most: more where every call prepares the weights
+  Gemv gemv;      // needs no begin() and end()
   void (*store)(const StoreArgs&);
   void (*depthwise)(const DepthwiseArgs&);
   void (*block)(const BlockArgs&);  // null: unpack_tiles and gemm do its work
