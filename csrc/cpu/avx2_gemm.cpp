@@ -283,7 +283,10 @@ void add_wide(const GemmArgs& g, int column, const Quads& quads) {
     int others = 0;
     for (int i = 0; i < quads.count; ++i) {
       whole[i - others] = halved[others] = quads.begin[i];
-      others += saturates(load(weights + quads.begin[i].weights));
+      const int8_t* const at = weights + quads.begin[i].weights;
+      others += saturates(load(at));
+      // The same quad of the next chunk, whose weights no pass has asked for yet.
+      _mm_prefetch(reinterpret_cast<const char*>(at + kChunk * kQuadBytes), _MM_HINT_T0);
     }
     int splits = 0;
     for (int i = 0; i < others; ++i) {
