@@ -25,7 +25,7 @@ constexpr int pairs_in_int16(int bits) { return kMostAbs / (2 << (bits - 1)); }
 
 // Quads (groups of four levels and their weights) that are multiplied by all rows before the next
 // are: their weights, and the levels of a pass, stay in the first-level cache.
-constexpr int kChunk = 128;
+constexpr int kChunk = 256;
 constexpr int kTileCols = formats::kTileWidth;
 constexpr int kVectorCols = 8;  // columns of a vector of sums
 constexpr int kQuadBytes = kTileCols * 4;
