@@ -6,8 +6,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <iterator>
 #include <random>
 #include <string>
 #include <thread>
@@ -174,8 +176,10 @@ TEST(unpacking) {
 }
 
 // How weights and levels are filled: the extremes are where int16 sums would overflow.
-enum class Fill { Random, Small, Low, High, Mixed };
-constexpr Fill kFills[] = {Fill::Random, Fill::Small, Fill::Low, Fill::High, Fill::Mixed};
+enum class Fill { Random, Small, Bell, Low, High, Mixed };
+constexpr Fill kFills[] = {Fill::Random, Fill::Small, Fill::Bell,
+                           Fill::Low,    Fill::High,  Fill::Mixed};
+constexpr int kFillCount = static_cast<int>(std::size(kFills));
 
 int fill_value(Fill fill, int low, int high) {
   switch (fill) {
@@ -188,6 +192,11 @@ int fill_value(Fill fill, int low, int high) {
     case Fill::Small:  // most near the middle, some at the ends
       return uniform(0, 19) == 0 ? uniform(low, high)
                                  : std::clamp((low + high) / 2 + uniform(-9, 9), low, high);
+    case Fill::Bell: {  // as in trained layers: some pairs of neighbours are beyond int16
+      const double spread = (high - low) / 7.0;
+      const double value = std::normal_distribution<double>((low + high) / 2.0, spread)(rng);
+      return std::clamp(static_cast<int>(std::lround(value)), low, high);
+    }
     default:
       return uniform(low, high);
   }
@@ -210,7 +219,8 @@ struct Product {
         steps(step_count),
         tiles(tile_count),
         row_stride(16 * uniform(1, 6)),
-        levels(static_cast<size_t>(31 * row_stride + step_count * 80 + 64)) {
+        levels(static_cast<size_t>((std::max(row_count, cpu::kBlockRows) - 1) * row_stride +
+                                   step_count * 80 + 64)) {
     // The last step may be partly live; weights beyond are zero, levels beyond are neighbours'.
     ConvShape s;
     s.batch = s.in_h = s.in_w = s.kernel_h = s.kernel_w = 1;
@@ -242,42 +252,61 @@ struct Product {
   }
 };
 
+void check_gemm(const cpu::KernelRow& row, const Product& p) {
+  std::vector<int32_t> sums(
+      static_cast<size_t>(std::max(p.rows, cpu::kBlockRows)) * cpu::kBlockCols, -1);
+  cpu::GemmArgs g{};
+  g.activations = p.levels.data();
+  std::vector<int32_t> row_offsets;
+  for (int r = 0; r < p.rows; ++r)
+    row_offsets.push_back(static_cast<int32_t>(r * p.row_stride));
+  g.row_offsets = row_offsets.data();
+  g.row_stride = p.row_stride;
+  g.step_offsets = p.offsets.data();
+  g.live_quads = p.live.data();
+  g.steps = p.steps;
+  g.tile0 = p.tile(0);
+  g.tile1 = p.tiles == 2 ? p.tile(1) : nullptr;
+  g.weight_bits = p.bits;
+  g.rows = p.rows;
+  g.sums = sums.data();
+  row.begin();
+  row.gemm(g);
+  row.end();
+  bool equal = true;
+  for (int r = 0; r < p.rows; ++r)
+    for (int c = 0; c < p.tiles * 16; ++c)
+      equal = equal && sums[static_cast<size_t>(r * cpu::kBlockCols + c)] == p.want(r, c);
+  CHECK(equal);
+}
+
 /// The matrix product of every row of the table, alone: 1..32 rows, one and two column tiles.
 TEST(gemm_of_every_row) {
   int i = 0;
   for (int bits = 2; bits <= 8; ++bits)
     for (int rows = 1; rows <= cpu::kBlockRows; ++rows) {
       const int steps = 1 + i % 7, tiles = 1 + i / 7 % 2;
-      const Product p(bits, rows, steps, tiles, kFills[i % 5], kFills[i / 5 % 5]);
+      const Product p(bits, rows, steps, tiles, kFills[i % kFillCount],
+                      kFills[i / kFillCount % kFillCount]);
       ++i;
-      for (const cpu::KernelRow* row : cpu::kernel_rows()) {
-        if (!isa_supported(row->isa)) continue;
-        std::vector<int32_t> sums(cpu::kBlockRows * cpu::kBlockCols, -1);
-        cpu::GemmArgs g{};
-        g.activations = p.levels.data();
-        std::vector<int32_t> row_offsets;
-        for (int r = 0; r < rows; ++r)
-          row_offsets.push_back(static_cast<int32_t>(r * p.row_stride));
-        g.row_offsets = row_offsets.data();
-        g.row_stride = p.row_stride;
-        g.step_offsets = p.offsets.data();
-        g.live_quads = p.live.data();
-        g.steps = steps;
-        g.tile0 = p.tile(0);
-        g.tile1 = tiles == 2 ? p.tile(1) : nullptr;
-        g.weight_bits = bits;
-        g.rows = rows;
-        g.sums = sums.data();
-        row->begin();
-        row->gemm(g);
-        row->end();
-        bool equal = true;
-        for (int r = 0; r < rows; ++r)
-          for (int c = 0; c < tiles * 16; ++c)
-            equal = equal && sums[static_cast<size_t>(r * cpu::kBlockCols + c)] == p.want(r, c);
-        CHECK(equal);
-      }
+      for (const cpu::KernelRow* row : cpu::kernel_rows())
+        if (isa_supported(row->isa)) check_gemm(*row, p);
     }
+}
+
+/// Long reductions and as many rows as the row of the table takes, with every pair of fills.
+TEST(gemm_of_many_rows) {
+  const int row_counts[] = {33, 49, 56, 101, cpu::kGemmRows}, step_counts[] = {16, 17, 35};
+  int i = 0;
+  for (int bits = 2; bits <= 8; ++bits)
+    for (Fill weights : kFills)
+      for (Fill levels : kFills) {
+        const int rows = row_counts[i % kFillCount == 0 ? 4 : i % 4], steps = step_counts[i % 3];
+        const Product p(bits, rows, steps, 1 + i / 3 % 2, weights, levels);
+        ++i;
+        for (const cpu::KernelRow* row : cpu::kernel_rows())
+          if (isa_supported(row->isa) && rows <= row->gemm_rows) check_gemm(*row, p);
+      }
 }
 
 /// The matrix-vector product of every row of the table, and what the machine has in place of it.
@@ -287,7 +316,8 @@ TEST(gemv_of_every_row) {
     for (int rows = 1; rows <= cpu::kGemvRows; ++rows)
       for (int steps : {1, 2, 5, 9}) {
         const int tiles = uniform(1, 4);
-        const Product p(bits, rows, steps, tiles, kFills[i % 5], kFills[i / 5 % 5]);
+        const Product p(bits, rows, steps, tiles, kFills[i % kFillCount],
+                        kFills[i / kFillCount % kFillCount]);
         ++i;
         for (const cpu::KernelRow* row : cpu::kernel_rows()) {
           if (!isa_supported(row->isa)) continue;
