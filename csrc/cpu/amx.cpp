@@ -220,6 +220,7 @@ const KernelRow kAmxRow{
     .end = amx::end,
     .gemm = nullptr,
     .gemm_requantize = nullptr,
+    .gemm_rows = kBlockRows,
     .gemv = avx512::gemv,
     .store = avx512::store,
     .block = amx::block,

@@ -258,6 +258,7 @@ const KernelRow kAvx512VnniRow{
     .end = avx512::nothing,
     .gemm = avx512::gemm,
     .gemm_requantize = avx512::gemm_requantize,
+    .gemm_rows = 56,  // several passes of the most
     .gemv = avx512::gemv,
     .store = avx512::store,
     .block = nullptr,

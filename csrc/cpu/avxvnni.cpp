@@ -62,6 +62,7 @@ const KernelRow kAvxVnniRow{.name = "avxvnni",
                             .end = avxvnni::nothing,
                             .gemm = avxvnni::gemm,
                             .gemm_requantize = avxvnni::gemm_requantize,
+                            .gemm_rows = 56,  // several passes of the most
                             .gemv = avxvnni::gemv,
                             .store = avxvnni::store,
                             .block = nullptr,

@@ -22,10 +22,7 @@ constexpr int64_t kFetchPerStep = 192;
 constexpr int kTallRows = 64;
 static_assert(kGemmRows >= kTallRows);
 constexpr int64_t kSums = kGemmRows * kBlockCols;
-// Rows of a gemm call: several passes of the kernels' most.
-constexpr int kListedRows = 56;
 constexpr int kTypicalPass = 14;
-static_assert(kListedRows <= kGemmRows);
 // Column tiles whose sums of a few rows are stored together.
 constexpr int64_t kFewTiles = 32;
 static_assert(kGemvRows * kFewTiles * kTileWidth <= 2 * kSums);
@@ -270,12 +267,12 @@ Columns columns_of(const ConvPlan& plan, int64_t pair) {
   return c;
 }
 
-/// Rows of a block of listed positions: even blocks, and at least one for every part.
-int even_rows(const ConvPlan& plan, int64_t parts) {
+/// Rows of a block of listed positions: even blocks of `at_most`, and at least one for every part.
+int even_rows(const ConvPlan& plan, int at_most, int64_t parts) {
   int64_t most = 0;
   for (const ConvRun& run : plan.runs)
     most = std::max(most, run.positions);
-  int64_t blocks = (most + kListedRows - 1) / kListedRows;
+  int64_t blocks = (most + at_most - 1) / at_most;
   blocks = (blocks + parts - 1) / parts * parts;
   return static_cast<int>(std::max<int64_t>(1, (most + blocks - 1) / blocks));
 }
@@ -339,9 +336,10 @@ void run(const ConvCall& call, const TensorConvCall* tensor, const KernelRow& ke
   const bool tall = kernels.block != nullptr && call.bits < 8 && plan.runs.size() == 1 &&
                     plan.runs[0].positions > kBlockRows && plan.runs[0].positions <= kTallRows;
   const bool fused = tensor == nullptr && kernels.gemm_requantize != nullptr;
-  const int rows = tall                       ? kTallRows
-                   : kernels.block != nullptr ? kBlockRows
-                                              : even_rows(plan, call.by_columns ? 1 : part.count);
+  const int rows = tall ? kTallRows
+                   : kernels.block != nullptr
+                       ? kBlockRows
+                       : even_rows(plan, kernels.gemm_rows, call.by_columns ? 1 : part.count);
   const int64_t blocks = block_count(plan, rows);
   BlockRange range{0, blocks, rows};
   if (!call.by_columns) {

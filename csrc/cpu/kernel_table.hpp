@@ -21,7 +21,7 @@ constexpr int kBlockRows = 32;
 constexpr int kBlockCols = 32;
 
 /// Most rows of one gemm call.
-constexpr int kGemmRows = 64;
+constexpr int kGemmRows = 224;
 
 /// sums[r][c] = sum over steps of a * b, for rows of packed activations and two column tiles. A row
 /// lies anywhere, so that only positions that are wanted are multiplied; kernels read the live
@@ -139,7 +139,8 @@ struct KernelRow {
   /// Any number of rows, whose sums go on to `requantize` (its sums, tiles and rows are the
   /// kernel's business; g.sums is not used). Null: gemm, then requantize.
   void (*gemm_requantize)(const GemmArgs& g, const RequantizeArgs& q, Requantize requantize);
-  Gemv gemv;  // needs no begin() and end()
+  int gemm_rows;  // that a call should have at most: more where every call prepares the weights
+  Gemv gemv;      // needs no begin() and end()
   void (*store)(const StoreArgs&);
   void (*block)(const BlockArgs&);  // null: unpack_tiles and gemm do its work
   void (*requantize)(const RequantizeArgs&);
@@ -162,6 +163,7 @@ Requantize requantizer(const KernelRow& row);
 
 #ifdef ADALAYER_HAVE_AVX2
 extern const KernelRow kAvx2Row;
+void gemm_avx2(const GemmArgs& g);
 void requantize_avx2(const RequantizeArgs& args);
 #endif
 #ifdef ADALAYER_HAVE_AVXVNNI

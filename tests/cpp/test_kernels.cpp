@@ -6,9 +6,11 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <new>
 #include <optional>
 #include <random>
@@ -322,8 +324,10 @@ TEST(unpacking) {
 }
 
 // How weights and levels are filled: the extremes are where int16 sums would overflow.
-enum class Fill { Random, Small, Low, High, Mixed };
-constexpr Fill kFills[] = {Fill::Random, Fill::Small, Fill::Low, Fill::High, Fill::Mixed};
+enum class Fill { Random, Small, Bell, Low, High, Mixed };
+constexpr Fill kFills[] = {Fill::Random, Fill::Small, Fill::Bell,
+                           Fill::Low,    Fill::High,  Fill::Mixed};
+constexpr int kFillCount = static_cast<int>(std::size(kFills));
 
 int fill_value(Fill fill, int low, int high) {
   switch (fill) {
@@ -336,6 +340,11 @@ int fill_value(Fill fill, int low, int high) {
     case Fill::Small:  // most near the middle, some at the ends
       return uniform(0, 19) == 0 ? uniform(low, high)
                                  : std::clamp((low + high) / 2 + uniform(-9, 9), low, high);
+    case Fill::Bell: {  // as in trained layers: some pairs of neighbours are beyond int16
+      const double spread = (high - low) / 7.0;
+      const double value = std::normal_distribution<double>((low + high) / 2.0, spread)(rng);
+      return std::clamp(static_cast<int>(std::lround(value)), low, high);
+    }
     default:
       return uniform(low, high);
   }
@@ -395,38 +404,57 @@ struct Product {
   }
 };
 
+void check_gemm(const cpu::KernelRow& row, const Product& p) {
+  std::vector<int32_t> sums(static_cast<size_t>(p.rows) * cpu::kBlockCols, -1);
+  cpu::GemmArgs g{};
+  g.activations = p.levels->data();
+  g.row_offsets = p.row_offsets.data();
+  g.step_offsets = p.offsets.data();
+  g.live_quads = p.live.data();
+  g.steps = p.steps;
+  g.tile0 = p.tile(0);
+  g.tile1 = p.tiles == 2 ? p.tile(1) : nullptr;
+  g.weight_bits = p.bits;
+  g.rows = p.rows;
+  g.sums = sums.data();
+  row.begin();
+  row.gemm(g);
+  row.end();
+  bool equal = true;
+  for (int r = 0; r < p.rows; ++r)
+    for (int c = 0; c < p.tiles * 16; ++c)
+      equal = equal && sums[static_cast<size_t>(r * cpu::kBlockCols + c)] == p.want(r, c);
+  CHECK(equal);
+}
+
 /// The matrix product of every row of the table, alone: 1..64 rows, one and two column tiles.
 TEST(gemm_of_every_row) {
   int i = 0;
   for (int bits = 2; bits <= 8; ++bits)
-    for (int rows = 1; rows <= cpu::kGemmRows; ++rows) {
+    for (int rows = 1; rows <= 64; ++rows) {
       const int steps = 1 + i % 7, tiles = 1 + i / 7 % 2;
-      const Product p(bits, rows, steps, tiles, kFills[i % 5], kFills[i / 5 % 5], false);
+      const Product p(bits, rows, steps, tiles, kFills[i % kFillCount],
+                      kFills[i / kFillCount % kFillCount], false);
       ++i;
-      for (const cpu::KernelRow* row : cpu::kernel_rows()) {
-        if (!isa_supported(row->isa) || row->gemm == nullptr) continue;
-        std::vector<int32_t> sums(cpu::kGemmRows * cpu::kBlockCols, -1);
-        cpu::GemmArgs g{};
-        g.activations = p.levels->data();
-        g.row_offsets = p.row_offsets.data();
-        g.step_offsets = p.offsets.data();
-        g.live_quads = p.live.data();
-        g.steps = steps;
-        g.tile0 = p.tile(0);
-        g.tile1 = tiles == 2 ? p.tile(1) : nullptr;
-        g.weight_bits = bits;
-        g.rows = rows;
-        g.sums = sums.data();
-        row->begin();
-        row->gemm(g);
-        row->end();
-        bool equal = true;
-        for (int r = 0; r < rows; ++r)
-          for (int c = 0; c < tiles * 16; ++c)
-            equal = equal && sums[static_cast<size_t>(r * cpu::kBlockCols + c)] == p.want(r, c);
-        CHECK(equal);
-      }
+      for (const cpu::KernelRow* row : cpu::kernel_rows())
+        if (isa_supported(row->isa) && row->gemm != nullptr) check_gemm(*row, p);
     }
+}
+
+/// Long reductions and as many rows as the row of the table takes, with every pair of fills.
+TEST(gemm_of_many_rows) {
+  const int row_counts[] = {33, 49, 56, 101, cpu::kGemmRows}, step_counts[] = {16, 17, 35};
+  int i = 0;
+  for (int bits = 2; bits <= 8; ++bits)
+    for (Fill weights : kFills)
+      for (Fill levels : kFills) {
+        const int rows = row_counts[i % kFillCount == 0 ? 4 : i % 4], steps = step_counts[i % 3];
+        const Product p(bits, rows, steps, 1 + i / 3 % 2, weights, levels, false);
+        ++i;
+        for (const cpu::KernelRow* row : cpu::kernel_rows())
+          if (isa_supported(row->isa) && row->gemm != nullptr && rows <= row->gemm_rows)
+            check_gemm(*row, p);
+      }
 }
 
 /// The matrix-vector product of every row of the table, and what the machine has in place of it.
@@ -436,7 +464,8 @@ TEST(gemv_of_every_row) {
     for (int rows = 1; rows <= cpu::kGemvRows; ++rows)
       for (int steps : {1, 2, 5, 9}) {
         const int tiles = uniform(1, 4);
-        const Product p(bits, rows, steps, tiles, kFills[i % 5], kFills[i / 5 % 5], true);
+        const Product p(bits, rows, steps, tiles, kFills[i % kFillCount],
+                        kFills[i / kFillCount % kFillCount], true);
         ++i;
         for (const cpu::KernelRow* row : cpu::kernel_rows()) {
           if (!isa_supported(row->isa)) continue;
