@@ -21,6 +21,7 @@ from ..errors import CalibrationError
 from ..importance.analyze import dequantized_layer, eval_mode
 from ..importance.batches import LossFn, iterate, loss_of, tensor_bytes
 from ..pruning.masks import magnitude_mask
+from .sensitivity import WeightOf
 
 __all__ = ["Evaluator", "Measurement", "best_of"]
 
@@ -62,6 +63,9 @@ class Evaluator:
             varies far less on a few hundred images than accuracy does.
         batches: use at most this many.
         cache: JSON file that keeps every measurement for a resumed search.
+        weight_of: ``(layer, bits, sparsity) -> dequantized weight`` in the layer's own shape.
+            Default: magnitude pruning and rounding to nearest.
+        key: names ``weight_of`` in the cache.
 
     Raises:
         CalibrationError: empty or unusable data.
@@ -75,9 +79,12 @@ class Evaluator:
         *,
         batches: int | None = None,
         cache: str | os.PathLike[str] | None = None,
+        weight_of: WeightOf | None = None,
+        key: str = "",
     ) -> None:
         self.model, self.loss_fn = model, loss_fn
-        self.batches = list(self._bounded(iterate(calibration, model, batches)))
+        self.weight_of, self.key = weight_of, key
+        self.batches = list(self.bounded(iterate(calibration, model, batches)))
         if not self.batches:
             raise CalibrationError(
                 "the calibration loader is empty: all its batches hold no sample"
@@ -136,16 +143,19 @@ class Evaluator:
         """Masked and dequantized weight of a layer, remembered."""
         key = (name, bits, round(sparsity, 6))
         if key not in self._weights:
-            layer = self.modules[name]
-            assert isinstance(layer.weight, torch.Tensor)
-            mask = magnitude_mask(layer.weight, sparsity) if sparsity > 0 else None
-            value = dequantized_layer(layer, bits, mask)
+            value = (self.weight_of or self._rounded)(name, bits, sparsity)
             self._held += value.numel() * value.element_size()
             if self._held > WEIGHT_CACHE:
                 self._weights.clear()
                 self._held = value.numel() * value.element_size()
             self._weights[key] = value
         return self._weights[key]
+
+    def _rounded(self, name: str, bits: int, sparsity: float) -> torch.Tensor:
+        layer = self.modules[name]
+        assert isinstance(layer.weight, torch.Tensor)
+        mask = magnitude_mask(layer.weight, sparsity) if sparsity > 0 else None
+        return dequantized_layer(layer, bits, mask)
 
     def save(self) -> None:
         """Write the cache, if there is one."""
@@ -173,7 +183,7 @@ class Evaluator:
 
     def _digest(self) -> str:
         name = getattr(self.loss_fn, "__qualname__", str(self.loss_fn))
-        digest = hashlib.sha256(f"adalayer-allocation-cache-1 {name}".encode())
+        digest = hashlib.sha256(f"adalayer-allocation-cache-1 {name} {self.key}".encode())
         for key, value in self.model.state_dict().items():
             if isinstance(value, torch.Tensor):
                 digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
@@ -183,7 +193,8 @@ class Evaluator:
         return digest.hexdigest()
 
     @staticmethod
-    def _bounded(batches: Iterable[Any]) -> Iterable[Any]:
+    def bounded(batches: Iterable[Any]) -> Iterable[Any]:
+        """The batches, refused where they are more than memory should hold."""
         held = 0
         for batch in batches:
             held += batch.x.numel() * batch.x.element_size()
