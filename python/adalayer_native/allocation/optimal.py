@@ -60,13 +60,16 @@ class Settings:
 
     Attributes:
         widths, sparsities: the options of every layer.
+        step: sparsities between the measured ones are offered in such steps, their errors
+            interpolated in the logarithm; ``None`` offers the measured ones alone.
         measure: what the error table holds. ``"logits"``: loss increase to second order
             (:class:`~adalayer_native.allocation.sensitivity.LogitSensitivity`); ``"loss"``: the
             loss of the network with that layer alone compressed, several times slower. Or a
             function ``(layer, bits, sparsity) -> float``.
         weight_of: ``(layer, bits, sparsity) -> weight``: the dequantized weight after whatever
-            repairs the rounding, in the layer's own shape. Default: magnitude pruning and rounding
-            to nearest. Errors, and the plans that are tried, are of these weights.
+            repairs the rounding, in the layer's own shape; or a pair of it and what is added to
+            the bias. Default: magnitude pruning and rounding to nearest. Errors, and the plans
+            that are tried, are of these weights.
         repair: names ``measure`` and ``weight_of`` where they are functions, so that tables of
             different ones are kept apart; a table is not kept without it.
         interactions: whether to measure terms between the layers that lose most.
@@ -78,6 +81,7 @@ class Settings:
 
     widths: Sequence[int] = BITS
     sparsities: Sequence[float] = SPARSITIES
+    step: float | None = 0.05
     measure: str | LayerError = "logits"
     weight_of: WeightOf | None = None
     repair: str = ""
@@ -106,6 +110,8 @@ class Settings:
                 f"sparsities must be different numbers from 0 to {MAX_SPARSITY} with 0 among "
                 f"them, got {tuple(self.sparsities)}"
             )
+        if self.step is not None and not 0.01 <= self.step <= 1:
+            raise PlanError(f"step must be from 0.01 to 1 or None, got {self.step!r}")
         if self.rounds < 0 or self.trials < 1 or self.latency_batch < 1:
             raise PlanError("rounds must not be negative; trials and latency_batch at least 1")
 
@@ -254,12 +260,15 @@ def plan_of(
 
 def selection_of(problem: Problem, budget: Budget, tables: Tables, settings: Settings) -> Selection:
     """Tables and limits put together."""
-    options = tables.errors.options()
-    values = tables.errors.values
-    missing = np.isnan(values)
-    filled = monotone(np.where(missing, _nearest(values), values))
+    table, latency = tables.errors, tables.latency
+    if settings.step is not None:
+        table = table.finer(settings.step, logarithmic=True)
+        latency = None if latency is None else latency.finer(settings.step, logarithmic=False)
+    missing = np.isnan(table.values)
+    filled = monotone(np.where(missing, _nearest(table.values), table.values))
     errors = np.where(missing, np.nan, filled).reshape(len(problem.free), -1)
-    found = resources(problem, budget, options, tables.macs, tables.latency)
+    options = table.options()
+    found = resources(problem, budget, options, tables.macs, latency)
     return Selection(problem, budget, found, options, errors, tables.pairs)
 
 
@@ -388,7 +397,7 @@ def layer_error(problem: Problem, data: Data, settings: Settings) -> LayerError:
         problem.model, data.table, layers, images=TABLE_IMAGES, logits=data.loss_fn is None
     )
     return lambda name, bits, sparsity: sensitivity.error(
-        name, evaluator.weight(name, bits, sparsity)
+        name, *evaluator.replacement(name, bits, sparsity)
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +23,7 @@ BITS = tuple(range(MIN_BITS, MAX_BITS + 1))
 # Below 30 % a bitmask saves nothing at 2 and 3 bits and little at more; in between, the file
 # grows almost linearly, and errors slowly.
 SPARSITIES = (0.0, 0.3, 0.45, 0.6, 0.75, 0.9)
+_LEAST = 1e-12  # nats: what stands for an error of nothing in a logarithm
 
 
 @dataclass
@@ -75,6 +76,33 @@ class LayerTable:
     def flat(self) -> np.ndarray:
         """The values as ``[layers, options]``."""
         return self.values.reshape(len(self.layers), -1)
+
+    def finer(self, step: float, *, logarithmic: bool) -> LayerTable:
+        """The table with sparsities in steps of ``step`` added, interpolated between neighbours.
+
+        Linear in the sparsity, of the values or of their logarithms. What lies beyond the last
+        measured sparsity of a width stays out.
+        """
+        top = max(self.sparsities)
+        steps = [round(k * step, 6) for k in range(int(top / step + 1e-9) + 1)]
+        sparsities = tuple(sorted({*self.sparsities, *steps}))
+        values = np.full((*self.values.shape[:2], len(sparsities)), np.nan)
+        order = np.argsort(self.sparsities)
+        points = np.array(self.sparsities)[order]
+        for row, layer in enumerate(self.values):
+            for column, line in enumerate(layer):
+                known = np.isfinite(line[order])
+                y = line[order][known]
+                if logarithmic:
+                    y = np.log(np.maximum(y, _LEAST))
+                at = np.array(sparsities)
+                found = np.interp(at, points[known], y)
+                found = np.exp(found) if logarithmic else found
+                values[row, column] = np.where(at <= points[known].max(), found, np.nan)
+                for position, sparsity in enumerate(self.sparsities):  # what was measured stays
+                    if np.isfinite(line[position]):
+                        values[row, column, sparsities.index(sparsity)] = line[position]
+        return replace(self, sparsities=sparsities, values=values)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values; entries that were not measured are ``None``."""
