@@ -233,7 +233,6 @@ def optimal(
         )
         columns, measurement = local_search(
             selection,
-            columns,
             evaluator,
             rounds=settings.rounds,
             trials=settings.trials,
@@ -498,7 +497,9 @@ def _interactions(
     """Terms between the layers that lose most in the additive optimum.
 
     To second order two errors add ``2 rho sqrt(e_i e_j)``, with ``rho`` between -1 and 1. It is
-    measured for each pair at the options of that optimum, and kept where it is not small.
+    measured for each pair at the options of that optimum, and kept where it is not small. Errors
+    that seem to cancel are not counted: a solver would go where they are largest, and by then
+    they no longer cancel.
     """
     if not settings.interactions or len(problem.free) < 2:
         return []
@@ -526,8 +527,8 @@ def _interactions(
             if size <= 0:
                 continue
             joint = loss(first, second) - base - single[first] - single[second]
-            rho = float(np.clip(joint / size, -1, 1))
-            if abs(rho) >= PAIR_LEAST:
+            rho = min(joint / size, 1.0)
+            if rho >= PAIR_LEAST:
                 roots = [_levels(selection, row) for row in (first, second)]
                 found.append(Pair(first, second, 2 * rho * np.outer(*roots)))
     return found

@@ -65,6 +65,14 @@ class Selection:
             total = resource.exact(self.choice(columns))
         return total - resource.limit
 
+    def fits(self, columns: np.ndarray) -> bool:
+        """Whether a choice keeps all limits."""
+        return all(
+            self.excess(r, columns) <= 1e-9 * max(1.0, abs(r.limit))
+            for r in self.resources
+            if np.isfinite(r.limit)
+        )
+
     def choose(
         self,
         *,
