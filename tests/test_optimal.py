@@ -21,7 +21,8 @@ from adalayer_native.allocation import (
     estimate_bytes,
     pareto,
 )
-from adalayer_native.allocation.evaluate import Evaluator
+from adalayer_native.allocation.evaluate import Evaluator, Measurement
+from adalayer_native.allocation.local_search import corrected, starts
 from adalayer_native.allocation.optimal import Data, latency_table, measure_tables, selection_of
 from adalayer_native.allocation.problem import Problem
 from adalayer_native.allocation.resources import bit_operations, energy_picojoules, resources
@@ -110,6 +111,41 @@ def test_the_plan_holds_its_budget_says_what_layers_lose_and_repeats(model) -> N
     assert table.row_count == 4
     with pytest.raises(PlanError, match="does not know its layers' errors"):
         error_table(Problem(model, None).plan({}))
+
+
+def test_the_check_begins_with_plans_that_differ(model) -> None:
+    problem, budget = Problem(model, None), Budget(bytes=2000)
+    settings = Settings(**FEW)
+    data = Data.split(model, batches(2, 24), None, None)
+    tables = measure_tables(problem, budget, data, settings, progress=False)
+    selection = selection_of(problem, budget, tables, settings)
+    first = starts(selection)
+    assert (first[0] == selection.choose()).all()
+    assert all(selection.fits(columns) for columns in first)
+    assert len({columns.tobytes() for columns in first}) == len(first) >= 3
+    # All layers alike: 2 bits fit as they are, 4 bits with 60 % zeros.
+    alike = {selection.options[c[0]] for c in first if len(set(c.tolist())) == 1}
+    assert {(2, 0.0), (4, 0.6)} <= alike
+
+
+def test_corrections_find_the_layer_that_was_underestimated(model) -> None:
+    problem, budget = Problem(model, None), Budget(bits=8)
+    options = [(2, 0.0), (4, 0.0), (4, 0.6)]
+    errors = np.array([[0.3, 0.1, 0.2], [0.3, 0.1, 0.2], [0.3, 0.1, 0.2]])
+    found = resources(problem, budget, options, {})
+    selection = Selection(problem, budget, found, options, errors)
+    truth = errors * np.array([1.0, 3.0, 1.0])[:, None]
+    rng = np.random.default_rng(0)
+    tried = [rng.integers(0, 2, 3) for _ in range(30)]
+    measured = [Measurement(float(truth[np.arange(3), c].sum()), float("nan")) for c in tried]
+    factors = corrected(selection, tried, measured) / errors
+    assert factors[1, 0] > 1.5 * max(factors[0, 0], factors[2, 0])
+    # And pruning, where all of it costs more than the tables say.
+    truth = errors * np.array([1.0, 1.0, 4.0])
+    tried = [rng.integers(1, 3, 3) for _ in range(30)]
+    measured = [Measurement(float(truth[np.arange(3), c].sum()), float("nan")) for c in tried]
+    factors = corrected(selection, tried, measured) / errors
+    assert factors[:, 2].min() > 2 * factors[:, 1].max()
 
 
 def test_scores_are_kept_beside_the_errors(model) -> None:
