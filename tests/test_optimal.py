@@ -23,10 +23,10 @@ from adalayer_native.allocation import (
 )
 from adalayer_native.allocation.evaluate import Evaluator, Measurement
 from adalayer_native.allocation.local_search import corrected, starts
-from adalayer_native.allocation.optimal import Data, latency_table, measure_tables, selection_of
+from adalayer_native.allocation.measuring import Data, latency_table, measure_tables
 from adalayer_native.allocation.problem import Problem
 from adalayer_native.allocation.resources import bit_operations, energy_picojoules, resources
-from adalayer_native.allocation.selection import Selection
+from adalayer_native.allocation.selection import Selection, selection_of
 from adalayer_native.allocation.sensitivity import LogitSensitivity
 from adalayer_native.errors import BudgetError, CalibrationError, PlanError
 from adalayer_native.importance.batches import iterate

@@ -58,7 +58,7 @@ class LayerPlan:
 
     def __setattr__(self, name: str, value: object) -> None:
         """Assign a value; after construction one that is out of range is refused at once."""
-        if "activation_bits" not in self.__dict__:  # the last field: still being constructed
+        if fields(self)[-1].name not in self.__dict__:  # still being constructed
             object.__setattr__(self, name, value)
             return
         if name not in {entry.name for entry in fields(self)}:

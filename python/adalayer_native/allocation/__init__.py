@@ -2,8 +2,8 @@
 
 from .allocate import METHODS, allocate
 from .budget import Budget
-from .optimal import Settings
 from .pareto import Frontier, pareto
+from .settings import Settings
 from .size import estimate_bytes, float_bytes, packed_bytes, safetensors_bytes
 from .tables import LayerTable
 

@@ -15,8 +15,9 @@ from ..plan import Plan
 from .adalayer import adalayer
 from .budget import Budget
 from .evaluate import Evaluator
-from .optimal import optimal, settings_of
+from .optimal import optimal
 from .problem import Fixed, Problem
+from .settings import settings_of
 from .stages import STAGE_METHODS, stage_plan
 from .uniform import uniform
 

@@ -15,8 +15,11 @@ from ..errors import BudgetError, PlanError
 from ..importance.batches import LossFn
 from ..plan import Plan
 from .budget import Budget
-from .optimal import Data, measure_tables, plan_of, selection_of, settings_of
+from .measuring import Data, measure_tables
+from .optimal import plan_of
 from .problem import Fixed, Problem
+from .selection import selection_of
+from .settings import settings_of
 from .tables import LayerTable
 
 if TYPE_CHECKING:

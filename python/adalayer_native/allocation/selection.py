@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from ..errors import BudgetError
 from .budget import Budget
-from .knapsack import Limit, Pair, solve
+from .knapsack import Limit, Pair, monotone, solve
 from .problem import Choice, Problem
-from .resources import Resource
+from .resources import Resource, resources
+from .settings import Settings
+from .tables import LayerTable
 
-__all__ = ["Selection"]
+__all__ = ["Selection", "Tables", "selection_of"]
 
 _TRIES = 20
 
@@ -149,3 +152,43 @@ class Selection:
             f"{start}: every limit can be kept alone, but not together; with the other limits as "
             f"they are, possible is a {' or a '.join(together) if together else hint}"
         )
+
+
+@dataclass
+class Tables:
+    """What is known about a model before a budget is.
+
+    Attributes:
+        errors: predicted loss increase per layer and option.
+        latency: microseconds per call, where asked for.
+        macs: multiply-accumulates per image of every layer.
+        pairs: terms between layers.
+    """
+
+    errors: LayerTable
+    latency: LayerTable | None
+    macs: dict[str, float]
+    pairs: list[Pair]
+
+
+def selection_of(problem: Problem, budget: Budget, tables: Tables, settings: Settings) -> Selection:
+    """Tables and limits put together."""
+    table, latency = tables.errors, tables.latency
+    if settings.step is not None:
+        table = table.finer(settings.step, logarithmic=True)
+        latency = None if latency is None else latency.finer(settings.step, logarithmic=False)
+    missing = np.isnan(table.values)
+    filled = monotone(np.where(missing, _nearest(table.values), table.values))
+    errors = np.where(missing, np.nan, filled).reshape(len(problem.free), -1)
+    options = table.options()
+    found = resources(problem, budget, options, tables.macs, latency)
+    return Selection(problem, budget, found, options, errors, tables.pairs)
+
+
+def _nearest(values: np.ndarray) -> np.ndarray:
+    """Missing entries taken from the next lower sparsity; the unpruned ones are all there."""
+    filled = values.copy()
+    for column in range(1, values.shape[-1]):
+        gap = np.isnan(filled[..., column])
+        filled[..., column][gap] = filled[..., column - 1][gap]
+    return filled
