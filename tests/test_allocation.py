@@ -50,7 +50,10 @@ def quiet(scores, budget, **options) -> Plan:
     "options",
     [
         {},
-        {"size": 0.1, "bits": 4},
+        {"size": 0.1, "bytes": 4000},
+        {"size": 0.1, "latency": 0},
+        {"energy": -2.0},
+        {"bops": float("inf")},
         {"size": 0},
         {"size": -1},
         {"size": float("nan")},
@@ -69,6 +72,10 @@ def test_budget_in_bytes() -> None:
     assert Budget(bytes=77).limit_bytes(1000) == 77
     assert Budget(bits=4).limit_bytes(1000) is None
     assert str(Budget(size=0.165)) == "size 0.165 of the float file"
+    several = Budget(bytes=2000, latency=0.5, bops=1e6)
+    assert str(several) == "2,000 bytes and latency 0.5 ms and 1,000,000 bit operations per image"
+    assert several.given == {"bytes": 2000, "latency": 0.5, "bops": 1e6}
+    assert not several.single and not Budget(latency=1).single and Budget(bits=4).single
 
 
 # -- sizes --------------------------------------------------------------------------------------
@@ -329,6 +336,11 @@ def test_bad_calls(scored) -> None:
         quiet(scores, Budget(size=0.5), method="magic", model=model)
     with pytest.raises(BudgetError, match="needs a budget"):
         quiet(scores, None, model=model)
+    for several in (Budget(size=0.5, bits=4), Budget(latency=1.0), Budget(energy=1.0)):
+        with pytest.raises(BudgetError, match="takes one limit of size, bytes and bits"):
+            quiet(scores, several, model=model)
+    with pytest.raises(PlanError, match="takes no options"):
+        quiet(scores, Budget(size=0.5), model=model, options={"rounds": 1})
     with pytest.raises(PlanError, match="needs scores"):
         quiet(None, Budget(size=0.5), model=model)
     with pytest.raises(PlanError, match="no scores for layer"):
@@ -354,6 +366,57 @@ def test_layers_the_native_code_lacks_stay_float() -> None:
     plan = quiet(scores, Budget(size=0.6), model=model, calibration=batches())
     assert plan["0"].bits is None
     assert plan["2"].bits is not None
+
+
+# -- what a person decides ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["adalayer", "uniform", "ascending"])
+def test_fixed_and_excluded_layers_are_respected(scored, method: str) -> None:
+    model, scores = scored
+    budget = None if method == "ascending" else Budget(bytes=2300)
+    extra = {"bits": (2, 3)} if method == "ascending" else {"calibration": batches()}
+    plan = quiet(scores, budget, method=method, model=model, fixed={"fc": (7, 0.25)}, **extra)
+    assert (plan["fc"].bits, plan["fc"].sparsity) == (7, 0.25)
+    assert all(plan[name].bits is not None for name in ("conv1", "conv2"))
+    if budget is not None:
+        assert 0.9 * 2300 <= estimate_bytes(model, plan) <= 2300
+    again = quiet(
+        scores, budget, method=method, model=model, fixed={"fc": plan["fc"]}, **extra
+    )  # an entry of another plan
+    assert again == plan
+    budget = None if method == "ascending" else Budget(bytes=2900)
+    floats = quiet(scores, budget, method=method, model=model, exclude=["conv1"], **extra)
+    assert floats["conv1"].bits is None
+    assert floats["fc"].bits is not None
+    if budget is not None:
+        assert estimate_bytes(model, floats) <= 2900
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fixed": {"conv": 4}}, "fixed: unknown layer 'conv'; closest names: .*conv"),
+        ({"exclude": ["fcc"]}, "exclude: unknown layer 'fcc'; closest names: 'fc'"),
+        ({"exclude": "fc"}, "exclude must be a sequence of names"),
+        ({"fixed": {"fc": 9}}, "'fc': bits must be"),
+        ({"fixed": {"fc": (4, 1.0)}}, "'fc': sparsity must be"),
+        ({"fixed": {"fc": 4}, "exclude": ["fc"]}, "'fc' is both fixed and excluded"),
+        ({"exclude": ["conv1", "conv2", "fc"]}, "nothing to decide"),
+    ],
+)
+def test_bad_overrides(scored, options, message: str) -> None:
+    model, scores = scored
+    with pytest.raises(PlanError, match=message):
+        quiet(scores, Budget(size=0.5), model=model, **options)
+
+
+def test_a_layer_without_native_form_cannot_be_fixed() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect"), nn.Flatten(), nn.Linear(512, 4)
+    )
+    with pytest.raises(PlanError, match=r"'0' cannot be fixed to 4 bits: .*padding"):
+        quiet(None, Budget(size=0.9), method="uniform", model=model, fixed={"0": 4})
 
 
 # -- evaluation ---------------------------------------------------------------------------------

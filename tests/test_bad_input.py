@@ -184,7 +184,7 @@ def test_impossible_budget_states_the_smallest_size_and_that_one_works(
 
 
 def test_budgets_that_are_no_budget(fails):
-    assert "exactly one of size, bytes and bits" in fails("--bits", 4)
+    assert "takes one limit of size, bytes and bits" in fails("--bits", 4)
     assert "needs a budget" in fails(size=None)
     assert "above 0" in fails(size=-1)
     assert "above 0" in fails(size="nan")

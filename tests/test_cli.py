@@ -106,6 +106,44 @@ def test_compress_ascending(monkeypatch, files, tmp_path) -> None:
     assert bits == {"conv1": 2, "conv2": 3, "conv3": 4, "fc": None}
 
 
+def test_compress_optimal_with_overrides(monkeypatch, capsys, files, tmp_path) -> None:
+    out = tmp_path / "out"
+    more = ("--method", "optimal", "--bytes", 14_000, "--bits", 5, "--epochs", 0, "--quiet")
+    decided = ("--fix", "conv2=7", "--exclude", "fc")
+    assert compress(monkeypatch, files, out, *more, *decided, "--json") == 0
+    printed = capsys.readouterr()
+    report = json.loads(printed.out)  # HiGHS printed nothing either
+    layers = {layer["name"]: layer for layer in report["layers"]}
+    assert layers["conv2"]["bits"] == 7 and layers["fc"]["bits"] is None
+    assert report["bytes"] <= 14_000 and report["average_bits"] <= 5
+    assert {name for name, layer in layers.items() if "E" in layer} == {"conv1", "conv3"}
+    assert report["measured"]["predicted_loss"] >= 0
+    assert "Predicted loss increase, layer by layer (optimal)" in printed.err
+    assert [p.name[:7] for p in (out / "work" / "tables").iterdir()] == ["errors-"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--method", "optimal"), "--size, --bytes or --bits, --latency, --bops or --energy"),
+        (("--size", 0.2, "--bytes", 9000), "by size or by bytes, not by both"),
+        (("--size", 0.2, "--latency", 1), "'adalayer' takes one limit"),
+        (("--size", 0.2, "--exclude", "conv9"), "exclude: unknown layer 'conv9'"),
+        (("--size", 0.2, "--fix", "conv9=4"), "fixed: unknown layer 'conv9'"),
+        (("--size", 0.2, "--fix", "conv1=9"), "'conv1': bits must be"),
+    ],
+)
+def test_bad_limits_and_overrides(monkeypatch, capsys, files, tmp_path, more, message) -> None:
+    assert compress(monkeypatch, files, tmp_path / "o", *more, "--epochs", 0, "--quiet") == 1
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_malformed_fix_is_a_usage_error(monkeypatch, capsys, files, tmp_path) -> None:
+    for text in ("conv1", "conv1=four", "=4"):
+        assert compress(monkeypatch, files, tmp_path / "o", "--size", 0.2, "--fix", text) == 2
+        assert "LAYER=BITS" in capsys.readouterr().err
+
+
 def tensors(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "model.safetensors")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -36,6 +37,11 @@ def make_plan() -> Plan:
     )
 
 
+def replace_unchecked(layer: LayerPlan, field: str, value: object) -> LayerPlan:
+    """A copy with one value that the constructor takes and ``check`` may refuse."""
+    return LayerPlan(**{**dataclasses.asdict(layer), field: value})
+
+
 @pytest.mark.parametrize(
     "kind",
     [BudgetError, CalibrationError, DataError, FileFormatError, PlanError, UnsupportedModelError],
@@ -65,6 +71,31 @@ def test_editing_and_average_bits() -> None:
     plan.validate(tiny())
     assert len(plan) == 3
     assert "fc" in plan
+
+
+def test_items_are_assigned() -> None:
+    plan = make_plan()
+    plan["conv1"] = 6
+    assert (plan["conv1"].bits, plan["conv1"].sparsity) == (6, 0.0)
+    plan["conv2"] = (3, 0.5)
+    assert (plan["conv2"].bits, plan["conv2"].sparsity) == (3, 0.5)
+    plan["conv2"] = None
+    assert plan["conv2"].bits is None
+    plan["conv2"] = make_plan()["conv2"]
+    assert plan["conv2"] == make_plan()["conv2"]
+    assert list(plan) == ["conv1", "conv2", "fc"]
+    assert Plan.from_json(plan.to_json()) == plan
+    assert copy.deepcopy(plan) == plan
+    with pytest.raises(PlanError, match="unknown layer 'conv9'"):
+        plan["conv9"] = 4
+    with pytest.raises(PlanError, match="'conv1' cannot hold a plan for layer 'conv2'"):
+        plan["conv1"] = plan["conv2"]
+    for wrong in (1, 9, 4.0, "4", (4, 1.0), (4, -0.1)):
+        with pytest.raises(PlanError, match="'conv1'"):
+            plan["conv1"] = wrong
+    with pytest.raises(PlanError, match="'conv1' has no 'bit'; it has name, kind"):
+        plan["conv1"].bit = 4
+    assert plan["conv1"].bits == 6
 
 
 def test_params_after_is_the_papers_formula() -> None:
@@ -97,9 +128,15 @@ def test_unknown_layer_names_the_closest() -> None:
 )
 def test_values_out_of_range_name_the_layer(field: str, value: object) -> None:
     plan = make_plan()
-    setattr(plan["conv2"], field, value)
+    before = copy.deepcopy(plan)
     with pytest.raises(PlanError, match=f"'conv2'.*{field}"):
-        plan.validate(tiny())
+        setattr(plan["conv2"], field, value)
+    assert plan == before  # a refused value is not there
+    broken = replace_unchecked(plan["conv2"], field, value)
+    with pytest.raises(PlanError, match=f"'conv2'.*{field}"):
+        Plan({"conv2": broken}).validate(tiny())
+    with pytest.raises(PlanError, match=f"'conv2'.*{field}"):
+        plan["conv2"] = broken
 
 
 def test_plan_of_another_model() -> None:

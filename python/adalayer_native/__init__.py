@@ -8,7 +8,7 @@ The main job in one call is :func:`compress`; its steps are :func:`analyze`, :fu
 from importlib.metadata import PackageNotFoundError, version
 
 from adalayer_native import nn, ops
-from adalayer_native.allocation import Budget, allocate, estimate_bytes
+from adalayer_native.allocation import Budget, Frontier, allocate, estimate_bytes, pareto
 from adalayer_native.compress import Compressed, compress
 from adalayer_native.engine import Engine, compile, load
 from adalayer_native.errors import (
@@ -43,6 +43,7 @@ __all__ = [
     "DataError",
     "Engine",
     "FileFormatError",
+    "Frontier",
     "InputError",
     "LayerHessian",
     "LayerPlan",
@@ -64,6 +65,7 @@ __all__ = [
     "load",
     "nn",
     "ops",
+    "pareto",
     "prepare",
     "repair",
     "restore",

@@ -32,10 +32,22 @@ Method = Enum("Method", {name: name for name in METHODS}, type=str)  # type: ign
 _ADALAYER = Method("adalayer")
 
 
-def _budget(size: float | None, size_bytes: int | None, bits: float | None) -> Budget | None:
-    if size is None and size_bytes is None and bits is None:
+def _budget(**limits: Any) -> Budget | None:
+    if all(value is None for value in limits.values()):
         return None
-    return Budget(size=size, bytes=size_bytes, bits=bits)
+    return Budget(**limits)
+
+
+def _fixed(texts: list[str]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for text in texts:
+        name, _, bits = text.rpartition("=")
+        if not name or not bits.isdecimal():
+            raise typer.BadParameter(
+                f"expected LAYER=BITS, such as conv1=8, got {text!r}", param_hint="--fix"
+            )
+        found[name] = int(bits)
+    return found
 
 
 def _whole_numbers(text: str) -> list[int]:
@@ -59,7 +71,22 @@ def compress(
     size: Annotated[float | None, typer.Option(help="Budget: fraction of the float file.")] = None,
     size_bytes: Annotated[int | None, typer.Option("--bytes", help="Budget: bytes.")] = None,
     bits: Annotated[float | None, typer.Option(help="Budget: average bits per weight.")] = None,
+    latency: Annotated[
+        float | None, typer.Option(help="Budget of optimal: ms per engine call, batch 1.")
+    ] = None,
+    bops: Annotated[
+        float | None, typer.Option(help="Budget of optimal: bit operations per image.")
+    ] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="Budget of optimal: modelled µJ per image.")
+    ] = None,
     method: Annotated[Method, typer.Option(help="How bits are chosen.")] = _ADALAYER,
+    fix: Annotated[
+        list[str] | None, typer.Option(help="LAYER=BITS, decided already; may be repeated.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Layer or module to leave in float; repeatable.")
+    ] = None,
     layer_bits: Annotated[
         str | None, typer.Option(help="For fixed/ascending/descending, e.g. 2,3,4.")
     ] = None,
@@ -98,10 +125,14 @@ def compress(
         weights=weights,
         data=data,
         out=out,
-        budget=_budget(size, size_bytes, bits),
+        budget=_budget(
+            size=size, bytes=size_bytes, bits=bits, latency=latency, bops=bops, energy=energy
+        ),
         method=method.value,
         layer_bits=_whole_numbers(layer_bits) if layer_bits else None,
         stages=[name.strip() for name in stages.split(",")] if stages else None,
+        fixed=_fixed(fix or []),
+        exclude=exclude or [],
         epochs=epochs,
         lr=lr,
         distill=distill,

@@ -69,7 +69,8 @@ def compress(
         model: float model in evaluation state; not changed.
         calibration: batches ``x`` or ``(x, labels)``: layer scores, plan search and activation
             ranges come from them. Never test images.
-        budget: limit on the saved file or on the bits per weight.
+        budget: limit on the saved file or on the bits per weight; method ``"optimal"`` takes
+            several at once, on latency, bit operations and energy, too.
         method: see :func:`adalayer_native.allocate`.
         plan: use this plan instead of analyzing and allocating.
         train_loader: ``(x, labels)`` batches for fine-tuning; without it there is none.
@@ -98,10 +99,13 @@ def compress(
     if plan is None:
         if method not in METHODS:
             raise PlanError(f"unknown method {method!r}: expected one of {METHODS}")
-        if budget is None and method in ("adalayer", "uniform"):
+        if budget is None and method in ("adalayer", "uniform", "optimal"):
             raise BudgetError(f"method {method!r} needs a budget")
         if method == "adalayer":  # the other methods do not look at scores
             scores = analyze(model, calibration, cache=inside("analysis.json"), progress=progress)
+        options = dict(allocate_options or {})
+        if method == "optimal" and work is not None:
+            options.setdefault("tables", inside("tables"))
         plan = allocate(
             scores,
             budget,
@@ -110,7 +114,7 @@ def compress(
             calibration=calibration,
             cache=inside("search.json"),
             progress=progress,
-            **(allocate_options or {}),
+            **options,
         )
     prepared = prepare(model, plan)
     calibrate(prepared, calibration, observer=observer, progress=progress)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from adalayer_native.data import ImageDataset, Loaders, digits, loaders, open_da
 from adalayer_native.errors import BudgetError, FileFormatError, UnsupportedModelError
 from adalayer_native.measure import accuracy, model_milliseconds
 from adalayer_native.models import get_model, load_weights
-from adalayer_native.report import comparison_table, figure6_table
+from adalayer_native.report import comparison_table, error_table, figure6_table
 
 __all__ = ["CompressJob", "layer_entries", "run_compress"]
 
@@ -39,6 +39,8 @@ class CompressJob:
     method: str = "adalayer"
     layer_bits: Sequence[int] | None = None
     stages: Sequence[str] | None = None
+    fixed: Mapping[str, int] | None = None
+    exclude: Sequence[str] = ()
     epochs: int = 2
     lr: float = 0.01
     distill: bool = True
@@ -72,8 +74,9 @@ def run_compress(job: CompressJob) -> dict[str, Any]:
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     # What is cheap to check comes first: nobody should wait for minutes to read about a typo.
-    if job.budget is None and job.method in ("adalayer", "uniform"):
-        raise BudgetError(f"method {job.method!r} needs a budget: --size, --bytes or --bits")
+    if job.budget is None and job.method in ("adalayer", "uniform", "optimal"):
+        more = ", --latency, --bops or --energy" if job.method == "optimal" else ""
+        raise BudgetError(f"method {job.method!r} needs a budget: --size, --bytes or --bits{more}")
     if not job.weights.is_file():
         raise FileFormatError(f"weight file {os.fspath(job.weights)!r} does not exist")
     # Also shows now, not at the end, whether the directory can be written.
@@ -96,6 +99,10 @@ def run_compress(job: CompressJob) -> dict[str, Any]:
         options["bits"] = job.layer_bits
     if job.stages is not None:
         options["stages"] = job.stages
+    if job.fixed:
+        options["fixed"] = dict(job.fixed)
+    if job.exclude:
+        options["exclude"] = list(job.exclude)
     result = compress(
         model,
         data.calibration,
@@ -120,7 +127,7 @@ def arguments(job: CompressJob) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, int, float, str, list))
+    return value is None or isinstance(value, (bool, int, float, str, list, dict))
 
 
 def check_fit(job: CompressJob, model: nn.Module, data: Loaders) -> None:
@@ -189,6 +196,7 @@ def write_results(
         "threads": ops.get_num_threads(),
         "isa": ops.active_isa(),
         "kept_float": result.kept_float,
+        "measured": result.plan.measured,
         "layers": layer_entries(result, packed),
     }
     write_text_atomic(job.out / "report.json", json.dumps(report, indent=2) + "\n")
@@ -196,6 +204,8 @@ def write_results(
     console.print(figure6_table(result.plan))
     if result.repair is not None:
         console.print(result.repair)
+    if any("E" in entry for entry in (result.plan.scores or {}).values()):
+        console.print(error_table(result.plan))
     console.print(
         comparison_table(
             [

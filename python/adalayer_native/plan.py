@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import nn
 
-__all__ = ["LayerPlan", "Plan", "layer_kind", "supported_layers"]
+__all__ = ["LayerPlan", "Plan", "layer_kind", "supported_layers", "unknown_layer"]
 
 PLAN_FORMAT = "adalayer-plan"
 PLAN_VERSION = 1
@@ -34,6 +34,9 @@ MIN_BITS, MAX_BITS = 2, 8
 @dataclass
 class LayerPlan:
     """What happens to one layer's weight and to the activation that enters it.
+
+    Values are checked when they are assigned (``plan["conv1"].bits = 6``) and when the plan is
+    used or read.
 
     Attributes:
         name: the layer's name in ``model.named_modules()``.
@@ -52,6 +55,22 @@ class LayerPlan:
     sparsity: float = 0.0
     pattern: str = "unstructured"
     activation_bits: int = 8
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Assign a value; after construction one that is out of range is refused at once."""
+        if fields(self)[-1].name not in self.__dict__:  # still being constructed
+            object.__setattr__(self, name, value)
+            return
+        if name not in {entry.name for entry in fields(self)}:
+            known = ", ".join(entry.name for entry in fields(self))
+            raise PlanError(f"plan of layer {self.name!r} has no {name!r}; it has {known}")
+        before = getattr(self, name)
+        object.__setattr__(self, name, value)
+        try:
+            self.check()
+        except PlanError:
+            object.__setattr__(self, name, before)
+            raise
 
     def check(self) -> None:
         """Raise :class:`PlanError` where a value is out of range."""
@@ -96,7 +115,8 @@ class Plan:
         layers: one :class:`LayerPlan` per layer, by name.
         method: how the plan came about (``"adalayer"``, ``"uniform"``, ..., ``"manual"``).
         hyper: the method's hyper-parameters as numbers.
-        scores: per layer ``{"A": ..., "F": ..., "R": ..., "I": ...}`` where they are known.
+        scores: per layer ``{"A": ..., "F": ..., "R": ..., "I": ...}`` where they are known, and
+            ``"E"``, the loss increase that method ``"optimal"`` predicts for what the layer got.
         measured: what was measured when the plan was chosen (``"calibration_loss"``, ...).
     """
 
@@ -110,7 +130,24 @@ class Plan:
         try:
             return self.layers[name]
         except KeyError:
-            raise PlanError(_unknown_layer(name, list(self.layers))) from None
+            raise PlanError(unknown_layer(name, list(self.layers))) from None
+
+    def __setitem__(self, name: str, value: LayerPlan | int | tuple[int, float] | None) -> None:
+        """``plan[name] = bits``, ``(bits, sparsity)``, ``None`` for float, or a whole entry.
+
+        Raises:
+            PlanError: the plan has no such layer, or a value is out of range.
+        """
+        before = self[name]
+        if isinstance(value, LayerPlan):
+            entry = value
+            if entry.name != name:
+                raise PlanError(f"plan entry {name!r} cannot hold a plan for layer {entry.name!r}")
+        else:
+            bits, sparsity = value if isinstance(value, tuple) else (value, 0.0)
+            entry = replace(before, bits=bits, sparsity=sparsity)
+        entry.check()
+        self.layers[name] = entry
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layers)
@@ -148,7 +185,7 @@ class Plan:
         modules = supported_layers(model)
         for name, layer in self.layers.items():
             if name not in modules:
-                raise PlanError(_unknown_layer(name, list(modules)))
+                raise PlanError(unknown_layer(name, list(modules)))
             module = modules[name]
             kind = layer_kind(module)
             if layer.kind != kind:
@@ -258,7 +295,7 @@ class Plan:
         table.add_column("Kind")
         for heading in ("Weights", "Bits", "Pruned %", "Act. bits"):
             table.add_column(heading, justify="right")
-        scored = [key for key in "AFRI" if self.scores and self._has_score(key)]
+        scored = [key for key in "AFRIE" if self.scores and self._has_score(key)]
         for key in scored:
             table.add_column(key, justify="right")
         for layer in self.layers.values():
@@ -270,7 +307,7 @@ class Plan:
                 "float" if layer.bits is None else str(layer.bits),
                 f"{100 * layer.sparsity:.1f}",
                 "float" if layer.bits is None else str(layer.activation_bits),
-                *(f"{score[key]:.3f}" if key in score else "" for key in scored),
+                *(_number(key, score[key]) if key in score else "" for key in scored),
             )
         table.add_section()
         table.add_row(
@@ -338,11 +375,17 @@ def supported_layers(model: nn.Module) -> dict[str, Any]:
     return found
 
 
+def _number(key: str, value: float) -> str:
+    # Errors span many orders of magnitude, the scores lie between 0 and 1.
+    return f"{value:.2g}" if key == "E" else f"{value:.3f}"
+
+
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _unknown_layer(name: object, known: list[str]) -> str:
+def unknown_layer(name: object, known: list[str]) -> str:
+    """A sentence about a name that no layer has, with the closest names that are there."""
     close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4) or known[:3]
     hint = f"; closest names: {', '.join(map(repr, close))}" if close else ""
     return f"unknown layer {name!r}{hint}"

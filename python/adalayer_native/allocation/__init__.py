@@ -2,14 +2,21 @@
 
 from .allocate import METHODS, allocate
 from .budget import Budget
+from .pareto import Frontier, pareto
+from .settings import Settings
 from .size import estimate_bytes, float_bytes, packed_bytes, safetensors_bytes
+from .tables import LayerTable
 
 __all__ = [
     "METHODS",
     "Budget",
+    "Frontier",
+    "LayerTable",
+    "Settings",
     "allocate",
     "estimate_bytes",
     "float_bytes",
     "packed_bytes",
+    "pareto",
     "safetensors_bytes",
 ]

@@ -368,7 +368,7 @@ def _measure(
 ) -> None:
     try:
         for row in range(len(plans.cost)):
-            measured.append(evaluator.measure(_choice(problem, plans, row)))
+            measured.append(evaluator.measure(problem.full(_choice(problem, plans, row))))
             bar.advance(1, f"best loss {min(m.loss for m in measured):.4f}")
     finally:
         evaluator.save()

@@ -8,20 +8,22 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import BudgetError, PlanError
+from ..errors import BudgetError, CalibrationError, PlanError
 from ..importance.batches import LossFn
 from ..importance.scores import LayerScores
 from ..plan import Plan
 from .adalayer import adalayer
 from .budget import Budget
 from .evaluate import Evaluator
-from .problem import Problem
+from .optimal import optimal
+from .problem import Fixed, Problem
+from .settings import settings_of
 from .stages import STAGE_METHODS, stage_plan
 from .uniform import uniform
 
 __all__ = ["METHODS", "allocate"]
 
-METHODS = ("adalayer", "uniform", *STAGE_METHODS)
+METHODS = ("adalayer", "uniform", "optimal", *STAGE_METHODS)
 
 
 def allocate(
@@ -38,6 +40,10 @@ def allocate(
     activation_bits: int = 8,
     batches: int | None = None,
     candidates: int = 20,
+    fixed: Mapping[str, Fixed] | None = None,
+    exclude: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
+    tables: str | os.PathLike[str] | None = None,
     cache: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Plan:
@@ -46,29 +52,41 @@ def allocate(
     ``"adalayer"`` is eq. (2) ``P = gamma (1 - I) + delta R`` and eq. (3)
     ``B = Bmax - lambda (1 - I)``, hyper-parameters searched for the highest calibration
     accuracy within the budget, eq. (6). ``"uniform"`` gives every layer the same bits and
-    sparsity, chosen the same way. ``"fixed"``, ``"ascending"`` and ``"descending"`` give widths
-    to stages. A size budget is about the real saved file, see
+    sparsity, chosen the same way. ``"optimal"`` measures what every width and sparsity costs in
+    each layer, solves the multiple-choice knapsack under all limits together, and checks and
+    repairs the plan on data that the tables have not seen; its plan carries each layer's
+    predicted loss increase, ``plan.scores[name]["E"]``. ``"fixed"``, ``"ascending"`` and
+    ``"descending"`` give widths to stages. A size budget is about the real saved file, see
     :func:`~adalayer_native.allocation.estimate_bytes`.
 
     Args:
         scores: from ``analyze``; only ``"adalayer"`` needs them.
-        budget: the limit; may be ``None`` for the three stage methods only.
+        budget: the limit, or for ``"optimal"`` one or several; may be ``None`` for the three stage
+            methods only.
         method: one of ``METHODS``.
         model: the float model; not changed.
         calibration: batches ``x`` or ``(x, y)`` on which candidate plans are compared, never
-            test images. Without it the best plan by the proxy is taken.
+            test images. Without it the best plan by the proxy is taken; ``"optimal"`` needs it.
         loss_fn: ``loss_fn(output, target)``; default: KL divergence to the float output.
         hyper: fixes some of alpha, beta, gamma, delta, lambda, bmax (``"adalayer"``).
         bits, stages: for the three stage methods, see ``stage_plan``.
         activation_bits: bits of every quantized layer's input, 2 to 8.
         batches: use at most this many calibration batches.
         candidates: how many plans are tried on calibration data in the first round.
+        fixed: layers that are decided already, by any method: bits, ``(bits, sparsity)``, or an
+            entry of another plan (``{"conv1": plan["conv1"]}``).
+        exclude: layers, or modules with all their layers, that stay float.
+        options: for ``"optimal"``: fields of :class:`~adalayer_native.allocation.Settings`.
+        tables: for ``"optimal"``: directory that keeps its tables, one file per model, data and
+            machine; default: the user's cache directory.
         cache: JSON file that keeps every trial, so that an interrupted search goes on.
         progress: show progress.
 
     Raises:
-        BudgetError: impossible budget; the message states the smallest reachable size.
-        PlanError: unknown method or hyper-parameter, bits or stages that do not fit.
+        BudgetError: impossible budget; the message names the limit that binds and the smallest
+            value that can be reached.
+        PlanError: unknown method, option or hyper-parameter, bits or stages that do not fit, an
+            unknown layer in ``fixed`` or ``exclude``.
         CalibrationError: unusable calibration data or weights.
         UnsupportedModelError: a model without supported layers, or with shared ones.
     """
@@ -76,7 +94,25 @@ def allocate(
         raise PlanError(f"unknown method {method!r}: expected one of {METHODS}")
     if candidates < 1:
         raise PlanError(f"candidates must be at least 1, got {candidates}")
-    problem = Problem(model, budget, activation_bits)
+    if options and method != "optimal":
+        raise PlanError(f"method {method!r} takes no options; they are for method 'optimal'")
+    if method == "optimal":
+        plan = _optimal(
+            model, budget, calibration, activation_bits, fixed, exclude, options, tables,
+            loss_fn=loss_fn, batches=batches, cache=cache, progress=progress,
+        )  # fmt: skip
+        if scores is not None:
+            known = scores.as_dict()
+            predicted = plan.scores or {}
+            plan.scores = {n: {**known.get(n, {}), **predicted.get(n, {})} for n in plan}
+        plan.validate(model)
+        return plan
+    if budget is not None and not budget.single:
+        raise BudgetError(
+            f"method {method!r} takes one limit of size, bytes and bits, got {budget}; method "
+            f"'optimal' takes several, and latency, bops and energy"
+        )
+    problem = Problem(model, budget, activation_bits, fixed=fixed, exclude=exclude)
     if method in STAGE_METHODS:
         plan = stage_plan(problem, method, bits, stages)
         if scores is not None:
@@ -104,3 +140,27 @@ def allocate(
             )
     plan.validate(model)
     return plan
+
+
+def _optimal(
+    model: nn.Module,
+    budget: Budget | None,
+    calibration: Iterable[Any] | None,
+    activation_bits: int,
+    fixed: Mapping[str, Fixed] | None,
+    exclude: Sequence[str],
+    options: Mapping[str, Any] | None,
+    tables: str | os.PathLike[str] | None,
+    **rest: Any,
+) -> Plan:
+    if budget is None:
+        raise BudgetError("method 'optimal' needs a budget")
+    if calibration is None:
+        raise CalibrationError("method 'optimal' needs calibration data: it measures its errors")
+    return optimal(
+        Problem(model, None, activation_bits, fixed=fixed, exclude=exclude),
+        budget,
+        calibration,
+        settings_of(options, tables),
+        **rest,
+    )

@@ -1,9 +1,9 @@
-"""What compression may cost: a share of the float file, bytes, or bits per weight."""
+"""What compression may cost: bytes, bits per weight, milliseconds, bit operations, energy."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from ..errors import BudgetError
 
@@ -12,40 +12,58 @@ __all__ = ["Budget"]
 
 @dataclass(frozen=True)
 class Budget:
-    """Exactly one of three limits.
+    """One or several upper limits; a plan has to keep all of them.
 
     Attributes:
         size: saved file over the float32 ``state_dict`` saved as safetensors, above 0.
-        bytes: bytes of the saved file, at least 1.
+        bytes: bytes of the saved file, at least 1; not together with ``size``.
         bits: average bits per weight, a pruned weight counting 0 (eq. (6)); above 0.
+        latency: milliseconds of one call of the engine on this machine; above 0.
+        bops: bit operations per image, ``MACs * weight bits * activation bits * (1 - sparsity)``
+            summed over the layers; above 0.
+        energy: microjoules per image by the model of
+            :func:`~adalayer_native.allocation.resources.energy_picojoules`; above 0.
+
+    Only method ``"optimal"`` takes several at once, or the last three.
 
     Raises:
-        BudgetError: none or several are given, or a value is out of range.
+        BudgetError: none is given, ``size`` and ``bytes`` together, or a value is out of range.
     """
 
     size: float | None = None
     bytes: int | None = None
     bits: float | None = None
+    latency: float | None = None
+    bops: float | None = None
+    energy: float | None = None
 
     def __post_init__(self) -> None:
-        given = {
-            name: value
-            for name, value in (("size", self.size), ("bytes", self.bytes), ("bits", self.bits))
-            if value is not None
-        }
-        if len(given) != 1:
-            raise BudgetError(
-                f"a budget needs exactly one of size, bytes and bits; got "
-                f"{', '.join(given) if given else 'none'}"
-            )
-        ((name, value),) = given.items()
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, (int, float))
-            or not math.isfinite(value)
-            or value <= 0
-        ):
-            raise BudgetError(f"budget {name} must be a finite number above 0, got {value!r}")
+        given = self.given
+        if not given:
+            names = ", ".join(entry.name for entry in fields(self))
+            raise BudgetError(f"a budget needs at least one of {names}; got none")
+        if "size" in given and "bytes" in given:
+            raise BudgetError("a budget limits the file by size or by bytes, not by both")
+        for name, value in given.items():
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, (int, float))
+                or not math.isfinite(value)
+                or value <= 0
+            ):
+                raise BudgetError(f"budget {name} must be a finite number above 0, got {value!r}")
+
+    @property
+    def given(self) -> dict[str, float]:
+        """The limits that are set, by name."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    @property
+    def single(self) -> bool:
+        """Whether there is one limit only, of size, bytes or bits."""
+        given = list(self.given)
+        return len(given) == 1 and given[0] in ("size", "bytes", "bits")
 
     def limit_bytes(self, float_bytes: int) -> int | None:
         """Largest allowed file in bytes; ``None`` where the budget is in bits per weight."""
@@ -55,9 +73,17 @@ class Budget:
             return math.floor(self.bytes)
         return None
 
+    def describe(self, name: str) -> str:
+        """One limit in words."""
+        value = self.given[name]
+        return {
+            "size": f"size {value:g} of the float file",
+            "bytes": f"{value:,.0f} bytes" if name == "bytes" else "",
+            "bits": f"{value:g} bits per weight",
+            "latency": f"latency {value:g} ms",
+            "bops": f"{value:,.0f} bit operations per image",
+            "energy": f"energy {value:g} µJ per image",
+        }[name]
+
     def __str__(self) -> str:
-        if self.size is not None:
-            return f"size {self.size:g} of the float file"
-        if self.bytes is not None:
-            return f"{self.bytes:,} bytes"
-        return f"{self.bits:g} bits per weight"
+        return " and ".join(self.describe(name) for name in self.given)

@@ -21,6 +21,7 @@ from ..errors import CalibrationError
 from ..importance.analyze import dequantized_layer, eval_mode
 from ..importance.batches import LossFn, iterate, loss_of, tensor_bytes
 from ..pruning.masks import magnitude_mask
+from .sensitivity import WeightOf, shifted
 
 __all__ = ["Evaluator", "Measurement", "best_of"]
 
@@ -62,6 +63,10 @@ class Evaluator:
             varies far less on a few hundred images than accuracy does.
         batches: use at most this many.
         cache: JSON file that keeps every measurement for a resumed search.
+        weight_of: ``(layer, bits, sparsity) -> dequantized weight`` in the layer's own shape, or
+            a pair of it and what is added to the layer's bias, ``[out_channels]`` or ``None``.
+            Default: magnitude pruning and rounding to nearest.
+        key: names ``weight_of`` in the cache.
 
     Raises:
         CalibrationError: empty or unusable data.
@@ -75,16 +80,19 @@ class Evaluator:
         *,
         batches: int | None = None,
         cache: str | os.PathLike[str] | None = None,
+        weight_of: WeightOf | None = None,
+        key: str = "",
     ) -> None:
         self.model, self.loss_fn = model, loss_fn
-        self.batches = list(self._bounded(iterate(calibration, model, batches)))
+        self.weight_of, self.key = weight_of, key
+        self.batches = list(self.bounded(iterate(calibration, model, batches)))
         if not self.batches:
             raise CalibrationError(
                 "the calibration loader is empty: all its batches hold no sample"
             )
         self.samples = sum(batch.count for batch in self.batches)
         self.modules = dict(model.named_modules())
-        self._weights: dict[tuple[str, int, float], torch.Tensor] = {}
+        self._weights: dict[tuple[str, int, float], tuple[torch.Tensor, torch.Tensor | None]] = {}
         self._held = 0
         with torch.no_grad(), eval_mode(model):
             self.outputs = [model(batch.x) for batch in self.batches]
@@ -110,11 +118,20 @@ class Evaluator:
 
     @torch.no_grad()
     def _measure(self, layers: dict[str, tuple[int | None, float]]) -> tuple[float, float]:
-        weights = {
-            f"{name}.weight": self.weight(name, bits, sparsity)
-            for name, (bits, sparsity) in layers.items()
-            if bits is not None
-        }
+        weights: dict[str, torch.Tensor] = {}
+        handles = []
+        for name, (bits, sparsity) in layers.items():
+            if bits is not None:
+                weights[f"{name}.weight"], shift = self.replacement(name, bits, sparsity)
+                if shift is not None:  # by a hook: a layer before a batch norm has no bias
+                    handles.append(self.modules[name].register_forward_hook(_adding(shift)))
+        try:
+            return self._loss(weights)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _loss(self, weights: dict[str, torch.Tensor]) -> tuple[float, float]:
         loss, hits, positions = 0.0, 0, 0
         with eval_mode(self.model):
             for batch, reference in zip(self.batches, self.outputs, strict=True):
@@ -133,19 +150,35 @@ class Evaluator:
         return loss / self.samples, accuracy
 
     def weight(self, name: str, bits: int, sparsity: float) -> torch.Tensor:
-        """Masked and dequantized weight of a layer, remembered."""
+        """Masked and dequantized weight of a layer."""
+        return self.replacement(name, bits, sparsity)[0]
+
+    def replacement(
+        self, name: str, bits: int, sparsity: float
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Masked and dequantized weight of a layer and what is added to its bias; remembered."""
         key = (name, bits, round(sparsity, 6))
         if key not in self._weights:
-            layer = self.modules[name]
-            assert isinstance(layer.weight, torch.Tensor)
-            mask = magnitude_mask(layer.weight, sparsity) if sparsity > 0 else None
-            value = dequantized_layer(layer, bits, mask)
+            found = (self.weight_of or self._rounded)(name, bits, sparsity)
+            value, shift = found if isinstance(found, tuple) else (found, None)
+            expected = self.modules[name].weight
+            if value.shape != expected.shape:
+                raise CalibrationError(
+                    f"layer {name!r}: weight_of gave shape {tuple(value.shape)}, expected "
+                    f"{tuple(expected.shape)}"
+                )
             self._held += value.numel() * value.element_size()
             if self._held > WEIGHT_CACHE:
                 self._weights.clear()
                 self._held = value.numel() * value.element_size()
-            self._weights[key] = value
+            self._weights[key] = value, shift
         return self._weights[key]
+
+    def _rounded(self, name: str, bits: int, sparsity: float) -> torch.Tensor:
+        layer = self.modules[name]
+        assert isinstance(layer.weight, torch.Tensor)
+        mask = magnitude_mask(layer.weight, sparsity) if sparsity > 0 else None
+        return dequantized_layer(layer, bits, mask)
 
     def save(self) -> None:
         """Write the cache, if there is one."""
@@ -173,7 +206,7 @@ class Evaluator:
 
     def _digest(self) -> str:
         name = getattr(self.loss_fn, "__qualname__", str(self.loss_fn))
-        digest = hashlib.sha256(f"adalayer-allocation-cache-1 {name}".encode())
+        digest = hashlib.sha256(f"adalayer-allocation-cache-1 {name} {self.key}".encode())
         for key, value in self.model.state_dict().items():
             if isinstance(value, torch.Tensor):
                 digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
@@ -183,7 +216,8 @@ class Evaluator:
         return digest.hexdigest()
 
     @staticmethod
-    def _bounded(batches: Iterable[Any]) -> Iterable[Any]:
+    def bounded(batches: Iterable[Any]) -> Iterable[Any]:
+        """The batches, refused where they are more than memory should hold."""
         held = 0
         for batch in batches:
             held += batch.x.numel() * batch.x.element_size()
@@ -193,6 +227,13 @@ class Evaluator:
                     f"on data in memory, so give fewer batches (batches=...)"
                 )
             yield batch
+
+
+def _adding(shift: torch.Tensor) -> Any:
+    def hook(layer: nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
+        return shifted(layer, output, shift)
+
+    return hook
 
 
 def _hits(output: Any, reference: Any, target: Any) -> tuple[int, int]:

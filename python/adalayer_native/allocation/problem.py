@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from ..errors import BudgetError, UnsupportedModelError
+from ..errors import BudgetError, PlanError, UnsupportedModelError
 from ..importance.analyze import checked_layers
 from ..importance.scores import LayerScores
-from ..plan import LayerPlan, Plan, layer_kind
+from ..plan import LayerPlan, Plan, layer_kind, unknown_layer
 from ..pruning.masks import pruned_count
 from ..quantization.layout import native_layout
 from .budget import Budget
 from .closed_form import MAX_BITS, MAX_SPARSITY, MIN_BITS
 from .size import estimate_bytes, float_bytes, packed_bytes
 
-__all__ = ["Choice", "Problem"]
+__all__ = ["Choice", "Fixed", "Problem"]
 
 # A choice for every layer: bits (None stays float) and sparsity.
 Choice = dict[str, tuple[int | None, float]]
+# What a person decides for a layer: bits, bits and sparsity, or another plan's entry.
+Fixed = int | tuple[int, float] | LayerPlan | None
 PERCENTS = round(100 * MAX_SPARSITY) + 1
 
 
@@ -30,17 +32,41 @@ class Problem:
 
     Attributes:
         layers: supported layers of the model by name.
-        free: names of the layers that can be quantized, in order; the others stay float because
-            the native layers do not cover them.
+        pinned: what the caller decided: fixed layers, and excluded ones, which stay float.
+        free: names of the layers that are to be decided, in order; the others are pinned, or stay
+            float because the native layers do not cover them.
         limit: largest allowed cost, in bytes or in average bits per weight; ``None``: no budget.
     """
 
-    def __init__(self, model: nn.Module, budget: Budget | None, activation_bits: int = 8) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        budget: Budget | None,
+        activation_bits: int = 8,
+        *,
+        fixed: Mapping[str, Fixed] | None = None,
+        exclude: Iterable[str] = (),
+    ) -> None:
         self.model, self.budget, self.activation_bits = model, budget, activation_bits
         self.layers: dict[str, Any] = checked_layers(model)
-        template = self.plan(dict.fromkeys(self.layers, (MAX_BITS, 0.0)))
+        self.pinned: Choice = {}
+        self._entries: dict[str, LayerPlan] = {}
+        self._pin(fixed or {}, exclude)
+        template = self.plan(
+            {name: (MAX_BITS, 0.0) for name in self.layers if name not in self.pinned}
+        )
         self.layout = native_layout(model, template)
-        self.free = [name for name in self.layers if name in self.layout.layers]
+        for name, (bits, _) in self.pinned.items():
+            if bits is not None and name not in self.layout.layers:
+                raise PlanError(
+                    f"layer {name!r} cannot be fixed to {bits} bits: "
+                    f"{self.layout.kept_float.get(name, 'it has no native form')}"
+                )
+        self.free = [
+            name for name in self.layers if name in self.layout.layers and name not in self.pinned
+        ]
+        if not self.free and self.pinned:
+            raise PlanError("all layers are fixed or excluded: there is nothing to decide")
         if not self.free:
             reasons = "; ".join(f"{n}: {why}" for n, why in self.layout.kept_float.items())
             raise UnsupportedModelError(f"no layer of the model can be quantized ({reasons})")
@@ -49,6 +75,41 @@ class Problem:
         if budget is not None:
             limit = budget.limit_bytes(self.float_bytes)
             self.limit = float(budget.bits) if budget.bits is not None else limit
+
+    def _pin(self, fixed: Mapping[str, Fixed], exclude: Iterable[str]) -> None:
+        if isinstance(exclude, str):
+            raise PlanError(f"exclude must be a sequence of names, got the text {exclude!r}")
+        for name in exclude:
+            members = [n for n in self.layers if n == name or n.startswith(f"{name}.")]
+            if not members:
+                raise PlanError(f"exclude: {unknown_layer(name, list(self.layers))}")
+            self.pinned.update(dict.fromkeys(members, (None, 0.0)))
+        for name, value in fixed.items():
+            if name not in self.layers:
+                raise PlanError(f"fixed: {unknown_layer(name, list(self.layers))}")
+            if name in self.pinned:
+                raise PlanError(f"layer {name!r} is both fixed and excluded")
+            layer = self.layers[name]
+            if isinstance(value, LayerPlan):
+                entry = value
+            else:
+                bits, sparsity = value if isinstance(value, tuple) else (value, 0.0)
+                entry = LayerPlan(
+                    name=name,
+                    kind=layer_kind(layer),
+                    params=layer.weight.numel(),
+                    bits=bits,
+                    sparsity=sparsity,
+                    activation_bits=self.activation_bits,
+                )
+            entry.check()
+            self._entries[name] = entry
+            self.pinned[name] = (entry.bits, entry.sparsity)
+
+    def full(self, choice: Choice) -> Choice:
+        """The choice with what is pinned, in the model's order."""
+        both = {**choice, **self.pinned}
+        return {name: both[name] for name in self.layers if name in both}
 
     @property
     def in_bytes(self) -> bool:
@@ -62,16 +123,21 @@ class Problem:
         hyper: Mapping[str, float] | None = None,
         scores: dict[str, dict[str, float]] | None = None,
     ) -> Plan:
-        """A plan from bits and sparsity per layer; layers that are not named stay float."""
+        """A plan from bits and sparsity per layer.
+
+        Layers that are not named are as they are pinned, else float.
+        """
         return Plan(
             layers={
                 name: LayerPlan(
                     name=name,
                     kind=layer_kind(layer),
                     params=layer.weight.numel(),
-                    bits=choice.get(name, (None, 0.0))[0],
-                    sparsity=choice.get(name, (None, 0.0))[1],
-                    activation_bits=self.activation_bits,
+                    bits=choice.get(name, self.pinned.get(name, (None, 0.0)))[0],
+                    sparsity=choice.get(name, self.pinned.get(name, (None, 0.0)))[1],
+                    activation_bits=self._entries[name].activation_bits
+                    if name in self._entries
+                    else self.activation_bits,
                 )
                 for name, layer in self.layers.items()
             },

@@ -31,7 +31,9 @@ def uniform(problem: Problem, evaluator: Evaluator | None, *, progress: bool = T
         with ProgressBar("trying plans", len(pairs), unit="plan", enabled=progress) as bar:
             try:
                 for bits, sparsity in pairs:
-                    measured.append(evaluator.measure(problem.uniform(bits, sparsity)))
+                    measured.append(
+                        evaluator.measure(problem.full(problem.uniform(bits, sparsity)))
+                    )
                     bar.advance()
             finally:
                 evaluator.save()
@@ -49,7 +51,9 @@ def uniform_pairs(problem: Problem) -> list[tuple[int, float]]:
     """The candidates of :func:`uniform` as ``(bits, sparsity)``; empty if nothing fits."""
     budget = problem.budget
     pairs: list[tuple[int, float]] = []
-    if budget is not None and budget.bits is not None and budget.bits in range(2, 9):
+    whole = budget is not None and budget.bits is not None and budget.bits in range(2, 9)
+    if whole and not problem.pinned:
+        assert budget is not None and budget.bits is not None
         pairs = [(int(budget.bits), 0.0)]
     else:
         for bits in range(MIN_BITS, MAX_BITS + 1):

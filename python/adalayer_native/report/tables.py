@@ -8,10 +8,11 @@ from typing import Any
 
 from rich.table import Table
 
+from ..errors import PlanError
 from ..importance.scores import LayerScores
 from ..plan import Plan
 
-__all__ = ["Result", "comparison_table", "figure6_table"]
+__all__ = ["Result", "comparison_table", "error_table", "figure6_table"]
 
 
 @dataclass
@@ -94,4 +95,35 @@ def figure6_table(plan: Plan, scores: LayerScores | None = None, *, title: str =
     after = sum(layer.params_after for layer in plan.layers.values())
     table.add_section()
     table.add_row("total", f"{before / 1e3:.5g}", f"{after / 1e3:.5g}", "", "", "")
+    return table
+
+
+def error_table(plan: Plan, *, title: str = "") -> Table:
+    """Which layer loses the accuracy: the predicted loss increase of every layer, and its share.
+
+    Raises:
+        PlanError: the plan says nothing about errors (method ``"optimal"`` writes them).
+    """
+    errors = {n: s["E"] for n, s in (plan.scores or {}).items() if "E" in s}
+    if not errors:
+        raise PlanError(f"a plan by method {plan.method!r} does not know its layers' errors")
+    total = sum(errors.values())
+    table = Table(title=title or f"Predicted loss increase, layer by layer ({plan.method})")
+    table.add_column("Layer")
+    for heading in ("Bits", "Pruned %", "Loss", "Share %"):
+        table.add_column(heading, justify="right")
+    table.add_column("")
+    for name, layer in plan.layers.items():
+        error = errors.get(name)
+        share = error / total if error is not None and total > 0 else 0.0
+        table.add_row(
+            name,
+            "float" if layer.bits is None else str(layer.bits),
+            f"{100 * layer.sparsity:.0f}",
+            "" if error is None else f"{error:.2g}",
+            "" if error is None else f"{100 * share:.1f}",
+            "█" * round(20 * share),
+        )
+    table.add_section()
+    table.add_row("total", f"{plan.average_bits:.2f}", "", f"{total:.2g}", "", "")
     return table

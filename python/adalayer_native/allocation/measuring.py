@@ -1,0 +1,333 @@
+"""The tables of method "optimal": errors, latencies, and terms between layers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..engine.compiler import compile as compile_engine
+from ..engine.latency import LayerTimes
+from ..errors import CalibrationError
+from ..importance.analyze import eval_mode
+from ..importance.batches import Batch, LossFn, iterate
+from ..importance.flops import count_flops
+from ..quantization import calibrate, convert, prepare
+from .budget import Budget
+from .closed_form import MAX_BITS
+from .evaluate import Evaluator
+from .knapsack import Pair
+from .problem import Problem
+from .resources import resources
+from .selection import Selection, Tables, selection_of
+from .sensitivity import LayerError, LogitSensitivity
+from .settings import Settings
+from .store import Store, cache_dir, machine, model_digest
+from .tables import LayerTable, fill
+
+__all__ = ["Data", "latency_table", "layer_error", "loader_of", "measure_tables"]
+
+TABLE_IMAGES = 128  # images that the error table is measured on, at most; the others check
+PAIR_LAYERS = 4  # layers among which interactions are measured
+PAIR_LEVELS = 6  # sizes of error between which an interaction distinguishes
+PAIR_LEAST = 0.1  # correlations below it are left out
+
+
+@dataclass
+class Data:
+    """Calibration data in two parts: for the tables, and for the check."""
+
+    table: list[Batch]
+    check: list[Batch]
+    loss_fn: LossFn | None
+
+    @classmethod
+    def split(
+        cls,
+        model: torch.nn.Module,
+        calibration: Iterable[Any],
+        loss_fn: LossFn | None,
+        batches: int | None,
+    ) -> Data:
+        """At most ``TABLE_IMAGES`` images, and at most half of them, for the tables."""
+        every = list(Evaluator.bounded(iterate(calibration, model, batches)))
+        total = sum(batch.count for batch in every)
+        if total < 2:
+            raise CalibrationError(
+                f"method 'optimal' needs at least 2 calibration images, got {total}: some measure "
+                f"errors, others check the plan"
+            )
+        room = min(TABLE_IMAGES, total // 2)
+        table, check = [], []
+        for batch in every:
+            first = min(room, batch.count)
+            room -= first
+            if first:
+                table.append(_part(batch, slice(0, first)))
+            if first < batch.count:
+                check.append(_part(batch, slice(first, None)))
+        return cls(table, check, loss_fn)
+
+
+def _part(batch: Batch, part: slice) -> Batch:
+    target = batch.target
+    return Batch(
+        batch.x[part], target[part] if isinstance(target, torch.Tensor) else target, batch.index
+    )
+
+
+def loader_of(batches: Iterable[Batch]) -> list[Any]:
+    """Batches as a loader would yield them."""
+    return [(b.x, b.target) if b.target is not None else b.x for b in batches]
+
+
+def measure_tables(
+    problem: Problem,
+    budget: Budget,
+    data: Data,
+    settings: Settings,
+    *,
+    progress: bool = True,
+) -> Tables:
+    """All tables that the budget asks for; what is in the cache is not measured again."""
+    layers = problem.layers
+    with eval_mode(problem.model):
+        flops = count_flops(problem.model, layers, data.table[0].x[:1])
+    macs = {name: value / 2 for name, value in flops.items()}
+    latency = None
+    if budget.latency is not None:
+        latency = latency_table(problem, data.table[0].x[:1], settings, progress=progress)
+    errors = _error_table(problem, budget, data, settings, macs, progress)
+    pairs = _interactions(problem, budget, data, settings, macs, latency, errors)
+    return Tables(errors, latency, macs, pairs)
+
+
+def _key(problem: Problem, data: Data, settings: Settings) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for batch in data.table:
+        digest.update(batch.digest().encode())
+    loss = getattr(data.loss_fn, "__qualname__", str(data.loss_fn))
+    return {
+        "model": model_digest(problem.model),
+        "data": digest.hexdigest(),
+        "loss": f"{getattr(data.loss_fn, '__module__', '')}.{loss}",
+        "repair": settings.repair,
+        "measure": settings.measure if isinstance(settings.measure, str) else "own",
+    }
+
+
+class _Unkept(Store):
+    """A store without a file."""
+
+    def __init__(self) -> None:
+        self.values, self.changed, self.saved = {}, False, np.inf
+
+    def save(self) -> None:
+        """Nothing is kept."""
+
+
+def _error_table(
+    problem: Problem,
+    budget: Budget,
+    data: Data,
+    settings: Settings,
+    macs: dict[str, float],
+    progress: bool,
+) -> LayerTable:
+    own = callable(settings.measure) or settings.weight_of is not None
+    store: Store = _Unkept()
+    if not own or settings.repair:
+        store = Store(cache_dir(settings.directory), "errors", _key(problem, data, settings))
+    wanted = _worthwhile(problem, budget, settings, macs)
+    measure: LayerError | None = None
+
+    def error(name: str, bits: int, sparsity: float) -> float:
+        nonlocal measure
+        if measure is None:  # only now: a table that is in the cache needs no pass at all
+            measure = layer_error(problem, data, settings)
+        return measure(name, bits, sparsity)
+
+    table = fill(
+        "error",
+        "nats",
+        problem.free,
+        error,
+        store,
+        bits=settings.widths,
+        sparsities=settings.sparsities,
+        wanted=wanted,
+        progress=progress,
+    )
+    images = sum(batch.count for batch in data.table)
+    table.about = {"measure": str(settings.measure), "images": images, "repair": settings.repair}
+    # A measured loss may be a little lower than the float model's; no layer is paid for that.
+    table.values = np.where(np.isnan(table.values), np.nan, np.maximum(table.values, 0.0))
+    return table
+
+
+def layer_error(problem: Problem, data: Data, settings: Settings) -> LayerError:
+    """``(layer, bits, sparsity) -> predicted loss increase`` by the settings' measure."""
+    if callable(settings.measure):
+        return settings.measure
+    evaluator = Evaluator(
+        problem.model, loader_of(data.table), data.loss_fn, weight_of=settings.weight_of
+    )
+    if settings.measure == "loss":
+        base = evaluator.measure({}).loss
+        return lambda name, bits, sparsity: evaluator.measure({name: (bits, sparsity)}).loss - base
+    layers = {name: problem.layers[name] for name in problem.free}
+    sensitivity = LogitSensitivity(
+        problem.model, data.table, layers, images=TABLE_IMAGES, logits=data.loss_fn is None
+    )
+    return lambda name, bits, sparsity: sensitivity.error(
+        name, *evaluator.replacement(name, bits, sparsity)
+    )
+
+
+def _worthwhile(
+    problem: Problem, budget: Budget, settings: Settings, macs: dict[str, float]
+) -> np.ndarray:
+    """Options that cost less of something than the same width with fewer zeros.
+
+    The others can only lose: a bitmask costs a bit per weight. What the clock says counts only
+    for options that save bytes; kernels do not skip single zeros.
+    """
+    options = [(b, s) for b in settings.widths for s in settings.sparsities]
+    parts = {k: v for k, v in budget.given.items() if k != "latency"} or {"size": 1.0}
+    found = resources(problem, Budget(**parts), options, macs)  # type: ignore[arg-type]
+    limited = [r for r in found if np.isfinite(r.limit)] or found
+    shape = (len(problem.free), len(settings.widths), len(settings.sparsities))
+    order = np.argsort(settings.sparsities)
+    wanted = np.zeros(shape, dtype=bool)
+    for resource in limited:
+        costs = resource.costs.reshape(shape)[..., order]
+        least = np.minimum.accumulate(costs, axis=-1)
+        wanted[..., order[1:]] |= costs[..., 1:] < least[..., :-1]
+    wanted[..., order[0]] = True
+    return wanted
+
+
+def latency_table(
+    problem: Problem, x: torch.Tensor, settings: Settings, *, progress: bool = True
+) -> LayerTable:
+    """Microseconds of every layer at every width and sparsity, in the engine on this machine.
+
+    Args:
+        problem: layers.
+        x: an input of one image, ``[1, ...]``.
+        settings: batch, threads, widths, sparsities, cache directory.
+        progress: show a progress bar.
+    """
+    key = {
+        "model": model_digest(problem.model),
+        "input": list(x.shape[1:]),
+        "batch": settings.latency_batch,
+        "pinned": sorted([n, b, s] for n, (b, s) in problem.pinned.items() if b is not None),
+        "float": sorted(set(problem.layers) - set(problem.free) - set(problem.pinned)),
+        "activation_bits": problem.activation_bits,
+        **machine(settings.threads),
+    }
+    store = Store(cache_dir(settings.directory), "latency", key)
+    times: LayerTimes | None = None
+
+    def column(bits: int, sparsity: float) -> None:
+        """All layers at once; what is no layer of ours goes by the name ''."""
+        nonlocal times
+        if times is None:
+            times = _layer_times(problem, x, settings)
+        layers, other = times.column(bits, sparsity)
+        for name in problem.free:
+            store[f"{name} {bits} {sparsity:g}"] = layers.get(name, 0.0)
+        store[f" {bits} {sparsity:g}"] = other
+
+    def measure(name: str, bits: int, sparsity: float) -> float:
+        column(bits, sparsity)
+        return store[f"{name} {bits} {sparsity:g}"]
+
+    table = fill(
+        "latency",
+        "µs",
+        problem.free,
+        measure,
+        store,
+        bits=settings.widths,
+        sparsities=settings.sparsities,
+        progress=progress,
+    )
+    others = [store[f" {b} {s:g}"] for b, s in table.options()]
+    table.constant = float(np.median(others))
+    table.about = {"batch": settings.latency_batch, **machine(settings.threads)}
+    return table
+
+
+def _layer_times(problem: Problem, x: torch.Tensor, settings: Settings) -> LayerTimes:
+    plan = problem.plan(dict.fromkeys(problem.free, (MAX_BITS, 0.0)))
+    prepared = prepare(problem.model, plan)
+    calibrate(prepared, [x], observer="minmax", progress=False)
+    batch = x.expand(settings.latency_batch, *x.shape[1:]).contiguous()
+    engine = compile_engine(convert(prepared), batch, policy="native")
+    return LayerTimes(engine, problem.free, batch=settings.latency_batch, threads=settings.threads)
+
+
+def _interactions(
+    problem: Problem,
+    budget: Budget,
+    data: Data,
+    settings: Settings,
+    macs: dict[str, float],
+    latency: LayerTable | None,
+    errors: LayerTable,
+) -> list[Pair]:
+    """Terms between the layers that lose most in the additive optimum.
+
+    To second order two errors add ``2 rho sqrt(e_i e_j)``, with ``rho`` between -1 and 1. It is
+    measured for each pair at the options of that optimum, and kept where it is not small. Errors
+    that seem to cancel are not counted: a solver would go where they are largest, and by then
+    they no longer cancel.
+    """
+    if not settings.interactions or len(problem.free) < 2:
+        return []
+    selection = selection_of(problem, budget, Tables(errors, latency, macs, []), settings)
+    columns = selection.choose()
+    if columns is None:
+        raise selection.impossible()
+    chosen = selection.errors[np.arange(len(columns)), columns]
+    worst = np.sort(np.argsort(-chosen, kind="stable")[:PAIR_LAYERS]).tolist()
+    evaluator = Evaluator(
+        problem.model, loader_of(data.table), data.loss_fn, weight_of=settings.weight_of
+    )
+    choice = selection.choice(columns)
+
+    def loss(*rows: int) -> float:
+        names = [problem.free[row] for row in rows]
+        return evaluator.measure({name: choice[name] for name in names}).loss
+
+    base = evaluator.measure({}).loss
+    single = {row: loss(row) - base for row in worst}
+    found = []
+    for position, first in enumerate(worst):
+        for second in worst[position + 1 :]:
+            size = 2 * np.sqrt(max(single[first], 0) * max(single[second], 0))
+            if size <= 0:
+                continue
+            joint = loss(first, second) - base - single[first] - single[second]
+            rho = min(joint / size, 1.0)
+            if rho >= PAIR_LEAST:
+                roots = [_levels(selection, row) for row in (first, second)]
+                found.append(Pair(first, second, 2 * rho * np.outer(*roots)))
+    return found
+
+
+def _levels(selection: Selection, row: int) -> np.ndarray:
+    """Root of every option's error, rounded to a few levels, so that pairs stay small."""
+    errors, offered = selection.errors[row], selection.offered[row]
+    roots = np.sqrt(errors)
+    order = np.flatnonzero(offered)[np.argsort(roots[offered], kind="stable")]
+    result = np.zeros(len(errors))
+    for group in np.array_split(order, min(PAIR_LEVELS, len(order))):
+        result[group] = roots[group].mean()
+    return result

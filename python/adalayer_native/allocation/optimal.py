@@ -1,0 +1,104 @@
+"""Method "optimal": tables of measured errors and latencies, an exact solver, and a check.
+
+Three steps. The tables say what every width and sparsity of every layer costs in loss and, if the
+budget limits it, in time. The multiple-choice knapsack over them gives a plan
+(:mod:`~adalayer_native.allocation.knapsack`). Calibration data that the tables have not seen
+check it, and plans around it (:mod:`~adalayer_native.allocation.local_search`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from ..importance.batches import LossFn
+from ..plan import Plan
+from .budget import Budget
+from .evaluate import Evaluator, Measurement
+from .local_search import local_search
+from .measuring import Data, loader_of, measure_tables
+from .problem import Problem
+from .resources import resources
+from .selection import Selection, selection_of
+from .settings import Settings
+
+__all__ = ["optimal", "plan_of"]
+
+
+def optimal(
+    problem: Problem,
+    budget: Budget,
+    calibration: Iterable[Any],
+    settings: Settings,
+    *,
+    loss_fn: LossFn | None = None,
+    batches: int | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Plan:
+    """The plan; see :func:`~adalayer_native.allocation.allocate`.
+
+    Raises:
+        BudgetError: limits that cannot be kept; names those that bind and what is reachable.
+        CalibrationError: unusable data, or an error that is not finite.
+        PlanError: settings out of range.
+    """
+    settings.check()
+    _reachable(problem, budget, settings)
+    data = Data.split(problem.model, calibration, loss_fn, batches)
+    tables = measure_tables(problem, budget, data, settings, progress=progress)
+    selection = selection_of(problem, budget, tables, settings)
+    columns = selection.choose()
+    if columns is None:
+        raise selection.impossible()
+    measurement = None
+    if settings.rounds > 0:
+        evaluator = Evaluator(
+            problem.model,
+            loader_of(data.check),
+            loss_fn,
+            cache=cache,
+            weight_of=settings.weight_of,
+            key=settings.repair,
+        )
+        columns, measurement = local_search(
+            selection,
+            evaluator,
+            rounds=settings.rounds,
+            trials=settings.trials,
+            progress=progress,
+        )
+    return plan_of(selection, columns, measurement)
+
+
+def plan_of(
+    selection: Selection, columns: np.ndarray, measurement: Measurement | None = None
+) -> Plan:
+    """A plan that says what its layers are predicted to lose (``E``) and what it costs."""
+    problem = selection.problem
+    chosen = selection.errors[np.arange(len(columns)), columns]
+    scores = {n: {"E": float(e)} for n, e in zip(problem.free, chosen, strict=True)}
+    plan = problem.plan(selection.choice(columns), "optimal", {}, scores)
+    plan.measured = {} if measurement is None else measurement.as_dict()
+    plan.measured["predicted_loss"] = selection.predicted(columns)
+    for resource in selection.resources:
+        if resource.exact is None:
+            plan.measured[f"predicted {resource.name}"] = resource.total(columns)
+    return plan
+
+
+def _reachable(problem: Problem, budget: Budget, settings: Settings) -> None:
+    """Raise early, before anything is measured, where the file or the widths cannot be met."""
+    early = {k: v for k, v in budget.given.items() if k in ("size", "bytes", "bits")}
+    if not early:
+        return
+    options = [(b, s) for b in settings.widths for s in settings.sparsities]
+    part = Budget(**early)  # type: ignore[arg-type]
+    found = resources(problem, part, options, {})
+    errors = np.zeros((len(problem.free), len(options)))
+    selection = Selection(problem, part, found, options, errors)
+    if selection.choose() is None:
+        raise selection.impossible()

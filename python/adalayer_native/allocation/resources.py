@@ -1,0 +1,220 @@
+"""What every option of every layer costs, in each of the units that a budget can limit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import BudgetError
+from ..pruning.masks import pruned_count
+from .budget import Budget
+from .problem import Choice, Problem
+from .size import packed_bytes
+from .tables import LayerTable
+
+__all__ = ["Resource", "bit_operations", "energy_picojoules", "resources"]
+
+FLOAT_BITS = 32
+
+# Picojoules in a 45 nm process: Horowitz, "Computing's energy problem", ISSCC 2014, as tabulated
+# by Han et al., "Learning both weights and connections", NeurIPS 2015 (a 32-bit word from DRAM).
+MULTIPLY_8 = 0.2
+ADD_32 = 0.1
+FLOAT_MULTIPLY_ADD = 3.7 + 0.9
+DRAM_BYTE = 640.0 / 4
+
+
+def bit_operations(
+    macs: float, bits: int | None, activation_bits: int, sparsity: float = 0.0
+) -> float:
+    """``MACs * weight bits * activation bits * (1 - sparsity)``; a float layer has 32 times 32."""
+    if bits is None:
+        return macs * FLOAT_BITS * FLOAT_BITS
+    return macs * bits * activation_bits * (1.0 - sparsity)
+
+
+def energy_picojoules(
+    macs: float, weight_bytes: float, bits: int | None, activation_bits: int
+) -> float:
+    """A model, not a measurement: arithmetic plus one read of the weights from DRAM.
+
+    A multiplier's energy grows with the product of its operands' widths; every product is added
+    to a 32-bit sum. Zeros inside a layer are not skipped by the kernels: they save bytes only.
+    """
+    if bits is None:
+        return macs * FLOAT_MULTIPLY_ADD + weight_bytes * DRAM_BYTE
+    multiply = MULTIPLY_8 * bits * activation_bits / 64.0
+    return macs * (multiply + ADD_32) + weight_bytes * DRAM_BYTE
+
+
+@dataclass
+class Resource:
+    """One quantity that is added up over layers, and its limit.
+
+    Attributes:
+        name: what it is, in words.
+        costs: float64 ``[layers, options]``.
+        constant: what does not depend on the options.
+        limit: largest allowed total; infinite where nothing is asked.
+        slack: ``constant + sum(costs)`` is at most so much above the real total.
+        exact: the real total of a choice; default: the sum.
+        show: a total in words.
+    """
+
+    name: str
+    costs: np.ndarray
+    constant: float
+    limit: float
+    show: Callable[[float], str]
+    slack: float = 0.0
+    exact: Callable[[Choice], float] | None = None
+
+    def total(self, choice: np.ndarray) -> float:
+        """``constant + sum_l costs[l, choice_l]``; at least the real total."""
+        return self.constant + float(self.costs[np.arange(len(choice)), choice].sum())
+
+
+def resources(
+    problem: Problem,
+    budget: Budget,
+    options: Sequence[tuple[int, float]],
+    macs: Mapping[str, float],
+    latency: LayerTable | None = None,
+) -> list[Resource]:
+    """A :class:`Resource` for each limit of the budget, and the file's bytes in any case.
+
+    Args:
+        problem: without a budget of its own: its costs are bytes.
+        budget: limits.
+        options: ``(bits, sparsity)``, the columns.
+        macs: multiply-accumulates per image of every layer of the model.
+        latency: microseconds per call, where the budget limits the latency; its layers and
+            options are those of the problem.
+
+    Raises:
+        BudgetError: the latency is limited and there is no table.
+    """
+    found = [_bytes(problem, budget, options)]
+    if budget.bits is not None:
+        found.append(_average_bits(problem, budget.bits, options))
+    if budget.latency is not None:
+        if latency is None:
+            raise BudgetError("a latency budget needs a latency table")
+        found.append(
+            Resource(
+                "latency",
+                latency.flat() / 1000.0,
+                latency.constant / 1000.0,
+                budget.latency,
+                lambda value: f"{_up(value, 4)} ms",
+            )
+        )
+    if budget.bops is not None:
+        found.append(
+            _summed(
+                problem,
+                "number of bit operations",
+                budget.bops,
+                options,
+                lambda name, bits, sparsity: bit_operations(
+                    macs[name], bits, _activation_bits(problem, name), sparsity
+                ),
+                lambda value: f"{np.ceil(value):,.0f} per image",
+            )
+        )
+    if budget.energy is not None:
+        found.append(
+            _summed(
+                problem,
+                "modelled energy",
+                budget.energy,
+                options,
+                lambda name, bits, sparsity: 1e-6 * _energy(problem, macs, name, bits, sparsity),
+                lambda value: f"{_up(value, 4)} µJ per image",
+            )
+        )
+    return found
+
+
+def _up(value: float, digits: int) -> str:
+    """Rounded up, so that what is printed is a limit that can be kept."""
+    if value <= 0:
+        return "0"
+    power = 10.0 ** (digits - 1 - np.floor(np.log10(value)))
+    return f"{np.ceil(value * power * (1 - 1e-12)) / power:g}"
+
+
+def _bytes(problem: Problem, budget: Budget, options: Sequence[tuple[int, float]]) -> Resource:
+    costs = np.zeros((len(problem.free), len(options)))
+    for row, name in enumerate(problem.free):
+        count = problem.layers[name].weight.numel()
+        for column, (bits, sparsity) in enumerate(options):
+            costs[row, column] = packed_bytes(count, count - pruned_count(count, sparsity), bits)
+
+    def choice(columns: np.ndarray) -> Choice:
+        return {n: options[c] for n, c in zip(problem.free, columns.tolist(), strict=True)}
+
+    # The header of the file is text: the largest plan has the most digits in it.
+    rows = np.arange(len(problem.free))
+    ends = [costs.argmax(axis=1), costs.argmin(axis=1)]
+    above, below = (problem.cost(choice(end)) - costs[rows, end].sum() for end in ends)
+    limit = budget.limit_bytes(problem.float_bytes)
+
+    def show(value: float) -> str:
+        share = np.ceil(value / problem.float_bytes * 1e5) / 1e5
+        return (
+            f"{int(np.ceil(value)):,} bytes, {share:.5f} of the float file "
+            f"({problem.float_bytes:,} bytes)"
+        )
+
+    return Resource(
+        "size",
+        costs,
+        float(above),
+        np.inf if limit is None else float(limit),
+        show,
+        float(above - below),
+        problem.cost,
+    )
+
+
+def _average_bits(problem: Problem, limit: float, options: Sequence[tuple[int, float]]) -> Resource:
+    total = sum(layer.weight.numel() for layer in problem.layers.values())
+    counts = np.array([problem.layers[name].weight.numel() for name in problem.free])
+    each = np.array([bits * (1.0 - sparsity) for bits, sparsity in options])
+    rest = problem.plan(dict.fromkeys(problem.free, (options[0][0], options[0][1])))
+    costs = counts[:, None] * each[None] / max(1, total)
+    constant = rest.average_bits - float(costs[:, 0].sum())
+    return Resource(
+        "average width", costs, constant, limit, lambda value: f"{_up(value, 4)} bits per weight"
+    )
+
+
+def _summed(
+    problem: Problem,
+    name: str,
+    limit: float,
+    options: Sequence[tuple[int, float]],
+    cost: Callable[[str, int | None, float], float],
+    show: Callable[[float], str],
+) -> Resource:
+    costs = np.array([[cost(n, b, s) for b, s in options] for n in problem.free])
+    others = [n for n in problem.layers if n not in set(problem.free)]
+    constant = sum(cost(n, *problem.pinned.get(n, (None, 0.0))) for n in others)
+    return Resource(name, costs, constant, limit, show)
+
+
+def _activation_bits(problem: Problem, name: str) -> int:
+    return problem.plan({})[name].activation_bits
+
+
+def _energy(
+    problem: Problem, macs: Mapping[str, float], name: str, bits: int | None, sparsity: float
+) -> float:
+    count = problem.layers[name].weight.numel()
+    if bits is None:
+        return energy_picojoules(macs[name], 4.0 * count, None, FLOAT_BITS)
+    stored = packed_bytes(count, count - pruned_count(count, sparsity), bits)
+    return energy_picojoules(macs[name], stored, bits, _activation_bits(problem, name))

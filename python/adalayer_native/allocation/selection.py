@@ -1,0 +1,194 @@
+"""A budgeted choice from tables: the knapsack with real limits, and errors that explain them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import BudgetError
+from .budget import Budget
+from .knapsack import Limit, Pair, monotone, solve
+from .problem import Choice, Problem
+from .resources import Resource, resources
+from .settings import Settings
+from .tables import LayerTable
+
+__all__ = ["Selection", "Tables", "selection_of"]
+
+_TRIES = 20
+
+
+class Selection:
+    """Chooses one option per layer by predicted error, within every limit.
+
+    Args:
+        problem: layers.
+        budget: for messages.
+        resources: what is limited.
+        options: ``(bits, sparsity)``, the columns of all tables.
+        errors: float64 ``[layers, options]``; NaN where an option is not offered.
+        pairs: terms between layers.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        budget: Budget,
+        resources: Sequence[Resource],
+        options: Sequence[tuple[int, float]],
+        errors: np.ndarray,
+        pairs: Sequence[Pair] = (),
+    ) -> None:
+        self.problem, self.budget = problem, budget
+        self.resources, self.options = list(resources), list(options)
+        self.offered = np.isfinite(errors)
+        self.errors = np.where(self.offered, errors, 0.0)
+        self.pairs = list(pairs)
+
+    def choice(self, columns: np.ndarray) -> Choice:
+        """Bits and sparsity per layer."""
+        names = self.problem.free
+        return {n: self.options[c] for n, c in zip(names, columns.tolist(), strict=True)}
+
+    def predicted(self, columns: np.ndarray, errors: np.ndarray | None = None) -> float:
+        """Sum of the layers' errors and of the terms between them."""
+        table = self.errors if errors is None else errors
+        total = float(table[np.arange(len(columns)), columns].sum())
+        for pair in self.pairs:
+            total += float(pair.values[columns[pair.first], columns[pair.second]])
+        return total
+
+    def excess(self, resource: Resource, columns: np.ndarray) -> float:
+        """How far a choice is beyond a limit; at most 0 if it keeps it."""
+        if resource.exact is None:
+            total = resource.total(columns)
+        else:
+            total = resource.exact(self.choice(columns))
+        return total - resource.limit
+
+    def fits(self, columns: np.ndarray) -> bool:
+        """Whether a choice keeps all limits."""
+        return all(
+            self.excess(r, columns) <= 1e-9 * max(1.0, abs(r.limit))
+            for r in self.resources
+            if np.isfinite(r.limit)
+        )
+
+    def choose(
+        self,
+        *,
+        errors: np.ndarray | None = None,
+        allowed: np.ndarray | None = None,
+        without: Resource | None = None,
+        pairs: Sequence[Pair] | None = None,
+    ) -> np.ndarray | None:
+        """Columns of the best choice that keeps all limits, or ``None`` if there is none.
+
+        Args:
+            errors: instead of the table's.
+            allowed: bool ``[layers, options]``: options to choose from.
+            without: a resource whose limit does not count.
+            pairs: instead of the selection's.
+        """
+        table = self.errors if errors is None else errors
+        usable = self.offered if allowed is None else self.offered & allowed
+        if not usable.any(axis=1).all():
+            return None
+        active = [r for r in self.resources if r is not without and np.isfinite(r.limit)]
+        ends = {id(r): r.limit - r.constant + r.slack for r in active}
+        for _ in range(_TRIES):
+            found = solve(
+                table,
+                [Limit(r.costs, ends[id(r)]) for r in active],
+                allowed=usable,
+                pairs=self.pairs if pairs is None else pairs,
+            )
+            if found is None:
+                return None
+            over = {id(r): self.excess(r, found) for r in active}
+            beyond = [r for r in active if over[id(r)] > 1e-9 * max(1.0, abs(r.limit))]
+            if not beyond:
+                return found
+            # The file's header has some digits more or fewer than the sum of the layers says, and
+            # the solver its tolerance: less is left for the layers, and again.
+            for resource in beyond:
+                spent = resource.total(found) - resource.constant
+                ends[id(resource)] = min(
+                    ends[id(resource)] - 1e-9 * abs(resource.limit), spent - over[id(resource)]
+                )
+        return None
+
+    def least(self, resource: Resource, keep: bool) -> float | None:
+        """Smallest reachable total of a resource; with ``keep`` the others' limits count."""
+        if not keep:
+            costs = np.where(self.offered, resource.costs, np.inf)
+            found: np.ndarray | None = costs.argmin(axis=1)
+        else:
+            found = self.choose(errors=resource.costs, without=resource, pairs=())
+        if found is None:
+            return None
+        return self.excess(resource, found) + resource.limit
+
+    def impossible(self) -> BudgetError:
+        """The error for limits that nothing keeps: names those that bind and what they can be."""
+        limited = [r for r in self.resources if np.isfinite(r.limit)]
+        start = f"the budget ({self.budget}) cannot be met"
+        alone = []
+        for resource in limited:
+            least = self.least(resource, False)
+            if least is not None and least > resource.limit * (1 + 1e-9):
+                alone.append(f"the smallest reachable {resource.name} is {resource.show(least)}")
+        if alone:
+            return BudgetError(f"{start}: {'; '.join(alone)}")
+        together = []
+        for resource in limited:
+            least = self.least(resource, True)
+            if least is not None:
+                together.append(f"{resource.name} of at least {resource.show(least)}")
+        hint = "; ".join(together) or "each limit can be kept, but no two of them"
+        return BudgetError(
+            f"{start}: every limit can be kept alone, but not together; with the other limits as "
+            f"they are, possible is a {' or a '.join(together) if together else hint}"
+        )
+
+
+@dataclass
+class Tables:
+    """What is known about a model before a budget is.
+
+    Attributes:
+        errors: predicted loss increase per layer and option.
+        latency: microseconds per call, where asked for.
+        macs: multiply-accumulates per image of every layer.
+        pairs: terms between layers.
+    """
+
+    errors: LayerTable
+    latency: LayerTable | None
+    macs: dict[str, float]
+    pairs: list[Pair]
+
+
+def selection_of(problem: Problem, budget: Budget, tables: Tables, settings: Settings) -> Selection:
+    """Tables and limits put together."""
+    table, latency = tables.errors, tables.latency
+    if settings.step is not None:
+        table = table.finer(settings.step, logarithmic=True)
+        latency = None if latency is None else latency.finer(settings.step, logarithmic=False)
+    missing = np.isnan(table.values)
+    filled = monotone(np.where(missing, _nearest(table.values), table.values))
+    errors = np.where(missing, np.nan, filled).reshape(len(problem.free), -1)
+    options = table.options()
+    found = resources(problem, budget, options, tables.macs, latency)
+    return Selection(problem, budget, found, options, errors, tables.pairs)
+
+
+def _nearest(values: np.ndarray) -> np.ndarray:
+    """Missing entries taken from the next lower sparsity; the unpruned ones are all there."""
+    filled = values.copy()
+    for column in range(1, values.shape[-1]):
+        gap = np.isnan(filled[..., column])
+        filled[..., column][gap] = filled[..., column - 1][gap]
+    return filled

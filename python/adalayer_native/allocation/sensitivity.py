@@ -1,0 +1,209 @@
+r"""What an error in one layer's weight costs the network, before a whole plan is tried.
+
+A solver needs a number per layer and option that can be added up. The candidates are judged by how
+they rank whole plans; see :class:`LogitSensitivity` for the one that is the default and the
+comparison, and ``measure="loss"`` of :func:`~adalayer_native.allocation.allocate` for the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..errors import CalibrationError
+from ..importance.analyze import eval_mode
+from ..importance.batches import Batch, tensor_output
+
+__all__ = ["LayerError", "LogitSensitivity", "WeightOf", "shifted"]
+
+# The two places where a repair plugs in: what a layer gets at (bits, sparsity), and what that does
+# to the loss. The first is the dequantized weight in the layer's own shape, alone or with what is
+# added to the bias, float32 ``[out_channels]``.
+WeightOf = Callable[[str, int, float], Tensor | tuple[Tensor, Tensor | None]]
+LayerError = Callable[[str, int, float], float]
+
+
+def shifted(layer: nn.Module, output: Tensor, shift: Tensor) -> Tensor:
+    """A layer's output with a constant added to every channel."""
+    if isinstance(layer, nn.Linear):
+        return output + shift
+    return output + shift.view(-1, 1, 1)
+
+
+MEMORY = 1 << 30  # bytes of layer inputs and gradients that are kept
+
+
+class LogitSensitivity:
+    r"""The loss increase to second order, with the errors of all positions added with their signs.
+
+    Let ``J`` be the derivative of the logits z of one image by the output y of a layer, ``p`` the
+    softmax of z, and ``dy`` the change of y by the weight error. To second order
+
+    .. math:: KL(p \| p') = \tfrac12 (J\,dy)^T (\mathrm{diag}(p) - p p^T) (J\,dy)
+              = \tfrac12\, E_v \langle J^T B v, dy \rangle^2, \quad B = (I - p 1^T)\,
+              \mathrm{diag}(\sqrt p),\ v \sim N(0, I)
+
+    (the Gauss-Newton form of the Hessian, Schraudolph 2002, with one random vector per image in
+    place of all classes). A backward pass per v gives ``J^T B v`` of every layer at once; one
+    option then costs one convolution of the layer's own input with the weight error.
+
+    Why this one: for 80 plans of 6 to 15 % of the float file, the rank correlation between the sum
+    over layers and the real KL on 1,000 held-out training images of CIFAR-10, with the trend over
+    the plans' size taken out of both, is
+
+    ==================================  =========  ===========
+    error of a layer                    ResNet-20  AdaLayerNet
+    ==================================  =========  ===========
+    this                                     0.71         0.90
+    loss with that layer alone changed       0.71         0.90
+    diagonal over outputs instead            0.58         0.83
+    KFAC with a diagonal output factor       0.40         0.60
+    weight error                             0.43         0.23
+    relative output error                    0.25        -0.03
+    ==================================  =========  ===========
+
+    The second costs a pass through the network per option, this one a single layer. Errors of
+    different positions cancel in the logits, which diagonals do not see.
+
+    Args:
+        model: float model; not changed.
+        batches: calibration batches; the first ``images`` images are used, fewer where layer
+            inputs and gradients exceed 1 GiB.
+        layers: the layers of interest by name.
+        images: at most so many.
+        directions: random vectors per image.
+        seed: of the random vectors.
+        logits: false for outputs that are no logits: the squared change of the output is used.
+
+    Raises:
+        CalibrationError: no batches, or outputs that are no tensor.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Batch],
+        layers: dict[str, Any],
+        *,
+        images: int = 128,
+        directions: int = 3,
+        seed: int = 0,
+        logits: bool = True,
+    ) -> None:
+        self.layers = layers
+        self.images = self.directions = 0
+        # Per layer, batch and call: the input, and the gradients of every direction.
+        self._seen: dict[str, list[list[tuple[Tensor, list[Tensor]]]]] = {n: [] for n in layers}
+        generator = torch.Generator().manual_seed(seed)
+        held = 0
+        for batch in batches:
+            room = images - self.images
+            if room <= 0 or held >= MEMORY:
+                break
+            per_image = self._bytes(model, batch.x[:1]) * (directions + 1)
+            fitting = max(1, int((MEMORY - held) // max(1, per_image)))
+            x = batch.x[: min(room, fitting)]
+            held += per_image * x.shape[0]
+            self._run(model, x, directions, generator, logits)
+            self.images += x.shape[0]
+        if self.images == 0:
+            raise CalibrationError("the calibration data hold no image to measure errors on")
+        self.directions = directions
+
+    def _bytes(self, model: nn.Module, x: Tensor) -> int:
+        """Bytes of one image's layer outputs, which are about those of the inputs, too."""
+        total = 0
+
+        def count(_: nn.Module, __: Any, output: Tensor) -> None:
+            nonlocal total
+            total += 4 * output.numel()
+
+        handles = [layer.register_forward_hook(count) for layer in self.layers.values()]
+        try:
+            with torch.no_grad(), eval_mode(model):
+                model(x)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return total
+
+    def _run(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        directions: int,
+        generator: torch.Generator,
+        logits: bool,
+    ) -> None:
+        calls: list[tuple[str, Tensor, Tensor]] = []
+
+        def hook_for(name: str) -> Any:
+            def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+                # A leaf added to the output receives dL/dy even if an activation then works in
+                # place, and models whose parameters are frozen have a gradient, too.
+                probe = torch.zeros_like(output, requires_grad=True)
+                calls.append((name, inputs[0].detach(), probe))
+                return output + probe
+
+            return hook
+
+        handles = [
+            layer.register_forward_hook(hook_for(name)) for name, layer in self.layers.items()
+        ]
+        try:
+            with torch.enable_grad(), eval_mode(model):
+                output = tensor_output(model(x))
+        finally:
+            for handle in handles:
+                handle.remove()
+        gradients: list[list[Tensor]] = [[] for _ in calls]
+        positions = output[0, 0].numel()
+        p = output.detach().float().softmax(dim=1)
+        for direction in range(directions):
+            v = torch.randn(output.shape, generator=generator).to(output.device)
+            if logits:
+                root = p.sqrt() * v
+                v = root - p * root.sum(dim=1, keepdim=True)
+            found = torch.autograd.grad(
+                (output.float() * v).sum() / positions**0.5,
+                [probe for _, _, probe in calls],
+                retain_graph=direction + 1 < directions,
+                allow_unused=True,
+            )
+            for (_, _, probe), kept, gradient in zip(calls, gradients, found, strict=True):
+                kept.append(torch.zeros_like(probe.detach()) if gradient is None else gradient)
+        for name in self.layers:
+            self._seen[name].append(
+                [(call[1], kept) for call, kept in zip(calls, gradients, strict=True)
+                 if call[0] == name]
+            )  # fmt: skip
+
+    @torch.no_grad()
+    def error(self, name: str, weight: Tensor, shift: Tensor | None = None) -> float:
+        """Predicted loss increase in nats per image.
+
+        Args:
+            name: of the layer.
+            weight: its new weight.
+            shift: added to its bias, ``[out_channels]``.
+        """
+        layer = self.layers[name]
+        state = {"weight": weight.to(layer.weight) - layer.weight}
+        if layer.bias is not None:
+            state["bias"] = torch.zeros_like(layer.bias)
+        total = 0.0
+        for calls in self._seen[name]:
+            # A layer that is called twice changes the logits by the sum of both.
+            inner = torch.zeros((), dtype=torch.float64)
+            for inputs, gradients in calls:
+                change = functional_call(layer, state, (inputs,))
+                if shift is not None:
+                    change = shifted(layer, change, shift)
+                products = [(g * change).flatten(1).sum(1) for g in gradients]
+                inner = inner + torch.stack(products).double().cpu()
+            total += float(inner.square().sum())
+        return 0.5 * total / (self.images * self.directions)

@@ -1,0 +1,94 @@
+"""Options of method "optimal"."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ..errors import PlanError
+from .closed_form import MAX_SPARSITY
+from .sensitivity import LayerError, WeightOf
+from .tables import BITS, SPARSITIES
+
+__all__ = ["MEASURES", "Settings", "settings_of"]
+
+MEASURES = ("logits", "loss")
+
+
+@dataclass
+class Settings:
+    """Options of method ``"optimal"``.
+
+    Attributes:
+        widths, sparsities: the options of every layer.
+        step: sparsities between the measured ones are offered in such steps, their errors
+            interpolated in the logarithm; ``None`` offers the measured ones alone.
+        measure: what the error table holds. ``"logits"``: loss increase to second order
+            (:class:`~adalayer_native.allocation.sensitivity.LogitSensitivity`); ``"loss"``: the
+            loss of the network with that layer alone compressed, several times slower. Or a
+            function ``(layer, bits, sparsity) -> float``.
+        weight_of: ``(layer, bits, sparsity) -> weight``: the dequantized weight after whatever
+            repairs the rounding, in the layer's own shape; or a pair of it and what is added to
+            the bias. Default: magnitude pruning and rounding to nearest. Errors, and the plans
+            that are tried, are of these weights.
+        repair: names ``measure`` and ``weight_of`` where they are functions, so that tables of
+            different ones are kept apart; a table is not kept without it.
+        interactions: whether to measure terms between the layers that lose most.
+        rounds, trials: of the local search; 0 rounds take the solver's plan as it is.
+        latency_batch: images per call for which latencies are measured.
+        threads: threads per call; default: those of ``ops.get_num_threads()``.
+        directory: where tables are kept; default: the user's cache directory.
+    """
+
+    widths: Sequence[int] = BITS
+    sparsities: Sequence[float] = SPARSITIES
+    step: float | None = 0.05
+    measure: str | LayerError = "logits"
+    weight_of: WeightOf | None = None
+    repair: str = ""
+    interactions: bool = True
+    rounds: int = 4
+    trials: int = 10
+    latency_batch: int = 1
+    threads: int | None = None
+    directory: str | os.PathLike[str] | None = None
+
+    def check(self) -> None:
+        """Raise :class:`~adalayer_native.errors.PlanError` where a value is out of range."""
+        if isinstance(self.measure, str) and self.measure not in MEASURES:
+            raise PlanError(f"unknown measure {self.measure!r}: expected one of {MEASURES}")
+        if not self.widths or not set(self.widths) <= set(BITS):
+            raise PlanError(f"widths must be some of {BITS}, got {tuple(self.widths)}")
+        if len(set(self.widths)) != len(self.widths):
+            raise PlanError(f"widths must differ, got {tuple(self.widths)}")
+        good = all(0 <= s <= MAX_SPARSITY for s in self.sparsities)
+        if (
+            not good
+            or 0 not in self.sparsities
+            or len(set(self.sparsities)) != len(self.sparsities)
+        ):
+            raise PlanError(
+                f"sparsities must be different numbers from 0 to {MAX_SPARSITY} with 0 among "
+                f"them, got {tuple(self.sparsities)}"
+            )
+        if self.step is not None and not 0.01 <= self.step <= 1:
+            raise PlanError(f"step must be from 0.01 to 1 or None, got {self.step!r}")
+        if self.rounds < 0 or self.trials < 1 or self.latency_batch < 1:
+            raise PlanError("rounds must not be negative; trials and latency_batch at least 1")
+
+
+def settings_of(
+    options: Mapping[str, Any] | None, tables: str | os.PathLike[str] | None
+) -> Settings:
+    """Settings from a mapping.
+
+    Raises:
+        PlanError: an unknown option.
+    """
+    known = {entry.name for entry in fields(Settings)} - {"directory"}
+    unknown = sorted(set(options or {}) - known)
+    if unknown:
+        raise PlanError(f"unknown options {unknown}: expected some of {sorted(known)}")
+    return Settings(**{**(options or {}), "directory": tables})

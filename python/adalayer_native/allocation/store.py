@@ -1,0 +1,151 @@
+"""Measurements that are kept between runs: one file per table, in the user's cache directory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import ops
+from .._files import write_text_atomic
+from ..importance.batches import tensor_bytes
+
+__all__ = ["Store", "cache_dir", "machine", "model_digest"]
+
+FORMAT = "adalayer-table-1"
+SAVE_INTERVAL = 2.0  # seconds between two writes
+
+
+def cache_dir(explicit: str | os.PathLike[str] | None = None) -> Path:
+    """Where tables are kept: ``explicit``, else ``adalayer_native`` in the user's cache directory.
+
+    That is ``$XDG_CACHE_HOME``, or ``~/.cache`` where it is unset or not absolute (the XDG base
+    directory specification says to ignore it then).
+    """
+    if explicit is not None:
+        return Path(explicit)
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    base = Path(home) if os.path.isabs(home) else Path.home() / ".cache"
+    return base / "adalayer_native"
+
+
+def machine(threads: int | None = None) -> dict[str, Any]:
+    """What a latency depends on besides the layer: processor, instruction set, threads."""
+    return {
+        "cpu": _processor(),
+        "isa": ops.active_isa(),
+        "threads": ops.get_num_threads() if threads is None else threads,
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def model_digest(model: nn.Module) -> str:
+    """Hash of the model's whole state: names, shapes, types and values."""
+    digest = hashlib.sha256(type(model).__qualname__.encode())
+    for key, value in model.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
+            digest.update(tensor_bytes(value))
+    return digest.hexdigest()
+
+
+class Store:
+    """Numbers by name in ``<directory>/<kind>-<hash of key>.json``; a mapping that saves itself.
+
+    Use it as a context manager: what was measured is on disk every few seconds and at the end,
+    also after Ctrl-C, so that the next run goes on there. The file is replaced as a whole or not
+    at all. One that cannot be read is reported with a warning and built anew.
+
+    Args:
+        directory: see :func:`cache_dir`.
+        kind: what the numbers are, a part of the file's name.
+        key: everything the numbers depend on; JSON values.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], kind: str, key: dict[str, Any]) -> None:
+        text = json.dumps({"format": FORMAT, "kind": kind, **key}, sort_keys=True)
+        name = hashlib.sha256(text.encode()).hexdigest()[:24]
+        self.path = Path(directory) / f"{kind}-{name}.json"
+        self.key = json.loads(text)
+        self.values: dict[str, float] = self._read()
+        self.changed = False
+        self.saved = time.monotonic()
+
+    def _read(self) -> dict[str, float]:
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return {}
+        except (OSError, UnicodeDecodeError) as error:
+            return self._damaged(str(error))
+        try:
+            data = json.loads(text)
+            if data["key"] != self.key:
+                return self._damaged("it belongs to other settings")
+            values = {str(k): float(v) for k, v in data["values"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return self._damaged(repr(error))
+        if not all(math.isfinite(value) for value in values.values()):
+            return self._damaged("it holds a number that is not finite")
+        return values
+
+    def _damaged(self, why: str) -> dict[str, float]:
+        warnings.warn(
+            f"the table {os.fspath(self.path)!r} cannot be used ({why}); it is measured anew",
+            stacklevel=4,
+        )
+        return {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.values
+
+    def __getitem__(self, name: str) -> float:
+        return self.values[name]
+
+    def __setitem__(self, name: str, value: float) -> None:
+        self.values[name] = value
+        self.changed = True
+        if time.monotonic() - self.saved >= SAVE_INTERVAL:
+            self.save()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values)
+
+    def save(self) -> None:
+        """Write the file if something is new."""
+        self.saved = time.monotonic()
+        if self.changed:
+            data = {"key": self.key, "values": self.values}
+            write_text_atomic(self.path, json.dumps(data, allow_nan=False, indent=1))
+            self.changed = False
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.save()

@@ -1,0 +1,192 @@
+"""Tables of one number per layer, width and sparsity: errors and latencies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .._progress import ProgressBar
+from ..errors import CalibrationError, PlanError
+from ..plan import unknown_layer
+from .closed_form import MAX_BITS, MIN_BITS
+from .store import Store
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["BITS", "SPARSITIES", "LayerTable", "fill"]
+
+BITS = tuple(range(MIN_BITS, MAX_BITS + 1))
+# Below 30 % a bitmask saves nothing at 2 and 3 bits and little at more; in between, the file
+# grows almost linearly, and errors slowly.
+SPARSITIES = (0.0, 0.3, 0.45, 0.6, 0.75, 0.9)
+_LEAST = 1e-12  # nats: what stands for an error of nothing in a logarithm
+
+
+@dataclass
+class LayerTable:
+    """One number per layer, width and sparsity.
+
+    Attributes:
+        what: ``"error"`` or ``"latency"``.
+        unit: of the numbers.
+        layers: names.
+        bits: widths.
+        sparsities: shares of zeros.
+        values: float64 ``[layers, widths, sparsities]``; NaN where an option saves nothing that
+            the budget counts and was therefore not measured.
+        constant: what is there whatever the layers do (operations that are no layers).
+        about: how it was measured.
+    """
+
+    what: str
+    unit: str
+    layers: tuple[str, ...]
+    bits: tuple[int, ...]
+    sparsities: tuple[float, ...]
+    values: np.ndarray
+    constant: float = 0.0
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def value(self, layer: str, bits: int, sparsity: float = 0.0) -> float:
+        """One entry.
+
+        Raises:
+            PlanError: an unknown layer, or an option that the table lacks.
+        """
+        if layer not in self.layers:
+            raise PlanError(unknown_layer(layer, list(self.layers)))
+        if bits not in self.bits or sparsity not in self.sparsities:
+            raise PlanError(
+                f"the {self.what} table holds widths {self.bits} and sparsities "
+                f"{self.sparsities}, not {bits} and {sparsity}"
+            )
+        position = (
+            self.layers.index(layer), self.bits.index(bits), self.sparsities.index(sparsity),
+        )  # fmt: skip
+        return float(self.values[position])
+
+    def options(self) -> list[tuple[int, float]]:
+        """``(bits, sparsity)`` in the order of :meth:`flat`."""
+        return [(b, s) for b in self.bits for s in self.sparsities]
+
+    def flat(self) -> np.ndarray:
+        """The values as ``[layers, options]``."""
+        return self.values.reshape(len(self.layers), -1)
+
+    def finer(self, step: float, *, logarithmic: bool) -> LayerTable:
+        """The table with sparsities in steps of ``step`` added, interpolated between neighbours.
+
+        Linear in the sparsity, of the values or of their logarithms. What lies beyond the last
+        measured sparsity of a width stays out.
+        """
+        top = max(self.sparsities)
+        steps = [round(k * step, 6) for k in range(int(top / step + 1e-9) + 1)]
+        sparsities = tuple(sorted({*self.sparsities, *steps}))
+        values = np.full((*self.values.shape[:2], len(sparsities)), np.nan)
+        order = np.argsort(self.sparsities)
+        points = np.array(self.sparsities)[order]
+        for row, layer in enumerate(self.values):
+            for column, line in enumerate(layer):
+                known = np.isfinite(line[order])
+                y = line[order][known]
+                if logarithmic:
+                    y = np.log(np.maximum(y, _LEAST))
+                at = np.array(sparsities)
+                found = np.interp(at, points[known], y)
+                found = np.exp(found) if logarithmic else found
+                values[row, column] = np.where(at <= points[known].max(), found, np.nan)
+                for position, sparsity in enumerate(self.sparsities):  # what was measured stays
+                    if np.isfinite(line[position]):
+                        values[row, column, sparsities.index(sparsity)] = line[position]
+        return replace(self, sparsities=sparsities, values=values)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values; entries that were not measured are ``None``."""
+        values = [
+            [[None if np.isnan(v) else float(v) for v in row] for row in layer]
+            for layer in self.values
+        ]
+        return {
+            "what": self.what,
+            "unit": self.unit,
+            "layers": list(self.layers),
+            "bits": list(self.bits),
+            "sparsities": list(self.sparsities),
+            "values": values,
+            "constant": self.constant,
+            "about": self.about,
+        }
+
+    def table(self, sparsity: float = 0.0) -> Table:
+        """The entries at one sparsity as a rich table, a row per layer."""
+        from rich.table import Table
+
+        title = f"{self.what.capitalize()} in {self.unit}, {100 * sparsity:g} % pruned"
+        rest = f"besides the layers: {self.constant:.3g}" if self.constant else None
+        table = Table(title=title, caption=rest)
+        table.add_column("Layer")
+        for bits in self.bits:
+            table.add_column(f"{bits} bits", justify="right")
+        column = self.sparsities.index(sparsity)
+        for name, rows in zip(self.layers, self.values, strict=True):
+            cells = ("" if np.isnan(v) else f"{v:.3g}" for v in rows[:, column])
+            table.add_row(name, *cells)
+        return table
+
+    def __rich__(self) -> Table:
+        return self.table(self.sparsities[0])
+
+
+def fill(
+    what: str,
+    unit: str,
+    layers: Sequence[str],
+    measure: Callable[[str, int, float], float],
+    store: Store,
+    *,
+    bits: Sequence[int] = BITS,
+    sparsities: Sequence[float] = SPARSITIES,
+    wanted: np.ndarray | None = None,
+    progress: bool = True,
+) -> LayerTable:
+    """A table whose missing entries are measured, one after another, and kept in ``store``.
+
+    Args:
+        what, unit, layers: see :class:`LayerTable`.
+        measure: ``(layer, bits, sparsity) -> number``.
+        store: entries that are there already are not measured again.
+        bits, sparsities: of the table.
+        wanted: bool ``[layers, widths, sparsities]``; the others become NaN. Default: all.
+        progress: show a progress bar.
+
+    Raises:
+        CalibrationError: a number that is not finite.
+    """
+    shape = (len(layers), len(bits), len(sparsities))
+    wanted = np.ones(shape, dtype=bool) if wanted is None else wanted
+    values = np.full(shape, np.nan)
+    bar = ProgressBar(f"measuring {what}s", int(wanted.sum()), unit="option", enabled=progress)
+    with store, bar:
+        for row, name in enumerate(layers):
+            for i, width in enumerate(bits):
+                for j, sparsity in enumerate(sparsities):
+                    if not wanted[row, i, j]:
+                        continue
+                    entry = f"{name} {width} {sparsity:g}"
+                    if entry not in store:
+                        value = float(measure(name, width, sparsity))
+                        if not np.isfinite(value):
+                            raise CalibrationError(
+                                f"layer {name!r} at {width} bits and sparsity {sparsity:g}: the "
+                                f"{what} is {value}; expected a finite number"
+                            )
+                        store[entry] = value
+                    values[row, i, j] = store[entry]
+                    bar.advance(1, name)
+    return LayerTable(
+        what, unit, tuple(layers), tuple(bits), tuple(sparsities), values,
+    )  # fmt: skip

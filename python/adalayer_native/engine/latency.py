@@ -1,0 +1,149 @@
+"""Microseconds per layer at other widths and sparsities, measured in the whole program."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+
+from adalayer_native import _C, ops
+from adalayer_native.engine.runtime import Engine, NativePart
+
+__all__ = ["LayerTimes"]
+
+
+class LayerTimes:
+    """Profiles an engine with other weights in its layers.
+
+    The engine's own programs are copied with random weights of the wanted width and sparsity,
+    everything else as it is, so that a layer is measured between its neighbours, on its layouts
+    and with the kernel that would run. All layers get the same width at once: one profile gives a
+    column of the table.
+
+    Args:
+        engine: compiled with ``policy="native"``.
+        layers: names of interest; those that the engine runs in torch or not at all are left out.
+        batch: images per call.
+        threads: threads per call; default: those of ``ops.get_num_threads()``.
+        rounds: runs per profile; the median counts.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        layers: Iterable[str],
+        *,
+        batch: int = 1,
+        threads: int | None = None,
+        rounds: int = 15,
+    ) -> None:
+        self.engine, self.batch, self.rounds = engine, batch, rounds
+        self.threads = ops.get_num_threads() if threads is None else threads
+        wanted = set(layers)
+        found: set[str] = set()
+        self.weights: list[set[int]] = []  # per native part: constants that are weights of layers
+        for step in engine._steps:
+            if isinstance(step.run, NativePart):
+                numbers: set[int] = set()
+                for op, name, _, _, _, _, constants in step.run.program.nodes():
+                    if op in ("conv", "conv_transpose") and _layer(name) in wanted:
+                        numbers.add(constants[0])
+                        found.add(_layer(name))
+                self.weights.append(numbers)
+        self.layers = sorted(found)
+
+    def column(self, bits: int, sparsity: float) -> tuple[dict[str, float], float]:
+        """Microseconds of every layer at one width and sparsity, and of everything else.
+
+        They add up to the median time of a whole call: the profile, which waits after every node
+        and sees at most as many images as the engine takes through the program at once, only says
+        how a call divides.
+        """
+        engine = copy.copy(self.engine)
+        engine._steps = [copy.copy(step) for step in self.engine._steps]
+        engine._single = None
+        weights = iter(self.weights)
+        times = dict.fromkeys(self.layers, 0.0)
+        other = 0.0
+        for step in engine._steps:
+            if not isinstance(step.run, NativePart):
+                continue
+            program = _reweighted(step.run.program, next(weights), bits, sparsity)
+            step.run = NativePart(program, step.run.outputs)
+            for entry in step.run.engine.profile(self.batch, self.threads, self.rounds):
+                if _layer(entry[0]) in times:
+                    times[_layer(entry[0])] += entry[7]
+                else:
+                    other += entry[7]
+        native = sum(times.values()) + other
+        if native <= 0:  # without vector kernels there is no profile
+            return times, self._call(engine)
+        if len(engine._steps) > 1:
+            return times, other
+        scale = self._call(engine) / native
+        return {name: scale * value for name, value in times.items()}, scale * other
+
+    def _call(self, engine: Engine) -> float:
+        inputs = [torch.rand(self.batch, *port.shape) for port in engine.inputs]
+        samples = []
+        before = ops.get_num_threads()
+        ops.set_num_threads(self.threads)
+        try:
+            for position in range(self.rounds + 2):
+                start = time.perf_counter()
+                engine(*inputs)
+                if position >= 2:  # the first rounds warm up
+                    samples.append(1e6 * (time.perf_counter() - start))
+        finally:
+            ops.set_num_threads(before)
+        return statistics.median(samples)
+
+
+def _layer(node: str) -> str:
+    # The second call of a layer is named "layer#2".
+    return node.split("#", 1)[0]
+
+
+def _reweighted(program: _C.Program, weights: set[int], bits: int, sparsity: float) -> _C.Program:
+    """The program with random weights of one width and sparsity in some layers."""
+    out = _C.Program()
+    adders = {
+        "weights": (out.add_constant_weights, 1),
+        "u8": (out.add_constant_u8, 1),
+        "f32": (out.add_constant_f32, 4),
+        "i32": (out.add_constant_i32, 4),
+    }
+    for number, (kind, _) in enumerate(program.constants()):
+        data = program.constant_bytes(number)
+        if number in weights:
+            packed = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            data = _random(ops.packed_info(packed)["shape"], bits, sparsity)
+        add, width = adders[kind]
+        held = np.frombuffer(data, dtype=np.uint8)  # alive until it is copied
+        add(held.ctypes.data, held.size // width)
+    for value in program.values():
+        out.add_value(*value)
+    for node in program.nodes():
+        out.add_node(*node)
+    out.set_inputs(program.inputs())
+    out.set_outputs(program.outputs())
+    for key, text in program.metadata().items():
+        out.set_metadata(key, text)
+    out.validate()
+    return out
+
+
+def _random(shape: Sequence[int], bits: int, sparsity: float) -> bytes:
+    """Packed weights with ``sparsity`` zeros; the same for the same arguments."""
+    random = np.random.default_rng(bits)
+    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    values = random.integers(1, high + 1, size=shape) * random.choice((-1, 1), size=shape)
+    values = np.maximum(values, low)
+    order = random.permutation(values.size)[: round(sparsity * values.size)]
+    values.reshape(-1)[order] = 0
+    packed = ops.pack_weight(torch.from_numpy(values.astype(np.int8)), bits)
+    return bytes(packed.numpy())
