@@ -7,8 +7,12 @@
 
 namespace adalayer::cpu {
 
+/// Elements of an epilogue's arrays: zeros follow the channels, because kernels read whole vectors
+/// from the first channel of a group, or of a tile of it, on.
+constexpr int64_t epilogue_size(int64_t channels) { return (channels + 31 + 63) / 64 * 64; }
+
 /// y = fma((float)(sum + correction[c]), scale[c], bias[c]), then the residual, then the finish
-/// (reference/image_spec.hpp). The arrays are padded with zeros to a multiple of 64 channels.
+/// (reference/image_spec.hpp). The arrays have epilogue_size() elements.
 struct ConvEpilogue {
   const int32_t* correction = nullptr;  // -zero_point of the input * sum of the channel's weights
   const float* scale = nullptr;

@@ -11,16 +11,10 @@
 namespace adalayer::engine {
 namespace {
 
-constexpr int64_t kChannelPadding = 64;
-
-int64_t padded_channels(int64_t channels) {
-  return (channels + kChannelPadding - 1) / kChannelPadding * kChannelPadding;
-}
-
 template <class T>
 AlignedBuffer padded_copy(std::span<const T> values) {
-  AlignedBuffer buffer(static_cast<size_t>(padded_channels(static_cast<int64_t>(values.size()))) *
-                       sizeof(T));
+  AlignedBuffer buffer(
+      static_cast<size_t>(cpu::epilogue_size(static_cast<int64_t>(values.size()))) * sizeof(T));
   buffer.clear();
   if (!values.empty()) std::memcpy(buffer.data(), values.data(), values.size_bytes());
   return buffer;

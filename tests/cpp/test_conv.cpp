@@ -64,7 +64,7 @@ void run_case(const Case& c, Isa isa, int parts, bool by_columns) {
   for (auto& v : r)
     v = static_cast<uint8_t>(pick(0, 255));
 
-  const auto padded = static_cast<size_t>((s.out_channels + 63) / 64 * 64);
+  const auto padded = static_cast<size_t>(epilogue_size(s.out_channels));
   std::vector<float> scale(padded), bias(padded);
   std::vector<int32_t> correction(padded);
   std::vector<uint8_t> table(256);

@@ -107,7 +107,7 @@ void fill(const Case& c, Numbers& n) {
   n.weights.resize(static_cast<size_t>(s.out_channels * s.reduction()));
   for (auto& w : n.weights)
     w = static_cast<int8_t>(c.extreme ? (pick(0, 3) ? -128 : 127) : pick(-128, 127));
-  const auto padded = static_cast<size_t>((s.out_channels + 63) / 64 * 64);
+  const auto padded = static_cast<size_t>(epilogue_size(s.out_channels));
   n.correction.assign(padded, 0);
   n.scale.assign(padded, 0.0f);
   n.bias.assign(padded, 0.0f);
