@@ -58,10 +58,23 @@ inline __attribute__((always_inline)) typename V::T decode(const uint8_t* tile, 
   }
 }
 
+// How far ahead of their use packed weights are fetched. They come from memory, once, and the
+// hardware's own prefetcher stops at every page.
+constexpr int64_t kPrefetchAhead = 4096;
+
+/// Fetches the lines of the tile that lies kPrefetchAhead further, spread over the vectors of this
+/// one. Past the end of the weights it touches nothing: a prefetch cannot fault.
+template <int kBits, int kVector>
+inline __attribute__((always_inline)) void prefetch_line(const uint8_t* tile) {
+  if constexpr (kVector < 2 * kBits)
+    _mm_prefetch(reinterpret_cast<const char*>(tile + kPrefetchAhead + kVector * 64), _MM_HINT_T0);
+}
+
 template <class V, int kBits>
 void unpack_tiles_bits(const uint8_t* packed, int64_t count, int8_t* out) {
   for (int64_t i = 0; i < count; ++i) {
     unrolled<0, kTileVectors>([&](auto v) __attribute__((always_inline)) {
+      prefetch_line<kBits, v.value>(packed);
       for (int part = 0; part < 64; part += V::kBytes)
         V::store(out + v.value * 64 + part, decode<V, kBits, v.value>(packed, part));
     });
@@ -88,18 +101,6 @@ void unpack_planar(const uint8_t* packed, int bits, int64_t count, int8_t* out) 
     default:
       std::memcpy(out, packed, static_cast<size_t>(count) * formats::kTileBytes);
   }
-}
-
-// How far ahead of the multiplication packed weights are fetched. They come from memory, once, and
-// the hardware's own prefetcher stops at every page.
-constexpr int64_t kPrefetchAhead = 4096;
-
-/// Fetches the lines of the tile that lies kPrefetchAhead further, spread over the vectors of this
-/// one. Past the end of the weights it touches nothing: a prefetch cannot fault.
-template <int kBits, int kVector>
-inline __attribute__((always_inline)) void prefetch_line(const uint8_t* tile) {
-  if constexpr (kVector < 2 * kBits)
-    _mm_prefetch(reinterpret_cast<const char*>(tile + kPrefetchAhead + kVector * 64), _MM_HINT_T0);
 }
 
 /// Matrix times 1 to 4 vectors: the weights go from memory through registers into the sums. Steps
