@@ -12,9 +12,10 @@ namespace adalayer::cpu {
 ///
 ///   offset(y, x) = ((p % phases) * phase_rows + p / phases) * row_bytes + (x + pad_left) * pitch
 ///
-/// A convolution then reads its input in place: a block of output positions is a strided run of
-/// bytes, and no im2col or copy is needed. The right padding of a row may be the left padding of
-/// the next one (columns counts pixels from one row's start to the next one's).
+/// A convolution reads its input in place, without im2col or a copy. Only the tile unit asks for
+/// phases: for it a block of output positions is a strided run of bytes. The right padding of a row
+/// may be the left padding of the next one (columns counts pixels from one row's start to the next
+/// one's).
 ///
 /// Invariants: bytes between channels and pitch of a pixel are unspecified but readable; padding
 /// pixels hold the zero point; `slack` readable bytes follow the last image, because kernels read

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from adalayer_native import _C
 from adalayer_native.engine.program import Program
 
-__all__ = ["emit"]
+__all__ = ["constant_adders", "emit"]
+
+
+def constant_adders(out: _C.Program) -> dict[str, tuple[Callable[[int, int], int], int]]:
+    """How to add a constant of each kind to a program, and the bytes of its elements."""
+    return {
+        "weights": (out.add_constant_weights, 1),
+        "u8": (out.add_constant_u8, 1),
+        "f32": (out.add_constant_f32, 4),
+        "i32": (out.add_constant_i32, 4),
+    }
 
 
 def emit(program: Program) -> _C.Program:
@@ -17,12 +29,7 @@ def emit(program: Program) -> _C.Program:
         ValueError: naming the node that breaks a rule of ``csrc/engine/program.hpp``.
     """
     out = _C.Program()
-    adders = {
-        "weights": (out.add_constant_weights, 1),
-        "u8": (out.add_constant_u8, 1),
-        "f32": (out.add_constant_f32, 4),
-        "i32": (out.add_constant_i32, 4),
-    }
+    adders = constant_adders(out)
     for constant in program.constants:
         add, width = adders[constant.kind]
         data = np.frombuffer(constant.data, dtype=np.uint8)  # alive until it is copied

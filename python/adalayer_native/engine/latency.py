@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from adalayer_native import _C, ops
+from adalayer_native.engine.emit import constant_adders
 from adalayer_native.engine.runtime import Engine, NativePart
 
 __all__ = ["LayerTimes"]
@@ -111,12 +112,7 @@ def _layer(node: str) -> str:
 def _reweighted(program: _C.Program, weights: set[int], bits: int, sparsity: float) -> _C.Program:
     """The program with random weights of one width and sparsity in some layers."""
     out = _C.Program()
-    adders = {
-        "weights": (out.add_constant_weights, 1),
-        "u8": (out.add_constant_u8, 1),
-        "f32": (out.add_constant_f32, 4),
-        "i32": (out.add_constant_i32, 4),
-    }
+    adders = constant_adders(out)
     for number, (kind, _) in enumerate(program.constants()):
         data = program.constant_bytes(number)
         if number in weights:
