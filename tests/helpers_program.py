@@ -148,6 +148,11 @@ def noise(program: _C.Program, batch: int, seed: int, spread: float = 60.0) -> l
 # -- random programs ------------------------------------------------------------------------------
 
 
+def inverse(grid: Grid) -> float:
+    """1 / scale as programs hold it."""
+    return float(np.float32(1) / np.float32(grid.scale))
+
+
 class _Random:
     """Adds random nodes to a builder; every draw makes a valid one."""
 
@@ -175,13 +180,14 @@ class _Random:
     def table(self, qmax: int) -> int:
         return self.builder.constant(self.rng.integers(0, qmax + 1, 256).astype(np.uint8))
 
-    def finish(self, grid: Grid) -> tuple[list[int], int]:
-        """lo, hi and zero point, and the table or -1."""
+    def finish(self, grid: Grid) -> tuple[list[int], float, int]:
+        """lo, hi and zero point, the inverse scale, and the table or -1."""
         if self.int(0, 2) == 0:
             lo = self.int(0, 255)
-            return [lo, self.int(lo, 255), self.int(0, 255)], self.table(grid.qmax)
+            limits = [lo, self.int(lo, 255), self.int(0, 255)]
+            return limits, self.scale(0.3, 3), self.table(grid.qmax)
         lo = self.pick([0, grid.zero_point])
-        return [lo, self.int(lo, grid.qmax), grid.zero_point], -1
+        return [lo, self.int(lo, grid.qmax), grid.zero_point], inverse(grid), -1
 
     def floats(self, n: int, low: float, high: float) -> int:
         return self.builder.constant(self.rng.uniform(low, high, n).astype(np.float32))
@@ -228,7 +234,7 @@ class _Random:
         out = self.builder.value((o, *size), grid)
         residual = [v for v in self.pool if v.shape == out.shape]
         inputs = [x, self.pick(residual)] if residual and self.int(0, 1) else [x]
-        finish, table = ([0, 255, 0], -1) if grid is None else self.finish(grid)
+        finish, inv, table = ([0, 255, 0], 1.0, -1) if grid is None else self.finish(grid)
         ints = [*kernel, *stride, *pad, *dilation, groups, *finish]
         limits = self.pick([(-INF, INF), (0.0, 6.0)])
         self.builder.node(
@@ -236,7 +242,7 @@ class _Random:
             inputs,
             out,
             ints,
-            [self.scale(-1, 1), *limits],
+            [inv, *limits],
             [
                 self.builder.weights(weights, bits),
                 self.floats(o, -unit, unit),
@@ -267,24 +273,22 @@ class _Random:
 
     def op_add(self, x: Value) -> None:
         grid = self.grid()
-        finish, table = self.finish(grid)
-        factors = [self.scale(-1, 1), self.scale(-1, 1), self.scale(-50, 50)]
+        finish, inv, table = self.finish(grid)
+        factors = [inv, self.scale(-1, 1), self.scale(-1, 1)]
         self.put("add", [x, self._second(x)], x.shape, grid, finish, factors, [table])
 
     def op_mul(self, x: Value) -> None:
         grid = self.grid()
-        finish, table = self.finish(grid)
-        other = self._second(x)
-        zeros = [x.grid.zero_point, other.grid.zero_point]
-        factors = [self.scale(-0.02, 0.02)]
-        self.put("mul", [x, other], x.shape, grid, [*zeros, *finish], factors, [table])
+        finish, inv, table = self.finish(grid)
+        factors = [inv, self.scale(-1, 1), self.scale(-0.02, 0.02)]
+        self.put("mul", [x, self._second(x)], x.shape, grid, finish, factors, [table])
 
     def op_affine(self, x: Value) -> None:
         grid = self.grid()
-        finish, table = self.finish(grid)
+        finish, inv, table = self.finish(grid)
         c = x.shape[0]
         constants = [self.floats(c, -1, 1), self.floats(c, -40, 40), table]
-        self.put("affine", [x], x.shape, grid, finish, constants=constants)
+        self.put("affine", [x], x.shape, grid, finish, [inv], constants)
 
     def op_concat(self, x: Value) -> None:
         fits = [v for v in self.pool if v.shape[1:] == x.shape[1:]]
@@ -301,15 +305,15 @@ class _Random:
     def op_squeeze(self, x: Value) -> None:
         """The global average, for additions and products per channel."""
         grid = self.grid()
-        finish, table = self.finish(grid)
-        ratio = [self.scale(0.2, 2)]
+        finish, inv, table = self.finish(grid)
+        ratio = [inv, self.scale(0.2, 2)]
         self.put("adaptive_avg_pool", [x], (x.shape[0], 1, 1), grid, finish, ratio, [table])
 
     def op_adaptive_avg_pool(self, x: Value) -> None:
         grid = self.grid()
-        finish, table = self.finish(grid)
+        finish, inv, table = self.finish(grid)
         shape = (x.shape[0], self.int(1, 7), self.int(1, 7))
-        ratio = [self.scale(0.2, 2)]
+        ratio = [inv, self.scale(0.2, 2)]
         self.put("adaptive_avg_pool", [x], shape, grid, finish, ratio, [table])
 
     def op_max_pool(self, x: Value) -> None:
@@ -344,9 +348,9 @@ class _Random:
             sizes.append(size)
             ints.append([kernel, stride, before, after])
         grid = self.grid()
-        finish, table = self.finish(grid)
+        finish, inv, table = self.finish(grid)
         order = [ints[axis][k] for k in range(4) for axis in range(2)]
-        ratio = [self.scale(0.2, 2)]
+        ratio = [inv, self.scale(0.2, 2)]
         shape = (x.shape[0], *sizes)
         ints = [*order, self.int(0, 1), *finish]
         self.put("avg_pool", [x], shape, grid, ints, ratio, [table])
@@ -390,11 +394,11 @@ class _Random:
             return
         constants = self._tables(x.shape[1:], sizes)
         if self.int(0, 1):
-            self.put("resize", [x], shape, x.grid, [0, 0, 255, 0], [1, 0], constants)
+            self.put("resize", [x], shape, x.grid, [0, 0, 255, 0], [1, 1, 0], constants)
             return
         grid = self.grid()
         finish = [0, grid.qmax, grid.zero_point]
-        factors = [self.scale(-1, 1), self.scale(-40, 40)]
+        factors = [inverse(grid), self.scale(-1, 1), self.scale(-40, 40)]
         self.put("resize", [x], shape, grid, [1, *finish], factors, constants)
 
     def op_layer_norm(self, x: Value) -> None:
@@ -402,7 +406,7 @@ class _Random:
         c = x.shape[0]
         constants = [self.floats(c, -30, 30), self.floats(c, -10, 40)]
         finish = [0, grid.qmax, grid.zero_point]
-        self.put("layer_norm", [x], x.shape, grid, finish, [1e-5], constants)
+        self.put("layer_norm", [x], x.shape, grid, finish, [inverse(grid), 1e-5], constants)
 
     def op_reshape(self, x: Value) -> None:
         elements = int(np.prod(x.shape))
@@ -428,10 +432,10 @@ class _Random:
             value = self.builder.value((c, *sizes))
             constants = self._tables((h, w), sizes)
             ints = [self.int(0, 1), 0, 255, 0]
-            return self.builder.node("resize", [out], value, ints, [1, 0], constants)
+            return self.builder.node("resize", [out], value, ints, [1, 1, 0], constants)
         if kind == 1:
             value = self.builder.value((c, 1, 1))
-            return self.builder.node("adaptive_avg_pool", [out], value, [0, 255, 0], [1], [-1])
+            return self.builder.node("adaptive_avg_pool", [out], value, [0, 255, 0], [1, 1], [-1])
         return out
 
 

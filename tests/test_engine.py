@@ -210,7 +210,7 @@ def small() -> tuple[nn.Module, Engine]:
 @pytest.mark.parametrize("name", PATTERNS)
 @torch.no_grad()
 def test_pattern(name: str) -> None:
-    """Law 2: each value at most one level apart on the same inputs, hardly any at all."""
+    """Law 2 on the same inputs, and over the whole network where no sum of torch's tips a level."""
     make, channels = PATTERNS[name]
     torch.manual_seed(5)
     model = Net(make(), channels)
@@ -219,8 +219,7 @@ def test_pattern(name: str) -> None:
     differences = node_differences(native, x)
     assert len(differences) >= 3
     for item in differences:
-        assert item.largest <= 1, item
-        assert item.count <= max(1, item.total // 1000), item
+        item.check()
     engine = ada.compile(native, x[:1], policy="native", strict=True)
     expected, got = native(x), engine(x)
     if not any(item.count for item in differences):
@@ -239,8 +238,7 @@ def test_odd_widths(name: str, bits: int, activation_bits: int) -> None:
         Net(make(), channels), smooth(16, seed=1), bits=bits, activation_bits=activation_bits
     )
     for item in node_differences(native, smooth(3, seed=2)):
-        assert item.largest <= 1, item
-        assert item.count <= max(1, item.total // 1000), item
+        item.check()
     engine = ada.compile(native, smooth(1, seed=0), policy="native", strict=True)
     widths = {row.bits for row in engine.coverage(rounds=0) if row.bits}
     assert widths == {bits}

@@ -60,13 +60,9 @@ def test_every_value_follows_the_module_tree(compiled: Compiled) -> None:
     differences = node_differences(compiled.native, compiled.images(2, seed=6))
     assert len(differences) > 5
     for item in differences:
-        assert item.largest <= 1, item
-        if item.op == "adaptive_avg_pool" and item.count:
-            # A mean of four levels on an unchanged grid lies halfway between two levels every
-            # fourth time; which way torch's float sum then falls is chance.
-            assert item.count <= item.total // 10, item
-            continue
-        assert item.count <= max(2, item.total // 1000), item
+        # A mean of four levels on an unchanged grid lies halfway between two levels every fourth
+        # time; which way torch's float sum then falls is chance.
+        item.check(0.1 if item.op == "adaptive_avg_pool" else 1e-3)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ def photographs(shared_dir: Path) -> ImageDataset:
 
 
 @pytest.mark.parametrize(
-    ("name", "bits"), [("adalayernet", 8), ("adalayernet", 3), ("resnet20", 4)]
+    ("name", "bits"), [("adalayernet", 8), ("adalayernet", 3), ("resnet20", 4), ("resnet20", 8)]
 )
 def test_engine_and_module_tree_agree(
     shared_dir: Path, photographs: ImageDataset, name: str, bits: int
@@ -42,16 +42,13 @@ def test_engine_and_module_tree_agree(
     engine = ada.compile(native, images[:1], policy="native", strict=True)
 
     for item in node_differences(native, images[:8]):
-        assert item.largest <= 1, item
-        if item.op != "adaptive_avg_pool":  # means of 16 levels lie halfway between two often
-            assert item.count <= item.total // 1000, item
+        item.check(0.1 if item.op == "adaptive_avg_pool" else 1e-3)  # means often lie halfway
 
     with torch.inference_mode():
         tree = native(images[256:])
         logits = engine(images[256:])
-    # A single step early in a residual network reaches every later value, and images close to a
-    # boundary change sides.
-    wanted = 0.999 if name == "adalayernet" else 0.995
-    assert (tree.argmax(1) == logits.argmax(1)).float().mean() >= wanted
+    assert (tree.argmax(1) == logits.argmax(1)).float().mean() >= 0.999
+    # Nothing but the last average is torch's own sum.
+    assert (tree == logits).all(1).float().mean() >= 0.99
     accuracy = (logits.argmax(1) == photographs.labels[draw[256:]]).float().mean()
     assert accuracy > 0.6, "the network does not know its classes"

@@ -8,15 +8,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers_program import INF, Builder, Grid, Value, noise, reference_values
+from helpers_program import INF, Builder, Grid, Value, inverse, noise, reference_values
 from oracle import fma32
 
 fma = np.vectorize(fma32, otypes=[np.float32])
 GRID = Grid(0.25, 30, 255)
 
 
-def finish(y: np.ndarray, lo: int, hi: int, zero: int, table: np.ndarray | None) -> np.ndarray:
-    """Clamp to levels lo .. hi, round half to even with rationals, look up."""
+def finish(
+    y: np.ndarray, inv: float, lo: int, hi: int, zero: int, table: np.ndarray | None
+) -> np.ndarray:
+    """Onto the grid, clamp to levels lo .. hi, round half to even with rationals, look up."""
+    y = y.astype(np.float32) * np.float32(inv)
     clamped = np.minimum(np.maximum(y, np.float32(lo - zero)), np.float32(hi - zero))
     rounded = np.vectorize(lambda v: round(Fraction(float(v))), otypes=[np.int64])(clamped)
     q = (rounded + zero).astype(np.uint8)
@@ -78,14 +81,15 @@ def test_convolutions(transposed, to_float, with_residual, with_table):
     if transposed:
         case = Case((4, 6, 5), shape)
         x, r = case.inputs
-    grid = None if to_float else Grid(0.5, 20, 255)
+    grid = None if to_float else Grid(0.3, 20, 255)
+    inv = 1.7 if to_float or with_table else inverse(grid)
     table = case.b.constant(case.table) if with_table else -1
     output = case.b.node(
         "conv_transpose" if transposed else "conv",
         [x, r] if with_residual else [x],
         case.b.value(shape, grid),
         [*kernel, *stride, *pad, *dilation, groups, 3, 250, 20],
-        [0.3, -25.0, INF],
+        [inv, -25.0, INF],
         [case.b.weights(w, bits), case.b.constant(scale), case.b.constant(bias), table],
     )
     q, residual, got = case.run(output)
@@ -102,14 +106,12 @@ def test_convolutions(transposed, to_float, with_residual, with_table):
         sums = F.conv2d(padded, weight, None, stride, 0, dilation, groups)
     acc = sums.numpy().astype(np.float32)
     y = fma(acc, scale[:, None, None], bias[:, None, None])
+    if with_residual:
+        y = y + (residual.astype(np.float32) - 30) * np.float32(GRID.scale)
     if to_float:
-        if with_residual:
-            y = y + (residual.astype(np.float32) - 30) * np.float32(0.25)
         np.testing.assert_array_equal(got, np.maximum(y, np.float32(-25)))
         return
-    if with_residual:
-        y = fma(residual.astype(np.float32), np.float32(0.3), y)
-    expected = finish(y, 3, 250, 20, case.table if with_table else None)
+    expected = finish(y, inv, 3, 250, 20, case.table if with_table else None)
     np.testing.assert_array_equal(got, expected)
 
 
@@ -119,15 +121,15 @@ def test_convolutions(transposed, to_float, with_residual, with_table):
 def test_two_operands(op, per_channel, with_table):
     case = Case((3, 4, 5), (3, 1, 1) if per_channel else (3, 4, 5))
     table = case.b.constant(case.table) if with_table else -1
-    ints = [0, 255, 40] if op == "add" else [30, 30, 5, 240, 40]
-    floats = [0.7, -0.3, 3.1] if op == "add" else [0.013]
-    out = case.b.value((3, 4, 5), Grid(0.5, 40, 255))
-    a, b, got = case.run(case.b.node(op, case.inputs, out, ints, floats, [table]))
-    a, b = a.astype(np.float32), np.broadcast_to(b, a.shape).astype(np.float32)
-    f = [np.float32(v) for v in floats]
-    y = fma(b, f[1], fma(a, f[0], f[2])) if op == "add" else ((a - 30) * (b - 30)) * f[0]
-    lo, hi = (0, 255) if op == "add" else (5, 240)
-    expected = finish(y, lo, hi, 40, case.table if with_table else None)
+    grid = Grid(0.3, 40, 255)
+    inv = 1.7 if with_table else inverse(grid)
+    out = case.b.value((3, 4, 5), grid)
+    floats = [inv, 0.7, -0.3]
+    a, b, got = case.run(case.b.node(op, case.inputs, out, [5, 240, 40], floats, [table]))
+    x = (a.astype(np.float32) - 30) * np.float32(0.7)
+    y = (np.broadcast_to(b, a.shape).astype(np.float32) - 30) * np.float32(-0.3)
+    y = x + y if op == "add" else x * y
+    expected = finish(y, inv, 5, 240, 40, case.table if with_table else None)
     np.testing.assert_array_equal(got, expected)
 
 
@@ -136,12 +138,12 @@ def test_affine_and_lookup():
     scale, bias = case.floats(3, 1), case.floats(3, 50)
     constants = [case.b.constant(scale), case.b.constant(bias), case.b.constant(case.table)]
     out = case.b.value((3, 4, 5), Grid(0.5, 7, 255))
-    line = case.b.node("affine", case.inputs, out, [2, 200, 90], constants=constants)
+    line = case.b.node("affine", case.inputs, out, [2, 200, 90], [1.7], constants)
     look = case.b.value((3, 4, 5), Grid(1.0, 0, 255))
     looked = case.b.node("lookup", [line], look, constants=[constants[2]])
     q, got = case.run(looked)
     y = fma(q.astype(np.float32), scale[:, None, None], bias[:, None, None])
-    np.testing.assert_array_equal(got, case.table[finish(y, 2, 200, 90, case.table)])
+    np.testing.assert_array_equal(got, case.table[finish(y, 1.7, 2, 200, 90, case.table)])
 
 
 def test_moving_levels():
@@ -180,11 +182,12 @@ def test_avg_pool(ceil, count, to_float):
     x = case.inputs[0]
     if to_float:
         x = case.b.node("dequantize", [x], case.b.value((3, 7, 8)))
-        finish_ints, out = [0, 255, 0], case.b.value(shape)
+        finish_ints, inv, out = [0, 255, 0], 1.0, case.b.value(shape)
     else:
-        finish_ints, out = [0, 255, 60], case.b.value(shape, Grid(0.2, 60, 255))
+        grid = Grid(1.3, 60, 255)
+        finish_ints, inv, out = [0, 255, 60], inverse(grid), case.b.value(shape, grid)
     ints = [3, 3, 2, 2, 1, 1, 1, 1, int(count), *finish_ints]
-    q, got = case.run(case.b.node("avg_pool", [x], out, ints, [1.25], [-1]))
+    q, got = case.run(case.b.node("avg_pool", [x], out, ints, [inv, 1.25], [-1]))
     if to_float:
         expected = pool(as_torch(q) * 0.25).numpy()
         np.testing.assert_array_equal(got, expected.astype(np.float32))
@@ -196,7 +199,7 @@ def test_avg_pool(ceil, count, to_float):
     divisor = inside / pool(ones).numpy()
     ratio = np.float32(1.25) / divisor.astype(np.float32)
     y = sums.astype(np.float32) * ratio
-    np.testing.assert_array_equal(got, finish(y, 0, 255, 60, None))
+    np.testing.assert_array_equal(got, finish(y, inv, 0, 255, 60, None))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 2), (9, 11)])
@@ -205,11 +208,11 @@ def test_adaptive_avg_pool(size):
     out = case.b.value((3, *size), Grid(0.2, 60, 255))
     constants = [case.b.constant(case.table)]
     q, got = case.run(
-        case.b.node("adaptive_avg_pool", case.inputs, out, [10, 240, 60], [1.25], constants)
+        case.b.node("adaptive_avg_pool", case.inputs, out, [10, 240, 60], [0.9, 1.25], constants)
     )
     y = F.adaptive_avg_pool2d(as_torch(q), size).numpy() * 1.25
     # One rounding of the ratio apart: equal but where the exact value lies on a tie.
-    expected = finish(y.astype(np.float32), 10, 240, 60, None)
+    expected = finish(y, 0.9, 10, 240, 60, None)
     raw = np.argsort(case.table)[got]
     assert np.abs(raw - expected).max() <= 1
     assert (raw != expected).mean() < 0.02
@@ -237,7 +240,8 @@ def test_resize(mode, to_float):
         x, grid = case.b.node("dequantize", [x], case.b.value((2, 4, 5))), None
     out = case.b.value((2, *size), grid)
     ints = [int(mode == "bilinear"), 0, 255, 9]
-    q, got = case.run(case.b.node("resize", [x], out, ints, [0.5, -6.0], constants))
+    inv = 1.0 if grid is None else inverse(grid)
+    q, got = case.run(case.b.node("resize", [x], out, ints, [inv, 0.5, -6.0], constants))
     align = True if mode == "bilinear" else None
     y = F.interpolate(as_torch(q, 0), size, mode=mode, align_corners=align).numpy()
     if to_float:
@@ -245,7 +249,7 @@ def test_resize(mode, to_float):
     elif mode == "nearest":
         np.testing.assert_array_equal(got, y)
     else:
-        expected = finish((y * 0.5 - 6).astype(np.float32), 0, 255, 9, None).astype(int)
+        expected = finish(y * 0.5 - 6, inv, 0, 255, 9, None).astype(int)
         assert np.abs(got - expected).max() <= 1
         assert (got != expected).mean() < 0.05
 
@@ -253,14 +257,17 @@ def test_resize(mode, to_float):
 def test_layer_norm():
     case = Case((11, 3, 4))
     gamma, beta = case.floats(11, 30), case.floats(11, 20)
-    out = case.b.value((11, 3, 4), Grid(0.1, 100, 255))
+    grid = Grid(1.3, 100, 255)
+    out = case.b.value((11, 3, 4), grid)
     constants = [case.b.constant(gamma), case.b.constant(beta)]
-    q, got = case.run(case.b.node("layer_norm", case.inputs, out, [0, 255, 100], [1e-3], constants))
+    floats = [inverse(grid), 1e-3]
+    q, got = case.run(case.b.node("layer_norm", case.inputs, out, [0, 255, 100], floats, constants))
     x = as_torch(q).permute(0, 2, 3, 1) * 0.25
     y = F.layer_norm(
         x, (11,), torch.from_numpy(gamma).double(), torch.from_numpy(beta).double(), 1e-3
     )
-    expected = finish(y.permute(0, 3, 1, 2).numpy().astype(np.float32), 0, 255, 100, None)
+    y = y.permute(0, 3, 1, 2).numpy()
+    expected = finish(y, inverse(grid), 0, 255, 100, None)
     difference = np.abs(got.astype(int) - expected.astype(int))
     assert difference.max() <= 1
     assert (difference != 0).mean() < 0.01

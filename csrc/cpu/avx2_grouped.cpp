@@ -106,6 +106,8 @@ struct Words256 {
   static F to_floats(I v) { return _mm256_cvtepi32_ps(v); }
   static I round(F v) { return _mm256_cvtps_epi32(v); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F add_floats(F a, F b) { return _mm256_add_ps(a, b); }
+  static F mul_floats(F a, F b) { return _mm256_mul_ps(a, b); }
   static F max(F a, F b) { return _mm256_max_ps(a, b); }
   static F min(F a, F b) { return _mm256_min_ps(a, b); }
   static I shuffle_bytes(I v, I by) { return _mm256_shuffle_epi8(v, by); }
@@ -113,6 +115,7 @@ struct Words256 {
   static I pack_bytes(I a, I b) { return _mm256_packus_epi16(a, b); }
   static I add_words(I a, I b) { return _mm256_adds_epi16(a, b); }
   static I add_dwords(I a, I b) { return _mm256_add_epi32(a, b); }
+  static I sub_dwords(I a, I b) { return _mm256_sub_epi32(a, b); }
   static I max_bytes(I a, I b) { return _mm256_max_epu8(a, b); }
   static I min_bytes(I a, I b) { return _mm256_min_epu8(a, b); }
   static I max_dwords(I a, I b) { return _mm256_max_epi32(a, b); }

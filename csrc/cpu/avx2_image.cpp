@@ -101,6 +101,7 @@ struct V {
     return _mm256_i32gather_ps(p, _mm256_maskload_epi32(index, mask32(left)), 4);
   }
 
+  static F add(F a, F b) { return _mm256_add_ps(a, b); }
   static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
   static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }

@@ -30,7 +30,9 @@ void requantize_tile(const RequantizeArgs& a, int t) {
                                             : load_sums(e.correction + channel + 8 * h);
   }
   const __m256 lo = _mm256_set1_ps(e.finish.lo), hi = _mm256_set1_ps(e.finish.hi);
+  const __m256 inv_scale = _mm256_set1_ps(e.finish.inv_scale);
   const __m256 residual_scale = _mm256_set1_ps(e.residual_scale);
+  const __m256i residual_zero = _mm256_set1_epi32(e.residual_zero);
   const __m256i zero = _mm256_set1_epi16(static_cast<int16_t>(e.finish.zero_point));
   const int32_t* sums = a.sums + 16 * t;
   for (int r = 0; r < a.rows; ++r, sums += 16 * a.tiles) {
@@ -43,8 +45,10 @@ void requantize_tile(const RequantizeArgs& a, int t) {
         const uint8_t* q = a.residual + a.residual_offset[r] + 16 * t + 8 * h;
         const __m256i wide =
             _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(q)));
-        y = _mm256_fmadd_ps(_mm256_cvtepi32_ps(wide), residual_scale, y);
+        const __m256 level = _mm256_cvtepi32_ps(_mm256_sub_epi32(wide, residual_zero));
+        y = _mm256_add_ps(y, _mm256_mul_ps(level, residual_scale));
       }
+      y = _mm256_mul_ps(y, inv_scale);
       relative[h] = _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(y, lo), hi));
     }
     // Packing works within lanes: the four quarters come out as low0 high0 low1 high1.

@@ -128,6 +128,8 @@ struct Vnni512 {
   static F to_floats(I v) { return _mm512_cvtepi32_ps(v); }
   static I round(F v) { return _mm512_cvtps_epi32(v); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F add_floats(F a, F b) { return _mm512_add_ps(a, b); }
+  static F mul_floats(F a, F b) { return _mm512_mul_ps(a, b); }
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
   static F min(F a, F b) { return _mm512_min_ps(a, b); }
   static I shuffle_bytes(I v, I by) { return _mm512_shuffle_epi8(v, by); }
@@ -135,6 +137,7 @@ struct Vnni512 {
   static I pack_bytes(I a, I b) { return _mm512_packus_epi16(a, b); }
   static I add_words(I a, I b) { return _mm512_adds_epi16(a, b); }
   static I add_dwords(I a, I b) { return _mm512_add_epi32(a, b); }
+  static I sub_dwords(I a, I b) { return _mm512_sub_epi32(a, b); }
   static I max_bytes(I a, I b) { return _mm512_max_epu8(a, b); }
   static I min_bytes(I a, I b) { return _mm512_min_epu8(a, b); }
   static I max_dwords(I a, I b) { return _mm512_max_epi32(a, b); }
@@ -196,6 +199,7 @@ void two_rows_of_three(const GroupedTile& t, const Finish<V>& finish) {
         sum = V::dot(sum, b[v], w[v][1][r]);
         sum = V::dot(sum, c[v], w[v][2][r]);
         F y = V::fma(V::to_floats(sum), scale[v], bias[v]);
+        y = V::mul_floats(y, finish.inv_scale);
         if constexpr (kClamp) y = finish.clamp(y);
         q[v] = V::round(y);
       }
@@ -254,6 +258,7 @@ void one_row_of_three(const GroupedTile& t, const Finish<V>& finish) {
       sum = V::dot(sum, c[v], w[v][2]);
       F y = V::fma(V::to_floats(sum), V::as_floats(V::load_constant(t.constants, 4 + v)),
                    V::as_floats(V::load_constant(t.constants, 8 + v)));
+      y = V::mul_floats(y, finish.inv_scale);
       if constexpr (kClamp) y = finish.clamp(y);
       q[v] = V::round(y);
     }

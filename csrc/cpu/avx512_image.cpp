@@ -68,6 +68,7 @@ struct V {
     return _mm512_i32gather_ps(_mm512_maskz_loadu_epi32(mask16(left), index), p, 4);
   }
 
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }

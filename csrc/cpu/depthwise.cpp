@@ -255,6 +255,8 @@ GroupedTile tile_of(const Job& job) {
   t.widen = job.widen;
   t.narrow = job.natural ? nullptr : job.narrow;
   t.residual_scale = e.residual_scale;
+  t.residual_zero = e.residual_zero;
+  t.inv_scale = e.finish.inv_scale;
   t.lo = e.finish.lo;
   t.hi = e.finish.hi;
   t.zero_point = e.finish.zero_point;
@@ -523,7 +525,7 @@ void run_plain(const ConvShape& s, const int8_t* weights, const ConvEpilogue& e,
                               x * s.stride_w - s.pad_left + kx * s.dilation_w)[channel + i];
         float value = conv_value(sum, e.scale[o], e.bias[o]);
         if (residual.data != nullptr)
-          value = add_residual(value, residual.pixel(y, x)[o], e.residual_scale);
+          value += dequantize_value(residual.pixel(y, x)[o], e.residual_scale, e.residual_zero);
         out.pixel(y, x)[o] = finish_u8(value, e.finish);
       }
 }

@@ -7,14 +7,16 @@
 /// The sums of a convolution on their way to u8.
 template <class V>
 struct Finish {
-  typename V::F residual_scale, lo, hi;
-  typename V::I zero_words, lo_bytes, hi_bytes, zero_dwords, lo_dwords, hi_dwords;
+  typename V::F residual_scale, inv_scale, lo, hi;
+  typename V::I residual_zero, zero_words, lo_bytes, hi_bytes, zero_dwords, lo_dwords, hi_dwords;
   bool clamp_floats;
 
   explicit Finish(const GroupedTile& t)
       : residual_scale(V::set1(t.residual_scale)),
+        inv_scale(V::set1(t.inv_scale)),
         lo(V::set1(t.lo)),
         hi(V::set1(t.hi)),
+        residual_zero(V::set1_dwords(t.residual_zero)),
         zero_words(V::set1_words(t.zero_point)),
         lo_bytes(V::set1_bytes(static_cast<int>(t.lo) + t.zero_point)),
         hi_bytes(V::set1_bytes(static_cast<int>(t.hi) + t.zero_point)),
@@ -30,6 +32,11 @@ struct Finish {
     return *self;
   }
 
+  /// Adds the real values of a residual's levels, in dwords.
+  typename V::F add(typename V::F y, typename V::I levels) const {
+    const auto relative = V::to_floats(V::sub_dwords(levels, residual_zero));
+    return V::add_floats(y, V::mul_floats(relative, residual_scale));
+  }
   typename V::F clamp(typename V::F y) const { return V::min(V::max(y, lo), hi); }
   /// Eight-bit levels of four vectors: packing saturates, which changes nothing that the clamp
   /// would not; so a clamp of floats that was left out may follow here.
@@ -82,9 +89,12 @@ inline void block_of_four(const GroupedTile& t, const Finish<V>& finish, int64_t
       for (int n = 0; n < kOuts; ++n) {
         const I bytes = V::template load_split<kSplit>(t.residual + n / kColumns, kRows,
                                                        (x + n % kColumns) * t.residual_pitch);
-        y[n] = V::fma(V::to_floats(V::shuffle_bytes(bytes, widen)), finish.residual_scale, y[n]);
+        y[n] = finish.add(y[n], V::shuffle_bytes(bytes, widen));
       }
     }
+#pragma GCC unroll 16
+    for (int n = 0; n < kOuts; ++n)
+      y[n] = V::mul_floats(y[n], finish.inv_scale);
     if (finish.clamp_floats) {
 #pragma GCC unroll 16
       for (int n = 0; n < kOuts; ++n)
@@ -389,8 +399,9 @@ void broadcast_block(const GroupedTile& t, const Finish<V>& finish, int64_t x) {
       auto y = V::fma(V::to_floats(acc[v][n]), scale, bias);
       if (t.residual != nullptr) {
         const auto r = V::widen_bytes(t.residual[0] + (x + n) * t.residual_pitch + first);
-        y = V::fma(V::to_floats(r), finish.residual_scale, y);
+        y = finish.add(y, r);
       }
+      y = V::mul_floats(y, finish.inv_scale);
       if (finish.clamp_floats) y = finish.clamp(y);
       V::store_dwords_as_bytes(t.out[0] + (x + n) * t.out_pitch + first, finish.dwords(V::round(y)),
                                left);

@@ -53,8 +53,8 @@ struct GroupedTile {
   const uint8_t* expand;  // Depthwise: [16 * lanes] byte shuffle of the loaded input, or null
   const uint8_t* widen;   // [4][16] byte shuffle from a granule to dwords of vector t
   const uint8_t* narrow;  // [16] byte shuffle from packed sums to channels, or null
-  float residual_scale, lo, hi;
-  int32_t zero_point;
+  float residual_scale, inv_scale, lo, hi;
+  int32_t residual_zero, zero_point;
   bool bounded;      // ConvEpilogue::bounded
   uint8_t* scratch;  // Depthwise: interleaved columns
 };

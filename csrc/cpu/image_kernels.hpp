@@ -40,13 +40,11 @@ struct GatherPlan {
   const int32_t* ends;          // end of each block's sources
 };
 
-/// y = fma(q, slope[i % period], offset[i % period]) * scale, where scaled.
+/// y = fma(q, slope[i % period], offset[i % period])
 struct LineArgs {
   const float* slope;   // [period], readable to the next multiple of 64
   const float* offset;  // likewise
   int64_t period;
-  bool scaled;
-  float scale;
   bool bounded;
   U8Finish finish;
 };
@@ -106,19 +104,19 @@ struct DequantizeRow {
   int64_t plane;
 };
 
-/// `bounded` promises |y| < 2^30 before the clamp for all possible inputs: the kernel may then
-/// convert first and clamp integers. lo and hi are whole numbers and rounding is monotone, so that
-/// the level is the same.
+/// `bounded` promises |y * inv_scale| < 2^30 for all possible inputs: the kernel may then convert
+/// first and clamp integers. lo and hi are whole numbers and rounding is monotone, so that the
+/// level is the same.
 struct ImageKernels {
   void (*copy)(const Pixels& p);
   void (*lookup)(const uint8_t* table, const Pixels& p);
   void (*gather)(const GatherPlan& plan, const Pixels& p);
 
   /// n bytes; b repeats after `period` bytes. Outputs may be inputs.
-  void (*add)(const AddSpec& spec, bool bounded, const uint8_t* a, const uint8_t* b, int64_t period,
-              uint8_t* out, int64_t n);
-  void (*mul)(const MulSpec& spec, bool bounded, const uint8_t* a, const uint8_t* b, uint8_t* out,
-              int64_t n);
+  void (*add)(const PairSpec& spec, bool bounded, const uint8_t* a, const uint8_t* b,
+              int64_t period, uint8_t* out, int64_t n);
+  void (*mul)(const PairSpec& spec, bool bounded, const uint8_t* a, const uint8_t* b,
+              int64_t period, uint8_t* out, int64_t n);
   void (*line)(const LineArgs& args, const uint8_t* in, uint8_t* out, int64_t n);
 
   void (*max_window)(const Window& w, const uint8_t* in, uint8_t* out);

@@ -112,7 +112,8 @@ void resize(const ResizeSpec& spec, ConstImageView in, ImageView out, Part part)
   const int64_t bytes = common_bytes(in, out);
   const int64_t first = part.first(b.h);
   const bool bounded = is_bounded(255.0 * std::fabs(static_cast<double>(spec.scale)) +
-                                  std::fabs(static_cast<double>(spec.offset)));
+                                      std::fabs(static_cast<double>(spec.offset)),
+                                  spec.finish);
   for (int64_t y = first; y < part.last(b.h); ++y) {
     if (spec.bilinear) {
       kernels.bilinear({in.row(spec.low_h[y]), in.row(spec.high_h[y]), a.pitch, &spec,

@@ -77,6 +77,35 @@ void each_pair(ConstImageView a, ConstImageView b, ImageView out, int64_t y, con
     fn(pa + x * la.pitch, pb + x * lb.pitch, po + x * lo.pitch, lo.channels);
 }
 
+double largest_real(float scale) { return 255.0 * std::fabs(static_cast<double>(scale)); }
+
+/// Add or mul, whose results have at most the absolute value `largest`.
+void pair(decltype(ImageKernels::add) kernel, const PairSpec& spec, double largest,
+          ConstImageView a, ConstImageView b, ImageView out, Part part) {
+  const ImageKernels& kernels = image_kernels();
+  const bool bounded = is_bounded(largest, spec.finish);
+  const int64_t h = out.layout->h;
+  const bool broadcast = is_broadcast(a, b);
+  const Period p = make_period(a, out);
+  const uint8_t* repeated = nullptr;
+  if (broadcast) {
+    const uint8_t* levels = b.pixel(0, 0);
+    repeated =
+        spread<uint8_t, ForBytes>(p, out.layout->channels, [&](int64_t c) { return levels[c]; });
+  }
+  for (int64_t y = part.first(h); y < part.last(h); ++y) {
+    if (broadcast)
+      each_run(a, out, y, [&](const uint8_t* from, uint8_t* to, int64_t n) {
+        kernel(spec, bounded, from, repeated, p.length, to, n);
+      });
+    else
+      each_pair(a, b, out, y, [&](const uint8_t* pa, const uint8_t* pb, uint8_t* po, int64_t n) {
+        kernel(spec, bounded, pa, pb, n, po, n);
+      });
+    apply_table(kernels, spec.finish, out, y);
+  }
+}
+
 }  // namespace
 
 void lookup(const uint8_t* table, ConstImageView in, ImageView out, Part part) {
@@ -86,70 +115,28 @@ void lookup(const uint8_t* table, ConstImageView in, ImageView out, Part part) {
     kernels.lookup(table, row_pixels(in, out, y));
 }
 
-void add(const AddSpec& spec, ConstImageView a, ConstImageView b, ImageView out, Part part) {
-  const ImageKernels& kernels = image_kernels();
-  const bool bounded = is_bounded(255.0 * (std::fabs(static_cast<double>(spec.scale_a)) +
-                                           std::fabs(static_cast<double>(spec.scale_b))) +
-                                  std::fabs(static_cast<double>(spec.offset)));
-  const int64_t h = out.layout->h;
-  if (is_broadcast(a, b)) {
-    const Period p = make_period(a, out);
-    const uint8_t* levels = b.pixel(0, 0);
-    const uint8_t* repeated =
-        spread<uint8_t, ForBytes>(p, out.layout->channels, [&](int64_t c) { return levels[c]; });
-    for (int64_t y = part.first(h); y < part.last(h); ++y) {
-      each_run(a, out, y, [&](const uint8_t* from, uint8_t* to, int64_t n) {
-        kernels.add(spec, bounded, from, repeated, p.length, to, n);
-      });
-      apply_table(kernels, spec.finish, out, y);
-    }
-    return;
-  }
-  for (int64_t y = part.first(h); y < part.last(h); ++y) {
-    each_pair(a, b, out, y, [&](const uint8_t* pa, const uint8_t* pb, uint8_t* po, int64_t n) {
-      kernels.add(spec, bounded, pa, pb, n, po, n);
-    });
-    apply_table(kernels, spec.finish, out, y);
-  }
+void add(const PairSpec& spec, ConstImageView a, ConstImageView b, ImageView out, Part part) {
+  const double largest = largest_real(spec.scale_a) + largest_real(spec.scale_b);
+  pair(image_kernels().add, spec, largest, a, b, out, part);
 }
 
-void mul(const MulSpec& spec, ConstImageView a, ConstImageView b, ImageView out, Part part) {
-  const ImageKernels& kernels = image_kernels();
-  const bool bounded = is_bounded(65025.0 * std::fabs(static_cast<double>(spec.scale)));
-  if (is_broadcast(a, b)) {
-    // (a - zero_a) * m = fma(a, m, -zero_a * m) without rounding: all integers below 2^24.
-    const Period p = make_period(a, out);
-    const uint8_t* levels = b.pixel(0, 0);
-    const auto factor = [&](int64_t c) { return levels[c] - spec.zero_b; };
-    const float* slope = spread<float, ForSlope>(
-        p, out.layout->channels, [&](int64_t c) { return static_cast<float>(factor(c)); });
-    const float* offset = spread<float, ForOffset>(p, out.layout->channels, [&](int64_t c) {
-      return static_cast<float>(-spec.zero_a * factor(c));
-    });
-    lines({slope, offset, p.length, true, spec.scale, bounded, spec.finish}, a, out, part);
-    return;
-  }
-  const int64_t h = out.layout->h;
-  for (int64_t y = part.first(h); y < part.last(h); ++y) {
-    each_pair(a, b, out, y, [&](const uint8_t* pa, const uint8_t* pb, uint8_t* po, int64_t n) {
-      kernels.mul(spec, bounded, pa, pb, po, n);
-    });
-    apply_table(kernels, spec.finish, out, y);
-  }
+void mul(const PairSpec& spec, ConstImageView a, ConstImageView b, ImageView out, Part part) {
+  const double largest = largest_real(spec.scale_a) * largest_real(spec.scale_b);
+  pair(image_kernels().mul, spec, largest, a, b, out, part);
 }
 
 void affine(const AffineSpec& spec, ConstImageView in, ImageView out, Part part) {
   const int64_t channels = out.layout->channels;
   bool bounded = true;
   for (int64_t c = 0; c < channels; ++c)
-    bounded &= is_bounded(255.0 * std::fabs(static_cast<double>(spec.scale[c])) +
-                          std::fabs(static_cast<double>(spec.bias[c])));
+    bounded &= is_bounded(
+        largest_real(spec.scale[c]) + std::fabs(static_cast<double>(spec.bias[c])), spec.finish);
   const Period p = make_period(in, out);
   const float* slope =
       spread<float, ForSlope>(p, channels, [&](int64_t c) { return spec.scale[c]; });
   const float* offset =
       spread<float, ForOffset>(p, channels, [&](int64_t c) { return spec.bias[c]; });
-  lines({slope, offset, p.length, false, 1.0f, bounded, spec.finish}, in, out, part);
+  lines({slope, offset, p.length, bounded, spec.finish}, in, out, part);
 }
 
 void copy_channels(ConstImageView in, const uint8_t* table, ImageView out, int64_t channel,

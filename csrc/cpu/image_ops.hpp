@@ -17,8 +17,8 @@ void dequantize_image(ConstImageView in, float scale, int32_t zero_point, float*
 
 void lookup(const uint8_t* table, ConstImageView in, ImageView out, Part part);
 /// b has a's shape, or is 1 x 1 with a's channels.
-void add(const AddSpec& spec, ConstImageView a, ConstImageView b, ImageView out, Part part);
-void mul(const MulSpec& spec, ConstImageView a, ConstImageView b, ImageView out, Part part);
+void add(const PairSpec& spec, ConstImageView a, ConstImageView b, ImageView out, Part part);
+void mul(const PairSpec& spec, ConstImageView a, ConstImageView b, ImageView out, Part part);
 void affine(const AffineSpec& spec, ConstImageView in, ImageView out, Part part);
 /// One piece of a concatenation: `in` becomes channels [channel, channel + in channels) of `out`,
 /// through the table if there is one.

@@ -62,6 +62,8 @@ inline void apply_table(const ImageKernels& kernels, const U8Finish& finish, Ima
 }
 
 /// Is |y| below 2^30 for every level? False for NaN and infinities.
-inline bool is_bounded(double largest) { return largest < 1073741824.0; }
+inline bool is_bounded(double largest, const U8Finish& finish) {
+  return largest * static_cast<double>(finish.inv_scale) < 1073741824.0;
+}
 
 }  // namespace adalayer::cpu

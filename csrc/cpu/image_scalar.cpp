@@ -8,7 +8,8 @@ namespace {
 
 /// The finish without its table.
 uint8_t level(float y, const U8Finish& f) {
-  return static_cast<uint8_t>(round_even(min_x86(max_x86(y, f.lo), f.hi)) + f.zero_point);
+  const float v = min_x86(max_x86(y * f.inv_scale, f.lo), f.hi);
+  return static_cast<uint8_t>(round_even(v) + f.zero_point);
 }
 
 void copy(const Pixels& p) {
@@ -36,29 +37,34 @@ void gather(const GatherPlan& plan, const Pixels& p) {
   }
 }
 
-void add(const AddSpec& spec, bool, const uint8_t* a, const uint8_t* b, int64_t period,
-         uint8_t* out, int64_t n) {
+template <class Combine>
+void pair(const PairSpec& spec, const uint8_t* a, const uint8_t* b, int64_t period, uint8_t* out,
+          int64_t n, const Combine& combine) {
   for (int64_t base = 0; base < n; base += period) {
     for (int64_t i = base; i < n && i < base + period; ++i) {
-      const float y = std::fmaf(static_cast<float>(a[i]), spec.scale_a, spec.offset);
-      out[i] = level(std::fmaf(static_cast<float>(b[i - base]), spec.scale_b, y), spec.finish);
+      const float x = dequantize_value(a[i], spec.scale_a, spec.zero_a);
+      const float y = dequantize_value(b[i - base], spec.scale_b, spec.zero_b);
+      out[i] = level(combine(x, y), spec.finish);
     }
   }
 }
 
-void mul(const MulSpec& spec, bool, const uint8_t* a, const uint8_t* b, uint8_t* out, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    const int32_t product = (a[i] - spec.zero_a) * (b[i] - spec.zero_b);
-    out[i] = level(static_cast<float>(product) * spec.scale, spec.finish);
-  }
+void add(const PairSpec& spec, bool, const uint8_t* a, const uint8_t* b, int64_t period,
+         uint8_t* out, int64_t n) {
+  pair(spec, a, b, period, out, n, [](float x, float y) { return x + y; });
+}
+
+void mul(const PairSpec& spec, bool, const uint8_t* a, const uint8_t* b, int64_t period,
+         uint8_t* out, int64_t n) {
+  pair(spec, a, b, period, out, n, [](float x, float y) { return x * y; });
 }
 
 void line(const LineArgs& args, const uint8_t* in, uint8_t* out, int64_t n) {
   for (int64_t base = 0; base < n; base += args.period) {
     for (int64_t i = base; i < n && i < base + args.period; ++i) {
       const int64_t c = i - base;
-      const float y = std::fmaf(static_cast<float>(in[i]), args.slope[c], args.offset[c]);
-      out[i] = level(args.scaled ? y * args.scale : y, args.finish);
+      out[i] =
+          level(std::fmaf(static_cast<float>(in[i]), args.slope[c], args.offset[c]), args.finish);
     }
   }
 }

@@ -15,17 +15,18 @@ constexpr int64_t kBlock = V::kBlock;
 /// U8Finish in registers, without its table. The order of max and min makes NaN the lowest level.
 template <bool kBounded>
 struct Finish {
-  F lo, hi;
+  F inv_scale, lo, hi;
   I zero, lowest, highest;
-  Finish(float lo_value, float hi_value, int32_t zero_point)
-      : lo(V::set(lo_value)),
-        hi(V::set(hi_value)),
-        zero(V::set16(zero_point)),
-        lowest(V::set8(static_cast<int>(lo_value) + zero_point)),
-        highest(V::set8(static_cast<int>(hi_value) + zero_point)) {}
-  explicit Finish(const U8Finish& f) : Finish(f.lo, f.hi, f.zero_point) {}
+  explicit Finish(const U8Finish& f)
+      : inv_scale(V::set(f.inv_scale)),
+        lo(V::set(f.lo)),
+        hi(V::set(f.hi)),
+        zero(V::set16(f.zero_point)),
+        lowest(V::set8(static_cast<int>(f.lo) + f.zero_point)),
+        highest(V::set8(static_cast<int>(f.hi) + f.zero_point)) {}
 
   I relative(F y) const {
+    y = V::mul(y, inv_scale);
     if constexpr (!kBounded) y = V::min(V::max(y, lo), hi);
     return V::round(y);
   }
@@ -64,51 +65,43 @@ void with_finish(const U8Finish& finish, bool bounded, const Run& run) {
     run(Finish<false>(finish));
 }
 
-void add(const AddSpec& spec, bool bounded, const uint8_t* a, const uint8_t* b, int64_t period,
-         uint8_t* out, int64_t n) {
-  const F scale_a = V::set(spec.scale_a), scale_b = V::set(spec.scale_b);
-  const F offset = V::set(spec.offset);
+/// combine(real value of a, real value of b); b repeats after `period` bytes.
+template <class Combine>
+void pair(const PairSpec& spec, bool bounded, const uint8_t* a, const uint8_t* b, int64_t period,
+          uint8_t* out, int64_t n, const Combine& combine) {
+  const F zero_a = V::set(static_cast<float>(spec.zero_a)), scale_a = V::set(spec.scale_a);
+  const F zero_b = V::set(static_cast<float>(spec.zero_b)), scale_b = V::set(spec.scale_b);
   with_finish(spec.finish, bounded, [&](const auto& finish) {
     for (int64_t base = 0; base < n; base += period) {
       const int64_t run = n - base < period ? n - base : period;
       emit(finish, out + base, run, [&](int64_t i, auto left) {
-        const F y = V::fma(V::bytes(a + base + i, left), scale_a, offset);
-        return V::fma(V::bytes(b + i, left), scale_b, y);
+        // Differences of levels are exact in float.
+        const F x = V::mul(V::sub(V::bytes(a + base + i, left), zero_a), scale_a);
+        return combine(x, V::mul(V::sub(V::bytes(b + i, left), zero_b), scale_b));
       });
     }
   });
 }
 
-void mul(const MulSpec& spec, bool bounded, const uint8_t* a, const uint8_t* b, uint8_t* out,
-         int64_t n) {
-  const F zero_a = V::set(static_cast<float>(spec.zero_a));
-  const F zero_b = V::set(static_cast<float>(spec.zero_b));
-  const F scale = V::set(spec.scale);
-  with_finish(spec.finish, bounded, [&](const auto& finish) {
-    emit(finish, out, n, [&](int64_t i, auto left) {
-      // Whole numbers below 2^24: exact in float.
-      const F product =
-          V::mul(V::sub(V::bytes(a + i, left), zero_a), V::sub(V::bytes(b + i, left), zero_b));
-      return V::mul(product, scale);
-    });
-  });
+void add(const PairSpec& spec, bool bounded, const uint8_t* a, const uint8_t* b, int64_t period,
+         uint8_t* out, int64_t n) {
+  pair(spec, bounded, a, b, period, out, n, [](F x, F y) { return V::add(x, y); });
+}
+
+void mul(const PairSpec& spec, bool bounded, const uint8_t* a, const uint8_t* b, int64_t period,
+         uint8_t* out, int64_t n) {
+  pair(spec, bounded, a, b, period, out, n, [](F x, F y) { return V::mul(x, y); });
 }
 
 void line(const LineArgs& args, const uint8_t* in, uint8_t* out, int64_t n) {
-  const F scale = V::set(args.scale);
   with_finish(args.finish, args.bounded, [&](const auto& finish) {
     for (int64_t base = 0; base < n; base += args.period) {
       const int64_t run = n - base < args.period ? n - base : args.period;
       const uint8_t* from = in + base;
-      const auto y = [&](int64_t i, auto left) {
+      emit(finish, out + base, run, [&](int64_t i, auto left) {
         return V::fma(V::bytes(from + i, left), V::floats(args.slope + i, Whole{}),
                       V::floats(args.offset + i, Whole{}));
-      };
-      if (args.scaled)
-        emit(finish, out + base, run,
-             [&](int64_t i, auto left) { return V::mul(y(i, left), scale); });
-      else
-        emit(finish, out + base, run, y);
+      });
     }
   });
 }
@@ -410,13 +403,15 @@ void normalize(const LayerNormSpec& spec, const double* means, const float* fact
 // ---- floats ---------------------------------------------------------------------------------
 
 Finish<false> grid_finish(const ActivationGrid& grid) {
-  return {static_cast<float>(-grid.zero_point), static_cast<float>(grid.qmax - grid.zero_point),
-          grid.zero_point};
+  return Finish<false>(U8Finish{.lo = static_cast<float>(-grid.zero_point),
+                                .hi = static_cast<float>(grid.qmax - grid.zero_point),
+                                .zero_point = grid.zero_point,
+                                .inv_scale = grid.inv_scale});
 }
 
 /// Up to four planes, kLanes pixels: their levels as the bytes of a dword per pixel.
 template <class Left>
-I quantize_quad(const QuantizeRow& row, const Finish<false>& finish, F inv, int32_t zero_point,
+I quantize_quad(const QuantizeRow& row, const Finish<false>& finish, int32_t zero_point,
                 int64_t channel, int64_t x, Left left) {
   // Levels relative to the zero point may be negative: they are added up as integers, and the zero
   // points of all bytes at once.
@@ -425,7 +420,7 @@ I quantize_quad(const QuantizeRow& row, const Finish<false>& finish, F inv, int3
   uint32_t zeros = 0;
   for (int64_t j = count; j-- > 0;) {
     const F v = V::floats(row.x + (channel + j) * row.plane + x, left);
-    quad = V::add32(V::template shl32<8>(quad), finish.relative(V::mul(v, inv)));
+    quad = V::add32(V::template shl32<8>(quad), finish.relative(v));
     zeros = (zeros << 8) + static_cast<uint32_t>(zero_point);
   }
   return V::add32(quad, V::set32(static_cast<int32_t>(zeros)));
@@ -454,16 +449,14 @@ void store_quads(const I* quad, uint8_t* out, int64_t pitch, int64_t bytes, int6
 
 void quantize_planar(const QuantizeRow& row, const ActivationGrid& grid) {
   const Finish<false> finish = grid_finish(grid);
-  const F inv = V::set(grid.inv_scale);
   if (row.pitch == 4) {
     int64_t x = 0;
     for (; x + kLanes <= row.count; x += kLanes)
-      V::store(row.out + x * 4, quantize_quad(row, finish, inv, grid.zero_point, 0, x, Whole{}),
+      V::store(row.out + x * 4, quantize_quad(row, finish, grid.zero_point, 0, x, Whole{}),
                Whole{});
     const int64_t left = row.count - x;
     if (left > 0)
-      V::store(row.out + x * 4, quantize_quad(row, finish, inv, grid.zero_point, 0, x, left),
-               left * 4);
+      V::store(row.out + x * 4, quantize_quad(row, finish, grid.zero_point, 0, x, left), left * 4);
     return;
   }
   for (int64_t x = 0; x < row.count; x += kLanes) {
@@ -474,8 +467,8 @@ void quantize_planar(const QuantizeRow& row, const ActivationGrid& grid) {
         const int64_t channel = c + 4 * k;
         quad[k] = channel >= row.channels ? V::zero()
                   : left >= kLanes
-                      ? quantize_quad(row, finish, inv, grid.zero_point, channel, x, Whole{})
-                      : quantize_quad(row, finish, inv, grid.zero_point, channel, x, left);
+                      ? quantize_quad(row, finish, grid.zero_point, channel, x, Whole{})
+                      : quantize_quad(row, finish, grid.zero_point, channel, x, left);
       }
       const int64_t bytes = row.pitch - c < 16 ? row.pitch - c : 16;
       store_quads(quad, row.out + x * row.pitch + c, row.pitch, bytes,
@@ -486,11 +479,10 @@ void quantize_planar(const QuantizeRow& row, const ActivationGrid& grid) {
 
 void quantize_pixels(const QuantizeRow& row, const ActivationGrid& grid) {
   const Finish<false> finish = grid_finish(grid);
-  const F inv = V::set(grid.inv_scale);
   if (row.channels == 3 && row.pitch == 4 && row.count > 0) {
     // Three floats to four lanes reads one float more: the last pixel is done by itself.
     emit(finish, row.out, (row.count - 1) * 4,
-         [&](int64_t i, auto left) { return V::mul(V::triples(row.x + i / 4 * 3, left), inv); });
+         [&](int64_t i, auto left) { return V::triples(row.x + i / 4 * 3, left); });
     for (int64_t c = 0; c < 3; ++c)
       row.out[(row.count - 1) * 4 + c] = quantize_value(row.x[(row.count - 1) * 3 + c], grid);
     return;
@@ -500,7 +492,7 @@ void quantize_pixels(const QuantizeRow& row, const ActivationGrid& grid) {
   for (int64_t p = 0; p < runs; ++p) {
     const float* x = row.x + p * row.channels;
     emit(finish, row.out + p * row.pitch, n,
-         [&](int64_t i, auto left) { return V::mul(V::floats(x + i, left), inv); });
+         [&](int64_t i, auto left) { return V::floats(x + i, left); });
   }
 }
 

@@ -7,19 +7,22 @@
 namespace {
 
 struct Constants {
-  __m512 lo, hi;
+  __m512 inv_scale, lo, hi;
   __m512i zero_point;          // int16
   __m512i level_lo, level_hi;  // u8
   __m512 residual_scale;
+  __m512i residual_zero;
   explicit Constants(const ConvEpilogue& e)
-      : lo(_mm512_set1_ps(e.finish.lo)),
+      : inv_scale(_mm512_set1_ps(e.finish.inv_scale)),
+        lo(_mm512_set1_ps(e.finish.lo)),
         hi(_mm512_set1_ps(e.finish.hi)),
         zero_point(_mm512_set1_epi16(static_cast<int16_t>(e.finish.zero_point))),
         level_lo(_mm512_set1_epi8(
             static_cast<char>(static_cast<int>(e.finish.lo) + e.finish.zero_point))),
         level_hi(_mm512_set1_epi8(
             static_cast<char>(static_cast<int>(e.finish.hi) + e.finish.zero_point))),
-        residual_scale(_mm512_set1_ps(e.residual_scale)) {}
+        residual_scale(_mm512_set1_ps(e.residual_scale)),
+        residual_zero(_mm512_set1_epi32(e.residual_zero)) {}
 };
 
 /// Which steps an epilogue needs; what is left out would change nothing.
@@ -68,8 +71,10 @@ struct Rows {
       const bool dropped = (kFlags & kEvery) == 0 && a.residual_offset[row] < 0;
       const int64_t at = dropped ? 0 : a.residual_offset[row];
       const __m128i q = _mm_loadu_si128(reinterpret_cast<const __m128i*>(a.residual + at + 16 * t));
-      y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(q)), k.residual_scale, y);
+      const __m512i level = _mm512_sub_epi32(_mm512_cvtepu8_epi32(q), k.residual_zero);
+      y = _mm512_add_ps(y, _mm512_mul_ps(_mm512_cvtepi32_ps(level), k.residual_scale));
     }
+    y = _mm512_mul_ps(y, k.inv_scale);
     if constexpr ((kFlags & kClampFirst) != 0) y = _mm512_min_ps(_mm512_max_ps(y, k.lo), k.hi);
     return _mm512_cvtps_epi32(y);
   }

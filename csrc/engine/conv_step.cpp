@@ -213,10 +213,13 @@ void ConvStep::prepare_epilogue(const Program& program, std::span<const int8_t> 
   bias_ = padded_copy(bias);
   epilogue_.scale = scale_.as<float>();
   epilogue_.bias = bias_.as<float>();
-  epilogue_.residual_scale = a.residual_scale;
   if (!float_out_) epilogue_.finish = node_finish(program, *node_);
-  if (has_residual_) largest += 255.0 * std::fabs(static_cast<double>(a.residual_scale));
-  epilogue_.bounded = largest < static_cast<double>(1 << 30);
+  if (has_residual_) {
+    epilogue_.residual_scale = residual_value_.scale;
+    epilogue_.residual_zero = residual_value_.zero_point;
+    largest += 255.0 * static_cast<double>(residual_value_.scale);
+  }
+  epilogue_.bounded = largest * static_cast<double>(epilogue_.finish.inv_scale) < 1 << 30;
 }
 
 int64_t ConvStep::panel_bytes() const {

@@ -149,16 +149,14 @@ void Interpreter::convolve(const Node& n, int64_t image) {
     const int32_t sum =
         n.op == OpKind::Conv ? conv_sum(n, a, in, o, oy, ox) : transposed_sum(n, a, in, o, oy, ox);
     float y = conv_value(sum, scale[o], bias[o]);
-    if (to_float) {
-      if (residual != nullptr) {
-        const Value& r = value(n.inputs[1]);
-        y += dequantize_value(residual[i], r.scale, r.zero_point);
-      }
-      numbers(n.output, image)[i] = min_x86(max_x86(y, a.f32_lo), a.f32_hi);
-    } else {
-      if (residual != nullptr) y = add_residual(y, residual[i], a.residual_scale);
-      levels(n.output, image)[i] = finish_u8(y, finish);
+    if (residual != nullptr) {
+      const Value& r = value(n.inputs[1]);
+      y += dequantize_value(residual[i], r.scale, r.zero_point);
     }
+    if (to_float)
+      numbers(n.output, image)[i] = min_x86(max_x86(y, a.f32_lo), a.f32_hi);
+    else
+      levels(n.output, image)[i] = finish_u8(y, finish);
   });
 }
 
@@ -170,12 +168,11 @@ void Interpreter::combine(const Node& n, int64_t image) {
   uint8_t* q = levels(n.output, image);
   // One value per channel, or one per position; the same for a 1 x 1 image.
   const bool per_channel = second.h == 1 && second.w == 1;
-  const AddSpec add = n.op == OpKind::Add ? add_spec(program_, n) : AddSpec{};
-  const MulSpec mul = n.op == OpKind::Mul ? mul_spec(program_, n) : MulSpec{};
+  const PairSpec spec = pair_spec(program_, n);
   for_each(out, [&](int64_t c, int64_t y, int64_t x) {
     const int64_t i = out.at(c, y, x);
     const uint8_t other = b[per_channel ? c : i];
-    q[i] = n.op == OpKind::Add ? add_u8(a[i], other, add) : mul_u8(a[i], other, mul);
+    q[i] = n.op == OpKind::Add ? add_u8(a[i], other, spec) : mul_u8(a[i], other, spec);
   });
 }
 

@@ -28,6 +28,7 @@ const int32_t* indices(const Program& p, int32_t constant) {
 U8Finish finish_from(const Program& p, const Node& n, size_t at, int32_t table) {
   const int64_t zero_point = n.ints[at + 2];
   U8Finish f;
+  f.inv_scale = n.floats[0];
   f.lo = static_cast<float>(n.ints[at] - zero_point);
   f.hi = static_cast<float>(n.ints[at + 1] - zero_point);
   f.zero_point = small(zero_point);
@@ -64,7 +65,6 @@ ConvAttributes conv_attributes(const Node& n) {
   a.lo = small(n.ints[11]);
   a.hi = small(n.ints[12]);
   a.zero_point = small(n.ints[13]);
-  a.residual_scale = n.floats[0];
   a.f32_lo = n.floats[1];
   a.f32_hi = n.floats[2];
   a.weights = n.constants[0];
@@ -119,7 +119,7 @@ U8Finish node_finish(const Program& p, const Node& n) {
     case OpKind::Add:
       return finish_from(p, n, 0, n.constants[0]);
     case OpKind::Mul:
-      return finish_from(p, n, 2, n.constants[0]);
+      return finish_from(p, n, 0, n.constants[0]);
     case OpKind::Affine:
       return finish_from(p, n, 0, n.constants[2]);
     case OpKind::AvgPool:
@@ -135,12 +135,9 @@ U8Finish node_finish(const Program& p, const Node& n) {
   }
 }
 
-AddSpec add_spec(const Program& p, const Node& n) {
-  return {n.floats[0], n.floats[1], n.floats[2], node_finish(p, n)};
-}
-
-MulSpec mul_spec(const Program& p, const Node& n) {
-  return {small(n.ints[0]), small(n.ints[1]), n.floats[0], node_finish(p, n)};
+PairSpec pair_spec(const Program& p, const Node& n) {
+  return {p.values[n.inputs[0]].zero_point, p.values[n.inputs[1]].zero_point, n.floats[1],
+          n.floats[2], node_finish(p, n)};
 }
 
 AffineSpec affine_spec(const Program& p, const Node& n) {
@@ -151,7 +148,7 @@ PoolSpec pool_spec(const Program& p, const Node& n) {
   PoolSpec s;
   if (n.op != OpKind::MaxPool) {
     s.zero_in = first_input(p, n).zero_point;
-    s.ratio = n.floats[0];
+    s.ratio = n.floats[1];
     s.finish = node_finish(p, n);
   }
   if (n.op == OpKind::AdaptiveAvgPool) return s;
@@ -181,8 +178,8 @@ ResizeSpec resize_spec(const Program& p, const Node& n) {
   s.low_w = indices(p, n.constants[3]);
   s.high_w = indices(p, n.constants[4]);
   s.part_w = floats(p, n.constants[5]);
-  s.scale = n.floats[0];
-  s.offset = n.floats[1];
+  s.scale = n.floats[1];
+  s.offset = n.floats[2];
   s.finish = node_finish(p, n);
   return s;
 }
@@ -190,7 +187,7 @@ ResizeSpec resize_spec(const Program& p, const Node& n) {
 LayerNormSpec layer_norm_spec(const Program& p, const Node& n) {
   LayerNormSpec s;
   s.step = static_cast<double>(first_input(p, n).scale);
-  s.eps = static_cast<double>(n.floats[0]);
+  s.eps = static_cast<double>(n.floats[1]);
   s.gamma = floats(p, n.constants[0]);
   s.beta = floats(p, n.constants[1]);
   s.finish = node_finish(p, n);

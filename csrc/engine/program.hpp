@@ -36,9 +36,10 @@ struct Value {
 
 /// Parameters of a node are lists, in the order that is given here; validate() checks each count
 /// and range. "finish" stands for three ints (lo, hi, zero_point), lo and hi levels in 0..255 and
-/// lo <= hi, of the grid before the table; without a table that grid is the output value's. [t]
-/// marks an optional constant: -1 in its place if absent. Parameters that a form of an operation
-/// does not use are present all the same and in range.
+/// lo <= hi, of the grid before the table, and "inv" for 1 / scale of that grid; without a table it
+/// is the output value's grid. Of operands the real values count: levels on the grids of their
+/// values. [t] marks an optional constant: -1 in its place if absent. Parameters that a form of an
+/// operation does not use are present all the same and in range.
 ///
 /// Operations that move levels (Slice, Gather, Pad, MaxPool, Reshape, nearest Resize, and Concat
 /// where it has no table) have the grid of their input as the grid of their output. No level that
@@ -50,36 +51,37 @@ enum class OpKind : uint8_t {
   Quantize = 0,  // x        -                                    -                  -
   // u8 -> f32.
   Dequantize = 1,  // x      -                                    -                  -
-  // u8 -> u8, or u8 -> f32 (then finish and residual_scale are ignored, floats lo and hi, possibly
-  // infinite, clamp, there is no table, and the residual is dequantized and added after the fma).
+  // u8 -> u8, or u8 -> f32 (then finish and inv are ignored, floats lo and hi, possibly infinite,
+  // clamp, and there is no table).
   // A linear layer over c x h x w features flattened in NCHW order is a convolution with an h x w
   // kernel.
   Conv = 2,  //    x [res]   kh kw sh sw pt pl pb pr dh dw groups finish
-  //                                             residual_scale lo hi  weights scale bias [table]
+  //                                                      inv lo hi    weights scale bias [table]
   // As Conv; ints: kh kw sh sw pt pl pb pr dh dw groups finish, where the output's size says how
   // far the output padding reaches: out(oy) collects iy * sh - pt + ky * dh = oy. Weights are
   // [O][I/groups][KH][KW], not flipped.
   ConvTranspose = 3,
   Lookup = 4,  // x         -                                    -                  table [256]
-  Add = 5,     // a b       finish                        scale_a scale_b offset    [table]
-  Mul = 6,     // a b       zero_a zero_b finish          scale                     [table]
-  Affine = 7,  // x         finish                               -             scale bias [table]
+  // scale_a and scale_b are those of the operands' grids, up to a factor (a difference's -1).
+  Add = 5,     // a b       finish                        inv scale_a scale_b       [table]
+  Mul = 6,     // a b       finish                        inv scale_a scale_b       [table]
+  Affine = 7,  // x         finish                              inv            scale bias [table]
   Concat = 8,  // x ...     -                                    -        one [table] per input
   // Every window of a pooling operation contains a position of the image. The averages also take
-  // f32 to f32 (float_tail.hpp); then ratio and finish are not used and there is no table.
+  // f32 to f32 (float_tail.hpp); then inv, ratio and finish are not used and there is no table.
   MaxPool = 9,   // x         kh kw sh sw pt pl dh dw              -                  -
-  AvgPool = 10,  // x         kh kw sh sw pt pl pb pr count_padding finish   ratio    [table]
-  AdaptiveAvgPool = 11,  // x  finish                             ratio              [table]
+  AvgPool = 10,  // x         kh kw sh sw pt pl pb pr count_padding finish inv ratio  [table]
+  AdaptiveAvgPool = 11,  // x  finish                           inv ratio            [table]
   // begin and step along an axis (0 = c, 1 = h, 2 = w); the output's size ends it.
   Slice = 12,  // x         axis begin step                      -                  -
   // Output channel i is input channel index[i] (channel shuffle and any other permutation).
   Gather = 13,  // x         -                                    -                  index i32 [C]
   Pad = 14,     // x         top left bottom right level          -                  -
-  // Tables as in ResizeSpec, all six always; also f32 -> f32. Scale, offset and finish are used
-  // by bilinear u8 only.
-  Resize = 15,     // x         bilinear finish               scale offset
+  // Tables as in ResizeSpec, all six always; also f32 -> f32. inv, scale, offset and finish are
+  // used by bilinear u8 only.
+  Resize = 15,     // x         bilinear finish               inv scale offset
                    //                                        low_h high_h part_h low_w high_w part_w
-  LayerNorm = 16,  // x      finish                        eps                   gamma beta
+  LayerNorm = 16,  // x      finish                        inv eps               gamma beta
   // u8: c x h x w to (c*h*w) x 1 x 1 in NCHW order, or back: sizes from the values.
   Reshape = 17,  // x        -                                    -                  -
   // Over channels, f32 -> f32; a float tail with a stated tolerance.
@@ -149,7 +151,7 @@ struct ConvAttributes {
   int64_t pad_top, pad_left, pad_bottom, pad_right;
   int64_t dilation_h, dilation_w, groups;
   int32_t lo, hi, zero_point;
-  float residual_scale, f32_lo, f32_hi;
+  float f32_lo, f32_hi;
   int32_t weights, scale, bias, table;  // constants; table may be -1
 };
 /// Conv and ConvTranspose.
@@ -175,8 +177,8 @@ U8Finish node_finish(const Program& program, const Node& node);
 const uint8_t* table_bytes(const Program& program, int32_t constant);
 ActivationGrid value_grid(const Value& value);
 
-AddSpec add_spec(const Program& program, const Node& node);
-MulSpec mul_spec(const Program& program, const Node& node);
+/// Add and Mul.
+PairSpec pair_spec(const Program& program, const Node& node);
 AffineSpec affine_spec(const Program& program, const Node& node);
 /// MaxPool, AvgPool, AdaptiveAvgPool.
 PoolSpec pool_spec(const Program& program, const Node& node);

@@ -106,12 +106,12 @@ RunImage run_image(const Program& program, const Node& node,
       return unary(node, [=](auto i, auto o, Part part) { cpu::lookup(table, i, o, part); });
     }
     case OpKind::Add: {
-      const AddSpec spec = add_spec(program, node);
+      const PairSpec spec = pair_spec(program, node);
       return binary(node,
                     [=](auto a, auto b, auto o, Part part) { cpu::add(spec, a, b, o, part); });
     }
     case OpKind::Mul: {
-      const MulSpec spec = mul_spec(program, node);
+      const PairSpec spec = pair_spec(program, node);
       return binary(node,
                     [=](auto a, auto b, auto o, Part part) { cpu::mul(spec, a, b, o, part); });
     }

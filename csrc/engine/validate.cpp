@@ -25,17 +25,17 @@ constexpr Signature kSignatures[kOpKinds] = {
     {1, 2, 14, 3, 4},       // ConvTranspose
     {1, 1, 0, 0, 1},        // Lookup
     {2, 2, 3, 3, 1},        // Add
-    {2, 2, 5, 1, 1},        // Mul
-    {1, 1, 3, 0, 3},        // Affine
+    {2, 2, 3, 3, 1},        // Mul
+    {1, 1, 3, 1, 3},        // Affine
     {1, kAny, 0, 0, kAny},  // Concat
     {1, 1, 8, 0, 0},        // MaxPool
-    {1, 1, 12, 1, 1},       // AvgPool
-    {1, 1, 3, 1, 1},        // AdaptiveAvgPool
+    {1, 1, 12, 2, 1},       // AvgPool
+    {1, 1, 3, 2, 1},        // AdaptiveAvgPool
     {1, 1, 3, 0, 0},        // Slice
     {1, 1, 0, 0, 1},        // Gather
     {1, 1, 5, 0, 0},        // Pad
-    {1, 1, 4, 2, 6},        // Resize
-    {1, 1, 3, 1, 2},        // LayerNorm
+    {1, 1, 4, 3, 6},        // Resize
+    {1, 1, 3, 2, 2},        // LayerNorm
     {1, 1, 0, 0, 0},        // Reshape
     {1, 1, 0, 0, 0},        // Softmax
 };
@@ -187,6 +187,9 @@ void NodeCheck::finish(size_t at, bool used, int32_t table_slot) const {
   const int64_t lo = ranged(at, "lo", 0, 255);
   const int64_t hi = ranged(at + 1, "hi", lo, 255);
   const int64_t zero_point = ranged(at + 2, "the zero point before the table", 0, 255);
+  const float inv_scale = node_.floats[0];
+  if (!std::isnormal(inv_scale) || inv_scale < 0.0f)
+    bad("the inverse scale before the table must be positive and finite, got ", inv_scale);
   const bool has_table = table_slot >= 0 && node_.constants[table_slot] != -1;
   if (has_table && !used) bad("a float output has no table");
   if (!used) return;
@@ -194,6 +197,9 @@ void NodeCheck::finish(size_t at, bool used, int32_t table_slot) const {
   if (zero_point != out().zero_point || hi > out().qmax)
     bad("without a table the zero point must be the output's ", out().zero_point,
         " and hi at most its qmax ", out().qmax, ", got ", zero_point, " and ", hi);
+  if (inv_scale != 1.0f / out().scale)
+    bad("without a table the inverse scale must be the output's ", 1.0f / out().scale, ", got ",
+        inv_scale);
 }
 
 void NodeCheck::kinds(ValueKind inputs, ValueKind output) const {
@@ -287,8 +293,6 @@ void NodeCheck::convolution(bool transposed) const {
   floats_constant(1, "scale", y.c);
   floats_constant(2, "bias", y.c);
   finish(11, !to_float, 3);
-  if (!std::isfinite(a.residual_scale))
-    bad("the residual's scale must be finite, got ", a.residual_scale);
   if (!(a.f32_lo <= a.f32_hi))
     bad("float lo must not exceed hi, got ", a.f32_lo, " and ", a.f32_hi);
   if (node_.inputs.size() == 2) shape("residual", in(1), y.c, y.h, y.w);
@@ -330,7 +334,7 @@ void NodeCheck::max_pool() const {
 void NodeCheck::average_bound(int64_t positions) const {
   if (positions > (int64_t{1} << 31) / 256)
     bad("a sum over ", positions, " levels could overflow int32");
-  if (!std::isfinite(node_.floats[0])) bad("the ratio must be finite, got ", node_.floats[0]);
+  if (!std::isfinite(node_.floats[1])) bad("the ratio must be finite, got ", node_.floats[1]);
 }
 
 void NodeCheck::avg_pool() const {
@@ -450,10 +454,6 @@ void NodeCheck::run() {
   count("constants", node_.constants.size(),
         s.constants == kAny ? static_cast<int>(inputs) : s.constants);
 
-  const auto finite_floats = [&] {
-    for (const float v : node_.floats)
-      if (!std::isfinite(v)) bad("scales and offsets must be finite, got ", v);
-  };
   constexpr ValueKind u8 = ValueKind::U8, f32 = ValueKind::F32;
   switch (node_.op) {
     case OpKind::Quantize:
@@ -476,18 +476,12 @@ void NodeCheck::run() {
       table(0, 0, in().qmax);
       break;
     case OpKind::Add:
-      kinds(u8, u8);
-      broadcast();
-      finish(0, true, 0);
-      finite_floats();
-      break;
     case OpKind::Mul:
       kinds(u8, u8);
       broadcast();
-      ranged(0, "the first zero point", 0, 255);
-      ranged(1, "the second zero point", 0, 255);
-      finish(2, true, 0);
-      finite_floats();
+      finish(0, true, 0);
+      for (const float v : node_.floats)
+        if (!std::isfinite(v)) bad("scales must be finite, got ", v);
       break;
     case OpKind::Affine:
       kinds(u8, u8);
@@ -527,8 +521,8 @@ void NodeCheck::run() {
       kinds(u8, u8);
       same_shape();
       finish(0, true);
-      if (!std::isfinite(node_.floats[0]) || node_.floats[0] <= 0.0f)
-        bad("eps must be positive and finite, got ", node_.floats[0]);
+      if (!std::isfinite(node_.floats[1]) || node_.floats[1] <= 0.0f)
+        bad("eps must be positive and finite, got ", node_.floats[1]);
       floats_constant(0, "gamma", in().c);
       floats_constant(1, "beta", in().c);
       break;

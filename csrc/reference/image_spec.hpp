@@ -12,48 +12,42 @@
 
 namespace adalayer {
 
-/// The end of every operation with a u8 result: q = rne(clamp(y, lo, hi)) + zero_point, then the
+/// The end of every operation with a u8 result: the real value y goes onto a grid as the drop-in
+/// modules put it there, q = rne(clamp(y * inv_scale, lo, hi)) + zero_point, and then through the
 /// table. lo and hi are whole numbers relative to the zero point, in -zero_point .. 255-zero_point.
 struct U8Finish {
   float lo = 0.0f, hi = 255.0f;
   int32_t zero_point = 0;
   const uint8_t* table = nullptr;  // [256], or null
+  float inv_scale = 1.0f;          // of the grid before the table
 };
 
 inline uint8_t finish_u8(float y, const U8Finish& f) {
-  const auto q = static_cast<uint8_t>(round_even(min_x86(max_x86(y, f.lo), f.hi)) + f.zero_point);
+  const float v = min_x86(max_x86(y * f.inv_scale, f.lo), f.hi);
+  const auto q = static_cast<uint8_t>(round_even(v) + f.zero_point);
   return f.table == nullptr ? q : f.table[q];
 }
 
-/// Convolution to u8: y = fma(acc, scale[c], bias[c]); with a residual, y = fma(r, residual_scale,
-/// y), where r is the residual's raw level and bias[c] has absorbed its zero point.
+/// Convolution: y = fma(acc, scale[c], bias[c]), plus the residual's real value if there is one
+/// (dequantize_value): a product and a sum, each rounded, as the drop-in modules have it.
 inline float conv_value(int32_t acc, float scale, float bias) {
   return std::fmaf(static_cast<float>(acc), scale, bias);
 }
-inline float add_residual(float y, uint8_t r, float residual_scale) {
-  return std::fmaf(static_cast<float>(r), residual_scale, y);
-}
 
-/// Sum of two tensors: y = fma(b, scale_b, fma(a, scale_a, offset)) over raw levels; offset has
-/// absorbed both zero points. b has a's shape, or one value per channel ([C, 1, 1]).
-struct AddSpec {
-  float scale_a = 1.0f, scale_b = 1.0f, offset = 0.0f;
-  U8Finish finish;
-};
-inline uint8_t add_u8(uint8_t a, uint8_t b, const AddSpec& s) {
-  const float y = std::fmaf(static_cast<float>(a), s.scale_a, s.offset);
-  return finish_u8(std::fmaf(static_cast<float>(b), s.scale_b, y), s.finish);
-}
-
-/// Product of two tensors: y = (float)((a - zero_a) * (b - zero_b)) * scale. b as in AddSpec.
-struct MulSpec {
+/// Sum and product of two tensors: y = a + b and y = a * b of the real values (q - zero) * scale.
+/// b has a's shape, or one value per channel ([C, 1, 1]). A difference has a negative scale.
+struct PairSpec {
   int32_t zero_a = 0, zero_b = 0;
-  float scale = 1.0f;
+  float scale_a = 1.0f, scale_b = 1.0f;
   U8Finish finish;
 };
-inline uint8_t mul_u8(uint8_t a, uint8_t b, const MulSpec& s) {
-  const int32_t product = (a - s.zero_a) * (b - s.zero_b);
-  return finish_u8(static_cast<float>(product) * s.scale, s.finish);
+inline uint8_t add_u8(uint8_t a, uint8_t b, const PairSpec& s) {
+  const float x = dequantize_value(a, s.scale_a, s.zero_a);
+  return finish_u8(x + dequantize_value(b, s.scale_b, s.zero_b), s.finish);
+}
+inline uint8_t mul_u8(uint8_t a, uint8_t b, const PairSpec& s) {
+  const float x = dequantize_value(a, s.scale_a, s.zero_a);
+  return finish_u8(x * dequantize_value(b, s.scale_b, s.zero_b), s.finish);
 }
 
 /// Per-channel line, a batch norm that no convolution absorbs: y = fma(a, scale[c], bias[c]) over
@@ -123,7 +117,7 @@ inline float blend(float q00, float q01, float q10, float q11, float part_w, flo
 ///   mean = s1 / C, var = (C * s2 - s1^2) / C^2     (double; the numerator is an exact int64)
 ///   rstd = 1 / sqrt(var * step^2 + eps)            (double), step = scale of the input's grid
 ///   y_c  = fma((float)(q_c - mean) * (float)(rstd * step), gamma[c], beta[c])
-/// q_c - mean is taken in double and rounded once; gamma and beta are divided by the output's step.
+/// q_c - mean is taken in double and rounded once.
 /// The inline functions below fix the order of the double operations.
 struct LayerNormSpec {
   double step = 1.0, eps = 1e-5;

@@ -18,7 +18,10 @@ namespace programs {
 using namespace adalayer;
 using namespace adalayer::engine;
 
-/// Appends to a program. Levels are on a grid of scale 0.5 and zero point 10 unless said otherwise.
+/// The grid of levels unless said otherwise, with zero point 10.
+constexpr float kScale = 0.3f, kInverse = 1.0f / kScale;
+
+/// Appends to a program.
 struct Builder {
   Program p;
 
@@ -31,7 +34,7 @@ struct Builder {
     v.h = h;
     v.w = w;
     if (kind == ValueKind::U8) {
-      v.scale = 0.5f;
+      v.scale = kScale;
       v.zero_point = 10;
     }
     p.values.push_back(v);
@@ -84,55 +87,56 @@ inline Program every_operation() {
   const auto table = b.table(3);
 
   const auto conv = b.node(OpKind::Conv, {q}, b.value("conv", 4, 3, 3),
-                           {3, 3, 2, 2, 1, 1, 1, 1, 1, 1, 1, 10, 255, 10}, {0, -kInf, kInf},
+                           {3, 3, 2, 2, 1, 1, 1, 1, 1, 1, 1, 10, 255, 10}, {kInverse, -kInf, kInf},
                            {b.weights(4, 4, 3, 3, 4), four, bias, -1});
   const auto grouped = b.node(OpKind::Conv, {conv, conv}, b.value("grouped", 4, 3, 3),
-                              {2, 3, 1, 1, 1, 2, 1, 2, 2, 2, 2, 0, 255, 10}, {0.25f, 0, 0},
+                              {2, 3, 1, 1, 1, 2, 1, 2, 2, 2, 2, 0, 255, 10}, {0.7f, 0, 0},
                               {b.weights(4, 2, 2, 3, 7), four, bias, table});
   const auto up = b.node(OpKind::ConvTranspose, {grouped}, b.value("up", 4, 6, 6),
-                         {3, 3, 2, 2, 1, 1, 1, 1, 1, 1, 1, 0, 255, 10}, {0, 0, 0},
+                         {3, 3, 2, 2, 1, 1, 1, 1, 1, 1, 1, 0, 255, 10}, {kInverse, 0, 0},
                          {b.weights(4, 4, 3, 3, 2), four, bias, -1});
   const auto looked = b.node(OpKind::Lookup, {up}, b.value("lookup", 4, 6, 6), {}, {}, {table});
   const auto sum = b.node(OpKind::Add, {up, looked}, b.value("sum", 4, 6, 6), {0, 255, 10},
-                          {0.5f, 0.25f, -3.0f}, {-1});
-  const auto product = b.node(OpKind::Mul, {sum, g}, b.value("product", 4, 6, 6),
-                              {10, 10, 0, 255, 10}, {0.02f}, {table});
-  const auto line = b.node(OpKind::Affine, {product}, b.value("line", 4, 6, 6), {3, 250, 10}, {},
-                           {four, bias, -1});
+                          {kInverse, 0.3f, -0.2f}, {-1});
+  const auto product = b.node(OpKind::Mul, {sum, g}, b.value("product", 4, 6, 6), {0, 255, 10},
+                              {0.9f, 0.3f, 0.05f}, {table});
+  const auto line = b.node(OpKind::Affine, {product}, b.value("line", 4, 6, 6), {3, 250, 10},
+                           {kInverse}, {four, bias, -1});
   const auto both =
       b.node(OpKind::Concat, {line, sum}, b.value("both", 8, 6, 6), {}, {}, {table, -1});
   const auto most =
       b.node(OpKind::MaxPool, {both}, b.value("most", 8, 3, 3), {3, 3, 2, 2, 1, 1, 1, 1});
   const auto mean = b.node(OpKind::AvgPool, {both}, b.value("mean", 8, 3, 3),
-                           {3, 3, 2, 2, 1, 1, 1, 1, 1, 0, 255, 10}, {1.0f}, {-1});
+                           {3, 3, 2, 2, 1, 1, 1, 1, 1, 0, 255, 10}, {kInverse, kScale}, {-1});
   const auto pooled = b.node(OpKind::AdaptiveAvgPool, {mean}, b.value("pooled", 8, 2, 2),
-                             {0, 255, 10}, {0.5f}, {table});
+                             {0, 255, 10}, {1.2f, kScale}, {table});
   const auto part = b.node(OpKind::Slice, {most}, b.value("part", 4, 3, 3), {0, 1, 2});
   const auto mixed =
       b.node(OpKind::Gather, {part}, b.value("mixed", 4, 3, 3), {}, {}, {b.ints({3, 0, 2, 1})});
   const auto wide = b.node(OpKind::Pad, {mixed}, b.value("wide", 4, 5, 6), {1, 2, 1, 1, 10});
   const auto low = b.ints({0, 1, 3}), high = b.ints({1, 2, 4});
   const auto blend = b.floats({0.25f, 0.5f, 1.0f});
-  const auto smooth = b.node(OpKind::Resize, {wide}, b.value("smooth", 4, 3, 3), {1, 0, 255, 10},
-                             {1.0f, -10.0f}, {low, high, blend, low, high, blend});
-  const auto nearest =
-      b.node(OpKind::Resize, {smooth}, b.value("nearest", 4, 2, 2), {0, 0, 255, 10}, {1.0f, 0.0f},
-             {b.ints({0, 2}), b.ints({0, 2}), b.floats({0, 0}), b.ints({1, 2}), b.ints({1, 2}),
-              b.floats({0, 0})});
+  const auto smooth =
+      b.node(OpKind::Resize, {wide}, b.value("smooth", 4, 3, 3), {1, 0, 255, 10},
+             {kInverse, kScale, -10.0f * kScale}, {low, high, blend, low, high, blend});
+  const auto nearest = b.node(OpKind::Resize, {smooth}, b.value("nearest", 4, 2, 2),
+                              {0, 0, 255, 10}, {kInverse, 1.0f, 0.0f},
+                              {b.ints({0, 2}), b.ints({0, 2}), b.floats({0, 0}), b.ints({1, 2}),
+                               b.ints({1, 2}), b.floats({0, 0})});
   const auto normed = b.node(OpKind::LayerNorm, {nearest}, b.value("normed", 4, 2, 2), {0, 255, 10},
-                             {1e-5f}, {b.floats({2, 3, 4, 5}), b.floats({0, 1, 0, -1})});
+                             {kInverse, 1e-5f}, {b.floats({2, 3, 4, 5}), b.floats({0, 1, 0, -1})});
   const auto flat = b.node(OpKind::Reshape, {normed}, b.value("flat", 16, 1, 1));
   // Float outputs: a convolution with a residual, its softmax and its average.
   const auto logits = b.node(OpKind::Conv, {pooled, pooled}, b.value("logits", 8, 2, 2, F32),
-                             {1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 0, 255, 0}, {0, -2.0f, kInf},
+                             {1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 0, 255, 0}, {1.0f, -2.0f, kInf},
                              {b.weights(8, 8, 1, 1, 8), b.floats(std::vector<float>(8, 0.01f)),
                               b.floats(std::vector<float>(8, 0.0f)), -1});
   const auto soft = b.node(OpKind::Softmax, {logits}, b.value("soft", 8, 2, 2, F32));
   const auto bigger = b.node(
-      OpKind::Resize, {soft}, b.value("bigger", 8, 3, 3, F32), {1, 0, 255, 0}, {1.0f, 0.0f},
+      OpKind::Resize, {soft}, b.value("bigger", 8, 3, 3, F32), {1, 0, 255, 0}, {1.0f, 1.0f, 0.0f},
       {b.ints({0, 0, 1}), b.ints({1, 1, 1}), blend, b.ints({0, 0, 1}), b.ints({1, 1, 1}), blend});
   const auto average = b.node(OpKind::AdaptiveAvgPool, {logits}, b.value("average", 8, 1, 1, F32),
-                              {0, 255, 0}, {1.0f}, {-1});
+                              {0, 255, 0}, {1.0f, 1.0f}, {-1});
   const auto levels = b.node(OpKind::Dequantize, {flat}, b.value("levels", 16, 1, 1, F32));
   b.p.inputs = {x, z};
   b.p.outputs = {bigger, average, levels};
@@ -146,7 +150,7 @@ inline Program small_program() {
   const auto x = b.value("x", 2, 1, 1, ValueKind::F32);
   const auto q = b.node(OpKind::Quantize, {x}, b.value("q", 2, 1, 1));
   const auto y = b.node(OpKind::Conv, {q}, b.value("y", 2, 1, 1, ValueKind::F32),
-                        {1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 0, 255, 0}, {0, -1, 1},
+                        {1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 0, 255, 0}, {1, -1, 1},
                         {b.weights(2, 2, 1, 1, 3), b.floats({1, 2}), b.floats({0, 1}), -1});
   b.p.inputs = {x};
   b.p.outputs = {y};

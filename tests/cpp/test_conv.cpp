@@ -84,11 +84,13 @@ void run_case(const Case& c, Isa isa, int parts, bool by_columns) {
   e.correction = c.zero_point == 0 ? nullptr : correction.data();
   e.scale = scale.data();
   e.bias = bias.data();
-  e.residual_scale = c.residual ? 0.37f : 0.0f;
+  e.residual_scale = 0.37f;
+  e.residual_zero = c.zero_point;
   e.finish = {.lo = static_cast<float>(3 - 17),
               .hi = static_cast<float>(250 - 17),
               .zero_point = 17,
-              .table = c.table ? table.data() : nullptr};
+              .table = c.table ? table.data() : nullptr,
+              .inv_scale = 1.7f};
   e.bounded = c.bounded;
 
   const ConvPlan plan = plan_conv(s, in, &out, c.residual ? &res : nullptr, positions_for(kernels));
@@ -140,7 +142,8 @@ void run_case(const Case& c, Isa isa, int parts, bool by_columns) {
           }
           float v = conv_value(acc, scale[o], bias[o]);
           if (c.residual)
-            v = add_residual(v, r[n * res.image_bytes + res.offset(oy, ox) + o], e.residual_scale);
+            v += dequantize_value(r[n * res.image_bytes + res.offset(oy, ox) + o], e.residual_scale,
+                                  e.residual_zero);
           if (finish_u8(v, e.finish) != y[at + o]) ++wrong;
         }
       }

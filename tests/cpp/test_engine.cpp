@@ -40,9 +40,9 @@ int32_t add_conv(Builder& b, int32_t x, const Layer& l) {
                                               static_cast<uint32_t>(group_in), side, side);
   std::vector<float> scale(static_cast<size_t>(l.out_channels)), bias(scale.size());
   for (size_t o = 0; o < scale.size(); ++o) {
-    scale[o] = static_cast<float>(pick(50, 150)) * 0.015f /
+    scale[o] = static_cast<float>(pick(50, 150)) * 0.015f * kScale /
                (std::sqrt(static_cast<float>(reduction)) * static_cast<float>(half));
-    bias[o] = static_cast<float>(pick(50, 150));
+    bias[o] = static_cast<float>(pick(40, 140)) * kScale;
   }
   const auto size = [&](int64_t n) { return (n + 2 * pad - l.kernel) / l.stride + 1; };
   const auto y = b.value(std::string("y") + std::to_string(b.p.nodes.size()), l.out_channels,
@@ -53,7 +53,7 @@ int32_t add_conv(Builder& b, int32_t x, const Layer& l) {
   return b.node(OpKind::Conv, inputs, y,
                 {l.kernel, l.kernel, l.stride, l.stride, pad, pad, pad, pad, 1, 1, l.groups, 0, 255,
                  u8 ? 10 : 0},
-                {l.residual >= 0 ? 0.4f : 0.0f, -1e30f, 1e30f},
+                {kInverse, -1e30f, 1e30f},
                 {b.constant(ConstantKind::Weights, packed), b.floats(scale), b.floats(bias), -1});
 }
 
@@ -73,7 +73,7 @@ Program network() {
   y = add_conv(b, y, {.out_channels = pick(1, 50), .stride = 2, .kind = ValueKind::F32});
   const Value v = b.p.values[static_cast<size_t>(y)];
   const auto mean = b.node(OpKind::AdaptiveAvgPool, {y}, b.value("mean", v.c, 1, 1, v.kind),
-                           {0, 255, 0}, {1.0f}, {-1});
+                           {0, 255, 0}, {1.0f, 1.0f}, {-1});
   b.p.inputs = {x};
   b.p.outputs = {y, mean};
   return b.p;

@@ -269,7 +269,11 @@ TEST(refusals_say_what_is_wrong) {
   check_refused("parts must be 0 to 1", [](Program& p) {
     poke(p.constants[find(p, OpKind::Resize).constants[2]].bytes, 4, 1.5f);
   });
-  check_refused("eps must be", [](Program& p) { find(p, OpKind::LayerNorm).floats[0] = 0.0f; });
+  check_refused("eps must be", [](Program& p) { find(p, OpKind::LayerNorm).floats[1] = 0.0f; });
+  check_refused("the inverse scale before the table",
+                [](Program& p) { find(p, OpKind::Mul).floats[0] = 0.0f; });
+  check_refused("without a table the inverse scale",
+                [](Program& p) { find(p, OpKind::Conv).floats[0] *= 2.0f; });
   check_refused("elements in the output", [](Program& p) { output_of(p, OpKind::Reshape).c = 15; });
   check_refused("not valid UTF-8", [](Program& p) { p.nodes[0].name = "\xC0\x80"; });
   check_refused("not valid UTF-8", [](Program& p) { p.values[0].name = "a\xED\xA0\x80"; });
@@ -285,7 +289,7 @@ TEST(accumulator_bound) {
     const auto q = b.node(OpKind::Quantize, {x}, b.value("q", k, 1, 1));
     const auto y =
         b.node(OpKind::Conv, {q}, b.value("y", 1, 1, 1, ValueKind::F32),
-               {1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 0, 255, 0}, {0, -1, 1},
+               {1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 0, 255, 0}, {1, -1, 1},
                {b.weights(1, static_cast<uint32_t>(k), 1, 1, 8), b.floats({1}), b.floats({0}), -1});
     b.p.inputs = {x};
     b.p.outputs = {y};

@@ -127,11 +127,13 @@ void fill(const Case& c, Numbers& n) {
   n.epilogue.correction = c.zero_point == 0 ? nullptr : n.correction.data();
   n.epilogue.scale = n.scale.data();
   n.epilogue.bias = n.bias.data();
-  n.epilogue.residual_scale = c.residual ? 0.37f : 0.0f;
+  n.epilogue.residual_scale = 0.37f;
+  n.epilogue.residual_zero = c.zero_point;
   n.epilogue.finish = {.lo = c.lo,
                        .hi = c.hi,
                        .zero_point = c.out_zero_point,
-                       .table = c.table ? n.table.data() : nullptr};
+                       .table = c.table ? n.table.data() : nullptr,
+                       .inv_scale = 1.7f};
   n.epilogue.bounded = c.bounded;
 }
 
@@ -152,7 +154,8 @@ uint8_t expected(const Case& c, const Numbers& n, ConstImageView in, ConstImageV
     }
   float y = conv_value(sum, n.scale[o], n.bias[o]);
   if (residual.data != nullptr)
-    y = add_residual(y, residual.pixel(oy, ox)[o], n.epilogue.residual_scale);
+    y += dequantize_value(residual.pixel(oy, ox)[o], n.epilogue.residual_scale,
+                          n.epilogue.residual_zero);
   return finish_u8(y, n.epilogue.finish);
 }
 

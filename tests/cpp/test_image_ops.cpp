@@ -173,6 +173,7 @@ struct RandomFinish {
     }
     finish.lo = static_cast<float>(low - finish.zero_point);
     finish.hi = static_cast<float>(high - finish.zero_point);
+    finish.inv_scale = pick<float>({1.0f, 0.37f, 1.9f});
     if (uniform(0, 2) == 0) {
       for (int i = 0; i < 256; ++i)
         table.push_back(static_cast<uint8_t>(rng()));
@@ -225,23 +226,22 @@ TEST(add_and_mul) {
         return broadcast ? b(k, 0, 0) : b(k, y, x);
       };
       const RandomFinish f;
-      const AddSpec sum{random_scale(), random_scale(), random_offset(), f.finish};
+      const PairSpec spec{uniform(0, 255), uniform(0, 255), random_scale(), random_scale(),
+                          f.finish};
       check_operation(
           broadcast ? "broadcast add" : "add", random_layout(c, s.h, s.w),
           [&](int64_t k, int64_t y, int64_t x) -> int {
             return add_u8(static_cast<uint8_t>(a(k, y, x)), static_cast<uint8_t>(level_b(k, y, x)),
-                          sum);
+                          spec);
           },
-          [&](ImageView out, Part part) { add(sum, a.view(), b.view(), out, part); });
-      const MulSpec product{uniform(0, 255), uniform(0, 255),
-                            random_scale() * pick<float>({1.0f, 0.01f}), f.finish};
+          [&](ImageView out, Part part) { add(spec, a.view(), b.view(), out, part); });
       check_operation(
           broadcast ? "broadcast mul" : "mul", random_layout(c, s.h, s.w),
           [&](int64_t k, int64_t y, int64_t x) -> int {
             return mul_u8(static_cast<uint8_t>(a(k, y, x)), static_cast<uint8_t>(level_b(k, y, x)),
-                          product);
+                          spec);
           },
-          [&](ImageView out, Part part) { mul(product, a.view(), b.view(), out, part); });
+          [&](ImageView out, Part part) { mul(spec, a.view(), b.view(), out, part); });
     }
   }
 }
@@ -250,7 +250,7 @@ TEST(elementwise_in_place) {
   for (const int64_t c : {1, 3, 7, 20, 64, 100}) {
     const Image a(c, 3, 5), b(a.layout);
     const RandomFinish f;
-    const AddSpec spec{0.3f, 0.4f, -20.0f, f.finish};
+    const PairSpec spec{20, 30, 0.3f, 0.4f, f.finish};
     for (const Isa isa : supported_isas()) {
       force_isa(isa_name(isa));
       auto copy = Exact<uint8_t>::of(

@@ -134,10 +134,10 @@ def _zero_channels(
         (outs, h, w),
         want.grid,
         ints=[1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, *want.finish()],
-        floats=[0.0, 0.0, 0.0],
+        floats=[want.grid.inverse, 0.0, 0.0],
         constants=[
             program.constant("weights", ops.pack_weight(identity, 2).numpy().tobytes()),
-            program.f32(np.ones(outs)),
+            program.f32(np.full(outs, want.grid.scale)),
             program.f32(np.zeros(outs)),
             -1,
         ],
@@ -192,7 +192,6 @@ RULES["aten.max_pool2d.default"] = Rule(_max_pool, None, operand_grid)
 def _average(low: Lowering, node: fx.Node, op: str, size: Size, ints: list[int], want: Want) -> Ref:
     ref, grid = low.on_own_grid(node.args[0])
     ref = _image(low, node, ref)
-    ratio = float(np.float32(grid.scale * want.grid.inverse))
     number = low.program.node(
         op,
         low.name(node),
@@ -200,7 +199,7 @@ def _average(low: Lowering, node: fx.Node, op: str, size: Size, ints: list[int],
         size,
         want.grid,
         ints=[*ints, *want.finish()],
-        floats=[ratio],
+        floats=[want.grid.inverse, grid.scale],
         constants=[-1],
     )
     return Ref(number, image_dims(size))
@@ -216,7 +215,7 @@ def _average_f32(
         size,
         None,
         ints=[*ints, 0, 255, 0],
-        floats=[1.0],
+        floats=[1.0, 1.0],
         constants=[-1],
     )
 
@@ -282,7 +281,6 @@ def _mean_axes(low: Lowering, node: fx.Node, ref: Ref) -> tuple[Dims, int]:
 def _mean(low: Lowering, node: fx.Node, want: Want) -> Ref:
     ref, grid = low.on_own_grid(node.args[0])
     dims, c = _mean_axes(low, node, ref)
-    ratio = float(np.float32(grid.scale * want.grid.inverse))
     number = low.program.node(
         "adaptive_avg_pool",
         low.name(node),
@@ -290,7 +288,7 @@ def _mean(low: Lowering, node: fx.Node, want: Want) -> Ref:
         (c, 1, 1),
         want.grid,
         ints=want.finish(),
-        floats=[ratio],
+        floats=[want.grid.inverse, grid.scale],
         constants=[-1],
     )
     return Ref(number, dims)
@@ -370,8 +368,7 @@ def _resize_u8(low: Lowering, node: fx.Node, want: Want) -> Ref:
     bilinear = "bilinear" in str(node.target)
     if bilinear:
         ref, grid = low.on_own_grid(node.args[0])
-        scale = float(np.float32(grid.scale * want.grid.inverse))
-        offset = -grid.zero_point * scale
+        scale, offset = grid.scale, -grid.zero_point * grid.scale
     else:
         ref, scale, offset = low.u8(node.args[0], want), 1.0, 0.0
     ref = _image(low, node, ref)
@@ -384,7 +381,7 @@ def _resize_u8(low: Lowering, node: fx.Node, want: Want) -> Ref:
         size,
         want.grid,
         ints=[int(bilinear), *want.finish()],
-        floats=[scale, offset],
+        floats=[want.grid.inverse, scale, offset],
         constants=constants,
     )
     return Ref(number, image_dims(size))
@@ -402,7 +399,7 @@ def _resize_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
         size,
         None,
         ints=[int(bilinear), 0, 255, 0],
-        floats=[1.0, 0.0],
+        floats=[1.0, 1.0, 0.0],
         constants=constants,
     )
     return Ref(number, image_dims(size))

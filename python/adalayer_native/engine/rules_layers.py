@@ -189,26 +189,20 @@ def _layer(low: Lowering, node: fx.Node) -> _Layer:
     return _linear(low, node) if "linear" in str(node.target) else _conv(low, node)
 
 
-def _residual(low: Lowering, node: fx.Node, layer: _Layer) -> tuple[list[int], Grid | None]:
+def _residual(low: Lowering, node: fx.Node, layer: _Layer) -> list[int]:
     if layer.residual is None:
-        return [], None
-    ref, grid = low.on_own_grid(layer.residual)
+        return []
+    ref, _ = low.on_own_grid(layer.residual)
     ref = low.plain(ref, low.name(node, "residual"))
     if low.size(ref) != layer.size:
         raise CannotLower(node, f"its residual is {low.size(ref)}, its result {layer.size}")
-    return [ref.value], grid
+    return [ref.value]
 
 
 def _layer_u8(low: Lowering, node: fx.Node, want: Want) -> Ref:
     layer = _layer(low, node)
     want = want.after(*layer.bounds)
-    inverse = want.grid.inverse
-    residual, grid = _residual(low, node, layer)
-    bias = layer.bias * inverse
-    residual_scale = 0.0
-    if grid is not None:
-        residual_scale = float(np.float32(grid.scale * inverse))
-        bias = bias - grid.zero_point * residual_scale
+    residual = _residual(low, node, layer)
     program = low.program
     number = program.node(
         layer.op,
@@ -217,20 +211,15 @@ def _layer_u8(low: Lowering, node: fx.Node, want: Want) -> Ref:
         layer.size,
         want.grid,
         ints=[*layer.geometry, *want.finish()],
-        floats=[residual_scale, 0.0, 0.0],
-        constants=[
-            layer.weights,
-            program.f32(layer.multiplier * inverse),
-            program.f32(bias),
-            -1,
-        ],
+        floats=[want.grid.inverse, 0.0, 0.0],
+        constants=[layer.weights, program.f32(layer.multiplier), program.f32(layer.bias), -1],
     )
     return Ref(number, built(layer.axes, layer.size))
 
 
 def _layer_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
     layer = _layer(low, node)
-    residual, grid = _residual(low, node, layer)
+    residual = _residual(low, node, layer)
     lo, hi = compose_clamps(layer.bounds, (lo, hi))
     program = low.program
     number = program.node(
@@ -240,7 +229,7 @@ def _layer_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
         layer.size,
         None,
         ints=[*layer.geometry, 0, 255, 0],
-        floats=[0.0 if grid is None else grid.scale, lo, hi],
+        floats=[1.0, lo, hi],
         constants=[layer.weights, program.f32(layer.multiplier), program.f32(layer.bias), -1],
     )
     return Ref(number, built(layer.axes, layer.size))
@@ -267,9 +256,8 @@ def affine(
 ) -> Ref:
     """``operand * factor[c] + offset[c]`` for an operand on its own grid."""
     ref, grid = low.on_own_grid(operand)
-    inverse = want.grid.inverse
-    scale = factor * grid.scale * inverse
-    bias = offset * inverse - grid.zero_point * scale
+    scale = factor * grid.scale
+    bias = offset - grid.zero_point * scale
     if scale.shape != (low.size(ref)[0],):
         raise CannotLower(node, f"{scale.size} factors for {low.size(ref)[0]} channels")
     constants = [low.program.f32(scale), low.program.f32(bias), -1]
@@ -280,6 +268,7 @@ def affine(
         ref,
         want,
         ints=want.finish(),
+        floats=[want.grid.inverse],
         constants=constants,
     )
 
@@ -319,7 +308,6 @@ def _layer_norm(low: Lowering, node: fx.Node, want: Want) -> Ref:
     bias = low.parameter(a["bias"]) if a["bias"] is not None else torch.zeros(size[0])
     if weight is None or bias is None:
         raise CannotLower(node, "its parameters are computed by the graph")
-    inverse = want.grid.inverse
     program = low.program
     return low.emit(
         "layer_norm",
@@ -328,8 +316,8 @@ def _layer_norm(low: Lowering, node: fx.Node, want: Want) -> Ref:
         ref,
         want,
         ints=want.finish(),
-        floats=[float(a["eps"])],
-        constants=[program.f32(_double(weight) * inverse), program.f32(_double(bias) * inverse)],
+        floats=[want.grid.inverse, float(a["eps"])],
+        constants=[program.f32(_double(weight)), program.f32(_double(bias))],
     )
 
 

@@ -186,34 +186,26 @@ def _binary(low: Lowering, node: fx.Node, want: Want) -> Ref:
             return _with_constant(low, node, other, constant, is_left, want)
     (a, grid_a), (b, grid_b) = low.on_own_grid(left), low.on_own_grid(right)
     a, b, exchanged = _pair(low, node, a, b)
-    inverse = want.grid.inverse
-    kind = op_name(node).split(".")[1]
-    name = low.name(node)
-    if kind == "mul":
-        if exchanged:
-            grid_a, grid_b = grid_b, grid_a
-        scale = float(np.float32(grid_a.scale * grid_b.scale * inverse))
-        ints = [grid_a.zero_point, grid_b.zero_point, *want.finish()]
-        return low.emit(
-            "mul", name, [a.value, b.value], a, want, ints=ints, floats=[scale], constants=[-1]
-        )
-    if kind not in ("add", "sub"):
-        raise CannotLower(node, f"{kind} of two tensors")
-    factor = float(node.kwargs.get("alpha", 1)) * (1.0 if kind == "add" else -1.0)  # type: ignore[arg-type]
-    factors = (factor, 1.0) if exchanged else (1.0, factor)
     if exchanged:
         grid_a, grid_b = grid_b, grid_a
-    scale_a = float(np.float32(factors[0] * grid_a.scale * inverse))
-    scale_b = float(np.float32(factors[1] * grid_b.scale * inverse))
-    offset = -(grid_a.zero_point * scale_a + grid_b.zero_point * scale_b)
+    scale_a, scale_b = grid_a.scale, grid_b.scale
+    kind = op_name(node).split(".")[1]
+    if kind in ("add", "sub"):
+        factor = float(node.kwargs.get("alpha", 1)) * (1.0 if kind == "add" else -1.0)  # type: ignore[arg-type]
+        if exchanged:
+            scale_a = float(np.float32(factor * scale_a))
+        else:
+            scale_b = float(np.float32(factor * scale_b))
+    elif kind != "mul":
+        raise CannotLower(node, f"{kind} of two tensors")
     return low.emit(
-        "add",
-        name,
+        "mul" if kind == "mul" else "add",
+        low.name(node),
         [a.value, b.value],
         a,
         want,
         ints=want.finish(),
-        floats=[scale_a, scale_b, offset],
+        floats=[want.grid.inverse, scale_a, scale_b],
         constants=[-1],
     )
 
