@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,9 @@ import adalayer_native as ada
 from bench.interleave import Comparison, Sampler, on_cpus, place, rounds, schedule
 from bench.record import RESULTS, Figure, Results, Target, describe_machine
 from bench.report import comparison_lines
+
+# Engines are planned in the process that times them, not by an earlier, perhaps busier one.
+os.environ.setdefault("ADALAYER_PLAN_CACHE", "off")
 
 
 class Replay:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
+
+# What the planner measures in tests stays with them. Before anything is compiled.
+os.environ.setdefault("ADALAYER_PLAN_CACHE", "off")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # The tests of test_kernels.py that compare random layers on every instruction set.

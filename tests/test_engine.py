@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,194 +12,23 @@ import torch
 import torch.nn.functional as F
 from helpers_engine import native_of, node_differences, plan_of
 from helpers_models import tiny
+from helpers_patterns import PATTERNS, Net, Residual, Up, small_engine, smooth
 from torch import Tensor, nn
 
 import adalayer_native as ada
-from adalayer_native import _C
 from adalayer_native.engine import Coverage, Engine
-from adalayer_native.engine.backend import backend
-from adalayer_native.engine.emit import emit
-from adalayer_native.engine.export import export
 from adalayer_native.engine.runtime import NativePart
-from adalayer_native.engine.segments import divide
 from adalayer_native.errors import (
     CalibrationError,
-    FileFormatError,
     InputError,
     UnsupportedModelError,
 )
 from adalayer_native.quantization.graph import quantizers_of
 
 
-class Net(nn.Module):
-    """Convolution, then a pattern, then a convolution and a linear layer.
-
-    The layers around the pattern make its operands and its result values that are stored as u8.
-    """
-
-    def __init__(self, pattern: nn.Module | Callable[[Tensor], Tensor], channels: int = 8) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.first = nn.Conv2d(3, 8, 3, padding=1)
-        self.pattern = pattern
-        self.last = nn.Conv2d(channels, 6, 1)
-        self.fc = nn.Linear(6, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.last(self.pattern(self.first(x)))
-        return self.fc(y.mean((2, 3)))
-
-
-class Residual(nn.Module):
-    """Additions on both sides, with and without relu, and a batch norm to fold."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = nn.Conv2d(8, 8, 3, padding=1, bias=False)
-        self.bn = nn.BatchNorm2d(8)
-        self.b = nn.Conv2d(8, 8, 3, padding=1)
-        self.c = nn.Conv2d(8, 8, (1, 3), padding=(0, 1), stride=(1, 1))
-        self.bn.running_mean.normal_()
-        self.bn.running_var.uniform_(0.5, 2.0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(x + self.bn(self.a(x)))
-        x = self.b(x) + x
-        return F.relu6(self.c(F.relu(x)) + x)
-
-
-class Excite(nn.Module):
-    """Squeeze and excitation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.down, self.up = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.silu(x)
-        s = F.relu(self.down(F.adaptive_avg_pool2d(x, 1)))
-        return x * torch.sigmoid(self.up(s))
-
-
-class PreActivation(nn.Module):
-    """Batch norms that no convolution can absorb, concatenations of concatenations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norms = nn.ModuleList([nn.BatchNorm2d(8), nn.BatchNorm2d(12)])
-        self.convs = nn.ModuleList([nn.Conv2d(8, 4, 3, padding=1), nn.Conv2d(12, 4, 1)])
-        for norm in self.norms:
-            nn.init.normal_(norm.weight)
-            nn.init.normal_(norm.running_mean)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for norm, conv in zip(self.norms, self.convs, strict=True):
-            x = torch.cat([x, conv(F.relu(norm(x)))], dim=1)
-        return x
-
-
-class ConvNextBlock(nn.Module):
-    """Linear layers and a layer norm over the last axis, a factor per channel."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.depthwise = nn.Conv2d(8, 8, 5, padding=2, groups=8)
-        self.norm = nn.LayerNorm(8, eps=1e-6)
-        self.wide, self.narrow = nn.Linear(8, 24), nn.Linear(24, 8)
-        self.scale = nn.Parameter(torch.linspace(-0.5, 1.5, 8).reshape(8, 1, 1))
-        nn.init.normal_(self.norm.weight)
-        nn.init.normal_(self.norm.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
-        y = self.narrow(F.gelu(self.wide(y))).permute(0, 3, 1, 2)
-        return x + self.scale * y
-
-
-class Shuffle(nn.Module):
-    """Halves that go separate ways and are shuffled together."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(4, 4, 3, padding=1, groups=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        a, b = F.relu(x).chunk(2, dim=1)
-        y = torch.cat([a, self.conv(b)], dim=1)
-        n, c, h, w = y.shape
-        return y.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
-
-
-class Up(nn.Module):
-    """Transposed convolutions beside a skip connection."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.down = nn.Conv2d(8, 12, 3, stride=2, padding=1)
-        self.up = nn.ConvTranspose2d(12, 8, 3, stride=2, padding=1, output_padding=1, groups=2)
-        self.grow = nn.ConvTranspose2d(16, 8, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.up(F.relu(self.down(x))))
-        return self.grow(torch.cat([x, y], dim=1))
-
-
-def slices(x: Tensor) -> Tensor:
-    first, second, third = x.split([2, 3, 3], dim=1)
-    picked = x[:, 1].unsqueeze(1)
-    window = torch.cat([first, second, third, picked], dim=1)[:, :, 1:9:2, ::3]
-    return window.narrow(3, 1, 2)
-
-
-PATTERNS: dict[str, tuple[Callable[[], Any], int]] = {
-    "residual": (Residual, 8),
-    "excite": (Excite, 8),
-    "pre-activation": (PreActivation, 16),
-    "convnext": (ConvNextBlock, 8),
-    "shuffle": (Shuffle, 8),
-    "up": (Up, 8),
-    "slices": (lambda: slices, 9),
-    "grouped": (lambda: nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=4), 8),
-    "asymmetric": (lambda: nn.Conv2d(8, 8, (2, 4), padding="same"), 8),
-    "prelu": (lambda: nn.PReLU(), 8),
-    "padding": (lambda: lambda x: F.pad(F.relu(x), (1, 2, 0, 3)), 8),
-    "zero channels": (lambda: lambda x: F.pad(F.relu(x)[..., ::2, ::2], (0, 0, 0, 0, 3, 4)), 15),
-    "max pool": (lambda: nn.MaxPool2d(3, 2, 1, ceil_mode=True), 8),
-    "dilated pool": (lambda: lambda x: F.max_pool2d(x, 2, 1, 1, 2), 8),
-    "avg pool": (lambda: nn.AvgPool2d(3, 2, 1, ceil_mode=True), 8),
-    "avg pool inside": (lambda: nn.AvgPool2d((3, 2), (1, 2), 1, count_include_pad=False), 8),
-    "adaptive": (lambda: nn.AdaptiveAvgPool2d((5, 3)), 8),
-    "mean of last axes": (lambda: lambda x: x.mean((2, 3), keepdim=True), 8),
-    "nearest": (lambda: lambda x: F.interpolate(x, scale_factor=2), 8),
-    "nearest size": (lambda: lambda x: F.interpolate(x, size=(7, 17)), 8),
-    "bilinear": (lambda: lambda x: F.interpolate(x, size=(19, 8), mode="bilinear"), 8),
-    "bilinear corners": (
-        lambda: lambda x: F.interpolate(x, scale_factor=1.5, mode="bilinear", align_corners=True),
-        8,
-    ),
-    "constants": (lambda: lambda x: (2.0 - x * 0.5 + 0.25) / 3.0, 8),
-    "two of a kind": (lambda: lambda x: x * F.relu(x) - torch.tanh(x), 8),
-    "pixel order": (lambda: lambda x: x.flatten(2).transpose(1, 2).transpose(1, 2).view_as(x), 8),
-    **{
-        f"function {function.__name__}": (lambda function=function: function, 8)
-        for function in (F.hardswish, F.hardsigmoid, F.silu, F.gelu, F.leaky_relu, F.elu, F.mish)
-    },
-}
-
-
-def smooth(batch: int, seed: int, size: int = 12) -> Tensor:
-    """Images between noise and blobs."""
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(batch, 3, size, size, generator=generator)
-    blobs = torch.randn(batch, 3, 3, 3, generator=generator)
-    return noise + F.interpolate(blobs, size=size, mode="bilinear")
-
-
 @pytest.fixture(scope="module")
 def small() -> tuple[nn.Module, Engine]:
-    """A converted small network and its engine."""
-    native = native_of(tiny(), torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1)))
-    return native, ada.compile(native, torch.zeros(1, 3, 8, 8), policy="native", strict=True)
+    return small_engine()
 
 
 # -- operators ------------------------------------------------------------------------------------
@@ -591,158 +418,6 @@ def test_coverage(small: tuple[nn.Module, Engine]) -> None:
     text = str(coverage)
     assert "100.00 % of multiply-accumulates native" in text and "conv1" in text
     assert repr(engine) == "Engine(x[batch, 3, 8, 8]; native)"
-
-
-# -- files ----------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def test_save_and_load(small: tuple[nn.Module, Engine], tmp_path: Path) -> None:
-    _, engine = small
-    path = tmp_path / "model.ada"
-    preprocessing = {"size": [8, 8], "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]}
-    names = ["cat", "dog", "häschen", "fish"]
-    size = engine.save(path, preprocessing=preprocessing, class_names=names)
-    assert size == path.stat().st_size
-    assert [item.name for item in tmp_path.iterdir()] == ["model.ada"]
-    loaded = ada.load(path)
-    x = torch.randn(5, 3, 8, 8)
-    assert torch.equal(loaded(x), engine(x))
-    assert loaded.preprocessing == preprocessing
-    assert loaded.class_names == names
-    assert loaded.inputs == engine.inputs
-    assert loaded.coverage(rounds=0).native_share == 1.0
-    again = tmp_path / "again.ada"
-    loaded.save(again)
-    assert again.read_bytes() == path.read_bytes()
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file"):
-        engine.save(tmp_path / "file" / "model.ada")
-
-
-def test_damaged_files(small: tuple[nn.Module, Engine], tmp_path: Path) -> None:
-    _, engine = small
-    path = tmp_path / "model.ada"
-    engine.save(path)
-    data = path.read_bytes()
-    with pytest.raises(FileFormatError, match=r"missing\.ada"):
-        ada.load(tmp_path / "missing.ada")
-    with pytest.raises(FileFormatError, match=tmp_path.name):
-        ada.load(tmp_path)
-    broken = tmp_path / "broken.ada"
-    for content in (b"", b"nonsense" * 20, data[: len(data) // 2], data[:-1], data + b"x"):
-        broken.write_bytes(content)
-        with pytest.raises(FileFormatError, match=r"broken\.ada"):
-            ada.load(broken)
-    for position in range(0, len(data), max(1, len(data) // 200)):
-        flipped = bytearray(data)
-        flipped[position] ^= 0x10
-        broken.write_bytes(bytes(flipped))
-        with pytest.raises(FileFormatError, match=r"broken\.ada"):
-            ada.load(broken)
-
-
-@pytest.mark.parametrize(
-    ("key", "text"),
-    [
-        ("adalayer.outputs", "[[0, [5], null]]"),
-        ("adalayer.outputs", "[[3, [4], null]]"),
-        ("adalayer.outputs", "[[0, [4], [[4, 7]]]]"),
-        ("adalayer.outputs", "[[0, [4], [[4, -1]]]]"),
-        ("adalayer.inputs", '[["x", [3, 8, 9]]]'),
-        ("adalayer.inputs", "{}"),
-        ("adalayer.order", "[0, 0]"),
-        ("adalayer.order", "[2]"),
-        ("adalayer.leaves", '[{"tensor": 4}]'),
-        ("adalayer.structure", "3"),
-        ("adalayer.structure", '{"tuple": [0], "list": []}'),
-        ("adalayer.structure", "nothing"),
-    ],
-)
-def test_metadata_that_does_not_fit_the_program(
-    small: tuple[nn.Module, Engine], tmp_path: Path, key: str, text: str
-) -> None:
-    _, engine = small
-    path = tmp_path / "model.ada"
-    engine.save(path)
-    program = _C.Program.load(str(path))
-    assert key in program.metadata()
-    program.set_metadata(key, text)
-    program.save(str(path))
-    with pytest.raises(FileFormatError, match="metadata"):
-        ada.load(path)
-
-
-def test_a_program_of_another_writer(small: tuple[nn.Module, Engine], tmp_path: Path) -> None:
-    """Without our metadata inputs and outputs are what the program says: c x h x w."""
-    native, _ = small
-    exported = export(native, torch.zeros(2, 3, 8, 8))
-    (part,), _ = divide(exported, {})
-    assert part.lowered is not None
-    path = tmp_path / "model.ada"
-    emit(part.lowered.program).save(str(path))
-    engine = ada.load(path)
-    x = torch.randn(2, 3, 8, 8)
-    assert torch.equal(engine(x), native(x).reshape(2, 4, 1, 1))
-    assert engine.class_names is None and engine.preprocessing is None
-
-
-# -- torch.compile --------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def fresh_compiler() -> Any:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-@torch.no_grad()
-def test_torch_compile(small: tuple[nn.Module, Engine]) -> None:
-    native, _ = small
-    compiled = torch.compile(native, backend=backend, options={"policy": "native", "strict": True})
-    for n in (2, 5, 1, 3):
-        x = torch.randn(n, 3, 8, 8)
-        assert torch.equal(compiled(x), native(x))
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-@torch.no_grad()
-def test_torch_compile_follows_the_weights() -> None:
-    native = native_of(tiny(), torch.randn(8, 3, 8, 8))
-    compiled = torch.compile(native, backend=backend, options={"policy": "native"})
-    x = torch.randn(2, 3, 8, 8)
-    before = compiled(x)
-    native.get_submodule("fc").bias.add_(1.0)
-    torch.testing.assert_close(compiled(x), before + 1.0)
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-@torch.no_grad()
-def test_torch_compile_with_reshapes_of_the_batch() -> None:
-    torch.manual_seed(0)
-    native = native_of(Net(Shuffle()), smooth(8, seed=1))
-    compiled = torch.compile(native, backend=backend, options={"policy": "native", "strict": True})
-    for n in (2, 3, 1):
-        x = smooth(n, seed=n)
-        torch.testing.assert_close(compiled(x), native(x), rtol=0, atol=0.02)
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-def test_torch_compile_of_a_float_model() -> None:
-    with pytest.raises(Exception, match=r"adalayer_native\.compress"):
-        torch.compile(tiny(), backend=backend)(torch.zeros(2, 3, 8, 8))
-    doubled = torch.compile(lambda x: x * 2, backend=backend)
-    assert torch.equal(doubled(torch.ones(3)), torch.full((3,), 2.0))
-
-
-def test_entry_point() -> None:
-    """``backend="adalayer"`` is found by its name once the package is installed."""
-    text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
-    section = text.partition("[project.entry-points.torch_dynamo_backends]")[2]
-    module, _, name = section.partition('adalayer = "')[2].partition('"')[0].partition(":")
-    assert callable(getattr(importlib.import_module(module), name))
 
 
 @torch.no_grad()

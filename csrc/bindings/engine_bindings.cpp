@@ -42,6 +42,13 @@ const char* kind_name(ConstantKind kind) {
   return "unknown";
 }
 
+WeightForm weight_form(const std::string& name) {
+  if (name == "measured") return WeightForm::Measured;
+  if (name == "streamed") return WeightForm::Streamed;
+  if (name == "resident") return WeightForm::Resident;
+  fail<InvalidArgument>("weights: expected measured, streamed or resident, got '", name, "'");
+}
+
 int32_t add_value(Program& p, std::string name, const std::string& kind, int64_t c, int64_t h,
                   int64_t w, float scale, int32_t zero_point, int32_t qmax) {
   if (kind != "u8" && kind != "f32")
@@ -224,14 +231,17 @@ void bind_engine(py::module_& m) {
       .def("reference_values", &reference_values);
 
   py::class_<Engine>(m, "Engine")
-      .def(py::init([](const Program& program, int64_t chunk, int64_t cache_bytes) {
+      .def(py::init([](const Program& program, int64_t chunk, int64_t cache_bytes,
+                       const std::string& weights) {
              EngineOptions options;
              options.chunk = chunk;
              options.cache_bytes = cache_bytes;
+             options.weights = weight_form(weights);
              const py::gil_scoped_release release;
              return Engine(Program(program), options);
            }),
-           py::arg("program"), py::arg("chunk") = 0, py::arg("cache_bytes") = 0)
+           py::arg("program"), py::arg("chunk") = 0, py::arg("cache_bytes") = 0,
+           py::arg("weights") = "measured")
       .def("run", &run)
       .def("any_order",
            [](const Engine& engine) {

@@ -1,8 +1,13 @@
 #include "core/cpu_features.hpp"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <array>
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 
 #include "core/status.hpp"
 
@@ -99,6 +104,21 @@ std::atomic<int> g_active{kUndecided};
 const CpuFeatures& cpu_features() {
   static const CpuFeatures features = detect_cpu_features();
   return features;
+}
+
+std::string cpu_brand() {
+  std::string brand;
+#if defined(__x86_64__)
+  constexpr unsigned kFirst = 0x80000002, kLast = 0x80000004;
+  unsigned words[4];
+  for (unsigned leaf = kFirst; leaf <= kLast; ++leaf) {
+    if (__get_cpuid(leaf, &words[0], &words[1], &words[2], &words[3]) == 0) return {};
+    char text[sizeof words + 1] = {};
+    std::memcpy(text, words, sizeof words);
+    brand += text;
+  }
+#endif
+  return brand;
 }
 
 std::string describe_cpu_features() {

@@ -33,6 +33,9 @@ const CpuFeatures& cpu_features();
 // that a test can be linked with another machine in its place.
 CpuFeatures detect_cpu_features();
 
+// The processor's own name, "" if it has none.
+std::string cpu_brand();
+
 // Every feature that is present, as "avx2 avx512vnni ...", for people.
 std::string describe_cpu_features();
 

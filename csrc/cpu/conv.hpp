@@ -106,13 +106,15 @@ class WeightStream {
 struct ConvCall {
   const ConvPlan& plan;
   const uint8_t* weights;  // panels
-  int bits;
+  int bits;                // of the panels
+  int weight_bits;         // that the weights need
   const ConvEpilogue* epilogue;
   const uint8_t* in;  // first image
   int64_t images;
   uint8_t* out;
   const uint8_t* residual;  // or null
   bool by_columns;          // parts are column pairs, else blocks of positions
+  bool other_order;         // of the loops, than what the sizes suggest
   WeightStream* stream;     // of this thread, or null
   int64_t segment;          // this convolution's in the stream
 };

@@ -16,6 +16,7 @@ constexpr int64_t kFirstLevel = 24 << 10;
 // what does not costs about kThirdLevelCost times as much to read again.
 constexpr int64_t kSecondLevel = 1 << 20;
 constexpr int64_t kThirdLevelCost = 5;
+constexpr int64_t kMostUnpacked = 4;  // times the second-level cache
 // Bytes to fetch ahead with every step: three lines in the time of four tile products is about what
 // memory delivers.
 constexpr int64_t kFetchPerStep = 192;
@@ -123,7 +124,7 @@ struct Loop {
     g.steps = plan.steps;
     g.tile0 = call.bits < 8 ? unpacked_at : reinterpret_cast<const int8_t*>(weights);
     g.tile1 = c.tiles == 2 ? g.tile0 + plan.steps * kTileBytes : nullptr;
-    g.weight_bits = call.bits;
+    g.weight_bits = call.weight_bits;
     g.rows = rows;
     const WeightStream::Piece fetch = ahead(c, fresh);
     if (fetch.bytes > 0) {
@@ -351,9 +352,13 @@ void run(const ConvCall& call, const TensorConvCall* tensor, const KernelRow& ke
   Scratch& local = scratch();
   const bool few = plan.runs.size() == 1 && call.images * plan.runs[0].positions <= kGemvRows &&
                    range.last - range.first == blocks;
-  const bool together =
-      !tall && !few && rows_outside(plan, call.images, range, pair_last - pair_first);
-  const int64_t held = together ? pair_last - pair_first : 1;
+  const int64_t all_pairs = pair_last - pair_first;
+  // All unpacked weights of the part are kept for the next block of positions.
+  const bool can_hold =
+      call.bits == 8 || unpacked_bytes(plan, all_pairs) <= kMostUnpacked * kSecondLevel;
+  const bool together = !tall && !few && can_hold &&
+                        rows_outside(plan, call.images, range, all_pairs) != call.other_order;
+  const int64_t held = together ? all_pairs : 1;
   const Loop loop{
       call,
       tensor,

@@ -98,12 +98,14 @@ void multiply(const Call& call, const uint8_t* packed, int64_t first, int64_t im
   const ConvCall conv{.plan = plan.conv,
                       .weights = call.weights.panels.data(),
                       .bits = call.weights.header.bits,
+                      .weight_bits = call.weights.header.bits,
                       .epilogue = nullptr,
                       .in = packed,
                       .images = images,
                       .out = nullptr,
                       .residual = nullptr,
                       .by_columns = by_columns,
+                      .other_order = false,
                       .stream = nullptr,
                       .segment = 0};
   call.kernels.begin();

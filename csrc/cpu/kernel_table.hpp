@@ -34,7 +34,7 @@ struct GemmArgs {
   int64_t steps;
   const int8_t* tile0;   // [steps][1024] unpacked weight tiles of column tile 0
   const int8_t* tile1;   // the same for column tile 1, or null
-  int weight_bits;       // width of the weights before unpacking: AVX2 has a shortcut below 8
+  int weight_bits;       // that the weights need: AVX2 has a shortcut below 8
   int rows;              // 1..kGemmRows
   const uint8_t* fetch;  // weights to fetch into the second-level cache meanwhile:
   int64_t fetch_row;     // bytes from one row's share to the next one's

@@ -222,31 +222,41 @@ void ConvStep::prepare_epilogue(const Program& program, std::span<const int8_t> 
   epilogue_.bounded = largest * static_cast<double>(epilogue_.finish.inv_scale) < 1 << 30;
 }
 
-int64_t ConvStep::panel_bytes() const {
+int64_t ConvStep::panel_bytes(bool resident) const {
   int64_t bytes = 0;
   for (const Piece& piece : pieces_)
-    bytes += piece.plan.packed_bytes(bits_);
+    bytes += piece.plan.packed_bytes(panel_bits(resident));
   return bytes;
 }
 
-void ConvStep::pack(uint8_t* panels) {
+void ConvStep::pack(uint8_t* panels, bool resident) {
   for (Piece& piece : pieces_) {
-    cpu::pack_panels(piece.plan, piece.weights, bits_, panels);
-    piece.panels = panels;
-    panels += piece.plan.packed_bytes(bits_);
-    piece.weights = {};
+    cpu::pack_panels(piece.plan, piece.weights, panel_bits(resident), panels);
+    piece.panels[resident] = panels;
+    panels += piece.plan.packed_bytes(panel_bits(resident));
   }
+}
+
+void ConvStep::drop_weights() {
+  for (Piece& piece : pieces_)
+    piece.weights = {};
+}
+
+void ConvStep::choose(const ConvChoice& choice) {
+  choice_ = choice;
+  choice_.resident = choice.resident && can_be_resident();
 }
 
 cpu::WeightStream::Segment ConvStep::segment(cpu::Part part) const {
   if (pieces_.size() != 1) return {nullptr, 0, 0};
   const Piece& piece = pieces_.front();
-  const auto [first, last] = cpu::weight_range(piece.plan, bits_, part);
-  return {piece.panels + first, last - first, 0};
+  const auto [first, last] = cpu::weight_range(piece.plan, panel_bits(choice_.resident), part);
+  return {piece.panels[choice_.resident] + first, last - first, 0};
 }
 
 bool ConvStep::by_columns(int threads) const {
-  return pieces_.size() == 1 && cpu::prefers_columns(pieces_.front().plan, bits_, threads);
+  return pieces_.size() == 1 &&
+         cpu::prefers_columns(pieces_.front().plan, panel_bits(choice_.resident), threads);
 }
 
 int64_t ConvStep::max_parts() const {
@@ -270,14 +280,16 @@ void ConvStep::run(const cpu::KernelRow& kernels, const ConvBuffers& b, cpu::Par
   }
   for (const Piece& piece : pieces_) {
     const cpu::ConvCall call{.plan = piece.plan,
-                             .weights = piece.panels,
-                             .bits = bits_,
+                             .weights = piece.panels[choice_.resident],
+                             .bits = panel_bits(choice_.resident),
+                             .weight_bits = bits_,
                              .epilogue = &piece.epilogue,
                              .in = b.in,
                              .images = b.images,
                              .out = b.out,
                              .residual = b.residual,
                              .by_columns = by_columns,
+                             .other_order = choice_.other_order,
                              .stream = stream,
                              .segment = segment};
     if (!float_out_) {
@@ -313,15 +325,16 @@ void ConvStep::add_float_residual(const ConvBuffers& b) const {
 }
 
 size_t ConvStep::derived_bytes() const {
-  return grouped_ ? grouped_->data.size() : static_cast<size_t>(panel_bytes());
+  return grouped_ ? grouped_->data.size() : static_cast<size_t>(panel_bytes(choice_.resident));
 }
 
 std::string ConvStep::kernel() const {
   const cpu::KernelRow* row = cpu::active_kernels();
   const std::string isa = row == nullptr ? "scalar" : row->name;
   if (grouped_) return isa + (shape_.depthwise() ? " depthwise" : " grouped");
-  if (stem_) return isa + " stem";
-  return isa + (pieces_.size() > 1 ? " transposed" : "");
+  const std::string form = choice_.resident ? " resident" : "";
+  if (stem_) return isa + " stem" + form;
+  return isa + (pieces_.size() > 1 ? " transposed" : "") + form;
 }
 
 }  // namespace adalayer::engine

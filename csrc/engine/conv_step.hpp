@@ -33,6 +33,13 @@ struct TransposedPhase {
 };
 std::vector<TransposedPhase> transposed_phases(const Program& program, const Node& node);
 
+/// How a convolution runs; every choice gives the same bits.
+struct ConvChoice {
+  bool resident = false;     // weights are unpacked to bytes once, at load
+  bool other_order = false;  // of the loops over positions and columns
+  bool operator==(const ConvChoice&) const = default;
+};
+
 /// Conv and ConvTranspose. A transposed convolution is up to stride_h * stride_w ordinary ones
 /// whose outputs interleave; every other node is one.
 class ConvStep {
@@ -41,11 +48,18 @@ class ConvStep {
   ConvStep(const Program& program, const Node& node, const cpu::ImageLayout& in,
            const cpu::ImageLayout* out, const cpu::ImageLayout* residual, const cpu::Stem* stem);
 
-  /// Bytes of panels that pack() writes; 0 for grouped kernels, which keep their own.
-  int64_t panel_bytes() const;
-  /// Derives the weights of this machine: panels into `panels` (64-byte aligned), which must live
-  /// as long as this object.
-  void pack(uint8_t* panels);
+  /// Bytes of the panels that pack() writes; 0 for grouped kernels, which keep their own.
+  int64_t panel_bytes(bool resident) const;
+  /// Derives the weights of this machine, packed or unpacked: panels into `panels` (64-byte
+  /// aligned), which must live as long as this object uses that form.
+  void pack(uint8_t* panels, bool resident);
+  /// No pack() after this one.
+  void drop_weights();
+
+  /// Whether choices of `resident` differ: not for 8-bit weights, nor for grouped kernels.
+  bool can_be_resident() const { return bits_ < 8 && !grouped_; }
+  void choose(const ConvChoice& choice);
+  const ConvChoice& choice() const { return choice_; }
 
   /// Weights that part `part` reads, for the prefetch stream.
   cpu::WeightStream::Segment segment(cpu::Part part) const;
@@ -56,6 +70,7 @@ class ConvStep {
            bool by_columns, cpu::WeightStream* stream, int64_t segment) const;
 
   int bits() const { return bits_; }
+  const ConvShape& shape() const { return shape_; }
   int64_t macs() const { return shape_.macs(); }
   size_t packed_bytes() const { return packed_bytes_; }
   size_t derived_bytes() const;
@@ -66,8 +81,8 @@ class ConvStep {
     cpu::ConvPlan plan;
     AlignedBuffer correction;  // of this piece's taps
     cpu::ConvEpilogue epilogue;
-    std::vector<int8_t> weights;  // int8 until pack()
-    const uint8_t* panels = nullptr;
+    std::vector<int8_t> weights;                    // until drop_weights()
+    const uint8_t* panels[2] = {nullptr, nullptr};  // packed, resident
   };
   void plan_transposed(const std::vector<TransposedPhase>& phases, const cpu::ImageLayout& in,
                        const cpu::ImageLayout* out, const cpu::ImageLayout* residual,
@@ -84,7 +99,10 @@ class ConvStep {
   int32_t zero_point_ = 0;  // of the input
   cpu::ImageLayout in_, out_, residual_;
   bool float_out_ = false, has_residual_ = false, stem_ = false;
+  int panel_bits(bool resident) const { return resident ? 8 : bits_; }
+
   int bits_ = 8;
+  ConvChoice choice_;
   size_t packed_bytes_ = 0;
   std::vector<Piece> pieces_;
   std::optional<cpu::GroupedWeights> grouped_;

@@ -12,6 +12,7 @@
 #include "core/thread_pool.hpp"
 #include "engine/interpret.hpp"
 #include "engine/memory.hpp"
+#include "engine/planner.hpp"
 #include "engine/steps.hpp"
 
 namespace adalayer::engine {
@@ -53,6 +54,30 @@ struct Workspace {
 
 int64_t f32_bytes(const Value& v) { return v.c * v.h * v.w * 4; }
 
+/// Images of noise for every input, and room for the outputs.
+struct Noise {
+  std::vector<InputTensor> inputs;
+  std::vector<float*> outputs;
+
+  Noise(const Program& program, int64_t batch) {
+    std::mt19937 random(0);
+    std::normal_distribution<float> normal;
+    for (const int32_t v : program.inputs) {
+      memory_.emplace_back(static_cast<size_t>(batch * f32_bytes(program.values[v]) / 4));
+      for (float& x : memory_.back())
+        x = normal(random);
+      inputs.push_back({memory_.back().data(), Layout::NCHW});
+    }
+    for (const int32_t v : program.outputs) {
+      memory_.emplace_back(static_cast<size_t>(batch * f32_bytes(program.values[v]) / 4));
+      outputs.push_back(memory_.back().data());
+    }
+  }
+
+ private:
+  std::vector<std::vector<float>> memory_;
+};
+
 }  // namespace
 
 struct Engine::Impl {
@@ -82,13 +107,38 @@ struct Engine::Impl {
     if (kernels == nullptr) return;
     layouts = plan_layouts(program);
     steps = build_steps(program, layouts);
-    pack_weights();
     plan_ports();
     if (options.chunk > 0)
       chunk = options.chunk;
     else
       choose_chunk(options.cache_bytes > 0 ? options.cache_bytes : kActivationBudget);
     plan_memory();
+    choose_convolutions(options);
+    panels = pack_weights([](const ConvStep& conv) { return conv.choice().resident; });
+    for (Step& step : steps)
+      if (step.conv) step.conv->drop_weights();
+  }
+
+  void choose_convolutions(const EngineOptions& options) {
+    if (options.weights != WeightForm::Measured) {
+      for (Step& step : steps)
+        if (step.conv) step.conv->choose({options.weights == WeightForm::Resident, false});
+      return;
+    }
+    const int threads = options.threads > 0 ? options.threads : default_threads();
+    const uint64_t key = planning_key(steps, threads);
+    const std::optional<PlanCache> cache = PlanCache::of_user();
+    if (cache && cache->apply(key, steps)) return;
+    const AlignedBuffer packed = pack_weights([](const ConvStep&) { return false; });
+    const AlignedBuffer resident = pack_weights([](const ConvStep&) { return true; });
+    Noise noise(program, 1);
+    const auto workspace = make_workspace();
+    bind(workspace->frame, noise.inputs, noise.outputs, 0, 1);
+    choose_by_clock(steps, [&](std::vector<double>& seconds) {
+      workspace->team = 0;  // which weights a member reads has changed
+      run_together(*workspace, threads, &seconds);
+    });
+    if (cache) cache->keep(key, steps);
   }
 
   /// Bytes of one image's tensors that are alive at each node.
@@ -122,17 +172,23 @@ struct Engine::Impl {
     }
   }
 
-  void pack_weights() {
+  /// The weights of all convolutions in the order of their use, unpacked where `resident` says so.
+  template <class Resident>
+  AlignedBuffer pack_weights(const Resident& resident) {
+    const auto form = [&](const ConvStep& conv) {
+      return conv.can_be_resident() && resident(conv);
+    };
     int64_t bytes = 0;
     for (const Step& step : steps)
-      if (step.conv) bytes += step.conv->panel_bytes();
-    panels = AlignedBuffer(static_cast<size_t>(bytes));
-    uint8_t* at = panels.data();
+      if (step.conv) bytes += step.conv->panel_bytes(form(*step.conv));
+    AlignedBuffer buffer(static_cast<size_t>(bytes));
+    uint8_t* at = buffer.data();
     for (Step& step : steps) {
       if (!step.conv) continue;
-      step.conv->pack(at);
-      at += step.conv->panel_bytes();
+      step.conv->pack(at, form(*step.conv));
+      at += step.conv->panel_bytes(form(*step.conv));
     }
+    return buffer;
   }
 
   void plan_ports() {
@@ -206,6 +262,13 @@ struct Engine::Impl {
         return workspace;
       }
     }
+    auto workspace = make_workspace();
+    const std::lock_guard lock(mutex);
+    idle.reserve(idle.capacity() + 1);  // giving back must not allocate
+    return workspace;
+  }
+
+  std::unique_ptr<Workspace> make_workspace() const {
     auto workspace = std::make_unique<Workspace>();
     // Kernels read whole blocks beyond the last tensor, too.
     workspace->arena = AlignedBuffer(static_cast<size_t>(arena.bytes) + 64);
@@ -220,8 +283,6 @@ struct Engine::Impl {
     for (size_t v = 0; v < program.values.size(); ++v)
       if (port[v] < 0) frame.data[v] = workspace->arena.data() + arena.offsets[v];
     workspace->single = frame;
-    const std::lock_guard lock(mutex);
-    idle.reserve(idle.capacity() + 1);  // giving back must not allocate
     return workspace;
   }
 
@@ -498,24 +559,10 @@ std::vector<NodeProfile> Engine::profile(int64_t batch, int threads, int rounds)
   }
   if (e.kernels == nullptr || batch < 1 || rounds < 1) return profiles;
 
-  std::mt19937 random(0);
-  std::normal_distribution<float> noise;
-  std::vector<std::vector<float>> memory;
-  std::vector<InputTensor> inputs;
-  std::vector<float*> outputs;
   batch = std::min(batch, threads == 1 ? e.chunk : 1);
-  for (const int32_t v : e.program.inputs) {
-    memory.emplace_back(static_cast<size_t>(batch * f32_bytes(e.program.values[v]) / 4));
-    for (float& x : memory.back())
-      x = noise(random);
-    inputs.push_back({memory.back().data(), Layout::NCHW});
-  }
-  for (const int32_t v : e.program.outputs) {
-    memory.emplace_back(static_cast<size_t>(batch * f32_bytes(e.program.values[v]) / 4));
-    outputs.push_back(memory.back().data());
-  }
+  const Noise noise(e.program, batch);
   auto workspace = e.borrow();
-  e.bind(workspace->frame, inputs, outputs, 0, batch);
+  e.bind(workspace->frame, noise.inputs, noise.outputs, 0, batch);
   std::vector<std::vector<double>> samples(e.steps.size());
   std::vector<double> seconds(e.steps.size());
   for (int round = 0; round < rounds + 2; ++round) {

@@ -12,12 +12,19 @@
 
 namespace adalayer::engine {
 
+/// Weights below 8 bits: packed in memory and unpacked in every call, unpacked to bytes at load,
+/// or, layer by layer, whatever the clock says (planner.hpp).
+enum class WeightForm : uint8_t { Measured, Streamed, Resident };
+
 struct EngineOptions {
   // Images that one thread takes through the whole program at a time; 0 lets the planner choose,
   // which then also lets nodes with large tensors run image by image.
   int64_t chunk = 0;
   // What one thread's tensors may take of the second-level cache; 0 is 1 MiB.
   int64_t cache_bytes = 0;
+  WeightForm weights = WeightForm::Measured;
+  // Threads that are timed; 0 is default_threads().
+  int threads = 0;
 };
 
 /// One input batch, float32, [batch][c][h][w] or [batch][h][w][c].

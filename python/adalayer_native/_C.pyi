@@ -113,7 +113,13 @@ class Program:
 class Engine:
     """A program made ready for this machine."""
 
-    def __init__(self, program: Program, chunk: int = 0, cache_bytes: int = 0) -> None: ...
+    def __init__(
+        self,
+        program: Program,
+        chunk: int = 0,
+        cache_bytes: int = 0,
+        weights: str = "measured",
+    ) -> None: ...
     def any_order(self) -> list[bool]: ...
     def run(
         self,

@@ -95,20 +95,24 @@ void run_case(const Case& c, Isa isa, int parts, bool by_columns) {
 
   const ConvPlan plan = plan_conv(s, in, &out, c.residual ? &res : nullptr, positions_for(kernels));
   // Tiles are 64-byte aligned, as the engine keeps them.
-  AlignedBuffer packed(static_cast<size_t>(plan.packed_bytes(c.bits)));
-  pack_panels(plan, weights, c.bits, packed.data());
+  // Weights of few bits may lie unpacked.
+  const int panel_bits = pick(0, 3) == 0 ? 8 : c.bits;
+  AlignedBuffer packed(static_cast<size_t>(plan.packed_bytes(panel_bits)));
+  pack_panels(plan, weights, panel_bits, packed.data());
   std::vector<uint8_t> y(static_cast<size_t>(c.images * out.image_bytes + out.slack), 0xA5);
-  const WeightStream::Segment segment{packed.data(), plan.packed_bytes(c.bits), 0};
+  const WeightStream::Segment segment{packed.data(), plan.packed_bytes(panel_bits), 0};
   WeightStream stream({&segment, 1}, 4096);
   const ConvCall call{.plan = plan,
                       .weights = packed.data(),
-                      .bits = c.bits,
+                      .bits = panel_bits,
+                      .weight_bits = c.bits,
                       .epilogue = &e,
                       .in = x.data(),
                       .images = c.images,
                       .out = y.data(),
                       .residual = c.residual ? r.data() : nullptr,
                       .by_columns = by_columns,
+                      .other_order = pick(0, 1) == 1,
                       .stream = &stream,
                       .segment = 0};
   kernels.begin();

@@ -102,7 +102,10 @@ void check_program(const Program& p, int64_t batch) {
   for (const Isa isa : supported_isas()) {
     force_isa(isa_name(isa));
     // Images one by one or together; tensors that seem to fit into the cache or not.
-    const EngineOptions options{.chunk = pick(0, 2), .cache_bytes = pick(0, 1) * 2000};
+    const EngineOptions options{.chunk = pick(0, 2),
+                                .cache_bytes = pick(0, 1) * 2000,
+                                .weights = static_cast<WeightForm>(pick(0, 2)),
+                                .threads = pick(1, 2)};
     const Engine engine(p, options);
     for (const int threads : {1, 2, 3}) {
       std::vector<std::vector<float>> got;

@@ -25,7 +25,7 @@ from adalayer_native.engine.export import (
 )
 from adalayer_native.engine.policy import slower_than_float
 from adalayer_native.engine.results import Leaf, Output, Port, structure_of
-from adalayer_native.engine.runtime import Engine, NativePart, Step, TorchStep
+from adalayer_native.engine.runtime import WEIGHTS, Engine, NativePart, Step, TorchStep
 from adalayer_native.engine.segments import Part, TorchPart, divide, is_layer
 from adalayer_native.errors import CalibrationError, UnsupportedModelError
 
@@ -35,7 +35,12 @@ POLICIES = ("fastest", "native")
 
 
 def compile(
-    model: nn.Module, example_inputs: Any, *, policy: str = "fastest", strict: bool = False
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    policy: str = "fastest",
+    strict: bool = False,
+    weights: str = "measured",
 ) -> Engine:
     """Compile a converted model to one fused integer engine.
 
@@ -50,21 +55,30 @@ def compile(
             weights and the same fake-quantized activations, and keeps the faster (by what it is
             compiled for: the batch of ``example_inputs``); "native" keeps all layers native.
         strict: a node that cannot run natively is an error.
+        weights: weights below 8 bits are "streamed" (packed in memory, unpacked while they are
+            used), "resident" (unpacked to bytes once), or, layer by layer, whichever is faster with
+            the current number of threads: "measured". The order of every layer's loops is then
+            chosen in the same runs, and both are remembered for this machine (in
+            ``$XDG_CACHE_HOME``; ``ADALAYER_PLAN_CACHE`` names another file, or is "off"). Results
+            are the same bits, and so is the saved file.
 
     Raises:
+        ValueError: an unknown policy or form of weights.
         UnsupportedModelError: not exportable with a dynamic batch, without native layers, or, if
             strict, with nodes that the engine has no operation for; names them.
         CalibrationError: the model is prepared but not converted.
     """
     if policy not in POLICIES:
         raise ValueError(f"policy must be one of {POLICIES}, got {policy!r}")
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights must be one of {WEIGHTS}, got {weights!r}")
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"expected an nn.Module, got {type(model).__name__}")
     _check_converted(model)
     exported = export(model, example_inputs)
     first = example_inputs if isinstance(example_inputs, Tensor) else next(iter(example_inputs))
     batch = int(first.shape[0])
-    return compile_exported(exported, policy=policy, strict=strict, batch=batch)
+    return compile_exported(exported, policy=policy, strict=strict, batch=batch, weights=weights)
 
 
 def _check_converted(model: nn.Module) -> None:
@@ -84,16 +98,21 @@ def _check_converted(model: nn.Module) -> None:
 
 
 def compile_exported(
-    exported: Exported, *, policy: str = "native", strict: bool = False, batch: int = 1
+    exported: Exported,
+    *,
+    policy: str = "native",
+    strict: bool = False,
+    batch: int = 1,
+    weights: str = "measured",
 ) -> Engine:
     """:func:`compile` of what is exported already."""
-    engine = _build(exported, {}, strict)
+    engine = _build(exported, {}, strict, weights)
     if policy == "native":
         return engine
     slower = slower_than_float(exported, engine, batch)
     if not slower:
         return engine
-    other = _build(exported, slower, False)
+    other = _build(exported, slower, False, weights)
     return faster(engine, other, batch)
 
 
@@ -105,7 +124,7 @@ def faster(engine: Engine, other: Engine, batch: int) -> Engine:
     return other if times["mixed"] < times["native"] else engine
 
 
-def _build(exported: Exported, as_float: dict[fx.Node, str], strict: bool) -> Engine:
+def _build(exported: Exported, as_float: dict[fx.Node, str], strict: bool, weights: str) -> Engine:
     parts, reasons = divide(exported, as_float)
     if strict and reasons:
         shown = [f"{op_name(n)} (layer {layer_name(n)!r}): {why}" for n, why in reasons.items()]
@@ -120,7 +139,7 @@ def _build(exported: Exported, as_float: dict[fx.Node, str], strict: bool) -> En
         if part.native:
             if not part.outputs:
                 continue
-            steps.append(_native_step(exported, part, numbers))
+            steps.append(_native_step(exported, part, numbers, weights))
         else:
             steps.append(_torch_step(exported, part, numbers, as_float, reasons))
     leaves, structure = _result(exported, numbers)
@@ -152,7 +171,7 @@ def _new_numbers(nodes: list[fx.Node], numbers: dict[fx.Node, int]) -> list[int]
     return [numbers[node] for node in nodes]
 
 
-def _native_step(exported: Exported, part: Part, numbers: dict[fx.Node, int]) -> Step:
+def _native_step(exported: Exported, part: Part, numbers: dict[fx.Node, int], weights: str) -> Step:
     lowered = part.lowered
     assert lowered is not None
     outputs = []
@@ -162,7 +181,8 @@ def _native_step(exported: Exported, part: Part, numbers: dict[fx.Node, int]) ->
         outputs.append(Output.of(source, sizes, dims))
     program = emit(lowered.program)
     inputs = [numbers[node] for node in lowered.inputs]
-    return Step(NativePart(program, outputs), inputs, _new_numbers(lowered.outputs, numbers), [])
+    run = NativePart(program, outputs, weights)
+    return Step(run, inputs, _new_numbers(lowered.outputs, numbers), [])
 
 
 def _torch_step(

@@ -23,8 +23,10 @@ from adalayer_native.engine.results import Leaf, Output, Port, mapped, rebuild
 from adalayer_native.engine.segments import TorchPart
 from adalayer_native.errors import InputError, UnsupportedModelError
 
-__all__ = ["Engine", "NativePart", "Step", "TorchStep"]
+__all__ = ["WEIGHTS", "Engine", "NativePart", "Step", "TorchStep"]
 
+# Forms of weights below 8 bits; csrc/engine/engine.hpp, WeightForm.
+WEIGHTS = ("measured", "streamed", "resident")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -35,11 +37,14 @@ class NativePart:
         program: as it would be saved.
         engine: its executor; safe from many threads.
         outputs: how tensors show its outputs.
+        weights: "measured", "streamed" or "resident"; see :func:`adalayer_native.compile`.
     """
 
-    def __init__(self, program: _C.Program, outputs: Sequence[Output]) -> None:
+    def __init__(
+        self, program: _C.Program, outputs: Sequence[Output], weights: str = "measured"
+    ) -> None:
         self.program = program
-        self.engine = _C.Engine(program)
+        self.engine = _C.Engine(program, weights=weights)
         self.outputs = tuple(outputs)
         values = program.values()
         self.elements = [math.prod(values[number][2:5]) for number in program.outputs()]

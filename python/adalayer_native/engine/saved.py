@@ -10,18 +10,24 @@ from typing import Any
 
 from adalayer_native import _C
 from adalayer_native.engine.results import Leaf, Output, Port, rebuild
-from adalayer_native.engine.runtime import Engine, NativePart, Step
+from adalayer_native.engine.runtime import WEIGHTS, Engine, NativePart, Step
 from adalayer_native.errors import FileFormatError
 
 __all__ = ["load"]
 
 
-def load(path: str | os.PathLike[str]) -> Engine:
+def load(path: str | os.PathLike[str], *, weights: str = "measured") -> Engine:
     """An engine from a ``.ada`` file; neither the model nor torch.export is needed.
 
+    Args:
+        weights: "measured", "streamed" or "resident"; see :func:`adalayer_native.compile`.
+
     Raises:
+        ValueError: an unknown form of weights.
         FileFormatError: missing, truncated or damaged file, or one of a newer version.
     """
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights must be one of {WEIGHTS}, got {weights!r}")
     try:
         program = _C.Program.load(os.fspath(path))
     except OSError as error:
@@ -30,14 +36,16 @@ def load(path: str | os.PathLike[str]) -> Engine:
         raise FileFormatError(f"{os.fspath(path)}: {error}") from error
     values, metadata = program.values(), program.metadata()
     try:
-        return _rebuilt(program, values, {k: json.loads(v) for k, v in metadata.items()})
+        return _rebuilt(program, values, {k: json.loads(v) for k, v in metadata.items()}, weights)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, AssertionError) as error:
         raise FileFormatError(
             f"{os.fspath(path)}: its metadata do not describe its program ({error!r})"
         ) from error
 
 
-def _rebuilt(program: _C.Program, values: list[Any], metadata: Mapping[str, Any]) -> Engine:
+def _rebuilt(
+    program: _C.Program, values: list[Any], metadata: Mapping[str, Any], weights: str
+) -> Engine:
     sizes = [values[number][2:5] for number in program.inputs()]
     results = [values[number][2:5] for number in program.outputs()]
     if "adalayer.inputs" in metadata:
@@ -80,7 +88,8 @@ def _rebuilt(program: _C.Program, values: list[Any], metadata: Mapping[str, Any]
         if isinstance(leaf, Leaf) and not first <= leaf.number < first + len(outputs):
             raise ValueError(f"the result names tensor {leaf.number}")
     rebuild(structure, leaves)
-    step = Step(NativePart(program, outputs), order, [first + k for k in range(len(outputs))], [])
+    part = NativePart(program, outputs, weights)
+    step = Step(part, order, [first + k for k in range(len(outputs))], [])
     names = metadata.get("classes")
     return Engine(
         [step],

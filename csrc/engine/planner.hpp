@@ -1,0 +1,45 @@
+// How each convolution runs on this machine, by the clock.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "engine/steps.hpp"
+
+namespace adalayer::engine {
+
+/// Runs the program once, with the choices that its convolutions have, and adds the seconds of
+/// every node to its entry.
+using TimedRun = std::function<void(std::vector<double>& seconds)>;
+
+/// Times the whole program with every kind of choice in turn, so that caches hold what they hold in
+/// use, and leaves each convolution with its fastest one. Packed weights and the planned order win
+/// unless another choice is clearly faster. Needs weights in both forms (ConvStep::pack).
+void choose_by_clock(std::vector<Step>& steps, const TimedRun& run);
+
+/// What the measured times depend on: processor, instruction set, threads, and every convolution.
+uint64_t planning_key(const std::vector<Step>& steps, int threads);
+
+/// Choices of former processes: a text file with a line per program. A file that cannot be read or
+/// written, or lines that make no sense, are as good as none: then the clock decides again.
+class PlanCache {
+ public:
+  explicit PlanCache(std::filesystem::path file) : file_(std::move(file)) {}
+
+  /// ADALAYER_PLAN_CACHE (a file, or "off"), else adalayer_native/engine-plans in $XDG_CACHE_HOME
+  /// or ~/.cache; none without a home.
+  static std::optional<PlanCache> of_user();
+
+  /// Gives every convolution its kept choice; false if there is none that fits.
+  bool apply(uint64_t key, std::vector<Step>& steps) const;
+  void keep(uint64_t key, const std::vector<Step>& steps) const;
+
+ private:
+  std::filesystem::path file_;
+};
+
+}  // namespace adalayer::engine

@@ -1,0 +1,177 @@
+// Choices of the planner: what the clock decides, what is kept, and what a damaged cache does.
+#include <unistd.h>
+
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <string>
+
+#include "check.hpp"
+#include "core/cpu_features.hpp"
+#include "engine/engine.hpp"
+#include "engine/planner.hpp"
+#include "engine_programs.hpp"
+
+using namespace programs;
+
+namespace {
+
+namespace fs = std::filesystem;
+
+/// A folder that goes away.
+struct Folder {
+  fs::path path = fs::temp_directory_path() / ("adalayer-planner-" + std::to_string(::getpid()));
+  Folder() { fs::create_directories(path); }
+  ~Folder() { fs::remove_all(path); }
+};
+
+std::string text_of(const fs::path& path) {
+  std::ifstream file(path);
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+/// A program of three convolutions, two of which have weights below 8 bits.
+Program three_convolutions() {
+  Builder b;
+  const auto x = b.value("x", 16, 6, 6, ValueKind::F32);
+  auto y = b.node(OpKind::Quantize, {x}, b.value("q", 16, 6, 6));
+  const auto conv = [&](const char* name, uint32_t outs, int bits, ValueKind kind) {
+    const auto in = static_cast<uint32_t>(b.p.values[static_cast<size_t>(y)].c);
+    const bool u8 = kind == ValueKind::U8;
+    y = b.node(OpKind::Conv, {y}, b.value(name, outs, 6, 6, kind),
+               {3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 255, u8 ? 10 : 0}, {kInverse, -1, 1},
+               {b.weights(outs, in, 3, 3, bits), b.floats(std::vector<float>(outs, 0.01f)),
+                b.floats(std::vector<float>(outs, 0.5f)), -1});
+  };
+  conv("a", 32, 4, ValueKind::U8);
+  conv("b", 48, 8, ValueKind::U8);
+  conv("c", 16, 3, ValueKind::F32);
+  b.p.inputs = {x};
+  b.p.outputs = {y};
+  return b.p;
+}
+
+/// Steps that were never run: for keys, choices and the cache.
+struct Plan {
+  Program program = three_convolutions();
+  std::vector<ValueLayout> layouts = plan_layouts(program);
+  std::vector<Step> steps = build_steps(program, layouts);
+
+  ConvStep& conv(int k) {
+    for (Step& step : steps)
+      if (step.conv && k-- == 0) return *step.conv;
+    std::abort();
+  }
+};
+
+}  // namespace
+
+TEST(the_clock_decides_for_every_convolution) {
+  if (cpu::active_kernels() == nullptr) return;
+  Plan plan;
+  // `a` is much faster with resident weights, `c` in the other order; `b` gains too little, and
+  // has nothing to unpack.
+  choose_by_clock(plan.steps, [&](std::vector<double>& seconds) {
+    for (size_t k = 0; k < plan.steps.size(); ++k) {
+      const Step& step = plan.steps[k];
+      if (!step.conv) continue;
+      seconds[k] = 1.0;
+      if (step.conv.get() == &plan.conv(0) && step.conv->choice().resident) seconds[k] = 0.5;
+      if (step.conv.get() == &plan.conv(1) && step.conv->choice().other_order) seconds[k] = 0.96;
+      if (step.conv.get() == &plan.conv(2) && step.conv->choice().other_order) seconds[k] = 0.8;
+    }
+  });
+  CHECK(plan.conv(0).choice().resident);
+  CHECK((plan.conv(1).choice() == ConvChoice{false, false}));
+  CHECK((plan.conv(2).choice() == ConvChoice{false, true}));
+  plan.conv(1).choose({true, true});
+  CHECK((plan.conv(1).choice() == ConvChoice{false, true}));
+}
+
+TEST(choices_outlive_the_process) {
+  if (cpu::active_kernels() == nullptr) return;
+  const Folder folder;
+  const fs::path file = folder.path / "deep" / "plans";
+  const PlanCache cache(file);
+  Plan plan;
+  const uint64_t key = planning_key(plan.steps, 2);
+  CHECK(!cache.apply(key, plan.steps));
+  plan.conv(0).choose({true, false});
+  plan.conv(2).choose({true, true});
+  cache.keep(key, plan.steps);
+  CHECK(text_of(file).starts_with("adalayer plans 1\n"));
+
+  Plan again;
+  CHECK_EQ(planning_key(again.steps, 2), key);
+  CHECK(planning_key(again.steps, 1) != key);
+  CHECK(cache.apply(key, again.steps));
+  CHECK((again.conv(0).choice() == ConvChoice{true, false}));
+  CHECK((again.conv(1).choice() == ConvChoice{false, false}));
+  CHECK((again.conv(2).choice() == ConvChoice{true, true}));
+  CHECK(!cache.apply(key + 1, again.steps));
+  // The last line counts.
+  plan.conv(0).choose({false, true});
+  cache.keep(key, plan.steps);
+  CHECK(cache.apply(key, again.steps));
+  CHECK((again.conv(0).choice() == ConvChoice{false, true}));
+  // Nothing but the file is left behind.
+  CHECK_EQ(std::distance(fs::directory_iterator(file.parent_path()), {}), 1);
+}
+
+TEST(a_damaged_cache_is_none) {
+  if (cpu::active_kernels() == nullptr) return;
+  const Folder folder;
+  const fs::path file = folder.path / "plans";
+  Plan plan;
+  const PlanCache cache(file);
+  const uint64_t key = planning_key(plan.steps, 1);
+  cache.keep(key, plan.steps);
+  const std::string good = text_of(file);
+  const std::string line = good.substr(good.find('\n') + 1);
+  const std::string name = line.substr(0, line.find(' '));
+  const auto refused = [&](const std::string& text) {
+    std::ofstream(file) << text;
+    return !cache.apply(key, plan.steps);
+  };
+  CHECK(!refused(good));
+  CHECK(refused(""));
+  CHECK(refused("adalayer plans 2\n" + line));
+  CHECK(refused("adalayer plans 1\n" + name + " pp\n"));
+  CHECK(refused("adalayer plans 1\n" + name + " pp?\n"));
+  CHECK(refused("adalayer plans 1\n" + name));
+  CHECK(refused(std::string(1000, '\0')));
+  // Writing begins a good file again, and a place that cannot be written is no error.
+  cache.keep(key, plan.steps);
+  CHECK(cache.apply(key, plan.steps));
+  PlanCache("/proc/nowhere/plans").keep(key, plan.steps);
+}
+
+TEST(engines_follow_the_cache) {
+  if (cpu::active_kernels() == nullptr) return;
+  const Folder folder;
+  const fs::path file = folder.path / "plans";
+  ::setenv("ADALAYER_PLAN_CACHE", file.c_str(), 1);
+  const Program program = three_convolutions();
+  EngineOptions options{.threads = 1};
+  Plan plan;
+  plan.conv(0).choose({true, false});
+  plan.conv(2).choose({true, false});
+  PlanCache(file).keep(planning_key(plan.steps, 1), plan.steps);
+  const Engine kept(program, options);
+  options.weights = WeightForm::Resident;
+  const Engine resident(program, options);
+  options.weights = WeightForm::Streamed;
+  const Engine streamed(program, options);
+  CHECK_EQ(kept.weight_bytes(), resident.weight_bytes());
+  CHECK(streamed.weight_bytes() < resident.weight_bytes());
+  // Without a kept choice the clock decides, and what it decided is kept.
+  fs::remove(file);
+  options.weights = WeightForm::Measured;
+  const Engine measured(program, options);
+  CHECK(PlanCache(file).apply(planning_key(plan.steps, 1), plan.steps));
+  ::setenv("ADALAYER_PLAN_CACHE", "off", 1);
+  CHECK(!PlanCache::of_user());
+}
+
+int main(int argc, char** argv) { return check::run_all(argc, argv); }

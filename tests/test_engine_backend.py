@@ -1,0 +1,77 @@
+"""``torch.compile(model, backend=\"adalayer\")``."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers_engine import native_of
+from helpers_models import tiny
+from helpers_patterns import Net, Shuffle, small_engine, smooth
+from torch import nn
+
+from adalayer_native.engine import Engine
+from adalayer_native.engine.backend import backend
+
+
+@pytest.fixture(scope="module")
+def small() -> tuple[nn.Module, Engine]:
+    return small_engine()
+
+
+@pytest.fixture
+def fresh_compiler() -> Any:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@torch.no_grad()
+def test_torch_compile(small: tuple[nn.Module, Engine]) -> None:
+    native, _ = small
+    compiled = torch.compile(native, backend=backend, options={"policy": "native", "strict": True})
+    for n in (2, 5, 1, 3):
+        x = torch.randn(n, 3, 8, 8)
+        assert torch.equal(compiled(x), native(x))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@torch.no_grad()
+def test_torch_compile_follows_the_weights() -> None:
+    native = native_of(tiny(), torch.randn(8, 3, 8, 8))
+    compiled = torch.compile(native, backend=backend, options={"policy": "native"})
+    x = torch.randn(2, 3, 8, 8)
+    before = compiled(x)
+    native.get_submodule("fc").bias.add_(1.0)
+    torch.testing.assert_close(compiled(x), before + 1.0)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@torch.no_grad()
+def test_torch_compile_with_reshapes_of_the_batch() -> None:
+    torch.manual_seed(0)
+    native = native_of(Net(Shuffle()), smooth(8, seed=1))
+    compiled = torch.compile(native, backend=backend, options={"policy": "native", "strict": True})
+    for n in (2, 3, 1):
+        x = smooth(n, seed=n)
+        torch.testing.assert_close(compiled(x), native(x), rtol=0, atol=0.02)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_torch_compile_of_a_float_model() -> None:
+    with pytest.raises(Exception, match=r"adalayer_native\.compress"):
+        torch.compile(tiny(), backend=backend)(torch.zeros(2, 3, 8, 8))
+    doubled = torch.compile(lambda x: x * 2, backend=backend)
+    assert torch.equal(doubled(torch.ones(3)), torch.full((3,), 2.0))
+
+
+def test_entry_point() -> None:
+    """``backend="adalayer"`` is found by its name once the package is installed."""
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    section = text.partition("[project.entry-points.torch_dynamo_backends]")[2]
+    module, _, name = section.partition('adalayer = "')[2].partition('"')[0].partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
