@@ -222,6 +222,7 @@ const KernelRow kAmxRow{
     .gemm_requantize = nullptr,
     .gemm_rows = kBlockRows,
     .gemv = avx512::gemv,
+    .arrangement = nullptr,
     .store = avx512::store,
     .block = amx::block,
     .requantize = avx512::requantize,

@@ -29,24 +29,8 @@ struct Dot256 : Bytes256 {
   static T dot(T sum, T a, T w) { return add_to(sum, product(a, w)); }
 };
 
-struct WideDot256 : Bytes256 {
-  template <int kBits>
-  static constexpr int kRun = 1;
-  /// Eight-bit weights, on bytes widened to int16.
-  static T dot(T sum, T a, T w) {
-    const T even = _mm256_madd_epi16(_mm256_and_si256(a, _mm256_set1_epi16(0x00FF)),
-                                     _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8));
-    const T odd = _mm256_madd_epi16(_mm256_srli_epi16(a, 8), _mm256_srai_epi16(w, 8));
-    return add(sum, add(even, odd));
-  }
-};
-
-void gemv(const GemvArgs& g) {
-  if (g.bits == 8)
-    gemv_bits<WideDot256, 8>(g);
-  else
-    gemv_narrow<Dot256>(g);
-}
+// Weights that need eight bits are arranged, and gemm has them: bytes are unpacked narrower ones.
+void gemv(const GemvArgs& g) { gemv_planar<Dot256>(g); }
 
 }  // namespace
 }  // namespace avx2
@@ -63,6 +47,7 @@ const KernelRow kAvx2Row{.name = "avx2",
                          .gemm_requantize = nullptr,
                          .gemm_rows = kGemmRows,
                          .gemv = avx2::gemv,
+                         .arrangement = &kAvx2Arrangement,
                          .store = avx2::store,
                          .block = nullptr,
                          .requantize = requantize_avx2,

@@ -4,15 +4,16 @@
 // int16. A pair of levels times the weights (w0, w1) lies between -255 * n and 255 * p, where n and
 // p are the sums of the negative and of the positive ones of |w0| and |w1|: with both at most 128,
 // an int16 holds it, and sums of several pairs as long as their n and p do together. So of b-bit
-// weights 2^(7 - b) pairs can be added in int16 before vpmaddwd widens them; at 8 bits one, and
-// only if its weights agree to it.
+// weights 2^(7 - b) pairs can be added in int16 before vpmaddwd widens them. At 8 bits it depends
+// on the weights, by which their quads were sorted (avx2_arrange.hpp).
 //
 // A vpmaddubsw costs as much as a vpmaddwd. Multiplications bound this kernel at 8 bits (two for 32
-// products), and the fewer bits, the fewer of them are for widening.
+// products, or three for 64), and the fewer bits, the fewer of them are for widening.
 #include <immintrin.h>
 
 #include <cstring>
 
+#include "cpu/avx2_arrange.hpp"
 #include "cpu/kernel_table.hpp"
 
 namespace adalayer::cpu {
@@ -35,6 +36,7 @@ constexpr int kVectorBytes = 32;
 /// has its own: 32 or 64 bytes.
 struct Quad {
   int32_t level, weights;
+  uint32_t order;  // of the levels (avx2_arrange.hpp); 0 is their own
 };
 
 struct Quads {
@@ -87,28 +89,63 @@ struct Pass {
   int32_t* at(int r, int vector) const { return sums + r * kBlockCols + vector * kVectorCols; }
 };
 
-/// The middle two bytes of every dword change places.
-__m256i middle_swapped(__m256i v) {
-  return _mm256_shuffle_epi8(v, _mm256_broadcastsi128_si256(_mm_setr_epi8(
-                                    0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15)));
+__m256i order_control(const Quad& quad) {
+  return _mm256_broadcastsi128_si256(
+      _mm_load_si128(reinterpret_cast<const __m128i*>(kOrder[quad.order])));
 }
 
-/// Adds products of which int16 holds one pair to eight columns. The pairs of a quad are its first
-/// two levels and its last two, or, swapped, the even ones and the odd ones.
-template <bool kSwapped, int kRows>
-void multiply_widening(const Pass<kRows>& pass, const Quads& quads) {
+/// Adds the products of one quad, of which int16 holds one pair; kOrdered: its levels have an order
+/// of their own.
+template <bool kOrdered, int kRows>
+[[gnu::always_inline]] inline void add_one(const Pass<kRows>& pass, const int8_t* weights,
+                                           const Quad& quad, __m256i (&sums)[kRows]) {
+  const __m256i ones = _mm256_set1_epi16(1), w = load(weights + quad.weights);
+  [[maybe_unused]] const __m256i control = kOrdered ? order_control(quad) : ones;
+  unrolled<0, kRows>([&](auto r) __attribute__((always_inline)) {
+    __m256i v = broadcast(pass.rows[r.value] + quad.level);
+    if constexpr (kOrdered) v = _mm256_shuffle_epi8(v, control);
+    add32(sums[r.value], _mm256_madd_epi16(_mm256_maddubs_epi16(v, w), ones));
+  });
+}
+
+/// Adds the products of two quads that int16 holds together; kOrdered: the second one's levels have
+/// an order of their own.
+template <bool kOrdered, int kRows>
+[[gnu::always_inline]] inline void add_two(const Pass<kRows>& pass, const int8_t* weights,
+                                           const Quad* quad, __m256i (&sums)[kRows]) {
   const __m256i ones = _mm256_set1_epi16(1);
+  const __m256i w0 = load(weights + quad[0].weights), w1 = load(weights + quad[1].weights);
+  [[maybe_unused]] const __m256i control = kOrdered ? order_control(quad[1]) : ones;
+  unrolled<0, kRows>([&](auto r) __attribute__((always_inline)) {
+    __m256i pairs = _mm256_maddubs_epi16(broadcast(pass.rows[r.value] + quad[0].level), w0);
+    __m256i v = broadcast(pass.rows[r.value] + quad[1].level);
+    if constexpr (kOrdered) v = _mm256_shuffle_epi8(v, control);
+    add16(pairs, _mm256_maddubs_epi16(v, w1));
+    add32(sums[r.value], _mm256_madd_epi16(pairs, ones));
+  });
+}
+
+/// Quads of eight columns by kind: each ends where the next one begins. In pairs: an even number.
+struct Kinds {
+  const int8_t* weights;
+  const Quad* begin;
+  int paired, mixed, whole, ordered;  // ends
+};
+
+template <int kRows>
+void multiply_kinds(const Pass<kRows>& pass, const Kinds& kinds) {
   __m256i sums[kRows];
   unrolled<0, kRows>(
       [&](auto r) __attribute__((always_inline)) { sums[r.value] = load(pass.at(r.value, 0)); });
-  for (const Quad *quad = quads.begin, *end = quad + quads.count; quad != end; ++quad) {
-    const __m256i w = load(quads.weights + quad->weights);
-    unrolled<0, kRows>([&](auto r) __attribute__((always_inline)) {
-      __m256i v = broadcast(pass.rows[r.value] + quad->level);
-      if constexpr (kSwapped) v = middle_swapped(v);
-      add32(sums[r.value], _mm256_madd_epi16(_mm256_maddubs_epi16(v, w), ones));
-    });
-  }
+  const Quad* quad = kinds.begin;
+  for (const Quad* end = kinds.begin + kinds.paired; quad != end; quad += 2)
+    add_two<false>(pass, kinds.weights, quad, sums);
+  for (const Quad* end = kinds.begin + kinds.mixed; quad != end; quad += 2)
+    add_two<true>(pass, kinds.weights, quad, sums);
+  for (const Quad* end = kinds.begin + kinds.whole; quad != end; ++quad)
+    add_one<false>(pass, kinds.weights, *quad, sums);
+  for (const Quad* end = kinds.begin + kinds.ordered; quad != end; ++quad)
+    add_one<true>(pass, kinds.weights, *quad, sums);
   unrolled<0, kRows>(
       [&](auto r) __attribute__((always_inline)) { store(pass.at(r.value, 0), sums[r.value]); });
 }
@@ -201,11 +238,31 @@ void for_rows(const GemmArgs& g, int column, const Fn& fn, int row = 0) {
 // Rows of a pass: as many as leave the 16 registers room for the operands.
 constexpr int kWideningRows = 8, kRunRows = 3, kLongRunRows = 4;
 
-template <bool kSwapped = false>
+/// The same in passes of nearly equal size.
+template <int kMost, class Fn>
+void for_even_rows(const GemmArgs& g, int column, const Fn& fn) {
+  const auto one = [&](int row, int rows) {
+    const auto pass = [&](auto n) { fn(Pass<n.value>(g, row, column)); };
+    unrolled<1, kMost + 1>([&](auto n) {
+      if (rows == n.value) pass(n);
+    });
+  };
+  int row = 0;
+  for (int passes = (g.rows + kMost - 1) / kMost; passes > 0; --passes) {
+    const int rows = (g.rows - row + passes - 1) / passes;
+    one(row, rows);
+    row += rows;
+  }
+}
+
+void add_kinds(const GemmArgs& g, int column, const Kinds& kinds) {
+  if (kinds.ordered == 0) return;
+  for_even_rows<kWideningRows>(g, column, [&](const auto& pass) { multiply_kinds(pass, kinds); });
+}
+
 void add_widening(const GemmArgs& g, int column, const Quads& quads) {
-  if (quads.count == 0) return;
-  for_rows<kWideningRows>(g, column,
-                          [&](const auto& pass) { multiply_widening<kSwapped>(pass, quads); });
+  const int n = quads.count;
+  add_kinds(g, column, {quads.weights, quads.begin, 0, 0, n, n});
 }
 
 void add_long_runs(const GemmArgs& g, int column, const Halves& halves, const Quads& quads) {
@@ -246,15 +303,6 @@ struct Narrow {
   }
 };
 
-/// Whether a pair of products may be more than an int16.
-bool saturates(__m256i weights) {
-  // |w0 + w1| is the larger of the two signs' sums, or less where the signs differ; then neither
-  // alone is more than 128.
-  const __m256i sums = _mm256_maddubs_epi16(_mm256_set1_epi8(1), weights);
-  const __m256i beyond = _mm256_cmpgt_epi16(_mm256_abs_epi16(sums), _mm256_set1_epi16(kMostAbs));
-  return _mm256_testz_si256(beyond, beyond) == 0;
-}
-
 /// w = 16 * high + low with both in -8..8: two products of half the width, high first.
 void split(__m256i w, int8_t* parts) {
   const __m256i nibble = _mm256_set1_epi8(15), eight = _mm256_set1_epi8(8);
@@ -270,42 +318,57 @@ void split(__m256i w, int8_t* parts) {
 // Nibbles of -8..8: the same bound as for four bits.
 constexpr Halves kNibbles{pairs_in_int16(4), {16, 1}, 0};
 
-/// Eight-bit weights of one column tile, sorted by what makes their products exact. Of trained
-/// layers almost all can be multiplied as they are. Of the others, most can with other pairs; those
-/// that are left are split. Sorting has no branches, which no processor could foresee: a quad goes
-/// to the end of two lists and counts in one.
-void add_wide(const GemmArgs& g, int column, const Quads& quads) {
+/// Weights to fetch into the second-level cache, a line with every quad that is looked up.
+class Fetching {
+ public:
+  explicit Fetching(const GemmArgs& g) : at_(g.fetch), end_(g.fetch + g.rows * g.fetch_row) {}
+  void line() {
+    if (at_ >= end_) return;
+    _mm_prefetch(reinterpret_cast<const char*>(at_), _MM_HINT_T1);
+    at_ += 64;
+  }
+
+ private:
+  const uint8_t *at_, *end_;
+};
+
+/// Eight-bit weights of one column tile, in the order of avx2_arrange.hpp.
+void add_arranged(const GemmArgs& g, const int8_t* tile, int column, Fetching& fetching) {
   constexpr int kParts = 2 * kVectorBytes;
-  alignas(kParts) int8_t swapped[kChunk * kVectorBytes], parts[kChunk * kParts];
-  Quad whole[kChunk], paired[kChunk], halved[kChunk];
+  alignas(kParts) int8_t parts[kChunk * kParts];
+  Quad quads[kChunk];
   for (int half = 0; half < 2; ++half) {
-    const int8_t* const weights = quads.weights + half * kVectorBytes;
-    int others = 0;
-    for (int i = 0; i < quads.count; ++i) {
-      whole[i - others] = halved[others] = quads.begin[i];
-      const int8_t* const at = weights + quads.begin[i].weights;
-      others += saturates(load(at));
-      // The same quad of the next chunk, whose weights no pass has asked for yet.
-      _mm_prefetch(reinterpret_cast<const char*>(at + kChunk * kQuadBytes), _MM_HINT_T0);
-    }
-    int splits = 0;
-    for (int i = 0; i < others; ++i) {
-      const Quad quad = halved[i];
-      const int at = i - splits;
-      const __m256i w = middle_swapped(load(weights + quad.weights));
-      store(swapped + at * kVectorBytes, w);
-      paired[at] = {quad.level, at * kVectorBytes};
-      halved[splits] = quad;
-      splits += saturates(w);
-    }
-    for (int i = 0; i < splits; ++i) {
-      split(load(weights + halved[i].weights), parts + i * kParts);
-      halved[i].weights = i * kParts;
-    }
+    const ArrangedTable& table = arranged_table(tile, g.steps, half);
     const int at = column + half * kVectorCols;
-    add_widening(g, at, {weights, whole, quads.count - others});
-    add_widening<true>(g, at, {swapped, paired, others - splits});
-    add_long_runs(g, at, kNibbles, {parts, halved, splits});
+    const uint32_t paired = table.paired, mixed = paired + table.mixed;
+    const uint32_t whole = mixed + table.whole, ordered = whole + table.ordered;
+    // Chunks of the quads that are exact as they are, and of the others.
+    for (uint32_t first = 0, end = 0; first < ordered + table.split; first = end) {
+      const bool exact = first < ordered;
+      end = exact ? ordered : ordered + table.split;
+      if (end - first > kChunk) end = first + kChunk;
+      const int8_t* const slots = tile + half * kVectorBytes + int64_t{first} * kQuadBytes;
+      for (uint32_t i = first; i < end; ++i) {
+        const uint32_t entry = table.quads()[i], quad = entry & kQuadMask;
+        quads[i - first] = {
+            static_cast<int32_t>(g.step_offsets[quad / kQuadsPerStep] + quad % kQuadsPerStep * 4),
+            static_cast<int32_t>(i - first) * kQuadBytes, entry >> kOrderBit};
+        fetching.line();
+      }
+      const auto upto = [&](uint32_t kind) {
+        return kind <= first ? 0 : static_cast<int>((kind < end ? kind : end) - first);
+      };
+      if (exact) {
+        add_kinds(g, at, {slots, quads, upto(paired), upto(mixed), upto(whole), upto(ordered)});
+        continue;
+      }
+      const auto count = static_cast<int>(end - first);
+      for (int i = 0; i < count; ++i) {
+        split(load(slots + i * kQuadBytes), parts + i * kParts);
+        quads[i].weights = i * kParts;
+      }
+      add_long_runs(g, at, kNibbles, {parts, quads, count});
+    }
   }
 }
 
@@ -323,7 +386,7 @@ void for_chunks(const GemmArgs& g, const Add& add) {
     if (count + g.live_quads[s] > kChunk) flush();
     for (int quad = 0; quad < g.live_quads[s]; ++quad)
       quads[count++] = {static_cast<int32_t>(g.step_offsets[s] + quad * 4),
-                        static_cast<int32_t>(s * formats::kTileBytes + quad * kQuadBytes)};
+                        static_cast<int32_t>(s * formats::kTileBytes + quad * kQuadBytes), 0};
   }
   flush();
 }
@@ -332,10 +395,10 @@ void for_chunks(const GemmArgs& g, const Add& add) {
 
 void gemm_avx2(const GemmArgs& g) {
   std::memset(g.sums, 0, static_cast<size_t>(g.rows) * kBlockCols * sizeof(int32_t));
-  if (g.weight_bits == 8)
-    for_chunks(g, add_wide);
-  else
-    for_chunks(g, Narrow{g.weight_bits});
+  if (!g.arranged) return for_chunks(g, Narrow{g.weight_bits});
+  Fetching fetching(g);
+  add_arranged(g, g.tile0, 0, fetching);
+  if (g.tile1 != nullptr) add_arranged(g, g.tile1, kTileCols, fetching);
 }
 
 }  // namespace adalayer::cpu

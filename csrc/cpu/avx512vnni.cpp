@@ -260,6 +260,7 @@ const KernelRow kAvx512VnniRow{
     .gemm_requantize = avx512::gemm_requantize,
     .gemm_rows = 56,  // several passes of the most
     .gemv = avx512::gemv,
+    .arrangement = nullptr,
     .store = avx512::store,
     .block = nullptr,
     .requantize = avx512::requantize,

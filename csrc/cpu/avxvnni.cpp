@@ -64,6 +64,7 @@ const KernelRow kAvxVnniRow{.name = "avxvnni",
                             .gemm_requantize = avxvnni::gemm_requantize,
                             .gemm_rows = 56,  // several passes of the most
                             .gemv = avxvnni::gemv,
+                            .arrangement = nullptr,
                             .store = avxvnni::store,
                             .block = nullptr,
                             .requantize = requantize_avx2,

@@ -47,9 +47,13 @@ struct ConvPlan {
   std::vector<uint8_t> live_quads;  // [steps] groups of 4 bytes that hold weights
   std::vector<int32_t> source;      // [steps * 64] index in [I/groups][KH][KW], or -1: no weight
   std::vector<ConvRun> runs;
+  const TileArrangement* arrangement = nullptr;  // of 8-bit panels
 
   int64_t pairs() const { return shape.groups * ((column_tiles + 1) / 2); }
-  int64_t packed_tile_bytes(int bits) const { return steps * 128 * bits; }
+  bool arranged(int bits) const { return bits == 8 && arrangement != nullptr; }
+  int64_t packed_tile_bytes(int bits) const {
+    return steps * 128 * bits + (arranged(bits) ? arrangement->extra_bytes(steps) : 0);
+  }
   int64_t packed_bytes(int bits) const {
     return shape.groups * column_tiles * packed_tile_bytes(bits);
   }
@@ -68,13 +72,15 @@ Padding padding_of(const ConvShape& shape);
 /// `in` has room for the padding that the shape asks for (image_layout.hpp; padding may be negative
 /// here). `out` is null for a float output, `residual` where there is none.
 ConvPlan plan_conv(const ConvShape& shape, const ImageLayout& in, const ImageLayout* out,
-                   const ImageLayout* residual, Positions positions, const OutputMap& map = {});
+                   const ImageLayout* residual, const KernelRow& kernels,
+                   const OutputMap& map = {});
 
 /// What the kernels of a row want.
 Positions positions_for(const KernelRow& kernels);
 
 /// Writes the panels of `weights` [O][I/groups][KH][KW]: [group][column tile][step] tiles, each
-/// packed to 128 * bits bytes (formats/FORMATS.md, "Panels").
+/// packed to 128 * bits bytes (formats/FORMATS.md, "Panels"); 8-bit tiles are then arranged, where
+/// the kernels want that.
 void pack_panels(const ConvPlan& plan, std::span<const int8_t> weights, int bits, uint8_t* out);
 
 /// The weights that one thread will read in one pass, in order; a little of what comes next is

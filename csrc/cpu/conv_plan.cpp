@@ -128,12 +128,14 @@ Padding padding_of(const ConvShape& s) {
 }
 
 ConvPlan plan_conv(const ConvShape& shape, const ImageLayout& in, const ImageLayout* out,
-                   const ImageLayout* residual, Positions positions, const OutputMap& map) {
+                   const ImageLayout* residual, const KernelRow& kernels, const OutputMap& map) {
+  const Positions positions = positions_for(kernels);
   if (in.image_bytes > INT32_MAX || (out != nullptr && out->image_bytes > INT32_MAX))
     throw InvalidArgument("convolution: an image of 2^31 or more bytes is not supported");
   ConvPlan plan;
   plan.shape = shape;
   plan.shape.batch = 1;
+  plan.arrangement = kernels.arrangement;
   plan.position_stride = shape.stride_w * in.pitch;
   plan.column_tiles = (shape.group_out() + kTileWidth - 1) / kTileWidth;
   plan.in_image_bytes = in.image_bytes;
@@ -184,8 +186,12 @@ void pack_panels(const ConvPlan& plan, std::span<const int8_t> weights, int bits
   const ConvShape& s = plan.shape;
   const int64_t outs = s.group_out(), reduction = s.reduction();
   int8_t tile[kTileBytes];
+  AlignedBuffer scratch;
+  if (plan.arranged(bits))
+    scratch = AlignedBuffer(static_cast<size_t>(plan.arrangement->scratch_bytes(plan.steps)));
   for (int64_t g = 0; g < s.groups; ++g) {
     for (int64_t t = 0; t < plan.column_tiles; ++t) {
+      uint8_t* const first = out;
       for (int64_t step = 0; step < plan.steps; ++step) {
         for (int64_t depth = 0; depth < kTileDepth; ++depth) {
           const int32_t from = plan.source[step * kTileDepth + depth];
@@ -198,6 +204,10 @@ void pack_panels(const ConvPlan& plan, std::span<const int8_t> weights, int bits
         formats::pack_tile(tile, bits, out);
         out += 128 * bits;
       }
+      if (plan.arranged(bits))
+        plan.arrangement->arrange(reinterpret_cast<int8_t*>(first), plan.steps,
+                                  plan.live_quads.data(), scratch.data());
+      out = first + plan.packed_tile_bytes(bits);
     }
   }
 }

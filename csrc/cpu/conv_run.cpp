@@ -123,7 +123,9 @@ struct Loop {
     g.live_quads = plan.live_quads.data();
     g.steps = plan.steps;
     g.tile0 = call.bits < 8 ? unpacked_at : reinterpret_cast<const int8_t*>(weights);
-    g.tile1 = c.tiles == 2 ? g.tile0 + plan.steps * kTileBytes : nullptr;
+    const int64_t tile_bytes = call.bits < 8 ? plan.steps * kTileBytes : plan.packed_tile_bytes(8);
+    g.tile1 = c.tiles == 2 ? g.tile0 + tile_bytes : nullptr;
+    g.arranged = plan.arranged(call.bits);
     g.weight_bits = call.weight_bits;
     g.rows = rows;
     const WeightStream::Piece fetch = ahead(c, fresh);
@@ -350,7 +352,8 @@ void run(const ConvCall& call, const TensorConvCall* tensor, const KernelRow& ke
   }
 
   Scratch& local = scratch();
-  const bool few = plan.runs.size() == 1 && call.images * plan.runs[0].positions <= kGemvRows &&
+  const bool few = !plan.arranged(call.bits) && plan.runs.size() == 1 &&
+                   call.images * plan.runs[0].positions <= kGemvRows &&
                    range.last - range.first == blocks;
   const int64_t all_pairs = pair_last - pair_first;
   // All unpacked weights of the part are kept for the next block of positions.

@@ -35,6 +35,7 @@ struct GemmArgs {
   const int8_t* tile0;   // [steps][1024] unpacked weight tiles of column tile 0
   const int8_t* tile1;   // the same for column tile 1, or null
   int weight_bits;       // that the weights need: AVX2 has a shortcut below 8
+  bool arranged;         // the tiles are as the row's TileArrangement made them
   int rows;              // 1..kGemmRows
   const uint8_t* fetch;  // weights to fetch into the second-level cache meanwhile:
   int64_t fetch_row;     // bytes from one row's share to the next one's
@@ -121,6 +122,15 @@ struct StemKernels {
   void (*interleave_fours)(const uint32_t* const* lines, int64_t n, uint8_t* out);
 };
 
+/// Another order of the weights of a column tile, for a gemm that reads 8-bit weights in no other.
+struct TileArrangement {
+  /// Bytes behind the [steps][1024] of a tile.
+  int64_t (*extra_bytes)(int64_t steps);
+  int64_t (*scratch_bytes)(int64_t steps);
+  /// In place; the extra bytes are written, too.
+  void (*arrange)(int8_t* tile, int64_t steps, const uint8_t* live_quads, uint8_t* scratch);
+};
+
 using UnpackTiles = void (*)(const uint8_t* packed, int bits, int64_t count, int8_t* out);
 
 struct KernelRow {
@@ -139,8 +149,9 @@ struct KernelRow {
   /// Any number of rows, whose sums go on to `requantize` (its sums, tiles and rows are the
   /// kernel's business; g.sums is not used). Null: gemm, then requantize.
   void (*gemm_requantize)(const GemmArgs& g, const RequantizeArgs& q, Requantize requantize);
-  int gemm_rows;  // that a call should have at most: more where every call prepares the weights
-  Gemv gemv;      // needs no begin() and end()
+  int gemm_rows;                       // that a call should have at most
+  Gemv gemv;                           // needs no begin() and end(); not for arranged tiles
+  const TileArrangement* arrangement;  // of 8-bit weights, or null
   void (*store)(const StoreArgs&);
   void (*block)(const BlockArgs&);  // null: unpack_tiles and gemm do its work
   void (*requantize)(const RequantizeArgs&);
@@ -163,6 +174,7 @@ Requantize requantizer(const KernelRow& row);
 
 #ifdef ADALAYER_HAVE_AVX2
 extern const KernelRow kAvx2Row;
+extern const TileArrangement kAvx2Arrangement;
 void gemm_avx2(const GemmArgs& g);
 void requantize_avx2(const RequantizeArgs& args);
 #endif

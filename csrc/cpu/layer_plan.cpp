@@ -71,18 +71,19 @@ LayerPlan plan_layer(const ConvShape& shape) {
   plan.shape = shape;
   plan.shape.batch = 1;
   plan.grouped = grouped_suits(shape);
-  const Positions positions = positions_for(*active_kernels());
+  const KernelRow& kernels = *active_kernels();
+  const Positions positions = positions_for(kernels);
   if (!plan.grouped && stem_suits(shape)) {
     plan.stem = plan_stem(plan.shape, positions);
     plan.in = plan.stem->layout;
-    plan.conv = plan_conv(plan.stem->shape, plan.in, nullptr, nullptr, positions);
+    plan.conv = plan_conv(plan.stem->shape, plan.in, nullptr, nullptr, kernels);
     return plan;
   }
   // Only flattened positions want the rows that one kernel row visits side by side.
   const bool strided = positions == Positions::Flattened && !plan.grouped;
   plan.in = image_layout(shape.in_channels, shape.in_h, shape.in_w, padding_of(shape),
                          strided ? shape.stride_h : 1, strided ? shape.stride_w : 1);
-  if (!plan.grouped) plan.conv = plan_conv(plan.shape, plan.in, nullptr, nullptr, positions);
+  if (!plan.grouped) plan.conv = plan_conv(plan.shape, plan.in, nullptr, nullptr, kernels);
   return plan;
 }
 

@@ -22,8 +22,6 @@ AlignedBuffer padded_copy(std::span<const T> values) {
 
 const Value& value_of(const Program& program, int32_t id) { return program.values[id]; }
 
-cpu::Positions positions() { return cpu::positions_for(*cpu::active_kernels()); }
-
 /// The geometry of a node: an ordinary convolution's, or for a transposed one just its channels.
 ConvShape shape_of(const Program& program, const Node& node) {
   if (node.op == OpKind::Conv) return conv_shape(program, node);
@@ -142,10 +140,10 @@ ConvStep::ConvStep(const Program& program, const Node& node, const cpu::ImageLay
     correction_ = correction(weights);
     epilogue_.correction = zero_point_ == 0 ? nullptr : correction_.as<int32_t>();
   } else if (stem != nullptr) {
-    add_piece(cpu::plan_conv(stem->shape, in, out, fused, positions()),
+    add_piece(cpu::plan_conv(stem->shape, in, out, fused, *cpu::active_kernels()),
               cpu::stem_weights(*stem, shape_, weights));
   } else {
-    add_piece(cpu::plan_conv(shape_, in, out, fused, positions()), weights);
+    add_piece(cpu::plan_conv(shape_, in, out, fused, *cpu::active_kernels()), weights);
   }
 }
 
@@ -165,6 +163,8 @@ AlignedBuffer ConvStep::correction(std::span<const int8_t> weights) const {
 void ConvStep::add_piece(cpu::ConvPlan plan, std::vector<int8_t> weights) {
   Piece piece;
   piece.plan = std::move(plan);
+  // Narrower weights need no order, unpacked or not.
+  if (bits_ < 7) piece.plan.arrangement = nullptr;
   piece.correction = correction(weights);
   piece.weights = std::move(weights);
   piece.epilogue = epilogue_;
@@ -190,7 +190,8 @@ void ConvStep::plan_transposed(const std::vector<TransposedPhase>& phases,
               taps[((o * ins + i) * s.kernel_h + jy) * s.kernel_w + jx] =
                   weights[((o * ins + i) * a.kernel_h + ky) * a.kernel_w + kx];
           }
-    add_piece(cpu::plan_conv(s, in, out, residual, positions(), phase.map), std::move(taps));
+    add_piece(cpu::plan_conv(s, in, out, residual, *cpu::active_kernels(), phase.map),
+              std::move(taps));
   }
 }
 

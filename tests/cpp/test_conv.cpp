@@ -93,7 +93,7 @@ void run_case(const Case& c, Isa isa, int parts, bool by_columns) {
               .inv_scale = 1.7f};
   e.bounded = c.bounded;
 
-  const ConvPlan plan = plan_conv(s, in, &out, c.residual ? &res : nullptr, positions_for(kernels));
+  const ConvPlan plan = plan_conv(s, in, &out, c.residual ? &res : nullptr, kernels);
   // Tiles are 64-byte aligned, as the engine keeps them.
   // Weights of few bits may lie unpacked.
   const int panel_bits = pick(0, 3) == 0 ? 8 : c.bits;

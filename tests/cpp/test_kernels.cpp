@@ -404,7 +404,20 @@ struct Product {
   }
 };
 
-void check_gemm(const cpu::KernelRow& row, const Product& p) {
+/// The column tiles of a product as the row's gemm wants eight-bit weights.
+Exact<int8_t> arranged(const cpu::TileArrangement& arrangement, const Product& p) {
+  const int64_t bytes = p.steps * formats::kTileBytes;
+  const int64_t pitch = bytes + arrangement.extra_bytes(p.steps);
+  const Exact<uint8_t> scratch(static_cast<size_t>(arrangement.scratch_bytes(p.steps)));
+  Exact<int8_t> tiles(static_cast<size_t>(p.tiles * pitch));
+  for (int t = 0; t < p.tiles; ++t) {
+    std::memcpy(tiles.data() + t * pitch, p.tile(t), static_cast<size_t>(bytes));
+    arrangement.arrange(tiles.data() + t * pitch, p.steps, p.live.data(), scratch.data());
+  }
+  return tiles;
+}
+
+void check_gemm(const cpu::KernelRow& row, const Product& p, const Exact<int8_t>* tiles) {
   std::vector<int32_t> sums(static_cast<size_t>(p.rows) * cpu::kBlockCols, -1);
   cpu::GemmArgs g{};
   g.activations = p.levels->data();
@@ -415,6 +428,11 @@ void check_gemm(const cpu::KernelRow& row, const Product& p) {
   g.tile0 = p.tile(0);
   g.tile1 = p.tiles == 2 ? p.tile(1) : nullptr;
   g.weight_bits = p.bits;
+  if (tiles != nullptr) {
+    g.arranged = true;
+    g.tile0 = tiles->data();
+    if (p.tiles == 2) g.tile1 = g.tile0 + tiles->size() / 2;
+  }
   g.rows = p.rows;
   g.sums = sums.data();
   row.begin();
@@ -425,6 +443,14 @@ void check_gemm(const cpu::KernelRow& row, const Product& p) {
     for (int c = 0; c < p.tiles * 16; ++c)
       equal = equal && sums[static_cast<size_t>(r * cpu::kBlockCols + c)] == p.want(r, c);
   CHECK(equal);
+}
+
+/// In every form of the weights that the row takes.
+void check_gemm(const cpu::KernelRow& row, const Product& p) {
+  if (row.arrangement == nullptr || p.bits < 8) check_gemm(row, p, nullptr);
+  if (row.arrangement == nullptr) return;
+  const Exact<int8_t> tiles = arranged(*row.arrangement, p);
+  check_gemm(row, p, &tiles);
 }
 
 /// The matrix product of every row of the table, alone: 1..64 rows, one and two column tiles.
@@ -468,7 +494,7 @@ TEST(gemv_of_every_row) {
                         kFills[i / kFillCount % kFillCount], true);
         ++i;
         for (const cpu::KernelRow* row : cpu::kernel_rows()) {
-          if (!isa_supported(row->isa)) continue;
+          if (!isa_supported(row->isa) || (bits == 8 && row->arrangement != nullptr)) continue;
           for (const cpu::Gemv gemv : {row->gemv, cpu::gemv(*row)}) {
             const int64_t stride = tiles * 16 + uniform(0, 9);
             const Exact<int32_t> sums(static_cast<size_t>((rows - 1) * stride + tiles * 16));
