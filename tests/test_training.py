@@ -15,9 +15,13 @@ from torch import Tensor, fx, nn
 
 from adalayer_native.errors import CalibrationError, FileFormatError, PlanError
 from adalayer_native.plan import LayerPlan, Plan, layer_kind, supported_layers
-from adalayer_native.quantization import calibrate, prepare
+from adalayer_native.pruning.masks import pruned_count
+from adalayer_native.quantization import calibrate, convert, prepare, reestimate_batch_norms
 from adalayer_native.quantization.graph import layers_of
-from adalayer_native.training import bf16_helps, finetune
+from adalayer_native.repair import repair
+from adalayer_native.training import bf16_helps, finetune, fit
+from adalayer_native.training.average import Average
+from adalayer_native.training.schedule import cubic_sparsity, half_cosine, lowered_bits
 
 
 def model() -> nn.Sequential:
@@ -73,7 +77,7 @@ def test_learns_and_keeps_the_masks(optimizer: str) -> None:
     prepared = prepared_model()
     masks = {name: layer.mask.clone() for name, layer in layers_of(prepared).items()}
     data = batches()
-    history = run(prepared, data, 6, optimizer=optimizer)
+    history = run(prepared, data, 6, optimizer=optimizer, gradual=False)
     assert len(history.epochs) == 6
     assert history.finished
     assert history.epochs[-1]["loss"] < 0.8 * history.epochs[0]["loss"]
@@ -201,7 +205,7 @@ def test_loader_error_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     loader = Interrupting(None)
     history = run(again, loader, 2, checkpoint=path)
     assert history.resumed
-    assert loader.epochs == [1]
+    assert loader.epochs == [1, 2]  # the last one is for the batch norms
     whole = prepared_model()
     run(whole, Interrupting(None), 2)
     assert same(whole, again)
@@ -257,7 +261,13 @@ def test_refusals() -> None:
         run(prepared, ["x"])
     with pytest.raises(PlanError, match="'nothing'"):
         run(prepared, batches(1), scores={"nothing": 0.5})
-    for bad in ({"lr": -1.0}, {"temperature": 0.0}, {"optimizer": "lbfgs"}, {"epochs": -1}):
+    for bad in (
+        {"lr": -1.0},
+        {"temperature": 0.0},
+        {"optimizer": "lbfgs"},
+        {"epochs": -1},
+        {"ramp": 2.0},
+    ):
         options: dict[str, Any] = {"epochs": 1, **bad}
         with pytest.raises(PlanError, match=next(iter(bad))):
             run(prepared, batches(1), **options)
@@ -266,3 +276,157 @@ def test_refusals() -> None:
         broken[6].weight.fill_(float("nan"))
     with pytest.raises(CalibrationError, match="loss became nan in epoch 1, batch 0"):
         run(prepared, batches(1), teacher=broken)
+
+
+# -- gradual compression --------------------------------------------------------------------------
+
+
+def test_schedules_in_numbers() -> None:
+    assert cubic_sparsity(0.8, 0.0) == 0.0
+    assert cubic_sparsity(0.8, 0.5) == pytest.approx(0.8 * 0.875)
+    assert cubic_sparsity(0.8, 1.0) == cubic_sparsity(0.8, 7.0) == 0.8
+    assert [lowered_bits(2, 2, t) for t in (0.0, 0.33, 0.34, 0.66, 0.67, 1.0)] == [4, 4, 3, 3, 2, 2]
+    assert [lowered_bits(7, 4, t) for t in (0.0, 0.7, 1.0)] == [8, 8, 7]
+    assert half_cosine(0.0) == 1.0
+    assert half_cosine(0.5) == pytest.approx(0.5)
+    assert half_cosine(2.0) == pytest.approx(0.0, abs=1e-12)
+
+
+class Watching(list):
+    """Batches that note sparsity and bits of a layer before each of them."""
+
+    def __init__(self, prepared: fx.GraphModule, count: int = 8) -> None:
+        super().__init__(batches(count))
+        self.layer = layers_of(prepared)["0"]
+        self.seen: list[tuple[float, int]] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in super().__iter__():
+            self.seen.append((1.0 - float(self.layer.mask.float().mean()), self.layer.bits))
+            yield batch
+
+
+def test_sparsity_and_bits_go_to_the_plan_and_end_there() -> None:
+    prepared = prepared_model(bits=3, sparsity=0.5)
+    data = Watching(prepared)
+    run(prepared, data, 4, ramp=0.5, extra_bits=2, reestimate_norms=False)
+    sparsities, bits = zip(*data.seen[1:], strict=True)  # before the first step nothing is placed
+    assert sparsities[0] == 0.0
+    assert list(sparsities) == sorted(sparsities)
+    assert all(0.0 < s < 0.5 for s in sparsities[2:11])
+    assert set(sparsities[16:]) == {0.5}
+    assert list(bits) == sorted(bits, reverse=True)
+    assert set(bits) == {5, 4, 3}
+    assert set(bits[16:]) == {3}
+    for name, layer in layers_of(prepared).items():
+        numel = layer.weight.numel()
+        assert int((~layer.mask).sum()) == pruned_count(numel, 0.5), name
+        assert layer.bits == 3
+        assert not layer.dense_gradient
+        assert int((layer.integers() != 0).sum()) <= numel - pruned_count(numel, 0.5)
+
+
+def test_plan_is_reached_however_a_run_ends(tmp_path: Path) -> None:
+    for options in ({"max_minutes": 1e-9}, {"epochs": 0}):
+        prepared = prepared_model(bits=3, sparsity=0.5)
+        epochs = options.pop("epochs", 20)
+        run(prepared, batches(), epochs, extra_bits=2, **options)
+        for layer in layers_of(prepared).values():
+            assert layer.bits == 3
+            assert int((~layer.mask).sum()) == pruned_count(layer.weight.numel(), 0.5)
+            assert layer.step is None
+    prepared = prepared_model(bits=3, sparsity=0.5)
+    with pytest.raises(KeyboardInterrupt):
+        run(prepared, Interrupting(3, by_signal=True), 9, extra_bits=2)
+    assert layers_of(prepared)["0"].bits == 3
+    assert convert(prepared) is not None
+
+
+def test_repaired_masks_stay() -> None:
+    prepared = prepared_model(bits=3, sparsity=0.5)
+    repair(prepared, batches(2), progress=False)
+    masks = {name: layer.mask.clone() for name, layer in layers_of(prepared).items()}
+    run(prepared, batches(), 2)
+    for name, layer in layers_of(prepared).items():
+        assert torch.equal(layer.mask, masks[name])
+
+
+# -- averages and batch norms ---------------------------------------------------------------------
+
+
+def test_average_in_closed_form() -> None:
+    net = nn.Linear(1, 1, bias=False)
+    average = Average(net, limit=0.3)
+    expected = None
+    for step in range(6):
+        with torch.no_grad():
+            net.weight.fill_(float(step))
+        average.update()
+        decay = min(0.3, (1 + step) / (10 + step))  # so many went before
+        expected = 0.0 if expected is None else decay * expected + (1 - decay) * step
+    assert average.values["weight"].item() == pytest.approx(expected)
+    average.use()
+    assert net.weight.item() == pytest.approx(expected)
+
+
+def test_average_is_what_remains() -> None:
+    ends = {}
+    for ema in (0.0, 0.999):
+        prepared = prepared_model()
+        run(prepared, batches(), 2, ema=ema, gradual=False)
+        ends[ema] = prepared
+    assert not same(ends[0.0], ends[0.999])
+
+
+def test_batch_norms_frozen_and_taken_anew() -> None:
+    whole = prepared_model()
+    before = whole.get_submodule("1").running_mean.clone()
+    run(whole, batches(), 1, freeze_norms=1.0, reestimate_norms=False)
+    assert torch.equal(whole.get_submodule("1").running_mean, before)
+    fresh = prepared_model()
+    run(fresh, batches(), 1, ema=0.0)
+    taken = fresh.get_submodule("1").running_mean.clone()
+    reestimate_batch_norms(fresh, batches(), progress=False)
+    torch.testing.assert_close(fresh.get_submodule("1").running_mean, taken)
+
+
+# -- float training -------------------------------------------------------------------------------
+
+
+def fit_options(**more: Any) -> dict[str, Any]:
+    return {"lr": 0.05, "amp": False, "progress": False, **more}
+
+
+def test_float_training_learns_and_resumes(tmp_path: Path) -> None:
+    whole = model()
+    history = fit(whole, Interrupting(None), 4, **fit_options(label_smoothing=0.1))
+    assert history.epochs[-1]["accuracy"] > 0.8
+    assert not whole.training
+    path = tmp_path / "checkpoint.safetensors"
+    broken = model()
+    options = fit_options(label_smoothing=0.1, checkpoint=path)
+    with pytest.raises(KeyboardInterrupt):
+        fit(broken, Interrupting(13, by_signal=True), 4, **options)
+    again = model()
+    assert fit(again, Interrupting(None), 4, **options).resumed
+    assert same(whole, again)
+
+
+def test_label_smoothing_value() -> None:
+    net = model()
+    net[3].p = 0.0
+    x, y = batches(1)[0]
+    expected = F.cross_entropy(net.train()(x), y, label_smoothing=0.2).item()
+    fresh = model()
+    fresh[3].p = 0.0
+    history = fit(fresh, [(x, y)], 1, **fit_options(label_smoothing=0.2))
+    assert history.epochs[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_float_training_refuses() -> None:
+    with pytest.raises(CalibrationError, match="labels"):
+        fit(model(), [x for x, _ in batches(1)], 1, **fit_options())
+    with pytest.raises(PlanError, match="label_smoothing"):
+        fit(model(), batches(1), 1, **fit_options(label_smoothing=1.5))
+    with pytest.raises(CalibrationError, match="empty"):
+        fit(model(), [], 1, **fit_options())

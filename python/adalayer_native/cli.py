@@ -1,4 +1,4 @@
-"""Command line: ``adalayer demo | compress | info``."""
+"""Command line: ``adalayer demo | train | compress | info``."""
 
 from __future__ import annotations
 
@@ -151,6 +151,55 @@ def compress(
 
 
 @app.command()
+def train(
+    model: Annotated[str, typer.Argument(help="Built-in name or package.module:callable.")],
+    data: Annotated[
+        str, typer.Option(help="Image folder or zip with train/ and test/, or digits.")
+    ],
+    out: Annotated[Path, typer.Option(help="Weight file, safetensors.")],
+    epochs: Annotated[int, typer.Option(min=1)] = 60,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 0.1,
+    label_smoothing: Annotated[float, typer.Option(help="Share spread over all classes.")] = 0.1,
+    weight_decay: Annotated[float, typer.Option()] = 5e-4,
+    augment: Annotated[bool, typer.Option(help="Random crops and mirroring.")] = True,
+    image_size: Annotated[int, typer.Option(min=1, help="Pixels per side.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1)] = 128,
+    classes: Annotated[
+        int | None, typer.Option(help="Classes; default: what the data has.")
+    ] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads; default: torch's.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report at the end.")] = False,
+    quiet: Annotated[bool, typer.Option(help="No progress bars.")] = False,
+) -> None:
+    """Train the float network MODEL; write its weights to OUT and a report beside them.
+
+    Interrupted? The same command goes on where it stopped.
+    """
+    from adalayer_native.jobs import TrainJob, run_train
+
+    job = TrainJob(
+        model=model,
+        data=data,
+        out=out,
+        epochs=epochs,
+        lr=lr,
+        label_smoothing=label_smoothing,
+        weight_decay=weight_decay,
+        augment=augment,
+        image_size=image_size,
+        batch_size=batch_size,
+        classes=classes,
+        seed=seed,
+        threads=threads,
+        progress=not quiet,
+    )
+    report = run_train(job)
+    if as_json:
+        print(json.dumps(report, indent=2))
+
+
+@app.command()
 def info(
     file: Annotated[
         Path, typer.Argument(help="Packed model (model.safetensors) or engine (.ada).")
@@ -257,7 +306,7 @@ def main() -> None:
             sys.exit(2)
         raise
     if code == _INTERRUPTED:  # newer versions of typer return it for Ctrl-C
-        resumable = sys.argv[1:2] == ["compress"]
+        resumable = sys.argv[1:2] in (["compress"], ["train"])
         _fail("interrupted" + "; the same command goes on where it stopped" * resumable, code)
     sys.exit(code)  # commands return None, which is success
 

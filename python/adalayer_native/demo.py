@@ -6,48 +6,21 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from torch import nn
 
 from adalayer_native import files, ops
-from adalayer_native._progress import ProgressBar
 from adalayer_native.allocation import Budget, float_bytes
 from adalayer_native.compress import compress
-from adalayer_native.data import Batches, digits, loaders
+from adalayer_native.data import digits, loaders
 from adalayer_native.measure import accuracy, model_milliseconds
 from adalayer_native.models import adalayernet
 from adalayer_native.report import comparison_table, figure6_table, ribbon
-from adalayer_native.training import bf16_helps
+from adalayer_native.training import fit
 
 __all__ = ["run_demo"]
 
 # The digits are few and alike: so many images rank plans as well as more would, in less time.
 CALIBRATION = 128
 FINETUNE_EPOCHS = 2
-
-
-def train_float(model: nn.Module, train: Batches, epochs: int, seed: int) -> None:
-    """Trains the float network: SGD, one cycle, cross-entropy."""
-    torch.manual_seed(seed)
-    model.train()
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # no stub for it
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4
-    )
-    steps = epochs * len(train)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.05, total_steps=steps)
-    amp = torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16_helps())
-    with ProgressBar("training the float network", steps, unit="step") as bar:
-        for _ in range(epochs):
-            for x, y in train:
-                optimizer.zero_grad(set_to_none=True)
-                with amp:
-                    logits = model(x.contiguous(memory_format=torch.channels_last))
-                loss = nn.functional.cross_entropy(logits.float(), y)
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                bar.advance(note=f"loss {loss.item():.3f}")
-    model.eval()
 
 
 def run_demo(out: Path, *, size: float = 0.10, epochs: int = 5, seed: int = 0) -> None:
@@ -74,7 +47,7 @@ def run_demo(out: Path, *, size: float = 0.10, epochs: int = 5, seed: int = 0) -
     )
     torch.manual_seed(seed)
     model = adalayernet(len(train.classes))
-    train_float(model, data.train, epochs, seed)
+    fit(model, data.train, epochs, lr=0.05, seed=seed)
 
     budget = Budget(size=size)
     results = {}

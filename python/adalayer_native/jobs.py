@@ -1,4 +1,4 @@
-"""What the command line's ``compress`` does: data in, three files and a report out."""
+"""What the command line's ``compress`` and ``train`` do: data in, files and a report out."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from rich.console import Console
 from torch import nn
 
 from adalayer_native import files, ops
-from adalayer_native._files import write_text_atomic
+from adalayer_native._files import write_atomic, write_text_atomic
 from adalayer_native.allocation import Budget, float_bytes
 from adalayer_native.compress import Compressed, compress
-from adalayer_native.data import ImageDataset, Loaders, digits, loaders, open_dataset
+from adalayer_native.data import Batches, ImageDataset, Loaders, digits, loaders, open_dataset
 from adalayer_native.errors import BudgetError, FileFormatError, UnsupportedModelError
 from adalayer_native.measure import accuracy, model_milliseconds
 from adalayer_native.models import get_model, load_weights
 from adalayer_native.report import comparison_table, error_table, figure6_table
+from adalayer_native.training import fit
 
-__all__ = ["CompressJob", "layer_entries", "run_compress"]
+__all__ = ["CompressJob", "TrainJob", "layer_entries", "run_compress", "run_train"]
 
 
 @dataclass
@@ -54,7 +55,27 @@ class CompressJob:
     progress: bool = True
 
 
-def open_splits(job: CompressJob) -> tuple[ImageDataset, ImageDataset]:
+@dataclass
+class TrainJob:
+    """Arguments of ``adalayer train``; see its help."""
+
+    model: str
+    data: str
+    out: Path
+    epochs: int
+    lr: float = 0.1
+    label_smoothing: float = 0.1
+    weight_decay: float = 5e-4
+    augment: bool = True
+    image_size: int = 32
+    batch_size: int = 128
+    classes: int | None = None
+    seed: int = 0
+    threads: int | None = None
+    progress: bool = True
+
+
+def open_splits(job: CompressJob | TrainJob) -> tuple[ImageDataset, ImageDataset]:
     """(train, test) of the job's data."""
     if job.data == "digits":
         return digits(job.image_size)
@@ -82,15 +103,13 @@ def run_compress(job: CompressJob) -> dict[str, Any]:
     # Also shows now, not at the end, whether the directory can be written.
     write_text_atomic(job.out / "work" / "command.json", json.dumps(arguments(job), indent=2))
     train, test = open_splits(job)
-    if ":" in job.model and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as ``python -m`` does
-    model = get_model(job.model, job.classes or len(train.classes))
+    model = build(job, len(train.classes))
     load_weights(model, job.weights)
     model.eval()
     data = loaders(
         train, test, batch_size=job.batch_size, calibration=job.calibration, seed=job.seed
     )
-    check_fit(job, model, data)
+    check_fit(job, model, data.calibration)
     test.decode()  # an unreadable image shows before the work, not after it
     if job.epochs > 0:
         train.decode()
@@ -121,7 +140,7 @@ def run_compress(job: CompressJob) -> dict[str, Any]:
     return write_results(job, model, result, data)
 
 
-def arguments(job: CompressJob) -> dict[str, Any]:
+def arguments(job: CompressJob | TrainJob) -> dict[str, Any]:
     """The job as JSON values, for a reader of the work directory."""
     return {key: value if _plain(value) else str(value) for key, value in vars(job).items()}
 
@@ -130,14 +149,21 @@ def _plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str, list, dict))
 
 
-def check_fit(job: CompressJob, model: nn.Module, data: Loaders) -> None:
+def build(job: CompressJob | TrainJob, classes: int) -> nn.Module:
+    """The job's model."""
+    if ":" in job.model and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as ``python -m`` does
+    return get_model(job.model, job.classes or classes)
+
+
+def check_fit(job: CompressJob | TrainJob, model: nn.Module, data: Batches) -> None:
     """Tries one image.
 
     Raises:
         UnsupportedModelError: the model cannot take the images, or does not return one value per
             class.
     """
-    x, _ = next(iter(data.calibration))
+    x, _ = next(iter(data))
     shape = tuple(x[:1].shape)
     try:
         with torch.inference_mode():
@@ -147,7 +173,7 @@ def check_fit(job: CompressJob, model: nn.Module, data: Loaders) -> None:
             f"model {job.model!r} cannot take images of shape {shape} (--image-size "
             f"{job.image_size}): {error}"
         ) from error
-    classes = len(data.train.dataset.classes)
+    classes = len(data.dataset.classes)
     if not isinstance(out, torch.Tensor) or out.dim() != 2 or out.shape[1] < classes:
         got = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
         raise UnsupportedModelError(
@@ -254,3 +280,54 @@ def layer_entries(result: Compressed, packed: Path) -> list[dict[str, Any]]:
         entry |= (result.plan.scores or {}).get(name, {})
         entries.append(entry)
     return entries
+
+
+def run_train(job: TrainJob) -> dict[str, Any]:
+    """Trains a float network and returns the report, which it also writes beside the weights.
+
+    ``OUT`` gets the weights, ``OUT`` with the ending ``.json`` the report and with
+    ``.checkpoint.safetensors`` the state of the run. Test images are only looked at in the end.
+
+    Raises:
+        AdaError: bad arguments, data or model. OSError: the output cannot be written.
+    """
+    from safetensors.torch import save as serialise
+
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
+    report_file = job.out.with_suffix(".json")
+    # Also shows now, not at the end, whether the directory can be written.
+    write_text_atomic(report_file, json.dumps({"arguments": arguments(job)}, indent=2) + "\n")
+    train, test = open_splits(job)
+    torch.manual_seed(job.seed)
+    model = build(job, len(train.classes))
+    data = loaders(train, test, batch_size=job.batch_size, augment=job.augment, seed=job.seed)
+    data.train.drop_last = len(train) > job.batch_size  # batch norm of a few images is noise
+    check_fit(job, model, data.calibration)
+    test.decode()  # an unreadable image shows before the work, not after it
+    train.decode()
+    history = fit(
+        model,
+        data.train,
+        job.epochs,
+        lr=job.lr,
+        weight_decay=job.weight_decay,
+        label_smoothing=job.label_smoothing,
+        checkpoint=job.out.with_suffix(".checkpoint.safetensors"),
+        seed=job.seed,
+        progress=job.progress,
+    )
+    weights = {k: v.detach().contiguous().clone() for k, v in model.state_dict().items()}
+    write_atomic(job.out, serialise(weights))
+    report: dict[str, Any] = {
+        "arguments": arguments(job),
+        "accuracy": accuracy(model, data.test, title="test accuracy", progress=job.progress),
+        "test_images": len(test),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "bf16": history.amp,
+        "epochs": history.epochs,
+    }
+    write_text_atomic(report_file, json.dumps(report, indent=2) + "\n")
+    written = f"written to {job.out}: test accuracy {report['accuracy']:.2f} %"
+    Console(stderr=True).print(written, markup=False, soft_wrap=True)
+    return report

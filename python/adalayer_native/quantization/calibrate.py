@@ -15,6 +15,7 @@ from adalayer_native.quantization.graph import layers_of, metadata, quantizers_o
 from adalayer_native.quantization.observers import make_observer
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
 
 def images_of(batch: Any) -> Tensor:
@@ -101,6 +102,15 @@ def calibrate(
     return prepared
 
 
+def batch_norms(model: nn.Module) -> dict[str, BatchNorm]:
+    """Batch norms with running statistics, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BATCH_NORMS) and module.track_running_stats
+    }
+
+
 @torch.no_grad()
 def reestimate_batch_norms(
     prepared: nn.Module,
@@ -124,11 +134,7 @@ def reestimate_batch_norms(
 def _reestimate(
     prepared: nn.Module, loader: Iterable[Any], batches: int | None, progress: bool
 ) -> None:
-    norms = {
-        name: module
-        for name, module in prepared.named_modules()
-        if isinstance(module, _BATCH_NORMS) and module.track_running_stats
-    }
+    norms = batch_norms(prepared)
     prepared.eval()
     if not norms:
         return

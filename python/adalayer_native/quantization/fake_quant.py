@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adalayer_native.errors import CalibrationError, PlanError, UnsupportedModelError
+from adalayer_native.quantization.lsq import StepSize, learned_activation, learned_weight
 from adalayer_native.rounding import (
     conv_form,
     layer_form,
@@ -84,9 +85,11 @@ class ActivationQuantizer(nn.Module):
     Attributes:
         qparams: float32 ``[3]`` buffer ``(scale, zero_point, bits)``; scale 0 = not calibrated.
         observer: collects the range while calibration runs, else ``None``.
+        step: the scale as a parameter while it is being learned, else ``None``.
     """
 
     qparams: Tensor
+    step: StepSize | None
 
     def __init__(self, bits: int = 8, *, name: str = "") -> None:
         super().__init__()
@@ -95,6 +98,7 @@ class ActivationQuantizer(nn.Module):
         self.name = name
         self.register_buffer("qparams", torch.tensor([0.0, 0.0, float(bits)]))
         self.observer: Observer | None = None
+        self.step = None
 
     @property
     def calibrated(self) -> bool:
@@ -137,6 +141,8 @@ class ActivationQuantizer(nn.Module):
             return x
         if not self.calibrated:
             return x
+        if torch.is_grad_enabled() and self.step is not None:
+            return learned_activation(x, self.step, self.constants())
         if torch.is_grad_enabled() and x.requires_grad:
             out: Tensor = _QuantizeActivation.apply(x, *self.constants())
             return out
@@ -178,6 +184,8 @@ class _QuantLayer:
     name: str
     folds_batch_norm: bool
     exact: ExactLayer | None
+    step: StepSize | None
+    dense_gradient: bool
 
     def _setup(self, bits: int, mask: Tensor | None, name: str) -> None:
         assert isinstance(self, nn.Module)
@@ -192,6 +200,8 @@ class _QuantLayer:
         self.folds_batch_norm = False
         # Set only inside simulate(exact=True): replaces the float computation of forward.
         self.exact = None
+        self.step = None  # the scales as a parameter while they are being learned
+        self.dense_gradient = False  # whether pruned weights get a gradient meanwhile
         self.register_buffer("mask", mask)
         channels = conv_form(self, self.weight).shape[0]
         self.register_buffer("weight_scale", torch.ones(channels, device=self.weight.device))
@@ -209,6 +219,11 @@ class _QuantLayer:
         """Eq. (4): ``W_opt = mask * Q_b(W)``, float32, differentiable straight through."""
         assert isinstance(self, nn.Module)
         weight, mask = self._conv_form()
+        if self.step is not None:
+            learned = learned_weight(
+                weight, self.step, self.weight_scale, mask, self.bits, dense=self.dense_gradient
+            )
+            return layer_form(self, learned)
         scale = per_channel(self.weight_scale, weight.dim())
         return layer_form(self, _QuantizeWeight.apply(weight, scale, mask, self.bits))
 

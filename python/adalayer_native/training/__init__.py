@@ -1,5 +1,7 @@
-"""Training: fine-tuning of prepared models with checkpoints."""
+"""Training: fine-tuning of prepared models, training of float models, with checkpoints."""
 
-from adalayer_native.training.finetune import History, bf16_helps, finetune
+from adalayer_native.training.finetune import finetune
+from adalayer_native.training.fit import fit
+from adalayer_native.training.loop import History, bf16_helps
 
-__all__ = ["History", "bf16_helps", "finetune"]
+__all__ = ["History", "bf16_helps", "finetune", "fit"]

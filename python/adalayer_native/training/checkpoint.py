@@ -1,7 +1,7 @@
 """Checkpoints of a training run: one safetensors file, replaced as a whole, no pickle.
 
-Tensors are stored as ``model.<key>``, ``optimizer.<parameter>.<state>`` and ``rng``; everything
-else (where the run stands, its options, its history) is JSON in the file's metadata.
+Tensors are stored as ``model.<key>``, ``optimizer.<parameter>.<state>``, ``average.<parameter>``
+and ``rng``; everything else (where the run stands, its history) is JSON in the file's metadata.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from adalayer_native._files import write_atomic
 from adalayer_native.errors import FileFormatError
+from adalayer_native.training.average import Average
 
-_FORMAT = "adalayer-finetune"
-_VERSION = "1"
+_FORMAT = "adalayer-training"
+_VERSION = "2"
 
 
 @dataclass
@@ -34,7 +35,10 @@ class Progress:
         correct: correctly classified samples in the present epoch.
         labelled: samples with a label in the present epoch.
         samples: samples in the present epoch.
+        ended: the time limit is reached; no step follows.
         finished: the run is complete.
+        stage: of the compression schedule.
+        averaged: steps in the moving average.
         history: one entry per completed epoch.
     """
 
@@ -45,7 +49,10 @@ class Progress:
     correct: int = 0
     labelled: int = 0
     samples: int = 0
+    ended: bool = False
     finished: bool = False
+    stage: int = -1
+    averaged: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -53,6 +60,7 @@ def save(
     path: str | os.PathLike[str],
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
+    average: Average,
     progress: Progress,
     identity: str,
 ) -> None:
@@ -65,6 +73,8 @@ def save(
         for key, value in state.items():
             if isinstance(value, Tensor):
                 tensors[f"optimizer.{names[id(parameter)]}.{key}"] = value.detach()
+    tensors |= {f"average.{name}": value for name, value in average.values.items()}
+    progress.averaged = average.steps
     tensors["rng"] = torch.get_rng_state()
     metadata = {
         "format": _FORMAT,
@@ -81,9 +91,10 @@ def load(
     path: str | os.PathLike[str],
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
+    average: Average,
     identity: str,
 ) -> tuple[Progress, Tensor] | None:
-    """Restore a run into ``model`` and ``optimizer``.
+    """Restore a run into ``model``, ``optimizer`` and ``average``.
 
     Returns:
         Where it stands and the random state, or ``None`` if the file belongs to another run
@@ -109,21 +120,16 @@ def load(
                 return None
             tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
             progress = Progress(**json.loads(metadata["progress"]))
-        state = {
-            key.removeprefix("model."): value
-            for key, value in tensors.items()
-            if key.startswith("model.")
-        }
-        model.load_state_dict(state)
+        model.load_state_dict(_part(tensors, "model."))
+        average.load(_part(tensors, "average."), progress.averaged)
         parameters = dict(model.named_parameters())
-        for key, value in tensors.items():
-            if key.startswith("optimizer."):
-                name, _, entry = key.removeprefix("optimizer.").rpartition(".")
-                parameter = parameters[name]
-                if value.dim() == parameter.dim() and value.dim():
-                    # Same memory layout as the parameter, or sums could be ordered differently.
-                    value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-                optimizer.state[parameter][entry] = value
+        for key, value in _part(tensors, "optimizer.").items():
+            name, _, entry = key.rpartition(".")
+            parameter = parameters[name]
+            if value.dim() == parameter.dim() and value.dim():
+                # Same memory layout as the parameter, or sums could be ordered differently.
+                value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            optimizer.state[parameter][entry] = value
         return progress, tensors["rng"]
     except FileFormatError:
         raise
@@ -132,3 +138,7 @@ def load(
             f"checkpoint {shown!r} is corrupt ({type(error).__name__}: {error}); delete it to "
             "start again"
         ) from error
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -1,0 +1,129 @@
+"""Training of a float network: the baseline that compression starts from."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adalayer_native.errors import CalibrationError
+from adalayer_native.quantization.calibrate import batch_norms, reestimate_batch_norms
+from adalayer_native.training.batches import NORM_BATCHES, split_batch
+from adalayer_native.training.loop import History, Loop, LoopOptions, bf16_helps, check_range
+
+__all__ = ["fit"]
+
+
+@dataclass
+class _Options(LoopOptions):
+    label_smoothing: float
+
+    def check(self, caller: str) -> None:
+        super().check(caller)
+        check_range(caller, "label_smoothing", self.label_smoothing, 0.0, 0.999)
+
+
+def fit(
+    model: nn.Module,
+    train_loader: Iterable[Any],
+    epochs: int,
+    *,
+    lr: float = 0.1,
+    optimizer: str = "sgd",
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    label_smoothing: float = 0.0,
+    ema: float = 0.999,
+    amp: bool | str = "auto",
+    checkpoint: str | os.PathLike[str] | None = None,
+    resume: bool = True,
+    seed: int = 0,
+    max_minutes: float | None = None,
+    progress: bool = True,
+) -> History:
+    """Train a float classifier with cross-entropy.
+
+    The learning rate rises over the first 3 % of the steps and then follows a half cosine to 0.
+    The result is the moving average of the parameters, with batch norm statistics that are taken
+    anew for it from up to 50 training batches. Determinism, checkpoints and interruption are those
+    of :func:`finetune`. Augmentation is the loader's business.
+
+    Args:
+        model: float network that returns logits ``[N, classes]``; trained in place, left in
+            evaluation mode.
+        train_loader: re-iterable of ``(inputs, labels)``; labels int64 ``[N]``.
+        epochs: passes over the loader.
+        lr: peak learning rate.
+        optimizer: ``"sgd"`` (Nesterov momentum) or ``"adamw"``.
+        momentum: of SGD.
+        weight_decay: of weights; biases and batch norms have none.
+        label_smoothing: share of every label that is spread over all classes.
+        ema: largest decay per step of the moving average; 0 takes the last parameters.
+        amp: ``True``, ``False`` or ``"auto"`` (bfloat16 autocast where it helps).
+        checkpoint, resume, seed, max_minutes, progress: as in :func:`finetune`.
+
+    Returns:
+        The run's :class:`History`.
+
+    Raises:
+        CalibrationError: empty loader, no labels, NaN or infinite inputs or loss.
+        PlanError: an argument out of range.
+        FileFormatError: the checkpoint is corrupt.
+        KeyboardInterrupt: Ctrl-C, after the running step and the checkpoint.
+    """
+    options = _Options(
+        epochs=epochs,
+        lr=lr,
+        optimizer=optimizer,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        ema=ema,
+        seed=seed,
+        amp=bf16_helps() if amp == "auto" else bool(amp),
+        label_smoothing=label_smoothing,
+    )
+    options.check("fit")
+    if max_minutes is not None:
+        check_range("fit", "max_minutes", max_minutes, 0.0, math.inf)
+    run = _Fitting(model, train_loader, options, {"task": "fit"})
+    return run.execute(checkpoint, resume, max_minutes, progress)
+
+
+class _Fitting(Loop):
+    options: _Options
+
+    def groups(self) -> list[dict[str, Any]]:
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        return [
+            {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+            {
+                "params": [p for p in trained if p.dim() > 1],
+                "weight_decay": self.options.weight_decay,
+            },
+        ]
+
+    def split(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+        x, labels = split_batch(batch)
+        if labels is None:
+            raise CalibrationError("the training batches have no labels; training needs them")
+        return x, labels
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return self.model(x), None
+
+    def loss(self, logits: Tensor, labels: Tensor | None, extra: None) -> Tensor:
+        assert labels is not None
+        return F.cross_entropy(logits, labels, label_smoothing=self.options.label_smoothing)
+
+    def complete(self) -> None:
+        self.average.use()
+        once = iter(self.loader) is self.loader  # nothing is left of it
+        if self.options.ema > 0.0 and batch_norms(self.model) and not once:
+            reestimate_batch_norms(
+                self.model, self.loader, batches=NORM_BATCHES, progress=self.progress
+            )
