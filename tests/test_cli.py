@@ -158,7 +158,7 @@ def test_interrupted_compress_goes_on(monkeypatch, capsys, files, tmp_path, stag
     owner, name, interrupt_at = {
         "analysis": (sys.modules["adalayer_native.importance.accuracy"], "loss_of", 3),
         "search": (sys.modules["adalayer_native.allocation.evaluate"].Evaluator, "_measure", 5),
-        "finetune": (sys.modules["adalayer_native.training.finetune"]._Run, "_step", 6),
+        "finetune": (sys.modules["adalayer_native.training.loop"].Loop, "_step", 6),
     }[stage]
     original = getattr(owner, name)
 
@@ -191,6 +191,52 @@ def test_interrupted_compress_goes_on(monkeypatch, capsys, files, tmp_path, stag
     assert load(whole / "plan.json") == load(broken / "plan.json")
 
 
+def train(monkeypatch, data: Path, out: Path, *more: object) -> int:
+    return run(
+        monkeypatch, "train", "helpers_cli:SmallNet", "--data", data, "--out", out, "--quiet",
+        "--image-size", SIZE, "--batch-size", 16, "--lr", 0.05, *more,
+    )  # fmt: skip
+
+
+def test_train_writes_weights_and_report(monkeypatch, capsys, files, tmp_path) -> None:
+    out = tmp_path / "runs" / "small.safetensors"
+    assert train(monkeypatch, files[0], out, "--epochs", 6, "--no-augment", "--json") == 0
+    printed = capsys.readouterr()
+    report = json.loads(printed.out)
+    assert report == load(out.with_suffix(".json"))
+    assert report["test_images"] == 20 and len(report["epochs"]) == 6
+    assert "test accuracy" in printed.err
+    test = open_dataset(files[0], "test", SIZE, progress=False)
+    batch = [(test.normalise(test.pixels()), test.labels)]
+    model = load_weights(SmallNet().eval(), out)
+    assert report["accuracy"] == accuracy(model, batch, progress=False) > 90
+    assert {path.name for path in out.parent.iterdir()} == {
+        "small.safetensors", "small.json", "small.checkpoint.safetensors"
+    }  # fmt: skip
+
+
+def test_interrupted_train_goes_on(monkeypatch, capsys, files, tmp_path) -> None:
+    whole, broken = tmp_path / "whole.safetensors", tmp_path / "broken.safetensors"
+    assert train(monkeypatch, files[0], whole, "--epochs", 2) == 0
+    loop = sys.modules["adalayer_native.training.loop"].Loop
+    step, count = loop._step, 0
+
+    def counting(*arguments) -> None:
+        nonlocal count
+        count += 1
+        if count == 6:
+            signal.raise_signal(signal.SIGINT)
+        step(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_step", counting)
+        assert train(monkeypatch, files[0], broken, "--epochs", 2) == 130
+    assert not broken.exists()
+    assert "same command goes on" in capsys.readouterr().err
+    assert train(monkeypatch, files[0], broken, "--epochs", 2) == 0
+    assert same(load_file(whole), load_file(broken))
+
+
 def test_other_arguments_do_not_reuse_the_checkpoint(monkeypatch, capsys, files, tmp_path) -> None:
     used, fresh = tmp_path / "used", tmp_path / "fresh"
     base = ("--size", BUDGET, "--method", "uniform", "--quiet")
@@ -215,8 +261,8 @@ def test_repeating_a_finished_command_trains_nothing(monkeypatch, files, tmp_pat
     def never(*_: object) -> None:
         raise AssertionError("trained again")
 
-    run_class = sys.modules["adalayer_native.training.finetune"]._Run
-    monkeypatch.setattr(run_class, "_step", never)
+    loop = sys.modules["adalayer_native.training.loop"].Loop
+    monkeypatch.setattr(loop, "_step", never)
     assert compress(monkeypatch, files, tmp_path / "out", *command) == 0
     assert same(before, tensors(tmp_path / "out"))
 
