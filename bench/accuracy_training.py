@@ -128,7 +128,9 @@ def plan_of(row: Row, model: nn.Module, images: Images, work: Path) -> ada.Plan:
     return plan
 
 
-def run_seed(row: Row, seed: int, images: Images, models: Path, results: Path) -> dict[str, Any]:
+def run_seed(
+    row: Row, seed: int, images: Images, models: Path, results: Path, lr: float | None = None
+) -> dict[str, Any]:
     """Train with one seed, save, compile, classify; JSON values, which are written to a file."""
     work = results / f"{row.name}-{row.epochs}"
     folder = work / f"seed-{seed}"
@@ -140,6 +142,7 @@ def run_seed(row: Row, seed: int, images: Images, models: Path, results: Path) -
         plan=plan_of(row, model, images, work),
         train_loader=images.training(seed),
         epochs=row.epochs,
+        finetune_options={} if lr is None else {"lr": lr},
         work_dir=folder,
         seed=seed,
     )
@@ -152,6 +155,7 @@ def run_seed(row: Row, seed: int, images: Images, models: Path, results: Path) -
         "seed": seed,
         "bytes": size,
         "float_bytes": float_bytes(model),
+        "lr": lr,
         "held_out": _accuracy(engine, images.held_out),
         "accuracy": _accuracy(engine, images.test),
         "float": _accuracy(model, images.test),
@@ -205,12 +209,21 @@ def line(row: Row, runs: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def run(rows: Sequence[Row], seeds: Sequence[int], data: str, models: Path, results: Path) -> None:
+def run(
+    rows: Sequence[Row],
+    seeds: Sequence[int],
+    data: str,
+    models: Path,
+    results: Path,
+    lr: float | None = None,
+) -> None:
     """Run what is not there yet."""
     images = Images(data)
     for row in rows:
         for seed in seeds:
-            found = load(row, results).get(seed) or run_seed(row, seed, images, models, results)
+            found = load(row, results).get(seed)
+            if found is None:
+                found = run_seed(row, seed, images, models, results, lr)
             print(f"{row.name} seed {seed}: {found['accuracy']:.2f} %", file=sys.stderr)
         print(line(row, list(load(row, results).values())))
 
@@ -264,6 +277,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS),
                         help="default: all")  # fmt: skip
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--lr", type=float, help="peak learning rate; default: finetune's. Give "
+                        "another one a folder of its own with --results")  # fmt: skip
     parser.add_argument("--threads", type=int, help="default: torch's")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--page", type=Path, default=PAGE, help="page to rewrite")
@@ -272,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(given.threads)
         ada.set_num_threads(given.threads)
     rows = [ROWS[name] for name in given.rows]
-    run(rows, given.seeds, given.data, given.models, given.results)
+    run(rows, given.seeds, given.data, given.models, given.results, given.lr)
     write_page(given.results, given.page)
     return 0
 

@@ -97,12 +97,8 @@ def compress(
     lr: Annotated[float, typer.Option(help="Peak learning rate of the fine-tuning.")] = 0.01,
     distill: Annotated[bool, typer.Option(help="The float model teaches.")] = True,
     repair: Annotated[
-        bool | None,
-        typer.Option(
-            "--repair/--no-repair",
-            help="Round by the layers' output errors; default: if not fine-tuned.",
-        ),
-    ] = None,
+        bool, typer.Option(help="Round and prune by the layers' output errors.")
+    ] = True,
     calibration: Annotated[int, typer.Option(min=1, help="Training images to calibrate on.")] = 512,
     image_size: Annotated[int, typer.Option(min=1, help="Pixels per side.")] = 32,
     batch_size: Annotated[int, typer.Option(min=1)] = 128,

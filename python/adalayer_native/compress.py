@@ -1,4 +1,4 @@
-"""The main job in one call: analyze, allocate, prepare, calibrate, repair or finetune, convert."""
+"""The main job in one call: analyze, allocate, prepare, calibrate, repair, finetune, convert."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def compress(
     train_loader: Iterable[Any] | None = None,
     epochs: int = 2,
     distill: bool = True,
-    repair: bool | None = None,
+    repair: bool = True,
     observer: str = "mse",
     work_dir: str | os.PathLike[str] | None = None,
     allocate_options: Mapping[str, Any] | None = None,
@@ -77,8 +77,9 @@ def compress(
         epochs: of fine-tuning, eq. (5).
         distill: the float model teaches while fine-tuning.
         repair: round and prune by the error of the layers' outputs
-            (:func:`adalayer_native.repair`) instead of weight by weight. Default: where there is
-            no fine-tuning; with it, training starts from the repaired weights.
+            (:func:`adalayer_native.repair`) instead of weight by weight. Fine-tuning, if there is
+            any, starts from the repaired weights and keeps their masks; without the repair it
+            prunes gradually.
         observer: "mse", "percentile" or "minmax".
         work_dir: measurements and the checkpoints of repair and fine-tuning are kept here;
             calling again with the same arguments after an interruption goes on where it stopped.
@@ -120,7 +121,7 @@ def compress(
     calibrate(prepared, calibration, observer=observer, progress=progress)
     training = train_loader is not None and epochs > 0
     report = None
-    if repair or (repair is None and not training):
+    if repair:
         checkpoint = None
         if work is not None:
             # Calibrated ranges are in it, and with them the data.

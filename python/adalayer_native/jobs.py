@@ -45,7 +45,7 @@ class CompressJob:
     epochs: int = 2
     lr: float = 0.01
     distill: bool = True
-    repair: bool | None = None
+    repair: bool = True
     calibration: int = 512
     image_size: int = 32
     batch_size: int = 128

@@ -222,7 +222,7 @@ class Loop:
             warnings.warn(
                 f"checkpoint {os.fspath(self.path)!r} belongs to another run (other options or "
                 "initial weights); starting from the beginning",
-                stacklevel=5,
+                stacklevel=4,
             )
             return None
         self.state, rng = found
