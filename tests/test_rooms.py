@@ -17,6 +17,7 @@ PYTHON_ROOMS = [
         "_files",
         "_fingerprint",
         "_progress",
+        "_ray",
         "_C",
         "plan",
         "ops",
@@ -36,7 +37,7 @@ PYTHON_ROOMS = [
         "data",
         "compress",
     ),
-    *("measure", "report", "jobs", "demo", "cli"),
+    *("measure", "report", "serve", "jobs", "demo", "cli"),
 ]
 CPP_ROOMS = ["core", "formats", "reference", "cpu", "engine", "bindings"]
 

@@ -7,8 +7,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from .._progress import ProgressBar
 from ..errors import CalibrationError, UnsupportedModelError
 from ..plan import layer_kind, supported_layers
 from ..rounding import conv_form, layer_form, quantize_weight
-from .batches import LossFn, iterate, metric_name, tensor_bytes
+from .batches import Batch, LossFn, iterate, metric_name, tensor_bytes
 from .flops import count_flops
 from .registry import CRITERIA, Probe
+from .scale_out import Scorers
 from .scores import LayerScore, LayerScores
 
 __all__ = ["analyze", "eval_mode"]
@@ -44,6 +45,8 @@ def analyze(
     batches: int | None = None,
     cache: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    workers: int | None = None,
+    address: str | None = None,
 ) -> LayerScores:
     """Score every supported layer of a model, eq. (1): ``I = alpha A + beta F``.
 
@@ -69,18 +72,28 @@ def analyze(
             goes on where it stopped. Measurements of other weights, data or options in it are
             not used.
         progress: show a progress bar.
+        workers: share the layers among this many processes (extra ``[serve]``), each with as many
+            threads as this one, so that the numbers are the same; to keep to the machine's cores,
+            call ``torch.set_num_threads(cores // workers)`` first.
+        address: Ray cluster on which the processes run ("auto" or host:port; ``workers`` is then
+            as many as fit by default). Its machines need the model's code, and the same
+            instruction set for the same bits.
 
     Raises:
         CalibrationError: empty loader, NaN or infinity in data, weights, or outputs.
         UnsupportedModelError: no supported layer, or shared modules or weights.
         ValueError: unknown criterion, bits or weights out of range.
+        ImportError: ``workers`` or ``address`` without Ray.
     """
     if criterion not in CRITERIA:
         raise ValueError(f"unknown criterion {criterion!r}: expected one of {sorted(CRITERIA)}")
     if not (math.isfinite(alpha) and math.isfinite(beta) and alpha >= 0 and beta >= 0):
         raise ValueError(f"alpha and beta must be finite and not negative, got {alpha}, {beta}")
     layers = checked_layers(model)
-    quantized = {name: dequantized_layer(layer, probe_bits) for name, layer in layers.items()}
+    measure = _Measurement(criterion, probe_bits)
+    scorers = None
+    if workers is not None or address is not None:
+        scorers = Scorers(model, loss_fn, measure, workers, address)
     memory = _Cache(cache, model, f"{criterion} {probe_bits} {_loss_name(loss_fn)}")
     sums = dict.fromkeys(layers, 0.0)
     loss_sum, samples, labelled = 0.0, 0, False
@@ -92,7 +105,7 @@ def analyze(
         unit="layer·batch",
         enabled=progress,
     )
-    with eval_mode(model), bar, memory:
+    with eval_mode(model), bar, memory, scorers or nullcontext():
         for batch in iterate(calibration, model, batches):
             if flops is None:
                 flops = count_flops(model, layers, batch.x[:1])
@@ -113,8 +126,10 @@ def analyze(
 
             if "loss" not in entry or any(name not in known for name in layers):
                 done = {name: known[name] for name in layers if name in known}
-                probe = Probe(model, layers, quantized, loss_fn, done, report)
-                loss = CRITERIA[criterion](probe, batch)
+                if scorers is not None:
+                    loss = scorers.score(batch, list(layers), done, report)
+                else:
+                    loss = measure(model, loss_fn, batch, done, report)
                 if not math.isfinite(loss):
                     raise CalibrationError(
                         f"calibration batch {batch.index}: the float model's loss is {loss}; "
@@ -149,6 +164,34 @@ def analyze(
     )
     _normalise(scores, inverse)
     return scores
+
+
+class _Measurement:
+    """One criterion on one model, batch by batch, in this process or in a scorer's."""
+
+    def __init__(self, criterion: str, probe_bits: int) -> None:
+        self._function = CRITERIA[criterion]
+        self._probe_bits = probe_bits
+        self._layers: dict[str, Any] = {}
+        self._quantized: dict[str, torch.Tensor] = {}
+
+    def __call__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn | None,
+        batch: Batch,
+        done: dict[str, float],
+        report: Callable[[str, float], None],
+    ) -> float:
+        """Report all layers that are not in ``done``; the float model's loss."""
+        if not self._layers:
+            self._layers = supported_layers(model)
+            self._quantized = {
+                name: dequantized_layer(layer, self._probe_bits)
+                for name, layer in self._layers.items()
+            }
+        probe = Probe(model, self._layers, self._quantized, loss_fn, done, report)
+        return self._function(probe, batch)
 
 
 def checked_layers(model: nn.Module) -> dict[str, Any]:

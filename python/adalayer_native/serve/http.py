@@ -1,0 +1,303 @@
+"""The HTTP endpoints, as an ASGI application."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import logging
+import re
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+from urllib.parse import parse_qs
+
+import numpy as np
+import orjson
+
+from .. import __version__
+from .bodies import Receive, read_body
+from .dispatch import Dispatcher, Job
+from .errors import ServeError
+from .images import probabilities
+from .metrics import Metrics
+from .models import Entry, ModelTable
+from .protocol import build_response, metadata, parse_object, parse_request
+from .settings import Settings
+
+__all__ = ["Application"]
+
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+Headers = Mapping[bytes, bytes]
+
+_JSON = (b"content-type", b"application/json")
+_FILE = re.compile(r"file:([1-9][0-9]{0,8})/[^/]+")
+
+logger = logging.getLogger(__name__)
+
+
+class Answer:
+    """Status, headers and body."""
+
+    __slots__ = ("body", "headers", "status")
+
+    def __init__(
+        self, body: bytes, status: int = 200, headers: tuple[tuple[bytes, bytes], ...] = (_JSON,)
+    ) -> None:
+        self.body, self.status, self.headers = body, status, headers
+
+    @classmethod
+    def json(cls, data: Any, status: int = 200) -> Answer:
+        return cls(orjson.dumps(data), status)
+
+
+class Application:
+    """Answers HTTP requests.
+
+    Attributes:
+        started: whether the models named at the start are loaded.
+        draining: whether the server is about to end.
+    """
+
+    def __init__(self, settings: Settings, table: ModelTable, metrics: Metrics) -> None:
+        self.started = False
+        self.draining = False
+        self._settings = settings
+        self._table = table
+        self._metrics = metrics
+
+    async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            raise RuntimeError(f"expected an HTTP request, got {scope['type']}")
+        try:
+            answer = await self._route(scope, receive)
+        except ServeError as error:
+            answer = _error_answer(error)
+        except Exception:
+            logger.exception("%s %s", scope["method"], scope["path"])
+            answer = Answer.json({"error": "internal error; the server's log says more"}, 500)
+        length = (b"content-length", str(len(answer.body)).encode())
+        await send(
+            {
+                "type": "http.response.start",
+                "status": answer.status,
+                "headers": [length, *answer.headers],
+            }
+        )
+        body = b"" if scope["method"] == "HEAD" else answer.body
+        await send({"type": "http.response.body", "body": body})
+
+    async def _route(self, scope: Mapping[str, Any], receive: Receive) -> Answer:
+        parts = scope["path"].strip("/").split("/")
+        method = scope["method"]
+        if parts[0] == "v2" and len(parts) >= 4 and parts[1] == "models":
+            name, version, rest = parts[2], None, parts[3:]
+            if rest[0] == "versions" and len(rest) >= 2:
+                version, rest = rest[1], rest[2:]
+            if rest == ["infer"]:
+                _expect(method, "POST")
+                return await self._infer(name, version, scope, receive)
+            if rest == ["classify"]:
+                _expect(method, "POST")
+                return await self._classify(name, version, scope, receive)
+            _expect(method, "GET", "HEAD")
+            if rest == ["ready"]:
+                return self._model_ready(name, version)
+            if rest == []:
+                return self._model(name, version)
+        elif parts[:2] == ["v2", "repository"]:
+            _expect(method, "POST")
+            return await self._repository(parts[2:], scope, receive)
+        else:
+            found = self._plain(parts)
+            if found is not None:
+                _expect(method, "GET", "HEAD")
+                return found
+        raise ServeError(404, f"there is nothing at {scope['path'][:200]}")
+
+    # -- the server -------------------------------------------------------------------------------
+
+    def _plain(self, parts: list[str]) -> Answer | None:
+        if parts == ["v2"]:
+            return Answer.json(
+                {
+                    "name": "adalayer_native",
+                    "version": __version__,
+                    "extensions": ["binary_tensor_data", "model_repository"],
+                }
+            )
+        if parts == ["v2", "health", "live"]:
+            return Answer.json({"live": True})
+        if parts == ["v2", "health", "ready"]:
+            ready = self.started and not self.draining and self._table.ready()
+            return Answer.json({"ready": ready}, 200 if ready else 503)
+        if len(parts) == 3 and parts[:2] == ["v2", "models"]:
+            return self._model(parts[2], None)
+        if parts == ["metrics"]:
+            kind = (b"content-type", b"text/plain; version=0.0.4; charset=utf-8")
+            return Answer(self._metrics.text(), headers=(kind,))
+        return None
+
+    def _model(self, name: str, version: str | None) -> Answer:
+        entry = self._table.find(name, version)
+        dispatcher = _dispatcher(entry)
+        assert dispatcher.description is not None
+        versions = self._table.versions(name) if version is None else [version]
+        return Answer.json(metadata(name, versions, dispatcher.description))
+
+    def _model_ready(self, name: str, version: str | None) -> Answer:
+        entry = self._table.find(name, version)
+        ready = _dispatcher(entry).replicas > 0
+        return Answer.json({"name": name, "ready": ready}, 200 if ready else 503)
+
+    # -- inference --------------------------------------------------------------------------------
+
+    async def _infer(
+        self, name: str, version: str | None, scope: Mapping[str, Any], receive: Receive
+    ) -> Answer:
+        settings = self._settings
+        headers = dict(scope["headers"])
+        self._table.find(name, version)
+        body = await read_body(headers, receive, settings.max_body, settings.body_timeout)
+        # Looked up again: while the body came, the version may have been replaced.
+        entry = self._table.find(name, version)
+        dispatcher = _dispatcher(entry)
+        try:
+            model = dispatcher.description
+            assert model is not None
+            size = headers.get(b"inference-header-content-length")
+            if size is not None and not size.isdigit():
+                raise ServeError(400, "Inference-Header-Content-Length: expected a number")
+            limit = max(settings.max_request_batch, settings.max_batch)
+            request = parse_request(body, None if size is None else int(size), model, limit)
+            job = Job(request.inputs, request.count, dispatcher.loop)
+            results = await self._run(dispatcher, job)
+        except ServeError as error:
+            dispatcher.metrics.error(error.status)
+            raise
+        text, json_size = build_response(name, entry.version, request, model.outputs, results)
+        if json_size is None:
+            return Answer(text)
+        kind = (b"content-type", b"application/octet-stream")
+        return Answer(
+            text, headers=(kind, (b"inference-header-content-length", str(json_size).encode()))
+        )
+
+    async def _classify(
+        self, name: str, version: str | None, scope: Mapping[str, Any], receive: Receive
+    ) -> Answer:
+        settings = self._settings
+        query = parse_qs(scope["query_string"].decode("latin-1"))
+        top = query.get("top", ["5"])[-1]
+        if not (top.isascii() and top.isdigit() and 0 < int(top) < 1_000_000):
+            raise ServeError(400, f"top: expected a number of classes, got {top[:20]!r}")
+        self._table.find(name, version)
+        body = await read_body(
+            dict(scope["headers"]), receive, settings.max_body, settings.body_timeout
+        )
+        entry = self._table.find(name, version)
+        dispatcher = _dispatcher(entry)
+        try:
+            if body.size == 0:
+                raise ServeError(400, "expected a JPEG or PNG as the body, got nothing")
+            job = Job([body.take(0, body.size)], 1, dispatcher.loop, images=True)
+            results = await self._run(dispatcher, job)
+        except ServeError as error:
+            dispatcher.metrics.error(error.status)
+            raise
+        model = dispatcher.description
+        assert model is not None
+        scores = np.frombuffer(results[0], np.float32)
+        found = scores.astype(np.float64) if model.softmax else probabilities(scores)
+        names = model.class_names
+        classes = []
+        for index in np.argsort(-found, kind="stable")[: int(top)].tolist():
+            row: dict[str, Any] = {"index": index, "probability": float(found[index])}
+            if names is not None and index < len(names):
+                row["name"] = names[index]
+            classes.append(row)
+        return Answer.json({"model_name": name, "model_version": entry.version, "classes": classes})
+
+    async def _run(self, dispatcher: Dispatcher, job: Job) -> list[memoryview]:
+        try:
+            return await dispatcher.submit(job)
+        finally:
+            dispatcher.metrics.latency.observe(dispatcher.loop.time() - job.arrived)
+
+    # -- the model repository ---------------------------------------------------------------------
+
+    async def _repository(
+        self, parts: list[str], scope: Mapping[str, Any], receive: Receive
+    ) -> Answer:
+        settings = self._settings
+        if parts == ["index"]:
+            body = await read_body(
+                dict(scope["headers"]), receive, settings.max_body, settings.body_timeout
+            )
+            asked = parse_object(body.joined(0, body.size) or b"{}", "a filter")
+            rows = [
+                {"name": e.name, "version": e.version, "state": e.state, "reason": e.reason}
+                for e in self._table.entries()
+                if e.state == "READY" or asked.get("ready") is not True
+            ]
+            return Answer.json(rows)
+        if len(parts) != 3 or parts[0] != "models" or parts[2] not in ("load", "unload"):
+            raise ServeError(404, f"there is nothing at {scope['path'][:200]}")
+        if not settings.control:
+            raise ServeError(403, "this server does not let clients load and unload models")
+        limit = settings.max_upload // 3 * 4 + (1 << 20)  # in base64
+        body = await read_body(dict(scope["headers"]), receive, limit, settings.body_timeout)
+        asked = parse_object(body.joined(0, body.size) or b"{}", "a request")
+        del body
+        parameters = asked.get("parameters", {})
+        if not isinstance(parameters, dict):
+            raise ServeError(400, "parameters: expected an object")
+        if self.draining:
+            raise ServeError(503, "this server is about to end")
+        version = parameters.get("version")
+        if version is not None and not isinstance(version, str):
+            raise ServeError(400, "parameters: expected a string as version")
+        # A client that goes away does not leave half of a change.
+        if parts[2] == "load":
+            work = asyncio.ensure_future(self._load(parts[1], version, parameters))
+        else:
+            work = asyncio.ensure_future(self._table.unload(parts[1], version))
+        await asyncio.shield(work)
+        return Answer.json({})
+
+    async def _load(self, name: str, version: str | None, parameters: dict[str, Any]) -> None:
+        files = {key: value for key, value in parameters.items() if key.startswith("file:")}
+        if not files:
+            await self._table.load(name, version or "1")
+            return
+        for key in list(files):
+            match = _FILE.fullmatch(key)
+            if match is None:
+                raise ServeError(400, f"{key[:80]!r}: expected file:VERSION/NAME")
+            text = files.pop(key)
+            parameters.pop(key)
+            try:
+                data = await asyncio.to_thread(base64.b64decode, text, validate=True)
+            except (binascii.Error, ValueError, TypeError):
+                raise ServeError(400, f"{key!r}: expected a file in base64") from None
+            del text
+            await self._table.load(name, match.group(1), data=data)
+
+
+def _dispatcher(entry: Entry) -> Dispatcher:
+    assert entry.dispatcher is not None
+    return entry.dispatcher
+
+
+def _expect(method: str, *allowed: str) -> None:
+    if method not in allowed:
+        raise ServeError(405, f"expected {' or '.join(allowed)}, got {method}", close=True)
+
+
+def _error_answer(error: ServeError) -> Answer:
+    headers = [_JSON]
+    if error.retry_after is not None:
+        headers.append((b"retry-after", str(error.retry_after).encode()))
+    if error.close:
+        headers.append((b"connection", b"close"))
+    return Answer(orjson.dumps({"error": error.message}), error.status, tuple(headers))

@@ -1,0 +1,153 @@
+"""From the bytes of a JPEG or PNG to the network's input, as the ``.ada`` file says.
+
+``preprocessing`` in the file is a JSON object; every field may be left out:
+
+    size           [height, width] that the network reads; default: its input's
+    resize         shorter side before a centre crop to ``size``; default: scaled to ``size``
+    interpolation  "bilinear" (default), "bicubic", "nearest"
+    mean, std      one per channel, of values from 0 to 1; default 0 and 1
+    channels       "RGB" (default for 3 channels), "BGR", "L" (default for 1)
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from ..errors import FileFormatError, InputError
+
+__all__ = ["Preprocessing", "probabilities"]
+
+_FILTERS = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "nearest": Image.Resampling.NEAREST,
+}
+_KNOWN = {"size", "resize", "interpolation", "mean", "std", "channels"}
+
+
+class Preprocessing:
+    """Decodes, scales, crops and normalises images.
+
+    Args:
+        spec: as above, or None.
+        shape: the input's sizes without the batch.
+
+    Raises:
+        FileFormatError: the specification does not fit the input, or names something unknown.
+    """
+
+    def __init__(self, spec: Mapping[str, Any] | None, shape: Sequence[int]) -> None:
+        given = {} if spec is None else dict(spec)
+        if len(shape) != 3 or shape[0] not in (1, 3):
+            raise FileFormatError(
+                f"images need an input [batch, 1 or 3, height, width], this one is [batch, "
+                f"{', '.join(map(str, shape))}]"
+            )
+        unknown = sorted(set(given) - _KNOWN)
+        if unknown:
+            raise FileFormatError(
+                f"preprocessing: unknown field {unknown[0]!r}, expected {sorted(_KNOWN)}"
+            )
+        planes = shape[0]
+        size = given.get("size", list(shape[1:]))
+        size = [size, size] if isinstance(size, int) else list(size)
+        if size != list(shape[1:]):
+            raise FileFormatError(
+                f"preprocessing: size {size} is not that of the input, {list(shape[1:])}"
+            )
+        self.height, self.width = int(size[0]), int(size[1])
+        self.resize = None if given.get("resize") is None else int(given["resize"])
+        if self.resize is not None and self.resize < max(self.height, self.width):
+            raise FileFormatError(
+                f"preprocessing: resize {self.resize} is smaller than the crop {size}"
+            )
+        name = given.get("interpolation", "bilinear")
+        if name not in _FILTERS:
+            raise FileFormatError(
+                f"preprocessing: interpolation {name!r}, expected one of {sorted(_FILTERS)}"
+            )
+        self.filter = _FILTERS[name]
+        self.channels = given.get("channels", "RGB" if planes == 3 else "L")
+        if self.channels not in (("RGB", "BGR") if planes == 3 else ("L",)):
+            raise FileFormatError(
+                f"preprocessing: channels {self.channels!r} do not fit {planes} planes"
+            )
+        mean = self._per_channel(given, "mean", 0.0, planes)
+        std = self._per_channel(given, "std", 1.0, planes)
+        if not (std > 0).all():
+            raise FileFormatError("preprocessing: expected std above 0")
+        self._mean, self._std = mean, std
+
+    @staticmethod
+    def _per_channel(
+        given: Mapping[str, Any], key: str, default: float, planes: int
+    ) -> npt.NDArray[np.float32]:
+        value = given.get(key)
+        values = [default] * planes if value is None else value
+        values = [values] * planes if isinstance(values, (int, float)) else list(values)
+        if len(values) != planes or not all(
+            isinstance(item, (int, float)) and math.isfinite(item) for item in values
+        ):
+            raise FileFormatError(f"preprocessing: expected {planes} numbers as {key}, got {value}")
+        return np.array(values, dtype=np.float32).reshape(planes, 1, 1)
+
+    def __call__(self, data: bytes | memoryview, max_pixels: int) -> npt.NDArray[np.float32]:
+        """One image as float32 ``[channels, height, width]``.
+
+        Raises:
+            InputError: not a JPEG or PNG, damaged, or more than ``max_pixels``.
+        """
+        try:
+            # The header alone is read here; a small file can claim a huge image.
+            image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
+            if image.width * image.height > max_pixels:
+                raise InputError(
+                    f"image: expected at most {max_pixels:,} pixels, got "
+                    f"{image.width} × {image.height}"
+                )
+            pixels = image.convert("L" if self.channels == "L" else "RGB")
+        except InputError:
+            raise
+        except Exception as error:  # PIL's decoders raise many kinds for damaged files
+            raise InputError(
+                f"image: expected a JPEG or PNG, {type(error).__name__}: {error}"
+            ) from (error)
+        array = np.asarray(self._fitted(pixels), dtype=np.float32) / np.float32(255)
+        if self.channels == "L":
+            array = array[None]
+        else:
+            array = array.transpose(2, 0, 1)
+            if self.channels == "BGR":
+                array = array[::-1]
+        return np.ascontiguousarray((array - self._mean) / self._std)
+
+    def _fitted(self, image: Image.Image) -> Image.Image:
+        if self.resize is None:
+            if image.size == (self.width, self.height):
+                return image
+            return image.resize((self.width, self.height), self.filter)
+        # The part of the original that the centre crop will show, scaled in one step.
+        short = min(image.size)
+        scale = self.resize / short
+        wide, high = (
+            max(self.width, int(image.width * scale)),
+            max(self.height, int(image.height * scale)),
+        )
+        image = image.resize((wide, high), self.filter)
+        left, top = round((wide - self.width) / 2), round((high - self.height) / 2)
+        return image.crop((left, top, left + self.width, top + self.height))
+
+
+def probabilities(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """Softmax over the last axis, in float64."""
+    shifted = scores.astype(np.float64) - scores.max(axis=-1, keepdims=True)
+    powers = np.exp(shifted)
+    result: npt.NDArray[np.float64] = powers / powers.sum(axis=-1, keepdims=True)
+    return result

@@ -1,0 +1,288 @@
+"""Open Inference Protocol v2: requests in JSON and binary tensors, and the answers.
+
+https://github.com/kserve/open-inference-protocol, with Triton's binary tensor extension. Tensors
+that come as bytes are passed on as views of what was received.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import orjson
+
+from .errors import ServeError
+from .runner import Description, TensorInfo
+
+__all__ = ["Body", "InferRequest", "build_response", "metadata", "parse_request"]
+
+
+class Body:
+    """A request's body in the pieces in which it came."""
+
+    def __init__(self, pieces: Sequence[bytes]) -> None:
+        self._pieces = pieces
+        self.size = sum(len(piece) for piece in pieces)
+
+    def take(self, start: int, end: int) -> list[memoryview]:
+        """Views of the bytes from ``start`` to ``end``, in pieces."""
+        views = []
+        for piece in self._pieces:
+            if start < len(piece) and end > 0 and start < end:
+                views.append(memoryview(piece)[max(start, 0) : end])
+            start -= len(piece)
+            end -= len(piece)
+            start = max(start, 0)
+        return views
+
+    def joined(self, start: int, end: int) -> bytes:
+        """The bytes in one piece."""
+        return b"".join(self.take(start, end))
+
+
+@dataclass
+class InferRequest:
+    """A checked request.
+
+    Attributes:
+        id: to be repeated in the answer; None without.
+        inputs: per input of the model, float32 bytes in pieces.
+        count: samples.
+        outputs: number of an output, and whether it is wanted as bytes.
+    """
+
+    id: str | None
+    inputs: list[list[memoryview]]
+    count: int
+    outputs: list[tuple[int, bool]]
+
+
+def parse_request(
+    body: Body, json_size: int | None, model: Description, max_samples: int
+) -> InferRequest:
+    """A request for a model.
+
+    Args:
+        body: JSON, followed by the binary tensors.
+        json_size: bytes of the JSON, the header ``Inference-Header-Content-Length``; None: all.
+        max_samples: largest batch of one request.
+
+    Raises:
+        ServeError: 400, what was expected and what came.
+    """
+    if json_size is not None and not 0 <= json_size <= body.size:
+        raise ServeError(400, f"Inference-Header-Content-Length: {json_size} of {body.size} bytes")
+    end = body.size if json_size is None else json_size
+    data = parse_object(body.joined(0, end), "an inference request")
+    request_id = data.get("id")
+    if request_id is not None and not isinstance(request_id, str):
+        raise ServeError(400, "id: expected a string")
+    parameters = _parameters(data, "the request")
+    tensors = data.get("inputs")
+    if not isinstance(tensors, list):
+        raise ServeError(400, "inputs: expected a list of tensors")
+    found: dict[str, list[memoryview]] = {}
+    known = {info.name: info for info in model.inputs}
+    counts: set[int] = set()
+    offset = end
+    for tensor in tensors:
+        name = tensor.get("name") if isinstance(tensor, dict) else None
+        if not isinstance(name, str) or name not in known:
+            raise ServeError(
+                400, f"inputs: expected {', '.join(map(repr, known))}, got {str(name)[:80]!r}"
+            )
+        if name in found:
+            raise ServeError(400, f"input {name!r} comes twice")
+        count = _count(tensor, known[name], max_samples)
+        counts.add(count)
+        size = _parameters(tensor, f"input {name!r}").get("binary_data_size")
+        if size is None:
+            found[name] = [_from_json(tensor, known[name], count)]
+        else:
+            found[name], offset = _from_binary(tensor, known[name], count, body, offset, size)
+    missing = [name for name in known if name not in found]
+    if missing:
+        raise ServeError(400, f"inputs: {missing[0]!r} is missing")
+    if len(counts) != 1:
+        raise ServeError(400, f"expected one batch size for all inputs, got {sorted(counts)}")
+    if offset != body.size:
+        raise ServeError(400, f"{body.size - offset} bytes of the body belong to no input")
+    binary = parameters.get("binary_data_output") is True
+    outputs = _outputs(data.get("outputs"), model.outputs, binary)
+    return InferRequest(request_id, [found[name] for name in known], counts.pop(), outputs)
+
+
+def parse_object(text: bytes, what: str) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ServeError: 400.
+    """
+    try:
+        data = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise ServeError(400, f"expected {what} in JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ServeError(400, f"expected {what} as a JSON object, got {type(data).__name__}")
+    return data
+
+
+def _parameters(data: Mapping[str, Any], where: str) -> dict[str, Any]:
+    found = data.get("parameters", {})
+    if not isinstance(found, dict):
+        raise ServeError(400, f"parameters of {where}: expected an object")
+    for key in ("shared_memory_region", "classification"):
+        if key in found:
+            raise ServeError(400, f"parameters of {where}: {key!r} is not supported")
+    return found
+
+
+def _count(tensor: Mapping[str, Any], info: TensorInfo, max_samples: int) -> int:
+    shape = tensor.get("shape")
+    wanted = f"[batch, {', '.join(map(str, info.shape))}]"
+    # bool is an int in Python, and true is no size.
+    if not isinstance(shape, list) or not all(type(n) is int for n in shape):
+        raise ServeError(
+            400, f"input {info.name!r}: expected shape {wanted}, got {str(shape)[:80]}"
+        )
+    if tuple(shape[1:]) != info.shape or len(shape) != len(info.shape) + 1 or shape[0] < 1:
+        raise ServeError(
+            400, f"input {info.name!r}: expected shape {wanted}, got {str(shape)[:80]}"
+        )
+    if shape[0] > max_samples:
+        raise ServeError(
+            400, f"input {info.name!r}: expected a batch of at most {max_samples}, got {shape[0]}"
+        )
+    return int(shape[0])
+
+
+def _from_json(tensor: Mapping[str, Any], info: TensorInfo, count: int) -> memoryview:
+    _datatype(tensor, info)
+    if "data" not in tensor:
+        raise ServeError(400, f"input {info.name!r} has neither data nor binary_data_size")
+    try:
+        array = np.asarray(tensor["data"])
+    except ValueError as error:  # lists of different lengths, or nested too deep
+        raise ServeError(400, f"input {info.name!r}: {error}") from None
+    if array.dtype.kind not in "iuf":
+        raise ServeError(400, f"input {info.name!r}: expected numbers as data")
+    if array.size != count * math.prod(info.shape):
+        raise ServeError(
+            400,
+            f"input {info.name!r}: expected {count * math.prod(info.shape)} numbers, got "
+            f"{array.size}",
+        )
+    with np.errstate(over="ignore"):  # to infinity, at which the input's grid saturates
+        values = np.ascontiguousarray(array.reshape(-1), dtype=np.float32)
+    return values.view(np.uint8).data
+
+
+def _from_binary(
+    tensor: Mapping[str, Any], info: TensorInfo, count: int, body: Body, offset: int, size: Any
+) -> tuple[list[memoryview], int]:
+    width = _datatype(tensor, info)
+    expected = count * math.prod(info.shape) * width
+    if type(size) is not int or size != expected:
+        raise ServeError(
+            400,
+            f"input {info.name!r}: expected binary_data_size {expected} for its shape and "
+            f"datatype, got {str(size)[:80]}",
+        )
+    if offset + size > body.size:
+        raise ServeError(
+            400,
+            f"input {info.name!r}: expected {size} bytes, the body ends after {body.size - offset}",
+        )
+    if width == 4:
+        return body.take(offset, offset + size), offset + size
+    half = np.frombuffer(body.joined(offset, offset + size), np.float16)
+    return [half.astype(np.float32).view(np.uint8).data], offset + size
+
+
+def _datatype(tensor: Mapping[str, Any], info: TensorInfo) -> int:
+    """Bytes per value."""
+    datatype = tensor.get("datatype")
+    if datatype not in ("FP32", "FP16"):
+        raise ServeError(
+            400,
+            f"input {info.name!r}: expected datatype FP32 or FP16, got {str(datatype)[:80]!r}",
+        )
+    return 4 if datatype == "FP32" else 2
+
+
+def _outputs(asked: Any, infos: Sequence[TensorInfo], binary: bool) -> list[tuple[int, bool]]:
+    if asked is None or asked == []:
+        return [(number, binary) for number in range(len(infos))]
+    if not isinstance(asked, list):
+        raise ServeError(400, "outputs: expected a list")
+    names = [info.name for info in infos]
+    found: list[tuple[int, bool]] = []
+    for item in asked:
+        name = item.get("name") if isinstance(item, dict) else None
+        if not isinstance(name, str) or name not in names:
+            raise ServeError(
+                400, f"outputs: expected {', '.join(map(repr, names))}, got {str(name)[:80]!r}"
+            )
+        number = names.index(name)
+        if any(number == other for other, _ in found):
+            raise ServeError(400, f"output {name!r} comes twice")
+        wanted = _parameters(item, f"output {name!r}").get("binary_data", binary)
+        found.append((number, wanted is True))
+    return found
+
+
+def build_response(
+    name: str,
+    version: str,
+    request: InferRequest,
+    infos: Sequence[TensorInfo],
+    results: Sequence[memoryview],
+) -> tuple[bytes, int | None]:
+    """Body of an answer, and the bytes of its JSON where tensors follow it."""
+    answer: dict[str, Any] = {"model_name": name, "model_version": version}
+    if request.id is not None:
+        answer["id"] = request.id
+    outputs: list[dict[str, Any]] = []
+    raw: list[memoryview] = []
+    for number, binary in request.outputs:
+        info, data = infos[number], results[number]
+        row: dict[str, Any] = {
+            "name": info.name,
+            "datatype": "FP32",
+            "shape": [request.count, *info.shape],
+        }
+        if binary:
+            row["parameters"] = {"binary_data_size": len(data)}
+            raw.append(data)
+        else:
+            row["data"] = np.frombuffer(data, np.float32)
+        outputs.append(row)
+    answer["outputs"] = outputs
+    text = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
+    return (b"".join([text, *raw]), len(text)) if raw else (text, None)
+
+
+def metadata(name: str, versions: Sequence[str], model: Description) -> dict[str, Any]:
+    """The model metadata of the protocol; class names and preprocessing as parameters."""
+
+    def rows(infos: Sequence[TensorInfo]) -> list[dict[str, Any]]:
+        return [{"name": i.name, "datatype": "FP32", "shape": [-1, *i.shape]} for i in infos]
+
+    found: dict[str, Any] = {
+        "name": name,
+        "versions": list(versions),
+        "platform": model.platform,
+        "inputs": rows(model.inputs),
+        "outputs": rows(model.outputs),
+    }
+    extra: dict[str, Any] = {}
+    if model.preprocessing is not None:
+        extra["preprocessing"] = model.preprocessing
+    if model.class_names is not None:
+        extra["classes"] = list(model.class_names)
+    if extra:
+        found["parameters"] = extra
+    return found

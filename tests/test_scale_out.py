@@ -1,0 +1,184 @@
+"""What needs Ray itself: layers scored by several processes, and the command `adalayer serve`."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers_models import batches, tiny
+
+import adalayer_native as ada
+
+pytestmark = [
+    pytest.mark.slow,
+    # Ray's own; nothing of it is in our hands.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+pytest.importorskip("ray", reason="needs the extra [serve]")
+
+
+def squared_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return (output - target).square().mean()
+
+
+@pytest.fixture(scope="module")
+def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One small cluster for all analyses of this file."""
+    from adalayer_native._ray import connect, import_ray
+
+    ray = import_ray()
+    assert connect(None, 2)
+    yield
+    ray.shutdown()
+
+
+def test_analyze_has_the_same_numbers(ray_session: None, tmp_path: Path):
+    model, data = tiny().train(), batches(3)
+    serial = ada.analyze(model, data, progress=False)
+    shared = ada.analyze(model, data, progress=False, workers=2)
+    assert shared.to_json() == serial.to_json()
+    assert model.training
+    # A criterion that measures all layers in one pass, data without labels, a loss function, and a
+    # cache that holds some of it.
+    unlabelled = batches(2, labels=False)
+    for criterion in ("gradient", "accuracy", "weight_error"):
+        serial = ada.analyze(model, unlabelled, criterion=criterion, progress=False)
+        cache = tmp_path / f"{criterion}.json"
+        ada.analyze(model, unlabelled, criterion=criterion, batches=1, cache=cache, progress=False)
+        options = {"criterion": criterion, "cache": cache, "progress": False}
+        assert ada.analyze(model, unlabelled, workers=3, **options) == serial
+        assert ada.analyze(model, unlabelled, **options) == serial
+    serial = ada.analyze(model, unlabelled, squared_error, progress=False)
+    shared = ada.analyze(model, unlabelled, squared_error, progress=False, workers=2)
+    assert shared == serial
+
+
+def test_analyze_passes_errors_on(ray_session: None):
+    model = tiny()
+    with torch.no_grad():
+        model.fc.weight[0, 0] = 1e30
+        model.fc.weight[0, 1] = 3e38
+    with pytest.raises(ada.CalibrationError) as serial:
+        ada.analyze(model, [1e5 * batches(1)[0][0].abs()], progress=False)
+    with pytest.raises(ada.CalibrationError) as shared:
+        ada.analyze(model, [1e5 * batches(1)[0][0].abs()], progress=False, workers=2)
+    assert str(shared.value) == str(serial.value)
+    with pytest.raises(ValueError, match="workers: expected at least 1"):
+        ada.analyze(model, batches(1), workers=0)
+
+
+class Client:
+    """A keep-alive connection that asks one question."""
+
+    def __init__(self, port: int, x: np.ndarray) -> None:
+        self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        tensor = {
+            "name": "x",
+            "shape": list(x.shape),
+            "datatype": "FP32",
+            "data": x.ravel().tolist(),
+        }
+        self._body = json.dumps({"inputs": [tensor]})
+
+    def ask(self) -> np.ndarray:
+        self._connection.request("POST", "/v2/models/tiny/infer", self._body)
+        answer = self._connection.getresponse()
+        data = json.loads(answer.read())
+        assert answer.status == 200, data
+        (output,) = data["outputs"]
+        return np.array(output["data"], np.float32).reshape(output["shape"])
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+def replicas_of(server: int) -> list[int]:
+    """Processes of Ray Serve replicas below a server's."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            name = (entry / "cmdline").read_bytes()
+            parents, pid = [], int(entry.name)
+            while pid > 1 and len(parents) < 10:
+                pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+                parents.append(pid)
+        except OSError:
+            continue
+        if name.startswith(b"ray::ServeReplica:") and server in parents:
+            found.append(int(entry.name))
+    return found
+
+
+def test_serve_command(tmp_path: Path):
+    """Start, answer, lose a replica under load, drain."""
+    from helpers_serve import write_model
+
+    path = write_model(tmp_path / "tiny.ada")
+    engine = ada.load(path)
+    command = [sys.executable, "-c", "from adalayer_native.cli import main; main()", "serve"]
+    command += [str(path), "--port", "0", "--replicas", "2", "--threads", "1", "--timeout", "60"]
+    # The folder of Ray's sockets: their names may have 107 characters.
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as server:
+        try:
+            assert server.stdout is not None
+            line = server.stdout.readline()
+            match = re.fullmatch(r"serving tiny:1 at http://127\.0\.0\.1:(\d+)\n", line)
+            assert match is not None, line
+            port = int(match[1])
+            answered, wrong, errors = [0], [0], []
+            stop = threading.Event()
+
+            def work(seed: int) -> None:
+                x = np.random.default_rng(seed).normal(size=(1 + seed % 2, 3, 8, 8))
+                x = x.astype(np.float32)
+                wanted, client = engine.run(x), Client(port, x)
+                try:
+                    while not stop.is_set():
+                        got = client.ask()
+                        answered[0] += 1
+                        wrong[0] += not np.array_equal(got, wanted)
+                except Exception as error:
+                    errors.append(error)
+                finally:
+                    client.close()
+
+            threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+            for thread in threads:
+                thread.start()
+            deadline = time.monotonic() + 60
+            while len(victims := replicas_of(server.pid)) < 2:
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+            os.kill(victims[0], signal.SIGKILL)
+            before = answered[0]
+            while answered[0] < before + 50:
+                assert time.monotonic() < deadline + 60 and not errors, errors
+                time.sleep(0.1)
+            stop.set()
+            for thread in threads:
+                thread.join(60)
+            assert not errors and wrong == [0] and answered[0] > 50
+        finally:
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(120) == 0
+    assert replicas_of(server.pid) == []
