@@ -8,38 +8,14 @@ import json
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from helpers_models import batches, tiny
 
-import adalayer_native as ada
-from adalayer_native.plan import LayerPlan, Plan, layer_kind, supported_layers
 from adalayer_native.serve.replica import Worker, WorkerSpec
 from adalayer_native.serve.runner import Description, EngineRunner, TensorInfo
 from adalayer_native.serve.server import serve_until
 from adalayer_native.serve.settings import ModelSource, Settings
-
-PREPROCESSING = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.25]}
-CLASSES = ["ant", "bee", "cat", "dog"]
-
-
-def write_model(path: Path, seed: int = 0, **metadata: Any) -> Path:
-    """A small network for 3×8×8 images, as a ``.ada`` file."""
-    model = tiny(seed)
-    layers = {
-        name: LayerPlan(name, layer_kind(layer), layer.weight.numel(), 4)
-        for name, layer in supported_layers(model).items()
-    }
-    prepared = ada.prepare(model, Plan(layers, "fixed", {}))
-    ada.calibrate(prepared, batches(labels=False), progress=False)
-    engine = ada.compile(
-        ada.convert(prepared), torch.randn(1, 3, 8, 8), policy="native", strict=True
-    )
-    engine.save(path, **{"preprocessing": PREPROCESSING, "class_names": CLASSES, **metadata})
-    return path
 
 
 class Gate:

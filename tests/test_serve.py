@@ -20,7 +20,8 @@ pytest.importorskip("uvicorn", reason="needs the extra [serve]")
 pytest.importorskip("prometheus_client", reason="needs the extra [serve]")
 pytest.importorskip("orjson", reason="needs the extra [serve]")
 
-from helpers_serve import CLASSES, Gate, Running, running, write_model
+from helpers_serve import Gate, Running, running
+from helpers_serve_model import CLASSES, write_model
 from helpers_torchvision import torchvision_models
 from PIL import Image
 

@@ -11,6 +11,7 @@ __all__ = ["connect", "import_ray"]
 
 # No tensor of any size goes through the object store except a model and its batches.
 _OBJECT_STORE = 100 << 20
+_ATTEMPTS = 3
 
 
 def import_ray() -> Any:
@@ -48,6 +49,13 @@ def connect(address: str | None, cpus: int, *, object_store: int = _OBJECT_STORE
         if address is not None:
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
         else:
+            _start(ray, cpus, object_store)
+    return True
+
+
+def _start(ray: Any, cpus: int, object_store: int) -> None:
+    for attempt in range(_ATTEMPTS):
+        try:
             ray.init(
                 address="local",
                 num_cpus=cpus,
@@ -57,4 +65,9 @@ def connect(address: str | None, cpus: int, *, object_store: int = _OBJECT_STORE
                 logging_level=logging.WARNING,
                 _node_ip_address="127.0.0.1",
             )
-    return True
+            return
+        except Exception as error:  # a plain Exception is what Ray raises
+            # Its processes have 30 s to come up, which a busy machine may not give them.
+            if attempt == _ATTEMPTS - 1 or "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()

@@ -320,7 +320,7 @@ def serve(
     ] = None,
     runner: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Serve MODELS over HTTP (Open Inference Protocol v2) until SIGTERM; needs the extra [serve]."""
+    """Serve MODELS over HTTP (Open Inference Protocol v2) until SIGTERM; needs extra [serve]."""
     from adalayer_native.serve.settings import RUNNER, Settings, parse_source
 
     given = models or []

@@ -8,13 +8,13 @@ import binascii
 import logging
 import re
 from collections.abc import Awaitable, Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 from urllib.parse import parse_qs
 
 import numpy as np
 import orjson
 
-from .. import __version__
 from .bodies import Receive, read_body
 from .dispatch import Dispatcher, Job
 from .errors import ServeError
@@ -30,6 +30,10 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 Headers = Mapping[bytes, bytes]
 
 _JSON = (b"content-type", b"application/json")
+try:
+    _VERSION = version("adalayer_native")
+except PackageNotFoundError:  # a source tree that was never installed
+    _VERSION = "0.0.0"
 _FILE = re.compile(r"file:([1-9][0-9]{0,8})/[^/]+")
 
 logger = logging.getLogger(__name__)
@@ -122,7 +126,7 @@ class Application:
             return Answer.json(
                 {
                     "name": "adalayer_native",
-                    "version": __version__,
+                    "version": _VERSION,
                     "extensions": ["binary_tensor_data", "model_repository"],
                 }
             )

@@ -1,0 +1,1 @@
+"""Load and faults of `adalayer serve`, on loopback; see docs/serving.md."""
