@@ -20,7 +20,7 @@ SOURCES := CMakeLists.txt pyproject.toml $(wildcard README.md LICENSE) \
 CXX_FILES = $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.hpp' -o -name '*.h' \
   -o -name '*.inc' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo install test test-slow test-all test-cpp lint bench sanitize clean distclean
+.PHONY: help demo install test test-slow test-all test-cpp lint bench bench-serving sanitize clean distclean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
@@ -31,6 +31,7 @@ help:
 	@echo "make test-all   every test, the slow and the heavy ones too"
 	@echo "make lint       ruff, mypy, clang-format"
 	@echo "make bench      speed beside torch, ONNX Runtime and OpenVINO, checked results first; K=resnet18: a part"
+	@echo "make bench-serving  the server beside the same server on torch and OpenVINO"
 	@echo "make sanitize   C++ tests under the address, undefined-behaviour and thread sanitizers"
 	@echo "make install    only set up .venv with the package and all tools"
 	@echo "make clean      remove build products and caches (distclean: .venv too)"
@@ -70,6 +71,9 @@ else
 	$(BENCH)
 	$(BIN)/python -m bench.report
 endif
+
+bench-serving: $(PACKAGE_STAMP) $(BENCH_STAMP)
+	$(BIN)/python -m bench.serving.load
 
 # Some kernels place memory where older thread sanitizers do not expect it; without address
 # randomisation they agree. Where setarch is missing or forbidden, the tests run as they are.
@@ -133,7 +137,7 @@ $(PACKAGE_STAMP): $(TOOLS_STAMP) $(SOURCES)
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation \
 	  --config-settings=build-dir=$(BUILD) \
 	  --config-settings=cmake.define.ADALAYER_BUILD_TESTS=ON \
-	  ".[dev]"
+	  ".[dev,serve]"
 	@touch $@
 
 # The package is installed already, so that only what the extra asks for is added; torch satisfies
