@@ -20,6 +20,7 @@ pytest.importorskip("uvicorn", reason="needs the extra [serve]")
 pytest.importorskip("prometheus_client", reason="needs the extra [serve]")
 pytest.importorskip("orjson", reason="needs the extra [serve]")
 
+from helpers_cli import run
 from helpers_serve import Gate, Running, running
 from helpers_serve_model import CLASSES, write_model
 from helpers_torchvision import torchvision_models
@@ -713,3 +714,31 @@ def test_a_waiting_worker_reports_that_it_is_alone(model: Path, monkeypatch):
         assert alone.wait(20)
     finally:
         worker.stop()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a.ada", "b.ada", "--name", "x"], "it needs one MODEL, got 2"),
+        (["a b.ada"], "model name 'a b'"),
+        (["x=a.ada", "x:1=b.ada"], "two models have one name and version"),
+        (["--no-control"], "MODELS are needed"),
+        (["a.ada", "--replicas", "0"], "replicas"),
+        (["a.ada", "--timeout", "0"], "expected seconds above 0"),
+    ],
+)
+def test_arguments_of_the_command(monkeypatch, capsys, arguments, message):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run(monkeypatch, "serve", *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_names_are_limited(model: Path, monkeypatch):
+    from adalayer_native.serve import models
+
+    monkeypatch.setattr(models, "MAX_NAMES", 2)
+    with running([ModelSource("tiny", "1", model)]) as server:
+        assert load(server, "second", "1", b"rubbish")[0] == 400
+        status, answer = load(server, "third", "1", b"rubbish")
+        assert status == 400 and "2 names" in answer["error"]
+        assert load(server, "tiny", "2", model.read_bytes())[0] == 200

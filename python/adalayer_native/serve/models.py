@@ -21,6 +21,8 @@ from .settings import Settings, valid_name, valid_version
 
 __all__ = ["Deployer", "Entry", "ModelTable", "new_token"]
 
+MAX_NAMES = 1000
+
 logger = logging.getLogger(__name__)
 
 
@@ -130,6 +132,8 @@ class ModelTable:
                 f"model {name!r}, version {version!r}: expected letters, digits, '_', '.', '-' as "
                 "a name, and a whole number from 1 as a version",
             )
+        if name not in self._entries and len(self._entries) >= MAX_NAMES:
+            raise ServeError(400, f"this server knows {MAX_NAMES} names of models already")
         async with self._locks.setdefault(name, asyncio.Lock()):
             known = self._entries.setdefault(name, {})
             entry = known.setdefault(version, Entry(name, version, "UNAVAILABLE"))
