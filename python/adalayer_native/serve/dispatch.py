@@ -440,7 +440,10 @@ class Lane(asyncio.Protocol):
             raise wire.FrameError("a hello with another token")
         dispatcher = self._hub.dispatchers.get(str(meta["key"]))
         if dispatcher is None:
-            raise wire.FrameError("a hello for a model that is not served any more")
+            # A replica of a version that was removed, until Ray Serve has ended it.
+            logger.debug("a hello for a model that is not served any more")
+            self.close()
+            return
         self._dispatcher = dispatcher
         self.replica = str(meta["replica"])
         if meta["fetch"]:
