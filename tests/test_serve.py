@@ -476,7 +476,8 @@ def test_a_model_that_cannot_be_loaded_at_the_start(tmp_path: Path):
 
     with (
         pytest.raises(
-            StartError, match=r"model 'bad', version '1': the model: .*expected at least 64 bytes"
+            StartError,
+            match=r"model 'bad', version '1': ada file, header: expected at least 64 bytes",
         ),
         running([ModelSource("bad", "1", tmp_path / "bad.ada")]),
     ):

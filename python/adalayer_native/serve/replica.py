@@ -176,7 +176,8 @@ class Worker:
             try:
                 self._runner = open_runner(self._spec.runner)(file.name, self._spec.threads)
             except AdaError as error:  # our copy's name says nothing to the caller
-                raise type(error)(str(error).replace(file.name, "the model")) from error
+                text = str(error).replace(f"{file.name}: ", "").replace(f"'{file.name}': ", "")
+                raise type(error)(text) from error
         description = self._runner.description
         try:
             if len(description.inputs) != 1:
