@@ -104,7 +104,9 @@ def test_every_criterion(criterion: str) -> None:
         scores = analyze(model, batches(labels=labels), criterion=criterion, progress=False)
         assert list(scores) == LAYERS
         assert all(0 <= s.A <= 1 for s in scores.layers.values())
-        assert max(s.A for s in scores.layers.values()) == 1
+        lost = max(CRITERIA[criterion].importance(s.raw) for s in scores.layers.values())
+        assert max(s.A for s in scores.layers.values()) == (1 if lost > 0 else 0)
+        assert lost > 0 or criterion == "accuracy_drop"  # no decision of 32 need change
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 

@@ -13,7 +13,8 @@ import torch
 from ..engine.compiler import compile as compile_engine
 from ..engine.latency import LayerTimes
 from ..errors import CalibrationError
-from ..importance.analyze import eval_mode
+from ..importance import CRITERIA
+from ..importance.analyze import analyze, dequantized_layer, eval_mode
 from ..importance.batches import Batch, LossFn, iterate
 from ..importance.flops import count_flops
 from ..quantization import calibrate, convert, prepare
@@ -179,6 +180,8 @@ def layer_error(problem: Problem, data: Data, settings: Settings) -> LayerError:
     if settings.measure == "loss":
         base = evaluator.measure({}).loss
         return lambda name, bits, sparsity: evaluator.measure({name: (bits, sparsity)}).loss - base
+    if settings.measure in CRITERIA:
+        return _criterion_error(problem, data, settings.measure, evaluator)
     layers = {name: problem.layers[name] for name in problem.free}
     sensitivity = LogitSensitivity(
         problem.model, data.table, layers, images=TABLE_IMAGES, logits=data.loss_fn is None
@@ -186,6 +189,27 @@ def layer_error(problem: Problem, data: Data, settings: Settings) -> LayerError:
     return lambda name, bits, sparsity: sensitivity.error(
         name, *evaluator.replacement(name, bits, sparsity)
     )
+
+
+def _criterion_error(problem: Problem, data: Data, name: str, evaluator: Evaluator) -> LayerError:
+    """A criterion's value per layer, scaled by the squared weight error of every option."""
+    scores = analyze(
+        problem.model, loader_of(data.table), data.loss_fn, criterion=name, progress=False
+    )
+    kind = CRITERIA[name]
+
+    def error(layer: str, bits: int, sparsity: float) -> float:
+        weight = problem.layers[layer].weight.detach().double()
+        rounded = evaluator.weight(layer, bits, sparsity).double()
+        probe = dequantized_layer(problem.layers[layer], scores.probe_bits).double()
+        return kind.error(
+            scores[layer].raw,
+            float((rounded - weight).square().sum()),
+            float((probe - weight).square().sum()),
+            float(weight.square().sum()),
+        )
+
+    return error
 
 
 def _worthwhile(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..errors import PlanError
+from ..importance.registry import CRITERIA
 from .closed_form import MAX_SPARSITY
 from .sensitivity import LayerError, WeightOf
 from .tables import BITS, SPARSITIES
@@ -27,8 +28,10 @@ class Settings:
             interpolated in the logarithm; ``None`` offers the measured ones alone.
         measure: what the error table holds. ``"logits"``: loss increase to second order
             (:class:`~adalayer_native.allocation.sensitivity.LogitSensitivity`); ``"loss"``: the
-            loss of the network with that layer alone compressed, several times slower. Or a
-            function ``(layer, bits, sparsity) -> float``.
+            loss of the network with that layer alone compressed, several times slower. A name in
+            ``importance.CRITERIA``: that criterion, measured once per layer and scaled by the
+            weight error (:meth:`~adalayer_native.importance.Criterion.error`). Or a function
+            ``(layer, bits, sparsity) -> float``.
         weight_of: ``(layer, bits, sparsity) -> weight``: the dequantized weight after whatever
             repairs the rounding, in the layer's own shape; or a pair of it and what is added to
             the bias. Default: magnitude pruning and rounding to nearest. Errors, and the plans
@@ -57,8 +60,11 @@ class Settings:
 
     def check(self) -> None:
         """Raise :class:`~adalayer_native.errors.PlanError` where a value is out of range."""
-        if isinstance(self.measure, str) and self.measure not in MEASURES:
-            raise PlanError(f"unknown measure {self.measure!r}: expected one of {MEASURES}")
+        if isinstance(self.measure, str) and self.measure not in (*MEASURES, *CRITERIA):
+            raise PlanError(
+                f"unknown measure {self.measure!r}: expected one of {MEASURES} or a criterion, "
+                f"one of {sorted(CRITERIA)}"
+            )
         if not self.widths or not set(self.widths) <= set(BITS):
             raise PlanError(f"widths must be some of {BITS}, got {tuple(self.widths)}")
         if len(set(self.widths)) != len(self.widths):

@@ -1,8 +1,26 @@
 """How much each layer matters: one small file per criterion, one registry."""
 
-from . import accuracy, gradient, weight_error  # noqa: F401  (they register themselves)
+from . import (  # noqa: F401  (they register themselves)
+    accuracy,
+    accuracy_drop,
+    activation_entropy,
+    activation_sensitivity,
+    fisher,
+    gradient,
+    hessian_trace,
+    input_output_change,
+    kl,
+    kurtosis,
+    latency,
+    parameter_proportion,
+    sparsity,
+    variance,
+    weight_entropy,
+    weight_error,
+    zscore,
+)
 from .analyze import analyze
-from .registry import CRITERIA
+from .registry import CRITERIA, Criterion, criterion
 from .scores import LayerScore, LayerScores
 
-__all__ = ["CRITERIA", "LayerScore", "LayerScores", "analyze"]
+__all__ = ["CRITERIA", "Criterion", "LayerScore", "LayerScores", "analyze", "criterion"]

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch.func import functional_call
 
 from .batches import Batch, loss_of
 from .registry import Probe, criterion
 
-__all__ = ["accuracy"]
+__all__ = ["accuracy", "one_layer_quantized"]
 
 
-@criterion("accuracy")
-@torch.no_grad()
-def accuracy(probe: Probe, batch: Batch) -> float:
-    """Loss with one layer quantized minus loss of the float model, for every layer in turn."""
-    float_output = probe.model(batch.x)
-    base = loss_of(float_output, float_output, batch.target, probe.loss_fn)
+def one_layer_quantized(probe: Probe, batch: Batch) -> Iterator[tuple[str, Any]]:
+    """For every layer in turn, its name and the model's output with that layer alone quantized."""
     for name, weight in probe.quantized.items():
-        if name in probe.done:
-            continue
-        # functional_call swaps the weight for one call and never touches the user's model.
-        output = functional_call(probe.model, {f"{name}.weight": weight}, (batch.x,))
-        probe.report(name, loss_of(output, float_output, batch.target, probe.loss_fn) - base)
-    return base
+        if name not in probe.done:
+            # functional_call swaps the weight for one call and never touches the user's model.
+            yield name, functional_call(probe.model, {f"{name}.weight": weight}, (batch.x,))
+
+
+@criterion("accuracy", unit="loss")
+@torch.no_grad()
+def accuracy(probe: Probe, batch: Batch) -> None:
+    """``L(Q(W_l)) - L(W)``: loss with one layer quantized minus loss of the float model.
+
+    The smooth form of what Gluska and Grobman (arXiv 2012.08420) do with the accuracy itself,
+    which is criterion "accuracy_drop".
+    """
+    for name, output in one_layer_quantized(probe, batch):
+        loss = loss_of(output, probe.output, batch.target, probe.loss_fn)
+        probe.report(name, loss - probe.loss)

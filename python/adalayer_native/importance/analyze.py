@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,15 @@ from .._progress import ProgressBar
 from ..errors import CalibrationError, UnsupportedModelError
 from ..plan import layer_kind, supported_layers
 from ..rounding import conv_form, layer_form, quantize_weight
-from .batches import Batch, LossFn, iterate, metric_name, tensor_bytes
+from .batches import Batch, LossFn, iterate, loss_of, metric_name, tensor_bytes
 from .flops import count_flops
-from .registry import CRITERIA, Probe
+from .registry import Criterion, Probe, criterion_of
 from .scale_out import Scorers
 from .scores import LayerScore, LayerScores
 
 __all__ = ["analyze", "eval_mode"]
 
-CACHE_FORMAT = "adalayer-analysis-cache-1"
+CACHE_FORMAT = "adalayer-analysis-cache-2"
 SAVE_INTERVAL = 2.0  # seconds between two writes of the cache
 
 
@@ -37,7 +37,8 @@ def analyze(
     calibration: Iterable[Any],
     loss_fn: LossFn | None = None,
     *,
-    criterion: str = "accuracy",
+    criterion: str | None = None,
+    criteria: Sequence[str] = (),
     probe_bits: int = 2,
     alpha: float = 0.7,
     beta: float = 0.3,
@@ -63,7 +64,10 @@ def analyze(
         calibration: iterable of ``x`` or ``(x, y)``; x float ``[N, ...]``, y class labels.
         loss_fn: ``loss_fn(output, target) -> scalar``. Default: cross-entropy with labels, KL
             divergence to the float output without. Target is the float output without labels.
-        criterion: a name in ``CRITERIA``: ``"accuracy"``, ``"gradient"``, ``"weight_error"``.
+        criterion: what A comes from, a name in ``CRITERIA``; default: the first of ``criteria``,
+            or ``"accuracy"``.
+        criteria: all that are to be measured in the same pass; they are kept in
+            ``scores[layer].criteria``, and ``scores.by(name)`` takes another one for A.
         probe_bits: 2 to 8.
         alpha, beta: weights in eq. (1), not negative.
         inverse: the other reading of R, see above.
@@ -85,23 +89,23 @@ def analyze(
         ValueError: unknown criterion, bits or weights out of range.
         ImportError: ``workers`` or ``address`` without Ray.
     """
-    if criterion not in CRITERIA:
-        raise ValueError(f"unknown criterion {criterion!r}: expected one of {sorted(CRITERIA)}")
+    chosen = _chosen(criterion, criteria)
     if not (math.isfinite(alpha) and math.isfinite(beta) and alpha >= 0 and beta >= 0):
         raise ValueError(f"alpha and beta must be finite and not negative, got {alpha}, {beta}")
     layers = checked_layers(model)
-    measure = _Measurement(criterion, probe_bits)
+    measure = _Measurement(probe_bits)
     scorers = None
     if workers is not None or address is not None:
         scorers = Scorers(model, loss_fn, measure, workers, address)
-    memory = _Cache(cache, model, f"{criterion} {probe_bits} {_loss_name(loss_fn)}")
-    sums = dict.fromkeys(layers, 0.0)
+    memory = _Cache(cache, model, f"{probe_bits} {_loss_name(loss_fn)}")
+    sums = {each.name: dict.fromkeys(layers, 0.0) for each in chosen}
+    first: dict[str, dict[str, float]] = {}
     loss_sum, samples, labelled = 0.0, 0, False
     flops: dict[str, float] | None = None
     total = _total(calibration, batches)
     bar = ProgressBar(
         "analyzing layers",
-        None if total is None else total * len(layers),
+        None if total is None else total * len(layers) * len(chosen),
         unit="layer·batch",
         enabled=progress,
     )
@@ -111,37 +115,29 @@ def analyze(
                 flops = count_flops(model, layers, batch.x[:1])
             labelled = labelled or batch.target is not None
             entry = memory.entry(batch.digest() if memory.path is not None else "")
-            known: dict[str, float] = entry["raw"]
-            bar.advance(sum(name in known for name in layers))
-
-            def report(name: str, value: float, known: dict[str, float] = known) -> None:
-                if not math.isfinite(value):
-                    raise CalibrationError(
-                        f"layer {name!r} at {probe_bits} bits gives a loss that is not finite "
-                        f"({value}); the model or its data overflow"
-                    )
-                known[name] = value
-                memory.touch()
-                bar.advance(1, name)
-
-            if "loss" not in entry or any(name not in known for name in layers):
-                done = {name: known[name] for name in layers if name in known}
-                if scorers is not None:
-                    loss = scorers.score(batch, list(layers), done, report)
-                else:
-                    loss = measure(model, loss_fn, batch, done, report)
-                if not math.isfinite(loss):
-                    raise CalibrationError(
-                        f"calibration batch {batch.index}: the float model's loss is {loss}; "
-                        f"expected a finite number"
-                    )
-                entry["loss"] = loss
+            raw: dict[str, dict[str, float]] = entry["raw"]
+            for each in chosen:
+                known = raw.setdefault(each.name, {})
+                if each.once and each.name in first:
+                    known.update(first[each.name])
+                bar.advance(sum(name in known for name in layers))
+                if "loss" not in entry or any(name not in known for name in layers):
+                    report = _reporter(each.name, probe_bits, known, memory, bar)
+                    done = {name: known[name] for name in layers if name in known}
+                    if scorers is not None:
+                        loss = scorers.score(each.name, batch, list(layers), done, report)
+                    else:
+                        loss = measure(each.name, model, loss_fn, batch, done, report)
+                    entry["loss"] = loss
+                first.setdefault(each.name, known)
+                for name in layers:
+                    sums[each.name][name] += known[name] * batch.count
             loss_sum += entry["loss"] * batch.count
             samples += batch.count
-            for name in layers:
-                sums[name] += known[name] * batch.count
     if samples == 0 or flops is None:
         raise CalibrationError("the calibration loader is empty: all its batches hold no sample")
+    values = {n: {c: of[n] / samples for c, of in sums.items()} for n in layers}
+    main = chosen[0].name
     scores = LayerScores(
         layers={
             name: LayerScore(
@@ -149,14 +145,15 @@ def analyze(
                 kind=layer_kind(layer),
                 params=layer.weight.numel(),
                 flops=flops[name],
-                raw=sums[name] / samples,
+                raw=values[name][main],
                 variance=_variance(layer.weight),
+                criteria=values[name],
             )
             for name, layer in layers.items()
         },
         alpha=alpha,
         beta=beta,
-        criterion=criterion,
+        criterion=main,
         probe_bits=probe_bits,
         loss=loss_sum / samples,
         metric=metric_name(loss_fn, labelled),
@@ -167,16 +164,19 @@ def analyze(
 
 
 class _Measurement:
-    """One criterion on one model, batch by batch, in this process or in a scorer's."""
+    """Criteria on one model, batch by batch, in this process or in a scorer's."""
 
-    def __init__(self, criterion: str, probe_bits: int) -> None:
-        self._function = CRITERIA[criterion]
+    def __init__(self, probe_bits: int) -> None:
         self._probe_bits = probe_bits
         self._layers: dict[str, Any] = {}
         self._quantized: dict[str, torch.Tensor] = {}
+        self._batch: Batch | None = None  # whose output and loss these are:
+        self._output: Any = None
+        self._loss = math.nan
 
     def __call__(
         self,
+        criterion: str,
         model: nn.Module,
         loss_fn: LossFn | None,
         batch: Batch,
@@ -190,8 +190,56 @@ class _Measurement:
                 name: dequantized_layer(layer, self._probe_bits)
                 for name, layer in self._layers.items()
             }
-        probe = Probe(model, self._layers, self._quantized, loss_fn, done, report)
-        return self._function(probe, batch)
+        if self._batch is not batch:
+            output = _float_output(model, batch)
+            self._loss = _float_loss(output, batch, loss_fn)
+            self._batch, self._output = batch, output
+        probe = Probe(
+            model, self._layers, self._quantized, loss_fn, done, report, self._output, self._loss
+        )
+        criterion_of(criterion).measure(probe, batch)
+        return self._loss
+
+
+def _chosen(criterion: str | None, criteria: Sequence[str]) -> list[Criterion]:
+    """What to measure; the first is A."""
+    if isinstance(criteria, str):
+        raise ValueError(f"criteria must be a sequence of names, got the text {criteria!r}")
+    names = list(criteria) or ["accuracy"]
+    if criterion is not None:
+        names = [criterion, *(name for name in criteria if name != criterion)]
+    return [criterion_of(name) for name in dict.fromkeys(names)]
+
+
+@torch.no_grad()
+def _float_output(model: nn.Module, batch: Batch) -> Any:
+    return model(batch.x)
+
+
+def _float_loss(output: Any, batch: Batch, loss_fn: LossFn | None) -> float:
+    loss = loss_of(output, output, batch.target, loss_fn)
+    if not math.isfinite(loss):
+        raise CalibrationError(
+            f"calibration batch {batch.index}: the float model's loss is {loss}; expected a "
+            f"finite number"
+        )
+    return loss
+
+
+def _reporter(
+    criterion: str, bits: int, known: dict[str, float], memory: _Cache, bar: ProgressBar
+) -> Callable[[str, float], None]:
+    def report(name: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise CalibrationError(
+                f"layer {name!r}: criterion {criterion!r} at {bits} bits is {value}, expected a "
+                f"finite number; the model or its data overflow"
+            )
+        known[name] = value
+        memory.touch()
+        bar.advance(1, name)
+
+    return report
 
 
 def checked_layers(model: nn.Module) -> dict[str, Any]:
@@ -258,18 +306,15 @@ def _variance(weight: torch.Tensor) -> float:
 
 def _normalise(scores: LayerScores, inverse: bool) -> None:
     rows = list(scores.layers.values())
-    most_raw = max(max(0.0, s.raw) for s in rows)
     most_flops = max(s.flops for s in rows)
     variances = [s.variance for s in rows if s.variance > 0]
     for s in rows:
-        s.A = max(0.0, s.raw) / most_raw if most_raw > 0 else 0.0
         s.F = s.flops / most_flops if most_flops > 0 else 0.0
         if not inverse:
             s.R = s.variance / max(variances) if variances else 0.0
         else:
             s.R = min(variances) / s.variance if s.variance > 0 else 1.0
-    for name, value in scores.importance().items():
-        scores.layers[name].I = value
+    scores.take(scores.criterion)
 
 
 def _total(loader: Iterable[Any], limit: int | None) -> int | None:
@@ -307,7 +352,10 @@ class _Cache:
             if data["key"] == self.key:
                 self.batches = {
                     batch: {
-                        "raw": {k: float(v) for k, v in entry["raw"].items()},
+                        "raw": {
+                            criterion: {k: float(v) for k, v in values.items()}
+                            for criterion, values in entry["raw"].items()
+                        },
                         **({"loss": float(entry["loss"])} if "loss" in entry else {}),
                     }
                     for batch, entry in data["batches"].items()

@@ -15,9 +15,10 @@ from .batches import Batch, LossFn
 
 __all__ = ["Measure", "Scorers"]
 
-# What measures one batch in one process: model, loss_fn, batch, layers that are known, report.
+# What measures one batch in one process: criterion, model, loss_fn, batch, layers that are known,
+# report.
 Measure = Callable[
-    [nn.Module, "LossFn | None", Batch, dict[str, float], Callable[..., None]], float
+    [str, nn.Module, "LossFn | None", Batch, dict[str, float], Callable[..., None]], float
 ]
 
 
@@ -36,10 +37,11 @@ class _Scorer:
         torch.set_num_threads(threads)
         self._model, self._loss_fn, self._measure = model, loss_fn, measure
 
-    def score(self, batch: Batch, done: dict[str, float]) -> _Reports:
+    def score(self, criterion: str, batch: Batch, done: dict[str, float]) -> _Reports:
         """Every layer that is not in ``done``."""
         values: list[tuple[str, float]] = []
         loss = self._measure(
+            criterion,
             self._model,
             self._loss_fn,
             batch,
@@ -85,7 +87,7 @@ class Scorers:
         self._owned = False
         self._actors: list[Any] = []
         # Criteria that get all layers from one pass gain nothing from being divided.
-        self._divided = True
+        self._undivided: set[str] = set()
 
     def __enter__(self) -> Scorers:
         ray, threads = self._ray, torch.get_num_threads()
@@ -112,6 +114,7 @@ class Scorers:
 
     def score(
         self,
+        criterion: str,
         batch: Batch,
         layers: list[str],
         done: dict[str, float],
@@ -120,6 +123,7 @@ class Scorers:
         """Measure the layers that are not in ``done``; returns the float model's loss.
 
         Args:
+            criterion: its name.
             layers: all names, in the model's order.
             report: called with every result, as a criterion does.
 
@@ -127,13 +131,15 @@ class Scorers:
             AdaError: what a criterion raised.
         """
         open_ = [name for name in layers if name not in done]
-        count = max(1, min(len(self._actors), len(open_))) if self._divided else 1
+        count = max(1, min(len(self._actors), len(open_)))
+        if criterion in self._undivided:
+            count = 1
         parts = [open_[k::count] for k in range(count)]
         sent = self._ray.put(batch)
         tasks = {}
         for part, actor in zip(parts, self._actors, strict=False):
             known = {name: 0.0 for name in layers if name not in part} | done
-            tasks[actor.score.remote(sent, known)] = set(part)
+            tasks[actor.score.remote(criterion, sent, known)] = set(part)
         losses = []
         while tasks:
             (ready,), _ = self._ray.wait(list(tasks), num_returns=1)
@@ -144,7 +150,7 @@ class Scorers:
                 if name in asked:
                     report(name, value)
                 else:
-                    self._divided = False
+                    self._undivided.add(criterion)
         return losses[0]
 
     def _get(self, task: Any) -> _Reports:

@@ -6,12 +6,14 @@ import difflib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._files import write_text_atomic
 from ..errors import FileFormatError, PlanError
+from .registry import criterion_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -38,6 +40,7 @@ class LayerScore:
         F: ``flops`` over the largest, in [0, 1].
         R: redundancy from the variance, in [0, 1].
         I: eq. (1) with the alpha and beta of the analysis.
+        criteria: every criterion that was measured, in its own unit, by name.
     """
 
     name: str
@@ -50,6 +53,7 @@ class LayerScore:
     F: float = 0.0
     R: float = 0.0
     I: float = 0.0  # noqa: E741  (the paper's name)
+    criteria: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -88,6 +92,38 @@ class LayerScores:
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    @property
+    def criteria(self) -> tuple[str, ...]:
+        """Names of all criteria that were measured; the one behind A comes first."""
+        rows = iter(self.layers.values())
+        return tuple(dict.fromkeys([self.criterion, *next(rows).criteria])) if self.layers else ()
+
+    def by(self, criterion: str) -> LayerScores:
+        """The same scores with A and I from another criterion that was measured.
+
+        Raises:
+            PlanError: the criterion was not measured.
+        """
+        other = deepcopy(self)
+        other.take(criterion)
+        return other
+
+    def take(self, criterion: str) -> None:
+        """Let A and I come from a criterion that was measured; see :meth:`by`."""
+        if any(criterion not in s.criteria for s in self.layers.values()):
+            raise PlanError(
+                f"criterion {criterion!r} was not measured; these scores have "
+                f"{', '.join(self.criteria)}"
+            )
+        contribution = criterion_of(criterion).contribution(
+            {name: s.criteria[criterion] for name, s in self.layers.items()}
+        )
+        self.criterion = criterion
+        for name, s in self.layers.items():
+            s.raw, s.A = s.criteria[criterion], contribution[name]
+        for name, value in self.importance().items():
+            self.layers[name].I = value
 
     def importance(self, alpha: float | None = None, beta: float | None = None) -> dict[str, float]:
         """Eq. (1): ``I = min(1, alpha * A + beta * F)`` per layer.
@@ -168,6 +204,9 @@ class LayerScores:
         table.add_column("Layer")
         for heading in ("Weights", "MFLOPs", "Raw", "A", "F", "R", "I"):
             table.add_column(heading, justify="right")
+        others = [name for name in self.criteria if name != self.criterion]
+        for other in others:
+            table.add_column(other, justify="right")
         importance = self.importance()
         for name, s in self.layers.items():
             table.add_row(
@@ -179,6 +218,7 @@ class LayerScores:
                 f"{s.F:.3f}",
                 f"{s.R:.3f}",
                 f"{importance[name]:.3f}",
+                *(f"{s.criteria[other]:.4g}" for other in others),
             )
         return table
 
