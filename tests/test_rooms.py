@@ -25,6 +25,7 @@ PYTHON_ROOMS = [
         "files",
         "nn",
         "pruning",
+        "energy",
     ),
     *(
         "quantization",

@@ -7,8 +7,15 @@ The main job in one call is :func:`compress`; its steps are :func:`analyze`, :fu
 
 from importlib.metadata import PackageNotFoundError, version
 
-from adalayer_native import nn, ops
-from adalayer_native.allocation import Budget, Frontier, allocate, estimate_bytes, pareto
+from adalayer_native import energy, nn, ops
+from adalayer_native.allocation import (
+    Budget,
+    Frontier,
+    allocate,
+    estimate_bytes,
+    pareto,
+    plan_energy,
+)
 from adalayer_native.compress import Compressed, compress
 from adalayer_native.engine import Engine, compile, load
 from adalayer_native.errors import (
@@ -18,6 +25,7 @@ from adalayer_native.errors import (
     DataError,
     FileFormatError,
     InputError,
+    MissingExtraError,
     PlanError,
     UnsupportedModelError,
 )
@@ -48,6 +56,7 @@ __all__ = [
     "LayerHessian",
     "LayerPlan",
     "LayerScores",
+    "MissingExtraError",
     "Plan",
     "PlanError",
     "Repair",
@@ -58,6 +67,7 @@ __all__ = [
     "compile",
     "compress",
     "convert",
+    "energy",
     "estimate_bytes",
     "finetune",
     "get_num_threads",
@@ -66,6 +76,7 @@ __all__ = [
     "nn",
     "ops",
     "pareto",
+    "plan_energy",
     "prepare",
     "repair",
     "restore",

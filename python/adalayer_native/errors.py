@@ -1,7 +1,7 @@
 """Every error that this package raises on purpose.
 
 All of them derive from :class:`AdaError`, so that ``except AdaError`` catches whatever the
-package refuses, and from ``ValueError``, so that code which does not know the package still
+package refuses, and (but for a missing extra) from ``ValueError``, so that code which does not know the package still
 behaves as it would with any other wrong value. Messages name the layer, tensor or file, what
 was expected and what came instead.
 """
@@ -15,6 +15,7 @@ __all__ = [
     "DataError",
     "FileFormatError",
     "InputError",
+    "MissingExtraError",
     "PlanError",
     "UnsupportedModelError",
 ]
@@ -46,6 +47,10 @@ class FileFormatError(AdaError, ValueError):
 
 class InputError(AdaError, ValueError):
     """A tensor that a compiled engine cannot take: wrong number, type, shape, device or size."""
+
+
+class MissingExtraError(AdaError, ImportError):
+    """A package of an optional extra is not installed; the message names the extra."""
 
 
 class PlanError(AdaError, ValueError):

@@ -2,6 +2,7 @@
 
 from .allocate import METHODS, allocate
 from .budget import Budget
+from .energy import plan_energy
 from .pareto import Frontier, pareto
 from .settings import Settings
 from .size import estimate_bytes, float_bytes, packed_bytes, safetensors_bytes
@@ -18,5 +19,6 @@ __all__ = [
     "float_bytes",
     "packed_bytes",
     "pareto",
+    "plan_energy",
     "safetensors_bytes",
 ]

@@ -22,7 +22,7 @@ class Budget:
         bops: bit operations per image, ``MACs * weight bits * activation bits * (1 - sparsity)``
             summed over the layers; above 0.
         energy: microjoules per image by the model of
-            :func:`~adalayer_native.allocation.resources.energy_picojoules`; above 0.
+            :func:`~adalayer_native.energy.layer_energy`; above 0.
 
     Only method ``"optimal"`` takes several at once, or the last three.
 

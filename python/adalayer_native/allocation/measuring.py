@@ -16,7 +16,7 @@ from ..errors import CalibrationError
 from ..importance import CRITERIA
 from ..importance.analyze import analyze, dequantized_layer, eval_mode
 from ..importance.batches import Batch, LossFn, iterate
-from ..importance.flops import count_flops
+from ..importance.flops import Work, layer_work
 from ..quantization import calibrate, convert, prepare
 from .budget import Budget
 from .closed_form import MAX_BITS
@@ -97,14 +97,13 @@ def measure_tables(
     """All tables that the budget asks for; what is in the cache is not measured again."""
     layers = problem.layers
     with eval_mode(problem.model):
-        flops = count_flops(problem.model, layers, data.table[0].x[:1])
-    macs = {name: value / 2 for name, value in flops.items()}
+        work = layer_work(problem.model, layers, data.table[0].x[:1])
     latency = None
     if budget.latency is not None:
         latency = latency_table(problem, data.table[0].x[:1], settings, progress=progress)
-    errors = _error_table(problem, budget, data, settings, macs, progress)
-    pairs = _interactions(problem, budget, data, settings, macs, latency, errors)
-    return Tables(errors, latency, macs, pairs)
+    errors = _error_table(problem, budget, data, settings, work, progress)
+    pairs = _interactions(problem, budget, data, settings, work, latency, errors)
+    return Tables(errors, latency, work, pairs)
 
 
 def _key(problem: Problem, data: Data, settings: Settings) -> dict[str, Any]:
@@ -136,14 +135,14 @@ def _error_table(
     budget: Budget,
     data: Data,
     settings: Settings,
-    macs: dict[str, float],
+    work: dict[str, Work],
     progress: bool,
 ) -> LayerTable:
     own = callable(settings.measure) or settings.weight_of is not None
     store: Store = _Unkept()
     if not own or settings.repair:
         store = Store(cache_dir(settings.directory), "errors", _key(problem, data, settings))
-    wanted = _worthwhile(problem, budget, settings, macs)
+    wanted = _worthwhile(problem, budget, settings, work)
     measure: LayerError | None = None
 
     def error(name: str, bits: int, sparsity: float) -> float:
@@ -213,7 +212,7 @@ def _criterion_error(problem: Problem, data: Data, name: str, evaluator: Evaluat
 
 
 def _worthwhile(
-    problem: Problem, budget: Budget, settings: Settings, macs: dict[str, float]
+    problem: Problem, budget: Budget, settings: Settings, work: dict[str, Work]
 ) -> np.ndarray:
     """Options that cost less of something than the same width with fewer zeros.
 
@@ -222,7 +221,7 @@ def _worthwhile(
     """
     options = [(b, s) for b in settings.widths for s in settings.sparsities]
     parts = {k: v for k, v in budget.given.items() if k != "latency"} or {"size": 1.0}
-    found = resources(problem, Budget(**parts), options, macs)  # type: ignore[arg-type]
+    found = resources(problem, Budget(**parts), options, work)  # type: ignore[arg-type]
     limited = [r for r in found if np.isfinite(r.limit)] or found
     shape = (len(problem.free), len(settings.widths), len(settings.sparsities))
     order = np.argsort(settings.sparsities)
@@ -302,7 +301,7 @@ def _interactions(
     budget: Budget,
     data: Data,
     settings: Settings,
-    macs: dict[str, float],
+    work: dict[str, Work],
     latency: LayerTable | None,
     errors: LayerTable,
 ) -> list[Pair]:
@@ -315,7 +314,7 @@ def _interactions(
     """
     if not settings.interactions or len(problem.free) < 2:
         return []
-    selection = selection_of(problem, budget, Tables(errors, latency, macs, []), settings)
+    selection = selection_of(problem, budget, Tables(errors, latency, work, []), settings)
     columns = selection.choose()
     if columns is None:
         raise selection.impossible()

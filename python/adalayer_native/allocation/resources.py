@@ -7,24 +7,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..energy.model import FLOAT_BITS, LayerEnergy, layer_energy
 from ..errors import BudgetError
+from ..importance.flops import Work
 from ..pruning.masks import pruned_count
 from .budget import Budget
 from .problem import Choice, Problem
 from .size import packed_bytes
 from .tables import LayerTable
 
-__all__ = ["Resource", "bit_operations", "energy_picojoules", "resources"]
-
-FLOAT_BITS = 32
-
-# Picojoules in a 45 nm process: Horowitz, "Computing's energy problem", ISSCC 2014, as tabulated
-# by Han et al., "Learning both weights and connections", NeurIPS 2015 (a 32-bit word from DRAM).
-MULTIPLY_8 = 0.2
-ADD_32 = 0.1
-FLOAT_MULTIPLY_ADD = 3.7 + 0.9
-DRAM_BYTE = 640.0 / 4
-
+__all__ = ["Resource", "bit_operations", "resources", "stored_energy"]
 
 def bit_operations(
     macs: float, bits: int | None, activation_bits: int, sparsity: float = 0.0
@@ -33,20 +25,6 @@ def bit_operations(
     if bits is None:
         return macs * FLOAT_BITS * FLOAT_BITS
     return macs * bits * activation_bits * (1.0 - sparsity)
-
-
-def energy_picojoules(
-    macs: float, weight_bytes: float, bits: int | None, activation_bits: int
-) -> float:
-    """A model, not a measurement: arithmetic plus one read of the weights from DRAM.
-
-    A multiplier's energy grows with the product of its operands' widths; every product is added
-    to a 32-bit sum. Zeros inside a layer are not skipped by the kernels: they save bytes only.
-    """
-    if bits is None:
-        return macs * FLOAT_MULTIPLY_ADD + weight_bytes * DRAM_BYTE
-    multiply = MULTIPLY_8 * bits * activation_bits / 64.0
-    return macs * (multiply + ADD_32) + weight_bytes * DRAM_BYTE
 
 
 @dataclass
@@ -80,7 +58,7 @@ def resources(
     problem: Problem,
     budget: Budget,
     options: Sequence[tuple[int, float]],
-    macs: Mapping[str, float],
+    work: Mapping[str, Work],
     latency: LayerTable | None = None,
 ) -> list[Resource]:
     """A :class:`Resource` for each limit of the budget, and the file's bytes in any case.
@@ -89,7 +67,7 @@ def resources(
         problem: without a budget of its own: its costs are bytes.
         budget: limits.
         options: ``(bits, sparsity)``, the columns.
-        macs: multiply-accumulates per image of every layer of the model.
+        work: per image, of every layer of the model.
         latency: microseconds per call, where the budget limits the latency; its layers and
             options are those of the problem.
 
@@ -119,7 +97,7 @@ def resources(
                 budget.bops,
                 options,
                 lambda name, bits, sparsity: bit_operations(
-                    macs[name], bits, _activation_bits(problem, name), sparsity
+                    work[name].macs, bits, _activation_bits(problem, name), sparsity
                 ),
                 lambda value: f"{np.ceil(value):,.0f} per image",
             )
@@ -131,7 +109,16 @@ def resources(
                 "modelled energy",
                 budget.energy,
                 options,
-                lambda name, bits, sparsity: 1e-6 * _energy(problem, macs, name, bits, sparsity),
+                lambda name, bits, sparsity: (
+                    1e-6
+                    * stored_energy(
+                        problem.layers[name].weight.numel(),
+                        bits,
+                        sparsity,
+                        _activation_bits(problem, name),
+                        work[name],
+                    ).total
+                ),
                 lambda value: f"{_up(value, 4)} µJ per image",
             )
         )
@@ -210,11 +197,11 @@ def _activation_bits(problem: Problem, name: str) -> int:
     return problem.plan({})[name].activation_bits
 
 
-def _energy(
-    problem: Problem, macs: Mapping[str, float], name: str, bits: int | None, sparsity: float
-) -> float:
-    count = problem.layers[name].weight.numel()
+def stored_energy(
+    count: int, bits: int | None, sparsity: float, activation_bits: int, work: Work
+) -> LayerEnergy:
+    """Modelled energy of a layer whose ``count`` weights are stored as a file stores them."""
     if bits is None:
-        return energy_picojoules(macs[name], 4.0 * count, None, FLOAT_BITS)
+        return layer_energy(work.macs, 4.0 * count, None, activations=work.activations)
     stored = packed_bytes(count, count - pruned_count(count, sparsity), bits)
-    return energy_picojoules(macs[name], stored, bits, _activation_bits(problem, name))
+    return layer_energy(work.macs, stored, bits, activation_bits, work.activations)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import BudgetError
+from ..importance.flops import Work
 from .budget import Budget
 from .knapsack import Limit, Pair, monotone, solve
 from .problem import Choice, Problem
@@ -161,13 +162,13 @@ class Tables:
     Attributes:
         errors: predicted loss increase per layer and option.
         latency: microseconds per call, where asked for.
-        macs: multiply-accumulates per image of every layer.
+        work: per image, of every layer.
         pairs: terms between layers.
     """
 
     errors: LayerTable
     latency: LayerTable | None
-    macs: dict[str, float]
+    work: dict[str, Work]
     pairs: list[Pair]
 
 
@@ -181,7 +182,7 @@ def selection_of(problem: Problem, budget: Budget, tables: Tables, settings: Set
     filled = monotone(np.where(missing, _nearest(table.values), table.values))
     errors = np.where(missing, np.nan, filled).reshape(len(problem.free), -1)
     options = table.options()
-    found = resources(problem, budget, options, tables.macs, latency)
+    found = resources(problem, budget, options, tables.work, latency)
     return Selection(problem, budget, found, options, errors, tables.pairs)
 
 

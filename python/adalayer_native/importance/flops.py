@@ -1,25 +1,39 @@
-"""Floating-point operations of every layer, from the shapes that really occur."""
+"""Work of every layer for one image, from the shapes that really occur."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["count_flops"]
+__all__ = ["Work", "count_flops", "layer_work"]
+
+
+@dataclass
+class Work:
+    """What a layer does for one image, all of its calls together.
+
+    Attributes:
+        macs: multiply-accumulates.
+        activations: values that enter and leave it.
+    """
+
+    macs: float = 0.0
+    activations: float = 0.0
 
 
 @torch.no_grad()
-def count_flops(model: nn.Module, layers: dict[str, Any], x: torch.Tensor) -> dict[str, float]:
-    """FLOPs per sample and layer, a multiply-add counting 2; a layer called twice counts twice.
+def layer_work(model: nn.Module, layers: dict[str, Any], x: torch.Tensor) -> dict[str, Work]:
+    """Work per sample and layer; a layer called twice counts twice.
 
     Args:
         model: in eval mode.
         layers: convolutions, transposed or not, and linear modules by name.
         x: one batch, ``[N, ...]`` with N at least 1.
     """
-    flops = dict.fromkeys(layers, 0.0)
+    work = {name: Work() for name in layers}
     handles = []
 
     def hook_for(name: str) -> Any:
@@ -29,7 +43,8 @@ def count_flops(model: nn.Module, layers: dict[str, Any], x: torch.Tensor) -> di
             transposed = isinstance(module, nn.ConvTranspose2d)
             values = inputs[0].numel() if transposed else output.numel()
             per_value = layers[name].weight[0].numel() if layers[name].weight.shape[0] else 0
-            flops[name] += 2.0 * per_value * values / x.shape[0]
+            work[name].macs += per_value * values / x.shape[0]
+            work[name].activations += (inputs[0].numel() + output.numel()) / x.shape[0]
 
         return hook
 
@@ -40,4 +55,9 @@ def count_flops(model: nn.Module, layers: dict[str, Any], x: torch.Tensor) -> di
     finally:
         for handle in handles:
             handle.remove()
-    return flops
+    return work
+
+
+def count_flops(model: nn.Module, layers: dict[str, Any], x: torch.Tensor) -> dict[str, float]:
+    """FLOPs per sample and layer, a multiply-add counting 2; see :func:`layer_work`."""
+    return {name: 2.0 * work.macs for name, work in layer_work(model, layers, x).items()}
