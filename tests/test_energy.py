@@ -131,9 +131,11 @@ def test_a_long_run_samples_in_between(monkeypatch) -> None:
 
 
 def test_the_result_is_there_after_the_block() -> None:
-    with Meter(found=[Counter("RAPL", "cpu", lambda: 0.0)]) as meter:
-        with pytest.raises(RuntimeError, match="still running"):
-            _ = meter.use
+    meter = Meter(found=[Counter("RAPL", "cpu", lambda: 0.0)])
+    with pytest.raises(RuntimeError, match="still running"):
+        _ = meter.use
+    with meter:
+        pass
     assert meter.use.joules == 0
 
 

@@ -38,7 +38,7 @@ PYTHON_ROOMS = [
         "data",
         "compress",
     ),
-    *("measure", "report", "serve", "jobs", "demo", "cli"),
+    *("measure", "plot", "report", "serve", "jobs", "demo", "cli"),
 ]
 CPP_ROOMS = ["core", "formats", "reference", "cpu", "engine", "bindings"]
 

@@ -7,7 +7,7 @@ The main job in one call is :func:`compress`; its steps are :func:`analyze`, :fu
 
 from importlib.metadata import PackageNotFoundError, version
 
-from adalayer_native import energy, nn, ops
+from adalayer_native import energy, nn, ops, plot
 from adalayer_native.allocation import (
     Budget,
     Frontier,
@@ -77,6 +77,7 @@ __all__ = [
     "ops",
     "pareto",
     "plan_energy",
+    "plot",
     "prepare",
     "repair",
     "restore",

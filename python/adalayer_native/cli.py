@@ -1,4 +1,4 @@
-"""Command line: ``adalayer demo | train | compress | info | serve``."""
+"""Command line: ``adalayer demo | train | compress | report | info | serve``."""
 
 from __future__ import annotations
 
@@ -105,6 +105,22 @@ def compress(
     classes: Annotated[
         int | None, typer.Option(help="Classes; default: what the data has.")
     ] = None,
+    criterion: Annotated[
+        str | None, typer.Option(help="What A of eq. (1), or optimal's error table, comes from.")
+    ] = None,
+    frontier: Annotated[
+        bool | None,
+        typer.Option(
+            "--frontier/--no-frontier",
+            help="Measure the Pareto frontier for the report; default: with method optimal.",
+        ),
+    ] = None,
+    energy_use: Annotated[
+        bool, typer.Option("--energy-use", help="Meter energy of the run and of inference.")
+    ] = False,
+    country: Annotated[
+        str | None, typer.Option(help="Whose electricity, for CO2: ISO alpha-3, e.g. ITA.")
+    ] = None,
     seed: Annotated[int, typer.Option()] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; default: torch's.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json at the end.")] = False,
@@ -137,6 +153,10 @@ def compress(
         image_size=image_size,
         batch_size=batch_size,
         classes=classes,
+        criterion=criterion,
+        frontier=frontier,
+        energy=energy_use,
+        country=country,
         seed=seed,
         threads=threads,
         progress=not quiet,
@@ -196,13 +216,29 @@ def train(
 
 
 @app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Output directory of compress or demo.")],
+    out: Annotated[Path, typer.Option(help="The HTML file.")] = Path("report.html"),
+) -> None:
+    """Write one self-contained HTML page about a finished run: pictures and a table of layers."""
+    from adalayer_native.report import load_run, write_page
+
+    write_page(load_run(run), out)
+    Console(stderr=True).print(f"written to {out}", markup=False, soft_wrap=True)
+
+
+@app.command()
 def info(
     file: Annotated[
-        Path, typer.Argument(help="Packed model (model.safetensors) or engine (.ada).")
+        Path,
+        typer.Argument(help="Packed model (model.safetensors), engine (.ada) or a run directory."),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
-    """Show what a packed model file or a compiled engine holds, layer by layer."""
+    """Show what a packed model, a compiled engine or a finished run holds, layer by layer."""
+    if file.is_dir():
+        _run_info(file, as_json)
+        return
     if file.suffix == ".ada":
         _engine_info(file, as_json)
         return
@@ -236,6 +272,16 @@ def info(
         f"{', '.join(ops.isas())}, in use: {ops.active_isa()}"
     )
     Console().print(table)
+
+
+def _run_info(path: Path, as_json: bool) -> None:
+    from adalayer_native.report import load_run, run_table
+
+    run = load_run(path)
+    if as_json:
+        print(json.dumps(run.data, indent=2))
+    else:
+        Console().print(run_table(run))
 
 
 def _engine_info(file: Path, as_json: bool) -> None:

@@ -60,6 +60,7 @@ def compress(
     work_dir: str | os.PathLike[str] | None = None,
     allocate_options: Mapping[str, Any] | None = None,
     finetune_options: Mapping[str, Any] | None = None,
+    criterion: str | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Compressed:
@@ -86,6 +87,8 @@ def compress(
             Each of them is keyed by what it depends on, so that other arguments never reuse what
             does not fit.
         allocate_options, finetune_options: further arguments of the two steps.
+        criterion: a name in ``importance.CRITERIA``: what A of eq. (1) is, and for method
+            ``"optimal"`` what its error table is made from.
         seed: of the repair and the fine-tuning.
 
     Raises:
@@ -102,9 +105,19 @@ def compress(
             raise PlanError(f"unknown method {method!r}: expected one of {METHODS}")
         if budget is None and method in ("adalayer", "uniform", "optimal"):
             raise BudgetError(f"method {method!r} needs a budget")
+        if criterion is not None and method not in ("adalayer", "optimal"):
+            raise PlanError(f"method {method!r} looks at no criterion, got {criterion!r}")
         if method == "adalayer":  # the other methods do not look at scores
-            scores = analyze(model, calibration, cache=inside("analysis.json"), progress=progress)
+            scores = analyze(
+                model,
+                calibration,
+                criterion=criterion,
+                cache=inside("analysis.json"),
+                progress=progress,
+            )
         options = dict(allocate_options or {})
+        if method == "optimal" and criterion is not None:
+            options["options"] = {"measure": criterion, **options.get("options", {})}
         if method == "optimal" and work is not None:
             options.setdefault("tables", inside("tables"))
         plan = allocate(

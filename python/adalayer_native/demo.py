@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from adalayer_native import files, ops
-from adalayer_native.allocation import Budget, float_bytes
+from adalayer_native._files import write_text_atomic
+from adalayer_native.allocation import Budget, float_bytes, pareto
 from adalayer_native.compress import compress
 from adalayer_native.data import digits, loaders
 from adalayer_native.measure import accuracy, model_milliseconds
 from adalayer_native.models import adalayernet
-from adalayer_native.report import comparison_table, figure6_table, ribbon
+from adalayer_native.plot import ribbon
+from adalayer_native.report import (
+    comparison_table,
+    figure6_table,
+    load_run,
+    record,
+    write_page,
+)
 from adalayer_native.training import fit
 
 __all__ = ["run_demo"]
@@ -21,12 +30,14 @@ __all__ = ["run_demo"]
 # The digits are few and alike: so many images rank plans as well as more would, in less time.
 CALIBRATION = 128
 FINETUNE_EPOCHS = 2
+FRONTIER = 16  # points
 
 
 def run_demo(out: Path, *, size: float = 0.10, epochs: int = 5, seed: int = 0) -> None:
     """Trains, compresses uniformly and layer by layer under the same budget, converts, compares.
 
-    Writes plan.json, uniform.safetensors, adalayer.safetensors and ribbon.png to ``out``.
+    Writes plan.json, uniform.safetensors, adalayer.safetensors, ribbon.png, report.json and
+    report.html to ``out``.
 
     Args:
         out: directory for the results.
@@ -59,7 +70,7 @@ def run_demo(out: Path, *, size: float = 0.10, epochs: int = 5, seed: int = 0) -
             budget,
             method=method,
             train_loader=data.train,
-            epochs=2,
+            epochs=FINETUNE_EPOCHS,
             seed=seed,
         )
     sizes = {
@@ -85,8 +96,33 @@ def run_demo(out: Path, *, size: float = 0.10, epochs: int = 5, seed: int = 0) -
     ]
     console.print(figure6_table(plan))
     console.print(comparison_table(rows))
+    frontier = pareto(model, data.calibration, points=FRONTIER, tables=out / "work" / "tables")
+    report = record(
+        "AdaLayerNet on digits",
+        model,
+        results["adalayer"],
+        out / "adalayer.safetensors",
+        x,
+        {
+            "budget": str(budget),
+            "seed": seed,
+            "epochs": FINETUNE_EPOCHS,
+            "float_accuracy": rows[0]["accuracy"],
+            "accuracy": rows[2]["accuracy"],
+            "test_images": len(test),
+            "float_ms": milliseconds["float"],
+            "native_ms": milliseconds["adalayer"],
+            "frontier": [
+                {key: value for key, value in point.items() if key != "layers"}
+                for point in frontier.as_dicts()
+            ],
+        },
+    )
+    write_text_atomic(out / "report.json", json.dumps(report, indent=2) + "\n")
+    write_page(load_run(out), out / "report.html")
     for line in (
         f"architecture ribbon: {out / 'ribbon.png'}",
+        f"report: {out / 'report.html'}, one page with all pictures and layers",
         f"packed model: {out / 'adalayer.safetensors'} (adalayer info shows it)",
     ):
         console.print(line, markup=False, soft_wrap=True)  # a path that is cut cannot be copied

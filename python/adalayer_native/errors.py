@@ -1,9 +1,9 @@
 """Every error that this package raises on purpose.
 
 All of them derive from :class:`AdaError`, so that ``except AdaError`` catches whatever the
-package refuses, and (but for a missing extra) from ``ValueError``, so that code which does not know the package still
-behaves as it would with any other wrong value. Messages name the layer, tensor or file, what
-was expected and what came instead.
+package refuses, and from ``ValueError`` (a missing extra: from ``ImportError``), so that code
+which does not know the package still behaves as it would with any other wrong value. Messages
+name the layer, tensor or file, what was expected and what came instead.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,19 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from adalayer_native import files, ops
+from adalayer_native import files
 from adalayer_native._files import write_atomic, write_text_atomic
-from adalayer_native.allocation import Budget, float_bytes
+from adalayer_native.allocation import Budget, float_bytes, pareto
 from adalayer_native.compress import Compressed, compress
 from adalayer_native.data import Batches, ImageDataset, Loaders, digits, loaders, open_dataset
-from adalayer_native.errors import BudgetError, FileFormatError, UnsupportedModelError
-from adalayer_native.measure import accuracy, model_milliseconds
+from adalayer_native.energy import Meter
+from adalayer_native.errors import AdaError, BudgetError, FileFormatError, UnsupportedModelError
+from adalayer_native.measure import accuracy, inference_energy, model_milliseconds
 from adalayer_native.models import get_model, load_weights
-from adalayer_native.report import comparison_table, error_table, figure6_table
+from adalayer_native.report import comparison_table, error_table, figure6_table, record
 from adalayer_native.training import fit
 
-__all__ = ["CompressJob", "TrainJob", "layer_entries", "run_compress", "run_train"]
+__all__ = ["CompressJob", "TrainJob", "run_compress", "run_train"]
 
 
 @dataclass
@@ -52,6 +54,10 @@ class CompressJob:
     classes: int | None = None
     seed: int = 0
     threads: int | None = None
+    criterion: str | None = None
+    frontier: bool | None = None
+    energy: bool = False
+    country: str | None = None
     progress: bool = True
 
 
@@ -100,6 +106,10 @@ def run_compress(job: CompressJob) -> dict[str, Any]:
         raise BudgetError(f"method {job.method!r} needs a budget: --size, --bytes or --bits{more}")
     if not job.weights.is_file():
         raise FileFormatError(f"weight file {os.fspath(job.weights)!r} does not exist")
+    if job.country is not None and not job.energy:
+        raise AdaError("a country is for the CO2 of the energy that is used: give --energy")
+    # A missing extra or an unknown country shows now, too.
+    meter = Meter(country=job.country) if job.energy else None
     # Also shows now, not at the end, whether the directory can be written.
     write_text_atomic(job.out / "work" / "command.json", json.dumps(arguments(job), indent=2))
     train, test = open_splits(job)
@@ -122,7 +132,15 @@ def run_compress(job: CompressJob) -> dict[str, Any]:
         options["fixed"] = dict(job.fixed)
     if job.exclude:
         options["exclude"] = list(job.exclude)
-    result = compress(
+    with meter or nullcontext():
+        result = _compressed(job, model, data, options)
+    return write_results(job, model, result, data, meter)
+
+
+def _compressed(
+    job: CompressJob, model: nn.Module, data: Loaders, options: dict[str, Any]
+) -> Compressed:
+    return compress(
         model,
         data.calibration,
         job.budget,
@@ -134,10 +152,10 @@ def run_compress(job: CompressJob) -> dict[str, Any]:
         work_dir=job.out / "work",
         allocate_options=options,
         finetune_options={"lr": job.lr},
+        criterion=job.criterion,
         seed=job.seed,
         progress=job.progress,
     )
-    return write_results(job, model, result, data)
 
 
 def arguments(job: CompressJob | TrainJob) -> dict[str, Any]:
@@ -183,7 +201,11 @@ def check_fit(job: CompressJob | TrainJob, model: nn.Module, data: Batches) -> N
 
 
 def write_results(
-    job: CompressJob, model: nn.Module, result: Compressed, data: Loaders
+    job: CompressJob,
+    model: nn.Module,
+    result: Compressed,
+    data: Loaders,
+    meter: Meter | None = None,
 ) -> dict[str, Any]:
     """Saves plan, packed model and report; prints the tables to standard error."""
     # Both in the layout in which they are fastest on a CPU, and measured alike.
@@ -197,11 +219,9 @@ def write_results(
     one, sixteen = (
         model_milliseconds({"float": model, "native": native}, sample[:count]) for count in (1, 16)
     )
-    report: dict[str, Any] = {
-        "model": job.model,
-        "method": result.plan.method,
+    more: dict[str, Any] = {
         "budget": str(job.budget) if job.budget else None,
-        "hyper": result.plan.hyper,
+        "criterion": job.criterion,
         "seed": job.seed,
         "epochs": job.epochs if result.history is not None else 0,
         "float_accuracy": accuracy(
@@ -211,20 +231,14 @@ def write_results(
             native, data.test, title="native test accuracy", progress=job.progress
         ),
         "test_images": len(data.test.dataset),
-        "bytes": size,
-        "float_bytes": original,
-        "size_fraction": size / original,
-        "average_bits": result.plan.average_bits,
         "float_ms": one["float"],
         "native_ms": one["native"],
         "float_ms_batch16": sixteen["float"],
         "native_ms_batch16": sixteen["native"],
-        "threads": ops.get_num_threads(),
-        "isa": ops.active_isa(),
-        "kept_float": result.kept_float,
-        "measured": result.plan.measured,
-        "layers": layer_entries(result, packed),
+        "energy": _energy(job, {"float": model, "native": native}, sample[:16], meter),
+        "frontier": _frontier(job, model, data),
     }
+    report = record(job.model, model, result, packed, sample, more)
     write_text_atomic(job.out / "report.json", json.dumps(report, indent=2) + "\n")
     console = Console(stderr=True)
     console.print(figure6_table(result.plan))
@@ -252,34 +266,12 @@ def write_results(
     )
     for name, reason in result.kept_float.items():
         console.print(f"{name} stays float: {reason}", markup=False, soft_wrap=True)
-    written = f"written to {job.out}: plan.json, model.safetensors, report.json"
+    written = (
+        f"written to {job.out}: plan.json, model.safetensors, report.json "
+        f"(adalayer report {job.out} makes a page of them)"
+    )
     console.print(written, markup=False, soft_wrap=True)  # a path that is cut cannot be copied
     return report
-
-
-def layer_entries(result: Compressed, packed: Path) -> list[dict[str, Any]]:
-    """One entry per layer of the plan: what was decided, and what the file holds of it."""
-    stored = {e["name"]: e for e in files.describe(packed) if e["name"] is not None}
-    entries = []
-    for name in result.plan:
-        layer = result.plan[name]
-        entry: dict[str, Any] = {
-            "name": name,
-            "kind": layer.kind,
-            "params": layer.params,
-            "bits": layer.bits if name in stored else None,
-            "activation_bits": layer.activation_bits,
-            "planned_sparsity": layer.sparsity,
-        }
-        if name in stored:
-            file = stored[name]
-            entry |= {"encoding": file["encoding"], "bytes": file["bytes"]}
-        if result.repair is not None and name in result.repair.layers:
-            row = result.repair.layers[name]
-            entry |= {"plain_error": row.plain_error, "output_error": row.error}
-        entry |= (result.plan.scores or {}).get(name, {})
-        entries.append(entry)
-    return entries
 
 
 def run_train(job: TrainJob) -> dict[str, Any]:
@@ -331,3 +323,33 @@ def run_train(job: TrainJob) -> dict[str, Any]:
     written = f"written to {job.out}: test accuracy {report['accuracy']:.2f} %"
     Console(stderr=True).print(written, markup=False, soft_wrap=True)
     return report
+
+
+def _energy(
+    job: CompressJob, models: Mapping[str, nn.Module], x: torch.Tensor, meter: Meter | None
+) -> dict[str, Any] | None:
+    """What the compression used, and each model per 1,000 images, in batches of ``x``."""
+    if meter is None:
+        return None
+    uses = inference_energy(models, x, country=job.country)
+    return {
+        "compression": meter.use.as_dict(),
+        **{name: use.as_dict() for name, use in uses.items()},
+    }
+
+
+def _frontier(job: CompressJob, model: nn.Module, data: Loaders) -> list[dict[str, Any]] | None:
+    """Points of the frontier; for method "optimal" its tables are there already."""
+    if not (job.method == "optimal" if job.frontier is None else job.frontier):
+        return None
+    found = pareto(
+        model,
+        data.calibration,
+        options={"measure": job.criterion} if job.criterion else None,
+        fixed=job.fixed,
+        exclude=job.exclude,
+        tables=job.out / "work" / "tables",
+        progress=job.progress,
+    )
+    keep = ("bytes", "size", "average_bits", "predicted_loss")
+    return [{key: point[key] for key in keep} for point in found.as_dicts()]

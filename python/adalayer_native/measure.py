@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from adalayer_native._progress import ProgressBar
+from adalayer_native.energy import EnergyUse, Meter
 from adalayer_native.errors import CalibrationError
 
-__all__ = ["Timing", "accuracy", "interleaved", "model_milliseconds"]
+__all__ = ["Timing", "accuracy", "inference_energy", "interleaved", "model_milliseconds"]
 
 
 def accuracy(
@@ -91,3 +92,34 @@ def model_milliseconds(
 
         times = interleaved({k: runner(m.eval()) for k, m in models.items()}, seconds=seconds)
     return {name: 1000 * t.median for name, t in times.items()}
+
+
+def inference_energy(
+    models: Mapping[str, nn.Module],
+    x: Tensor,
+    *,
+    seconds: float = 5.0,
+    country: str | None = None,
+    images: float = 1000.0,
+) -> dict[str, EnergyUse]:
+    """What each model uses for so many images: it runs on ``x`` again and again for ``seconds``.
+
+    The machine's own use while it runs is in it, as it would be in service.
+
+    Raises:
+        MissingExtraError: see :class:`~adalayer_native.energy.Meter`.
+    """
+    x = x.contiguous(memory_format=torch.channels_last)
+    found = {}
+    with torch.inference_mode():
+        for name, model in models.items():
+            model.eval()
+            model(x)
+            seen = 0
+            with Meter(country=country) as meter:
+                deadline = time.monotonic() + seconds
+                while seen == 0 or time.monotonic() < deadline:
+                    model(x)
+                    seen += len(x)
+            found[name] = meter.use.per(seen / images)
+    return found

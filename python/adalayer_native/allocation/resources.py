@@ -18,6 +18,7 @@ from .tables import LayerTable
 
 __all__ = ["Resource", "bit_operations", "resources", "stored_energy"]
 
+
 def bit_operations(
     macs: float, bits: int | None, activation_bits: int, sparsity: float = 0.0
 ) -> float:

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -112,9 +113,8 @@ def counters(powercap: Path = POWERCAP) -> list[Counter]:
             if not name.startswith(("package", "dram")):
                 continue
             limit = float((zone / "max_energy_range_uj").read_text()) * 1e-6
-            found.append(
-                Counter("RAPL", "ram" if name == "dram" else "cpu", _rapl(zone / "energy_uj"), limit)
-            )
+            part = "ram" if name == "dram" else "cpu"
+            found.append(Counter("RAPL", part, _rapl(zone / "energy_uj"), limit))
         except (OSError, ValueError):
             continue
     return found + _nvml()
@@ -135,16 +135,15 @@ def _nvml() -> list[Counter]:
     for index in range(count):
         try:
             handle = nvml.nvmlDeviceGetHandleByIndex(index)
-            found.append(
-                Counter(
-                    "NVML",
-                    "gpu",
-                    lambda handle=handle: nvml.nvmlDeviceGetTotalEnergyConsumption(handle) * 1e-3,
-                )
-            )
+            read = partial(nvml.nvmlDeviceGetTotalEnergyConsumption, handle)  # millijoules
+            found.append(Counter("NVML", "gpu", partial(_thousandth, read)))
         except Exception:  # GPUs before Volta have no energy counter
             continue
     return found
+
+
+def _thousandth(read: Callable[[], float]) -> float:
+    return read() * 1e-3
 
 
 class Meter:

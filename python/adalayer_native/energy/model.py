@@ -1,8 +1,8 @@
 """Energy of a layer from its operations and the bytes it moves: a model, not a measurement.
 
-Constants are picojoules in a 45 nm process at 0.9 V from Horowitz, "Computing's energy problem (and
-what we can do about it)", ISSCC 2014, with the memories as Han et al., "Learning both weights and
-connections for efficient neural networks", NeurIPS 2015, Table 1, tabulate them. They rank plans and
+Constants are picojoules in a 45 nm process at 0.9 V from Horowitz, "Computing's energy problem
+(and what we can do about it)", ISSCC 2014, with the memories as tabulated by Han et al., "Learning
+both weights and connections for efficient neural networks", NeurIPS 2015. They rank plans and
 layers; a machine of today uses less for everything, in other proportions.
 """
 

@@ -1,0 +1,9 @@
+"""Pictures of plans and measurements, as PNG or SVG; each function returns a matplotlib Figure."""
+
+from .bars import bars
+from .fingerprint import fingerprint
+from .pareto import pareto
+from .ribbon import ribbon
+from .sensitivity import sensitivity
+
+__all__ = ["bars", "fingerprint", "pareto", "ribbon", "sensitivity"]

@@ -1,0 +1,149 @@
+"""The columns of a run's table, shared by the page and the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rich.markup import escape
+from rich.table import Table
+
+from .run import Layer, Run
+
+__all__ = ["COLUMNS", "Column", "notes", "run_table", "summary", "total_of"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A heading, the value to sort by, and the text to show.
+
+    Attributes:
+        heading: a few words.
+        value: a number, text, or ``None`` where it is not known.
+        show: the value in words.
+        total: whether the values add up.
+    """
+
+    heading: str
+    value: Callable[[Layer], float | int | str | None]
+    show: Callable[[Layer], str]
+    total: bool = False
+
+    @property
+    def number(self) -> bool:
+        """Whether it is sorted as numbers."""
+        return self.heading not in ("layer", "kind", "pattern", "kernel")
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.2g}"
+
+
+COLUMNS = (
+    Column("layer", lambda e: e.name, lambda e: e.name),
+    Column("kind", lambda e: e.kind, lambda e: e.kind),
+    Column("weights", lambda e: e.params, lambda e: f"{e.params:,}", total=True),
+    Column(
+        "bits",
+        lambda e: 32 if e.bits is None else e.bits,
+        lambda e: "float" if e.bits is None else str(e.bits),
+    ),
+    Column("pruned %", lambda e: 100 * e.sparsity, lambda e: f"{100 * e.sparsity:.1f}"),
+    Column(
+        "pattern",
+        lambda e: e.pattern if e.sparsity else "",
+        lambda e: e.pattern if e.sparsity else "",
+    ),
+    Column("error", lambda e: e.error, lambda e: _short(e.error)),
+    Column(
+        "µs",
+        lambda e: e.microseconds,
+        lambda e: "" if e.microseconds is None else f"{e.microseconds:.1f}",
+        total=True,
+    ),
+    Column("bytes", lambda e: e.bytes, lambda e: f"{e.bytes:,}", total=True),
+    Column(
+        "energy nJ",
+        lambda e: e.energy_nj,
+        lambda e: f"{e.energy_nj:,.1f}" + ("*" if e.extrapolated else ""),
+        total=True,
+    ),
+    Column("kernel", lambda e: e.kernel, lambda e: e.kernel),
+)
+
+
+def summary(run: Run) -> list[tuple[str, str, str]]:
+    """``(figure, what it is, against what)`` of the run; what is not known is left out."""
+    data = run.data
+    found = []
+    if data.get("accuracy") is not None:
+        before = data.get("float_accuracy")
+        change = "" if before is None else f"float {before:.2f} %, {data['accuracy'] - before:+.2f}"
+        found.append((f"{data['accuracy']:.2f} %", "test accuracy", change))
+    share = data["bytes"] / data["float_bytes"]
+    found.append(
+        (f"{data['bytes']:,} B", "saved file", f"{100 * share:.2f} % of {data['float_bytes']:,} B")
+    )
+    found.append(
+        (f"{data['average_bits']:.2f}", "bits per weight", "of 32; pruned weights count 0")
+    )
+    engine = data.get("engine", {}).get("microseconds")
+    if engine:
+        found.append(
+            (f"{engine / 1000:.3g} ms", "per image in the engine", "sum of its operations")
+        )
+    if data.get("native_ms"):
+        against = ""
+        if data.get("float_ms"):
+            against = (
+                f"float {data['float_ms']:.3g} ms, × {data['float_ms'] / data['native_ms']:.2f}"
+            )
+        found.append((f"{data['native_ms']:.3g} ms", "per image as torch module", against))
+    energy, whole = data.get("modelled_energy_uj"), data.get("modelled_float_energy_uj")
+    if energy and whole:
+        against = f"float {whole:.3g} µJ, × {whole / energy:.1f}"
+        found.append((f"{energy:.3g} µJ", "modelled energy per image", against))
+    for key, words in (("compression", "for the compression"), ("native", "per 1,000 images")):
+        use = (data.get("energy") or {}).get(key)
+        if use:
+            co2 = use.get("co2_grams")
+            more = use["label"] + ("" if co2 is None else f", {co2:.2g} g CO2")
+            found.append((f"{use['joules']:.3g} J", f"energy {words}", more))
+    return found
+
+
+def run_table(run: Run) -> Table:
+    """The same rows in a terminal, with the summary above and the notes below."""
+    title = ", ".join(f"{figure} {what}" for figure, what, _ in summary(run))
+    table = Table(title=escape(f"{run.data['model']}, {run.data['method']}: {title}"))
+    for column in COLUMNS:
+        table.add_column(
+            column.heading, justify="right" if column.number else "left", overflow="fold"
+        )
+    for layer in run.layers:
+        table.add_row(*(escape(column.show(layer)) for column in COLUMNS))
+    table.add_section()
+    table.add_row("total", *(total_of(column, run) for column in COLUMNS[1:]))
+    table.caption = escape(notes(run))
+    return table
+
+
+def total_of(column: Column, run: Run) -> str:
+    """The sum of a column over the layers; empty where there is none."""
+    if not column.total:
+        return ""
+    values = [v for v in map(column.value, run.layers) if isinstance(v, (int, float))]
+    if not values:
+        return ""
+    whole = isinstance(values[0], int)
+    return f"{sum(values):,}" if whole else f"{sum(values):,.1f}"
+
+
+def notes(run: Run) -> str:
+    """What the columns mean."""
+    data = run.data
+    return (
+        f"error: {run.error_name}; µs: one image, {data['threads']} thread"
+        f"{'s' if data['threads'] != 1 else ''}, {data['isa']}; energy: a model per operation in "
+        f"nanojoules per image, * scaled to widths below those published"
+    )

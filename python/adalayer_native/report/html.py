@@ -1,0 +1,216 @@
+"""One page about a run: everything is inside the file, nothing is asked from elsewhere."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Callable
+from html import escape
+from importlib.resources import files
+from typing import Any
+
+from matplotlib.colors import to_hex
+
+from .. import plot
+from .._files import write_text_atomic
+from ..plot import style
+from .columns import COLUMNS, notes, summary, total_of
+from .run import Layer, Run
+
+__all__ = ["page", "write_page"]
+
+# Nothing from outside can load even if a text in the run tried to.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+_INKS = {
+    style.INK: "var(--ink)",
+    style.MUTED: "var(--muted)",
+    style.LINE: "var(--line)",
+    style.PAPER: "var(--paper)",
+}
+
+
+def write_page(run: Run, path: str | os.PathLike[str]) -> None:
+    """Write the page; the file is replaced as a whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    write_text_atomic(path, page(run))
+
+
+def page(run: Run) -> str:
+    """The HTML document."""
+    title = f"{run.data['model']}: {run.data['method']}"
+    assets = files(__package__)
+    css, script = ((assets / f"page.{end}").read_text(encoding="utf-8") for end in ("css", "js"))
+    parts = [
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
+        '<link rel="icon" href="data:,">',
+        f"<title>{escape(title)}</title><style>{css}</style></head><body>",
+        f"<header><h1>{escape(title)}</h1>",
+        f'<p class="muted">{escape(_budget(run))}</p></header>',
+        _cards(run),
+        *_pictures(run),
+        _table(run),
+        _facts(run),
+        f"<script>{script}</script></body></html>",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _budget(run: Run) -> str:
+    budget = run.data.get("budget")
+    layers = len(run.layers)
+    return f"{layers} layers" + (f"; budget: {budget}" if budget else "")
+
+
+def _cards(run: Run) -> str:
+    cards = "".join(
+        f'<div class="card"><span>{escape(what)}</span><b>{escape(figure)}</b>'
+        f"<span>{escape(against)}</span></div>"
+        for figure, what, against in summary(run)
+    )
+    return f'<section class="cards" id="summary">{cards}</section>'
+
+
+def _pictures(run: Run) -> list[str]:
+    flops = {layer.name: layer.flops for layer in run.layers}
+    plan, data = run.plan, run.data
+    found = [
+        _picture("ribbon", "Architecture ribbon", lambda: plot.ribbon(plan)),
+        _picture("fingerprints", "Layer fingerprints", lambda: plot.fingerprint(plan, flops=flops)),
+        _picture("bars", "Parameters before and after", lambda: plot.bars(plan)),
+    ]
+    frontier = data.get("frontier")
+    if frontier:
+        chosen = {"name": "this plan", "size": data["bytes"] / data["float_bytes"]}
+        found.append(
+            _picture(
+                "frontier", "Pareto frontier", lambda: plot.pareto(frontier, chosen=chosen), "small"
+            )
+        )
+    else:
+        found.append(
+            '<section id="frontier"><h2>Pareto frontier</h2><p class="muted">Not part of this run: '
+            "adalayer compress --frontier measures it.</p></section>"
+        )
+    return found
+
+
+def _picture(name: str, title: str, draw: Callable[[], Any], more: str = "") -> str:
+    svg = _inline(draw(), name)
+    return (
+        f'<section id="{name}"><h2>{title}</h2><div class="picture {more}" role="img" '
+        f'aria-label="{title}">{svg}</div></section>'
+    )
+
+
+def _inline(figure: Any, name: str) -> str:
+    """A figure as an SVG element in the page's own inks, its identifiers its own."""
+    import matplotlib
+
+    memory = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "adalayer"}):
+        figure.savefig(memory, format="svg", metadata={"Date": None, "Creator": None})
+    text = memory.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'(\sid="|xlink:href="#|url\(#)', rf"\g<1>{name}-", text)
+    for ink, variable in _INKS.items():
+        text = text.replace(ink, variable)
+    # The page sets the width; what matplotlib writes as points would win.
+    head, _, rest = text.partition(">")
+    return re.sub(r' (width|height)="[^"]*"', "", head) + ">" + rest
+
+
+def _table(run: Run) -> str:
+    head = "".join(
+        f'<th scope="col" class="{_side(column)}" data-type="'
+        f'{"number" if column.number else "text"}"><button type="button">'
+        f"{escape(column.heading)}</button></th>"
+        for column in COLUMNS
+    )
+    body = "".join(_row(place, layer) for place, layer in enumerate(run.layers))
+    foot = "".join(
+        f'<td class="{_side(column)}">{escape(total_of(column, run)) if k else "total"}</td>'
+        for k, column in enumerate(COLUMNS)
+    )
+    widths = sorted({layer.bits for layer in run.layers if layer.bits is not None})
+    options = '<option value="">all bits</option>' + "".join(
+        f'<option value="{bits}">{bits} bits</option>' for bits in widths
+    )
+    if any(layer.bits is None for layer in run.layers):
+        options += '<option value="float">float</option>'
+    return (
+        '<section><h2>Layer by layer</h2><div class="tools">'
+        '<input id="filter" type="search" placeholder="filter: name, kernel, pattern …" '
+        f'aria-label="filter layers"><select id="bits" aria-label="bits">{options}</select>'
+        '<span id="count" class="muted" aria-live="polite"></span></div>'
+        f'<div class="table"><table id="layers"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody><tfoot><tr>{foot}</tr></tfoot></table></div>"
+        f'<p class="muted">{escape(notes(run))}.</p></section>'
+    )
+
+
+def _side(column: Any) -> str:
+    return "number" if column.number else "text"
+
+
+def _row(place: int, layer: Layer) -> str:
+    bits = "float" if layer.bits is None else str(layer.bits)
+    cells = []
+    for column in COLUMNS:
+        value, shown = column.value(layer), escape(column.show(layer))
+        if column.heading == "bits":
+            ink = "#ffffff" if style.is_dark(layer.bits) else "#101010"
+            colour = to_hex(style.colour_of(layer.bits))
+            shown = f'<span class="bits" style="background:{colour};color:{ink}">{shown}</span>'
+        sort = "" if value is None else escape(str(value), quote=True)
+        cells.append(f'<td class="{_side(column)}" data-value="{sort}">{shown}</td>')
+    # Not the kind: whoever looks for "conv2" does not mean every conv2d.
+    search = escape(f"{layer.name} {layer.pattern if layer.sparsity else ''} {layer.kernel}")
+    return (
+        f'<tr data-place="{place}" data-bits="{bits}" data-search="{search}">{"".join(cells)}</tr>'
+    )
+
+
+def _facts(run: Run) -> str:
+    data = run.data
+    facts = [
+        ("method", data["method"]),
+        ("hyper-parameters", ", ".join(f"{k} = {v:g}" for k, v in data.get("hyper", {}).items())),
+        ("fine-tuning", _epochs(data)),
+        ("seed", data.get("seed")),
+        ("test images", data.get("test_images")),
+        ("instruction set", data["isa"]),
+        ("threads", data["threads"]),
+        ("no engine", data.get("engine", {}).get("why")),
+        *((f"{name} stays float", why) for name, why in data.get("kept_float", {}).items()),
+    ]
+    for key, words in (("compression", "energy of the compression"), ("float", "energy, float"),
+                       ("native", "energy, native")):  # fmt: skip
+        use = (data.get("energy") or {}).get(key)
+        if use:
+            facts.append((words, _energy(use, "" if key == "compression" else " per 1,000 images")))
+    rows = "".join(
+        f"<dt>{escape(str(name))}</dt><dd>{escape(str(value))}</dd>"
+        for name, value in facts
+        if value not in (None, "")
+    )
+    return f'<section id="facts"><h2>How it was made</h2><dl>{rows}</dl></section>'
+
+
+def _epochs(data: dict[str, Any]) -> str | None:
+    epochs = data.get("epochs")
+    return None if epochs is None else f"{epochs} epochs" if epochs else "none"
+
+
+def _energy(use: dict[str, Any], per: str) -> str:
+    text = f"{use['joules']:.4g} J{per} in {use['seconds']:.3g} s, {use['label']}"
+    if use.get("co2_grams") is not None:
+        text += f"; {use['co2_grams']:.3g} g CO2 ({use.get('country') or 'given intensity'})"
+    return text

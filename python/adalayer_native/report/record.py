@@ -1,0 +1,146 @@
+"""What a finished compression says about itself, layer by layer: the contents of report.json."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import files, ops
+from ..allocation import float_bytes, plan_energy
+from ..compress import Compressed
+from ..engine import compile as compile_engine
+from ..errors import AdaError
+from ..importance.analyze import eval_mode
+from ..importance.flops import layer_work
+from ..plan import Plan, supported_layers
+
+__all__ = ["RECORD_FORMAT", "RECORD_VERSION", "record"]
+
+RECORD_FORMAT = "adalayer-report"
+RECORD_VERSION = 1
+ROUNDS = 15  # runs of the engine that a layer's microseconds are the median of
+
+
+def record(
+    name: str,
+    model: nn.Module,
+    result: Compressed,
+    packed: str | os.PathLike[str],
+    x: torch.Tensor,
+    more: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """JSON values about a compressed model; :func:`~adalayer_native.report.load_run` reads them.
+
+    The engine is compiled for one image and timed node by node, so every layer has the kernel that
+    runs and its microseconds. Where it cannot be compiled, the reason is in ``engine``.
+
+    Args:
+        name: of the model.
+        model: the float model.
+        result: from ``compress``.
+        packed: the saved file.
+        x: an input, ``[N, ...]``.
+        more: what the caller measured (accuracies, milliseconds), added as it is.
+    """
+    plan, size = result.plan, os.stat(packed).st_size
+    original = float_bytes(model)
+    times, engine = _profile(result.model, x[:1])
+    layers = _layers(model, result, packed, x[:1], times)
+    return {
+        "format": RECORD_FORMAT,
+        "version": RECORD_VERSION,
+        "model": name,
+        "method": plan.method,
+        "hyper": plan.hyper,
+        "bytes": size,
+        "float_bytes": original,
+        "size_fraction": size / original,
+        "average_bits": plan.average_bits,
+        "threads": ops.get_num_threads(),
+        "isa": ops.active_isa(),
+        "kept_float": result.kept_float,
+        "measured": plan.measured,
+        "engine": engine,
+        "modelled_energy_uj": 1e-6 * sum(layer["energy_pj"] for layer in layers),
+        "modelled_float_energy_uj": 1e-6 * sum(layer["float_energy_pj"] for layer in layers),
+        **(more or {}),
+        "layers": layers,
+    }
+
+
+def _profile(
+    native: nn.Module, x: torch.Tensor
+) -> tuple[dict[str, tuple[float, str]], dict[str, Any]]:
+    """Microseconds and kernel per layer, and what there is to say about the engine."""
+    try:
+        engine = compile_engine(native, x, policy="native")
+        rows = engine.coverage(rounds=ROUNDS)
+    except AdaError as error:
+        return {}, {"why": str(error)}
+    found: dict[str, tuple[float, str]] = {}
+    for row in rows:
+        name = row.name.split("#", 1)[0]  # the second call of a layer is "layer#2"
+        before = found.get(name, (0.0, ""))[0]
+        kernel = row.kernel if row.kind == "native" else f"torch: {row.why or row.op}"
+        found[name] = (before + row.microseconds, kernel)
+    return found, {"microseconds": rows.microseconds, "native_share": rows.native_share}
+
+
+def _layers(
+    model: nn.Module,
+    result: Compressed,
+    packed: str | os.PathLike[str],
+    x: torch.Tensor,
+    times: Mapping[str, tuple[float, str]],
+) -> list[dict[str, Any]]:
+    """One entry per layer of the plan: what was decided, and what came of it."""
+    stored = {e["name"]: e for e in files.describe(packed) if e["name"] is not None}
+    with eval_mode(model):
+        work = layer_work(model, supported_layers(model), x)
+    # As it came out: a layer that could not become native is float, whatever was planned.
+    plan = Plan(
+        {
+            name: replace(layer, bits=layer.bits if name in stored else None)
+            for name, layer in result.plan.layers.items()
+        }
+    )
+    energy = plan_energy(model, plan, x, work=work)
+    whole = plan_energy(
+        model,
+        Plan({n: replace(layer, bits=None) for n, layer in plan.layers.items()}),
+        x,
+        work=work,
+    )
+    entries = []
+    for name, layer in plan.layers.items():
+        entry: dict[str, Any] = {
+            "name": name,
+            "kind": layer.kind,
+            "params": layer.params,
+            "bits": layer.bits,
+            "activation_bits": layer.activation_bits,
+            "planned_sparsity": layer.sparsity,
+            "pattern": layer.pattern,
+            "flops": 2 * work[name].macs,
+            "energy_pj": energy[name].total,
+            "energy_extrapolated": energy[name].extrapolated,
+            "float_energy_pj": whole[name].total,
+        }
+        if name in stored:
+            file = stored[name]
+            entry |= {"encoding": file["encoding"], "bytes": file["bytes"]}
+        else:
+            entry["bytes"] = 4 * layer.params
+        if name in times:
+            entry |= {"microseconds": times[name][0], "kernel": times[name][1]}
+        if result.repair is not None and name in result.repair.layers:
+            row = result.repair.layers[name]
+            entry |= {"plain_error": row.plain_error, "output_error": row.error}
+        entry |= (result.plan.scores or {}).get(name, {})
+        entries.append(entry)
+    return entries

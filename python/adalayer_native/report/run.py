@@ -1,0 +1,156 @@
+"""A finished run as its directory holds it: report.json and plan.json, checked."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import FileFormatError, PlanError
+from ..plan import Plan
+from .record import RECORD_FORMAT, RECORD_VERSION
+
+__all__ = ["Layer", "Run", "load_run"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One row of the report.
+
+    Attributes:
+        name: of the layer.
+        kind: ``"conv2d"``, ``"conv_transpose2d"`` or ``"linear"``.
+        params: number of weights.
+        bits: of the weights; ``None`` for a layer that stayed float.
+        sparsity: share of weights that were pruned.
+        pattern: how zeros are placed.
+        error: relative error of the layer's output after repair, or where there was none the
+            predicted loss increase; ``None`` where neither is known.
+        microseconds: of one image in the engine; ``None`` where it was not timed.
+        bytes: in the saved file; of a float layer its float32 weights.
+        energy_nj: modelled nanojoules per image.
+        extrapolated: whether that is below the widths with published figures.
+        kernel: what runs.
+        flops: per image.
+    """
+
+    name: str
+    kind: str
+    params: int
+    bits: int | None
+    sparsity: float
+    pattern: str
+    error: float | None
+    microseconds: float | None
+    bytes: int
+    energy_nj: float
+    extrapolated: bool
+    kernel: str
+    flops: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        path: its directory.
+        data: report.json.
+        plan: plan.json.
+        layers: rows of the report.
+        error_name: what ``error`` of the rows is, in words.
+    """
+
+    path: Path
+    data: dict[str, Any]
+    plan: Plan
+    layers: tuple[Layer, ...]
+    error_name: str
+
+
+def load_run(path: str | os.PathLike[str]) -> Run:
+    """Read the output directory of ``adalayer compress`` or ``adalayer demo``.
+
+    Raises:
+        FileFormatError: no such directory, an empty or half-finished run, or damaged files.
+        PlanError: the plan is not the one that the report is about.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        what = "is a file; expected" if root.exists() else "does not exist; expected"
+        raise FileFormatError(f"run {os.fspath(path)!r} {what} the output directory of a run")
+    if not (root / "report.json").is_file():
+        if (root / "work").is_dir():
+            raise FileFormatError(
+                f"run {os.fspath(path)!r} is not finished: there is no report.json; the same "
+                f"command goes on where it stopped"
+            )
+        raise FileFormatError(
+            f"run {os.fspath(path)!r} is empty: it has no report.json; expected the output "
+            f"directory of adalayer compress or demo"
+        )
+    source = os.fspath(root / "report.json")
+    try:
+        data = json.loads((root / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FileFormatError(f"{source}: not readable as JSON: {error}") from None
+    if not isinstance(data, dict) or data.get("format") != RECORD_FORMAT:
+        raise FileFormatError(f'{source}: expected a JSON object with "format": "{RECORD_FORMAT}"')
+    if data.get("version") != RECORD_VERSION:
+        raise FileFormatError(
+            f"{source}: expected version {RECORD_VERSION}, got {data.get('version')!r}"
+        )
+    plan = Plan.load(root / "plan.json")
+    try:
+        rows = data["layers"]
+        error_name, key = _error_of(rows)
+        layers = tuple(_layer(row, key) for row in rows)
+        for name in ("model", "method", "bytes", "float_bytes", "average_bits", "isa", "threads"):
+            data[name]
+    except (KeyError, TypeError, ValueError) as error:
+        raise FileFormatError(f"{source}: not a complete report: {error!r}") from None
+    _check_plan(plan, layers, os.fspath(root / "plan.json"))
+    return Run(root, data, plan, layers, error_name)
+
+
+def _error_of(rows: list[dict[str, Any]]) -> tuple[str, str]:
+    if any("output_error" in row for row in rows):
+        return "relative output error", "output_error"
+    return "predicted loss increase", "E"
+
+
+def _layer(row: dict[str, Any], key: str) -> Layer:
+    error, time = row.get(key), row.get("microseconds")
+    return Layer(
+        name=str(row["name"]),
+        kind=str(row["kind"]),
+        params=int(row["params"]),
+        bits=None if row["bits"] is None else int(row["bits"]),
+        sparsity=float(row["planned_sparsity"]) if row["bits"] is not None else 0.0,
+        pattern=str(row["pattern"]),
+        error=None if error is None else float(error),
+        microseconds=None if time is None else float(time),
+        bytes=int(row["bytes"]),
+        energy_nj=1e-3 * float(row["energy_pj"]),
+        extrapolated=bool(row["energy_extrapolated"]),
+        kernel=str(row.get("kernel", "torch (float)" if row["bits"] is None else "")),
+        flops=float(row["flops"]),
+    )
+
+
+def _check_plan(plan: Plan, layers: tuple[Layer, ...], source: str) -> None:
+    names = [layer.name for layer in layers]
+    if list(plan) != names:
+        other = sorted(set(plan) ^ set(names))
+        raise PlanError(
+            f"{source} is the plan of another model than report.json: they differ in "
+            f"{', '.join(map(repr, other[:3])) or 'the order of layers'}"
+        )
+    for layer in layers:
+        if plan[layer.name].params != layer.params:
+            raise PlanError(
+                f"{source} is the plan of another model than report.json: layer {layer.name!r} "
+                f"has {plan[layer.name].params} weights there and {layer.params} here"
+            )

@@ -1,0 +1,305 @@
+"""The report of a run: what it reads, what it refuses, and the page in a real browser."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from helpers_browser import MISSING, Browser, browser, installed
+from helpers_cli import run
+from helpers_models import batches, tiny
+from rich.console import Console
+from torch import nn
+
+import adalayer_native as ada
+from adalayer_native import FileFormatError, PlanError, files
+from adalayer_native.report import load_run, page, record, run_table, write_page
+
+ROWS = [
+    {"size": s, "predicted_loss": 0.01 / s**2, "average_bits": 30 * s, "bytes": int(1e4 * s)}
+    for s in (0.06, 0.12, 0.25)
+]
+USE = {"joules": 12.5, "seconds": 2.0, "label": "estimated (codecarbon)", "co2_grams": 0.001,
+       "country": "ITA"}  # fmt: skip
+
+
+def finished(root: Path, model: nn.Module, plan: ada.Plan, more: dict) -> Path:
+    """A run's directory without its training."""
+    root.mkdir(parents=True)
+    result = ada.compress(model, batches(1), None, plan=plan, progress=False)
+    packed = root / "model.safetensors"
+    files.save(result.model, packed)
+    result.plan.save(root / "plan.json")
+    report = record("tiny <script>alert(1)</script>", model, result, packed, batches(1)[0][0], more)
+    (root / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    return root
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A finished run of :func:`helpers_models.tiny`."""
+    model = tiny()
+    plan = ada.allocate(None, ada.Budget(bits=4), method="uniform", model=model, progress=False)
+    plan["conv1"] = (8, 0.25)
+    plan["fc"] = None
+    more = {
+        "budget": "4 bits per weight", "accuracy": 88.0, "float_accuracy": 90.0, "seed": 3,
+        "epochs": 0, "test_images": 100, "float_ms": 2.0, "native_ms": 0.5, "frontier": ROWS,
+        "energy": {"compression": USE, "float": USE, "native": USE},
+    }  # fmt: skip
+    return finished(tmp_path_factory.mktemp("report") / "run", model, plan, more)
+
+
+@pytest.fixture
+def copy(made: Path, tmp_path: Path) -> Path:
+    """A run of one's own to damage."""
+    return Path(shutil.copytree(made, tmp_path / "run"))
+
+
+def test_rows_of_a_run(made: Path) -> None:
+    found = load_run(made)
+    rows = {layer.name: layer for layer in found.layers}
+    assert list(rows) == ["conv1", "conv2", "fc"]
+    assert rows["conv1"].bits == 8 and rows["conv1"].sparsity == 0.25
+    assert rows["fc"].bits is None and rows["fc"].bytes == 4 * 192
+    stored = {e["name"]: e for e in files.describe(made / "model.safetensors")}
+    assert rows["conv2"].bytes == stored["conv2"]["bytes"]
+    assert rows["conv1"].flops == 2 * 216 * 64
+    energy = ada.plan_energy(tiny(), found.plan, torch.zeros(1, 3, 8, 8))
+    assert rows["conv2"].energy_nj == pytest.approx(1e-3 * energy["conv2"].total)
+    assert rows["conv2"].extrapolated and not rows["conv1"].extrapolated
+    assert rows["conv2"].error is not None and 0 < rows["conv2"].error < 1
+    assert found.error_name == "relative output error"
+    assert rows["conv1"].kernel and rows["conv2"].microseconds is not None
+    assert found.data["modelled_float_energy_uj"] > found.data["modelled_energy_uj"]
+
+
+def test_the_same_in_the_terminal(monkeypatch, capsys, made: Path) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run(monkeypatch, "info", made) == 0
+    shown = capsys.readouterr().out
+    for text in ("conv2", "unstructured", "energy nJ", "88.00 % test accuracy", "float", "total"):
+        assert text in shown
+    assert run(monkeypatch, "info", made, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["layers"][0]["name"] == "conv1"
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(run_table(load_run(made)))
+    assert "relative output error" in capture.get()
+
+
+class Outside(HTMLParser):
+    """Everything that a page asks for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.ids: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href", "action", "poster", "data", "srcset"):
+                self.found.append(value or "")
+            if name == "id":
+                self.ids.append(value or "")
+
+
+def test_nothing_comes_from_outside(made: Path) -> None:
+    text = page(load_run(made))
+    parser = Outside()
+    parser.feed(text)
+    assert all(value.startswith(("#", "data:")) for value in parser.found)
+    assert not re.search(r"@import|url\((?!#)", text)
+    assert "default-src 'none'" in text
+    assert len(parser.ids) == len(set(parser.ids))  # of five pictures in one document
+    assert {value[1:] for value in parser.found if value.startswith("#")} <= set(parser.ids)
+    assert "<script>alert" not in text and "&lt;script&gt;alert(1)" in text
+    assert text.count("<script>") == 1
+
+
+def test_report_command(monkeypatch, capsys, made: Path, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "r.html"
+    assert run(monkeypatch, "report", made, "--out", out) == 0
+    assert out.read_text(encoding="utf-8").startswith("<!doctype html>")
+    (tmp_path / "file").write_text("")
+    assert run(monkeypatch, "report", made, "--out", tmp_path / "file" / "r.html") == 1
+    assert "file" in capsys.readouterr().err
+    assert run(monkeypatch, "report", tmp_path / "none", "--out", out) == 1
+    assert "does not exist" in " ".join(capsys.readouterr().err.split())
+
+
+def test_no_frontier_and_no_engine_are_said(copy: Path) -> None:
+    data = json.loads((copy / "report.json").read_text())
+    data["frontier"], data["engine"], data["energy"] = None, {"why": "of a test"}, None
+    for layer in data["layers"]:
+        layer.pop("microseconds", None)
+        layer.pop("kernel", None)
+    (copy / "report.json").write_text(json.dumps(data))
+    text = page(load_run(copy))
+    assert "--frontier measures it" in text and "of a test" in text
+    assert all(layer.microseconds is None for layer in load_run(copy).layers)
+
+
+def test_runs_that_are_refused(copy: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileFormatError, match="does not exist"):
+        load_run(tmp_path / "none")
+    with pytest.raises(FileFormatError, match="is a file"):
+        load_run(copy / "plan.json")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileFormatError, match=r"is empty: it has no report\.json"):
+        load_run(tmp_path / "empty")
+    (tmp_path / "half" / "work").mkdir(parents=True)
+    with pytest.raises(FileFormatError, match=r"is not finished.*goes on where it stopped"):
+        load_run(tmp_path / "half")
+    original = (copy / "report.json").read_text()
+    for text, message in (
+        ("{broken", "not readable as JSON"),
+        ("{}", '"format": "adalayer-report"'),
+        (original.replace('"version": 1', '"version": 9'), "expected version 1, got 9"),
+        (original.replace('"energy_pj"', '"energy_xx"'), "not a complete report: KeyError"),
+    ):
+        (copy / "report.json").write_text(text)
+        with pytest.raises(FileFormatError, match=message):
+            load_run(copy)
+    (copy / "report.json").write_text(original)
+    plan = ada.Plan.load(copy / "plan.json")
+    ada.Plan({n: p for n, p in plan.layers.items() if n != "fc"}).save(copy / "plan.json")
+    with pytest.raises(PlanError, match=r"plan of another model.*'fc'"):
+        load_run(copy)
+    plan.layers["fc"] = ada.LayerPlan("fc", "linear", 7, None)
+    plan.save(copy / "plan.json")
+    with pytest.raises(PlanError, match="layer 'fc' has 7 weights there and 192 here"):
+        load_run(copy)
+    os.remove(copy / "plan.json")
+    with pytest.raises(FileFormatError, match=r"plan\.json"):
+        load_run(copy)
+
+
+# -- in a browser -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chromium(made: Path, tmp_path_factory) -> Browser:
+    """The page of the run, open."""
+    if not installed():
+        pytest.skip(MISSING)
+    root = tmp_path_factory.mktemp("browser")
+    write_page(load_run(made), root / "report.html")
+    with browser(root / "profile") as session:
+        session.open(root / "report.html")
+        yield session
+
+
+def column(session: Browser, heading: str) -> list[str]:
+    return session.run(
+        """const heads = Array.from(document.querySelectorAll("#layers thead th"));
+        const k = heads.findIndex((h) => h.textContent === arguments[0]);
+        return Array.from(document.querySelectorAll("#layers tbody tr"))
+          .filter((row) => !row.hidden).map((row) => row.cells[k].textContent);""",
+        heading,
+    )
+
+
+def sort_by(session: Browser, heading: str) -> str:
+    number = session.run(
+        """return 1 + Array.from(document.querySelectorAll("#layers thead th"))
+          .findIndex((h) => h.textContent === arguments[0]);""",
+        heading,
+    )
+    session.click(f"#layers thead th:nth-child({number}) button")
+    return session.run(f"return document.querySelector('#layers th:nth-child({number})').ariaSort;")
+
+
+def test_page_content(chromium: Browser) -> None:
+    assert chromium.run("return document.title") == "tiny <script>alert(1)</script>: uniform"
+    cards = chromium.run("return document.getElementById('summary').textContent")
+    assert "88.00 %" in cards and "-2.00" in cards and "estimated (codecarbon)" in cards
+    for picture in ("ribbon", "fingerprints", "bars", "frontier"):
+        width, height = chromium.run(
+            "const b = document.querySelector(`#${arguments[0]} svg`).getBoundingClientRect();"
+            "return [b.width, b.height];",
+            picture,
+        )
+        assert width > 400 and height > 100
+    assert column(chromium, "layer") == ["conv1", "conv2", "fc"]
+    assert column(chromium, "bits") == ["8", "4", "float"]
+    facts = chromium.run("return document.getElementById('facts').textContent")
+    assert "12.5 J per 1,000 images" in facts and "g CO2 (ITA)" in facts
+
+
+def test_sorting(chromium: Browser) -> None:
+    assert sort_by(chromium, "weights") == "ascending"
+    assert column(chromium, "weights") == ["192", "216", "864"]  # as numbers
+    assert sort_by(chromium, "weights") == "descending"
+    assert column(chromium, "layer") == ["conv2", "conv1", "fc"]
+    assert sort_by(chromium, "layer") == "ascending"
+    assert column(chromium, "layer") == ["conv1", "conv2", "fc"]
+    sort_by(chromium, "error")  # the float layer has none: last, in both directions
+    assert column(chromium, "layer")[-1] == "fc"
+    sort_by(chromium, "error")
+    assert column(chromium, "layer")[-1] == "fc"
+    marked = chromium.run("return document.querySelectorAll('#layers th[aria-sort]').length")
+    assert marked == 1
+
+
+def test_filtering(chromium: Browser) -> None:
+    chromium.type("#filter", "conv2")
+    assert column(chromium, "layer") == ["conv2"]
+    assert chromium.run("return document.getElementById('count').textContent") == "1 of 3 layers"
+    chromium.type("#filter", "nothing of the kind")
+    assert column(chromium, "layer") == []
+    chromium.run(
+        "const f = document.getElementById('filter'); f.value = '';"
+        "f.dispatchEvent(new Event('input'));"
+    )
+    chromium.click("#bits option[value='float']")
+    assert column(chromium, "layer") == ["fc"]
+    chromium.click("#bits option[value='']")
+    assert len(column(chromium, "layer")) == 3
+
+
+def test_light_dark_and_narrow(chromium: Browser) -> None:
+    colours = {}
+    for scheme in ("light", "dark"):
+        chromium.emulate(scheme)
+        colours[scheme] = chromium.run(
+            """const ink = document.querySelector("#bars svg text, #bars svg use");
+            const axes = document.querySelector("#bars svg path[style*='--ink'], "
+              + "#bars svg [style*='--ink']");
+            return [getComputedStyle(document.body).backgroundColor,
+                    getComputedStyle(document.body).color, getComputedStyle(axes).fill];"""
+        )
+    light, dark = colours["light"], colours["dark"]
+    assert light[0] == "rgb(254, 254, 254)" and dark[0] == "rgb(20, 23, 27)"
+    # Pictures are drawn in the page's own ink.
+    assert light[2] == light[1] and dark[2] == dark[1] and light[1] != dark[1]
+    chromium.emulate("light")
+    for width in (500, 1280):
+        chromium.resize(width, 900)
+        page_width, window = chromium.run(
+            "return [document.documentElement.scrollWidth, window.innerWidth];"
+        )
+        assert page_width <= window  # tables and pictures scroll in themselves
+
+
+def test_console_is_clean_and_nothing_is_requested(chromium: Browser) -> None:
+    chromium.run("document.getElementById('filter').value = '';")
+    assert [entry for entry in chromium.log("browser") if entry["level"] != "INFO"] == []
+    urls = []
+    for entry in chromium.log("performance"):
+        message = json.loads(entry["message"])["message"]
+        request = message["params"]
+        # The browser's own first tab asks for things, too.
+        if (
+            message["method"] == "Network.requestWillBeSent"
+            and request["documentURL"][:5] == "file:"
+        ):
+            urls.append(request["request"]["url"])
+    assert urls  # the page itself
+    assert all(url.startswith(("file:", "data:")) for url in urls), urls
