@@ -103,7 +103,7 @@ def compress(
     if plan is None:
         if method not in METHODS:
             raise PlanError(f"unknown method {method!r}: expected one of {METHODS}")
-        if budget is None and method in ("adalayer", "uniform", "optimal"):
+        if budget is None and method in ("adalayer", "uniform", "optimal", "rl"):
             raise BudgetError(f"method {method!r} needs a budget")
         if criterion is not None and method not in ("adalayer", "optimal"):
             raise PlanError(f"method {method!r} looks at no criterion, got {criterion!r}")

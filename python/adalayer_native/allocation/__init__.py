@@ -4,6 +4,7 @@ from .allocate import METHODS, allocate
 from .budget import Budget
 from .energy import plan_energy
 from .pareto import Frontier, pareto
+from .rl import RLSettings
 from .settings import Settings
 from .size import estimate_bytes, float_bytes, packed_bytes, safetensors_bytes
 from .tables import LayerTable
@@ -13,6 +14,7 @@ __all__ = [
     "Budget",
     "Frontier",
     "LayerTable",
+    "RLSettings",
     "Settings",
     "allocate",
     "estimate_bytes",

@@ -17,13 +17,14 @@ from .budget import Budget
 from .evaluate import Evaluator
 from .optimal import optimal
 from .problem import Fixed, Problem
+from .rl import RLSettings, rl
 from .settings import settings_of
 from .stages import STAGE_METHODS, stage_plan
 from .uniform import uniform
 
 __all__ = ["METHODS", "allocate"]
 
-METHODS = ("adalayer", "uniform", "optimal", *STAGE_METHODS)
+METHODS = ("adalayer", "uniform", "optimal", "rl", *STAGE_METHODS)
 
 
 def allocate(
@@ -55,7 +56,8 @@ def allocate(
     sparsity, chosen the same way. ``"optimal"`` measures what every width and sparsity costs in
     each layer, solves the multiple-choice knapsack under all limits together, and checks and
     repairs the plan on data that the tables have not seen; its plan carries each layer's
-    predicted loss increase, ``plan.scores[name]["E"]``. ``"fixed"``, ``"ascending"`` and
+    predicted loss increase, ``plan.scores[name]["E"]``. ``"rl"`` searches widths alone by deep
+    Q-learning over the layers; it is there for comparison. ``"fixed"``, ``"ascending"`` and
     ``"descending"`` give widths to stages. A size budget is about the real saved file, see
     :func:`~adalayer_native.allocation.estimate_bytes`.
 
@@ -76,7 +78,8 @@ def allocate(
         fixed: layers that are decided already, by any method: bits, ``(bits, sparsity)``, or an
             entry of another plan (``{"conv1": plan["conv1"]}``).
         exclude: layers, or modules with all their layers, that stay float.
-        options: for ``"optimal"``: fields of :class:`~adalayer_native.allocation.Settings`.
+        options: for ``"optimal"``: fields of :class:`~adalayer_native.allocation.Settings`; for
+            ``"rl"``: of :class:`~adalayer_native.allocation.RLSettings`.
         tables: for ``"optimal"``: directory that keeps its tables, one file per model, data and
             machine; default: the user's cache directory.
         cache: JSON file that keeps every trial, so that an interrupted search goes on.
@@ -94,8 +97,10 @@ def allocate(
         raise PlanError(f"unknown method {method!r}: expected one of {METHODS}")
     if candidates < 1:
         raise PlanError(f"candidates must be at least 1, got {candidates}")
-    if options and method != "optimal":
-        raise PlanError(f"method {method!r} takes no options; they are for method 'optimal'")
+    if options and method not in ("optimal", "rl"):
+        raise PlanError(
+            f"method {method!r} takes no options; they are for methods 'optimal' and 'rl'"
+        )
     if method == "optimal":
         plan = _optimal(
             model, budget, calibration, activation_bits, fixed, exclude, options, tables,
@@ -123,7 +128,13 @@ def allocate(
         evaluator = None
         if calibration is not None:
             evaluator = Evaluator(model, calibration, loss_fn, batches=batches, cache=cache)
-        if method == "uniform":
+        if method == "rl":
+            if evaluator is None:
+                raise CalibrationError("method 'rl' needs calibration data: it measures its plans")
+            plan = rl(problem, evaluator, RLSettings.of(options), progress=progress)
+            if scores is not None:
+                plan.scores = scores.as_dict()
+        elif method == "uniform":
             plan = uniform(problem, evaluator, progress=progress)
             if scores is not None:
                 plan.scores = scores.as_dict()

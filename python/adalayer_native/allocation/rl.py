@@ -1,0 +1,247 @@
+"""Method "rl": bit-widths by deep Q-learning over the layers.
+
+After Jung, Kim, Kim and Kim, "Reinforcement learning-based layer-wise quantization for lightweight
+deep neural networks", ICIP 2020: an agent walks through the network and gives each layer a width,
+looking at its number of parameters and at what is left of the budget. What the paper leaves open is
+ours: the state, the reward, and that widths which would break the budget are not offered. It is a
+search without tables: all it ever sees is the loss of whole plans. Method "optimal" decides from
+measured errors of single layers, prunes too, and needs fewer plans; ``docs/architecture.md``
+compares the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .._progress import ProgressBar
+from ..errors import PlanError
+from ..plan import Plan
+from .closed_form import MAX_BITS, MIN_BITS
+from .evaluate import Evaluator, Measurement, best_of
+from .problem import Choice, Problem
+
+__all__ = ["RLSettings", "rl"]
+
+FEATURES = 6
+WIDTHS = MAX_BITS - MIN_BITS + 1
+BATCH = 64  # transitions per gradient step
+UPDATES = 4  # gradient steps per episode
+FOLLOW = 0.05  # of the way that the target network follows per step
+GREEDY = 0.6  # share of the episodes over which exploration falls to its end
+EXPLORE = 0.05
+
+
+@dataclass(frozen=True)
+class RLSettings:
+    """Options of method ``"rl"``.
+
+    Attributes:
+        episodes: plans that are drawn; equal ones are measured once.
+        seed: of the network and of the exploration.
+        hidden: units of each of the network's two hidden layers.
+        rate: step of the Adam optimizer.
+    """
+
+    episodes: int = 200
+    seed: int = 0
+    hidden: int = 64
+    rate: float = 2e-3
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any] | None) -> RLSettings:
+        """Settings from a mapping.
+
+        Raises:
+            PlanError: an unknown option, or a value out of range.
+        """
+        known = {entry.name for entry in fields(cls)}
+        unknown = sorted(set(options or {}) - known)
+        if unknown:
+            raise PlanError(f"unknown options {unknown}: expected some of {sorted(known)}")
+        found = cls(**(options or {}))
+        if found.episodes < 1 or found.hidden < 1 or not found.rate > 0:
+            raise PlanError("episodes and hidden must be at least 1, and rate above 0")
+        return found
+
+
+def rl(
+    problem: Problem, evaluator: Evaluator, settings: RLSettings, *, progress: bool = True
+) -> Plan:
+    """The best plan that the search measured; the same seed gives the same plan.
+
+    Raises:
+        BudgetError: no widths keep the budget; states the smallest reachable size without pruning.
+    """
+    walk = _Walk(problem)
+    agent = _Agent(settings)
+    random = np.random.default_rng(settings.seed)
+    seen: dict[bytes, Measurement] = {}
+    reference: float | None = None
+    with ProgressBar("trying plans", settings.episodes, unit="plan", enabled=progress) as bar:
+        try:
+            for episode in range(settings.episodes):
+                # The last plan is what the network itself thinks best.
+                explore = 0.0
+                if episode + 1 < settings.episodes:
+                    share = min(1.0, episode / max(1.0, GREEDY * settings.episodes))
+                    explore = 1.0 + share * (EXPLORE - 1.0)
+                states, masks, actions = walk.episode(agent, explore, random)
+                key = actions.tobytes()
+                if key not in seen:
+                    seen[key] = evaluator.measure(problem.full(walk.choice(actions)))
+                loss = seen[key].loss
+                reference = loss if reference is None else reference
+                # In the logarithm: losses of plans differ by orders of magnitude.
+                agent.learn(states, masks, actions, -_log_ratio(loss, reference), random)
+                bar.advance(1, f"best loss {min(m.loss for m in seen.values()):.4f}")
+        finally:
+            evaluator.save()
+    keys, measured = list(seen), list(seen.values())
+    best = best_of(measured, evaluator.samples)
+    actions = np.frombuffer(keys[best], dtype=np.int64)
+    hyper = {"episodes": float(settings.episodes), "seed": float(settings.seed)}
+    plan = problem.plan(walk.choice(actions), "rl", hyper)
+    plan.measured = {**measured[best].as_dict(), "plans_tried": float(len(seen))}
+    return plan
+
+
+def _log_ratio(loss: float, reference: float) -> float:
+    floor = 1e-9
+    return float(np.log(max(loss, floor) / max(reference, floor)))
+
+
+# A state, what was done there, its reward, the state after it, what is offered there, and the end.
+Transition = tuple[np.ndarray, int, float, np.ndarray, np.ndarray, bool]
+
+
+class _Walk:
+    """The network as a sequence of decisions within a budget."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        table, constant, _ = problem.cost_table()
+        self.costs = table[:, :, 0]  # unpruned
+        limit = np.inf if problem.limit is None else problem.limit
+        self.room = limit - constant
+        cheapest = self.costs.min(axis=1)
+        # What the layers after each one need at least.
+        self.rest = np.append(np.cumsum(cheapest[::-1])[::-1][1:], 0.0)
+        if cheapest.sum() > self.room + 1e-9:
+            smallest = problem.cost(problem.uniform(MIN_BITS, 0.0))
+            if smallest > limit + 1e-9:
+                why = " without pruning, which method 'rl' does not do"
+                raise problem.impossible(smallest, why)
+            # The bound was too high and the file itself fits: 2 bits everywhere, nothing else.
+        counts = np.array([problem.layers[name].weight.numel() for name in problem.free], float)
+        self.size = np.log(counts) / np.log(counts.max()) if counts.max() > 1 else counts
+        self.share = counts / counts.sum()
+
+    def choice(self, actions: np.ndarray) -> Choice:
+        widths = (actions + MIN_BITS).tolist()
+        return {n: (b, 0.0) for n, b in zip(self.problem.free, widths, strict=True)}
+
+    def episode(
+        self, agent: _Agent, explore: float, random: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """States ``[layers, 6]``, offered widths ``[layers, 7]`` and the widths taken."""
+        layers = len(self.costs)
+        states = np.zeros((layers, FEATURES), dtype=np.float32)
+        masks = np.zeros((layers, WIDTHS), dtype=bool)
+        actions = np.zeros(layers, dtype=np.int64)
+        spent = 0.0
+        finite = np.isfinite(self.room)
+        for layer in range(layers):
+            left = self.room - spent - self.rest[layer]
+            masks[layer] = self.costs[layer] <= left + 1e-9
+            masks[layer, 0] = True
+            wide = self.costs[layer:, -1].sum()
+            states[layer] = (
+                layer / max(1, layers - 1),
+                self.size[layer],
+                self.share[layer],
+                min(1.0, (self.room - spent) / wide) if finite and wide > 0 else 1.0,
+                masks[layer].mean(),
+                (actions[layer - 1] + MIN_BITS) / MAX_BITS if layer else 0.0,
+            )
+            if random.random() < explore:
+                actions[layer] = random.choice(np.flatnonzero(masks[layer]))
+            else:
+                actions[layer] = agent.best(states[layer], masks[layer])
+            spent += self.costs[layer, actions[layer]]
+        return states, masks, actions
+
+
+class _Agent:
+    """A double deep Q-network with replay (van Hasselt et al., AAAI 2016)."""
+
+    def __init__(self, settings: RLSettings) -> None:
+        # Seeded apart from the caller's own random numbers.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            self.online, self.target = (_network(settings.hidden) for _ in range(2))
+        self.target.load_state_dict(self.online.state_dict())
+        self.optimizer = torch.optim.Adam(self.online.parameters(), settings.rate)
+        self.memory: list[Transition] = []
+
+    @torch.no_grad()
+    def best(self, state: np.ndarray, mask: np.ndarray) -> int:
+        values = self.online(torch.from_numpy(state)[None])[0].numpy()
+        return int(np.where(mask, values, -np.inf).argmax())
+
+    def learn(
+        self,
+        states: np.ndarray,
+        masks: np.ndarray,
+        actions: np.ndarray,
+        reward: float,
+        random: np.random.Generator,
+    ) -> None:
+        """Remember an episode, whose reward comes at its end, and take some gradient steps."""
+        last = len(actions) - 1
+        for layer, action in enumerate(actions.tolist()):
+            after = min(layer + 1, last)
+            end = layer == last
+            self.memory.append(
+                (states[layer], action, reward if end else 0.0, states[after], masks[after], end)
+            )
+        with torch.enable_grad():
+            for _ in range(UPDATES):
+                rows = random.integers(0, len(self.memory), BATCH)
+                self._step([self.memory[row] for row in rows])
+
+    def _step(self, rows: list[Transition]) -> None:
+        columns = list(zip(*rows, strict=True))
+        state, after = (torch.from_numpy(np.stack(columns[k])) for k in (0, 3))
+        action = torch.tensor(columns[1])[:, None]
+        reward, end = (torch.tensor(columns[k], dtype=torch.float32) for k in (2, 5))
+        mask = torch.from_numpy(np.stack(columns[4]))
+        with torch.no_grad():
+            chosen = self.online(after).masked_fill(~mask, -torch.inf).argmax(1, keepdim=True)
+            future = self.target(after).gather(1, chosen)[:, 0]
+            wanted: Tensor = reward + (1 - end) * future
+        found = self.online(state).gather(1, action)[:, 0]
+        loss = nn.functional.smooth_l1_loss(found, wanted)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        with torch.no_grad():
+            for mine, theirs in zip(
+                self.target.parameters(), self.online.parameters(), strict=True
+            ):
+                mine.lerp_(theirs, FOLLOW)
+
+
+def _network(hidden: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(FEATURES, hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, WIDTHS),
+    )
