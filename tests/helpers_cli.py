@@ -122,6 +122,8 @@ def make_quick(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     """Short timings (their values are not tested), wide tables, an own cache of images."""
     short = functools.partial(measure.model_milliseconds, seconds=0.01)
     monkeypatch.setattr(jobs, "model_milliseconds", short)
+    briefly = functools.partial(measure.inference_energy, seconds=0.01)
+    monkeypatch.setattr(jobs, "inference_energy", briefly)
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("ADALAYER_CACHE", str(cache))
 

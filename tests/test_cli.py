@@ -138,6 +138,49 @@ def test_bad_limits_and_overrides(monkeypatch, capsys, files, tmp_path, more, me
     assert message in " ".join(capsys.readouterr().err.split())
 
 
+def test_criterion_energy_frontier_and_report(monkeypatch, capsys, files, tmp_path) -> None:
+    pytest.importorskip("codecarbon", reason="needs the extra: pip install adalayer_native[energy]")
+    out = tmp_path / "out"
+    more = ("--method", "optimal", "--criterion", "kl", "--bits", 4, "--epochs", 0, "--quiet")
+    assert compress(monkeypatch, files, out, *more, "--energy-use", "--country", "ITA") == 0
+    report = load(out / "report.json")
+    assert report["criterion"] == "kl" and report["format"] == "adalayer-report"
+    assert set(report["energy"]) == {"compression", "float", "native"}
+    for use in report["energy"].values():
+        assert use["label"].startswith(("measured (", "estimated (")) and use["co2_grams"] >= 0
+    sizes = [point["bytes"] for point in report["frontier"]]
+    assert len(sizes) >= 2 and sizes == sorted(sizes)
+    for layer in report["layers"]:
+        assert layer["kernel"] and layer["microseconds"] >= 0 and layer["energy_pj"] > 0
+    page = tmp_path / "report.html"
+    assert run(monkeypatch, "report", out, "--out", page) == 0
+    assert "SmallNet: optimal" in page.read_text(encoding="utf-8")
+    assert run(monkeypatch, "info", out) == 0
+    assert "energy nJ" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--size", 0.2, "--country", "ITA"), "give --energy-use, too"),
+        (("--size", 0.2, "--criterion", "kurtosi"), "did you mean 'kurtosis'"),
+        (("--size", 0.2, "--criterion", "kl", "--method", "uniform"), "looks at no criterion"),
+    ],
+)
+def test_bad_criteria_and_energy(monkeypatch, capsys, files, tmp_path, more, message) -> None:
+    assert compress(monkeypatch, files, tmp_path / "o", *more, "--epochs", 0, "--quiet") == 1
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_missing_energy_extra_names_it(monkeypatch, capsys, files, tmp_path) -> None:
+    monkeypatch.setitem(sys.modules, "codecarbon", None)
+    monkeypatch.setattr("adalayer_native.energy.meter.counters", list)
+    more = ("--size", 0.2, "--energy-use", "--epochs", 0, "--quiet")
+    assert compress(monkeypatch, files, tmp_path / "o", *more) == 1
+    assert "install adalayer_native[energy]" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "o").exists()  # before any work
+
+
 def test_a_malformed_fix_is_a_usage_error(monkeypatch, capsys, files, tmp_path) -> None:
     for text in ("conv1", "conv1=four", "=4"):
         assert compress(monkeypatch, files, tmp_path / "o", "--size", 0.2, "--fix", text) == 2
@@ -320,6 +363,9 @@ def test_demo(monkeypatch, capsys, tmp_path) -> None:
         assert text in printed
     sizes = [(tmp_path / f"{name}.safetensors").stat().st_size for name in ("uniform", "adalayer")]
     assert (tmp_path / "ribbon.png").stat().st_size > 10_000
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "AdaLayerNet on digits: adalayer" in page and 'id="frontier"' in page
+    assert load(tmp_path / "report.json")["frontier"]
     assert max(sizes) <= 0.1 * 5_579_816
 
 

@@ -13,6 +13,7 @@ __all__ = [
     "BudgetError",
     "CalibrationError",
     "DataError",
+    "EnergyError",
     "FileFormatError",
     "InputError",
     "MissingExtraError",
@@ -39,6 +40,10 @@ class CalibrationError(AdaError, ValueError):
 
 class DataError(AdaError, ValueError):
     """A dataset that cannot be read: missing directory, unreadable or oversized image."""
+
+
+class EnergyError(AdaError, ValueError):
+    """Energy that cannot be metered: an unknown country, or a meter that gives nothing."""
 
 
 class FileFormatError(AdaError, ValueError):

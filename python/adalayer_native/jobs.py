@@ -21,7 +21,7 @@ from adalayer_native.allocation import Budget, float_bytes, pareto
 from adalayer_native.compress import Compressed, compress
 from adalayer_native.data import Batches, ImageDataset, Loaders, digits, loaders, open_dataset
 from adalayer_native.energy import Meter
-from adalayer_native.errors import AdaError, BudgetError, FileFormatError, UnsupportedModelError
+from adalayer_native.errors import BudgetError, EnergyError, FileFormatError, UnsupportedModelError
 from adalayer_native.measure import accuracy, inference_energy, model_milliseconds
 from adalayer_native.models import get_model, load_weights
 from adalayer_native.report import comparison_table, error_table, figure6_table, record
@@ -107,7 +107,7 @@ def run_compress(job: CompressJob) -> dict[str, Any]:
     if not job.weights.is_file():
         raise FileFormatError(f"weight file {os.fspath(job.weights)!r} does not exist")
     if job.country is not None and not job.energy:
-        raise AdaError("a country is for the CO2 of the energy that is used: give --energy")
+        raise EnergyError("a country is for the CO2 of the energy used: give --energy-use, too")
     # A missing extra or an unknown country shows now, too.
     meter = Meter(country=job.country) if job.energy else None
     # Also shows now, not at the end, whether the directory can be written.

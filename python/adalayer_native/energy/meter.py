@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ..errors import AdaError, MissingExtraError
+from ..errors import EnergyError, MissingExtraError
 
 __all__ = ["EnergyUse", "Meter", "counters"]
 
@@ -162,7 +162,8 @@ class Meter:
     Raises:
         MissingExtraError: an estimate or a country's intensity is needed, and codecarbon is not
             installed.
-        ValueError: an unknown country, or an intensity below 0.
+        EnergyError: an unknown country, or an intensity below 0; on leaving, if codecarbon gives
+            nothing.
     """
 
     def __init__(
@@ -173,7 +174,7 @@ class Meter:
         found: list[Counter] | None = None,
     ) -> None:
         if grams_per_kwh is not None and not grams_per_kwh >= 0:
-            raise ValueError(f"grams_per_kwh must not be negative, got {grams_per_kwh!r}")
+            raise EnergyError(f"grams_per_kwh must not be negative, got {grams_per_kwh!r}")
         self.country, self.grams_per_kwh = country, grams_per_kwh
         self._counters = counters() if found is None else found
         self._estimates = not any(c.part == "cpu" for c in self._counters)
@@ -232,7 +233,7 @@ class Meter:
                 self._tracker.stop()
             estimate = getattr(self._tracker, "final_emissions_data", None)
             if estimate is None and error is None:  # it logs its own errors and goes on
-                raise AdaError("codecarbon measured nothing; its log says why")
+                raise EnergyError("codecarbon measured nothing; its log says why")
         if self._estimates and estimate is not None:
             parts = {
                 "cpu": estimate.cpu_energy * KWH,
@@ -274,7 +275,7 @@ def _tracker(country: str | None) -> Any:
     if country is not None:
         known = _countries(codecarbon)
         if known and country not in known:
-            raise ValueError(
+            raise EnergyError(
                 f"unknown country {country!r}: expected an ISO 3166 alpha-3 code such as 'ITA'"
             )
     logging.getLogger("codecarbon").setLevel(logging.ERROR)

@@ -17,7 +17,7 @@ from torch import nn
 
 from .._files import write_text_atomic
 from .._progress import ProgressBar
-from ..errors import CalibrationError, UnsupportedModelError
+from ..errors import CalibrationError, PlanError, UnsupportedModelError
 from ..plan import layer_kind, supported_layers
 from ..rounding import conv_form, layer_form, quantize_weight
 from .batches import Batch, LossFn, iterate, loss_of, metric_name, tensor_bytes
@@ -86,7 +86,8 @@ def analyze(
     Raises:
         CalibrationError: empty loader, NaN or infinity in data, weights, or outputs.
         UnsupportedModelError: no supported layer, or shared modules or weights.
-        ValueError: unknown criterion, bits or weights out of range.
+        PlanError: unknown criterion, or bits out of range.
+        ValueError: alpha or beta out of range.
         ImportError: ``workers`` or ``address`` without Ray.
     """
     chosen = _chosen(criterion, criteria)
@@ -204,7 +205,7 @@ class _Measurement:
 def _chosen(criterion: str | None, criteria: Sequence[str]) -> list[Criterion]:
     """What to measure; the first is A."""
     if isinstance(criteria, str):
-        raise ValueError(f"criteria must be a sequence of names, got the text {criteria!r}")
+        raise PlanError(f"criteria must be a sequence of names, got the text {criteria!r}")
     names = list(criteria) or ["accuracy"]
     if criterion is not None:
         names = [criterion, *(name for name in criteria if name != criterion)]

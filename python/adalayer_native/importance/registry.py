@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import PlanError
 from .batches import Batch, LossFn
 
 __all__ = ["CRITERIA", "Criterion", "Measure", "Probe", "criterion", "criterion_of"]
@@ -117,10 +118,10 @@ def criterion_of(name: str) -> Criterion:
     """The criterion of a name.
 
     Raises:
-        ValueError: there is none; the message names all and the closest.
+        PlanError: there is none; the message names all and the closest.
     """
     if name not in CRITERIA:
         close = difflib.get_close_matches(str(name), CRITERIA, n=1, cutoff=0.6)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"unknown criterion {name!r}: {hint}expected one of {sorted(CRITERIA)}")
+        raise PlanError(f"unknown criterion {name!r}: {hint}expected one of {sorted(CRITERIA)}")
     return CRITERIA[name]
