@@ -37,6 +37,8 @@ def test_near_the_best_of_all_plans() -> None:
     assert found == pytest.approx(
         evaluator.measure({n: (e.bits, 0.0) for n, e in plan.layers.items()}).loss, rel=1e-5
     )
+    uniform = evaluator.measure(dict.fromkeys(counts, (4, 0.0))).loss
+    assert found <= uniform * (1 + 1e-5)  # the first plan that is tried
     # Of all plans within the budget, among the best tenth, having measured fewer than half.
     assert plan.measured["plans_tried"] < 0.5 * len(losses)
     assert found <= losses[len(losses) // 10]

@@ -3,10 +3,11 @@
 After Jung, Kim, Kim and Kim, "Reinforcement learning-based layer-wise quantization for lightweight
 deep neural networks", ICIP 2020: an agent walks through the network and gives each layer a width,
 looking at its number of parameters and at what is left of the budget. What the paper leaves open is
-ours: the state, the reward, and that widths which would break the budget are not offered. It is a
-search without tables: all it ever sees is the loss of whole plans. Method "optimal" decides from
-measured errors of single layers, prunes too, and needs fewer plans; ``docs/architecture.md``
-compares the two.
+ours: the state, the reward, that widths which would break the budget are not offered, and that the
+first plan is the widest uniform one, so that the search never ends below it.
+
+It is a search without tables: all it ever sees is the loss of whole plans. Method "optimal" decides
+from measured errors of single layers and prunes, too; ``python -m bench.search`` compares the two.
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ __all__ = ["RLSettings", "rl"]
 FEATURES = 6
 WIDTHS = MAX_BITS - MIN_BITS + 1
 BATCH = 64  # transitions per gradient step
-UPDATES = 4  # gradient steps per episode
+UPDATES = 1  # gradient steps per decision: an episode's reward has to get back to its first layer
 FOLLOW = 0.05  # of the way that the target network follows per step
-GREEDY = 0.6  # share of the episodes over which exploration falls to its end
+GREEDY = 0.5  # share of the episodes over which exploration falls to its end
 EXPLORE = 0.05
+FAR = 0.25  # share of explored decisions that take any width; the others take a neighbouring one
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ def rl(
                 if episode + 1 < settings.episodes:
                     share = min(1.0, episode / max(1.0, GREEDY * settings.episodes))
                     explore = 1.0 + share * (EXPLORE - 1.0)
-                states, masks, actions = walk.episode(agent, explore, random)
+                first = walk.uniform if episode == 0 else None
+                states, masks, actions = walk.episode(agent, explore, random, first)
                 key = actions.tobytes()
                 if key not in seen:
                     seen[key] = evaluator.measure(problem.full(walk.choice(actions)))
@@ -142,14 +145,22 @@ class _Walk:
         self.size = np.log(counts) / np.log(counts.max()) if counts.max() > 1 else counts
         self.share = counts / counts.sum()
 
+        fitting = self.costs.sum(axis=0) <= self.room + 1e-9
+        widest = int(np.flatnonzero(fitting).max()) if fitting.any() else 0
+        self.uniform = np.full(len(self.costs), widest, dtype=np.int64)
+
     def choice(self, actions: np.ndarray) -> Choice:
         widths = (actions + MIN_BITS).tolist()
         return {n: (b, 0.0) for n, b in zip(self.problem.free, widths, strict=True)}
 
     def episode(
-        self, agent: _Agent, explore: float, random: np.random.Generator
+        self,
+        agent: _Agent,
+        explore: float,
+        random: np.random.Generator,
+        given: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """States ``[layers, 6]``, offered widths ``[layers, 7]`` and the widths taken."""
+        """States ``[layers, 6]``, offered widths ``[layers, 7]`` and the widths taken or given."""
         layers = len(self.costs)
         states = np.zeros((layers, FEATURES), dtype=np.float32)
         masks = np.zeros((layers, WIDTHS), dtype=bool)
@@ -169,12 +180,23 @@ class _Walk:
                 masks[layer].mean(),
                 (actions[layer - 1] + MIN_BITS) / MAX_BITS if layer else 0.0,
             )
+            if given is not None:
+                actions[layer] = given[layer]
+                spent += self.costs[layer, actions[layer]]
+                continue
+            actions[layer] = agent.best(states[layer], masks[layer])
             if random.random() < explore:
-                actions[layer] = random.choice(np.flatnonzero(masks[layer]))
-            else:
-                actions[layer] = agent.best(states[layer], masks[layer])
+                actions[layer] = _explored(int(actions[layer]), masks[layer], random)
             spent += self.costs[layer, actions[layer]]
         return states, masks, actions
+
+
+def _explored(action: int, mask: np.ndarray, random: np.random.Generator) -> int:
+    """Another width: in a deep network, plans of random widths are all alike bad."""
+    offered = np.flatnonzero(mask)
+    if random.random() >= FAR:
+        offered = offered[np.abs(offered - action) <= 1]
+    return int(random.choice(offered))
 
 
 class _Agent:
@@ -188,6 +210,7 @@ class _Agent:
         self.target.load_state_dict(self.online.state_dict())
         self.optimizer = torch.optim.Adam(self.online.parameters(), settings.rate)
         self.memory: list[Transition] = []
+        self.best_reward = -np.inf
 
     @torch.no_grad()
     def best(self, state: np.ndarray, mask: np.ndarray) -> int:
@@ -207,11 +230,10 @@ class _Agent:
         for layer, action in enumerate(actions.tolist()):
             after = min(layer + 1, last)
             end = layer == last
-            self.memory.append(
-                (states[layer], action, reward if end else 0.0, states[after], masks[after], end)
-            )
+            self.memory.append((states[layer], action, reward, states[after], masks[after], end))
+        self.best_reward = max(self.best_reward, reward)
         with torch.enable_grad():
-            for _ in range(UPDATES):
+            for _ in range(UPDATES * len(actions)):
                 rows = random.integers(0, len(self.memory), BATCH)
                 self._step([self.memory[row] for row in rows])
 
@@ -219,12 +241,15 @@ class _Agent:
         columns = list(zip(*rows, strict=True))
         state, after = (torch.from_numpy(np.stack(columns[k])) for k in (0, 3))
         action = torch.tensor(columns[1])[:, None]
-        reward, end = (torch.tensor(columns[k], dtype=torch.float32) for k in (2, 5))
+        reward, end = torch.tensor(columns[2]), torch.tensor(columns[5])
         mask = torch.from_numpy(np.stack(columns[4]))
         with torch.no_grad():
             chosen = self.online(after).masked_fill(~mask, -torch.inf).argmax(1, keepdim=True)
             future = self.target(after).gather(1, chosen)[:, 0]
-            wanted: Tensor = reward + (1 - end) * future
+            # All that follows is decided, so what an episode reached is a lower bound of the value
+            # (optimality tightening, He et al., ICLR 2017), and the best of all an upper one.
+            promised = torch.where(end, reward, future).clamp(max=self.best_reward)
+            wanted: Tensor = torch.maximum(reward, promised)
         found = self.online(state).gather(1, action)[:, 0]
         loss = nn.functional.smooth_l1_loss(found, wanted)
         self.optimizer.zero_grad()
