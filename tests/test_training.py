@@ -430,3 +430,31 @@ def test_float_training_refuses() -> None:
         fit(model(), batches(1), 1, **fit_options(label_smoothing=1.5))
     with pytest.raises(CalibrationError, match="empty"):
         fit(model(), [], 1, **fit_options())
+
+
+def test_l2_term_on_activations_keeps_them_small() -> None:
+    def size(trained: nn.Module) -> float:
+        """Mean square of what enters the linear layer."""
+        seen: list[float] = []
+        layers = layers_of(trained)
+        last = layers[list(layers)[-1]]
+        handle = last.register_forward_pre_hook(
+            lambda _, x: seen.append(float(x[0].square().mean()))
+        )
+        with torch.no_grad():
+            trained(batches(1)[0][0])
+        handle.remove()
+        return seen[0]
+
+    sizes = {}
+    for weight in (0.0, 1.0, 5.0):
+        trained = prepared_model()
+        run(trained, batches(), activation_l2=weight)
+        assert not any(layer._forward_pre_hooks for layer in layers_of(trained).values())
+        sizes[weight] = size(trained)
+    assert sizes[5.0] < 0.7 * sizes[0.0] and sizes[5.0] < sizes[1.0] < sizes[0.0]
+    plain = prepared_model()
+    run(plain, batches())
+    assert size(plain) == sizes[0.0]  # off by default
+    with pytest.raises(PlanError, match="activation_l2"):
+        run(prepared_model(), batches(), activation_l2=-1.0)

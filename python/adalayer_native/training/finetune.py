@@ -35,6 +35,7 @@ __all__ = ["finetune"]
 @dataclass
 class _Options(LoopOptions):
     eta: float
+    activation_l2: float
     distill_weight: float
     temperature: float
     learn_scales: bool
@@ -47,6 +48,7 @@ class _Options(LoopOptions):
     def check(self, caller: str) -> None:
         super().check(caller)
         check_range(caller, "eta", self.eta, 0.0, 1e6)
+        check_range(caller, "activation_l2", self.activation_l2, 0.0, 1e6)
         check_range(caller, "distill_weight", self.distill_weight, 0.0, 1.0)
         check_range(caller, "temperature", self.temperature, 1e-3, 1e3)
         check_range(caller, "ramp", self.ramp, 0.0, 1.0)
@@ -64,6 +66,7 @@ def finetune(
     momentum: float = 0.9,
     weight_decay: float = 1e-4,
     eta: float = 1e-4,
+    activation_l2: float = 0.0,
     scores: Mapping[str, Any] | None = None,
     teacher: nn.Module | None = None,
     distill_weight: float = 0.7,
@@ -117,6 +120,10 @@ def finetune(
         weight_decay: of float layers' weights; quantized weights, biases and batch norms have none
             (a decaying weight on a grid only drifts off its level).
         eta: weight of the norm term.
+        activation_l2: weight of ``mean_l mean(a_l^2)``, ``a_l`` what enters the quantized layer l:
+            it keeps the range of activations small, so that few bits hold them (Zhu, Zhou and Li,
+            "Adaptive layerwise quantization for deep neural network compression", ICME 2018). 0:
+            off.
         scores: importance ``I`` per layer name: a number, or a mapping with the key ``"I"``.
         teacher: float model; used in evaluation mode, unchanged.
         distill_weight: ``d``, 0 to 1.
@@ -163,6 +170,7 @@ def finetune(
         seed=seed,
         amp=bf16_helps() if amp == "auto" else bool(amp),
         eta=eta if scores is not None else 0.0,
+        activation_l2=activation_l2,
         distill_weight=distill_weight if teacher is not None else 0.0,
         temperature=temperature,
         learn_scales=learn_scales,
@@ -216,6 +224,7 @@ class _Finetuning(Loop):
         super().__init__(model, loader, options, identity)
         self.layers = layers_of(model)
         self.penalties = penalties
+        self.energies: list[Tensor] = []  # mean squares of what entered the layers in this step
         self.norms = list(batch_norms(model).values())
         self.scales: list[StepSize] = []
         self.schedule = CompressionSchedule(
@@ -261,7 +270,18 @@ class _Finetuning(Loop):
         if self.teacher is not None:
             with torch.no_grad():
                 target = self.teacher(x)
-        return self.model(x), target
+        self.energies = []
+        if self.options.activation_l2 == 0.0:
+            return self.model(x), target
+        handles = [layer.register_forward_pre_hook(self._energy) for layer in self.layers.values()]
+        try:
+            return self.model(x), target
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _energy(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.energies.append(inputs[0].float().square().mean())
 
     def loss(self, logits: Tensor, labels: Tensor | None, extra: Tensor | None) -> Tensor:
         options = self.options
@@ -273,6 +293,8 @@ class _Finetuning(Loop):
             distill_weight=options.distill_weight,
             temperature=options.temperature,
         )
+        if self.energies:
+            loss = loss + options.activation_l2 * torch.stack(self.energies).mean()
         if options.eta > 0.0:
             norms = [
                 weight * self.layers[name].quantized_weight().abs().mean()
