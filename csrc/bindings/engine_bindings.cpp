@@ -177,7 +177,7 @@ py::list profile(const Engine& e, int64_t batch, int threads, int rounds) {
   py::list out;
   for (const NodeProfile& n : profiles)
     out.append(py::make_tuple(n.name, op_name(n.op), n.kernel, n.bits, n.macs, n.packed_bytes,
-                              n.derived_bytes, n.microseconds));
+                              n.derived_bytes, n.microseconds, n.why));
   return out;
 }
 

@@ -17,6 +17,7 @@
 #include "cpu/dispatch.hpp"
 #include "cpu/kernel_table.hpp"
 #include "cpu/probe.hpp"
+#include "cpu/sparse_choice.hpp"
 #include "formats/canonical.hpp"
 #include "reference/reference.hpp"
 
@@ -131,7 +132,8 @@ py::dict header(uintptr_t packed, size_t size) {
   const formats::CanonicalHeader h = formats::read_header(bytes_at(packed, size));
   py::dict d;
   d["bits"] = h.bits;
-  d["encoding"] = h.encoding == 0 ? "dense" : "bitmask";
+  static constexpr const char* kEncodings[] = {"dense", "bitmask", "blocks"};
+  d["encoding"] = kEncodings[h.encoding];
   d["shape"] = py::make_tuple(h.out_channels, h.group_in, h.kernel_h, h.kernel_w);
   d["stored"] = h.stored;
   d["payload_bytes"] = h.payload_bytes;
@@ -193,6 +195,10 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("active_isa", [] { return std::string(isa_name(active_isa())); });
   m.def("force_isa", [](const std::string& name) { force_isa(name); });
+  m.def("set_sparse_policy", [](const std::string& name) {
+    cpu::set_sparse_policy(name);
+    cpu::clear_weight_cache();  // what is derived already was derived under another policy
+  });
   m.def("fork_join_seconds", [](int threads, int rounds) {
     // The cost of an empty parallel loop, for bench/test_threads.py.
     const py::gil_scoped_release release;

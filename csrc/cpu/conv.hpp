@@ -14,6 +14,7 @@
 #include "cpu/conv_epilogue.hpp"
 #include "cpu/image_layout.hpp"
 #include "cpu/kernel_table.hpp"
+#include "cpu/sparse_panels.hpp"
 #include "reference/spec.hpp"
 
 namespace adalayer::cpu {
@@ -50,13 +51,14 @@ struct ConvPlan {
   const TileArrangement* arrangement = nullptr;  // of 8-bit panels
 
   int64_t pairs() const { return shape.groups * ((column_tiles + 1) / 2); }
+  int64_t all_tiles() const { return shape.groups * column_tiles; }
   bool arranged(int bits) const { return bits == 8 && arrangement != nullptr; }
-  int64_t packed_tile_bytes(int bits) const {
-    return steps * 128 * bits + (arranged(bits) ? arrangement->extra_bytes(steps) : 0);
+  /// Of a column tile with tiles for so many steps.
+  int64_t panel_bytes(int64_t step_count, int bits) const {
+    return step_count * 128 * bits + (arranged(bits) ? arrangement->extra_bytes(step_count) : 0);
   }
-  int64_t packed_bytes(int bits) const {
-    return shape.groups * column_tiles * packed_tile_bytes(bits);
-  }
+  int64_t packed_tile_bytes(int bits) const { return panel_bytes(steps, bits); }
+  int64_t packed_bytes(int bits) const { return all_tiles() * packed_tile_bytes(bits); }
 };
 
 /// Where output (y, x) of the convolution goes: to (first_y + y * step_y, first_x + x * step_x) of
@@ -70,13 +72,34 @@ struct OutputMap {
 Padding padding_of(const ConvShape& shape);
 
 /// `in` has room for the padding that the shape asks for (image_layout.hpp; padding may be negative
-/// here). `out` is null for a float output, `residual` where there is none.
+/// here). `out` is null for a float output, `residual` where there is none. `by_pixel` keeps a step
+/// within one kernel position even where that takes more of them: blocks of zeros do so as well.
 ConvPlan plan_conv(const ConvShape& shape, const ImageLayout& in, const ImageLayout* out,
-                   const ImageLayout* residual, const KernelRow& kernels,
-                   const OutputMap& map = {});
+                   const ImageLayout* residual, const KernelRow& kernels, const OutputMap& map = {},
+                   bool by_pixel = false);
 
 /// What the kernels of a row want.
 Positions positions_for(const KernelRow& kernels);
+
+/// Tile `step` of column tile `tile` (of all groups) of weights [O][I/groups][KH][KW], unpacked.
+void fill_tile(const ConvPlan& plan, std::span<const int8_t> weights, int64_t tile, int64_t step,
+               int8_t* out);
+
+/// Writes one column tile's panel of the given steps (panel_bytes of it) after another.
+class PanelWriter {
+ public:
+  PanelWriter(const ConvPlan& plan, std::span<const int8_t> weights, int bits, uint8_t* out);
+  void write(int64_t tile, std::span<const int32_t> steps);
+  uint8_t* end() const { return out_; }
+
+ private:
+  const ConvPlan& plan_;
+  std::span<const int8_t> weights_;
+  int bits_;
+  uint8_t* out_;
+  AlignedBuffer scratch_;
+  std::vector<uint8_t> live_quads_;
+};
 
 /// Writes the panels of `weights` [O][I/groups][KH][KW]: [group][column tile][step] tiles, each
 /// packed to 128 * bits bytes (formats/FORMATS.md, "Panels"); 8-bit tiles are then arranged, where
@@ -118,11 +141,12 @@ struct ConvCall {
   const uint8_t* in;  // first image
   int64_t images;
   uint8_t* out;
-  const uint8_t* residual;  // or null
-  bool by_columns;          // parts are column pairs, else blocks of positions
-  bool other_order;         // of the loops, than what the sizes suggest
-  WeightStream* stream;     // of this thread, or null
-  int64_t segment;          // this convolution's in the stream
+  const uint8_t* residual;               // or null
+  bool by_columns;                       // parts are column pairs, else blocks of positions
+  bool other_order;                      // of the loops, than what the sizes suggest
+  WeightStream* stream;                  // of this thread, or null
+  int64_t segment;                       // this convolution's in the stream
+  const SparsePanels* sparse = nullptr;  // of the panels, unless they are dense
 };
 
 /// The same with a plain tensor as output, of whole images: floats or levels, NCHW or NHWC.
@@ -138,9 +162,10 @@ void run_conv(const ConvCall& call, const KernelRow& kernels, Part part);
 void run_conv(const TensorConvCall& call, const KernelRow& kernels, Part part);
 
 /// Bytes [first, second) of the panels that a part by columns reads.
-std::pair<int64_t, int64_t> weight_range(const ConvPlan& plan, int bits, Part part);
+std::pair<int64_t, int64_t> weight_range(const ConvPlan& plan, const SparsePanels* sparse, int bits,
+                                         Part part);
 
 /// How to cut a convolution for `threads` threads: by columns where weights are the larger side.
-bool prefers_columns(const ConvPlan& plan, int bits, int threads);
+bool prefers_columns(const ConvPlan& plan, int64_t panel_bytes, int threads);
 
 }  // namespace adalayer::cpu

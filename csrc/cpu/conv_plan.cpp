@@ -21,13 +21,14 @@ struct Stretch {
 /// Kernel rows whole where their pixels are neighbours, else pixel by pixel: whatever needs fewer
 /// products. Those are made of whole steps by the tile unit, which wants flattened positions, and
 /// of quads of bytes elsewhere.
-std::vector<Stretch> stretches(const ConvShape& s, int64_t pitch, Positions positions) {
+std::vector<Stretch> stretches(const ConvShape& s, int64_t pitch, Positions positions,
+                               bool by_pixel) {
   const int64_t unit = positions == Positions::Flattened ? kTileDepth : 4;
   const auto units = [&](int64_t columns) {
     const int64_t bytes = (columns - 1) * pitch + s.group_in();
     return (bytes + unit - 1) / unit;
   };
-  const bool whole = s.dilation_w == 1 && units(s.kernel_w) <= s.kernel_w * units(1);
+  const bool whole = !by_pixel && s.dilation_w == 1 && units(s.kernel_w) <= s.kernel_w * units(1);
   std::vector<Stretch> list;
   for (int64_t ky = 0; ky < s.kernel_h; ++ky) {
     if (whole)
@@ -128,7 +129,8 @@ Padding padding_of(const ConvShape& s) {
 }
 
 ConvPlan plan_conv(const ConvShape& shape, const ImageLayout& in, const ImageLayout* out,
-                   const ImageLayout* residual, const KernelRow& kernels, const OutputMap& map) {
+                   const ImageLayout* residual, const KernelRow& kernels, const OutputMap& map,
+                   bool by_pixel) {
   const Positions positions = positions_for(kernels);
   if (in.image_bytes > INT32_MAX || (out != nullptr && out->image_bytes > INT32_MAX))
     throw InvalidArgument("convolution: an image of 2^31 or more bytes is not supported");
@@ -147,7 +149,7 @@ ConvPlan plan_conv(const ConvShape& shape, const ImageLayout& in, const ImageLay
     plan.out_pitch = out->pitch;
   }
   if (residual != nullptr) plan.residual_image_bytes = residual->image_bytes;
-  const std::vector<Stretch> list = stretches(shape, in.pitch, positions);
+  const std::vector<Stretch> list = stretches(shape, in.pitch, positions, by_pixel);
   plan_steps(plan, list, in.pitch);
   if (out_h <= 0 || out_w <= 0) return plan;
   for (const Rows& rows : row_runs(shape, in, positions)) {
@@ -182,34 +184,52 @@ ConvPlan plan_conv(const ConvShape& shape, const ImageLayout& in, const ImageLay
   return plan;
 }
 
-void pack_panels(const ConvPlan& plan, std::span<const int8_t> weights, int bits, uint8_t* out) {
-  const ConvShape& s = plan.shape;
-  const int64_t outs = s.group_out(), reduction = s.reduction();
-  int8_t tile[kTileBytes];
-  AlignedBuffer scratch;
-  if (plan.arranged(bits))
-    scratch = AlignedBuffer(static_cast<size_t>(plan.arrangement->scratch_bytes(plan.steps)));
-  for (int64_t g = 0; g < s.groups; ++g) {
-    for (int64_t t = 0; t < plan.column_tiles; ++t) {
-      uint8_t* const first = out;
-      for (int64_t step = 0; step < plan.steps; ++step) {
-        for (int64_t depth = 0; depth < kTileDepth; ++depth) {
-          const int32_t from = plan.source[step * kTileDepth + depth];
-          for (int64_t n = 0; n < kTileWidth; ++n) {
-            const int64_t o = t * kTileWidth + n;
-            tile[depth / 4 * 64 + n * 4 + depth % 4] =
-                from < 0 || o >= outs ? int8_t{0} : weights[(g * outs + o) * reduction + from];
-          }
-        }
-        formats::pack_tile(tile, bits, out);
-        out += 128 * bits;
-      }
-      if (plan.arranged(bits))
-        plan.arrangement->arrange(reinterpret_cast<int8_t*>(first), plan.steps,
-                                  plan.live_quads.data(), scratch.data());
-      out = first + plan.packed_tile_bytes(bits);
+void fill_tile(const ConvPlan& plan, std::span<const int8_t> weights, int64_t tile, int64_t step,
+               int8_t* out) {
+  const int64_t outs = plan.shape.group_out(), reduction = plan.shape.reduction();
+  const int64_t group = tile / plan.column_tiles;
+  const int64_t first = tile % plan.column_tiles * kTileWidth;
+  for (int64_t depth = 0; depth < kTileDepth; ++depth) {
+    const int32_t from = plan.source[step * kTileDepth + depth];
+    for (int64_t n = 0; n < kTileWidth; ++n) {
+      const int64_t o = first + n;
+      out[depth / 4 * 64 + n * 4 + depth % 4] =
+          from < 0 || o >= outs ? int8_t{0} : weights[(group * outs + o) * reduction + from];
     }
   }
+}
+
+PanelWriter::PanelWriter(const ConvPlan& plan, std::span<const int8_t> weights, int bits,
+                         uint8_t* out)
+    : plan_(plan), weights_(weights), bits_(bits), out_(out) {
+  if (plan.arranged(bits))
+    scratch_ = AlignedBuffer(static_cast<size_t>(plan.arrangement->scratch_bytes(plan.steps)));
+}
+
+void PanelWriter::write(int64_t tile, std::span<const int32_t> steps) {
+  int8_t unpacked[kTileBytes];
+  uint8_t* const first = out_;
+  const auto count = static_cast<int64_t>(steps.size());
+  for (int64_t k = 0; k < count; ++k) {
+    fill_tile(plan_, weights_, tile, steps[k], unpacked);
+    formats::pack_tile(unpacked, bits_, first + k * 128 * bits_);
+  }
+  if (plan_.arranged(bits_)) {
+    live_quads_.clear();
+    for (const int32_t step : steps)
+      live_quads_.push_back(plan_.live_quads[step]);
+    plan_.arrangement->arrange(reinterpret_cast<int8_t*>(first), count, live_quads_.data(),
+                               scratch_.data());
+  }
+  out_ = first + plan_.panel_bytes(count, bits_);
+}
+
+void pack_panels(const ConvPlan& plan, std::span<const int8_t> weights, int bits, uint8_t* out) {
+  std::vector<int32_t> steps(static_cast<size_t>(plan.steps));
+  std::iota(steps.begin(), steps.end(), 0);
+  PanelWriter writer(plan, weights, bits, out);
+  for (int64_t t = 0; t < plan.all_tiles(); ++t)
+    writer.write(t, steps);
 }
 
 }  // namespace adalayer::cpu

@@ -31,6 +31,7 @@ static_assert(kGemvRows * kFewTiles * kTileWidth <= 2 * kSums);
 /// Buffers of one thread; they grow to the largest layer and stay.
 struct Scratch {
   AlignedBuffer unpacked, sums;
+  AlignedBuffer step_offsets, live_quads;  // of the steps that a column tile has
 };
 Scratch& scratch() {
   thread_local Scratch s;
@@ -50,32 +51,73 @@ struct Columns {
   int tiles = 0;
 };
 
+// Where the tiles of columns without a step would be: panels of zeros alone take no memory.
+alignas(64) constexpr int8_t kNoTiles[64] = {};
+
+/// The steps of the reduction that some columns have weights for.
+struct Steps {
+  int64_t count;
+  const int64_t* offsets;
+  const uint8_t* live_quads;
+};
+
 struct Loop {
   const ConvCall& call;
   const TensorConvCall* tensor;  // null where the output is an image
   const KernelRow& kernels;
-  UnpackTiles unpack_tiles;
+  UnpackTiles unpack_tiles;  // null: tiles are multiplied as they are
   Gemv gemv;
   Requantize requantize;
   int8_t* unpacked;
-  int32_t* sums;                 // two blocks
-  const uint8_t* segment_begin;  // of the part's own weights
-  bool fused;                    // products and requantization are one call
+  int32_t* sums;          // two blocks
+  int64_t segment_begin;  // byte of the panels where the part's own weights begin
+  bool fused;             // products and requantization are one call
+  bool listed;            // column tiles have lists of steps
+  Scratch& local;
+
+  int64_t tile_of(const Columns& c) const { return c.group * call.plan.column_tiles + c.tile; }
+
+  int64_t offset(const Columns& c) const {
+    const int64_t tile = tile_of(c);
+    return call.sparse != nullptr ? call.sparse->byte(tile, call.bits)
+                                  : tile * call.plan.packed_tile_bytes(call.bits);
+  }
 
   const uint8_t* packed(const Columns& c) const {
-    return call.weights +
-           (c.group * call.plan.column_tiles + c.tile) * call.plan.packed_tile_bytes(call.bits);
+    if (call.weights == nullptr) return reinterpret_cast<const uint8_t*>(kNoTiles);
+    return call.weights + offset(c);
+  }
+
+  int64_t packed_bytes(const Columns& c) const {
+    if (call.sparse == nullptr) return c.tiles * call.plan.packed_tile_bytes(call.bits);
+    const int64_t tile = tile_of(c);
+    return call.sparse->byte(tile + c.tiles, call.bits) - call.sparse->byte(tile, call.bits);
+  }
+
+  /// Columns of more than one tile have the same list. Valid until the next call.
+  Steps steps_of(const Columns& c, const ConvRun& run) const {
+    const ConvPlan& plan = call.plan;
+    if (!listed) return {plan.steps, run.step_offsets.data(), plan.live_quads.data()};
+    const SparsePanels::List list = call.sparse->lists[tile_of(c)];
+    auto* offsets = grown<int64_t>(local.step_offsets, plan.steps);
+    auto* live_quads = grown<uint8_t>(local.live_quads, plan.steps);
+    const int32_t* step = call.sparse->steps.data() + list.first;
+    for (int32_t k = 0; k < list.count; ++k) {
+      offsets[k] = run.step_offsets[step[k]];
+      live_quads[k] = plan.live_quads[step[k]];
+    }
+    return {list.count, offsets, live_quads};
   }
 
   const uint8_t* activations(const Columns& c, int64_t n, const ConvRun& run) const {
     return call.in + n * call.plan.in_image_bytes + run.base + c.group * call.plan.shape.group_in();
   }
 
-  WeightStream::Piece ahead(const Columns& c, bool fresh) const {
+  WeightStream::Piece ahead(const Columns& c, bool fresh, int64_t steps) const {
     if (call.stream == nullptr) return {nullptr, 0};
-    const int64_t used = fresh ? c.tiles * call.plan.packed_tile_bytes(call.bits) : 0;
-    return call.stream->take(call.segment, packed(c) - segment_begin,
-                             std::max(used, call.plan.steps * kFetchPerStep));
+    const int64_t used = fresh ? packed_bytes(c) : 0;
+    return call.stream->take(call.segment, offset(c) - segment_begin,
+                             std::max(used, steps * kFetchPerStep));
   }
 
   /// sums[r][16 * tiles] of positions [first, first + rows) of `run` in image `n`, times `columns`.
@@ -83,21 +125,25 @@ struct Loop {
   int multiply(const Columns& c, int8_t* unpacked_at, bool fresh, int64_t n, const ConvRun& run,
                int64_t first, int rows, int32_t* at) const {
     const ConvPlan& plan = call.plan;
-    const int64_t tile_bytes = plan.packed_tile_bytes(call.bits);
     if (kernels.block != nullptr) {
-      const WeightStream::Piece fetch = ahead(c, fresh);
+      const Steps steps = steps_of(c, run);
+      const WeightStream::Piece fetch = ahead(c, fresh, steps.count);
       const uint8_t* weights = packed(c);
+      const int64_t tile_bytes = steps.count * 128 * call.bits;
+      const bool expanded = call.sparse != nullptr && !listed;
+      if (expanded && fresh) unpack_tiles(weights, call.bits, c.tiles * steps.count, unpacked_at);
       BlockArgs b{};
       b.activations = activations(c, n, run) + first * plan.position_stride;
       b.row_stride = plan.position_stride;
-      b.step_offsets = run.step_offsets.data();
-      b.steps = plan.steps;
+      b.step_offsets = steps.offsets;
+      b.steps = steps.count;
       b.bits = call.bits;
       for (int t = 0; t < c.tiles; ++t) {
         b.packed[t] = weights + t * tile_bytes;
-        if (call.bits < 8) b.unpacked[t] = unpacked_at + t * plan.steps * kTileBytes;
+        if (unpack_tiles != nullptr) b.unpacked[t] = unpacked_at + t * steps.count * kTileBytes;
+        if (expanded) b.packed[t] = reinterpret_cast<const uint8_t*>(b.unpacked[t]);
       }
-      b.unpack = fresh && call.bits < 8;
+      b.unpack = fresh && unpack_tiles != nullptr && !expanded;
       b.rows = rows;
       b.sums = at;
       b.prefetch = fetch.begin;
@@ -113,28 +159,31 @@ struct Loop {
 
   GemmArgs gemm_args(const Columns& c, int8_t* unpacked_at, bool fresh, int64_t n,
                      const ConvRun& run, int64_t first, int rows) const {
-    const ConvPlan& plan = call.plan;
+    const Steps steps = steps_of(c, run);
     const uint8_t* weights = packed(c);
-    if (fresh && call.bits < 8) unpack_tiles(weights, call.bits, c.tiles * plan.steps, unpacked_at);
+    if (fresh && unpack_tiles != nullptr)
+      unpack_tiles(weights, call.bits, c.tiles * steps.count, unpacked_at);
     GemmArgs g{};
     g.activations = activations(c, n, run);
     g.row_offsets = run.in_offset.data() + first;
-    g.step_offsets = run.step_offsets.data();
-    g.live_quads = plan.live_quads.data();
-    g.steps = plan.steps;
-    g.tile0 = call.bits < 8 ? unpacked_at : reinterpret_cast<const int8_t*>(weights);
-    const int64_t tile_bytes = call.bits < 8 ? plan.steps * kTileBytes : plan.packed_tile_bytes(8);
+    g.step_offsets = steps.offsets;
+    g.live_quads = steps.live_quads;
+    g.steps = steps.count;
+    g.tile0 = unpack_tiles != nullptr ? unpacked_at : reinterpret_cast<const int8_t*>(weights);
+    const int64_t tile_bytes = unpack_tiles != nullptr
+                                   ? steps.count * kTileBytes
+                                   : call.plan.panel_bytes(steps.count, call.bits);
     g.tile1 = c.tiles == 2 ? g.tile0 + tile_bytes : nullptr;
-    g.arranged = plan.arranged(call.bits);
+    g.arranged = call.plan.arranged(call.bits);
     g.weight_bits = call.weight_bits;
     g.rows = rows;
-    const WeightStream::Piece fetch = ahead(c, fresh);
-    if (fetch.bytes > 0) {
+    const WeightStream::Piece fetch = ahead(c, fresh, steps.count);
+    if (fetch.bytes > 0 && steps.count > 0) {
       // About a line for every step of every pass of rows.
       const int64_t passes = (rows + kTypicalPass - 1) / kTypicalPass;
       g.fetch = fetch.begin;
-      g.fetch_lines = static_cast<int>((fetch.bytes + 64 * passes * plan.steps - 1) /
-                                       (64 * passes * plan.steps));
+      g.fetch_lines = static_cast<int>((fetch.bytes + 64 * passes * steps.count - 1) /
+                                       (64 * passes * steps.count));
       g.fetch_row = fetch.bytes / rows;
     }
     return g;
@@ -143,15 +192,15 @@ struct Loop {
   /// All positions of all images times `columns` (any number of tiles for a tensor), where they are
   /// so few that every weight is used once: weights go from memory through registers into sums.
   void few(const Columns& c) const {
-    const ConvPlan& plan = call.plan;
-    const ConvRun& run = plan.runs.front();
+    const ConvRun& run = call.plan.runs.front();
     const auto positions = static_cast<int>(run.positions);
+    const Steps steps = steps_of(c, run);
     GemvArgs g{};
     for (int64_t n = 0; n < call.images; ++n)
       for (int i = 0; i < positions; ++i)
         g.activations[g.rows++] = activations(c, n, run) + run.in_offset[i];
-    g.step_offsets = run.step_offsets.data();
-    g.steps = plan.steps;
+    g.step_offsets = steps.offsets;
+    g.steps = steps.count;
     g.packed = packed(c);
     g.bits = call.bits;
     g.column_tiles = c.tiles;
@@ -307,25 +356,37 @@ int64_t block_count(const ConvPlan& plan, int rows) {
   return count;
 }
 
+/// Bytes of the unpacked weights of `pairs` pairs, where every tile is there.
 int64_t unpacked_bytes(const ConvPlan& plan, int64_t pairs) {
   return pairs * 2 * plan.steps * kTileBytes;
+}
+
+/// The share of the tiles that is there.
+double stored_share(const SparsePanels* sparse) {
+  if (sparse == nullptr || sparse->tiles == 0) return 1.0;
+  return static_cast<double>(sparse->stored_tiles) / static_cast<double>(sparse->tiles);
 }
 
 /// Whether a block of positions should meet all of the task's columns before the next one does (the
 /// weights are read again for every block), or each pair of columns all positions (the activations
 /// are): whatever reads less from beyond the first-level cache.
-bool rows_outside(const ConvPlan& plan, int64_t images, const BlockRange& range, int64_t pairs) {
+bool rows_outside(const ConvCall& call, const BlockRange& range, int64_t pairs) {
+  const ConvPlan& plan = call.plan;
+  const int64_t images = call.images;
+  const double share = stored_share(call.sparse);
+  const auto held = [&](int64_t n) {
+    return static_cast<int64_t>(share * static_cast<double>(unpacked_bytes(plan, n)));
+  };
   const auto cost = [](int64_t bytes, int64_t near) {
     return bytes <= near ? int64_t{0} : bytes <= kSecondLevel ? bytes : bytes * kThirdLevelCost;
   };
-  const int64_t weights = unpacked_bytes(plan, pairs);
+  const int64_t weights = held(pairs);
   if (weights > kSecondLevel) return false;
   const int64_t blocks = range.last - range.first;
   const int64_t activations =
       plan.in_image_bytes * images * blocks / std::max<int64_t>(1, block_count(plan, range.rows));
   return images * blocks * cost(weights, kFirstLevel) + activations <=
-         pairs * (cost(activations, kFirstLevel) +
-                  images * blocks * cost(unpacked_bytes(plan, 1), kFirstLevel));
+         pairs * (cost(activations, kFirstLevel) + images * blocks * cost(held(1), kFirstLevel));
 }
 
 void run(const ConvCall& call, const TensorConvCall* tensor, const KernelRow& kernels, Part part) {
@@ -335,6 +396,8 @@ void run(const ConvCall& call, const TensorConvCall* tensor, const KernelRow& ke
   const int64_t pair_last = call.by_columns ? part.last(pairs) : pairs;
   if (pair_first == pair_last) return;
 
+  const bool bitmask = call.sparse != nullptr && call.sparse->kind == Panels::Bitmask;
+  const bool listed = call.sparse != nullptr && !bitmask;
   // Four row tiles by one column: every weight tile is unpacked and used once.
   const bool tall = kernels.block != nullptr && call.bits < 8 && plan.runs.size() == 1 &&
                     plan.runs[0].positions > kBlockRows && plan.runs[0].positions <= kTallRows;
@@ -355,29 +418,45 @@ void run(const ConvCall& call, const TensorConvCall* tensor, const KernelRow& ke
   const bool few = !plan.arranged(call.bits) && plan.runs.size() == 1 &&
                    call.images * plan.runs[0].positions <= kGemvRows &&
                    range.last - range.first == blocks;
+  const BitmaskKernels readers = bitmask ? bitmask_kernels(kernels) : BitmaskKernels{};
+  const UnpackTiles unpack = bitmask ? readers.expand : call.bits < 8 ? unpacker(kernels) : nullptr;
   const int64_t all_pairs = pair_last - pair_first;
   // All unpacked weights of the part are kept for the next block of positions.
   const bool can_hold =
-      call.bits == 8 || unpacked_bytes(plan, all_pairs) <= kMostUnpacked * kSecondLevel;
-  const bool together = !tall && !few && can_hold &&
-                        rows_outside(plan, call.images, range, all_pairs) != call.other_order;
+      unpack == nullptr || unpacked_bytes(plan, all_pairs) <= kMostUnpacked * kSecondLevel;
+  const bool together =
+      !tall && !few && can_hold && rows_outside(call, range, all_pairs) != call.other_order;
   const int64_t held = together ? all_pairs : 1;
-  const Loop loop{
-      call,
-      tensor,
-      kernels,
-      unpacker(kernels),
-      gemv(kernels),
-      requantizer(kernels),
-      call.bits < 8 && !few ? grown<int8_t>(local.unpacked, unpacked_bytes(plan, held)) : nullptr,
-      grown<int32_t>(local.sums, 2 * kSums),
-      call.weights + (call.by_columns ? weight_range(plan, call.bits, part).first : 0),
-      fused};
+  const Loop loop{call,
+                  tensor,
+                  kernels,
+                  unpack,
+                  bitmask ? readers.gemv : gemv(kernels),
+                  requantizer(kernels),
+                  unpack != nullptr && !few
+                      ? grown<int8_t>(local.unpacked, unpacked_bytes(plan, held))
+                      : nullptr,
+                  grown<int32_t>(local.sums, 2 * kSums),
+                  call.by_columns ? weight_range(plan, call.sparse, call.bits, part).first : 0,
+                  fused,
+                  listed,
+                  local};
+
+  // Tiles of a pair that have lists of their own are multiplied one after the other.
+  const auto tiles_together = [&](int64_t pair) {
+    return !tall && (!listed || call.sparse->joint[pair] != 0);
+  };
 
   if (few) {
     for (int64_t p = pair_first; p < pair_last;) {
       Columns c = columns_of(plan, p);
-      if (tensor != nullptr)
+      if (listed && !tiles_together(p)) {
+        for (int t = 0; t < c.tiles; ++t)
+          loop.few({c.group, c.tile + t, 1});
+        ++p;
+        continue;
+      }
+      if (tensor != nullptr && !listed)
         c.tiles = static_cast<int>(
             std::min({kFewTiles, plan.column_tiles - c.tile, 2 * (pair_last - p)}));
       loop.few(c);
@@ -390,10 +469,17 @@ void run(const ConvCall& call, const TensorConvCall* tensor, const KernelRow& ke
     bool fresh = true;
     for (int64_t n = 0; n < call.images; ++n) {
       for_blocks(plan, range, [&](const ConvRun& run, int64_t first, int count) {
-        for (int64_t p = pair_first; p < pair_last; ++p)
-          loop.block(columns_of(plan, p),
-                     call.bits < 8 ? loop.unpacked + unpacked_bytes(plan, p - pair_first) : nullptr,
-                     fresh, n, run, first, count, pending);
+        for (int64_t p = pair_first; p < pair_last; ++p) {
+          const Columns pair = columns_of(plan, p);
+          const int per_visit = tiles_together(p) ? pair.tiles : 1;
+          for (int t = 0; t < pair.tiles; t += per_visit) {
+            int8_t* at = unpack == nullptr ? nullptr
+                                           : loop.unpacked + unpacked_bytes(plan, p - pair_first) +
+                                                 t * plan.steps * kTileBytes;
+            loop.block({pair.group, pair.tile + t, per_visit}, at, fresh, n, run, first, count,
+                       pending);
+          }
+        }
         fresh = false;
       });
     }
@@ -402,7 +488,7 @@ void run(const ConvCall& call, const TensorConvCall* tensor, const KernelRow& ke
   }
   for (int64_t p = pair_first; p < pair_last; ++p) {
     const Columns pair = columns_of(plan, p);
-    const int per_visit = tall ? 1 : pair.tiles;
+    const int per_visit = tiles_together(p) ? pair.tiles : 1;
     for (int t = 0; t < pair.tiles; t += per_visit) {
       const Columns columns{pair.group, pair.tile + t, per_visit};
       bool fresh = true;
@@ -434,20 +520,24 @@ WeightStream::Piece WeightStream::take(int64_t segment, int64_t at, int64_t want
   return piece;
 }
 
-std::pair<int64_t, int64_t> weight_range(const ConvPlan& plan, int bits, Part part) {
+std::pair<int64_t, int64_t> weight_range(const ConvPlan& plan, const SparsePanels* sparse, int bits,
+                                         Part part) {
   const auto tile = [&](int64_t pair) {
     if (pair == plan.pairs()) return plan.shape.groups * plan.column_tiles;
     const Columns c = columns_of(plan, pair);
     return c.group * plan.column_tiles + c.tile;
   };
-  const int64_t bytes = plan.packed_tile_bytes(bits);
-  return {tile(part.first(plan.pairs())) * bytes, tile(part.last(plan.pairs())) * bytes};
+  const auto at = [&](int64_t pair) {
+    return sparse != nullptr ? sparse->byte(tile(pair), bits)
+                             : tile(pair) * plan.packed_tile_bytes(bits);
+  };
+  return {at(part.first(plan.pairs())), at(part.last(plan.pairs()))};
 }
 
-bool prefers_columns(const ConvPlan& plan, int bits, int threads) {
+bool prefers_columns(const ConvPlan& plan, int64_t panel_bytes, int threads) {
   if (plan.pairs() < threads) return false;
   const int64_t blocks = block_count(plan, kBlockRows);
-  return blocks < threads || plan.packed_bytes(bits) > plan.in_image_bytes;
+  return blocks < threads || panel_bytes > plan.in_image_bytes;
 }
 
 Positions positions_for(const KernelRow& kernels) {

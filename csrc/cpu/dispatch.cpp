@@ -7,6 +7,7 @@
 #include "core/thread_pool.hpp"
 #include "cpu/kernel_table.hpp"
 #include "cpu/layer_plan.hpp"
+#include "cpu/sparse_choice.hpp"
 #include "reference/reference.hpp"
 
 namespace adalayer::cpu {
@@ -107,7 +108,8 @@ void multiply(const Call& call, const uint8_t* packed, int64_t first, int64_t im
                       .by_columns = by_columns,
                       .other_order = false,
                       .stream = nullptr,
-                      .segment = 0};
+                      .segment = 0,
+                      .sparse = call.weights.sparse ? &*call.weights.sparse : nullptr};
   call.kernels.begin();
   run_conv({conv, call.out, call.correction, first}, call.kernels, part);
   call.kernels.end();
@@ -145,7 +147,8 @@ void run_images(const Call& call, int threads) {
     pack_image(call.plan, call.in, n, packed + n * image_bytes, {task % row_parts, row_parts});
   });
   const bool by_columns =
-      !call.plan.grouped && prefers_columns(call.plan.conv, call.weights.header.bits, threads);
+      !call.plan.grouped &&
+      prefers_columns(call.plan.conv, static_cast<int64_t>(call.weights.panels.size()), threads);
   const int64_t parts = part_count(call.plan, threads, by_columns);
   parallel_for(parts, threads, [&](int64_t part, int) {
     multiply(call, packed, 0, call.images, {part, parts}, by_columns);
@@ -161,8 +164,10 @@ int64_t estimated_nanoseconds(const ConvShape& s) {
 
 void run(const ConvShape& shape, const ActivationIn& in, const LayerWeights& weights,
          const OutputSpec& out, int threads, const KernelRow& kernels) {
-  const std::shared_ptr<const LayerPlan> plan = cached_plan(shape);
-  const int64_t panel_bytes = plan->grouped ? 0 : plan->conv.packed_bytes(weights.header.bits);
+  const std::shared_ptr<const LayerPlan> plan = cached_plan(shape, weights.by_pixel);
+  const int64_t panel_bytes = plan->grouped    ? 0
+                              : weights.sparse ? weights.sparse->bytes(weights.header.bits)
+                                               : plan->conv.packed_bytes(weights.header.bits);
   if (weights.isa != kernels.isa || static_cast<int64_t>(weights.panels.size()) != panel_bytes)
     throw InvalidArgument("conv2d: the weights were derived for another instruction set or layer");
   auto* correction = grown<int32_t>(scratch().correction, shape.out_channels);
@@ -257,9 +262,22 @@ LayerWeights derive_weights(const ConvShape& shape, std::span<const uint8_t> can
     weights.grouped = build_grouped(shape, dense);
   } else {
     const LayerPlan plan = plan_layer(shape);
-    weights.panels = AlignedBuffer(static_cast<size_t>(plan.conv.packed_bytes(h.bits)));
-    pack_panels(plan.conv, plan.stem ? stem_weights(*plan.stem, shape, dense) : dense, h.bits,
-                weights.panels.data());
+    const KernelRow& kernels = *active_kernels();
+    std::optional<SparseForm> sparse;
+    if (plan.stem)
+      dense = stem_weights(*plan.stem, shape, dense);
+    else
+      sparse = plan_sparse([&](bool by_pixel) { return plan_layer(shape, by_pixel).conv; },
+                           plan.conv, dense, h.bits, kernels);
+    if (sparse && sparse_wins(*sparse, plan.conv, dense, h.bits, kernels, plan.in)) {
+      weights.by_pixel = sparse->by_pixel;
+      weights.panels = AlignedBuffer(static_cast<size_t>(sparse->panels.bytes(h.bits)));
+      pack_sparse(sparse->plan, sparse->panels, dense, h.bits, weights.panels.data());
+      weights.sparse = std::move(sparse->panels);
+    } else {
+      weights.panels = AlignedBuffer(static_cast<size_t>(plan.conv.packed_bytes(h.bits)));
+      pack_panels(plan.conv, dense, h.bits, weights.panels.data());
+    }
   }
   return weights;
 }

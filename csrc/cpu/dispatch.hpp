@@ -2,11 +2,13 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <span>
 #include <vector>
 
 #include "core/aligned_buffer.hpp"
 #include "cpu/depthwise.hpp"
+#include "cpu/sparse_panels.hpp"
 #include "formats/canonical.hpp"
 #include "reference/spec.hpp"
 
@@ -19,11 +21,14 @@ struct LayerWeights {
   std::vector<int32_t> sums;  // [O] of each channel's weights, for the zero-point correction
   // One of these:
   std::vector<int8_t> dense;  // scalar reference: [O][I/groups][KH][KW]
-  AlignedBuffer panels;       // pack_panels (conv.hpp)
-  GroupedWeights grouped;     // where grouped_suits
+  AlignedBuffer panels;       // pack_panels (conv.hpp), or pack_sparse:
+  std::optional<SparsePanels> sparse;
+  bool by_pixel = false;   // how the panels were planned (plan_conv)
+  GroupedWeights grouped;  // where grouped_suits
 
   size_t bytes() const {
-    return sums.size() * 4 + dense.size() + panels.size() + grouped.data.size();
+    return sums.size() * 4 + dense.size() + panels.size() + grouped.data.size() +
+           (sparse ? static_cast<size_t>(sparse->table_bytes()) : 0);
   }
 };
 

@@ -53,6 +53,14 @@ Gemv gemv(const KernelRow& row) {
   return row.gemv;
 }
 
+BitmaskKernels bitmask_kernels([[maybe_unused]] const KernelRow& row) {
+#ifdef ADALAYER_HAVE_AVX512VBMI2
+  if (wide(row) && cpu_features().avx512vbmi2 && cpu_features().gfni)
+    return {expand_tiles_vbmi2, gemv_vbmi2};
+#endif
+  return {};
+}
+
 Requantize requantizer(const KernelRow& row) {
 #ifdef ADALAYER_HAVE_AVX512VBMI
   if (wide(row) && cpu_features().avx512vbmi) return requantize_vbmi;

@@ -170,6 +170,14 @@ const KernelRow* active_kernels();
 UnpackTiles unpacker(const KernelRow& row);
 Gemv gemv(const KernelRow& row);
 
+/// Readers of bitmask tiles (formats/panels.hpp), which are 64-bit masks and what vpexpandb wants
+/// (AVX512-VBMI2 and GFNI); null where the machine or the row has none, and panels are dense.
+struct BitmaskKernels {
+  UnpackTiles expand = nullptr;
+  Gemv gemv = nullptr;  // `packed` of its arguments are bitmask tiles
+};
+BitmaskKernels bitmask_kernels(const KernelRow& row);
+
 Requantize requantizer(const KernelRow& row);
 
 #ifdef ADALAYER_HAVE_AVX2
@@ -190,6 +198,10 @@ extern const KernelRow kAmxRow;
 #ifdef ADALAYER_HAVE_GFNI
 void unpack_tiles_gfni(const uint8_t* packed, int bits, int64_t count, int8_t* out);
 void gemv_gfni(const GemvArgs& g);
+#endif
+#ifdef ADALAYER_HAVE_AVX512VBMI2
+void expand_tiles_vbmi2(const uint8_t* packed, int bits, int64_t count, int8_t* out);
+void gemv_vbmi2(const GemvArgs& g);
 #endif
 #ifdef ADALAYER_HAVE_AVX512VBMI
 void requantize_vbmi(const RequantizeArgs& args);

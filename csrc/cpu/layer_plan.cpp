@@ -66,7 +66,7 @@ size_t LayerPlan::bytes() const {
   return bytes;
 }
 
-LayerPlan plan_layer(const ConvShape& shape) {
+LayerPlan plan_layer(const ConvShape& shape, bool by_pixel) {
   LayerPlan plan;
   plan.shape = shape;
   plan.shape.batch = 1;
@@ -83,16 +83,17 @@ LayerPlan plan_layer(const ConvShape& shape) {
   const bool strided = positions == Positions::Flattened && !plan.grouped;
   plan.in = image_layout(shape.in_channels, shape.in_h, shape.in_w, padding_of(shape),
                          strided ? shape.stride_h : 1, strided ? shape.stride_w : 1);
-  if (!plan.grouped) plan.conv = plan_conv(plan.shape, plan.in, nullptr, nullptr, kernels);
+  if (!plan.grouped)
+    plan.conv = plan_conv(plan.shape, plan.in, nullptr, nullptr, kernels, {}, by_pixel);
   return plan;
 }
 
-std::shared_ptr<const LayerPlan> cached_plan(const ConvShape& shape) {
-  LayerKey key{0, shape, active_isa()};
+std::shared_ptr<const LayerPlan> cached_plan(const ConvShape& shape, bool by_pixel) {
+  LayerKey key{by_pixel, shape, active_isa()};
   key.shape.batch = 1;
   if (auto plan = cache().find(key)) return plan;
   // Planned outside the lock: two threads may do it twice, none waits for the other.
-  return cache().insert(key, std::make_shared<const LayerPlan>(plan_layer(shape)));
+  return cache().insert(key, std::make_shared<const LayerPlan>(plan_layer(shape, by_pixel)));
 }
 
 void pack_image(const LayerPlan& plan, const ActivationIn& in, int64_t n, uint8_t* image,

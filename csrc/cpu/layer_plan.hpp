@@ -14,7 +14,7 @@ namespace adalayer::cpu {
 
 /// A shape, for one instruction set: what plans and derived weights are looked up by.
 struct LayerKey {
-  uint64_t content = 0;  // of weights; 0 for plans
+  uint64_t content = 0;  // of weights; for plans, whether by pixel
   ConvShape shape;
   Isa isa = Isa::Scalar;
   bool operator==(const LayerKey&) const = default;
@@ -33,11 +33,12 @@ struct LayerPlan {
   size_t bytes() const;
 };
 
-/// Needs vector kernels. Throws InvalidArgument for an image that is too large.
-LayerPlan plan_layer(const ConvShape& shape);
+/// `by_pixel`: see plan_conv. Needs vector kernels. Throws InvalidArgument for an image that is too
+/// large.
+LayerPlan plan_layer(const ConvShape& shape, bool by_pixel = false);
 
 /// The same from a process-wide cache: a network asks for the same few shapes again and again.
-std::shared_ptr<const LayerPlan> cached_plan(const ConvShape& shape);
+std::shared_ptr<const LayerPlan> cached_plan(const ConvShape& shape, bool by_pixel = false);
 
 /// Part of the rows of image `n` of a tensor to levels in `image`, padding included.
 void pack_image(const LayerPlan& plan, const ActivationIn& in, int64_t n, uint8_t* image,

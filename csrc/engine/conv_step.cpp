@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <cstring>
 #include <numeric>
 
@@ -140,10 +141,10 @@ ConvStep::ConvStep(const Program& program, const Node& node, const cpu::ImageLay
     correction_ = correction(weights);
     epilogue_.correction = zero_point_ == 0 ? nullptr : correction_.as<int32_t>();
   } else if (stem != nullptr) {
-    add_piece(cpu::plan_conv(stem->shape, in, out, fused, *cpu::active_kernels()),
-              cpu::stem_weights(*stem, shape_, weights));
+    new_piece(cpu::stem_weights(*stem, shape_, weights)).plan =
+        plan(stem->shape, {}, in, out, fused, false);
   } else {
-    add_piece(cpu::plan_conv(shape_, in, out, fused, *cpu::active_kernels()), weights);
+    add_piece(shape_, {}, in, out, fused, weights);
   }
 }
 
@@ -160,16 +161,33 @@ AlignedBuffer ConvStep::correction(std::span<const int8_t> weights) const {
   return padded_copy<int32_t>(values);
 }
 
-void ConvStep::add_piece(cpu::ConvPlan plan, std::vector<int8_t> weights) {
-  Piece piece;
-  piece.plan = std::move(plan);
-  // Narrower weights need no order, unpacked or not.
-  if (bits_ < 7) piece.plan.arrangement = nullptr;
+ConvStep::Piece& ConvStep::new_piece(std::vector<int8_t> weights) {
+  Piece& piece = pieces_.emplace_back();
   piece.correction = correction(weights);
   piece.weights = std::move(weights);
   piece.epilogue = epilogue_;
   piece.epilogue.correction = zero_point_ == 0 ? nullptr : piece.correction.as<int32_t>();
-  pieces_.push_back(std::move(piece));
+  return piece;
+}
+
+cpu::ConvPlan ConvStep::plan(const ConvShape& shape, const cpu::OutputMap& map,
+                             const cpu::ImageLayout& in, const cpu::ImageLayout* out,
+                             const cpu::ImageLayout* residual, bool by_pixel) const {
+  cpu::ConvPlan plan =
+      cpu::plan_conv(shape, in, out, residual, *cpu::active_kernels(), map, by_pixel);
+  // Narrower weights need no order, unpacked or not.
+  if (bits_ < 7) plan.arrangement = nullptr;
+  return plan;
+}
+
+void ConvStep::add_piece(const ConvShape& shape, const cpu::OutputMap& map,
+                         const cpu::ImageLayout& in, const cpu::ImageLayout* out,
+                         const cpu::ImageLayout* residual, std::vector<int8_t> weights) {
+  Piece& piece = new_piece(std::move(weights));
+  const auto plan_of = [&](bool by_pixel) { return plan(shape, map, in, out, residual, by_pixel); };
+  piece.plan = plan_of(false);
+  piece.sparse =
+      cpu::plan_sparse(plan_of, piece.plan, piece.weights, bits_, *cpu::active_kernels());
 }
 
 void ConvStep::plan_transposed(const std::vector<TransposedPhase>& phases,
@@ -190,9 +208,11 @@ void ConvStep::plan_transposed(const std::vector<TransposedPhase>& phases,
               taps[((o * ins + i) * s.kernel_h + jy) * s.kernel_w + jx] =
                   weights[((o * ins + i) * a.kernel_h + ky) * a.kernel_w + kx];
           }
-    add_piece(cpu::plan_conv(s, in, out, residual, *cpu::active_kernels(), phase.map),
-              std::move(taps));
+    add_piece(s, phase.map, in, out, residual, std::move(taps));
   }
+  if (!std::all_of(pieces_.begin(), pieces_.end(), [](const Piece& p) { return p.sparse; }))
+    for (Piece& piece : pieces_)
+      piece.sparse.reset();
 }
 
 void ConvStep::prepare_epilogue(const Program& program, std::span<const int8_t> weights) {
@@ -223,18 +243,23 @@ void ConvStep::prepare_epilogue(const Program& program, std::span<const int8_t> 
   epilogue_.bounded = largest * static_cast<double>(epilogue_.finish.inv_scale) < 1 << 30;
 }
 
-int64_t ConvStep::panel_bytes(bool resident) const {
+int64_t ConvStep::panel_bytes(const ConvChoice& choice) const {
   int64_t bytes = 0;
   for (const Piece& piece : pieces_)
-    bytes += piece.plan.packed_bytes(panel_bits(resident));
+    bytes += piece_bytes(piece, possible(choice));
   return bytes;
 }
 
-void ConvStep::pack(uint8_t* panels, bool resident) {
+void ConvStep::pack(uint8_t* panels, const ConvChoice& choice) {
+  const ConvChoice f = possible(choice);
   for (Piece& piece : pieces_) {
-    cpu::pack_panels(piece.plan, piece.weights, panel_bits(resident), panels);
-    piece.panels[resident] = panels;
-    panels += piece.plan.packed_bytes(panel_bits(resident));
+    piece.panels[f.sparse][f.resident] = panels;
+    if (f.sparse)
+      cpu::pack_sparse(piece.sparse->plan, piece.sparse->panels, piece.weights,
+                       panel_bits(f.resident), panels);
+    else
+      cpu::pack_panels(piece.plan, piece.weights, panel_bits(f.resident), panels);
+    panels += piece_bytes(piece, f);
   }
 }
 
@@ -243,21 +268,40 @@ void ConvStep::drop_weights() {
     piece.weights = {};
 }
 
-void ConvStep::choose(const ConvChoice& choice) {
-  choice_ = choice;
-  choice_.resident = choice.resident && can_be_resident();
+ConvChoice ConvStep::possible(ConvChoice choice) const {
+  const bool bitmask =
+      can_be_sparse() && pieces_.front().sparse->panels.kind == cpu::Panels::Bitmask;
+  choice.sparse = can_be_sparse() && (choice.sparse || cpu::sparse_is_forced());
+  choice.resident = choice.resident && can_be_resident() && !(choice.sparse && bitmask);
+  return choice;
+}
+
+bool ConvStep::should_be_sparse() const {
+  return can_be_sparse() && std::all_of(pieces_.begin(), pieces_.end(), [](const Piece& piece) {
+           return cpu::surely_faster(*piece.sparse, piece.plan);
+         });
+}
+
+uint64_t ConvStep::sparse_key() const {
+  uint64_t key = 0;
+  if (!can_be_sparse()) return key;
+  for (const Piece& piece : pieces_)
+    key = key * 1'000'003 + 1 + static_cast<uint64_t>(piece.sparse->panels.kind) +
+          static_cast<uint64_t>(piece.sparse->panels.bytes(bits_));
+  return key;
 }
 
 cpu::WeightStream::Segment ConvStep::segment(cpu::Part part) const {
   if (pieces_.size() != 1) return {nullptr, 0, 0};
   const Piece& piece = pieces_.front();
-  const auto [first, last] = cpu::weight_range(piece.plan, panel_bits(choice_.resident), part);
-  return {piece.panels[choice_.resident] + first, last - first, 0};
+  const auto [first, last] = cpu::weight_range(plan_in_use(piece), panels_in_use(piece),
+                                               panel_bits(choice_.resident), part);
+  return {piece.panels[choice_.sparse][choice_.resident] + first, last - first, 0};
 }
 
 bool ConvStep::by_columns(int threads) const {
   return pieces_.size() == 1 &&
-         cpu::prefers_columns(pieces_.front().plan, panel_bits(choice_.resident), threads);
+         cpu::prefers_columns(plan_in_use(pieces_.front()), panel_bytes(choice_), threads);
 }
 
 int64_t ConvStep::max_parts() const {
@@ -280,8 +324,8 @@ void ConvStep::run(const cpu::KernelRow& kernels, const ConvBuffers& b, cpu::Par
     return;
   }
   for (const Piece& piece : pieces_) {
-    const cpu::ConvCall call{.plan = piece.plan,
-                             .weights = piece.panels[choice_.resident],
+    const cpu::ConvCall call{.plan = plan_in_use(piece),
+                             .weights = piece.panels[choice_.sparse][choice_.resident],
                              .bits = panel_bits(choice_.resident),
                              .weight_bits = bits_,
                              .epilogue = &piece.epilogue,
@@ -292,7 +336,8 @@ void ConvStep::run(const cpu::KernelRow& kernels, const ConvBuffers& b, cpu::Par
                              .by_columns = by_columns,
                              .other_order = choice_.other_order,
                              .stream = stream,
-                             .segment = segment};
+                             .segment = segment,
+                             .sparse = panels_in_use(piece)};
     if (!float_out_) {
       cpu::run_conv(call, kernels, part);
       continue;
@@ -326,16 +371,38 @@ void ConvStep::add_float_residual(const ConvBuffers& b) const {
 }
 
 size_t ConvStep::derived_bytes() const {
-  return grouped_ ? grouped_->data.size() : static_cast<size_t>(panel_bytes(choice_.resident));
+  if (grouped_) return grouped_->data.size();
+  int64_t bytes = panel_bytes(choice_);
+  for (const Piece& piece : pieces_)
+    if (choice_.sparse) bytes += piece.sparse->panels.table_bytes();
+  return static_cast<size_t>(bytes);
 }
 
 std::string ConvStep::kernel() const {
   const cpu::KernelRow* row = cpu::active_kernels();
   const std::string isa = row == nullptr ? "scalar" : row->name;
   if (grouped_) return isa + (shape_.depthwise() ? " depthwise" : " grouped");
-  const std::string form = choice_.resident ? " resident" : "";
+  std::string form;
+  if (choice_.sparse)
+    form = pieces_.front().sparse->panels.kind == cpu::Panels::Bitmask ? " bitmask" : " blocks";
+  if (choice_.resident) form += " resident";
   if (stem_) return isa + " stem" + form;
   return isa + (pieces_.size() > 1 ? " transposed" : "") + form;
+}
+
+std::string ConvStep::why() const {
+  if (!can_be_sparse()) return {};
+  std::string text;
+  for (const Piece& piece : pieces_)
+    text += (text.empty() ? "" : "; ") + cpu::describe(*piece.sparse, piece.plan, bits_);
+  if (!choice_.sparse) text = "dense, not " + text;
+  if (dense_seconds_ > 0.0) {
+    char times[80];
+    std::snprintf(times, sizeof times, " (%.1f µs, dense %.1f µs)", 1e6 * sparse_seconds_,
+                  1e6 * dense_seconds_);
+    text += times;
+  }
+  return text;
 }
 
 }  // namespace adalayer::engine

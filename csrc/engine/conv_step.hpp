@@ -9,6 +9,7 @@
 #include "core/aligned_buffer.hpp"
 #include "cpu/conv.hpp"
 #include "cpu/depthwise.hpp"
+#include "cpu/sparse_choice.hpp"
 #include "cpu/stem.hpp"
 #include "engine/program.hpp"
 
@@ -37,6 +38,7 @@ std::vector<TransposedPhase> transposed_phases(const Program& program, const Nod
 struct ConvChoice {
   bool resident = false;     // weights are unpacked to bytes once, at load
   bool other_order = false;  // of the loops over positions and columns
+  bool sparse = false;       // zeros are left out (cpu/sparse_choice.hpp)
   bool operator==(const ConvChoice&) const = default;
 };
 
@@ -49,17 +51,30 @@ class ConvStep {
            const cpu::ImageLayout* out, const cpu::ImageLayout* residual, const cpu::Stem* stem);
 
   /// Bytes of the panels that pack() writes; 0 for grouped kernels, which keep their own.
-  int64_t panel_bytes(bool resident) const;
-  /// Derives the weights of this machine, packed or unpacked: panels into `panels` (64-byte
+  int64_t panel_bytes(const ConvChoice& choice) const;
+  /// Derives the weights of this machine in the form of a choice: panels into `panels` (64-byte
   /// aligned), which must live as long as this object uses that form.
-  void pack(uint8_t* panels, bool resident);
+  void pack(uint8_t* panels, const ConvChoice& choice);
   /// No pack() after this one.
   void drop_weights();
 
   /// Whether choices of `resident` differ: not for 8-bit weights, nor for grouped kernels.
   bool can_be_resident() const { return bits_ < 8 && !grouped_; }
-  void choose(const ConvChoice& choice);
+  /// Whether there are zeros that may be worth leaving out.
+  bool can_be_sparse() const { return !pieces_.empty() && pieces_.front().sparse.has_value(); }
+  /// Without a clock: whether leaving them out surely wins, or is forced.
+  bool should_be_sparse() const;
+  void choose(const ConvChoice& choice) { choice_ = possible(choice); }
   const ConvChoice& choice() const { return choice_; }
+  /// The same choice without what this convolution cannot do.
+  ConvChoice possible(ConvChoice choice) const;
+  /// What zeros left out were measured to take, and dense panels, for why().
+  void measured(double sparse_seconds, double dense_seconds) {
+    sparse_seconds_ = sparse_seconds;
+    dense_seconds_ = dense_seconds;
+  }
+  /// What the zeros look like to the kernels: choices made for others may be bad ones here.
+  uint64_t sparse_key() const;
 
   /// Weights that part `part` reads, for the prefetch stream.
   cpu::WeightStream::Segment segment(cpu::Part part) const;
@@ -75,20 +90,40 @@ class ConvStep {
   size_t packed_bytes() const { return packed_bytes_; }
   size_t derived_bytes() const;
   std::string kernel() const;
+  /// How zeros are used, and what that was measured to save; empty without zeros to speak of.
+  std::string why() const;
 
  private:
   struct Piece {
     cpu::ConvPlan plan;
-    AlignedBuffer correction;  // of this piece's taps
+    std::optional<cpu::SparseForm> sparse;  // all pieces have one, or none
+    AlignedBuffer correction;               // of this piece's taps
     cpu::ConvEpilogue epilogue;
-    std::vector<int8_t> weights;                    // until drop_weights()
-    const uint8_t* panels[2] = {nullptr, nullptr};  // packed, resident
+    std::vector<int8_t> weights;       // until drop_weights()
+    const uint8_t* panels[2][2] = {};  // dense or sparse, packed or resident
   };
+  const cpu::ConvPlan& plan_in_use(const Piece& piece) const {
+    return choice_.sparse ? piece.sparse->plan : piece.plan;
+  }
+  const cpu::SparsePanels* panels_in_use(const Piece& piece) const {
+    return choice_.sparse ? &piece.sparse->panels : nullptr;
+  }
+  int64_t piece_bytes(const Piece& piece, const ConvChoice& possible) const {
+    const int bits = panel_bits(possible.resident);
+    return possible.sparse ? piece.sparse->panels.bytes(bits) : piece.plan.packed_bytes(bits);
+  }
+
   void plan_transposed(const std::vector<TransposedPhase>& phases, const cpu::ImageLayout& in,
                        const cpu::ImageLayout* out, const cpu::ImageLayout* residual,
                        std::span<const int8_t> weights);
   AlignedBuffer correction(std::span<const int8_t> weights) const;
-  void add_piece(cpu::ConvPlan plan, std::vector<int8_t> weights);
+  cpu::ConvPlan plan(const ConvShape& shape, const cpu::OutputMap& map, const cpu::ImageLayout& in,
+                     const cpu::ImageLayout* out, const cpu::ImageLayout* residual,
+                     bool by_pixel) const;
+  Piece& new_piece(std::vector<int8_t> weights);
+  void add_piece(const ConvShape& shape, const cpu::OutputMap& map, const cpu::ImageLayout& in,
+                 const cpu::ImageLayout* out, const cpu::ImageLayout* residual,
+                 std::vector<int8_t> weights);
   void prepare_epilogue(const Program& program, std::span<const int8_t> weights);
   void add_float_residual(const ConvBuffers& buffers) const;
 
@@ -103,6 +138,7 @@ class ConvStep {
 
   int bits_ = 8;
   ConvChoice choice_;
+  double sparse_seconds_ = 0.0, dense_seconds_ = 0.0;  // 0: not measured by this process
   size_t packed_bytes_ = 0;
   std::vector<Piece> pieces_;
   std::optional<cpu::GroupedWeights> grouped_;

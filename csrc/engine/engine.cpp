@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cstring>
 #include <mutex>
+#include <optional>
 #include <random>
 
 #include "core/aligned_buffer.hpp"
@@ -114,7 +115,7 @@ struct Engine::Impl {
       choose_chunk(options.cache_bytes > 0 ? options.cache_bytes : kActivationBudget);
     plan_memory();
     choose_convolutions(options);
-    panels = pack_weights([](const ConvStep& conv) { return conv.choice().resident; });
+    panels = pack_weights([](const ConvStep& conv) { return std::optional(conv.choice()); });
     for (Step& step : steps)
       if (step.conv) step.conv->drop_weights();
   }
@@ -122,15 +123,24 @@ struct Engine::Impl {
   void choose_convolutions(const EngineOptions& options) {
     if (options.weights != WeightForm::Measured) {
       for (Step& step : steps)
-        if (step.conv) step.conv->choose({options.weights == WeightForm::Resident, false});
+        if (step.conv)
+          step.conv->choose({.resident = options.weights == WeightForm::Resident,
+                             .other_order = false,
+                             .sparse = step.conv->should_be_sparse()});
       return;
     }
     const int threads = options.threads > 0 ? options.threads : default_threads();
     const uint64_t key = planning_key(steps, threads);
     const std::optional<PlanCache> cache = PlanCache::of_user();
     if (cache && cache->apply(key, steps)) return;
-    const AlignedBuffer packed = pack_weights([](const ConvStep&) { return false; });
-    const AlignedBuffer resident = pack_weights([](const ConvStep&) { return true; });
+    std::vector<AlignedBuffer> forms;
+    for (const bool sparse : {false, true})
+      for (const bool resident : {false, true})
+        forms.push_back(pack_weights([&](const ConvStep& conv) -> std::optional<ConvChoice> {
+          const ConvChoice form{.resident = resident, .other_order = false, .sparse = sparse};
+          if (conv.possible(form) == form) return form;
+          return std::nullopt;
+        }));
     Noise noise(program, 1);
     const auto workspace = make_workspace();
     bind(workspace->frame, noise.inputs, noise.outputs, 0, 1);
@@ -172,21 +182,22 @@ struct Engine::Impl {
     }
   }
 
-  /// The weights of all convolutions in the order of their use, unpacked where `resident` says so.
-  template <class Resident>
-  AlignedBuffer pack_weights(const Resident& resident) {
-    const auto form = [&](const ConvStep& conv) {
-      return conv.can_be_resident() && resident(conv);
-    };
+  /// The weights of all convolutions in the order of their use, in the form that `form_of` says, if
+  /// it says one.
+  template <class Form>
+  AlignedBuffer pack_weights(const Form& form_of) {
     int64_t bytes = 0;
     for (const Step& step : steps)
-      if (step.conv) bytes += step.conv->panel_bytes(form(*step.conv));
+      if (step.conv)
+        if (const auto form = form_of(*step.conv)) bytes += step.conv->panel_bytes(*form);
     AlignedBuffer buffer(static_cast<size_t>(bytes));
     uint8_t* at = buffer.data();
     for (Step& step : steps) {
       if (!step.conv) continue;
-      step.conv->pack(at, form(*step.conv));
-      at += step.conv->panel_bytes(form(*step.conv));
+      const auto form = form_of(*step.conv);
+      if (!form) continue;
+      step.conv->pack(at, *form);
+      at += step.conv->panel_bytes(*form);
     }
     return buffer;
   }
@@ -550,6 +561,7 @@ std::vector<NodeProfile> Engine::profile(int64_t batch, int threads, int rounds)
     if (e.kernels != nullptr && e.steps[k].conv) {
       const ConvStep& conv = *e.steps[k].conv;
       p.kernel = conv.kernel();
+      p.why = conv.why();
       p.bits = conv.bits();
       p.macs = conv.macs();
       p.packed_bytes = static_cast<int64_t>(conv.packed_bytes());

@@ -42,6 +42,7 @@ struct NodeProfile {
   int64_t macs = 0;           // per image
   int64_t packed_bytes = 0;   // canonical weights
   int64_t derived_bytes = 0;  // weights as this machine holds them
+  std::string why;            // how zeros are used, and what was measured; may be empty
   double microseconds = 0.0;  // median over the rounds; 0 if never measured
 };
 

@@ -11,6 +11,7 @@
 #include <sstream>
 #include <string_view>
 #include <system_error>
+#include <vector>
 
 #include "core/cpu_features.hpp"
 
@@ -26,9 +27,16 @@ constexpr double kClearly = 0.95;
 constexpr int kMostRounds = 8, kLeastRounds = 3;
 constexpr double kMostSeconds = 1.0;
 
-constexpr std::array<ConvChoice, 4> kChoices{
-    {{false, false}, {false, true}, {true, false}, {true, true}}};
-constexpr std::string_view kLetters = "porx";  // in the file: one for each of kChoices
+constexpr std::array<ConvChoice, 8> kChoices{{{false, false, false},
+                                              {false, true, false},
+                                              {true, false, false},
+                                              {true, true, false},
+                                              {false, false, true},
+                                              {false, true, true},
+                                              {true, false, true},
+                                              {true, true, true}}};
+constexpr size_t kFirstSparse = 4;
+constexpr std::string_view kLetters = "porxPORX";  // in the file: one for each of kChoices
 
 constexpr std::string_view kFirstLine = "adalayer plans 1";
 constexpr size_t kMostLines = 4096;
@@ -76,15 +84,19 @@ std::vector<std::string> read_lines(const fs::path& path) {
 
 void choose_by_clock(std::vector<Step>& steps, const TimedRun& run) {
   const auto packs = [](const Step& s) { return s.conv && s.conv->can_be_resident(); };
+  const auto skips = [](const Step& s) { return s.conv && s.conv->can_be_sparse(); };
   const bool resident = std::any_of(steps.begin(), steps.end(), packs);
-  const size_t count = resident ? kChoices.size() : 2;
+  const bool sparse = std::any_of(steps.begin(), steps.end(), skips);
+  std::vector<size_t> timed;
+  for (size_t c = 0; c < kChoices.size(); ++c)
+    if ((resident || !kChoices[c].resident) && (sparse || !kChoices[c].sparse)) timed.push_back(c);
   std::array<std::vector<double>, kChoices.size()> best;
   for (auto& times : best)
     times.assign(steps.size(), std::numeric_limits<double>::infinity());
   std::vector<double> seconds(steps.size());
   const auto start = Clock::now();
   for (int round = 0; round < kMostRounds; ++round) {
-    for (size_t c = 0; c < count; ++c) {
+    for (const size_t c : timed) {
       choose(steps, kChoices[c]);
       std::fill(seconds.begin(), seconds.end(), 0.0);
       run(seconds);
@@ -96,9 +108,21 @@ void choose_by_clock(std::vector<Step>& steps, const TimedRun& run) {
   }
   for (size_t k = 0; k < steps.size(); ++k) {
     if (!steps[k].conv) continue;
-    size_t fastest = 0;
-    for (size_t c = 1; c < count; ++c)
-      if (best[c][k] < kClearly * best[0][k] && best[c][k] < best[fastest][k]) fastest = c;
+    // The fastest of one kind, where its first one wins ties.
+    const auto fastest_of = [&](size_t first) {
+      size_t fastest = first;
+      for (const size_t c : timed)
+        if (kChoices[c].sparse == kChoices[first].sparse &&
+            best[c][k] < kClearly * best[first][k] && best[c][k] < best[fastest][k])
+          fastest = c;
+      return fastest;
+    };
+    size_t fastest = fastest_of(0);
+    if (steps[k].conv->can_be_sparse()) {
+      const size_t zeros_out = fastest_of(kFirstSparse);
+      steps[k].conv->measured(best[zeros_out][k], best[fastest][k]);
+      if (best[zeros_out][k] < kClearly * best[fastest][k]) fastest = zeros_out;
+    }
     steps[k].conv->choose(kChoices[fastest]);
   }
 }
@@ -109,11 +133,13 @@ uint64_t planning_key(const std::vector<Step>& steps, int threads) {
   hash.add(isa_name(active_isa()));
   hash.add(describe_cpu_features());
   hash.add(static_cast<uint64_t>(threads));
+  hash.add(static_cast<uint64_t>(cpu::sparse_policy()));
   for (const Step& step : steps) {
     hash.add(static_cast<uint64_t>(step.node->op));
     if (!step.conv) continue;
     hash.add(static_cast<uint64_t>(step.conv->bits()));
     hash.add(step.node->inputs.size());
+    hash.add(step.conv->sparse_key());
     const ConvShape& s = step.conv->shape();
     for (const int64_t v :
          {s.in_channels, s.in_h, s.in_w, s.out_channels, s.kernel_h, s.kernel_w, s.stride_h,

@@ -61,7 +61,45 @@ class FieldWriter {
 };
 
 int64_t stream_bytes(int64_t n, int width) { return (n * width + 7) / 8; }
-int64_t mask_bytes(int64_t n) { return (n + 7) / 8; }
+
+/// Bytes of the mask in front of the streams.
+int64_t mask_bytes(const CanonicalHeader& h, Encoding encoding) {
+  switch (encoding) {
+    case Encoding::Bitmask:
+      return (h.count() + 7) / 8;
+    case Encoding::Blocks:
+      return (h.blocks() + 7) / 8;
+    default:
+      return 0;
+  }
+}
+
+/// fn(flat weight, block) for all weights in order.
+template <class Fn>
+void for_weights(const CanonicalHeader& h, const Fn& fn) {
+  const int64_t area = static_cast<int64_t>(h.kernel_h) * h.kernel_w, ins = h.group_in;
+  const int64_t across = (ins + kBlockIn - 1) / kBlockIn;
+  int64_t flat = 0;
+  for (int64_t o = 0; o < h.out_channels; ++o)
+    for (int64_t i = 0; i < ins; ++i)
+      for (int64_t k = 0; k < area; ++k, ++flat)
+        fn(flat, (o / kBlockOut * across + i / kBlockIn) * area + k);
+}
+
+/// [blocks] whether a block holds anything but zeros.
+std::vector<uint8_t> live_blocks(const CanonicalHeader& h, std::span<const int8_t> weights) {
+  std::vector<uint8_t> live(static_cast<size_t>(h.blocks()), 0);
+  for_weights(h, [&](int64_t i, int64_t block) {
+    live[block] = static_cast<uint8_t>(live[block] | (weights[i] != 0));
+  });
+  return live;
+}
+
+int64_t weights_in_blocks(const CanonicalHeader& h, std::span<const uint8_t> live) {
+  int64_t count = 0;
+  for_weights(h, [&](int64_t, int64_t block) { count += live[block]; });
+  return count;
+}
 
 }  // namespace
 
@@ -126,27 +164,49 @@ std::vector<uint8_t> pack_canonical(std::span<const int8_t> weights, int bits,
                             std::to_string(hi) + ")");
     nonzeros += w != 0;
   }
-  const int64_t dense = fields_bytes(n, bits);
-  const int64_t sparse = mask_bytes(n) + fields_bytes(nonzeros, bits);
-  const bool bitmask = sparse < dense;
-  header.encoding = static_cast<uint8_t>(bitmask ? Encoding::Bitmask : Encoding::Dense);
-  header.stored = static_cast<uint64_t>(bitmask ? nonzeros : n);
-  header.payload_bytes = static_cast<uint64_t>(bitmask ? sparse : dense);
+  const std::vector<uint8_t> live = live_blocks(header, weights);
+  const int64_t in_blocks = weights_in_blocks(header, live);
+  // The smallest; the first of equal ones.
+  struct Form {
+    Encoding encoding;
+    int64_t stored;
+  };
+  const auto payload_of = [&](const Form& form) {
+    return mask_bytes(header, form.encoding) + fields_bytes(form.stored, bits);
+  };
+  Form best{Encoding::Dense, n};
+  for (const Form& form : {Form{Encoding::Blocks, in_blocks}, Form{Encoding::Bitmask, nonzeros}})
+    if (payload_of(form) < payload_of(best)) best = form;
+  header.encoding = static_cast<uint8_t>(best.encoding);
+  header.stored = static_cast<uint64_t>(best.stored);
+  header.payload_bytes = static_cast<uint64_t>(payload_of(best));
 
   std::vector<uint8_t> packed(sizeof header + header.payload_bytes, 0);
   uint8_t* payload = packed.data() + sizeof header;
-  uint8_t* stream = payload;
-  if (bitmask) {
+  uint8_t* stream = payload + mask_bytes(header, best.encoding);
+  const auto set = [payload](int64_t i) { payload[i >> 3] |= static_cast<uint8_t>(1u << (i & 7)); };
+  std::vector<int8_t> kept;  // unless all are
+  if (best.encoding == Encoding::Bitmask) {
     for (int64_t i = 0; i < n; ++i)
-      if (weights[i] != 0) payload[i >> 3] |= static_cast<uint8_t>(1u << (i & 7));
-    stream += mask_bytes(n);
+      if (weights[i] != 0) {
+        set(i);
+        kept.push_back(weights[i]);
+      }
+  } else if (best.encoding == Encoding::Blocks) {
+    for (size_t k = 0; k < live.size(); ++k)
+      if (live[k]) set(static_cast<int64_t>(k));
+    for_weights(header, [&](int64_t i, int64_t block) {
+      if (live[block]) kept.push_back(weights[i]);
+    });
   }
+  const std::span<const int8_t> stored =
+      best.encoding == Encoding::Dense ? weights : std::span<const int8_t>(kept);
   int shift = 0;
   for (int width : field_groups(bits)) {
     FieldWriter writer(stream, width);
     const uint32_t field_mask = (1u << width) - 1;
-    for (int8_t w : weights)
-      if (!bitmask || w != 0) writer.put((static_cast<uint8_t>(w) >> shift) & field_mask);
+    for (int8_t w : stored)
+      writer.put((static_cast<uint8_t>(w) >> shift) & field_mask);
     stream += stream_bytes(static_cast<int64_t>(header.stored), width);
     shift += width;
   }
@@ -167,7 +227,7 @@ CanonicalHeader read_header(std::span<const uint8_t> packed) {
             std::to_string(kCanonicalVersion) + ")");
   if (h.bits < kMinBits || h.bits > kMaxBits)
     corrupt("bits must be 2 to 8, got " + std::to_string(h.bits));
-  if (h.encoding > static_cast<uint8_t>(Encoding::Bitmask))
+  if (h.encoding > static_cast<uint8_t>(Encoding::Blocks))
     corrupt("unknown encoding " + std::to_string(h.encoding));
   for (uint8_t byte : h.reserved)
     if (byte != 0) corrupt("reserved header bytes are not zero");
@@ -179,13 +239,12 @@ CanonicalHeader read_header(std::span<const uint8_t> packed) {
     if (factor > kMaxCount / count) corrupt("the dimensions are too large");
     count *= factor;
   }
-  const auto n = static_cast<int64_t>(count);
-  const bool bitmask = h.encoding == static_cast<uint8_t>(Encoding::Bitmask);
-  if (h.stored > count || (!bitmask && h.stored != count))
+  const auto encoding = static_cast<Encoding>(h.encoding);
+  if (h.stored > count || (encoding == Encoding::Dense && h.stored != count))
     corrupt("the header stores " + std::to_string(h.stored) + " of " + std::to_string(count) +
             " weights");
   const int64_t expected =
-      fields_bytes(static_cast<int64_t>(h.stored), h.bits) + (bitmask ? mask_bytes(n) : 0);
+      fields_bytes(static_cast<int64_t>(h.stored), h.bits) + mask_bytes(h, encoding);
   if (h.payload_bytes != static_cast<uint64_t>(expected) ||
       packed.size() != sizeof h + h.payload_bytes)
     corrupt("expected " + std::to_string(expected) + " payload bytes, header says " +
@@ -201,8 +260,8 @@ std::vector<int8_t> unpack_canonical(std::span<const uint8_t> packed) {
     throw CorruptData("packed weight: the content hash does not match, the data is damaged");
   const int64_t n = h.count();
   const auto stored = static_cast<int64_t>(h.stored);
-  const bool bitmask = h.encoding == static_cast<uint8_t>(Encoding::Bitmask);
-  const uint8_t* stream = payload + (bitmask ? mask_bytes(n) : 0);
+  const auto encoding = static_cast<Encoding>(h.encoding);
+  const uint8_t* stream = payload + mask_bytes(h, encoding);
 
   std::vector<uint8_t> fields(static_cast<size_t>(stored), 0);
   int shift = 0;
@@ -220,18 +279,19 @@ std::vector<int8_t> unpack_canonical(std::span<const uint8_t> packed) {
     return static_cast<int8_t>((field ^ sign) - sign);
   };
   std::vector<int8_t> weights(static_cast<size_t>(n), 0);
-  if (!bitmask) {
+  if (encoding == Encoding::Dense) {
     for (int64_t i = 0; i < n; ++i)
       weights[i] = signed_value(fields[i]);
     return weights;
   }
   int64_t next = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    if (!((payload[i >> 3] >> (i & 7)) & 1)) continue;
+  for_weights(h, [&](int64_t i, int64_t block) {
+    const int64_t bit = encoding == Encoding::Blocks ? block : i;
+    if (!((payload[bit >> 3] >> (bit & 7)) & 1)) return;
     if (next == stored)
       throw CorruptData("packed weight: the mask has more ones than stored weights");
     weights[i] = signed_value(fields[next++]);
-  }
+  });
   if (next != stored)
     throw CorruptData("packed weight: the mask has fewer ones than stored weights");
   return weights;

@@ -13,7 +13,12 @@ constexpr uint16_t kCanonicalVersion = 1;
 constexpr int kMinBits = 2;
 constexpr int kMaxBits = 8;
 
-enum class Encoding : uint8_t { Dense = 0, Bitmask = 1 };
+enum class Encoding : uint8_t { Dense = 0, Bitmask = 1, Blocks = 2 };
+
+// A block of zeros that Encoding::Blocks leaves out: so many output channels times so many input
+// channels at one kernel position, fewer at the edges. It is what the matmul kernels skip.
+constexpr int kBlockOut = 16;
+constexpr int kBlockIn = 64;
 
 /// The first 64 bytes of a packed weight; all fields little-endian.
 struct CanonicalHeader {
@@ -25,13 +30,18 @@ struct CanonicalHeader {
   uint32_t group_in = 0;  // input channels per group
   uint32_t kernel_h = 0;
   uint32_t kernel_w = 0;
-  uint64_t stored = 0;         // weights in the field streams: all, or the nonzeros for Bitmask
+  uint64_t stored = 0;         // weights in the field streams: all, the nonzeros, or the blocks'
   uint64_t payload_bytes = 0;  // bytes after the header
   uint64_t content_hash = 0;   // of the 40 bytes above and the payload
   uint8_t reserved[16] = {};
 
   int64_t count() const {
     return static_cast<int64_t>(out_channels) * group_in * kernel_h * kernel_w;
+  }
+  /// Blocks of kBlockOut x kBlockIn weights.
+  int64_t blocks() const {
+    return (static_cast<int64_t>(out_channels) + kBlockOut - 1) / kBlockOut *
+           ((static_cast<int64_t>(group_in) + kBlockIn - 1) / kBlockIn) * kernel_h * kernel_w;
   }
 };
 static_assert(sizeof(CanonicalHeader) == 64, "the header is part of the file format");
@@ -46,7 +56,7 @@ std::span<const int> field_groups(int bits);
 /// Bytes of the field streams for n stored weights.
 int64_t fields_bytes(int64_t n, int bits);
 
-/// Packs int8 weights [O][I][KH][KW]; picks the smaller encoding, dense on ties.
+/// Packs int8 weights [O][I][KH][KW]; picks the smallest encoding, on ties dense, then blocks.
 /// Throws InvalidArgument if a weight lies outside [-2^(bits-1), 2^(bits-1) - 1].
 std::vector<uint8_t> pack_canonical(std::span<const int8_t> weights, int bits,
                                     uint32_t out_channels, uint32_t group_in, uint32_t kernel_h,

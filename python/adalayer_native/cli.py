@@ -261,7 +261,7 @@ def info(
             "×".join(str(v) for v in e["shape"]),
             f"{e['params']:,}",
             str(e["bits"]),
-            f"{e['nonzero']:.1%}" if e["encoding"] == "bitmask" else "all stored",
+            "all stored" if e["encoding"] == "dense" else f"{e['nonzero']:.1%}",
             e["encoding"],
             str(e["input_bits"]),
             f"{e['bytes']:,}",

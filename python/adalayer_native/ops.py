@@ -114,6 +114,20 @@ def force_isa(name: str) -> None:
     _C.force_isa(name)
 
 
+def set_sparse_policy(name: str) -> None:
+    """Chooses how zero weights are used from here on; for tests and measurements.
+
+    Args:
+        name: ``"auto"`` (the default: by the clock, layer by layer), ``"dense"``, ``"blocks"`` or
+            ``"bitmask"``. Results have the same bits under each. ``ADALAYER_SPARSE`` sets it at the
+            start. Engines that exist stay as they are.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    _C.set_sparse_policy(name)
+
+
 # -------------------------------------------------------------------------------------- packing
 
 
@@ -125,8 +139,9 @@ def pack_weight(weight: Tensor, bits: int) -> Tensor:
         bits: 2 to 8.
 
     Returns:
-        uint8 ``[64 + payload]``: header and bit-planes, or a bitmask and packed nonzeros where that
-        is smaller.
+        uint8 ``[64 + payload]``: header and bit-planes of all weights, of the 16 x 64 blocks that
+        are not zero behind a mask of blocks, or of the nonzeros behind a bitmask: whichever is
+        smallest.
 
     Raises:
         TypeError: if ``weight`` is not int8. ValueError: shape, bits or a value out of range.

@@ -27,7 +27,7 @@ __all__ = ["LayerPlan", "Plan", "layer_kind", "supported_layers", "unknown_layer
 PLAN_FORMAT = "adalayer-plan"
 PLAN_VERSION = 1
 KINDS = ("conv2d", "conv_transpose2d", "linear")
-PATTERNS = ("unstructured",)
+PATTERNS = ("unstructured", "block16x64", "block32x64", "2:4")
 MIN_BITS, MAX_BITS = 2, 8
 
 
@@ -44,7 +44,8 @@ class LayerPlan:
         params: number of weights (the bias is not counted).
         bits: bits per weight, 2 to 8; ``None`` leaves the layer in float.
         sparsity: share of weights set to zero, ``0 <= sparsity < 1``.
-        pattern: how zeros are placed; ``"unstructured"``.
+        pattern: how zeros are placed: ``"unstructured"``, ``"block16x64"``, ``"block32x64"`` or
+            ``"2:4"`` (at sparsity 0.5); see :mod:`adalayer_native.pruning.patterns`.
         activation_bits: bits of the layer's input activation, 2 to 8.
     """
 
@@ -92,6 +93,8 @@ class LayerPlan:
             raise bad("sparsity", "a number with 0 <= sparsity < 1", self.sparsity)
         if self.pattern not in PATTERNS:
             raise bad("pattern", f"one of {PATTERNS}", self.pattern)
+        if self.pattern == "2:4" and self.sparsity not in (0.0, 0.5):
+            raise bad("sparsity with pattern '2:4'", "0 or 0.5", self.sparsity)
         if not (_is_int(self.activation_bits) and MIN_BITS <= self.activation_bits <= MAX_BITS):
             raise bad(
                 "activation_bits",
@@ -295,6 +298,9 @@ class Plan:
         table.add_column("Kind")
         for heading in ("Weights", "Bits", "Pruned %", "Act. bits"):
             table.add_column(heading, justify="right")
+        patterns = any(layer.pattern != PATTERNS[0] for layer in self.layers.values())
+        if patterns:
+            table.add_column("Pattern")
         scored = [key for key in "AFRIE" if self.scores and self._has_score(key)]
         for key in scored:
             table.add_column(key, justify="right")
@@ -307,6 +313,7 @@ class Plan:
                 "float" if layer.bits is None else str(layer.bits),
                 f"{100 * layer.sparsity:.1f}",
                 "float" if layer.bits is None else str(layer.activation_bits),
+                *([layer.pattern] if patterns else []),
                 *(_number(key, score[key]) if key in score else "" for key in scored),
             )
         table.add_section()

@@ -25,7 +25,27 @@ struct Case {
   int64_t images = 1;
   int zero_point = 0;
   bool residual = false, table = false, bounded = true, extreme = false;
+  int dead_blocks = 0, zeros = 0;  // percent
 };
+
+/// The forms of the panels.
+enum class Form { Dense, Blocks, BlocksByPixel, Bitmask };
+constexpr Form kForms[] = {Form::Dense, Form::Blocks, Form::BlocksByPixel, Form::Bitmask};
+constexpr const char* kFormNames[] = {"dense", "blocks", "blocks by pixel", "bitmask"};
+
+/// Sets blocks of 16 output x 64 input channels at one kernel position, and single weights, to 0.
+void set_zeros(const Case& c, std::vector<int8_t>& weights) {
+  const ConvShape& s = c.shape;
+  const int64_t area = s.kernel_h * s.kernel_w, ins = s.group_in(), across = (ins + 63) / 64;
+  std::vector<bool> dead(static_cast<size_t>((s.out_channels + 15) / 16 * across * area));
+  for (size_t i = 0; i < dead.size(); ++i)
+    dead[i] = pick(1, 100) <= c.dead_blocks;
+  for (int64_t o = 0; o < s.out_channels; ++o)
+    for (int64_t i = 0; i < ins; ++i)
+      for (int64_t k = 0; k < area; ++k)
+        if (dead[(o / 16 * across + i / 64) * area + k] || pick(1, 100) <= c.zeros)
+          weights[(o * ins + i) * area + k] = 0;
+}
 
 std::string describe(const Case& c) {
   const ConvShape& s = c.shape;
@@ -40,9 +60,10 @@ std::string describe(const Case& c) {
   return text;
 }
 
-void run_case(const Case& c, Isa isa, int parts, bool by_columns) {
+void run_case(const Case& c, Isa isa, int parts, bool by_columns, Form form = Form::Dense) {
   force_isa(isa_name(isa));
   const KernelRow& kernels = *active_kernels();
+  if (form == Form::Bitmask && bitmask_kernels(kernels).expand == nullptr) return;
   const ConvShape& s = c.shape;
   const ImageLayout in =
       image_layout(s.in_channels, s.in_h, s.in_w,
@@ -56,6 +77,7 @@ void run_case(const Case& c, Isa isa, int parts, bool by_columns) {
   std::vector<int8_t> weights(static_cast<size_t>(s.out_channels * s.reduction()));
   for (auto& w : weights)
     w = static_cast<int8_t>(c.extreme ? (pick(0, 3) ? lo : hi) : pick(lo, hi));
+  set_zeros(c, weights);
   std::vector<uint8_t> x(static_cast<size_t>(c.images * in.image_bytes + in.slack));
   for (auto& v : x)
     v = static_cast<uint8_t>(c.extreme ? 255 : pick(0, 255));
@@ -93,14 +115,25 @@ void run_case(const Case& c, Isa isa, int parts, bool by_columns) {
               .inv_scale = 1.7f};
   e.bounded = c.bounded;
 
-  const ConvPlan plan = plan_conv(s, in, &out, c.residual ? &res : nullptr, kernels);
+  const ConvPlan plan =
+      plan_conv(s, in, &out, c.residual ? &res : nullptr, kernels, {}, form == Form::BlocksByPixel);
+  SparsePanels sparse;
+  if (form == Form::Bitmask)
+    sparse = plan_bitmask(plan, weights, c.bits);
+  else if (form != Form::Dense)
+    sparse = plan_blocks(plan, weights);
   // Tiles are 64-byte aligned, as the engine keeps them.
   // Weights of few bits may lie unpacked.
-  const int panel_bits = pick(0, 3) == 0 ? 8 : c.bits;
-  AlignedBuffer packed(static_cast<size_t>(plan.packed_bytes(panel_bits)));
-  pack_panels(plan, weights, panel_bits, packed.data());
+  const int panel_bits = form != Form::Bitmask && pick(0, 3) == 0 ? 8 : c.bits;
+  const int64_t bytes =
+      form == Form::Dense ? plan.packed_bytes(panel_bits) : sparse.bytes(panel_bits);
+  AlignedBuffer packed(static_cast<size_t>(bytes));
+  if (form == Form::Dense)
+    pack_panels(plan, weights, panel_bits, packed.data());
+  else
+    pack_sparse(plan, sparse, weights, panel_bits, packed.data());
   std::vector<uint8_t> y(static_cast<size_t>(c.images * out.image_bytes + out.slack), 0xA5);
-  const WeightStream::Segment segment{packed.data(), plan.packed_bytes(panel_bits), 0};
+  const WeightStream::Segment segment{packed.data(), bytes, 0};
   WeightStream stream({&segment, 1}, 4096);
   const ConvCall call{.plan = plan,
                       .weights = packed.data(),
@@ -114,7 +147,8 @@ void run_case(const Case& c, Isa isa, int parts, bool by_columns) {
                       .by_columns = by_columns,
                       .other_order = pick(0, 1) == 1,
                       .stream = &stream,
-                      .segment = 0};
+                      .segment = 0,
+                      .sparse = form == Form::Dense ? nullptr : &sparse};
   kernels.begin();
   for (int p = 0; p < parts; ++p)
     run_conv(call, kernels, {p, parts});
@@ -155,8 +189,8 @@ void run_case(const Case& c, Isa isa, int parts, bool by_columns) {
   }
   for (size_t i = 0; i < y.size(); ++i)
     if (!touched[i] && y[i] != 0xA5) ++wrong;
-  CHECK_MSG(wrong == 0,
-            std::string(kernels.name) + ", parts " + std::to_string(parts) + ": " + describe(c));
+  CHECK_MSG(wrong == 0, std::string(kernels.name) + ", " + kFormNames[static_cast<int>(form)] +
+                            ", parts " + std::to_string(parts) + ": " + describe(c));
 }
 
 void all_isas(const Case& c) {
@@ -164,6 +198,17 @@ void all_isas(const Case& c) {
     if (!isa_supported(row->isa)) continue;
     run_case(c, row->isa, 1, false);
     run_case(c, row->isa, 3, pick(0, 1) == 1);
+  }
+  force_isa("auto");
+}
+
+void all_forms(const Case& c) {
+  for (const KernelRow* row : kernel_rows()) {
+    if (!isa_supported(row->isa)) continue;
+    for (const Form form : kForms) {
+      run_case(c, row->isa, 1, false, form);
+      run_case(c, row->isa, 3, pick(0, 1) == 1, form);
+    }
   }
   force_isa("auto");
 }
@@ -221,6 +266,44 @@ TEST(channels_around_the_tile) {
     }
 }
 
+TEST(zeros_left_out_at_every_width) {
+  for (int bits = 2; bits <= 8; ++bits) {
+    Case c = square(128, 7, 80, 3, 1, 1, bits);
+    c.dead_blocks = 50;
+    c.zeros = 30;
+    c.residual = true;
+    c.zero_point = 9;
+    all_forms(c);
+    // A matrix times a few vectors, whose weights go through registers.
+    c = square(192, 1, 112, 1, 1, 0, bits);
+    c.images = pick(1, 4);
+    c.dead_blocks = 60;
+    c.zeros = 50;
+    all_forms(c);
+  }
+}
+
+TEST(zeros_left_out_around_the_blocks) {
+  for (int in : {16, 48, 63, 64, 65, 128})
+    for (int out : {15, 16, 17, 32, 33, 48}) {
+      Case c = square(in, 5, out, 3, 1, 1, 5);
+      c.dead_blocks = 60;
+      c.zeros = 20;
+      all_forms(c);
+    }
+}
+
+TEST(nothing_but_zeros_and_no_zeros) {
+  for (int bits : {3, 8})
+    for (int size : {1, 6})
+      for (int dead : {0, 100}) {
+        Case c = square(96, size, 40, 1, 1, 0, bits);
+        c.dead_blocks = dead;
+        c.zero_point = 3;
+        all_forms(c);
+      }
+}
+
 TEST(random_shapes) {
   for (int i = 0; i < 150; ++i) {
     Case c;
@@ -254,7 +337,12 @@ TEST(random_shapes) {
     c.residual = pick(0, 1) == 1;
     c.table = pick(0, 1) == 1;
     c.bounded = pick(0, 2) != 0;
-    all_isas(c);
+    c.dead_blocks = pick(0, 1) * 50;
+    c.zeros = pick(0, 1) * 50;
+    if (i % 3 == 0)
+      all_forms(c);
+    else
+      all_isas(c);
   }
 }
 

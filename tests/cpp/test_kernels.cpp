@@ -24,6 +24,7 @@
 #include "core/status.hpp"
 #include "cpu/dispatch.hpp"
 #include "cpu/kernel_table.hpp"
+#include "cpu/sparse_choice.hpp"
 #include "exact.hpp"
 #include "formats/canonical.hpp"
 #include "formats/panels.hpp"
@@ -76,6 +77,16 @@ Layer make_layer(const ConvShape& shape, int bits) {
   const bool sparse = uniform(0, 1) == 1;
   for (auto& w : layer.weights)
     w = static_cast<int8_t>(sparse && uniform(0, 9) < 7 ? 0 : uniform(lo, hi));
+  // Blocks of zeros: output channels 16k ... 16k + 15 over some of the input channels.
+  if (uniform(0, 2) == 0) {
+    const int64_t area = shape.kernel_h * shape.kernel_w, ins = shape.group_in();
+    for (int64_t o = 0; o < shape.out_channels; o += 16) {
+      const int first = uniform(0, static_cast<int>((ins - 1) / 64)) * 64;
+      for (int64_t row = o; row < std::min(o + 16, shape.out_channels); ++row)
+        for (int64_t at = first * area; at < std::min<int64_t>(ins, first + 64) * area; ++at)
+          layer.weights[static_cast<size_t>(row * ins * area + at)] = 0;
+    }
+  }
   layer.packed = formats::pack_canonical(
       layer.weights, bits, static_cast<uint32_t>(shape.out_channels),
       static_cast<uint32_t>(shape.group_in()), static_cast<uint32_t>(shape.kernel_h),
@@ -147,6 +158,8 @@ std::vector<T> run(const Layer& layer, const ActivationIn& in, Layout layout, in
 long long compared = 0;
 
 void check_layer(const Layer& layer, int threads) {
+  constexpr const char* kPolicies[] = {"auto", "dense", "blocks", "bitmask"};
+  cpu::set_sparse_policy(kPolicies[uniform(0, 3)]);
   const ConvShape& s = layer.shape;
   const auto count = static_cast<size_t>(s.batch * s.in_channels * s.in_h * s.in_w);
   const Exact<uint8_t> levels(count);
@@ -176,6 +189,7 @@ void check_layer(const Layer& layer, int threads) {
     }
   }
   force_isa("auto");
+  cpu::set_sparse_policy("auto");
 }
 
 TEST(random_layers) {
@@ -321,6 +335,35 @@ TEST(unpacking) {
       CHECK(got == want);
     }
   }
+}
+
+TEST(bitmask_tiles) {
+  for (int bits = 2; bits <= 8; ++bits)
+    for (const int zeros : {0, 30, 80, 100}) {
+      const int tiles = 5;
+      const int low = -(1 << (bits - 1)), high = (1 << (bits - 1)) - 1;
+      std::vector<int8_t> want(tiles * formats::kTileBytes), got(want.size());
+      for (auto& w : want)
+        w = static_cast<int8_t>(uniform(1, 100) <= zeros ? 0 : uniform(low, high));
+      int64_t bytes = 0;
+      for (int t = 0; t < tiles; ++t)
+        bytes += formats::bitmask_tile_bytes(want.data() + t * formats::kTileBytes, bits);
+      const Exact<uint8_t> packed(static_cast<size_t>(bytes + formats::kBitmaskSlack));
+      uint8_t* at = packed.data();
+      for (int t = 0; t < tiles; ++t)
+        at += formats::pack_bitmask_tile(want.data() + t * formats::kTileBytes, bits, at);
+      CHECK_EQ(at - packed.data(), bytes);
+      formats::expand_tiles_scalar(packed.data(), bits, tiles, got.data());
+      CHECK(got == want);
+      for (const cpu::KernelRow* row : cpu::kernel_rows()) {
+        if (!isa_supported(row->isa)) continue;
+        const cpu::UnpackTiles expand = cpu::bitmask_kernels(*row).expand;
+        if (expand == nullptr) continue;
+        std::fill(got.begin(), got.end(), int8_t{0});
+        expand(packed.data(), bits, tiles, got.data());
+        CHECK(got == want);
+      }
+    }
 }
 
 // How weights and levels are filled: the extremes are where int16 sums would overflow.

@@ -1,11 +1,13 @@
 // Choices of the planner: what the clock decides, what is kept, and what a damaged cache does.
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <string>
+#include <vector>
 
 #include "check.hpp"
 #include "core/cpu_features.hpp"
@@ -87,6 +89,71 @@ TEST(the_clock_decides_for_every_convolution) {
   CHECK((plan.conv(2).choice() == ConvChoice{false, true}));
   plan.conv(1).choose({true, true});
   CHECK((plan.conv(1).choice() == ConvChoice{false, true}));
+}
+
+TEST(zeros_are_left_out_where_that_is_clearly_faster) {
+  if (cpu::active_kernels() == nullptr) return;
+  // Three convolutions of zeros but for one weight.
+  Builder b;
+  const auto x = b.value("x", 128, 4, 4, ValueKind::F32);
+  auto y = b.node(OpKind::Quantize, {x}, b.value("q", 128, 4, 4));
+  std::vector<int8_t> weights(64 * 128, 0);
+  for (int k = 0; k < 3; ++k) {
+    weights.resize(static_cast<size_t>(k == 0 ? 64 * 128 : 64 * 64), 0);
+    weights[0] = 3;
+    Constant constant;
+    constant.kind = ConstantKind::Weights;
+    constant.bytes = formats::pack_canonical(weights, 4, 64, k == 0 ? 128 : 64, 1, 1);
+    CHECK_EQ(int{formats::read_header(constant.bytes).encoding},
+             static_cast<int>(formats::Encoding::Blocks));
+    b.p.constants.push_back(constant);
+    const auto packed = static_cast<int32_t>(b.p.constants.size()) - 1;
+    const ValueKind kind = k == 2 ? ValueKind::F32 : ValueKind::U8;
+    y = b.node(OpKind::Conv, {y},
+               b.value(std::string(1, static_cast<char>('a' + k)), 64, 4, 4, kind),
+               {1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 0, 255, k == 2 ? 0 : 10}, {kInverse, -1, 1},
+               {packed, b.floats(std::vector<float>(64, 0.01f)),
+                b.floats(std::vector<float>(64, 0.5f)), -1});
+  }
+  b.p.inputs = {x};
+  b.p.outputs = {y};
+  const std::vector<ValueLayout> layouts = plan_layouts(b.p);
+  std::vector<Step> steps = build_steps(b.p, layouts);
+  std::vector<ConvStep*> conv;
+  for (Step& step : steps)
+    if (step.conv) conv.push_back(step.conv.get());
+  for (ConvStep* c : conv)
+    CHECK(c->can_be_sparse());
+  const uint64_t key = planning_key(steps, 1);
+  // The first gains; the second as little as the clock scatters; the third would, but is faster
+  // still with unpacked weights.
+  choose_by_clock(steps, [&](std::vector<double>& seconds) {
+    for (size_t k = 0; k < steps.size(); ++k) {
+      if (!steps[k].conv) continue;
+      const ConvChoice c = steps[k].conv->choice();
+      seconds[k] = 1.0;
+      if (c.sparse) seconds[k] = steps[k].conv.get() == conv[1] ? 0.97 : 0.7;
+      if (steps[k].conv.get() == conv[2] && c.resident) seconds[k] = 0.5;
+    }
+  });
+  CHECK((conv[0]->choice() == ConvChoice{false, false, true}));
+  CHECK((conv[1]->choice() == ConvChoice{false, false, false}));
+  CHECK((conv[2]->choice() == ConvChoice{true, false, false}));
+  CHECK(conv[0]->why().starts_with("blocks: "));
+  CHECK(conv[1]->why().starts_with("dense, not blocks: "));
+  // Kept choices are about these zeros.
+  const Folder folder;
+  const PlanCache cache(folder.path / "plans");
+  cache.keep(key, steps);
+  conv[0]->choose({});
+  CHECK(cache.apply(key, steps));
+  CHECK(conv[0]->choice().sparse);
+  Builder other = b;
+  std::fill(weights.begin(), weights.begin() + 64 * 40, int8_t{1});
+  other.p.constants[static_cast<size_t>(conv_attributes(b.p.nodes[2]).weights)].bytes =
+      formats::pack_canonical(weights, 4, 64, 64, 1, 1);
+  std::vector<Step> others = build_steps(other.p, layouts);
+  CHECK(planning_key(others, 1) != key);
 }
 
 TEST(choices_outlive_the_process) {

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..errors import PlanError
 from ..plan import Plan
-from ..pruning.masks import pruned_count
+from ..pruning.patterns import FILE_BLOCK, pattern_pruned_count
 from ..quantization.layout import NativeLayout, native_layout
 
 __all__ = [
@@ -59,15 +59,32 @@ _NAMES = {
 Entry = tuple[str, str, tuple[int, ...]]
 
 
-def packed_bytes(count: int, nonzero: int, bits: int) -> int:
+def packed_bytes(
+    count: int, nonzero: int, bits: int, *, blocks: tuple[int, int] | None = None
+) -> int:
     """Length of ``weight_packed`` for ``count`` weights of ``bits`` bits, header included.
 
     Dense planes cost ``sum_g ceil(count * g / 8)``; a bitmask with packed non-zeros costs
-    ``ceil(count / 8) + sum_g ceil(nonzero * g / 8)``. The smaller is stored, dense on ties.
+    ``ceil(count / 8) + sum_g ceil(nonzero * g / 8)``, and a mask of 16 x 64 blocks with the weights
+    of those that are not all zero ``ceil(number / 8) + sum_g ceil(stored * g / 8)``. The smallest
+    is stored.
+
+    Args:
+        blocks: number of blocks and weights stored in them, where some blocks are known to be zero.
     """
-    dense = sum(-(-count * g // 8) for g in GROUPS[bits])
-    bitmask = -(-count // 8) + sum(-(-nonzero * g // 8) for g in GROUPS[bits])
-    return HEADER_BYTES + min(dense, bitmask)
+
+    def planes(stored: int) -> int:
+        return sum(-(-stored * g // 8) for g in GROUPS[bits])
+
+    size = min(planes(count), -(-count // 8) + planes(nonzero))
+    if blocks is not None:
+        size = min(size, -(-blocks[0] // 8) + planes(blocks[1]))
+    return HEADER_BYTES + size
+
+
+def file_blocks(shape: tuple[int, ...]) -> int:
+    """Blocks of the file's encoding in a weight ``[O, I/groups, KH, KW]`` or ``[O, I]``."""
+    return -(-shape[0] // FILE_BLOCK[0]) * -(-shape[1] // FILE_BLOCK[1]) * math.prod(shape[2:])
 
 
 def safetensors_bytes(entries: Iterable[Entry], metadata: Mapping[str, str] | None = None) -> int:
@@ -136,10 +153,12 @@ def native_entries(
             bits = plan[layer].bits
             if bits is None:
                 raise PlanError(f"layer {layer!r}: the layout has it native, the plan in float")
-            count = layout.layers[layer].numel
-            kept = count - pruned_count(count, plan[layer].sparsity)
+            count, form = layout.layers[layer].numel, layout.layers[layer].weight_shape
+            pattern = plan[layer].pattern
+            kept = count - pattern_pruned_count(form, plan[layer].sparsity, pattern)
+            blocks = (file_blocks(form), kept) if pattern.startswith("block") else None
             if nonzero is not None and layer in nonzero:
                 kept = nonzero[layer]
-            shape = (packed_bytes(count, kept, bits),)
+            shape = (packed_bytes(count, kept, bits, blocks=blocks),)
         entries.append((key, dtype, shape))
     return entries

@@ -26,7 +26,8 @@ class Row:
         microseconds: of one run of the measured batch; 0.0 if it was not measured.
         bytes: of the stored weights.
         macs: multiply-accumulates per image.
-        why: the reason for running in torch, else empty.
+        why: the reason for running in torch; of a native layer with zeros, how they are used and
+            what was measured when the engine was made; else empty.
     """
 
     name: str

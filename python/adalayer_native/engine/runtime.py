@@ -374,7 +374,7 @@ class Engine:
 
 def _native_rows(part: NativePart, batch: int, threads: int, rounds: int) -> list[Row]:
     measured = part.engine.profile(batch, threads, rounds) if rounds > 0 else []
-    found = {entry[0]: (entry[2], entry[7]) for entry in measured}
+    found = {entry[0]: (entry[2], entry[7], entry[8]) for entry in measured}
     program = part.program
     values, sizes = program.values(), program.constants()
     rows = []
@@ -386,8 +386,8 @@ def _native_rows(part: NativePart, batch: int, threads: int, rounds: int) -> lis
             # One product per weight and position of the result, or of the operand if transposed.
             pixels = values[output if op == "conv" else inputs[0]][3:5]
             macs = math.prod(header["shape"]) * math.prod(pixels)
-        kernel, microseconds = found.get(name, ("", 0.0))
-        rows.append(Row(name, op, "native", kernel, bits, microseconds, packed, macs))
+        kernel, microseconds, why = found.get(name, ("", 0.0, ""))
+        rows.append(Row(name, op, "native", kernel, bits, microseconds, packed, macs, why))
     return rows
 
 

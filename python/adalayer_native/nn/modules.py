@@ -4,7 +4,7 @@ The modules hold the canonical packed weights as buffers, so ``state_dict``, ``d
 safetensors carry the same device-neutral bytes that the ``.safetensors`` model file has:
 
 ======================  =========  =====================================================
-``weight_packed``       uint8      header of 64 bytes, then bit-planes (or bitmask + nonzeros)
+``weight_packed``       uint8      header of 64 bytes, then bit-planes (or mask + the rest)
 ``weight_scale``        float32    one step per output channel, batch norm folded in
 ``bias``                float32    ``[out]``, batch norm folded in
 ``input_qparams``       float32    (scale, zero point, bits) of the u8 input grid
@@ -247,10 +247,10 @@ class _NativeLayer(_QuantizedInput):
 
     def extra_repr(self) -> str:
         info = ops.packed_info(self.weight_packed)
-        nonzero = info["stored"] / math.prod(info["shape"])
+        stored = info["stored"] / math.prod(info["shape"])
         text = (
             f"{self._size_repr()}, bits={info['bits']}, encoding={info['encoding']}"
-            f"{f', nonzero={nonzero:.1%}' if info['encoding'] == 'bitmask' else ''}, "
+            f"{f', stored={stored:.1%}' if info['encoding'] != 'dense' else ''}, "
             f"bytes={self.weight_packed.numel()}, input=u{self.input_bits}"
             f"(scale={self.input_scale:.4g}, zero_point={self.input_zero_point})"
         )

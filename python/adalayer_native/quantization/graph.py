@@ -27,8 +27,9 @@ import torch
 from torch import fx, nn
 
 from adalayer_native.errors import AdaError, CalibrationError, UnsupportedModelError
-from adalayer_native.plan import Plan
+from adalayer_native.plan import LayerPlan, Plan
 from adalayer_native.pruning.masks import magnitude_mask
+from adalayer_native.pruning.patterns import pattern_mask
 from adalayer_native.quantization import ops_table as table
 from adalayer_native.quantization.fake_quant import (
     QUANT_LAYERS,
@@ -38,7 +39,7 @@ from adalayer_native.quantization.fake_quant import (
     QuantLayer,
     QuantLinear,
 )
-from adalayer_native.rounding import conv_form
+from adalayer_native.rounding import conv_form, layer_form
 
 ACT_ROOT = "act_quant"
 # int32 accumulators hold K products of a u8 activation and a signed weight.
@@ -491,13 +492,14 @@ def build_prepared(model: nn.Module, plan: Plan, *, empty: bool = False) -> fx.G
     structure = analyse(graph, dict(root.named_modules()), set(bits))
     prepared = fx.GraphModule(root, graph, class_name=type(model).__name__)
     for name, width in bits.items():
-        _replace_layer(prepared, name, width, plan[name].sparsity, structure, empty=empty)
+        _replace_layer(prepared, plan[name], width, structure, empty=empty)
     _insert_quantizers(prepared, plan, structure)
     prepared.meta["kept_float"] = kept_float
     prepared.meta["layers"] = {
         name: {
             "bits": bits[name],
             "sparsity": plan[name].sparsity,
+            "pattern": plan[name].pattern,
             "input": f"{ACT_ROOT}.{structure.inputs[name]}",
             "batch_norm": structure.batch_norms.get(name),
         }
@@ -527,13 +529,13 @@ def check_model(model: nn.Module) -> None:
 
 def _replace_layer(
     prepared: fx.GraphModule,
-    name: str,
+    plan: LayerPlan,
     bits: int,
-    sparsity: float,
     structure: Structure,
     *,
     empty: bool,
 ) -> None:
+    name = plan.name
     old = prepared.get_submodule(name)
     assert isinstance(old, LAYERS)
     weight = old.weight.detach()
@@ -541,7 +543,13 @@ def _replace_layer(
         raise CalibrationError(
             f"layer {name!r}: its weight contains NaN or infinity; expected finite numbers"
         )
-    mask = magnitude_mask(weight, sparsity) if sparsity and not empty else None
+    mask = None
+    if plan.sparsity and not empty:
+        if plan.pattern == "unstructured":
+            mask = magnitude_mask(weight, plan.sparsity)
+        else:
+            form = pattern_mask(conv_form(old, weight), plan.sparsity, plan.pattern)
+            mask = layer_form(old, form)
     new = QUANT_LAYERS[type(old)].from_layer(old, bits, mask, name=name)
     new.folds_batch_norm = name in structure.batch_norms
     if not empty:
