@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from adalayer_native.errors import CalibrationError, PlanError
 from adalayer_native.pruning.masks import magnitude_mask, pruned_count
+from adalayer_native.pruning.patterns import pattern_mask
 from adalayer_native.repair.columns import columns, groups_of
 from adalayer_native.repair.sweep import Rows, compensate, refine
 from adalayer_native.rounding import (
@@ -200,19 +201,29 @@ class LayerHessian:
 
     @torch.no_grad()
     def quantize(
-        self, bits: int, sparsity: float = 0.0, *, mask: Tensor | None = None, passes: int = PASSES
+        self,
+        bits: int,
+        sparsity: float = 0.0,
+        *,
+        pattern: str = "unstructured",
+        mask: Tensor | None = None,
+        passes: int = PASSES,
     ) -> LayerSolution:
         """Integers, scales and mask of small output error; never worse than plain rounding.
 
         Args:
             bits: 2 to 8.
-            sparsity: share of weights to remove; exactly ``round(share * weights)`` are.
+            sparsity: share of weights to remove; exactly ``round(share * weights)`` are, or as
+                many blocks as the pattern says.
+            pattern: where zeros may lie (:mod:`adalayer_native.pruning.patterns`). Blocks and the
+                two of four are chosen before the sweep, by what pruning them costs more than
+                rounding them while everything else can still make up for it.
             mask: bool, output channels first: keep exactly these instead of choosing.
             passes: rounds of refinement after the sweep.
 
         Raises:
             CalibrationError: no data was added.
-            PlanError: bits, sparsity or the mask's shape are not valid.
+            PlanError: bits, sparsity, the pattern or the mask's shape are not valid.
         """
         solver = self._ready()
         low, high = weight_range(bits)
@@ -224,13 +235,17 @@ class LayerHessian:
                     f"{tuple(self.shape)}"
                 )
             keep = mask.reshape(self.weight.shape)
+        elif pattern != "unstructured" and sparsity:
+            cost = solver.pruning_cost(bits).reshape(self.shape)
+            keep = pattern_mask(cost, sparsity, pattern, score=cost).reshape(self.weight.shape)
         levels, scale, kept = solver.run([(bits, sparsity)], passes, keep=keep)
-        chosen = kept if mask is not None or pruned_count(kept.numel(), sparsity) else None
+        chosen = kept if keep is not None or pruned_count(kept.numel(), sparsity) else None
         q = levels * scale[:, :, None]
         error, energy = solver.error(q), solver.energy
-        plain_mask = keep
+        plain_mask = keep if mask is not None else None
         if plain_mask is None and sparsity:
-            plain_mask = magnitude_mask(self.weight, sparsity)
+            plain_mask = pattern_mask(self.weight.reshape(self.shape), sparsity, pattern)
+            plain_mask = plain_mask.reshape(self.weight.shape)
         plain_levels, plain_scale = self._plain(bits, plain_mask)
         plain = solver.error(plain_levels * plain_scale[:, :, None])
         if float((self.gain * plain).sum()) < float((self.gain * error).sum()):
@@ -388,6 +403,22 @@ class _Solver:
         levels, scale = refine(repeated, self.hessian, levels, kept, rows, passes)
         back = torch.argsort(self.order, dim=1)
         return _columns_of(levels, back), scale, _columns_of(kept, back)
+
+    def pruning_cost(self, bits: int) -> Tensor:
+        """What pruning each weight costs more than rounding it, not negative: ``[G, R, K]``.
+
+        ``(w_j^2 - (w_j - q_j)^2) / [H^-1]_jj``, with the whole inverse, as if each were alone.
+        """
+        low, high = weight_range(bits)
+        flat = self.target.reshape(-1, self.target.shape[2])
+        scale = quantize_weight(flat, bits, None)[1].reshape(self.target.shape[:2])[:, :, None]
+        rounding = torch.clamp(torch.div(self.target, scale).round_(), low, high).mul_(scale)
+        cost = self.target.square() - rounding.sub_(self.target).square_()
+        inverse = self.factor.square().sum(dim=1)  # diagonal of U^T U
+        cost = (cost / inverse[:, None]).clamp_(min=0.0) * self.owner.gain[:, :, None]
+        # Where many round to zero anyway and cost nothing, the smallest go first.
+        cost += 1e-30 * self.target.abs()
+        return _columns_of(cost, torch.argsort(self.order, dim=1))
 
     def _rows(
         self,

@@ -204,8 +204,10 @@ def repair(
                 mask = None
                 if not choose_masks and layer.mask is not None:
                     mask = conv_form(layer, layer.mask)
-                sparsity = entries[name]["sparsity"]
-                solution = hessian.quantize(layer.bits, sparsity, mask=mask, passes=passes)
+                sparsity, pattern = entries[name]["sparsity"], entries[name]["pattern"]
+                solution = hessian.quantize(
+                    layer.bits, sparsity, pattern=pattern, mask=mask, passes=passes
+                )
                 _apply(layer, norm, solution)
                 result.layers[name] = LayerReport(
                     name=name,
