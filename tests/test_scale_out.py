@@ -91,7 +91,8 @@ def test_analyze_has_the_same_numbers(tmp_path: Path):
         timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines()[-1] == "compared 5"
+    # Ray may print a last word of its own.
+    assert "compared 5" in done.stdout.splitlines(), done.stdout
 
 
 def test_workers_are_checked():

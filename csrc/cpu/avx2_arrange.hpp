@@ -14,7 +14,10 @@
 
 #include "formats/panels.hpp"
 
+// For two files with instruction-set flags: nothing in here may be one function for the whole
+// program.
 namespace adalayer::cpu {
+namespace {
 
 /// Kinds of quads, in this order.
 struct ArrangedTable {
@@ -37,7 +40,7 @@ constexpr uint32_t kQuadMask = (1u << kOrderBit) - 1;
 /// How the four levels of a quad become pairs: 0 1 and 2 3, or 0 2 and 1 3, or 0 3 and 1 2.
 constexpr int kOrders = 3;
 /// vpshufb controls of one 128-bit lane.
-alignas(16) inline constexpr uint8_t kOrder[kOrders][16] = {
+alignas(16) constexpr uint8_t kOrder[kOrders][16] = {
     {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
     {0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15},
     {0, 3, 1, 2, 4, 7, 5, 6, 8, 11, 9, 10, 12, 15, 13, 14}};
@@ -53,4 +56,5 @@ inline const ArrangedTable& arranged_table(const int8_t* tile, int64_t steps, in
                                                  half * arranged_table_bytes(steps));
 }
 
+}  // namespace
 }  // namespace adalayer::cpu
