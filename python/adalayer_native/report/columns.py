@@ -72,6 +72,11 @@ COLUMNS = (
 )
 
 
+def _figures(value: float) -> str:
+    """Three digits, and never a power of ten in the middle of a sentence."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def summary(run: Run) -> list[tuple[str, str, str]]:
     """``(figure, what it is, against what)`` of the run; what is not known is left out."""
     data = run.data
@@ -101,14 +106,14 @@ def summary(run: Run) -> list[tuple[str, str, str]]:
         found.append((f"{data['native_ms']:.3g} ms", "per image as torch module", against))
     energy, whole = data.get("modelled_energy_uj"), data.get("modelled_float_energy_uj")
     if energy and whole:
-        against = f"float {whole:.3g} µJ, × {whole / energy:.1f}"
-        found.append((f"{energy:.3g} µJ", "modelled energy per image", against))
+        against = f"float {_figures(whole)} µJ, × {whole / energy:.1f}"
+        found.append((f"{_figures(energy)} µJ", "modelled energy per image", against))
     for key, words in (("compression", "for the compression"), ("native", "per 1,000 images")):
         use = (data.get("energy") or {}).get(key)
         if use:
             co2 = use.get("co2_grams")
             more = use["label"] + ("" if co2 is None else f", {co2:.2g} g CO2")
-            found.append((f"{use['joules']:.3g} J", f"energy {words}", more))
+            found.append((f"{_figures(use['joules'])} J", f"energy {words}", more))
     return found
 
 
