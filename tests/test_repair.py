@@ -374,6 +374,38 @@ def test_errors_of_earlier_layers_are_corrected():
     assert first < second
 
 
+def test_batch_norms_are_only_re_estimated_where_the_output_gets_nearer():
+    def distance(model: nn.Module, ready: nn.Module) -> float:
+        with torch.no_grad():
+            return sum(float((ready(x) - model(x)).square().sum()) for x, _ in batches())
+
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(),
+                          nn.Linear(8 * 36, 4)).eval()  # fmt: skip
+    # Statistics that are not those of this data: fresh ones would be another network.
+    ready = prepared(model, bits=4)
+    state_before = copy.deepcopy(ready.get_submodule("1").running_var)
+    report = repair(ready, batches(), bn_reestimate=True, progress=False)
+    assert not report.reestimated
+    assert torch.equal(ready.get_submodule("1").running_var, state_before)
+    # And those of this data, but pruned until hardly anything is left.
+    with torch.no_grad():
+        model[1].train()
+        model[1].momentum = None
+        model[0](batches()[0][0])
+        for x, _ in batches():
+            model(x)
+        model.eval()
+    plain, fresh = (prepared(model, bits=2, sparsity=0.9) for _ in range(2))
+    repair(plain, batches(), correct_inputs=False, passes=0, progress=False)
+    report = repair(
+        fresh, batches(), correct_inputs=False, passes=0, bn_reestimate=True, progress=False
+    )
+    assert distance(model, fresh) <= distance(model, plain)
+    norms = [ready.get_submodule("1").running_var for ready in (plain, fresh)]
+    assert report.reestimated == (not torch.equal(*norms))
+
+
 def test_masks_can_be_kept():
     ready = prepared(mixed(), 4, 0.4)
     masks = {name: layer.mask.clone() for name, layer in layers_of(ready).items()}
@@ -525,7 +557,7 @@ def test_memory_decides_only_what_runs_again(build):
     for memory in (0, 40_000, 1 << 30):
         ready = prepared(model, 3, 0.25, data)
         loader = Stops(data, 1 << 20, ValueError)
-        repair(ready, loader, memory=memory, progress=False)
+        repair(ready, loader, memory=memory, equalize=False, progress=False)
         results.append((state(ready), (1 << 20) - loader.left))
     layers = len(layers_of(ready))
     assert same(results[0][0], results[2][0])

@@ -13,7 +13,7 @@ error that earlier layers have made is corrected here as far as a linear map can
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -226,7 +226,6 @@ class LayerHessian:
             PlanError: bits, sparsity, the pattern or the mask's shape are not valid.
         """
         solver = self._ready()
-        low, high = weight_range(bits)
         keep: Tensor | None = None
         if mask is not None:
             if mask.shape != self.shape:
@@ -238,11 +237,57 @@ class LayerHessian:
         elif pattern != "unstructured" and sparsity:
             cost = solver.pruning_cost(bits).reshape(self.shape)
             keep = pattern_mask(cost, sparsity, pattern, score=cost).reshape(self.weight.shape)
+        weight_range(bits)
         levels, scale, kept = solver.run([(bits, sparsity)], passes, keep=keep)
         chosen = kept if keep is not None or pruned_count(kept.numel(), sparsity) else None
+        given = keep if mask is not None else None
+        return self._solution(bits, sparsity, levels, scale, chosen, given, pattern)
+
+    @torch.no_grad()
+    def solutions(
+        self, settings: Sequence[tuple[int, float]], *, passes: int = PASSES
+    ) -> Iterator[LayerSolution]:
+        """:meth:`quantize` for many ``(bits, sparsity)``, several in one sweep; in their order.
+
+        Raises:
+            CalibrationError: no data was added.
+            PlanError: bits or sparsity are not valid.
+        """
+        solver = self._ready()
+        for bits, sparsity in settings:
+            weight_range(bits)
+            pruned_count(1, sparsity)
+        rows = self.weight.shape[1]
+        step = self._together()
+        for start in range(0, len(settings), step):
+            part = list(settings[start : start + step])
+            levels, scale, kept = solver.run(part, passes)
+            for index, (bits, sparsity) in enumerate(part):
+                own = slice(index * rows, (index + 1) * rows)
+                chosen = kept[:, own] if pruned_count(kept[:, own].numel(), sparsity) else None
+                yield self._solution(bits, sparsity, levels[:, own], scale[:, own], chosen)
+
+    def _together(self, channels: int | None = None) -> int:
+        """Settings that fit a bounded amount of memory and go through one sweep."""
+        rows = self.weight.shape[1] if channels is None else channels
+        size = self.weight.shape[0] * rows * self.weight.shape[2]
+        return max(1, (_CHUNK * 2) // max(1, size))
+
+    def _solution(
+        self,
+        bits: int,
+        sparsity: float,
+        levels: Tensor,
+        scale: Tensor,
+        chosen: Tensor | None,
+        plain_mask: Tensor | None = None,
+        pattern: str = "unstructured",
+    ) -> LayerSolution:
+        """The sweep's result, or plain rounding where that is better."""
+        solver = self._ready()
+        low, high = weight_range(bits)
         q = levels * scale[:, :, None]
         error, energy = solver.error(q), solver.energy
-        plain_mask = keep if mask is not None else None
         if plain_mask is None and sparsity:
             plain_mask = pattern_mask(self.weight.reshape(self.shape), sparsity, pattern)
             plain_mask = plain_mask.reshape(self.weight.shape)
@@ -288,8 +333,7 @@ class LayerHessian:
         chosen = self._sample(channels)
         found: list[float] = []
         # Settings that fit a bounded amount of memory go together.
-        size = max(1, self.weight[:, chosen].numel())
-        step = max(1, (_CHUNK * 2) // size)
+        step = self._together(len(chosen))
         gain, energy = self.gain[:, chosen], solver.energy[:, chosen]
         for start in range(0, len(settings), step):
             part = list(settings[start : start + step])

@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_leaves
 
 from adalayer_native._fingerprint import fingerprint
 from adalayer_native._progress import ProgressBar
 from adalayer_native.errors import CalibrationError
+from adalayer_native.quantization.calibrate import reestimate_batch_norms
 from adalayer_native.quantization.exact import check_calibrated
 from adalayer_native.quantization.fake_quant import QuantLayer
 from adalayer_native.quantization.graph import layers_of, metadata
 from adalayer_native.repair import checkpoint as store
+from adalayer_native.repair.equalize import EqualizedPair, equalize_layers, pairs_of
 from adalayer_native.repair.hessian import DAMPING, PASSES, LayerHessian, LayerSolution
 from adalayer_native.repair.walk import (
     Data,
@@ -65,17 +68,25 @@ class Repair:
         layers: in the order in which they were repaired, which is the graph's.
         images: calibration samples.
         resumed: layers that were taken from a checkpoint.
+        pairs: what equalization decided.
+        reestimated: whether re-estimated batch norms were kept.
     """
 
     layers: dict[str, LayerReport] = field(default_factory=dict)
     images: int = 0
     resumed: int = 0
+    pairs: list[EqualizedPair] = field(default_factory=list)
+    reestimated: bool = False
 
     def table(self) -> Table:
         """One row per layer: where the accuracy goes."""
         from rich.table import Table
 
-        table = Table(title=f"Output error per layer ({self.images:,} images)")
+        scaled = [pair for pair in self.pairs if pair.kind != "none"]
+        table = Table(
+            title=f"Output error per layer ({self.images:,} images)",
+            caption="; ".join(f"{p.first} and {p.second} equalized" for p in scaled) or None,
+        )
         table.add_column("Layer")
         for heading in ("Bits", "Pruned %", "Plain rounding %", "Repaired %"):
             table.add_column(heading, justify="right")
@@ -100,6 +111,8 @@ def repair(
     batches: int | None = None,
     choose_masks: bool = True,
     correct_inputs: bool = True,
+    equalize: bool = True,
+    bn_reestimate: bool = False,
     passes: int = PASSES,
     damping: float = DAMPING,
     memory: int = 1 << 30,
@@ -122,13 +135,20 @@ def repair(
         prepared: from :func:`prepare`, calibrated, not trained further: its float weights are the
             model to be approximated. Changed in place, and put in evaluation mode.
         loader: re-iterable of float tensors ``[N, ...]`` or of ``(inputs, labels)``; the same
-            batches every time it is read (no shuffling). It is read once to check it, and then for
-            every layer until ``memory`` holds what follows from it.
+            batches every time it is read (no shuffling). It is read once to check it, its first
+            images for every pair that may be equalized, and then for every layer until
+            ``memory`` holds what follows from it.
         batches: use at most that many batches of the loader.
         choose_masks: prune by output error, as many weights as the plan says; false keeps the
             masks of ``prepared``.
         correct_inputs: aim at the float model's output of the layer; false aims at what the float
             weight would make of the quantized input.
+        equalize: before the first layer, scale channels between pairs of layers where that lowers
+            the error of the second (:mod:`~adalayer_native.repair.equalize`). It chooses ranges of
+            the tensors between them and masks anew; false keeps them.
+        bn_reestimate: at the end, recompute the statistics of the batch norms on the data, and keep
+            them if the model's output then is nearer to the float model's. Seldom so: means are
+            corrected layer by layer already, on the same images.
         passes: rounds of refinement after the sweep.
         damping: pull towards the float weight, relative to the mean variance of the inputs.
         memory: bytes of intermediate values that may be kept from one layer to the next; where they
@@ -161,6 +181,7 @@ def repair(
         "layers": entries,
         "choose_masks": choose_masks,
         "correct_inputs": correct_inputs,
+        "equalize": equalize,
         "passes": passes,
         "damping": damping,
         "seed": seed,
@@ -174,13 +195,19 @@ def repair(
         states, reports = store.load(checkpoint, identity)
         result.layers = {entry["name"]: LayerReport(**entry) for entry in reports}
         result.resumed = len(reports)
-    models = [prepared, float_twin(prepared)] if correct_inputs else [prepared]
-    streams = Streams(models, data, memory)
     order = in_order(prepared)
     norms = {name: _norm_of(prepared, entries[name]) for name in order}
     before = {name: _state(layers[name], norms[name]) for name in order}
+    others = {name: value.clone() for name, value in prepared.state_dict().items()}
     bar = ProgressBar("Repairing", len(order) * data.batches, unit="batch", enabled=progress)
     try:
+        if equalize and pairs_of(prepared):  # always the same: a checkpoint need not hold it
+            _check_shapes(prepared, layers[order[0]], order[0], data)
+            result.pairs = equalize_layers(
+                prepared, data, keep_masks=not choose_masks, seed=seed, progress=progress
+            )
+        models = [prepared, float_twin(prepared)] if correct_inputs else [prepared]
+        streams = Streams(models, data, memory)
         with bar, torch.no_grad():
             for index, name in enumerate(order):
                 layer, norm = layers[name], norms[name]
@@ -221,12 +248,46 @@ def repair(
                     states[name] = _state(layer, norm)
                     rows = [asdict(row) for row in result.layers.values()]
                     store.save(checkpoint, identity, states, rows)
+            if bn_reestimate:
+                twin = models[1] if correct_inputs else float_twin(prepared)
+                result.reestimated = _reestimate(prepared, twin, data)
     except BaseException:
         # Half a repair is a model that nobody asked for; what is done is in the checkpoint.
         for name in order:
             _load(layers[name], norms[name], before[name])
+        prepared.load_state_dict(others)
         raise
     return result
+
+
+def _check_shapes(prepared: fx.GraphModule, layer: QuantLayer, name: str, data: Data) -> None:
+    """Data of a wrong shape is an error that names a layer, not one of torch's."""
+    probe = LayerHessian(layer, name=name, per_image=1)
+    for values in next(Streams([prepared], data, 0).inputs(name)):
+        probe.add(*values)
+
+
+def _reestimate(prepared: fx.GraphModule, twin: fx.GraphModule, data: Data) -> bool:
+    """Fresh batch norm statistics, if the output gets nearer to the float model's by them."""
+
+    def distance() -> float:
+        total = 0.0
+        for x in data:
+            pairs = zip(tree_leaves(prepared(x.clone())), tree_leaves(twin(x)), strict=True)
+            total += sum(
+                float((y.float() - z.float()).square().sum().double())
+                for y, z in pairs
+                if isinstance(y, torch.Tensor) and y.is_floating_point()
+            )
+        return total
+
+    before, state = distance(), {k: v.clone() for k, v in prepared.state_dict().items()}
+    reestimate_batch_norms(prepared, data, progress=False)
+    # Equal where there is no batch norm; not above also says that it is a number.
+    if distance() < before:
+        return True
+    prepared.load_state_dict(state)
+    return False
 
 
 def _norm_of(prepared: nn.Module, entry: dict[str, Any]) -> nn.Module | None:
