@@ -21,9 +21,11 @@ from adalayer_native.allocation import (
     packed_bytes,
     safetensors_bytes,
 )
+from adalayer_native.allocation.adalayer import HYPER, _unrounded
 from adalayer_native.allocation.closed_form import closed_form
 from adalayer_native.allocation.evaluate import Evaluator, Measurement, best_of
 from adalayer_native.allocation.problem import Problem
+from adalayer_native.allocation.uniform import uniform_pairs
 from adalayer_native.errors import BudgetError, CalibrationError, PlanError, UnsupportedModelError
 from adalayer_native.importance import analyze
 from adalayer_native.models import get_model
@@ -247,6 +249,24 @@ def test_adalayer_is_not_worse_than_uniform_on_calibration(scored) -> None:
         uniform, layered = (plan.measured["calibration_loss"] for plan in results)
         # The uniform plans are tried with whole per cents; that is the only difference.
         assert layered <= uniform * 1.25 + 1e-6
+
+
+def test_a_uniform_winner_is_not_rounded_to_per_cents(scored) -> None:
+    model, _ = scored
+    problem, evaluator = Problem(model, Budget(bytes=1700)), Evaluator(model, batches())
+    bits, sparsity = next((b, s) for b, s in uniform_pairs(problem) if round(100 * s, 6) % 1)
+    rounded = np.ceil(100 * sparsity) / 100
+    hyper = {**dict.fromkeys(HYPER, 0.0), "gamma": rounded, "bmax": float(bits)}
+    plan = problem.plan(problem.uniform(bits, rounded), "adalayer", hyper)
+    plan.measured = {"calibration_loss": math.inf}
+    exact = _unrounded(problem, evaluator, plan)
+    assert {(e.bits, e.sparsity) for e in exact.layers.values()} == {(bits, sparsity)}
+    assert exact.hyper["gamma"] == sparsity
+    assert exact.measured["calibration_loss"] < math.inf
+    plan.measured = {"calibration_loss": 0.0}  # more pruned and better, by whatever chance
+    assert _unrounded(problem, evaluator, plan) is plan
+    plan.measured, plan.hyper["alpha"] = {"calibration_loss": math.inf}, 1.0
+    assert _unrounded(problem, evaluator, plan) is plan
 
 
 def test_fixed_hyper_parameters(scored) -> None:

@@ -187,6 +187,34 @@ def test_dead_channels_and_pruned_layers(chain):
         assert bool(torch.isfinite(native(data()[0])).all())
 
 
+@pytest.mark.parametrize("pattern", ["block16x64", "2:4"])
+def test_masks_keep_to_their_pattern(pattern: str):
+    torch.manual_seed(2)
+    model = nn.Sequential(
+        nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1)
+    ).eval()
+    with torch.no_grad():  # unequal channels, so that there is something to equalize
+        spread = torch.logspace(0, 2, 64)
+        model[0].weight.mul_(spread.view(-1, 1, 1, 1))
+        model[0].bias.mul_(spread)
+        model[2].weight.div_(spread.view(1, -1, 1, 1))
+    plan = ada.Plan(
+        {
+            "0": ada.LayerPlan("0", "conv2d", model[0].weight.numel(), 8),
+            "2": ada.LayerPlan("2", "conv2d", model[2].weight.numel(), 4, 0.5, pattern=pattern),
+        }
+    )
+    ready = ada.calibrate(ada.prepare(model, plan), data(), progress=False)
+    (row,) = equalize_layers(ready, Data(data(), None, torch.device("cpu")), progress=False)
+    assert row.kind != "none"
+    mask = ready.get_submodule("2").mask
+    if pattern == "2:4":
+        assert int(mask.reshape(64, 16, 4, 9).sum(2).max()) == 2
+    else:
+        blocks = mask.reshape(4, 16, 64, 9).float().mean((1, 2))
+        assert set(blocks.unique().tolist()) == {0.0, 1.0}
+
+
 def test_a_failure_leaves_the_model_as_it_was(chain, monkeypatch):
     from adalayer_native.repair import model as module
 

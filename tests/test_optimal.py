@@ -19,22 +19,27 @@ from adalayer_native.allocation import (
     Settings,
     allocate,
     estimate_bytes,
+    packed_bytes,
     pareto,
     plan_energy,
 )
 from adalayer_native.allocation.evaluate import Evaluator, Measurement
+from adalayer_native.allocation.finals import contenders, finals
 from adalayer_native.allocation.local_search import corrected, most_likely, starts
-from adalayer_native.allocation.measuring import Data, latency_table, measure_tables
+from adalayer_native.allocation.measuring import Data, latency_table, measure_tables, weights_of
 from adalayer_native.allocation.problem import Problem
+from adalayer_native.allocation.repaired import RepairedWeights
 from adalayer_native.allocation.resources import bit_operations, resources
 from adalayer_native.allocation.selection import Selection, selection_of
 from adalayer_native.allocation.sensitivity import LogitSensitivity
 from adalayer_native.errors import BudgetError, CalibrationError, PlanError
-from adalayer_native.importance.batches import iterate
+from adalayer_native.importance.batches import iterate, kl_divergence
 from adalayer_native.plan import Plan
+from adalayer_native.pruning.masks import pruned_count
+from adalayer_native.repair import layer_hessians
 from adalayer_native.report import error_table
 
-FEW = {"widths": (2, 4, 8), "sparsities": (0.0, 0.6), "step": None}
+FEW = {"widths": (2, 4, 8), "sparsities": (0.0, 0.6), "step": None, "finalists": 0}
 
 
 @pytest.fixture(autouse=True)
@@ -167,7 +172,9 @@ def test_the_plan_reports_what_was_measured_on_images_the_tables_have_not_seen(m
     plan = optimal(model, Budget(bytes=1900), rounds=3, trials=6)
     data = Data.split(model, batches(2, 24), None, None)
     assert sum(b.count for b in data.table) == sum(b.count for b in data.check) == 24
-    evaluator = Evaluator(model, [(b.x, b.target) for b in data.check])
+    assert [b.count for b in data.repair] == [b.count for b in data.table]
+    weights = weights_of(Problem(model, None), data, Settings())
+    evaluator = Evaluator(model, [(b.x, b.target) for b in data.check], weight_of=weights)
     real = evaluator.measure({n: (e.bits, e.sparsity) for n, e in plan.layers.items()})
     assert plan.measured["calibration_loss"] == pytest.approx(real.loss)
 
@@ -374,8 +381,149 @@ def test_an_own_repair_and_an_own_error(model) -> None:
         optimal(model, Budget(bytes=2100), measure=lambda *_: float("nan"))
 
 
+def test_tables_are_of_repaired_weights(model, tmp_path) -> None:
+    problem, budget = Problem(model, None), Budget(size=1.0)
+    data = Data.split(model, batches(3, 40), None, None)
+    assert sum(b.count for b in data.repair) == sum(b.count for b in data.check) == 60
+    tables = {
+        kind: measure_tables(problem, budget, data, Settings(**FEW, weight_of=kind)).errors
+        for kind in ("repaired", "rounded")
+    }
+    assert tables["repaired"].about["weights"] == "repaired"
+    assert len(files(tmp_path)) == 2  # one never stands for the other
+    repaired, rounded = (np.nansum(tables[kind].values[:, :2]) for kind in tables)
+    assert repaired < 0.8 * rounded
+    # The entries are of the very weights that LayerHessian gives.
+    hessian = dict(layer_hessians(model, [b.x for b in data.repair], ["conv2"]))["conv2"]
+    solution = hessian.quantize(2, 0.6, passes=1)
+    measure = LogitSensitivity(model, data.table, {"conv2": model.conv2})
+    expected = measure.error("conv2", solution.weight, solution.bias_shift)
+    assert tables["repaired"].value("conv2", 2, 0.6) == pytest.approx(expected, rel=1e-3)
+
+
+def test_repaired_weights_in_little_memory(model) -> None:
+    data, names = [x for x, _ in batches(2, 24)], ["conv1", "conv2", "fc"]
+    options = [(bits, sparsity) for bits in (2, 4) for sparsity in (0.0, 0.5)]
+    roomy = RepairedWeights(model, data, names, progress=False)
+    tight = RepairedWeights(model, data, names, memory=1, progress=False)
+    roomy.expect("conv2", options)
+    for name, (bits, sparsity) in itertools.product(names, options):
+        one, other = roomy(name, bits, sparsity), tight(name, bits, sparsity)
+        torch.testing.assert_close(one, other)
+        weight = model.get_submodule(name).weight
+        assert one[0].shape == weight.shape and one[1].shape == (weight.shape[0],)
+        assert int((one[0] != 0).sum()) <= weight.numel() - round(weight.numel() * sparsity)
+    assert len(tight._hessians) == 1 and len(tight._known) == 1
+
+
+@pytest.mark.parametrize("method", ["uniform", "adalayer"])
+def test_other_methods_compare_plans_with_repaired_weights_if_asked(model, method, tmp_path):
+    data = batches(2, 24)
+    scores = ada.analyze(model, data, progress=False)
+
+    def plan(**options) -> Plan:
+        return allocate(
+            scores, Budget(bytes=1700), method=method, model=model, calibration=iter(data),
+            cache=tmp_path / "search.json", fixed={"fc": 4}, progress=False, **options,
+        )  # fmt: skip
+
+    plain, repaired = plan(), plan(repaired=True)
+    assert plain == plan()  # the cache does not mix them up
+    weights = RepairedWeights(model, data, list(repaired.layers), progress=False)
+    evaluator = Evaluator(model, data, weight_of=weights)
+
+    def loss(which: Plan) -> float:
+        choice = {n: (e.bits, e.sparsity) for n, e in which.layers.items()}
+        return evaluator.measure(choice).loss
+
+    assert repaired.measured["calibration_loss"] == pytest.approx(loss(repaired), rel=1e-3)
+    assert loss(repaired) < plain.measured["calibration_loss"]
+
+
+def test_repaired_weights_of_grouped_depthwise_and_transposed_layers() -> None:
+    torch.manual_seed(4)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(),
+        nn.Conv2d(8, 12, 1, groups=4), nn.ReLU(), nn.ConvTranspose2d(12, 6, 2, 2, groups=3),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4),
+    ).eval()  # fmt: skip
+    plan = optimal(net, Budget(bits=3), rounds=1, trials=2)
+    assert plan.average_bits <= 3 + 1e-9
+    assert plan.measured["calibration_loss"] < 0.1
+
+
+def test_the_last_plans_are_repaired_whole_and_compared(model, tmp_path, monkeypatch) -> None:
+    budget, options = Budget(bytes=1900), {"rounds": 1, "trials": 2, "finalists": 5}
+    assert optimal(model, budget, **options).measured["calibration_loss"] < 3e-3
+    assert len(files(tmp_path)) == 1  # so nothing was compared
+    monkeypatch.setattr("adalayer_native.allocation.optimal.NEGLIGIBLE", 0.0)
+    plan = optimal(model, budget, **options)
+    (kept,) = (json.loads(f.read_text()) for f in files(tmp_path) if f.name.startswith("finals"))
+    losses = {k[5:]: v for k, v in kept["values"].items() if k.startswith("loss ")}
+    assert 3 <= len(losses) <= 5
+    chosen = json.dumps([[n, e.bits, round(e.sparsity, 6)] for n, e in plan.layers.items()])
+    assert losses[chosen] == min(losses.values()) == plan.measured["calibration_loss"]
+    assert estimate_bytes(model, plan) <= 1900
+    # The number is that of the steps a person would take.
+    data = Data.split(model, batches(2, 24), None, None)
+    prepared = ada.prepare(model, plan)
+    ada.calibrate(prepared, [b.x for b in data.repair], progress=False)
+    ada.repair(prepared, [b.x for b in data.repair], equalize=False, passes=1, progress=False)
+    x = torch.cat([b.x for b in data.check])
+    with torch.no_grad():
+        assert kl_divergence(model(x), prepared(x)) == pytest.approx(losses[chosen], rel=1e-4)
+    # And it is not measured twice.
+    monkeypatch.setattr("adalayer_native.allocation.finals.repair", lambda *_, **__: 1 / 0)
+    assert optimal(model, budget, **options) == plan
+
+
+def test_pruning_that_saves_nothing_is_not_offered(model) -> None:
+    data = Data.split(model, batches(2, 24), None, None)
+    settings, budget = Settings(widths=(2, 4), sparsities=(0.0, 0.6)), Budget(bytes=1700)
+    problem = Problem(model, None)
+    tables = measure_tables(problem, budget, data, settings, progress=False)
+    selection = selection_of(problem, budget, tables, settings)
+    for column, (bits, sparsity) in enumerate(selection.options):
+        for row, name in enumerate(problem.free):
+            count = model.get_submodule(name).weight.numel()
+            kept = count - pruned_count(count, sparsity)
+            saves = packed_bytes(count, kept, bits) < packed_bytes(count, count, bits)
+            if sparsity <= 0.6 and (sparsity == 0 or bits == 4):
+                assert selection.offered[row, column] == (saves or sparsity == 0), (name, sparsity)
+
+
+def test_contenders_and_what_corrects_them(model) -> None:
+    data = Data.split(model, batches(2, 24), None, None)
+    settings, budget = Settings(widths=(2, 3, 4, 8), sparsities=(0.0, 0.6)), Budget(bytes=1700)
+    problem = Problem(model, None)
+    tables = measure_tables(problem, budget, data, settings, progress=False)
+    selection = selection_of(problem, budget, tables, settings)
+    first = selection.choose()
+    assert first is not None
+    found = contenders(selection, first, 8)
+    assert (found[0] == first).all() and all(selection.fits(choice) for choice in found)
+    assert len({choice.tobytes() for choice in found}) == len(found)
+    alike = [choice for choice in found if len(set(choice.tolist())) == 1]
+    assert alike
+    bits, sparsity = selection.options[alike[0][0]]
+    # It uses the budget: a thousandth less pruning would not fit.
+    assert sparsity == 0 or not problem.limited(budget).fits(
+        problem.uniform(bits, sparsity - 0.001)
+    )
+    pruned = np.array([s > 0 for _, s in selection.options])
+
+    def pruning_is_free(choice: np.ndarray) -> Measurement:
+        errors = selection.errors * np.where(pruned, 0.2, 1.0)
+        return Measurement(selection.predicted(choice, errors), float("nan"))
+
+    best, measurement = finals(selection, first, pruning_is_free, count=8, progress=False)
+    assert measurement.loss == pruning_is_free(best).loss
+    assert all(measurement.loss <= pruning_is_free(choice).loss for choice in found[:6])
+
+
 def test_measured_loss_as_error(model) -> None:
-    plan = optimal(model, Budget(bytes=2000), measure="loss", rounds=0, interactions=False)
+    options = {"measure": "loss", "rounds": 0, "interactions": False, "weight_of": "rounded"}
+    plan = optimal(model, Budget(bytes=2000), **options)
     data = Data.split(model, batches(2, 24), None, None).table
     evaluator = Evaluator(model, [(b.x, b.target) for b in data])
     for name, entry in plan.layers.items():
@@ -518,7 +666,8 @@ def test_a_latency_budget(model) -> None:
 
 
 def test_pareto(model) -> None:
-    frontier = pareto(model, batches(2, 24), points=8, options=FEW, progress=False)
+    few = {**FEW, "interactions": False}  # those depend on the budget
+    frontier = pareto(model, batches(2, 24), points=8, options=few, progress=False)
     assert len(frontier) >= 4
     sizes = [point.bytes for point in frontier]
     errors = [point.error for point in frontier]
@@ -526,14 +675,14 @@ def test_pareto(model) -> None:
     for point in frontier:
         assert estimate_bytes(model, point.plan) == point.bytes
         assert point.plan.measured["predicted_loss"] == point.error
-    best = optimal(model, Budget(bytes=sizes[2]), rounds=0)
+    best = optimal(model, Budget(bytes=sizes[2]), rounds=0, interactions=False)
     assert best.measured["predicted_loss"] <= errors[2] * (1 + 1e-4)
     assert {e.bits for e in frontier[len(frontier) - 1].plan.layers.values()} == {8}
     json.dumps(frontier.as_dicts())
     assert frontier.table().row_count == len(frontier)
     assert frontier.errors.table().row_count == 3
     within = pareto(
-        model, batches(2, 24), points=4, within=Budget(bits=4), options=FEW, progress=False
+        model, batches(2, 24), points=4, within=Budget(bits=4), options=few, progress=False
     )
     assert all(point.plan.average_bits <= 4 + 1e-9 for point in within)
     with pytest.raises(BudgetError, match="must not limit the file"):
@@ -550,13 +699,15 @@ def test_pareto(model) -> None:
     [
         ({"round": 2}, r"unknown options \['round'\]"),
         ({"measure": "magic"}, "unknown measure 'magic'"),
+        ({"weight_of": "magic"}, "unknown weight_of 'magic'"),
         ({"widths": (1, 2)}, "widths must be some of"),
         ({"widths": ()}, "widths must be some of"),
         ({"widths": (2, 2)}, "widths must differ"),
         ({"sparsities": (0.5,)}, "with 0 among them"),
         ({"sparsities": (0.0, 1.0)}, "sparsities must be"),
         ({"step": 0}, "step must be"),
-        ({"rounds": -1}, "rounds must not be negative"),
+        ({"rounds": -1}, "rounds and finalists must not be negative"),
+        ({"finalists": -1}, "rounds and finalists must not be negative"),
     ],
 )
 def test_bad_options(model, options, message: str) -> None:

@@ -116,10 +116,13 @@ def compress(
                 progress=progress,
             )
         options = dict(allocate_options or {})
-        if method == "optimal" and criterion is not None:
-            options["options"] = {"measure": criterion, **options.get("options", {})}
-        if method == "optimal" and work is not None:
-            options.setdefault("tables", inside("tables"))
+        if method == "optimal":
+            if work is not None:
+                options.setdefault("tables", inside("tables"))
+            own: dict[str, Any] = {} if criterion is None else {"measure": criterion}
+            if not repair:  # tables of weights that there will not be would mislead
+                own["weight_of"] = "rounded"
+            options["options"] = {**own, **(options.get("options") or {})}
         plan = allocate(
             scores,
             budget,

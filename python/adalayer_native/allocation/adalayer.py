@@ -153,7 +153,31 @@ def adalayer(
             before, best = best, best_of(measured, evaluator.samples)
             if best == before:
                 break
-    return _plan(problem, scores, tried, best, measured[best])
+    plan = _plan(problem, scores, tried, best, measured[best])
+    return _unrounded(problem, evaluator, plan) if searched and not fixed else plan
+
+
+def _unrounded(problem: Problem, evaluator: Evaluator, plan: Plan) -> Plan:
+    """A plan that treats all layers alike, with the sparsity of method ``"uniform"``.
+
+    Eq. (2) has no reason to round gamma to whole per cents then: up to one per cent of the weights
+    would be pruned for nothing.
+    """
+    if any(plan.hyper[name] for name in ("alpha", "beta", "delta", "lambda")):
+        return plan
+    choice = {name: (plan[name].bits, plan[name].sparsity) for name in problem.free}
+    for bits, sparsity in uniform_pairs(problem):
+        rounded = np.ceil(round(100 * sparsity, 6)) / 100
+        if choice == problem.uniform(bits, rounded) and sparsity < rounded:
+            exact = problem.uniform(bits, sparsity)
+            measurement = evaluator.measure(problem.full(exact))
+            evaluator.save()
+            if measurement.loss <= plan.measured["calibration_loss"]:
+                hyper = {**plan.hyper, "gamma": sparsity}
+                better = problem.plan(exact, "adalayer", hyper, plan.scores)
+                better.measured = measurement.as_dict()
+                return better
+    return plan
 
 
 def _checked(hyper: Mapping[str, float] | None) -> dict[str, float]:

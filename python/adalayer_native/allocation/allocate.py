@@ -15,8 +15,10 @@ from ..plan import Plan
 from .adalayer import adalayer
 from .budget import Budget
 from .evaluate import Evaluator
+from .measuring import loader_of
 from .optimal import optimal
 from .problem import Fixed, Problem
+from .repaired import REPAIR_VERSION, RepairedWeights
 from .rl import RLSettings, rl
 from .settings import settings_of
 from .stages import STAGE_METHODS, stage_plan
@@ -41,6 +43,7 @@ def allocate(
     activation_bits: int = 8,
     batches: int | None = None,
     candidates: int = 20,
+    repaired: bool = False,
     fixed: Mapping[str, Fixed] | None = None,
     exclude: Sequence[str] = (),
     options: Mapping[str, Any] | None = None,
@@ -75,6 +78,9 @@ def allocate(
         activation_bits: bits of every quantized layer's input, 2 to 8.
         batches: use at most this many calibration batches.
         candidates: how many plans are tried on calibration data in the first round.
+        repaired: for ``"adalayer"`` and ``"uniform"``: compare plans with weights as ``repair``
+            will make them, not rounded ones. Slower by far, and worth it where a repair follows;
+            ``"optimal"`` always does so unless its options say otherwise.
         fixed: layers that are decided already, by any method: bits, ``(bits, sparsity)``, or an
             entry of another plan (``{"conv1": plan["conv1"]}``).
         exclude: layers, or modules with all their layers, that stay float.
@@ -127,7 +133,13 @@ def allocate(
             raise BudgetError(f"method {method!r} needs a budget")
         evaluator = None
         if calibration is not None:
-            evaluator = Evaluator(model, calibration, loss_fn, batches=batches, cache=cache)
+            key = f"repaired-{REPAIR_VERSION}" if repaired else ""
+            evaluator = Evaluator(
+                model, calibration, loss_fn, batches=batches, cache=cache, key=key
+            )
+            if repaired:
+                names, data = list(problem.layout.layers), loader_of(evaluator.batches)
+                evaluator.weight_of = RepairedWeights(model, data, names, progress=progress)
         if method == "rl":
             if evaluator is None:
                 raise CalibrationError("method 'rl' needs calibration data: it measures its plans")

@@ -23,7 +23,7 @@ from ..importance.batches import LossFn, iterate, loss_of, tensor_bytes
 from ..pruning.masks import magnitude_mask
 from .sensitivity import WeightOf, shifted
 
-__all__ = ["Evaluator", "Measurement", "best_of"]
+__all__ = ["Evaluator", "Measurement", "best_of", "hits"]
 
 # Calibration batches stay in memory while plans are compared; more than this is refused.
 MEMORY_LIMIT = 2 << 30
@@ -132,7 +132,7 @@ class Evaluator:
                 handle.remove()
 
     def _loss(self, weights: dict[str, torch.Tensor]) -> tuple[float, float]:
-        loss, hits, positions = 0.0, 0, 0
+        loss, good, positions = 0.0, 0, 0
         with eval_mode(self.model):
             for batch, reference in zip(self.batches, self.outputs, strict=True):
                 output = functional_call(self.model, weights, (batch.x,))
@@ -144,9 +144,9 @@ class Evaluator:
                         f"{value}; expected a finite number"
                     )
                 loss += value * batch.count
-                right, of = _hits(output, reference, batch.target)
-                hits, positions = hits + right, positions + of
-        accuracy = hits / positions if positions else math.nan
+                right, of = hits(output, reference, batch.target)
+                good, positions = good + right, positions + of
+        accuracy = good / positions if positions else math.nan
         return loss / self.samples, accuracy
 
     def weight(self, name: str, bits: int, sparsity: float) -> torch.Tensor:
@@ -236,7 +236,8 @@ def _adding(shift: torch.Tensor) -> Any:
     return hook
 
 
-def _hits(output: Any, reference: Any, target: Any) -> tuple[int, int]:
+def hits(output: Any, reference: Any, target: Any) -> tuple[int, int]:
+    """Right answers (or agreements with the reference, without labels), of how many."""
     if not isinstance(output, torch.Tensor) or output.dim() < 2:
         return 0, 0
     predicted = output.argmax(dim=1)

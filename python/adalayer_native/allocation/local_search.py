@@ -10,7 +10,7 @@ from .._progress import ProgressBar
 from .evaluate import Evaluator, Measurement
 from .selection import Selection
 
-__all__ = ["corrected", "local_search", "most_likely", "starts"]
+__all__ = ["add_distinct", "corrected", "local_search", "most_likely", "starts"]
 
 MOVED = 12  # layers that are moved up and down per round
 # Standard deviations that are assumed where the tables are corrected: of a layer's factor around
@@ -37,18 +37,19 @@ def starts(selection: Selection) -> list[np.ndarray]:
         for power in POWERS:
             errors = (selection.errors * np.where(pruned, dearer, 1.0)) ** power
             pairs = selection.pairs if power == 1 and dearer == 1 else ()
-            _add(found, selection.choose(errors=errors, pairs=pairs))
+            add_distinct(found, selection.choose(errors=errors, pairs=pairs))
     layers = len(selection.errors)
     for bits in sorted({width for width, _ in selection.options}):
         for sparsity in sorted(s for width, s in selection.options if width == bits):
             columns = np.full(layers, selection.options.index((bits, sparsity)))
             if selection.offered[np.arange(layers), columns].all() and selection.fits(columns):
-                _add(found, columns)
+                add_distinct(found, columns)
                 break
     return found
 
 
-def _add(found: list[np.ndarray], columns: np.ndarray | None) -> None:
+def add_distinct(found: list[np.ndarray], columns: np.ndarray | None) -> None:
+    """Append a choice that is none of those found."""
     if columns is not None and not any((columns == other).all() for other in found):
         found.append(columns)
 
@@ -140,7 +141,7 @@ def _neighbours(
 
     def add(choice: np.ndarray | None) -> None:
         if choice is not None and choice.tobytes() not in seen:
-            _add(found, choice)
+            add_distinct(found, choice)
 
     add(selection.choose(errors=errors))
     # Worth moving up: what loses most. Worth moving down: where the next option costs least.

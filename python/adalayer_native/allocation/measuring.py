@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,14 +23,24 @@ from .closed_form import MAX_BITS
 from .evaluate import Evaluator
 from .knapsack import Pair
 from .problem import Problem
+from .repaired import REPAIR_VERSION, RepairedWeights
 from .resources import resources
 from .selection import Selection, Tables, selection_of
-from .sensitivity import LayerError, LogitSensitivity
-from .settings import Settings
+from .sensitivity import LayerError, LogitSensitivity, WeightOf
+from .settings import MEASURES, Settings
 from .store import Store, cache_dir, machine, model_digest
 from .tables import LayerTable, fill
 
-__all__ = ["Data", "latency_table", "layer_error", "loader_of", "measure_tables"]
+__all__ = [
+    "Data",
+    "latency_table",
+    "layer_error",
+    "loader_of",
+    "measure_tables",
+    "repair_key",
+    "table_key",
+    "weights_of",
+]
 
 TABLE_IMAGES = 128  # images that the error table is measured on, at most; the others check
 PAIR_LAYERS = 4  # layers among which interactions are measured
@@ -40,11 +50,19 @@ PAIR_LEAST = 0.1  # correlations below it are left out
 
 @dataclass
 class Data:
-    """Calibration data in two parts: for the tables, and for the check."""
+    """Calibration data in two parts: for the tables, and for the check.
+
+    Attributes:
+        table: what errors are measured on.
+        check: what plans are compared on.
+        loss_fn: of both.
+        repair: what weights are repaired with: ``table`` and more, nothing of ``check``.
+    """
 
     table: list[Batch]
     check: list[Batch]
     loss_fn: LossFn | None
+    repair: list[Batch] = field(default_factory=list)
 
     @classmethod
     def split(
@@ -54,7 +72,7 @@ class Data:
         loss_fn: LossFn | None,
         batches: int | None,
     ) -> Data:
-        """At most ``TABLE_IMAGES`` images, and at most half of them, for the tables."""
+        """Half of the images check; of the others, ``TABLE_IMAGES`` at most are for the table."""
         every = list(Evaluator.bounded(iterate(calibration, model, batches)))
         total = sum(batch.count for batch in every)
         if total < 2:
@@ -62,16 +80,22 @@ class Data:
                 f"method 'optimal' needs at least 2 calibration images, got {total}: some measure "
                 f"errors, others check the plan"
             )
-        room = min(TABLE_IMAGES, total // 2)
-        table, check = [], []
-        for batch in every:
-            first = min(room, batch.count)
-            room -= first
-            if first:
-                table.append(_part(batch, slice(0, first)))
-            if first < batch.count:
-                check.append(_part(batch, slice(first, None)))
-        return cls(table, check, loss_fn)
+        repair, check = _divided(every, total // 2)
+        table, _ = _divided(repair, TABLE_IMAGES)
+        return cls(table, check, loss_fn, repair)
+
+
+def _divided(batches: Iterable[Batch], images: int) -> tuple[list[Batch], list[Batch]]:
+    """The first so many images, and the others."""
+    first, second = [], []
+    for batch in batches:
+        count = min(images, batch.count)
+        images -= count
+        if count:
+            first.append(_part(batch, slice(0, count)))
+        if count < batch.count:
+            second.append(_part(batch, slice(count, None)))
+    return first, second
 
 
 def _part(batch: Batch, part: slice) -> Batch:
@@ -91,22 +115,29 @@ def measure_tables(
     budget: Budget,
     data: Data,
     settings: Settings,
+    weight_of: WeightOf | None = None,
     *,
     progress: bool = True,
 ) -> Tables:
-    """All tables that the budget asks for; what is in the cache is not measured again."""
+    """All tables that the budget asks for; what is in the cache is not measured again.
+
+    ``weight_of`` is :func:`weights_of` of the same arguments, if it is at hand.
+    """
+    if weight_of is None:
+        weight_of = weights_of(problem, data, settings, progress=progress)
     layers = problem.layers
     with eval_mode(problem.model):
         work = layer_work(problem.model, layers, data.table[0].x[:1])
     latency = None
     if budget.latency is not None:
         latency = latency_table(problem, data.table[0].x[:1], settings, progress=progress)
-    errors = _error_table(problem, budget, data, settings, work, progress)
-    pairs = _interactions(problem, budget, data, settings, work, latency, errors)
+    errors = _error_table(problem, budget, data, settings, weight_of, work, progress)
+    pairs = _interactions(problem, budget, data, settings, weight_of, work, latency, errors)
     return Tables(errors, latency, work, pairs)
 
 
-def _key(problem: Problem, data: Data, settings: Settings) -> dict[str, Any]:
+def table_key(problem: Problem, data: Data, settings: Settings) -> dict[str, Any]:
+    """What measurements of single layers depend on."""
     digest = hashlib.sha256()
     for batch in data.table:
         digest.update(batch.digest().encode())
@@ -115,9 +146,31 @@ def _key(problem: Problem, data: Data, settings: Settings) -> dict[str, Any]:
         "model": model_digest(problem.model),
         "data": digest.hexdigest(),
         "loss": f"{getattr(data.loss_fn, '__module__', '')}.{loss}",
-        "repair": settings.repair,
+        "repair": repair_key(data, settings),
         "measure": settings.measure if isinstance(settings.measure, str) else "own",
     }
+
+
+def repair_key(data: Data, settings: Settings) -> str:
+    """What the weights depend on besides the model."""
+    if settings.weight_of != "repaired":
+        return settings.repair
+    digest = hashlib.sha256()
+    for batch in data.repair:
+        digest.update(batch.digest().encode())
+    return f"{settings.repair} repaired-{REPAIR_VERSION} {digest.hexdigest()}"
+
+
+def weights_of(
+    problem: Problem, data: Data, settings: Settings, *, progress: bool = True
+) -> WeightOf | None:
+    """What the settings' ``weight_of`` stands for; ``None`` is rounding to nearest."""
+    if callable(settings.weight_of):
+        return settings.weight_of
+    if settings.weight_of == "rounded":
+        return None
+    names = list(problem.layout.layers)  # pinned ones too: plans are measured with them
+    return RepairedWeights(problem.model, loader_of(data.repair), names, progress=progress)
 
 
 class _Unkept(Store):
@@ -135,20 +188,27 @@ def _error_table(
     budget: Budget,
     data: Data,
     settings: Settings,
+    weight_of: WeightOf | None,
     work: dict[str, Work],
     progress: bool,
 ) -> LayerTable:
-    own = callable(settings.measure) or settings.weight_of is not None
+    own = callable(settings.measure) or callable(settings.weight_of)
     store: Store = _Unkept()
     if not own or settings.repair:
-        store = Store(cache_dir(settings.directory), "errors", _key(problem, data, settings))
+        store = Store(cache_dir(settings.directory), "errors", table_key(problem, data, settings))
     wanted = _worthwhile(problem, budget, settings, work)
+    options = np.array([(b, s) for b in settings.widths for s in settings.sparsities])
     measure: LayerError | None = None
 
     def error(name: str, bits: int, sparsity: float) -> float:
         nonlocal measure
         if measure is None:  # only now: a table that is in the cache needs no pass at all
-            measure = layer_error(problem, data, settings)
+            measure = layer_error(problem, data, settings, weight_of)
+        if isinstance(weight_of, RepairedWeights) and settings.measure in MEASURES:
+            # All that the table lacks of a layer goes through one sweep.
+            asked = options[wanted[problem.free.index(name)].reshape(-1)]
+            rest = [(int(b), float(s)) for b, s in asked if f"{name} {int(b)} {s:g}" not in store]
+            weight_of.expect(name, rest)
         return measure(name, bits, sparsity)
 
     table = fill(
@@ -164,22 +224,27 @@ def _error_table(
     )
     images = sum(batch.count for batch in data.table)
     table.about = {"measure": str(settings.measure), "images": images, "repair": settings.repair}
+    table.about["weights"] = "own" if callable(settings.weight_of) else settings.weight_of
     # A measured loss may be a little lower than the float model's; no layer is paid for that.
     table.values = np.where(np.isnan(table.values), np.nan, np.maximum(table.values, 0.0))
     return table
 
 
-def layer_error(problem: Problem, data: Data, settings: Settings) -> LayerError:
+def layer_error(
+    problem: Problem, data: Data, settings: Settings, weight_of: WeightOf | None
+) -> LayerError:
     """``(layer, bits, sparsity) -> predicted loss increase`` by the settings' measure."""
     if callable(settings.measure):
         return settings.measure
-    evaluator = Evaluator(
-        problem.model, loader_of(data.table), data.loss_fn, weight_of=settings.weight_of
-    )
+    evaluator = Evaluator(problem.model, loader_of(data.table), data.loss_fn, weight_of=weight_of)
     if settings.measure == "loss":
         base = evaluator.measure({}).loss
         return lambda name, bits, sparsity: evaluator.measure({name: (bits, sparsity)}).loss - base
     if settings.measure in CRITERIA:
+        # Criteria are scaled by the error of the weight, and a repaired weight is far from the
+        # float one for the sake of the output.
+        if not callable(settings.weight_of):
+            evaluator = Evaluator(problem.model, loader_of(data.table), data.loss_fn)
         return _criterion_error(problem, data, settings.measure, evaluator)
     layers = {name: problem.layers[name] for name in problem.free}
     sensitivity = LogitSensitivity(
@@ -301,6 +366,7 @@ def _interactions(
     budget: Budget,
     data: Data,
     settings: Settings,
+    weight_of: WeightOf | None,
     work: dict[str, Work],
     latency: LayerTable | None,
     errors: LayerTable,
@@ -320,9 +386,7 @@ def _interactions(
         raise selection.impossible()
     chosen = selection.errors[np.arange(len(columns)), columns]
     worst = np.sort(np.argsort(-chosen, kind="stable")[:PAIR_LAYERS]).tolist()
-    evaluator = Evaluator(
-        problem.model, loader_of(data.table), data.loss_fn, weight_of=settings.weight_of
-    )
+    evaluator = Evaluator(problem.model, loader_of(data.table), data.loss_fn, weight_of=weight_of)
     choice = selection.choice(columns)
 
     def loss(*rows: int) -> float:

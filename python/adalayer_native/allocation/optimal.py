@@ -1,9 +1,10 @@
 """Method "optimal": tables of measured errors and latencies, an exact solver, and a check.
 
-Three steps. The tables say what every width and sparsity of every layer costs in loss and, if the
+Four steps. The tables say what every width and sparsity of every layer costs in loss and, if the
 budget limits it, in time. The multiple-choice knapsack over them gives a plan
 (:mod:`~adalayer_native.allocation.knapsack`). Calibration data that the tables have not seen
-check it, and plans around it (:mod:`~adalayer_native.allocation.local_search`).
+check it, and plans around it (:mod:`~adalayer_native.allocation.local_search`), and at last a few
+plans are repaired whole and compared (:mod:`~adalayer_native.allocation.finals`).
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from ..importance.batches import LossFn
 from ..plan import Plan
 from .budget import Budget
 from .evaluate import Evaluator, Measurement
+from .finals import NEGLIGIBLE, RepairedCheck, finals
 from .local_search import local_search
-from .measuring import Data, loader_of, measure_tables
+from .measuring import Data, loader_of, measure_tables, repair_key, weights_of
 from .problem import Problem
 from .resources import resources
 from .selection import Selection, selection_of
@@ -49,7 +51,8 @@ def optimal(
     settings.check()
     _reachable(problem, budget, settings)
     data = Data.split(problem.model, calibration, loss_fn, batches)
-    tables = measure_tables(problem, budget, data, settings, progress=progress)
+    weight_of = weights_of(problem, data, settings, progress=progress)
+    tables = measure_tables(problem, budget, data, settings, weight_of, progress=progress)
     selection = selection_of(problem, budget, tables, settings)
     columns = selection.choose()
     if columns is None:
@@ -61,8 +64,8 @@ def optimal(
             loader_of(data.check),
             loss_fn,
             cache=cache,
-            weight_of=settings.weight_of,
-            key=settings.repair,
+            weight_of=weight_of,
+            key=repair_key(data, settings),
         )
         columns, measurement = local_search(
             selection,
@@ -71,6 +74,12 @@ def optimal(
             trials=settings.trials,
             progress=progress,
         )
+        unsure = measurement.loss > NEGLIGIBLE
+        if settings.finalists > 1 and settings.weight_of == "repaired" and unsure:
+            check = RepairedCheck(problem, data, settings, selection)
+            columns, measurement = finals(
+                selection, columns, check.measure, count=settings.finalists, progress=progress
+            )
     return plan_of(selection, columns, measurement)
 
 

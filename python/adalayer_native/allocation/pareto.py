@@ -15,7 +15,7 @@ from ..errors import BudgetError, PlanError
 from ..importance.batches import LossFn
 from ..plan import Plan
 from .budget import Budget
-from .measuring import Data, measure_tables
+from .measuring import Data, measure_tables, weights_of
 from .optimal import plan_of
 from .problem import Fixed, Problem
 from .selection import selection_of
@@ -146,7 +146,8 @@ def pareto(
     problem = Problem(model, None, activation_bits, fixed=fixed, exclude=exclude)
     budget = Budget(**{**(within.given if within else {}), "size": 1e9})  # type: ignore[arg-type]
     data = Data.split(model, calibration, loss_fn, batches)
-    measured = measure_tables(problem, budget, data, settings, progress=progress)
+    weight_of = weights_of(problem, data, settings, progress=progress)
+    measured = measure_tables(problem, budget, data, settings, weight_of, progress=progress)
     selection = selection_of(problem, budget, measured, settings)
     file = selection.resources[0]
     smallest = selection.least(file, keep=True)

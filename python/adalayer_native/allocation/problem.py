@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -71,10 +72,18 @@ class Problem:
             reasons = "; ".join(f"{n}: {why}" for n, why in self.layout.kept_float.items())
             raise UnsupportedModelError(f"no layer of the model can be quantized ({reasons})")
         self.float_bytes = float_bytes(model)
-        self.limit: float | None = None
-        if budget is not None:
-            limit = budget.limit_bytes(self.float_bytes)
-            self.limit = float(budget.bits) if budget.bits is not None else limit
+        self.limit = self._limit(budget)
+
+    def _limit(self, budget: Budget | None) -> float | None:
+        if budget is None:
+            return None
+        return budget.limit_bytes(self.float_bytes) if budget.bits is None else float(budget.bits)
+
+    def limited(self, budget: Budget) -> Problem:
+        """The same problem with another budget, of one limit of size, bytes and bits."""
+        other = copy.copy(self)
+        other.budget, other.limit = budget, self._limit(budget)
+        return other
 
     def _pin(self, fixed: Mapping[str, Fixed], exclude: Iterable[str]) -> None:
         if isinstance(exclude, str):

@@ -15,6 +15,7 @@ from .problem import Choice, Problem
 from .resources import Resource, resources
 from .settings import Settings
 from .tables import LayerTable
+from .uniform import uniform_sparsities
 
 __all__ = ["Selection", "Tables", "selection_of"]
 
@@ -176,14 +177,38 @@ def selection_of(problem: Problem, budget: Budget, tables: Tables, settings: Set
     """Tables and limits put together."""
     table, latency = tables.errors, tables.latency
     if settings.step is not None:
-        table = table.finer(settings.step, logarithmic=True)
-        latency = None if latency is None else latency.finer(settings.step, logarithmic=False)
+        # Plans that treat all layers alike are among those that are tried, and they shall use the
+        # budget as well as any other.
+        extra = [s for s in uniform_sparsities(problem, budget) if s <= max(table.sparsities)]
+        table = table.finer(settings.step, logarithmic=True, extra=extra)
+        if latency is not None:
+            latency = latency.finer(settings.step, logarithmic=False, extra=extra)
     missing = np.isnan(table.values)
     filled = monotone(np.where(missing, _nearest(table.values), table.values))
     errors = np.where(missing, np.nan, filled).reshape(len(problem.free), -1)
     options = table.options()
     found = resources(problem, budget, options, tables.work, latency)
+    errors = np.where(_saving(found, options), errors, np.nan)
     return Selection(problem, budget, found, options, errors, tables.pairs)
+
+
+def _saving(found: Sequence[Resource], options: Sequence[tuple[int, float]]) -> np.ndarray:
+    """Options that cost less of something than their width unpruned, ``[layers, options]``.
+
+    A few zeros do not pay for the bitmask; in an interpolated table they may look as good as none.
+    """
+    limited = [r for r in found if np.isfinite(r.limit)] or list(found)
+    saving = np.zeros(limited[0].costs.shape, dtype=bool)
+    columns = {option: column for column, option in enumerate(options)}
+    for (bits, sparsity), column in columns.items():
+        unpruned = columns.get((bits, 0.0))
+        for resource in limited:
+            costs = resource.costs
+            if sparsity == 0 or unpruned is None:
+                saving[:, column] = True
+            else:
+                saving[:, column] |= costs[:, column] < costs[:, unpruned]
+    return saving
 
 
 def _nearest(values: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ from .tables import BITS, SPARSITIES
 __all__ = ["MEASURES", "Settings", "settings_of"]
 
 MEASURES = ("logits", "loss")
+WEIGHTS = ("repaired", "rounded")
 
 
 @dataclass
@@ -32,14 +33,19 @@ class Settings:
             ``importance.CRITERIA``: that criterion, measured once per layer and scaled by the
             weight error (:meth:`~adalayer_native.importance.Criterion.error`). Or a function
             ``(layer, bits, sparsity) -> float``.
-        weight_of: ``(layer, bits, sparsity) -> weight``: the dequantized weight after whatever
-            repairs the rounding, in the layer's own shape; or a pair of it and what is added to
-            the bias. Default: magnitude pruning and rounding to nearest. Errors, and the plans
-            that are tried, are of these weights.
+        weight_of: which weight a layer has at some bits and sparsity; errors, and the plans that
+            are tried, are of these weights. ``"repaired"``: what
+            :class:`~adalayer_native.repair.LayerHessian` makes of it, as ``repair`` will;
+            ``"rounded"``: magnitude pruning and rounding to nearest. Or a function ``(layer, bits,
+            sparsity) -> weight``, the dequantized weight in the layer's own shape, or a pair of it
+            and what is added to the bias.
         repair: names ``measure`` and ``weight_of`` where they are functions, so that tables of
             different ones are kept apart; a table is not kept without it.
         interactions: whether to measure terms between the layers that lose most.
         rounds, trials: of the local search; 0 rounds take the solver's plan as it is.
+        finalists: so many plans are repaired whole, as ``repair`` does it, and compared on the
+            images of the check (:mod:`~adalayer_native.allocation.finals`); 0 or 1: none. Only with
+            repaired weights, and where the local search leaves a loss worth speaking of.
         latency_batch: images per call for which latencies are measured.
         threads: threads per call; default: those of ``ops.get_num_threads()``.
         directory: where tables are kept; default: the user's cache directory.
@@ -49,11 +55,12 @@ class Settings:
     sparsities: Sequence[float] = SPARSITIES
     step: float | None = 0.05
     measure: str | LayerError = "logits"
-    weight_of: WeightOf | None = None
+    weight_of: str | WeightOf = "repaired"
     repair: str = ""
     interactions: bool = True
     rounds: int = 4
     trials: int = 10
+    finalists: int = 8
     latency_batch: int = 1
     threads: int | None = None
     directory: str | os.PathLike[str] | None = None
@@ -65,6 +72,8 @@ class Settings:
                 f"unknown measure {self.measure!r}: expected one of {MEASURES} or a criterion, "
                 f"one of {sorted(CRITERIA)}"
             )
+        if isinstance(self.weight_of, str) and self.weight_of not in WEIGHTS:
+            raise PlanError(f"unknown weight_of {self.weight_of!r}: expected one of {WEIGHTS}")
         if not self.widths or not set(self.widths) <= set(BITS):
             raise PlanError(f"widths must be some of {BITS}, got {tuple(self.widths)}")
         if len(set(self.widths)) != len(self.widths):
@@ -81,8 +90,10 @@ class Settings:
             )
         if self.step is not None and not 0.01 <= self.step <= 1:
             raise PlanError(f"step must be from 0.01 to 1 or None, got {self.step!r}")
-        if self.rounds < 0 or self.trials < 1 or self.latency_batch < 1:
-            raise PlanError("rounds must not be negative; trials and latency_batch at least 1")
+        if self.rounds < 0 or self.finalists < 0 or self.trials < 1 or self.latency_batch < 1:
+            raise PlanError(
+                "rounds and finalists must not be negative; trials and latency_batch at least 1"
+            )
 
 
 def settings_of(

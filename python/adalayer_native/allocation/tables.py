@@ -77,15 +77,17 @@ class LayerTable:
         """The values as ``[layers, options]``."""
         return self.values.reshape(len(self.layers), -1)
 
-    def finer(self, step: float, *, logarithmic: bool) -> LayerTable:
+    def finer(self, step: float, *, logarithmic: bool, extra: Sequence[float] = ()) -> LayerTable:
         """The table with sparsities in steps of ``step`` added, interpolated between neighbours.
+
+        ``extra`` are further sparsities to add.
 
         Linear in the sparsity, of the values or of their logarithms. What lies beyond the last
         measured sparsity of a width stays out.
         """
         top = max(self.sparsities)
         steps = [round(k * step, 6) for k in range(int(top / step + 1e-9) + 1)]
-        sparsities = tuple(sorted({*self.sparsities, *steps}))
+        sparsities = tuple(sorted({*self.sparsities, *steps, *extra}))
         values = np.full((*self.values.shape[:2], len(sparsities)), np.nan)
         order = np.argsort(self.sparsities)
         points = np.array(self.sparsities)[order]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from .._progress import ProgressBar
 from ..plan import Plan
+from .budget import Budget
 from .closed_form import MAX_BITS, MAX_SPARSITY, MIN_BITS
 from .evaluate import Evaluator, best_of
 from .problem import Problem
 
-__all__ = ["uniform", "uniform_pairs"]
+__all__ = ["uniform", "uniform_pairs", "uniform_sparsities"]
 
 STEPS = 1000  # sparsity in thousandths
 
@@ -64,6 +65,17 @@ def uniform_pairs(problem: Problem) -> list[tuple[int, float]]:
             if sparsity is not None:
                 pairs.append((bits, sparsity))
     return pairs
+
+
+def uniform_sparsities(problem: Problem, budget: Budget) -> list[float]:
+    """The least sparsities, in thousandths, at which each width keeps a budget in all layers.
+
+    Nothing for budgets that method ``"uniform"`` does not take.
+    """
+    if not budget.single:
+        return []
+    limited = problem.limited(budget)
+    return sorted({sparsity for _, sparsity in uniform_pairs(limited)} - {0.0})
 
 
 def _least_sparsity(problem: Problem, bits: int) -> float | None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from adalayer_native._progress import ProgressBar
-from adalayer_native.pruning.masks import magnitude_mask
+from adalayer_native.pruning.patterns import pattern_mask
 from adalayer_native.quantization import ops_table as table
 from adalayer_native.quantization.fake_quant import ActivationQuantizer, QuantLayer
 from adalayer_native.quantization.graph import layers_of, metadata
@@ -238,7 +238,7 @@ def equalize_layers(
     found = []
     with ProgressBar("Equalizing", len(pairs), unit="pair", enabled=progress) as bar:
         for pair in pairs:
-            trial = _Trial(prepared, pair, layers, entries[pair.second], keep_masks, seed)
+            trial = _Trial(prepared, pair, layers, entries, keep_masks, seed)
             trial.collect(data, images)
             found.append(trial.run())
             bar.advance(note=pair.second)
@@ -253,15 +253,15 @@ class _Trial:
         prepared: fx.GraphModule,
         pair: Pair,
         layers: dict[str, QuantLayer],
-        entry: dict[str, Any],
+        entries: dict[str, Any],
         keep_masks: bool,
         seed: int,
     ) -> None:
         self.prepared, self.pair, self.seed = prepared, pair, seed
         self.keep_masks = keep_masks
+        self.layers, self.entries = layers, entries
         self.first, self.second = layers[pair.first], layers[pair.second]
-        self.sparsity = entry["sparsity"]
-        norm = entry["batch_norm"]
+        norm = entries[pair.second]["batch_norm"]
         self.gain = norm_gain(None if norm is None else prepared.get_submodule(norm))
         self.quantizers: list[Any] = [prepared.get_submodule(name) for name in pair.quantizers]
         # Float tensors: what the quantizers read, and last the second layer's input.
@@ -309,16 +309,18 @@ class _Trial:
             scale_pair(self.prepared, self.pair, best)
             for quantizer, seen in zip(self.quantizers, self.seen, strict=False):
                 quantizer.set_range(*self.range(quantizer, seen, best))
-            for layer, changed in ((self.first, self.pair.norm is None), (self.second, True)):
-                if changed:
-                    self.refresh(layer)
+            if self.pair.norm is None:
+                self.refresh(self.pair.first)
+            self.refresh(self.pair.second)
         return EqualizedPair(self.pair.first, self.pair.second, kind, before, least)
 
-    def refresh(self, layer: QuantLayer) -> None:
+    def refresh(self, name: str) -> None:
         """Mask and scales of a weight that has changed."""
+        layer, entry = self.layers[name], self.entries[name]
         if layer.mask is not None and not self.keep_masks:
-            kept = float(layer.mask.float().mean())
-            layer.mask = magnitude_mask(layer.weight, 1.0 - kept)
+            form = conv_form(layer, layer.weight.detach())
+            mask = pattern_mask(form, entry["sparsity"], entry["pattern"])
+            layer.mask = layer_form(layer, mask)
         layer.refresh_scales()
 
     def candidates(self) -> list[tuple[str, Tensor]]:
@@ -410,7 +412,11 @@ class _Trial:
         if self.keep_masks and self.second.mask is not None:
             mask = conv_form(self.second, self.second.mask)
             return hessian.quantize(self.second.bits, mask=mask, passes=1).error
-        return hessian.errors([(self.second.bits, self.sparsity)], channels=CHANNELS)[0]
+        sparsity, pattern = (self.entries[self.pair.second][k] for k in ("sparsity", "pattern"))
+        if sparsity and pattern != "unstructured":
+            bits = self.second.bits
+            return hessian.quantize(bits, sparsity, pattern=pattern, passes=1).error
+        return hessian.errors([(self.second.bits, sparsity)], channels=CHANNELS)[0]
 
     def _broadcast(self, factor: Tensor, x: Tensor) -> Tensor:
         if x.dim() == 4:

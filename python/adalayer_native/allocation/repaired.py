@@ -1,0 +1,108 @@
+"""The weight that a layer will have after the repair, for tables and plans of any method."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..repair import LayerHessian, LayerSolution, layer_hessians
+from ..rounding import conv_form, layer_form
+
+__all__ = ["REPAIR_VERSION", "RepairedWeights"]
+
+REPAIR_VERSION = 1  # of the weights behind measurements that are kept
+MEMORY = 1 << 30  # bytes of statistics that are kept, and as many of solutions
+PASSES = 1  # of refinement: the repair of the chosen plan makes more
+
+
+class RepairedWeights:
+    """Weights and bias shifts by layer, bits and sparsity, repaired against the layer's output.
+
+    Every layer by itself, on the inputs that the float model gives it: errors of earlier layers,
+    which the repair of a whole plan corrects, depend on the plan. Statistics of a layer are
+    gathered when it is first asked for, those of several layers in one pass over the data, and the
+    oldest are given up where all would take too much memory.
+
+    Args:
+        model: float model; not changed.
+        batches: re-iterable of calibration inputs.
+        layers: names that will be asked for.
+        passes: rounds of refinement.
+        memory: bytes of statistics kept, and of integer weights kept.
+        progress: show a progress bar while data is read.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        layers: Sequence[str],
+        *,
+        passes: int = PASSES,
+        memory: int = MEMORY,
+        progress: bool = True,
+    ) -> None:
+        self.model, self.batches, self.layers = model, batches, list(layers)
+        self.passes, self.memory, self.progress = passes, memory, progress
+        self.modules = dict(model.named_modules())
+        self._hessians: OrderedDict[str, LayerHessian] = OrderedDict()
+        self._known: OrderedDict[tuple[str, int, float], LayerSolution] = OrderedDict()
+
+    def __call__(self, name: str, bits: int, sparsity: float) -> tuple[Tensor, Tensor]:
+        """Dequantized weight in the layer's own shape, and what is added to its bias."""
+        key = (name, bits, round(sparsity, 6))
+        if key not in self._known:
+            self.expect(name, [(bits, sparsity)])
+        self._known.move_to_end(key)
+        solution = self._known[key]
+        layer: Any = self.modules[name]
+        weight = layer_form(layer, solution.weight)
+        return weight.to(layer.weight), solution.bias_shift
+
+    def expect(self, name: str, settings: Sequence[tuple[int, float]]) -> None:
+        """Work out what is going to be asked for; many settings in one sweep cost less."""
+        missing = [(b, s) for b, s in settings if (name, b, round(s, 6)) not in self._known]
+        if not missing:
+            return
+        solutions = self._hessian(name).solutions(missing, passes=self.passes)
+        for (bits, sparsity), solution in zip(missing, solutions, strict=True):
+            # A copy: a part of a sweep's tensor would keep the whole of it.
+            solution.mask, solution.levels = None, solution.levels.clone()
+            self._known[name, bits, round(sparsity, 6)] = solution
+        held = sum(solution.levels.numel() for solution in self._known.values())
+        while held > self.memory and len(self._known) > len(missing):
+            _, old = self._known.popitem(last=False)
+            held -= old.levels.numel()
+
+    def _hessian(self, name: str) -> LayerHessian:
+        if name not in self._hessians:
+            self._gather(name)
+        self._hessians.move_to_end(name)
+        return self._hessians[name]
+
+    def _gather(self, name: str) -> None:
+        """Statistics of a layer, and of those behind it that fit into the same memory."""
+        position = self.layers.index(name)
+        wanted, held = [name], self._bytes(name)
+        for other in self.layers[position + 1 :]:
+            if other in self._hessians or held + self._bytes(other) > self.memory:
+                break
+            wanted.append(other)
+            held += self._bytes(other)
+        total = held + sum(map(self._bytes, self._hessians))
+        while total > self.memory and self._hessians:
+            old, _ = self._hessians.popitem(last=False)
+            total -= self._bytes(old)
+        for found, hessian in layer_hessians(
+            self.model, self.batches, wanted, memory=self.memory, progress=self.progress
+        ):
+            self._hessians[found] = hessian
+
+    def _bytes(self, name: str) -> int:
+        """What a layer's statistics take, with the factors that solving makes of them."""
+        layer: Any = self.modules[name]
+        width = conv_form(layer, layer.weight)[0].numel()
+        return 24 * getattr(layer, "groups", 1) * width * width  # three matrices of float64
