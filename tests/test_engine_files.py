@@ -87,6 +87,13 @@ def test_damaged_files(small: tuple[nn.Module, Engine], tmp_path: Path) -> None:
         ("adalayer.structure", "3"),
         ("adalayer.structure", '{"tuple": [0], "list": []}'),
         ("adalayer.structure", "nothing"),
+        ("adalayer.structure", "[" * 100_000),
+        ("adalayer.order", "[1e999]"),
+        ("adalayer.order", "[-1]"),
+        ("adalayer.outputs", "[[-1, [4], null]]"),
+        ("adalayer.outputs", f"[[0, {[1] * 1000 + [4]}, null]]"),
+        ("adalayer.outputs", "[[0, [4], [[-2, 1], [-2, 1]]]]"),
+        ("adalayer.leaves", '[{"tensor": -1}]'),
     ],
 )
 def test_metadata_that_does_not_fit_the_program(
@@ -101,6 +108,21 @@ def test_metadata_that_does_not_fit_the_program(
     program.save(str(path))
     with pytest.raises(FileFormatError, match="metadata"):
         ada.load(path)
+
+
+def test_a_file_that_needs_too_much_memory(
+    small: tuple[nn.Module, Engine], tmp_path: Path
+) -> None:
+    _, engine = small
+    path = tmp_path / "model.ada"
+    size = engine.save(path)
+    x = torch.ones(1, 3, 8, 8)
+    assert torch.equal(ada.load(path, max_memory=64 << 20)(x), engine(x))
+    for limit in (1, size - 1, size + 1):  # at last the file is read, but not made ready
+        with pytest.raises(FileFormatError, match="limit"):
+            ada.load(path, max_memory=limit)
+    with pytest.raises(ValueError, match="max_memory"):
+        ada.load(path, max_memory=0)
 
 
 def test_a_program_of_another_writer(small: tuple[nn.Module, Engine], tmp_path: Path) -> None:

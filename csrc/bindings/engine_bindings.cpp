@@ -226,22 +226,24 @@ void bind_engine(py::module_& m) {
                     return read_program({reinterpret_cast<const uint8_t*>(address), size});
                   })
       .def("save", &save_program, py::call_guard<py::gil_scoped_release>())
-      .def_static("load", &load_program, py::call_guard<py::gil_scoped_release>())
+      .def_static("load", &load_program, py::arg("path"), py::arg("memory_bytes") = 0,
+                  py::call_guard<py::gil_scoped_release>())
       .def("run_reference", &run_reference)
       .def("reference_values", &reference_values);
 
   py::class_<Engine>(m, "Engine")
       .def(py::init([](const Program& program, int64_t chunk, int64_t cache_bytes,
-                       const std::string& weights) {
+                       const std::string& weights, int64_t memory_bytes) {
              EngineOptions options;
              options.chunk = chunk;
              options.cache_bytes = cache_bytes;
              options.weights = weight_form(weights);
+             options.memory_bytes = memory_bytes;
              const py::gil_scoped_release release;
              return Engine(Program(program), options);
            }),
            py::arg("program"), py::arg("chunk") = 0, py::arg("cache_bytes") = 0,
-           py::arg("weights") = "measured")
+           py::arg("weights") = "measured", py::arg("memory_bytes") = 0)
       .def("run", &run)
       .def("any_order",
            [](const Engine& engine) {

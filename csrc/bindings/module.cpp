@@ -156,6 +156,8 @@ PYBIND11_MODULE(_C, m) {
   py::register_exception_translator([](std::exception_ptr p) {
     try {
       if (p) std::rethrow_exception(p);
+    } catch (const LimitExceeded& e) {
+      py::set_error(PyExc_MemoryError, e.what());
     } catch (const InvalidArgument& e) {
       py::set_error(PyExc_ValueError, e.what());
     } catch (const CorruptData& e) {

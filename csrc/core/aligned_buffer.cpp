@@ -24,11 +24,11 @@ Allocation allocate(std::size_t bytes) {
   const std::size_t alignment = bytes >= kHugePage ? kHugePage : kBufferAlignment;
   // Beyond PTRDIFF_MAX, pointer differences overflow (and so would the rounding below).
   if (bytes > static_cast<std::size_t>(std::numeric_limits<std::ptrdiff_t>::max()) - alignment) {
-    fail("cannot allocate ", bytes, " bytes: more than the address space");
+    fail<OutOfMemory>("cannot allocate ", bytes, " bytes: more than the address space");
   }
   const std::size_t capacity = (bytes + alignment - 1) / alignment * alignment;
   void* memory = std::aligned_alloc(alignment, capacity);
-  if (memory == nullptr) fail("cannot allocate ", bytes, " bytes: out of memory");
+  if (memory == nullptr) fail<OutOfMemory>("cannot allocate ", bytes, " bytes: out of memory");
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   // Advice only: without huge pages the buffer works the same, so the result is ignored.
   if (alignment == kHugePage) (void)madvise(memory, capacity, MADV_HUGEPAGE);

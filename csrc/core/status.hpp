@@ -32,6 +32,18 @@ class CorruptData : public Error {
   using Error::Error;
 };
 
+// The operating system has no memory left. Python sees RuntimeError.
+class OutOfMemory : public Error {
+ public:
+  using Error::Error;
+};
+
+// What was asked for would take more memory than the caller allows. Python sees MemoryError.
+class LimitExceeded : public Error {
+ public:
+  using Error::Error;
+};
+
 namespace detail {
 
 void append_piece(std::string& out, std::string_view text);

@@ -132,7 +132,10 @@ ConvPlan plan_conv(const ConvShape& shape, const ImageLayout& in, const ImageLay
                    const ImageLayout* residual, const KernelRow& kernels, const OutputMap& map,
                    bool by_pixel) {
   const Positions positions = positions_for(kernels);
-  if (in.image_bytes > INT32_MAX || (out != nullptr && out->image_bytes > INT32_MAX))
+  const auto large = [](const ImageLayout* l) {
+    return l != nullptr && l->image_bytes > INT32_MAX;
+  };
+  if (large(&in) || large(out) || large(residual))
     throw InvalidArgument("convolution: an image of 2^31 or more bytes is not supported");
   ConvPlan plan;
   plan.shape = shape;

@@ -574,6 +574,24 @@ bool grouped_suits(const ConvShape& shape) {
   return shape.group_in() <= most;
 }
 
+double grouped_bytes(const ConvShape& shape) {
+  const GroupedKernels* k = active_grouped();
+  if (k == nullptr)
+    return static_cast<double>(shape.out_channels) * static_cast<double>(shape.reduction());
+  const GroupedKind kind = kind_of(shape);
+  const auto block = static_cast<double>(block_weights(shape, kind, *k));
+  if (kind == GroupedKind::Broadcast) {
+    const int64_t width = 4 * k->lanes;
+    const int64_t tiles = (shape.group_out() + width - 1) / width;
+    return block / 2 * static_cast<double>(tiles) * static_cast<double>(shape.groups);
+  }
+  // A block holds at least one granule.
+  const int64_t granules = (shape.out_channels + kGranule - 1) / kGranule;
+  const bool alone = kind == GroupedKind::Depthwise && shape.group_out() > 1;
+  const int64_t blocks = alone ? granules : (granules + k->lanes - 1) / k->lanes;
+  return static_cast<double>(blocks) * (block + static_cast<double>(sizeof(GroupedBlock)));
+}
+
 GroupedWeights build_grouped(const ConvShape& shape, std::span<const int8_t> weights) {
   validate(shape);
   if (static_cast<int64_t>(weights.size()) != shape.out_channels * shape.reduction())

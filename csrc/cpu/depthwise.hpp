@@ -38,6 +38,9 @@ struct GroupedWeights {
 /// groups == in_channels), or few channels per group. Depends on the active instruction set.
 bool grouped_suits(const ConvShape& shape);
 
+/// Bytes of what build_grouped() allocates, without building it.
+double grouped_bytes(const ConvShape& shape);
+
 /// weights: [out_channels][group_in][kernel_h][kernel_w]. Works for every shape with groups, also
 /// where grouped_suits says that a matmul is faster.
 GroupedWeights build_grouped(const ConvShape& shape, std::span<const int8_t> weights);

@@ -67,7 +67,8 @@ class FileError : public Error {
 /// nothing else. Throws FileError.
 void save_program(const Program& program, const std::filesystem::path& path);
 
-/// Throws FileError, or CorruptData that begins with the path.
-Program load_program(const std::filesystem::path& path);
+/// Throws FileError, or CorruptData that begins with the path; LimitExceeded, before it is read,
+/// for a file of more than `memory_bytes` bytes (0: no limit).
+Program load_program(const std::filesystem::path& path, int64_t memory_bytes = 0);
 
 }  // namespace adalayer::engine

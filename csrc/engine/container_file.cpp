@@ -127,7 +127,7 @@ void save_program(const Program& program, const std::filesystem::path& path) {
   if (directory.get() >= 0) (void)::fsync(directory.get());
 }
 
-Program load_program(const std::filesystem::path& path) {
+Program load_program(const std::filesystem::path& path, int64_t memory_bytes) {
   // A named pipe would block the caller until somebody writes to it.
   const File file(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
   if (file.get() < 0) refuse("cannot open", path, errno);
@@ -140,6 +140,9 @@ Program load_program(const std::filesystem::path& path) {
     std::vector<uint8_t> bytes(std::min<uint64_t>(size, sizeof(AdaHeader)));
     read_all(file, bytes, path);
     read_ada_header(bytes, size);
+    if (memory_bytes > 0 && size > static_cast<uint64_t>(memory_bytes))
+      fail<LimitExceeded>("'", path.string(), "': expected a file of at most ", memory_bytes,
+                          " bytes (the limit on memory), got ", size);
     bytes.resize(size);
     read_all(file, std::span(bytes).subspan(sizeof(AdaHeader)), path);
     return read_program(bytes);

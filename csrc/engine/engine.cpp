@@ -12,6 +12,7 @@
 #include "core/status.hpp"
 #include "core/thread_pool.hpp"
 #include "engine/interpret.hpp"
+#include "engine/limits.hpp"
 #include "engine/memory.hpp"
 #include "engine/planner.hpp"
 #include "engine/steps.hpp"
@@ -105,15 +106,21 @@ struct Engine::Impl {
     validate(program);
     isa = active_isa();
     kernels = cpu::active_kernels();
-    if (kernels == nullptr) return;
-    layouts = plan_layouts(program);
-    steps = build_steps(program, layouts);
+    if (kernels == nullptr) {
+      check_memory(interpreter_memory(program), options.memory_bytes);
+      return;
+    }
     plan_ports();
+    layouts = plan_layouts(program);
+    const double fixed = planned_memory(program, layouts);
+    check_memory(fixed + largest_moment(), options.memory_bytes);
+    steps = build_steps(program, layouts);
     if (options.chunk > 0)
       chunk = options.chunk;
     else
       choose_chunk(options.cache_bytes > 0 ? options.cache_bytes : kActivationBudget);
     plan_memory();
+    check_memory(fixed + static_cast<double>(arena.bytes), options.memory_bytes);
     choose_convolutions(options);
     panels = pack_weights([](const ConvStep& conv) { return std::optional(conv.choice()); });
     for (Step& step : steps)
@@ -151,9 +158,17 @@ struct Engine::Impl {
     if (cache) cache->keep(key, steps);
   }
 
+  /// A lower bound of the arena.
+  double largest_moment() const {
+    double most = 0.0;
+    for (const int64_t bytes : live_bytes())
+      most = std::max(most, static_cast<double>(bytes));
+    return most;
+  }
+
   /// Bytes of one image's tensors that are alive at each node.
   std::vector<int64_t> live_bytes() const {
-    std::vector<int64_t> live(steps.size(), 0);
+    std::vector<int64_t> live(program.nodes.size(), 0);
     const std::vector<Lifetime> lifetimes = lifetimes_of([&](size_t v) { return image_bytes(v); });
     for (const Lifetime& l : lifetimes)
       for (int32_t k = std::max(l.first, 0); k <= l.last; ++k)
@@ -468,6 +483,23 @@ struct Engine::Impl {
     });
   }
 
+  /// Image by image, so that memory does not grow with the batch.
+  void interpret_images(std::span<const InputTensor> inputs, int64_t batch,
+                        std::span<float* const> outputs) const {
+    const auto elements = [&](int32_t v) {
+      return program.values[v].c * program.values[v].h * program.values[v].w;
+    };
+    std::vector<InputTensor> image(inputs.begin(), inputs.end());
+    for (int64_t n = 0; n < batch; ++n) {
+      for (size_t k = 0; k < image.size(); ++k)
+        image[k].data = inputs[k].data + n * elements(program.inputs[k]);
+      const auto results = interpret(program, image, 1);
+      for (size_t k = 0; k < results.size(); ++k)
+        std::copy(results[k].begin(), results[k].end(),
+                  outputs[k] + n * elements(program.outputs[k]));
+    }
+  }
+
   void check(std::span<const InputTensor> inputs, int64_t batch,
              std::span<float* const> outputs) const {
     if (inputs.size() != program.inputs.size())
@@ -505,7 +537,7 @@ void Engine::run(std::span<const InputTensor> inputs, int64_t batch,
   const Impl& e = *impl_;
   e.check(inputs, batch, outputs);
   if (batch == 0) return;
-  if (e.kernels == nullptr) return run_reference(inputs, batch, outputs);
+  if (e.kernels == nullptr) return e.interpret_images(inputs, batch, outputs);
   if (threads <= 0) threads = default_threads();
 
   if (threads == 1 || batch < threads) {

@@ -25,6 +25,10 @@ struct EngineOptions {
   WeightForm weights = WeightForm::Measured;
   // Threads that are timed; 0 is default_threads().
   int threads = 0;
+  // What the program may take in all: its own bytes, the weights and tables of this machine, and
+  // one call's tensors. More throws LimitExceeded before anything of that size is allocated. 0: no
+  // limit.
+  int64_t memory_bytes = 0;
 };
 
 /// One input batch, float32, [batch][c][h][w] or [batch][h][w][c].
@@ -51,7 +55,8 @@ struct NodeProfile {
 /// nothing.
 class Engine {
  public:
-  /// Validates the program. Throws InvalidArgument or CorruptData naming the node.
+  /// Validates the program. Throws InvalidArgument or CorruptData naming the node, or
+  /// LimitExceeded.
   explicit Engine(Program program, const EngineOptions& options = {});
   ~Engine();
   Engine(Engine&&) noexcept;

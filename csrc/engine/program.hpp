@@ -137,11 +137,12 @@ void validate(const Program& program);
 constexpr int64_t kMaxNodes = 1 << 16;
 constexpr int64_t kMaxPorts = 1 << 10;  // program inputs, and program outputs
 constexpr int64_t kMaxConstants = 1 << 18;
-constexpr int64_t kMaxAxis = 1 << 20;        // any of c, h, w; kernel, stride, padding, dilation
-constexpr int64_t kMaxElements = 1LL << 31;  // c * h * w of one value, its padding included
-constexpr int64_t kMaxName = 1 << 12;        // bytes of a name or of a metadata key
-constexpr int64_t kMaxMetadata = 1 << 12;    // entries
-constexpr int64_t kMaxText = 1 << 26;        // bytes of one metadata entry
+constexpr int64_t kMaxAxis = 1 << 20;         // any of c, h, w; kernel, stride, padding, dilation
+constexpr int64_t kMaxElements = 1LL << 31;   // c * h * w of one value, its padding included
+constexpr int64_t kMaxInterleaved = 1 << 12;  // of a transposed convolution: strides multiplied
+constexpr int64_t kMaxName = 1 << 12;         // bytes of a name or of a metadata key
+constexpr int64_t kMaxMetadata = 1 << 12;     // entries
+constexpr int64_t kMaxText = 1 << 26;         // bytes of one metadata entry
 
 // ---- named views of a node's parameters; the program has been validated ------------------------
 // Pointers go into the program's constants.

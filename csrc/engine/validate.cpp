@@ -252,6 +252,9 @@ void NodeCheck::convolution(bool transposed) const {
   const int64_t extent_h = a.dilation_h * (a.kernel_h - 1) + 1;
   const int64_t extent_w = a.dilation_w * (a.kernel_w - 1) + 1;
   if (transposed) {
+    if (std::min(a.stride_h, y.h) * std::min(a.stride_w, y.w) > kMaxInterleaved)
+      bad("expected at most ", kMaxInterleaved,
+          " outputs between neighbouring inputs, got strides ", a.stride_h, " and ", a.stride_w);
     const int64_t full_h = (x.h - 1) * a.stride_h + extent_h;
     const int64_t full_w = (x.w - 1) * a.stride_w + extent_w;
     bounded(std::max(x.c, y.c), full_h, full_w);

@@ -8,6 +8,7 @@ The main job in one call is :func:`compress`; its steps are :func:`analyze`, :fu
 from importlib.metadata import PackageNotFoundError, version
 
 from adalayer_native import energy, nn, ops, plot
+from adalayer_native._library import get_cmake_dir, get_include, get_library_dir
 from adalayer_native.allocation import (
     Budget,
     Frontier,
@@ -72,6 +73,9 @@ __all__ = [
     "energy",
     "estimate_bytes",
     "finetune",
+    "get_cmake_dir",
+    "get_include",
+    "get_library_dir",
     "get_num_threads",
     "layer_hessians",
     "load",

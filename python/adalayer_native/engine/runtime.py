@@ -41,10 +41,15 @@ class NativePart:
     """
 
     def __init__(
-        self, program: _C.Program, outputs: Sequence[Output], weights: str = "measured"
+        self,
+        program: _C.Program,
+        outputs: Sequence[Output],
+        weights: str = "measured",
+        max_memory: int = 0,
     ) -> None:
+        """max_memory: bytes that it may take, else MemoryError; 0 for a program of one's own."""
         self.program = program
-        self.engine = _C.Engine(program, weights=weights)
+        self.engine = _C.Engine(program, weights=weights, memory_bytes=max_memory)
         self.outputs = tuple(outputs)
         values = program.values()
         self.elements = [math.prod(values[number][2:5]) for number in program.outputs()]

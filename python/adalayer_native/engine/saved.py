@@ -16,41 +16,106 @@ from adalayer_native.errors import FileFormatError
 __all__ = ["load"]
 
 
-def load(path: str | os.PathLike[str], *, weights: str = "measured") -> Engine:
+# A file that needs more, its weights and tables on this machine and one call's tensors included, is
+# refused. The same default as in the C interface.
+_MAX_MEMORY = 4 << 30
+# Of the texts that are parsed; Python's objects take many times their bytes.
+_MAX_TEXT = 16 << 20
+_MAX_AXES = 32
+
+
+def load(
+    path: str | os.PathLike[str], *, weights: str = "measured", max_memory: int | None = None
+) -> Engine:
     """An engine from a ``.ada`` file; neither the model nor torch.export is needed.
+
+    The file may be untrusted: it can be refused or compute something else than it claims, no more
+    (``SECURITY.md``).
 
     Args:
         weights: "measured", "streamed" or "resident"; see :func:`adalayer_native.compile`.
+        max_memory: bytes that the file, the weights and tables made of it and the tensors of one
+            call may take in all; default 4 GiB. Nothing of that size is allocated before the check.
 
     Raises:
-        ValueError: an unknown form of weights.
-        FileFormatError: missing, truncated or damaged file, or one of a newer version.
+        ValueError: an unknown form of weights, or a limit below 1.
+        FileFormatError: missing, truncated or damaged file, one of a newer version, or one that
+            needs more memory than allowed.
     """
     if weights not in WEIGHTS:
         raise ValueError(f"weights must be one of {WEIGHTS}, got {weights!r}")
+    limit = _MAX_MEMORY if max_memory is None else max_memory
+    if limit < 1:
+        raise ValueError(f"max_memory must be at least 1 byte, got {max_memory}")
     try:
-        program = _C.Program.load(os.fspath(path))
+        program = _C.Program.load(os.fspath(path), limit)
     except OSError as error:
         raise FileFormatError(f"{os.fspath(path)}: cannot be read: {error}") from error
-    except ValueError as error:
+    except (ValueError, MemoryError) as error:
         raise FileFormatError(f"{os.fspath(path)}: {error}") from error
-    values, metadata = program.values(), program.metadata()
+    values, texts = program.values(), program.metadata()
     try:
-        return _rebuilt(program, values, {k: json.loads(v) for k, v in metadata.items()}, weights)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, AssertionError) as error:
+        # RecursionError: json and rebuild() follow the text as deep as it goes.
+        metadata = {key: _parsed(key, texts[key]) for key in _KEYS if key in texts}
+        return _rebuilt(program, values, metadata, weights, limit)
+    except MemoryError as error:
+        raise FileFormatError(f"{os.fspath(path)}: {error}") from error
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise FileFormatError(
             f"{os.fspath(path)}: its metadata do not describe its program ({error!r})"
         ) from error
 
 
+_KEYS = (
+    *("adalayer.inputs", "adalayer.order", "adalayer.outputs", "adalayer.leaves"),
+    *("adalayer.structure", "preprocessing", "classes"),
+)
+
+
+def _parsed(key: str, text: str) -> Any:
+    if len(text) > _MAX_TEXT:
+        raise ValueError(f"{key}: expected at most {_MAX_TEXT} characters, got {len(text)}")
+    return json.loads(text)
+
+
+def _sizes(numbers: Any) -> tuple[int, ...]:
+    """A tuple of sizes that can be multiplied."""
+    if len(numbers) > _MAX_AXES:
+        raise ValueError(f"expected at most {_MAX_AXES} axes, got {len(numbers)}")
+    sizes = tuple(int(n) for n in numbers)
+    if any(not 0 < n <= 1 << 40 for n in sizes):
+        raise ValueError(f"expected sizes of 1 to 2^40, got {sizes}")
+    return sizes
+
+
+def _place(number: Any, count: int) -> int:
+    """An index into ``count`` things."""
+    place = int(number)
+    if not 0 <= place < count:
+        raise ValueError(f"expected a number from 0 to {count - 1}, got {place}")
+    return place
+
+
 def _rebuilt(
-    program: _C.Program, values: list[Any], metadata: Mapping[str, Any], weights: str
+    program: _C.Program,
+    values: list[Any],
+    metadata: Mapping[str, Any],
+    weights: str,
+    max_memory: int,
 ) -> Engine:
     sizes = [values[number][2:5] for number in program.inputs()]
     results = [values[number][2:5] for number in program.outputs()]
     if "adalayer.inputs" in metadata:
-        ports = [Port(str(name), tuple(shape)) for name, shape in metadata["adalayer.inputs"]]
-        order = [int(number) for number in metadata["adalayer.order"]]
+        ports = [Port(str(name), _sizes(shape)) for name, shape in metadata["adalayer.inputs"]]
+        order = [_place(number, len(ports)) for number in metadata["adalayer.order"]]
         for position, number in enumerate(order):
             if math.prod(ports[number].shape) != math.prod(sizes[position]):
                 raise ValueError(f"input {ports[number].name!r} does not fit {sizes[position]}")
@@ -58,22 +123,22 @@ def _rebuilt(
             raise ValueError(f"{len(order)} inputs are described, the program has {len(sizes)}")
         outputs = []
         for source, shape, atoms in metadata["adalayer.outputs"]:
-            pairs = None if atoms is None else tuple((int(n), int(step)) for n, step in atoms)
-            elements = math.prod(results[source])
+            place, shape = _place(source, len(results)), _sizes(shape)
+            elements = math.prod(results[place])
+            pairs = None
+            if atoms is not None:
+                counts = _sizes([n for n, _ in atoms])
+                pairs = tuple((n, int(step)) for n, (_, step) in zip(counts, atoms, strict=True))
+            # A view of every element once at most, none of them outside.
             reach = 0 if pairs is None else sum((n - 1) * step for n, step in pairs)
-            count = math.prod(shape if pairs is None else [n for n, _ in pairs])
-            positive = pairs is None or all(n > 0 and step >= 0 for n, step in pairs)
-            if (
-                math.prod(shape) != elements
-                or count != elements
-                or reach >= elements
-                or not positive
-            ):
-                raise ValueError(f"output {source} does not fit {results[source]}")
-            outputs.append(Output(int(source), tuple(int(n) for n in shape), pairs))
+            count = math.prod(shape if pairs is None else counts)
+            negative = pairs is not None and any(step < 0 for _, step in pairs)
+            if math.prod(shape) != elements or count != elements or reach >= elements or negative:
+                raise ValueError(f"output {source} does not fit {results[place]}")
+            outputs.append(Output(place, shape, pairs))
         first = len(ports)
         leaves = [
-            Leaf(first + int(item["tensor"])) if "tensor" in item else item["constant"]
+            Leaf(first + _place(item["tensor"], len(outputs))) if "tensor" in item else item["constant"]
             for item in metadata["adalayer.leaves"]
         ]
         structure = metadata["adalayer.structure"]
@@ -84,11 +149,8 @@ def _rebuilt(
         first = len(ports)
         leaves = [Leaf(first + k) for k in range(len(outputs))]
         structure = 0 if len(outputs) == 1 else {"tuple": list(range(len(outputs)))}
-    for leaf in leaves:
-        if isinstance(leaf, Leaf) and not first <= leaf.number < first + len(outputs):
-            raise ValueError(f"the result names tensor {leaf.number}")
     rebuild(structure, leaves)
-    part = NativePart(program, outputs, weights)
+    part = NativePart(program, outputs, weights, max_memory)
     step = Step(part, order, [first + k for k in range(len(outputs))], [])
     names = metadata.get("classes")
     return Engine(

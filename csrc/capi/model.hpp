@@ -1,0 +1,70 @@
+// A model as the C interface shows it: the engine, and what the file's texts say about the tensors
+// around it (docs/ada-format.md, "META").
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "engine/engine.hpp"
+
+namespace adalayer::capi {
+
+constexpr size_t kMaxRank = 8;
+constexpr size_t kMaxAtoms = 32;
+
+/// One input of the network, without the batch axis.
+struct Port {
+  std::string name;
+  std::vector<int64_t> shape;
+  int64_t elements = 1;
+};
+
+/// One tensor of the network's result: a view of what the program writes.
+struct OutputView {
+  std::string name;
+  std::vector<int64_t> shape;
+  int64_t elements = 1;
+  size_t source = 0;  // which of the program's outputs
+  // Sizes and strides that give the tensor its order; empty if it is that of memory.
+  std::vector<std::pair<int64_t, int64_t>> atoms;
+};
+
+class Model {
+ public:
+  /// Throws CorruptData if the texts do not describe the program, LimitExceeded, and what Engine
+  /// throws.
+  Model(engine::Program program, int64_t memory_bytes);
+
+  const engine::Engine& engine() const { return engine_; }
+  const std::vector<Port>& inputs() const { return inputs_; }
+  const std::vector<OutputView>& outputs() const { return outputs_; }
+  /// Which of inputs() the program's input k is.
+  const std::vector<size_t>& order() const { return order_; }
+  /// Elements of the program's output k.
+  const std::vector<int64_t>& result_elements() const { return result_elements_; }
+  /// Whether input k is an image of the program as it is, so that NHWC has a meaning.
+  bool is_image(size_t input) const;
+  const std::vector<std::string>& class_names() const { return class_names_; }
+  /// Of the preprocessing; empty if there are none, else of one size.
+  std::span<const float> mean() const { return mean_; }
+  std::span<const float> std() const { return std_; }
+
+ private:
+  void describe_inputs();
+  void describe_outputs();
+  void read_preprocessing();
+  const std::string* text(const char* key) const;
+
+  engine::Engine engine_;
+  std::vector<Port> inputs_;
+  std::vector<size_t> order_;
+  std::vector<OutputView> outputs_;
+  std::vector<int64_t> result_elements_;
+  std::vector<std::string> class_names_;
+  std::vector<float> mean_, std_;
+};
+
+}  // namespace adalayer::capi

@@ -1,0 +1,32 @@
+# libadalayer exports the functions of adalayer.h and nothing else.
+execute_process(COMMAND "${NM}" --dynamic --defined-only --format=posix "${LIBRARY}"
+  OUTPUT_VARIABLE listing RESULT_VARIABLE status)
+if(NOT status EQUAL 0)
+  message(FATAL_ERROR "nm failed on ${LIBRARY}")
+endif()
+string(REGEX MATCHALL "[^\n]+" lines "${listing}")
+set(exported "")
+foreach(line IN LISTS lines)
+  string(REGEX REPLACE "[@ ].*" "" name "${line}")
+  list(APPEND exported "${name}")
+endforeach()
+list(REMOVE_ITEM exported ADALAYER_1)  # the version itself
+
+file(READ "${HEADER}" header)
+string(REGEX MATCHALL "ADALAYER_API [a-z0-9_ *]*(adalayer_[a-z_]+)\\(" declarations "${header}")
+set(declared "")
+foreach(declaration IN LISTS declarations)
+  string(REGEX REPLACE ".*(adalayer_[a-z_]+)\\($" "\\1" name "${declaration}")
+  list(APPEND declared "${name}")
+endforeach()
+
+list(SORT exported)
+list(SORT declared)
+list(LENGTH declared count)
+if(count LESS 20)
+  message(FATAL_ERROR "only ${count} functions were found in ${HEADER}")
+endif()
+if(NOT exported STREQUAL declared)
+  message(FATAL_ERROR "exported: ${exported}\ndeclared: ${declared}")
+endif()
+message(STATUS "${count} functions, exported and declared")

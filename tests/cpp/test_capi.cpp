@@ -1,0 +1,485 @@
+// adalayer.h: what it computes is what the engine computes, every wrong argument is a status and a
+// sentence, and many threads may use it at once.
+#include <unistd.h>
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <limits>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "adalayer/adalayer.h"
+#include "adalayer/adalayer.hpp"
+#include "check.hpp"
+#include "engine/engine.hpp"
+#include "engine_programs.hpp"
+
+using namespace programs;
+
+extern "C" uint32_t abi_version_from_c(void);
+
+namespace {
+
+using Floats = std::vector<float>;
+
+/// 3 x 5 x 4 pixels to four numbers: a convolution of the whole image.
+Program classifier() {
+  Builder b;
+  const auto x = b.value("pixels", 3, 5, 4, ValueKind::F32);
+  const auto q = b.node(OpKind::Quantize, {x}, b.value("q", 3, 5, 4));
+  b.p.values[static_cast<size_t>(q)].scale = 0.02f;
+  b.p.values[static_cast<size_t>(q)].zero_point = 128;
+  const auto y = b.node(
+      OpKind::Conv, {q}, b.value("scores", 4, 1, 1, ValueKind::F32),
+      {5, 4, 1, 1, 0, 0, 0, 0, 1, 1, 1, 0, 255, 0}, {0, -1e9f, 1e9f},
+      {b.weights(4, 3, 5, 4, 4), b.floats({0.1f, 0.2f, 0.3f, 0.4f}), b.floats({0, 1, 2, 3}), -1});
+  b.p.inputs = {x};
+  b.p.outputs = {y};
+  b.p.metadata = {{"classes", R"(["cat", "caf\u00e9", "c", "d"])"},
+                  {"preprocessing", R"({"mean": [0.5, 0.25, 0.125], "std": [0.2, 0.3, 0.4]})"}};
+  return b.p;
+}
+
+adalayer_model* loaded(const Program& program) {
+  const std::vector<uint8_t> file = write_program(program);
+  adalayer_model* model = nullptr;
+  CHECK_EQ(adalayer_model_load_memory(file.data(), file.size(), nullptr, &model), ADALAYER_OK);
+  return model;
+}
+
+adalayer::Model shared(const Program& program) {
+  const std::vector<uint8_t> file = write_program(program);
+  return {file.data(), file.size()};
+}
+
+Floats ramp(size_t n) {
+  Floats x(n);
+  for (size_t i = 0; i < n; ++i)
+    x[i] = static_cast<float>(i * 37 % 101) / 25.0f - 2.0f;
+  return x;
+}
+
+std::vector<Floats> engine_run(const Program& p, int64_t batch, const std::vector<Floats>& in) {
+  const Engine engine{Program(p)};
+  std::vector<InputTensor> inputs;
+  for (const Floats& x : in)
+    inputs.push_back({x.data(), Layout::NCHW});
+  std::vector<Floats> out;
+  std::vector<float*> outputs;
+  for (const int32_t v : p.outputs) {
+    const Value& value = p.values[static_cast<size_t>(v)];
+    out.emplace_back(static_cast<size_t>(batch * value.c * value.h * value.w));
+  }
+  for (Floats& y : out)
+    outputs.push_back(y.data());
+  engine.run(inputs, batch, outputs, 1);
+  return out;
+}
+
+bool same(const Floats& a, const Floats& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
+bool says(const char* part) { return std::strstr(adalayer_last_error(), part) != nullptr; }
+
+}  // namespace
+
+TEST(versions_and_texts) {
+  CHECK_EQ(adalayer_abi_version(), uint32_t{ADALAYER_ABI_VERSION});
+  CHECK_EQ(abi_version_from_c(), uint32_t{ADALAYER_ABI_VERSION});
+  CHECK(std::strlen(adalayer_version()) >= 5);
+  CHECK(std::strlen(adalayer_instruction_set()) >= 3);
+  CHECK_EQ(std::string(adalayer_status_text(ADALAYER_LIMIT_EXCEEDED)), "limit exceeded");
+  CHECK_EQ(std::string(adalayer_status_text(99)), "unknown status");
+}
+
+TEST(describes_the_model) {
+  adalayer_model* model = loaded(classifier());
+  CHECK_EQ(adalayer_model_input_count(model), size_t{1});
+  CHECK_EQ(adalayer_model_output_count(model), size_t{1});
+  adalayer_tensor_info info = {};
+  info.struct_size = sizeof info;
+  CHECK_EQ(adalayer_model_input_info(model, 0, &info), ADALAYER_OK);
+  CHECK_EQ(std::string(info.name), "pixels");
+  CHECK_EQ(info.rank, size_t{3});
+  CHECK(info.shape[0] == 3 && info.shape[1] == 5 && info.shape[2] == 4 && info.elements == 60);
+  CHECK_EQ(adalayer_model_output_info(model, 0, &info), ADALAYER_OK);
+  CHECK(info.shape[0] == 4 && info.elements == 4);
+  CHECK_EQ(adalayer_model_class_count(model), size_t{4});
+  CHECK_EQ(std::string(adalayer_model_class_name(model, 1)), "caf\xC3\xA9");
+  CHECK(adalayer_model_class_name(model, 4) == nullptr);
+  CHECK(adalayer_model_metadata(model, "absent") == nullptr);
+  CHECK_EQ(adalayer_model_metadata_count(model), size_t{2});
+  CHECK_EQ(std::string(adalayer_model_metadata_key(model, 1)), "preprocessing");
+  CHECK(adalayer_model_metadata_key(model, 2) == nullptr);
+  float mean[3], std[3];
+  CHECK_EQ(adalayer_model_normalization(model, mean, std, 3), ADALAYER_OK);
+  CHECK(mean[1] == 0.25f && std[2] == 0.4f);
+  CHECK_EQ(adalayer_model_normalization(model, mean, std, 1), ADALAYER_INVALID_ARGUMENT);
+  CHECK(adalayer_model_workspace_bytes(model) > 0);
+  adalayer_model_free(model);
+}
+
+TEST(computes_what_the_engine_computes) {
+  const Program program = classifier();
+  const adalayer::Model model = shared(program);
+  adalayer::Context context(model);
+  for (const int threads : {0, 1, 2}) {
+    context.set_threads(threads);
+    for (const int64_t batch : {1, 3, 8}) {
+      const Floats x = ramp(static_cast<size_t>(60 * batch));
+      CHECK(same(context.run(batch, x), engine_run(program, batch, {x})[0]));
+    }
+  }
+  CHECK(context.run(0, Floats()).empty());
+}
+
+TEST(pixels_and_channels_last) {
+  const Program program = classifier();
+  const adalayer::Model model = shared(program);
+  adalayer::Context context(model);
+  constexpr float kMean[] = {0.5f, 0.25f, 0.125f}, kStd[] = {0.2f, 0.3f, 0.4f};
+  constexpr size_t kBatch = 2, kPlane = 20;
+  std::vector<uint8_t> last(kBatch * 60), planes(kBatch * 60);
+  Floats floats_last(kBatch * 60), floats(kBatch * 60);
+  for (size_t n = 0; n < kBatch; ++n)
+    for (size_t i = 0; i < kPlane; ++i)
+      for (size_t c = 0; c < 3; ++c) {
+        const size_t a = n * 60 + i * 3 + c, b = n * 60 + c * kPlane + i;
+        last[a] = planes[b] = static_cast<uint8_t>((n * 97 + i * 31 + c * 111) % 256);
+        const float scaled = static_cast<float>(last[a]) / 255.0f;
+        floats_last[a] = floats[b] = (scaled - kMean[c]) / kStd[c];
+      }
+  const Floats want = engine_run(program, kBatch, {floats})[0];
+  CHECK(same(context.run(kBatch, last, ADALAYER_NHWC), want));
+  CHECK(same(context.run(kBatch, planes, ADALAYER_NCHW), want));
+  CHECK(same(context.run(kBatch, floats_last, ADALAYER_NHWC), want));
+  // The caller's own normalization takes the place of the model's.
+  context.set_normalization({0, 0, 0}, {1, 1, 1});
+  for (size_t i = 0; i < floats.size(); ++i)
+    floats[i] = static_cast<float>(planes[i]) / 255.0f;
+  CHECK(same(context.run(kBatch, planes, ADALAYER_NCHW), engine_run(program, kBatch, {floats})[0]));
+}
+
+TEST(an_input_that_is_read_as_floats_may_be_channels_last) {
+  Builder b;
+  const auto x = b.value("x", 2, 2, 2, ValueKind::F32);
+  const auto y = b.node(OpKind::Softmax, {x}, b.value("y", 2, 2, 2, ValueKind::F32));
+  b.p.inputs = {x};
+  b.p.outputs = {y};
+  const adalayer::Model model = shared(b.p);
+  adalayer::Context context(model);
+  const Floats planes = {1, 2, 3, 4, 5, 7, 9, 11}, last = {1, 5, 2, 7, 3, 9, 4, 11};
+  CHECK(same(context.run(1, last, ADALAYER_NHWC), context.run(1, planes, ADALAYER_NCHW)));
+}
+
+TEST(several_inputs_and_outputs) {
+  const Program program = every_operation();
+  const adalayer::Model model = shared(program);
+  CHECK_EQ(model.input_count(), size_t{2});
+  CHECK_EQ(model.output_count(), size_t{3});
+  adalayer::Context context(model);
+  const Floats x = ramp(2 * 120), z = ramp(2 * 4);
+  std::vector<Floats> got;
+  std::vector<adalayer_output> outputs;
+  for (size_t k = 0; k < 3; ++k)
+    got.emplace_back(2 * model.output(k).elements);
+  for (Floats& y : got)
+    outputs.push_back({y.data(), y.size() * 4});
+  context.run(2,
+              {{x.data(), x.size() * 4, ADALAYER_FLOAT32, ADALAYER_NCHW},
+               {z.data(), z.size() * 4, ADALAYER_FLOAT32, ADALAYER_NCHW}},
+              outputs);
+  const std::vector<Floats> want = engine_run(program, 2, {x, z});
+  for (size_t k = 0; k < 3; ++k)
+    CHECK_MSG(same(got[k], want[k]), std::to_string(k));
+}
+
+TEST(views_and_names_of_the_result) {
+  // As the Python package describes a dictionary of a transposed tensor, a constant and the tensor
+  // as it is, of a network whose one input has another shape than the program's.
+  Program p = classifier();
+  p.metadata["adalayer.inputs"] = R"([["unused", [2]], ["image", [60]]])";
+  p.metadata["adalayer.order"] = "[1]";
+  p.metadata["adalayer.outputs"] = R"([[0, [2, 2], [[2, 1], [2, 2]]], [0, [4], null]])";
+  p.metadata["adalayer.leaves"] = R"([{"tensor": 0}, {"constant": 3}, {"tensor": 1}])";
+  p.metadata["adalayer.structure"] = R"({"dict": {"out": 0, "rest": {"tuple": [1, 2]}}})";
+  const adalayer::Model model = shared(p);
+  CHECK_EQ(model.input(1).name, "image");
+  CHECK_EQ(model.output(0).name, "out");
+  CHECK_EQ(model.output(1).name, "rest.1");
+  CHECK_EQ(model.output(0).shape.size(), size_t{2});
+  adalayer::Context context(model);
+  const Floats unused(2 * 2), x = ramp(2 * 60);
+  Floats turned(2 * 4), plain(2 * 4);
+  const adalayer_input first{unused.data(), 16, ADALAYER_FLOAT32, ADALAYER_NCHW};
+  context.run(2, {first, {x.data(), x.size() * 4, ADALAYER_FLOAT32, ADALAYER_NCHW}},
+              {{turned.data(), 32}, {plain.data(), 32}});
+  const Floats want = engine_run(classifier(), 2, {x})[0];
+  CHECK(same(plain, want));
+  for (size_t n = 0; n < 2; ++n)
+    CHECK(turned[n * 4 + 1] == want[n * 4 + 2] && turned[n * 4 + 2] == want[n * 4 + 1] &&
+          turned[n * 4] == want[n * 4] && turned[n * 4 + 3] == want[n * 4 + 3]);
+  // It is no image of three axes.
+  bool threw = false;
+  try {
+    context.run(2, {first, {x.data(), x.size() * 4, ADALAYER_FLOAT32, ADALAYER_NHWC}},
+                {{turned.data(), 32}, {plain.data(), 32}});
+  } catch (const adalayer::Failure& e) {
+    threw = e.status() == ADALAYER_INVALID_ARGUMENT;
+  }
+  CHECK(threw);
+}
+
+TEST(texts_that_do_not_describe_the_program) {
+  const auto status = [](const std::vector<std::pair<std::string, std::string>>& texts) {
+    Program p = classifier();
+    p.metadata["adalayer.inputs"] = R"([["image", [3, 5, 4]]])";
+    p.metadata["adalayer.order"] = "[0]";
+    p.metadata["adalayer.outputs"] = "[[0, [4], null]]";
+    p.metadata["adalayer.leaves"] = R"([{"tensor": 0}])";
+    p.metadata["adalayer.structure"] = "0";
+    for (const auto& [key, text] : texts) {
+      if (text.empty())
+        p.metadata.erase(key);
+      else
+        p.metadata[key] = text;
+    }
+    const std::vector<uint8_t> file = write_program(p);
+    adalayer_model* model = nullptr;
+    const adalayer_status s = adalayer_model_load_memory(file.data(), file.size(), nullptr, &model);
+    CHECK_EQ(model == nullptr, s != ADALAYER_OK);
+    adalayer_model_free(model);
+    return s;
+  };
+  CHECK_EQ(status({}), ADALAYER_OK);
+  const std::vector<std::pair<std::string, std::string>> wrong = {
+      {"classes", "[1]"},
+      {"classes", "{"},
+      {"preprocessing", R"({"mean": [0.5], "std": [0]})"},
+      {"preprocessing", R"({"mean": [0.5], "std": [1, 1]})"},
+      {"preprocessing", R"({"mean": 3, "std": [1]})"},
+      {"preprocessing", R"({"mean": [1e400], "std": [1]})"},
+      {"adalayer.inputs", "[]"},
+      {"adalayer.inputs", R"([["image", [61]]])"},
+      {"adalayer.inputs", R"([["image", [0, 60]]])"},
+      {"adalayer.inputs", R"([["image", [1, 1, 1, 1, 1, 1, 1, 1, 60]]])"},
+      {"adalayer.inputs", R"([["image", [1e300, 1e300]]])"},
+      {"adalayer.order", ""},
+      {"adalayer.order", "[1]"},
+      {"adalayer.order", "[-1]"},
+      {"adalayer.order", "[0, 0]"},
+      {"adalayer.outputs", "[[1, [4], null]]"},
+      {"adalayer.outputs", "[[0, [5], null]]"},
+      {"adalayer.outputs", "[[0, [4]]]"},
+      {"adalayer.outputs", "[[0, [4], [[4, 2]]]]"},
+      {"adalayer.outputs", "[[0, [4], [[2, 1]]]]"},
+      {"adalayer.outputs", "[[0, [4], [[4, 9007199254740993]]]]"},
+      {"adalayer.leaves", ""},
+      {"adalayer.leaves", "[]"},
+      {"adalayer.leaves", R"([{"tensor": 1}])"},
+      {"adalayer.structure", R"({"set": [0]})"},
+      {"adalayer.structure", std::string(100000, '[')},
+  };
+  for (const auto& text : wrong)
+    CHECK_MSG(status({text}) == ADALAYER_CORRUPT_DATA,
+              text.first + " " + text.second.substr(0, 60));
+}
+
+TEST(wrong_arguments) {
+  adalayer_model* model = loaded(classifier());
+  adalayer_context* context = nullptr;
+  CHECK_EQ(adalayer_context_create(model, &context), ADALAYER_OK);
+  adalayer_model_free(model);  // the context keeps it
+  const Floats x = ramp(60);
+  Floats y(4);
+  const adalayer_input in{x.data(), 240, ADALAYER_FLOAT32, ADALAYER_NCHW};
+  const adalayer_output out{y.data(), 16};
+  CHECK_EQ(adalayer_run(context, 1, &in, 1, &out, 1), ADALAYER_OK);
+
+  const auto refused = [&](int64_t batch, adalayer_input i, adalayer_output o, const char* part) {
+    CHECK_EQ(adalayer_run(context, batch, &i, 1, &o, 1), ADALAYER_INVALID_ARGUMENT);
+    CHECK_MSG(says(part), adalayer_last_error());
+  };
+  refused(-1, in, out, "batch of 0 or more");
+  refused(2, in, out, "expected 480 bytes for a batch of 2, got 240");
+  refused(INT64_MAX, in, out, "too large");
+  refused(1, {nullptr, 240, ADALAYER_FLOAT32, ADALAYER_NCHW}, out, "'pixels'): the data are null");
+  refused(1, {x.data(), 239, ADALAYER_FLOAT32, ADALAYER_NCHW}, out, "expected 240 bytes");
+  refused(1, {x.data(), 240, 7, ADALAYER_NCHW}, out, "type");
+  refused(1, {x.data(), 240, ADALAYER_FLOAT32, 7}, out, "layout");
+  refused(1, {reinterpret_cast<const char*>(x.data()) + 1, 240, ADALAYER_FLOAT32, ADALAYER_NCHW},
+          out, "aligned");
+  refused(1, in, {nullptr, 16}, "output 0 ('scores'): the data are null");
+  refused(1, in, {y.data(), 20}, "expected 16 bytes");
+  CHECK_EQ(adalayer_run(nullptr, 1, &in, 1, &out, 1), ADALAYER_INVALID_ARGUMENT);
+  CHECK_EQ(adalayer_run(context, 1, nullptr, 1, &out, 1), ADALAYER_INVALID_ARGUMENT);
+  CHECK_EQ(adalayer_run(context, 1, &in, 1, nullptr, 1), ADALAYER_INVALID_ARGUMENT);
+  CHECK_EQ(adalayer_run(context, 1, &in, 0, &out, 1), ADALAYER_INVALID_ARGUMENT);
+  CHECK_EQ(adalayer_run(context, 1, &in, 1, &out, 0), ADALAYER_INVALID_ARGUMENT);
+  CHECK_EQ(adalayer_context_set_threads(context, -1), ADALAYER_INVALID_ARGUMENT);
+  CHECK_EQ(adalayer_context_set_threads(context, 1 << 20), ADALAYER_INVALID_ARGUMENT);
+  const float zeros[] = {0, 0, 0}, ones[] = {1, 1, 1}, nan[] = {NAN, 0, 0};
+  const auto normalize = [&](size_t k, const float* mean, const float* std, size_t n) {
+    return adalayer_context_set_normalization(context, k, mean, std, n);
+  };
+  CHECK_EQ(normalize(0, zeros, ones, 3), ADALAYER_OK);
+  CHECK_EQ(normalize(1, zeros, ones, 3), ADALAYER_INVALID_ARGUMENT);
+  CHECK_EQ(normalize(0, zeros, ones, 2), ADALAYER_INVALID_ARGUMENT);
+  CHECK_EQ(normalize(0, zeros, zeros, 3), ADALAYER_INVALID_ARGUMENT);
+  CHECK_EQ(normalize(0, nan, ones, 3), ADALAYER_INVALID_ARGUMENT);
+  CHECK_EQ(normalize(0, nullptr, ones, 3), ADALAYER_INVALID_ARGUMENT);
+  // It still works.
+  CHECK_EQ(adalayer_run(context, 1, &in, 1, &out, 1), ADALAYER_OK);
+  adalayer_context_free(context);
+
+  CHECK_EQ(adalayer_context_create(nullptr, &context), ADALAYER_INVALID_ARGUMENT);
+  CHECK(context == nullptr);
+  CHECK_EQ(adalayer_context_create(nullptr, nullptr), ADALAYER_INVALID_ARGUMENT);
+  adalayer_model_free(nullptr);
+  adalayer_context_free(nullptr);
+  CHECK_EQ(adalayer_model_input_count(nullptr), size_t{0});
+  CHECK(adalayer_model_metadata(nullptr, "a") == nullptr);
+  CHECK(adalayer_model_class_name(nullptr, 0) == nullptr);
+
+  model = loaded(classifier());
+  adalayer_tensor_info info = {};
+  CHECK_EQ(adalayer_model_input_info(model, 0, &info), ADALAYER_INVALID_ARGUMENT);
+  info.struct_size = sizeof info;
+  CHECK_EQ(adalayer_model_input_info(model, 1, &info), ADALAYER_INVALID_ARGUMENT);
+  CHECK_EQ(adalayer_model_input_info(model, 0, nullptr), ADALAYER_INVALID_ARGUMENT);
+  CHECK_EQ(adalayer_model_input_info(nullptr, 0, &info), ADALAYER_INVALID_ARGUMENT);
+  adalayer_model_free(model);
+}
+
+TEST(pixels_without_normalization_are_refused) {
+  Program p = classifier();
+  p.metadata.erase("preprocessing");
+  const adalayer::Model model = shared(p);
+  adalayer::Context context(model);
+  std::string message;
+  try {
+    context.run(1, std::vector<uint8_t>(60));
+  } catch (const adalayer::Failure& e) {
+    message = e.what();
+  }
+  CHECK(message.find("adalayer_context_set_normalization") != std::string::npos);
+  context.set_normalization({0, 0, 0}, {1, 1, 1});
+  CHECK_EQ(context.run(1, std::vector<uint8_t>(60)).size(), size_t{4});
+}
+
+TEST(files) {
+  namespace fs = std::filesystem;
+  const fs::path path = fs::temp_directory_path() / ("capi-" + std::to_string(::getpid()) + ".ada");
+  const std::vector<uint8_t> bytes = write_program(classifier());
+  adalayer_model* model = nullptr;
+  CHECK_EQ(adalayer_model_load(path.c_str(), nullptr, &model), ADALAYER_FILE_ERROR);
+  CHECK(says(path.c_str()));
+  const auto write = [&](size_t size) {
+    std::ofstream out(path, std::ios::binary);
+    out.write(reinterpret_cast<const char*>(bytes.data()), static_cast<std::streamsize>(size));
+  };
+  write(bytes.size());
+  CHECK_EQ(adalayer_model_load(path.c_str(), nullptr, &model), ADALAYER_OK);
+  adalayer_model_free(model);
+  CHECK_EQ(adalayer_model_load(path.c_str(), nullptr, nullptr), ADALAYER_INVALID_ARGUMENT);
+  CHECK_EQ(adalayer_model_load(nullptr, nullptr, &model), ADALAYER_INVALID_ARGUMENT);
+  adalayer_load_options options = {sizeof options, 100};
+  CHECK_EQ(adalayer_model_load(path.c_str(), &options, &model), ADALAYER_LIMIT_EXCEEDED);
+  options.struct_size = 4;
+  CHECK_EQ(adalayer_model_load(path.c_str(), &options, &model), ADALAYER_INVALID_ARGUMENT);
+  write(bytes.size() - 1);
+  CHECK_EQ(adalayer_model_load(path.c_str(), nullptr, &model), ADALAYER_CORRUPT_DATA);
+  CHECK(says(path.c_str()) && model == nullptr);
+  fs::remove(path);
+  CHECK_EQ(adalayer_model_load_memory(nullptr, 4, nullptr, &model), ADALAYER_INVALID_ARGUMENT);
+  CHECK_EQ(adalayer_model_load_memory(bytes.data(), 0, nullptr, &model), ADALAYER_CORRUPT_DATA);
+}
+
+TEST(small_files_of_large_programs_are_refused) {
+  // A few hundred bytes that describe tensors of 33 MB.
+  Builder b;
+  const auto x = b.value("x", 1, 1 << 12, 1 << 11, ValueKind::F32);
+  const auto q = b.node(OpKind::Quantize, {x}, b.value("q", 1, 1 << 12, 1 << 11));
+  const auto y =
+      b.node(OpKind::AdaptiveAvgPool, {q}, b.value("y", 1, 1, 1), {0, 255, 10}, {1.0f}, {-1});
+  const auto f = b.node(OpKind::Dequantize, {y}, b.value("f", 1, 1, 1, ValueKind::F32));
+  b.p.inputs = {x};
+  b.p.outputs = {f};
+  const std::vector<uint8_t> file = write_program(b.p);
+  CHECK(file.size() < 2000);
+  adalayer_model* model = nullptr;
+  adalayer_load_options options = {sizeof options, 16 << 20};
+  CHECK_EQ(adalayer_model_load_memory(file.data(), file.size(), &options, &model),
+           ADALAYER_LIMIT_EXCEEDED);
+  CHECK_MSG(says("the limit is"), adalayer_last_error());
+  options.memory_limit = 64 << 20;
+  CHECK_EQ(adalayer_model_load_memory(file.data(), file.size(), &options, &model), ADALAYER_OK);
+  CHECK(adalayer_model_workspace_bytes(model) > (16u << 20));
+  adalayer_model_free(model);
+}
+
+TEST(many_threads_with_contexts_of_their_own) {
+  const Program program = every_operation();
+  const Floats x = ramp(3 * 120), z = ramp(3 * 4);
+  const std::vector<Floats> want = engine_run(program, 3, {x, z});
+  const adalayer::Model model = shared(program);
+  constexpr int kThreads = 4, kRounds = 10;
+  std::vector<std::thread> threads;
+  for (int t = 0; t < kThreads; ++t)
+    threads.emplace_back([&, t] {
+      adalayer::Context context(model);
+      context.set_threads(1 + t % 3);
+      for (int round = 0; round < kRounds; ++round) {
+        std::vector<Floats> got;
+        std::vector<adalayer_output> outputs;
+        for (const Floats& y : want)
+          got.emplace_back(y.size());
+        for (Floats& y : got)
+          outputs.push_back({y.data(), y.size() * 4});
+        context.run(3,
+                    {{x.data(), x.size() * 4, ADALAYER_FLOAT32, ADALAYER_NCHW},
+                     {z.data(), z.size() * 4, ADALAYER_FLOAT32, ADALAYER_NCHW}},
+                    outputs);
+        for (size_t k = 0; k < got.size(); ++k)
+          CHECK(same(got[k], want[k]));
+        // Errors belong to the thread that made them.
+        CHECK_EQ(adalayer_context_set_threads(nullptr, t), ADALAYER_INVALID_ARGUMENT);
+        CHECK(says("context"));
+      }
+    });
+  for (std::thread& thread : threads)
+    thread.join();
+}
+
+TEST(one_context_in_two_threads_is_refused_or_right) {
+  const Program program = classifier();
+  const Floats x = ramp(60);
+  const Floats want = engine_run(program, 1, {x})[0];
+  const adalayer::Model model = shared(program);
+  adalayer_context* context = nullptr;
+  CHECK_EQ(adalayer_context_create(model.get(), &context), ADALAYER_OK);
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 3; ++t)
+    threads.emplace_back([&] {
+      for (int round = 0; round < 200; ++round) {
+        Floats y(4);
+        const adalayer_input in{x.data(), 240, ADALAYER_FLOAT32, ADALAYER_NCHW};
+        const adalayer_output out{y.data(), 16};
+        const adalayer_status status = adalayer_run(context, 1, &in, 1, &out, 1);
+        if (status == ADALAYER_OK)
+          CHECK(same(y, want));
+        else
+          CHECK(status == ADALAYER_INVALID_ARGUMENT && says("in use by another thread"));
+      }
+    });
+  for (std::thread& thread : threads)
+    thread.join();
+  adalayer_context_free(context);
+}
+
+int main(int argc, char** argv) { return check::run_all(argc, argv); }
