@@ -126,12 +126,12 @@ void write_data(Writer& w, const Program& p) {
 
 void write_metadata(Writer& w, const Program& p) {
   w.count(p.metadata.size());
-  for (const auto& [key, text] : p.metadata)
+  for (const auto& entry : p.metadata)
     w.record([&] {
-      w.count(key.size());
-      w.count(text.size());
-      w.text(key);
-      w.text(text);
+      w.count(entry.first.size());
+      w.count(entry.second.size());
+      w.text(entry.first);
+      w.text(entry.second);
     });
 }
 
@@ -406,6 +406,10 @@ AdaHeader read_ada_header(std::span<const uint8_t> bytes, uint64_t file_bytes) {
 
 std::vector<uint8_t> write_program(const Program& p) {
   validate(p);
+  return serialize(p);
+}
+
+std::vector<uint8_t> serialize(const Program& p) {
   AdaHeader header;
   std::copy(std::begin(kAdaMagic), std::end(kAdaMagic), header.magic);
   header.major = kAdaMajor;
@@ -441,7 +445,7 @@ std::vector<uint8_t> write_program(const Program& p) {
   return file;
 }
 
-Program read_program(std::span<const uint8_t> bytes) {
+Program parse(std::span<const uint8_t> bytes) {
   const Sections sections = read_sections(bytes);
   Program p;
   read_values(sections, p);
@@ -449,6 +453,11 @@ Program read_program(std::span<const uint8_t> bytes) {
   read_ports(sections, p);
   read_constants(sections, p);
   read_metadata(sections, p);
+  return p;
+}
+
+Program read_program(std::span<const uint8_t> bytes) {
+  Program p = parse(bytes);
   try {
     validate(p);
   } catch (const InvalidArgument& e) {

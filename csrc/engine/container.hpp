@@ -49,6 +49,11 @@ std::vector<uint8_t> write_program(const Program& program);
 /// a small multiple of the bytes given. What it returns is valid.
 Program read_program(std::span<const uint8_t> bytes);
 
+/// The halves of the two functions above without validate(): a file of a program that may be anything,
+/// and back. Tests make files from them that only validate() can refuse.
+std::vector<uint8_t> serialize(const Program& program);
+Program parse(std::span<const uint8_t> bytes);
+
 /// Reads and checks the first 64 bytes of a file of `file_bytes` bytes; part of read_program().
 AdaHeader read_ada_header(std::span<const uint8_t> bytes, uint64_t file_bytes);
 

@@ -1,0 +1,191 @@
+// Fuzzes the .ada reader, and the run of whatever loads.
+//
+// The functions are libFuzzer's; clang's fuzzer or driver.cpp calls them. An input is a file. What
+// has to hold for every one: it is refused with a sentence, or it loads within the limit on memory,
+// is written back as it was read, and runs with the bits of the interpreter.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "adalayer/adalayer.h"
+#include "core/status.hpp"
+#include "engine/container.hpp"
+#include "engine/interpret.hpp"
+#include "fuzz/mutate.hpp"
+
+using namespace adalayer;
+using namespace adalayer::engine;
+
+namespace {
+
+constexpr int64_t kMemory = 32 << 20;
+// Larger programs are loaded, not run: a fuzzer lives from many short executions.
+constexpr double kWork = 3e5;
+
+[[noreturn]] void broken(const char* what) {
+  std::fprintf(stderr, "fuzz_ada: %s; last error: %s\n", what, adalayer_last_error());
+  std::abort();
+}
+
+/// Multiply-adds and elements of one image, roughly.
+double work_of(const Program& p) {
+  double work = 0.0;
+  for (const Value& v : p.values)
+    work += static_cast<double>(v.c) * static_cast<double>(v.h) * static_cast<double>(v.w);
+  for (const Node& n : p.nodes) {
+    const Value& y = p.values[n.output];
+    const double outputs = static_cast<double>(y.c) * static_cast<double>(y.h) * y.w;
+    if (n.op == OpKind::Conv || n.op == OpKind::ConvTranspose) {
+      const ConvAttributes a = conv_attributes(n);
+      const double taps = static_cast<double>(a.kernel_h) * static_cast<double>(a.kernel_w);
+      const double group_in = static_cast<double>(p.values[n.inputs[0]].c / a.groups);
+      work += std::max(outputs, static_cast<double>(y.c)) * taps * group_in;
+      // Padding is memory that is filled, and strides of a transposed one are convolutions.
+      work += static_cast<double>(a.stride_h) * static_cast<double>(a.stride_w);
+    } else if (n.op == OpKind::MaxPool || n.op == OpKind::AvgPool) {
+      work += outputs * static_cast<double>(n.ints[0]) * static_cast<double>(n.ints[1]);
+    } else if (n.op == OpKind::AdaptiveAvgPool) {
+      const Value& x = p.values[n.inputs[0]];
+      work += outputs + static_cast<double>(x.c) * static_cast<double>(x.h) * x.w;
+    }
+  }
+  return work;
+}
+
+bool computed_in_double(const Program& p) {
+  for (const Node& n : p.nodes)
+    if (n.op == OpKind::Softmax) return true;
+  return false;
+}
+
+std::vector<std::vector<float>> noise(const Program& p, int64_t batch) {
+  std::vector<std::vector<float>> images;
+  uint32_t state = 1;
+  for (const int32_t v : p.inputs) {
+    const Value& value = p.values[v];
+    auto& image = images.emplace_back(static_cast<size_t>(batch * value.c * value.h * value.w));
+    for (float& x : image) {
+      state = state * 1664525u + 1013904223u;
+      x = static_cast<float>(static_cast<int32_t>(state >> 16) - 32768) / 256.0f;
+    }
+  }
+  return images;
+}
+
+/// Every tensor that the model describes, filled with noise or room for results.
+void run_through_c(adalayer_context* context, const adalayer_model* model, int64_t batch) {
+  std::vector<std::vector<float>> memory;
+  std::vector<adalayer_input> inputs;
+  std::vector<adalayer_output> outputs;
+  adalayer_tensor_info info = {};
+  info.struct_size = sizeof info;
+  double total = 0.0;
+  for (size_t k = 0; k < adalayer_model_input_count(model); ++k) {
+    if (adalayer_model_input_info(model, k, &info) != ADALAYER_OK) broken("input_info");
+    total += static_cast<double>(info.elements);
+    if (total > kWork) return;
+    auto& x = memory.emplace_back(info.elements * static_cast<size_t>(batch), 0.5f);
+    inputs.push_back({x.data(), x.size() * 4, ADALAYER_FLOAT32, ADALAYER_NCHW});
+  }
+  for (size_t k = 0; k < adalayer_model_output_count(model); ++k) {
+    if (adalayer_model_output_info(model, k, &info) != ADALAYER_OK) broken("output_info");
+    total += static_cast<double>(info.elements);
+    if (total > kWork) return;
+    auto& y = memory.emplace_back(info.elements * static_cast<size_t>(batch), 0.0f);
+    outputs.push_back({y.data(), y.size() * 4});
+  }
+  if (adalayer_run(context, batch, inputs.data(), inputs.size(), outputs.data(), outputs.size()) !=
+      ADALAYER_OK)
+    broken("a loaded model does not run");
+}
+
+void check_results(const Program& p, const Engine& engine, int64_t batch, int threads) {
+  const std::vector<std::vector<float>> images = noise(p, batch);
+  std::vector<InputTensor> inputs;
+  for (const auto& image : images)
+    inputs.push_back({image.data(), Layout::NCHW});
+  const std::vector<std::vector<float>> want = interpret(p, inputs, batch);
+  std::vector<std::vector<float>> got;
+  std::vector<float*> outputs;
+  for (const auto& y : want)
+    got.emplace_back(y.size(), NAN);
+  for (auto& y : got)
+    outputs.push_back(y.data());
+  engine.run(inputs, batch, outputs, threads);
+  if (computed_in_double(p)) return;
+  for (size_t k = 0; k < want.size(); ++k)
+    for (size_t i = 0; i < want[k].size(); ++i)
+      if (std::memcmp(&want[k][i], &got[k][i], 4) != 0 &&
+          !(std::isnan(want[k][i]) && std::isnan(got[k][i]))) {
+        std::fprintf(stderr, "output %zu, element %zu: expected %a, got %a\n", k, i,
+                     static_cast<double>(want[k][i]), static_cast<double>(got[k][i]));
+        broken("the engine and the interpreter disagree");
+      }
+}
+
+void run_program(const Program& p) {
+  EngineOptions options;
+  options.memory_bytes = kMemory;
+  options.chunk = static_cast<int64_t>(p.nodes.size() % 3);
+  const Engine engine(p, options);
+  check_results(p, engine, 1, 1);
+  check_results(p, engine, 3, 1 + static_cast<int>(p.values.size() % 2));
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  // A copy of exactly this size, so that the sanitizer sees every byte read beyond it.
+  const std::vector<uint8_t> file(data, data + size);
+  const adalayer_load_options options = {sizeof options, static_cast<uint64_t>(kMemory)};
+  adalayer_model* model = nullptr;
+  const adalayer_status status =
+      adalayer_model_load_memory(file.data(), file.size(), &options, &model);
+  if ((status == ADALAYER_OK) != (model != nullptr)) broken("status and model disagree");
+  if (status == ADALAYER_INTERNAL_ERROR || status == ADALAYER_OUT_OF_MEMORY ||
+      (status == ADALAYER_INVALID_ARGUMENT && size != 0))
+    broken("a file was refused for the wrong reason");
+  if (status != ADALAYER_OK && *adalayer_last_error() == '\0') broken("refused without a sentence");
+
+  Program program;
+  try {
+    program = read_program(file);
+  } catch (const CorruptData&) {
+    if (model != nullptr) broken("one reader takes what the other refuses");
+    return 0;
+  }
+  const std::vector<uint8_t> again = write_program(program);
+  if (write_program(read_program(again)) != again) broken("the file changes when written again");
+
+  const bool small = work_of(program) <= kWork;
+  const bool loaded = model != nullptr;
+  adalayer_context* context = nullptr;
+  if (loaded) {
+    if (adalayer_context_create(model, &context) != ADALAYER_OK) broken("no context");
+    if (small) run_through_c(context, model, 2);
+  }
+  adalayer_model_free(model);
+  adalayer_context_free(context);
+  if (!small) return 0;
+  // What the C interface refused because of its texts runs all the same. Weights are unpacked, and
+  // found to be damaged, when the program is made ready.
+  try {
+    run_program(program);
+  } catch (const Error& e) {
+    if (loaded) broken(e.what());
+  }
+  return 0;
+}
+
+extern "C" size_t LLVMFuzzerCustomMutator(uint8_t* data, size_t size, size_t max_size,
+                                          unsigned int seed) {
+  return fuzz::mutate_file(data, size, max_size, seed);
+}
+
+/// What the sanitizers are told: one allocation beyond the limit on memory is a finding.
+extern "C" const char* __asan_default_options() {
+  return "max_allocation_size_mb=256:allocator_may_return_null=0:detect_leaks=1:abort_on_error=0";
+}
