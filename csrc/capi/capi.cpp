@@ -17,6 +17,7 @@
 #include "core/cpu_features.hpp"
 #include "core/status.hpp"
 #include "engine/container.hpp"
+#include "engine/engine.hpp"
 
 using namespace adalayer;
 
@@ -80,31 +81,50 @@ void not_null(const T* pointer, const char* what) {
   if (pointer == nullptr) fail<InvalidArgument>(what, ": expected a pointer, got null");
 }
 
-/// Fields of an options struct that the caller's version of the header knows.
-int64_t memory_limit(const adalayer_load_options* options) {
-  constexpr size_t kFirst = offsetof(adalayer_load_options, memory_limit) + sizeof(uint64_t);
-  if (options == nullptr) return kDefaultMemory;
-  if (options->struct_size < kFirst)
-    fail<InvalidArgument>("options: expected a struct_size of at least ", kFirst, ", got ",
-                          options->struct_size);
-  if (options->memory_limit == 0) return kDefaultMemory;
-  return static_cast<int64_t>(std::min<uint64_t>(options->memory_limit, INT64_MAX));
+/// The options that the caller's version of the header knows; later ones have their defaults.
+engine::EngineOptions options_from(const adalayer_load_options* given) {
+  adalayer_load_options o = {};
+  if (given != nullptr) {
+    constexpr size_t kFirst = offsetof(adalayer_load_options, memory_limit) + sizeof(uint64_t);
+    if (given->struct_size < kFirst)
+      fail<InvalidArgument>("options: expected a struct_size of at least ", kFirst, ", got ",
+                            given->struct_size);
+    std::memcpy(&o, given, std::min(given->struct_size, sizeof o));
+  }
+  engine::EngineOptions options;
+  options.memory_bytes = o.memory_limit == 0
+                             ? kDefaultMemory
+                             : static_cast<int64_t>(std::min<uint64_t>(o.memory_limit, INT64_MAX));
+  switch (o.weights) {
+    case ADALAYER_WEIGHTS_MEASURED:
+      options.weights = engine::WeightForm::Measured;
+      break;
+    case ADALAYER_WEIGHTS_PACKED:
+      options.weights = engine::WeightForm::Streamed;
+      break;
+    case ADALAYER_WEIGHTS_UNPACKED:
+      options.weights = engine::WeightForm::Resident;
+      break;
+    default:
+      fail<InvalidArgument>("options: expected weights of 0 to 2, got ", o.weights);
+  }
+  if (o.reserved != 0) fail<InvalidArgument>("options: the reserved field must be 0");
+  return options;
 }
 
 template <class Read>
-adalayer_status load(adalayer_model** model, const adalayer_load_options* options,
-                     const Read& read) {
+adalayer_status load(adalayer_model** model, const adalayer_load_options* given, const Read& read) {
   if (model != nullptr) *model = nullptr;
   return guarded([&] {
     not_null(model, "model");
-    const int64_t limit = memory_limit(options);
+    const engine::EngineOptions options = options_from(given);
     auto made = std::make_unique<adalayer_model>();
-    engine::Program program = read(limit);
+    engine::Program program = read(options.memory_bytes);
+    (void)active_isa();  // what is wrong with the environment is not the file's fault
     try {
-      made->shared = std::make_shared<const capi::Model>(std::move(program), limit);
+      made->shared = std::make_shared<const capi::Model>(std::move(program), options);
     } catch (const InvalidArgument& e) {
-      // Of the file, not of the caller.
-      throw CorruptData(e.what());
+      throw CorruptData(e.what());  // of the file, not of the caller
     }
     *model = made.release();
   });

@@ -93,16 +93,10 @@ void name_leaves(const Json& structure, const std::string& path, std::vector<std
     name_leaves(list[k], below(std::to_string(k)), names);
 }
 
-engine::EngineOptions options_for(int64_t memory_bytes) {
-  engine::EngineOptions options;
-  options.memory_bytes = memory_bytes;
-  return options;
-}
-
 }  // namespace
 
-Model::Model(engine::Program program, int64_t memory_bytes)
-    : engine_(std::move(program), options_for(memory_bytes)) {
+Model::Model(engine::Program program, const engine::EngineOptions& options)
+    : engine_(std::move(program), options) {
   const engine::Program& p = engine_.program();
   for (const int32_t v : p.outputs)
     result_elements_.push_back(elements_of(p.values[v]));

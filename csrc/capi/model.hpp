@@ -36,7 +36,7 @@ class Model {
  public:
   /// Throws CorruptData if the texts do not describe the program, LimitExceeded, and what Engine
   /// throws.
-  Model(engine::Program program, int64_t memory_bytes);
+  Model(engine::Program program, const engine::EngineOptions& options);
 
   const engine::Engine& engine() const { return engine_; }
   const std::vector<Port>& inputs() const { return inputs_; }

@@ -138,6 +138,29 @@ TEST(computes_what_the_engine_computes) {
   CHECK(context.run(0, Floats()).empty());
 }
 
+TEST(every_form_of_weights_gives_the_same_bits) {
+  const Program program = every_operation();
+  const std::vector<uint8_t> file = write_program(program);
+  const Floats x = ramp(120), z = ramp(4);
+  const std::vector<Floats> want = engine_run(program, 1, {x, z});
+  for (const adalayer_weights form :
+       {ADALAYER_WEIGHTS_MEASURED, ADALAYER_WEIGHTS_PACKED, ADALAYER_WEIGHTS_UNPACKED}) {
+    adalayer::Context context(adalayer::Model(file.data(), file.size(), 0, form));
+    std::vector<Floats> got;
+    std::vector<adalayer_output> outputs;
+    for (const Floats& y : want)
+      got.emplace_back(y.size());
+    for (Floats& y : got)
+      outputs.push_back({y.data(), y.size() * 4});
+    context.run(1,
+                {{x.data(), 480, ADALAYER_FLOAT32, ADALAYER_NCHW},
+                 {z.data(), 16, ADALAYER_FLOAT32, ADALAYER_NCHW}},
+                outputs);
+    for (size_t k = 0; k < got.size(); ++k)
+      CHECK_MSG(same(got[k], want[k]), std::to_string(form) + " " + std::to_string(k));
+  }
+}
+
 TEST(pixels_and_channels_last) {
   const Program program = classifier();
   const adalayer::Model model = shared(program);
@@ -388,8 +411,17 @@ TEST(files) {
   adalayer_model_free(model);
   CHECK_EQ(adalayer_model_load(path.c_str(), nullptr, nullptr), ADALAYER_INVALID_ARGUMENT);
   CHECK_EQ(adalayer_model_load(nullptr, nullptr, &model), ADALAYER_INVALID_ARGUMENT);
-  adalayer_load_options options = {sizeof options, 100};
+  adalayer_load_options options = {sizeof options, 100, ADALAYER_WEIGHTS_MEASURED, 0};
   CHECK_EQ(adalayer_model_load(path.c_str(), &options, &model), ADALAYER_LIMIT_EXCEEDED);
+  options = {sizeof options, 0, 3, 0};
+  CHECK_EQ(adalayer_model_load(path.c_str(), &options, &model), ADALAYER_INVALID_ARGUMENT);
+  CHECK(says("weights"));
+  options = {sizeof options, 0, ADALAYER_WEIGHTS_PACKED, 1};
+  CHECK_EQ(adalayer_model_load(path.c_str(), &options, &model), ADALAYER_INVALID_ARGUMENT);
+  // Callers of an older header gave the limit alone, or know more than this library.
+  options.struct_size = 16;
+  CHECK_EQ(adalayer_model_load(path.c_str(), &options, &model), ADALAYER_OK);
+  adalayer_model_free(model);
   options.struct_size = 4;
   CHECK_EQ(adalayer_model_load(path.c_str(), &options, &model), ADALAYER_INVALID_ARGUMENT);
   write(bytes.size() - 1);
@@ -413,7 +445,7 @@ TEST(small_files_of_large_programs_are_refused) {
   const std::vector<uint8_t> file = write_program(b.p);
   CHECK(file.size() < 2000);
   adalayer_model* model = nullptr;
-  adalayer_load_options options = {sizeof options, 16 << 20};
+  adalayer_load_options options = {sizeof options, 16 << 20, ADALAYER_WEIGHTS_PACKED, 0};
   CHECK_EQ(adalayer_model_load_memory(file.data(), file.size(), &options, &model),
            ADALAYER_LIMIT_EXCEEDED);
   CHECK_MSG(says("the limit is"), adalayer_last_error());

@@ -130,6 +130,7 @@ void run_program(const Program& p) {
   EngineOptions options;
   options.memory_bytes = kMemory;
   options.chunk = static_cast<int64_t>(p.nodes.size() % 3);
+  options.weights = p.constants.size() % 2 == 0 ? WeightForm::Streamed : WeightForm::Resident;
   const Engine engine(p, options);
   check_results(p, engine, 1, 1);
   check_results(p, engine, 3, 1 + static_cast<int>(p.values.size() % 2));
@@ -140,7 +141,11 @@ void run_program(const Program& p) {
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   // A copy of exactly this size, so that the sanitizer sees every byte read beyond it.
   const std::vector<uint8_t> file(data, data + size);
-  const adalayer_load_options options = {sizeof options, static_cast<uint64_t>(kMemory)};
+  // Not measured: the clock would be asked in every execution.
+  adalayer_load_options options = {};
+  options.struct_size = sizeof options;
+  options.memory_limit = static_cast<uint64_t>(kMemory);
+  options.weights = size % 2 == 0 ? ADALAYER_WEIGHTS_PACKED : ADALAYER_WEIGHTS_UNPACKED;
   adalayer_model* model = nullptr;
   const adalayer_status status =
       adalayer_model_load_memory(file.data(), file.size(), &options, &model);

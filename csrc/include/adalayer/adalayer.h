@@ -64,11 +64,20 @@ ADALAYER_API const char* adalayer_instruction_set(void);
 /* A network: immutable, shared by its contexts, which keep it alive. */
 typedef struct adalayer_model adalayer_model;
 
+/* Weights below 8 bits stay packed in memory, or are unpacked to bytes once. Which is faster
+ * depends on layer and machine: by default the model is run a few times on noise while it is
+ * loaded, to find out, and the result is kept in the user's cache folder (ADALAYER_PLAN_CACHE names
+ * another file, or says "off"). All forms give the same bits. */
+typedef int32_t adalayer_weights;
+enum { ADALAYER_WEIGHTS_MEASURED = 0, ADALAYER_WEIGHTS_PACKED = 1, ADALAYER_WEIGHTS_UNPACKED = 2 };
+
 typedef struct adalayer_load_options {
   size_t struct_size; /* sizeof(adalayer_load_options) */
   /* The most bytes that the file, the weights and tables made of it and the tensors of one call may
    * take in all. A model that needs more is refused before that much is allocated. 0: 4 GiB. */
   uint64_t memory_limit;
+  adalayer_weights weights;
+  int32_t reserved; /* 0 */
 } adalayer_load_options;
 
 /* options: null for the defaults. *model is set to null on failure. */

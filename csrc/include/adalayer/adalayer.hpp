@@ -45,16 +45,18 @@ struct TensorInfo {
 /// A network. Copies share it; safe to use from many threads.
 class Model {
  public:
-  /// memory_limit: see adalayer_load_options; 0 for the default. Throws Failure.
-  explicit Model(const std::string& path, std::uint64_t memory_limit = 0) {
-    const adalayer_load_options options = {sizeof(adalayer_load_options), memory_limit};
+  /// See adalayer_load_options; 0 for the default limit. Throws Failure.
+  explicit Model(const std::string& path, std::uint64_t memory_limit = 0,
+                 adalayer_weights weights = ADALAYER_WEIGHTS_MEASURED) {
+    const adalayer_load_options options = options_of(memory_limit, weights);
     adalayer_model* model = nullptr;
     detail::check(adalayer_model_load(path.c_str(), &options, &model));
     own(model);
   }
   /// The bytes of an .ada file.
-  Model(const void* bytes, std::size_t size, std::uint64_t memory_limit = 0) {
-    const adalayer_load_options options = {sizeof(adalayer_load_options), memory_limit};
+  Model(const void* bytes, std::size_t size, std::uint64_t memory_limit = 0,
+        adalayer_weights weights = ADALAYER_WEIGHTS_MEASURED) {
+    const adalayer_load_options options = options_of(memory_limit, weights);
     adalayer_model* model = nullptr;
     detail::check(adalayer_model_load_memory(bytes, size, &options, &model));
     own(model);
@@ -84,6 +86,13 @@ class Model {
   adalayer_model* get() const { return model_.get(); }
 
  private:
+  static adalayer_load_options options_of(std::uint64_t memory_limit, adalayer_weights weights) {
+    adalayer_load_options options = {};
+    options.struct_size = sizeof options;
+    options.memory_limit = memory_limit;
+    options.weights = weights;
+    return options;
+  }
   void own(adalayer_model* model) { model_.reset(model, &adalayer_model_free); }
 
   template <class Function>
