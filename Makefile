@@ -16,11 +16,14 @@ TOOLS_STAMP := $(VENV)/.stamp-tools
 PACKAGE_STAMP := $(VENV)/.stamp-package
 BENCH_STAMP := $(VENV)/.stamp-bench
 SOURCES := CMakeLists.txt pyproject.toml $(wildcard README.md LICENSE) \
+  $(wildcard csrc/capi/*.in csrc/capi/*.map csrc/capi/CMakeLists.txt) \
   $(shell find csrc python tests/cpp -type f -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
-CXX_FILES = $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.hpp' -o -name '*.h' \
+CXX_FILES = $(shell find csrc examples tests/cpp tests/fuzz -name '*.cpp' -o -name '*.hpp' \
+  -o -name '*.h' -o -name '*.c' \
   -o -name '*.inc' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo install test test-slow test-all test-cpp lint bench bench-serving sanitize clean distclean
+.PHONY: help demo install test test-slow test-all test-cpp lint bench bench-serving sanitize \
+  fuzz wheel clean distclean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
@@ -33,6 +36,8 @@ help:
 	@echo "make bench      speed beside torch, ONNX Runtime and OpenVINO, checked results first; K=resnet18: a part"
 	@echo "make bench-serving  the server beside the same server on torch and OpenVINO"
 	@echo "make sanitize   C++ tests under the address, undefined-behaviour and thread sanitizers"
+	@echo "make fuzz       ten minutes of fuzzing of what reads files, with clang's libFuzzer if it is there"
+	@echo "make wheel      dist/: a wheel for other machines, tested in an empty environment, and the sdist"
 	@echo "make install    only set up .venv with the package and all tools"
 	@echo "make clean      remove build products and caches (distclean: .venv too)"
 
@@ -75,12 +80,16 @@ endif
 bench-serving: $(PACKAGE_STAMP) $(BENCH_STAMP)
 	$(BIN)/python -m bench.serving.load
 
+# In the build of the sanitizers as it is, whatever the compiler: tests/fuzz/driver.cpp.
+FUZZ_SECONDS ?= 60
+
 # Some kernels place memory where older thread sanitizers do not expect it; without address
 # randomisation they agree. Where setarch is missing or forbidden, the tests run as they are.
 sanitize: $(TOOLS_STAMP)
 	$(BIN)/cmake --preset asan-ubsan
 	$(BIN)/cmake --build --preset asan-ubsan
 	$(BIN)/ctest --preset asan-ubsan
+	.ci/fuzz build/asan-ubsan $(FUZZ_SECONDS)
 	$(BIN)/cmake --preset tsan
 	$(BIN)/cmake --build --preset tsan
 	@if setarch "$$(uname -m)" -R true 2>/dev/null; then \
@@ -88,6 +97,21 @@ sanitize: $(TOOLS_STAMP)
 	else \
 	  $(BIN)/ctest --preset tsan; \
 	fi
+
+# libFuzzer where clang has it (FUZZ_CXX=... names another compiler), which is built with it first; then what Python reads, guided by atheris where there is a wheel of it.
+FUZZ_MINUTES ?= 10
+FUZZ_CXX ?= $(firstword $(foreach c,clang++ clang++-19 clang++-18 clang++-17 clang++-16 clang++-15 \
+  clang++-14,$(if $(shell command -v $(c) 2>/dev/null),$(c))) $(CXX))
+fuzz: $(PACKAGE_STAMP)
+	CXX="$(FUZZ_CXX)" $(BIN)/cmake --preset fuzz
+	$(BIN)/cmake --build --preset fuzz
+	.ci/fuzz build/fuzz $$(($(FUZZ_MINUTES) * 48))
+	@$(BIN)/python -m pip install -q -c constraints.txt "adalayer_native[fuzz]" || \
+	  echo "no atheris for this Python: without coverage"
+	$(BIN)/python tests/fuzz/fuzz_python.py --seconds $$(($(FUZZ_MINUTES) * 12))
+
+wheel: $(TOOLS_STAMP)
+	.ci/wheel
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

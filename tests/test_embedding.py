@@ -23,7 +23,10 @@ from adalayer_native.plan import LayerPlan, Plan, layer_kind, supported_layers
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 MEAN, STD = [0.4914, 0.4822, 0.4465], [0.247, 0.2435, 0.2616]
-CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+CLASSES = [
+    *("airplane", "automobile", "bird", "cat", "deer"),
+    *("dog", "frog", "horse", "ship", "truck"),
+]
 
 needs_library = pytest.mark.skipif(
     not (Path(ada.__file__).parent / "lib").is_dir(), reason="the package was not installed"
@@ -89,7 +92,14 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         assert cmake is not None
         warnings = "-Wall -Wextra -Werror"
         _run(
-            *(cmake, "-S", EXAMPLES / example, "-B", folder, f"-Dadalayer_DIR={ada.get_cmake_dir()}"),
+            *(
+                cmake,
+                "-S",
+                EXAMPLES / example,
+                "-B",
+                folder,
+                f"-Dadalayer_DIR={ada.get_cmake_dir()}",
+            ),
             *(f"-DCMAKE_C_FLAGS={warnings}", f"-DCMAKE_CXX_FLAGS={warnings}"),
             "-DCMAKE_BUILD_TYPE=Release",
         )
@@ -147,7 +157,9 @@ def test_every_instruction_set_gives_these_bits(programs, saved, engine, photogr
 @needs_library
 def test_examples_say_what_is_wrong(programs, saved, photograph, tmp_path):
     def failed(*command: str | Path) -> str:
-        done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [str(c) for c in command], capture_output=True, text=True, check=False
+        )
         assert done.returncode == 1 and not done.stdout
         return done.stderr
 
@@ -204,7 +216,9 @@ def test_a_trained_network_knows_its_classes(shared_dir, programs, tmp_path):
     indices = torch.arange(0, len(photographs), len(photographs) // 64)[:64]
     pixels = photographs.pixels(indices).permute(0, 2, 3, 1).contiguous().numpy()
     assert pixels.dtype == np.uint8
-    model = load_weights(get_model("adalayernet"), shared_dir / "models/adalayernet_cifar10.safetensors")
+    model = load_weights(
+        get_model("adalayernet"), shared_dir / "models/adalayernet_cifar10.safetensors"
+    )
     engine = _compiled(model.eval(), _normalised(pixels))
     path = tmp_path / "model.ada"
     engine.save(path, preprocessing={"mean": MEAN, "std": STD}, class_names=photographs.classes)

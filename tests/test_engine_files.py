@@ -110,9 +110,7 @@ def test_metadata_that_does_not_fit_the_program(
         ada.load(path)
 
 
-def test_a_file_that_needs_too_much_memory(
-    small: tuple[nn.Module, Engine], tmp_path: Path
-) -> None:
+def test_a_file_that_needs_too_much_memory(small: tuple[nn.Module, Engine], tmp_path: Path) -> None:
     _, engine = small
     path = tmp_path / "model.ada"
     size = engine.save(path)

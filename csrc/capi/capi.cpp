@@ -271,12 +271,12 @@ adalayer_status adalayer_model_normalization(const adalayer_model* model, float*
     not_null(model, "model");
     not_null(mean, "mean");
     not_null(std, "std");
-    const capi::Model& m = *model->shared;
-    if (m.mean().empty()) fail<InvalidArgument>("the model has no normalization");
-    if (m.mean().size() != channels)
-      fail<InvalidArgument>("expected ", m.mean().size(), " channels, got ", channels);
-    std::copy(m.mean().begin(), m.mean().end(), mean);
-    std::copy(m.std().begin(), m.std().end(), std);
+    const auto n = model->shared->normalization(
+        static_cast<int64_t>(std::min<size_t>(channels, engine::kMaxAxis)));
+    if (!n.has_value() || n->mean.size() != channels)
+      fail<InvalidArgument>("the model has no normalization for images of ", channels, " channels");
+    std::copy(n->mean.begin(), n->mean.end(), mean);
+    std::copy(n->std.begin(), n->std.end(), std);
   });
 }
 

@@ -13,6 +13,7 @@ namespace adalayer::capi {
 namespace {
 
 constexpr int64_t kLevels = 256;
+constexpr int64_t kMaxChannels = 1024;  // of images that are given as u8
 
 /// batch * elements * width, or an error: the batch is the caller's number.
 size_t bytes_of(const char* what, size_t k, int64_t batch, int64_t elements, int64_t width) {
@@ -76,12 +77,12 @@ Context::Context(std::shared_ptr<const Model> model) : model_(std::move(model)) 
   program_inputs_.resize(model_->order().size());
   results_.resize(model_->result_elements().size());
   targets_.resize(results_.size());
-  const std::span<const float> mean = model_->mean();
-  if (mean.empty()) return;
   for (size_t k = 0; k < inputs; ++k) {
     const std::vector<int64_t>& shape = model_->inputs()[k].shape;
-    if (!shape.empty() && shape[0] == static_cast<int64_t>(mean.size()))
-      tables_[k] = table_of(mean, model_->std());
+    if (shape.size() != 3) continue;
+    // Tables are small beside the tensors of any image, but not of a vector of a million channels.
+    if (shape[0] > kMaxChannels) continue;
+    if (const auto n = model_->normalization(shape[0])) tables_[k] = table_of(n->mean, n->std);
   }
 }
 
@@ -102,6 +103,9 @@ void Context::set_normalization(size_t input, std::span<const float> mean,
   if (shape.empty() || shape[0] != static_cast<int64_t>(mean.size()))
     fail<InvalidArgument>("input ", input, " ('", model_->inputs()[input].name, "'): expected ",
                           shape.empty() ? int64_t{0} : shape[0], " channels, got ", mean.size());
+  if (shape[0] > kMaxChannels)
+    fail<InvalidArgument>("u8 pixels: expected at most ", kMaxChannels, " channels, got ",
+                          shape[0]);
   for (size_t c = 0; c < mean.size(); ++c)
     if (!std::isfinite(mean[c]) || !std::isfinite(std[c]) || std[c] <= 0.0f)
       fail<InvalidArgument>("channel ", c, ": expected a finite mean and a positive std, got ",

@@ -219,18 +219,37 @@ void Model::read_preprocessing() {
   const std::string* preprocessing = text("preprocessing");
   if (preprocessing == nullptr) return;
   const Json json = parse_json(*preprocessing);
-  const Json* mean = json.find("mean");
-  const Json* std = json.find("std");
-  // Anything else there is the writer's own; without both there is no normalization.
-  if (mean == nullptr || std == nullptr) return;
-  for (const Json& v : mean->as_list("preprocessing, mean"))
-    mean_.push_back(v.as_float("preprocessing, mean"));
-  for (const Json& v : std->as_list("preprocessing, std"))
-    std_.push_back(v.as_float("preprocessing, std"));
-  if (mean_.size() != std_.size() ||
-      std::any_of(std_.begin(), std_.end(), [](float s) { return !(s > 0.0f); }))
-    fail<CorruptData>("preprocessing: expected as many positive \"std\" as \"mean\", got ",
-                      std_.size(), " and ", mean_.size());
+  if (json.kind != Json::Kind::Object) return;  // the writer's own
+  has_preprocessing_ = true;
+  const auto read = [&](const char* key, const char* what, float absent) {
+    const Json* given = json.find(key);
+    std::vector<float> numbers;
+    if (given == nullptr || given->kind == Json::Kind::Null) {
+      numbers.push_back(absent);
+    } else if (given->kind == Json::Kind::Number) {
+      numbers.push_back(given->as_float(what));
+    } else {
+      for (const Json& v : given->as_list(what))
+        numbers.push_back(v.as_float(what));
+    }
+    return numbers;
+  };
+  mean_ = read("mean", "preprocessing, mean", 0.0f);
+  std_ = read("std", "preprocessing, std", 1.0f);
+  const bool positive = std::all_of(std_.begin(), std_.end(), [](float s) { return s > 0.0f; });
+  if (mean_.empty() || std_.empty() || !positive)
+    fail<CorruptData>("preprocessing: expected numbers as mean, and positive ones as std");
+}
+
+std::optional<Normalization> Model::normalization(int64_t channels) const {
+  if (!has_preprocessing_ || channels < 1) return std::nullopt;
+  const auto count = static_cast<size_t>(channels);
+  const auto fits = [&](const std::vector<float>& v) { return v.size() == 1 || v.size() == count; };
+  if (!fits(mean_) || !fits(std_)) return std::nullopt;
+  Normalization n{mean_, std_};
+  n.mean.resize(count, mean_[0]);
+  n.std.resize(count, std_[0]);
+  return n;
 }
 
 }  // namespace adalayer::capi

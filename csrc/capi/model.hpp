@@ -3,7 +3,7 @@
 #pragma once
 
 #include <cstdint>
-#include <span>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -32,6 +32,11 @@ struct OutputView {
   std::vector<std::pair<int64_t, int64_t>> atoms;
 };
 
+/// An image whose pixels are scaled to 0 .. 1 becomes (x - mean[c]) / std[c].
+struct Normalization {
+  std::vector<float> mean, std;
+};
+
 class Model {
  public:
   /// Throws CorruptData if the texts do not describe the program, LimitExceeded, and what Engine
@@ -48,9 +53,9 @@ class Model {
   /// Whether input k is an image of the program as it is, so that NHWC has a meaning.
   bool is_image(size_t input) const;
   const std::vector<std::string>& class_names() const { return class_names_; }
-  /// Of the preprocessing; empty if there are none, else of one size.
-  std::span<const float> mean() const { return mean_; }
-  std::span<const float> std() const { return std_; }
+  /// What the preprocessing says about images of so many channels; none without preprocessing, or
+  /// if it is about another number of channels.
+  std::optional<Normalization> normalization(int64_t channels) const;
 
  private:
   void describe_inputs();
@@ -64,7 +69,8 @@ class Model {
   std::vector<OutputView> outputs_;
   std::vector<int64_t> result_elements_;
   std::vector<std::string> class_names_;
-  std::vector<float> mean_, std_;
+  bool has_preprocessing_ = false;
+  std::vector<float> mean_, std_;  // one number for all channels, or one for each
 };
 
 }  // namespace adalayer::capi

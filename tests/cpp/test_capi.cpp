@@ -35,7 +35,7 @@ Program classifier() {
   b.p.values[static_cast<size_t>(q)].zero_point = 128;
   const auto y = b.node(
       OpKind::Conv, {q}, b.value("scores", 4, 1, 1, ValueKind::F32),
-      {5, 4, 1, 1, 0, 0, 0, 0, 1, 1, 1, 0, 255, 0}, {0, -1e9f, 1e9f},
+      {5, 4, 1, 1, 0, 0, 0, 0, 1, 1, 1, 0, 255, 0}, {1, -1e9f, 1e9f},
       {b.weights(4, 3, 5, 4, 4), b.floats({0.1f, 0.2f, 0.3f, 0.4f}), b.floats({0, 1, 2, 3}), -1});
   b.p.inputs = {x};
   b.p.outputs = {y};
@@ -284,8 +284,9 @@ TEST(texts_that_do_not_describe_the_program) {
       {"classes", "[1]"},
       {"classes", "{"},
       {"preprocessing", R"({"mean": [0.5], "std": [0]})"},
-      {"preprocessing", R"({"mean": [0.5], "std": [1, 1]})"},
-      {"preprocessing", R"({"mean": 3, "std": [1]})"},
+      {"preprocessing", R"({"mean": []})"},
+      {"preprocessing", R"({"mean": "3"})"},
+      {"preprocessing", R"({"std": -1})"},
       {"preprocessing", R"({"mean": [1e400], "std": [1]})"},
       {"adalayer.inputs", "[]"},
       {"adalayer.inputs", R"([["image", [61]]])"},
@@ -395,6 +396,26 @@ TEST(pixels_without_normalization_are_refused) {
   CHECK_EQ(context.run(1, std::vector<uint8_t>(60)).size(), size_t{4});
 }
 
+TEST(preprocessing_that_leaves_something_out) {
+  const auto normalization = [](const char* text, size_t channels) {
+    Program p = classifier();
+    p.metadata["preprocessing"] = text;
+    adalayer_model* model = loaded(p);
+    Floats mean(channels, -7), std(channels, -7);
+    const adalayer_status status =
+        adalayer_model_normalization(model, mean.data(), std.data(), channels);
+    adalayer_model_free(model);
+    mean.insert(mean.end(), std.begin(), std.end());
+    return status == ADALAYER_OK ? mean : Floats();
+  };
+  CHECK(normalization(R"({"size": 4})", 3) == (Floats{0, 0, 0, 1, 1, 1}));
+  CHECK(normalization(R"({"mean": 0.5, "std": [1, 2, 3]})", 3) ==
+        (Floats{0.5f, 0.5f, 0.5f, 1, 2, 3}));
+  CHECK(normalization(R"({"mean": null, "std": 2})", 1) == (Floats{0, 2}));
+  CHECK(normalization(R"({"mean": [1, 2, 3]})", 1).empty());
+  CHECK(normalization(R"(["another form"])", 3).empty());
+}
+
 TEST(files) {
   namespace fs = std::filesystem;
   const fs::path path = fs::temp_directory_path() / ("capi-" + std::to_string(::getpid()) + ".ada");
@@ -437,8 +458,8 @@ TEST(small_files_of_large_programs_are_refused) {
   Builder b;
   const auto x = b.value("x", 1, 1 << 12, 1 << 11, ValueKind::F32);
   const auto q = b.node(OpKind::Quantize, {x}, b.value("q", 1, 1 << 12, 1 << 11));
-  const auto y =
-      b.node(OpKind::AdaptiveAvgPool, {q}, b.value("y", 1, 1, 1), {0, 255, 10}, {1.0f}, {-1});
+  const auto y = b.node(OpKind::AdaptiveAvgPool, {q}, b.value("y", 1, 1, 1), {0, 255, 10},
+                        {1.0f / 0.5f, 0.5f}, {-1});
   const auto f = b.node(OpKind::Dequantize, {y}, b.value("f", 1, 1, 1, ValueKind::F32));
   b.p.inputs = {x};
   b.p.outputs = {f};

@@ -1,15 +1,10 @@
-""
-        "Fuzzes what Python reads of model files: safetensors files, and the texts of .ada files.
+"""Fuzzes what Python reads of model files: safetensors files, and the texts of .ada files.
 
-        python tests /
-        fuzz /
-        fuzz_python.py[--seconds S][--seed N][--crashes FOLDER][FILE...]
+    python tests/fuzz/fuzz_python.py [--seconds S] [--seed N] [--crashes FOLDER] [FILE ...]
 
-        Coverage -
-    guided by atheris(extra ``fuzz``) where that is installed,
-    else by luck alone; files that
-are named are run once each, to reproduce a finding. What has to hold for every input: it is read, or
-refused with an ``AdaError``. Seeds are written by the package itself, so that they follow the format.
+Coverage-guided by atheris (extra ``fuzz``) where that is installed, else by luck alone; files that
+are named are run once each, to reproduce a finding. What has to hold for every input: it is read,
+or refused with an ``AdaError``. Seeds are written by the package itself and follow the format.
 """
 
 from __future__ import annotations
@@ -93,32 +88,35 @@ class Target:
             return
         kind = data[0] % (1 + len(ADA_KEYS))
         try:
-    if kind
-      == 0 : self._safetensors(data [1:]) else
-          : self._text(ADA_KEYS[kind - 1], data [1:]) self.counts["read"] += 1 except AdaError
-          : self.counts["refused"] += 1
+            if kind == 0:
+                self._safetensors(data[1:])
+            else:
+                self._text(ADA_KEYS[kind - 1], data[1:])
+            self.counts["read"] += 1
+        except AdaError:
+            self.counts["refused"] += 1
 
-                                      def _safetensors(self, data : bytes)
-                                          ->None : self.safetensors.write_bytes(data) try
-          : ada
-        .files.describe(self.safetensors) finally
-            : ada.restore(self.model, self.safetensors)(self.images)
+    def _safetensors(self, data: bytes) -> None:
+        self.safetensors.write_bytes(data)
+        try:
+            ada.files.describe(self.safetensors)
+        finally:
+            ada.restore(self.model, self.safetensors)(self.images)
 
-                  def _text(self, key : str, data : bytes)
-                      ->None : try
-            : text
-          = data.decode()
+    def _text(self, key: str, data: bytes) -> None:
+        try:
+            text = data.decode()
         except UnicodeDecodeError:
             return  # the reader in C++ refuses it, and is fuzzed by itself
         before = self.program.metadata()[key]
         self.program.set_metadata(key, text)
         self.program.save(self.ada)
         self.program.set_metadata(key, before)
-        ada.load(self.ada)(self.images)
+        ada.load(self.ada, weights="streamed")(self.images)
 
 
 def mutate(data: bytes, size_limit: int, seed: int, inner: Callable[[bytes, int], bytes]) -> bytes:
-    """Changes the header of a safetensors file apart from its tensors, and keeps its length right."""
+    """Changes the header of a safetensors file apart from its tensors; its length stays right."""
     rng = random.Random(seed)
     if len(data) < 9 or data[0] % (1 + len(ADA_KEYS)) != 0 or rng.random() < 0.2:
         return inner(data, size_limit)

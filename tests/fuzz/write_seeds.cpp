@@ -29,7 +29,7 @@ Program convolutions() {
     if (residual) inputs.push_back(y);
     y = b.node(OpKind::Conv, inputs, next,
                {kernel, kernel, stride, stride, pad, pad, pad, pad, 1, 1, groups, 10, 255, 10},
-               {0.5f, -1, 1},
+               {kInverse, -1, 1},
                {b.weights(static_cast<uint32_t>(out), static_cast<uint32_t>(in / groups),
                           static_cast<uint32_t>(kernel), static_cast<uint32_t>(kernel), bits),
                 b.floats(scale), b.floats(bias), -1});

@@ -121,7 +121,8 @@ ADALAYER_API size_t adalayer_model_metadata_count(const adalayer_model* model);
 ADALAYER_API const char* adalayer_model_metadata_key(const adalayer_model* model, size_t index);
 
 /* "mean" and "std" of the model's preprocessing, `channels` numbers each: an image whose pixels are
- * scaled to 0 .. 1 becomes (x - mean[c]) / std[c]. INVALID_ARGUMENT if the model has none, or for
+ * scaled to 0 .. 1 becomes (x - mean[c]) / std[c]. Where it leaves them out they are 0 and 1; one
+ * number stands for all channels. INVALID_ARGUMENT if the model has no preprocessing, or one for
  * another number of channels. */
 ADALAYER_API adalayer_status adalayer_model_normalization(const adalayer_model* model, float* mean,
                                                           float* std, size_t channels);

@@ -138,7 +138,9 @@ def _rebuilt(
             outputs.append(Output(place, shape, pairs))
         first = len(ports)
         leaves = [
-            Leaf(first + _place(item["tensor"], len(outputs))) if "tensor" in item else item["constant"]
+            Leaf(first + _place(item["tensor"], len(outputs)))
+            if "tensor" in item
+            else item["constant"]
             for item in metadata["adalayer.leaves"]
         ]
         structure = metadata["adalayer.structure"]
