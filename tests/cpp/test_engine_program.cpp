@@ -19,6 +19,7 @@
 
 #include "check.hpp"
 #include "engine/container.hpp"
+#include "engine/engine.hpp"
 #include "engine/interpret.hpp"
 #include "engine_programs.hpp"
 
@@ -670,6 +671,85 @@ TEST(a_full_disk_leaves_the_old_file) {
   CHECK_MSG(message.find("after 1024 of") != std::string::npos, message);
   CHECK_EQ(folder.names().size(), size_t{1});
   CHECK(write_program(load_program(path)) == before);
+}
+
+// ---- limits -------------------------------------------------------------------------------------
+
+/// What a small file claims, as an engine: refused for its memory, with no large allocation made.
+void check_refused(const char* what, const Program& p, int64_t limit) {
+  const std::vector<uint8_t> file = write_program(p);
+  CHECK_MSG(file.size() < 4096, what);
+  EngineOptions options;
+  options.memory_bytes = limit;
+  options.weights = WeightForm::Streamed;
+  g_largest = 0;
+  bool threw = false;
+  try {
+    const Engine engine(read_program(file), options);
+  } catch (const LimitExceeded&) {
+    threw = true;
+  }
+  CHECK_MSG(threw, what);
+  CHECK_MSG(g_largest <= static_cast<size_t>(limit),
+            std::string(what) + ": allocated " + std::to_string(g_largest) + " bytes");
+}
+
+/// One convolution or transposed one over a 1 x h x w image, all weights zero: a bitmask alone.
+Program one_convolution(OpKind op, int64_t h, int64_t w, int64_t out_h, int64_t out_w,
+                        std::vector<int64_t> ints, uint32_t kernel_h, uint32_t kernel_w,
+                        uint32_t outputs = 1) {
+  Builder b;
+  const auto x = b.value("x", 1, h, w, ValueKind::F32);
+  const auto q = b.node(OpKind::Quantize, {x}, b.value("q", 1, h, w));
+  const std::vector<int8_t> zeros(size_t{outputs} * kernel_h * kernel_w, 0);
+  const auto weights = b.constant(
+      ConstantKind::Weights, formats::pack_canonical(zeros, 8, outputs, 1, kernel_h, kernel_w));
+  const std::vector<float> ones(outputs, 1.0f);
+  const auto y = b.node(op, {q}, b.value("y", outputs, out_h, out_w, ValueKind::F32),
+                        std::move(ints), {1, -1, 1}, {weights, b.floats(ones), b.floats(ones), -1});
+  b.p.inputs = {x};
+  b.p.outputs = {y};
+  return b.p;
+}
+
+TEST(small_files_that_need_much_memory) {
+  // A tensor of 4 MB.
+  check_refused("tensor",
+                one_convolution(OpKind::Conv, 1 << 10, 1 << 10, 1, 1,
+                                {1, 1, 1 << 10, 1 << 10, 0, 0, 0, 0, 1, 1, 1, 0, 255, 0}, 1, 1),
+                1 << 20);
+  // A kernel of 16384 zeros, 2 KB in the file: a table entry for each byte of each step.
+  check_refused("kernel",
+                one_convolution(OpKind::Conv, 128, 128, 1, 1,
+                                {128, 128, 1, 1, 0, 0, 0, 0, 1, 1, 1, 0, 255, 0}, 128, 128),
+                2 << 20);
+  // Padding around a pixel.
+  check_refused("padding",
+                one_convolution(OpKind::Conv, 1, 1, 1001, 1001,
+                                {1, 1, 1, 1, 500, 500, 500, 500, 1, 1, 1, 0, 255, 0}, 1, 1),
+                1 << 20);
+  // A transposed convolution is one convolution per phase.
+  check_refused("phases",
+                one_convolution(OpKind::ConvTranspose, 1, 1, 64, 64,
+                                {64, 64, 64, 64, 0, 0, 0, 0, 1, 1, 1, 0, 255, 0}, 64, 64),
+                1 << 20);
+}
+
+TEST(phases_of_a_transposed_convolution_are_limited) {
+  const auto with_stride = [](int64_t stride) {
+    return one_convolution(OpKind::ConvTranspose, 1, 1, stride, stride,
+                           {1, 1, stride, stride, 0, 0, 0, 0, 1, 1, 1, 0, 255, 0}, 1, 1);
+  };
+  CHECK(!refused(with_stride(64)));
+  CHECK(refused(with_stride(65)));
+}
+
+TEST(an_ordinary_program_fits_a_small_limit) {
+  const Program p = every_operation();
+  EngineOptions options;
+  options.memory_bytes = 1 << 20;
+  const Engine engine(Program(p), options);
+  CHECK(engine.weight_bytes() > 0);
 }
 
 int main(int argc, char** argv) { return check::run_all(argc, argv); }
