@@ -74,7 +74,7 @@ static void print_best(const adalayer_model* model, const float* scores, size_t 
 
 static int classify(const adalayer_model* model, adalayer_context* context, const char* image,
                     const char* scores_path) {
-  adalayer_tensor_info in = {sizeof in}, out = {sizeof out};
+  adalayer_tensor_info in = {.struct_size = sizeof in}, out = {.struct_size = sizeof out};
   if (adalayer_model_input_info(model, 0, &in) != ADALAYER_OK ||
       adalayer_model_output_info(model, 0, &out) != ADALAYER_OK) {
     fprintf(stderr, "%s\n", adalayer_last_error());
