@@ -10,6 +10,7 @@ or refused with an ``AdaError``. Seeds are written by the package itself and fol
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -28,10 +29,16 @@ except ImportError:  # no wheel for this Python
 import torch
 from safetensors.torch import save as serialize
 
-import adalayer_native as ada
-from adalayer_native import _C
-from adalayer_native.errors import AdaError
-from adalayer_native.plan import LayerPlan, Plan, layer_kind, supported_layers
+# What is imported here reports what runs; torch and the like are not for us to cover.
+with (
+    contextlib.nullcontext()
+    if atheris is None
+    else atheris.instrument_imports(include=["adalayer_native"])
+):
+    import adalayer_native as ada
+    from adalayer_native import _C
+    from adalayer_native.errors import AdaError
+    from adalayer_native.plan import LayerPlan, Plan, layer_kind, supported_layers
 
 ADA_KEYS = (
     *("adalayer.inputs", "adalayer.order", "adalayer.outputs", "adalayer.leaves"),
@@ -72,16 +79,13 @@ class Target:
         )
         self.program = _C.Program.load(self.ada)
         self.images = images
-        self.counts = {"read": 0, "refused": 0}
-
-    def seeds(self) -> list[bytes]:
         texts = self.program.metadata()
-        plain = serialize({"weight": torch.zeros(2)})
-        return [
+        self.seeds = [
             b"\x00" + self.safetensors.read_bytes(),
-            b"\x00" + plain,
+            b"\x00" + serialize({"weight": torch.zeros(2)}),
             *(bytes([1 + k]) + texts[key].encode() for k, key in enumerate(ADA_KEYS)),
         ]
+        self.counts = {"read": 0, "refused": 0}
 
     def run(self, data: bytes) -> None:
         if not data:
@@ -180,7 +184,7 @@ def blind_change(data: bytes, size_limit: int, rng: random.Random) -> bytes:
 
 def without_atheris(target: Target, seconds: float, seed: int, crashes: Path) -> int:
     rng = random.Random(seed)
-    seeds = target.seeds()
+    seeds = target.seeds
     executions = 0
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -210,7 +214,7 @@ def main() -> int:
     ada.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         target = Target(Path(name))
-        for data in target.seeds():
+        for data in target.seeds:
             target.run(data)
         if options.files:
             for path in options.files:
@@ -225,11 +229,9 @@ def main() -> int:
             return 0
         corpus = Path(name) / "corpus"
         corpus.mkdir()
-        for k, data in enumerate(target.seeds()):
+        for k, data in enumerate(target.seeds):
             (corpus / str(k)).write_bytes(data)
         options.crashes.mkdir(parents=True, exist_ok=True)
-        for function in (ada.files.describe, ada.load, ada.restore, Target.run):
-            atheris.instrument_func(function)
         arguments = [
             sys.argv[0],
             f"-max_total_time={int(options.seconds)}",
