@@ -49,8 +49,8 @@ std::vector<uint8_t> write_program(const Program& program);
 /// a small multiple of the bytes given. What it returns is valid.
 Program read_program(std::span<const uint8_t> bytes);
 
-/// The halves of the two functions above without validate(): a file of a program that may be anything,
-/// and back. Tests make files from them that only validate() can refuse.
+/// The halves of the two functions above without validate(): a file of a program that may be
+/// anything, and back. Tests make files from them that only validate() can refuse.
 std::vector<uint8_t> serialize(const Program& program);
 Program parse(std::span<const uint8_t> bytes);
 
