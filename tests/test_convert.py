@@ -357,6 +357,9 @@ def test_restore_refuses_bad_files(tmp_path: Path) -> None:
     refused({"fc.weight_scale": torch.full((12,), float("nan"))}, "weight_scale.*NaN")
     refused({"stem.weight_packed": torch.zeros(80, dtype=torch.uint8)}, "stem")
     refused({"stem.weight_packed": state["shared.weight_packed"]}, "stem")
+    damaged = state["stem.weight_packed"].clone()
+    damaged[-1] ^= 1  # of the weights, not of their header
+    refused({"stem.weight_packed": damaged}, "'stem'.*damaged")
     refused({"stem.input_qparams": None}, "input_qparams")
     refused({"nothing.weight_packed": state["stem.weight_packed"]}, "nothing")
 

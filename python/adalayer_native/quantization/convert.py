@@ -324,9 +324,10 @@ def _skeleton(
 
 
 def _packed_bits(packed: Tensor, name: str, path: str | os.PathLike[str]) -> int:
-    from adalayer_native.ops import packed_info
+    from adalayer_native.ops import packed_info, unpack_weight
 
     try:
+        unpack_weight(packed)  # damage is found here, with a name, and not in the first call
         return int(packed_info(packed)["bits"])
     except (RuntimeError, TypeError, ValueError) as error:
         raise FileFormatError(f"{os.fspath(path)}: layer {name!r}: {error}") from error
