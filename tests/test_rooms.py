@@ -21,7 +21,9 @@ PYTHON_ROOMS = [
         "_ray",
         "_C",
         "plan",
+        "cuda",
         "ops",
+        "cuda_ops",
         "rounding",
         "files",
         "nn",
@@ -41,7 +43,7 @@ PYTHON_ROOMS = [
     ),
     *("measure", "plot", "report", "serve", "jobs", "demo", "cli"),
 ]
-CPP_ROOMS = ["core", "formats", "reference", "cpu", "engine", "capi", "bindings"]
+CPP_ROOMS = ["core", "formats", "reference", "cpu", "engine", "capi", "bindings", "cuda"]
 
 
 def _imports(path: Path) -> Iterator[str]:

@@ -1,8 +1,9 @@
-/* C interface of the CUDA kernels (libadalayer_cuda.so).
+/* C interface of the CUDA engine (libadalayer_cuda.so).
  *
  * Every function returns 0, a positive cudaError_t, or one of the negative codes below, and never
- * throws. Pointers named "device" are device memory of the calling thread's current device; a
- * stream is a cudaStream_t as a number (0: the default stream). Work is enqueued, not awaited.
+ * throws; adalayer_cuda_last_error() then says what happened. Pointers named "device" are memory of
+ * the engine's device; a stream is a cudaStream_t as a number (0: the default stream). Work is
+ * enqueued, not awaited, unless a function says so. Functions may be called from many threads.
  */
 #ifndef ADALAYER_CUDA_H
 #define ADALAYER_CUDA_H
@@ -23,64 +24,117 @@ extern "C" {
 enum {
   ADALAYER_CUDA_OK = 0,
   ADALAYER_CUDA_NULL_POINTER = -1,
-  ADALAYER_CUDA_BAD_BITS = -2,       /* not 2 to 8 */
-  ADALAYER_CUDA_BAD_SHAPE = -3,      /* an extent out of range, or a kernel larger than the image */
-  ADALAYER_CUDA_BAD_GROUPS = -4,     /* channels not divisible by groups */
-  ADALAYER_CUDA_OVERFLOW = -5,       /* the int32 sum could reach 2^31 */
-  ADALAYER_CUDA_BAD_GRID = -6,       /* zero point or clamp outside 0 to 255, or lo > hi */
-  ADALAYER_CUDA_TOO_LARGE = -7,      /* more outputs than one launch can have */
-  ADALAYER_CUDA_BAD_ENUM = -8,       /* unknown layout or output type */
-  ADALAYER_CUDA_BAD_STRUCT_SIZE = -9 /* the caller was built against another version */
+  ADALAYER_CUDA_INVALID = -2,        /* an argument out of range, or a program that cannot run */
+  ADALAYER_CUDA_CORRUPT = -3,        /* damaged program or weights */
+  ADALAYER_CUDA_OUT_OF_MEMORY = -4,  /* on the device or the host */
+  ADALAYER_CUDA_UNSUPPORTED = -5,    /* the device's compute capability is below 8.0 */
+  ADALAYER_CUDA_STRUCT_SIZE = -6,    /* the caller was built against another version */
+  ADALAYER_CUDA_FAILED = -7          /* anything else */
 };
 
-/* A full sentence for any code that a function of this library returns; never NULL. */
-ADALAYER_CUDA_API const char* adalayer_cuda_message(int code);
+/* What the last failed call of this thread said, in a full sentence; "" before one. */
+ADALAYER_CUDA_API const char* adalayer_cuda_last_error(void);
 
 typedef struct {
   size_t struct_size; /* sizeof(AdalayerCudaDevice), set by the caller */
   char name[256];
   int32_t compute_major, compute_minor;
   int32_t multiprocessors;
+  int32_t shared_bytes; /* that one block can have */
   uint64_t memory_bytes;
 } AdalayerCudaDevice;
 
 ADALAYER_CUDA_API int adalayer_cuda_device_count(int* count);
 ADALAYER_CUDA_API int adalayer_cuda_device_info(int device, AdalayerCudaDevice* info);
 
-/* Canonical dense bit-planes (csrc/formats/FORMATS.md; the payload, without its 64-byte header) to
- * int8 weights. planes_device: the streams of `count` weights of `bits` bits; weights_device: int8
- * [count]. */
-ADALAYER_CUDA_API int adalayer_cuda_unpack_dense(const void* planes_device, int64_t count, int bits,
-                                                 void* weights_device, uint64_t stream);
+/* ---- engines: a program on one device ------------------------------------------------------- */
 
-enum { ADALAYER_CUDA_NCHW = 0, ADALAYER_CUDA_NHWC = 1 };
-enum { ADALAYER_CUDA_F32 = 0, ADALAYER_CUDA_U8 = 1 };
+typedef struct AdalayerCudaEngine AdalayerCudaEngine;
 
-/* One convolution: u8 levels in, law 1 of docs/architecture.md, u8 levels or float32 out.
- *   f32: y = clamp(fma(acc, scale[o], bias[o]), lo, hi)
- *   u8:  q = rne(clamp(fma(acc, scale[o], bias[o]), lo, hi)) + output_zero_point
- * with acc = sum of w * (a - input_zero_point); padding holds input_zero_point. For u8, lo and hi
- * are relative to output_zero_point. scale and bias must be finite. */
+enum {
+  ADALAYER_CUDA_NO_GRAPH = 1,   /* launch kernels one by one, not as a CUDA graph */
+  ADALAYER_CUDA_NO_OVERLAP = 2, /* a kernel starts when the one in front has ended */
+  ADALAYER_CUDA_TUNE = 4        /* measure the convolution kernels when a batch size is first seen */
+};
+
 typedef struct {
-  size_t struct_size; /* sizeof(AdalayerCudaConv), set by the caller */
-  int64_t batch, in_channels, in_h, in_w;
-  int64_t out_channels, kernel_h, kernel_w;
-  int64_t stride_h, stride_w;
-  int64_t pad_top, pad_left, pad_bottom, pad_right;
-  int64_t dilation_h, dilation_w, groups;
-  int32_t bits; /* of the weights, for the bound on the sum */
-  int32_t input_zero_point, output_zero_point;
-  int32_t input_layout, output_layout; /* ADALAYER_CUDA_NCHW or _NHWC */
-  int32_t output_type;                 /* ADALAYER_CUDA_F32 or _U8 */
-  float lo, hi;
-  const uint8_t* input_device;
-  const int8_t* weights_device; /* [out_channels][in_channels / groups][kernel_h][kernel_w] */
-  const float* scale_device;    /* [out_channels] */
-  const float* bias_device;     /* [out_channels] */
-  void* output_device;
-} AdalayerCudaConv;
+  size_t struct_size; /* sizeof(AdalayerCudaOptions), set by the caller */
+  uint32_t flags;
+  int32_t choice;          /* >= 0: every product takes its choice of this number (tests); else -1 */
+  int64_t images_per_pass; /* larger batches run in parts; 0: as large as 32-bit offsets allow */
+  /* The output of a program that is a single layer: a nearest value on a u8 grid. */
+  int32_t on_grid;
+  float grid_scale;
+  int32_t grid_zero_point, grid_qmax;
+} AdalayerCudaOptions;
 
-ADALAYER_CUDA_API int adalayer_cuda_conv2d(const AdalayerCudaConv* conv, uint64_t stream);
+/* `program`: the bytes of an .ada file (docs/ada-format.md). Copies the weights to the device and
+ * waits for that. */
+ADALAYER_CUDA_API int adalayer_cuda_engine_create(const void* program, size_t bytes, int device,
+                                                  const AdalayerCudaOptions* options,
+                                                  AdalayerCudaEngine** engine);
+/* Waits for the engine's work. */
+ADALAYER_CUDA_API void adalayer_cuda_engine_destroy(AdalayerCudaEngine* engine);
+
+/* One batch. inputs_device, outputs_device: float32, [batch][c][h][w] in the program's order.
+ * nhwc: per input, whether it is [batch][h][w][c] instead (only inputs that are quantized at once),
+ * or NULL. A batch of 0 does nothing. In a capturing stream kernels are captured one by one, and the
+ * memory they use stays theirs as long as the engine lives. */
+ADALAYER_CUDA_API int adalayer_cuda_engine_run(AdalayerCudaEngine* engine,
+                                               const void* const* inputs_device,
+                                               const uint8_t* nhwc, int64_t batch,
+                                               void* const* outputs_device, uint64_t stream);
+
+/* The same for a program that is one layer: `residual_device` (or NULL) is added to the output
+ * before its clamp, and output_nhwc asks for an output of [batch][h][w][c]; the residual has the
+ * output's layout. */
+ADALAYER_CUDA_API int adalayer_cuda_layer_run(AdalayerCudaEngine* engine, const void* input_device,
+                                              uint8_t input_nhwc, int64_t batch,
+                                              const void* residual_device, void* output_device,
+                                              uint8_t output_nhwc, uint64_t stream);
+
+typedef struct {
+  size_t struct_size;    /* sizeof(AdalayerCudaInfo), set by the caller */
+  int64_t nodes;         /* of the program */
+  int64_t weight_bytes;  /* packed weights on the device */
+  int64_t image_bytes;   /* all constants on the device */
+  int64_t arena_bytes;   /* tensors between operations, of all workspaces */
+  int64_t most_images;   /* of one pass */
+} AdalayerCudaInfo;
+ADALAYER_CUDA_API int adalayer_cuda_engine_info(AdalayerCudaEngine* engine, AdalayerCudaInfo* info);
+
+typedef struct {
+  double microseconds;  /* median */
+  char kernel[64];
+} AdalayerCudaNodeProfile;
+
+/* Times every node by itself over noise-free memory; waits. profiles: [nodes]. */
+ADALAYER_CUDA_API int adalayer_cuda_engine_profile(AdalayerCudaEngine* engine, int64_t batch,
+                                                   int rounds, AdalayerCudaNodeProfile* profiles);
+
+/* ---- element-wise operators ------------------------------------------------------------------- */
+
+/* q = rne(clamp(x / scale, -zero_point, qmax - zero_point)) + zero_point of `count` contiguous
+ * floats; to levels (uint8) or, for real = 1, back to floats (q - zero_point) * scale. */
+ADALAYER_CUDA_API int adalayer_cuda_quantize(const void* x_device, int64_t count, float scale,
+                                             int32_t zero_point, int32_t qmax, int real,
+                                             void* out_device, int device, uint64_t stream);
+
+/* ---- linear layers with float activations ----------------------------------------------------- */
+
+typedef struct AdalayerCudaLinear AdalayerCudaLinear;
+
+/* Weights for y = x W^T scale + bias with half or bfloat16 x: canonical packed bytes on the host,
+ * scale and bias float32 [out_features] on the host (bias may be NULL). Waits. */
+ADALAYER_CUDA_API int adalayer_cuda_linear_create(const void* packed, size_t bytes,
+                                                  const float* scale, const float* bias, int device,
+                                                  AdalayerCudaLinear** linear);
+ADALAYER_CUDA_API void adalayer_cuda_linear_destroy(AdalayerCudaLinear* linear);
+/* x_device: [rows][in_features], y_device: [rows][out_features], both half (bfloat = 0) or bfloat16
+ * (1), contiguous, aligned to 16 bytes. Sums are float32; their order is fixed for a device. */
+ADALAYER_CUDA_API int adalayer_cuda_linear_run(AdalayerCudaLinear* linear, const void* x_device,
+                                               int64_t rows, int bfloat, void* y_device,
+                                               uint64_t stream);
 
 #ifdef __cplusplus
 }

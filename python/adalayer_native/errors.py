@@ -13,6 +13,7 @@ __all__ = [
     "BudgetError",
     "CalibrationError",
     "DataError",
+    "DeviceError",
     "EnergyError",
     "FileFormatError",
     "InputError",
@@ -40,6 +41,10 @@ class CalibrationError(AdaError, ValueError):
 
 class DataError(AdaError, ValueError):
     """A dataset that cannot be read: missing directory, unreadable or oversized image."""
+
+
+class DeviceError(AdaError, ValueError):
+    """A GPU that is missing or cannot run the kernels, or a build that has none for it."""
 
 
 class EnergyError(AdaError, ValueError):

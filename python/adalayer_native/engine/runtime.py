@@ -16,14 +16,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from adalayer_native import _C, ops
+from adalayer_native import _C, cuda, ops
 from adalayer_native._files import replacing
 from adalayer_native.engine.coverage import Coverage, Row
 from adalayer_native.engine.results import Leaf, Output, Port, mapped, rebuild
 from adalayer_native.engine.segments import TorchPart
 from adalayer_native.errors import InputError, UnsupportedModelError
 
-__all__ = ["WEIGHTS", "Engine", "NativePart", "Step", "TorchStep"]
+__all__ = ["WEIGHTS", "CudaPart", "Engine", "NativePart", "Step", "TorchStep"]
 
 # Forms of weights below 8 bits; csrc/engine/engine.hpp, WeightForm.
 WEIGHTS = ("measured", "streamed", "resident")
@@ -37,7 +37,8 @@ class NativePart:
         program: as it would be saved.
         engine: its executor; safe from many threads.
         outputs: how tensors show its outputs.
-        weights: "measured", "streamed" or "resident"; see :func:`adalayer_native.compile`.
+        weights: on the CPU "measured", "streamed" or "resident"; see
+            :func:`adalayer_native.compile`.
     """
 
     def __init__(
@@ -49,7 +50,8 @@ class NativePart:
     ) -> None:
         """max_memory: bytes that it may take, else MemoryError; 0 for a program of one's own."""
         self.program = program
-        self.engine = _C.Engine(program, weights=weights, memory_bytes=max_memory)
+        self.weights, self.max_memory = weights, max_memory
+        self.engine = self._make()
         self.outputs = tuple(outputs)
         values = program.values()
         self.elements = [math.prod(values[number][2:5]) for number in program.outputs()]
@@ -59,28 +61,70 @@ class NativePart:
         # Inputs that may come in channels_last order as they are.
         self._any_order = self.engine.any_order()
 
+    def _make(self) -> Any:
+        return _C.Engine(
+            self.program, weights=self.weights, memory_bytes=self.max_memory
+        )
+
     def _is_single(self) -> bool:
         return len(self.outputs) == 1 and self.outputs[0].atoms is None
 
+    def _in_order(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], list[bool]]:
+        """The inputs in one of the orders that the engine reads, and whether that is NHWC."""
+        operands, nhwc = [], []
+        for x, any_order in zip(inputs, self._any_order, strict=True):
+            last = (
+                any_order
+                and not x.is_contiguous()
+                and x.dim() == 4
+                and x.is_contiguous(memory_format=torch.channels_last)
+            )
+            operands.append(x if last else x.contiguous())
+            nhwc.append(last)
+        return operands, nhwc
+
     def __call__(self, batch: int, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Float32 CPU tensors of checked shapes in, new tensors out."""
-        pointers, nhwc = [], []
-        for x, any_order in zip(inputs, self._any_order, strict=True):
-            if x.is_contiguous():
-                nhwc.append(False)
-            elif any_order and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-                nhwc.append(True)
-            else:
-                x = x.contiguous()
-                nhwc.append(False)
-            pointers.append((x.data_ptr(), x))  # the tensor stays alive
-        addresses = [address for address, _ in pointers]
+        operands, nhwc = self._in_order(inputs)
+        addresses = [x.data_ptr() for x in operands]
         if self.single is not None:
             out = torch.empty((batch, *self.single))
             self._run(addresses, nhwc, batch, [out.data_ptr()], ops.get_num_threads())
             return [out]
         memory = [torch.empty((batch, elements)) for elements in self.elements]
         self._run(addresses, nhwc, batch, [m.data_ptr() for m in memory], ops.get_num_threads())
+        return [output.view(memory[output.source]) for output in self.outputs]
+
+
+class CudaPart(NativePart):
+    """A program on a GPU.
+
+    Attributes:
+        engine: a :class:`~adalayer_native.cuda.CudaEngine`.
+        device: number of the GPU.
+    """
+
+    def __init__(self, part: NativePart, device: int, **options: Any) -> None:
+        self.device = device
+        self._options = options
+        super().__init__(part.program, part.outputs, part.weights)
+
+    def _make(self) -> Any:
+        return cuda.CudaEngine(self.program, self.device, **self._options)
+
+    def __call__(self, batch: int, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Float32 tensors of checked shapes on the GPU in, new tensors out; nothing is awaited."""
+        operands, nhwc = self._in_order(inputs)
+        addresses = [x.data_ptr() for x in operands]
+        where = torch.device("cuda", self.device)
+        if batch == 0:
+            addresses = [0] * len(operands)
+        if self.single is not None:
+            out = torch.empty((batch, *self.single), device=where)
+            self._run(addresses, nhwc, batch, [out.data_ptr()])
+            return [out]
+        memory = [torch.empty((batch, elements), device=where) for elements in self.elements]
+        self._run(addresses, nhwc, batch, [m.data_ptr() for m in memory])
         return [output.view(memory[output.source]) for output in self.outputs]
 
 
@@ -113,6 +157,7 @@ class Engine:
         preprocessing: what to do with an image before the first layer, as the writer of the file
             gave it, else None.
         class_names: names of the classes, else None.
+        device: where its inputs and results are.
     """
 
     def __init__(
@@ -136,6 +181,8 @@ class Engine:
             part = steps[0].run
             if part.single is not None and structure == 0 and steps[0].inputs == [0]:
                 self._single = part
+        gpus = {step.run.device for step in steps if isinstance(step.run, CudaPart)}
+        self.device = torch.device("cuda", gpus.pop()) if gpus else torch.device("cpu")
         self._shape = self.inputs[0].shape
         self._rank = len(self._shape) + 1
 
@@ -145,7 +192,7 @@ class Engine:
         """Run a batch.
 
         Args:
-            inputs: one CPU tensor per input of the model, ``[batch, ...]`` in any memory format;
+            inputs: one tensor per input of the model, on the engine's device, ``[batch, ...]`` in any memory format;
                 float32, or bfloat16 and half, which are computed in the same way and give results
                 of their own type. A NaN becomes the lowest level of the input's grid, as in the
                 module tree; infinities saturate.
@@ -165,7 +212,7 @@ class Engine:
             if (
                 type(x) is Tensor
                 and x.dtype is torch.float32
-                and x.is_cpu
+                and x.device == self.device
                 and x.layout is torch.strided
                 and x.dim() == self._rank
                 and x.shape[1:] == self._shape
@@ -195,9 +242,45 @@ class Engine:
                 )
             if not array.flags.writeable or any(stride < 0 for stride in array.strides):
                 array = array.copy()
-            tensors.append(torch.from_numpy(array))
+            tensors.append(torch.from_numpy(array).to(self.device))
         result = self(*tensors)
-        return mapped(result, lambda t: t.numpy() if isinstance(t, Tensor) else t)
+        return mapped(result, lambda t: t.cpu().numpy() if isinstance(t, Tensor) else t)
+
+    def to(self, device: str | int | torch.device, **options: Any) -> Engine:
+        """The same engine on another device; this one stays as it is.
+
+        Weights are repacked from the program's canonical ones, and results have the same bits on
+        every device. On a GPU a call enqueues one CUDA graph per batch size on torch's current
+        stream and does not wait for it.
+
+        Args:
+            device: ``"cpu"``, ``"cuda"`` (the current GPU) or ``"cuda:1"``.
+            options: of :class:`~adalayer_native.cuda.CudaEngine`, for GPUs.
+
+        Raises:
+            DeviceError: no such device, one that cannot run the kernels, or a build without them.
+        """
+        on_cpu = not isinstance(device, int) and torch.device(device).type == "cpu"
+        gpu = None if on_cpu else cuda.device_index(device)
+        where = torch.device("cpu") if gpu is None else torch.device("cuda", gpu)
+        steps = []
+        for step in self._steps:
+            run: NativePart | TorchStep
+            if isinstance(step.run, TorchStep):
+                run = TorchStep(step.run.part.to(where), step.run.rows)
+            elif gpu is None:
+                run = NativePart(step.run.program, step.run.outputs, step.run.weights)
+            else:
+                run = CudaPart(step.run, gpu, **options)
+            steps.append(Step(run, step.inputs, step.outputs, step.done))
+        return Engine(
+            steps,
+            self.inputs,
+            self._leaves,
+            self._structure,
+            preprocessing=self.preprocessing,
+            class_names=self.class_names,
+        )
 
     def _label(self, position: int) -> str:
         if position < len(self.inputs):
@@ -218,8 +301,8 @@ class Engine:
                 raise InputError(
                     f"{label}: expected torch.float32 (or bfloat16, float16), got {x.dtype}"
                 )
-            if x.device.type != "cpu":
-                raise InputError(f"{label}: expected a tensor on the CPU, got one on {x.device}")
+            if x.device != self.device:
+                raise InputError(f"{label}: expected a tensor on {self.device}, got one on {x.device}")
             if x.layout != torch.strided:
                 raise InputError(f"{label}: expected a dense tensor, got layout {x.layout}")
             wanted = ", ".join(["batch", *map(str, port.shape)])
@@ -281,7 +364,10 @@ class Engine:
         rows: list[Row] = []
         tensors: dict[int, Tensor] = {}
         if any(isinstance(step.run, TorchStep) for step in self._steps):
-            tensors = {k: torch.randn(batch, *p.shape) for k, p in enumerate(self.inputs)}
+            tensors = {
+                k: torch.randn(batch, *p.shape, device=self.device)
+                for k, p in enumerate(self.inputs)
+            }
         for step in self._steps:
             operands = [tensors[number] for number in step.inputs if number in tensors]
             if isinstance(step.run, NativePart):
@@ -371,7 +457,8 @@ class Engine:
         parts = (
             "native" if all(kinds) else f"{sum(kinds)} native and {kinds.count(False)} torch parts"
         )
-        return f"Engine({ports}; {parts})"
+        where = "" if self.device.type == "cpu" else f" on {self.device}"
+        return f"Engine({ports}; {parts}{where})"
 
 
 # -- coverage -------------------------------------------------------------------------------------

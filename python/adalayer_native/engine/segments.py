@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -269,6 +270,12 @@ class TorchPart:
     def __call__(self, batch: int, *inputs: Tensor) -> tuple[Tensor, ...]:
         result: tuple[Tensor, ...] = self.module(batch, *inputs)
         return result
+
+    def to(self, device: torch.device) -> TorchPart:
+        """The same nodes on another device."""
+        other = copy.copy(self)
+        other.module = copy.deepcopy(self.module).to(device)
+        return other
 
     def times(
         self, batch: int, inputs: list[Tensor], clock: Callable[[], float]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from adalayer_native import _C, ops
-from adalayer_native.errors import FileFormatError, UnsupportedModelError
+from adalayer_native.errors import FileFormatError, InputError, UnsupportedModelError
 from adalayer_native.rounding import conv_form, quantize_weight
 
 __all__ = ["Conv2d", "ConvTranspose2d", "FakeQuantize", "Linear"]
@@ -222,9 +222,10 @@ class _NativeLayer(_QuantizedInput):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _check(self, x: Tensor, channels: int, axis: int, dims: int | None) -> None:
-        if not x.is_cpu:
-            raise ValueError(
-                f"{self._label()}: native layers run on CPU tensors, got a tensor on {x.device}"
+        if x.device != self.weight_packed.device:
+            raise InputError(
+                f"{self._label()}: the layer is on {self.weight_packed.device}, but its input is "
+                f"on {x.device}"
             )
         if dims is not None and x.dim() != dims:
             raise ValueError(
@@ -390,7 +391,7 @@ class Conv2d(_NativeLayer):
         if residual is not None and not self._same_shape(x, residual):
             return self._finish(self._broadcast(x, residual), x)
         grid = self.output_grid
-        run = ops.conv2d_direct if ops.plain_eager(x) else ops.conv2d
+        run = ops.conv2d_direct if x.is_cpu and ops.plain_eager(x) else ops.conv2d
         out = run(
             x,
             *self._arguments(),
@@ -737,8 +738,6 @@ class FakeQuantize(_QuantizedInput):
         self._set_grid(_qparams(scale, zero_point, bits))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu":
-            raise ValueError(f"FakeQuantize: native layers run on CPU tensors, got {x.device}")
         out = ops.fake_quantize(x, self.input_scale, self.input_zero_point, self.input_bits)
         return _refuse_backward(out, x, lambda: "FakeQuantize")
 

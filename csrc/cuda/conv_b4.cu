@@ -1,0 +1,6 @@
+// Convolution kernels for weights of 4 bits: a file each, so that they compile side by side.
+#include "cuda/conv_forms.cuh"
+
+namespace adalayer::cuda {
+KernelInfo conv_kernel_b4(int tile, int piece) { return conv_form<4>(tile, piece); }
+}  // namespace adalayer::cuda

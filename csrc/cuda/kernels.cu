@@ -1,0 +1,77 @@
+// The table of kernels.
+#include "cuda/kernels.hpp"
+
+#include "cuda/conv_simple.cuh"
+#include "cuda/image_kernels.cuh"
+
+namespace adalayer::cuda {
+
+KernelInfo conv_kernel_b2(int tile, int piece);
+KernelInfo conv_kernel_b3(int tile, int piece);
+KernelInfo conv_kernel_b4(int tile, int piece);
+KernelInfo conv_kernel_b5(int tile, int piece);
+KernelInfo conv_kernel_b6(int tile, int piece);
+KernelInfo conv_kernel_b7(int tile, int piece);
+KernelInfo conv_kernel_b8(int tile, int piece);
+
+KernelInfo conv_kernel(int bits, int tile, int piece) {
+  switch (bits) {
+    case 2:
+      return conv_kernel_b2(tile, piece);
+    case 3:
+      return conv_kernel_b3(tile, piece);
+    case 4:
+      return conv_kernel_b4(tile, piece);
+    case 5:
+      return conv_kernel_b5(tile, piece);
+    case 6:
+      return conv_kernel_b6(tile, piece);
+    case 7:
+      return conv_kernel_b7(tile, piece);
+    case 8:
+      return conv_kernel_b8(tile, piece);
+    default:
+      return {};
+  }
+}
+
+KernelInfo kernel_info(Kernel kernel) {
+  switch (kernel) {
+    case Kernel::Quantize:
+      return {ADALAYER_KERNEL_ADDRESS(quantize, QuantizeParams), 256, 0};
+    case Kernel::Dequantize:
+      return {ADALAYER_KERNEL_ADDRESS(dequantize, DequantizeParams), 256, 0};
+    case Kernel::OnGrid:
+      return {ADALAYER_KERNEL_ADDRESS(on_grid, GridParams), 256, 0};
+    case Kernel::Lookup:
+      return {ADALAYER_KERNEL_ADDRESS(lookup, LookupParams), 256, 256};
+    case Kernel::Pair:
+      return {ADALAYER_KERNEL_ADDRESS(pair, PairParams), 256, 0};
+    case Kernel::Affine:
+      return {ADALAYER_KERNEL_ADDRESS(affine, AffineParams), 256, 0};
+    case Kernel::Move:
+      return {ADALAYER_KERNEL_ADDRESS(move, MoveParams), 256, 0};
+    case Kernel::Pool:
+      return {ADALAYER_KERNEL_ADDRESS(pool, PoolParams), 256, 0};
+    case Kernel::PoolLarge:
+      return {ADALAYER_KERNEL_ADDRESS(pool_large, PoolParams), 32 * kPoolWarps,
+              kPoolWarps * 4 * 32 * 4};
+    case Kernel::Bilinear:
+      return {ADALAYER_KERNEL_ADDRESS(bilinear, BilinearParams), 256, 0};
+    case Kernel::LayerNorm:
+      return {ADALAYER_KERNEL_ADDRESS(layer_norm, LayerNormParams), 128, 0};
+    case Kernel::AverageFloats:
+      return {ADALAYER_KERNEL_ADDRESS(average_floats, FloatAverageParams), 256, 0};
+    case Kernel::ResizeFloats:
+      return {ADALAYER_KERNEL_ADDRESS(resize_floats, FloatResizeParams), 256, 0};
+    case Kernel::Softmax:
+      return {ADALAYER_KERNEL_ADDRESS(softmax, SoftmaxParams), 256, 256 * 4};
+    case Kernel::Depthwise:
+      return {ADALAYER_KERNEL_ADDRESS(conv_depthwise, DepthwiseParams), 128, 0};
+    case Kernel::Direct:
+      return {ADALAYER_KERNEL_ADDRESS(conv_direct, DirectParams), 128, 0};
+  }
+  return {};
+}
+
+}  // namespace adalayer::cuda

@@ -1,0 +1,50 @@
+// The kernels as launches see them: an address, and what a launch of it needs.
+#pragma once
+
+#include <cstdint>
+
+namespace adalayer::cuda {
+
+/// Kernels with one form.
+enum class Kernel : int {
+  Quantize,
+  Dequantize,
+  OnGrid,
+  Lookup,
+  Pair,
+  Affine,
+  Move,
+  Pool,
+  PoolLarge,
+  Bilinear,
+  LayerNorm,
+  AverageFloats,
+  ResizeFloats,
+  Softmax,
+  Depthwise,
+  Direct,
+};
+
+struct KernelInfo {
+  const void* function = nullptr;  // null: there is no such form
+  int threads = 0;
+  int shared_bytes = 0;
+};
+KernelInfo kernel_info(Kernel kernel);
+
+/// Forms of the convolution on tensor cores: channels x positions of a block.
+constexpr int kTiles = 6;
+struct TileSize {
+  const char* name;
+  int channels, positions, threads;
+  int blocks;  // that the registers of a multiprocessor hold
+};
+constexpr TileSize kTileSizes[kTiles] = {
+    {"128x128", 128, 128, 128, 2}, {"128x256", 128, 256, 256, 1}, {"64x128", 64, 128, 128, 3},
+    {"64x64", 64, 64, 128, 4},     {"256x16", 256, 16, 128, 4},   {"64x256", 64, 256, 128, 2},
+};
+
+/// bits: of the packed weights. piece: 16, or 8 and 4 (then 8 bits and the tile of 64 x 128 only).
+KernelInfo conv_kernel(int bits, int tile, int piece);
+
+}  // namespace adalayer::cuda
