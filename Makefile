@@ -23,7 +23,7 @@ CXX_FILES = $(shell find csrc examples tests/cpp tests/fuzz -name '*.cpp' -o -na
   -o -name '*.inc' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help demo install test test-slow test-all test-cpp lint bench bench-serving sanitize \
-  fuzz wheel clean distclean
+  fuzz wheel gpu-build gpu-test gpu-test-kernels gpu-test-python gpu-sanitize gpu-bench clean distclean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
@@ -38,6 +38,7 @@ help:
 	@echo "make sanitize   C++ tests under the address, undefined-behaviour and thread sanitizers"
 	@echo "make fuzz       ten minutes of fuzzing of what reads files, with clang's libFuzzer if it is there"
 	@echo "make wheel      dist/: a wheel for other machines, tested in an empty environment, and the sdist"
+	@echo "make gpu-test   builds for the GPU at hand and tests there; gpu-bench: speed; no .venv, no network"
 	@echo "make install    only set up .venv with the package and all tools"
 	@echo "make clean      remove build products and caches (distclean: .venv too)"
 
@@ -112,6 +113,57 @@ fuzz: $(PACKAGE_STAMP)
 
 wheel: $(TOOLS_STAMP)
 	.ci/wheel
+
+# ---- on a machine with an NVIDIA GPU ------------------------------------------------------------
+# These use the machine's own python3 with torch, and nothing is downloaded: cmake, ninja, nvcc,
+# pybind11 and pytest have to be there.
+
+GPU_PYTHON ?= python3
+GPU_BUILD := build/gpu
+GPU_SITE := $(CURDIR)/$(GPU_BUILD)/site
+GPU_ENV := PYTHONPATH=$(GPU_SITE)
+# Machine code for the device at hand alone; 90a where it is 9.0. Without a device: ARCH=90a-real.
+ARCH ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | \
+  sed -e 's/\.//' -e 's/^90$$/90a/' -e 's/$$/-real/')
+
+gpu-build:
+	@command -v nvcc >/dev/null || test -x /usr/local/cuda/bin/nvcc || \
+	  { echo "The CUDA compiler nvcc was not found."; exit 1; }
+	@test -n "$(ARCH)" || { echo "nvidia-smi names no GPU; say which, as in ARCH=90a-real"; exit 1; }
+	@mkdir -p build
+	cmake -S . -B $(GPU_BUILD) -G Ninja -DCMAKE_BUILD_TYPE=Release -DADALAYER_CUDA=ON \
+	  -DADALAYER_BUILD_PYTHON=ON -DADALAYER_BUILD_TESTS=ON -DCMAKE_CUDA_ARCHITECTURES=$(ARCH) \
+	  -DPython_EXECUTABLE="$$(command -v $(GPU_PYTHON))" >$(GPU_BUILD).log 2>&1 || \
+	  { cat $(GPU_BUILD).log; exit 1; }
+	cmake --build $(GPU_BUILD) --target _C adalayer_cuda test_cuda_device
+	rm -rf $(GPU_SITE) && mkdir -p $(GPU_SITE)
+	cp -r python/adalayer_native $(GPU_SITE)/
+	cp $(GPU_BUILD)/_C*.so $(GPU_BUILD)/csrc/cuda/libadalayer_cuda.so $(GPU_SITE)/adalayer_native/
+
+# Kernels first, each group by itself, so that a failure says where; then Python; then the sanitizer.
+gpu-test: gpu-test-kernels gpu-test-python gpu-sanitize
+
+gpu-test-kernels: gpu-build
+	$(GPU_BUILD)/csrc/cuda/test_cuda_device
+
+gpu-test-python: gpu-build
+	$(GPU_ENV) $(GPU_PYTHON) -m pytest -p no:cacheprovider -q --tb=short --durations=5 -m gpu \
+	  tests/test_gpu_engine.py tests/test_gpu_ops.py
+
+# (racecheck is slow: the tests whose kernels share memory between threads.)
+gpu-sanitize: gpu-build
+	@if command -v compute-sanitizer >/dev/null; then \
+	  compute-sanitizer --tool memcheck --error-exitcode 9 $(GPU_BUILD)/csrc/cuda/test_cuda_device \
+	    every_width large_kernels few_channels every_operation graph quantizing && \
+	  compute-sanitizer --tool racecheck --error-exitcode 9 $(GPU_BUILD)/csrc/cuda/test_cuda_device \
+	    every_width every_operation few_channels; \
+	else \
+	  echo "compute-sanitizer was not found: left out"; \
+	fi
+
+# ONLY=linears: some sections; MINUTES: of the whole (bench/gpu.py).
+gpu-bench: gpu-build
+	$(GPU_ENV) $(GPU_PYTHON) -m bench.gpu --minutes $(or $(MINUTES),8) $(if $(ONLY),--only $(ONLY))
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

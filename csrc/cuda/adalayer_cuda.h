@@ -24,12 +24,12 @@ extern "C" {
 enum {
   ADALAYER_CUDA_OK = 0,
   ADALAYER_CUDA_NULL_POINTER = -1,
-  ADALAYER_CUDA_INVALID = -2,        /* an argument out of range, or a program that cannot run */
-  ADALAYER_CUDA_CORRUPT = -3,        /* damaged program or weights */
-  ADALAYER_CUDA_OUT_OF_MEMORY = -4,  /* on the device or the host */
-  ADALAYER_CUDA_UNSUPPORTED = -5,    /* the device's compute capability is below 8.0 */
-  ADALAYER_CUDA_STRUCT_SIZE = -6,    /* the caller was built against another version */
-  ADALAYER_CUDA_FAILED = -7          /* anything else */
+  ADALAYER_CUDA_INVALID = -2,       /* an argument out of range, or a program that cannot run */
+  ADALAYER_CUDA_CORRUPT = -3,       /* damaged program or weights */
+  ADALAYER_CUDA_OUT_OF_MEMORY = -4, /* on the device or the host */
+  ADALAYER_CUDA_UNSUPPORTED = -5,   /* the device's compute capability is below 8.0 */
+  ADALAYER_CUDA_STRUCT_SIZE = -6,   /* the caller was built against another version */
+  ADALAYER_CUDA_FAILED = -7         /* anything else */
 };
 
 /* What the last failed call of this thread said, in a full sentence; "" before one. */
@@ -54,13 +54,13 @@ typedef struct AdalayerCudaEngine AdalayerCudaEngine;
 enum {
   ADALAYER_CUDA_NO_GRAPH = 1,   /* launch kernels one by one, not as a CUDA graph */
   ADALAYER_CUDA_NO_OVERLAP = 2, /* a kernel starts when the one in front has ended */
-  ADALAYER_CUDA_TUNE = 4        /* measure the convolution kernels when a batch size is first seen */
+  ADALAYER_CUDA_TUNE = 4 /* measure the convolution kernels when a batch size is first seen */
 };
 
 typedef struct {
   size_t struct_size; /* sizeof(AdalayerCudaOptions), set by the caller */
   uint32_t flags;
-  int32_t choice;          /* >= 0: every product takes its choice of this number (tests); else -1 */
+  int32_t choice; /* >= 0: every product takes its choice of this number (tests); else -1 */
   int64_t images_per_pass; /* larger batches run in parts; 0: as large as 32-bit offsets allow */
   /* The output of a program that is a single layer: a nearest value on a u8 grid. */
   int32_t on_grid;
@@ -78,8 +78,8 @@ ADALAYER_CUDA_API void adalayer_cuda_engine_destroy(AdalayerCudaEngine* engine);
 
 /* One batch. inputs_device, outputs_device: float32, [batch][c][h][w] in the program's order.
  * nhwc: per input, whether it is [batch][h][w][c] instead (only inputs that are quantized at once),
- * or NULL. A batch of 0 does nothing. In a capturing stream kernels are captured one by one, and the
- * memory they use stays theirs as long as the engine lives. */
+ * or NULL. A batch of 0 does nothing. In a capturing stream kernels are captured one by one, and
+ * the memory they use stays theirs as long as the engine lives. */
 ADALAYER_CUDA_API int adalayer_cuda_engine_run(AdalayerCudaEngine* engine,
                                                const void* const* inputs_device,
                                                const uint8_t* nhwc, int64_t batch,
@@ -94,17 +94,17 @@ ADALAYER_CUDA_API int adalayer_cuda_layer_run(AdalayerCudaEngine* engine, const 
                                               uint8_t output_nhwc, uint64_t stream);
 
 typedef struct {
-  size_t struct_size;    /* sizeof(AdalayerCudaInfo), set by the caller */
-  int64_t nodes;         /* of the program */
-  int64_t weight_bytes;  /* packed weights on the device */
-  int64_t image_bytes;   /* all constants on the device */
-  int64_t arena_bytes;   /* tensors between operations, of all workspaces */
-  int64_t most_images;   /* of one pass */
+  size_t struct_size;   /* sizeof(AdalayerCudaInfo), set by the caller */
+  int64_t nodes;        /* of the program */
+  int64_t weight_bytes; /* packed weights on the device */
+  int64_t image_bytes;  /* all constants on the device */
+  int64_t arena_bytes;  /* tensors between operations, of all workspaces */
+  int64_t most_images;  /* of one pass */
 } AdalayerCudaInfo;
 ADALAYER_CUDA_API int adalayer_cuda_engine_info(AdalayerCudaEngine* engine, AdalayerCudaInfo* info);
 
 typedef struct {
-  double microseconds;  /* median */
+  double microseconds; /* median */
   char kernel[64];
 } AdalayerCudaNodeProfile;
 
@@ -112,7 +112,8 @@ typedef struct {
 ADALAYER_CUDA_API int adalayer_cuda_engine_profile(AdalayerCudaEngine* engine, int64_t batch,
                                                    int rounds, AdalayerCudaNodeProfile* profiles);
 
-/* ---- element-wise operators ------------------------------------------------------------------- */
+/* ---- element-wise operators -------------------------------------------------------------------
+ */
 
 /* q = rne(clamp(x / scale, -zero_point, qmax - zero_point)) + zero_point of `count` contiguous
  * floats; to levels (uint8) or, for real = 1, back to floats (q - zero_point) * scale. */
@@ -120,7 +121,8 @@ ADALAYER_CUDA_API int adalayer_cuda_quantize(const void* x_device, int64_t count
                                              int32_t zero_point, int32_t qmax, int real,
                                              void* out_device, int device, uint64_t stream);
 
-/* ---- linear layers with float activations ----------------------------------------------------- */
+/* ---- linear layers with float activations -----------------------------------------------------
+ */
 
 typedef struct AdalayerCudaLinear AdalayerCudaLinear;
 

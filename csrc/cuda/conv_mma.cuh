@@ -33,14 +33,14 @@ template <class T>
 struct InputLoader {
   static constexpr int kPieces = 16 / T::kPiece;
   const ConvParams& p;
-  const uint8_t* in;   // of the group
+  const uint8_t* in;  // of the group
   int32_t offset[T::kRows];
-  uint32_t inside[T::kRows];  // bits 0..14 vertical taps, 16..30 horizontal ones
+  uint32_t inside[T::kRows];      // bits 0..14 vertical taps, 16..30 horizontal ones
   int32_t next[kPieces][2] = {};  // pieces of the step that is loaded next
 
   ADALAYER_DEVICE InputLoader(const ConvParams& params, int32_t first_position, int32_t group)
       : p(params), in(params.in + static_cast<int64_t>(group) * params.group_in_bytes) {
-ADALAYER_UNROLL
+    ADALAYER_UNROLL
     for (int r = 0; r < T::kRows; ++r) {
       const int row = thread_index() / 8 + r * T::kRowsApart;
       const int32_t position = first_position + row;
@@ -62,7 +62,7 @@ ADALAYER_UNROLL
   /// Reads which pieces step `k` consists of; to be called a step before load().
   ADALAYER_DEVICE void look_up(int32_t k) {
     const int32_t first = (k * 8 + thread_index() % 8) * kPieces;
-ADALAYER_UNROLL
+    ADALAYER_UNROLL
     for (int i = 0; i < kPieces; ++i) {
       const Words2 piece =
           load_constant(reinterpret_cast<const Words2*>(p.pieces + 2 * (first + i)));
@@ -72,12 +72,12 @@ ADALAYER_UNROLL
   }
 
   ADALAYER_DEVICE void load(uint8_t* stage) const {
-ADALAYER_UNROLL
+    ADALAYER_UNROLL
     for (int r = 0; r < T::kRows; ++r) {
       const int row = thread_index() / 8 + r * T::kRowsApart;
       if (T::kRowsApart * T::kRows > T::kN && row >= T::kN) break;
       uint8_t* to = stage + chunk_offset(row, thread_index() % 8);
-ADALAYER_UNROLL
+      ADALAYER_UNROLL
       for (int i = 0; i < kPieces; ++i) {
         const uint32_t taps = static_cast<uint32_t>(next[i][1]);
         const bool there =
@@ -141,43 +141,43 @@ ADALAYER_DEVICE void multiply_stage(const uint8_t* stage, int warp_m, int warp_n
   const uint8_t* weights = stage + T::kInputBytes + warp_m * 4 * T::kCellStepBytes;
   // Two columns of eight positions at a time: which row and chunk this lane names.
   const int row = warp_n * 8 * T::kColumns + lane / 16 * 8 + lane % 8, odd_chunk = lane / 8 % 2;
-ADALAYER_UNROLL
+  ADALAYER_UNROLL
   for (int half = 0; half < 4; ++half) {
     if (half >= halves) break;
     uint32_t right[T::kColumns][2];
-ADALAYER_UNROLL
+    ADALAYER_UNROLL
     for (int j = 0; j < T::kColumns; j += 2) {
       uint32_t v[4];
       load_matrices(stage + chunk_offset(row + j * 8, half * 2 + odd_chunk), v);
       right[j][0] = v[0], right[j][1] = v[1];
       right[j + 1][0] = v[2], right[j + 1][1] = v[3];
     }
-ADALAYER_UNROLL
+    ADALAYER_UNROLL
     for (int cell = 0; cell < 4; ++cell) {
       if (cell >= cells) break;
       uint32_t left[4];
-      load_weights<T::kBits>(
-          weights + (cell * 2 + half / 2) * (kCellBytesPerBit * T::kBits), half % 2, left);
-ADALAYER_UNROLL
+      load_weights<T::kBits>(weights + (cell * 2 + half / 2) * (kCellBytesPerBit * T::kBits),
+                             half % 2, left);
+      ADALAYER_UNROLL
       for (int j = 0; j < T::kColumns; ++j)
         multiply_s8_u8(sums[cell][j], left, right[j]);
     }
   }
 }
 
-/// Adds this block's sums to those of the other blocks that share its tile. Returns whether all have
-/// arrived: that block alone has the totals in `sums`, and leaves zeros behind.
+/// Adds this block's sums to those of the other blocks that share its tile. Returns whether all
+/// have arrived: that block alone has the totals in `sums`, and leaves zeros behind.
 template <class T>
 ADALAYER_DEVICE bool collect(const ConvParams& p, int32_t tile, int32_t (&sums)[4][T::kColumns][4],
                              uint8_t* shared) {
   int32_t* total = p.partial + static_cast<int64_t>(tile) * T::kSums + thread_index();
-ADALAYER_UNROLL
+  ADALAYER_UNROLL
   for (int cell = 0; cell < 4; ++cell)
-ADALAYER_UNROLL
-    for (int j = 0; j < T::kColumns; ++j)
-ADALAYER_UNROLL
-      for (int r = 0; r < 4; ++r)
-        atomic_add(total + ((cell * T::kColumns + j) * 4 + r) * T::kThreads, sums[cell][j][r]);
+    ADALAYER_UNROLL
+  for (int j = 0; j < T::kColumns; ++j)
+    ADALAYER_UNROLL
+  for (int r = 0; r < 4; ++r)
+    atomic_add(total + ((cell * T::kColumns + j) * 4 + r) * T::kThreads, sums[cell][j][r]);
   thread_fence();
   sync_threads();  // also: nobody reads the stages any more
   auto* last = reinterpret_cast<int32_t*>(shared);
@@ -185,16 +185,16 @@ ADALAYER_UNROLL
   sync_threads();
   if (*last == 0) return false;
   thread_fence();
-ADALAYER_UNROLL
+  ADALAYER_UNROLL
   for (int cell = 0; cell < 4; ++cell)
-ADALAYER_UNROLL
-    for (int j = 0; j < T::kColumns; ++j)
-ADALAYER_UNROLL
-      for (int r = 0; r < 4; ++r) {
-        int32_t* at = total + ((cell * T::kColumns + j) * 4 + r) * T::kThreads;
-        sums[cell][j][r] = load_shared_by_blocks(at);
-        *at = 0;
-      }
+    ADALAYER_UNROLL
+  for (int j = 0; j < T::kColumns; ++j)
+    ADALAYER_UNROLL
+  for (int r = 0; r < 4; ++r) {
+    int32_t* at = total + ((cell * T::kColumns + j) * 4 + r) * T::kThreads;
+    sums[cell][j][r] = load_shared_by_blocks(at);
+    *at = 0;
+  }
   if (thread_index() == 0) p.arrived[tile] = 0;
   return true;
 }
@@ -218,7 +218,7 @@ ADALAYER_DEVICE void store_levels(const ConvOutput& o, const float* y, int32_t p
         *reinterpret_cast<uint16_t*>(residual) =
             *reinterpret_cast<const uint16_t*>(o.residual + at);
     }
-ADALAYER_UNROLL
+    ADALAYER_UNROLL
     for (int c = 0; c < kCount; ++c)
       q[c] = output_level(y[c], o.residual != nullptr, residual[c], o);
     if constexpr (kCells == 4)
@@ -229,7 +229,7 @@ ADALAYER_UNROLL
       *reinterpret_cast<uint16_t*>(o.levels + at) = *reinterpret_cast<const uint16_t*>(q);
     return;
   }
-ADALAYER_UNROLL
+  ADALAYER_UNROLL
   for (int c = 0; c < kCount; ++c) {
     if (channel + c >= end) return;
     const uint8_t r = o.residual == nullptr ? 0 : o.residual[at + c];
@@ -237,8 +237,8 @@ ADALAYER_UNROLL
   }
 }
 
-/// Stores a warp's sums. Its block of channels has kCells cells, `first` is its first channel within
-/// the group that begins at `base`.
+/// Stores a warp's sums. Its block of channels has kCells cells, `first` is its first channel
+/// within the group that begins at `base`.
 template <class T, int kCells>
 ADALAYER_DEVICE void store_block(const ConvParams& p, int32_t base, int32_t first, int32_t position,
                                  const int32_t (&sums)[4][T::kColumns][4]) {
@@ -251,27 +251,27 @@ ADALAYER_DEVICE void store_block(const ConvParams& p, int32_t base, int32_t firs
   const int32_t limit = vector && end == o.channels_count ? o.pitch : end;
   if (channel >= limit) return;
   ChannelConstants constants[2 * kCells];
-ADALAYER_UNROLL
+  ADALAYER_UNROLL
   for (int c = 0; c < 2 * kCells; ++c) {
     // (The array goes on for a block of zeros behind its end.)
     const auto v = load_constant(reinterpret_cast<const Words4*>(o.channels + channel + c));
     constants[c] = {bits_to_float(v.x), bits_to_float(v.y), static_cast<int32_t>(v.z), 0};
   }
-ADALAYER_UNROLL
+  ADALAYER_UNROLL
   for (int j = 0; j < T::kColumns; ++j) {
-ADALAYER_UNROLL
+    ADALAYER_UNROLL
     for (int e = 0; e < 2; ++e) {
       const int32_t at = position + j * 8 + lane % 4 * 2 + e;
       if (at >= p.positions) continue;
       const int32_t pixel = output_pixel(o, at, p.plane, p.width);
       float y[2 * kCells];
-ADALAYER_UNROLL
+      ADALAYER_UNROLL
       for (int c = 0; c < 2 * kCells; ++c)
         y[c] = sum_value(sums[c / 2][j][c % 2 * 2 + e] >> p.shift, constants[c]);
       if (o.levels != nullptr) {
         store_levels<kCells>(o, y, pixel, channel, limit, vector);
       } else {
-ADALAYER_UNROLL
+        ADALAYER_UNROLL
         for (int c = 0; c < 2 * kCells; ++c)
           if (channel + c < end) store_number(y[c], pixel, channel + c, o);
       }
@@ -293,14 +293,14 @@ ADALAYER_KERNEL ADALAYER_THREADS(T::kThreads) conv_mma(ADALAYER_PARAMS ConvParam
 
   // Weights never change: they are on their way before the kernel in front has ended.
   const WeightLoader<T> weights(p, tile_m, group);
-ADALAYER_UNROLL
+  ADALAYER_UNROLL
   for (int s = 0; s < T::kStages - 1; ++s)
     if (begin + s < end) weights.load(shared + s * T::kStageBytes, begin + s);
   let_next_kernel_start();
   InputLoader<T> input(p, tile_n * T::kN, group);
   if (begin < end) input.look_up(begin);
   wait_for_earlier_kernels();
-ADALAYER_UNROLL
+  ADALAYER_UNROLL
   for (int s = 0; s < T::kStages - 1; ++s) {
     if (begin + s < end) {
       input.load(shared + s * T::kStageBytes);

@@ -38,8 +38,7 @@ ADALAYER_DEVICE void store_number(float y, int32_t pixel, int32_t channel, const
   }
   if (o.residual_numbers != nullptr) y = add_rn(y, o.residual_numbers[at]);
   y = min_x86(max_x86(y, o.lo), o.hi);
-  if (o.on_grid)
-    y = dequantize_value(quantize_value(y, o.grid), o.grid_scale, o.grid.zero_point);
+  if (o.on_grid) y = dequantize_value(quantize_value(y, o.grid), o.grid_scale, o.grid.zero_point);
   o.numbers[at] = y;
 }
 

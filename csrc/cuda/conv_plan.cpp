@@ -170,8 +170,8 @@ class ProductBuilder {
     std::vector<Entry> entries;
     const auto add_entries = [&](int32_t ky, int32_t kx, int32_t ny, int32_t nx, int64_t offset) {
       for (int64_t c = 0; c < span_; c += p.piece)
-        entries.push_back({ky, kx, ny, nx, static_cast<int32_t>(c),
-                           static_cast<int32_t>(offset + c)});
+        entries.push_back(
+            {ky, kx, ny, nx, static_cast<int32_t>(c), static_cast<int32_t>(offset + c)});
     };
     if (whole) {
       for (int32_t ky = 0; ky < a.kernel_h; ++ky)
@@ -202,7 +202,10 @@ class ProductBuilder {
 
     // Whole blocks of 64 channels, the last one of 16 or 32 where that is enough.
     const int32_t rest = p.group_out % kBlockChannels;
-    p.cells = p.group_out / kBlockChannels * 4 + (rest == 0 ? 0 : rest <= 16 ? 1 : rest <= 32 ? 2 : 4);
+    p.cells = p.group_out / kBlockChannels * 4 + (rest == 0    ? 0
+                                                  : rest <= 16 ? 1
+                                                  : rest <= 32 ? 2
+                                                               : 4);
     const int64_t cell_bytes = int64_t{kCellBytesPerBit} * p.bits;
     p.group_weight_bytes = int64_t{p.steps} * p.cells * 2 * cell_bytes;
     std::vector<uint8_t> packed(static_cast<size_t>(p.group_weight_bytes) * p.groups, 0);
@@ -323,8 +326,8 @@ ConvPlan plan_conv(const ConvSource& s, ImageBuilder& image) {
                   header.kernel_w};
   ConvPlan plan;
   plan.bits = header.bits;
-  const bool depthwise = !s.transposed && s.a.groups > 1 && s.a.groups == s.in_c &&
-                         s.in_c == s.out_c;
+  const bool depthwise =
+      !s.transposed && s.a.groups > 1 && s.a.groups == s.in_c && s.in_c == s.out_c;
   if (depthwise)
     plan_depthwise(s, w, image, plan);
   else if (!ProductBuilder(s, w, header.bits, image).build(plan))

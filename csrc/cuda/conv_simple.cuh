@@ -36,19 +36,19 @@ ADALAYER_KERNEL ADALAYER_THREADS(128) conv_depthwise(ADALAYER_PARAMS DepthwisePa
     const bool row_inside = y >= 0 && y < p.size.h;
     for (int32_t kx = 0; kx < p.kernel_w; ++kx) {
       const uint32_t w = load_constant(p.weights + (ky * p.kernel_w + kx) * pitch_words + word);
-ADALAYER_UNROLL
+      ADALAYER_UNROLL
       for (int i = 0; i < kDepthwiseColumns; ++i) {
         const int32_t x = (ox0 + i) * p.stride_w - p.pad_left + kx * p.dilation_w;
         const uint32_t a = row_inside && x >= 0 && x < p.size.w
                                ? image[(static_cast<int64_t>(y) * p.size.w + x) * pitch_words]
                                : outside;
-ADALAYER_UNROLL
+        ADALAYER_UNROLL
         for (int c = 0; c < 4; ++c)
           sums[i][c] += unsigned_byte(a, c) * signed_byte(w, c);
       }
     }
   }
-ADALAYER_UNROLL
+  ADALAYER_UNROLL
   for (int i = 0; i < kDepthwiseColumns; ++i) {
     if (ox0 + i >= p.positions_w) break;
     const int32_t pixel = (n * p.positions_h + oy) * p.positions_w + ox0 + i;
@@ -59,10 +59,9 @@ ADALAYER_UNROLL
     }
     const int64_t at = static_cast<int64_t>(pixel) * pitch_words + word;
     const bool residual = p.out.residual != nullptr;
-    const uint32_t r =
-        residual ? reinterpret_cast<const uint32_t*>(p.out.residual)[at] : 0u;
+    const uint32_t r = residual ? reinterpret_cast<const uint32_t*>(p.out.residual)[at] : 0u;
     uint32_t q = 0;
-ADALAYER_UNROLL
+    ADALAYER_UNROLL
     for (int c = 0; c < 4; ++c) {
       const float y = sum_value(sums[i][c], p.out.channels[word * 4 + c]);
       const auto level = static_cast<uint8_t>(unsigned_byte(r, c));
@@ -72,8 +71,8 @@ ADALAYER_UNROLL
   }
 }
 
-/// One thread per output, written like the scalar interpreter: it takes the zero point away itself, so
-/// that corrections are zero.
+/// One thread per output, written like the scalar interpreter: it takes the zero point away itself,
+/// so that corrections are zero.
 ADALAYER_KERNEL ADALAYER_THREADS(128) conv_direct(ADALAYER_PARAMS DirectParams p) {
   let_next_kernel_start();
   wait_for_earlier_kernels();

@@ -14,7 +14,6 @@
 #include "engine/container.hpp"
 
 namespace adalayer::cuda {
-namespace {
 
 // Batch sizes whose graphs a workspace keeps, and workspaces of an engine besides captured ones.
 constexpr size_t kMostReady = 8;
@@ -64,10 +63,10 @@ struct Workspace {
 
 /// Measured choices of this process: layers that are alike share them.
 using ProductKey = std::tuple<int, int, int, int64_t, int64_t, int64_t, int64_t>;
-std::mutex tuned_mutex;
-std::map<ProductKey, Choice> tuned;
+static std::mutex tuned_mutex;
+static std::map<ProductKey, Choice> tuned;
 
-bool replace(uint8_t* params, size_t offset, const void* value, size_t bytes) {
+static bool replace(uint8_t* params, size_t offset, const void* value, size_t bytes) {
   if (std::memcmp(params + offset, value, bytes) == 0) return false;
   std::memcpy(params + offset, value, bytes);
   return true;
@@ -89,7 +88,7 @@ struct Event {
   void record(cudaStream_t stream) { check(cudaEventRecord(event, stream), "cudaEventRecord"); }
 };
 
-double milliseconds(const Event& from, const Event& to) {
+static double milliseconds(const Event& from, const Event& to) {
   float ms = 0.0f;
   check(cudaEventSynchronize(to.event), "cudaEventSynchronize");
   check(cudaEventElapsedTime(&ms, from.event, to.event), "cudaEventElapsedTime");
@@ -97,7 +96,7 @@ double milliseconds(const Event& from, const Event& to) {
 }
 
 /// The node that a stream's capture added last.
-cudaGraphNode_t last_captured(cudaStream_t stream) {
+static cudaGraphNode_t last_captured(cudaStream_t stream) {
   cudaStreamCaptureStatus status;
   const cudaGraphNode_t* nodes = nullptr;
   size_t count = 0;
@@ -114,8 +113,6 @@ cudaGraphNode_t last_captured(cudaStream_t stream) {
     fail("a captured launch left ", count, " nodes to wait for, expected 1");
   return nodes[0];
 }
-
-}  // namespace
 
 class DeviceEngine {
  public:
@@ -139,10 +136,9 @@ class DeviceEngine {
     if (image.bytes() > 0) {
       // Not the default stream: it may be part of somebody's capture.
       const OwnStream own;
-      check(cudaMemcpyAsync(image.data(), model.image().data(),
-                                            model.image().size(), cudaMemcpyHostToDevice,
-                                            own.stream),
-                            "copying the weights");
+      check(cudaMemcpyAsync(image.data(), model.image().data(), model.image().size(),
+                            cudaMemcpyHostToDevice, own.stream),
+            "copying the weights");
       check(cudaStreamSynchronize(own.stream), "copying the weights");
     }
   }
@@ -205,14 +201,13 @@ class DeviceEngine {
         w.scratch = {};
         w.scratch = DeviceMemory(sizes.scratch_bytes);
         const OwnStream own;
-        check(cudaMemsetAsync(w.scratch.data(), 0,
-                                              static_cast<size_t>(sizes.scratch_bytes), own.stream),
-                              "cudaMemsetAsync");
+        check(cudaMemsetAsync(w.scratch.data(), 0, static_cast<size_t>(sizes.scratch_bytes),
+                              own.stream),
+              "cudaMemsetAsync");
         check(cudaStreamSynchronize(own.stream), "cudaMemsetAsync");
       }
     }
-    Plan plan = make_plan(
-        model, batch, {image.data(), w.arena.data(), w.scratch.data()}, choices);
+    Plan plan = make_plan(model, batch, {image.data(), w.arena.data(), w.scratch.data()}, choices);
     for (Launch& l : plan.launches) {
       allow_shared_memory(l);
       if (l.output_at >= 0 && options.on_grid != 0) {
@@ -234,17 +229,14 @@ class DeviceEngine {
     }
     if (l.nhwc_input >= 0) {
       const int32_t nhwc = call.nhwc != nullptr && call.nhwc[l.nhwc_input] != 0;
-      changed |= replace(
-          l.params, offsetof(QuantizeParams, nhwc), &nhwc, sizeof nhwc);
+      changed |= replace(l.params, offsetof(QuantizeParams, nhwc), &nhwc, sizeof nhwc);
     }
     if (l.output_at >= 0) {
       const auto at = static_cast<size_t>(l.output_at);
       const int32_t nhwc = call.output_nhwc;
-      changed |= replace(
-          l.params, at + offsetof(ConvOutput, nhwc), &nhwc, sizeof nhwc);
-      changed |= replace(
-          l.params, at + offsetof(ConvOutput, residual_numbers), &call.residual,
-          sizeof call.residual);
+      changed |= replace(l.params, at + offsetof(ConvOutput, nhwc), &nhwc, sizeof nhwc);
+      changed |= replace(l.params, at + offsetof(ConvOutput, residual_numbers), &call.residual,
+                         sizeof call.residual);
     }
     return changed;
   }
@@ -257,13 +249,12 @@ class DeviceEngine {
     const OwnStream own;
     cudaGraph_t graph = nullptr;
     check(cudaStreamBeginCapture(own.stream, cudaStreamCaptureModeRelaxed),
-                          "cudaStreamBeginCapture");
+          "cudaStreamBeginCapture");
     try {
       for (size_t k = 0; k < r.plan.launches.size(); ++k) {
         const Launch& l = r.plan.launches[k];
         enqueue(l, own.stream, overlap());
-        if (depends_on_call(l))
-          r.port_nodes.push_back({k, last_captured(own.stream)});
+        if (depends_on_call(l)) r.port_nodes.push_back({k, last_captured(own.stream)});
       }
     } catch (...) {
       cudaStreamEndCapture(own.stream, &graph);
@@ -284,8 +275,7 @@ class DeviceEngine {
       return *w.ready.front();
     }
     const Plan sizes = make_plan(model, batch, {});
-    const bool tune = with_graph && options.choice < 0 &&
-                      (options.flags & ADALAYER_CUDA_TUNE) != 0;
+    const bool tune = with_graph && options.choice < 0 && (options.flags & ADALAYER_CUDA_TUNE) != 0;
     if (tune) measure_choices(w, batch, sizes, call);
     auto made = std::make_unique<Ready>();
     made->batch = batch;
@@ -343,8 +333,7 @@ class DeviceEngine {
           enqueue(l, own.stream, false);
         end.record(own.stream);
         const double ms = milliseconds(begin, end);
-        if (ms < at->second.ms)
-          at->second = {choices[static_cast<size_t>(l.choice)], ms};
+        if (ms < at->second.ms) at->second = {choices[static_cast<size_t>(l.choice)], ms};
       }
     }
     const std::lock_guard lock(tuned_mutex);
@@ -364,9 +353,8 @@ class DeviceEngine {
     const auto allocate = [&](int32_t v) {
       const auto& value = program.values[v];
       memory.emplace_back(batch * value.c * value.h * value.w * 4);
-      check(
-          cudaMemset(memory.back().data(), 0, static_cast<size_t>(memory.back().bytes())),
-          "cudaMemset");
+      check(cudaMemset(memory.back().data(), 0, static_cast<size_t>(memory.back().bytes())),
+            "cudaMemset");
       return memory.back().data();
     };
     for (const int32_t v : program.inputs)
@@ -375,8 +363,7 @@ class DeviceEngine {
       outputs.push_back(allocate(v));
     const Call call{inputs, outputs};
     Workspace w;
-    check(cudaEventCreateWithFlags(&w.done, cudaEventDisableTiming),
-                          "cudaEventCreateWithFlags");
+    check(cudaEventCreateWithFlags(&w.done, cudaEventDisableTiming), "cudaEventCreateWithFlags");
     Ready& r = ready(w, batch, call, (options.flags & ADALAYER_CUDA_NO_GRAPH) == 0);
     const OwnStream own;
     const size_t nodes = program.nodes.size();
@@ -392,8 +379,7 @@ class DeviceEngine {
         for (int k = 0; k < kMeasuredLaunches; ++k)
           enqueue(l, own.stream, overlap());
         end.record(own.stream);
-        spent[node] +=
-            1e3 * milliseconds(begin, end) / kMeasuredLaunches;
+        spent[node] += 1e3 * milliseconds(begin, end) / kMeasuredLaunches;
         names[node] = l.name;
       }
       if (round == 0) continue;
@@ -414,8 +400,7 @@ class DeviceEngine {
 
   Workspace& add_workspace(std::vector<std::unique_ptr<Workspace>>& to) {
     auto w = std::make_unique<Workspace>();
-    check(cudaEventCreateWithFlags(&w->done, cudaEventDisableTiming),
-                          "cudaEventCreateWithFlags");
+    check(cudaEventCreateWithFlags(&w->done, cudaEventDisableTiming), "cudaEventCreateWithFlags");
     to.push_back(std::move(w));
     return *to.back();
   }
@@ -449,7 +434,7 @@ class DeviceEngine {
         void* arguments[] = {l.params};
         node.kernelParams = arguments;
         check(cudaGraphExecKernelNodeSetParams(r.graph, port.node, &node),
-                              "cudaGraphExecKernelNodeSetParams");
+              "cudaGraphExecKernelNodeSetParams");
       }
       check(cudaGraphLaunch(r.graph, stream), "cudaGraphLaunch");
     } else {
@@ -459,14 +444,6 @@ class DeviceEngine {
         // In front of the first one is work of others.
         enqueue(l, stream, overlap() && k > 0);
       }
-    }
-    for (const auto& copy : r.plan.copies) {
-      const void* from =
-          copy.from_output ? call.outputs[copy.from] : call.inputs[copy.from];
-      check(cudaMemcpyAsync(call.outputs[copy.output], from,
-                                            static_cast<size_t>(copy.bytes),
-                                            cudaMemcpyDeviceToDevice, stream),
-                            "cudaMemcpyAsync");
     }
     if (capturing) return;
     check(cudaEventRecord(w.done, stream), "cudaEventRecord");
@@ -533,8 +510,8 @@ int adalayer_cuda_engine_create(const void* program, size_t bytes, int device,
   if (options->struct_size != sizeof(AdalayerCudaOptions)) return ADALAYER_CUDA_STRUCT_SIZE;
   *engine = nullptr;
   return guarded([&] {
-    *engine = new AdalayerCudaEngine({static_cast<const uint8_t*>(program), bytes}, device,
-                                     *options);
+    *engine =
+        new AdalayerCudaEngine({static_cast<const uint8_t*>(program), bytes}, device, *options);
   });
 }
 
@@ -557,8 +534,8 @@ int adalayer_cuda_engine_run(AdalayerCudaEngine* engine, const void* const* inpu
 }
 
 int adalayer_cuda_layer_run(AdalayerCudaEngine* engine, const void* input, uint8_t input_nhwc,
-                            int64_t batch, const void* residual, void* output,
-                            uint8_t output_nhwc, uint64_t stream) {
+                            int64_t batch, const void* residual, void* output, uint8_t output_nhwc,
+                            uint64_t stream) {
   if (engine == nullptr) return ADALAYER_CUDA_NULL_POINTER;
   return guarded([&] {
     const auto& program = engine->model.program();
@@ -605,8 +582,8 @@ int adalayer_cuda_quantize(const void* x, int64_t count, float scale, int32_t ze
   return guarded([&] {
     if (count < 0 || !(scale > 0.0f) || qmax < 1 || qmax > 255 || zero_point < 0 ||
         zero_point > qmax)
-      fail<InvalidArgument>("a grid of scale ", scale, ", zero point ", zero_point, " and levels 0 to ",
-                            qmax, " over ", count, " values");
+      fail<InvalidArgument>("a grid of scale ", scale, ", zero point ", zero_point,
+                            " and levels 0 to ", qmax, " over ", count, " values");
     if (count == 0) return;
     require_memory(&x, 1, "input");
     require_memory(&out, 1, "output");

@@ -50,13 +50,13 @@ ADALAYER_KERNEL ADALAYER_THREADS(256) quantize(ADALAYER_PARAMS QuantizeParams p)
   const auto word = static_cast<int32_t>(p.nhwc ? index % words : index / pixels);
   const int32_t plane = p.size.h * p.size.w, n = pixel / plane;
   uint32_t q = 0;
-ADALAYER_UNROLL
+  ADALAYER_UNROLL
   for (int c = 0; c < 4; ++c) {
     const int32_t channel = word * 4 + c;
     if (channel >= p.size.c) break;
-    const int64_t at = p.nhwc ? static_cast<int64_t>(pixel) * p.size.c + channel
-                              : (static_cast<int64_t>(n) * p.size.c + channel) * plane +
-                                    (pixel - n * plane);
+    const int64_t at =
+        p.nhwc ? static_cast<int64_t>(pixel) * p.size.c + channel
+               : (static_cast<int64_t>(n) * p.size.c + channel) * plane + (pixel - n * plane);
     q |= static_cast<uint32_t>(quantize_value(p.in[at], p.grid)) << (8 * c);
   }
   store_word(p.out + static_cast<int64_t>(pixel) * p.size.pitch + word * 4, q);
@@ -101,7 +101,7 @@ ADALAYER_KERNEL ADALAYER_THREADS(256) lookup(ADALAYER_PARAMS LookupParams p) {
   if (index >= p.words) return;
   const uint32_t a = load_word(p.in + index * 4);
   uint32_t q = 0;
-ADALAYER_UNROLL
+  ADALAYER_UNROLL
   for (int c = 0; c < 4; ++c)
     q |= static_cast<uint32_t>(table[byte_of(a, c)]) << (8 * c);
   store_word(p.out + index * 4, q);
@@ -116,7 +116,7 @@ ADALAYER_KERNEL ADALAYER_THREADS(256) pair(ADALAYER_PARAMS PairParams p) {
       p.per_channel ? index / p.image_words * p.pitch_words + index % p.pitch_words : index;
   const uint32_t a = load_word(p.a + index * 4), b = load_word(p.b + other * 4);
   uint32_t q = 0;
-ADALAYER_UNROLL
+  ADALAYER_UNROLL
   for (int c = 0; c < 4; ++c) {
     const auto x = static_cast<uint8_t>(byte_of(a, c)), y = static_cast<uint8_t>(byte_of(b, c));
     q |= static_cast<uint32_t>(p.product ? mul_u8(x, y, p) : add_u8(x, y, p)) << (8 * c);
@@ -132,16 +132,18 @@ ADALAYER_KERNEL ADALAYER_THREADS(256) affine(ADALAYER_PARAMS AffineParams p) {
   const auto first = static_cast<int32_t>(index % p.pitch_words) * 4;
   const uint32_t a = load_word(p.in + index * 4);
   uint32_t q = 0;
-ADALAYER_UNROLL
+  ADALAYER_UNROLL
   for (int c = 0; c < 4; ++c) {
     const float x = to_float_rn(static_cast<int32_t>(byte_of(a, c)));
-    const float y = fma_rn(x, load_constant(p.scale + first + c), load_constant(p.bias + first + c));
+    const float y =
+        fma_rn(x, load_constant(p.scale + first + c), load_constant(p.bias + first + c));
     q |= static_cast<uint32_t>(finish_u8(y, p.finish)) << (8 * c);
   }
   store_word(p.out + index * 4, q);
 }
 
-// ---- moves ----------------------------------------------------------------------------------------
+// ---- moves
+// ----------------------------------------------------------------------------------------
 
 /// Level of channel `c` of output position (y, x) of image `n`.
 ADALAYER_DEVICE uint8_t moved_level(const MoveParams& p, int32_t n, int32_t y, int32_t x,
@@ -160,8 +162,8 @@ ADALAYER_DEVICE uint8_t moved_level(const MoveParams& p, int32_t n, int32_t y, i
       return inside ? p.in[level_at(p.from, n, iy, ix) + c] : static_cast<uint8_t>(p.level);
     }
     case MoveParams::kResize:
-      return p.in[level_at(p.from, n, load_constant(p.index + y), load_constant(p.index_w + x)) +
-                  c];
+      return p
+          .in[level_at(p.from, n, load_constant(p.index + y), load_constant(p.index_w + x)) + c];
     case MoveParams::kFlatten: {  // the output is a vector, in NCHW order of the input
       const int32_t plane = p.from.h * p.from.w, rest = c % plane;
       return p.in[level_at(p.from, n, rest / p.from.w, rest % p.from.w) + c / plane];
@@ -191,7 +193,7 @@ ADALAYER_KERNEL ADALAYER_THREADS(256) move(ADALAYER_PARAMS MoveParams p) {
   uint32_t q = load_word(p.in + index * 4);
   if (p.table != nullptr) {
     uint32_t looked = 0;
-ADALAYER_UNROLL
+    ADALAYER_UNROLL
     for (int c = 0; c < 4; ++c)
       looked |= static_cast<uint32_t>(load_constant(p.table + byte_of(q, c))) << (8 * c);
     q = looked;
@@ -205,7 +207,8 @@ ADALAYER_UNROLL
     out[c] = static_cast<uint8_t>(byte_of(q, c));
 }
 
-// ---- pooling ----------------------------------------------------------------------------------------
+// ---- pooling
+// ----------------------------------------------------------------------------------------
 
 /// The part of a window that lies in the image, along one axis, and how many positions count if
 /// padding does.
@@ -241,10 +244,9 @@ ADALAYER_DEVICE uint32_t max_of_window(const PoolParams& p, const WordPlace& at)
 ADALAYER_DEVICE uint32_t finish_average(const PoolParams& p, const int32_t sums[4],
                                         const PoolWindow& y, const PoolWindow& x) {
   const int64_t valid = static_cast<int64_t>(y.end - y.begin) * (x.end - x.begin);
-  const int64_t divisor =
-      p.count_padding ? static_cast<int64_t>(y.padded) * x.padded : valid;
+  const int64_t divisor = p.count_padding ? static_cast<int64_t>(y.padded) * x.padded : valid;
   uint32_t q = 0;
-ADALAYER_UNROLL
+  ADALAYER_UNROLL
   for (int c = 0; c < 4; ++c) {
     const float v = average_value(sums[c], valid, divisor, p.zero_in, p.ratio);
     q |= static_cast<uint32_t>(finish_u8(v, p.finish)) << (8 * c);
@@ -280,7 +282,7 @@ ADALAYER_KERNEL ADALAYER_THREADS(256) pool(ADALAYER_PARAMS PoolParams p) {
   for (int32_t iy = y.begin; iy < y.end; ++iy)
     for (int32_t ix = x.begin; ix < x.end; ++ix) {
       const uint32_t a = load_word(p.in + level_at(p.from, at.n, iy, ix) + at.word * 4);
-ADALAYER_UNROLL
+      ADALAYER_UNROLL
       for (int c = 0; c < 4; ++c)
         sums[c] += static_cast<int32_t>(byte_of(a, c));
     }
@@ -308,20 +310,20 @@ ADALAYER_KERNEL ADALAYER_THREADS(32 * kPoolWarps) pool_large(ADALAYER_PARAMS Poo
   int32_t sums[4] = {};
   if (word < pitch_words) {
     for (int32_t i = warp; i < count; i += kPoolWarps) {
-      const uint32_t a = load_word(
-          p.in + level_at(p.from, at.n, y.begin + i / w, x.begin + i % w) + word * 4);
-ADALAYER_UNROLL
+      const uint32_t a =
+          load_word(p.in + level_at(p.from, at.n, y.begin + i / w, x.begin + i % w) + word * 4);
+      ADALAYER_UNROLL
       for (int c = 0; c < 4; ++c)
         sums[c] += static_cast<int32_t>(byte_of(a, c));
     }
   }
   auto* shared = reinterpret_cast<int32_t*>(shared_memory());  // [warps][4][32]
-ADALAYER_UNROLL
+  ADALAYER_UNROLL
   for (int c = 0; c < 4; ++c)
     shared[(warp * 4 + c) * 32 + lane] = sums[c];
   sync_threads();
   if (warp != 0 || word >= pitch_words) return;
-ADALAYER_UNROLL
+  ADALAYER_UNROLL
   for (int c = 0; c < 4; ++c) {
     sums[c] = 0;
     for (int k = 0; k < kPoolWarps; ++k)
@@ -330,7 +332,8 @@ ADALAYER_UNROLL
   store_word(p.out + (pixel * pitch_words + word) * 4, finish_average(p, sums, y, x));
 }
 
-// ---- blending and normalising -------------------------------------------------------------------------
+// ---- blending and normalising
+// -------------------------------------------------------------------------
 
 ADALAYER_KERNEL ADALAYER_THREADS(256) bilinear(ADALAYER_PARAMS BilinearParams p) {
   let_next_kernel_start();
@@ -346,7 +349,7 @@ ADALAYER_KERNEL ADALAYER_THREADS(256) bilinear(ADALAYER_PARAMS BilinearParams p)
   const uint32_t q10 = load_word(p.in + level_at(p.from, at.n, y1, x0) + at.word * 4);
   const uint32_t q11 = load_word(p.in + level_at(p.from, at.n, y1, x1) + at.word * 4);
   uint32_t q = 0;
-ADALAYER_UNROLL
+  ADALAYER_UNROLL
   for (int c = 0; c < 4; ++c) {
     const auto number = [c](uint32_t v) {
       return to_float_rn(static_cast<int32_t>(byte_of(v, c)));
@@ -371,17 +374,15 @@ ADALAYER_KERNEL ADALAYER_THREADS(128) layer_norm(ADALAYER_PARAMS LayerNormParams
     s1 += level;
     s2 += level * level;
   }
-ADALAYER_UNROLL
+  ADALAYER_UNROLL
   for (int other = 16; other > 0; other /= 2) {
     s1 += shuffle_xor(s1, other);
     s2 += shuffle_xor(s2, other);
   }
   const double count = to_double_rn(p.channels);
   const double mean = div_rn(to_double_rn(s1), count);
-  const double var =
-      div_rn(to_double_rn(p.channels * s2 - s1 * s1), mul_rn(count, count));
-  const double rstd =
-      div_rn(1.0, sqrt_rn(add_rn(mul_rn(var, mul_rn(p.step, p.step)), p.eps)));
+  const double var = div_rn(to_double_rn(p.channels * s2 - s1 * s1), mul_rn(count, count));
+  const double rstd = div_rn(1.0, sqrt_rn(add_rn(mul_rn(var, mul_rn(p.step, p.step)), p.eps)));
   const float factor = to_float_rn(mul_rn(rstd, p.step));
   uint8_t* out = p.out + pixel * p.pitch;
   for (int32_t c = lane; c < p.pitch; c += 32) {
@@ -390,13 +391,14 @@ ADALAYER_UNROLL
       continue;
     }
     const float centred = to_float_rn(sub_rn(to_double_rn(in[c]), mean));
-    out[c] = finish_u8(fma_rn(mul_rn(centred, factor), load_constant(p.gamma + c),
-                              load_constant(p.beta + c)),
-                       p.finish);
+    out[c] = finish_u8(
+        fma_rn(mul_rn(centred, factor), load_constant(p.gamma + c), load_constant(p.beta + c)),
+        p.finish);
   }
 }
 
-// ---- floats behind the last quantized layer -------------------------------------------------------------
+// ---- floats behind the last quantized layer
+// -------------------------------------------------------------
 
 ADALAYER_KERNEL ADALAYER_THREADS(256) average_floats(ADALAYER_PARAMS FloatAverageParams p) {
   let_next_kernel_start();
@@ -438,9 +440,9 @@ ADALAYER_KERNEL ADALAYER_THREADS(256) resize_floats(ADALAYER_PARAMS FloatResizeP
     return;
   }
   const int32_t y1 = load_constant(p.high_h + oy), x1 = load_constant(p.high_w + ox);
-  p.out[index] = blend(in[y0 * p.in_w + x0], in[y0 * p.in_w + x1], in[y1 * p.in_w + x0],
-                       in[y1 * p.in_w + x1], load_constant(p.part_w + ox),
-                       load_constant(p.part_h + oy));
+  p.out[index] =
+      blend(in[y0 * p.in_w + x0], in[y0 * p.in_w + x1], in[y1 * p.in_w + x0], in[y1 * p.in_w + x1],
+            load_constant(p.part_w + ox), load_constant(p.part_h + oy));
 }
 
 /// One block per position. The sum runs channel after channel, as on the CPU.

@@ -78,8 +78,7 @@ extern "C" {
 int adalayer_cuda_linear_create(const void* packed, size_t bytes, const float* scale,
                                 const float* bias, int device, AdalayerCudaLinear** linear) {
   using namespace adalayer::cuda;
-  if (packed == nullptr || scale == nullptr || linear == nullptr)
-    return ADALAYER_CUDA_NULL_POINTER;
+  if (packed == nullptr || scale == nullptr || linear == nullptr) return ADALAYER_CUDA_NULL_POINTER;
   *linear = nullptr;
   return guarded([&] {
     machine_of(device);

@@ -9,8 +9,7 @@ namespace {
 template <bool kBfloat, int kBits, int kColumns>
 KernelInfo form() {
   return {ADALAYER_KERNEL_ADDRESS((linear_small<kBfloat, kBits, kColumns>), LinearParams),
-          32 * kLinearWarps,
-          kLinearWarps * kColumns * 4 * 32 * 4};
+          32 * kLinearWarps, kLinearWarps * kColumns * 4 * 32 * 4};
 }
 
 template <bool kBfloat, int kColumns>

@@ -57,16 +57,16 @@ ADALAYER_KERNEL ADALAYER_THREADS(32 * kLinearWarps) linear_small(ADALAYER_PARAMS
         p.weights + (static_cast<int64_t>(block) * p.units + unit) * linear_unit_bytes(kBits);
     // All of the lane's words of this unit: plane after plane, kBits vectors of four words.
     uint32_t words[kBits][4];
-ADALAYER_UNROLL
+    ADALAYER_UNROLL
     for (int v = 0; v < kBits; ++v) {
       const Words4 w = load_streamed(reinterpret_cast<const Words4*>(from + v * 512 + lane * 16));
       words[v][0] = w.x, words[v][1] = w.y, words[v][2] = w.z, words[v][3] = w.w;
     }
-ADALAYER_UNROLL
+    ADALAYER_UNROLL
     for (int two = 0; two < 8; ++two) {  // pairs of products
       const int32_t k = unit * kLinearDepth + linear_column(lane, 2 * two, 0, 0);
       Words4 x[kColumns];
-ADALAYER_UNROLL
+      ADALAYER_UNROLL
       for (int j = 0; j < kColumns; ++j) {
         const int32_t row = first_row + j * 8 + g;
         x[j] = {0, 0, 0, 0};
@@ -81,16 +81,16 @@ ADALAYER_UNROLL
           v[i / 2] |= static_cast<uint32_t>(at[i]) << (16 * (i % 2));
         x[j] = {v[0], v[1], v[2], v[3]};
       }
-ADALAYER_UNROLL
+      ADALAYER_UNROLL
       for (int h = 0; h < 2; ++h) {
         const int s = 2 * two + h;
         uint32_t left[4];
-ADALAYER_UNROLL
+        ADALAYER_UNROLL
         for (int r = 0; r < 4; ++r) {
           const int pair = 4 * s + r;
           uint32_t fields = 0;
           int before = 0;
-ADALAYER_UNROLL
+          ADALAYER_UNROLL
           for (int plane = 8; plane > 0; plane /= 2) {
             if (kBits - before < plane) continue;
             const int pairs = 16 / plane, word = pair / pairs, shift = pair % pairs * plane;
@@ -100,7 +100,7 @@ ADALAYER_UNROLL
           }
           left[r] = whole_to_pair<kBfloat, kBits>(fields);
         }
-ADALAYER_UNROLL
+        ADALAYER_UNROLL
         for (int j = 0; j < kColumns; ++j) {
           const uint32_t right[2] = {h == 0 ? x[j].x : x[j].z, h == 0 ? x[j].y : x[j].w};
           multiply_half<kBfloat>(sums[j], left, right);
@@ -110,11 +110,11 @@ ADALAYER_UNROLL
   }
   // Warps add up in a fixed order: the same bits every time.
   auto* shared = reinterpret_cast<float*>(shared_memory());  // [warps][kColumns][4][32]
-ADALAYER_UNROLL
+  ADALAYER_UNROLL
   for (int j = 0; j < kColumns; ++j)
-ADALAYER_UNROLL
-    for (int r = 0; r < 4; ++r)
-      shared[((warp * kColumns + j) * 4 + r) * 32 + lane] = sums[j][r];
+    ADALAYER_UNROLL
+  for (int r = 0; r < 4; ++r)
+    shared[((warp * kColumns + j) * 4 + r) * 32 + lane] = sums[j][r];
   sync_threads();
   for (int item = warp; item < kColumns * 4; item += kLinearWarps) {
     const int j = item / 4, r = item % 4;

@@ -7,9 +7,9 @@
 // 2^(8 - b) times too large, exactly, which the epilogue shifts away.
 //
 // The b bits are split into planes of 8, 4, 2 and 1 bits, most significant first (7 = 4 + 2 + 1),
-// which follow one another in the cell. Each lane's part of a plane of p bits is p words of 32 bits,
-// field by field from the highest bits of each byte down; halves of a plane are apart for p > 1, so
-// that a half is one load of 4, 8 or 16 bytes per lane.
+// which follow one another in the cell. Each lane's part of a plane of p bits is p words of 32
+// bits, field by field from the highest bits of each byte down; halves of a plane are apart for p >
+// 1, so that a half is one load of 4, 8 or 16 bytes per lane.
 #pragma once
 
 #include <cstdint>

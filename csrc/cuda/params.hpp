@@ -50,10 +50,10 @@ struct ConvOutput {
   int32_t on_grid;
   Grid grid;
   float grid_scale;
-  int32_t nhwc;             // float results: NHWC without padding instead of NCHW
-  int32_t channels_count;   // of the whole output
+  int32_t nhwc;            // float results: NHWC without padding instead of NCHW
+  int32_t channels_count;  // of the whole output
   int32_t pitch;
-  int32_t out_h, out_w;     // of the whole output
+  int32_t out_h, out_w;  // of the whole output
   // Position (j, i) of the product is pixel (j * step_y + phase_y, i * step_x + phase_x).
   int32_t step_y, step_x, phase_y, phase_x;
   int32_t linear;  // steps of 1: position numbers are pixel numbers
@@ -70,19 +70,19 @@ struct ConvParams {
   int32_t* partial;          // [tiles][tile size], zero between launches; splits > 1 only
   int32_t* arrived;          // [tiles], likewise
   int64_t group_weight_bytes;
-  int32_t group_in_bytes;  // from one group's channels to the next one's
-  int32_t group_out;       // output channels of a group
-  int32_t cells;           // of 16 output channels, in a group
+  int32_t group_in_bytes;           // from one group's channels to the next one's
+  int32_t group_out;                // output channels of a group
+  int32_t cells;                    // of 16 output channels, in a group
   int32_t positions, plane, width;  // all; of one image; of one row of it
   int32_t in_h, in_w, in_row_bytes, in_pixel_bytes, in_image_bytes;
   int32_t stride_y, stride_x;
   int32_t taps_y, taps_x;
   int16_t tap_y[kMaxTaps + 1], tap_x[kMaxTaps + 1];  // position * stride + tap = input coordinate
-  int32_t steps;   // of the reduction, kStepDepth each
-  int32_t depth;   // of the reduction, a multiple of 32
-  int32_t splits;  // of the reduction, grid y
-  int32_t tiles_m;  // tiles of output channels in a group
-  int32_t shift;   // 8 - bits
+  int32_t steps;                                     // of the reduction, kStepDepth each
+  int32_t depth;                                     // of the reduction, a multiple of 32
+  int32_t splits;                                    // of the reduction, grid y
+  int32_t tiles_m;                                   // tiles of output channels in a group
+  int32_t shift;                                     // 8 - bits
   int32_t vector_store;  // eight neighbouring channels of a group are aligned to eight bytes
   ConvOutput out;
 };
@@ -174,11 +174,11 @@ struct MoveParams {
   int32_t kind;
   int32_t batch;
   ImageSize from, to;
-  int32_t first_channel;           // concat: of this input in the output
-  int32_t axis, begin, step;       // slice
-  const int32_t* index;            // gather: [C]; resize: low_h
-  const int32_t* index_w;          // resize: low_w
-  int32_t top, left, level;        // pad
+  int32_t first_channel;      // concat: of this input in the output
+  int32_t axis, begin, step;  // slice
+  const int32_t* index;       // gather: [C]; resize: low_h
+  const int32_t* index_w;     // resize: low_w
+  int32_t top, left, level;   // pad
 };
 
 struct PoolParams {

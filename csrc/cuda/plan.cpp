@@ -46,7 +46,7 @@ struct NodeData {
 
 struct Model::Prepared {
   std::vector<NodeData> nodes;
-  std::vector<engine::Lifetime> lifetimes;  // of one image
+  std::vector<engine::Lifetime> lifetimes;   // of one image
   std::vector<int> input_port, output_port;  // [values]
 };
 
@@ -112,12 +112,11 @@ Model::Model(Program program, const Machine& machine)
   const size_t count = p.values.size();
   d.input_port.assign(count, -1);
   d.output_port.assign(count, -1);
+  // (No value is a port twice: validate() sees to it.)
   for (size_t k = 0; k < p.inputs.size(); ++k)
-    if (d.input_port[p.inputs[k]] < 0) d.input_port[p.inputs[k]] = static_cast<int>(k);
-  for (size_t k = 0; k < p.outputs.size(); ++k) {
-    const int32_t v = p.outputs[k];
-    if (d.input_port[v] < 0 && d.output_port[v] < 0) d.output_port[v] = static_cast<int>(k);
-  }
+    d.input_port[p.inputs[k]] = static_cast<int>(k);
+  for (size_t k = 0; k < p.outputs.size(); ++k)
+    d.output_port[p.outputs[k]] = static_cast<int>(k);
   d.lifetimes.resize(count);
   int64_t most = 1;
   for (size_t v = 0; v < count; ++v) {
@@ -143,7 +142,8 @@ Model::Model(Program program, const Machine& machine)
 
 Model::~Model() = default;
 
-// ---- choices ---------------------------------------------------------------------------------------
+// ---- choices
+// ---------------------------------------------------------------------------------------
 
 std::vector<Choice> choices(const Product& p, const Machine& m) {
   struct Rated {
@@ -155,8 +155,8 @@ std::vector<Choice> choices(const Product& p, const Machine& m) {
     const KernelInfo info = conv_kernel(p.bits, tile, p.piece);
     if (info.function == nullptr || info.shared_bytes > m.shared_bytes) continue;
     const TileSize& t = kTileSizes[tile];
-    const int64_t tiles = ceil_div(p.channels, t.channels) * ceil_div(p.positions, t.positions) *
-                          p.groups;
+    const int64_t tiles =
+        ceil_div(p.channels, t.channels) * ceil_div(p.positions, t.positions) * p.groups;
     const int blocks = std::max(1, std::min(t.blocks, m.shared_bytes / info.shared_bytes));
     for (const int splits : {1, 2, 3, 4, 6, 8, 12, 16, 24, 32}) {
       if (splits > 1 && (splits > p.steps || tiles * splits > 4 * int64_t{m.multiprocessors} ||
@@ -165,8 +165,8 @@ std::vector<Choice> choices(const Product& p, const Machine& m) {
       // Rough clocks: a step's products share the multiprocessor's tensor cores with the blocks
       // beside it; alone, a step cannot be faster than its data arrive.
       const int64_t launched = tiles * splits;
-      const auto beside = static_cast<double>(
-          std::min<int64_t>(blocks, ceil_div(launched, m.multiprocessors)));
+      const auto beside =
+          static_cast<double>(std::min<int64_t>(blocks, ceil_div(launched, m.multiprocessors)));
       const double products = static_cast<double>(t.channels) * t.positions * kStepDepth / 2048.0;
       const double step = std::max(250.0, beside * products);
       const auto waves =
@@ -184,7 +184,8 @@ std::vector<Choice> choices(const Product& p, const Machine& m) {
   return found;
 }
 
-// ---- launches ----------------------------------------------------------------------------------------
+// ---- launches
+// ----------------------------------------------------------------------------------------
 
 namespace {
 
@@ -208,14 +209,6 @@ class Planner {
     for (size_t k = 0; k < p_.nodes.size(); ++k) {
       node_ = static_cast<int32_t>(k);
       add(p_.nodes[k], d_.nodes[k]);
-    }
-    for (size_t k = 0; k < p_.outputs.size(); ++k) {
-      const int32_t v = p_.outputs[k];
-      if (d_.output_port[v] == static_cast<int>(k)) continue;
-      const bool again = d_.output_port[v] >= 0;
-      plan_.copies.push_back({static_cast<int32_t>(k), again,
-                              again ? d_.output_port[v] : d_.input_port[v],
-                              batch_ * device_bytes(p_.values[v])});
     }
     return std::move(plan_);
   }
@@ -497,8 +490,8 @@ class Planner {
     } else {
       const std::vector<Choice> all = choices(product, model_.machine());
       if (all.empty())
-        fail<InvalidArgument>("node '", n.name, "': no kernel fits ",
-                              model_.machine().shared_bytes, " bytes of shared memory");
+        fail<InvalidArgument>("node '", n.name, "': no kernel fits ", model_.machine().shared_bytes,
+                              " bytes of shared memory");
       choice = all.front();
     }
     const KernelInfo info = conv_kernel(c.bits, choice.tile, c.piece);
@@ -519,15 +512,14 @@ class Planner {
       q.arrived = reinterpret_cast<int32_t*>(bases_.scratch);
       q.partial = reinterpret_cast<int32_t*>(bases_.scratch + kCounterBytes);
     }
-    Launch l = launch(info, std::string("mma ") + t.name +
-                                (q.splits > 1 ? "/" + std::to_string(q.splits) : ""));
+    Launch l = launch(
+        info, std::string("mma ") + t.name + (q.splits > 1 ? "/" + std::to_string(q.splits) : ""));
     l.choice = static_cast<int32_t>(number);
     l.grid[0] = static_cast<uint32_t>(tiles);
     l.grid[1] = static_cast<uint32_t>(q.splits);
     l.grid[2] = static_cast<uint32_t>(c.groups);
     l.set_params(q);
-    if (value(n.output).kind == ValueKind::F32)
-      bind_result(l, offsetof(ConvParams, out), n.output);
+    if (value(n.output).kind == ValueKind::F32) bind_result(l, offsetof(ConvParams, out), n.output);
     plan_.launches.push_back(std::move(l));
   }
 
@@ -638,15 +630,14 @@ class Planner {
     q.zero_in = s.zero_in;
     q.ratio = s.ratio;
     q.finish = finish(n, d.constants[0]);
-    const int64_t window = adaptive ? ceil_div(x.h, y.h) * ceil_div(x.w, y.w)
-                                    : s.kernel_h * s.kernel_w;
+    const int64_t window =
+        adaptive ? ceil_div(x.h, y.h) * ceil_div(x.w, y.w) : s.kernel_h * s.kernel_w;
     if (window < 32) {
       items(Kernel::Pool, q, words(n.output));
       return;
     }
     Launch& l = items(Kernel::PoolLarge, q, 1);
-    l.grid[0] =
-        static_cast<uint32_t>(batch_ * y.h * y.w * ceil_div(q.to.pitch / 4, 32));
+    l.grid[0] = static_cast<uint32_t>(batch_ * y.h * y.w * ceil_div(q.to.pitch / 4, 32));
   }
 
   template <class P>

@@ -30,8 +30,8 @@ constexpr int64_t device_pitch(int64_t channels) {
 struct Launch {
   KernelInfo kernel;
   uint32_t grid[3] = {1, 1, 1};
-  int32_t node = -1;      // of the program
-  int32_t choice = -1;    // number of the convolution product whose Choice it follows
+  int32_t node = -1;    // of the program
+  int32_t choice = -1;  // number of the convolution product whose Choice it follows
   std::string name;
   static constexpr size_t kMostParams = 512;
   size_t params_bytes = 0;
@@ -115,14 +115,6 @@ struct Plan {
   std::vector<Launch> launches;
   int64_t arena_bytes = 0, scratch_bytes = 0;
   std::vector<Product> products;
-  // Outputs that no launch writes: they are inputs, or other outputs again.
-  struct Copy {
-    int32_t output;
-    bool from_output;
-    int32_t from;
-    int64_t bytes;
-  };
-  std::vector<Copy> copies;
 };
 
 /// All launches for `batch` images (1 to most_images()). `chosen`: one per product, or empty for

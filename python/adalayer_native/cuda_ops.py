@@ -99,7 +99,9 @@ def _conv2d_cuda(
     out_channels = weight_scale.shape[0]
     shape = ops._conv_out_shape(x, out_channels, kernel_size, stride, padding, dilation)
     g = LayerGeometry(
-        *x.shape[1:],
+        x.shape[1],
+        x.shape[2],
+        x.shape[3],
         out_channels,
         shape[2:],
         _pair(kernel_size),
@@ -140,7 +142,9 @@ def _conv2d_u8_cuda(
         )
     shape = ops._conv_out_shape(x, scale.shape[0], kernel_size, stride, padding, dilation)
     g = LayerGeometry(
-        *x.shape[1:],
+        x.shape[1],
+        x.shape[2],
+        x.shape[3],
         scale.shape[0],
         shape[2:],
         _pair(kernel_size),
@@ -186,7 +190,9 @@ def _conv_transpose2d_cuda(
     )
     pad_h, pad_w = padding
     g = LayerGeometry(
-        *x.shape[1:],
+        x.shape[1],
+        x.shape[2],
+        x.shape[3],
         weight_scale.shape[0],
         shape[2:],
         _pair(kernel_size),
@@ -259,7 +265,7 @@ def _fake_quantize_cuda(x: Tensor, scale: float, zero_point: int, bits: int) -> 
     return out if x.dtype == torch.float32 else out.to(x.dtype)
 
 
-# ------------------------------------------------------------------- float activations, b-bit weights
+# ----------------------------------------------------------------- float activations, b-bit weights
 
 ops._library.define(
     "linear_weight_only(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor bias) -> Tensor"
@@ -269,7 +275,9 @@ ops._library.define(
 def _check_weight_only(x: Tensor, weight_scale: Tensor) -> list[int]:
     ops._check_input("linear_weight_only", x, (torch.float16, torch.bfloat16), None)
     if x.dim() == 0:
-        raise ValueError("adalayer::linear_weight_only: expected an input of at least one dimension")
+        raise ValueError(
+            "adalayer::linear_weight_only: expected an input of at least one dimension"
+        )
     return [*x.shape[:-1], weight_scale.shape[0]]
 
 

@@ -4,8 +4,9 @@ Operators take the canonical packed weights (device-neutral bytes with a header)
 exported program holds nothing that depends on the machine. The layout that the machine's kernels
 want is derived on first use and cached by content.
 
-The implementations here are for CPU tensors, those for GPUs in ``cuda_ops``. Weights are ``uint8[64 + payload]`` as :func:`pack_weight` makes
-them; scales and biases are ``float32[out_channels]``.
+The implementations here are for CPU tensors; ``cuda_ops`` has those for GPUs. Weights are
+``uint8[64 + payload]`` as :func:`pack_weight` makes them; scales and biases are
+``float32[out_channels]``.
 """
 
 from __future__ import annotations

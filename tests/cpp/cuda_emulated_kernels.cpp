@@ -9,4 +9,8 @@
 #include "cuda/conv_b7.cu"
 #include "cuda/conv_b8.cu"
 #include "cuda/kernels.cu"
+#include "cuda/linear.cu"
 #include "cuda/linear_forms.cu"
+#include "cuda/runtime.cu"
+//
+#include "cuda/engine.cu"

@@ -218,8 +218,7 @@ void run(const void* function, const uint32_t grid[3], int threads, int shared_b
   // Aligned as the hardware's, and as long as asked for: a sanitizer sees what reads beyond.
   const size_t room = static_cast<size_t>(shared_bytes) + 1024;
   m.memory = std::make_unique<uint8_t[]>(room);
-  m.shared = m.memory.get() +
-             (1024 - reinterpret_cast<uintptr_t>(m.memory.get()) % 1024) % 1024;
+  m.shared = m.memory.get() + (1024 - reinterpret_cast<uintptr_t>(m.memory.get()) % 1024) % 1024;
   for (const uint64_t b : order) {
     m.block[0] = static_cast<uint32_t>(b % grid[0]);
     m.block[1] = static_cast<uint32_t>(b / grid[0] % grid[1]);
@@ -248,7 +247,7 @@ uint16_t float_to_half(float v) {
   if (size < 0x1p-14f)  // subnormal: whole steps of 2^-24
     return sign | static_cast<uint16_t>(std::nearbyint(std::ldexp(size, 24)));
   int exponent;
-  const float fraction = std::frexp(size, &exponent);  // 0.5 .. 1
+  const float fraction = std::frexp(size, &exponent);                            // 0.5 .. 1
   auto steps = static_cast<uint32_t>(std::nearbyint(std::ldexp(fraction, 11)));  // 1024 .. 2048
   if (steps == 2048) {
     steps = 1024;

@@ -151,8 +151,8 @@ inline void multiply_s8_u8(int32_t c[4], const uint32_t a[4], const uint32_t b[2
         for (int i = 0; i < 4; ++i) {
           const uint32_t left = all[g * 4 + quad].a[k16 * 2 + row_half] >> (8 * i);
           const uint32_t right = all[column * 4 + quad].b[k16] >> (8 * i);
-          sum += static_cast<uint32_t>(static_cast<int8_t>(left) *
-                                       static_cast<int32_t>(right & 0xFF));
+          sum +=
+              static_cast<uint32_t>(static_cast<int8_t>(left) * static_cast<int32_t>(right & 0xFF));
         }
     c[r] = static_cast<int32_t>(sum);
   }
@@ -207,17 +207,16 @@ inline uint16_t to_bfloat_rn(float v) {
 inline uint32_t sub_half_pairs(uint32_t a, uint32_t b) {
   uint32_t c = 0;
   for (int s = 0; s < 32; s += 16)
-    c |= static_cast<uint32_t>(
-             to_half_rn(emulation::half_to_float(static_cast<uint16_t>(a >> s)) -
-                        emulation::half_to_float(static_cast<uint16_t>(b >> s))))
+    c |= static_cast<uint32_t>(to_half_rn(emulation::half_to_float(static_cast<uint16_t>(a >> s)) -
+                                          emulation::half_to_float(static_cast<uint16_t>(b >> s))))
          << s;
   return c;
 }
 inline uint32_t sub_bfloat_pairs(uint32_t a, uint32_t b) {
   uint32_t c = 0;
   for (int s = 0; s < 32; s += 16)
-    c |= static_cast<uint32_t>(to_bfloat_rn(std::bit_cast<float>(a >> s << 16) -
-                                            std::bit_cast<float>(b >> s << 16)))
+    c |= static_cast<uint32_t>(
+             to_bfloat_rn(std::bit_cast<float>(a >> s << 16) - std::bit_cast<float>(b >> s << 16)))
          << s;
   return c;
 }

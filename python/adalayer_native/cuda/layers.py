@@ -54,6 +54,11 @@ class LayerGeometry:
     grid: tuple[float, int, int] | None = None
 
 
+def _number(t: Tensor) -> int:
+    """Of the tensor's GPU. (Tests give tensors on the CPU to a GPU in software.)"""
+    return t.device.index or 0
+
+
 class _Identity:
     """What tells whether a tensor is still what it was: its memory and its version."""
 
@@ -145,7 +150,7 @@ def _program(g: LayerGeometry, packed: Tensor, scale: Tensor, bias: Tensor) -> _
 
 
 def _engine(g: LayerGeometry, packed: Tensor, scale: Tensor, bias: Tensor) -> CudaEngine:
-    device = packed.device.index
+    device = _number(packed)
     key = (_content(packed, scale, bias), device, g)
     with _lock:
         found = _engines.get(key)
@@ -180,16 +185,14 @@ def run_layer(
             ``nhwc``. packed, scale, bias: the layer's parameters on the same device.
         residual: float32 of the output's shape and order, or None. out: likewise, written.
     """
-    engine = _engine(g, packed, scale, bias)
-    with torch.cuda.device(x.device):
-        engine.run_layer(
-            x.data_ptr(),
-            nhwc,
-            x.shape[0],
-            0 if residual is None else residual.data_ptr(),
-            out.data_ptr(),
-            nhwc,
-        )
+    _engine(g, packed, scale, bias).run_layer(
+        x.data_ptr(),
+        nhwc,
+        x.shape[0],
+        0 if residual is None else residual.data_ptr(),
+        out.data_ptr(),
+        nhwc,
+    )
 
 
 def on_grid(
@@ -205,13 +208,13 @@ def on_grid(
         2**bits - 1,
         real,
         out.data_ptr(),
-        x.device.index,
-        stream_number(x.device.index),
+        _number(x),
+        stream_number(_number(x)),
     )
     check(code, str(x.device))
 
 
-# ------------------------------------------------------------------- float activations, b-bit weights
+# ----------------------------------------------------------------- float activations, b-bit weights
 
 
 class _FloatLinear:
@@ -242,10 +245,12 @@ class _FloatLinear:
 _linears: OrderedDict[tuple[Any, ...], _FloatLinear] = OrderedDict()
 
 
-def linear_float(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor, shape: Sequence[int]) -> Tensor:
+def linear_float(
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor, shape: Sequence[int]
+) -> Tensor:
     """``y = x Wᵀ · scale + bias`` with half or bfloat16 ``x [rows, in]`` on a GPU; ``shape`` is the
     result's, whose last entry is the output features."""
-    device = x.device.index
+    device = _number(x)
     key = (_content(packed, scale, bias), device)
     with _lock:
         layer = _linears.get(key)

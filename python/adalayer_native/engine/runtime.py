@@ -192,10 +192,10 @@ class Engine:
         """Run a batch.
 
         Args:
-            inputs: one tensor per input of the model, on the engine's device, ``[batch, ...]`` in any memory format;
-                float32, or bfloat16 and half, which are computed in the same way and give results
-                of their own type. A NaN becomes the lowest level of the input's grid, as in the
-                module tree; infinities saturate.
+            inputs: one tensor per input of the model, on the engine's device, ``[batch, ...]`` in
+                any memory format; float32, or bfloat16 and half, which are computed in the same way
+                and give results of their own type. A NaN becomes the lowest level of the input's
+                grid, as in the module tree; infinities saturate.
 
         Returns:
             What the model returns: a tensor, or tensors in tuples, lists and dictionaries. They
@@ -302,7 +302,9 @@ class Engine:
                     f"{label}: expected torch.float32 (or bfloat16, float16), got {x.dtype}"
                 )
             if x.device != self.device:
-                raise InputError(f"{label}: expected a tensor on {self.device}, got one on {x.device}")
+                raise InputError(
+                    f"{label}: expected a tensor on {self.device}, got one on {x.device}"
+                )
             if x.layout != torch.strided:
                 raise InputError(f"{label}: expected a dense tensor, got layout {x.layout}")
             wanted = ", ".join(["batch", *map(str, port.shape)])
