@@ -42,9 +42,16 @@ struct Ready {
     cudaGraphNode_t node;
   };
   std::vector<PortNode> port_nodes;
-  ~Ready() {
+  Ready() = default;
+  Ready(const Ready&) = delete;
+  Ready& operator=(const Ready&) = delete;
+  ~Ready() { drop_graph(); }
+  void drop_graph() {
     if (graph != nullptr) cudaGraphExecDestroy(graph);
     if (source != nullptr) cudaGraphDestroy(source);
+    graph = nullptr;
+    source = nullptr;
+    port_nodes.clear();
   }
 };
 
@@ -268,7 +275,30 @@ class DeviceEngine {
     check(code, "cudaGraphInstantiate");
   }
 
-  Ready& ready(Workspace& w, int64_t batch, const Call& call, bool with_graph) {
+  /// Gives a node of the graph its launch's new parameters; false where the runtime refuses.
+  static bool update(Ready& r, const Ready::PortNode& port) {
+    Launch& l = r.plan.launches[port.launch];
+    cudaKernelNodeParams node{};
+    node.func = const_cast<void*>(l.kernel.function);
+    node.gridDim = dim3(l.grid[0], l.grid[1], l.grid[2]);
+    node.blockDim = dim3(static_cast<unsigned>(l.kernel.threads));
+    node.sharedMemBytes = static_cast<unsigned>(l.kernel.shared_bytes);
+    void* arguments[] = {l.params};
+    node.kernelParams = arguments;
+    if (cudaGraphExecKernelNodeSetParams(r.graph, port.node, &node) == cudaSuccess) return true;
+    cudaGetLastError();
+    return false;
+  }
+
+  void recapture(Ready& r) const {
+    r.drop_graph();
+    capture(r);
+  }
+
+  /// `stream` is the caller's: measuring writes to the call's outputs, whose memory earlier work of
+  /// that stream may still use.
+  Ready& ready(Workspace& w, int64_t batch, const Call& call, bool with_graph,
+               cudaStream_t stream) {
     for (auto it = w.ready.begin(); it != w.ready.end(); ++it) {
       if ((*it)->batch != batch) continue;
       w.ready.splice(w.ready.begin(), w.ready, it);
@@ -276,7 +306,10 @@ class DeviceEngine {
     }
     const Plan sizes = make_plan(model, batch, {});
     const bool tune = with_graph && options.choice < 0 && (options.flags & ADALAYER_CUDA_TUNE) != 0;
-    if (tune) measure_choices(w, batch, sizes, call);
+    if (tune) {
+      check(cudaStreamSynchronize(stream), "waiting for earlier work");
+      measure_choices(w, batch, sizes, call);
+    }
     auto made = std::make_unique<Ready>();
     made->batch = batch;
     made->plan = plan_in(w, batch, chosen(sizes));
@@ -364,8 +397,8 @@ class DeviceEngine {
     const Call call{inputs, outputs};
     Workspace w;
     check(cudaEventCreateWithFlags(&w.done, cudaEventDisableTiming), "cudaEventCreateWithFlags");
-    Ready& r = ready(w, batch, call, (options.flags & ADALAYER_CUDA_NO_GRAPH) == 0);
     const OwnStream own;
+    Ready& r = ready(w, batch, call, true, own.stream);
     const size_t nodes = program.nodes.size();
     std::vector<std::vector<double>> samples(nodes);
     std::vector<std::string> names(nodes);
@@ -421,21 +454,12 @@ class DeviceEngine {
 
   void run_part(int64_t batch, const Call& call, cudaStream_t stream, bool capturing) {
     Workspace& w = capturing ? add_workspace(captured) : borrow(stream);
-    Ready& r = ready(w, batch, call, !capturing);
+    Ready& r = ready(w, batch, call, !capturing, stream);
     if (r.graph != nullptr && !capturing) {
-      for (const auto& port : r.port_nodes) {
-        Launch& l = r.plan.launches[port.launch];
-        if (!bring(l, call)) continue;
-        cudaKernelNodeParams node{};
-        node.func = const_cast<void*>(l.kernel.function);
-        node.gridDim = dim3(l.grid[0], l.grid[1], l.grid[2]);
-        node.blockDim = dim3(static_cast<unsigned>(l.kernel.threads));
-        node.sharedMemBytes = static_cast<unsigned>(l.kernel.shared_bytes);
-        void* arguments[] = {l.params};
-        node.kernelParams = arguments;
-        check(cudaGraphExecKernelNodeSetParams(r.graph, port.node, &node),
-              "cudaGraphExecKernelNodeSetParams");
-      }
+      bool followed = true;
+      for (const auto& port : r.port_nodes)
+        if (bring(r.plan.launches[port.launch], call)) followed = followed && update(r, port);
+      if (!followed) recapture(r);
       check(cudaGraphLaunch(r.graph, stream), "cudaGraphLaunch");
     } else {
       for (size_t k = 0; k < r.plan.launches.size(); ++k) {

@@ -196,6 +196,13 @@ TEST(a_graph_follows_its_callers_memory) {
 #if defined(ADALAYER_FAKE_CUDA)
   CHECK_EQ(fake_cuda::graph_launches - graphs, 4);
   CHECK(fake_cuda::node_updates > 0);
+  // A runtime that does not take new parameters gets new graphs.
+  fake_cuda::updates_allowed = false;
+  for (uint32_t round = 0; round < 3; ++round) {
+    check_run(e, 2, round);
+    elsewhere.emplace_back(std::vector<float>(900 * (round + 1)));
+  }
+  fake_cuda::updates_allowed = true;
 #endif
 }
 

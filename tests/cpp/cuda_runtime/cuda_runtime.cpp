@@ -37,6 +37,7 @@ namespace fake_cuda {
 int not_ready = 0;
 int64_t launches = 0, graph_launches = 0, node_updates = 0, allocated = 0;
 int64_t most_bytes = int64_t{1} << 40;
+bool updates_allowed = true;
 void capture(cudaStream_t stream, bool on) { stream->others = on; }
 cudaStream_t stream(int number) {
   static std::map<int, FakeStream> streams;
@@ -219,6 +220,7 @@ cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
 cudaError_t cudaGraphExecKernelNodeSetParams(cudaGraphExec_t exec, cudaGraphNode_t node,
                                              const cudaKernelNodeParams* p) {
   ++fake_cuda::node_updates;
+  if (!fake_cuda::updates_allowed) return cudaErrorInvalidValue;
   for (size_t k = 0; k < exec->nodes.size(); ++k)
     if (exec->source->nodes[k].get() == node) {
       exec->nodes[k] =

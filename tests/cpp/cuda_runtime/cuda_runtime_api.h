@@ -119,6 +119,8 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream);
 namespace fake_cuda {
 extern int not_ready;
 extern int64_t launches, graph_launches, node_updates, allocated;
+/// Whether graphs take new parameters for their nodes.
+extern bool updates_allowed;
 /// Allocations of more bytes than this fail.
 extern int64_t most_bytes;
 /// Marks a stream as being captured by somebody else.
