@@ -143,12 +143,19 @@ gpu-build:
 # Kernels first, each group by itself, so that a failure says where; then Python; then the sanitizer.
 gpu-test: gpu-test-kernels gpu-test-python gpu-sanitize
 
+# A process for each: after a fault a process can do nothing more on its GPU.
+GPU_GROUPS := a_device every_width few_channels large_kernels tiles_that every_choice random_shapes \
+  every_operation a_graph batches_of every_way in_parts streams residual profiles quantizing errors
 gpu-test-kernels: gpu-build
-	$(GPU_BUILD)/csrc/cuda/test_cuda_device
+	@failed=; for group in $(GPU_GROUPS); do \
+	  timeout 120 $(GPU_BUILD)/csrc/cuda/test_cuda_device $$group || failed="$$failed $$group"; \
+	done; test -z "$$failed" || { echo "FAILED:$$failed"; exit 1; }
 
 gpu-test-python: gpu-build
-	$(GPU_ENV) $(GPU_PYTHON) -m pytest -p no:cacheprovider -q --tb=short --durations=5 -m gpu \
-	  tests/test_gpu_engine.py tests/test_gpu_ops.py
+	@failed=; for file in tests/test_gpu_ops.py tests/test_gpu_engine.py; do \
+	  $(GPU_ENV) $(GPU_PYTHON) -m pytest -p no:cacheprovider -W default -q --tb=short \
+	    --maxfail=20 --durations=5 -m gpu $$file || failed="$$failed $$file"; \
+	done; test -z "$$failed" || { echo "FAILED:$$failed"; exit 1; }
 
 # (racecheck is slow: the tests whose kernels share memory between threads.)
 gpu-sanitize: gpu-build

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <map>
 #include <random>
+#include <sstream>
 #include <string>
 
 #include "check.hpp"
@@ -101,13 +102,18 @@ void check_run(OnDevice& e, int64_t batch, uint32_t seed, cudaStream_t stream = 
   Floats got;
   CHECK_EQ(e.run(inputs, batch, got, stream), 0);
   int64_t wrong = 0;
+  std::ostringstream first;
   for (size_t k = 0; k < got.size(); ++k)
-    for (size_t i = 0; i < got[k].size(); ++i)
+    for (size_t i = 0; i < got[k].size(); ++i) {
       // (The interpreter's softmax is in double.)
-      wrong += !(std::fabs(got[k][i] - expected[k][i]) <= 1e-6f);
-  check::report(
-      wrong == 0, __FILE__, __LINE__,
-      what + ", batch " + std::to_string(batch) + ": " + std::to_string(wrong) + " values differ");
+      if (std::fabs(got[k][i] - expected[k][i]) <= 1e-6f) continue;
+      if (wrong++ == 0)
+        first << "; the first: output " << k << ", element " << i << " is " << got[k][i]
+              << ", expected " << expected[k][i];
+    }
+  std::ostringstream message;
+  message << what << ", batch " << batch << ": " << wrong << " values differ" << first.str();
+  check::report(wrong == 0, __FILE__, __LINE__, message.str());
 }
 
 void check_runs(const std::vector<Run>& runs) {
