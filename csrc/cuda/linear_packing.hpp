@@ -15,7 +15,7 @@ namespace adalayer::cuda {
 constexpr int kLinearRows = 16;    // output features of a unit
 constexpr int kLinearDepth = 256;  // input features
 constexpr int kLinearPairs = 64;   // of a lane
-constexpr int64_t linear_unit_bytes(int bits) { return int64_t{512} * bits; }
+ADALAYER_ANYWHERE constexpr int64_t linear_unit_bytes(int bits) { return int64_t{512} * bits; }
 
 /// Input feature, within a unit, of product `s`, register `r`, half `i` in `lane`. The two products
 /// 2k and 2k + 1 share 8 neighbouring features per lane, so that activations are read 16 bytes at a

@@ -67,9 +67,6 @@ struct Unpack {
   /// word of 2 bits; one: the cell's word of single bits.
   ADALAYER_ANYWHERE static void half(int h, const uint32_t* wide, uint32_t two, uint32_t one,
                                      uint32_t out[4]) {
-#if defined(__CUDACC__)
-#pragma unroll
-#endif
     for (int r = 0; r < 4; ++r) {
       uint32_t v = 0;
       if (kEight) v = wide[r];
