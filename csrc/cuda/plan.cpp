@@ -512,8 +512,9 @@ class Planner {
       q.arrived = reinterpret_cast<int32_t*>(bases_.scratch);
       q.partial = reinterpret_cast<int32_t*>(bases_.scratch + kCounterBytes);
     }
-    Launch l = launch(
-        info, std::string("mma ") + t.name + (q.splits > 1 ? "/" + std::to_string(q.splits) : ""));
+    std::string kernel = std::string("mma ") + t.name;
+    if (q.splits > 1) kernel.append("/").append(std::to_string(q.splits));
+    Launch l = launch(info, kernel);
     l.choice = static_cast<int32_t>(number);
     l.grid[0] = static_cast<uint32_t>(tiles);
     l.grid[1] = static_cast<uint32_t>(q.splits);
