@@ -62,9 +62,7 @@ class NativePart:
         self._any_order = self.engine.any_order()
 
     def _make(self) -> Any:
-        return _C.Engine(
-            self.program, weights=self.weights, memory_bytes=self.max_memory
-        )
+        return _C.Engine(self.program, weights=self.weights, memory_bytes=self.max_memory)
 
     def _is_single(self) -> bool:
         return len(self.outputs) == 1 and self.outputs[0].atoms is None
