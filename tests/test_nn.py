@@ -219,7 +219,7 @@ def test_wrong_inputs_name_the_layer():
         native(torch.randn(6, 8, 8))
     with pytest.raises(TypeError, match=r"float32.*got torch.int64"):
         native(torch.zeros(1, 6, 8, 8, dtype=torch.int64))
-    with pytest.raises(ValueError, match="CPU tensors, got a tensor on meta"):
+    with pytest.raises(ValueError, match="the layer is on cpu, but its input is on meta"):
         native(torch.randn(1, 6, 8, 8, device="meta"))
     with pytest.raises(ValueError, match=r"Linear\(20, 7.*expected 20"):
         linear()[1](torch.randn(3, 19))
