@@ -16,7 +16,6 @@ TOOLS_STAMP := $(VENV)/.stamp-tools
 PACKAGE_STAMP := $(VENV)/.stamp-package
 BENCH_STAMP := $(VENV)/.stamp-bench
 SOURCES := CMakeLists.txt pyproject.toml $(wildcard README.md LICENSE) \
-  $(wildcard csrc/capi/*.in csrc/capi/*.map csrc/capi/CMakeLists.txt) \
   $(shell find csrc python tests/cpp -type f -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
 CXX_FILES = $(shell find csrc examples tests/cpp tests/fuzz -name '*.cpp' -o -name '*.hpp' \
   -o -name '*.h' -o -name '*.c' \
