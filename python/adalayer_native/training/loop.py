@@ -6,6 +6,7 @@ import math
 import os
 import time
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,7 +91,7 @@ def bf16_helps() -> bool:
     return any(bool(getattr(torch.cpu, probe, lambda: False)()) for probe in probes)
 
 
-class Loop:
+class Loop(ABC):
     """A run over a loader. Subclasses say what is trained and how the loss is made.
 
     Args:
@@ -122,21 +123,21 @@ class Loop:
 
     # -- what a subclass says -----------------------------------------------------------------
 
+    @abstractmethod
     def split(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         """Inputs and labels (``None`` where there are none) of a batch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, x: Tensor) -> tuple[Tensor, Any]:
         """Logits, and whatever :meth:`loss` needs besides; runs under autocast."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, logits: Tensor, labels: Tensor | None, extra: Any) -> Tensor:
         """The loss, a scalar; ``logits`` are float32."""
-        raise NotImplementedError
 
+    @abstractmethod
     def groups(self) -> list[dict[str, Any]]:
         """Parameter groups of the optimizer, each with its ``weight_decay``."""
-        raise NotImplementedError
 
     def begin(self) -> None:
         """Called once, before a checkpoint is loaded and the optimizer made."""
