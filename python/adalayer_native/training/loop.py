@@ -1,5 +1,8 @@
 """The training loop: epochs, learning rate, averages, checkpoints, interruption and resumption."""
 
+# Hooks that a subclass need not fill do nothing.
+# ruff: noqa: B027
+
 from __future__ import annotations
 
 import math
