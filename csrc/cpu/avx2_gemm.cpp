@@ -125,18 +125,37 @@ template <bool kOrdered, int kRows>
   });
 }
 
+/// Adds the products of one quad whose weights are too large for int16 sums: all of them in 16
+/// bits, where a vpmaddwd adds two at once. Its weights are those of the levels 0 and 2, then of 1
+/// and 3.
+template <int kRows>
+[[gnu::always_inline]] inline void add_wide(const Pass<kRows>& pass, const int8_t* weights,
+                                            const Quad& quad, __m256i (&sums)[kRows]) {
+  const __m256i low_byte = _mm256_set1_epi16(255);
+  const __m256i even = load(weights + quad.weights);
+  const __m256i odd = load(weights + quad.weights + kVectorBytes);
+  unrolled<0, kRows>([&](auto r) __attribute__((always_inline)) {
+    const __m256i v = broadcast(pass.rows[r.value] + quad.level);
+    add32(sums[r.value], _mm256_madd_epi16(_mm256_and_si256(v, low_byte), even));
+    add32(sums[r.value], _mm256_madd_epi16(_mm256_srli_epi16(v, 8), odd));
+  });
+}
+
 /// Quads of eight columns by kind: each ends where the next one begins. In pairs: an even number.
 struct Kinds {
   const int8_t* weights;
   const Quad* begin;
-  int paired, mixed, whole, ordered;  // ends
+  int paired, mixed, whole, ordered, wide;  // ends
+  const int8_t* wide_weights;
+  bool first;  // nothing has been added to the sums yet, and they hold anything
 };
 
 template <int kRows>
 void multiply_kinds(const Pass<kRows>& pass, const Kinds& kinds) {
   __m256i sums[kRows];
-  unrolled<0, kRows>(
-      [&](auto r) __attribute__((always_inline)) { sums[r.value] = load(pass.at(r.value, 0)); });
+  unrolled<0, kRows>([&](auto r) __attribute__((always_inline)) {
+    sums[r.value] = kinds.first ? _mm256_setzero_si256() : load(pass.at(r.value, 0));
+  });
   const Quad* quad = kinds.begin;
   for (const Quad* end = kinds.begin + kinds.paired; quad != end; quad += 2)
     add_two<false>(pass, kinds.weights, quad, sums);
@@ -146,6 +165,8 @@ void multiply_kinds(const Pass<kRows>& pass, const Kinds& kinds) {
     add_one<false>(pass, kinds.weights, *quad, sums);
   for (const Quad* end = kinds.begin + kinds.ordered; quad != end; ++quad)
     add_one<true>(pass, kinds.weights, *quad, sums);
+  for (const Quad* end = kinds.begin + kinds.wide; quad != end; ++quad)
+    add_wide(pass, kinds.wide_weights, *quad, sums);
   unrolled<0, kRows>(
       [&](auto r) __attribute__((always_inline)) { store(pass.at(r.value, 0), sums[r.value]); });
 }
@@ -256,13 +277,13 @@ void for_even_rows(const GemmArgs& g, int column, const Fn& fn) {
 }
 
 void add_kinds(const GemmArgs& g, int column, const Kinds& kinds) {
-  if (kinds.ordered == 0) return;
+  if (kinds.wide == 0 && !kinds.first) return;
   for_even_rows<kWideningRows>(g, column, [&](const auto& pass) { multiply_kinds(pass, kinds); });
 }
 
 void add_widening(const GemmArgs& g, int column, const Quads& quads) {
   const int n = quads.count;
-  add_kinds(g, column, {quads.weights, quads.begin, 0, 0, n, n});
+  add_kinds(g, column, {quads.weights, quads.begin, 0, 0, n, n, n, nullptr, false});
 }
 
 void add_long_runs(const GemmArgs& g, int column, const Halves& halves, const Quads& quads) {
@@ -315,8 +336,17 @@ void split(__m256i w, int8_t* parts) {
   store(parts + kVectorBytes, extended(w));
 }
 
+/// Weights of the levels 0 and 2 of every column in 16 bits, then of the levels 1 and 3.
+void widen(__m256i w, int8_t* parts) {
+  store(parts, _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8));
+  store(parts + kVectorBytes, _mm256_srai_epi16(w, 8));
+}
+
 // Nibbles of -8..8: the same bound as for four bits.
 constexpr Halves kNibbles{pairs_in_int16(4), {16, 1}, 0};
+
+// Quads of a half tile that are multiplied in 16 bits rather than in two parts.
+constexpr uint32_t kMostWide = 64;
 
 /// Weights to fetch into the second-level cache, a line with every quad that is looked up.
 class Fetching {
@@ -332,6 +362,8 @@ class Fetching {
   const uint8_t *at_, *end_;
 };
 
+constexpr uint32_t least(uint32_t a, uint32_t b) { return a < b ? a : b; }
+
 /// Eight-bit weights of one column tile, in the order of avx2_arrange.hpp.
 void add_arranged(const GemmArgs& g, const int8_t* tile, int column, Fetching& fetching) {
   constexpr int kParts = 2 * kVectorBytes;
@@ -342,11 +374,14 @@ void add_arranged(const GemmArgs& g, const int8_t* tile, int column, Fetching& f
     const int at = column + half * kVectorCols;
     const uint32_t paired = table.paired, mixed = paired + table.mixed;
     const uint32_t whole = mixed + table.whole, ordered = whole + table.ordered;
-    // Chunks of the quads that are exact as they are, and of the others.
-    for (uint32_t first = 0, end = 0; first < ordered + table.split; first = end) {
-      const bool exact = first < ordered;
-      end = exact ? ordered : ordered + table.split;
-      if (end - first > kChunk) end = first + kChunk;
+    // Few quads that need two products go through 16 bits, with the others; many pay for a pass of
+    // their own, in which their sums stay in int16.
+    const uint32_t wide = table.split <= kMostWide ? ordered + table.split : ordered;
+    const uint32_t all = ordered + table.split;
+    if (wide == 0) add_kinds(g, at, {nullptr, nullptr, 0, 0, 0, 0, 0, nullptr, true});
+    for (uint32_t first = 0, end = 0; first < all; first = end) {
+      const bool exact = first < wide;
+      end = least(exact ? wide : all, first + kChunk);
       const int8_t* const slots = tile + half * kVectorBytes + int64_t{first} * kQuadBytes;
       for (uint32_t i = first; i < end; ++i) {
         const uint32_t entry = table.quads()[i], quad = entry & kQuadMask;
@@ -355,19 +390,22 @@ void add_arranged(const GemmArgs& g, const int8_t* tile, int column, Fetching& f
             static_cast<int32_t>(i - first) * kQuadBytes, entry >> kOrderBit};
         fetching.line();
       }
-      const auto upto = [&](uint32_t kind) {
-        return kind <= first ? 0 : static_cast<int>((kind < end ? kind : end) - first);
-      };
-      if (exact) {
-        add_kinds(g, at, {slots, quads, upto(paired), upto(mixed), upto(whole), upto(ordered)});
-        continue;
-      }
+      // Quads from here on have their weights in `parts`.
       const auto count = static_cast<int>(end - first);
-      for (int i = 0; i < count; ++i) {
-        split(load(slots + i * kQuadBytes), parts + i * kParts);
+      for (int i = first < ordered ? static_cast<int>(ordered - first) : 0; i < count; ++i) {
+        (exact ? widen : split)(load(slots + i * kQuadBytes), parts + i * kParts);
         quads[i].weights = i * kParts;
       }
-      add_long_runs(g, at, kNibbles, {parts, quads, count});
+      if (!exact) {
+        add_long_runs(g, at, kNibbles, {parts, quads, count});
+        continue;
+      }
+      const auto upto = [&](uint32_t kind) {
+        return kind <= first ? 0 : static_cast<int>(least(kind, end) - first);
+      };
+      add_kinds(g, at,
+                {slots, quads, upto(paired), upto(mixed), upto(whole), upto(ordered), count, parts,
+                 first == 0});
     }
   }
 }
@@ -394,8 +432,10 @@ void for_chunks(const GemmArgs& g, const Add& add) {
 }  // namespace
 
 void gemm_avx2(const GemmArgs& g) {
-  std::memset(g.sums, 0, static_cast<size_t>(g.rows) * kBlockCols * sizeof(int32_t));
-  if (!g.arranged) return for_chunks(g, Narrow{g.weight_bits});
+  if (!g.arranged) {
+    std::memset(g.sums, 0, static_cast<size_t>(g.rows) * kBlockCols * sizeof(int32_t));
+    return for_chunks(g, Narrow{g.weight_bits});
+  }
   Fetching fetching(g);
   add_arranged(g, g.tile0, 0, fetching);
   if (g.tile1 != nullptr) add_arranged(g, g.tile1, kTileCols, fetching);
