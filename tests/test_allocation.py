@@ -24,6 +24,7 @@ from adalayer_native.allocation import (
 from adalayer_native.allocation.adalayer import HYPER, _unrounded
 from adalayer_native.allocation.closed_form import closed_form
 from adalayer_native.allocation.evaluate import Evaluator, Measurement, best_of
+from adalayer_native.allocation.options import Option
 from adalayer_native.allocation.problem import Problem
 from adalayer_native.allocation.uniform import uniform_pairs
 from adalayer_native.errors import BudgetError, CalibrationError, PlanError, UnsupportedModelError
@@ -450,7 +451,7 @@ def test_evaluator_measures_the_float_model_as_perfect(scored) -> None:
     assert nothing.accuracy == 1.0
     two = evaluator.measure(dict.fromkeys(("conv1", "conv2", "fc"), (2, 0.5)))
     assert two.loss > nothing.loss
-    weight = evaluator.weight("fc", 3, 0.25)
+    weight = evaluator.replacement("fc", Option(3, 0.25))[0]
     assert (weight == 0).sum() >= 48
     assert all(len(row.unique()) <= 8 for row in weight)
 

@@ -27,6 +27,7 @@ from adalayer_native.allocation.evaluate import Evaluator, Measurement
 from adalayer_native.allocation.finals import contenders, finals
 from adalayer_native.allocation.local_search import corrected, most_likely, starts
 from adalayer_native.allocation.measuring import Data, latency_table, measure_tables, weights_of
+from adalayer_native.allocation.options import Option, option_of
 from adalayer_native.allocation.problem import Problem
 from adalayer_native.allocation.repaired import RepairedWeights
 from adalayer_native.allocation.resources import bit_operations, resources
@@ -96,9 +97,8 @@ def test_without_a_check_it_is_the_best_of_all_plans(model) -> None:
                 best, columns = selection.predicted(picked), picked
         plan = optimal(model, budget, interactions=False, rounds=0)
         assert plan.measured["predicted_loss"] == pytest.approx(best, rel=1e-4)
-        assert {n: (e.bits, e.sparsity) for n, e in plan.layers.items()} == selection.choice(
-            columns
-        )
+        found = {name: option_of(entry) for name, entry in plan.layers.items()}
+        assert found == selection.choice(columns)
 
 
 def test_the_plan_holds_its_budget_says_what_layers_lose_and_repeats(model) -> None:
@@ -131,12 +131,12 @@ def test_the_check_begins_with_plans_that_differ(model) -> None:
     assert len({columns.tobytes() for columns in first}) == len(first) >= 3
     # All layers alike: 2 bits fit as they are, 4 bits with 60 % zeros.
     alike = {selection.options[c[0]] for c in first if len(set(c.tolist())) == 1}
-    assert {(2, 0.0), (4, 0.6)} <= alike
+    assert {Option(2), Option(4, 0.6)} <= alike
 
 
 def test_corrections_find_the_layer_that_was_underestimated(model) -> None:
     problem, budget = Problem(model, None), Budget(bits=8)
-    options = [(2, 0.0), (4, 0.0), (4, 0.6)]
+    options = [Option(2), Option(4), Option(4, 0.6)]
     errors = np.array([[0.3, 0.1, 0.2], [0.3, 0.1, 0.2], [0.3, 0.1, 0.2]])
     found = resources(problem, budget, options, {})
     selection = Selection(problem, budget, found, options, errors)
@@ -181,7 +181,7 @@ def test_the_plan_reports_what_was_measured_on_images_the_tables_have_not_seen(m
 
 def test_a_lucky_measurement_does_not_decide_alone(model) -> None:
     problem, budget = Problem(model, None), Budget(bits=8)
-    options = [(2, 0.0), (4, 0.0)]
+    options = [Option(2), Option(4)]
     errors = np.array([[0.4, 0.1]] * 3)
     selection = Selection(problem, budget, resources(problem, budget, options, {}), options, errors)
     tried = [np.array([0, 0, 0]), np.array([1, 1, 1])]
@@ -272,7 +272,7 @@ def test_the_smallest_reachable_size_can_be_reached(model) -> None:
 def test_limits_that_exclude_each_other_say_so(model) -> None:
     # A machine on which few bits are slow: a small file and a fast one are both possible, alone.
     problem = Problem(model, None)
-    options = [(2, 0.0), (8, 0.0)]
+    options = [Option(2), Option(8)]
     microseconds = np.tile([[[30.0], [10.0]]], (3, 1, 1))
     latency = LayerTable("latency", "µs", tuple(problem.free), (2, 8), (0.0,), microseconds, 5.0)
     smallest, largest = (problem.cost(problem.uniform(b, 0.0)) for b in (2, 8))
@@ -403,11 +403,11 @@ def test_tables_are_of_repaired_weights(model, tmp_path) -> None:
 
 def test_repaired_weights_in_little_memory(model) -> None:
     data, names = [x for x, _ in batches(2, 24)], ["conv1", "conv2", "fc"]
-    options = [(bits, sparsity) for bits in (2, 4) for sparsity in (0.0, 0.5)]
+    options = [Option(bits, sparsity) for bits in (2, 4) for sparsity in (0.0, 0.5)]
     roomy = RepairedWeights(model, data, names, progress=False)
     tight = RepairedWeights(model, data, names, memory=1, progress=False)
     roomy.expect("conv2", options)
-    for name, (bits, sparsity) in itertools.product(names, options):
+    for name, (bits, sparsity, _) in itertools.product(names, options):
         one, other = roomy(name, bits, sparsity), tight(name, bits, sparsity)
         torch.testing.assert_close(one, other)
         weight = model.get_submodule(name).weight
@@ -483,7 +483,7 @@ def test_pruning_that_saves_nothing_is_not_offered(model) -> None:
     problem = Problem(model, None)
     tables = measure_tables(problem, budget, data, settings, progress=False)
     selection = selection_of(problem, budget, tables, settings)
-    for column, (bits, sparsity) in enumerate(selection.options):
+    for column, (bits, sparsity, _) in enumerate(selection.options):
         for row, name in enumerate(problem.free):
             count = model.get_submodule(name).weight.numel()
             kept = count - pruned_count(count, sparsity)
@@ -505,12 +505,12 @@ def test_contenders_and_what_corrects_them(model) -> None:
     assert len({choice.tobytes() for choice in found}) == len(found)
     alike = [choice for choice in found if len(set(choice.tolist())) == 1]
     assert alike
-    bits, sparsity = selection.options[alike[0][0]]
+    bits, sparsity, _ = selection.options[alike[0][0]]
     # It uses the budget: a thousandth less pruning would not fit.
     assert sparsity == 0 or not problem.limited(budget).fits(
         problem.uniform(bits, sparsity - 0.001)
     )
-    pruned = np.array([s > 0 for _, s in selection.options])
+    pruned = np.array([option.sparsity > 0 for option in selection.options])
 
     def pruning_is_free(choice: np.ndarray) -> Measurement:
         errors = selection.errors * np.where(pruned, 0.2, 1.0)

@@ -25,7 +25,8 @@ from ..pruning.masks import magnitude_mask, pruned_count
 from ..rounding import conv_form
 from .closed_form import MAX_BITS, MIN_BITS, closed_form
 from .evaluate import Evaluator, Measurement, best_of
-from .problem import PERCENTS, Choice, Problem
+from .options import Choice, Option, option_of
+from .problem import PERCENTS, Problem
 from .uniform import uniform_pairs
 
 __all__ = ["HYPER", "adalayer"]
@@ -165,7 +166,7 @@ def _unrounded(problem: Problem, evaluator: Evaluator, plan: Plan) -> Plan:
     """
     if any(plan.hyper[name] for name in ("alpha", "beta", "delta", "lambda")):
         return plan
-    choice = {name: (plan[name].bits, plan[name].sparsity) for name in problem.free}
+    choice = {name: option_of(plan[name]) for name in problem.free}
     for bits, sparsity in uniform_pairs(problem):
         rounded = np.ceil(round(100 * sparsity, 6)) / 100
         if choice == problem.uniform(bits, rounded) and sparsity < rounded:
@@ -378,7 +379,7 @@ def _without(plans: _Plans, known: _Plans) -> _Plans:
 
 def _choice(problem: Problem, plans: _Plans, row: int) -> Choice:
     return {
-        name: (int(plans.bits[row, column]), int(plans.percent[row, column]) / 100)
+        name: Option(int(plans.bits[row, column]), int(plans.percent[row, column]) / 100)
         for column, name in enumerate(problem.free)
     }
 

@@ -9,6 +9,8 @@ from ..energy.model import LayerEnergy
 from ..importance.analyze import eval_mode
 from ..importance.flops import Work, layer_work
 from ..plan import Plan, supported_layers
+from ..rounding import conv_form
+from .options import option_of
 from .resources import stored_energy
 
 __all__ = ["plan_energy"]
@@ -35,9 +37,9 @@ def plan_energy(
     if work is None:
         with eval_mode(model):
             work = layer_work(model, supported_layers(model), x[:1])
+    modules = supported_layers(model)
+    forms = {name: tuple(conv_form(modules[name], modules[name].weight).shape) for name in plan}
     return {
-        name: stored_energy(
-            layer.params, layer.bits, layer.sparsity, layer.activation_bits, work[name]
-        )
+        name: stored_energy(forms[name], option_of(layer), layer.activation_bits, work[name])
         for name, layer in plan.layers.items()
     }

@@ -20,7 +20,9 @@ from .._files import write_text_atomic
 from ..errors import CalibrationError
 from ..importance.analyze import dequantized_layer, eval_mode
 from ..importance.batches import LossFn, iterate, loss_of, tensor_bytes
-from ..pruning.masks import magnitude_mask
+from ..pruning.patterns import pattern_mask
+from ..rounding import conv_form, layer_form
+from .options import UNSTRUCTURED, Choices, Option
 from .sensitivity import WeightOf, shifted
 
 __all__ = ["Evaluator", "Measurement", "best_of", "hits"]
@@ -64,8 +66,9 @@ class Evaluator:
         batches: use at most this many.
         cache: JSON file that keeps every measurement for a resumed search.
         weight_of: ``(layer, bits, sparsity) -> dequantized weight`` in the layer's own shape, or
-            a pair of it and what is added to the layer's bias, ``[out_channels]`` or ``None``.
-            Default: magnitude pruning and rounding to nearest.
+            a pair of it and what is added to the layer's bias, ``[out_channels]`` or ``None``; the
+            pattern is a fourth argument where there is one. Default: magnitude pruning and rounding
+            to nearest.
         key: names ``weight_of`` in the cache.
 
     Raises:
@@ -92,7 +95,7 @@ class Evaluator:
             )
         self.samples = sum(batch.count for batch in self.batches)
         self.modules = dict(model.named_modules())
-        self._weights: dict[tuple[str, int, float], tuple[torch.Tensor, torch.Tensor | None]] = {}
+        self._weights: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor | None]] = {}
         self._held = 0
         with torch.no_grad(), eval_mode(model):
             self.outputs = [model(batch.x) for batch in self.batches]
@@ -103,26 +106,27 @@ class Evaluator:
             self._key = self._digest()
             self._known = self._read()
 
-    def measure(self, layers: dict[str, tuple[int | None, float]]) -> Measurement:
-        """Loss and accuracy with ``{layer: (bits or None, sparsity)}``.
+    def measure(self, layers: Choices) -> Measurement:
+        """Loss and accuracy with ``{layer: (bits or None, sparsity[, pattern])}``.
 
         Raises:
             CalibrationError: the loss is not finite.
         """
-        key = json.dumps([[name, b, round(s, 6)] for name, (b, s) in layers.items()])
+        options = {name: Option(*option) for name, option in layers.items()}
+        key = json.dumps([[name, *option.values] for name, option in options.items()])
         if key not in self._known:
-            self._known[key] = self._measure(layers)
+            self._known[key] = self._measure(options)
             if self._path is not None and time.monotonic() - self._saved >= SAVE_INTERVAL:
                 self.save()
         return Measurement(*self._known[key])
 
     @torch.no_grad()
-    def _measure(self, layers: dict[str, tuple[int | None, float]]) -> tuple[float, float]:
+    def _measure(self, layers: dict[str, Option]) -> tuple[float, float]:
         weights: dict[str, torch.Tensor] = {}
         handles = []
-        for name, (bits, sparsity) in layers.items():
-            if bits is not None:
-                weights[f"{name}.weight"], shift = self.replacement(name, bits, sparsity)
+        for name, option in layers.items():
+            if option.bits is not None:
+                weights[f"{name}.weight"], shift = self.replacement(name, option)
                 if shift is not None:  # by a hook: a layer before a batch norm has no bias
                     handles.append(self.modules[name].register_forward_hook(_adding(shift)))
         try:
@@ -149,17 +153,11 @@ class Evaluator:
         accuracy = good / positions if positions else math.nan
         return loss / self.samples, accuracy
 
-    def weight(self, name: str, bits: int, sparsity: float) -> torch.Tensor:
-        """Masked and dequantized weight of a layer."""
-        return self.replacement(name, bits, sparsity)[0]
-
-    def replacement(
-        self, name: str, bits: int, sparsity: float
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def replacement(self, name: str, option: Option) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Masked and dequantized weight of a layer and what is added to its bias; remembered."""
-        key = (name, bits, round(sparsity, 6))
+        key = (name, *option.values)
         if key not in self._weights:
-            found = (self.weight_of or self._rounded)(name, bits, sparsity)
+            found = (self.weight_of or self._rounded)(name, *option.arguments())
             value, shift = found if isinstance(found, tuple) else (found, None)
             expected = self.modules[name].weight
             if value.shape != expected.shape:
@@ -174,10 +172,14 @@ class Evaluator:
             self._weights[key] = value, shift
         return self._weights[key]
 
-    def _rounded(self, name: str, bits: int, sparsity: float) -> torch.Tensor:
+    def _rounded(
+        self, name: str, bits: int, sparsity: float, pattern: str = UNSTRUCTURED
+    ) -> torch.Tensor:
         layer = self.modules[name]
-        assert isinstance(layer.weight, torch.Tensor)
-        mask = magnitude_mask(layer.weight, sparsity) if sparsity > 0 else None
+        mask = None
+        if sparsity > 0:
+            form = conv_form(layer, layer.weight.detach())
+            mask = layer_form(layer, pattern_mask(form, sparsity, pattern))
         return dequantized_layer(layer, bits, mask)
 
     def save(self) -> None:

@@ -68,7 +68,7 @@ class RepairedCheck:
     def measure(self, columns: np.ndarray) -> Measurement:
         """Loss and accuracy of one choice."""
         choice = self.problem.full(self.selection.choice(columns))
-        name = json.dumps([[layer, b, round(s, 6)] for layer, (b, s) in choice.items()])
+        name = json.dumps([[layer, *option.values] for layer, option in choice.items()])
         if f"loss {name}" not in self.store:
             plan = self.problem.plan(choice)
             with warnings.catch_warnings():
@@ -99,7 +99,7 @@ class RepairedCheck:
 
 def contenders(selection: Selection, columns: np.ndarray, count: int) -> list[np.ndarray]:
     """Choices to compare: a given one, uniform ones, and the solver's with cheaper pruning."""
-    pruned = np.array([sparsity > 0 for _, sparsity in selection.options])
+    pruned = np.array([option.sparsity > 0 for option in selection.options])
     rows = np.arange(len(selection.errors))
     found = [columns]
     alike = []
@@ -108,9 +108,9 @@ def contenders(selection: Selection, columns: np.ndarray, count: int) -> list[np
         if selection.offered[rows, same].all() and selection.fits(same):
             factor = CHEAPER[0] if pruned[option] else 1.0
             alike.append((factor * selection.predicted(same), option))
-    widths: set[int] = set()
+    widths: set[int | None] = set()
     for _, option in sorted(alike):
-        bits = selection.options[option][0]
+        bits = selection.options[option].bits
         if bits not in widths and len(widths) < UNIFORM:
             widths.add(bits)
             add_distinct(found, np.full(len(rows), option))

@@ -32,16 +32,19 @@ def starts(selection: Selection) -> list[np.ndarray]:
     alike: whoever decides layer by layer should not lose to them for want of trying.
     """
     found: list[np.ndarray] = []
-    pruned = np.array([sparsity > 0 for _, sparsity in selection.options])
+    pruned = np.array([option.sparsity > 0 for option in selection.options])
     for dearer in DEARER:
         for power in POWERS:
             errors = (selection.errors * np.where(pruned, dearer, 1.0)) ** power
             pairs = selection.pairs if power == 1 and dearer == 1 else ()
             add_distinct(found, selection.choose(errors=errors, pairs=pairs))
     layers = len(selection.errors)
-    for bits in sorted({width for width, _ in selection.options}):
-        for sparsity in sorted(s for width, s in selection.options if width == bits):
-            columns = np.full(layers, selection.options.index((bits, sparsity)))
+    kinds: dict[tuple[int, str], list[tuple[float, int]]] = {}
+    for column, option in enumerate(selection.options):
+        kinds.setdefault((option.bits or 0, option.pattern), []).append((option.sparsity, column))
+    for kind in sorted(kinds):
+        for _, column in sorted(kinds[kind]):
+            columns = np.full(layers, column)
             if selection.offered[np.arange(layers), columns].all() and selection.fits(columns):
                 add_distinct(found, columns)
                 break
@@ -171,7 +174,7 @@ def corrected(
     / PLAN_SD^2 + sum_l d_l^2 / FACTOR_SD^2 + d_p^2 / PRUNED_SD^2``.
     """
     rows = np.arange(len(selection.errors))
-    pruned = np.array([sparsity > 0 for _, sparsity in selection.options])
+    pruned = np.array([option.sparsity > 0 for option in selection.options])
     parts = np.array([selection.errors[rows, columns] for columns in tried])
     losses = np.array([max(m.loss, 1e-12) for m in measured])
     shares = parts / losses[:, None]

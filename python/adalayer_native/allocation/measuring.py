@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,11 +17,13 @@ from ..importance import CRITERIA
 from ..importance.analyze import analyze, dequantized_layer, eval_mode
 from ..importance.batches import Batch, LossFn, iterate
 from ..importance.flops import Work, layer_work
+from ..pruning.patterns import pattern_pruned_count
 from ..quantization import calibrate, convert, prepare
 from .budget import Budget
 from .closed_form import MAX_BITS
 from .evaluate import Evaluator
 from .knapsack import Pair
+from .options import UNSTRUCTURED, Option
 from .problem import Problem
 from .repaired import REPAIR_VERSION, RepairedWeights
 from .resources import resources
@@ -33,6 +35,7 @@ from .tables import LayerTable, fill
 
 __all__ = [
     "Data",
+    "emptied",
     "latency_table",
     "layer_error",
     "loader_of",
@@ -130,7 +133,13 @@ def measure_tables(
         work = layer_work(problem.model, layers, data.table[0].x[:1])
     latency = None
     if budget.latency is not None:
-        latency = latency_table(problem, data.table[0].x[:1], settings, progress=progress)
+        latency = latency_table(
+            problem,
+            data.table[0].x[:1],
+            settings,
+            patterns=settings.patterns_for(budget),
+            progress=progress,
+        )
     errors = _error_table(problem, budget, data, settings, weight_of, work, progress)
     pairs = _interactions(problem, budget, data, settings, weight_of, work, latency, errors)
     return Tables(errors, latency, work, pairs)
@@ -196,38 +205,57 @@ def _error_table(
     store: Store = _Unkept()
     if not own or settings.repair:
         store = Store(cache_dir(settings.directory), "errors", table_key(problem, data, settings))
-    wanted = _worthwhile(problem, budget, settings, work)
-    options = np.array([(b, s) for b in settings.widths for s in settings.sparsities])
     measure: LayerError | None = None
 
-    def error(name: str, bits: int, sparsity: float) -> float:
-        nonlocal measure
-        if measure is None:  # only now: a table that is in the cache needs no pass at all
-            measure = layer_error(problem, data, settings, weight_of)
-        if isinstance(weight_of, RepairedWeights) and settings.measure in MEASURES:
-            # All that the table lacks of a layer goes through one sweep.
-            asked = options[wanted[problem.free.index(name)].reshape(-1)]
-            rest = [(int(b), float(s)) for b, s in asked if f"{name} {int(b)} {s:g}" not in store]
-            weight_of.expect(name, rest)
-        return measure(name, bits, sparsity)
+    def part(pattern: str) -> LayerTable:
+        wanted = _worthwhile(problem, budget, settings, pattern, work)
+        options = _options(settings, pattern)
 
-    table = fill(
-        "error",
-        "nats",
-        problem.free,
-        error,
-        store,
-        bits=settings.widths,
-        sparsities=settings.sparsities,
-        wanted=wanted,
-        progress=progress,
-    )
+        def error(name: str, option: Option) -> float:
+            nonlocal measure
+            if measure is None:  # only now: a table that is in the cache needs no pass at all
+                measure = layer_error(problem, data, settings, weight_of)
+            if isinstance(weight_of, RepairedWeights) and settings.measure in MEASURES:
+                # All that the table lacks of a layer goes through one sweep.
+                asked = np.flatnonzero(wanted[problem.free.index(name)])
+                rest = [options[k] for k in asked if f"{name} {options[k].name}" not in store]
+                weight_of.expect(name, rest)
+            return measure(name, *option.arguments())
+
+        return fill(
+            "error",
+            "nats",
+            problem.free,
+            error,
+            store,
+            bits=settings.widths,
+            sparsities=settings.sparsities_of(pattern),
+            pattern=pattern,
+            wanted=wanted,
+            progress=progress,
+        )
+
+    table = _joined([part(pattern) for pattern in settings.patterns_for(budget)])
     images = sum(batch.count for batch in data.table)
     table.about = {"measure": str(settings.measure), "images": images, "repair": settings.repair}
     table.about["weights"] = "own" if callable(settings.weight_of) else settings.weight_of
     # A measured loss may be a little lower than the float model's; no layer is paid for that.
-    table.values = np.where(np.isnan(table.values), np.nan, np.maximum(table.values, 0.0))
-    return table
+    return table.mapped(lambda values: np.where(np.isnan(values), np.nan, np.maximum(values, 0.0)))
+
+
+def _options(settings: Settings, pattern: str) -> list[Option]:
+    """What a pattern's part of a table is about, in its order."""
+    return [
+        Option(bits, sparsity, pattern if sparsity > 0 else UNSTRUCTURED)
+        for bits in settings.widths
+        for sparsity in settings.sparsities_of(pattern)
+    ]
+
+
+def _joined(parts: list[LayerTable]) -> LayerTable:
+    """One table of the parts of all patterns."""
+    parts[0].others = tuple(parts[1:])
+    return parts[0]
 
 
 def layer_error(
@@ -239,7 +267,7 @@ def layer_error(
     evaluator = Evaluator(problem.model, loader_of(data.table), data.loss_fn, weight_of=weight_of)
     if settings.measure == "loss":
         base = evaluator.measure({}).loss
-        return lambda name, bits, sparsity: evaluator.measure({name: (bits, sparsity)}).loss - base
+        return lambda name, *option: evaluator.measure({name: Option(*option)}).loss - base
     if settings.measure in CRITERIA:
         # Criteria are scaled by the error of the weight, and a repaired weight is far from the
         # float one for the sake of the output.
@@ -250,8 +278,8 @@ def layer_error(
     sensitivity = LogitSensitivity(
         problem.model, data.table, layers, images=TABLE_IMAGES, logits=data.loss_fn is None
     )
-    return lambda name, bits, sparsity: sensitivity.error(
-        name, *evaluator.replacement(name, bits, sparsity)
+    return lambda name, *option: sensitivity.error(
+        name, *evaluator.replacement(name, Option(*option))
     )
 
 
@@ -262,9 +290,9 @@ def _criterion_error(problem: Problem, data: Data, name: str, evaluator: Evaluat
     )
     kind = CRITERIA[name]
 
-    def error(layer: str, bits: int, sparsity: float) -> float:
+    def error(layer: str, *option: Any) -> float:
         weight = problem.layers[layer].weight.detach().double()
-        rounded = evaluator.weight(layer, bits, sparsity).double()
+        rounded = evaluator.replacement(layer, Option(*option))[0].double()
         probe = dequantized_layer(problem.layers[layer], scores.probe_bits).double()
         return kind.error(
             scores[layer].raw,
@@ -277,44 +305,71 @@ def _criterion_error(problem: Problem, data: Data, name: str, evaluator: Evaluat
 
 
 def _worthwhile(
-    problem: Problem, budget: Budget, settings: Settings, work: dict[str, Work]
+    problem: Problem, budget: Budget, settings: Settings, pattern: str, work: dict[str, Work]
 ) -> np.ndarray:
     """Options that cost less of something than the same width with fewer zeros.
 
     The others can only lose: a bitmask costs a bit per weight. What the clock says counts only
-    for options that save bytes; kernels do not skip single zeros.
+    for options that save bytes; kernels do not skip single zeros, and blocks that are left out
+    are left out of the file as well.
     """
-    options = [(b, s) for b in settings.widths for s in settings.sparsities]
+    options = _options(settings, pattern)
+    sparsities = settings.sparsities_of(pattern)
     parts = {k: v for k, v in budget.given.items() if k != "latency"} or {"size": 1.0}
     found = resources(problem, Budget(**parts), options, work)  # type: ignore[arg-type]
     limited = [r for r in found if np.isfinite(r.limit)] or found
-    shape = (len(problem.free), len(settings.widths), len(settings.sparsities))
-    order = np.argsort(settings.sparsities)
+    shape = (len(problem.free), len(settings.widths), len(sparsities))
+    order = np.argsort(sparsities)
     wanted = np.zeros(shape, dtype=bool)
     for resource in limited:
         costs = resource.costs.reshape(shape)[..., order]
         least = np.minimum.accumulate(costs, axis=-1)
         wanted[..., order[1:]] |= costs[..., 1:] < least[..., :-1]
     wanted[..., order[0]] = True
-    return wanted
+    return wanted & ~emptied(problem, options).reshape(shape)
+
+
+def emptied(problem: Problem, options: Sequence[Option]) -> np.ndarray:
+    """Options that leave nothing of a layer, bool ``[layers, options]``: its only block, say."""
+    return np.array(
+        [
+            [
+                pattern_pruned_count(problem.form(name), sparsity, pattern)
+                >= problem.layers[name].weight.numel()
+                for _, sparsity, pattern in options
+            ]
+            for name in problem.free
+        ]
+    )
 
 
 def latency_table(
-    problem: Problem, x: torch.Tensor, settings: Settings, *, progress: bool = True
+    problem: Problem,
+    x: torch.Tensor,
+    settings: Settings,
+    *,
+    patterns: Sequence[str] = (UNSTRUCTURED,),
+    progress: bool = True,
 ) -> LayerTable:
-    """Microseconds of every layer at every width and sparsity, in the engine on this machine.
+    """Microseconds of every layer with every option, in the engine on this machine.
+
+    Measured inside the whole program, as the engine's planner does it: all layers get random
+    weights of one width, sparsity and pattern at once, the program is planned for them by the
+    clock, and its profile divides the time of a whole call among the layers
+    (:class:`~adalayer_native.engine.latency.LayerTimes`).
 
     Args:
         problem: layers.
         x: an input of one image, ``[1, ...]``.
         settings: batch, threads, widths, sparsities, cache directory.
+        patterns: of the zeros.
         progress: show a progress bar.
     """
     key = {
         "model": model_digest(problem.model),
         "input": list(x.shape[1:]),
         "batch": settings.latency_batch,
-        "pinned": sorted([n, b, s] for n, (b, s) in problem.pinned.items() if b is not None),
+        "pinned": sorted([n, *o.values] for n, o in problem.pinned.items() if o.bits is not None),
         "float": sorted(set(problem.layers) - set(problem.free) - set(problem.pinned)),
         "activation_bits": problem.activation_bits,
         **machine(settings.threads),
@@ -322,38 +377,41 @@ def latency_table(
     store = Store(cache_dir(settings.directory), "latency", key)
     times: LayerTimes | None = None
 
-    def column(bits: int, sparsity: float) -> None:
-        """All layers at once; what is no layer of ours goes by the name ''."""
+    def measure(name: str, option: Option) -> float:
+        """A column: all layers at once; what is no layer of ours goes by the name ''."""
         nonlocal times
         if times is None:
             times = _layer_times(problem, x, settings)
-        layers, other = times.column(bits, sparsity)
-        for name in problem.free:
-            store[f"{name} {bits} {sparsity:g}"] = layers.get(name, 0.0)
-        store[f" {bits} {sparsity:g}"] = other
+        assert option.bits is not None
+        layers, other = times.column(option.bits, option.sparsity, option.pattern)
+        for each in problem.free:
+            store[f"{each} {option.name}"] = layers.get(each, 0.0)
+        store[f" {option.name}"] = other
+        return store[f"{name} {option.name}"]
 
-    def measure(name: str, bits: int, sparsity: float) -> float:
-        column(bits, sparsity)
-        return store[f"{name} {bits} {sparsity:g}"]
-
-    table = fill(
-        "latency",
-        "µs",
-        problem.free,
-        measure,
-        store,
-        bits=settings.widths,
-        sparsities=settings.sparsities,
-        progress=progress,
+    table = _joined(
+        [
+            fill(
+                "latency",
+                "µs",
+                problem.free,
+                measure,
+                store,
+                bits=settings.widths,
+                sparsities=settings.sparsities_of(pattern),
+                pattern=pattern,
+                progress=progress,
+            )
+            for pattern in patterns
+        ]
     )
-    others = [store[f" {b} {s:g}"] for b, s in table.options()]
-    table.constant = float(np.median(others))
+    table.constant = float(np.median([store[f" {option.name}"] for option in table.options()]))
     table.about = {"batch": settings.latency_batch, **machine(settings.threads)}
     return table
 
 
 def _layer_times(problem: Problem, x: torch.Tensor, settings: Settings) -> LayerTimes:
-    plan = problem.plan(dict.fromkeys(problem.free, (MAX_BITS, 0.0)))
+    plan = problem.plan(dict.fromkeys(problem.free, Option(MAX_BITS)))
     prepared = prepare(problem.model, plan)
     calibrate(prepared, [x], observer="minmax", progress=False)
     batch = x.expand(settings.latency_batch, *x.shape[1:]).contiguous()
@@ -382,8 +440,8 @@ def _interactions(
         return []
     selection = selection_of(problem, budget, Tables(errors, latency, work, []), settings)
     columns = selection.choose()
-    if columns is None:
-        raise selection.impossible()
+    if columns is None:  # by the tables as they are; what follows knows more
+        return []
     chosen = selection.errors[np.arange(len(columns)), columns]
     worst = np.sort(np.argsort(-chosen, kind="stable")[:PAIR_LAYERS]).tolist()
     evaluator = Evaluator(problem.model, loader_of(data.table), data.loss_fn, weight_of=weight_of)

@@ -4,7 +4,9 @@ Four steps. The tables say what every width and sparsity of every layer costs in
 budget limits it, in time. The multiple-choice knapsack over them gives a plan
 (:mod:`~adalayer_native.allocation.knapsack`). Calibration data that the tables have not seen
 check it, and plans around it (:mod:`~adalayer_native.allocation.local_search`), and at last a few
-plans are repaired whole and compared (:mod:`~adalayer_native.allocation.finals`).
+plans are repaired whole and compared (:mod:`~adalayer_native.allocation.finals`). Where the budget
+limits the latency, engines are compiled and timed on the way
+(:mod:`~adalayer_native.allocation.clock`).
 """
 
 from __future__ import annotations
@@ -18,16 +20,20 @@ import numpy as np
 from ..importance.batches import LossFn
 from ..plan import Plan
 from .budget import Budget
+from .clock import EngineClock, kept, latency_of, refused, settle
 from .evaluate import Evaluator, Measurement
 from .finals import NEGLIGIBLE, RepairedCheck, finals
 from .local_search import local_search
-from .measuring import Data, loader_of, measure_tables, repair_key, weights_of
+from .measuring import Data, emptied, loader_of, measure_tables, repair_key, weights_of
+from .options import UNSTRUCTURED, Option
 from .problem import Problem
 from .resources import resources
 from .selection import Selection, selection_of
 from .settings import Settings
 
 __all__ = ["optimal", "plan_of"]
+
+CLOCK_ROUNDS = 3  # searches, where the plan that a search ends with is slower than predicted
 
 
 def optimal(
@@ -54,10 +60,15 @@ def optimal(
     weight_of = weights_of(problem, data, settings, progress=progress)
     tables = measure_tables(problem, budget, data, settings, weight_of, progress=progress)
     selection = selection_of(problem, budget, tables, settings)
-    columns = selection.choose()
+    clock = None
+    if latency_of(selection) is not None:
+        clock = EngineClock(problem, data.table[0].x[:1], settings)
+        columns: np.ndarray | None = settle(selection, clock)
+    else:
+        columns = selection.choose()
     if columns is None:
         raise selection.impossible()
-    measurement = None
+    evaluator = None
     if settings.rounds > 0:
         evaluator = Evaluator(
             problem.model,
@@ -67,24 +78,41 @@ def optimal(
             weight_of=weight_of,
             key=repair_key(data, settings),
         )
-        columns, measurement = local_search(
-            selection,
-            evaluator,
-            rounds=settings.rounds,
-            trials=settings.trials,
-            progress=progress,
+    measurement = None
+    for _ in range(CLOCK_ROUNDS):
+        if evaluator is not None:
+            columns, measurement = _checked(selection, evaluator, data, settings, progress)
+        if clock is None or kept(selection, columns, clock):
+            return plan_of(selection, columns, measurement, clock)
+        columns = settle(selection, clock)
+    assert clock is not None
+    # Settled plans were timed; the checked ones around them turned out slower every time.
+    if kept(selection, columns, clock):
+        return plan_of(selection, columns, None, clock)
+    raise refused(selection, clock(selection.choice(columns)))
+
+
+def _checked(
+    selection: Selection, evaluator: Evaluator, data: Data, settings: Settings, progress: bool
+) -> tuple[np.ndarray, Measurement]:
+    """The plan that is best on images that the tables have not seen."""
+    columns, measurement = local_search(
+        selection, evaluator, rounds=settings.rounds, trials=settings.trials, progress=progress
+    )
+    unsure = measurement.loss > NEGLIGIBLE
+    if settings.finalists > 1 and settings.weight_of == "repaired" and unsure:
+        check = RepairedCheck(selection.problem, data, settings, selection)
+        columns, measurement = finals(
+            selection, columns, check.measure, count=settings.finalists, progress=progress
         )
-        unsure = measurement.loss > NEGLIGIBLE
-        if settings.finalists > 1 and settings.weight_of == "repaired" and unsure:
-            check = RepairedCheck(problem, data, settings, selection)
-            columns, measurement = finals(
-                selection, columns, check.measure, count=settings.finalists, progress=progress
-            )
-    return plan_of(selection, columns, measurement)
+    return columns, measurement
 
 
 def plan_of(
-    selection: Selection, columns: np.ndarray, measurement: Measurement | None = None
+    selection: Selection,
+    columns: np.ndarray,
+    measurement: Measurement | None = None,
+    clock: EngineClock | None = None,
 ) -> Plan:
     """A plan that says what its layers are predicted to lose (``E``) and what it costs."""
     problem = selection.problem
@@ -96,6 +124,8 @@ def plan_of(
     for resource in selection.resources:
         if resource.exact is None:
             plan.measured[f"predicted {resource.name}"] = resource.total(columns)
+    if clock is not None:
+        plan.measured["measured latency"] = clock(selection.choice(columns))
     return plan
 
 
@@ -104,10 +134,16 @@ def _reachable(problem: Problem, budget: Budget, settings: Settings) -> None:
     early = {k: v for k, v in budget.given.items() if k in ("size", "bytes", "bits")}
     if not early:
         return
-    options = [(b, s) for b in settings.widths for s in settings.sparsities]
+    options = [
+        Option(bits, sparsity, pattern)
+        for pattern in settings.patterns_for(budget)
+        for bits in settings.widths
+        for sparsity in settings.sparsities_of(pattern)
+        if sparsity > 0 or pattern == UNSTRUCTURED
+    ]
     part = Budget(**early)  # type: ignore[arg-type]
     found = resources(problem, part, options, {})
-    errors = np.zeros((len(problem.free), len(options)))
+    errors = np.where(emptied(problem, options), np.nan, 0.0)
     selection = Selection(problem, part, found, options, errors)
     if selection.choose() is None:
         raise selection.impossible()

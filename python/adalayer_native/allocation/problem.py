@@ -17,12 +17,11 @@ from ..pruning.masks import pruned_count
 from ..quantization.layout import native_layout
 from .budget import Budget
 from .closed_form import MAX_BITS, MAX_SPARSITY, MIN_BITS
+from .options import UNSTRUCTURED, Choice, Choices, Option, option_of
 from .size import estimate_bytes, float_bytes, packed_bytes
 
 __all__ = ["Choice", "Fixed", "Problem"]
 
-# A choice for every layer: bits (None stays float) and sparsity.
-Choice = dict[str, tuple[int | None, float]]
 # What a person decides for a layer: bits, bits and sparsity, or another plan's entry.
 Fixed = int | tuple[int, float] | LayerPlan | None
 PERCENTS = round(100 * MAX_SPARSITY) + 1
@@ -54,10 +53,11 @@ class Problem:
         self._entries: dict[str, LayerPlan] = {}
         self._pin(fixed or {}, exclude)
         template = self.plan(
-            {name: (MAX_BITS, 0.0) for name in self.layers if name not in self.pinned}
+            {name: Option(MAX_BITS) for name in self.layers if name not in self.pinned}
         )
         self.layout = native_layout(model, template)
-        for name, (bits, _) in self.pinned.items():
+        for name, option in self.pinned.items():
+            bits = option.bits
             if bits is not None and name not in self.layout.layers:
                 raise PlanError(
                     f"layer {name!r} cannot be fixed to {bits} bits: "
@@ -92,7 +92,7 @@ class Problem:
             members = [n for n in self.layers if n == name or n.startswith(f"{name}.")]
             if not members:
                 raise PlanError(f"exclude: {unknown_layer(name, list(self.layers))}")
-            self.pinned.update(dict.fromkeys(members, (None, 0.0)))
+            self.pinned.update(dict.fromkeys(members, Option(None)))
         for name, value in fixed.items():
             if name not in self.layers:
                 raise PlanError(f"fixed: {unknown_layer(name, list(self.layers))}")
@@ -113,12 +113,12 @@ class Problem:
                 )
             entry.check()
             self._entries[name] = entry
-            self.pinned[name] = (entry.bits, entry.sparsity)
+            self.pinned[name] = option_of(entry)
 
-    def full(self, choice: Choice) -> Choice:
+    def full(self, choice: Choices) -> Choice:
         """The choice with what is pinned, in the model's order."""
         both = {**choice, **self.pinned}
-        return {name: both[name] for name in self.layers if name in both}
+        return {name: Option(*both[name]) for name in self.layers if name in both}
 
     @property
     def in_bytes(self) -> bool:
@@ -127,7 +127,7 @@ class Problem:
 
     def plan(
         self,
-        choice: Choice,
+        choice: Choices,
         method: str = "manual",
         hyper: Mapping[str, float] | None = None,
         scores: dict[str, dict[str, float]] | None = None,
@@ -136,14 +136,19 @@ class Problem:
 
         Layers that are not named are as they are pinned, else float.
         """
+        chosen = {
+            name: Option(*choice.get(name, self.pinned.get(name, Option(None))))
+            for name in self.layers
+        }
         return Plan(
             layers={
                 name: LayerPlan(
                     name=name,
                     kind=layer_kind(layer),
                     params=layer.weight.numel(),
-                    bits=choice.get(name, self.pinned.get(name, (None, 0.0)))[0],
-                    sparsity=choice.get(name, self.pinned.get(name, (None, 0.0)))[1],
+                    bits=chosen[name].bits,
+                    sparsity=chosen[name].sparsity,
+                    pattern=chosen[name].pattern,
                     activation_bits=self._entries[name].activation_bits
                     if name in self._entries
                     else self.activation_bits,
@@ -155,21 +160,25 @@ class Problem:
             scores=scores,
         )
 
-    def cost(self, choice: Choice) -> float:
+    def cost(self, choice: Choices) -> float:
         """Bytes of the saved file, or average bits per weight, as the budget counts."""
         plan = self.plan(choice)
         if not self.in_bytes:
             return plan.average_bits
-        same = all((choice.get(name, (None,))[0] is not None) for name in self.free)
+        same = all((choice.get(name, Option(None))[0] is not None) for name in self.free)
         return estimate_bytes(self.model, plan, layout=self.layout if same else None)
 
-    def fits(self, choice: Choice) -> bool:
+    def fits(self, choice: Choices) -> bool:
         """Whether the choice is within the budget."""
         return self.limit is None or self.cost(choice) <= self.limit + 1e-9
 
-    def uniform(self, bits: int, sparsity: float) -> Choice:
+    def uniform(self, bits: int, sparsity: float, pattern: str = UNSTRUCTURED) -> Choice:
         """The same bits and sparsity for every layer that can be quantized."""
-        return dict.fromkeys(self.free, (bits, sparsity))
+        return dict.fromkeys(self.free, Option(bits, sparsity, pattern))
+
+    def form(self, name: str) -> tuple[int, ...]:
+        """Shape of a layer's weight with the output channels first."""
+        return tuple(self.layout.layers[name].weight_shape)
 
     def cost_table(self) -> tuple[np.ndarray, float, float]:
         """``(table, constant, slack)``: cost of free layer l at b bits and p per cent zeros.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..repair import LayerHessian, LayerSolution, layer_hessians
 from ..rounding import conv_form, layer_form
+from .options import UNSTRUCTURED, Option
 
 __all__ = ["REPAIR_VERSION", "RepairedWeights"]
 
@@ -19,7 +20,7 @@ PASSES = 1  # of refinement: the repair of the chosen plan makes more
 
 
 class RepairedWeights:
-    """Weights and bias shifts by layer, bits and sparsity, repaired against the layer's output.
+    """Weights and bias shifts by layer and option, repaired against the layer's output.
 
     Every layer by itself, on the inputs that the float model gives it: errors of earlier layers,
     which the repair of a whole plan corrects, depend on the plan. Statistics of a layer are
@@ -49,29 +50,35 @@ class RepairedWeights:
         self.passes, self.memory, self.progress = passes, memory, progress
         self.modules = dict(model.named_modules())
         self._hessians: OrderedDict[str, LayerHessian] = OrderedDict()
-        self._known: OrderedDict[tuple[str, int, float], LayerSolution] = OrderedDict()
+        self._known: OrderedDict[tuple[Any, ...], LayerSolution] = OrderedDict()
 
-    def __call__(self, name: str, bits: int, sparsity: float) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, name: str, bits: int, sparsity: float, pattern: str = UNSTRUCTURED
+    ) -> tuple[Tensor, Tensor]:
         """Dequantized weight in the layer's own shape, and what is added to its bias."""
-        key = (name, bits, round(sparsity, 6))
+        option = Option(bits, sparsity, pattern)
+        key = (name, *option.values)
         if key not in self._known:
-            self.expect(name, [(bits, sparsity)])
+            self.expect(name, [option])
         self._known.move_to_end(key)
         solution = self._known[key]
         layer: Any = self.modules[name]
         weight = layer_form(layer, solution.weight)
         return weight.to(layer.weight), solution.bias_shift
 
-    def expect(self, name: str, settings: Sequence[tuple[int, float]]) -> None:
-        """Work out what is going to be asked for; many settings in one sweep cost less."""
-        missing = [(b, s) for b, s in settings if (name, b, round(s, 6)) not in self._known]
-        if not missing:
-            return
-        solutions = self._hessian(name).solutions(missing, passes=self.passes)
-        for (bits, sparsity), solution in zip(missing, solutions, strict=True):
-            # A copy: a part of a sweep's tensor would keep the whole of it.
-            solution.mask, solution.levels = None, solution.levels.clone()
-            self._known[name, bits, round(sparsity, 6)] = solution
+    def expect(self, name: str, options: Sequence[Option]) -> None:
+        """Work out what is going to be asked for; many options in one sweep cost less."""
+        missing = [o for o in options if (name, *o.values) not in self._known]
+        for pattern in dict.fromkeys(option.pattern for option in missing):
+            part = [option for option in missing if option.pattern == pattern]
+            asked = [(option.bits or 0, option.sparsity) for option in part]
+            hessian = self._hessian(name)
+            solutions = hessian.solutions(asked, pattern=pattern, passes=self.passes)
+            for option, solution in zip(part, solutions, strict=True):
+                # A copy: a part of a sweep's tensor would keep the whole of it.
+                solution.mask, solution.levels = None, solution.levels.clone()
+                key = (name, *option.values)
+                self._known[key] = solution
         held = sum(solution.levels.numel() for solution in self._known.values())
         while held > self.memory and len(self._known) > len(missing):
             _, old = self._known.popitem(last=False)

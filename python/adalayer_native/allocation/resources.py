@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,10 +11,11 @@ import numpy as np
 from ..energy.model import FLOAT_BITS, LayerEnergy, layer_energy
 from ..errors import BudgetError
 from ..importance.flops import Work
-from ..pruning.masks import pruned_count
+from ..rounding import conv_form
 from .budget import Budget
-from .problem import Choice, Problem
-from .size import packed_bytes
+from .options import Choice, Option
+from .problem import Problem
+from .size import layer_bytes
 from .tables import LayerTable
 
 __all__ = ["Resource", "bit_operations", "resources", "stored_energy"]
@@ -50,6 +52,11 @@ class Resource:
     slack: float = 0.0
     exact: Callable[[Choice], float] | None = None
 
+    def scale(self, factor: float) -> None:
+        """Multiply all costs, and what is there in any case."""
+        self.costs = self.costs * factor
+        self.constant *= factor
+
     def total(self, choice: np.ndarray) -> float:
         """``constant + sum_l costs[l, choice_l]``; at least the real total."""
         return self.constant + float(self.costs[np.arange(len(choice)), choice].sum())
@@ -58,7 +65,7 @@ class Resource:
 def resources(
     problem: Problem,
     budget: Budget,
-    options: Sequence[tuple[int, float]],
+    options: Sequence[Option],
     work: Mapping[str, Work],
     latency: LayerTable | None = None,
 ) -> list[Resource]:
@@ -67,7 +74,7 @@ def resources(
     Args:
         problem: without a budget of its own: its costs are bytes.
         budget: limits.
-        options: ``(bits, sparsity)``, the columns.
+        options: the columns.
         work: per image, of every layer of the model.
         latency: microseconds per call, where the budget limits the latency; its layers and
             options are those of the problem.
@@ -97,8 +104,11 @@ def resources(
                 "number of bit operations",
                 budget.bops,
                 options,
-                lambda name, bits, sparsity: bit_operations(
-                    work[name].macs, bits, _activation_bits(problem, name), sparsity
+                lambda name, option: bit_operations(
+                    work[name].macs,
+                    option.bits,
+                    _activation_bits(problem, name),
+                    option.sparsity,
                 ),
                 lambda value: f"{np.ceil(value):,.0f} per image",
             )
@@ -110,14 +120,10 @@ def resources(
                 "modelled energy",
                 budget.energy,
                 options,
-                lambda name, bits, sparsity: (
+                lambda name, option: (
                     1e-6
                     * stored_energy(
-                        problem.layers[name].weight.numel(),
-                        bits,
-                        sparsity,
-                        _activation_bits(problem, name),
-                        work[name],
+                        _form(problem, name), option, _activation_bits(problem, name), work[name]
                     ).total
                 ),
                 lambda value: f"{_up(value, 4)} µJ per image",
@@ -134,12 +140,12 @@ def _up(value: float, digits: int) -> str:
     return f"{np.ceil(value * power * (1 - 1e-12)) / power:g}"
 
 
-def _bytes(problem: Problem, budget: Budget, options: Sequence[tuple[int, float]]) -> Resource:
+def _bytes(problem: Problem, budget: Budget, options: Sequence[Option]) -> Resource:
     costs = np.zeros((len(problem.free), len(options)))
     for row, name in enumerate(problem.free):
-        count = problem.layers[name].weight.numel()
-        for column, (bits, sparsity) in enumerate(options):
-            costs[row, column] = packed_bytes(count, count - pruned_count(count, sparsity), bits)
+        for column, (bits, sparsity, pattern) in enumerate(options):
+            assert bits is not None
+            costs[row, column] = layer_bytes(problem.form(name), bits, sparsity, pattern)
 
     def choice(columns: np.ndarray) -> Choice:
         return {n: options[c] for n, c in zip(problem.free, columns.tolist(), strict=True)}
@@ -168,11 +174,11 @@ def _bytes(problem: Problem, budget: Budget, options: Sequence[tuple[int, float]
     )
 
 
-def _average_bits(problem: Problem, limit: float, options: Sequence[tuple[int, float]]) -> Resource:
+def _average_bits(problem: Problem, limit: float, options: Sequence[Option]) -> Resource:
     total = sum(layer.weight.numel() for layer in problem.layers.values())
     counts = np.array([problem.layers[name].weight.numel() for name in problem.free])
-    each = np.array([bits * (1.0 - sparsity) for bits, sparsity in options])
-    rest = problem.plan(dict.fromkeys(problem.free, (options[0][0], options[0][1])))
+    each = np.array([(bits or 0) * (1.0 - sparsity) for bits, sparsity, _ in options])
+    rest = problem.plan(dict.fromkeys(problem.free, options[0]))
     costs = counts[:, None] * each[None] / max(1, total)
     constant = rest.average_bits - float(costs[:, 0].sum())
     return Resource(
@@ -184,13 +190,13 @@ def _summed(
     problem: Problem,
     name: str,
     limit: float,
-    options: Sequence[tuple[int, float]],
-    cost: Callable[[str, int | None, float], float],
+    options: Sequence[Option],
+    cost: Callable[[str, Option], float],
     show: Callable[[float], str],
 ) -> Resource:
-    costs = np.array([[cost(n, b, s) for b, s in options] for n in problem.free])
+    costs = np.array([[cost(n, option) for option in options] for n in problem.free])
     others = [n for n in problem.layers if n not in set(problem.free)]
-    constant = sum(cost(n, *problem.pinned.get(n, (None, 0.0))) for n in others)
+    constant = sum(cost(n, problem.pinned.get(n, Option(None))) for n in others)
     return Resource(name, costs, constant, limit, show)
 
 
@@ -198,11 +204,21 @@ def _activation_bits(problem: Problem, name: str) -> int:
     return problem.plan({})[name].activation_bits
 
 
+def _form(problem: Problem, name: str) -> tuple[int, ...]:
+    layer = problem.layers[name]
+    return tuple(conv_form(layer, layer.weight).shape)
+
+
 def stored_energy(
-    count: int, bits: int | None, sparsity: float, activation_bits: int, work: Work
+    shape: tuple[int, ...], option: Option, activation_bits: int, work: Work
 ) -> LayerEnergy:
-    """Modelled energy of a layer whose ``count`` weights are stored as a file stores them."""
+    """Modelled energy of a layer whose weight is stored as a file stores it.
+
+    ``shape`` is the weight's, output channels first.
+    """
+    bits = option.bits
     if bits is None:
-        return layer_energy(work.macs, 4.0 * count, None, activations=work.activations)
-    stored = packed_bytes(count, count - pruned_count(count, sparsity), bits)
+        stored = 4.0 * math.prod(shape)
+        return layer_energy(work.macs, stored, None, activations=work.activations)
+    stored = layer_bytes(shape, bits, option.sparsity, option.pattern)
     return layer_energy(work.macs, stored, bits, activation_bits, work.activations)

@@ -25,7 +25,8 @@ from ..errors import PlanError
 from ..plan import Plan
 from .closed_form import MAX_BITS, MIN_BITS
 from .evaluate import Evaluator, Measurement, best_of
-from .problem import Choice, Problem
+from .options import Choice, Option
+from .problem import Problem
 
 __all__ = ["RLSettings", "rl"]
 
@@ -151,7 +152,7 @@ class _Walk:
 
     def choice(self, actions: np.ndarray) -> Choice:
         widths = (actions + MIN_BITS).tolist()
-        return {n: (b, 0.0) for n, b in zip(self.problem.free, widths, strict=True)}
+        return {n: Option(b) for n, b in zip(self.problem.free, widths, strict=True)}
 
     def episode(
         self,

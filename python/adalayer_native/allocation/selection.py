@@ -11,7 +11,8 @@ from ..errors import BudgetError
 from ..importance.flops import Work
 from .budget import Budget
 from .knapsack import Limit, Pair, monotone, solve
-from .problem import Choice, Problem
+from .options import Choice, Option
+from .problem import Problem
 from .resources import Resource, resources
 from .settings import Settings
 from .tables import LayerTable
@@ -29,7 +30,7 @@ class Selection:
         problem: layers.
         budget: for messages.
         resources: what is limited.
-        options: ``(bits, sparsity)``, the columns of all tables.
+        options: the columns of all tables.
         errors: float64 ``[layers, options]``; NaN where an option is not offered.
         pairs: terms between layers.
     """
@@ -39,7 +40,7 @@ class Selection:
         problem: Problem,
         budget: Budget,
         resources: Sequence[Resource],
-        options: Sequence[tuple[int, float]],
+        options: Sequence[Option],
         errors: np.ndarray,
         pairs: Sequence[Pair] = (),
     ) -> None:
@@ -50,7 +51,7 @@ class Selection:
         self.pairs = list(pairs)
 
     def choice(self, columns: np.ndarray) -> Choice:
-        """Bits and sparsity per layer."""
+        """The option of every layer."""
         names = self.problem.free
         return {n: self.options[c] for n, c in zip(names, columns.tolist(), strict=True)}
 
@@ -183,16 +184,20 @@ def selection_of(problem: Problem, budget: Budget, tables: Tables, settings: Set
         table = table.finer(settings.step, logarithmic=True, extra=extra)
         if latency is not None:
             latency = latency.finer(settings.step, logarithmic=False, extra=extra)
-    missing = np.isnan(table.values)
-    filled = monotone(np.where(missing, _nearest(table.values), table.values))
-    errors = np.where(missing, np.nan, filled).reshape(len(problem.free), -1)
+    errors = table.mapped(_monotone).flat()
     options = table.options()
     found = resources(problem, budget, options, tables.work, latency)
     errors = np.where(_saving(found, options), errors, np.nan)
     return Selection(problem, budget, found, options, errors, tables.pairs)
 
 
-def _saving(found: Sequence[Resource], options: Sequence[tuple[int, float]]) -> np.ndarray:
+def _monotone(values: np.ndarray) -> np.ndarray:
+    missing = np.isnan(values)
+    filled = monotone(np.where(missing, _nearest(values), values))
+    return np.where(missing, np.nan, filled)
+
+
+def _saving(found: Sequence[Resource], options: Sequence[Option]) -> np.ndarray:
     """Options that cost less of something than their width unpruned, ``[layers, options]``.
 
     A few zeros do not pay for the bitmask; in an interpolated table they may look as good as none.
@@ -200,11 +205,11 @@ def _saving(found: Sequence[Resource], options: Sequence[tuple[int, float]]) -> 
     limited = [r for r in found if np.isfinite(r.limit)] or list(found)
     saving = np.zeros(limited[0].costs.shape, dtype=bool)
     columns = {option: column for column, option in enumerate(options)}
-    for (bits, sparsity), column in columns.items():
-        unpruned = columns.get((bits, 0.0))
+    for option, column in columns.items():
+        unpruned = columns.get(Option(option.bits))
         for resource in limited:
             costs = resource.costs
-            if sparsity == 0 or unpruned is None:
+            if option.sparsity == 0 or unpruned is None:
                 saving[:, column] = True
             else:
                 saving[:, column] |= costs[:, column] < costs[:, unpruned]

@@ -22,9 +22,10 @@ __all__ = ["LayerError", "LogitSensitivity", "WeightOf", "shifted"]
 
 # The two places where a repair plugs in: what a layer gets at (bits, sparsity), and what that does
 # to the loss. The first is the dequantized weight in the layer's own shape, alone or with what is
-# added to the bias, float32 ``[out_channels]``.
-WeightOf = Callable[[str, int, float], Tensor | tuple[Tensor, Tensor | None]]
-LayerError = Callable[[str, int, float], float]
+# added to the bias, float32 ``[out_channels]``. Where other patterns of zeros than the unstructured
+# one are offered, such an option's pattern is the fourth argument of both.
+WeightOf = Callable[..., Tensor | tuple[Tensor, Tensor | None]]  # (layer, bits, sparsity)
+LayerError = Callable[..., float]  # (layer, bits, sparsity)
 
 
 def shifted(layer: nn.Module, output: Tensor, shift: Tensor) -> Tensor:

@@ -9,7 +9,10 @@ from typing import Any
 
 from ..errors import PlanError
 from ..importance.registry import CRITERIA
+from ..plan import PATTERNS
+from .budget import Budget
 from .closed_form import MAX_SPARSITY
+from .options import UNSTRUCTURED
 from .sensitivity import LayerError, WeightOf
 from .tables import BITS, SPARSITIES
 
@@ -17,6 +20,7 @@ __all__ = ["MEASURES", "Settings", "settings_of"]
 
 MEASURES = ("logits", "loss")
 WEIGHTS = ("repaired", "rounded")
+BLOCKS = ("block16x64", "block32x64")  # what the kernels of the CPU skip
 
 
 @dataclass
@@ -25,6 +29,12 @@ class Settings:
 
     Attributes:
         widths, sparsities: the options of every layer.
+        patterns: where zeros may lie, ``"unstructured"`` among them; options of every layer, each
+            with all sparsities but ``"2:4"``, which is half. Default: unstructured, and with a
+            latency budget the blocks that the kernels skip (``"block16x64"``, ``"block32x64"``).
+            Blocks lose more at the same sparsity, so that they only pay where time counts, or
+            where a layer has so many weights per block to spare that it can do without the mask of
+            single zeros.
         step: sparsities between the measured ones are offered in such steps, their errors
             interpolated in the logarithm; ``None`` offers the measured ones alone.
         measure: what the error table holds. ``"logits"``: loss increase to second order
@@ -32,13 +42,14 @@ class Settings:
             loss of the network with that layer alone compressed, several times slower. A name in
             ``importance.CRITERIA``: that criterion, measured once per layer and scaled by the
             weight error (:meth:`~adalayer_native.importance.Criterion.error`). Or a function
-            ``(layer, bits, sparsity) -> float``.
+            ``(layer, bits, sparsity) -> float``, which gets the pattern as a fourth argument
+            wherever it is another than ``"unstructured"``.
         weight_of: which weight a layer has at some bits and sparsity; errors, and the plans that
             are tried, are of these weights. ``"repaired"``: what
             :class:`~adalayer_native.repair.LayerHessian` makes of it, as ``repair`` will;
             ``"rounded"``: magnitude pruning and rounding to nearest. Or a function ``(layer, bits,
             sparsity) -> weight``, the dequantized weight in the layer's own shape, or a pair of it
-            and what is added to the bias.
+            and what is added to the bias; patterns as for ``measure``.
         repair: names ``measure`` and ``weight_of`` where they are functions, so that tables of
             different ones are kept apart; a table is not kept without it.
         interactions: whether to measure terms between the layers that lose most.
@@ -53,6 +64,7 @@ class Settings:
 
     widths: Sequence[int] = BITS
     sparsities: Sequence[float] = SPARSITIES
+    patterns: Sequence[str] | None = None
     step: float | None = 0.05
     measure: str | LayerError = "logits"
     weight_of: str | WeightOf = "repaired"
@@ -88,12 +100,32 @@ class Settings:
                 f"sparsities must be different numbers from 0 to {MAX_SPARSITY} with 0 among "
                 f"them, got {tuple(self.sparsities)}"
             )
+        if self.patterns is not None and (
+            isinstance(self.patterns, str)
+            or not set(self.patterns) <= set(PATTERNS)
+            or UNSTRUCTURED not in self.patterns
+            or len(set(self.patterns)) != len(self.patterns)
+        ):
+            raise PlanError(
+                f"patterns must be different ones of {PATTERNS} with {UNSTRUCTURED!r} among them, "
+                f"got {self.patterns!r}"
+            )
         if self.step is not None and not 0.01 <= self.step <= 1:
             raise PlanError(f"step must be from 0.01 to 1 or None, got {self.step!r}")
         if self.rounds < 0 or self.finalists < 0 or self.trials < 1 or self.latency_batch < 1:
             raise PlanError(
                 "rounds and finalists must not be negative; trials and latency_batch at least 1"
             )
+
+    def patterns_for(self, budget: Budget) -> tuple[str, ...]:
+        """The patterns that are offered, the unstructured one first."""
+        if self.patterns is None:
+            return (UNSTRUCTURED,) if budget.latency is None else (UNSTRUCTURED, *BLOCKS)
+        return (UNSTRUCTURED, *(p for p in self.patterns if p != UNSTRUCTURED))
+
+    def sparsities_of(self, pattern: str) -> tuple[float, ...]:
+        """The sparsities that a pattern is measured at, 0 among them."""
+        return (0.0, 0.5) if pattern == "2:4" else tuple(self.sparsities)
 
 
 def settings_of(

@@ -25,6 +25,7 @@ __all__ = [
     "HEADER_BYTES",
     "estimate_bytes",
     "float_bytes",
+    "layer_bytes",
     "packed_bytes",
     "safetensors_bytes",
 ]
@@ -85,6 +86,28 @@ def packed_bytes(
 def file_blocks(shape: tuple[int, ...]) -> int:
     """Blocks of the file's encoding in a weight ``[O, I/groups, KH, KW]`` or ``[O, I]``."""
     return -(-shape[0] // FILE_BLOCK[0]) * -(-shape[1] // FILE_BLOCK[1]) * math.prod(shape[2:])
+
+
+def layer_bytes(
+    shape: tuple[int, ...],
+    bits: int,
+    sparsity: float,
+    pattern: str = "unstructured",
+    nonzero: int | None = None,
+) -> int:
+    """:func:`packed_bytes` of a layer that is pruned by a pattern.
+
+    Args:
+        shape: of its weight, output channels first.
+        nonzero: number of non-zero integers where it is known.
+
+    Raises:
+        PlanError: unknown pattern, or a sparsity that it cannot have.
+    """
+    count = math.prod(shape)
+    kept = count - pattern_pruned_count(shape, sparsity, pattern)
+    blocks = (file_blocks(shape), kept) if pattern.startswith("block") else None
+    return packed_bytes(count, kept if nonzero is None else nonzero, bits, blocks=blocks)
 
 
 def safetensors_bytes(entries: Iterable[Entry], metadata: Mapping[str, str] | None = None) -> int:
@@ -153,12 +176,8 @@ def native_entries(
             bits = plan[layer].bits
             if bits is None:
                 raise PlanError(f"layer {layer!r}: the layout has it native, the plan in float")
-            count, form = layout.layers[layer].numel, layout.layers[layer].weight_shape
-            pattern = plan[layer].pattern
-            kept = count - pattern_pruned_count(form, plan[layer].sparsity, pattern)
-            blocks = (file_blocks(form), kept) if pattern.startswith("block") else None
-            if nonzero is not None and layer in nonzero:
-                kept = nonzero[layer]
-            shape = (packed_bytes(count, kept, bits, blocks=blocks),)
+            known = None if nonzero is None else nonzero.get(layer)
+            form = tuple(layout.layers[layer].weight_shape)
+            shape = (layer_bytes(form, bits, plan[layer].sparsity, plan[layer].pattern, known),)
         entries.append((key, dtype, shape))
     return entries

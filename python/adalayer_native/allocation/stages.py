@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from ..errors import PlanError
 from ..plan import Plan
 from .closed_form import MAX_BITS, MIN_BITS
-from .problem import Choice, Problem
+from .options import Choice, Option
+from .problem import Problem
 
 __all__ = ["STAGE_METHODS", "stage_plan"]
 
@@ -60,11 +61,11 @@ def stage_plan(
         ordered = sorted(widths, reverse=method == "descending")
         options = [{name: w for group, w in zip(groups, ordered, strict=True) for name in group}]
     choices: list[Choice] = [
-        {name: (width, 0.0) for name, width in option.items()} for option in options
+        {name: Option(width) for name, width in option.items()} for option in options
     ]
     for choice in choices:
         if problem.fits(choice):
-            used = sorted({b for b, _ in choice.values() if b is not None})
+            used = sorted({o.bits for o in choice.values() if o.bits is not None})
             hyper = {f"bits_{i}": float(w) for i, w in enumerate(used, 1)}
             return problem.plan(choice, method, hyper)
     raise problem.impossible(

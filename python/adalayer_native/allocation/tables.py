@@ -1,4 +1,4 @@
-"""Tables of one number per layer, width and sparsity: errors and latencies."""
+"""Tables of one number per layer, width, sparsity and pattern: errors and latencies."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from .._progress import ProgressBar
 from ..errors import CalibrationError, PlanError
 from ..plan import unknown_layer
 from .closed_form import MAX_BITS, MIN_BITS
+from .options import UNSTRUCTURED, Option
 from .store import Store
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ _LEAST = 1e-12  # nats: what stands for an error of nothing in a logarithm
 
 @dataclass
 class LayerTable:
-    """One number per layer, width and sparsity.
+    """One number per layer, width and sparsity, and per pattern of zeros.
 
     Attributes:
         what: ``"error"`` or ``"latency"``.
@@ -40,6 +41,9 @@ class LayerTable:
             the budget counts and was therefore not measured.
         constant: what is there whatever the layers do (operations that are no layers).
         about: how it was measured.
+        pattern: where the zeros lie.
+        others: tables of other patterns, of the same layers and widths; their sparsity 0 is this
+            table's.
     """
 
     what: str
@@ -50,13 +54,35 @@ class LayerTable:
     values: np.ndarray
     constant: float = 0.0
     about: dict[str, Any] = field(default_factory=dict)
+    pattern: str = UNSTRUCTURED
+    others: tuple[LayerTable, ...] = ()
 
-    def value(self, layer: str, bits: int, sparsity: float = 0.0) -> float:
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The patterns that it knows."""
+        return (self.pattern, *(other.pattern for other in self.others))
+
+    def of(self, pattern: str) -> LayerTable:
+        """The part of one pattern.
+
+        Raises:
+            PlanError: a pattern that the table lacks.
+        """
+        for part in (self, *self.others):
+            if part.pattern == pattern:
+                return part
+        raise PlanError(f"the {self.what} table holds patterns {self.patterns}, not {pattern!r}")
+
+    def value(
+        self, layer: str, bits: int, sparsity: float = 0.0, pattern: str = UNSTRUCTURED
+    ) -> float:
         """One entry.
 
         Raises:
             PlanError: an unknown layer, or an option that the table lacks.
         """
+        if pattern != self.pattern:
+            return self.of(pattern).value(layer, bits, sparsity, pattern)
         if layer not in self.layers:
             raise PlanError(unknown_layer(layer, list(self.layers)))
         if bits not in self.bits or sparsity not in self.sparsities:
@@ -69,13 +95,28 @@ class LayerTable:
         )  # fmt: skip
         return float(self.values[position])
 
-    def options(self) -> list[tuple[int, float]]:
-        """``(bits, sparsity)`` in the order of :meth:`flat`."""
-        return [(b, s) for b in self.bits for s in self.sparsities]
+    def options(self) -> list[Option]:
+        """The columns of :meth:`flat`; unpruned weights are there once."""
+        found = [Option(b, s) for b in self.bits for s in self.sparsities]
+        for other in self.others:
+            found += [
+                Option(b, s, other.pattern) for b in other.bits for s in other.sparsities if s > 0
+            ]
+        return found
 
     def flat(self) -> np.ndarray:
         """The values as ``[layers, options]``."""
-        return self.values.reshape(len(self.layers), -1)
+        count = len(self.layers)
+        parts = [self.values.reshape(count, -1)]
+        for other in self.others:
+            pruned = np.array(other.sparsities) > 0
+            parts.append(other.values[..., pruned].reshape(count, -1))
+        return np.concatenate(parts, axis=1)
+
+    def mapped(self, function: Callable[[np.ndarray], np.ndarray]) -> LayerTable:
+        """The table with a function of the values ``[layers, widths, sparsities]``."""
+        others = tuple(other.mapped(function) for other in self.others)
+        return replace(self, values=function(self.values), others=others)
 
     def finer(self, step: float, *, logarithmic: bool, extra: Sequence[float] = ()) -> LayerTable:
         """The table with sparsities in steps of ``step`` added, interpolated between neighbours.
@@ -83,9 +124,11 @@ class LayerTable:
         ``extra`` are further sparsities to add.
 
         Linear in the sparsity, of the values or of their logarithms. What lies beyond the last
-        measured sparsity of a width stays out.
+        measured sparsity of a width stays out. Other patterns stay as they are: blocks go one by
+        one, and a layer may have few of them, so that there is nothing in between.
         """
         top = max(self.sparsities)
+        extra = [sparsity for sparsity in extra if sparsity <= top]
         steps = [round(k * step, 6) for k in range(int(top / step + 1e-9) + 1)]
         sparsities = tuple(sorted({*self.sparsities, *steps, *extra}))
         values = np.full((*self.values.shape[:2], len(sparsities)), np.nan)
@@ -121,6 +164,8 @@ class LayerTable:
             "values": values,
             "constant": self.constant,
             "about": self.about,
+            "pattern": self.pattern,
+            "others": [other.as_dict() for other in self.others],
         }
 
     def table(self, sparsity: float = 0.0) -> Table:
@@ -128,6 +173,8 @@ class LayerTable:
         from rich.table import Table
 
         title = f"{self.what.capitalize()} in {self.unit}, {100 * sparsity:g} % pruned"
+        if sparsity > 0 and self.pattern != UNSTRUCTURED:
+            title += f" ({self.pattern})"
         rest = f"besides the layers: {self.constant:.3g}" if self.constant else None
         table = Table(title=title, caption=rest)
         table.add_column("Layer")
@@ -147,11 +194,12 @@ def fill(
     what: str,
     unit: str,
     layers: Sequence[str],
-    measure: Callable[[str, int, float], float],
+    measure: Callable[[str, Option], float],
     store: Store,
     *,
     bits: Sequence[int] = BITS,
     sparsities: Sequence[float] = SPARSITIES,
+    pattern: str = UNSTRUCTURED,
     wanted: np.ndarray | None = None,
     progress: bool = True,
 ) -> LayerTable:
@@ -159,9 +207,9 @@ def fill(
 
     Args:
         what, unit, layers: see :class:`LayerTable`.
-        measure: ``(layer, bits, sparsity) -> number``.
+        measure: ``(layer, option) -> number``.
         store: entries that are there already are not measured again.
-        bits, sparsities: of the table.
+        bits, sparsities, pattern: of the table.
         wanted: bool ``[layers, widths, sparsities]``; the others become NaN. Default: all.
         progress: show a progress bar.
 
@@ -171,16 +219,18 @@ def fill(
     shape = (len(layers), len(bits), len(sparsities))
     wanted = np.ones(shape, dtype=bool) if wanted is None else wanted
     values = np.full(shape, np.nan)
-    bar = ProgressBar(f"measuring {what}s", int(wanted.sum()), unit="option", enabled=progress)
+    name = f"measuring {what}s" if pattern == UNSTRUCTURED else f"measuring {what}s, {pattern}"
+    bar = ProgressBar(name, int(wanted.sum()), unit="option", enabled=progress)
     with store, bar:
         for row, name in enumerate(layers):
             for i, width in enumerate(bits):
                 for j, sparsity in enumerate(sparsities):
                     if not wanted[row, i, j]:
                         continue
-                    entry = f"{name} {width} {sparsity:g}"
+                    option = Option(width, sparsity, pattern if sparsity > 0 else UNSTRUCTURED)
+                    entry = f"{name} {option.name}"
                     if entry not in store:
-                        value = float(measure(name, width, sparsity))
+                        value = float(measure(name, option))
                         if not np.isfinite(value):
                             raise CalibrationError(
                                 f"layer {name!r} at {width} bits and sparsity {sparsity:g}: the "
@@ -190,5 +240,5 @@ def fill(
                     values[row, i, j] = store[entry]
                     bar.advance(1, name)
     return LayerTable(
-        what, unit, tuple(layers), tuple(bits), tuple(sparsities), values,
-    )  # fmt: skip
+        what, unit, tuple(layers), tuple(bits), tuple(sparsities), values, pattern=pattern
+    )

@@ -13,8 +13,9 @@ import torch
 from adalayer_native import _C, ops
 from adalayer_native.engine.emit import constant_adders
 from adalayer_native.engine.runtime import Engine, NativePart
+from adalayer_native.pruning import pattern_mask
 
-__all__ = ["LayerTimes"]
+__all__ = ["LayerTimes", "call_seconds"]
 
 
 class LayerTimes:
@@ -57,8 +58,10 @@ class LayerTimes:
                 self.weights.append(numbers)
         self.layers = sorted(found)
 
-    def column(self, bits: int, sparsity: float) -> tuple[dict[str, float], float]:
-        """Microseconds of every layer at one width and sparsity, and of everything else.
+    def column(
+        self, bits: int, sparsity: float, pattern: str = "unstructured"
+    ) -> tuple[dict[str, float], float]:
+        """Microseconds of every layer at one width, sparsity and pattern, and of everything else.
 
         They add up to the median time of a whole call: the profile, which waits after every node
         and sees at most as many images as the engine takes through the program at once, only says
@@ -73,7 +76,7 @@ class LayerTimes:
         for step in engine._steps:
             if not isinstance(step.run, NativePart):
                 continue
-            program = _reweighted(step.run.program, next(weights), bits, sparsity)
+            program = _reweighted(step.run.program, next(weights), bits, sparsity, pattern)
             step.run = NativePart(program, step.run.outputs)
             for entry in step.run.engine.profile(self.batch, self.threads, self.rounds):
                 if _layer(entry[0]) in times:
@@ -89,19 +92,41 @@ class LayerTimes:
         return {name: scale * value for name, value in times.items()}, scale * other
 
     def _call(self, engine: Engine) -> float:
-        inputs = [torch.rand(self.batch, *port.shape) for port in engine.inputs]
-        samples = []
-        before = ops.get_num_threads()
-        ops.set_num_threads(self.threads)
-        try:
-            for position in range(self.rounds + 2):
-                start = time.perf_counter()
-                engine(*inputs)
-                if position >= 2:  # the first rounds warm up
-                    samples.append(1e6 * (time.perf_counter() - start))
-        finally:
-            ops.set_num_threads(before)
-        return statistics.median(samples)
+        return 1e6 * call_seconds(engine, self.batch, self.threads, rounds=self.rounds)
+
+
+def call_seconds(
+    engine: Engine,
+    batch: int = 1,
+    threads: int | None = None,
+    *,
+    rounds: int = 15,
+    seconds: float = 0.3,
+) -> float:
+    """Median seconds of one call with random inputs, warm.
+
+    Args:
+        engine: to be timed.
+        batch: images per call.
+        threads: default: those of ``ops.get_num_threads()``.
+        rounds: calls at least.
+        seconds: calls go on for so long.
+    """
+    inputs = [torch.rand(batch, *port.shape) for port in engine.inputs]
+    samples: list[float] = []
+    before = ops.get_num_threads()
+    ops.set_num_threads(before if threads is None else threads)
+    try:
+        for _ in range(2):  # the first calls plan and warm up
+            engine(*inputs)
+        begin = time.perf_counter()
+        while len(samples) < rounds or time.perf_counter() - begin < seconds:
+            start = time.perf_counter()
+            engine(*inputs)
+            samples.append(time.perf_counter() - start)
+    finally:
+        ops.set_num_threads(before)
+    return statistics.median(samples)
 
 
 def _layer(node: str) -> str:
@@ -109,15 +134,17 @@ def _layer(node: str) -> str:
     return node.split("#", 1)[0]
 
 
-def _reweighted(program: _C.Program, weights: set[int], bits: int, sparsity: float) -> _C.Program:
-    """The program with random weights of one width and sparsity in some layers."""
+def _reweighted(
+    program: _C.Program, weights: set[int], bits: int, sparsity: float, pattern: str
+) -> _C.Program:
+    """The program with random weights of one width, sparsity and pattern in some layers."""
     out = _C.Program()
     adders = constant_adders(out)
     for number, (kind, _) in enumerate(program.constants()):
         data = program.constant_bytes(number)
         if number in weights:
             packed = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            data = _random(ops.packed_info(packed)["shape"], bits, sparsity)
+            data = _random(ops.packed_info(packed)["shape"], bits, sparsity, pattern)
         add, width = adders[kind]
         held = np.frombuffer(data, dtype=np.uint8)  # alive until it is copied
         add(held.ctypes.data, held.size // width)
@@ -133,13 +160,15 @@ def _reweighted(program: _C.Program, weights: set[int], bits: int, sparsity: flo
     return out
 
 
-def _random(shape: Sequence[int], bits: int, sparsity: float) -> bytes:
-    """Packed weights with ``sparsity`` zeros; the same for the same arguments."""
+def _random(shape: Sequence[int], bits: int, sparsity: float, pattern: str) -> bytes:
+    """Packed weights with ``sparsity`` zeros by a pattern; the same for the same arguments."""
     random = np.random.default_rng(bits)
     low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
     values = random.integers(1, high + 1, size=shape) * random.choice((-1, 1), size=shape)
     values = np.maximum(values, low)
-    order = random.permutation(values.size)[: round(sparsity * values.size)]
-    values.reshape(-1)[order] = 0
-    packed = ops.pack_weight(torch.from_numpy(values.astype(np.int8)), bits)
+    levels = torch.from_numpy(values.astype(np.int8))
+    if sparsity > 0:
+        chance = torch.from_numpy(random.random(size=shape, dtype=np.float32))
+        levels *= pattern_mask(chance, sparsity, pattern)
+    packed = ops.pack_weight(levels, bits)
     return bytes(packed.numpy())

@@ -235,8 +235,7 @@ class LayerHessian:
                 )
             keep = mask.reshape(self.weight.shape)
         elif pattern != "unstructured" and sparsity:
-            cost = solver.pruning_cost(bits).reshape(self.shape)
-            keep = pattern_mask(cost, sparsity, pattern, score=cost).reshape(self.weight.shape)
+            keep = self._pattern(bits, sparsity, pattern)
         weight_range(bits)
         levels, scale, kept = solver.run([(bits, sparsity)], passes, keep=keep)
         chosen = kept if keep is not None or pruned_count(kept.numel(), sparsity) else None
@@ -245,13 +244,17 @@ class LayerHessian:
 
     @torch.no_grad()
     def solutions(
-        self, settings: Sequence[tuple[int, float]], *, passes: int = PASSES
+        self,
+        settings: Sequence[tuple[int, float]],
+        *,
+        pattern: str = "unstructured",
+        passes: int = PASSES,
     ) -> Iterator[LayerSolution]:
         """:meth:`quantize` for many ``(bits, sparsity)``, several in one sweep; in their order.
 
         Raises:
             CalibrationError: no data was added.
-            PlanError: bits or sparsity are not valid.
+            PlanError: bits or sparsity are not valid, or not by the pattern.
         """
         solver = self._ready()
         for bits, sparsity in settings:
@@ -261,11 +264,24 @@ class LayerHessian:
         step = self._together()
         for start in range(0, len(settings), step):
             part = list(settings[start : start + step])
-            levels, scale, kept = solver.run(part, passes)
+            keep = None
+            if pattern != "unstructured":
+                masks = [self._pattern(bits, sparsity, pattern) for bits, sparsity in part]
+                keep = torch.cat(masks, dim=1)
+            levels, scale, kept = solver.run(part, passes, keep=keep)
             for index, (bits, sparsity) in enumerate(part):
                 own = slice(index * rows, (index + 1) * rows)
                 chosen = kept[:, own] if pruned_count(kept[:, own].numel(), sparsity) else None
-                yield self._solution(bits, sparsity, levels[:, own], scale[:, own], chosen)
+                yield self._solution(
+                    bits, sparsity, levels[:, own], scale[:, own], chosen, pattern=pattern
+                )
+
+    def _pattern(self, bits: int, sparsity: float, pattern: str) -> Tensor:
+        """Mask of a pattern by what pruning costs more than rounding, ``[G, R, K]``."""
+        if not sparsity:
+            return torch.ones_like(self.weight, dtype=torch.bool)
+        cost = self._ready().pruning_cost(bits).reshape(self.shape)
+        return pattern_mask(cost, sparsity, pattern, score=cost).reshape(self.weight.shape)
 
     def _together(self, channels: int | None = None) -> int:
         """Settings that fit a bounded amount of memory and go through one sweep."""
@@ -437,7 +453,10 @@ class _Solver:
         keep: Tensor | None = None,
         channels: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Integers, scales and mask: ``[G, T, K]``, ``[G, T]``, ``[G, T, K]``."""
+        """Integers, scales and mask: ``[G, T, K]``, ``[G, T]``, ``[G, T, K]``.
+
+        ``keep`` is a mask for all settings, ``[G, T, K]``; with it nothing is chosen.
+        """
         target, gain = self.target, self.owner.gain
         if channels is not None:
             target, gain = target[:, channels], gain[:, channels]
@@ -476,10 +495,12 @@ class _Solver:
         diagonal = self.factor.diagonal(dim1=1, dim2=2)[:, None]
         scales, bounds, pruned = [], [], []
         kept = None if keep is None else _columns_of(keep, self.order)
-        for bits, sparsity in settings:
+        for index, (bits, sparsity) in enumerate(settings):
             bounds.append(weight_range(bits))
             pruned.append(0 if keep is not None else pruned_count(target.numel(), sparsity))
-            likely = kept
+            likely = None
+            if kept is not None:
+                likely = kept[:, index * per_group : (index + 1) * per_group]
             if pruned[-1]:
                 # A first guess of what will be kept, for the scale alone.
                 likely = magnitude_mask(target * gain[:, :, None].sqrt() / diagonal, sparsity)
@@ -496,7 +517,7 @@ class _Solver:
             high=high.repeat_interleave(per_group),
             pruned=pruned,
             gain=gain,
-            keep=None if kept is None else kept.repeat(1, len(settings), 1),
+            keep=kept,
         )
 
     def error(self, q: Tensor, channels: Tensor | None = None) -> Tensor:

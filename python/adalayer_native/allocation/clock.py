@@ -1,0 +1,141 @@
+"""A latency limit, kept by the real engine.
+
+A latency table says how a call divides among layers whose neighbours all have the same width. What
+a plan's engine takes is another matter: widths are mixed, and zeros lie where the weights have
+them. So the engine of the chosen plan is compiled and timed, the table is scaled by what that took
+over what was predicted, and the solver chooses again, until both agree.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import torch
+
+from ..engine.compiler import compile as compile_engine
+from ..engine.latency import call_seconds
+from ..errors import BudgetError
+from ..quantization import calibrate, convert, prepare
+from .options import Choice
+from .problem import Problem
+from .resources import Resource
+from .selection import Selection
+from .settings import Settings
+from .store import Store, cache_dir, machine, model_digest
+
+__all__ = ["AGREEMENT", "EngineClock", "latency_of", "settle"]
+
+ROUNDS = 5  # of measuring and scaling, at most
+AGREEMENT = 0.03  # relative difference of prediction and measurement that ends them
+
+
+class EngineClock:
+    """Milliseconds of one call of a plan's compiled engine, all supported layers native.
+
+    Weights are masked and rounded as :func:`prepare` does it: which values they have does not
+    matter, where the zeros lie does. What was measured is kept beside the tables.
+
+    Args:
+        problem: layers.
+        x: an input of one image, ``[1, ...]``.
+        settings: batch, threads, cache directory.
+    """
+
+    def __init__(self, problem: Problem, x: torch.Tensor, settings: Settings) -> None:
+        self.problem, self.x, self.settings = problem, x, settings
+        key = {
+            "model": model_digest(problem.model),
+            "input": list(x.shape[1:]),
+            "batch": settings.latency_batch,
+            "activation_bits": problem.activation_bits,
+            **machine(settings.threads),
+        }
+        self.store = Store(cache_dir(settings.directory), "engines", key)
+
+    def __call__(self, choice: Choice) -> float:
+        """Median milliseconds with ``choice``, and with what is pinned."""
+        full = self.problem.full(choice)
+        name = json.dumps([[layer, *option.values] for layer, option in full.items()])
+        if name not in self.store:
+            self.store[name] = self._measure(full)
+            self.store.save()
+        return self.store[name]
+
+    def _measure(self, choice: Choice) -> float:
+        settings = self.settings
+        prepared = prepare(self.problem.model, self.problem.plan(choice))
+        calibrate(prepared, [self.x], observer="minmax", progress=False)
+        batch = self.x.expand(settings.latency_batch, *self.x.shape[1:]).contiguous()
+        engine = compile_engine(convert(prepared), batch, policy="native")
+        return 1e3 * call_seconds(engine, settings.latency_batch, settings.threads)
+
+
+def latency_of(selection: Selection) -> Resource | None:
+    """The latency among the limits, if there is one."""
+    found = [r for r in selection.resources if r.name == "latency" and np.isfinite(r.limit)]
+    return found[0] if found else None
+
+
+def correct(selection: Selection, columns: np.ndarray, clock: EngineClock) -> tuple[float, float]:
+    """Scale the latencies so that a choice has the one that its engine is measured to have.
+
+    Returns:
+        ``(measured, predicted)`` milliseconds, the second as it was before.
+    """
+    resource = latency_of(selection)
+    assert resource is not None
+    predicted = resource.total(columns)
+    measured = clock(selection.choice(columns))
+    if predicted > 0 and measured > 0:
+        resource.scale(measured / predicted)
+    return measured, predicted
+
+
+def settle(selection: Selection, clock: EngineClock) -> np.ndarray:
+    """The solver's choice, with latencies scaled until the choice runs as fast as predicted.
+
+    Raises:
+        BudgetError: no plan keeps the limits; names those that bind. The smallest reachable
+            latency is that of the fastest plan's engine.
+    """
+    resource = latency_of(selection)
+    assert resource is not None
+    probed = False
+    for _ in range(ROUNDS):
+        columns = selection.choose()
+        if columns is None:
+            # The table alone shall not say that it is impossible: the fastest plan is timed.
+            fastest = None if probed else selection.choose(
+                errors=resource.costs, without=resource, pairs=()
+            )  # fmt: skip
+            if fastest is None:
+                raise selection.impossible()
+            correct(selection, fastest, clock)
+            probed = True
+            continue
+        measured, predicted = correct(selection, columns, clock)
+        if abs(measured - predicted) <= AGREEMENT * predicted:
+            break
+    final = selection.choose()
+    if final is None:
+        raise selection.impossible()
+    return final
+
+
+def kept(selection: Selection, columns: np.ndarray, clock: EngineClock) -> bool:
+    """Whether the engine of a choice keeps the limit; where it does not, latencies are scaled."""
+    resource = latency_of(selection)
+    assert resource is not None
+    if clock(selection.choice(columns)) <= resource.limit * (1 + AGREEMENT):
+        return True
+    correct(selection, columns, clock)
+    return False
+
+
+def refused(selection: Selection, measured: float) -> BudgetError:
+    """The error for plans that were predicted to keep a limit, and whose engines do not."""
+    return BudgetError(
+        f"the budget ({selection.budget}) cannot be met: of the plans that are predicted to keep "
+        f"it, the fastest engine takes {measured:.4g} ms"
+    )
