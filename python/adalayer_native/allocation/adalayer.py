@@ -24,7 +24,7 @@ from ..plan import Plan
 from ..pruning.masks import magnitude_mask, pruned_count
 from ..rounding import conv_form
 from .closed_form import MAX_BITS, MIN_BITS, closed_form
-from .evaluate import Evaluator, Measurement, best_of
+from .evaluate import Judge, Measurement, best_of
 from .options import Choice, Option, option_of
 from .problem import PERCENTS, Problem
 from .uniform import uniform_pairs
@@ -73,7 +73,7 @@ class _Plans:
 def adalayer(
     problem: Problem,
     scores: LayerScores,
-    evaluator: Evaluator | None,
+    evaluator: Judge | None,
     *,
     hyper: Mapping[str, float] | None = None,
     candidates: int = 20,
@@ -158,7 +158,7 @@ def adalayer(
     return _unrounded(problem, evaluator, plan) if searched and not fixed else plan
 
 
-def _unrounded(problem: Problem, evaluator: Evaluator, plan: Plan) -> Plan:
+def _unrounded(problem: Problem, evaluator: Judge, plan: Plan) -> Plan:
     """A plan that treats all layers alike, with the sparsity of method ``"uniform"``.
 
     Eq. (2) has no reason to round gamma to whole per cents then: up to one per cent of the weights
@@ -386,7 +386,7 @@ def _choice(problem: Problem, plans: _Plans, row: int) -> Choice:
 
 def _measure(
     problem: Problem,
-    evaluator: Evaluator,
+    evaluator: Judge,
     plans: _Plans,
     measured: list[Measurement],
     bar: ProgressBar,

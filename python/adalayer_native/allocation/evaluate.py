@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -25,7 +25,7 @@ from ..rounding import conv_form, layer_form
 from .options import UNSTRUCTURED, Choices, Option
 from .sensitivity import WeightOf, shifted
 
-__all__ = ["Evaluator", "Measurement", "best_of", "hits"]
+__all__ = ["Evaluator", "Judge", "Measurement", "best_of", "hits"]
 
 # Calibration batches stay in memory while plans are compared; more than this is refused.
 MEMORY_LIMIT = 2 << 30
@@ -53,6 +53,20 @@ class Measurement:
         if not math.isnan(self.accuracy):
             result["calibration_accuracy"] = self.accuracy
         return result
+
+
+class Judge(Protocol):
+    """What compares plans: measures them, or predicts what they would lose."""
+
+    @property
+    def samples(self) -> int:
+        """Images behind a measurement."""
+
+    def measure(self, layers: Choices) -> Measurement:
+        """Loss and accuracy of a plan."""
+
+    def save(self) -> None:
+        """Keep what was measured."""
 
 
 class Evaluator:
@@ -93,7 +107,7 @@ class Evaluator:
             raise CalibrationError(
                 "the calibration loader is empty: all its batches hold no sample"
             )
-        self.samples = sum(batch.count for batch in self.batches)
+        self.samples: int = sum(batch.count for batch in self.batches)
         self.modules = dict(model.named_modules())
         self._weights: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor | None]] = {}
         self._held = 0

@@ -23,6 +23,7 @@ from ..repair import repair
 from .evaluate import Measurement, hits
 from .local_search import add_distinct, corrected
 from .measuring import Data, loader_of, table_key
+from .options import Choice
 from .problem import Problem
 from .selection import Selection
 from .settings import Settings
@@ -66,8 +67,12 @@ class RepairedCheck:
             self.outputs = [problem.model(batch.x) for batch in data.check]
 
     def measure(self, columns: np.ndarray) -> Measurement:
+        """Loss and accuracy of one choice of the solver's."""
+        return self.measure_choice(self.selection.choice(columns))
+
+    def measure_choice(self, chosen: Choice) -> Measurement:
         """Loss and accuracy of one choice."""
-        choice = self.problem.full(self.selection.choice(columns))
+        choice = self.problem.full(chosen)
         name = json.dumps([[layer, *option.values] for layer, option in choice.items()])
         if f"loss {name}" not in self.store:
             plan = self.problem.plan(choice)

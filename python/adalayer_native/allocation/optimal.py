@@ -4,15 +4,16 @@ Four steps. The tables say what every width and sparsity of every layer costs in
 budget limits it, in time. The multiple-choice knapsack over them gives a plan
 (:mod:`~adalayer_native.allocation.knapsack`). Calibration data that the tables have not seen
 check it, and plans around it (:mod:`~adalayer_native.allocation.local_search`), and at last a few
-plans are repaired whole and compared (:mod:`~adalayer_native.allocation.finals`). Where the budget
-limits the latency, engines are compiled and timed on the way
+plans are repaired whole and compared (:mod:`~adalayer_native.allocation.finals`), those of the
+closed form and the best uniform one among them (:mod:`~adalayer_native.allocation.rivals`). Where
+the budget limits the latency, engines are compiled and timed on the way
 (:mod:`~adalayer_native.allocation.clock`).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,10 @@ from .evaluate import Evaluator, Measurement
 from .finals import NEGLIGIBLE, RepairedCheck, finals
 from .local_search import local_search
 from .measuring import Data, emptied, loader_of, measure_tables, repair_key, weights_of
-from .options import UNSTRUCTURED, Option
+from .options import UNSTRUCTURED, Choice, Option
 from .problem import Problem
 from .resources import resources
+from .rivals import Predictor, rivals
 from .selection import Selection, selection_of
 from .settings import Settings
 
@@ -81,7 +83,11 @@ def optimal(
     measurement = None
     for _ in range(CLOCK_ROUNDS):
         if evaluator is not None:
-            columns, measurement = _checked(selection, evaluator, data, settings, progress)
+            columns, measurement, measure = _checked(selection, evaluator, data, settings, progress)
+            if clock is None and settings.rivals:
+                rival = _better(rivals(selection, tables), measure, measurement)
+                if rival is not None:
+                    return _rival_plan(selection, *rival)
         if clock is None or kept(selection, columns, clock):
             return plan_of(selection, columns, measurement, clock)
         columns = settle(selection, clock)
@@ -94,8 +100,8 @@ def optimal(
 
 def _checked(
     selection: Selection, evaluator: Evaluator, data: Data, settings: Settings, progress: bool
-) -> tuple[np.ndarray, Measurement]:
-    """The plan that is best on images that the tables have not seen."""
+) -> tuple[np.ndarray, Measurement, Callable[[Choice], Measurement]]:
+    """The plan that is best on images that the tables have not seen, and what measures others."""
     columns, measurement = local_search(
         selection, evaluator, rounds=settings.rounds, trials=settings.trials, progress=progress
     )
@@ -105,7 +111,29 @@ def _checked(
         columns, measurement = finals(
             selection, columns, check.measure, count=settings.finalists, progress=progress
         )
-    return columns, measurement
+        return columns, measurement, check.measure_choice
+    return columns, measurement, lambda choice: evaluator.measure(selection.problem.full(choice))
+
+
+def _better(
+    choices: Sequence[Choice], measure: Callable[[Choice], Measurement], than: Measurement
+) -> tuple[Choice, Measurement] | None:
+    """The best of some choices, if it loses less than a given one; both measured alike."""
+    if than.loss <= NEGLIGIBLE:
+        return None
+    measured = [(choice, measure(choice)) for choice in choices]
+    best = min(measured, key=lambda pair: pair[1].loss, default=None)
+    return best if best is not None and best[1].loss < than.loss else None
+
+
+def _rival_plan(selection: Selection, choice: Choice, measurement: Measurement) -> Plan:
+    """The plan of another method that turned out to lose least."""
+    predictor = Predictor(selection)
+    scores = {name: {"E": predictor.error(name, option)} for name, option in choice.items()}
+    plan = selection.problem.plan(choice, "optimal", {}, scores)
+    plan.measured = measurement.as_dict()
+    plan.measured["predicted_loss"] = predictor.measure(choice).loss
+    return plan
 
 
 def plan_of(

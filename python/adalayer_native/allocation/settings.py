@@ -57,6 +57,9 @@ class Settings:
         finalists: so many plans are repaired whole, as ``repair`` does it, and compared on the
             images of the check (:mod:`~adalayer_native.allocation.finals`); 0 or 1: none. Only with
             repaired weights, and where the local search leaves a loss worth speaking of.
+        rivals: whether the best plans of methods ``"uniform"`` and ``"adalayer"``, as the tables
+            predict them, are measured as well and taken where they lose less; for budgets that
+            those methods take.
         latency_batch: images per call for which latencies are measured.
         threads: threads per call; default: those of ``ops.get_num_threads()``.
         directory: where tables are kept; default: the user's cache directory.
@@ -73,6 +76,7 @@ class Settings:
     rounds: int = 4
     trials: int = 10
     finalists: int = 8
+    rivals: bool = True
     latency_batch: int = 1
     threads: int | None = None
     directory: str | os.PathLike[str] | None = None

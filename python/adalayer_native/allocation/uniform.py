@@ -6,7 +6,7 @@ from .._progress import ProgressBar
 from ..plan import Plan
 from .budget import Budget
 from .closed_form import MAX_BITS, MAX_SPARSITY, MIN_BITS
-from .evaluate import Evaluator, best_of
+from .evaluate import Judge, best_of
 from .problem import Problem
 
 __all__ = ["uniform", "uniform_pairs", "uniform_sparsities"]
@@ -14,7 +14,7 @@ __all__ = ["uniform", "uniform_pairs", "uniform_sparsities"]
 STEPS = 1000  # sparsity in thousandths
 
 
-def uniform(problem: Problem, evaluator: Evaluator | None, *, progress: bool = True) -> Plan:
+def uniform(problem: Problem, evaluator: Judge | None, *, progress: bool = True) -> Plan:
     """The best uniform plan within the budget.
 
     Candidates are the widest bits that fit unpruned, and every greater width with the least

@@ -26,7 +26,7 @@ from .registry import Criterion, Probe, criterion_of
 from .scale_out import Scorers
 from .scores import LayerScore, LayerScores
 
-__all__ = ["analyze", "eval_mode"]
+__all__ = ["analyze", "eval_mode", "normalise", "variance_of"]
 
 CACHE_FORMAT = "adalayer-analysis-cache-2"
 SAVE_INTERVAL = 2.0  # seconds between two writes of the cache
@@ -147,7 +147,7 @@ def analyze(
                 params=layer.weight.numel(),
                 flops=flops[name],
                 raw=values[name][main],
-                variance=_variance(layer.weight),
+                variance=variance_of(layer.weight),
                 criteria=values[name],
             )
             for name, layer in layers.items()
@@ -160,7 +160,7 @@ def analyze(
         metric=metric_name(loss_fn, labelled),
         samples=samples,
     )
-    _normalise(scores, inverse)
+    normalise(scores, inverse)
     return scores
 
 
@@ -301,11 +301,13 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _variance(weight: torch.Tensor) -> float:
+def variance_of(weight: torch.Tensor) -> float:
+    """Population variance of a layer's weights."""
     return float(weight.detach().double().var(correction=0)) if weight.numel() else 0.0
 
 
-def _normalise(scores: LayerScores, inverse: bool) -> None:
+def normalise(scores: LayerScores, inverse: bool = False) -> None:
+    """Set A, F, R and I of all layers from what was measured."""
     rows = list(scores.layers.values())
     most_flops = max(s.flops for s in rows)
     variances = [s.variance for s in rows if s.variance > 0]
