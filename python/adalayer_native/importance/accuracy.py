@@ -6,20 +6,21 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.func import functional_call
 
 from .batches import Batch, loss_of
 from .registry import Probe, criterion
+from .replay import Replay
 
 __all__ = ["accuracy", "one_layer_quantized"]
 
 
 def one_layer_quantized(probe: Probe, batch: Batch) -> Iterator[tuple[str, Any]]:
     """For every layer in turn, its name and the model's output with that layer alone quantized."""
-    for name, weight in probe.quantized.items():
-        if name not in probe.done:
-            # functional_call swaps the weight for one call and never touches the user's model.
-            yield name, functional_call(probe.model, {f"{name}.weight": weight}, (batch.x,))
+    missing = {n: weight for n, weight in probe.quantized.items() if n not in probe.done}
+    if missing:
+        replay = Replay(probe.model, probe.layers, batch.x)
+        for name, weight in missing.items():
+            yield name, replay.run(name, weight)
 
 
 @criterion("accuracy", unit="loss")
