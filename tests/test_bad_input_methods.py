@@ -159,3 +159,87 @@ def test_equalization_of_channels_that_never_vary() -> None:
             after = ready(data[0])
         assert bool(torch.isfinite(after).all())
         assert float((after - before).abs().max()) <= 0.1 * float(before.abs().max()) + 1e-6
+
+
+# -- patterns of zeros --------------------------------------------------------------------------
+
+BLOCKS = ["block16x64", "block32x64", "2:4"]
+
+
+def grouped() -> nn.Sequential:
+    """Depthwise, grouped, transposed and plain layers of more than one block."""
+    torch.manual_seed(4)
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1, groups=32), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.Conv2d(32, 64, 1, groups=4), nn.ReLU(), nn.ConvTranspose2d(64, 32, 2, 2, groups=2),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4),
+    ).eval()  # fmt: skip
+
+
+def by_pattern(model: nn.Module, pattern: str, sparsity: float = 0.5) -> ada.Plan:
+    plan = ada.allocate(None, ada.Budget(bits=4), method="uniform", model=model, progress=False)
+    for name in plan:
+        plan[name].sparsity = sparsity
+        plan[name].pattern = pattern
+    return plan
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", *BLOCKS])
+@pytest.mark.parametrize("equalize", [False, True])
+def test_groups_and_depthwise_in_every_repair(pattern: str, equalize: bool) -> None:
+    model, data = grouped(), [x for x, _ in batches()]
+    ready = ada.calibrate(ada.prepare(model, by_pattern(model, pattern)), data, progress=False)
+    report = ada.repair(ready, data, equalize=equalize, bn_reestimate=True, progress=False)
+    assert len(report.layers) == 5
+    assert all(row.error <= row.plain_error * (1 + 1e-6) for row in report.layers.values())
+    # The native layers find all weights on their grid, zeros included.
+    native = ada.convert(ready)
+    assert bool(torch.isfinite(native(data[0])).all())
+    for name, hessian in ada.layer_hessians(model, data, progress=False):
+        (solution,) = hessian.solutions([(3, 0.5)], pattern=pattern, passes=1)
+        assert solution.error <= solution.plain_error * (1 + 1e-6), name
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", *BLOCKS])
+def test_singular_covariances_and_zeros_by_every_pattern(pattern: str) -> None:
+    model = grouped()
+    with torch.no_grad():
+        model[6].weight.zero_()
+    for value in (0.0, 1.0):
+        data = [torch.full((8, 3, 8, 8), value)]
+        ready = ada.calibrate(ada.prepare(model, by_pattern(model, pattern)), data, progress=False)
+        report = ada.repair(ready, data, progress=False)
+        assert report.layers["6"].error == 0.0
+        assert bool(torch.isfinite(ada.convert(ready)(batches()[0][0])).all())
+
+
+@pytest.mark.parametrize("pattern", BLOCKS)
+def test_sparsity_one_by_every_pattern_is_refused(pattern: str) -> None:
+    model, data = grouped(), [x for x, _ in batches()]
+    weights = RepairedWeights(model, data, ["0"], progress=False)
+    with pytest.raises(ada.PlanError, match="sparsity"):
+        weights("0", 4, 1.0, pattern)
+    assert not bool((weights("0", 4, 0.0, pattern)[0] == 0).all())
+    with pytest.raises(ada.PlanError, match="sparsity"):
+        by_pattern(model, pattern, 1.0)
+
+
+def test_patterns_of_awkward_layers_are_options() -> None:
+    model, data = grouped(), batches()
+    with torch.no_grad():
+        model[6].weight.zero_()
+    options = {**FEW, "sparsities": (0.0, 0.5), "patterns": ("unstructured", *BLOCKS)}
+    for x in (data, [torch.ones(16, 3, 8, 8)]):
+        plan = ada.allocate(
+            None, ada.Budget(bits=2.2), method="optimal", model=model, calibration=x,
+            options=options, progress=False,
+        )  # fmt: skip
+        assert plan.average_bits <= 2.2 + 1e-9
+        result = ada.compress(model, x, None, plan=plan, progress=False)
+        assert bool(torch.isfinite(result.model(data[0][0])).all())
+
+
+def test_activations_that_are_not_numbers_under_a_latency_budget() -> None:
+    with pytest.raises(ada.CalibrationError, match=r"NaN|nan|finite"):
+        compress(Overflows(), batches(), "optimal", ada.Budget(latency=100.0))

@@ -219,7 +219,9 @@ def fill(
     shape = (len(layers), len(bits), len(sparsities))
     wanted = np.ones(shape, dtype=bool) if wanted is None else wanted
     values = np.full(shape, np.nan)
-    name = f"measuring {what}s" if pattern == UNSTRUCTURED else f"measuring {what}s, {pattern}"
+    name = "measuring latencies" if what == "latency" else f"measuring {what}s"
+    if pattern != UNSTRUCTURED:
+        name += f", {pattern}"
     bar = ProgressBar(name, int(wanted.sum()), unit="option", enabled=progress)
     with store, bar:
         for row, name in enumerate(layers):
