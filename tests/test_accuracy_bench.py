@@ -41,7 +41,46 @@ def test_the_page_judges_every_row() -> None:
     assert "| ResNet-20 | 135 B | 13.50 % | 1000 | 91.73 | 91.00 | +0.73 | ≤ 0.8: met |" in section
     assert "| 91.73 | 90.00 | +1.73 | ≤ 0.8: **missed** |" in section
     assert "--rows a`" in section
-    assert "| 85.00 (13.50 %) | 86.00 (13.50 %) | 88.50 (13.50 %) | +3.50 |" in section
+    assert (
+        "| 85.00 (13.50 %) | 86.00 (13.50 %) | 88.50 (13.50 %) | +3.50 | rising: met |" in section
+    )
+
+
+@pytest.mark.parametrize(
+    ("scores", "words"),
+    [((85, 86, 88), "met"), ((85, 84.9, 84.8), "within 0.2"), ((85, 84, 88), "**missed**")],
+)
+def test_the_page_judges_the_order_of_methods(scores, words: str) -> None:
+    found = results()
+    for method, score in zip(("uniform", "adalayer", "optimal"), scores, strict=True):
+        found["rows"][f"c-{method}"]["accuracy"] = score
+    assert f"| rising: {words} |" in page_section(found)
+
+
+def test_the_page_judges_average_bits_unpruned() -> None:
+    found = results()
+    for label, gain in ((accuracy.UNPRUNED, 0.9), ("", 5.0)):
+        for method, score in (("uniform", 85.0), ("mixed", 85.5), ("optimal", 85.0 + gain)):
+            name = f"d-{method}-{label}"
+            row = entry(name, group="average-bits", method=method, accuracy=score, label=label)
+            found["rows"][name] = {**row, "budget": [["bits", 2.5]]}
+    lines = page_section(found).splitlines()
+    (unpruned,) = (line for line in lines if accuracy.UNPRUNED in line)
+    assert "85.50 (13.50 %)" in unpruned and unpruned.endswith("| +0.90 | ≥ 1: **missed** |")
+    (pruned,) = (line for line in lines if line.startswith("| ResNet-20 | 2.5 bits |"))
+    assert pruned.endswith("| +5.00 |  |")
+    assert "two ways" in page_section(found)
+
+
+def test_mixed_plans_spend_the_average_from_the_front() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(),
+                          nn.Linear(128, 10)).eval()  # fmt: skip
+    plan = accuracy.mixed_plan(model, accuracy.ada.Budget(bits=2.39))
+    assert [entry.bits for entry in plan.layers.values()] == [3, 3, 2]
+    assert 2.38 < plan.average_bits <= 2.39
+    with pytest.raises(accuracy.ada.BudgetError):
+        accuracy.mixed_plan(model, accuracy.ada.Budget(bits=1.5))
 
 
 def test_the_page_keeps_what_is_written_by_hand(tmp_path) -> None:

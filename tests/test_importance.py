@@ -199,8 +199,8 @@ def test_cache_resumes_after_an_interruption(tmp_path, monkeypatch) -> None:
         nn.Conv2d, "forward", lambda self, x: (calls.append(1), original(self, x))[1]
     )
     assert analyze(model, data, cache=cache, progress=False) == whole
-    # One sample for FLOPs, then only the third batch: float, once more to keep what the layers give,
-    # and one pass per layer, from that layer on.
+    # One sample for FLOPs, then only the third batch: float, once more to keep what the layers
+    # give, and one pass per layer, from that layer on.
     assert len(calls) == 2 * (1 + 1 + 1) + 2 + 1 + 0
     calls.clear()
     assert analyze(model, data, cache=cache, progress=False) == whole

@@ -149,6 +149,33 @@ def test_a_large_network_is_solved_quickly_and_always_alike() -> None:
     assert (solve(errors.copy(), [limit]) == found).all()
 
 
+def test_patterns_and_two_limits_take_no_longer() -> None:
+    """Three patterns of the same widths and sparsities, under a size and a latency."""
+    rng = np.random.default_rng(1)
+    errors, sizes, counts = synthetic()
+    microseconds = counts[:, None] ** 0.8 * np.exp(rng.normal(0, 0.2, errors.shape))
+    zeros = np.tile(np.linspace(0, 0.9, 6), 7)
+    blocks = [
+        (errors * factor * (1 + 3 * zeros), sizes - counts[:, None] / 8 * (zeros > 0), speed)
+        for factor, speed in ((1.5, 0.8), (2.0, 0.9))
+    ]
+    tables = [errors, *(block[0] for block in blocks)]
+    bytes_ = [sizes, *(block[1] for block in blocks)]
+    times = [microseconds, *(microseconds * (1 - block[2] * zeros) for block in blocks)]
+    errors, sizes, times = (np.concatenate(parts, axis=1) for parts in (tables, bytes_, times))
+    limits = [
+        Limit(sizes, 0.1 * 4 * counts.sum()),
+        Limit(times, 0.8 * times[:, :42].mean(axis=1).sum()),
+    ]
+    start = time.process_time()
+    found = solve(errors, limits)
+    assert time.process_time() - start < 6.0  # as above
+    assert found is not None
+    rows = np.arange(160)
+    assert all(limit.costs[rows, found].sum() <= limit.limit * (1 + 1e-9) for limit in limits)
+    assert (found >= 42).any()  # blocks are taken where time is short
+
+
 def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
     errors, sizes, counts = synthetic(60, seed=3)
     for share in (0.08, 0.1, 0.15):
