@@ -128,7 +128,6 @@ class LayerTable:
         one, and a layer may have few of them, so that there is nothing in between.
         """
         top = max(self.sparsities)
-        extra = [sparsity for sparsity in extra if sparsity <= top]
         steps = [round(k * step, 6) for k in range(int(top / step + 1e-9) + 1)]
         sparsities = tuple(sorted({*self.sparsities, *steps, *extra}))
         values = np.full((*self.values.shape[:2], len(sparsities)), np.nan)
