@@ -96,6 +96,19 @@ def test_the_error_table_knows_every_pattern(model, tmp_path) -> None:
         errors.value("3", 4, 0.5, "channel")
 
 
+def test_statistics_of_a_layer_are_gathered_once_for_all_patterns(model, monkeypatch) -> None:
+    problem, data = Problem(model, None), Data.split(model, images(), None, None)
+    gathered: list[str] = []
+    original = RepairedWeights._gather
+    monkeypatch.setattr(
+        RepairedWeights, "_gather", lambda self, name: (gathered.append(name), original(self, name))
+    )
+    weights = RepairedWeights(model, data_of(data), problem.free, memory=1, progress=False)
+    settings = Settings(**FEW, patterns=PATTERNS, interactions=False)
+    measure_tables(problem, Budget(bits=4), data, settings, weights, progress=False)
+    assert gathered == problem.free
+
+
 def data_of(data: Data) -> list[torch.Tensor]:
     return [batch.x for batch in data.repair]
 

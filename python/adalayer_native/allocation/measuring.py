@@ -205,37 +205,48 @@ def _error_table(
     store: Store = _Unkept()
     if not own or settings.repair:
         store = Store(cache_dir(settings.directory), "errors", table_key(problem, data, settings))
+    patterns = settings.patterns_for(budget)
+    wanted = {p: _worthwhile(problem, budget, settings, p, work) for p in patterns}
+    options = {p: _options(settings, p) for p in patterns}
     measure: LayerError | None = None
 
-    def part(pattern: str) -> LayerTable:
-        wanted = _worthwhile(problem, budget, settings, pattern, work)
-        options = _options(settings, pattern)
+    def missing(name: str, pattern: str) -> list[Option]:
+        asked = np.flatnonzero(wanted[pattern][problem.free.index(name)])
+        found = [options[pattern][k] for k in asked]
+        return [option for option in found if f"{name} {option.name}" not in store]
 
-        def error(name: str, option: Option) -> float:
-            nonlocal measure
-            if measure is None:  # only now: a table that is in the cache needs no pass at all
-                measure = layer_error(problem, data, settings, weight_of)
-            if isinstance(weight_of, RepairedWeights) and settings.measure in MEASURES:
-                # All that the table lacks of a layer goes through one sweep.
-                asked = np.flatnonzero(wanted[problem.free.index(name)])
-                rest = [options[k] for k in asked if f"{name} {options[k].name}" not in store]
-                weight_of.expect(name, rest)
-            return measure(name, *option.arguments())
+    def error(name: str, option: Option) -> float:
+        nonlocal measure
+        if measure is None:  # only now: a table that is in the cache needs no pass at all
+            measure = layer_error(problem, data, settings, weight_of)
+        if isinstance(weight_of, RepairedWeights) and settings.measure in MEASURES:
+            # All that the table lacks of a layer goes through few sweeps, and other patterns are
+            # measured now: the statistics of all layers may not fit into memory together.
+            rest = {pattern: missing(name, pattern) for pattern in patterns}
+            weight_of.expect(name, list(dict.fromkeys(o for part in rest.values() for o in part)))
+            for other in (o for part in rest.values() for o in part if o.pattern != option.pattern):
+                value = float(measure(name, *other.arguments()))
+                if np.isfinite(value):  # where it is not, its own turn says so
+                    store[f"{name} {other.name}"] = value
+        return measure(name, *option.arguments())
 
-        return fill(
-            "error",
-            "nats",
-            problem.free,
-            error,
-            store,
-            bits=settings.widths,
-            sparsities=settings.sparsities_of(pattern),
-            pattern=pattern,
-            wanted=wanted,
-            progress=progress,
-        )
-
-    table = _joined([part(pattern) for pattern in settings.patterns_for(budget)])
+    table = _joined(
+        [
+            fill(
+                "error",
+                "nats",
+                problem.free,
+                error,
+                store,
+                bits=settings.widths,
+                sparsities=settings.sparsities_of(pattern),
+                pattern=pattern,
+                wanted=wanted[pattern],
+                progress=progress,
+            )
+            for pattern in patterns
+        ]
+    )
     images = sum(batch.count for batch in data.table)
     table.about = {"measure": str(settings.measure), "images": images, "repair": settings.repair}
     table.about["weights"] = "own" if callable(settings.weight_of) else settings.weight_of
