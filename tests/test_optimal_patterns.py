@@ -14,6 +14,7 @@ import adalayer_native as ada
 from adalayer_native import ops
 from adalayer_native.allocation import Budget, LayerTable, Settings, allocate, estimate_bytes
 from adalayer_native.allocation import clock as clocks
+from adalayer_native.allocation import optimal as method
 from adalayer_native.allocation.clock import EngineClock, kept, settle
 from adalayer_native.allocation.evaluate import Evaluator
 from adalayer_native.allocation.measuring import Data, latency_table, measure_tables
@@ -178,11 +179,11 @@ def test_blocks_are_chosen_where_they_cost_no_mask(model) -> None:
 
 def test_fixed_entries_keep_their_pattern(model) -> None:
     entry = LayerPlan("3", "conv2d", model[3].weight.numel(), 4, 0.5, "block32x64")
-    for method in ("optimal", "uniform"):
+    for how in ("optimal", "uniform"):
         plan = allocate(
-            None, Budget(bits=4), method=method, model=model, calibration=images(),
+            None, Budget(bits=4), method=how, model=model, calibration=images(),
             fixed={"3": entry}, progress=False,
-            options={**FEW, "rounds": 0} if method == "optimal" else None,
+            options={**FEW, "rounds": 0} if how == "optimal" else None,
         )  # fmt: skip
         assert plan["3"] == entry
 
@@ -290,17 +291,20 @@ def test_latencies_of_patterns_and_of_the_real_engine(model, tmp_path) -> None:
 
 
 @needs_kernels
-def test_a_latency_budget_ends_with_a_timed_engine(model) -> None:
-    plan = optimal(
-        model, Budget(latency=500.0, bytes=30_000), widths=(4, 8), rounds=1, trials=1,
-        threads=1, weight_of="rounded",
-    )  # fmt: skip
+def test_a_latency_budget_ends_with_a_timed_engine(model, monkeypatch) -> None:
+    budget = Budget(latency=500.0, bytes=30_000)
+    few = {"widths": (4, 8), "rounds": 1, "trials": 1, "threads": 1, "weight_of": "rounded"}
+    plan = optimal(model, budget, **few)
     assert 0 < plan.measured["measured latency"] <= 500.0
     assert plan.measured["predicted latency"] == pytest.approx(
         plan.measured["measured latency"], rel=0.5
     )
     result = ada.compress(model, images(), None, plan=plan, repair=False, progress=False)
     assert ada.compile(result.model, images()[0][:1])(images()[0][:1]).shape == (1, 4)
+    # Plans whose engines never keep what was predicted are no plans.
+    monkeypatch.setattr(method, "kept", lambda *_: False)
+    with pytest.raises(BudgetError, match=r"predicted to keep it, the fastest engine takes .* ms"):
+        optimal(model, budget, **few)
 
 
 def test_selections_know_the_bytes_of_blocks(model) -> None:
