@@ -144,7 +144,8 @@ gpu-test: gpu-test-kernels gpu-test-python gpu-sanitize
 
 # A process for each: after a fault a process can do nothing more on its GPU.
 GPU_GROUPS := a_device every_width few_channels large_kernels tiles_that every_choice random_shapes \
-  every_operation a_graph batches_of every_way in_parts streams residual profiles quantizing errors
+  sparse_weights every_operation a_graph batches_of every_way in_parts streams residual profiles \
+  quantizing begins_anywhere errors
 gpu-test-kernels: gpu-build
 	@failed=; for group in $(GPU_GROUPS); do \
 	  timeout 120 $(GPU_BUILD)/csrc/cuda/test_cuda_device $$group || failed="$$failed $$group"; \
@@ -160,16 +161,17 @@ gpu-test-python: gpu-build
 gpu-sanitize: gpu-build
 	@if command -v compute-sanitizer >/dev/null; then \
 	  compute-sanitizer --tool memcheck --error-exitcode 9 $(GPU_BUILD)/csrc/cuda/test_cuda_device \
-	    every_width large_kernels few_channels every_operation graph quantizing && \
+	    every_width large_kernels few_channels sparse_weights every_operation graph quantizing && \
 	  compute-sanitizer --tool racecheck --error-exitcode 9 $(GPU_BUILD)/csrc/cuda/test_cuda_device \
 	    every_width every_operation few_channels; \
 	else \
 	  echo "compute-sanitizer was not found: left out"; \
 	fi
 
-# ONLY=linears: some sections; MINUTES: of the whole (bench/gpu.py).
+# ONLY=linears: some sections; MINUTES: of the whole (bench/gpu.py). Writes docs/performance.md.
 gpu-bench: gpu-build
 	$(GPU_ENV) $(GPU_PYTHON) -m bench.gpu --minutes $(or $(MINUTES),8) $(if $(ONLY),--only $(ONLY))
+	$(GPU_ENV) $(GPU_PYTHON) -m bench.gpu_report
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

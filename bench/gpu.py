@@ -26,8 +26,10 @@ import adalayer_native as ada
 from adalayer_native import _C, cuda, cuda_ops, ops
 from adalayer_native.cuda import CudaEngine
 from adalayer_native.plan import LayerPlan, Plan, layer_kind, supported_layers
+from adalayer_native.pruning import pattern_mask
+from bench.gpu_peers import torchao_linears
+from bench.gpu_report import RESULTS
 
-RESULTS = Path(__file__).resolve().parent.parent / "build" / "gpu-bench.json"
 # More than the second-level cache of any of these devices.
 _FLUSH_BYTES = 256 << 20
 
@@ -53,6 +55,13 @@ MOBILENET = [
     (384, 64, 1, 1, 14, 1),
     (960, 960, 3, 1, 7, 960),
     (960, 320, 1, 1, 7, 1),
+]
+# Bound by arithmetic at large batches, where leaving out products can pay.
+PRUNED = [
+    (256, 256, 3, 1, 14, 1),
+    (512, 512, 3, 1, 7, 1),
+    (512, 512, 3, 1, 14, 1),
+    (1024, 1024, 1, 1, 14, 1),
 ]
 
 
@@ -141,9 +150,15 @@ def cold_us(calls: list[Callable[[], Any]]) -> float:
 
 
 def layer_program(
-    layer: tuple[int, int, int, int, int, int], bits: int, seed: int = 0
+    layer: tuple[int, int, int, int, int, int],
+    bits: int,
+    seed: int = 0,
+    pruned: tuple[float, str] | None = None,
 ) -> tuple[_C.Program, int]:
-    """Quantize, convolve, dequantize; and the multiply-accumulates of one image."""
+    """Quantize, convolve, dequantize; and the multiply-accumulates of one image, zeros included.
+
+    ``pruned`` is (sparsity, pattern).
+    """
     c, o, k, stride, side, groups = layer
     random = np.random.default_rng(seed)
     pad = k // 2
@@ -155,6 +170,9 @@ def layer_program(
     z = p.add_value("z", "f32", o, out, out)
     half = 2 ** (bits - 1)
     w = random.integers(-half, half, (o, c // groups, k, k)).astype(np.int8)
+    if pruned is not None:
+        mask = pattern_mask(torch.from_numpy(random.random(w.shape)), *pruned)
+        w = np.ascontiguousarray(w * mask.numpy().astype(np.int8))
     packed = np.frombuffer(_C.pack(w.ctypes.data, w.size, bits, *w.shape), np.uint8)
     unit = np.full(o, 0.05 * 0.4 / (half * np.sqrt(w[0].size)), np.float32)
     bias = random.normal(size=o).astype(np.float32)
@@ -220,19 +238,95 @@ def layers(batches: list[int], widths: list[int]) -> Iterator[dict[str, Any]]:
             x = x.to(memory_format=torch.channels_last)
             with torch.no_grad():
                 half = median_us(graph_of(partial(conv, x)), seconds=0.1)
+            out = (side + 2 * (k // 2) - k) // stride + 1
             row: dict[str, Any] = {
-                "layer": f"{k}x{k}/{stride} {c}-{o}@{side}" + (" dw" if groups > 1 else ""),
+                "layer": layer_name(layer),
+                "channels": c,
+                "out channels": o,
                 "batch": batch,
                 "half us": half,
             }
+            moved = batch * (c * side**2 + o * out**2)  # levels in and out
             for bits in widths:
                 program, macs = layer_program(layer, bits)
                 engine = CudaEngine(program, torch.cuda.current_device())
                 rows = engine.profile(batch, 1, 9)
                 us = rows[1][7]
                 row |= {f"b{bits} us": us, f"b{bits} x": half / us}
+                row[f"b{bits} MB"] = 1e-6 * (moved + macs // out**2 * bits / 8)
                 if bits == widths[0]:
                     row |= {"kernel": rows[1][2], "TOPS": 2e-6 * macs * batch / us}
+                    row["MMAC"] = 1e-6 * macs * batch
+                del engine
+            yield row
+
+
+def layer_name(layer: tuple[int, int, int, int, int, int]) -> str:
+    """Kernel, stride, channels and side in one word."""
+    c, o, k, stride, side, groups = layer
+    return f"{k}x{k}/{stride} {c}-{o}@{side}" + (" dw" if groups > 1 else "")
+
+
+def sparse(batches: list[int], bits: int) -> Iterator[dict[str, Any]]:
+    """Pruned convolutions beside the same layers with all of their weights."""
+    patterns = {
+        "2:4": (0.5, "2:4"),
+        "blocks32 50%": (0.5, "block32x64"),
+        "blocks32 75%": (0.75, "block32x64"),
+        "blocks16 75%": (0.75, "block16x64"),
+    }
+    for layer in PRUNED:
+        for batch in batches:
+            row: dict[str, Any] = {"layer": layer_name(layer), "batch": batch, "bits": bits}
+            dense = 0.0
+            for name, pruned in {"dense": None, **patterns}.items():
+                program, _ = layer_program(layer, bits, pruned=pruned)
+                x = torch.randn(2, layer[0], layer[4], layer[4])
+                check_against_cpu(program, x, name)
+                engine = CudaEngine(program, torch.cuda.current_device())
+                rows = engine.profile(batch, 1, 9)
+                us = rows[1][7]
+                dense = dense or us
+                row |= {f"{name} us": us, f"{name} x": dense / us, f"{name} by": rows[1][2]}
+                del engine
+            yield row
+
+
+def check_against_cpu(program: _C.Program, x: Tensor, name: str) -> None:
+    """The levels of one input and output, both of ``program``, on the CPU and here.
+
+    Raises:
+        AssertionError: they differ.
+    """
+    on_gpu = CudaEngine(program, torch.cuda.current_device())
+    on_cpu = _C.Engine(program)
+    shape = (x.shape[0], *program.values()[program.outputs()[0]][2:5])
+    expected = torch.empty(shape)
+    on_cpu.run([x.data_ptr()], [False], x.shape[0], [expected.data_ptr()], 1)
+    there, got = x.cuda(), torch.empty(shape, device="cuda")
+    on_gpu.run([there.data_ptr()], [False], x.shape[0], [got.data_ptr()])
+    if not torch.equal(got.cpu(), expected):
+        raise AssertionError(f"{name} differs from the CPU")
+
+
+def products(sizes: list[int], batches: list[int]) -> Iterator[dict[str, Any]]:
+    """Linear layers with u8 activations beside torch's int8 product and torchao's layers."""
+    for n in sizes:
+        for batch in batches:
+            row: dict[str, Any] = {"size": n, "batch": batch}
+            if batch > 16:  # what _int_mm asks for
+                x = torch.randint(-100, 100, (batch, n), dtype=torch.int8, device="cuda")
+                w = torch.randint(-100, 100, (n, n), dtype=torch.int8, device="cuda")
+                row["_int_mm us"] = median_us(graph_of(partial(torch._int_mm, x, w.t())))
+            x16 = torch.randn(batch, n, dtype=torch.bfloat16, device="cuda")
+            for column, calls in torchao_linears(x16, 1, integer=True):
+                row[f"{column} us"] = calls if isinstance(calls, str) else median_us(calls[0])
+            for bits in (8, 4, 2):
+                program, macs = layer_program((n, n, 1, 1, 1, 1), bits)
+                check_against_cpu(program, torch.randn(2, n, 1, 1), f"linear {n}")
+                engine = CudaEngine(program, torch.cuda.current_device())
+                us = engine.profile(batch, 1, 9)[1][7]
+                row |= {f"b{bits} us": us, f"b{bits} TOPS": 2e-6 * macs * batch / us}
                 del engine
             yield row
 
@@ -290,6 +384,9 @@ def linears(sizes: list[int], batches: list[int]) -> Iterator[dict[str, Any]]:
             half = cold_us([partial(torch.matmul, x, w.t()) for w in full])
             del full
             row: dict[str, Any] = {"size": n, "batch": batch, "half us": half}
+            cold = min(24, _FLUSH_BYTES // (n * n // 2) + 1)
+            for column, calls in torchao_linears(x.bfloat16(), cold):
+                row[f"{column} us"] = calls if isinstance(calls, str) else cold_us(calls)
             for bits in (8, 4, 3, 2):
                 lo = 2 ** (bits - 1)
                 w = torch.randint(-lo, lo, (n, n), dtype=torch.int8)
@@ -337,6 +434,8 @@ def main() -> None:
         "peaks": peaks,
         "networks": lambda: networks(["resnet50"], [1, 32, 256], [8, 4, 2], False),
         "linears": lambda: linears([8192, 4096], [1, 16, 256]),
+        "sparse": lambda: sparse([256, 32], 8),
+        "products": lambda: products([8192, 4096], [1, 16, 256]),
         "layers": lambda: layers([256, 1], [8, 4, 2]),
         "mobilenet": lambda: networks(["mobilenet_v2"], [1, 32, 256], [8, 4], False),
         "compiled": lambda: networks(["resnet50"], [1, 256], [8], compiled),

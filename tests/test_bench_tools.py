@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import gpu_report
 from bench.interleave import (
     CONTENDED,
     Comparison,
@@ -36,6 +37,90 @@ def samples(fast: list[float], contended: list[float]) -> list[Sample]:
     return [Sample(s, PROBE, PROBE) for s in fast] + [
         Sample(s, SLOW_PROBE, SLOW_PROBE) for s in contended
     ]
+
+
+GPU = {
+    "device": "a GPU",
+    "capability": "9.0",
+    "torch": "2.13",
+    "peaks": [
+        {"what": "copy", "unit": "GB/s", "value": 2000.0},
+        {"what": "_int_mm 8192", "unit": "TOPS", "value": 1000.0},
+    ],
+    "networks": [
+        {
+            "network": "resnet50",
+            "bits": 8,
+            "batch": 1,
+            "us": 100.0,
+            "half graph us": 180.0,
+            "x best": 1.8,
+        }
+    ],
+    "linears": [
+        {
+            "size": 8192,
+            "batch": 1,
+            "half us": 70.0,
+            "b4 us": 20.0,
+            "b4 x": 3.5,
+            "b4 GB/s": 1600.0,
+            "b2 us": 25.0,
+            "b2 x": 2.8,
+            "ao int4 us": "ImportError",
+        }
+    ],
+    "sparse": [{"layer": "3x3/1 256-256@14", "batch": 256, "2:4 x": 1.4}],
+    "layers": [
+        {
+            "layer": "3x3/1 256-256@14",
+            "channels": 256,
+            "out channels": 256,
+            "batch": 256,
+            "b8 us": 50.0,
+            "b8 MB": 26.0,
+            "b4 us": 40.0,
+            "b4 MB": 25.7,
+            "TOPS": 700.0,
+            "MMAC": 29595.0,
+        }
+    ],
+}
+
+
+def test_the_gpu_part_of_the_page(tmp_path):
+    """Only where something was measured; the rest of the page stays as it is."""
+    page = tmp_path / "performance.md"
+    page.write_text("# Performance\n\nAbove.\n", encoding="utf-8")
+    gpu_report.write_page(GPU, page)
+    first = page.read_text(encoding="utf-8")
+    assert first.startswith("# Performance\n\nAbove.\n\n" + gpu_report.BEGIN)
+    assert "a GPU, compute capability 9.0" in first
+    assert (tmp_path / "images" / "roofline-gpu.png").stat().st_size > 1000
+    gpu_report.write_page(GPU, page)
+    assert page.read_text(encoding="utf-8") == first
+    page.write_text(gpu_report.BEGIN, encoding="utf-8")
+    with pytest.raises(ValueError, match="expected both of the markers"):
+        gpu_report.write_page(GPU, page)
+    # What bench.report writes stands before it and is left alone.
+    assert gpu_report.BEGIN not in (BEGIN, END)
+
+
+def test_gpu_targets():
+    reached = {name: (value, least) for name, value, least in gpu_report.targets(GPU)}
+    assert reached == {
+        "resnet50 8 bits, batch 1, over the best of half graph": (1.8, 1.5),
+        "3x3/1 256-256@14, share of the int8 rate of _int_mm": (0.7, 0.6),
+        "linear 8192, batch 1, 4 bits over half": (3.5, 3.3),
+        "linear 8192, batch 1, 2 bits over half": (2.8, 5.5),
+        "linear 8192, batch 1, 4 bits, share of copy bandwidth": (0.8, 0.85),
+        "3x3/1 256-256@14, batch 256, 2:4 over dense": (1.4, 1.3),
+        "3x3/1 256-256@14, batch 256, more bits over fewer": (1.25, 0.95),
+        "linear 8192, batch 1, more bits over fewer": (0.8, 0.95),
+    }
+    ((across, up),) = gpu_report.points(GPU["layers"])[8]
+    assert across == pytest.approx(2 * 29595e6 / 26e6)
+    assert up == pytest.approx(2 * 29595e6 / 50e-6 / 1e12)
 
 
 def example() -> Results:

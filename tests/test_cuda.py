@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import torch
 from helpers_models import batches, tiny
-from helpers_program import noise, programs, run_reference
+from helpers_program import INF, Builder, Grid, noise, programs, run_reference
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from adalayer_native import cuda, cuda_ops, ops
 from adalayer_native.cuda import engine as cuda_engine
 from adalayer_native.cuda import layers, library
-from adalayer_native.errors import DeviceError
+from adalayer_native.errors import DeviceError, InputError
+from adalayer_native.pruning import pattern_mask
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -192,6 +193,107 @@ def test_profile_and_sizes(emulated):
     assert all(row[2] for row in rows)
     assert found.weight_bytes() > 0
     assert found.info().nodes == len(rows)
+
+
+@pytest.fixture
+def on_gpu(emulated, monkeypatch):
+    """A compiled network and the same on the GPU in software."""
+    from helpers_engine import native_of
+
+    import adalayer_native as ada
+
+    monkeypatch.setattr(cuda, "device_index", lambda device: 0)
+    images = batches(labels=False)[0]
+    engine = ada.compile(native_of(tiny(), images), images[:1], policy="native", strict=True)
+    return engine, engine.to("cuda"), images
+
+
+def test_coverage_of_an_engine_on_a_gpu(on_gpu):
+    engine, moved, _ = on_gpu
+    rows, expected = list(moved.coverage(rounds=2)), list(engine.coverage(rounds=0))
+    assert [(r.name, r.op, r.bits, r.macs) for r in rows] == [
+        (r.name, r.op, r.bits, r.macs) for r in expected
+    ]
+    assert all(row.kernel and row.microseconds > 0 for row in rows)
+
+
+def test_tensors_of_another_device_are_named(on_gpu):
+    engine, moved, images = on_gpu
+    assert moved.device == torch.device("cuda", 0)
+    with pytest.raises(InputError, match="expected a tensor on cuda:0, got one on cpu"):
+        moved(images)
+    with pytest.raises(InputError, match="expected a tensor on cpu, got one on meta"):
+        engine(images.to("meta"))
+    x = torch.rand(2, 3, 4, 4)
+    packed = ops.pack_weight(weights((4, 3, 1, 1), 4), 4)
+    args = (torch.rand(4), torch.zeros(4), 0.1, 0, 8, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1)
+    with pytest.raises(InputError, match="the input is on cpu, but weight_packed is on meta"):
+        cuda_ops._conv2d_cuda(x, packed.to("meta"), *args)
+    residual = torch.zeros(2, 4, 4, 4, device="meta")
+    with pytest.raises(InputError, match="the input is on cpu, but residual is on meta"):
+        cuda_ops._conv2d_cuda(x, packed, *args, None, None, residual)
+
+
+def test_memory_that_is_not_there_is_an_error(on_gpu):
+    engine, *_ = on_gpu
+    program = engine._steps[0].run.program
+    found = cuda.CudaEngine(program, 0, tune=False)
+    most = found.info().most_images
+    memory = np.zeros(16, np.float32).ctypes.data
+    outputs = [memory] * len(program.outputs())
+    # (The GPU in software has a tebibyte.)
+    with pytest.raises(MemoryError, match=r"allocating \d+ bytes on the device: out of memory"):
+        found.run([memory], [False], most, outputs)
+    with pytest.raises(InputError, match="input 0 is not aligned to the 4 bytes"):
+        found.run([memory + 1], [False], 1, outputs)
+    with pytest.raises(InputError, match="input 0 has no memory"):
+        found.run([0], [False], 1, outputs)
+    found.run([0], [False], 0, [0] * len(outputs))
+    with pytest.raises(InputError, match="there is no CUDA device 3"):
+        cuda.CudaEngine(program, 3)
+
+
+def test_views_and_empty_batches_on_a_gpu_in_software(emulated):
+    packed = ops.pack_weight(weights((5, 6, 3, 3), 3), 3)
+    scale, bias = torch.rand(5) * 0.01, torch.randn(5)
+    args = (0.03, 100, 8, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1)
+    whole = torch.randn(4, 12, 9, 11)
+    for x in (whole[:, 3:9, 1:, 2:], whole[:, ::2], whole[1:, :6].transpose(2, 3), whole[:0, :6]):
+        expected = ops.conv2d(x, packed, scale, bias, *args)
+        assert torch.equal(cuda_ops._conv2d_cuda(x, packed, scale, bias, *args), expected)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "sparsity", "kernel"),
+    [("2:4", 0.5, " 2:4"), ("block32x64", 0.75, " blocks"), ("block16x64", 0.75, " blocks")],
+)
+def test_pruned_layers_have_kernels_of_their_own(emulated, pattern, sparsity, kernel):
+    """Some choice runs on the form without zeros, every one gives the bits of the CPU."""
+    torch.manual_seed(1)
+    w = weights((64, 128, 3, 3), 4)
+    w *= pattern_mask(torch.rand(w.shape), sparsity, pattern)
+    b = Builder()
+    x = b.input((128, 3, 4))
+    levels = b.node("quantize", [x], b.value((128, 3, 4), Grid()))
+    constants = [
+        b.weights(w.numpy(), 4),
+        b.constant(np.full(64, 1e-3, np.float32)),
+        b.constant(np.zeros(64, np.float32)),
+        -1,
+    ]
+    ints = [3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 255, 0]
+    y = b.node("conv", [levels], b.value((64, 3, 4)), ints, [1.0, -INF, INF], constants)
+    program = b.finish([y])
+    images = noise(program, 2, 3)
+    expected = run_reference(program, images)
+    seen = set()
+    for choice in range(0, 60, 11):
+        engine = cuda.CudaEngine(program, 0, tune=False, choice=choice)
+        rows = engine.profile(1, 1, 1)
+        seen.add(next(row[2] for row in rows if row[1] == "conv"))
+        for a, b in zip(run(engine, program, images), expected, strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert any(kernel in name for name in seen), seen
 
 
 def test_a_build_without_kernels_says_so(monkeypatch, tmp_path):

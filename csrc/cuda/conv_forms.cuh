@@ -13,7 +13,7 @@ KernelInfo form() {
 }
 
 template <int kBits>
-KernelInfo conv_form(int tile, int piece) {
+[[maybe_unused]] KernelInfo conv_form(int tile, int piece) {
   if (piece != 16) {
     if constexpr (kBits == 8) {
       if (tile == 2 && piece == 8) return form<ConvTile<8, 1, 4, 4, 4, 8>>();
@@ -33,7 +33,24 @@ KernelInfo conv_form(int tile, int piece) {
     case 4:
       return form<ConvTile<kBits, 4, 1, 2, 4, 16>>();
     case 5:
-      return form<ConvTile<kBits, 1, 4, 8, 3, 16>>();
+      return form<ConvTile<kBits, 1, 8, 4, 3, 16>>();
+    default:
+      return {};
+  }
+}
+
+/// Skipped cells need tiles of one block of channels: its steps are a list of its own.
+template <int kBits>
+[[maybe_unused]] KernelInfo sparse_form(int tile, Form which) {
+  const bool blocks = which == Form::Blocks;
+  switch (tile) {
+    case 0:
+      return blocks ? KernelInfo{} : form<ConvTile<kBits, 2, 2, 8, 3, 16, Form::Structured>>();
+    case 2:
+      return blocks ? form<ConvTile<kBits, 1, 4, 4, 4, 16, Form::Blocks>>()
+                    : form<ConvTile<kBits, 1, 4, 4, 4, 16, Form::Structured>>();
+    case 3:
+      return blocks ? form<ConvTile<kBits, 1, 4, 2, 4, 16, Form::Blocks>>() : KernelInfo{};
     default:
       return {};
   }

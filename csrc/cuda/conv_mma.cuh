@@ -5,20 +5,26 @@
 #pragma once
 
 #include "cuda/conv_output.cuh"
+#include "cuda/kernels.hpp"
 #include "cuda/packing.hpp"
 
 namespace adalayer::cuda {
 
 /// kWarpsM x kWarpsN warps of 64 channels x 8 * kColumns positions each. kPiece: bytes of the input
 /// that surely lie together (its pitch is a multiple of them).
-template <int kBits_, int kWarpsM_, int kWarpsN_, int kColumns_, int kStages_, int kPiece_>
+template <int kBits_, int kWarpsM_, int kWarpsN_, int kColumns_, int kStages_, int kPiece_,
+          Form kForm_ = Form::Dense>
 struct ConvTile {
   static constexpr int kBits = kBits_, kWarpsM = kWarpsM_, kWarpsN = kWarpsN_;
   static constexpr int kColumns = kColumns_, kStages = kStages_, kPiece = kPiece_;
+  static constexpr Form kForm = kForm_;
   static constexpr int kM = kBlockChannels * kWarpsM, kN = 8 * kColumns * kWarpsN;
   static constexpr int kThreads = 32 * kWarpsM * kWarpsN;
   static constexpr int kInputBytes = kN * kStepDepth;
-  static constexpr int kCellStepBytes = 2 * kCellBytesPerBit * kBits;  // a cell row in one step
+  static constexpr int kCellBytes = kCellBytesPerBit * kBits;
+  // A row of cells in one step.
+  static constexpr int kCellStepBytes =
+      kForm == Form::Structured ? kCellBytes + kPlacesBytes : 2 * kCellBytes;
   static constexpr int kWeightBytes = kM / kCellChannels * kCellStepBytes;
   static constexpr int kStageBytes = kInputBytes + kWeightBytes;
   static constexpr int kSharedBytes = kStages * kStageBytes;
@@ -26,6 +32,7 @@ struct ConvTile {
   static constexpr int kRows = (kN + kRowsApart - 1) / kRowsApart;  // of the input, per thread
   static constexpr int kSums = kM * kN;
   static_assert(kColumns % 2 == 0 && kWeightBytes % 16 == 0);
+  static_assert(kForm != Form::Blocks || kWarpsM == 1);
 };
 
 /// What a thread loads of the input: one chunk of 16 bytes in each of kRows rows, every step.
@@ -93,19 +100,33 @@ struct InputLoader {
 template <class T>
 struct WeightLoader {
   const uint8_t* from;
-  int64_t step_bytes;
+  const uint32_t* step_cells;  // Form::Blocks
+  uint32_t stride;             // bytes of a step; Form::Blocks: the step's first cell
   int32_t bytes;
 
   ADALAYER_DEVICE WeightLoader(const ConvParams& p, int32_t tile_m, int32_t group)
-      : from(p.weights + group * p.group_weight_bytes +
-             static_cast<int64_t>(tile_m) * T::kWeightBytes),
-        step_bytes(static_cast<int64_t>(p.cells) * T::kCellStepBytes) {
-    const int32_t left = p.cells - tile_m * (T::kM / kCellChannels);
-    bytes = (left < T::kM / kCellChannels ? left : T::kM / kCellChannels) * T::kCellStepBytes;
+      : from(p.weights), step_cells(p.step_cells), stride(0), bytes(0) {
+    if constexpr (T::kForm != Form::Blocks) {
+      from += group * p.group_weight_bytes + static_cast<int64_t>(tile_m) * T::kWeightBytes;
+      stride = static_cast<uint32_t>(p.cells * T::kCellStepBytes);
+      const int32_t left = p.cells - tile_m * (T::kM / kCellChannels);
+      bytes = (left < T::kM / kCellChannels ? left : T::kM / kCellChannels) * T::kCellStepBytes;
+    }
   }
+
+  /// Form::Blocks: finds what step `k` consists of; to be called a step before load().
+  ADALAYER_DEVICE void look_up(int32_t k) {
+    if constexpr (T::kForm == Form::Blocks) {
+      const auto cells = load_constant(reinterpret_cast<const Words2*>(step_cells + 2 * k));
+      stride = cells.x;
+      bytes = count_bits(cells.y) * T::kCellBytes;
+    }
+  }
+
   ADALAYER_DEVICE void load(uint8_t* stage, int32_t k) const {
     uint8_t* to = stage + T::kInputBytes;
-    const uint8_t* step = from + k * step_bytes;
+    const auto times = static_cast<uint32_t>(T::kForm == Form::Blocks ? T::kCellBytes : k);
+    const uint8_t* step = from + static_cast<uint64_t>(times) * stride;
     for (int32_t at = thread_index() * 16; at < bytes; at += T::kThreads * 16)
       copy_async<16>(to + at, step + at);
   }
@@ -132,35 +153,73 @@ ADALAYER_DEVICE void load_weights(const uint8_t* cell, int h, uint32_t out[4]) {
   U::half(h, wide, two, one, out);
 }
 
+/// Activations of 8 * kColumns positions and half `half` (32 values) of a stage, as right operands:
+/// registers `first` and `first + 1` of each.
+template <class T, int kRegisters>
+ADALAYER_DEVICE void load_input(const uint8_t* stage, int row, int half, int first,
+                                uint32_t (&right)[T::kColumns][kRegisters]) {
+  const int chunk = half * 2 + thread_index() % 32 / 8 % 2;
+  ADALAYER_UNROLL
+  for (int j = 0; j < T::kColumns; j += 2) {
+    uint32_t v[4];
+    load_matrices(stage + chunk_offset(row + j * 8, chunk), v);
+    right[j][first] = v[0], right[j][first + 1] = v[1];
+    right[j + 1][first] = v[2], right[j + 1][first + 1] = v[3];
+  }
+}
+
 /// Products of one stage. `cells` of the warp's four hold channels; `halves` of the step's four
-/// stretches of 32 hold values.
+/// stretches of 32 hold values; `stored` (Form::Blocks): which cells are there.
 template <class T>
 ADALAYER_DEVICE void multiply_stage(const uint8_t* stage, int warp_m, int warp_n, int cells,
-                                    int halves, int32_t (&sums)[4][T::kColumns][4]) {
+                                    int halves, uint32_t stored,
+                                    int32_t (&sums)[4][T::kColumns][4]) {
   const int lane = thread_index() % 32;
   const uint8_t* weights = stage + T::kInputBytes + warp_m * 4 * T::kCellStepBytes;
-  // Two columns of eight positions at a time: which row and chunk this lane names.
-  const int row = warp_n * 8 * T::kColumns + lane / 16 * 8 + lane % 8, odd_chunk = lane / 8 % 2;
-  ADALAYER_UNROLL
-  for (int half = 0; half < 4; ++half) {
-    if (half >= halves) break;
-    uint32_t right[T::kColumns][2];
+  // Two columns of eight positions at a time: which row this lane names.
+  const int row = warp_n * 8 * T::kColumns + lane / 16 * 8 + lane % 8;
+  if constexpr (T::kForm == Form::Structured) {
     ADALAYER_UNROLL
-    for (int j = 0; j < T::kColumns; j += 2) {
-      uint32_t v[4];
-      load_matrices(stage + chunk_offset(row + j * 8, half * 2 + odd_chunk), v);
-      right[j][0] = v[0], right[j][1] = v[1];
-      right[j + 1][0] = v[2], right[j + 1][1] = v[3];
-    }
-    ADALAYER_UNROLL
-    for (int cell = 0; cell < 4; ++cell) {
-      if (cell >= cells) break;
-      uint32_t left[4];
-      load_weights<T::kBits>(weights + (cell * 2 + half / 2) * (kCellBytesPerBit * T::kBits),
-                             half % 2, left);
+    for (int product = 0; product < 2; ++product) {
+      if (2 * product >= halves) break;
+      uint32_t right[T::kColumns][4];
+      load_input<T, 4>(stage, row, 2 * product, 0, right);
+      load_input<T, 4>(stage, row, 2 * product + 1, 2, right);
       ADALAYER_UNROLL
-      for (int j = 0; j < T::kColumns; ++j)
-        multiply_s8_u8(sums[cell][j], left, right[j]);
+      for (int cell = 0; cell < 4; ++cell) {
+        if (cell >= cells) break;
+        const uint8_t* at = weights + cell * T::kCellStepBytes;
+        uint32_t left[4];
+        load_weights<T::kBits>(at, product, left);
+        const uint32_t places =
+            *reinterpret_cast<const uint32_t*>(at + T::kCellBytes + product * 128 + lane * 4);
+        ADALAYER_UNROLL
+        for (int j = 0; j < T::kColumns; ++j)
+          multiply_structured(sums[cell][j], left, right[j], places);
+      }
+    }
+  } else {
+    ADALAYER_UNROLL
+    for (int half = 0; half < 4; ++half) {
+      if (half >= halves) break;
+      const int odd = half / 2;  // of the step's two cells one behind the other
+      if (T::kForm == Form::Blocks && (stored >> odd & 0x55u) == 0) continue;
+      uint32_t right[T::kColumns][2];
+      load_input<T, 2>(stage, row, half, 0, right);
+      ADALAYER_UNROLL
+      for (int cell = 0; cell < 4; ++cell) {
+        if (cell >= cells) break;
+        int at = cell * 2 + odd;
+        if constexpr (T::kForm == Form::Blocks) {
+          if ((stored >> at & 1u) == 0) continue;
+          at = count_bits(stored & ((1u << at) - 1u));
+        }
+        uint32_t left[4];
+        load_weights<T::kBits>(weights + at * T::kCellBytes, half % 2, left);
+        ADALAYER_UNROLL
+        for (int j = 0; j < T::kColumns; ++j)
+          multiply_s8_u8(sums[cell][j], left, right[j]);
+      }
     }
   }
 }
@@ -237,11 +296,11 @@ ADALAYER_DEVICE void store_levels(const ConvOutput& o, const float* y, int32_t p
   }
 }
 
-/// Stores a warp's sums. Its block of channels has kCells cells, `first` is its first channel
-/// within the group that begins at `base`.
+/// Stores a warp's sums of kCells cells from `cell` on, whose channels are permuted among them;
+/// `first` is their first channel within the group that begins at `base`.
 template <class T, int kCells>
 ADALAYER_DEVICE void store_block(const ConvParams& p, int32_t base, int32_t first, int32_t position,
-                                 const int32_t (&sums)[4][T::kColumns][4]) {
+                                 const int32_t (&sums)[4][T::kColumns][4], int cell = 0) {
   const ConvOutput& o = p.out;
   const int lane = thread_index() % 32;
   const int32_t mine = first + lane / 4 * 2 * kCells;  // this lane's first channel in the group
@@ -267,7 +326,7 @@ ADALAYER_DEVICE void store_block(const ConvParams& p, int32_t base, int32_t firs
       float y[2 * kCells];
       ADALAYER_UNROLL
       for (int c = 0; c < 2 * kCells; ++c)
-        y[c] = sum_value(sums[c / 2][j][c % 2 * 2 + e] >> p.shift, constants[c]);
+        y[c] = sum_value(sums[cell + c / 2][j][c % 2 * 2 + e] >> p.shift, constants[c]);
       if (o.levels != nullptr) {
         store_levels<kCells>(o, y, pixel, channel, limit, vector);
       } else {
@@ -288,14 +347,26 @@ ADALAYER_KERNEL ADALAYER_THREADS(T::kThreads) conv_mma(ADALAYER_PARAMS ConvParam
   const auto tile = static_cast<int32_t>(block_x());
   const int32_t tile_m = tile % p.tiles_m, tile_n = tile / p.tiles_m;
   const auto split = static_cast<int32_t>(block_y());
-  const auto begin = static_cast<int32_t>(static_cast<int64_t>(p.steps) * split / p.splits);
-  const auto end = static_cast<int32_t>(static_cast<int64_t>(p.steps) * (split + 1) / p.splits);
+  int32_t first_step = 0, steps = p.steps;
+  if constexpr (T::kForm == Form::Blocks) {
+    const int32_t* block = p.block_steps + group * p.tiles_m + tile_m;
+    first_step = load_constant(block);
+    steps = load_constant(block + 1) - first_step;
+  }
+  const int32_t begin =
+      first_step + static_cast<int32_t>(static_cast<int64_t>(steps) * split / p.splits);
+  const int32_t end =
+      first_step + static_cast<int32_t>(static_cast<int64_t>(steps) * (split + 1) / p.splits);
 
   // Weights never change: they are on their way before the kernel in front has ended.
-  const WeightLoader<T> weights(p, tile_m, group);
+  WeightLoader<T> weights(p, tile_m, group);
   ADALAYER_UNROLL
-  for (int s = 0; s < T::kStages - 1; ++s)
-    if (begin + s < end) weights.load(shared + s * T::kStageBytes, begin + s);
+  for (int s = 0; s < T::kStages - 1; ++s) {
+    if (begin + s >= end) break;
+    weights.look_up(begin + s);
+    weights.load(shared + s * T::kStageBytes, begin + s);
+  }
+  if (begin + T::kStages - 1 < end) weights.look_up(begin + T::kStages - 1);
   let_next_kernel_start();
   InputLoader<T> input(p, tile_n * T::kN, group);
   if (begin < end) input.look_up(begin);
@@ -317,16 +388,21 @@ ADALAYER_KERNEL ADALAYER_THREADS(T::kThreads) conv_mma(ADALAYER_PARAMS ConvParam
   for (int32_t k = begin; k < end; ++k) {
     copy_wait<T::kStages - 2>();
     sync_threads();  // this stage is there for all, and nobody reads the one before it
+    uint32_t stored = 0;
+    if constexpr (T::kForm == Form::Blocks) stored = load_constant(p.step_cells + 2 * k + 1);
     const int32_t ahead = k + T::kStages - 1;
     if (ahead < end) {
       uint8_t* stage = shared + (slot + T::kStages - 1) % T::kStages * T::kStageBytes;
       weights.load(stage, ahead);
       input.load(stage);
-      if (ahead + 1 < end) input.look_up(ahead + 1);
+      if (ahead + 1 < end) {
+        weights.look_up(ahead + 1);
+        input.look_up(ahead + 1);
+      }
     }
     copy_commit();
-    const int32_t left = (p.depth - k * kStepDepth) / 32;
-    multiply_stage<T>(shared + slot * T::kStageBytes, warp_m, warp_n, cells, left, sums);
+    const int32_t left = T::kForm == Form::Blocks ? 4 : (p.depth - k * kStepDepth) / 32;
+    multiply_stage<T>(shared + slot * T::kStageBytes, warp_m, warp_n, cells, left, stored, sums);
     slot = slot + 1 == T::kStages ? 0 : slot + 1;
   }
   copy_wait<0>();
@@ -338,6 +414,14 @@ ADALAYER_KERNEL ADALAYER_THREADS(T::kThreads) conv_mma(ADALAYER_PARAMS ConvParam
   const int32_t base = group * p.group_out;
   const int32_t first = (tile_m * T::kWarpsM + warp_m) * kBlockChannels;
   const int32_t position = tile_n * T::kN + warp_n * 8 * T::kColumns;
+  if constexpr (T::kForm == Form::Blocks) {
+    // A cell is neighbouring channels, so that it is empty where a block of them is.
+    ADALAYER_UNROLL
+    for (int cell = 0; cell < 4; ++cell)
+      if (cell < cells)
+        store_block<T, 1>(p, base, first + cell * kCellChannels, position, sums, cell);
+    return;
+  }
   if (cells == 4)
     store_block<T, 4>(p, base, first, position, sums);
   else if (cells == 2)

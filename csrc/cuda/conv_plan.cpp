@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "core/thread_pool.hpp"
+#include "cuda/conv_sparse.hpp"
 #include "cuda/packing.hpp"
 #include "cuda/plan.hpp"
 #include "formats/canonical.hpp"
@@ -200,36 +201,37 @@ class ProductBuilder {
     const std::vector<uint8_t> page(16, static_cast<uint8_t>(s_.input_zero_point));
     p.zero_page = image_.add(page);
 
-    // Whole blocks of 64 channels, the last one of 16 or 32 where that is enough.
-    const int32_t rest = p.group_out % kBlockChannels;
-    p.cells = p.group_out / kBlockChannels * 4 + (rest == 0    ? 0
-                                                  : rest <= 16 ? 1
-                                                  : rest <= 32 ? 2
-                                                               : 4);
+    ProductMatrix m;
+    m.columns = bytes;
+    m.w.resize(static_cast<size_t>(s_.out_c * bytes));
+    std::vector<int64_t> totals(static_cast<size_t>(s_.out_c), 0);
+    parallel_for(int64_t{s_.out_c}, default_threads(), [&](int64_t o, int) {
+      int8_t* row = m.w.data() + o * bytes;
+      for (int64_t k = 0; k < bytes; ++k) {
+        const Entry& e = entries[k / p.piece];
+        row[k] = weight(o / p.group_out, o % p.group_out, e.ky, e.kx, e.channel + k % p.piece);
+        totals[o] += row[k];
+      }
+    });
+
+    p.cells = cells_of(p.group_out);
     const int64_t cell_bytes = int64_t{kCellBytesPerBit} * p.bits;
     p.group_weight_bytes = int64_t{p.steps} * p.cells * 2 * cell_bytes;
     std::vector<uint8_t> packed(static_cast<size_t>(p.group_weight_bytes) * p.groups, 0);
     std::vector<ChannelConstants> constants(static_cast<size_t>(s_.out_c) + kBlockChannels);
-    std::vector<int64_t> totals(static_cast<size_t>(s_.out_c), 0);
     parallel_for(int64_t{p.groups} * p.cells, default_threads(), [&](int64_t task, int) {
       const int64_t g = task / p.cells, cell = task % p.cells;
-      const int cells = static_cast<int>(std::min<int64_t>(4, p.cells - cell / 4 * 4));
       for (int row = 0; row < kCellChannels; ++row) {
-        const int64_t o =
-            cell / 4 * kBlockChannels + block_channel(cells, static_cast<int>(cell % 4), row);
+        const int64_t o = cell_channel(p.group_out, cell, row);
         if (o >= p.group_out) continue;
-        int64_t total = 0;
+        const int8_t* w = m.row(g * p.group_out + o);
         for (int64_t k = 0; k < bytes; ++k) {
-          const Entry& e = entries[k / p.piece];
-          const int8_t w = weight(g, o, e.ky, e.kx, e.channel + k % p.piece);
-          total += w;
-          if (w == 0) continue;
-          const int64_t step = k / kStepDepth;
-          uint8_t* to = packed.data() + g * p.group_weight_bytes +
-                        ((step * p.cells + cell) * 2 + k % kStepDepth / kCellDepth) * cell_bytes;
-          put(to, p.bits, row, static_cast<int>(k % kCellDepth), w);
+          if (w[k] == 0) continue;
+          uint8_t* to =
+              packed.data() + g * p.group_weight_bytes +
+              ((k / kStepDepth * p.cells + cell) * 2 + k % kStepDepth / kCellDepth) * cell_bytes;
+          put_weight(to, p.bits, row, static_cast<int>(k % kCellDepth), w[k]);
         }
-        totals[g * p.group_out + o] = total;
       }
     });
     for (int64_t o = 0; o < s_.out_c; ++o)
@@ -238,24 +240,9 @@ class ProductBuilder {
     p.channels = image_.add(constants);
     p.weights = image_.add(packed);
     plan.weight_bytes += static_cast<int64_t>(packed.size());
+    plan.weight_bytes += add_blocks(m, pieces, p, image_);
+    plan.weight_bytes += add_structured(m, p, image_);
     plan.products.push_back(std::move(p));
-  }
-
-  /// Writes one weight into its cell.
-  static void put(uint8_t* cell, int bits, int row, int depth, int8_t w) {
-    const int h = depth / 32, column = depth % 32;
-    const int r = row / 8 + column / 16 * 2;
-    const int lane = row % 8 * 4 + column % 16 / 4, i = column % 4;
-    const auto v = static_cast<uint32_t>(static_cast<uint8_t>(w << (8 - bits)));
-    int left = bits, top = 8;
-    for (const int plane : {8, 4, 2, 1}) {
-      if (left < plane) continue;
-      const FieldPlace at = field_place(bits, plane, lane, h, r, i);
-      const uint32_t field = (v >> (top - plane)) & ((1u << plane) - 1);
-      cell[at.byte] = static_cast<uint8_t>(cell[at.byte] | field << at.bit);
-      top -= plane;
-      left -= plane;
-    }
   }
 
   const ConvSource& s_;

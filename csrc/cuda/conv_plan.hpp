@@ -38,6 +38,15 @@ struct ProductPlan {
   int32_t steps = 0, depth = 0;
   int32_t step_y = 1, step_x = 1, phase_y = 0, phase_x = 0;
   bool vector_store = false;
+
+  // Other forms of the same weights, where their zeros allow them.
+  struct Blocks {
+    bool there = false;
+    int64_t first_steps = 0, step_cells = 0, pieces = 0, weights = 0;
+    int64_t steps = 0, longest = 0;  // of all blocks of 64 channels together; of the longest one
+    int64_t stored_cells = 0;
+  } blocks;
+  int64_t structured = -1, structured_group_bytes = 0;
 };
 
 enum class ConvKind { Products, Depthwise, Direct };

@@ -18,8 +18,8 @@ namespace adalayer::cuda {
 // Batch sizes whose graphs a workspace keeps, and workspaces of an engine besides captured ones.
 constexpr size_t kMostReady = 8;
 constexpr size_t kMostWorkspaces = 4;
-// Choices of a product that are measured, and launches of each.
-constexpr size_t kMostMeasured = 10;
+// Choices of a product that are measured, dense ones and of every other form, and launches of each.
+constexpr int kMostMeasured = 10, kMostMeasuredSparse = 5;
 constexpr int kMeasuredLaunches = 6;
 
 /// What one call brings.
@@ -69,7 +69,8 @@ struct Workspace {
 };
 
 /// Measured choices of this process: layers that are alike share them.
-using ProductKey = std::tuple<int, int, int, int64_t, int64_t, int64_t, int64_t>;
+using ProductKey =
+    std::tuple<int, int, int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool>;
 static std::mutex tuned_mutex;
 static std::map<ProductKey, Choice> tuned;
 
@@ -172,7 +173,8 @@ class DeviceEngine {
   // ---- plans ----------------------------------------------------------------------------------
 
   ProductKey key(const Product& p) const {
-    return {device, p.bits, p.piece, p.channels, p.positions, p.groups, p.depth};
+    return {device,  p.bits,          p.piece,       p.channels,     p.positions, p.groups,
+            p.depth, p.longest_block, p.block_steps, p.stored_cells, p.structured};
   }
 
   /// Choices for a batch size: forced, measured before, or the expected ones.
@@ -326,6 +328,17 @@ class DeviceEngine {
 
   // ---- measuring --------------------------------------------------------------------------------
 
+  /// The choices that are worth a measurement, the one that is expected to be fastest first.
+  std::vector<Choice> candidates(const Product& product) const {
+    std::vector<Choice> found;
+    int count[kForms] = {};
+    for (const Choice& choice : choices(product, machine)) {
+      const int most = choice.form == Form::Dense ? kMostMeasured : kMostMeasuredSparse;
+      if (count[static_cast<int>(choice.form)]++ < most) found.push_back(choice);
+    }
+    return found;
+  }
+
   /// Measures the first choices of products that have not been measured.
   void measure_choices(Workspace& w, int64_t batch, const Plan& sizes, const Call& call) {
     struct Best {
@@ -336,12 +349,12 @@ class DeviceEngine {
     std::vector<std::vector<Choice>> all;
     size_t rounds = 0;
     for (const auto& product : sizes.products) {
-      all.push_back(choices(product, machine));
+      all.push_back(candidates(product));
       if (all.back().empty()) return;
       const std::lock_guard lock(tuned_mutex);
       if (tuned.contains(key(product))) continue;
       best.try_emplace(key(product));
-      rounds = std::max(rounds, std::min(all.back().size(), kMostMeasured));
+      rounds = std::max(rounds, all.back().size());
     }
     if (best.empty()) return;
     if (w.used) check(cudaEventSynchronize(w.done), "waiting for a workspace");
@@ -520,7 +533,11 @@ using adalayer::cuda::guarded;
 
 void require_memory(const void* const* pointers, size_t count, const char* what) {
   for (size_t k = 0; k < count; ++k)
-    if (pointers[k] == nullptr) fail<InvalidArgument>(what, " ", k, " has no memory");
+    if (pointers[k] == nullptr)
+      fail<InvalidArgument>(what, " ", k, " has no memory");
+    else if (reinterpret_cast<uintptr_t>(pointers[k]) % alignof(float) != 0)
+      fail<InvalidArgument>(what, " ", k, " is not aligned to the ", alignof(float),
+                            " bytes of its numbers");
 }
 
 }  // namespace
@@ -569,6 +586,7 @@ int adalayer_cuda_layer_run(AdalayerCudaEngine* engine, const void* input, uint8
     if (batch > 0) {
       require_memory(&input, 1, "input");
       require_memory(&output, 1, "output");
+      if (residual != nullptr) require_memory(&residual, 1, "residual");
     }
     engine->run({{&input, 1}, {&output, 1}, &input_nhwc, residual, output_nhwc != 0}, batch,
                 adalayer::cuda::stream_of(stream));

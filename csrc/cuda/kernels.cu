@@ -7,29 +7,38 @@
 namespace adalayer::cuda {
 
 KernelInfo conv_kernel_b2(int tile, int piece);
+KernelInfo sparse_kernel_b2(int tile, Form form);
 KernelInfo conv_kernel_b3(int tile, int piece);
+KernelInfo sparse_kernel_b3(int tile, Form form);
 KernelInfo conv_kernel_b4(int tile, int piece);
+KernelInfo sparse_kernel_b4(int tile, Form form);
 KernelInfo conv_kernel_b5(int tile, int piece);
+KernelInfo sparse_kernel_b5(int tile, Form form);
 KernelInfo conv_kernel_b6(int tile, int piece);
+KernelInfo sparse_kernel_b6(int tile, Form form);
 KernelInfo conv_kernel_b7(int tile, int piece);
+KernelInfo sparse_kernel_b7(int tile, Form form);
 KernelInfo conv_kernel_b8(int tile, int piece);
+KernelInfo sparse_kernel_b8(int tile, Form form);
 
-KernelInfo conv_kernel(int bits, int tile, int piece) {
+KernelInfo conv_kernel(int bits, int tile, int piece, Form form) {
+  const bool dense = form == Form::Dense;
+  if (!dense && piece != 16) return {};
   switch (bits) {
     case 2:
-      return conv_kernel_b2(tile, piece);
+      return dense ? conv_kernel_b2(tile, piece) : sparse_kernel_b2(tile, form);
     case 3:
-      return conv_kernel_b3(tile, piece);
+      return dense ? conv_kernel_b3(tile, piece) : sparse_kernel_b3(tile, form);
     case 4:
-      return conv_kernel_b4(tile, piece);
+      return dense ? conv_kernel_b4(tile, piece) : sparse_kernel_b4(tile, form);
     case 5:
-      return conv_kernel_b5(tile, piece);
+      return dense ? conv_kernel_b5(tile, piece) : sparse_kernel_b5(tile, form);
     case 6:
-      return conv_kernel_b6(tile, piece);
+      return dense ? conv_kernel_b6(tile, piece) : sparse_kernel_b6(tile, form);
     case 7:
-      return conv_kernel_b7(tile, piece);
+      return dense ? conv_kernel_b7(tile, piece) : sparse_kernel_b7(tile, form);
     case 8:
-      return conv_kernel_b8(tile, piece);
+      return dense ? conv_kernel_b8(tile, piece) : sparse_kernel_b8(tile, form);
     default:
       return {};
   }

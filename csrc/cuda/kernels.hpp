@@ -32,7 +32,15 @@ struct KernelInfo {
 };
 KernelInfo kernel_info(Kernel kernel);
 
-/// Forms of the convolution on tensor cores: channels x positions of a block.
+/// How the weights of a convolution on tensor cores lie.
+enum class Form : int {
+  Dense,
+  Blocks,      // cells of 16 channels x 64 values that are all zero are left out
+  Structured,  // two of four neighbours in the reduction, for sparse tensor cores
+};
+constexpr int kForms = 3;
+
+/// Kernels of the convolution on tensor cores: channels x positions of a block.
 constexpr int kTiles = 6;
 struct TileSize {
   const char* name;
@@ -41,10 +49,11 @@ struct TileSize {
 };
 constexpr TileSize kTileSizes[kTiles] = {
     {"128x128", 128, 128, 128, 2}, {"128x256", 128, 256, 256, 1}, {"64x128", 64, 128, 128, 3},
-    {"64x64", 64, 64, 128, 4},     {"256x16", 256, 16, 128, 4},   {"64x256", 64, 256, 128, 2},
+    {"64x64", 64, 64, 128, 4},     {"256x16", 256, 16, 128, 4},   {"64x256", 64, 256, 256, 2},
 };
 
-/// bits: of the packed weights. piece: 16, or 8 and 4 (then 8 bits and the tile of 64 x 128 only).
-KernelInfo conv_kernel(int bits, int tile, int piece);
+/// bits: of the packed weights. piece: 16, or 8 and 4 (then 8 bits, dense and the tile of 64 x 128
+/// only). Not every form has every tile.
+KernelInfo conv_kernel(int bits, int tile, int piece, Form form);
 
 }  // namespace adalayer::cuda

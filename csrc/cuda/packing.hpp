@@ -38,6 +38,7 @@ ADALAYER_ANYWHERE constexpr int fragment_column(int lane, int r, int i) {
 
 /// Output channel, within a block of `cells` cells, of row `row` of cell `cell`. Chosen such that
 /// a lane's sums belong to 2 * cells neighbouring channels, beginning at 2 * cells * (lane / 4).
+/// (Cells of Form::Blocks are blocks of one cell.)
 ADALAYER_ANYWHERE constexpr int block_channel(int cells, int cell, int row) {
   return (row % 8) * 2 * cells + cell * 2 + row / 8;
 }
@@ -78,6 +79,13 @@ struct Unpack {
   }
 };
 
+/// Rows of cells of `channels` output channels: whole blocks, the last one of one or two cells
+/// where that is enough.
+ADALAYER_ANYWHERE constexpr int cells_of(int channels) {
+  const int rest = channels % kBlockChannels;
+  return channels / kBlockChannels * 4 + (rest == 0 ? 0 : rest <= 16 ? 1 : rest <= 32 ? 2 : 4);
+}
+
 /// Byte and bit (its lowest, of `plane` bits) where the field of register `r` of half `h`, byte `i`
 /// of `lane`'s, lies within a cell.
 struct FieldPlace {
@@ -96,6 +104,19 @@ ADALAYER_ANYWHERE constexpr FieldPlace field_place(int bits, int plane, int lane
     default:
       return {base + lane * 4 + i, 7 - (4 * h + r)};
   }
+}
+
+// Weights of which at most two of four neighbours in the reduction differ from zero (multiply_
+// structured in simt.cuh) are stored without the others: a cell is then 128 values of the reduction
+// deep, its data are packed as above, and behind them come the places of what was kept.
+constexpr int kPlacesBytes = 2 * 32 * 4;  // of a cell: a word per lane and product
+
+/// Where a cell's four bits of the four neighbours `four` (0 to 31) of row `row` lie, behind its
+/// data.
+ADALAYER_ANYWHERE constexpr FieldPlace places_place(int row, int four) {
+  const int product = four / 16, half = four % 16 / 8;
+  const int lane = row % 8 * 4 + row / 8 + 2 * half;
+  return {product * 128 + lane * 4 + four % 8 / 2, four % 2 * 4};
 }
 
 /// Where 16 bytes `chunk` (0 to 7) of a row of 128 lie in shared memory: rotated within the row, so

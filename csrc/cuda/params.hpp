@@ -64,11 +64,15 @@ constexpr int kMaxTaps = 15;  // along one axis
 /// Implicit product: output channels x positions, over pieces of the reduction.
 struct ConvParams {
   const uint8_t* in;
-  const uint8_t* weights;    // of group 0
+  const uint8_t* weights;    // of group 0; Form::Blocks: of all
   const int32_t* pieces;     // [steps][kStepDepth / piece][2]: byte offset; y tap | x tap << 8
   const uint8_t* zero_page;  // 16 bytes of the input's zero point
   int32_t* partial;          // [tiles][tile size], zero between launches; splits > 1 only
   int32_t* arrived;          // [tiles], likewise
+  // Form::Blocks. Steps are counted through all blocks of 64 channels, pieces are of these steps.
+  const int32_t* block_steps;  // [groups][blocks of 64 channels] + 1: number of the first step
+  const uint32_t*
+      step_cells;  // [steps][2]: the first stored cell; bit 2 * cell + half: it is stored
   int64_t group_weight_bytes;
   int32_t group_in_bytes;           // from one group's channels to the next one's
   int32_t group_out;                // output channels of a group
@@ -78,11 +82,11 @@ struct ConvParams {
   int32_t stride_y, stride_x;
   int32_t taps_y, taps_x;
   int16_t tap_y[kMaxTaps + 1], tap_x[kMaxTaps + 1];  // position * stride + tap = input coordinate
-  int32_t steps;                                     // of the reduction, kStepDepth each
-  int32_t depth;                                     // of the reduction, a multiple of 32
-  int32_t splits;                                    // of the reduction, grid y
-  int32_t tiles_m;                                   // tiles of output channels in a group
-  int32_t shift;                                     // 8 - bits
+  int32_t steps;         // of the reduction, kStepDepth each; not of Form::Blocks
+  int32_t depth;         // of the reduction, a multiple of 32
+  int32_t splits;        // of the reduction, grid y
+  int32_t tiles_m;       // tiles of output channels in a group
+  int32_t shift;         // 8 - bits
   int32_t vector_store;  // eight neighbouring channels of a group are aligned to eight bytes
   ConvOutput out;
 };

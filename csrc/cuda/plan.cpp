@@ -151,15 +151,28 @@ std::vector<Choice> choices(const Product& p, const Machine& m) {
     double cost;
   };
   std::vector<Rated> rated;
-  for (int tile = 0; tile < kTiles; ++tile) {
-    const KernelInfo info = conv_kernel(p.bits, tile, p.piece);
+  for (int number = 0; number < kTiles * kForms; ++number) {
+    const int tile = number / kForms;
+    const auto form = static_cast<Form>(number % kForms);
+    // Steps of a block of threads, and the share of a dense step's products in one of them.
+    int64_t depth_steps = p.steps;
+    double share = 1.0;
+    if (form == Form::Blocks) {
+      if (p.block_steps == 0) continue;
+      depth_steps = std::max<int64_t>(1, p.longest_block);
+      share = static_cast<double>(p.stored_cells) / static_cast<double>(8 * p.block_steps);
+    } else if (form == Form::Structured) {
+      if (!p.structured) continue;
+      share = 0.55;
+    }
+    const KernelInfo info = conv_kernel(p.bits, tile, p.piece, form);
     if (info.function == nullptr || info.shared_bytes > m.shared_bytes) continue;
     const TileSize& t = kTileSizes[tile];
     const int64_t tiles =
         ceil_div(p.channels, t.channels) * ceil_div(p.positions, t.positions) * p.groups;
     const int blocks = std::max(1, std::min(t.blocks, m.shared_bytes / info.shared_bytes));
     for (const int splits : {1, 2, 3, 4, 6, 8, 12, 16, 24, 32}) {
-      if (splits > 1 && (splits > p.steps || tiles * splits > 4 * int64_t{m.multiprocessors} ||
+      if (splits > 1 && (splits > depth_steps || tiles * splits > 4 * int64_t{m.multiprocessors} ||
                          tiles * 4 > kCounterBytes))
         break;
       // Rough clocks: a step's products share the multiprocessor's tensor cores with the blocks
@@ -167,13 +180,14 @@ std::vector<Choice> choices(const Product& p, const Machine& m) {
       const int64_t launched = tiles * splits;
       const auto beside =
           static_cast<double>(std::min<int64_t>(blocks, ceil_div(launched, m.multiprocessors)));
-      const double products = static_cast<double>(t.channels) * t.positions * kStepDepth / 2048.0;
+      const double products =
+          share * static_cast<double>(t.channels) * t.positions * kStepDepth / 2048.0;
       const double step = std::max(250.0, beside * products);
       const auto waves =
           static_cast<double>(ceil_div(launched, int64_t{m.multiprocessors} * blocks));
-      const auto steps = static_cast<double>(ceil_div(p.steps, splits));
+      const auto steps = static_cast<double>(ceil_div(depth_steps, splits));
       const double shared = splits > 1 ? 1500.0 + 0.02 * t.channels * t.positions : 0.0;
-      rated.push_back({{tile, splits}, waves * (2500.0 + steps * step + shared)});
+      rated.push_back({{tile, splits, form}, waves * (2500.0 + steps * step + shared)});
     }
   }
   std::stable_sort(rated.begin(), rated.end(),
@@ -482,6 +496,10 @@ class Planner {
     q.out.linear = c.step_y == 1 && c.step_x == 1;
 
     Product product{node_, c.bits, c.piece, c.group_out, q.positions, c.groups, c.steps, c.depth};
+    product.longest_block = c.blocks.longest;
+    product.block_steps = c.blocks.there ? std::max<int64_t>(1, c.blocks.steps) : 0;
+    product.stored_cells = c.blocks.stored_cells;
+    product.structured = c.structured >= 0;
     const size_t number = plan_.products.size();
     plan_.products.push_back(product);
     Choice choice;
@@ -494,15 +512,28 @@ class Planner {
                               " bytes of shared memory");
       choice = all.front();
     }
-    const KernelInfo info = conv_kernel(c.bits, choice.tile, c.piece);
-    if (info.function == nullptr)
+    const KernelInfo info = conv_kernel(c.bits, choice.tile, c.piece, choice.form);
+    const bool there = choice.form == Form::Dense ||
+                       (choice.form == Form::Blocks ? c.blocks.there : product.structured);
+    if (info.function == nullptr || !there)
       fail<InvalidArgument>("node '", n.name, "': there is no kernel of tile ", choice.tile,
-                            " for ", c.bits, " bits and pieces of ", c.piece, " bytes");
+                            " and form ", static_cast<int>(choice.form), " for ", c.bits,
+                            " bits and pieces of ", c.piece, " bytes");
+    if (choice.form == Form::Blocks) {
+      q.weights = constant<uint8_t>(c.blocks.weights);
+      q.pieces = constant<int32_t>(c.blocks.pieces);
+      q.block_steps = constant<int32_t>(c.blocks.first_steps);
+      q.step_cells = constant<uint32_t>(c.blocks.step_cells);
+    } else if (choice.form == Form::Structured) {
+      q.weights = constant<uint8_t>(c.structured);
+      q.group_weight_bytes = c.structured_group_bytes;
+    }
     const TileSize& t = kTileSizes[choice.tile];
     q.tiles_m = static_cast<int32_t>(ceil_div(c.group_out, t.channels));
     const int64_t tiles = q.tiles_m * ceil_div(q.positions, t.positions);
     const int64_t tile_bytes = int64_t{4} * t.channels * t.positions;
-    q.splits = std::clamp(choice.splits, 1, std::max(1, c.steps));
+    const int64_t most_splits = choice.form == Form::Blocks ? c.blocks.longest : c.steps;
+    q.splits = std::clamp(choice.splits, 1, static_cast<int>(std::max<int64_t>(1, most_splits)));
     if (tiles * c.groups * 4 > kCounterBytes ||
         kCounterBytes + tiles * c.groups * tile_bytes > kMostScratch)
       q.splits = 1;
@@ -513,6 +544,8 @@ class Planner {
       q.partial = reinterpret_cast<int32_t*>(bases_.scratch + kCounterBytes);
     }
     std::string kernel = std::string("mma ") + t.name;
+    if (choice.form == Form::Blocks) kernel.append(" blocks");
+    if (choice.form == Form::Structured) kernel.append(" 2:4");
     if (q.splits > 1) kernel.append("/").append(std::to_string(q.splits));
     Launch l = launch(info, kernel);
     l.choice = static_cast<int32_t>(number);

@@ -61,6 +61,7 @@ struct Launch {
 struct Choice {
   int tile = 0;
   int splits = 1;
+  Form form = Form::Dense;
   bool operator==(const Choice&) const = default;
 };
 
@@ -70,6 +71,10 @@ struct Product {
   int bits = 8, piece = 16;
   int64_t channels = 0, positions = 0, groups = 1;
   int64_t steps = 0, depth = 0;
+  // Form::Blocks: steps of the longest block of 64 channels and of all, and cells in them; 0: there
+  // is no such form.
+  int64_t longest_block = 0, block_steps = 0, stored_cells = 0;
+  bool structured = false;  // there is a Form::Structured
 };
 
 /// Choices that this machine can run, the one that is expected to be fastest first.

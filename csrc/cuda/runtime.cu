@@ -83,6 +83,17 @@ Machine machine_of(int device) {
   if (major < 8)
     fail<Unsupported>("CUDA device ", device, " has compute capability ", major, ".", minor,
                       "; the kernels need 8.0 or newer");
+  // A library that was built for other devices, without PTX that this one could compile.
+  const DeviceScope scope(device);
+  cudaFuncAttributes found{};
+  const cudaError_t code = cudaFuncGetAttributes(&found, kernel_info(Kernel::Quantize).function);
+  if (code == cudaErrorNoKernelImageForDevice || code == cudaErrorInvalidDeviceFunction ||
+      code == cudaErrorUnsupportedPtxVersion) {
+    cudaGetLastError();
+    fail<Unsupported>("CUDA device ", device, " has compute capability ", major, ".", minor,
+                      ", which this build has no kernels for (", cudaGetErrorString(code), ")");
+  }
+  check(code, "cudaFuncGetAttributes");
   Machine m;
   m.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
   m.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);

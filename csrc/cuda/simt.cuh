@@ -138,6 +138,28 @@ ADALAYER_DEVICE void multiply_s8_u8(int32_t c[4], const uint32_t a[4], const uin
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+/// c[16 x 8] += a[16 x 64] * b[64 x 8], a signed and b unsigned bytes; of four neighbouring values
+/// of a row of `a` two are given, the others are zeros. a[r] holds what a[r] of multiply_s8_u8
+/// holds, of the 16 x 32 values given; b[i] rows 16i + 4t .. 16i + 4t + 3 of column g. `which`: of
+/// row g + 8 * (t % 2), columns 32 * (t / 2) and on; four bits for four columns, the places of the
+/// first (lower bits) and the second value, which are in order.
+ADALAYER_DEVICE void multiply_structured(int32_t c[4], const uint32_t a[4], const uint32_t b[4],
+                                         uint32_t which) {
+// (The promise of order is of CUDA 12.5; without it the same instruction may be slower.)
+#if __CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 5)
+#define ADALAYER_MMA_SPARSE "mma.sp::ordered_metadata"
+#else
+#define ADALAYER_MMA_SPARSE "mma.sp"
+#endif
+  asm(ADALAYER_MMA_SPARSE
+      ".sync.aligned.m16n8k64.row.col.s32.s8.u8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, 0x0;"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),
+        "r"(which));
+#undef ADALAYER_MMA_SPARSE
+}
+
 /// c[16 x 8] += a[16 x 16] * b[16 x 8] of half or bfloat16 pairs, sums in float. a[0] holds row g,
 /// columns 2t and 2t + 1; a[1] row g + 8; a[2], a[3] columns 8 later; b[0] rows 2t, 2t + 1 of
 /// column g, b[1] 8 later; c as above.
@@ -202,6 +224,7 @@ ADALAYER_DEVICE uint16_t to_bfloat_rn(float v) {
   return h;
 }
 ADALAYER_DEVICE uint32_t max_bytes(uint32_t a, uint32_t b) { return __vmaxu4(a, b); }
+ADALAYER_DEVICE int count_bits(uint32_t v) { return __popc(v); }
 
 }  // namespace adalayer::cuda
 

@@ -30,13 +30,52 @@ inline Floats noise(const Program& p, int64_t batch, uint64_t seed) {
   return inputs;
 }
 
+/// Where weights are zero.
+enum class Zeros {
+  None,
+  Blocks16,   // blocks of 16 output channels x 64 input channels at a kernel position, most of them
+  Blocks32,   // the same of 32 output channels
+  TwoOfFour,  // of four neighbouring input channels at least two
+  Both,       // 2:4 within blocks
+  All,
+};
+
 /// One convolution from quantized noise to levels (shown as floats), or to floats.
 struct ConvCase {
   int64_t c = 16, h = 5, w = 6, o = 16, kh = 3, kw = 3, sh = 1, sw = 1;
   int64_t pt = 1, pl = 1, pb = 1, pr = 1, dh = 1, dw = 1, groups = 1;
   int bits = 4;
   bool residual = false, to_float = false, transposed = false;
+  Zeros zeros = Zeros::None;
+  bool extreme = false;  // weights at the ends of their range
 };
+
+/// Sets weights [O][I][KH][KW] to zero.
+inline void remove(std::vector<int8_t>& w, const ConvCase& k, int64_t group_in, uint32_t seed) {
+  if (k.zeros == Zeros::None) return;
+  std::mt19937 random(seed);
+  const int64_t taps = k.kh * k.kw;
+  const int64_t rows = k.zeros == Zeros::Blocks32 ? 32 : 16;
+  const bool blocks = k.zeros != Zeros::TwoOfFour, fours = k.zeros >= Zeros::TwoOfFour;
+  const auto at = [&](int64_t o, int64_t c, int64_t t) -> int8_t& {
+    return w[static_cast<size_t>((o * group_in + c) * taps + t)];
+  };
+  for (int64_t first_o = 0; first_o < k.o; first_o += rows)
+    for (int64_t first_c = 0; first_c < group_in; first_c += 64)
+      for (int64_t t = 0; t < taps; ++t) {
+        if (!blocks || random() % 4 == 0) continue;
+        for (int64_t o = first_o; o < std::min(k.o, first_o + rows); ++o)
+          for (int64_t c = first_c; c < std::min(group_in, first_c + 64); ++c)
+            at(o, c, t) = 0;
+      }
+  for (int64_t o = 0; o < k.o && fours; ++o)
+    for (int64_t first = 0; first < group_in; first += 4)
+      for (int64_t t = 0; t < taps; ++t) {
+        const uint32_t keep = random() % 4, other = random() % 4;  // often one place twice
+        for (int64_t c = first; c < std::min(group_in, first + 4); ++c)
+          if (k.zeros == Zeros::All || (c - first != keep && c - first != other)) at(o, c, t) = 0;
+      }
+}
 
 inline Program program_of(const ConvCase& k, uint32_t seed) {
   constexpr float kInf = std::numeric_limits<float>::infinity();
@@ -60,7 +99,11 @@ inline Program program_of(const ConvCase& k, uint32_t seed) {
   const int lo = -(1 << (k.bits - 1)), span = 1 << k.bits;
   for (int8_t& v : w)
     v = static_cast<int8_t>(lo + static_cast<int>(random() % static_cast<unsigned>(span)));
+  if (k.extreme)
+    for (int8_t& v : w)
+      v = static_cast<int8_t>(random() % 8 == 0 ? lo + span - 1 : lo);
   w[0] = static_cast<int8_t>(lo);
+  remove(w, k, group_in, seed);
   const auto weights =
       b.constant(ConstantKind::Weights,
                  formats::pack_canonical(w, k.bits, static_cast<uint32_t>(k.o),
@@ -90,7 +133,8 @@ inline std::string show(const ConvCase& k, int64_t batch, int choice) {
     << ", stride " << k.sh << "," << k.sw << ", pad " << k.pt << k.pl << k.pb << k.pr
     << ", dilation " << k.dh << "," << k.dw << ", groups " << k.groups << ", bits " << k.bits
     << (k.residual ? ", residual" : "") << (k.to_float ? ", to float" : "")
-    << (k.transposed ? ", transposed" : "") << ", batch " << batch << ", choice " << choice;
+    << (k.transposed ? ", transposed" : "") << ", zeros " << static_cast<int>(k.zeros)
+    << (k.extreme ? ", extreme" : "") << ", batch " << batch << ", choice " << choice;
   return s.str();
 }
 
@@ -114,6 +158,28 @@ inline std::vector<Run> every_choice(std::vector<int> widths) {
     for (int choice = 0; choice < 20; ++choice)
       runs.push_back(
           {{.c = 80, .h = 4, .w = 5, .o = 72, .bits = bits, .residual = true}, 2, choice});
+  return runs;
+}
+
+/// Every form of sparse weights at every width, with tails in every direction.
+inline std::vector<Run> sparse_weights(const std::vector<int>& widths) {
+  std::vector<Run> runs;
+  const Zeros kinds[] = {Zeros::Blocks16, Zeros::Blocks32, Zeros::TwoOfFour, Zeros::Both,
+                         Zeros::All};
+  for (const int bits : widths)
+    for (const Zeros zeros : kinds) {
+      const bool odd = (bits + static_cast<int>(zeros)) % 2 == 1;
+      const ConvCase k{.c = odd ? 150 : 128,
+                       .h = 3,
+                       .w = 4,
+                       .o = odd ? 86 : 144,
+                       .bits = bits,
+                       .residual = odd,
+                       .to_float = bits == 5,
+                       .zeros = zeros,
+                       .extreme = bits % 3 == 0};
+      runs.push_back({k, 2, -1});
+    }
   return runs;
 }
 

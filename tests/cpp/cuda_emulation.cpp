@@ -164,6 +164,8 @@ const uint8_t* exchange(const void* mine, size_t bytes) {
   return slots;
 }
 
+void disordered() { fault("the places of two of four values are not in order"); }
+
 void check_shared(const void* p, int bytes) {
   const Machine& m = machine();
   const auto* at = static_cast<const uint8_t*>(p);

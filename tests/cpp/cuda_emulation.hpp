@@ -158,6 +158,41 @@ inline void multiply_s8_u8(int32_t c[4], const uint32_t a[4], const uint32_t b[2
   }
 }
 
+namespace emulation {
+struct StructuredOperands {
+  uint32_t a[4], b[4], which;
+};
+/// Throws: the places of two of four values are not in order.
+[[noreturn]] void disordered();
+}  // namespace emulation
+
+inline void multiply_structured(int32_t c[4], const uint32_t a[4], const uint32_t b[4],
+                                uint32_t which) {
+  const emulation::StructuredOperands mine{
+      {a[0], a[1], a[2], a[3]}, {b[0], b[1], b[2], b[3]}, which};
+  const auto* all = reinterpret_cast<const emulation::StructuredOperands*>(
+      emulation::exchange(&mine, sizeof mine));
+  const int lane = thread_index() % 32;
+  for (int r = 0; r < 4; ++r) {
+    const int row = lane / 4 + r / 2 * 8, column = lane % 4 * 2 + r % 2;
+    auto sum = static_cast<uint32_t>(c[r]);
+    for (int four = 0; four < 16; ++four) {  // columns 4 * four .. 4 * four + 3 of a
+      const uint32_t places =
+          all[row % 8 * 4 + row / 8 + four / 8 * 2].which >> (four % 8 * 4) & 15;
+      if ((places & 3) >= places >> 2) emulation::disordered();
+      for (int i = 0; i < 2; ++i) {
+        const int given = 2 * four + i, k = 4 * four + static_cast<int>(places >> (2 * i) & 3);
+        const auto& left = all[row % 8 * 4 + given % 16 / 4];
+        const auto& right = all[column * 4 + k % 16 / 4];
+        const uint32_t w = left.a[given / 16 * 2 + row / 8] >> (given % 4 * 8);
+        const uint32_t x = right.b[k / 16] >> (k % 4 * 8);
+        sum += static_cast<uint32_t>(static_cast<int8_t>(w) * static_cast<int32_t>(x & 0xFF));
+      }
+    }
+    c[r] = static_cast<int32_t>(sum);
+  }
+}
+
 template <bool kBfloat>
 void multiply_half(float c[4], const uint32_t a[4], const uint32_t b[2]) {
   const emulation::Operands mine{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
@@ -226,5 +261,7 @@ inline uint32_t max_bytes(uint32_t a, uint32_t b) {
     most |= std::max((a >> s) & 0xFF, (b >> s) & 0xFF) << s;
   return most;
 }
+
+inline int count_bits(uint32_t v) { return std::popcount(v); }
 
 }  // namespace adalayer::cuda

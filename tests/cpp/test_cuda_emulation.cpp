@@ -49,6 +49,19 @@ class Guarded {
   std::vector<uint8_t> memory_;
 };
 
+/// One choice of each form that there is, the one of this number among them.
+std::vector<cuda::Choice> of_every_form(const cuda::Product& product, const cuda::Machine& machine,
+                                        size_t number) {
+  std::vector<cuda::Choice> found;
+  for (int form = 0; form < cuda::kForms; ++form) {
+    std::vector<cuda::Choice> all;
+    for (const cuda::Choice& c : cuda::choices(product, machine))
+      if (static_cast<int>(c.form) == form) all.push_back(c);
+    if (!all.empty()) found.push_back(all[number % all.size()]);
+  }
+  return found;
+}
+
 /// Runs a program as the CUDA engine would. choice: all products use the choice of this number, as
 /// far as they have so many; -1: the expected one.
 Floats run(const Program& p, const Floats& inputs, int64_t batch, uint64_t seed = 1,
@@ -170,6 +183,63 @@ TEST(lanes_own_neighbouring_channels) {
 
 TEST(every_width_of_weights) { check_runs(every_width()); }
 TEST(every_choice_of_tile_and_splits) { check_runs(every_choice({3, 8})); }
+TEST(sparse_weights_in_every_form) {
+  uint32_t seed = 0;
+  int ran[cuda::kForms] = {};
+  for (const Run& r : sparse_weights({2, 3, 4, 5, 6, 7, 8})) {
+    const Program p = program_of(r.conv, ++seed);
+    const Floats inputs = noise(p, r.batch, seed), expected = reference(p, inputs, r.batch);
+    const cuda::Model model(p, {});
+    const cuda::Product product = cuda::make_plan(model, r.batch, {}).products.at(0);
+    const auto all = cuda::choices(product, {});
+    for (const cuda::Choice& choice : of_every_form(product, {}, seed)) {
+      // (run() takes a choice by its number.)
+      const auto number = std::find(all.begin(), all.end(), choice) - all.begin();
+      const bool equal = same(run(p, inputs, r.batch, seed, static_cast<int>(number)), expected);
+      check::report(equal, __FILE__, __LINE__,
+                    show(r.conv, r.batch, static_cast<int>(number)) + ", form " +
+                        std::to_string(static_cast<int>(choice.form)));
+      ++ran[static_cast<int>(choice.form)];
+    }
+  }
+  CHECK_EQ(ran[0], 35);
+  CHECK(ran[1] >= 28);  // all but 2:4 without blocks
+  CHECK_EQ(ran[2], 21);
+}
+
+TEST(every_choice_of_sparse_weights) {
+  for (const Zeros zeros : {Zeros::Blocks32, Zeros::Both}) {
+    const ConvCase k{.c = 128, .h = 3, .w = 3, .o = 130, .bits = 4, .zeros = zeros};
+    const Program p = program_of(k, 5);
+    const Floats inputs = noise(p, 1, 5), expected = reference(p, inputs, 1);
+    const cuda::Model model(p, {});
+    const auto all = cuda::choices(cuda::make_plan(model, 1, {}).products.at(0), {});
+    for (size_t c = 0; c < all.size(); ++c) {
+      if (all[c].form == cuda::Form::Dense) continue;
+      const bool equal = same(run(p, inputs, 1, 5, static_cast<int>(c)), expected);
+      check::report(equal, __FILE__, __LINE__, show(k, 1, static_cast<int>(c)));
+    }
+  }
+}
+
+TEST(empty_cells_are_not_stored) {
+  // 3 of 4 blocks of 32 channels are empty; 2:4 keeps half of the bytes and their places.
+  const ConvCase dense{.c = 128, .h = 3, .w = 3, .o = 128, .bits = 8};
+  ConvCase blocks = dense, fours = dense, none = dense;
+  blocks.zeros = Zeros::Blocks32;
+  fours.zeros = Zeros::TwoOfFour;
+  none.zeros = Zeros::All;
+  const auto bytes = [](const ConvCase& k) {
+    return cuda::Model(program_of(k, 1), {}).weight_bytes();
+  };
+  const int64_t whole = 128 * 128 * 9;
+  CHECK_EQ(bytes(dense), whole);
+  const double kept = static_cast<double>(bytes(blocks) - whole) / static_cast<double>(whole);
+  check::report(kept > 0.2 && kept < 0.4, __FILE__, __LINE__, std::to_string(kept));
+  CHECK_EQ(bytes(fours), whole + whole / 2 + whole / 8);
+  CHECK_EQ(bytes(none), bytes(fours));
+}
+
 TEST(tiles_that_overflow) { check_runs(overflowing_tiles()); }
 TEST(images_of_few_channels) { check_runs(few_input_channels()); }
 TEST(random_shapes) { check_runs(random_convolutions(110, 11)); }
@@ -190,6 +260,33 @@ TEST(every_operation_of_a_program) {
         CHECK(std::fabs(got[k][i] - expected[k][i]) <= tolerance);
     }
   }
+}
+
+TEST(tensors_beyond_32_bits_are_refused) {
+  const auto image = [](int64_t c, int64_t side) {
+    programs::Builder b;
+    const auto x = b.value("x", c, side, side, ValueKind::F32);
+    const auto q = b.node(OpKind::Quantize, {x}, b.value("q", c, side, side));
+    b.p.outputs = {b.node(OpKind::Dequantize, {q}, b.value("y", c, side, side, ValueKind::F32))};
+    b.p.inputs = {x};
+    return b.p;
+  };
+  const auto refused = [](const auto& body, const char* named) {
+    std::string said;
+    try {
+      body();
+    } catch (const InvalidArgument& e) {
+      said = e.what();
+    }
+    check::report(said.find(named) != std::string::npos, __FILE__, __LINE__, said);
+  };
+  refused([&] { cuda::Model(image(512, 1024), {}); }, "address 2147483647");
+  // What fits for one image is run in parts; a part is as large as offsets allow.
+  const cuda::Model model(image(64, 512), {});
+  CHECK_EQ(model.most_images(), ((int64_t{1} << 31) - 1) / (64 * 512 * 512 * 4));
+  cuda::make_plan(model, model.most_images(), {});
+  refused([&] { cuda::make_plan(model, model.most_images() + 1, {}); }, "a plan is for 1 to");
+  refused([&] { cuda::make_plan(model, 0, {}); }, "a plan is for 1 to");
 }
 
 TEST(linear_layers_with_float_activations) {

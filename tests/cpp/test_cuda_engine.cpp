@@ -183,6 +183,29 @@ TEST(every_choice_of_tile_and_splits) { check_runs(every_choice({2, 3, 4, 5, 6, 
 TEST(random_shapes) { check_runs(random_convolutions(400, 5)); }
 #endif
 
+/// All forms of sparse weights: a few choices each in software, where test_cuda_emulation has all.
+TEST(sparse_weights) {
+  uint32_t seed = 100;
+#if defined(ADALAYER_FAKE_CUDA)
+  const int step = 11;
+  const std::vector<int> widths{3};
+#else
+  const int step = 1;
+  const std::vector<int> widths{2, 3, 4, 5, 6, 7, 8};
+#endif
+  for (const Run& r : sparse_weights(widths)) {
+    ++seed;
+    for (int choice = 0; choice < 60; choice += step) {
+      AdalayerCudaOptions o = options();
+      o.choice = choice;
+      OnDevice e(program_of(r.conv, seed), o);
+      check_run(e, r.batch, seed, nullptr, show(r.conv, r.batch, choice));
+    }
+    OnDevice e(program_of(r.conv, seed), options(ADALAYER_CUDA_TUNE));
+    check_run(e, r.batch, seed, nullptr, show(r.conv, r.batch, -1) + ", measured");
+  }
+}
+
 TEST(every_operation_of_a_program) {
   OnDevice e(programs::every_operation());
   check_run(e, 1, 1);
@@ -326,6 +349,55 @@ TEST(quantizing_floats) {
     CHECK_EQ(y[k], dequantize_value(q[k], 0.5f, 2));
   }
 }
+
+TEST(memory_of_callers_begins_anywhere) {
+  // Views into larger tensors begin at any number, not at what vector loads would like.
+  OnDevice e(small_network());
+  const Floats inputs = noise(e.program, 2, 1);
+  Floats expected;
+  CHECK_EQ(e.run(inputs, 2, expected), 0);
+  for (const size_t shift : {1, 2, 3}) {
+    std::vector<float> x(inputs[0].size() + shift), y(expected[0].size() + shift),
+        levels(expected[1].size() + shift);
+    std::copy(inputs[0].begin(), inputs[0].end(), x.begin() + static_cast<std::ptrdiff_t>(shift));
+    const Device dx(x), dy(y), dlevels(levels);
+    const void* in[] = {static_cast<float*>(dx.data()) + shift};
+    void* out[] = {static_cast<float*>(dy.data()) + shift,
+                   static_cast<float*>(dlevels.data()) + shift};
+    CHECK_EQ(adalayer_cuda_engine_run(e.handle, in, nullptr, 2, out, 0), 0);
+    dy.get(y);
+    dlevels.get(levels);
+    CHECK(std::equal(expected[0].begin(), expected[0].end(), y.begin() + shift));
+    CHECK(std::equal(expected[1].begin(), expected[1].end(), levels.begin() + shift));
+    in[0] = static_cast<const uint8_t*>(dx.data()) + shift;
+    CHECK_EQ(adalayer_cuda_engine_run(e.handle, in, nullptr, 2, out, 0), ADALAYER_CUDA_INVALID);
+    CHECK(std::string(adalayer_cuda_last_error()).find("not aligned") != std::string::npos);
+  }
+}
+
+#if defined(ADALAYER_FAKE_CUDA)
+TEST(devices_that_cannot_run_the_kernels_are_named) {
+  const std::vector<uint8_t> bytes = write_program(small_network());
+  const AdalayerCudaOptions o = options();
+  AdalayerCudaEngine* handle = nullptr;
+  const auto refused = [&](const char* named) {
+    CHECK_EQ(adalayer_cuda_engine_create(bytes.data(), bytes.size(), 0, &o, &handle),
+             ADALAYER_CUDA_UNSUPPORTED);
+    const std::string said = adalayer_cuda_last_error();
+    check::report(said.find(named) != std::string::npos, __FILE__, __LINE__, said);
+    CHECK(handle == nullptr);
+  };
+  fake_cuda::major = 7, fake_cuda::minor = 5;
+  refused("compute capability 7.5");
+  fake_cuda::major = 8, fake_cuda::minor = 9;
+  fake_cuda::has_kernels = false;
+  refused("compute capability 8.9");
+  fake_cuda::has_kernels = true;
+  CHECK_EQ(adalayer_cuda_engine_create(bytes.data(), bytes.size(), 0, &o, &handle), 0);
+  adalayer_cuda_engine_destroy(handle);
+  fake_cuda::major = 9, fake_cuda::minor = 0;
+}
+#endif
 
 TEST(errors_have_codes_and_sentences) {
   const Program p = small_network();

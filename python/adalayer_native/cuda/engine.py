@@ -135,7 +135,7 @@ class CudaEngine:
 
     def profile(
         self, batch: int, threads: int, rounds: int
-    ) -> list[tuple[str, str, str, int, int, int, int, float]]:
+    ) -> list[tuple[str, str, str, int, int, int, int, float, str]]:
         """As ``_C.Engine.profile``: every node by itself, median microseconds; ``threads`` is not
         used, and sizes and bits are 0."""
         found = (NodeProfile * len(self._names))()
@@ -144,9 +144,17 @@ class CudaEngine:
             f"cuda:{self.device}",
         )
         return [
-            (name, op, entry.kernel.decode(), 0, 0, 0, 0, float(entry.microseconds))
+            (name, op, kernel, 0, 0, 0, 0, float(entry.microseconds), _why(kernel))
             for (name, op), entry in zip(self._names, found, strict=True)
+            for kernel in (entry.kernel.decode(),)
         ]
+
+
+def _why(kernel: str) -> str:
+    """What a kernel's name says about the zeros of its weights."""
+    if " 2:4" in kernel:
+        return "2:4 on sparse tensor cores"
+    return "empty blocks left out" if " blocks" in kernel else ""
 
 
 def _any_order(program: _C.Program) -> list[bool]:

@@ -38,6 +38,8 @@ int not_ready = 0;
 int64_t launches = 0, graph_launches = 0, node_updates = 0, allocated = 0;
 int64_t most_bytes = int64_t{1} << 40;
 bool updates_allowed = true;
+int major = 9, minor = 0;
+bool has_kernels = true;
 void capture(cudaStream_t stream, bool on) { stream->others = on; }
 cudaStream_t stream(int number) {
   static std::map<int, FakeStream> streams;
@@ -85,13 +87,17 @@ cudaError_t cudaGetDevice(int* device) {
 cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
   if (device != 0) return cudaErrorInvalidDevice;
-  *p = {"a GPU in software", 9, 0, 132, 227 << 10, size_t{1} << 34};
+  *p = {"a GPU in software", fake_cuda::major, fake_cuda::minor, 132, 227 << 10, size_t{1} << 34};
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
-  const int values[] = {9, 0, 132, 227 << 10};
+  const int values[] = {fake_cuda::major, fake_cuda::minor, 132, 227 << 10};
   *value = values[which];
   return cudaSuccess;
+}
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  attributes->numRegs = 32;
+  return fake_cuda::has_kernels ? cudaSuccess : cudaErrorNoKernelImageForDevice;
 }
 cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 cudaError_t cudaMalloc(void** data, size_t bytes) {

@@ -11,7 +11,10 @@ enum cudaError_t : int {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
   cudaErrorMemoryAllocation = 2,
+  cudaErrorInvalidDeviceFunction = 98,
   cudaErrorInvalidDevice = 101,
+  cudaErrorNoKernelImageForDevice = 209,
+  cudaErrorUnsupportedPtxVersion = 222,
   cudaErrorNotReady = 600,
 };
 #define CUDART_VERSION 13000
@@ -71,6 +74,10 @@ struct cudaDeviceProp {
   size_t sharedMemPerBlockOptin, totalGlobalMem;
 };
 
+struct cudaFuncAttributes {
+  int numRegs;
+};
+
 const char* cudaGetErrorString(cudaError_t code);
 cudaError_t cudaGetLastError();
 cudaError_t cudaGetDeviceCount(int* count);
@@ -105,6 +112,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream);
 cudaError_t cudaEventQuery(cudaEvent_t event);
 cudaError_t cudaEventSynchronize(cudaEvent_t event);
 cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t from, cudaEvent_t to);
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* function);
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute which, int value);
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function,
                                 void** arguments);
@@ -123,6 +131,9 @@ extern int64_t launches, graph_launches, node_updates, allocated;
 extern bool updates_allowed;
 /// Allocations of more bytes than this fail.
 extern int64_t most_bytes;
+/// Compute capability of the device, and whether the library has kernels for it.
+extern int major, minor;
+extern bool has_kernels;
 /// Marks a stream as being captured by somebody else.
 void capture(cudaStream_t stream, bool on);
 cudaStream_t stream(int number);
