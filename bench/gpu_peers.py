@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Name of a configuration of torchao, arguments, and what the column is called.
-_WEIGHT_ONLY = [("Int8WeightOnlyConfig", {}, "ao int8"), ("Int4WeightOnlyConfig", {}, "ao int4")]
-_INTEGER = [("Int8DynamicActivationInt8WeightConfig", {}, "ao int8 x int8")]
+# Name of a configuration of torchao, and what the column is called.
+_WEIGHT_ONLY = (("Int8WeightOnlyConfig", "ao int8"), ("Int4WeightOnlyConfig", "ao int4"))
+_INTEGER = (("Int8DynamicActivationInt8WeightConfig", "ao int8 x int8"),)
 
 
-def _quantized(n: int, dtype: torch.dtype, name: str, arguments: dict[str, Any]) -> nn.Module:
+def _quantized(n: int, dtype: torch.dtype, name: str) -> Callable[[Tensor], Any]:
     from torchao import quantization
 
     layer = nn.Sequential(nn.Linear(n, n, bias=False, device="cuda", dtype=dtype))
-    quantization.quantize_(layer, getattr(quantization, name)(**arguments))
-    compiled: nn.Module = torch.compile(layer, mode="max-autotune-no-cudagraphs")
+    quantization.quantize_(layer, getattr(quantization, name)())
+    compiled: Callable[[Tensor], Any] = torch.compile(layer, mode="max-autotune-no-cudagraphs")
     return compiled
 
 
@@ -40,9 +40,9 @@ def torchao_linears(
     except Exception as error:  # a build for another torch fails in many ways
         yield "torchao", f"{type(error).__name__}"
         return
-    for config, arguments, column in _INTEGER if integer else _WEIGHT_ONLY:
+    for config, column in _INTEGER if integer else _WEIGHT_ONLY:
         try:
-            layers = [_quantized(x.shape[-1], x.dtype, config, arguments) for _ in range(copies)]
+            layers = [_quantized(x.shape[-1], x.dtype, config) for _ in range(copies)]
             with torch.no_grad():
                 for layer in layers:
                     layer(x)
@@ -52,6 +52,6 @@ def torchao_linears(
         yield column, [partial(_call, layer, x) for layer in layers]
 
 
-def _call(layer: nn.Module, x: Tensor) -> Any:
+def _call(layer: Callable[[Tensor], Any], x: Tensor) -> Any:
     with torch.no_grad():
         return layer(x)
