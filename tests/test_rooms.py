@@ -41,7 +41,7 @@ PYTHON_ROOMS = [
         "data",
         "compress",
     ),
-    *("measure", "plot", "report", "serve", "jobs", "demo", "cli"),
+    *("measure", "plot", "report", "study", "serve", "jobs", "demo", "cli"),
 ]
 CPP_ROOMS = ["core", "formats", "reference", "cpu", "engine", "capi", "bindings", "cuda"]
 

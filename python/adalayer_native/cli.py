@@ -1,4 +1,4 @@
-"""Command line: ``adalayer demo | train | compress | report | info | serve``."""
+"""Command line: ``adalayer demo | train | compress | report | info | study | serve``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from rich.table import Table
 from adalayer_native import files, ops
 from adalayer_native.allocation import METHODS, Budget
 from adalayer_native.errors import AdaError
+from adalayer_native.study.commands import app as study_app
 
 app = typer.Typer(
     add_completion=False,
@@ -25,6 +26,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Compress PyTorch CNNs layer by layer and run them on native low-bit kernels.",
 )
+
+app.add_typer(study_app, name="study")
 
 _INTERRUPTED = 130  # what shells report after Ctrl-C
 
@@ -428,7 +431,7 @@ def main() -> None:
             sys.exit(2)
         raise
     if code == _INTERRUPTED:  # newer versions of typer return it for Ctrl-C
-        resumable = sys.argv[1:2] in (["compress"], ["train"])
+        resumable = sys.argv[1:2] in (["compress"], ["train"], ["study"])
         _fail("interrupted" + "; the same command goes on where it stopped" * resumable, code)
     sys.exit(code)  # commands return None, which is success
 

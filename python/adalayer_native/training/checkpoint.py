@@ -38,6 +38,7 @@ class Progress:
         ended: the time limit is reached; no step follows.
         finished: the run is complete.
         stage: of the compression schedule.
+        width: position in the schedule of widths.
         averaged: steps in the moving average.
         history: one entry per completed epoch.
     """
@@ -52,6 +53,7 @@ class Progress:
     ended: bool = False
     finished: bool = False
     stage: int = -1
+    width: int = -1
     averaged: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
 

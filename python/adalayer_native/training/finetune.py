@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,8 @@ from adalayer_native.training.scales import (
     step_sizes,
 )
 from adalayer_native.training.schedule import CompressionSchedule
+from adalayer_native.training.watch import Watch
+from adalayer_native.training.widths import WidthSchedule
 
 __all__ = ["finetune"]
 
@@ -75,6 +77,7 @@ def finetune(
     gradual: bool = True,
     ramp: float = 0.5,
     extra_bits: int = 0,
+    widths: Sequence[int] | None = None,
     ema: float = 0.999,
     freeze_norms: float = 0.0,
     reestimate_norms: bool = True,
@@ -83,6 +86,7 @@ def finetune(
     resume: bool = True,
     seed: int = 0,
     max_minutes: float | None = None,
+    watch: Watch | None = None,
     progress: bool = True,
 ) -> History:
     """Train the float weights behind the quantized ones, and the scales of all grids.
@@ -134,6 +138,8 @@ def finetune(
         ramp: share of the run in which sparsity and bits go to the plan's; 0 starts there.
         extra_bits: bits of every weight above the plan's at the start (8 at most in all), taken
             away one by one.
+        widths: bits of all weights and activations over time, each for an equal share of the run;
+            the last must be the plan's in every layer. Not together with ``extra_bits``.
         ema: largest decay per step of the moving average, which spans about a tenth of the steps;
             0 takes the last parameters.
         freeze_norms: share of the run, at its end, in which batch norms use their running
@@ -147,6 +153,7 @@ def finetune(
         seed: of the random numbers of the run.
         max_minutes: time limit over all starts of the run; all schedules run towards it too.
             (Such a run depends on the machine's speed.)
+        watch: looks on, and may pause or end the run.
         progress: show a progress bar.
 
     Returns:
@@ -157,6 +164,7 @@ def finetune(
         PlanError: an argument out of range, or scores for unknown layers.
         FileFormatError: the checkpoint is corrupt.
         KeyboardInterrupt: Ctrl-C, after the running step and the checkpoint.
+        Paused: ``watch`` said so, likewise.
     """
     metadata(prepared, "layers")
     check_calibrated(prepared)
@@ -183,8 +191,12 @@ def finetune(
     options.check("finetune")
     if max_minutes is not None:
         check_range("finetune", "max_minutes", max_minutes, 0.0, math.inf)
-    run = _Finetuning(prepared, train_loader, options, _penalties(prepared, scores), teacher)
-    return run.execute(checkpoint, resume, max_minutes, progress)
+    if widths is not None and extra_bits:
+        raise PlanError("finetune: widths and extra_bits both say how the bits change; give one")
+    schedule = WidthSchedule(prepared, widths)
+    penalties = _penalties(prepared, scores)
+    run = _Finetuning(prepared, train_loader, options, penalties, teacher, schedule)
+    return run.execute(checkpoint, resume, max_minutes, progress, watch)
 
 
 def _penalties(prepared: nn.Module, scores: Mapping[str, Any] | None) -> dict[str, float]:
@@ -215,12 +227,16 @@ class _Finetuning(Loop):
         options: _Options,
         penalties: dict[str, float],
         teacher: nn.Module | None,
+        widths: WidthSchedule,
     ) -> None:
-        identity = {
+        identity: dict[str, Any] = {
             "penalties": penalties,
             "teacher": teacher is not None,
             "layers": metadata(model, "layers"),
         }
+        if widths.widths:
+            identity["widths"] = widths.widths
+        self.widths = widths
         super().__init__(model, loader, options, identity)
         self.layers = layers_of(model)
         self.penalties = penalties
@@ -308,8 +324,10 @@ class _Finetuning(Loop):
 
     def loaded(self) -> None:
         self.schedule.resume(self.state.stage)
+        self.widths.resume(self.state.width)
 
     def before_step(self, time: float) -> None:
+        self._rewidth(time)
         if self.state.step == 0 and not self.scales:
             for layer in self.layers.values():
                 layer.refresh_scales()
@@ -325,6 +343,11 @@ class _Finetuning(Loop):
                 self.optimizer.state.pop(layer.step.log, None)
         self.state.stage = self.schedule.stage
 
+    def _rewidth(self, time: float) -> None:
+        for step in self.widths.update(time):
+            self.optimizer.state.pop(step.log, None)
+        self.state.width = self.widths.position
+
     def before_update(self) -> None:
         clip_scale_gradients(self.scales)
 
@@ -333,10 +356,11 @@ class _Finetuning(Loop):
 
     def averaging(self) -> bool:
         # Weights of another sparsity or on another grid would not average to anything.
-        return self.schedule.done
+        return self.schedule.done and self.widths.done
 
     def complete(self) -> None:
         self._reschedule(1.0)
+        self._rewidth(1.0)
         self.average.use()
         if self.scales:
             apply_scales(self.model)
@@ -351,4 +375,5 @@ class _Finetuning(Loop):
 
     def end(self) -> None:
         self.schedule.finish()
+        self.widths.finish()
         release_scales(self.model)

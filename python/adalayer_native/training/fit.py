@@ -15,6 +15,7 @@ from adalayer_native.errors import CalibrationError
 from adalayer_native.quantization.calibrate import batch_norms, reestimate_batch_norms
 from adalayer_native.training.batches import NORM_BATCHES, split_batch
 from adalayer_native.training.loop import History, Loop, LoopOptions, bf16_helps, check_range
+from adalayer_native.training.watch import Watch
 
 __all__ = ["fit"]
 
@@ -44,6 +45,7 @@ def fit(
     resume: bool = True,
     seed: int = 0,
     max_minutes: float | None = None,
+    watch: Watch | None = None,
     progress: bool = True,
 ) -> History:
     """Train a float classifier with cross-entropy.
@@ -65,7 +67,7 @@ def fit(
         label_smoothing: share of every label that is spread over all classes.
         ema: largest decay per step of the moving average; 0 takes the last parameters.
         amp: ``True``, ``False`` or ``"auto"`` (bfloat16 autocast where it helps).
-        checkpoint, resume, seed, max_minutes, progress: as in :func:`finetune`.
+        checkpoint, resume, seed, max_minutes, watch, progress: as in :func:`finetune`.
 
     Returns:
         The run's :class:`History`.
@@ -75,6 +77,7 @@ def fit(
         PlanError: an argument out of range.
         FileFormatError: the checkpoint is corrupt.
         KeyboardInterrupt: Ctrl-C, after the running step and the checkpoint.
+        Paused: ``watch`` said so, likewise.
     """
     options = _Options(
         epochs=epochs,
@@ -91,7 +94,7 @@ def fit(
     if max_minutes is not None:
         check_range("fit", "max_minutes", max_minutes, 0.0, math.inf)
     run = _Fitting(model, train_loader, options, {"task": "fit"})
-    return run.execute(checkpoint, resume, max_minutes, progress)
+    return run.execute(checkpoint, resume, max_minutes, progress, watch)
 
 
 class _Fitting(Loop):

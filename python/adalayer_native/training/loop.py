@@ -25,6 +25,7 @@ from adalayer_native.training import checkpoint as store
 from adalayer_native.training.average import Average
 from adalayer_native.training.interrupt import deferred_interrupt
 from adalayer_native.training.schedule import half_cosine
+from adalayer_native.training.watch import Paused, Watch
 
 __all__ = ["History", "Loop", "LoopOptions", "bf16_helps", "check_range"]
 
@@ -41,8 +42,8 @@ class History:
     Attributes:
         epochs: per completed epoch ``epoch``, ``loss`` (mean per sample), ``accuracy`` (share of
             labelled training samples, ``None`` without labels), ``samples``, ``seconds``, ``lr``
-            (at its end).
-        finished: false if the time limit ended the run early.
+            (at its end), and what a ``watch`` added.
+        finished: false if the time limit, or a ``watch``, ended the run early.
         amp: whether bfloat16 autocast was used.
         resumed: whether the run continued from a checkpoint.
     """
@@ -175,8 +176,10 @@ class Loop(ABC):
         resume: bool,
         max_minutes: float | None,
         progress: bool,
+        watch: Watch | None = None,
     ) -> History:
         """Train; see :func:`~adalayer_native.training.finetune` for arguments and errors."""
+        self.watch = Watch() if watch is None else watch
         self.limit = None if max_minutes is None else max_minutes * 60.0
         self.path = checkpoint
         self.progress = progress
@@ -280,6 +283,9 @@ class Loop(ABC):
             if self.interrupted():
                 self._save()
                 raise KeyboardInterrupt
+            if self.watch.pause():
+                self._save()
+                raise Paused
             if self.limit is not None and state.seconds >= self.limit:
                 state.ended = True
                 break
@@ -310,6 +316,13 @@ class Loop(ABC):
             state.epoch += 1
             state.step = state.correct = state.labelled = state.samples = 0
             state.loss = 0.0
+        self.model.eval()
+        entry = state.history[-1]
+        before = time.monotonic()
+        entry |= self.watch.epoch(self.model, entry)
+        self.started += time.monotonic() - before  # is no training
+        if self.watch.stop(entry):
+            state.ended = True
         self._save()
 
     def _step(self, batch: Any) -> None:

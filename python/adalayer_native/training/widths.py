@@ -1,0 +1,97 @@
+"""Bits of weights and activations that change while a model trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from adalayer_native.errors import PlanError
+from adalayer_native.quantization.graph import layers_of, metadata, quantizers_of
+from adalayer_native.quantization.lsq import StepSize
+from adalayer_native.rounding import MAX_BITS, MIN_BITS
+
+__all__ = ["WidthSchedule"]
+
+
+class WidthSchedule:
+    """Takes every quantized layer and its activations through some widths, in equal times.
+
+    Only activation quantizers that a quantized layer reads change; the others keep their bits.
+
+    Args:
+        prepared: the model, calibrated.
+        widths: bits, first to last; ``None`` changes nothing.
+
+    Raises:
+        PlanError: no widths, one out of range, or a last one that is not the plan's.
+    """
+
+    def __init__(self, prepared: nn.Module, widths: Sequence[int] | None) -> None:
+        self.widths = [] if widths is None else list(widths)
+        self.position = -1
+        self.layers = layers_of(prepared)
+        self.quantizers = {}
+        if widths is None:
+            return
+        if not self.widths:
+            raise PlanError("finetune: widths must name at least one width")
+        for width in self.widths:
+            if isinstance(width, bool) or not isinstance(width, int):
+                raise PlanError(f"finetune: widths must be whole numbers, got {width!r}")
+            if not MIN_BITS <= width <= MAX_BITS:
+                raise PlanError(
+                    f"finetune: widths must be from {MIN_BITS} to {MAX_BITS}, got {width}"
+                )
+        last = self.widths[-1]
+        known = quantizers_of(prepared)
+        for name, entry in metadata(prepared, "layers").items():
+            quantizer = known[entry["input"]]
+            self.quantizers[entry["input"]] = quantizer
+            if (entry["bits"], quantizer.bits) != (last, last):
+                raise PlanError(
+                    f"finetune: widths end at {last} bits, but layer {name!r} has "
+                    f"{entry['bits']} bits and its input {quantizer.bits}"
+                )
+
+    @property
+    def done(self) -> bool:
+        """Whether the last width is reached."""
+        return not self.widths or self.position >= len(self.widths) - 1
+
+    def resume(self, position: int) -> None:
+        """Go on at a position whose scales have been loaded: bits are all that lacks."""
+        self.position = position
+        if self.widths and position >= 0:
+            for owner in (*self.layers.values(), *self.quantizers.values()):
+                owner.bits = self.widths[position]
+
+    def update(self, time: float) -> list[StepSize]:
+        """Go to where the run should be; returns learned scales that begin anew."""
+        if not self.widths:
+            return []
+        position = min(int(time * len(self.widths)), len(self.widths) - 1)
+        if position <= self.position:
+            return []
+        self.position = position
+        return list(self._change(self.widths[position]))
+
+    def finish(self) -> list[StepSize]:
+        """Reach the last width now, however far the run came."""
+        return self.update(1.0)
+
+    def _change(self, width: int) -> Iterator[StepSize]:
+        for layer in self.layers.values():
+            layer.bits = width
+            layer.refresh_scales()
+            if layer.step is not None:
+                layer.step.restart(layer.weight_scale)
+                yield layer.step
+        for quantizer in self.quantizers.values():
+            # The range stays, the number of its levels changes.
+            low, high = (quantizer.scale * level for level in quantizer.constants()[2:])
+            quantizer.bits = width
+            quantizer.set_range(low, high)
+            if quantizer.step is not None:
+                quantizer.step.restart(quantizer.qparams[:1])
+                yield quantizer.step
