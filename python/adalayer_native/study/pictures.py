@@ -82,6 +82,8 @@ def curves(data: Mapping[str, Any], path: str | os.PathLike[str] | None = None) 
 
     Lines are means over seeds, bands reach from the lowest to the highest seed.
     """
+    from matplotlib.ticker import MaxNLocator
+
     figure = canvas(12, 4.4)
     panels = (
         ("accuracy", 100.0, "training accuracy, %"),
@@ -93,6 +95,7 @@ def curves(data: Mapping[str, Any], path: str | os.PathLike[str] | None = None) 
     for column, (key, factor, label) in enumerate(panels):
         axes = figure.add_axes((0.05 + 0.325 * column, 0.22, 0.265, 0.6))
         _frame(axes, "epoch", label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         drawn = []
         for position, name in enumerate(names):
             series = [[factor * e[key] for e in run["history"]] for run in runs_of(data, name)]
@@ -113,12 +116,12 @@ def curves(data: Mapping[str, Any], path: str | os.PathLike[str] | None = None) 
         handles=handles, loc="lower center", ncol=min(len(names), 6), fontsize=8.5, frameon=False,
         labelcolor=INK,
     )  # fmt: skip
-    settings = data["settings"]
+    settings, seeds = data["settings"], len(data["wanted"]["seeds"])
     heading(
         figure,
         "Accuracy and loss while training",
-        f"{settings['dataset']}, epochs of {settings['images']:,} images; mean of "
-        f"{len(data['wanted']['seeds'])} seeds, bands from lowest to highest",
+        f"{settings['dataset']}, epochs of {settings['images']:,} images; mean of {seeds} "
+        f"seed{'s' * (seeds > 1)}, bands from lowest to highest",
     )
     return finish(figure, path, 100)
 
