@@ -56,7 +56,7 @@ test-all: test-cpp
 	$(BIN)/python -m pytest
 
 test-cpp: $(PACKAGE_STAMP)
-	$(BIN)/ctest --test-dir $(BUILD) --verbose
+	$(BIN)/ctest --test-dir $(BUILD) --verbose -j 2
 
 # With the package, because mypy reads the types of what it depends on.
 lint: $(PACKAGE_STAMP)
@@ -85,20 +85,23 @@ FUZZ_SECONDS ?= 60
 
 # Some kernels place memory where older thread sanitizers do not expect it; without address
 # randomisation they agree. Where setarch is missing or forbidden, the tests run as they are.
+# Fuzzing takes one core and its time; the next build has the others meanwhile.
 sanitize: $(TOOLS_STAMP)
 	$(BIN)/cmake --preset asan-ubsan
 	$(BIN)/cmake --build --preset asan-ubsan
 	$(BIN)/ctest --preset asan-ubsan
-	.ci/fuzz build/asan-ubsan $(FUZZ_SECONDS)
 	$(BIN)/cmake --preset tsan
-	$(BIN)/cmake --build --preset tsan
+	@.ci/fuzz build/asan-ubsan $(FUZZ_SECONDS) & fuzzing=$$!; \
+	  $(BIN)/cmake --build --preset tsan; built=$$?; \
+	  wait $$fuzzing && exit $$built
 	@if setarch "$$(uname -m)" -R true 2>/dev/null; then \
 	  setarch "$$(uname -m)" -R $(BIN)/ctest --preset tsan; \
 	else \
 	  $(BIN)/ctest --preset tsan; \
 	fi
 
-# libFuzzer where clang has it (FUZZ_CXX=... names another compiler), which is built with it first; then what Python reads, guided by atheris where there is a wheel of it.
+# libFuzzer where clang has it (FUZZ_CXX=... names another compiler), which is built with it first;
+# then what Python reads, guided by atheris where there is a wheel of it.
 FUZZ_MINUTES ?= 10
 FUZZ_CXX ?= $(firstword $(foreach c,clang++ clang++-19 clang++-18 clang++-17 clang++-16 clang++-15 \
   clang++-14,$(if $(shell command -v $(c) 2>/dev/null),$(c))) $(CXX))
