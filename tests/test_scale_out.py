@@ -74,6 +74,18 @@ if __name__ == "__main__":
         extreme.fc.weight[0, :2] = torch.tensor([1e30, 3e38])
     message = error_of()
     assert message is not None and error_of(workers=2) == message
+    # Ray's processes were started without this module's folder.
+    far = folder / "far"
+    far.mkdir()
+    (far / "elsewhere.py").write_text("from torch import nn\\nclass Net(nn.Linear): pass\\n")
+    sys.path.insert(0, str(far))
+    import elsewhere
+
+    try:
+        ada.analyze(elsewhere.Net(3, 2), [torch.rand(2, 3)], progress=False, workers=1)
+    except ada.AdaError as error:
+        assert "elsewhere" in str(error) and "every machine can import" in str(error)
+        compared += 1
     print("compared", compared)
 """
 
@@ -92,7 +104,7 @@ def test_analyze_has_the_same_numbers(tmp_path: Path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     # Ray may print a last word of its own.
-    assert "compared 5" in done.stdout.splitlines(), done.stdout
+    assert "compared 6" in done.stdout.splitlines(), done.stdout
 
 
 def test_workers_are_checked():

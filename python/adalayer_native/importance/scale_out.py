@@ -128,7 +128,7 @@ class Scorers:
             report: called with every result, as a criterion does.
 
         Raises:
-            AdaError: what a criterion raised.
+            AdaError: what a criterion raised, or a process that cannot be started again.
         """
         open_ = [name for name in layers if name not in done]
         count = max(1, min(len(self._actors), len(open_)))
@@ -160,4 +160,11 @@ class Scorers:
             if isinstance(error.cause, AdaError):
                 raise error.cause from None
             raise
+        except self._ray.exceptions.RayActorError as error:
+            lines = [line for line in str(error).splitlines() if line.strip()]
+            raise AdaError(
+                "a process of the analysis did not start, or died "
+                f"({lines[-1].strip() if lines else type(error).__name__}); expected the model's "
+                "class and the loss function in modules that every machine can import"
+            ) from error
         return found
