@@ -98,7 +98,7 @@ def test_summary_and_bad_files(tmp_path) -> None:
     assert s["percent"] == pytest.approx(10.1)
     assert bench.summary(runs[:1])["sd"] == 0.0
     row = bench.ROWS["resnet20-10"]
-    file = tmp_path / "resnet20-10-12" / "seed-0" / "result.json"
+    file = tmp_path / f"resnet20-10-{row.epochs}" / "seed-0" / "result.json"
     file.parent.mkdir(parents=True)
     file.write_text(json.dumps({"format": "other"}))
     with pytest.raises(ValueError, match="not a result"):
