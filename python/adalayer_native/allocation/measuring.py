@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -230,22 +230,8 @@ def _error_table(
                     store[f"{name} {other.name}"] = value
         return measure(name, *option.arguments())
 
-    table = _joined(
-        [
-            fill(
-                "error",
-                "nats",
-                problem.free,
-                error,
-                store,
-                bits=settings.widths,
-                sparsities=settings.sparsities_of(pattern),
-                pattern=pattern,
-                wanted=wanted[pattern],
-                progress=progress,
-            )
-            for pattern in patterns
-        ]
+    table = _filled(
+        "error", "nats", problem, error, store, settings, patterns, wanted, progress=progress
     )
     images = sum(batch.count for batch in data.table)
     table.about = {"measure": str(settings.measure), "images": images, "repair": settings.repair}
@@ -263,8 +249,34 @@ def _options(settings: Settings, pattern: str) -> list[Option]:
     ]
 
 
-def _joined(parts: list[LayerTable]) -> LayerTable:
-    """One table of the parts of all patterns."""
+def _filled(
+    what: str,
+    unit: str,
+    problem: Problem,
+    measure: Callable[[str, Option], float],
+    store: Store,
+    settings: Settings,
+    patterns: Sequence[str],
+    wanted: Mapping[str, np.ndarray] | None = None,
+    *,
+    progress: bool,
+) -> LayerTable:
+    """One table of the parts of all patterns, see :func:`fill`."""
+    parts = [
+        fill(
+            what,
+            unit,
+            problem.free,
+            measure,
+            store,
+            bits=settings.widths,
+            sparsities=settings.sparsities_of(pattern),
+            pattern=pattern,
+            wanted=None if wanted is None else wanted[pattern],
+            progress=progress,
+        )
+        for pattern in patterns
+    ]
     parts[0].others = tuple(parts[1:])
     return parts[0]
 
@@ -400,22 +412,7 @@ def latency_table(
         store[f" {option.name}"] = other
         return store[f"{name} {option.name}"]
 
-    table = _joined(
-        [
-            fill(
-                "latency",
-                "µs",
-                problem.free,
-                measure,
-                store,
-                bits=settings.widths,
-                sparsities=settings.sparsities_of(pattern),
-                pattern=pattern,
-                progress=progress,
-            )
-            for pattern in patterns
-        ]
-    )
+    table = _filled("latency", "µs", problem, measure, store, settings, patterns, progress=progress)
     table.constant = float(np.median([store[f" {option.name}"] for option in table.options()]))
     table.about = {"batch": settings.latency_batch, **machine(settings.threads)}
     return table

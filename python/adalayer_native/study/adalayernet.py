@@ -11,11 +11,10 @@ import torch
 from safetensors.torch import save as serialise
 from torch import nn
 
-from .. import files, ops
+from .. import files
 from .._files import write_atomic
 from ..allocation import Budget, float_bytes
 from ..compress import compress
-from ..energy import Meter
 from ..engine import compile as compile_engine
 from ..engine import load as load_engine
 from ..errors import FileFormatError, PlanError
@@ -27,6 +26,8 @@ from .images import Images
 from .measuring import EngineModule, energies, latencies, ledger
 from .memory import peak_bytes
 from .papers import TABLE2
+from .runner import run_study
+from .settings import StudySettings
 from .store import Clock, Study
 
 __all__ = ["METHODS", "AdalayernetSettings", "run_adalayernet"]
@@ -45,57 +46,31 @@ PAPER_UNIFORM = TABLE2["uniform-paper"].kilobytes / TABLE2["float"].kilobytes
 
 
 @dataclass
-class AdalayernetSettings:
+class AdalayernetSettings(StudySettings):
     """Arguments of ``adalayer study adalayernet``; see its help.
 
     Attributes:
-        data: folder or zip of images, or ``"digits"``.
-        out: output directory.
         models: weight file of the float network, or a folder with
             ``adalayernet_<dataset>.safetensors``; ``None``: it is trained.
-        dataset: ``"cifar10"`` or ``"cifar100"``.
         size: budget, of the float file.
         epochs: of fine-tuning; 0: none.
         float_epochs: of training the float network where no weights are given.
         seeds: of the draw of calibration images, the repair and the fine-tuning.
         methods: some of ``METHODS``.
         calibration: images.
-        batch_size: of training.
-        minutes: until a clean stop; ``None``: no limit.
-        threads: ``None``: torch's.
         only: ``"compress"``, ``"timing"`` (anew) or ``"report"``; ``None``: whatever is missing.
-        country: whose electricity.
-        energy: whether to meter energy.
-        memory: whether to measure peak memory in processes of their own.
-        seconds: per timing.
-        image_size: pixels per side.
         network: a model by name, see :func:`~adalayer_native.models.get_model`.
         allocate_options: further arguments of ``allocate`` by method.
-        progress: show progress.
     """
 
-    data: str
-    out: Path
     models: Path | None = None
-    dataset: str = "cifar10"
     size: float = 0.165
     epochs: int = 0
     float_epochs: int = 11
-    seeds: Sequence[int] = (0, 1)
     methods: Sequence[str] = METHODS
     calibration: int = 1000
-    batch_size: int = 128
-    minutes: float | None = None
-    threads: int | None = None
-    only: str | None = None
-    country: str = "ITA"
-    energy: bool = True
-    memory: bool = True
-    seconds: float = 10.0
-    image_size: int = 32
     network: str = "adalayernet"
     allocate_options: dict[str, dict[str, Any]] | None = None
-    progress: bool = True
 
     def shared(self) -> dict[str, Any]:
         """What every piece of the study must agree on, JSON values."""
@@ -154,26 +129,12 @@ def run_adalayernet(settings: AdalayernetSettings) -> dict[str, Any]:
     Budget(size=settings.size)
     weights = settings.weights()
     clock = Clock(settings.minutes)
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-        ops.set_num_threads(settings.threads)
     wanted = {"seeds": list(settings.seeds), "methods": list(settings.methods)}
-    study = Study.open(settings.out, NAME, settings.shared(), wanted)
-    if settings.energy and settings.only != "report":
-        Meter(country=settings.country)  # a missing extra shows now
-    if settings.only != "report":
-        images = Images(settings.data, settings.dataset, settings.image_size, settings.progress)
-        known = study.data.setdefault("images", images.describe())
-        if known != images.describe():
-            raise PlanError(
-                f"study {str(settings.out)!r} was begun with other data: {known} there, "
-                f"{images.describe()} here"
-            )
-        study.data["threads"] = torch.get_num_threads()
+
+    def work(study: Study, images: Images) -> None:
         _work(settings, study, images, weights, clock)
-    study.data["missing"] = missing(study.data)
-    study.save()
-    return study.data
+
+    return run_study(NAME, settings, settings.shared(), wanted, work, missing)
 
 
 def missing(data: dict[str, Any]) -> list[str]:

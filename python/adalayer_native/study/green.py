@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save as serialise
 
-from .. import files, ops
+from .. import files
 from .._files import write_atomic
 from ..allocation import float_bytes
 from ..energy import Meter
@@ -26,6 +26,8 @@ from .configurations import CONFIGURATIONS, Configuration, configuration, networ
 from .images import Images
 from .measuring import EngineModule, energies, latencies, ledger
 from .memory import peak_bytes
+from .runner import run_study
+from .settings import StudySettings
 from .store import Clock, Study
 from .training import RunWatch, prepared_of, train
 
@@ -37,54 +39,29 @@ ROUNDS = 5  # of them per configuration, in turn
 
 
 @dataclass
-class GreenSettings:
+class GreenSettings(StudySettings):
     """Arguments of ``adalayer study green``; see its help.
 
     Attributes:
-        data: folder or zip of images, or ``"digits"``.
-        out: output directory.
-        dataset: ``"cifar10"`` or ``"cifar100"``.
         epochs, images: epochs of so many images each.
-        batch_size, lr: of training.
+        lr: of training.
         seeds: of weights, order and augmentation.
         configurations: names, see :func:`configuration`.
         fixed_bits: width of ``"fixed"``.
         blocks: basic blocks per stage.
         curve_images: test images whose accuracy is measured after every epoch.
         stop_accuracy: training accuracy in per cent that ends a run; 0: never.
-        minutes: until a clean stop; ``None``: no limit.
-        threads: ``None``: torch's.
         only: ``"train"``, ``"timing"`` (anew) or ``"report"``; ``None``: whatever is missing.
-        country: whose electricity.
-        energy: whether to meter energy.
-        memory: whether to measure peak memory in processes of their own.
-        seconds: per timing.
-        image_size: pixels per side.
-        progress: show progress.
     """
 
-    data: str
-    out: Path
-    dataset: str = "cifar10"
     epochs: int = 20
     images: int = 5000
-    batch_size: int = 128
     lr: float = 0.1
-    seeds: Sequence[int] = (0, 1)
     configurations: Sequence[str] = CONFIGURATIONS
     fixed_bits: int = 2
     blocks: int = 3
     curve_images: int = 2000
     stop_accuracy: float = 95.0
-    minutes: float | None = None
-    threads: int | None = None
-    only: str | None = None
-    country: str = "ITA"
-    energy: bool = True
-    memory: bool = True
-    seconds: float = 10.0
-    image_size: int = 32
-    progress: bool = True
 
     def shared(self) -> dict[str, Any]:
         """What every piece of the study must agree on, JSON values."""
@@ -129,26 +106,12 @@ def run_green(settings: GreenSettings) -> dict[str, Any]:
     """
     chosen = settings.check()
     clock = Clock(settings.minutes)
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-        ops.set_num_threads(settings.threads)
     wanted = {"seeds": list(settings.seeds), "configurations": list(settings.configurations)}
-    study = Study.open(settings.out, NAME, settings.shared(), wanted)
-    if settings.energy and settings.only != "report":
-        Meter(country=settings.country)  # a missing extra shows now, not after an epoch
-    if settings.only != "report":
-        images = Images(settings.data, settings.dataset, settings.image_size, settings.progress)
-        known = study.data.setdefault("images", images.describe())
-        if known != images.describe():
-            raise PlanError(
-                f"study {str(settings.out)!r} was begun with other data: {known} there, "
-                f"{images.describe()} here"
-            )
-        study.data["threads"] = torch.get_num_threads()
+
+    def work(study: Study, images: Images) -> None:
         _work(settings, chosen, study, images, clock)
-    study.data["missing"] = missing(study.data)
-    study.save()
-    return study.data
+
+    return run_study(NAME, settings, settings.shared(), wanted, work, missing)
 
 
 def _work(
