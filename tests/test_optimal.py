@@ -416,30 +416,6 @@ def test_repaired_weights_in_little_memory(model) -> None:
     assert len(tight._hessians) == 1 and len(tight._known) == 1
 
 
-@pytest.mark.parametrize("method", ["uniform", "adalayer"])
-def test_other_methods_compare_plans_with_repaired_weights_if_asked(model, method, tmp_path):
-    data = batches(2, 24)
-    scores = ada.analyze(model, data, progress=False)
-
-    def plan(**options) -> Plan:
-        return allocate(
-            scores, Budget(bytes=1700), method=method, model=model, calibration=iter(data),
-            cache=tmp_path / "search.json", fixed={"fc": 4}, progress=False, **options,
-        )  # fmt: skip
-
-    plain, repaired = plan(), plan(repaired=True)
-    assert plain == plan()  # the cache does not mix them up
-    weights = RepairedWeights(model, data, list(repaired.layers), progress=False)
-    evaluator = Evaluator(model, data, weight_of=weights)
-
-    def loss(which: Plan) -> float:
-        choice = {n: (e.bits, e.sparsity) for n, e in which.layers.items()}
-        return evaluator.measure(choice).loss
-
-    assert repaired.measured["calibration_loss"] == pytest.approx(loss(repaired), rel=1e-3)
-    assert loss(repaired) < plain.measured["calibration_loss"]
-
-
 def test_repaired_weights_of_grouped_depthwise_and_transposed_layers() -> None:
     torch.manual_seed(4)
     net = nn.Sequential(
@@ -473,7 +449,7 @@ def test_the_last_plans_are_repaired_whole_and_compared(model, tmp_path, monkeyp
     with torch.no_grad():
         assert kl_divergence(model(x), prepared(x)) == pytest.approx(losses[chosen], rel=1e-4)
     # And it is not measured twice.
-    monkeypatch.setattr("adalayer_native.allocation.finals.repair", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("adalayer_native.allocation.repaired_check.repair", lambda *_, **__: 1 / 0)
     assert optimal(model, budget, **options) == plan
 
 

@@ -14,7 +14,7 @@ from adalayer_native.allocation.size import estimate_bytes
 from adalayer_native.errors import CalibrationError, PlanError
 from adalayer_native.plan import PATTERNS, LayerPlan, Plan, layer_kind, supported_layers
 from adalayer_native.pruning import magnitude_mask, pattern_mask
-from adalayer_native.pruning.patterns import block_size, pattern_pruned_count
+from adalayer_native.pruning.patterns import block_size, pattern_pruned_count, pruned_blocks
 
 
 @pytest.mark.parametrize("pattern", ["block16x64", "block32x64"])
@@ -37,7 +37,7 @@ def test_whole_blocks_of_least_energy_go(
                 assert part.all() or not part.any()
                 energy = float(flat[o : o + size[0], i : i + size[1], k].square().sum())
                 (kept if part.all() else removed).append(energy)
-    assert len(removed) == int((len(kept) + len(removed)) * sparsity + 0.5)
+    assert len(removed) == pruned_blocks(len(kept) + len(removed), sparsity)
     if kept and removed:
         assert max(removed) <= min(kept) * (1 + 1e-5)
     least = pattern_pruned_count(shape, sparsity, pattern)
@@ -61,6 +61,18 @@ def test_two_of_four(shape: tuple[int, ...], seed: int) -> None:
         assert (kept.sum(dim=1) == wanted).all()
         least_kept = run.abs().masked_fill(~kept, float("inf")).amin(dim=1)
         assert (run.abs().masked_fill(kept, 0).amax(dim=1) <= least_kept).all()
+
+
+@pytest.mark.parametrize("shape", [(10, 64), (32, 48, 3, 3)])
+def test_a_block_is_left_of_every_layer(shape: tuple[int, ...]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    for sparsity in (0.5, 0.95, 0.999):
+        mask = pattern_mask(weight, sparsity, "block32x64")
+        assert bool(mask.any())
+        assert int((~mask).sum()) == pattern_pruned_count(shape, sparsity, "block32x64")
+    # At the largest sparsity one block is left.
+    positions = weight[0, 0].numel()
+    assert int((~mask).sum()) == (positions - 1) * weight.shape[0] * weight.shape[1]
 
 
 def test_scores_decide_and_equal_ones_go_in_order() -> None:
@@ -168,4 +180,4 @@ def test_repair_keeps_to_the_pattern(pattern: str) -> None:
                 for columns in rows.split(size[1], dim=1)
                 for part in columns.unbind(dim=2)
             ]
-            assert sum(blocks) <= len(blocks) - int(len(blocks) * 0.5 + 0.5)
+            assert sum(blocks) <= len(blocks) - pruned_blocks(len(blocks), 0.5)

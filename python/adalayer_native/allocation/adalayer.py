@@ -4,7 +4,8 @@ Three steps. A grid over all hyper-parameters gives plans; duplicates and plans 
 go, and so do plans that leave much of it unused. Proxies rank the rest: the squared weight error
 of every layer relative to the probe's, weighted by a power of A. The best few by each, and the
 uniform plans, are then tried on calibration data, and around the best of them finer grids are
-tried until nothing better comes, ranked by the proxy that has predicted best so far.
+tried until nothing better comes, ranked by the proxy that has predicted best so far. Where plans
+will be repaired, the best few and the best uniform ones are then repaired whole and compared.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from ..plan import Plan
 from ..pruning.masks import magnitude_mask, pruned_count
 from ..rounding import conv_form
 from .closed_form import MAX_BITS, MIN_BITS, closed_form
-from .evaluate import Judge, Measurement, best_of
+from .evaluate import NEGLIGIBLE, Judge, Measurement, best_of, compared
 from .options import Choice, Option, option_of
 from .problem import PERCENTS, Problem
-from .uniform import uniform_pairs
+from .uniform import uniform_finalists, uniform_pairs
 
 __all__ = ["HYPER", "adalayer"]
 
@@ -46,6 +47,7 @@ _LAMBDA = (*np.arange(0, 2, 0.25).tolist(), *np.arange(2, 6.01, 0.5).tolist())
 _BMAX = tuple(np.arange(2, 9.01, 0.25).tolist())
 
 GOOD_USE = 0.93  # plans that leave more of the budget unused are only a last resort
+FINALISTS = 5  # so many of the best are repaired whole, beside uniform ones
 RESORT = 64  # how many of the fullest plans to look at if none uses the budget well
 ROUNDS = 3  # at most so many finer grids
 REFINE = 8  # plans tried per finer grid
@@ -74,12 +76,15 @@ def adalayer(
     problem: Problem,
     scores: LayerScores,
     evaluator: Judge | None,
+    final: Judge | None = None,
     *,
     hyper: Mapping[str, float] | None = None,
     candidates: int = 20,
     progress: bool = True,
 ) -> Plan:
     """Find the plan; ``hyper`` fixes some or all of alpha, beta, gamma, delta, lambda, bmax.
+
+    ``final`` decides among the best few, see :class:`.repaired_check.RepairedCheck`.
 
     Raises:
         BudgetError: nothing fits; states the smallest reachable size.
@@ -154,8 +159,39 @@ def adalayer(
             before, best = best, best_of(measured, evaluator.samples)
             if best == before:
                 break
+    if final is not None and searched and measured[best].loss > NEGLIGIBLE:
+        alike = [] if fixed else uniform_finalists(problem, evaluator)
+        return _final(problem, scores, tried, measured, alike, final, progress)
     plan = _plan(problem, scores, tried, best, measured[best])
     return _unrounded(problem, evaluator, plan) if searched and not fixed else plan
+
+
+def _final(
+    problem: Problem,
+    scores: LayerScores,
+    tried: _Plans,
+    measured: list[Measurement],
+    alike: list[tuple[int, float]],
+    final: Judge,
+    progress: bool,
+) -> Plan:
+    """The best of the plans that lost least, and of uniform ones ``(bits, sparsity)``."""
+    order = np.argsort([m.loss for m in measured], kind="stable")
+    rows = _diverse(tried, order, FINALISTS).tolist()
+    choices = [_choice(problem, tried, row) for row in rows]
+    choices += [problem.uniform(*pair) for pair in alike]
+    best, found = compared(choices, final, "comparing repaired plans", progress=progress)
+    if best < len(rows):
+        return _plan(problem, scores, tried, rows[best], found)
+    bits, sparsity = alike[best - len(rows)]
+    plan = problem.plan(choices[best], "adalayer", _alike(bits, sparsity), scores.as_dict(0.0, 0.0))
+    plan.measured = found.as_dict()
+    return plan
+
+
+def _alike(bits: int, sparsity: float) -> dict[str, float]:
+    """Hyper-parameters of a uniform plan."""
+    return dict(zip(HYPER, (0.0, 0.0, sparsity, 0.0, 0.0, float(bits)), strict=True))
 
 
 def _unrounded(problem: Problem, evaluator: Judge, plan: Plan) -> Plan:

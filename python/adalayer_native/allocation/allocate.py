@@ -15,10 +15,11 @@ from ..plan import Plan
 from .adalayer import adalayer
 from .budget import Budget
 from .evaluate import Evaluator
-from .measuring import loader_of
+from .measuring import Data, loader_of
 from .optimal import optimal
 from .problem import Fixed, Problem
 from .repaired import REPAIR_VERSION, RepairedWeights
+from .repaired_check import RepairedCheck
 from .rl import RLSettings, rl
 from .settings import settings_of
 from .stages import STAGE_METHODS, stage_plan
@@ -79,15 +80,17 @@ def allocate(
         batches: use at most this many calibration batches.
         candidates: how many plans are tried on calibration data in the first round.
         repaired: for ``"adalayer"`` and ``"uniform"``: compare plans with weights as ``repair``
-            will make them, not rounded ones. Slower by far, and worth it where a repair follows;
-            ``"optimal"`` always does so unless its options say otherwise.
+            will make them, not rounded ones, and the best few after a repair of the whole plan on
+            half of the images, measured on the other half. Slower by far, and worth it where a
+            repair follows; ``"optimal"`` always does so unless its options say otherwise.
         fixed: layers that are decided already, by any method: bits, ``(bits, sparsity)``, or an
             entry of another plan (``{"conv1": plan["conv1"]}``).
         exclude: layers, or modules with all their layers, that stay float.
         options: for ``"optimal"``: fields of :class:`~adalayer_native.allocation.Settings`; for
             ``"rl"``: of :class:`~adalayer_native.allocation.RLSettings`.
-        tables: for ``"optimal"``: directory that keeps its tables, one file per model, data and
-            machine; default: the user's cache directory.
+        tables: directory that keeps the tables of ``"optimal"`` and what plans lost that were
+            repaired whole, one file per model, data and machine; default: the user's cache
+            directory.
         cache: JSON file that keeps every trial, so that an interrupted search goes on.
         progress: show progress.
 
@@ -131,7 +134,7 @@ def allocate(
     else:
         if budget is None:
             raise BudgetError(f"method {method!r} needs a budget")
-        evaluator = None
+        evaluator, final = None, None
         if calibration is not None:
             key = f"repaired-{REPAIR_VERSION}" if repaired else ""
             evaluator = Evaluator(
@@ -140,6 +143,7 @@ def allocate(
             if repaired:
                 names, data = list(problem.layout.layers), loader_of(evaluator.batches)
                 evaluator.weight_of = RepairedWeights(model, data, names, progress=progress)
+                final = _final(problem, evaluator, tables)
         if method == "rl":
             if evaluator is None:
                 raise CalibrationError("method 'rl' needs calibration data: it measures its plans")
@@ -147,7 +151,7 @@ def allocate(
             if scores is not None:
                 plan.scores = scores.as_dict()
         elif method == "uniform":
-            plan = uniform(problem, evaluator, progress=progress)
+            plan = uniform(problem, evaluator, final, progress=progress)
             if scores is not None:
                 plan.scores = scores.as_dict()
         else:
@@ -157,12 +161,23 @@ def allocate(
                 problem,
                 scores,
                 evaluator,
+                final,
                 hyper=hyper,
                 candidates=candidates,
                 progress=progress,
             )
     plan.validate(model)
     return plan
+
+
+def _final(
+    problem: Problem, evaluator: Evaluator, tables: str | os.PathLike[str] | None
+) -> RepairedCheck | None:
+    """What compares repaired plans, if there are images for both."""
+    if evaluator.samples < 2:
+        return None
+    data = Data.split(problem.model, loader_of(evaluator.batches), evaluator.loss_fn, None)
+    return RepairedCheck(problem, data, settings_of(None, tables))
 
 
 def _optimal(

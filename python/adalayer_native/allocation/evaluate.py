@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ from torch import nn
 from torch.func import functional_call
 
 from .._files import write_text_atomic
+from .._progress import ProgressBar
 from ..errors import CalibrationError
 from ..importance.analyze import dequantized_layer, eval_mode
 from ..importance.batches import LossFn, iterate, loss_of, tensor_bytes
@@ -25,13 +26,19 @@ from ..rounding import conv_form, layer_form
 from .options import UNSTRUCTURED, Choices, Option
 from .sensitivity import WeightOf, shifted
 
-__all__ = ["Evaluator", "Judge", "Measurement", "best_of", "hits"]
+__all__ = ["NEGLIGIBLE", "Evaluator", "Judge", "Measurement", "best_of", "compared", "hits"]
+
+# Nats per image: plans that lose less than this are not worth repairing whole to be compared.
+NEGLIGIBLE = 3e-3
 
 # Calibration batches stay in memory while plans are compared; more than this is refused.
 MEMORY_LIMIT = 2 << 30
 SAVE_INTERVAL = 2.0
 # Dequantized weights kept from one plan to the next, in bytes.
 WEIGHT_CACHE = 1 << 30
+
+
+Compared = tuple[int, "Measurement"]
 
 
 @dataclass(frozen=True)
@@ -263,6 +270,20 @@ def hits(output: Any, reference: Any, target: Any) -> tuple[int, int]:
     if truth.shape != predicted.shape:
         return 0, 0
     return int((predicted == truth).sum()), predicted.numel()
+
+
+def compared(choices: Sequence[Choices], judge: Judge, what: str, *, progress: bool) -> Compared:
+    """Which of some plans loses least, and its measurement."""
+    measured: list[Measurement] = []
+    with ProgressBar(what, len(choices), unit="plan", enabled=progress) as bar:
+        try:
+            for choice in choices:
+                measured.append(judge.measure(choice))
+                bar.advance(1, f"best loss {min(m.loss for m in measured):.4f}")
+        finally:
+            judge.save()
+    best = min(range(len(measured)), key=lambda row: measured[row].loss)
+    return best, measured[best]
 
 
 def best_of(measurements: list[Measurement], samples: int) -> int:

@@ -1,105 +1,22 @@
-"""The last comparison of method "optimal": a few plans, repaired whole.
-
-Until here every layer was repaired by itself. The repair of a plan does more: a layer also makes up
-for what earlier layers did wrong. How much that mends depends on the plan. Pruning shrinks the
-outputs of all layers in the same direction, so that layers that were repaired one by one lose most
-by it together, and it is also what later layers can correct best.
-"""
+"""The last comparison of method "optimal": a few plans, repaired whole."""
 
 from __future__ import annotations
 
-import json
-import warnings
 from collections.abc import Callable
 
 import numpy as np
-import torch
 
 from .._progress import ProgressBar
-from ..importance.analyze import eval_mode
-from ..importance.batches import loss_of
-from ..quantization import calibrate, prepare
-from ..repair import repair
-from .evaluate import Measurement, hits
+from .evaluate import Measurement
 from .local_search import add_distinct, corrected
-from .measuring import Data, loader_of, table_key
-from .options import Choice
-from .problem import Problem
 from .selection import Selection
-from .settings import Settings
-from .store import Store, cache_dir
 
-__all__ = ["NEGLIGIBLE", "RepairedCheck", "contenders", "finals"]
+__all__ = ["contenders", "finals"]
 
 # What an option that prunes counts in the plans that are compared, and powers of the errors.
 CHEAPER = (0.3, 0.1)
 POWERS = (1.0, 0.5)
-# Nats per image: plans that lose less than this before the whole repair are not worth comparing.
-NEGLIGIBLE = 3e-3
 UNIFORM = 2  # plans that treat all layers alike among the contenders, at most
-PASSES = 1  # of refinement: for a comparison one is enough
-
-
-class RepairedCheck:
-    """Measures plans after calibration and repair, on images that the repair has not seen.
-
-    What was measured is kept beside the tables.
-
-    Args:
-        problem: layers.
-        data: repaired with ``data.repair``, measured on ``data.check``.
-        settings: cache directory.
-        selection: options.
-    """
-
-    def __init__(
-        self, problem: Problem, data: Data, settings: Settings, selection: Selection
-    ) -> None:
-        self.problem, self.data, self.selection = problem, data, selection
-        check = [batch.digest() for batch in data.check]
-        key = {
-            **table_key(problem, data, settings),
-            "check": check,
-            "activation_bits": problem.activation_bits,
-        }
-        self.store = Store(cache_dir(settings.directory), "finals", key)
-        with torch.no_grad(), eval_mode(problem.model):
-            self.outputs = [problem.model(batch.x) for batch in data.check]
-
-    def measure(self, columns: np.ndarray) -> Measurement:
-        """Loss and accuracy of one choice of the solver's."""
-        return self.measure_choice(self.selection.choice(columns))
-
-    def measure_choice(self, chosen: Choice) -> Measurement:
-        """Loss and accuracy of one choice."""
-        choice = self.problem.full(chosen)
-        name = json.dumps([[layer, *option.values] for layer, option in choice.items()])
-        if f"loss {name}" not in self.store:
-            plan = self.problem.plan(choice)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # which layers stay float is said elsewhere
-                prepared = prepare(self.problem.model, plan)
-            images = loader_of(self.data.repair)
-            calibrate(prepared, images, progress=False)
-            repair(prepared, images, equalize=False, passes=PASSES, progress=False)
-            loss, right, count, images_seen = 0.0, 0, 0, 0
-            with torch.no_grad():
-                for batch, reference in zip(self.data.check, self.outputs, strict=True):
-                    output = prepared(batch.x)
-                    target = None if self.data.loss_fn is None else batch.target
-                    loss += loss_of(output, reference, target, self.data.loss_fn) * batch.count
-                    images_seen += batch.count
-                    hit, of = hits(output, reference, batch.target)
-                    right, count = right + hit, count + of
-            if count:
-                self.store[f"accuracy {name}"] = right / count
-            self.store[f"loss {name}"] = loss / images_seen
-            self.store.save()
-        accuracy = f"accuracy {name}"
-        return Measurement(
-            self.store[f"loss {name}"],
-            self.store[accuracy] if accuracy in self.store else float("nan"),
-        )
 
 
 def contenders(selection: Selection, columns: np.ndarray, count: int) -> list[np.ndarray]:

@@ -22,12 +22,13 @@ from ..importance.batches import LossFn
 from ..plan import Plan
 from .budget import Budget
 from .clock import EngineClock, kept, latency_of, refused, settle
-from .evaluate import Evaluator, Measurement
-from .finals import NEGLIGIBLE, RepairedCheck, finals
+from .evaluate import NEGLIGIBLE, Evaluator, Measurement
+from .finals import finals
 from .local_search import local_search
 from .measuring import Data, emptied, loader_of, measure_tables, repair_key, weights_of
 from .options import UNSTRUCTURED, Choice, Option
 from .problem import Problem
+from .repaired_check import RepairedCheck
 from .resources import resources
 from .rivals import Predictor, rivals
 from .selection import Selection, selection_of
@@ -107,11 +108,15 @@ def _checked(
     )
     unsure = measurement.loss > NEGLIGIBLE
     if settings.finalists > 1 and settings.weight_of == "repaired" and unsure:
-        check = RepairedCheck(selection.problem, data, settings, selection)
+        check = RepairedCheck(selection.problem, data, settings)
         columns, measurement = finals(
-            selection, columns, check.measure, count=settings.finalists, progress=progress
+            selection,
+            columns,
+            lambda found: check.measure(selection.choice(found)),
+            count=settings.finalists,
+            progress=progress,
         )
-        return columns, measurement, check.measure_choice
+        return columns, measurement, check.measure
     return columns, measurement, lambda choice: evaluator.measure(selection.problem.full(choice))
 
 

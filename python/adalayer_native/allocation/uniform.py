@@ -6,20 +6,28 @@ from .._progress import ProgressBar
 from ..plan import Plan
 from .budget import Budget
 from .closed_form import MAX_BITS, MAX_SPARSITY, MIN_BITS
-from .evaluate import Judge, best_of
+from .evaluate import NEGLIGIBLE, Judge, best_of, compared
 from .problem import Problem
 
-__all__ = ["uniform", "uniform_pairs", "uniform_sparsities"]
+__all__ = ["uniform", "uniform_finalists", "uniform_pairs", "uniform_sparsities"]
 
 STEPS = 1000  # sparsity in thousandths
+FINALISTS = 4  # so many of the candidates are repaired whole
 
 
-def uniform(problem: Problem, evaluator: Judge | None, *, progress: bool = True) -> Plan:
+def uniform(
+    problem: Problem,
+    evaluator: Judge | None,
+    final: Judge | None = None,
+    *,
+    progress: bool = True,
+) -> Plan:
     """The best uniform plan within the budget.
 
     Candidates are the widest bits that fit unpruned, and every greater width with the least
     pruning that makes it fit; the one that does best on calibration data is taken (without
-    data, the unpruned one). A whole number of average bits goes to every layer as it is.
+    data, the unpruned one). Where ``final`` is given, it decides among the best few. A whole number
+    of average bits goes to every layer as it is.
 
     Raises:
         BudgetError: nothing fits; states the smallest reachable size.
@@ -39,6 +47,12 @@ def uniform(problem: Problem, evaluator: Judge | None, *, progress: bool = True)
             finally:
                 evaluator.save()
         best = best_of(measured, evaluator.samples)
+        if final is not None and len(pairs) > 1 and measured[best].loss > NEGLIGIBLE:
+            few = uniform_finalists(problem, evaluator)
+            choices = [problem.uniform(*pair) for pair in few]
+            row, found = compared(choices, final, "comparing repaired plans", progress=progress)
+            best = pairs.index(few[row])
+            measured[best] = found
     bits, sparsity = pairs[best]
     plan = problem.plan(
         problem.uniform(bits, sparsity), "uniform", {"bits": float(bits), "sparsity": sparsity}
@@ -46,6 +60,15 @@ def uniform(problem: Problem, evaluator: Judge | None, *, progress: bool = True)
     if measured:
         plan.measured = measured[best].as_dict()
     return plan
+
+
+def uniform_finalists(problem: Problem, evaluator: Judge) -> list[tuple[int, float]]:
+    """The few candidates of :func:`uniform` that lose least, as ``(bits, sparsity)``."""
+
+    def loss(pair: tuple[int, float]) -> float:
+        return evaluator.measure(problem.full(problem.uniform(*pair))).loss
+
+    return sorted(uniform_pairs(problem), key=loss)[:FINALISTS]
 
 
 def uniform_pairs(problem: Problem) -> list[tuple[int, float]]:

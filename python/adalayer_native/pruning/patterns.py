@@ -21,7 +21,7 @@ from adalayer_native.errors import CalibrationError, PlanError
 from adalayer_native.plan import PATTERNS
 from adalayer_native.pruning.masks import magnitude_mask, pruned_count
 
-__all__ = ["FILE_BLOCK", "block_size", "pattern_mask", "pattern_pruned_count"]
+__all__ = ["FILE_BLOCK", "block_size", "pattern_mask", "pattern_pruned_count", "pruned_blocks"]
 
 # Output x input channels of what the file's encoding of blocks can leave out.
 FILE_BLOCK = (16, 64)
@@ -40,6 +40,17 @@ def block_size(pattern: str) -> tuple[int, int] | None:
         return None
     rows, columns = pattern.removeprefix("block").split("x")
     return int(rows), int(columns)
+
+
+def pruned_blocks(blocks: int, sparsity: float) -> int:
+    """How many of a layer's blocks a sparsity removes: the nearest whole number, but never all.
+
+    A layer that is one block would otherwise be gone at one half.
+
+    Raises:
+        PlanError: ``sparsity`` is not in ``[0, 1)``.
+    """
+    return min(pruned_count(blocks, sparsity), max(0, blocks - 1))
 
 
 def pattern_pruned_count(shape: tuple[int, ...], sparsity: float, pattern: str) -> int:
@@ -63,7 +74,7 @@ def pattern_pruned_count(shape: tuple[int, ...], sparsity: float, pattern: str) 
     if size is None:
         return count
     sizes = sorted(_weights_per_block(shape, size).reshape(-1).tolist())
-    return int(sum(sizes[: pruned_count(len(sizes), sparsity)]))
+    return int(sum(sizes[: pruned_blocks(len(sizes), sparsity)]))
 
 
 @torch.no_grad()
@@ -75,7 +86,7 @@ def pattern_mask(
     Args:
         weight: floating point ``[O, I/groups, KH, KW]`` or ``[O, I]``.
         sparsity: share to remove, ``0 <= sparsity < 1``. Of blocks exactly the nearest whole
-            number of them is removed; ``"2:4"`` takes 0 or 0.5.
+            number of them is removed, but one at least stays; ``"2:4"`` takes 0 or 0.5.
         pattern: one of ``adalayer_native.plan.PATTERNS``.
         score: what losing each weight costs, not negative, in the weight's shape; default: its
             square. The costs of a block add up.
@@ -104,7 +115,7 @@ def pattern_mask(
     per_block = _block_sums(cost, size)
     flat = per_block.reshape(-1)
     keep = torch.ones(flat.numel(), dtype=torch.bool, device=weight.device)
-    keep[flat.argsort(stable=True)[: pruned_count(flat.numel(), sparsity)]] = False
+    keep[flat.argsort(stable=True)[: pruned_blocks(flat.numel(), sparsity)]] = False
     return _spread(keep.view(per_block.shape), tuple(weight.shape), size)
 
 

@@ -414,8 +414,8 @@ class _Trial:
             return hessian.quantize(self.second.bits, mask=mask, passes=1).error
         sparsity, pattern = (self.entries[self.pair.second][k] for k in ("sparsity", "pattern"))
         if sparsity and pattern != "unstructured":
-            bits = self.second.bits
-            return hessian.quantize(bits, sparsity, pattern=pattern, passes=1).error
+            mask = pattern_mask(hessian.weight.reshape(hessian.shape), sparsity, pattern)
+            return hessian.quantize(self.second.bits, mask=mask, passes=1).error
         return hessian.errors([(self.second.bits, sparsity)], channels=CHANNELS)[0]
 
     def _broadcast(self, factor: Tensor, x: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from adalayer_native.errors import CalibrationError, PlanError
 from adalayer_native.pruning.masks import magnitude_mask, pruned_count
-from adalayer_native.pruning.patterns import pattern_mask
+from adalayer_native.pruning.patterns import block_size, pattern_mask, pruned_blocks
+from adalayer_native.repair.blocks import BlockOrder
 from adalayer_native.repair.columns import columns, groups_of
 from adalayer_native.repair.sweep import Rows, compensate, refine
 from adalayer_native.rounding import (
@@ -215,9 +216,10 @@ class LayerHessian:
             bits: 2 to 8.
             sparsity: share of weights to remove; exactly ``round(share * weights)`` are, or as
                 many blocks as the pattern says.
-            pattern: where zeros may lie (:mod:`adalayer_native.pruning.patterns`). Blocks and the
-                two of four are chosen before the sweep, by what pruning them costs more than
-                rounding them while everything else can still make up for it.
+            pattern: where zeros may lie (:mod:`adalayer_native.pruning.patterns`). Blocks are
+                chosen before the sweep, one after the other (:mod:`.blocks`); the two of four by
+                what pruning them costs more than rounding them while everything else can still
+                make up for it.
             mask: bool, output channels first: keep exactly these instead of choosing.
             passes: rounds of refinement after the sweep.
 
@@ -277,9 +279,15 @@ class LayerHessian:
                 )
 
     def _pattern(self, bits: int, sparsity: float, pattern: str) -> Tensor:
-        """Mask of a pattern by what pruning costs more than rounding, ``[G, R, K]``."""
+        """Mask of a pattern, ``[G, R, K]``."""
         if not sparsity:
             return torch.ones_like(self.weight, dtype=torch.bool)
+        size = block_size(pattern)
+        if size is not None and (self.weight.shape[0] == 1 or self.weight.shape[1] % size[0] == 0):
+            order = self._ready().block_order(size)
+            return order.mask(pruned_blocks(order.blocks, sparsity)).to(self.weight.device)
+        # What pruning each costs more than rounding it. Blocks here lie across several groups,
+        # and no kernel skips those.
         cost = self._ready().pruning_cost(bits).reshape(self.shape)
         return pattern_mask(cost, sparsity, pattern, score=cost).reshape(self.weight.shape)
 
@@ -444,6 +452,7 @@ class _Solver:
         self.hessian = (_permute(damped, order) / scale).float()
         inverse = torch.cholesky_inverse(lower) * scale
         self.factor = torch.linalg.cholesky(inverse, upper=True).float()
+        self._block_orders: dict[tuple[int, int], BlockOrder] = {}
 
     def run(
         self,
@@ -466,6 +475,19 @@ class _Solver:
         levels, scale = refine(repeated, self.hessian, levels, kept, rows, passes)
         back = torch.argsort(self.order, dim=1)
         return _columns_of(levels, back), scale, _columns_of(kept, back)
+
+    def block_order(self, size: tuple[int, int]) -> BlockOrder:
+        """In which order blocks of a size are pruned; found once."""
+        if size not in self._block_orders:
+            back = torch.argsort(self.order, dim=1)
+            self._block_orders[size] = BlockOrder(
+                _columns_of(self.target, back),
+                _permute(self.factor.transpose(1, 2) @ self.factor, back),
+                self.owner.gain,
+                self.owner.shape[1],
+                size,
+            )
+        return self._block_orders[size]
 
     def pruning_cost(self, bits: int) -> Tensor:
         """What pruning each weight costs more than rounding it, not negative: ``[G, R, K]``.
