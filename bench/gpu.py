@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import adalayer_native as ada
-from adalayer_native import _C, cuda, cuda_ops, ops
+from adalayer_native import _C, cuda, ops
 from adalayer_native.cuda import CudaEngine
 from adalayer_native.plan import LayerPlan, Plan, layer_kind, supported_layers
 from adalayer_native.pruning import pattern_mask
@@ -398,14 +398,14 @@ def linears(sizes: list[int], batches: list[int]) -> Iterator[dict[str, Any]]:
                 scales = [scale + 1e-4 * k for k in range(copies)]
                 packed = ops.pack_weight(w, bits).cuda()
                 expected = (x.cpu().double() @ w.double().T) * 0.01
-                got = cuda_ops.linear_weight_only(x, packed, scale, bias).cpu().double()
+                got = ops.linear_weight_only(x, packed, scale, bias).cpu().double()
                 error = float((got - expected).norm() / expected.norm())
                 if not error < 2e-3:
                     raise AssertionError(f"linear {n} at {bits} bits: relative error {error}")
                 packs = [packed.clone() for _ in range(copies)]
                 us = cold_us(
                     [
-                        partial(cuda_ops.linear_weight_only, x, p, s, bias)
+                        partial(ops.linear_weight_only, x, p, s, bias)
                         for p, s in zip(packs, scales, strict=True)
                     ]
                 )

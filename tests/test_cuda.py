@@ -14,7 +14,7 @@ from helpers_program import INF, Builder, Grid, noise, programs, run_reference
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from adalayer_native import cuda, cuda_ops, ops
+from adalayer_native import cuda, ops
 from adalayer_native.cuda import engine as cuda_engine
 from adalayer_native.cuda import layers, library
 from adalayer_native.errors import DeviceError, InputError
@@ -134,7 +134,7 @@ def test_operators_on_a_gpu_in_software(emulated):
         addend = torch.randn_like(plain) if residual else None
         args += (*bounds, addend, *grid)
         expected = ops.conv2d(x, packed, scale, bias, *args)
-        got = cuda_ops._conv2d_cuda(x, packed, scale, bias, *args)
+        got = ops.cuda.conv2d_cuda(x, packed, scale, bias, *args)
         assert torch.equal(got, expected)
         assert got.stride() == expected.stride()
 
@@ -147,21 +147,21 @@ def test_other_operators_on_a_gpu_in_software(emulated):
     packed = ops.pack_weight(weights((8, 3, 3, 4), 4), 4)
     args = (0.03, 100, 8, (3, 4), (2, 3), (1, 0), (1, 1), (1, 1), 4)
     expected = ops.conv_transpose2d(x, packed, scale, bias, *args)
-    assert torch.equal(cuda_ops._conv_transpose2d_cuda(x, packed, scale, bias, *args), expected)
+    assert torch.equal(ops.cuda.conv_transpose2d_cuda(x, packed, scale, bias, *args), expected)
     flat = ops.pack_weight(weights((8, 6), 3), 3)
     expected = ops.linear(x, flat, scale, bias, 0.05, 128, 8)
-    assert torch.equal(cuda_ops._linear_cuda(x, flat, scale, bias, 0.05, 128, 8), expected)
-    got = cuda_ops._linear_weight_only_cuda(x.half(), flat, scale, bias)
-    torch.testing.assert_close(got, cuda_ops.linear_weight_only(x.half(), flat, scale, bias))
+    assert torch.equal(ops.cuda.linear_cuda(x, flat, scale, bias, 0.05, 128, 8), expected)
+    got = ops.cuda.linear_weight_only_cuda(x.half(), flat, scale, bias)
+    torch.testing.assert_close(got, ops.linear_weight_only(x.half(), flat, scale, bias))
     levels = torch.randint(0, 256, (2, 12, 9, 8), dtype=torch.uint8)
     whole = ops.pack_weight(weights((8, 12, 3, 3), 5), 5)
     args = (17, 90, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1, 5, 250)
     expected = ops.conv2d_u8(levels, whole, scale, bias * 20, *args)
-    assert torch.equal(cuda_ops._conv2d_u8_cuda(levels, whole, scale, bias * 20, *args), expected)
+    assert torch.equal(ops.cuda.conv2d_u8_cuda(levels, whole, scale, bias * 20, *args), expected)
     for t in (x, x.half(), x.transpose(0, 2), x[:, ::2], x[:0]):
         expected = ops.fake_quantize(t, 0.1, 30, 6)
-        assert torch.equal(cuda_ops._fake_quantize_cuda(t, 0.1, 30, 6), expected)
-        assert torch.equal(cuda_ops._quantize_cuda(t, 0.1, 30, 6), ops.quantize(t, 0.1, 30, 6))
+        assert torch.equal(ops.cuda.fake_quantize_cuda(t, 0.1, 30, 6), expected)
+        assert torch.equal(ops.cuda.quantize_cuda(t, 0.1, 30, 6), ops.quantize(t, 0.1, 30, 6))
 
 
 def test_changed_parameters_are_noticed(emulated):
@@ -173,10 +173,10 @@ def test_changed_parameters_are_noticed(emulated):
         change()
         expected = ops.conv2d(x, packed, scale, bias, *args)
         for _ in range(2):
-            assert torch.equal(cuda_ops._conv2d_cuda(x, packed, scale, bias, *args), expected)
+            assert torch.equal(ops.cuda.conv2d_cuda(x, packed, scale, bias, *args), expected)
     packed.copy_(ops.pack_weight(weights((4, 3, 1, 1), 4).flip(0), 4))
     expected = ops.conv2d(x, packed, scale, bias, *args)
-    assert torch.equal(cuda_ops._conv2d_cuda(x, packed, scale, bias, *args), expected)
+    assert torch.equal(ops.cuda.conv2d_cuda(x, packed, scale, bias, *args), expected)
 
 
 def test_profile_and_sizes(emulated):
@@ -228,10 +228,10 @@ def test_tensors_of_another_device_are_named(on_gpu):
     packed = ops.pack_weight(weights((4, 3, 1, 1), 4), 4)
     args = (torch.rand(4), torch.zeros(4), 0.1, 0, 8, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1)
     with pytest.raises(InputError, match="the input is on cpu, but weight_packed is on meta"):
-        cuda_ops._conv2d_cuda(x, packed.to("meta"), *args)
+        ops.cuda.conv2d_cuda(x, packed.to("meta"), *args)
     residual = torch.zeros(2, 4, 4, 4, device="meta")
     with pytest.raises(InputError, match="the input is on cpu, but residual is on meta"):
-        cuda_ops._conv2d_cuda(x, packed, *args, None, None, residual)
+        ops.cuda.conv2d_cuda(x, packed, *args, None, None, residual)
 
 
 def test_memory_that_is_not_there_is_an_error(on_gpu, monkeypatch):
@@ -267,7 +267,7 @@ def test_views_and_empty_batches_on_a_gpu_in_software(emulated):
     whole = torch.randn(4, 12, 9, 11)
     for x in (whole[:, 3:9, 1:, 2:], whole[:, ::2], whole[1:, :6].transpose(2, 3), whole[:0, :6]):
         expected = ops.conv2d(x, packed, scale, bias, *args)
-        assert torch.equal(cuda_ops._conv2d_cuda(x, packed, scale, bias, *args), expected)
+        assert torch.equal(ops.cuda.conv2d_cuda(x, packed, scale, bias, *args), expected)
 
 
 @pytest.mark.parametrize(
@@ -347,9 +347,9 @@ def test_linear_weight_only_on_the_cpu(dtype):
     w = torch.randint(-4, 4, (5, 9), dtype=torch.int8)
     packed, scale, bias = ops.pack_weight(w, 3), torch.rand(5), torch.randn(5)
     x = torch.randn(2, 4, 9).to(dtype)
-    torch.library.opcheck(cuda_ops.linear_weight_only, (x, packed, scale, bias))
+    torch.library.opcheck(ops.linear_weight_only, (x, packed, scale, bias))
     expected = (x.float() @ w.T.float()) * scale + bias
-    got = cuda_ops.linear_weight_only(x, packed, scale, bias)
+    got = ops.linear_weight_only(x, packed, scale, bias)
     torch.testing.assert_close(got, expected.to(dtype))
     with pytest.raises(TypeError, match="float16"):
-        cuda_ops.linear_weight_only(x.float(), packed, scale, bias)
+        ops.linear_weight_only(x.float(), packed, scale, bias)

@@ -12,7 +12,7 @@ from helpers_models import batches, tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from adalayer_native import cuda_ops, ops
+from adalayer_native import ops
 from adalayer_native.errors import InputError
 from adalayer_native.nn import Conv2d, FakeQuantize
 
@@ -124,7 +124,7 @@ def test_linear_weight_only(dtype, bits, rows):
     w = weights((130, 520), bits)
     packed, scale, bias = ops.pack_weight(w, bits), torch.rand(130) * 0.01, torch.randn(130)
     x = torch.randn(rows, 520).to(dtype)
-    got = cuda_ops.linear_weight_only(x.cuda(), packed.cuda(), scale.cuda(), bias.cuda())
+    got = ops.linear_weight_only(x.cuda(), packed.cuda(), scale.cuda(), bias.cuda())
     assert got.dtype == dtype
     terms = x.double() @ (w.double() * scale.double()[:, None]).T
     size = x.double().abs() @ (w.double().abs() * scale.double()[:, None]).T
@@ -151,7 +151,7 @@ def test_opcheck():
     torch.library.opcheck(ops.linear, (x, flat, scale, bias, 0.1, 5, 8))
     torch.library.opcheck(ops.quantize, (x, 0.1, 3, 8))
     torch.library.opcheck(ops.fake_quantize, (x, 0.1, 3, 8))
-    torch.library.opcheck(cuda_ops.linear_weight_only, (x.half(), flat, scale, bias))
+    torch.library.opcheck(ops.linear_weight_only, (x.half(), flat, scale, bias))
 
 
 def test_a_module_tree_moves_to_the_gpu_and_back():
@@ -210,9 +210,7 @@ def test_misaligned_views():
     packed = ops.pack_weight(weights((16, 24), 4), 4)
     scale, bias = torch.rand(16), torch.randn(16)
     values = torch.randn(2 * 24 + 3, dtype=torch.half)[3:].reshape(2, 24)
-    got = cuda_ops.linear_weight_only(values.cuda(), packed.cuda(), scale.cuda(), bias.cuda())
+    got = ops.linear_weight_only(values.cuda(), packed.cuda(), scale.cuda(), bias.cuda())
     shifted = torch.cat([torch.zeros(3, dtype=torch.half), values.flatten()]).cuda()[3:]
-    again = cuda_ops.linear_weight_only(
-        shifted.reshape(2, 24), packed.cuda(), scale.cuda(), bias.cuda()
-    )
+    again = ops.linear_weight_only(shifted.reshape(2, 24), packed.cuda(), scale.cuda(), bias.cuda())
     assert torch.equal(got, again)

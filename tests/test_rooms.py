@@ -23,7 +23,6 @@ PYTHON_ROOMS = [
         "plan",
         "cuda",
         "ops",
-        "cuda_ops",
         "rounding",
         "files",
         "nn",

@@ -7,7 +7,7 @@ The main job in one call is :func:`compress`; its steps are :func:`analyze`, :fu
 
 from importlib.metadata import PackageNotFoundError, version
 
-from adalayer_native import cuda_ops, energy, nn, ops, plot
+from adalayer_native import energy, nn, ops, plot
 from adalayer_native._library import get_cmake_dir, get_include, get_library_dir
 from adalayer_native.allocation import (
     Budget,
@@ -72,7 +72,6 @@ __all__ = [
     "compile",
     "compress",
     "convert",
-    "cuda_ops",
     "energy",
     "estimate_bytes",
     "finetune",

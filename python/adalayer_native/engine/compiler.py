@@ -82,9 +82,9 @@ def compile(
 
 
 def _check_converted(model: nn.Module) -> None:
-    from adalayer_native.nn.modules import _NativeLayer
+    from adalayer_native.nn.layer import NativeLayer
 
-    if any(isinstance(module, _NativeLayer) for module in model.modules()):
+    if any(isinstance(module, NativeLayer) for module in model.modules()):
         return
     if "layers" in getattr(model, "meta", {}):
         raise CalibrationError(

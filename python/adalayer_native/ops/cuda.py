@@ -1,22 +1,35 @@
-"""The torch operators of :mod:`adalayer_native.ops` for tensors on a GPU.
-
-Results have the same bits as on the CPU. Importing this registers them; the CUDA library is loaded
-by the first call.
-"""
+"""The operators on GPU tensors. The CUDA library is loaded by the first call."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from adalayer_native import cuda, ops
+from adalayer_native import cuda
 from adalayer_native.cuda import LayerGeometry
 from adalayer_native.errors import InputError
+from adalayer_native.ops.checks import (
+    FLOATS,
+    channels_last,
+    check_input,
+    check_parameters,
+    conv_out_shape,
+    conv_transpose_out_shape,
+    dense,
+    weight_only_shape,
+)
 
-__all__ = ["linear_weight_only"]
+__all__ = [
+    "conv2d_cuda",
+    "conv2d_u8_cuda",
+    "conv_transpose2d_cuda",
+    "fake_quantize_cuda",
+    "linear_cuda",
+    "linear_weight_only_cuda",
+    "quantize_cuda",
+]
 
 
 def _same_device(op: str, x: Tensor, **others: Tensor | None) -> None:
@@ -29,7 +42,7 @@ def _same_device(op: str, x: Tensor, **others: Tensor | None) -> None:
 
 def _ordered(x: Tensor) -> tuple[Tensor, bool]:
     """x in float32 and in memory order, and whether that is channels_last."""
-    nhwc = ops._channels_last(x)
+    nhwc = channels_last(x)
     layout = torch.channels_last if nhwc else torch.contiguous_format
     return x.float().contiguous(memory_format=layout), nhwc
 
@@ -43,7 +56,7 @@ def _convolve(
     g: LayerGeometry,
     residual: Tensor | None,
 ) -> Tensor:
-    ops._check_parameters(op, packed, scale, bias)
+    check_parameters(op, packed, scale, bias)
     _same_device(op, x, weight_packed=packed, scale=scale, bias=bias, residual=residual)
     values, nhwc = _ordered(x)
     layout = torch.channels_last if nhwc else torch.contiguous_format
@@ -75,7 +88,7 @@ def _four(values: Sequence[int]) -> tuple[int, int, int, int]:
     return int(top), int(left), int(bottom), int(right)
 
 
-def _conv2d_cuda(
+def conv2d_cuda(
     x: Tensor,
     weight_packed: Tensor,
     weight_scale: Tensor,
@@ -95,9 +108,9 @@ def _conv2d_cuda(
     output_zero_point: int = 0,
     output_bits: int = 0,
 ) -> Tensor:
-    ops._check_input("conv2d", x, ops._FLOATS, 4)
+    check_input("conv2d", x, FLOATS, 4)
     out_channels = weight_scale.shape[0]
-    shape = ops._conv_out_shape(x, out_channels, kernel_size, stride, padding, dilation)
+    shape = conv_out_shape(x, out_channels, kernel_size, stride, padding, dilation)
     g = LayerGeometry(
         x.shape[1],
         x.shape[2],
@@ -119,7 +132,7 @@ def _conv2d_cuda(
     return _convolve("conv2d", x, weight_packed, weight_scale, bias, g, residual)
 
 
-def _conv2d_u8_cuda(
+def conv2d_u8_cuda(
     x: Tensor,
     weight_packed: Tensor,
     scale: Tensor,
@@ -134,13 +147,13 @@ def _conv2d_u8_cuda(
     lo: int = 0,
     hi: int = 255,
 ) -> Tensor:
-    ops._check_input("conv2d_u8", x, (torch.uint8,), 4)
+    check_input("conv2d_u8", x, (torch.uint8,), 4)
     if not 0 <= lo <= hi <= 255 or not 0 <= output_zero_point <= 255:
         raise ValueError(
             "adalayer::conv2d_u8: expected 0 <= lo <= hi <= 255 and a zero point in 0…255, "
             f"got lo={lo}, hi={hi}, output_zero_point={output_zero_point}"
         )
-    shape = ops._conv_out_shape(x, scale.shape[0], kernel_size, stride, padding, dilation)
+    shape = conv_out_shape(x, scale.shape[0], kernel_size, stride, padding, dilation)
     g = LayerGeometry(
         x.shape[1],
         x.shape[2],
@@ -165,7 +178,7 @@ def _conv2d_u8_cuda(
     return (out + output_zero_point).to(torch.uint8)
 
 
-def _conv_transpose2d_cuda(
+def conv_transpose2d_cuda(
     x: Tensor,
     weight_packed: Tensor,
     weight_scale: Tensor,
@@ -185,7 +198,7 @@ def _conv_transpose2d_cuda(
     output_zero_point: int = 0,
     output_bits: int = 0,
 ) -> Tensor:
-    shape = ops._conv_transpose_out_shape(
+    shape = conv_transpose_out_shape(
         x, weight_scale.shape[0], kernel_size, stride, padding, output_padding, dilation
     )
     pad_h, pad_w = padding
@@ -211,7 +224,7 @@ def _conv_transpose2d_cuda(
     return _convolve("conv_transpose2d", x, weight_packed, weight_scale, bias, g, None)
 
 
-def _linear_cuda(
+def linear_cuda(
     x: Tensor,
     weight_packed: Tensor,
     weight_scale: Tensor,
@@ -222,7 +235,7 @@ def _linear_cuda(
     lo: float | None = None,
     hi: float | None = None,
 ) -> Tensor:
-    ops._check_input("linear", x, ops._FLOATS, None)
+    check_input("linear", x, FLOATS, None)
     if x.dim() == 0:
         raise ValueError("adalayer::linear: expected an input of at least one dimension")
     features, out_features = x.shape[-1], weight_scale.shape[0]
@@ -249,80 +262,28 @@ def _linear_cuda(
     return out.reshape(*x.shape[:-1], out_features)
 
 
-def _quantize_cuda(x: Tensor, scale: float, zero_point: int, bits: int) -> Tensor:
-    ops._check_input("quantize", x, ops._FLOATS, None)
-    values = ops._dense(x.float())
+def quantize_cuda(x: Tensor, scale: float, zero_point: int, bits: int) -> Tensor:
+    check_input("quantize", x, FLOATS, None)
+    values = dense(x.float())
     out = torch.empty_like(values, dtype=torch.uint8)
     cuda.on_grid(values, scale, zero_point, bits, out, real=False)
     return out
 
 
-def _fake_quantize_cuda(x: Tensor, scale: float, zero_point: int, bits: int) -> Tensor:
-    ops._check_input("fake_quantize", x, ops._FLOATS, None)
-    values = ops._dense(x.float())
+def fake_quantize_cuda(x: Tensor, scale: float, zero_point: int, bits: int) -> Tensor:
+    check_input("fake_quantize", x, FLOATS, None)
+    values = dense(x.float())
     out = torch.empty_like(values)
     cuda.on_grid(values, scale, zero_point, bits, out, real=True)
     return out if x.dtype == torch.float32 else out.to(x.dtype)
 
 
-# ----------------------------------------------------------------- float activations, b-bit weights
-
-ops._library.define(
-    "linear_weight_only(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor bias) -> Tensor"
-)
-
-
-def _check_weight_only(x: Tensor, weight_scale: Tensor) -> list[int]:
-    ops._check_input("linear_weight_only", x, (torch.float16, torch.bfloat16), None)
-    if x.dim() == 0:
-        raise ValueError(
-            "adalayer::linear_weight_only: expected an input of at least one dimension"
-        )
-    return [*x.shape[:-1], weight_scale.shape[0]]
-
-
-def _linear_weight_only_cuda(
+def linear_weight_only_cuda(
     x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor
 ) -> Tensor:
-    shape = _check_weight_only(x, weight_scale)
-    ops._check_parameters("linear_weight_only", weight_packed, weight_scale, bias)
+    shape = weight_only_shape(x, weight_scale)
+    check_parameters("linear_weight_only", weight_packed, weight_scale, bias)
     _same_device(
         "linear_weight_only", x, weight_packed=weight_packed, scale=weight_scale, bias=bias
     )
     return cuda.linear_float(x.contiguous(), weight_packed, weight_scale, bias, shape)
-
-
-def _linear_weight_only_cpu(
-    x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor
-) -> Tensor:
-    """The same function by torch, for comparison; slow."""
-    shape = _check_weight_only(x, weight_scale)
-    ops._check_parameters("linear_weight_only", weight_packed, weight_scale, bias)
-    weight = ops.unpack_weight(weight_packed).flatten(1).float()
-    y = (x.float().reshape(-1, x.shape[-1]) @ weight.T) * weight_scale + bias
-    return y.to(x.dtype).reshape(shape)
-
-
-def _linear_weight_only_fake(
-    x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor
-) -> Tensor:
-    return x.new_empty(_check_weight_only(x, weight_scale))
-
-
-_CUDA: dict[str, Any] = {
-    "conv2d": _conv2d_cuda,
-    "conv2d_u8": _conv2d_u8_cuda,
-    "conv_transpose2d": _conv_transpose2d_cuda,
-    "linear": _linear_cuda,
-    "quantize": _quantize_cuda,
-    "fake_quantize": _fake_quantize_cuda,
-    "linear_weight_only": _linear_weight_only_cuda,
-}
-for _name, _function in _CUDA.items():
-    ops._library.impl(_name, _function, "CUDA")
-ops._library.impl("linear_weight_only", _linear_weight_only_cpu, "CPU")
-torch.library.register_fake(
-    "adalayer::linear_weight_only", _linear_weight_only_fake, lib=ops._library
-)
-
-linear_weight_only = torch.ops.adalayer.linear_weight_only.default

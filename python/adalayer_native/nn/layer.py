@@ -1,0 +1,244 @@
+"""What all drop-in layers share: packed weights, the grid of their input, refusals.
+
+The modules hold the canonical packed weights as buffers, so ``state_dict``, ``deepcopy`` and
+safetensors carry the same device-neutral bytes that the ``.safetensors`` model file has:
+
+======================  =========  =====================================================
+``weight_packed``       uint8      header of 64 bytes, then bit-planes (or mask + the rest)
+``weight_scale``        float32    one step per output channel, batch norm folded in
+``bias``                float32    ``[out]``, batch norm folded in
+``input_qparams``       float32    (scale, zero point, bits) of the u8 input grid
+======================  =========  =====================================================
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adalayer_native import _C, ops
+from adalayer_native.errors import FileFormatError, InputError, UnsupportedModelError
+
+__all__ = [
+    "Activation",
+    "NativeLayer",
+    "QuantizedInput",
+    "checked_qparams",
+    "clamp_range",
+    "grid_of",
+    "refuse_backward",
+]
+
+Activation = str | tuple[float | None, float | None] | None
+
+
+def clamp_range(activation: Activation) -> tuple[float | None, float | None]:
+    if activation is None:
+        return None, None
+    if activation == "relu":
+        return 0.0, None
+    if activation == "relu6":
+        return 0.0, 6.0
+    if isinstance(activation, str):
+        raise ValueError(
+            f"activation must be None, 'relu', 'relu6' or (lo, hi), got {activation!r}"
+        )
+    lo, hi = activation
+    if lo is not None and hi is not None and not lo <= hi:
+        raise ValueError(f"activation range must have lo <= hi, got {activation!r}")
+    return lo, hi
+
+
+def checked_qparams(scale: float, zero_point: int, bits: int) -> Tensor:
+    if not 2 <= bits <= 8:
+        raise ValueError(f"activation bits must be 2 to 8, got {bits}")
+    if not (scale > 0 and math.isfinite(scale)):
+        raise ValueError(f"activation scale must be positive and finite, got {scale}")
+    if not 0 <= zero_point < 2**bits:
+        raise ValueError(f"zero point must be 0 to {2**bits - 1}, got {zero_point}")
+    return torch.tensor([scale, zero_point, bits], dtype=torch.float32)
+
+
+def grid_of(low: float, high: float, bits: int) -> tuple[float, int]:
+    """Scale and zero point of the u8 grid over [low, high], widened to contain zero exactly."""
+    if not (math.isfinite(low) and math.isfinite(high)) or low > high:
+        raise ValueError(f"input range must be finite with low <= high, got ({low}, {high})")
+    low, high = min(low, 0.0), max(high, 0.0)
+    qmax = 2**bits - 1
+    scale = float(torch.tensor((high - low) / qmax, dtype=torch.float32)) or 1.0
+    return scale, min(max(round(-low / scale), 0), qmax)
+
+
+class _RefuseBackward(torch.autograd.Function):
+    """Identity whose backward explains itself: integer kernels have no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, x: Tensor, name: str) -> Tensor:
+        ctx.layer = name
+        # Not a view of it: what reads the result may overwrite it.
+        ctx.mark_dirty(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            f"backward through the native layer {ctx.layer} is not possible: it computes in "
+            "integers. Train the prepared model (adalayer_native.prepare) and convert it again."
+        )
+
+
+# Newer versions of torch say whether an export is under way; older ones keep the node.
+_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+
+
+def refuse_backward(out: Tensor, x: Tensor, label: Callable[[], str]) -> Tensor:
+    """``out``, whose backward is an error that names the layer; an export has no backward."""
+    if torch.is_grad_enabled() and x.requires_grad and not _exporting():
+        return _RefuseBackward.apply(out, x, label())
+    return out
+
+
+class QuantizedInput(nn.Module):
+    """A u8 input grid kept as a buffer, with its values as Python numbers for the operators."""
+
+    _grid_key = "input_qparams"
+
+    def _set_grid(self, qparams: Tensor) -> None:
+        self.register_buffer(self._grid_key, qparams)
+        self._read_grid()
+
+    def _read_grid(self) -> None:
+        scale, zero_point, bits = getattr(self, self._grid_key).tolist()
+        self.input_scale, self.input_zero_point, self.input_bits = scale, int(zero_point), int(bits)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        key = prefix + self._grid_key
+        if key in state_dict:
+            scale, zero_point, bits = state_dict[key].tolist()
+            try:
+                checked_qparams(scale, int(zero_point), int(bits))
+            except ValueError as error:
+                raise FileFormatError(f"{key}: {error}") from None
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._read_grid()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # .half() and .bfloat16() cast floating buffers; scales must stay float32 (law 1).
+        kept = {k: v for k, v in self._buffers.items() if v is not None}
+        super()._apply(fn, recurse)
+        for key, value in kept.items():
+            now = self._buffers[key]
+            if now is not None and now.dtype != value.dtype:
+                self._buffers[key] = value.to(now.device)
+        return self
+
+
+class NativeLayer(QuantizedInput):
+    weight_packed: Tensor
+    weight_scale: Tensor
+    bias: Tensor
+    lo: float | None
+    hi: float | None
+
+    def _set_weight(
+        self,
+        weight: Tensor,
+        bits: int,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        activation: Activation,
+    ) -> None:
+        out_channels = weight.shape[0]
+        if not 2 <= bits <= 8:
+            raise ValueError(f"weight bits must be 2 to 8, got {bits}")
+        scale = weight_scale.detach().to(torch.float32).cpu().contiguous().clone()
+        offset = torch.zeros(out_channels) if bias is None else bias
+        offset = offset.detach().to(torch.float32).cpu().contiguous().clone()
+        for name, value in (("weight_scale", scale), ("bias", offset)):
+            if value.shape != (out_channels,):
+                raise ValueError(
+                    f"{name} must have shape [{out_channels}], got {list(value.shape)}"
+                )
+            if not bool(torch.isfinite(value).all()):
+                raise ValueError(f"{name} must be finite")
+        try:
+            _C.check_accumulator(weight[0].numel(), bits)
+        except ValueError as error:
+            raise UnsupportedModelError(str(error)) from None
+        self.lo, self.hi = clamp_range(activation)
+        self.register_buffer("weight_packed", ops.pack_weight(weight, bits))
+        self.register_buffer("weight_scale", scale)
+        self.register_buffer("bias", offset)
+
+    @property
+    def bits(self) -> int:
+        """Bits per weight, from the packed header."""
+        return int(ops.packed_info(self.weight_packed)["bits"])
+
+    def weight_int(self) -> Tensor:
+        """The integer weights, int8 in the layer's shape."""
+        return ops.unpack_weight(self.weight_packed)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        key = prefix + "weight_packed"
+        if key in state_dict:
+            # Another plan packs to another size: adopt it, once it describes this layer's shape.
+            packed = state_dict[key]
+            try:
+                shape = tuple(ops.packed_info(packed)["shape"])
+            except FileFormatError as error:
+                raise FileFormatError(f"{key}: {error}") from None
+            expected = tuple(ops.packed_info(self.weight_packed)["shape"])
+            if shape != expected:
+                raise FileFormatError(
+                    f"{key}: expected packed weights of shape {expected}, got {shape}"
+                )
+            if packed.shape != self.weight_packed.shape:
+                self.weight_packed = torch.empty_like(packed, device=self.weight_packed.device)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _check(self, x: Tensor, channels: int, axis: int, dims: int | None) -> None:
+        if x.device != self.weight_packed.device:
+            raise InputError(
+                f"{self._label()}: the layer is on {self.weight_packed.device}, but its input is "
+                f"on {x.device}"
+            )
+        if dims is not None and x.dim() != dims:
+            raise ValueError(
+                f"{self._label()}: expected {dims} dimensions, got shape {list(x.shape)}"
+            )
+        if x.dim() == 0 or x.shape[axis] != channels:
+            raise ValueError(
+                f"{self._label()}: expected {channels} channels on axis {axis}, "
+                f"got shape {list(x.shape)}"
+            )
+
+    def _label(self) -> str:
+        return f"{type(self).__name__}({self._size_repr()})"
+
+    def _size_repr(self) -> str:
+        raise AssertionError("each layer type says its own size")
+
+    def _finish(self, out: Tensor, x: Tensor) -> Tensor:
+        return refuse_backward(out, x, self._label)
+
+    def extra_repr(self) -> str:
+        info = ops.packed_info(self.weight_packed)
+        stored = info["stored"] / math.prod(info["shape"])
+        text = (
+            f"{self._size_repr()}, bits={info['bits']}, encoding={info['encoding']}"
+            f"{f', stored={stored:.1%}' if info['encoding'] != 'dense' else ''}, "
+            f"bytes={self.weight_packed.numel()}, input=u{self.input_bits}"
+            f"(scale={self.input_scale:.4g}, zero_point={self.input_zero_point})"
+        )
+        if self.lo is not None or self.hi is not None:
+            text += f", clamp=({self.lo}, {self.hi})"
+        return text

@@ -1,0 +1,100 @@
+"""Torch operators over the native kernels: schemas, implementations, fake kernels.
+
+Operators take the canonical packed weights (device-neutral bytes with a header), so a compiled or
+exported program holds nothing that depends on the machine. The layout that the machine's kernels
+want is derived on first use and cached by content.
+
+Results have the same bits on CPU and GPU tensors. Weights are ``uint8[64 + payload]`` as
+:func:`pack_weight` makes them; scales and biases are ``float32[out_channels]``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from adalayer_native.ops import cpu, cuda, fake
+from adalayer_native.ops.checks import plain_eager
+from adalayer_native.ops.cpu import conv2d_direct
+from adalayer_native.ops.machine import (
+    active_isa,
+    force_isa,
+    get_num_threads,
+    isas,
+    set_num_threads,
+    set_sparse_policy,
+)
+from adalayer_native.ops.packing import pack_weight, packed_info, unpack_weight
+
+__all__ = [
+    "active_isa",
+    "conv2d",
+    "conv2d_direct",
+    "conv2d_u8",
+    "conv_transpose2d",
+    "fake_quantize",
+    "force_isa",
+    "get_num_threads",
+    "isas",
+    "linear",
+    "linear_weight_only",
+    "pack_weight",
+    "packed_info",
+    "plain_eager",
+    "quantize",
+    "set_num_threads",
+    "set_sparse_policy",
+    "unpack_weight",
+]
+
+_library = torch.library.Library("adalayer", "DEF")
+
+_CONV_ARGS = (
+    "int[2] kernel_size, int[2] stride, int[4] padding, int[2] dilation, int groups, "
+    "float? lo=None, float? hi=None, Tensor? residual=None, float output_scale=0.0, "
+    "int output_zero_point=0, int output_bits=0"
+)
+_library.define(
+    "conv2d(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor bias, float input_scale, "
+    f"int input_zero_point, int input_bits, {_CONV_ARGS}) -> Tensor"
+)
+_library.define(
+    "conv2d_u8(Tensor x, Tensor weight_packed, Tensor scale, Tensor bias, int input_zero_point, "
+    "int output_zero_point, int[2] kernel_size, int[2] stride, int[4] padding, int[2] dilation, "
+    "int groups, int lo=0, int hi=255) -> Tensor"
+)
+_library.define(
+    "conv_transpose2d(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor bias, "
+    "float input_scale, int input_zero_point, int input_bits, int[2] kernel_size, int[2] stride, "
+    "int[2] padding, SymInt[2] output_padding, int[2] dilation, int groups, float? lo=None, "
+    "float? hi=None, float output_scale=0.0, int output_zero_point=0, int output_bits=0) -> Tensor"
+)
+_library.define(
+    "linear(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor bias, float input_scale, "
+    "int input_zero_point, int input_bits, float? lo=None, float? hi=None) -> Tensor"
+)
+_library.define("quantize(Tensor x, float scale, int zero_point, int bits) -> Tensor")
+_library.define("fake_quantize(Tensor x, float scale, int zero_point, int bits) -> Tensor")
+_library.define(
+    "linear_weight_only(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor bias) -> Tensor"
+)
+
+for _name in (
+    "conv2d",
+    "conv2d_u8",
+    "conv_transpose2d",
+    "linear",
+    "linear_weight_only",
+    "quantize",
+    "fake_quantize",
+):
+    _library.impl(_name, getattr(cpu, f"{_name}_cpu"), "CPU")
+    _library.impl(_name, getattr(cuda, f"{_name}_cuda"), "CUDA")
+    torch.library.register_fake(f"adalayer::{_name}", getattr(fake, f"{_name}_fake"), lib=_library)
+
+conv2d = torch.ops.adalayer.conv2d.default
+conv2d_u8 = torch.ops.adalayer.conv2d_u8.default
+conv_transpose2d = torch.ops.adalayer.conv_transpose2d.default
+linear = torch.ops.adalayer.linear.default
+linear_weight_only = torch.ops.adalayer.linear_weight_only.default
+quantize = torch.ops.adalayer.quantize.default
+fake_quantize = torch.ops.adalayer.fake_quantize.default
