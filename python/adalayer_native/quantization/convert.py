@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from adalayer_native.errors import FileFormatError
 from adalayer_native.plan import LayerPlan, Plan, layer_kind, supported_layers
 from adalayer_native.quantization import ops_table as table
+from adalayer_native.quantization.chains import ACT_ROOT
 from adalayer_native.quantization.exact import check_calibrated, fold
 from adalayer_native.quantization.fake_quant import (
     QuantConv2d,
@@ -20,7 +21,6 @@ from adalayer_native.quantization.fake_quant import (
     QuantLinear,
 )
 from adalayer_native.quantization.graph import (
-    ACT_ROOT,
     build_prepared,
     metadata,
     quantizers_of,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from adalayer_native.plan import Plan
-from adalayer_native.quantization.graph import (
+from adalayer_native.quantization.chains import (
     ACT_ROOT,
     Structure,
     analyse,
