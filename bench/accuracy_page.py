@@ -20,7 +20,7 @@ HEAD = f"""# Accuracy
 How much accuracy a file of a given size keeps, measured by one protocol (`bench/accuracy.py`). DATA
 is CIFAR-10 as a folder or zip (`train/<class>/…`, `test/<class>/…`), MODELS a folder with
 `adalayernet_cifar10.safetensors` and `resnet20_cifar10.safetensors`, and, for the rows "trained
-longer", `adalayernet-long_cifar10.safetensors` from `adalayer train adalayernet --epochs 20 --data
+longer", `adalayernet-long_cifar10.safetensors` from `adalayer train adalayernet --epochs 30 --data
 DATA --out MODELS/adalayernet-long_cifar10.safetensors`.
 
 - **Test images** are seen once per row, by the finished engine: all 10,000 of them.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from helpers_models import batches, tiny
@@ -10,6 +12,7 @@ import adalayer_native as ada
 from adalayer_native.errors import PlanError
 from adalayer_native.quantization.graph import layers_of, quantizers_of
 from adalayer_native.training import Paused, Watch, finetune, fit
+from adalayer_native.training.widths import WidthSchedule
 
 
 class Pausing(Watch):
@@ -92,6 +95,26 @@ def test_widths_over_time() -> None:
     x = batches()[0][0]
     with ada.simulate(model, exact=True), torch.no_grad():
         assert torch.equal(native(x), model(x))
+
+
+def test_steps_follow_the_number_of_levels() -> None:
+    """With the range kept, 2 bits would have a step five times as large as 4 bits."""
+    model = prepared(4)
+    read = {entry["input"] for entry in model.meta["layers"].values()}
+    # Behind a ReLU; elsewhere zero must be a level, which moves the step too.
+    before = {
+        name: q.scale
+        for name, q in quantizers_of(model).items()
+        if name in read and q.constants()[2] == 0
+    }
+    assert before
+    schedule = WidthSchedule(model, (2, 4))
+    for width, expected in ((2, math.sqrt(15 / 3)), (4, 1.0)):
+        schedule.update(0.0 if width == 2 else 1.0)
+        for name, scale in before.items():
+            quantizer = quantizers_of(model)[name]
+            assert quantizer.bits == width
+            assert float(quantizer.scale) == pytest.approx(float(scale) * expected, rel=1e-4)
 
 
 @pytest.mark.parametrize(

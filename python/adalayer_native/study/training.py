@@ -22,8 +22,8 @@ __all__ = ["RunWatch", "prepared_of", "train"]
 def prepared_of(model: nn.Module, chosen: Configuration, data: Iterable[Any]) -> nn.Module:
     """The model to train: itself in full precision, else its simulation with calibrated ranges.
 
-    Ranges are chosen at the final widths; where widths change over time, a range stays and the
-    number of its levels changes, and what is best is learned.
+    Ranges are chosen at the final widths; where widths change over time, a step follows the number
+    of its levels, and what is best is learned.
 
     Args:
         model: float network.

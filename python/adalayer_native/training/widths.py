@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from torch import nn
@@ -88,8 +89,11 @@ class WidthSchedule:
                 layer.step.restart(layer.weight_scale)
                 yield layer.step
         for quantizer in self.quantizers.values():
-            # The range stays, the number of its levels changes.
-            low, high = (quantizer.scale * level for level in quantizer.constants()[2:])
+            # Fewer levels cover a smaller range: steps go with the square root of their number, as
+            # those that learned step sizes start from do. With the range kept, two bits would
+            # leave most activations at zero, and training from scratch goes astray.
+            share = math.sqrt((2**width - 1) / (2**quantizer.bits - 1))
+            low, high = (quantizer.scale * level * share for level in quantizer.constants()[2:])
             quantizer.bits = width
             quantizer.set_range(low, high)
             if quantizer.step is not None:
