@@ -97,7 +97,9 @@ def page_section(results: Mapping[str, Any]) -> str:
     ):
         part = [row for row in rows if row["group"] == group]
         if part:
-            lines += [title, "", *([text, ""] if text else []), *_comparison(part, methods), ""]
+            run = f"`python -m bench.accuracy --data DATA --models MODELS --rows {group}`"
+            lines += [title, "", run, "", *([text, ""] if text else [])]
+            lines += [*_comparison(part, methods), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -38,9 +38,6 @@ SAVE_INTERVAL = 2.0
 WEIGHT_CACHE = 1 << 30
 
 
-Compared = tuple[int, "Measurement"]
-
-
 @dataclass(frozen=True)
 class Measurement:
     """Outcome of one plan on calibration data.
@@ -272,7 +269,9 @@ def hits(output: Any, reference: Any, target: Any) -> tuple[int, int]:
     return int((predicted == truth).sum()), predicted.numel()
 
 
-def compared(choices: Sequence[Choices], judge: Judge, what: str, *, progress: bool) -> Compared:
+def compared(
+    choices: Sequence[Choices], judge: Judge, what: str, *, progress: bool
+) -> tuple[int, Measurement]:
     """Which of some plans loses least, and its measurement."""
     measured: list[Measurement] = []
     with ProgressBar(what, len(choices), unit="plan", enabled=progress) as bar:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import warnings
+from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -49,8 +51,12 @@ class RepairedCheck:
             "activation_bits": problem.activation_bits,
         }
         self.store = Store(cache_dir(settings.directory), "finals", key)
-        with torch.no_grad(), eval_mode(problem.model):
-            self.outputs = [problem.model(batch.x) for batch in data.check]
+
+    @cached_property
+    def outputs(self) -> list[Any]:
+        """What the float model makes of the images to compare on."""
+        with torch.no_grad(), eval_mode(self.problem.model):
+            return [self.problem.model(batch.x) for batch in self.data.check]
 
     @property
     def samples(self) -> int:

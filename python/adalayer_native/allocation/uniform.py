@@ -68,7 +68,9 @@ def uniform_finalists(problem: Problem, evaluator: Judge) -> list[tuple[int, flo
     def loss(pair: tuple[int, float]) -> float:
         return evaluator.measure(problem.full(problem.uniform(*pair))).loss
 
-    return sorted(uniform_pairs(problem), key=loss)[:FINALISTS]
+    found = sorted(uniform_pairs(problem), key=loss)[:FINALISTS]
+    evaluator.save()
+    return found
 
 
 def uniform_pairs(problem: Problem) -> list[tuple[int, float]]:
