@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adalayer_native.pruning.patterns import pattern_mask
+from adalayer_native.pruning.patterns import pattern_mask, pruned_blocks
 from adalayer_native.repair.blocks import BlockOrder
 from adalayer_native.repair.hessian import LayerHessian
 
@@ -119,6 +119,13 @@ def test_a_layer_loses_less_than_with_blocks_of_least_energy(groups: int) -> Non
         plain = pattern_mask(layer.weight.detach(), sparsity, "block16x64")
         assert int(found.mask.sum()) == int(plain.sum())
         assert found.error < hessian.quantize(4, mask=plain).error
+        if groups == 4:  # by what each would cost alone
+            cost = hessian._ready().pruning_cost(4).reshape(hessian.shape)
+            expected = pattern_mask(cost, sparsity, "block16x64", score=cost)
+        else:
+            order = hessian._ready().block_order((16, 64))
+            expected = order.mask(pruned_blocks(order.blocks, sparsity)).reshape(hessian.shape)
+        assert torch.equal(found.mask, expected)
 
 
 @pytest.mark.parametrize("kind", ["constant", "copies", "one image"])
