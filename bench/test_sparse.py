@@ -106,9 +106,10 @@ def test_block_sparse_network(bench: Bench, turns: Any, bits: int, threads: int)
         )
 
 
-def test_bitmask_linear(bench: Bench, turns: Any) -> None:
+@pytest.mark.parametrize("threads", [1, 2])
+def test_bitmask_linear(bench: Bench, turns: Any, threads: int) -> None:
     """4096 x 4096 at batch 1, half of it zeros: weights come from main memory."""
-    with bench.cores(1):
+    with bench.cores(threads):
         generator = torch.Generator().manual_seed(0)
         shape = (4096, 4096)
         sign = 2 * torch.randint(0, 2, shape, generator=generator) - 1
@@ -136,9 +137,9 @@ def test_bitmask_linear(bench: Bench, turns: Any) -> None:
             )
             runs[name] = in_turn(layers, x)
         turns(
-            "zeros/linear 4096-4096, batch 1, 4 bits, cold/1T",
+            f"zeros/linear 4096-4096, batch 1, 4 bits, cold/{threads}T",
             runs,
-            threads=1,
+            threads=threads,
             seconds=8.0,
             targets=[Target("half zeros", ("no zeros",), BITMASK)],
             least=15,
