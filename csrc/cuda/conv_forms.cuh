@@ -1,6 +1,7 @@
 // All forms of conv_mma for one width of the weights.
 #pragma once
 
+#include "cuda/conv_group.cuh"
 #include "cuda/conv_mma.cuh"
 #include "cuda/kernels.hpp"
 
@@ -10,6 +11,11 @@ namespace {
 template <class T>
 KernelInfo form() {
   return {ADALAYER_KERNEL_ADDRESS(conv_mma<T>, ConvParams), T::kThreads, T::kSharedBytes};
+}
+
+template <class T>
+KernelInfo group_form() {
+  return {ADALAYER_KERNEL_ADDRESS(conv_group<T>, ConvParams), T::kThreads, T::kSharedBytes};
 }
 
 template <int kBits>
@@ -34,6 +40,10 @@ template <int kBits>
       return form<ConvTile<kBits, 4, 1, 2, 4, 16>>();
     case 5:
       return form<ConvTile<kBits, 1, 8, 4, 3, 16>>();
+    case 6:
+      return group_form<GroupTile<kBits, 2, 256, 4>>();
+    case 7:
+      return group_form<GroupTile<kBits, 2, 128, 4>>();
     default:
       return {};
   }

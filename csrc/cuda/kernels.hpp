@@ -41,15 +41,18 @@ enum class Form : int {
 constexpr int kForms = 3;
 
 /// Kernels of the convolution on tensor cores: channels x positions of a block.
-constexpr int kTiles = 6;
+constexpr int kTiles = 8;
 struct TileSize {
   const char* name;
   int channels, positions, threads;
   int blocks;  // that the registers of a multiprocessor hold
+  bool group;  // instructions of four warps (conv_group.cuh): Machine::group_products alone
 };
 constexpr TileSize kTileSizes[kTiles] = {
-    {"128x128", 128, 128, 128, 2}, {"128x256", 128, 256, 256, 1}, {"64x128", 64, 128, 128, 3},
-    {"64x64", 64, 64, 128, 4},     {"256x16", 256, 16, 128, 4},   {"64x256", 64, 256, 256, 2},
+    {"mma 128x128", 128, 128, 128, 2, false},  {"mma 128x256", 128, 256, 256, 1, false},
+    {"mma 64x128", 64, 128, 128, 3, false},    {"mma 64x64", 64, 64, 128, 4, false},
+    {"mma 256x16", 256, 16, 128, 4, false},    {"mma 64x256", 64, 256, 256, 2, false},
+    {"wgmma 128x256", 128, 256, 256, 1, true}, {"wgmma 128x128", 128, 128, 256, 2, true},
 };
 
 /// bits: of the packed weights. piece: 16, or 8 and 4 (then 8 bits, dense and the tile of 64 x 128

@@ -168,6 +168,7 @@ std::vector<Choice> choices(const Product& p, const Machine& m) {
     const KernelInfo info = conv_kernel(p.bits, tile, p.piece, form);
     if (info.function == nullptr || info.shared_bytes > m.shared_bytes) continue;
     const TileSize& t = kTileSizes[tile];
+    if (t.group && !m.group_products) continue;
     const int64_t tiles =
         ceil_div(p.channels, t.channels) * ceil_div(p.positions, t.positions) * p.groups;
     const int blocks = std::max(1, std::min(t.blocks, m.shared_bytes / info.shared_bytes));
@@ -180,8 +181,8 @@ std::vector<Choice> choices(const Product& p, const Machine& m) {
       const int64_t launched = tiles * splits;
       const auto beside =
           static_cast<double>(std::min<int64_t>(blocks, ceil_div(launched, m.multiprocessors)));
-      const double products =
-          share * static_cast<double>(t.channels) * t.positions * kStepDepth / 2048.0;
+      const double products = share * static_cast<double>(t.channels) * t.positions * kStepDepth /
+                              (t.group ? 4096.0 : 2048.0);
       const double step = std::max(250.0, beside * products);
       const auto waves =
           static_cast<double>(ceil_div(launched, int64_t{m.multiprocessors} * blocks));
@@ -543,7 +544,7 @@ class Planner {
       q.arrived = reinterpret_cast<int32_t*>(bases_.scratch);
       q.partial = reinterpret_cast<int32_t*>(bases_.scratch + kCounterBytes);
     }
-    std::string kernel = std::string("mma ") + t.name;
+    std::string kernel = t.name;
     if (choice.form == Form::Blocks) kernel.append(" blocks");
     if (choice.form == Form::Structured) kernel.append(" 2:4");
     if (q.splits > 1) kernel.append("/").append(std::to_string(q.splits));

@@ -19,6 +19,7 @@ namespace adalayer::cuda {
 struct Machine {
   int multiprocessors = 132;
   int shared_bytes = 227 * 1024;  // that one block can have
+  bool group_products = true;     // it has products of four warps, and the library kernels for them
 };
 
 /// Bytes of a pixel of `channels` levels.

@@ -97,6 +97,11 @@ Machine machine_of(int device) {
   Machine m;
   m.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
   m.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+#if defined(ADALAYER_CUDA_90A)
+  m.group_products = major == 9 && minor == 0;
+#else
+  m.group_products = false;
+#endif
   return m;
 }
 

@@ -14,7 +14,7 @@
 #define ADALAYER_HD __host__ __device__ __forceinline__
 #define ADALAYER_KERNEL __global__ void
 #define ADALAYER_PARAMS const __grid_constant__
-#define ADALAYER_THREADS(n) __launch_bounds__(n)
+#define ADALAYER_THREADS(...) __launch_bounds__(__VA_ARGS__)
 #define ADALAYER_UNROLL _Pragma("unroll")
 #define ADALAYER_KERNEL_ADDRESS(kernel, Params) reinterpret_cast<const void*>(&kernel)
 
@@ -159,6 +159,94 @@ ADALAYER_DEVICE void multiply_structured(int32_t c[4], const uint32_t a[4], cons
         "r"(which));
 #undef ADALAYER_MMA_SPARSE
 }
+
+// Products of four warps whose numbers are 4i to 4i + 3, asynchronous: they read their operands and
+// write their sums at any time until wait_group_products says that they are done. Compute
+// capability 9.0a alone has them; a kernel that is compiled for another one does nothing instead.
+#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr bool kHasGroupProducts = false;
+#else
+constexpr bool kHasGroupProducts = true;
+#endif
+
+/// What this thread's finished asynchronous copies have brought may be read by such products, of
+/// any thread behind a barrier.
+ADALAYER_DEVICE void show_to_tensor_cores() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+/// Registers of products that follow have been written.
+ADALAYER_DEVICE void start_group_products() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+ADALAYER_DEVICE void commit_group_products() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+/// Waits until at most kGroups of the newest commits are under way.
+template <int kGroups>
+ADALAYER_DEVICE void wait_group_products() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory");
+#endif
+}
+
+#define ADALAYER_NAMES10(t)                                                                        \
+  "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t \
+  "9, "
+#define ADALAYER_NAMES60                                                             \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, " ADALAYER_NAMES10(1) ADALAYER_NAMES10(2) \
+      ADALAYER_NAMES10(3) ADALAYER_NAMES10(4) ADALAYER_NAMES10(5)
+#define ADALAYER_SUMS4(i) "+r"(d[i]), "+r"(d[(i) + 1]), "+r"(d[(i) + 2]), "+r"(d[(i) + 3])
+#define ADALAYER_SUMS16(i) \
+  ADALAYER_SUMS4(i), ADALAYER_SUMS4((i) + 4), ADALAYER_SUMS4((i) + 8), ADALAYER_SUMS4((i) + 12)
+#define ADALAYER_SUMS64(i)                                                  \
+  ADALAYER_SUMS16(i), ADALAYER_SUMS16((i) + 16), ADALAYER_SUMS16((i) + 32), \
+      ADALAYER_SUMS16((i) + 48)
+
+/// d[64 x kColumns] += a[64 x 32] * b[32 x kColumns], a signed and b unsigned bytes. Warp w of the
+/// four holds rows 16w .. 16w + 15 of `a`, as in multiply_s8_u8, and the same rows of `d`: c of
+/// multiply_s8_u8 for columns 8j .. 8j + 7 is d[4j] .. d[4j + 3]. `b` lies in shared memory, a
+/// column in each row of 128 bytes: its 32 values begin at `b`, 0, 32, 64 or 96 bytes behind a
+/// multiple of 1024, and chunks of 16 bytes are rotated within the row by the row's number modulo 8
+/// (bits 7 to 9 of an address are added to bits 4 to 6 without carry).
+template <int kColumns>
+ADALAYER_DEVICE void multiply_group(int32_t (&d)[kColumns / 2], const uint32_t (&a)[4],
+                                    const uint8_t* b) {
+  static_assert(kColumns == 128 || kColumns == 256);
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  // In units of 16 bytes: where it begins; from eight rows to the next eight (1024 bytes); that
+  // rows are 128 bytes, rotated.
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(b));
+  const uint64_t where = uint64_t{(address & 0x3FFFFu) >> 4} | uint64_t{1} << 16 |
+                         uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+  if constexpr (kColumns == 256)
+    asm volatile(
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %133, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n256k32.s32.s8.u8 {" ADALAYER_NAMES60
+        ADALAYER_NAMES10(6) ADALAYER_NAMES10(7) ADALAYER_NAMES10(8) ADALAYER_NAMES10(9)
+        ADALAYER_NAMES10(10) ADALAYER_NAMES10(11)
+        "%120, %121, %122, %123, %124, %125, %126, %127}, {%128, %129, %130, %131}, %132, add;\n}"
+        : ADALAYER_SUMS64(0), ADALAYER_SUMS64(64)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(where), "r"(1));
+  else
+    asm volatile(
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %69, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.u8 {" ADALAYER_NAMES60
+        "%60, %61, %62, %63}, {%64, %65, %66, %67}, %68, add;\n}"
+        : ADALAYER_SUMS64(0)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(where), "r"(1));
+#endif
+}
+#undef ADALAYER_NAMES10
+#undef ADALAYER_NAMES60
+#undef ADALAYER_SUMS4
+#undef ADALAYER_SUMS16
+#undef ADALAYER_SUMS64
 
 /// c[16 x 8] += a[16 x 16] * b[16 x 8] of half or bfloat16 pairs, sums in float. a[0] holds row g,
 /// columns 2t and 2t + 1; a[1] row g + 8; a[2], a[3] columns 8 later; b[0] rows 2t, 2t + 1 of

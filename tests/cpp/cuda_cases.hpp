@@ -155,7 +155,7 @@ inline std::vector<Run> every_width() {
 inline std::vector<Run> every_choice(std::vector<int> widths) {
   std::vector<Run> runs;
   for (const int bits : widths)
-    for (int choice = 0; choice < 20; ++choice)
+    for (int choice = 0; choice < 40; ++choice)
       runs.push_back(
           {{.c = 80, .h = 4, .w = 5, .o = 72, .bits = bits, .residual = true}, 2, choice});
   return runs;

@@ -27,6 +27,15 @@ struct Copy {
   int64_t group;
 };
 
+/// Of four warps, one thread's view of it.
+struct Product {
+  int columns;
+  int32_t* sums;
+  const uint32_t* a;
+  const uint8_t* b;
+  int64_t group;
+};
+
 struct Fiber {
   ucontext_t context{};
   std::unique_ptr<uint8_t[]> stack = std::make_unique<uint8_t[]>(kStackBytes);
@@ -35,6 +44,9 @@ struct Fiber {
   int parity = 0;
   std::vector<Copy> copies;
   int64_t group = 0;
+  std::vector<Copy> unshown;  // copies that have arrived for threads, not yet for tensor cores
+  std::vector<Product> products;
+  int64_t product_group = 0;
 };
 
 struct Warp {
@@ -50,6 +62,8 @@ struct Machine {
   std::unique_ptr<uint8_t[]> memory;
   uint8_t* shared = nullptr;
   int shared_bytes = 0;
+  // [shared_bytes / 4] a copy to there has begun, and tensor cores may not see it yet.
+  std::vector<bool> unshown;
   int threads = 0;
   uint32_t block[3] = {}, grid[3] = {};
   const void* function = nullptr;
@@ -67,6 +81,13 @@ Machine& machine() {
 [[noreturn]] void fault(const std::string& what) {
   throw std::runtime_error("thread " + std::to_string(machine().current->number) + " of block " +
                            std::to_string(machine().block[0]) + ": " + what);
+}
+
+void mark(const Copy& c, bool unshown) {
+  Machine& m = machine();
+  const auto first = static_cast<size_t>(static_cast<uint8_t*>(c.to) - m.shared) / 4;
+  for (size_t k = 0; k < static_cast<size_t>(c.bytes) / 4; ++k)
+    m.unshown[first + k] = unshown;
 }
 
 void yield(State state) {
@@ -97,6 +118,9 @@ void run_block() {
     f.parity = 0;
     f.copies.clear();
     f.group = 0;
+    f.unshown.clear();
+    f.products.clear();
+    f.product_group = 0;
     getcontext(&f.context);
     f.context.uc_stack.ss_sp = f.stack.get();
     f.context.uc_stack.ss_size = kStackBytes;
@@ -181,6 +205,7 @@ void start_copy(void* to, const void* from, int bytes) {
     fault("a copy from a misaligned address");
   Fiber& f = *machine().current;
   f.copies.push_back({to, from, bytes, f.group});
+  mark(f.copies.back(), true);
 }
 
 void commit_copies() { ++machine().current->group; }
@@ -191,8 +216,70 @@ void finish_copies(int newest_groups_left) {
   std::erase_if(f.copies, [&](const Copy& c) {
     if (c.group >= before) return false;
     std::memcpy(c.to, c.from, static_cast<size_t>(c.bytes));
+    f.unshown.push_back(c);
     return true;
   });
+}
+
+void show_copies() {
+  Fiber& f = *machine().current;
+  for (const Copy& c : f.unshown)
+    mark(c, false);
+  f.unshown.clear();
+}
+
+void start_product(int columns, int32_t* sums, const uint32_t* a, const uint8_t* b) {
+  const Machine& m = machine();
+  const std::ptrdiff_t at = b - m.shared;
+  if (at < 0 || at + columns * 128 > m.shared_bytes + at % 128)
+    fault("a product's columns outside of shared memory, at byte " + std::to_string(at));
+  if (at % 1024 >= 128 || at % 32 != 0)
+    fault("a product's misaligned columns, at byte " + std::to_string(at));
+  Fiber& f = *m.current;
+  f.products.push_back({columns, sums, a, b, f.product_group});
+}
+
+void commit_products() { ++machine().current->product_group; }
+
+void finish_products(int newest_groups_left) {
+  Machine& m = machine();
+  Fiber& f = *m.current;
+  const int64_t before = f.product_group - newest_groups_left;
+  size_t done = 0;
+  for (; done < f.products.size() && f.products[done].group < before; ++done) {
+    const Product p = f.products[done];
+    uint32_t mine[4];
+    std::memcpy(mine, p.a, sizeof mine);
+    const auto* all = reinterpret_cast<const uint32_t*>(exchange(mine, sizeof mine));
+    const int lane = f.number % 32, g = lane / 4;
+    // Rows g and g + 8 of the warp's left operand.
+    int8_t left[2][32];
+    for (int quad = 0; quad < 4; ++quad)
+      for (int r = 0; r < 4; ++r)
+        for (int i = 0; i < 4; ++i)
+          left[r % 2][r / 2 * 16 + quad * 4 + i] =
+              static_cast<int8_t>(all[(g * 4 + quad) * 4 + r] >> (8 * i));
+    for (int j = 0; j < p.columns / 8; ++j)
+      for (int e = 0; e < 2; ++e) {
+        const int column = 8 * j + lane % 4 * 2 + e;
+        const size_t row = static_cast<size_t>(p.b - m.shared) + static_cast<size_t>(column) * 128;
+        int32_t sums[2] = {};
+        for (size_t k = 0; k < 32; ++k) {
+          const size_t logical = row + k, at = logical ^ (logical >> 7 & 7) << 4;
+          if (k % 4 == 0 && m.unshown[at / 4])
+            fault("a product reads where a copy is under way or was not shown to it, at byte " +
+                  std::to_string(at));
+          sums[0] += left[0][k] * m.shared[at];
+          sums[1] += left[1][k] * m.shared[at];
+        }
+        for (int half = 0; half < 2; ++half) {
+          int32_t& sum = p.sums[4 * j + 2 * half + e];
+          sum =
+              static_cast<int32_t>(static_cast<uint32_t>(sum) + static_cast<uint32_t>(sums[half]));
+        }
+      }
+  }
+  f.products.erase(f.products.begin(), f.products.begin() + static_cast<std::ptrdiff_t>(done));
 }
 
 void seed(uint64_t value) { machine().random.seed(value); }
@@ -226,6 +313,7 @@ void run(const void* function, const uint32_t grid[3], int threads, int shared_b
     m.block[1] = static_cast<uint32_t>(b / grid[0] % grid[1]);
     m.block[2] = static_cast<uint32_t>(b / grid[0] / grid[1]);
     std::memset(m.memory.get(), 0xA5, room);
+    m.unshown.assign(static_cast<size_t>(shared_bytes) / 4 + 1, false);
     run_block();
     if (m.error) std::rethrow_exception(m.error);
   }

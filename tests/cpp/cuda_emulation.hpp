@@ -13,7 +13,7 @@
 #define ADALAYER_HD inline
 #define ADALAYER_KERNEL inline void
 #define ADALAYER_PARAMS const
-#define ADALAYER_THREADS(n)
+#define ADALAYER_THREADS(...)
 #define ADALAYER_UNROLL
 #define ADALAYER_KERNEL_ADDRESS(kernel, Params) \
   reinterpret_cast<const void*>(&emulation::invoke<Params, &kernel>)
@@ -48,6 +48,13 @@ const uint8_t* exchange(const void* mine, size_t bytes);
 void start_copy(void* to, const void* from, int bytes);
 void commit_copies();
 void finish_copies(int newest_groups_left);
+/// This thread's finished copies may be read by products of four warps.
+void show_copies();
+/// A product of four warps, done when finish_products allows: sums [columns / 2], a [4] and b may
+/// be read and written until then.
+void start_product(int columns, int32_t* sums, const uint32_t* a, const uint8_t* b);
+void commit_products();
+void finish_products(int newest_groups_left);
 /// Throws unless [p, p + bytes) is aligned and in the block's shared memory.
 void check_shared(const void* p, int bytes);
 
@@ -191,6 +198,19 @@ inline void multiply_structured(int32_t c[4], const uint32_t a[4], const uint32_
     }
     c[r] = static_cast<int32_t>(sum);
   }
+}
+
+constexpr bool kHasGroupProducts = true;
+inline void show_to_tensor_cores() { emulation::show_copies(); }
+inline void start_group_products() {}
+inline void commit_group_products() { emulation::commit_products(); }
+template <int kGroups>
+void wait_group_products() {
+  emulation::finish_products(kGroups);
+}
+template <int kColumns>
+void multiply_group(int32_t (&d)[kColumns / 2], const uint32_t (&a)[4], const uint8_t* b) {
+  emulation::start_product(kColumns, d, a, b);
 }
 
 template <bool kBfloat>

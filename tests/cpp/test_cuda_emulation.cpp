@@ -183,6 +183,38 @@ TEST(lanes_own_neighbouring_channels) {
 
 TEST(every_width_of_weights) { check_runs(every_width()); }
 TEST(every_choice_of_tile_and_splits) { check_runs(every_choice({3, 8})); }
+TEST(products_of_four_warps) {
+  const ConvCase shapes[] = {
+      {.c = 80, .h = 9, .w = 17, .o = 72, .residual = true},                    // tails everywhere
+      {.c = 144, .h = 6, .w = 7, .o = 200, .pt = 0, .pl = 0, .extreme = true},  // cells of 4 and 8
+      {.c = 16, .h = 20, .w = 20, .o = 17, .sh = 2, .sw = 2, .to_float = true},
+      {.c = 64, .h = 5, .w = 5, .o = 16, .kh = 1, .kw = 1, .pt = 0, .pl = 0, .pb = 0, .pr = 0},
+  };
+  uint32_t seed = 0;
+  for (ConvCase k : shapes)
+    for (const int bits : {2, 3, 4, 7, 8}) {
+      k.bits = bits;
+      const Program p = program_of(k, ++seed);
+      const cuda::Model model(p, {});
+      const cuda::Plan sizes = cuda::make_plan(model, 2, {});
+      const auto all = cuda::choices(sizes.products.at(0), model.machine());
+      const Floats inputs = noise(p, 2, seed);
+      const Floats expected = reference(p, inputs, 2);
+      int tried = 0;
+      for (int number = 0; number < static_cast<int>(all.size()); ++number) {
+        const cuda::Choice& c = all[static_cast<size_t>(number)];
+        if (!cuda::kTileSizes[c.tile].group || c.splits > 4) continue;
+        ++tried;
+        check::report(same(run(p, inputs, 2, seed, number), expected), __FILE__, __LINE__,
+                      show(k, 2, number));
+      }
+      CHECK(tried >= 2);
+      cuda::Machine other;
+      other.group_products = false;
+      for (const cuda::Choice& c : cuda::choices(sizes.products.at(0), other))
+        CHECK(!cuda::kTileSizes[c.tile].group);
+    }
+}
 TEST(sparse_weights_in_every_form) {
   uint32_t seed = 0;
   int ran[cuda::kForms] = {};
