@@ -25,6 +25,13 @@ def shared_dir() -> Path:
     return folder
 
 
+@pytest.fixture
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty cache directory in place of the user's: no test reads or writes their tables."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 def _kernel_cases() -> dict[str, tuple[int, int]]:
     """(all cases, random ones) per instruction set that was loaded; empty without these tests."""
     module = sys.modules.get("test_kernels")

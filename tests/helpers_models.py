@@ -35,6 +35,14 @@ def tiny(seed: int = 0) -> TinyNet:
     return model.eval()
 
 
+def uneven() -> TinyNet:
+    """A :func:`tiny` whose layers differ clearly in what an error of theirs costs."""
+    model = tiny()
+    with torch.no_grad():
+        model.fc.weight.mul_(6)
+    return model
+
+
 def batches(count: int = 2, size: int = 16, seed: int = 1, labels: bool = True) -> list:
     """Seeded batches of 3x8x8 images, with labels of four classes or without."""
     generator = torch.Generator().manual_seed(seed)

@@ -12,14 +12,10 @@ from adalayer_native.allocation.repaired import RepairedWeights
 from adalayer_native.repair.equalize import equalize_layers, pairs_of
 from adalayer_native.repair.walk import Data
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 METHODS = ["adalayer", "uniform", "optimal"]
 FEW = {"widths": (2, 4, 8), "sparsities": (0.0, 0.6), "step": None, "rounds": 1, "trials": 2}
-
-
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path):
-    """No test reads or writes the user's tables."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def compress(model: nn.Module, data: list, method: str, budget=None, **options) -> ada.Compressed:

@@ -29,14 +29,10 @@ from adalayer_native.plan import LayerPlan, Plan
 from adalayer_native.pruning.patterns import pattern_mask, pattern_pruned_count
 from adalayer_native.repair import layer_hessians
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 FEW = {"widths": (2, 4, 8), "sparsities": (0.0, 0.5), "step": None, "finalists": 0}
 PATTERNS = ("unstructured", "block16x64", "block32x64", "2:4")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path):
-    """No test reads or writes the user's tables."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")

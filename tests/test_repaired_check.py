@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
-from helpers_models import batches, tiny
+from helpers_models import batches, uneven
 
 import adalayer_native as ada
 from adalayer_native.allocation import Budget, allocate, estimate_bytes
@@ -17,20 +16,12 @@ from adalayer_native.allocation.problem import Problem
 from adalayer_native.allocation.repaired import RepairedWeights
 from adalayer_native.plan import Plan
 
-
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path):
-    """No test reads or writes the user's tables."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")
 def model():
-    """Weights with clear differences between layers."""
-    net = tiny()
-    with torch.no_grad():
-        net.fc.weight.mul_(6)
-    return net
+    return uneven()
 
 
 def negligible(monkeypatch, loss: float) -> None:

@@ -17,13 +17,9 @@ from adalayer_native.allocation.selection import selection_of
 from adalayer_native.allocation.uniform import uniform_pairs
 from adalayer_native.importance import analyze
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 SETTINGS = {"widths": (2, 4, 8), "sparsities": (0.0, 0.6), "weight_of": "rounded"}
-
-
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path):
-    """No test reads or writes the user's tables."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")
