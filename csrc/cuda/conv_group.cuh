@@ -92,7 +92,7 @@ ADALAYER_KERNEL ADALAYER_THREADS(T::kThreads, T::kBlocks) conv_group(ADALAYER_PA
     group_step<T>(pipeline, k + 1, group * 4 + warp, odd, sums);
   }
   if (k < part.end) group_step<T>(pipeline, k, group * 4 + warp, even, sums);
-  wait_group_products<0>();
+  finish_group_products(sums);
   copy_wait<0>();
   sync_threads();  // nobody reads the stages any more
   int32_t mine[4][T::kColumns][4];

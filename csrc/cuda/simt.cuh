@@ -194,6 +194,14 @@ ADALAYER_DEVICE void wait_group_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory");
 #endif
 }
+/// Waits until the sums are there.
+template <int kSums>
+ADALAYER_DEVICE void finish_group_products(int32_t (&d)[kSums]) {
+  wait_group_products<0>();
+  ADALAYER_UNROLL
+  for (int i = 0; i < kSums; ++i)
+    asm volatile("" : "+r"(d[i])::"memory");  // nothing reads them before
+}
 
 #define ADALAYER_NAMES10(t)                                                                        \
   "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t \

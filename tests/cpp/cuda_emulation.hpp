@@ -208,6 +208,10 @@ template <int kGroups>
 void wait_group_products() {
   emulation::finish_products(kGroups);
 }
+template <int kSums>
+void finish_group_products(int32_t (&)[kSums]) {
+  emulation::finish_products(0);
+}
 template <int kColumns>
 void multiply_group(int32_t (&d)[kColumns / 2], const uint32_t (&a)[4], const uint8_t* b) {
   emulation::start_product(kColumns, d, a, b);
