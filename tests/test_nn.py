@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import adalayer_native as ada
 from adalayer_native.errors import FileFormatError, UnsupportedModelError
@@ -255,3 +256,32 @@ def test_what_cannot_be_converted():
             input_scale=1.0,
             input_zero_point=0,
         )
+
+
+class Seen(TorchDispatchMode):
+    """The native operators that ran under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "adalayer":
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "name"),
+    [(conv, (2, 6, 5, 5), "conv2d"), (linear, (3, 2, 20), "linear")],
+    ids=["conv2d", "linear"],
+)
+def test_layers_leave_the_dispatcher_out_only_where_nobody_watches(layer, shape, name):
+    native, x = layer(4)[1], torch.randn(shape)
+    with torch.profiler.profile() as profile:
+        watched = native(x)
+    assert any(f"adalayer::{name}" in event.name for event in profile.events())
+    with Seen() as seen:
+        also = native(x)
+    assert seen.names == [name]
+    assert torch.equal(native(x), watched) and torch.equal(native(x), also)

@@ -14,7 +14,7 @@ import torch
 
 from adalayer_native.ops import cpu, cuda, fake
 from adalayer_native.ops.checks import plain_eager
-from adalayer_native.ops.cpu import conv2d_direct
+from adalayer_native.ops.cpu import conv2d_direct, linear_direct
 from adalayer_native.ops.machine import (
     active_isa,
     force_isa,
@@ -36,6 +36,7 @@ __all__ = [
     "get_num_threads",
     "isas",
     "linear",
+    "linear_direct",
     "linear_weight_only",
     "pack_weight",
     "packed_info",

@@ -32,6 +32,7 @@ __all__ = [
     "conv_transpose2d_cpu",
     "fake_quantize_cpu",
     "linear_cpu",
+    "linear_direct",
     "linear_weight_only_cpu",
     "quantize_cpu",
 ]
@@ -285,7 +286,7 @@ def conv_transpose2d_cpu(
     return out
 
 
-def linear_cpu(
+def linear_direct(
     x: Tensor,
     weight_packed: Tensor,
     weight_scale: Tensor,
@@ -296,10 +297,8 @@ def linear_cpu(
     lo: float | None = None,
     hi: float | None = None,
 ) -> Tensor:
+    """The operator without the dispatcher, see :func:`conv2d_direct`."""
     check_input("linear", x, FLOATS, None)
-    if x.dim() == 0:
-        raise ValueError("adalayer::linear: expected an input of at least one dimension")
-    check_parameters("linear", weight_packed, weight_scale, bias)
     dtype = x.dtype
     x = x.float().contiguous()
     features, out_features = x.shape[-1], weight_scale.shape[0]
@@ -333,6 +332,15 @@ def linear_cpu(
         get_num_threads(),
     )
     return out if dtype == torch.float32 else out.to(dtype)
+
+
+def linear_cpu(
+    x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor, *rest: Any
+) -> Tensor:
+    if x.dim() == 0:
+        raise ValueError("adalayer::linear: expected an input of at least one dimension")
+    check_parameters("linear", weight_packed, weight_scale, bias)
+    return linear_direct(x, weight_packed, weight_scale, bias, *rest)
 
 
 def quantize_cpu(x: Tensor, scale: float, zero_point: int, bits: int) -> Tensor:
