@@ -12,7 +12,27 @@ from adalayer_native.quantization.graph import layers_of, metadata, quantizers_o
 from adalayer_native.quantization.lsq import StepSize
 from adalayer_native.rounding import MAX_BITS, MIN_BITS
 
-__all__ = ["WidthSchedule"]
+__all__ = ["WidthSchedule", "begin_widths"]
+
+
+def begin_widths(prepared: nn.Module, widths: Sequence[int]) -> nn.Module:
+    """Set the bits that training with ``widths`` begins with, so that ranges are chosen for them.
+
+    To be called between ``prepare`` and ``calibrate``. Signals shrink from layer to layer where
+    weights have few bits, so that the ranges of one width may be far from those of another.
+
+    Args:
+        prepared: from :func:`prepare` with the last width; changed in place.
+        widths: as for :func:`finetune`.
+
+    Returns:
+        ``prepared``.
+
+    Raises:
+        PlanError: as :class:`WidthSchedule`.
+    """
+    WidthSchedule(prepared, widths).resume(0)
+    return prepared
 
 
 class WidthSchedule:
@@ -21,7 +41,7 @@ class WidthSchedule:
     Only activation quantizers that a quantized layer reads change; the others keep their bits.
 
     Args:
-        prepared: the model, calibrated.
+        prepared: the model, calibrated, with the last width or the first (:func:`begin_widths`).
         widths: bits, first to last; ``None`` changes nothing.
 
     Raises:
@@ -44,12 +64,12 @@ class WidthSchedule:
                 raise PlanError(
                     f"finetune: widths must be from {MIN_BITS} to {MAX_BITS}, got {width}"
                 )
-        last = self.widths[-1]
+        first, last = self.widths[0], self.widths[-1]
         known = quantizers_of(prepared)
         for name, entry in metadata(prepared, "layers").items():
             quantizer = known[entry["input"]]
             self.quantizers[entry["input"]] = quantizer
-            if (entry["bits"], quantizer.bits) != (last, last):
+            if entry["bits"] != last or quantizer.bits not in (first, last):
                 raise PlanError(
                     f"finetune: widths end at {last} bits, but layer {name!r} has "
                     f"{entry['bits']} bits and its input {quantizer.bits}"
