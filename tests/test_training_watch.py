@@ -12,7 +12,7 @@ import adalayer_native as ada
 from adalayer_native.errors import PlanError
 from adalayer_native.quantization.graph import layers_of, quantizers_of
 from adalayer_native.training import Paused, Watch, finetune, fit
-from adalayer_native.training.widths import WidthSchedule, begin_widths
+from adalayer_native.training.widths import WidthSchedule, narrow_for_ranges
 
 
 class Pausing(Watch):
@@ -117,10 +117,10 @@ def test_steps_follow_the_number_of_levels() -> None:
             assert float(quantizer.scale) == pytest.approx(float(scale) * expected, rel=1e-4)
 
 
-def test_ranges_for_the_width_that_training_begins_with() -> None:
-    """They are those of a plan of that width, and training leaves them as they are."""
+def test_ranges_for_the_fewest_bits_that_training_goes_through() -> None:
+    """They are those of a plan of that width, and training that begins there keeps them."""
     plan = ada.allocate(None, None, method="fixed", model=tiny(), bits=4, activation_bits=4)
-    model = begin_widths(ada.prepare(tiny(), plan), (2, 4))
+    model = narrow_for_ranges(ada.prepare(tiny(), plan), (2, 4))
     ada.calibrate(model, batches(), progress=False)
     expected, found = quantizers_of(prepared(2)), quantizers_of(model)
     read = {entry["input"] for entry in model.meta["layers"].values()}
@@ -133,8 +133,10 @@ def test_ranges_for_the_width_that_training_begins_with() -> None:
         assert float(found[name].scale) == pytest.approx(scale, rel=1e-6)
     finetune(model, batches(), 2, widths=(2, 4), **OPTIONS)
     assert {layer.bits for layer in layers_of(model).values()} == {4}
+    falling = narrow_for_ranges(prepared(2), (4, 3, 2))
+    assert {layer.bits for layer in layers_of(falling).values()} == {2}
     with pytest.raises(PlanError, match="end at 8 bits, but layer 'conv1' has 4 bits"):
-        begin_widths(model, (2, 8))
+        narrow_for_ranges(model, (2, 8))
 
 
 @pytest.mark.parametrize(

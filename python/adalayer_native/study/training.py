@@ -12,7 +12,7 @@ from ..data import Batches
 from ..energy import Meter
 from ..measure import accuracy
 from ..quantization import calibrate, prepare
-from ..training import History, Watch, begin_widths, finetune, fit
+from ..training import History, Watch, finetune, fit, narrow_for_ranges
 from .configurations import Configuration, plan_of
 from .store import Clock
 
@@ -22,8 +22,8 @@ __all__ = ["RunWatch", "prepared_of", "train"]
 def prepared_of(model: nn.Module, chosen: Configuration, data: Iterable[Any]) -> nn.Module:
     """The model to train: itself in full precision, else its simulation with calibrated ranges.
 
-    Ranges are chosen for the widths that training begins with. Where widths change over time, a
-    step follows the number of its levels then, and what is best is learned.
+    Where widths change over time, ranges are chosen for the fewest bits, a step follows the number
+    of its levels, and what is best is learned.
 
     Args:
         model: float network.
@@ -35,7 +35,7 @@ def prepared_of(model: nn.Module, chosen: Configuration, data: Iterable[Any]) ->
         return model
     prepared: nn.Module = prepare(model, plan)
     if chosen.time is not None:
-        begin_widths(prepared, chosen.time)
+        narrow_for_ranges(prepared, chosen.time)
     return calibrate(prepared, data, progress=False)
 
 

@@ -4,6 +4,6 @@ from adalayer_native.training.finetune import finetune
 from adalayer_native.training.fit import fit
 from adalayer_native.training.loop import History, bf16_helps
 from adalayer_native.training.watch import Paused, Watch
-from adalayer_native.training.widths import begin_widths
+from adalayer_native.training.widths import narrow_for_ranges
 
-__all__ = ["History", "Paused", "Watch", "begin_widths", "bf16_helps", "finetune", "fit"]
+__all__ = ["History", "Paused", "Watch", "bf16_helps", "finetune", "fit", "narrow_for_ranges"]

@@ -140,7 +140,7 @@ def finetune(
             away one by one.
         widths: bits of all weights and activations over time, each for an equal share of the run;
             the last must be the plan's in every layer. Not together with ``extra_bits``. Ranges
-            are best calibrated for the first, see :func:`begin_widths`.
+            are best calibrated for the fewest, see :func:`narrow_for_ranges`.
         ema: largest decay per step of the moving average, which spans about a tenth of the steps;
             0 takes the last parameters.
         freeze_norms: share of the run, at its end, in which batch norms use their running

@@ -12,14 +12,15 @@ from adalayer_native.quantization.graph import layers_of, metadata, quantizers_o
 from adalayer_native.quantization.lsq import StepSize
 from adalayer_native.rounding import MAX_BITS, MIN_BITS
 
-__all__ = ["WidthSchedule", "begin_widths"]
+__all__ = ["WidthSchedule", "narrow_for_ranges"]
 
 
-def begin_widths(prepared: nn.Module, widths: Sequence[int]) -> nn.Module:
-    """Set the bits that training with ``widths`` begins with, so that ranges are chosen for them.
+def narrow_for_ranges(prepared: nn.Module, widths: Sequence[int]) -> nn.Module:
+    """Set the fewest bits that training with ``widths`` goes through, so that ranges suit them.
 
     To be called between ``prepare`` and ``calibrate``. Signals shrink from layer to layer where
-    weights have few bits, so that the ranges of one width may be far from those of another.
+    weights have few bits, so that the ranges of more bits may be far too wide; the other way round
+    they are a little too narrow, which learned steps mend.
 
     Args:
         prepared: from :func:`prepare` with the last width; changed in place.
@@ -31,7 +32,7 @@ def begin_widths(prepared: nn.Module, widths: Sequence[int]) -> nn.Module:
     Raises:
         PlanError: as :class:`WidthSchedule`.
     """
-    WidthSchedule(prepared, widths).resume(0)
+    WidthSchedule(prepared, widths).resume(widths.index(min(widths)))
     return prepared
 
 
@@ -41,7 +42,7 @@ class WidthSchedule:
     Only activation quantizers that a quantized layer reads change; the others keep their bits.
 
     Args:
-        prepared: the model, calibrated, with the last width or the first (:func:`begin_widths`).
+        prepared: the model, calibrated, its bits one of the widths (:func:`narrow_for_ranges`).
         widths: bits, first to last; ``None`` changes nothing.
 
     Raises:
@@ -64,12 +65,12 @@ class WidthSchedule:
                 raise PlanError(
                     f"finetune: widths must be from {MIN_BITS} to {MAX_BITS}, got {width}"
                 )
-        first, last = self.widths[0], self.widths[-1]
+        last = self.widths[-1]
         known = quantizers_of(prepared)
         for name, entry in metadata(prepared, "layers").items():
             quantizer = known[entry["input"]]
             self.quantizers[entry["input"]] = quantizer
-            if entry["bits"] != last or quantizer.bits not in (first, last):
+            if entry["bits"] != last or quantizer.bits not in self.widths:
                 raise PlanError(
                     f"finetune: widths end at {last} bits, but layer {name!r} has "
                     f"{entry['bits']} bits and its input {quantizer.bits}"
