@@ -20,7 +20,8 @@ def narrow_for_ranges(prepared: nn.Module, widths: Sequence[int]) -> nn.Module:
 
     To be called between ``prepare`` and ``calibrate``. Signals shrink from layer to layer where
     weights have few bits, so that the ranges of more bits may be far too wide; the other way round
-    they are a little too narrow, which learned steps mend.
+    they are a little too narrow, which learned steps mend. :func:`finetune` with the same widths
+    ends at the plan's bits; until then the model has others.
 
     Args:
         prepared: from :func:`prepare` with the last width; changed in place.
