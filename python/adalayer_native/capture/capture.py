@@ -39,6 +39,8 @@ __all__ = ["capture", "captured", "on_cpu"]
 
 # Where tensors go whose own place a layer has taken.
 CONSTANTS = "constants"
+# Layers of the model that the graph does not compute as such.
+UNCALLED = "uncalled"
 
 
 def capture(
@@ -411,6 +413,11 @@ def _assembled(
     _unshare(root)
     found = GraphModel(root, graph, class_name=type(model).__name__)
     found.meta[SIGNATURE] = signature
+    found.meta[UNCALLED] = [
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, table.LAYERS) and name and name not in modules
+    ]
     return found.eval()
 
 

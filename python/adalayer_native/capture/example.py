@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from adalayer_native.capture.quiet import quiet
 from adalayer_native.errors import CalibrationError, UnsupportedModelError
 
 __all__ = [
@@ -26,7 +27,7 @@ __all__ = [
 # Names under which loaders of dictionaries keep what is to be predicted.
 TARGETS = ("labels", "label", "targets", "target")
 # Sizes of square images, lengths of sequences that are tried where no example is given.
-_IMAGES = (32, 64, 224, 28, 96, 128, 160, 192, 256, 299, 384, 512)
+_IMAGES = (32, 64, 224, 28, 16, 8, 96, 128, 160, 192, 256, 299, 384, 512, *range(4, 64))
 _LENGTHS = (32, 128, 256, 1024, 4096, 16000)
 
 
@@ -254,11 +255,12 @@ def _runs(model: nn.Module, example: Tensor) -> bool:
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        with quiet(), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
             model(mode.from_tensor(example))
         return True
-    except Exception:  # the model's own code: any kind says that the shape does not fit
-        return False
+    except Exception as error:  # the model's own code: any kind says that the shape does not fit
+        # Code that looks at values gets as far as that with any shape that fits.
+        return "DataDependent" in type(error).__name__
     finally:
         for module, mode_before in training.items():
             module.training = mode_before

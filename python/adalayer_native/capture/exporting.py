@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
-import io
-import logging
 import re
 import traceback
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from adalayer_native.capture.example import Inputs
 from adalayer_native.capture.functional import functionalise
+from adalayer_native.capture.quiet import quiet
 from adalayer_native.errors import AdaError, UnsupportedModelError
 
 __all__ = ["Export", "export", "exported_of"]
@@ -50,14 +48,15 @@ def export(model: nn.Module, inputs: Inputs, *, free_sizes: bool, thorough: bool
         inputs: example of a call, on the model's device; at least two samples.
         free_sizes: leave heights, widths and lengths free where the model allows it, else only
             the batch.
-        thorough: leave all writes into tensors to torch's own functionalization.
+        thorough: leave all writes into tensors to torch's own functionalization. It takes minutes
+            where sizes are free; so they are not, where it is needed.
 
     Raises:
         UnsupportedModelError: it cannot be exported; says why, and where in the model's code.
     """
-    if free_sizes and _says_guards():
+    if free_sizes and not thorough and _says_guards():
         try:
-            found = _export(model, inputs, True, thorough)
+            found = _export(model, inputs, True, False)
             if found is not None:
                 return found
         except AdaError:
@@ -80,29 +79,38 @@ def _says_guards() -> bool:
 
 
 def _export(model: nn.Module, inputs: Inputs, free_sizes: bool, thorough: bool) -> Export | None:
-    """None where the guards on free sizes cannot be read."""
+    """None where free sizes cannot be had."""
     shapes = torch.export.ShapesCollection()
     for tensor in inputs.tensors():
         axes = _free_axes(tensor, inputs.count, free_sizes)
         if axes:
             shapes[tensor] = axes
-    with _quiet(), untouched(model), torch.no_grad():
+    with quiet(), untouched(model), torch.no_grad():
         program = torch.export.export(
             model, inputs.args, inputs.kwargs, dynamic_shapes=shapes, strict=False
         )
-        return exported_of(program, keep_guards=free_sizes, thorough=thorough)
+        return exported_of(program, keep_guards=free_sizes, thorough=thorough, plain=free_sizes)
 
 
 def exported_of(
-    program: torch.export.ExportedProgram, *, keep_guards: bool = True, thorough: bool = False
+    program: torch.export.ExportedProgram,
+    *,
+    keep_guards: bool = True,
+    thorough: bool = False,
+    plain: bool = False,
 ) -> Export | None:
-    """An exported program with functional operators; None where its guards cannot be read."""
+    """An exported program with functional operators.
+
+    None where its guards cannot be read, or, if ``plain``, torch's functionalization is needed.
+    """
     guards = _guards(program) if keep_guards else []
     if guards is None:
         return None
-    with _quiet():
+    with quiet():
         module = None if thorough else _module(program)
         if module is None or not functionalise(module.graph):
+            if plain:
+                return None
             program = program.run_decompositions({})
             module = _module(program)
     return Export(module, program, guards)
@@ -154,20 +162,6 @@ def _snapshot(module: nn.Module) -> dict[str, Any]:
         key: copy.copy(value) if isinstance(value, _CONTAINERS) else value
         for key, value in module.__dict__.items()
     }
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what torch.export says about itself on the way to an error of ours."""
-    level = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        # It prints the graph of a failure, whatever its loggers are told.
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
 
 
 # -- guards ---------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def functionalise(graph: fx.Graph) -> bool:
         before, after = operand.meta.get("val"), node.meta.get("val")
         if getattr(before, "dtype", None) != getattr(after, "dtype", None):
             return False  # x.mul_(y) keeps the type of x, and x * y may not
-        relatives = _family(operand) - {operand, node}
+        relatives = _relatives(operand, node)
         if any(order[reader] > order[node] for item in relatives for reader in item.users):
             return False
         node.target = overload
@@ -73,9 +73,9 @@ def _shares(node: fx.Node) -> bool:
     return named or op_name(node) in _MAY_RETURN_OPERAND
 
 
-def _family(node: fx.Node) -> set[fx.Node]:
-    """All nodes that may share memory with one."""
-    found = {node}
+def _relatives(node: fx.Node, write: fx.Node) -> set[fx.Node]:
+    """Other nodes that may share memory with one, but for what is made of the write's result."""
+    found = {node, write}
     pending = [node]
 
     def visit(item: object) -> None:
@@ -88,6 +88,6 @@ def _family(node: fx.Node) -> set[fx.Node]:
         if _shares(item):
             visit(item.args[0])
         for reader in item.users:
-            if _shares(reader):
+            if _shares(reader) and reader.args and reader.args[0] is item:
                 visit(reader)
-    return found
+    return found - {node, write}

@@ -28,19 +28,21 @@ class TensorInfo:
 
     Attributes:
         shape: whole numbers, or the text of an expression for a size that the inputs decide.
-            Equal texts are equal sizes.
         dtype: of its elements.
+        sizes: in the example. Operands that torch adds without broadcasting have equal ones, and
+            then in every other call: the export has made that a condition.
     """
 
     shape: tuple[int | str, ...]
     dtype: torch.dtype
+    sizes: tuple[int, ...]
 
     @classmethod
     def of(cls, value: Any) -> TensorInfo | tuple[TensorInfo, ...] | None:
         """From a (fake) tensor or a sequence of them; None for anything else."""
         if isinstance(value, Tensor):
             shape = tuple(s if isinstance(s, int) else str(s) for s in value.shape)
-            return cls(shape, value.dtype)
+            return cls(shape, value.dtype, tuple(map(_in_example, value.shape)))
         if isinstance(value, (list, tuple)) and value:
             # Results of split, or of an LSTM; sizes are no tensors.
             items = [cls.of(item) for item in value]
@@ -52,6 +54,10 @@ class TensorInfo:
     def is_float32(self) -> bool:
         """Whether it can lie on a u8 grid at all."""
         return self.dtype == torch.float32
+
+
+def _in_example(size: int | torch.SymInt) -> int:
+    return size if isinstance(size, int) else int(size.node.hint)
 
 
 def info_of(node: Any) -> TensorInfo | tuple[TensorInfo, ...] | None:

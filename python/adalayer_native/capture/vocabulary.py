@@ -246,8 +246,8 @@ def is_addition(node: fx.Node) -> bool:
     if "get_attr" in (left.op, right.op):
         return False
     infos = [info_of(item) for item in (left, right, node)]
-    shapes = {info.shape for info in infos if isinstance(info, TensorInfo) and info.is_float32}
-    return len(shapes) == 1 and all(map(is_value, (left, right, node)))
+    sizes = {info.sizes for info in infos if isinstance(info, TensorInfo) and info.is_float32}
+    return len(sizes) == 1 and all(map(is_value, (left, right, node)))
 
 
 def clamp_range(node: fx.Node) -> tuple[float, float] | None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from adalayer_native._progress import ProgressBar
 from adalayer_native.capture import batch_inputs
-from adalayer_native.errors import CalibrationError
+from adalayer_native.errors import CalibrationError, InputError
 from adalayer_native.quantization.graph import layers_of, metadata, quantizers_of
 from adalayer_native.quantization.observers import make_observer
 
@@ -162,7 +162,10 @@ def _forward(
                 "values; expected finite numbers"
             )
         seen += inputs.count
-        inputs.to(device)(prepared)
+        try:
+            inputs.to(device)(prepared)
+        except InputError as error:
+            raise CalibrationError(f"a calibration batch does not fit: {error}") from None
     if seen == 0:
         raise CalibrationError("the calibration loader is empty; expected at least one sample")
 

@@ -33,6 +33,9 @@ from adalayer_native.rounding import conv_form
 ACT_ROOT = "act_quant"
 # int32 accumulators hold K products of a u8 activation and a signed weight.
 _ACCUMULATOR_LIMIT = 2**31
+_NOT_CALLED = (
+    "the layer is not called by the model's forward, or its weight depends on the inputs there"
+)
 
 
 @dataclass
@@ -87,7 +90,8 @@ def quantizable(model: GraphModel, plan: Plan) -> tuple[dict[str, int], dict[str
     for name, layer in plan.layers.items():
         if layer.bits is None:
             continue
-        reason = _unsupported(modules[name], layer.bits)
+        called = name in modules and isinstance(modules[name], LAYERS)
+        reason = _unsupported(modules[name], layer.bits) if called else _NOT_CALLED
         if reason is None:
             bits[name] = layer.bits
         else:

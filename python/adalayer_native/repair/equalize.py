@@ -171,7 +171,7 @@ def _flattens(node: fx.Node) -> bool:
         and isinstance(after, TensorInfo)
         and len(before.shape) == 4
         and len(after.shape) == 2
-        and before.shape[0] == after.shape[0]
+        and before.sizes[0] == after.sizes[0]
     )
 
 
