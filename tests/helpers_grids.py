@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import fx, nn
 
+from adalayer_native.capture import info_of
+from adalayer_native.capture import vocabulary as table
 from adalayer_native.nn import Conv2d, ConvTranspose2d, FakeQuantize, Linear
-from adalayer_native.quantization import ops_table as table
 
 Grid = tuple[float, int, int]
 _NATIVE = (Conv2d, ConvTranspose2d, Linear)
@@ -23,10 +24,7 @@ class GridWalk:
     def __init__(self, native: fx.GraphModule) -> None:
         self.modules = dict(native.named_modules())
         self.nodes = list(native.graph.nodes)
-        self.shapes: set[fx.Node] = set()
-        for node in self.nodes:
-            if table.is_shape_value(node, self.shapes):
-                self.shapes.add(node)
+        self.masked = table.masked_values(native)
         # Nodes from which a native layer can be reached: the rest is the float tail.
         self.reaching: set[fx.Node] = set()
         for node in reversed(self.nodes):
@@ -73,7 +71,8 @@ class GridWalk:
         """Why a tensor without a grid cannot be stored as u8."""
         if (
             node in self.grids
-            or node in self.shapes
+            or not table.is_value(node)
+            or node in self.masked
             or node.op in ("get_attr", "output")  # parameters are constants of the program
             or node not in self.reaching
         ):
@@ -84,15 +83,15 @@ class GridWalk:
             value = pending.pop()
             for user in value.users:
                 module = self.module(user)
-                if user in self.shapes:
-                    continue
+                if user.op != "output" and info_of(user) is None:
+                    continue  # a size
                 if self.passes(user):
                     pending.append(user)
                 elif isinstance(module, FakeQuantize) or (
                     isinstance(module, _NATIVE) and value not in user.args[1:]
                 ):
                     wanted.add(self.grid_of(module))
-                elif self.chained(value, user):
+                elif self.chained(value, user) or self.needs_floats(user):
                     continue
                 else:
                     return f"is float where {user.op} {user.target} reads it"
@@ -100,10 +99,18 @@ class GridWalk:
             return f"its readers have {len(wanted)} different grids"
         return None
 
+    def needs_floats(self, user: fx.Node) -> bool:
+        """Whether the engine has no operation for it on levels."""
+        return (
+            user.op == "call_function"
+            and table.op_name(user) not in table.INTEGER_OPERATORS
+            and not table.is_grid_preserving(user, self.modules)
+        ) or user in self.masked
+
     def chained(self, value: fx.Node, user: fx.Node) -> bool:
         """A batch norm and the activation that is its only reader are one step."""
         return (
             table.is_batch_norm(value, self.modules)
             and len(value.users) == 1
-            and table.clamp_range(user, self.modules) is not None
+            and table.clamp_range(user) is not None
         )

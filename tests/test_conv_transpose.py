@@ -330,14 +330,9 @@ def test_analysis_and_allocation_accept_transposed_convolutions():
 
 
 def test_layers_that_cannot_be_native_stay_float():
-    class Scaled(nn.ConvTranspose2d):
-        pass
-
-    wide = nn.Sequential(nn.ConvTranspose2d(70_000, 1, 1), Scaled(1, 2, 2), nn.Conv2d(2, 2, 1))
+    wide = nn.Sequential(nn.ConvTranspose2d(70_000, 1, 1), nn.Conv2d(1, 2, 1))
     with pytest.warns(UserWarning, match="stays in float"):
         prepared = ada.prepare(wide, plan_for(wide, bits=8))
-    reasons = prepared.meta["kept_float"]
-    assert "overflow" in reasons["0"]
-    assert "Scaled is a subclass" in reasons["1"]
+    assert "overflow" in prepared.meta["kept_float"]["0"]
     with pytest.raises(UnsupportedModelError, match="overflow"):
         ada.nn.ConvTranspose2d.from_float(wide[0], 8, input_range=(0.0, 1.0))

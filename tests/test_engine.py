@@ -23,7 +23,6 @@ from adalayer_native.errors import (
     InputError,
     UnsupportedModelError,
 )
-from adalayer_native.quantization.graph import quantizers_of
 
 
 @pytest.fixture(scope="module")
@@ -146,12 +145,11 @@ class Several(nn.Module):
 def several() -> tuple[nn.Module, Engine, tuple[Tensor, Tensor]]:
     torch.manual_seed(2)
     model = Several().eval()
-    prepared = ada.prepare(model, plan_of(model))
-    for quantizer in quantizers_of(prepared).values():  # calibrate() knows models of one input
-        quantizer.set_range(-3.0, 3.0)
-    native = ada.convert(prepared)
     data = torch.randn(6, 5, 10, 10)
     inputs = data[:, :3].contiguous(), data[:, 3:, 1:9, 1:9]
+    prepared = ada.prepare(model, plan_of(model), inputs)
+    ada.calibrate(prepared, [inputs], progress=False)
+    native = ada.convert(prepared)
     engine = ada.compile(native, tuple(t[:1] for t in inputs), policy="native", strict=True)
     return native, engine, inputs
 

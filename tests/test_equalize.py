@@ -142,7 +142,7 @@ def test_unequal_channels_are_equalized_and_the_output_is_nearer(depthwise: bool
         model[3].weight.div_(spread.view((-1, 1, 1, 1) if depthwise else (1, -1, 1, 1)))
     model[3].requires_grad_(False)
     ready = prepared(model, bits=4)
-    found = equalize_layers(ready, Data(data(), None, torch.device("cpu")), progress=False)
+    found = equalize_layers(ready, Data(ready, data(), None), progress=False)
     first = found[0]
     assert (first.first, first.second) == ("0", "3")
     assert first.kind != "none"
@@ -162,7 +162,7 @@ def test_nothing_is_scaled_where_it_does_not_help():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
     ready = prepared(model, bits=8)
     before = copy.deepcopy(ready.state_dict())
-    (row,) = equalize_layers(ready, Data(data(), None, torch.device("cpu")), progress=False)
+    (row,) = equalize_layers(ready, Data(ready, data(), None), progress=False)
     assert row.kind == "none"
     assert (row.before, row.after) == (None, None)
     assert all(torch.equal(value, before[key]) for key, value in ready.state_dict().items())
@@ -205,7 +205,7 @@ def test_masks_keep_to_their_pattern(pattern: str):
         }
     )
     ready = ada.calibrate(ada.prepare(model, plan), data(), progress=False)
-    (row,) = equalize_layers(ready, Data(data(), None, torch.device("cpu")), progress=False)
+    (row,) = equalize_layers(ready, Data(ready, data(), None), progress=False)
     assert row.kind != "none"
     mask = ready.get_submodule("2").mask
     if pattern == "2:4":

@@ -267,7 +267,7 @@ def _(x: Tensor, name: str) -> Tensor:
 
 
 def _from_program(program: torch.export.ExportedProgram) -> GraphModel:
-    exported = exported_of(program)
+    exported = exported_of(program, free_sizes=True) or exported_of(program, thorough=True)
     if exported is None:
         raise UnsupportedModelError(
             "the exported program has conditions on its sizes that cannot be read; export it with "
@@ -354,10 +354,20 @@ def _signature(model: nn.Module, exported: Export, inputs: Inputs) -> Signature:
             size if isinstance(size, int) else "batch" if size == batch else str(size)
             for size in value.shape
         )
-        ports.append(Port(_port_name(path, names), shape, value.dtype))
+        cast = value.dtype == torch.float32 and all(map(_is_cast, node.users))
+        ports.append(Port(_port_name(path, names), shape, value.dtype, cast))
     if not ports:
         raise UnsupportedModelError(f"{type(model).__name__} takes no tensor")
     return Signature(ports, constants, spec.in_spec, spec.out_spec, exported.guards, names)
+
+
+def _is_cast(node: fx.Node) -> bool:
+    if node.op != "call_function":
+        return False
+    value = node.meta.get("val")
+    casts = table.op_name(node) in tidying.CASTS and isinstance(value, Tensor)
+    # Sizes are of any type.
+    return (casts and value.dtype == torch.float32) or not isinstance(value, Tensor)
 
 
 def _port_name(path: Any, names: Sequence[str]) -> str:
@@ -444,7 +454,8 @@ def _name(node: fx.Node) -> str:
     if node.meta.get("leaf"):
         return str(node.meta["path"]).replace(".", "_")
     name = table.op_name(node)
-    return name.split(".")[1] if "." in name else name
+    name = name.split(".")[1] if "." in name else name
+    return f"{name}_value" if hasattr(nn.Module, name) else name  # quantizers are modules
 
 
 def _hold(root: nn.Module, target: str, tensor: Tensor, modules: dict[str, nn.Module]) -> str:
@@ -516,10 +527,10 @@ def _difference(model: nn.Module, found: GraphModel, inputs: Inputs) -> str | No
         return None  # nothing can be computed
     fresh = inputs.map(torch.clone), inputs.map(torch.clone)
     with untouched(model), torch.no_grad(), torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
-        wanted = copy.copy(fresh[0](model))
-        torch.manual_seed(0)
         try:
+            torch.manual_seed(0)
+            wanted = copy.copy(fresh[0](model))
+            torch.manual_seed(0)
             got = fresh[1](found)
         except Exception as error:  # whatever it is: it does not compute the same
             return f"{type(error).__name__}: {error}"

@@ -27,7 +27,8 @@ __all__ = [
 # Names under which loaders of dictionaries keep what is to be predicted.
 TARGETS = ("labels", "label", "targets", "target")
 # Sizes of square images, lengths of sequences that are tried where no example is given.
-_IMAGES = (32, 64, 224, 28, 16, 8, 96, 128, 160, 192, 256, 299, 384, 512, *range(4, 64))
+# (Large ones first: where a map shrinks to one pixel, code and torch treat sizes differently.)
+_IMAGES = (224, 32, 64, 28, 16, 8, 96, 128, 160, 192, 256, 299, 384, 512, *range(4, 64))
 _LENGTHS = (32, 128, 256, 1024, 4096, 16000)
 
 
@@ -200,7 +201,7 @@ def at_least_two(inputs: Inputs) -> Inputs:
     count = inputs.count
     if count == 0:
         raise UnsupportedModelError(
-            "example_inputs: expected a batch of at least 1, got shapes "
+            "example_inputs: expected a batch size of at least 1, got shapes "
             f"{[list(t.shape) for t in tensors]}"
         )
     if count > 1:
@@ -215,19 +216,21 @@ def at_least_two(inputs: Inputs) -> Inputs:
 
 
 def guessed_example(model: nn.Module) -> Inputs:
-    """An example for a model with one input, from its first layer; of ones that it accepts.
+    """An example for a model whose inputs are alike, from its first layer; of ones that it accepts.
 
     Raises:
         UnsupportedModelError: no guess runs; an example has to be given.
     """
-    kinds = (nn.Conv2d, nn.ConvTranspose2d, nn.Conv1d, nn.Linear)
+    kinds = (nn.Conv2d, nn.ConvTranspose2d, nn.Conv1d, nn.Linear, nn.Embedding)
     layers = [m for m in model.modules() if isinstance(m, kinds)]
-    if layers and positional_inputs(model) == 1:
+    if layers:
         reference = next(model.parameters())
+        dtype = torch.int64 if isinstance(layers[0], nn.Embedding) else reference.dtype
         for shape in _shapes(layers[0]):
-            example = torch.zeros(shape, dtype=reference.dtype, device=reference.device)
-            if _runs(model, example):
-                return Inputs((example,))
+            example = torch.zeros(shape, dtype=dtype, device=reference.device)
+            inputs = Inputs((example,) * positional_inputs(model))
+            if _runs(model, inputs):
+                return inputs
     raise UnsupportedModelError(
         f"{type(model).__name__}: an example of its inputs is needed; give example_inputs= (a "
         "tensor, a tuple of tensors or a dictionary of arguments)"
@@ -237,8 +240,10 @@ def guessed_example(model: nn.Module) -> Inputs:
 def _shapes(layer: nn.Module) -> Iterator[Sequence[int]]:
     if isinstance(layer, nn.Linear):
         yield 2, layer.in_features
-        for length in _LENGTHS[:1]:
-            yield 2, length, layer.in_features
+        yield 2, _LENGTHS[0], layer.in_features
+    elif isinstance(layer, nn.Embedding):
+        for length in _LENGTHS:
+            yield 2, length
     elif isinstance(layer, nn.Conv1d):
         for length in _LENGTHS:
             yield 2, layer.in_channels, length
@@ -248,15 +253,15 @@ def _shapes(layer: nn.Module) -> Iterator[Sequence[int]]:
             yield 2, layer.in_channels, size, size
 
 
-def _runs(model: nn.Module, example: Tensor) -> bool:
-    """Whether the model takes an input of that shape; nothing is computed."""
+def _runs(model: nn.Module, inputs: Inputs) -> bool:
+    """Whether the model takes inputs of that shape; nothing is computed."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with quiet(), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            model(mode.from_tensor(example))
+            inputs.map(mode.from_tensor)(model)
         return True
     except Exception as error:  # the model's own code: any kind says that the shape does not fit
         # Code that looks at values gets as far as that with any shape that fits.

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from adalayer_native.capture.example import Inputs
 from adalayer_native.capture.functional import functionalise
+from adalayer_native.capture.model import holds
 from adalayer_native.capture.quiet import quiet
 from adalayer_native.errors import AdaError, UnsupportedModelError
 
@@ -89,27 +90,42 @@ def _export(model: nn.Module, inputs: Inputs, free_sizes: bool, thorough: bool) 
         program = torch.export.export(
             model, inputs.args, inputs.kwargs, dynamic_shapes=shapes, strict=False
         )
-        return exported_of(program, keep_guards=free_sizes, thorough=thorough, plain=free_sizes)
+        found = exported_of(program, thorough=thorough, free_sizes=free_sizes)
+    if found is not None and _fixes_batch(found, inputs):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be captured with a dynamic batch: its code fixes a "
+            f"batch of {inputs.count}; expected a forward that treats all samples alike"
+        )
+    return found
+
+
+def _fixes_batch(found: Export, inputs: Inputs) -> bool:
+    """Whether one more sample breaks a condition that the example meets."""
+    count = inputs.count
+    sizes = [tuple(tensor.shape) for tensor in inputs.tensors()]
+    more = [(count + 1, *size[1:]) if size and size[0] == count else size for size in sizes]
+    return any(holds(text, sizes) and not holds(text, more) for text, _ in found.guards)
 
 
 def exported_of(
     program: torch.export.ExportedProgram,
     *,
-    keep_guards: bool = True,
     thorough: bool = False,
-    plain: bool = False,
+    free_sizes: bool = False,
 ) -> Export | None:
     """An exported program with functional operators.
 
-    None where its guards cannot be read, or, if ``plain``, torch's functionalization is needed.
+    With ``free_sizes``, None where its guards cannot be read or torch's functionalization is needed.
     """
-    guards = _guards(program) if keep_guards else []
+    guards = _guards(program)
     if guards is None:
-        return None
+        if free_sizes:
+            return None
+        guards = []
     with quiet():
         module = None if thorough else _module(program)
         if module is None or not functionalise(module.graph):
-            if plain:
+            if free_sizes:
                 return None
             program = program.run_decompositions({})
             module = _module(program)

@@ -73,11 +73,13 @@ class Port:
         name: as messages call it: ``x``, or ``batch['image']`` inside a container.
         shape: sizes; a text stands for one that is free, ``"batch"`` for the batch's.
         dtype: of its elements.
+        cast: whether the model begins with a cast to float32, so that integers do as well.
     """
 
     name: str
     shape: tuple[int | str, ...]
     dtype: torch.dtype
+    cast: bool = False
 
 
 @dataclass
@@ -197,7 +199,7 @@ class Signature:
                 for port, x in zip(self.ports, tensors, strict=True)
             ]
             for expression, shown in self.guards:
-                if not _holds(expression, sizes):
+                if not holds(expression, sizes):
                     got = ", ".join(str(list(x.shape)) for x in tensors)
                     raise InputError(
                         f"the model's code treats other sizes differently: it was captured for "
@@ -217,8 +219,11 @@ class Signature:
         )
         if not fits:
             raise InputError(f"input {port.name!r}: expected shape {wanted}, got {list(shape)}")
-        if x.is_floating_point() != port.dtype.is_floating_point:
-            raise InputError(f"input {port.name!r}: expected {port.dtype}, got {x.dtype}")
+        if x.is_floating_point() != port.dtype.is_floating_point and not port.cast:
+            raise InputError(
+                f"input {port.name!r}: expected {port.dtype} as in the example of the capture, got "
+                f"{x.dtype}"
+            )
 
 
 def _signature(
@@ -238,7 +243,8 @@ def _signature(
 _FUNCTIONS = {"__builtins__": {}, "max": max, "min": min, "math": math, "int": int, "abs": abs}
 
 
-def _holds(expression: str, sizes: Sequence[tuple[int, ...]]) -> bool:
+def holds(expression: str, sizes: Sequence[tuple[int, ...]]) -> bool:
+    """Whether a guard holds for the sizes of the ports."""
     try:
         return bool(eval(expression, dict(_FUNCTIONS), {"s": sizes}))
     except ArithmeticError:  # a size of 0 in a divisor: not what was captured

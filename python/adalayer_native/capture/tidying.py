@@ -15,7 +15,7 @@ _RESHAPES = (
     "aten.view.default", "aten._unsafe_view.default", "aten.reshape.default",
     "aten.flatten.using_ints", "aten.unflatten.int", "aten.view_as.default",
 )  # fmt: skip
-_CASTS = (
+CASTS = (
     "aten.to.dtype", "aten.to.dtype_layout", "aten.to.device", "aten.to.other",
     "aten._to_copy.default", "aten.type_as.default",
 )  # fmt: skip
@@ -60,7 +60,7 @@ def merge_reshapes(graph: fx.Graph) -> None:
         name = op_name(node)
         if name in ("aten.lift_fresh_copy.default", "aten.lift_fresh.default"):
             node.target = torch.ops.aten.clone.default
-        if name in _CASTS and _same_type(node):
+        if name in CASTS and _same_type(node):
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
             continue
         if name not in _RESHAPES:
@@ -93,7 +93,9 @@ def _sizes(node: fx.Node) -> Any:
 
 
 def _same_type(node: fx.Node) -> bool:
-    """Whether a cast changes nothing."""
+    """Whether a cast changes nothing; that of an input may, in another call."""
+    if node.args[0].op == "placeholder":  # type: ignore[union-attr]
+        return False
     before, after = (n.meta.get("val") for n in (node.args[0], node))  # type: ignore[union-attr]
     return (
         isinstance(before, Tensor)

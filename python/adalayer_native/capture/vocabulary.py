@@ -22,6 +22,8 @@ __all__ = [
     "is_grid_preserving",
     "is_identity",
     "is_max_pool",
+    "is_value",
+    "keeps_rows",
     "module_of",
     "op_name",
     "source",
@@ -48,6 +50,10 @@ _MOVES = (
     "replication_pad1d.default", "replication_pad2d.default", "replication_pad3d.default",
 )  # fmt: skip
 MOVES = frozenset(f"aten.{name}" for name in _MOVES)
+RESHAPES = frozenset(
+    f"aten.{name}"
+    for name in ("reshape.default", "view.default", "flatten.using_ints", "unflatten.int")
+)
 _MAX_POOLS = frozenset(
     f"aten.{name}.default"
     for name in ("max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices")
@@ -195,6 +201,20 @@ def is_identity(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     if name in _DROPOUT_OPERATORS:
         return arguments(node)["train"] is False
     return name in ("aten.alias.default", "aten.detach.default")
+
+
+def keeps_rows(node: fx.Node) -> bool:
+    """Whether the node is a reshape after which the last axis is what it was."""
+    if node.op != "call_function" or op_name(node) not in RESHAPES:
+        return False
+    before, after = info_of(node.args[0]), info_of(node)
+    return (
+        isinstance(before, TensorInfo)
+        and isinstance(after, TensorInfo)
+        and bool(before.shape and after.shape)
+        and isinstance(before.shape[-1], int)
+        and before.shape[-1] == after.shape[-1]
+    )
 
 
 def is_max_pool(node: fx.Node) -> bool:

@@ -172,7 +172,8 @@ class _Analysis:
         for name, nodes in calls.items():
             if self.layer(nodes[0]) is None:
                 continue
-            followers = [self.only_reader(node) for node in nodes]
+            rows = isinstance(self.modules[name], nn.Linear)
+            followers = [self.only_reader(node, rows=rows) for node in nodes]
             targets = {str(user.target) for user in followers if user is not None}
             if len(targets) != 1 or any(user is None for user in followers):
                 continue
@@ -184,34 +185,40 @@ class _Analysis:
             layer, module = self.modules[name], self.modules[target]
             assert isinstance(layer, LAYERS)
             channels = conv_form(layer, layer.weight).shape[0]
-            fits = all(self.norm_fits(layer, node) for node in nodes)
-            sources = {self.behind(call) for call in calls[target]}
+            fits = all(self.norm_fits(layer, call) for call in calls[target])
+            sources = {self.behind(call, rows=rows) for call in calls[target]}
             if fits and module.num_features == channels and sources == set(nodes):
                 folded[name] = target
         return folded
 
-    def norm_fits(self, layer: nn.Module, node: fx.Node) -> bool:
+    def norm_fits(self, layer: nn.Module, norm: fx.Node) -> bool:
         """Whether a batch norm behind a layer normalises the layer's output channels."""
-        info = info_of(node)
+        info = info_of(norm)
         if not isinstance(info, TensorInfo):
             return False
         # Axis 1 is normalised; a linear layer's outputs are the last one.
         return not isinstance(layer, nn.Linear) or len(info.shape) == 2
 
-    def only_reader(self, node: fx.Node) -> fx.Node | None:
-        """The one operation that reads a value, looking through dropout and other identities."""
+    def only_reader(self, node: fx.Node, *, rows: bool = False) -> fx.Node | None:
+        """The one operation that reads a value, looking through dropout and other identities.
+
+        With ``rows`` also through reshapes that keep the last axis, which a linear layer and a
+        batch norm of its rows do not notice.
+        """
         while True:
             users = list(node.users)
             if len(users) != 1 or users[0].op == "output":
                 return None
-            if not self.is_identity(users[0]):
+            if not (self.is_identity(users[0]) or (rows and table.keeps_rows(users[0]))):
                 return users[0]
             node = users[0]
 
-    def behind(self, node: fx.Node) -> fx.Node | None:
-        """The value that an operation reads first, looking through identities."""
+    def behind(self, node: fx.Node, *, rows: bool = False) -> fx.Node | None:
+        """The value that an operation reads first, looking through the same."""
         operand = table.source(node)
-        while operand is not None and self.is_identity(operand):
+        while operand is not None and (
+            self.is_identity(operand) or (rows and table.keeps_rows(operand))
+        ):
             operand = table.source(operand)
         return operand
 
@@ -230,7 +237,7 @@ class _Analysis:
                 continue
             tail = node
             if name in norms:
-                user = self.only_reader(node)
+                user = self.only_reader(node, rows=isinstance(self.modules[name], nn.Linear))
                 assert user is not None
                 self.internal.add(node)
                 tail = user

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adalayer_native.errors import CalibrationError, PlanError, UnsupportedModelError
+from adalayer_native.errors import CalibrationError, PlanError
 from adalayer_native.quantization.lsq import StepSize, learned_activation, learned_weight
 from adalayer_native.rounding import (
     conv_form,
@@ -182,7 +182,6 @@ class _QuantLayer:
     mask: Tensor | None
     bits: int
     name: str
-    folds_batch_norm: bool
     exact: ExactLayer | None
     step: StepSize | None
     dense_gradient: bool
@@ -197,7 +196,6 @@ class _QuantLayer:
             )
         self.bits = bits
         self.name = name
-        self.folds_batch_norm = False
         # Set only inside simulate(exact=True): replaces the float computation of forward.
         self.exact = None
         self.step = None  # the scales as a parameter while they are being learned
@@ -387,12 +385,6 @@ class QuantLinear(_QuantLayer, nn.Linear):
         return new
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.folds_batch_norm and input.dim() != 2:
-            # BatchNorm1d normalises axis 1, which is the layer's output only for [N, O].
-            raise UnsupportedModelError(
-                f"layer {self.name!r} is followed by a batch norm that would be folded; expected "
-                f"a 2-D input, got shape {tuple(input.shape)}. Keep this layer in float"
-            )
         if self.exact is not None:
             return self.exact.run(input)
         return F.linear(input, self.quantized_weight(), self.bias)

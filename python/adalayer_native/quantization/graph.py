@@ -119,7 +119,6 @@ def _replace_layer(
             form = pattern_mask(conv_form(old, weight), plan.sparsity, plan.pattern)
             mask = layer_form(old, form)
     new = QUANT_LAYERS[type(old)].from_layer(old, bits, mask, name=name)
-    new.folds_batch_norm = name in structure.batch_norms
     if not empty:
         new.refresh_scales()
     set_submodule(prepared, name, new)

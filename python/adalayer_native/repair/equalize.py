@@ -163,7 +163,7 @@ def _scales(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
 
 def _flattens(node: fx.Node) -> bool:
     """Whether ``[N, C, H, W]`` becomes ``[N, C * H * W]``."""
-    if node.op != "call_function" or table.op_name(node) != "aten.reshape.default":
+    if node.op != "call_function" or table.op_name(node) not in table.RESHAPES:
         return False
     before, after = info_of(node.args[0]), info_of(node)
     return (

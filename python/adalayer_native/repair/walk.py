@@ -14,7 +14,7 @@ from torch.fx.node import map_aggregate
 
 from adalayer_native.capture import Inputs, batch_inputs
 from adalayer_native.capture import vocabulary as table
-from adalayer_native.errors import CalibrationError
+from adalayer_native.errors import CalibrationError, InputError
 from adalayer_native.quantization.fake_quant import ActivationQuantizer, QuantLayer
 from adalayer_native.quantization.graph import layers_of, set_submodule
 from adalayer_native.rounding import conv_form
@@ -155,8 +155,11 @@ class Streams:
     def leaves(self, inputs: Inputs) -> list[Any]:
         """A batch in the order of the placeholders."""
         signature = self.runners[0].module.meta["signature"]
-        leaves: list[Any] = signature.leaves(inputs.args, inputs.kwargs)
-        signature.check(leaves)
+        try:
+            leaves: list[Any] = signature.leaves(inputs.args, inputs.kwargs)
+            signature.check(leaves)
+        except InputError as error:
+            raise CalibrationError(f"a calibration batch does not fit: {error}") from None
         return leaves
 
     def _operands(
