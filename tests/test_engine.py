@@ -301,7 +301,10 @@ def test_fixed_batch_is_refused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.conv(x).reshape(2, 4, 64)
 
-    native = native_of(Fixed(), torch.randn(2, 3, 8, 8))
+    with pytest.raises(UnsupportedModelError, match="dynamic batch"):
+        native_of(Fixed(), torch.randn(2, 3, 8, 8))
+    native = nn.Sequential(native_of(nn.Sequential(nn.Conv2d(3, 4, 1)), torch.randn(2, 3, 8, 8)))
+    native.append(nn.Unflatten(0, (2, 1))).append(nn.Flatten(0, 1))
     with pytest.raises(UnsupportedModelError, match="dynamic batch"):
         ada.compile(native, torch.randn(2, 3, 8, 8))
 

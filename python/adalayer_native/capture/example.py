@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,7 @@ TARGETS = ("labels", "label", "targets", "target")
 # Sizes of square images, lengths of sequences that are tried where no example is given.
 # (Large ones first: where a map shrinks to one pixel, code and torch treat sizes differently.)
 _IMAGES = (224, 32, 64, 28, 16, 8, 96, 128, 160, 192, 256, 299, 384, 512, *range(4, 64))
+_LARGEST = 1 << 24  # elements
 _LENGTHS = (32, 128, 256, 1024, 4096, 16000)
 
 
@@ -162,14 +164,16 @@ def batch_inputs(model: nn.Module, item: Any) -> tuple[Inputs, Any]:
 
 
 def example_of(data: Iterable[Any], expected: int = 1) -> Inputs:
-    """The first batch of some data, as an example.
+    """The first batch of some data that is not empty, as an example.
 
     Raises:
         CalibrationError: it is an iterator, which could not be read again from its start, or empty.
     """
     for item in repeatable(data):
-        return inputs_and_target(item, expected)[0]
-    raise CalibrationError("the calibration loader is empty: it yields no batch")
+        inputs = inputs_and_target(item, expected)[0]
+        if inputs.count:
+            return inputs
+    raise CalibrationError("the calibration loader is empty: it yields no sample")
 
 
 def repeatable(data: Iterable[Any]) -> Iterable[Any]:
@@ -227,6 +231,8 @@ def guessed_example(model: nn.Module) -> Inputs:
         reference = next(model.parameters())
         dtype = torch.int64 if isinstance(layers[0], nn.Embedding) else reference.dtype
         for shape in _shapes(layers[0]):
+            if math.prod(shape) > _LARGEST:
+                continue
             example = torch.zeros(shape, dtype=dtype, device=reference.device)
             inputs = Inputs((example,) * positional_inputs(model))
             if _runs(model, inputs):

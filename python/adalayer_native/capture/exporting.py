@@ -115,7 +115,8 @@ def exported_of(
 ) -> Export | None:
     """An exported program with functional operators.
 
-    With ``free_sizes``, None where its guards cannot be read or torch's functionalization is needed.
+    With ``free_sizes``, None where its guards cannot be read or torch's functionalization is
+    needed.
     """
     guards = _guards(program)
     if guards is None:
