@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
@@ -14,6 +16,7 @@ from adalayer_native.engine import (  # noqa: F401  (they fill the table of rule
     rules_pointwise,
     rules_views,
 )
+from adalayer_native.engine.call import Call
 from adalayer_native.engine.coverage import Row
 from adalayer_native.engine.emit import emit
 from adalayer_native.engine.export import (
@@ -24,7 +27,7 @@ from adalayer_native.engine.export import (
     op_name,
 )
 from adalayer_native.engine.policy import slower_than_float
-from adalayer_native.engine.results import Leaf, Output, Port, structure_of
+from adalayer_native.engine.results import INTEGERS, Leaf, Output, Port, thawed
 from adalayer_native.engine.runtime import WEIGHTS, Engine, NativePart, Step, TorchStep
 from adalayer_native.engine.segments import Part, TorchPart, divide, is_layer
 from adalayer_native.errors import CalibrationError, UnsupportedModelError
@@ -50,7 +53,8 @@ def compile(
 
     Args:
         model: what :func:`adalayer_native.convert` or :func:`adalayer_native.compress` gave.
-        example_inputs: a tensor, or one tensor per input; their sizes but the batch are fixed.
+        example_inputs: a tensor, or one tensor per input; their sizes but the batch are fixed, and
+            so is whatever else is among them (None, numbers, texts).
         policy: "fastest" measures every layer against a float kernel with the same dequantized
             weights and the same fake-quantized activations, and keeps the faster (by what it is
             compiled for: the batch of ``example_inputs``); "native" keeps all layers native.
@@ -76,9 +80,15 @@ def compile(
         raise UnsupportedModelError(f"expected an nn.Module, got {type(model).__name__}")
     _check_converted(model)
     exported = export(model, example_inputs)
-    first = example_inputs if isinstance(example_inputs, Tensor) else next(iter(example_inputs))
-    batch = int(first.shape[0])
-    return compile_exported(exported, policy=policy, strict=strict, batch=batch, weights=weights)
+    first = next(x for x in pytree.tree_leaves(example_inputs) if isinstance(x, Tensor))
+    return compile_exported(
+        exported,
+        policy=policy,
+        strict=strict,
+        batch=int(first.shape[0]),
+        weights=weights,
+        signature=inspect.signature(model.forward),
+    )
 
 
 def _check_converted(model: nn.Module) -> None:
@@ -104,15 +114,21 @@ def compile_exported(
     strict: bool = False,
     batch: int = 1,
     weights: str = "measured",
+    signature: inspect.Signature | None = None,
 ) -> Engine:
-    """:func:`compile` of what is exported already."""
-    engine = _build(exported, {}, strict, weights)
+    """:func:`compile` of what is exported already.
+
+    Args:
+        batch: for which the policy "fastest" measures.
+        signature: of the model's ``forward``: names and defaults of the engine's arguments.
+    """
+    engine = _build(exported, {}, strict, weights, signature)
     if policy == "native":
         return engine
     slower = slower_than_float(exported, engine, batch)
     if not slower:
         return engine
-    other = _build(exported, slower, False, weights)
+    other = _build(exported, slower, False, weights, signature)
     return faster(engine, other, batch)
 
 
@@ -124,7 +140,14 @@ def faster(engine: Engine, other: Engine, batch: int) -> Engine:
     return other if times["mixed"] < times["native"] else engine
 
 
-def _build(exported: Exported, as_float: dict[fx.Node, str], strict: bool, weights: str) -> Engine:
+def _build(
+    exported: Exported,
+    as_float: dict[fx.Node, str],
+    strict: bool,
+    weights: str,
+    signature: inspect.Signature | None,
+) -> Engine:
+    ports, entries = _ports(exported)
     parts, reasons = divide(exported, as_float)
     if strict and reasons:
         shown = [f"{op_name(n)} (layer {layer_name(n)!r}): {why}" for n, why in reasons.items()]
@@ -133,7 +156,8 @@ def _build(exported: Exported, as_float: dict[fx.Node, str], strict: bool, weigh
             + "; ".join(shown[:5])
             + ("; ..." if len(shown) > 5 else "")
         )
-    numbers: dict[fx.Node, int] = {node: k for k, node in enumerate(exported.inputs)}
+    tensors = [node for node in exported.inputs if _is_port(node)]
+    numbers: dict[fx.Node, int] = {node: k for k, node in enumerate(tensors)}
     steps: list[Step] = []
     for part in parts:
         if part.native:
@@ -142,7 +166,7 @@ def _build(exported: Exported, as_float: dict[fx.Node, str], strict: bool, weigh
             steps.append(_native_step(exported, part, numbers, weights))
         else:
             steps.append(_torch_step(exported, part, numbers, as_float, reasons))
-    leaves, structure = _result(exported, numbers)
+    leaves = _result(exported, numbers)
     kept = {leaf.number for leaf in leaves if isinstance(leaf, Leaf)}
     for position, step in enumerate(steps):
         later = {number for other in steps[position + 1 :] for number in other.inputs} | kept
@@ -152,17 +176,40 @@ def _build(exported: Exported, as_float: dict[fx.Node, str], strict: bool, weigh
     for step in reversed(steps):
         step.done = [n for n in step.done if n not in seen]
         seen.update(step.done)
-    return Engine(steps, _ports(exported), leaves, structure)
+    in_spec = getattr(exported, "in_spec", None)
+    call = None
+    if in_spec is not None:
+        call = Call.captured(in_spec, entries, ports, signature)
+    return Engine(steps, ports, leaves, thawed(exported.out_spec), call=call)
 
 
-def _ports(exported: Exported) -> list[Port]:
-    found = []
+def _is_port(node: fx.Node) -> bool:
+    """Whether a placeholder is a tensor of the call, and not a constant that was captured."""
+    return isinstance(node.meta.get("val"), Tensor)
+
+
+def _ports(exported: Exported) -> tuple[list[Port], list[Any]]:
+    """The tensors that a call takes, and what every placeholder is: one of them, or a constant."""
+    found: list[Port] = []
+    entries: list[Any] = []
     for node in exported.inputs:
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor):
+            entries.append(value)
+            continue
         sizes = exported.sizes(node)
         if sizes is None:
             raise UnsupportedModelError(f"input {node.name!r}: its batch is not dynamic")
-        found.append(Port(node.name, sizes))
-    return found
+        if not value.is_floating_point() and value.dtype not in INTEGERS:
+            raise UnsupportedModelError(
+                f"input {node.name!r}: expected floats, integers or bools, got {value.dtype}"
+            )
+        dtype = torch.float32 if value.is_floating_point() else value.dtype
+        entries.append(Leaf(len(found)))
+        found.append(Port(node.name, sizes, dtype))
+    if not found:
+        raise UnsupportedModelError("expected a model with a tensor among its inputs")
+    return found, entries
 
 
 def _new_numbers(nodes: list[fx.Node], numbers: dict[fx.Node, int]) -> list[int]:
@@ -209,13 +256,13 @@ def _torch_step(
             layer_name(node), op_name(node), "torch", kernel, bits, 0.0, packed, macs,
             reasons.get(node, ""),
         )  # fmt: skip
-        rows.append((node, row))
+        rows.append((node.name, row))
     inputs = [numbers[node] for node in part.inputs]
     return Step(TorchStep(run, rows), inputs, _new_numbers(part.outputs, numbers), [])
 
 
-def _result(exported: Exported, numbers: dict[fx.Node, int]) -> tuple[list[Any], Any]:
-    leaves = []
+def _result(exported: Exported, numbers: dict[fx.Node, int]) -> list[Any]:
+    leaves: list[Any] = []
     for item in exported.outputs:
         if isinstance(item, fx.Node):
             if item not in numbers:
@@ -225,5 +272,4 @@ def _result(exported: Exported, numbers: dict[fx.Node, int]) -> tuple[list[Any],
             leaves.append(Leaf(numbers[item]))
         else:
             leaves.append(item)
-    nested = pytree.tree_unflatten(list(range(len(leaves))), exported.out_spec)
-    return leaves, structure_of(nested)
+    return leaves

@@ -94,8 +94,13 @@ class EngineRunner:
         self._engine = ada.load(path)
         engine = self._engine
         inputs = tuple(TensorInfo(port.name, tuple(port.shape)) for port in engine.inputs)
+        others = [port for port in engine.inputs if not port.is_float]
+        if others:
+            raise ValueError(
+                f"input {others[0].name!r}: the server takes floats, the model {others[0].dtype}"
+            )
         zeros = [np.zeros((1, *info.shape), np.float32) for info in inputs]
-        leaves = _leaves(engine.run(*zeros), "")  # also warms up
+        leaves = _leaves(engine.run_flat(zeros), "")  # also warms up
         outputs = tuple(
             TensorInfo(name.lstrip(".") or "output", tuple(value.shape[1:]))
             for name, value in leaves
@@ -112,7 +117,7 @@ class EngineRunner:
 
     def run(self, inputs: Sequence[Array]) -> list[Array]:
         """See :class:`Runner`."""
-        result = self._engine.run(*inputs)
+        result = self._engine.run_flat(inputs)
         if self._single:
             return [np.ascontiguousarray(result)]
         return [np.ascontiguousarray(value) for _, value in _leaves(result, "")]
