@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils import _pytree as pytree
 
-from adalayer_native.engine.results import Leaf, Port, described, nest
+from adalayer_native.engine.results import Leaf, Port, described, nest, skeleton
 from adalayer_native.errors import InputError, UnsupportedModelError
 
 __all__ = ["Argument", "Call"]
@@ -34,6 +34,10 @@ class Argument:
     position: bool = True
     keyword: bool = True
     optional: bool = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        held = self.entries, self.position, self.keyword, self.optional
+        return _argument_of, (self.name, skeleton(self.spec), *held)
 
     def place(self, value: Any, found: list[Any]) -> None:
         """Put the tensors of ``value`` where they belong in ``found``.
@@ -60,6 +64,10 @@ class Argument:
                     f"argument {self.name!r}: the engine was compiled for {entry!r}, got "
                     f"{_shown(item)}; compile again with it in example_inputs"
                 )
+
+
+def _argument_of(name: str, containers: Any, *held: Any) -> Argument:
+    return Argument(name, pytree.tree_structure(containers), *held)
 
 
 def _same(captured: Any, given: Any) -> bool:

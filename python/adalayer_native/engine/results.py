@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from adalayer_native.engine.views import Dims, merged
 from adalayer_native.errors import UnsupportedModelError
 
-__all__ = ["INTEGERS", "Leaf", "Output", "Port", "described", "nest", "thawed"]
+__all__ = ["INTEGERS", "Leaf", "Output", "Port", "described", "nest", "skeleton", "thawed"]
 
 # Types of tensors that reach the parts in torch as they are: token ids, pixels, masks.
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
@@ -99,6 +99,14 @@ class _Place:
     number: int
 
 
+def skeleton(spec: Any) -> Any:
+    """The containers of a ``TreeSpec``, which is made again with ``pytree.tree_structure``.
+
+    Copies and pickles hold these: the class of a specification differs among versions of torch.
+    """
+    return pytree.tree_unflatten([_Place(k) for k in range(spec.num_leaves)], spec)
+
+
 def thawed(spec: Any) -> Any:
     """A ``TreeSpec`` with the model's own lists and dictionaries.
 
@@ -116,8 +124,7 @@ def thawed(spec: Any) -> Any:
             return dict(zip(item, children, strict=True))
         return pytree.tree_unflatten(children, outer)
 
-    places = [_Place(k) for k in range(spec.num_leaves)]
-    return pytree.tree_structure(thaw(pytree.tree_unflatten(places, spec)))
+    return pytree.tree_structure(thaw(skeleton(spec)))
 
 
 def described(spec: Any, leaves: Sequence[Any], what: str) -> tuple[Any, list[Any]]:
@@ -156,7 +163,7 @@ def described(spec: Any, leaves: Sequence[Any], what: str) -> tuple[Any, list[An
             f"string keys, got a {type(item).__name__}"
         )
 
-    return walk(pytree.tree_unflatten([_Place(k) for k in range(len(found))], spec)), found
+    return walk(skeleton(spec)), found
 
 
 def nest(structure: Any, leaves: Sequence[Any]) -> tuple[Any, list[Any]]:

@@ -20,7 +20,7 @@ from adalayer_native import _C, cuda, ops
 from adalayer_native._files import replacing
 from adalayer_native.engine.call import Call
 from adalayer_native.engine.coverage import Coverage, Row
-from adalayer_native.engine.results import Leaf, Output, Port, described
+from adalayer_native.engine.results import Leaf, Output, Port, described, skeleton
 from adalayer_native.engine.segments import TorchPart
 from adalayer_native.errors import InputError, UnsupportedModelError
 
@@ -61,6 +61,13 @@ class NativePart:
         self._run = self.engine.run
         # Inputs that may come in channels_last order as they are.
         self._any_order = self.engine.any_order()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        held = self.program.to_bytes(), self.outputs, self.weights, self.max_memory
+        return _native_part, held
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NativePart:
+        return self  # nothing in it ever changes
 
     def _make(self) -> Any:
         return _C.Engine(self.program, weights=self.weights, memory_bytes=self.max_memory)
@@ -103,10 +110,21 @@ class CudaPart(NativePart):
         device: number of the GPU.
     """
 
-    def __init__(self, part: NativePart, device: int, **options: Any) -> None:
+    def __init__(
+        self,
+        program: _C.Program,
+        outputs: Sequence[Output],
+        weights: str,
+        device: int,
+        **options: Any,
+    ) -> None:
         self.device = device
         self._options = options
-        super().__init__(part.program, part.outputs, part.weights)
+        super().__init__(program, outputs, weights)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        held = self.program.to_bytes(), self.outputs, self.weights, self.device, self._options
+        return _cuda_part, held
 
     def _make(self) -> Any:
         return cuda.CudaEngine(self.program, self.device, **self._options)
@@ -125,6 +143,24 @@ class CudaPart(NativePart):
         memory = [torch.empty((batch, elements), device=where) for elements in self.elements]
         self._run(addresses, nhwc, batch, [m.data_ptr() for m in memory])
         return [output.view(memory[output.source]) for output in self.outputs]
+
+
+def _program(data: bytes) -> _C.Program:
+    held = np.frombuffer(data, dtype=np.uint8)
+    return _C.Program.from_bytes(held.ctypes.data, held.size)
+
+
+def _native_part(
+    data: bytes, outputs: Sequence[Output], weights: str, max_memory: int
+) -> NativePart:
+    """A pickled part, made ready for the machine that reads it."""
+    return NativePart(_program(data), outputs, weights, max_memory)
+
+
+def _cuda_part(
+    data: bytes, outputs: Sequence[Output], weights: str, device: int, options: dict[str, Any]
+) -> CudaPart:
+    return CudaPart(_program(data), outputs, weights, device, **options)
 
 
 @dataclass
@@ -150,6 +186,10 @@ class Engine:
 
     Immutable and safe to call from many threads at once; the work runs without Python's global
     lock. The number of threads of one call is :func:`adalayer_native.get_num_threads`.
+
+    It can be copied and pickled (with ``torch.save``, too; ``torch.load`` then needs
+    ``weights_only=False``) and gives the same bits; unlike a ``.ada`` file a pickle also holds what
+    runs in torch, and should be read from trusted sources only.
 
     Attributes:
         inputs: name, sizes and type of every tensor that a call takes, in the order of the model's
@@ -190,6 +230,13 @@ class Engine:
         self.device = torch.device("cuda", gpus.pop()) if gpus else torch.device("cpu")
         self._shape = self.inputs[0].shape
         self._rank = len(self._shape) + 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_out_spec": skeleton(self._out_spec)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._out_spec = pytree.tree_structure(state["_out_spec"])
 
     # -- running --------------------------------------------------------------------------------
 
@@ -304,10 +351,9 @@ class Engine:
             run: NativePart | TorchStep
             if isinstance(step.run, TorchStep):
                 run = TorchStep(step.run.part.to(where), step.run.rows)
-            elif gpu is None:
-                run = NativePart(step.run.program, step.run.outputs, step.run.weights)
             else:
-                run = CudaPart(step.run, gpu, **options)
+                held = step.run.program, step.run.outputs, step.run.weights
+                run = NativePart(*held) if gpu is None else CudaPart(*held, gpu, **options)
             steps.append(Step(run, step.inputs, step.outputs, step.done))
         return Engine(
             steps,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -273,9 +275,46 @@ class TorchPart:
 
     def to(self, device: torch.device) -> TorchPart:
         """The same nodes on another device."""
-        other = copy.copy(self)
-        other.module = copy.deepcopy(self.module).to(device)
+        other = copy.deepcopy(self)
+        other.module.to(device)
         return other
+
+    # A pickled fx.GraphModule holds Python code, which is traced again when it is loaded and then
+    # has other nodes. A list of nodes with the names of their operators says what there is.
+
+    def __getstate__(self) -> dict[str, Any]:
+        def refer(node: fx.Node) -> Any:
+            return _Reference(node.name)
+
+        nodes = []
+        for node in self.module.graph.nodes:
+            args, kwargs = (fx.map_arg(item, refer) for item in (node.args, node.kwargs))
+            nodes.append((node.op, _target_text(node.target), args, kwargs, node.name))
+        return {
+            "nodes": nodes,
+            "names": self.names,
+            "tensors": dict(self.module.named_buffers(recurse=False)),
+            "layers": dict(self.module.named_children()),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        root, graph = nn.Module(), fx.Graph()
+        for name, tensor in state["tensors"].items():
+            root.register_buffer(name, tensor)
+        for name, layer in state["layers"].items():
+            root.add_module(name, layer)
+        known: dict[str, fx.Node] = {}
+
+        def find(item: Any) -> Any:
+            return known[item.name] if isinstance(item, _Reference) else item
+
+        for op, text, args, kwargs, name in state["nodes"]:
+            target = _target(text) if op == "call_function" else text
+            args, kwargs = (fx.node.map_aggregate(item, find) for item in (args, kwargs))
+            known[name] = graph.create_node(op, target, args, kwargs, name)
+        graph.lint()
+        self.names = {known[name].name: found for name, found in state["names"].items()}
+        self.module = fx.GraphModule(root, graph)
 
     def times(
         self, batch: int, inputs: list[Tensor], clock: Callable[[], float]
@@ -294,6 +333,41 @@ class TorchPart:
 
         Timer(self.module).run(batch, *inputs)
         return found
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """A node among the arguments of another one."""
+
+    name: str
+
+
+def _target_text(target: Any) -> str:
+    """What a node calls, as text: "aten.relu.default", or "_operator:getitem" for a function."""
+    if isinstance(target, (str, torch._ops.OpOverload)):
+        return str(target)
+    text = f"{target.__module__}:{target.__qualname__}"
+    if _target(text) is not target:
+        raise pickle.PicklingError(f"{target} cannot be found again as {text}")
+    return text
+
+
+def _target(text: str) -> Any:
+    """The operator or function of that name.
+
+    Raises:
+        pickle.UnpicklingError: this version of torch, or whoever defined it, has none.
+    """
+    module, found_colon, path = text.partition(":")
+    try:
+        found = importlib.import_module(module) if found_colon else torch.ops
+        for part in (path if found_colon else text).split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise pickle.UnpicklingError(
+            f"the engine runs {text} in torch, which is not there: {error}"
+        ) from error
+    return found
 
 
 def image_bytes(nodes: list[fx.Node]) -> int:
