@@ -17,16 +17,22 @@ from adalayer_native.engine.compiler import compile_exported
 from adalayer_native.engine.export import Exported
 
 
-def exported_call(model: nn.Module, *args: Any, **kwargs: Any) -> Exported:
-    """What a front end hands over: the graph of one call, and how its arguments are nested."""
+def exported_call(
+    model: nn.Module, *args: Any, shapes: dict[int, Any] | None = None, **kwargs: Any
+) -> Exported:
+    """What a front end hands over: the graph of one call, and how its arguments are nested.
+
+    Args:
+        shapes: axes of every tensor that vary beside the batch.
+    """
     batch = torch.export.Dim("batch")
-    shapes = torch.export.ShapesCollection()
+    varying = torch.export.ShapesCollection()
     for leaf in pytree.tree_leaves((args, kwargs)):
         if isinstance(leaf, Tensor):
-            shapes[leaf] = {0: batch}
+            varying[leaf] = {0: batch, **(shapes or {})}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+        program = torch.export.export(model, args, kwargs, dynamic_shapes=varying, strict=False)
         module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     for node in list(module.graph.nodes):
