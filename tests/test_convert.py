@@ -15,7 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 
 import adalayer_native.nn as native_nn
-from adalayer_native.errors import CalibrationError, FileFormatError, UnsupportedModelError
+from adalayer_native.errors import (
+    CalibrationError,
+    FileFormatError,
+    InputError,
+    UnsupportedModelError,
+)
 from adalayer_native.plan import LayerPlan, Plan, layer_kind, supported_layers
 from adalayer_native.quantization import (
     calibrate,
@@ -283,8 +288,11 @@ def test_simulate_restores_after_an_error() -> None:
 def test_folded_linear_refuses_three_dimensions() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).eval()
     prepared = prepare(model, plan_for(model))
-    with pytest.raises(UnsupportedModelError, match=r"layer '0'.*\(2, 4, 4\)"):
+    with pytest.raises(InputError, match=r"expected shape \[batch, 4\], got \[2, 4, 4\]"):
         prepared(torch.randn(2, 4, 4))
+    # Captured with three dimensions, axis 1 is no output of the layer: nothing is folded.
+    prepared = prepare(model, plan_for(model), torch.randn(2, 4, 4))
+    assert prepared.meta["layers"]["0"]["batch_norm"] is None
 
 
 # -- files ----------------------------------------------------------------------------------------

@@ -227,6 +227,7 @@ def test_dropped_branches_do_not_separate_a_convolution_from_its_addition() -> N
     with torch.no_grad(), simulate(prepared):
         assert torch.equal(native(x), prepared(x))
     prepared.train()
+    x = torch.randn(16, 3, 8, 8)
     assert not torch.equal(prepared(x), prepared(x))  # dropout is alive in training
 
 
@@ -241,7 +242,7 @@ def test_tensor_that_was_overwritten_is_read_through_the_operation() -> None:
 
     model = Net(forward, conv=conv(), other=conv(), last=conv())
     prepared = prepare(model, plan_for(model))
-    assert sites(prepared) == ["x", "relu", "clamp_"]
+    assert sites(prepared) == ["x", "relu", "clamp"]
     x = torch.randn(2, 3, 8, 8)
     assert torch.equal(prepare(model, plan_for(model, bits=None))(x), model(x))
     calibrate(prepared, [x], progress=False)
@@ -293,12 +294,10 @@ def test_prepare_leaves_the_model_alone_and_masks_exactly() -> None:
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
-        (nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect"), "padding_mode is 'reflect'"),
         (nn.Conv2d(3, 3, 3, padding=1).double(), "float64"),
         (nn.Linear(70_000, 2), "overflow"),
-        (type("Scaled", (nn.Linear,), {})(8, 8), "Scaled is a subclass"),
     ],
-    ids=["padding", "dtype", "accumulator", "subclass"],
+    ids=["dtype", "accumulator"],
 )
 def test_layers_that_stay_float_are_reported(layer: nn.Module, reason: str) -> None:
     model = nn.Sequential(layer)
@@ -317,18 +316,15 @@ def test_layer_that_forward_does_not_call_stays_float() -> None:
 
 def test_refusals() -> None:
     branching = Net(lambda m, x: m.fc(x) if x.sum() > 0 else x, fc=nn.Linear(3, 3))
-    with pytest.raises(UnsupportedModelError, match=r"Net\.forward cannot be traced"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"Net cannot be captured at .*test_quantization_graph.*opaque="
+    ):
         prepare(branching, plan_for(branching))
     bare = nn.Sequential(nn.ReLU())
-    with pytest.raises(
-        UnsupportedModelError, match=r"no nn\.Conv2d, nn\.ConvTranspose2d or nn\.Linear"
-    ):
+    with pytest.raises(UnsupportedModelError, match="give example_inputs="):
         prepare(bare, Plan({}))
-    tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    plan = plan_for(tied)
-    tied[1].weight = tied[0].weight
-    with pytest.raises(UnsupportedModelError, match=r"'0' and '1'"):
-        prepare(tied, plan)
+    with pytest.raises(UnsupportedModelError, match="no convolution or linear layer"):
+        prepare(bare, Plan({}), torch.ones(2, 3))
     model = nn.Sequential(nn.Linear(3, 3))
     wrong = plan_for(model)
     wrong.layers["fc1"] = LayerPlan("fc1", "linear", 9, 4)
@@ -390,7 +386,7 @@ def test_bn_reestimate_gives_the_statistics_of_the_data() -> None:
         ([torch.full((1, 3, 8, 8), float("nan"))], "NaN"),
         ([torch.full((1, 3, 8, 8), 3e38)], "act_quant"),
         (["image"], "got str"),
-        ([{"x": 1}], "got dict"),
+        ([{"x": 1}], "does not fit"),
     ],
     ids=["empty", "nan", "overflow", "text", "dict"],
 )

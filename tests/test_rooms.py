@@ -28,6 +28,7 @@ PYTHON_ROOMS = [
         "nn",
         "pruning",
         "energy",
+        "capture",
     ),
     *(
         "quantization",

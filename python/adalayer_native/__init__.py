@@ -17,6 +17,7 @@ from adalayer_native.allocation import (
     pareto,
     plan_energy,
 )
+from adalayer_native.capture import capture
 from adalayer_native.compress import Compressed, compress
 from adalayer_native.engine import Engine, compile, load
 from adalayer_native.errors import (
@@ -69,6 +70,7 @@ __all__ = [
     "allocate",
     "analyze",
     "calibrate",
+    "capture",
     "compile",
     "compress",
     "convert",

@@ -186,7 +186,10 @@ class Plan:
         """
         self.check()
         modules = supported_layers(model)
+        uncalled = getattr(model, "meta", {}).get("uncalled", ())
         for name, layer in self.layers.items():
+            if name not in modules and name in uncalled:
+                continue
             if name not in modules:
                 raise PlanError(unknown_layer(name, list(modules)))
             module = modules[name]

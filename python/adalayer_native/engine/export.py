@@ -1,11 +1,8 @@
-"""A model as a flat graph of operators, with its batch dimension dynamic."""
+"""A converted model as a flat graph of operators, with its batch dimension dynamic."""
 
 from __future__ import annotations
 
-import inspect
 import math
-import operator
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,19 +11,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from adalayer_native.errors import AdaError, UnsupportedModelError
+from adalayer_native.capture import Inputs
+from adalayer_native.capture.example import at_least_two
+from adalayer_native.capture.exporting import Export
+from adalayer_native.capture.exporting import export as export_model
+from adalayer_native.capture.tidying import drop_checks, drop_dead, merge_reshapes, plain_norms
+from adalayer_native.capture.vocabulary import attribute, op_name
+from adalayer_native.errors import UnsupportedModelError
 
 __all__ = ["Exported", "export", "layer_name", "op_name"]
-
-# Results that share memory with their operand.
-_SHARING = (
-    "alias.default", "view.default", "reshape.default", "flatten.using_ints", "unflatten.int",
-    "squeeze.default", "squeeze.dim", "squeeze.dims", "unsqueeze.default", "permute.default",
-    "transpose.int", "t.default", "slice.Tensor", "select.int", "narrow.default", "chunk.default",
-    "split.Tensor", "split_with_sizes.default", "unbind.int", "expand.default", "detach.default",
-    "contiguous.default", "view_as.default", "dropout.default", "to.dtype",
-)  # fmt: skip
-_ALIASES = frozenset(f"aten.{name}" for name in _SHARING)
 
 
 @dataclass
@@ -36,8 +29,9 @@ class Exported:
     Attributes:
         module: owner of the parameters that ``get_attr`` nodes name.
         graph: functional operators over one batch; no node writes into its operands.
-        inputs: placeholders, in the order of the call.
+        inputs: placeholders of tensors, in the order of the call.
         outputs: flat results; anything that is not a node is a constant.
+        in_spec: how the inputs are nested in ``(args, kwargs)``.
         out_spec: how the results are nested.
     """
 
@@ -45,6 +39,7 @@ class Exported:
     graph: fx.Graph
     inputs: list[fx.Node]
     outputs: list[Any]
+    in_spec: Any
     out_spec: Any
 
     def tensor(self, node: fx.Node) -> Tensor:
@@ -69,16 +64,6 @@ class Exported:
         return rest if all(type(size) is int for size in rest) else None
 
 
-def op_name(node: fx.Node) -> str:
-    """``aten.relu.default`` for that operator, the function's name for others."""
-    target = node.target
-    return (
-        str(target)
-        if isinstance(target, torch._ops.OpOverload)
-        else str(getattr(target, "__name__", target))
-    )
-
-
 def layer_name(node: fx.Node) -> str:
     """The layer that a node belongs to, as the model calls it, else the node's own name."""
     for argument in node.args:
@@ -93,117 +78,54 @@ def layer_name(node: fx.Node) -> str:
     return node.name
 
 
-def example_tuple(example_inputs: Any) -> tuple[Tensor, ...]:
-    """The example inputs as a tuple, with at least two images each.
-
-    Raises:
-        UnsupportedModelError: not tensors, no images, or batches of different sizes.
-    """
-    items = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    if not items or not all(isinstance(item, Tensor) for item in items):
-        raise UnsupportedModelError(
-            "example_inputs: expected a tensor or a sequence of tensors, got "
-            f"{[type(item).__name__ for item in items]}"
-        )
-    sizes = {tuple(item.shape[:1]) for item in items}
-    if len(sizes) != 1 or sizes & {(), (0,)}:
-        raise UnsupportedModelError(
-            "example_inputs: expected tensors of one batch size of at least 1, got shapes "
-            f"{[list(item.shape) for item in items]}"
-        )
-    found = []
-    for item in items:
-        if item.device.type != "cpu" or not item.is_floating_point():
-            raise UnsupportedModelError(
-                f"example_inputs: expected floating point tensors on the CPU, got {item.dtype} "
-                f"on {item.device}"
-            )
-        item = item.detach().float()
-        # torch.export takes a batch of 1 for a constant.
-        found.append(torch.cat([item, item]) if item.shape[0] == 1 else item)
-    return tuple(found)
-
-
 def export(model: nn.Module, example_inputs: Any) -> Exported:
-    """Export ``model`` in evaluation mode with a dynamic batch.
+    """Export ``model`` in evaluation mode with a dynamic batch; other sizes are fixed.
+
+    Args:
+        model: with native layers.
+        example_inputs: as for :func:`adalayer_native.capture`.
 
     Raises:
         UnsupportedModelError: torch.export cannot export it or it fixes the batch size; says why.
     """
-    examples = example_tuple(example_inputs)
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    batch = torch.export.Dim("batch")
-    shapes = tuple({0: batch} for _ in examples)
-    signature = inspect.signature(model.forward)
-    if any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()):
-        shapes = (shapes,)  # type: ignore[assignment]
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch.export about itself
-            program = torch.export.export(model, examples, dynamic_shapes=shapes, strict=False)
-            options = inspect.signature(program.module).parameters
-            module = program.module(
-                **({"check_guards": False} if "check_guards" in options else {})
+    inputs = at_least_two(Inputs.of(example_inputs))
+    for item in inputs.tensors():
+        if item.device.type != "cpu":
+            raise UnsupportedModelError(
+                f"example_inputs: expected tensors on the CPU, got one on {item.device}"
             )
-    except AdaError:
-        raise
-    except Exception as error:  # export runs the user's code: anything may come out of it
-        raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be exported with a dynamic batch "
-            f"({type(error).__name__}: {str(error).strip()[:600]}); expected a forward that treats "
-            "all images alike and has no control flow that depends on tensor values"
-        ) from error
-    finally:
-        for item, mode in training.items():
-            item.training = mode
-    assert isinstance(module, fx.GraphModule)
-    graph = module.graph
-    for node in list(graph.nodes):
-        if (node.op == "call_module" and not node.users) or (
-            op_name(node).startswith(("aten._assert", "aten.sym_constrain")) and not node.users
-        ):  # checks of the inputs
-            graph.erase_node(node)
-    functionalise(graph)
+    exported = export_model(model, inputs.map(_as_float32), free_sizes=False)
+    return flattened(model, exported)
+
+
+def _as_float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def flattened(model: nn.Module, exported: Export) -> Exported:
+    """An export without checks and views of views, and with constants computed."""
+    module, graph = exported.module, exported.module.graph
+    drop_checks(graph)
+    plain_norms(graph)
+    merge_reshapes(graph)
     fold_constants(module)
-    graph.eliminate_dead_code()
+    drop_dead(graph)
     outputs = next(node for node in graph.nodes if node.op == "output")
     flat = pytree.tree_leaves(outputs.args[0])
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    return Exported(module, graph, inputs, flat, program.call_spec.out_spec)
-
-
-def functionalise(graph: fx.Graph) -> None:
-    """Replace operators that write into their operand by those that return a new tensor.
-
-    Raises:
-        UnsupportedModelError: the old memory is read later through another view of it, or the
-            operator has no other form; names it.
-    """
-    order = {node: position for position, node in enumerate(graph.nodes)}
-    for node in list(graph.nodes):
-        target = node.target
-        if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
-            continue
-        name = target._schema.name.removeprefix("aten::")
-        packet = getattr(torch.ops.aten, name.removesuffix("_"), None)
-        overload = getattr(packet, target._overloadname, None) if name.endswith("_") else None
-        operand = node.args[0]
-        if overload is None or not isinstance(operand, fx.Node):
-            raise UnsupportedModelError(
-                f"layer {layer_name(node)!r}: {op_name(node)} writes into memory in a way that "
-                "the engine does not follow"
-            )
-        node.target = overload
-        for reader in list(operand.users):
-            if order[reader] > order[node]:
-                reader.replace_input_with(operand, node)
-        relatives = _family(operand) - {operand, node}
-        if any(order[reader] > order[node] for item in relatives for reader in item.users):
-            raise UnsupportedModelError(
-                f"layer {layer_name(node)!r}: {op_name(node)} writes into memory that is read "
-                "later through another view of it"
-            )
+    inputs = [
+        node
+        for node in graph.nodes
+        if node.op == "placeholder" and isinstance(node.meta.get("val"), Tensor)
+    ]
+    spec = exported.program.call_spec
+    found = Exported(module, graph, inputs, flat, spec.in_spec, spec.out_spec)
+    if isinstance(found.batch, int):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be exported with a dynamic batch: its code treats a "
+            f"batch of {found.batch} otherwise than others; expected a forward that treats all "
+            "images alike"
+        )
+    return found
 
 
 def fold_constants(module: fx.GraphModule) -> None:
@@ -227,35 +149,6 @@ def fold_constants(module: fx.GraphModule) -> None:
         constant.meta = dict(node.meta)
         node.replace_all_uses_with(constant)
         module.graph.erase_node(node)
-
-
-def attribute(module: nn.Module, path: str) -> Tensor:
-    """The tensor at a dotted path."""
-    found: Any = module
-    for part in path.split("."):
-        found = getattr(found, part)
-    assert isinstance(found, Tensor)
-    return found.detach()
-
-
-def _family(node: fx.Node) -> set[fx.Node]:
-    """All nodes that may share memory with one."""
-    found = {node}
-    pending = [node]
-
-    def visit(item: Any) -> None:
-        if isinstance(item, fx.Node) and item not in found:
-            found.add(item)
-            pending.append(item)
-
-    while pending:
-        item = pending.pop()
-        if op_name(item) in _ALIASES or item.target is operator.getitem:
-            visit(item.args[0])
-        for reader in item.users:
-            if op_name(reader) in _ALIASES or reader.target is operator.getitem:
-                visit(reader)
-    return found
 
 
 def multiply_accumulates(exported: Exported, node: fx.Node) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from adalayer_native import ops
+from adalayer_native.capture.vocabulary import arguments
 from adalayer_native.engine.grids import Grid, Want, compose_clamps
 from adalayer_native.engine.lower import (
     LAYER_INPUTS,
@@ -32,19 +33,6 @@ from adalayer_native.engine.views import (
 )
 
 Doubles = npt.NDArray[np.float64]
-
-
-def arguments(node: fx.Node) -> dict[str, Any]:
-    """All arguments of an operator by name, defaults included."""
-    target = node.target
-    assert isinstance(target, torch._ops.OpOverload)
-    found: dict[str, Any] = {}
-    for position, item in enumerate(target._schema.arguments):
-        if position < len(node.args):
-            found[item.name] = node.args[position]
-        else:
-            found[item.name] = node.kwargs.get(item.name, item.default_value)
-    return found
 
 
 def _bounds(arguments: dict[str, Any]) -> tuple[float, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from adalayer_native.engine.export import op_name
+from adalayer_native.capture.vocabulary import FUNCTIONS, clamp_bounds, op_name
 from adalayer_native.engine.grids import Want, compose_clamps
 from adalayer_native.engine.lower import RULES, CannotLower, Grids, Lowering, Rule
-from adalayer_native.engine.rules_layers import affine, arguments
+from adalayer_native.engine.rules_layers import affine
 from adalayer_native.engine.views import Ref, axes_of
 
 # -- functions of one value -----------------------------------------------------------------------
@@ -35,29 +34,10 @@ def _function(node: fx.Node) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def clamp_bounds(node: fx.Node) -> tuple[float, float] | None:
-    """``(lo, hi)`` of a node that clamps to constants, else None."""
-    name = op_name(node)
-    if name == "aten.relu.default":
-        return 0.0, math.inf
-    if name == "aten.relu6.default":
-        return 0.0, 6.0
-    keys = {
-        "aten.hardtanh.default": ("min_val", "max_val"),
-        "aten.clamp.default": ("min", "max"),
-        "aten.clip.default": ("min", "max"),
-        "aten.clamp_min.default": ("min", ""),
-        "aten.clamp_max.default": ("", "max"),
-    }.get(name)
-    if keys is None:
-        return None
-    a = arguments(node)
-    bounds = [a.get(key) for key in keys]
-    if any(isinstance(item, fx.Node) for item in bounds):
-        return None
-    lo = -math.inf if bounds[0] is None else float(bounds[0])
-    hi = math.inf if bounds[1] is None else float(bounds[1])
-    return (min(lo, hi), hi)  # torch gives the upper bound where they cross
+def _clamp(node: fx.Node) -> tuple[float, float] | None:
+    bounds = clamp_bounds(node)
+    # torch gives the upper bound where they cross
+    return None if bounds is None else (min(bounds), bounds[1])
 
 
 def _pointwise(low: Lowering, node: fx.Node, want: Want) -> Ref:
@@ -65,7 +45,7 @@ def _pointwise(low: Lowering, node: fx.Node, want: Want) -> Ref:
     grid = low.grids(operand)
     if grid is None:
         # Nothing stores the operand; a clamp can still join the node that computes it.
-        bounds = clamp_bounds(node)
+        bounds = _clamp(node)
         if bounds is None:
             raise CannotLower(
                 node, f"its operand {operand} is a float tensor that no quantizer stores"
@@ -75,7 +55,7 @@ def _pointwise(low: Lowering, node: fx.Node, want: Want) -> Ref:
 
 
 def _clamp_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
-    bounds = clamp_bounds(node)
+    bounds = _clamp(node)
     if bounds is None:
         raise CannotLower(
             node,
@@ -85,13 +65,7 @@ def _clamp_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
     return low.f32(node.args[0], *compose_clamps(bounds, (lo, hi)))
 
 
-_FUNCTIONS = (
-    "relu", "relu6", "hardtanh", "clamp", "clip", "clamp_min", "clamp_max", "hardswish",
-    "hardsigmoid", "silu", "sigmoid", "gelu", "leaky_relu", "elu", "selu", "celu", "mish",
-    "softplus", "softsign", "tanh", "hardshrink", "softshrink", "threshold", "log_sigmoid", "abs",
-    "neg", "square", "sqrt", "exp", "erf", "sin", "cos", "round", "floor", "ceil",
-)  # fmt: skip
-for _name in _FUNCTIONS:
+for _name in FUNCTIONS:
     RULES[f"aten.{_name}.default"] = Rule(_pointwise, _clamp_f32)
 RULES["aten.pow.Tensor_Scalar"] = Rule(_pointwise)
 RULES["aten.rsub.Scalar"] = Rule(_pointwise)

@@ -7,31 +7,16 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from adalayer_native._progress import ProgressBar
-from adalayer_native.errors import CalibrationError
+from adalayer_native.capture import batch_inputs
+from adalayer_native.errors import CalibrationError, InputError
 from adalayer_native.quantization.graph import layers_of, metadata, quantizers_of
 from adalayer_native.quantization.observers import make_observer
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
-
-
-def images_of(batch: Any) -> Tensor:
-    """The input tensor of a batch: the batch itself or its first element; labels are ignored.
-
-    Raises:
-        CalibrationError: the batch is neither a tensor nor a tuple or list that starts with one.
-    """
-    if isinstance(batch, (tuple, list)) and batch:
-        batch = batch[0]
-    if not isinstance(batch, Tensor):
-        raise CalibrationError(
-            "a batch must be a tensor or a tuple (inputs, labels) that starts with one, "
-            f"got {type(batch).__name__}"
-        )
-    return batch
 
 
 def calibrate(
@@ -51,7 +36,8 @@ def calibrate(
 
     Args:
         prepared: from :func:`prepare`; changed in place, and put in evaluation mode.
-        loader: iterable of float tensors ``[N, ...]`` or of ``(inputs, labels)``.
+        loader: iterable of tensors ``[N, ...]``, tuples (inputs, then labels) or dictionaries of
+            arguments.
         observer: ``"mse"`` (least squared error), ``"percentile"`` (99.99 % at either end) or
             ``"minmax"``.
         batches: use at most that many batches of the loader.
@@ -169,14 +155,17 @@ def _forward(
     device = next(itertools.chain(prepared.parameters(), prepared.buffers())).device
     seen = 0
     for batch in _shown(loader, batches, progress, title):
-        x = images_of(batch)
-        if x.is_floating_point() and not bool(torch.isfinite(x).all()):
+        inputs, _ = batch_inputs(prepared, batch)
+        if not inputs.is_finite():
             raise CalibrationError(
-                f"a calibration batch of shape {tuple(x.shape)} contains NaN or infinite "
+                f"a calibration batch of shape {inputs.shapes} contains NaN or infinite "
                 "values; expected finite numbers"
             )
-        seen += x.shape[0] if x.dim() else 1
-        prepared(x.to(device))
+        seen += inputs.count
+        try:
+            inputs.to(device)(prepared)
+        except InputError as error:
+            raise CalibrationError(f"a calibration batch does not fit: {error}") from None
     if seen == 0:
         raise CalibrationError("the calibration loader is empty; expected at least one sample")
 

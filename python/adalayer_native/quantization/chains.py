@@ -1,4 +1,4 @@
-"""Where fake quantization sits: tracing and chain analysis.
+"""Where fake quantization sits: chain analysis of a captured model.
 
 The native engine stores u8 between *chains*. A chain is a convolution or linear layer, its batch
 norm, a residual addition (to a convolution) and a clamp-like activation, as far as each is the only
@@ -12,27 +12,30 @@ stands only
 
 and not where it would do nothing or nothing would profit: after operations that keep the grid (max
 pooling, reshaping, slicing, zero padding), after values from which no quantized layer is reachable
-(the logits), and after values that only float layers read.
+(the logits), after values that only float layers or operations read which need floats (attention's
+products, a recurrent layer), and after what holds the large constants of a mask.
 """
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass, field
 
 import torch
 from torch import fx, nn
 
-from adalayer_native.errors import AdaError, UnsupportedModelError
+from adalayer_native.capture import GraphModel, TensorInfo, info_of
+from adalayer_native.capture import vocabulary as table
+from adalayer_native.capture.vocabulary import LAYERS
+from adalayer_native.errors import UnsupportedModelError
 from adalayer_native.plan import Plan
-from adalayer_native.quantization import ops_table as table
 from adalayer_native.rounding import conv_form
 
 ACT_ROOT = "act_quant"
 # int32 accumulators hold K products of a u8 activation and a signed weight.
 _ACCUMULATOR_LIMIT = 2**31
-# What can be quantized; subclasses are seen, but stay float.
-LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+_NOT_CALLED = (
+    "the layer is not called by the model's forward, or its weight depends on the inputs there"
+)
 
 
 @dataclass
@@ -67,85 +70,28 @@ class Structure:
         batch_norms: quantized layer -> name of the batch norm that is folded into it.
         inputs: quantized layer -> name of the quantizer site of its input.
         sites: quantizer sites by name, in graph order.
-        used: qualified names of the modules and attributes that the graph reads.
     """
 
     batch_norms: dict[str, str]
     inputs: dict[str, str]
     sites: dict[str, QuantizerSite]
-    used: list[str]
 
 
-class _Tracer(fx.Tracer):
-    """Does not look into layers, the user's subclasses of them included, nor stochastic depth."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, LAYERS) or table.is_branch_dropout(m):
-            return True
-        return super().is_leaf_module(m, module_qualified_name)
-
-
-def trace(model: nn.Module) -> fx.Graph:
-    """Symbolic trace of ``model`` as it runs in evaluation mode; the model is not changed.
-
-    Raises:
-        UnsupportedModelError: the forward cannot be traced; says why.
-    """
-    training = {name: module.training for name, module in model.named_modules()}
-    model.eval()
-    try:
-        graph = _Tracer().trace(model)
-        _read_inplace_results(graph, dict(model.named_modules()))
-        return graph
-    except AdaError:
-        raise
-    except Exception as error:  # tracing runs the user's code: anything may come out of it
-        raise UnsupportedModelError(
-            f"{type(model).__name__}.forward cannot be traced by torch.fx "
-            f"({type(error).__name__}: {error}); expected a forward without control flow that "
-            "depends on tensor values"
-        ) from error
-    finally:
-        for name, module in model.named_modules():
-            module.training = training[name]
-
-
-def _read_inplace_results(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
-    """Whoever reads a tensor after an operation overwrote it reads that operation's result.
-
-    It is the same tensor; said explicitly, chains and quantizers are found where values change.
-    """
-    shapes: set[fx.Node] = set()
-    order = {node: index for index, node in enumerate(graph.nodes)}
-    for node in graph.nodes:
-        if table.is_shape_value(node, shapes):
-            shapes.add(node)
-            continue
-        operand = table.source(node)
-        if operand is None or not table.is_inplace(node, modules):
-            continue
-        for user in list(operand.users):
-            if order[user] > order[node]:
-                user.replace_input_with(operand, node)
-
-
-def quantizable(
-    model: nn.Module, plan: Plan, graph: fx.Graph
-) -> tuple[dict[str, int], dict[str, str]]:
+def quantizable(model: GraphModel, plan: Plan) -> tuple[dict[str, int], dict[str, str]]:
     """Split the plan's layers into those that are quantized and those that must stay float.
 
     Returns:
         ``(bits, kept_float)``: bits by layer name, and the reason by name for every layer that
         the plan quantizes but that the native kernels cannot run.
     """
-    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
     modules = dict(model.named_modules())
     bits: dict[str, int] = {}
     kept: dict[str, str] = {}
     for name, layer in plan.layers.items():
         if layer.bits is None:
             continue
-        reason = _unsupported(modules[name], name in called, layer.bits)
+        called = name in modules and isinstance(modules[name], LAYERS)
+        reason = _unsupported(modules[name], layer.bits) if called else _NOT_CALLED
         if reason is None:
             bits[name] = layer.bits
         else:
@@ -153,16 +99,10 @@ def quantizable(
     return bits, kept
 
 
-def _unsupported(module: nn.Module, called: bool, bits: int) -> str | None:
-    if not called:
-        return "the layer is not called as a module by the model's forward"
-    if type(module) not in LAYERS:
-        return f"{type(module).__name__} is a subclass that may compute something else"
+def _unsupported(module: nn.Module, bits: int) -> str | None:
     assert isinstance(module, LAYERS)
     if module.weight.dtype != torch.float32:
         return f"its weight is {module.weight.dtype}; expected torch.float32"
-    if not isinstance(module, nn.Linear) and module.padding_mode != "zeros":
-        return f"padding_mode is {module.padding_mode!r}; native layers pad with zeros only"
     if module.weight.numel() == 0:
         return "its weight is empty"
     reduced = conv_form(module, module.weight)[0].numel()
@@ -174,30 +114,32 @@ def _unsupported(module: nn.Module, called: bool, bits: int) -> str | None:
     return None
 
 
-def analyse(graph: fx.Graph, modules: dict[str, nn.Module], quantized: set[str]) -> Structure:
+def analyse(model: GraphModel, quantized: set[str]) -> Structure:
     """Chain analysis: which batch norms fold, and where activation quantizers stand.
 
     Args:
-        graph: trace of the model.
-        modules: the model's modules by name.
+        model: a captured model.
         quantized: names of the layers that are quantized.
 
     Raises:
         UnsupportedModelError: a quantized layer reads something that is not a tensor value.
     """
-    return _Analysis(graph, modules, quantized).run()
+    return _Analysis(model, quantized).run()
 
 
 class _Analysis:
-    def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module], quantized: set[str]) -> None:
-        self.modules = modules
+    def __init__(self, model: GraphModel, quantized: set[str]) -> None:
+        self.modules = dict(model.named_modules())
         self.quantized = quantized
-        self.nodes: list[fx.Node] = list(graph.nodes)
+        self.nodes: list[fx.Node] = list(model.graph.nodes)
         self.order = {node: index for index, node in enumerate(self.nodes)}
-        self.shapes: set[fx.Node] = set()
+        self.constant: set[fx.Node] = set()  # what depends on parameters alone
         for node in self.nodes:
-            if table.is_shape_value(node, self.shapes):
-                self.shapes.add(node)
+            operands = [n for n in node.all_input_nodes if info_of(n) is not None]
+            held = node.op == "call_function" and operands and self.constant.issuperset(operands)
+            if node.op == "get_attr" or held:
+                self.constant.add(node)
+        self.masked = table.masked_values(model)
         self.internal: set[fx.Node] = set()
         self.batch_norms: dict[str, str] = {}
 
@@ -242,11 +184,19 @@ class _Analysis:
             layer, module = self.modules[name], self.modules[target]
             assert isinstance(layer, LAYERS)
             channels = conv_form(layer, layer.weight).shape[0]
-            fits = isinstance(module, nn.BatchNorm2d) != isinstance(layer, nn.Linear)
+            fits = all(self.norm_fits(layer, node) for node in nodes)
             sources = {self.behind(call) for call in calls[target]}
             if fits and module.num_features == channels and sources == set(nodes):
                 folded[name] = target
         return folded
+
+    def norm_fits(self, layer: nn.Module, node: fx.Node) -> bool:
+        """Whether a batch norm behind a layer normalises the layer's output channels."""
+        info = info_of(node)
+        if not isinstance(info, TensorInfo):
+            return False
+        # Axis 1 is normalised; a linear layer's outputs are the last one.
+        return not isinstance(layer, nn.Linear) or len(info.shape) == 2
 
     def only_reader(self, node: fx.Node) -> fx.Node | None:
         """The one operation that reads a value, looking through dropout and other identities."""
@@ -291,14 +241,14 @@ class _Analysis:
         self.batch_norms = {name: bn for name, bn in norms.items() if name in self.quantized}
         split = self.split_activations(calls, norms)
         for node in self.nodes:  # graph order: a chain's addition is seen before its activation
-            if table.is_tensor_add(node, self.shapes):
+            if table.is_addition(node):
                 # The later chain absorbs the addition; the other operand is a stored tensor.
                 operands = [tail for tail in joins if self.only_reader(tail) is node]
                 if operands:
                     absorbing = max(operands, key=lambda item: self.order[item])
                     tails[node] = 1
                     self.internal.add(absorbing)
-            elif table.clamp_range(node, self.modules) is not None:
+            elif table.clamp_range(node) is not None:
                 origin = self.behind(node)
                 if (
                     origin is not None
@@ -319,10 +269,7 @@ class _Analysis:
                 continue
             ends = calls[norms[name]] if name in norms else nodes
             readers = [self.only_reader(end) for end in ends]
-            ranges = {
-                None if reader is None else table.clamp_range(reader, self.modules)
-                for reader in readers
-            }
+            ranges = {None if reader is None else table.clamp_range(reader) for reader in readers}
             if len(ranges) != 1 or None in ranges:
                 found.update(ends)
         return found
@@ -335,8 +282,8 @@ class _Analysis:
         pending = [node]
         while pending:
             for user in pending.pop().users:
-                if user in self.shapes:
-                    continue
+                if user.op != "output" and info_of(user) is None:
+                    continue  # a size
                 if self.passes_grid(user):
                     pending.append(user)
                 elif user not in found:
@@ -354,32 +301,26 @@ class _Analysis:
 
     def yields_tuple(self, node: fx.Node) -> bool:
         """Whether a value is unpacked, by an operation that does not keep the grid."""
-        return (
-            not self.passes_grid(node)
-            and node.op in ("call_module", "call_function", "call_method")
-            and self.layer(node) is None
-            and bool(node.users)
-            and all(
-                user.target is operator.getitem and isinstance(user.args[1], int)
-                for user in node.users
-            )
-        )
+        return isinstance(info_of(node), tuple) and not self.passes_grid(node)
 
     def wants_quantizer(self, node: fx.Node, reaching: set[fx.Node]) -> bool:
-        if node.op in ("output", "root") or node in self.shapes or node in self.internal:
+        if not table.is_value(node) or node in self.internal or node not in reaching:
             return False
-        if node not in reaching or self.yields_tuple(node):
+        if self.passes_grid(node) or node in self.masked:
             return False
-        if self.passes_grid(node):
-            previous = table.source(node)
-            # Grid-preserving on a value without a grid: an element of a tuple.
-            return previous is not None and self.yields_tuple(previous)
         readers = self.consumers(node)
-        layers = [self.layer(reader) for reader in readers]
-        if node.op == "get_attr":
-            # A parameter that enters an addition or product is a float constant of the program.
-            return any(name in self.quantized for name in layers)
-        return any(name is None or name in self.quantized for name in layers)
+        if any(self.layer(reader) in self.quantized for reader in readers):
+            return True
+        # A parameter that enters an addition or product is a float constant of the program.
+        return node not in self.constant and any(map(self.reads_levels, readers))
+
+    def reads_levels(self, reader: fx.Node) -> bool:
+        """Whether an operation between layers can work on u8 levels at all."""
+        if reader in self.masked:
+            return False
+        if reader.op == "call_module":
+            return table.is_batch_norm(reader, self.modules)
+        return reader.op == "call_function" and table.op_name(reader) in table.INTEGER_OPERATORS
 
     def run(self) -> Structure:
         self.build_chains()
@@ -404,12 +345,10 @@ class _Analysis:
                         site.layers.append(name)
                 else:
                     site.kept = True
-        used = [str(n.target) for n in self.nodes if n.op in ("call_module", "get_attr")]
         return Structure(
             batch_norms=self.batch_norms,
             inputs={name: names[id(sites[node])] for name, node in inputs.items()},
             sites=result,
-            used=list(dict.fromkeys(used)),
         )
 
     def unite(self, sites: dict[fx.Node, list[fx.Node]]) -> dict[str, fx.Node]:
@@ -424,7 +363,7 @@ class _Analysis:
             if origin is None or origin not in sites:
                 raise UnsupportedModelError(
                     f"layer {name!r} reads {operand} ({operand.op if operand else 'no tensor'}), "
-                    "which is not a tensor that can be quantized; keep this layer in float"
+                    "which is not a float32 tensor that can be quantized; keep this layer in float"
                 )
             if name in inputs:
                 first, second = sites[inputs[name]], sites[origin]
@@ -437,18 +376,10 @@ class _Analysis:
         return inputs
 
 
-def check_model(model: nn.Module) -> None:
-    """Raise unless the model has a convolution or linear layer, and none of them is lazy."""
-    layers = [
-        (name, module) for name, module in model.named_modules() if isinstance(module, LAYERS)
-    ]
-    if not layers:
+def check_model(model: GraphModel) -> None:
+    """Raise unless the model has a layer that can be quantized."""
+    if not any(isinstance(module, LAYERS) for module in model.modules()):
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no nn.Conv2d, nn.ConvTranspose2d or nn.Linear layer; "
+            f"{type(model).__name__} has no convolution or linear layer with constant weights; "
             "nothing can be compressed"
         )
-    for name, module in layers:
-        if isinstance(module.weight, nn.UninitializedParameter):
-            raise UnsupportedModelError(
-                f"layer {name!r} is lazy and has no weight yet; run the model once first"
-            )

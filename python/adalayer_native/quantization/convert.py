@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from adalayer_native.capture import GraphModel, captured, on_cpu
+from adalayer_native.capture import vocabulary as table
 from adalayer_native.errors import FileFormatError
 from adalayer_native.plan import LayerPlan, Plan, layer_kind, supported_layers
-from adalayer_native.quantization import ops_table as table
 from adalayer_native.quantization.chains import ACT_ROOT
 from adalayer_native.quantization.exact import check_calibrated, fold
 from adalayer_native.quantization.fake_quant import (
@@ -20,6 +21,7 @@ from adalayer_native.quantization.fake_quant import (
     QuantConvTranspose2d,
     QuantLinear,
 )
+from adalayer_native.quantization.file_names import with_present_names
 from adalayer_native.quantization.graph import (
     build_prepared,
     metadata,
@@ -28,7 +30,7 @@ from adalayer_native.quantization.graph import (
 )
 
 
-def convert(prepared: fx.GraphModule) -> fx.GraphModule:
+def convert(prepared: GraphModel) -> GraphModel:
     """Replace every quantized layer by its native counterpart.
 
     Batch norms that follow a native layer are folded into its scale and bias and leave the graph
@@ -77,7 +79,7 @@ def convert(prepared: fx.GraphModule) -> fx.GraphModule:
     return native
 
 
-def _native_layer(prepared: fx.GraphModule, name: str, clamp: Any) -> Any:
+def _native_layer(prepared: GraphModel, name: str, clamp: Any) -> Any:
     from adalayer_native.nn import Conv2d, ConvTranspose2d, Linear
 
     layer = prepared.get_submodule(name)
@@ -121,14 +123,13 @@ def _native_layer(prepared: fx.GraphModule, name: str, clamp: Any) -> Any:
     )
 
 
-def _fuse(native: fx.GraphModule, entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _fuse(native: GraphModel, entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Take folded batch norms and fusable activations out of the graph; clamp range by layer."""
     norms = {entry["batch_norm"] for entry in entries.values()} - {None}
     for target in norms:
         _bypass(native, target)
         set_submodule(native, target, nn.Identity())
     _fuse_residuals(native, entries)
-    modules = dict(native.named_modules())
     calls: dict[str, list[fx.Node]] = {}
     for node in native.graph.nodes:
         if node.op == "call_module" and node.target in entries:
@@ -136,7 +137,7 @@ def _fuse(native: fx.GraphModule, entries: dict[str, dict[str, Any]]) -> dict[st
     clamps: dict[str, Any] = {}
     for name, nodes in calls.items():
         readers = [next(iter(node.users)) for node in nodes if len(node.users) == 1]
-        ranges = {table.clamp_range(reader, modules) for reader in readers}
+        ranges = {table.clamp_range(reader) for reader in readers}
         # A layer that is called twice can only take over what follows it at both places.
         if len(readers) != len(nodes) or len(ranges) != 1 or None in ranges:
             continue
@@ -153,7 +154,7 @@ def _fuse(native: fx.GraphModule, entries: dict[str, dict[str, Any]]) -> dict[st
     return clamps
 
 
-def _single_calls(native: fx.GraphModule, wanted: Any) -> list[fx.Node]:
+def _single_calls(native: GraphModel, wanted: Any) -> list[fx.Node]:
     """Calls of modules that ``wanted`` accepts, called once, whose result has one reader."""
     modules = dict(native.named_modules())
     calls: dict[str, list[fx.Node]] = {}
@@ -163,14 +164,14 @@ def _single_calls(native: fx.GraphModule, wanted: Any) -> list[fx.Node]:
     return [n[0] for n in calls.values() if len(n) == 1 and len(n[0].users) == 1]
 
 
-def _fuse_residuals(native: fx.GraphModule, entries: dict[str, dict[str, Any]]) -> None:
+def _fuse_residuals(native: GraphModel, entries: dict[str, dict[str, Any]]) -> None:
     """``add(conv(x), r)`` becomes ``conv(x, r)``, where the shapes are known to be the same."""
     order = {node: i for i, node in enumerate(native.graph.nodes)}
     convs = _single_calls(native, lambda t, m: t in entries and isinstance(m, QuantConv2d))
     # The later of two convolutions takes the addition, as in the chains of `prepare`.
     for node in sorted(convs, key=order.__getitem__, reverse=True):
         addition = next(iter(node.users))
-        if not table.is_tensor_add(addition, set()) or len(node.args) != 1:
+        if not table.is_addition(addition) or len(node.args) != 1:
             continue
         left, right = addition.args[:2]
         other = right if left is node else left
@@ -178,12 +179,13 @@ def _fuse_residuals(native: fx.GraphModule, entries: dict[str, dict[str, Any]]) 
             continue
         with native.graph.inserting_before(addition):
             fused = native.graph.call_module(str(node.target), (node.args[0], other))
+        fused.meta.update(addition.meta)
         addition.replace_all_uses_with(fused)
         native.graph.erase_node(addition)
         native.graph.erase_node(node)
 
 
-def _fuse_output_grids(native: fx.GraphModule) -> None:
+def _fuse_output_grids(native: GraphModel) -> None:
     """A convolution whose only reader is a kept quantizer does that quantizer's work."""
     from adalayer_native.nn import Conv2d, ConvTranspose2d, FakeQuantize
 
@@ -197,7 +199,7 @@ def _fuse_output_grids(native: fx.GraphModule) -> None:
             native.graph.erase_node(reader)
 
 
-def _drop_identities(native: fx.GraphModule) -> None:
+def _drop_identities(native: GraphModel) -> None:
     modules = dict(native.named_modules())
     for node in list(native.graph.nodes):
         if table.is_identity(node, modules):
@@ -207,7 +209,7 @@ def _drop_identities(native: fx.GraphModule) -> None:
             native.graph.erase_node(node)
 
 
-def _bypass(native: fx.GraphModule, target: str) -> None:
+def _bypass(native: GraphModel, target: str) -> None:
     """Remove every call of the module at ``target``; its readers read its operand."""
     for node in list(native.graph.nodes):
         if node.op == "call_module" and node.target == target:
@@ -217,15 +219,19 @@ def _bypass(native: fx.GraphModule, target: str) -> None:
             native.graph.erase_node(node)
 
 
-def restore(model: nn.Module, path: str | os.PathLike[str]) -> fx.GraphModule:
+def restore(
+    model: nn.Module, path: str | os.PathLike[str], example_inputs: Any = None
+) -> GraphModel:
     """Rebuild a converted model from its float architecture and a saved safetensors file.
 
     The file says by itself which layers are native and with how many bits; neither a plan nor
     calibration data is needed.
 
     Args:
-        model: the float model that was compressed; only its architecture is used.
+        model: the float model that was compressed; only its architecture is used. It may be on the
+            meta device.
         path: file with the ``state_dict`` of what :func:`convert` returned.
+        example_inputs: as for :func:`~adalayer_native.capture`; not needed where a guess fits.
 
     Returns:
         The converted model, in evaluation mode.
@@ -234,7 +240,8 @@ def restore(model: nn.Module, path: str | os.PathLike[str]) -> fx.GraphModule:
         FileFormatError: the file is missing, corrupt, or does not fit the model; names the tensor.
     """
     tensors = _read(path)
-    skeleton = _skeleton(model, tensors, path)
+    skeleton = _skeleton(captured(model, example=example_inputs), tensors, path)
+    tensors = with_present_names(tensors, list(skeleton.state_dict()))
     expected = {key: tuple(value.shape) for key, value in skeleton.state_dict().items()}
     missing = sorted(set(expected) - set(tensors))
     extra = sorted(set(tensors) - set(expected))
@@ -274,8 +281,8 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def _skeleton(
-    model: nn.Module, tensors: dict[str, Tensor], path: str | os.PathLike[str]
-) -> fx.GraphModule:
+    model: GraphModel, tensors: dict[str, Tensor], path: str | os.PathLike[str]
+) -> GraphModel:
     """Converted model of the right structure, with placeholder values."""
     suffix = ".weight_packed"
     native = {key[: -len(suffix)] for key in tensors if key.endswith(suffix)}
@@ -299,7 +306,7 @@ def _skeleton(
             bits=bits,
             activation_bits=activation_bits,
         )
-    prepared = build_prepared(model, Plan(plans, method="restored"), empty=True)
+    prepared = build_prepared(on_cpu(model), Plan(plans, method="restored"), empty=True)
     if prepared.meta["kept_float"]:
         raise FileFormatError(
             f"{os.fspath(path)}: holds native layers that {type(model).__name__} cannot have: "

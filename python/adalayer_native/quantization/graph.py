@@ -7,20 +7,20 @@ import warnings
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
+from adalayer_native.capture import GraphModel, captured
+from adalayer_native.capture.vocabulary import LAYERS
 from adalayer_native.errors import CalibrationError, UnsupportedModelError
 from adalayer_native.plan import LayerPlan, Plan
 from adalayer_native.pruning.masks import magnitude_mask
 from adalayer_native.pruning.patterns import pattern_mask
 from adalayer_native.quantization.chains import (
     ACT_ROOT,
-    LAYERS,
     Structure,
     analyse,
     check_model,
     quantizable,
-    trace,
 )
 from adalayer_native.quantization.fake_quant import (
     QUANT_LAYERS,
@@ -33,7 +33,9 @@ from adalayer_native.quantization.fake_quant import (
 from adalayer_native.rounding import conv_form, layer_form
 
 
-def prepare(model: nn.Module, plan: Plan) -> fx.GraphModule:
+def prepare(
+    model: nn.Module | torch.export.ExportedProgram, plan: Plan, example_inputs: Any = None
+) -> GraphModel:
     """Trainable simulation of the compressed model: eq. (4), ``W_opt = mask * Q_b(W)``.
 
     The model is copied and stays as it is. In the copy, every layer with bits becomes a
@@ -48,32 +50,32 @@ def prepare(model: nn.Module, plan: Plan) -> fx.GraphModule:
     the native kernels cannot run; each also gives a warning.
 
     Args:
-        model: float32 ``nn.Module`` that torch.fx can trace. The copy is traced in evaluation
-            mode: functional dropout is therefore off in it, module dropout is not.
+        model: float32 model, or what :func:`adalayer_native.capture` made of it. It is captured in
+            evaluation mode: functional dropout is therefore off, module dropout is not.
         plan: see :class:`adalayer_native.plan.Plan`; layers that it does not name stay float.
+        example_inputs: as for :func:`~adalayer_native.capture`; not needed for what is captured
+            already, ``analyze`` or ``allocate`` have seen, or a guess fits.
 
     Returns:
         A graph module in evaluation mode with the same inputs and outputs as ``model``.
 
     Raises:
-        UnsupportedModelError: not traceable, shared weights, or no convolution or linear layer.
+        UnsupportedModelError: it cannot be captured, or has no convolution or linear layer.
         PlanError: the plan names an unknown layer or a value out of range.
         CalibrationError: a layer's weight contains NaN or infinity.
     """
-    return build_prepared(model, plan)
+    return build_prepared(captured(model, example=example_inputs), plan)
 
 
-def build_prepared(model: nn.Module, plan: Plan, *, empty: bool = False) -> fx.GraphModule:
+def build_prepared(model: GraphModel, plan: Plan, *, empty: bool = False) -> GraphModel:
     """:func:`prepare`; with ``empty`` the scales and masks are left for a later load."""
     check_model(model)
     plan.validate(model)
-    root = copy.deepcopy(model).eval()
-    graph = trace(root)
-    bits, kept_float = quantizable(root, plan, graph)
+    bits, kept_float = quantizable(model, plan)
     for name, reason in kept_float.items():
         warnings.warn(f"layer {name!r} stays in float: {reason}", stacklevel=3)
-    structure = analyse(graph, dict(root.named_modules()), set(bits))
-    prepared = fx.GraphModule(root, graph, class_name=type(model).__name__)
+    structure = analyse(model, set(bits))
+    prepared = copy.deepcopy(model).eval()
     for name, width in bits.items():
         _replace_layer(prepared, plan[name], width, structure, empty=empty)
     _insert_quantizers(prepared, plan, structure)
@@ -94,7 +96,7 @@ def build_prepared(model: nn.Module, plan: Plan, *, empty: bool = False) -> fx.G
 
 
 def _replace_layer(
-    prepared: fx.GraphModule,
+    prepared: GraphModel,
     plan: LayerPlan,
     bits: int,
     structure: Structure,
@@ -123,7 +125,7 @@ def _replace_layer(
     set_submodule(prepared, name, new)
 
 
-def _insert_quantizers(prepared: fx.GraphModule, plan: Plan, structure: Structure) -> None:
+def _insert_quantizers(prepared: GraphModel, plan: Plan, structure: Structure) -> None:
     graph = prepared.graph
     if hasattr(prepared, ACT_ROOT):
         raise UnsupportedModelError(
@@ -144,6 +146,7 @@ def _insert_quantizers(prepared: fx.GraphModule, plan: Plan, structure: Structur
                 anchor = anchor.next
             with graph.inserting_after(anchor):
                 inserted = graph.call_module(site.target, (node,))
+            inserted.meta.update(node.meta)
             for reader in readers:
                 reader.replace_input_with(node, inserted)
     graph.lint()

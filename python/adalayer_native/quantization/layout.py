@@ -6,8 +6,9 @@ import weakref
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
+from adalayer_native.capture import GraphModel, captured
 from adalayer_native.plan import Plan
 from adalayer_native.quantization.chains import (
     ACT_ROOT,
@@ -15,7 +16,6 @@ from adalayer_native.quantization.chains import (
     analyse,
     check_model,
     quantizable,
-    trace,
 )
 from adalayer_native.rounding import conv_form
 
@@ -99,46 +99,31 @@ _DTYPES = {
 }
 
 
-class _Cache:
-    """Trace of one model and its structure per set of quantized layers."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.signature = _signature(model)
-        self.graph: fx.Graph = trace(model)
-        self.structures: dict[frozenset[str], Structure] = {}
-
-
-_caches: weakref.WeakKeyDictionary[nn.Module, _Cache] = weakref.WeakKeyDictionary()
-
-
-def _signature(model: nn.Module) -> tuple[tuple[str, int], ...]:
-    return tuple((name, id(module)) for name, module in model.named_modules())
+_structures: weakref.WeakKeyDictionary[nn.Module, dict[frozenset[str], Structure]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def native_layout(model: nn.Module, plan: Plan) -> NativeLayout:
     """Tensors of the file that ``convert(prepare(model, plan))`` would be saved to.
 
-    Cheap: the model is traced once, and analysed once per set of quantized layers (bits and
-    sparsity do not matter for the structure). Both are remembered per model object and forgotten
-    when one of its modules is exchanged.
+    Cheap for a captured model: it is analysed once per set of quantized layers (bits and sparsity
+    do not matter for the structure).
 
     Raises:
-        UnsupportedModelError: not traceable, shared weights, or no supported layer.
+        UnsupportedModelError: it cannot be captured, or has no supported layer.
         PlanError: the plan does not fit the model.
     """
+    model = captured(model)
     check_model(model)
     plan.validate(model)
-    cache = _caches.get(model)
-    if cache is None or cache.signature != _signature(model):
-        cache = _Cache(model)
-        _caches[model] = cache
-    bits, kept_float = quantizable(model, plan, cache.graph)
+    known = _structures.setdefault(model, {})
+    bits, kept_float = quantizable(model, plan)
     modules = dict(model.named_modules())
     key = frozenset(bits)
-    structure = cache.structures.get(key)
+    structure = known.get(key)
     if structure is None:
-        structure = analyse(cache.graph, modules, set(bits))
-        cache.structures[key] = structure
+        structure = known[key] = analyse(model, set(bits))
     layers: dict[str, NativeLayer] = {}
     for name, width in bits.items():
         weight = modules[name].weight
@@ -156,18 +141,15 @@ def native_layout(model: nn.Module, plan: Plan) -> NativeLayout:
     return NativeLayout(
         layers=layers,
         quantizers=[f"{ACT_ROOT}.{site.name}" for site in structure.sites.values() if site.kept],
-        float_tensors=_remaining(model, structure, gone),
+        float_tensors=_remaining(model, gone),
         kept_float=kept_float,
     )
 
 
-def _remaining(
-    model: nn.Module, structure: Structure, gone: set[str]
-) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
-    used = [target for target in structure.used if target not in gone]
-    found = []
-    for key, value in model.state_dict().items():
-        # The graph keeps only what it calls or reads.
-        if any(key == target or key.startswith(f"{target}.") for target in used):
-            found.append((key, tuple(value.shape), value.dtype))
-    return found
+def _remaining(model: GraphModel, gone: set[str]) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+    """What a captured model holds, but for the modules that native layers take in."""
+    return [
+        (key, tuple(value.shape), value.dtype)
+        for key, value in model.state_dict().items()
+        if key.rpartition(".")[0] not in gone
+    ]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adalayer_native._progress import ProgressBar
+from adalayer_native.capture import captured
 from adalayer_native.errors import PlanError
 from adalayer_native.plan import LayerPlan, Plan, layer_kind, supported_layers
 from adalayer_native.quantization.layout import native_layout
@@ -50,6 +51,7 @@ def layer_hessians(
         PlanError: unknown layer.
         UnsupportedModelError: as :func:`prepare`.
     """
+    model = captured(model, loader)
     modules = supported_layers(model)
     wanted = {
         name: LayerPlan(name, layer_kind(module), module.weight.numel(), 8)
@@ -66,7 +68,7 @@ def layer_hessians(
     training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        data = Data(loader, batches, next(model.parameters()).device)
+        data = Data(model, loader, batches)
         parts = _parts(modules, names, memory)
         bar = ProgressBar(
             "Observing layers", len(parts) * data.batches, unit="batch", enabled=progress
@@ -128,7 +130,7 @@ def _observe(
     ]
     try:
         for x in data:
-            model(x)
+            x(model)
             bar.advance(note=f"{len(found)} layers")
     finally:
         for handle in handles:

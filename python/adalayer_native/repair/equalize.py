@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from adalayer_native._progress import ProgressBar
+from adalayer_native.capture import TensorInfo, info_of
+from adalayer_native.capture import vocabulary as table
 from adalayer_native.pruning.patterns import pattern_mask
-from adalayer_native.quantization import ops_table as table
 from adalayer_native.quantization.fake_quant import ActivationQuantizer, QuantLayer
 from adalayer_native.quantization.graph import layers_of, metadata
 from adalayer_native.quantization.observers import make_observer
@@ -37,18 +38,13 @@ PROMISING = 0.9
 LARGEST = 64.0  # factors are kept within [1 / LARGEST, LARGEST]
 # Powers of a channel's root mean square that are tried as factors.
 POWERS = (0.25, 0.5)
-_SCALED_MODULES = (
-    nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.ZeroPad2d,
+_SCALED = frozenset(
+    f"aten.{name}.default"
+    for name in (
+        "max_pool1d", "max_pool2d", "avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d",
+        "adaptive_avg_pool2d",
+    )
 )  # fmt: skip
-_SCALED_FUNCTIONS = frozenset(
-    {
-        torch.max_pool2d,
-        nn.functional.max_pool2d,
-        nn.functional.avg_pool2d,
-        nn.functional.adaptive_avg_pool2d,
-        nn.functional.adaptive_max_pool2d,
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -137,9 +133,9 @@ def _follow(
         elif target == norm and node.op == "call_module":
             if len(calls[target]) != 1 or getattr(module, "weight", None) is None:
                 return None
-        elif _flattens(node, module):
+        elif _flattens(node):
             flat = True
-        elif not _scales(node, module, modules):
+        elif not _scales(node, modules):
             return None
     second: Any = modules[target]
     inputs = second.in_features if isinstance(second, nn.Linear) else second.in_channels
@@ -151,25 +147,37 @@ def _follow(
     return Pair(name, target, norm, tuple(quantizers), channels)
 
 
-def _scales(node: fx.Node, module: nn.Module | None, modules: dict[str, nn.Module]) -> bool:
+def _scales(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether an operation turns ``x / s`` into its result over ``s``, channel by channel."""
-    if table.is_identity(node, modules) or table.clamp_range(node, modules) == (0.0, float("inf")):
+    if table.is_identity(node, modules) or table.clamp_range(node) == (0.0, float("inf")):
         return True
-    if node.op == "call_module":
-        return type(module) in _SCALED_MODULES and not getattr(module, "return_indices", False)
-    return node.op == "call_function" and node.target in _SCALED_FUNCTIONS
+    if node.op != "call_function":
+        return False
+    if table.op_name(node) in ("aten.constant_pad_nd.default", "aten.pad.default"):
+        return table.is_grid_preserving(node, modules)
+    if table.op_name(node) == "aten.mean.dim":
+        rank = _rank(node.args[0])
+        return rank == 4 and sorted(axis % 4 for axis in node.args[1]) == [2, 3]  # type: ignore[union-attr, operator]
+    return table.op_name(node) in _SCALED
 
 
-def _flattens(node: fx.Node, module: nn.Module | None) -> bool:
+def _flattens(node: fx.Node) -> bool:
     """Whether ``[N, C, H, W]`` becomes ``[N, C * H * W]``."""
-    if module is not None:
-        return type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1)
-    is_flatten: bool = (node.op == "call_function" and node.target is torch.flatten) or (
-        node.op == "call_method" and node.target == "flatten"
+    if node.op != "call_function" or table.op_name(node) != "aten.reshape.default":
+        return False
+    before, after = info_of(node.args[0]), info_of(node)
+    return (
+        isinstance(before, TensorInfo)
+        and isinstance(after, TensorInfo)
+        and len(before.shape) == 4
+        and len(after.shape) == 2
+        and before.sizes[0] == after.sizes[0]
     )
-    start = node.kwargs.get("start_dim", node.args[1] if len(node.args) > 1 else 0)
-    end = node.kwargs.get("end_dim", node.args[2] if len(node.args) > 2 else -1)
-    return is_flatten and bool(start == 1 and end == -1)
+
+
+def _rank(node: Any) -> int:
+    info = info_of(node)
+    return len(info.shape) if isinstance(info, TensorInfo) else 0
 
 
 @torch.no_grad()
@@ -285,8 +293,8 @@ class _Trial:
         for x in data:
             if room <= 0:
                 break
-            twin(x[:room])
-            room -= x.shape[0]
+            x[:room](twin)
+            room -= x.count
 
     def run(self) -> EqualizedPair:
         """Try all factors and keep the best, or none."""

@@ -176,7 +176,7 @@ def repair(
         )
     prepared.eval()
     layers = layers_of(prepared)
-    data = Data(loader, batches, next(prepared.parameters()).device)
+    data = Data(prepared, loader, batches)
     options = {
         "layers": entries,
         "choose_masks": choose_masks,
@@ -273,7 +273,7 @@ def _reestimate(prepared: fx.GraphModule, twin: fx.GraphModule, data: Data) -> b
     def distance() -> float:
         total = 0.0
         for x in data:
-            pairs = zip(tree_leaves(prepared(x.clone())), tree_leaves(twin(x)), strict=True)
+            pairs = zip(tree_leaves(x(prepared)), tree_leaves(x(twin)), strict=True)
             total += sum(
                 float((y.float() - z.float()).square().sum().double())
                 for y, z in pairs

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
+from adalayer_native.capture import Inputs, batch_inputs
+from adalayer_native.capture import vocabulary as table
 from adalayer_native.errors import CalibrationError
-from adalayer_native.quantization import ops_table as table
-from adalayer_native.quantization.calibrate import images_of
 from adalayer_native.quantization.fake_quant import ActivationQuantizer, QuantLayer
 from adalayer_native.quantization.graph import layers_of, set_submodule
 from adalayer_native.rounding import conv_form
@@ -35,33 +35,35 @@ class Data:
         digest: hash of all of them.
     """
 
-    def __init__(self, loader: Iterable[Any], limit: int | None, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, loader: Iterable[Any], limit: int | None) -> None:
         if limit is not None and limit < 1:
             raise CalibrationError(f"batches must be at least 1 or None, got {limit}")
         if iter(loader) is loader:
             # A one-shot iterator cannot be read again.
             loader = list(itertools.islice(loader, limit))
-        self.loader, self.limit, self.device = loader, limit, device
+        self.model, self.loader, self.limit = model, loader, limit
+        self.device = next(model.parameters()).device
         digest = hashlib.sha256()
         self.images = self.batches = 0
         for x in self:
-            if x.is_floating_point() and not bool(torch.isfinite(x).all()):
+            if not x.is_finite():
                 raise CalibrationError(
-                    f"calibration batch {self.batches} of shape {tuple(x.shape)} contains NaN or "
+                    f"calibration batch {self.batches} of shape {x.shapes} contains NaN or "
                     "infinite values; expected finite numbers"
                 )
-            digest.update(f"{tuple(x.shape)} {x.dtype}".encode())
-            flat = x.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy().tobytes())
-            self.images += x.shape[0] if x.dim() else 1
+            for tensor in x.tensors():
+                digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+                flat = tensor.detach().cpu().contiguous().reshape(-1)
+                digest.update(flat.view(torch.uint8).numpy().tobytes())
+            self.images += x.count
             self.batches += 1
         if self.images == 0:
             raise CalibrationError("the calibration loader is empty; expected at least one sample")
         self.digest = digest.hexdigest()
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Inputs]:
         for batch in itertools.islice(self.loader, self.limit):
-            yield images_of(batch).to(self.device)
+            yield batch_inputs(self.model, batch)[0].to(self.device)
 
 
 class _Float(nn.Module):
@@ -134,7 +136,7 @@ class Streams:
             for runner, graph in zip(self.runners, self.graphs, strict=True):
                 env: _Values = {}
                 if self.kept is None:
-                    runner.args_iter = iter([start.clone()])  # both models read it
+                    runner.args_iter = iter(self.leaves(start))
                 else:
                     env = _cloned(start[len(envs)])
                 self._advance(runner, graph, env, self.position, calls[0])
@@ -149,6 +151,13 @@ class Streams:
             yield list(zip(*found, strict=True))
         if new is not None:
             self.kept, self.position = new, calls[0]
+
+    def leaves(self, inputs: Inputs) -> list[Any]:
+        """A batch in the order of the placeholders."""
+        signature = self.runners[0].module.meta["signature"]
+        leaves: list[Any] = signature.leaves(inputs.args, inputs.kwargs)
+        signature.check(leaves)
+        return leaves
 
     def _operands(
         self, runner: fx.Interpreter, graph: list[fx.Node], env: _Values, calls: list[int]

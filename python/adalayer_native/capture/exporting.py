@@ -1,0 +1,265 @@
+"""torch.export of a model: functional operators, free sizes, and errors that a user can act on."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from adalayer_native.capture.example import Inputs
+from adalayer_native.capture.functional import functionalise
+from adalayer_native.capture.quiet import quiet
+from adalayer_native.errors import AdaError, UnsupportedModelError
+
+__all__ = ["Export", "export", "exported_of"]
+
+_CONTAINERS = (list, dict, set)
+
+
+@dataclass
+class Export:
+    """What torch.export made of a model.
+
+    Attributes:
+        module: owner of parameters and buffers, with the functional graph.
+        program: the exported program.
+        guards: conditions on free sizes, see :class:`~.model.Signature`.
+    """
+
+    module: fx.GraphModule
+    program: torch.export.ExportedProgram
+    guards: list[tuple[str, str]]
+
+
+def export(model: nn.Module, inputs: Inputs, *, free_sizes: bool, thorough: bool = False) -> Export:
+    """Export a model in evaluation mode with a free batch; it is left as it was.
+
+    Args:
+        inputs: example of a call, on the model's device; at least two samples.
+        free_sizes: leave heights, widths and lengths free where the model allows it, else only
+            the batch.
+        thorough: leave all writes into tensors to torch's own functionalization. It takes minutes
+            where sizes are free; so they are not, where it is needed.
+
+    Raises:
+        UnsupportedModelError: it cannot be exported; says why, and where in the model's code.
+    """
+    if free_sizes and not thorough and _says_guards():
+        try:
+            found = _export(model, inputs, True, False)
+            if found is not None:
+                return found
+        except AdaError:
+            raise
+        except Exception:  # fixed sizes may still do; their error is the one to show
+            pass
+    try:
+        found = _export(model, inputs, False, thorough)
+    except AdaError:
+        raise
+    except Exception as error:  # export runs the user's code: anything may come out of it
+        raise UnsupportedModelError(_explained(model, error)) from error
+    assert found is not None
+    return found
+
+
+def _says_guards() -> bool:
+    """Whether this torch says which sizes a model's code has branched on."""
+    return "_guards_code" in getattr(torch.export.ExportedProgram, "__annotations__", {})
+
+
+def _export(model: nn.Module, inputs: Inputs, free_sizes: bool, thorough: bool) -> Export | None:
+    """None where free sizes cannot be had."""
+    shapes = torch.export.ShapesCollection()
+    for tensor in inputs.tensors():
+        axes = _free_axes(tensor, inputs.count, free_sizes)
+        if axes:
+            shapes[tensor] = axes
+    with quiet(), untouched(model), torch.no_grad():
+        program = torch.export.export(
+            model, inputs.args, inputs.kwargs, dynamic_shapes=shapes, strict=False
+        )
+        return exported_of(program, keep_guards=free_sizes, thorough=thorough, plain=free_sizes)
+
+
+def exported_of(
+    program: torch.export.ExportedProgram,
+    *,
+    keep_guards: bool = True,
+    thorough: bool = False,
+    plain: bool = False,
+) -> Export | None:
+    """An exported program with functional operators.
+
+    None where its guards cannot be read, or, if ``plain``, torch's functionalization is needed.
+    """
+    guards = _guards(program) if keep_guards else []
+    if guards is None:
+        return None
+    with quiet():
+        module = None if thorough else _module(program)
+        if module is None or not functionalise(module.graph):
+            if plain:
+                return None
+            program = program.run_decompositions({})
+            module = _module(program)
+    return Export(module, program, guards)
+
+
+def _module(program: torch.export.ExportedProgram) -> fx.GraphModule:
+    options = inspect.signature(program.module).parameters
+    # Checks of ours, with texts of ours: Signature.check.
+    module = program.module(**({"check_guards": False} if "check_guards" in options else {}))
+    assert isinstance(module, fx.GraphModule)
+    return module
+
+
+def _free_axes(leaf: Tensor, batch: int, free_sizes: bool) -> dict[int, Any]:
+    """Which axes of an input may have any size."""
+    rank = leaf.dim()
+    axes: dict[int, Any] = {}
+    dim = torch.export.Dim
+    if rank and leaf.shape[0] == batch:
+        axes[0] = dim.AUTO
+    if free_sizes:
+        # Channels stay: a layer fixes them anyhow.
+        first = 1 if rank == 3 or (rank == 2 and not leaf.is_floating_point()) else 2
+        axes |= {axis: dim.AUTO for axis in range(first, rank) if leaf.shape[axis] > 1}
+    return axes
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the time of an export; whatever the model's code keeps is undone."""
+    modules = list(model.modules())
+    before = [_snapshot(module) for module in modules]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        # Fused attention kernels would hide the layers in them.
+        torch.backends.mha.set_fastpath_enabled(False)
+        model.eval()
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for module, state in zip(modules, before, strict=True):
+            module.__dict__.clear()
+            module.__dict__.update(state)
+
+
+def _snapshot(module: nn.Module) -> dict[str, Any]:
+    """Attributes, with containers copied: code that appends to one is undone, too."""
+    return {
+        key: copy.copy(value) if isinstance(value, _CONTAINERS) else value
+        for key, value in module.__dict__.items()
+    }
+
+
+# -- guards ---------------------------------------------------------------------------------------
+
+
+def _guards(program: torch.export.ExportedProgram) -> list[tuple[str, str]] | None:
+    """Conditions on sizes as expressions over ``s[port][axis]``; None if one cannot be read."""
+    texts = getattr(program, "_guards_code", None)
+    if texts is None or program.example_inputs is None:
+        return None if texts is None else []
+    sources = _sources(program)
+    found = []
+    for text in texts:
+        expression = text
+        for source, port in sources:
+            expression = expression.replace(f"{source}.size()[", f"s[{port}][")
+        shown = text
+        for source, _ in sources:
+            shown = shown.replace(f"{source}.size()[", f"{_readable(source)}.shape[")
+        if "L[" in expression:
+            return None
+        found.append((expression, shown))
+    return found
+
+
+def _sources(program: torch.export.ExportedProgram) -> list[tuple[str, int]]:
+    """How guards call the input tensors, the longest first, and their port."""
+    args, kwargs = program.example_inputs
+    spec = program.module_call_graph[0].signature
+    names = list(getattr(spec, "forward_arg_names", None) or ())
+    found = []
+    port = 0
+    leaves, _ = pytree.tree_flatten_with_path((args, kwargs))
+    for path, leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            continue
+        rest = pytree.keystr(path[2:])
+        key = path[1]
+        if isinstance(key, pytree.SequenceKey):
+            name = names[key.idx] if key.idx < len(names) else f"args_{key.idx}"
+        else:
+            name = key.key
+        found.append((f"L['{name}']{rest}", port))
+        port += 1
+    return sorted(found, key=lambda item: -len(item[0]))
+
+
+def _readable(source: str) -> str:
+    return re.sub(r"^L\['(\w+)'\]", r"\1", source)
+
+
+# -- errors ---------------------------------------------------------------------------------------
+
+_TORCH = str(Path(torch.__file__).parent)
+_OURS = str(Path(__file__).parents[1])
+
+
+def _explained(model: nn.Module, error: Exception) -> str:
+    """Why a model cannot be captured, where in its code, and what to write instead."""
+    place = _place(error)
+    text = _first_lines(str(error))
+    name = type(model).__name__
+    where = f" at {place}" if place else ""
+    lower = f"{type(error).__name__} {error}".lower()
+    if "data-dependent" in lower or "data dependent" in lower or "control flow" in lower:
+        advice = (
+            "the model's code branches on tensor values there; write it with torch.where or "
+            "torch.cond, or name the submodule in opaque=, and it stays a part in torch"
+        )
+    elif "scriptmodule" in lower or "torchscript" in lower:
+        advice = "it holds a TorchScript module; give the Python module it was made from"
+    else:
+        advice = (
+            "expected a model that torch.export.export(model, example, strict=False) accepts; a "
+            "submodule that it cannot follow may be named in opaque="
+        )
+    return f"{name} cannot be captured{where} ({type(error).__name__}: {text}); {advice}"
+
+
+def _first_lines(text: str) -> str:
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    return " ".join(lines)[:500]
+
+
+def _place(error: BaseException) -> str:
+    """File and line of the last frame that belongs to neither torch nor this package."""
+    frames: Sequence[traceback.FrameSummary] = ()
+    seen: BaseException | None = error
+    while seen is not None:
+        own = [
+            frame
+            for frame in traceback.extract_tb(seen.__traceback__)
+            if not frame.filename.startswith((_TORCH, _OURS, "<"))
+        ]
+        frames = own or frames
+        seen = seen.__cause__ or seen.__context__
+    if not frames:
+        return ""
+    last = frames[-1]
+    code = f", `{last.line}`" if last.line else ""
+    return f"{last.filename}:{last.lineno}{code}"

@@ -1,0 +1,370 @@
+"""What a capture gives: a graph of operators with its layers as modules."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.graph import CodeGen, _PyTreeCodeGen, _PyTreeInfo
+from torch.utils import _pytree as pytree
+
+from adalayer_native.errors import InputError
+
+__all__ = ["GraphModel", "Port", "Signature", "TensorInfo", "info_of"]
+
+SIGNATURE = "signature"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a tensor before it is computed.
+
+    Attributes:
+        shape: whole numbers, or the text of an expression for a size that the inputs decide.
+        dtype: of its elements.
+        sizes: in the example. Operands that torch adds without broadcasting have equal ones, and
+            then in every other call: the export has made that a condition.
+    """
+
+    shape: tuple[int | str, ...]
+    dtype: torch.dtype
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, value: Any) -> TensorInfo | tuple[TensorInfo, ...] | None:
+        """From a (fake) tensor or a sequence of them; None for anything else."""
+        if isinstance(value, Tensor):
+            shape = tuple(s if isinstance(s, int) else str(s) for s in value.shape)
+            return cls(shape, value.dtype, tuple(map(_in_example, value.shape)))
+        if isinstance(value, (list, tuple)) and value:
+            # Results of split, or of an LSTM; sizes are no tensors.
+            items = [cls.of(item) for item in value]
+            if all(isinstance(item, cls) for item in items):
+                return tuple(item for item in items if isinstance(item, cls))
+        return None
+
+    @property
+    def is_float32(self) -> bool:
+        """Whether it can lie on a u8 grid at all."""
+        return self.dtype == torch.float32
+
+
+def _in_example(size: int | torch.SymInt) -> int:
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def info_of(node: Any) -> TensorInfo | tuple[TensorInfo, ...] | None:
+    """What is known of a node's result; None where it is no tensor (a size, say)."""
+    return node.meta.get("info") if isinstance(node, fx.Node) else None
+
+
+@dataclass(frozen=True)
+class Port:
+    """One input tensor of a captured model.
+
+    Attributes:
+        name: as messages call it: ``x``, or ``batch['image']`` inside a container.
+        shape: sizes; a text stands for one that is free, ``"batch"`` for the batch's.
+        dtype: of its elements.
+    """
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: torch.dtype
+
+
+@dataclass
+class Signature:
+    """How a captured model is called and what it gives back.
+
+    Attributes:
+        ports: the input tensors, flat, in the order of the graph's placeholders.
+        constants: by position among all leaves of the arguments, what was no tensor in the example
+            (a flag, a number); a call must give the same.
+        in_spec: how the leaves are nested in ``(args, kwargs)``.
+        out_spec: how the results are.
+        guards: conditions on the free sizes that the model's own code has asked for, as Python
+            expressions over ``s[port][axis]``, with the text that is shown.
+        parameters: names of the positional arguments.
+        single: whether a batch of one gives what the model gives.
+    """
+
+    ports: list[Port]
+    constants: dict[int, Any]
+    in_spec: Any
+    out_spec: Any
+    guards: list[tuple[str, str]] = field(default_factory=list)
+    parameters: tuple[str, ...] = ()
+    single: bool = True
+
+    def __deepcopy__(self, memo: Any) -> Signature:
+        return self  # never changed once a model is there
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # torch warns about its own leaves when they are pickled.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            specs = pickle.dumps((self.in_spec, self.out_spec))
+        rest = (self.ports, self.constants, self.guards, self.parameters, self.single)
+        return _signature, (specs, *rest)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every argument is a tensor of its own name."""
+        args, kwargs = self.in_spec.children() if hasattr(self.in_spec, "children") else ((), ())
+        return not self.constants and all(
+            leaf.is_leaf() for leaf in (*args.children(), *kwargs.children())
+        )
+
+    def leaves(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        """All leaves of a call, in the order of the placeholders.
+
+        Raises:
+            InputError: nested otherwise than the example of the capture.
+        """
+        names = list(self.in_spec.child(1).context or ())
+        positional = self.in_spec.child(0).num_children
+        args = list(args)
+        kwargs = dict(kwargs)
+        # A positional argument may come by name and the other way round.
+        for name in self.parameters[len(args) : positional]:
+            if name in kwargs:
+                args.append(kwargs.pop(name))
+        for name in self.parameters[positional : len(args)]:
+            if name in names and name not in kwargs:
+                kwargs[name] = args.pop(positional)
+        unknown = sorted(set(kwargs) - set(names))
+        if len(args) != positional or unknown or set(names) - set(kwargs):
+            raise InputError(
+                f"expected the arguments that the model was captured with, "
+                f"{self.describe()}; got {len(args)} positional ones"
+                + (f" and {sorted(kwargs)}" if kwargs else "")
+            )
+        ordered = {name: kwargs[name] for name in names}
+        found, spec = pytree.tree_flatten((tuple(args), ordered))
+        if spec != self.in_spec:
+            raise InputError(
+                f"expected arguments nested as in the example of the capture, {self.in_spec}; "
+                f"got {spec}"
+            )
+        return list(found)
+
+    def describe(self) -> str:
+        """The arguments in a few words."""
+        shown = [
+            f"{port.name} [{', '.join(map(str, port.shape))}] {str(port.dtype)[6:]}"
+            for port in self.ports
+        ]
+        return "(" + ", ".join(shown) + ")"
+
+    def check(self, leaves: Sequence[Any]) -> None:
+        """Raise :class:`InputError` unless a call fits what was captured.
+
+        A model that branches on a size gives another graph for another branch: a call that would
+        take it must be an error and not another result.
+        """
+        tensors = []
+        for position, leaf in enumerate(leaves):
+            if position in self.constants:
+                wanted = self.constants[position]
+                if type(leaf) is not type(wanted) or leaf != wanted:
+                    raise InputError(
+                        f"argument {position} was {wanted!r} when the model was captured, got "
+                        f"{leaf!r}; capture it with that value"
+                    )
+            else:
+                tensors.append(leaf)
+        free: dict[str, int] = {}
+        for port, x in zip(self.ports, tensors, strict=True):
+            self._check_tensor(port, x, free)
+        batch = free.get("batch")
+        if batch == 1 and not self.single:
+            raise InputError("the model treats a batch of 1 otherwise than others; give 2 or more")
+        if self.guards:
+            # torch.export reasons about batches from 2 on; one was tried (``single``).
+            sizes = [
+                tuple(
+                    max(size, 2) if known == "batch" else size
+                    for known, size in zip(port.shape, x.shape, strict=True)
+                )
+                for port, x in zip(self.ports, tensors, strict=True)
+            ]
+            for expression, shown in self.guards:
+                if not _holds(expression, sizes):
+                    got = ", ".join(str(list(x.shape)) for x in tensors)
+                    raise InputError(
+                        f"the model's code treats other sizes differently: it was captured for "
+                        f"{shown}, got {got}; capture it with an example of that size"
+                    )
+
+    def _check_tensor(self, port: Port, x: Any, free: dict[str, int]) -> None:
+        if not isinstance(x, Tensor):
+            raise InputError(
+                f"input {port.name!r}: expected a torch.Tensor, got {type(x).__name__}"
+            )
+        wanted = f"[{', '.join(map(str, port.shape))}]"
+        shape = tuple(x.shape)
+        fits = len(shape) == len(port.shape) and all(
+            free.setdefault(known, size) == size if isinstance(known, str) else known == size
+            for known, size in zip(port.shape, shape, strict=True)
+        )
+        if not fits:
+            raise InputError(f"input {port.name!r}: expected shape {wanted}, got {list(shape)}")
+        if x.is_floating_point() != port.dtype.is_floating_point:
+            raise InputError(f"input {port.name!r}: expected {port.dtype}, got {x.dtype}")
+
+
+def _signature(
+    specs: bytes,
+    ports: list[Port],
+    constants: dict[int, Any],
+    guards: list[tuple[str, str]],
+    parameters: tuple[str, ...],
+    single: bool,
+) -> Signature:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        in_spec, out_spec = pickle.loads(specs)
+    return Signature(ports, constants, in_spec, out_spec, guards, parameters, single)
+
+
+_FUNCTIONS = {"__builtins__": {}, "max": max, "min": min, "math": math, "int": int, "abs": abs}
+
+
+def _holds(expression: str, sizes: Sequence[tuple[int, ...]]) -> bool:
+    try:
+        return bool(eval(expression, dict(_FUNCTIONS), {"s": sizes}))
+    except ArithmeticError:  # a size of 0 in a divisor: not what was captured
+        return False
+
+
+class GraphModel(fx.GraphModule):
+    """A captured model: operators in a graph, layers, norms and dropouts as modules.
+
+    Called like the model that it was captured from. ``meta["signature"]`` says with what.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        signature: Signature | None = self.meta.get(SIGNATURE)
+        if signature is not None and not torch.compiler.is_compiling():
+            signature.check(signature.leaves(args, kwargs))
+        return super().__call__(*args, **kwargs)
+
+    @property
+    def signature(self) -> Signature:
+        """How the model is called."""
+        found = self.meta[SIGNATURE]
+        assert isinstance(found, Signature)
+        return found
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # fx would trace the generated code again and lose meta.
+        modules = {name: child for name, child in self._modules.items() if child is not None}
+        state = {
+            "modules": modules,
+            "parameters": dict(self._parameters),
+            "buffers": dict(self._buffers),
+            "nodes": _described(self.graph),
+            "meta": dict(self.meta),
+            "training": self.training,
+            "name": type(self).__name__,
+        }
+        return _rebuilt, (state,)
+
+
+def code_of(signature: Signature) -> CodeGen:
+    """How the generated forward takes its arguments apart and puts its result together."""
+    if signature.is_plain and _plain_output(signature.out_spec):
+        return CodeGen()
+    positional = signature.in_spec.child(0).num_children
+    names = [f"arg_{k}" for k in range(positional)]
+    for position, name in enumerate(signature.parameters[:positional]):
+        names[position] = name
+    names += list(signature.in_spec.child(1).context or ())
+    return _PyTreeCodeGen(_PyTreeInfo(names, signature.in_spec, signature.out_spec))
+
+
+def _plain_output(spec: Any) -> bool:
+    """Whether the result is nested in what Python code can write down."""
+    if spec.is_leaf():
+        return True
+    return spec.type in (tuple, list, dict) and all(map(_plain_output, spec.children()))
+
+
+# -- pickling -------------------------------------------------------------------------------------
+
+
+def _described(graph: fx.Graph) -> list[tuple[Any, ...]]:
+    """The graph as plain data; operators by name."""
+
+    def plain(item: Any) -> Any:
+        if isinstance(item, fx.Node):
+            return _Reference(item.name)
+        if isinstance(item, torch._ops.OpOverload):
+            return _Operator(str(item))
+        return item
+
+    found = []
+    for node in graph.nodes:
+        target = _Operator(str(node.target)) if _is_operator(node.target) else node.target
+        args, kwargs = pytree.tree_map(plain, (tuple(node.args), dict(node.kwargs)))
+        kept = {k: node.meta[k] for k in ("info", "path") if k in node.meta}
+        found.append((node.op, node.name, target, args, kwargs, kept))
+    return found
+
+
+@dataclass(frozen=True)
+class _Reference:
+    name: str
+
+
+@dataclass(frozen=True)
+class _Operator:
+    """An operator by its full name, ``aten.relu.default``."""
+
+    name: str
+
+    def find(self) -> Any:
+        found: Any = torch.ops
+        for part in self.name.split("."):
+            found = getattr(found, part)
+        return found
+
+
+def _is_operator(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload)
+
+
+def _rebuilt(state: dict[str, Any]) -> GraphModel:
+    root = nn.Module()
+    root._modules.update(state["modules"])
+    root._parameters.update(state["parameters"])
+    root._buffers.update(state["buffers"])
+    graph = fx.Graph()
+    nodes: dict[str, fx.Node] = {}
+
+    def found(item: Any) -> Any:
+        if isinstance(item, _Reference):
+            return nodes[item.name]
+        return item.find() if isinstance(item, _Operator) else item
+
+    for op, name, target, args, kwargs, kept in state["nodes"]:
+        args, kwargs = pytree.tree_map(found, (args, kwargs))
+        target = target.find() if isinstance(target, _Operator) else target
+        node = graph.create_node(op, target, args, kwargs, name=name)
+        node.meta.update(kept)
+        nodes[name] = node
+    meta = state["meta"]
+    if SIGNATURE in meta:
+        graph.set_codegen(code_of(meta[SIGNATURE]))
+    model = GraphModel(root, graph, class_name=state["name"])
+    model.meta.update(copy.copy(meta))
+    model.training = state["training"]
+    return model
