@@ -39,18 +39,15 @@ def exported_call(
         if node.op == "call_module" or str(node.target).startswith("aten._assert"):
             module.graph.erase_node(node)
     outputs = next(node for node in module.graph.nodes if node.op == "output")
-    found = {
-        "module": module,
-        "graph": module.graph,
-        "inputs": [node for node in module.graph.nodes if node.op == "placeholder"],
-        "outputs": pytree.tree_leaves(outputs.args[0]),
-        "in_spec": program.call_spec.in_spec,
-        "out_spec": program.call_spec.out_spec,
-    }
-    known = {field.name for field in dataclasses.fields(Exported)}
-    exported = Exported(**{name: value for name, value in found.items() if name in known})
-    exported.__dict__.update(found)
-    return exported
+    holders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    return Exported(
+        module,
+        module.graph,
+        [node for node in holders if isinstance(node.meta.get("val"), Tensor)],
+        pytree.tree_leaves(outputs.args[0]),
+        program.call_spec.in_spec,
+        program.call_spec.out_spec,
+    )
 
 
 def compiled(model: nn.Module, *args: Any, signature: Any = None, **kwargs: Any) -> Engine:

@@ -18,7 +18,6 @@ from helpers_calls import (
     Record,
     Tokens,
     compiled,
-    exported_call,
     token_inputs,
 )
 from helpers_patterns import small_engine
@@ -30,7 +29,6 @@ import adalayer_native as ada
 from adalayer_native import _C
 from adalayer_native.engine import Engine
 from adalayer_native.engine.call import Call
-from adalayer_native.engine.compiler import compile_exported
 from adalayer_native.engine.results import Port, described, nest, thawed
 from adalayer_native.errors import FileFormatError, InputError, UnsupportedModelError
 
@@ -264,13 +262,40 @@ def test_inputs_that_no_engine_takes() -> None:
     x = torch.zeros(2, 6, dtype=torch.complex64)
     with pytest.raises(UnsupportedModelError, match=r"'x': expected floats, .* got .*complex64"):
         compiled(Complex().eval(), x)
-    exported = exported_call(Complex().eval(), x)
-    exported.inputs.clear()
-    with pytest.raises(UnsupportedModelError, match="a tensor among its inputs"):
-        compile_exported(exported)
 
 
 # -- files ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_tensors_that_are_not_of_the_batch() -> None:
+    class Shifted(nn.Module):
+        """A table of positions that all samples share, given in front of them, and a factor."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.fc = ada.nn.Linear.from_float(nn.Linear(6, 4), 8, input_range=(-4.0, 4.0))
+
+        def forward(self, x: Tensor, positions: Tensor, factor: Tensor) -> Tensor:
+            return self.fc((x + positions) * factor)
+
+    model = Shifted().eval()
+    x, positions, factor = torch.randn(3, 6), torch.randn(6), torch.tensor(0.5)
+    engine = ada.compile(model, (x[:1], positions, factor), policy="native")
+    assert [str(port) for port in engine.inputs] == ["[batch, 6]", "[6]", "[]"]
+    assert repr(engine).startswith("Engine(x[batch, 6], positions[6], factor[]; ")
+    for n in (1, 3):
+        torch.testing.assert_close(
+            engine(x[:n], positions, factor), model(x[:n], positions, factor)
+        )
+    assert engine.coverage(batch=2, rounds=1).native_share == 1.0
+    with pytest.raises(InputError, match=r"'positions': expected shape \[6\], got \[1, 6\]"):
+        engine(x, positions[None], factor)
+    with pytest.raises(InputError, match=r"'factor': expected torch.bfloat16 as in the first"):
+        engine(x.bfloat16(), positions.bfloat16(), factor)
+    with pytest.raises(InputError, match=r"'x': expected shape \[batch, 6\], got \[6\]"):
+        engine(x[0], positions, factor)
 
 
 class Nested(nn.Module):
@@ -323,6 +348,30 @@ def test_a_file_keeps_the_call_and_the_result(tmp_path: Path) -> None:
         loaded(call)
 
 
+@torch.no_grad()
+def test_a_file_is_served_by_the_names_of_its_tensors(tmp_path: Path) -> None:
+    from adalayer_native.serve.runner import EngineRunner
+
+    model = Nested().eval()
+    x, skip = torch.randn(2, 3, 3, 3), torch.randn(2, 4)
+    engine = ada.compile(model, {"batch": {"images": [x]}, "skip": skip}, policy="native")
+    engine.save(tmp_path / "model.ada")
+    runner = EngineRunner(tmp_path / "model.ada", ada.get_num_threads())
+    assert [info.name for info in runner.description.inputs] == ["batch_images_0", "skip"]
+    names = [info.name for info in runner.description.outputs]
+    assert names == ["logits", "parts_0", "record.scores"]
+    expected = engine({"images": [x]}, skip=skip)
+    got = runner.run([x.numpy(), skip.numpy()])
+    assert np.array_equal(got[0], expected.logits) and np.array_equal(
+        got[2], expected.record.scores
+    )
+    kinds = torch.zeros(2, 7, dtype=torch.int32)
+    call = {"batch": {"images": [x], "kinds": kinds}, "skip": skip}
+    ada.compile(model, call, policy="native").save(tmp_path / "model.ada")
+    with pytest.raises(UnsupportedModelError, match=r"'batch_kinds': .* torch.int32 \[batch, 7\]"):
+        EngineRunner(tmp_path / "model.ada", ada.get_num_threads())
+
+
 def test_plain_files_are_what_they_were(tmp_path: Path) -> None:
     _, engine = small_engine()
     path = tmp_path / "model.ada"
@@ -342,6 +391,7 @@ def test_plain_files_are_what_they_were(tmp_path: Path) -> None:
         ("adalayer.inputs", '[["x", [3, 8, 8], "complex64"]]'),
         ("adalayer.inputs", '[["x", [3, 8, 8], "int64"]]'),
         ("adalayer.inputs", '[["x", [3, 8, 8], []]]'),
+        ("adalayer.inputs", '[["x", [3, 8, 8], "float32", false]]'),
         ("adalayer.structure", "true"),
         ("adalayer.structure", "-1"),
         ("adalayer.structure", '{"set": [0]}'),

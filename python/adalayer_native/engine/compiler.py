@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from adalayer_native import ops
+from adalayer_native.capture import Inputs
 from adalayer_native.engine import (  # noqa: F401  (they fill the table of rules)
     rules_images,
     rules_layers,
@@ -48,8 +48,9 @@ def compile(
 
     Args:
         model: what :func:`adalayer_native.convert` or :func:`adalayer_native.compress` gave.
-        example_inputs: a tensor, or one tensor per input; their sizes but the batch are fixed, and
-            so is whatever else is among them (None, numbers, texts).
+        example_inputs: a tensor, a tuple of positional arguments, or a dictionary of arguments by
+            name, with tensors nested in any way. Sizes but the batch are fixed, and so is whatever
+            else is among them (None, numbers, texts).
         policy: "fastest" measures every layer against a float kernel with the same dequantized
             weights and the same fake-quantized activations, and keeps the faster (by what it is
             compiled for: the batch of ``example_inputs``); "native" keeps all layers native.
@@ -75,15 +76,24 @@ def compile(
         raise UnsupportedModelError(f"expected an nn.Module, got {type(model).__name__}")
     _check_converted(model)
     exported = export(model, example_inputs)
-    first = next(x for x in pytree.tree_leaves(example_inputs) if isinstance(x, Tensor))
     return compile_exported(
         exported,
         policy=policy,
         strict=strict,
-        batch=int(first.shape[0]),
+        batch=Inputs.of(example_inputs).count,
         weights=weights,
-        signature=inspect.signature(model.forward),
+        signature=_signature(model),
     )
+
+
+def _signature(model: nn.Module) -> inspect.Signature:
+    """Names and defaults of a model's arguments.
+
+    The forward of a captured graph takes what was captured; how the model itself is called stands
+    beside it.
+    """
+    found = getattr(getattr(model, "meta", {}).get("signature"), "forward", None)
+    return found if isinstance(found, inspect.Signature) else inspect.signature(model.forward)
 
 
 def _check_converted(model: nn.Module) -> None:
@@ -151,7 +161,7 @@ def _build(
             + "; ".join(shown[:5])
             + ("; ..." if len(shown) > 5 else "")
         )
-    tensors = [node for node in exported.inputs if _is_port(node)]
+    tensors = (node for node in _placeholders(exported) if _is_port(node))
     numbers: dict[fx.Node, int] = {node: k for k, node in enumerate(tensors)}
     steps: list[Step] = []
     for part in parts:
@@ -171,10 +181,7 @@ def _build(
     for step in reversed(steps):
         step.done = [n for n in step.done if n not in seen]
         seen.update(step.done)
-    in_spec = getattr(exported, "in_spec", None)
-    call = None
-    if in_spec is not None:
-        call = Call.captured(in_spec, entries, ports, signature)
+    call = Call.captured(exported.in_spec, entries, ports, signature)
     return Engine(steps, ports, leaves, thawed(exported.out_spec), call=call)
 
 
@@ -187,24 +194,34 @@ def _ports(exported: Exported) -> tuple[list[Port], list[Any]]:
     """The tensors that a call takes, and what every placeholder is: one of them, or a constant."""
     found: list[Port] = []
     entries: list[Any] = []
-    for node in exported.inputs:
+    for node in _placeholders(exported):
         value = node.meta.get("val")
         if not isinstance(value, Tensor):
             entries.append(value)
             continue
-        sizes = exported.sizes(node)
+        sizes, batched = exported.sizes(node), True
         if sizes is None:
-            raise UnsupportedModelError(f"input {node.name!r}: its batch is not dynamic")
+            sizes, batched = tuple(value.shape), False
+            if not all(type(size) is int for size in sizes):
+                raise UnsupportedModelError(
+                    f"input {node.name!r}: expected sizes that are fixed but for a batch in front, "
+                    f"got {list(map(str, sizes))}"
+                )
         if not value.is_floating_point() and value.dtype not in INTEGERS:
             raise UnsupportedModelError(
                 f"input {node.name!r}: expected floats, integers or bools, got {value.dtype}"
             )
         dtype = torch.float32 if value.is_floating_point() else value.dtype
         entries.append(Leaf(len(found)))
-        found.append(Port(node.name, sizes, dtype))
-    if not found:
-        raise UnsupportedModelError("expected a model with a tensor among its inputs")
+        found.append(Port(node.name, sizes, dtype, batched))
+    if not any(port.batched for port in found):
+        raise UnsupportedModelError("expected a model with a batch among its inputs")
     return found, entries
+
+
+def _placeholders(exported: Exported) -> list[fx.Node]:
+    """The leaves of the arguments, in order: tensors, and constants that were captured."""
+    return [node for node in exported.graph.nodes if node.op == "placeholder"]
 
 
 def _new_numbers(nodes: list[fx.Node], numbers: dict[fx.Node, int]) -> list[int]:

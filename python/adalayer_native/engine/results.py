@@ -31,16 +31,26 @@ class Port:
         shape: sizes without the batch.
         dtype: float32, for which bfloat16 and half may come too; or an integer type or bool, which
             is what has to come.
+        batched: whether the batch is its first axis; else it is one tensor for all samples.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
+    batched: bool = True
 
     @property
     def is_float(self) -> bool:
         """Whether it holds floats."""
         return self.dtype is torch.float32
+
+    def sizes(self, batch: int) -> tuple[int, ...]:
+        """Sizes of the tensor for a batch."""
+        return (batch, *self.shape) if self.batched else self.shape
+
+    def __str__(self) -> str:
+        sizes = ["batch", *self.shape] if self.batched else self.shape
+        return f"[{', '.join(map(str, sizes))}]"
 
     def sample(self, batch: int, device: torch.device | str = "cpu") -> Tensor:
         """A tensor to measure with: noise from 0 to 1, or integers that every model takes.
@@ -49,9 +59,9 @@ class Port:
         masks are all ones, since a row without anything in it is a case of its own in attention.
         """
         if self.is_float:
-            return torch.rand(batch, *self.shape, device=device)
+            return torch.rand(self.sizes(batch), device=device)
         fill = self.dtype is torch.bool
-        return torch.full((batch, *self.shape), fill, dtype=self.dtype, device=device)
+        return torch.full(self.sizes(batch), fill, dtype=self.dtype, device=device)
 
 
 @dataclass(frozen=True)

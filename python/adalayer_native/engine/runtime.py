@@ -228,6 +228,7 @@ class Engine:
                 self._single = part
         gpus = {step.run.device for step in steps if isinstance(step.run, CudaPart)}
         self.device = torch.device("cuda", gpus.pop()) if gpus else torch.device("cpu")
+        self._batch = [port.batched for port in self.inputs].index(True)
         self._shape = self.inputs[0].shape
         self._rank = len(self._shape) + 1
 
@@ -246,12 +247,13 @@ class Engine:
         Args:
             args, kwargs: what the model's ``forward`` takes, by position or name, with tensors
                 nested as in the example that it was compiled with. Tensors are on the engine's
-                device, ``[batch, ...]`` in any memory format. Where the example had floats:
-                float32, or bfloat16 and half, all of one type, which are computed in the same way
-                and give results of their own type. A NaN becomes the lowest level of the input's
-                grid, as in the module tree; infinities saturate. Where it had integers or bools:
-                the same type. None, numbers and texts are what they were in the example, and may be
-                left out where that is their default.
+                device, ``[batch, ...]`` in any memory format, or, where the example's was not of
+                its batch, of the example's shape. Where the example had floats: float32, or
+                bfloat16 and half, all of one type, which are computed in the same way and give
+                results of their own type. A NaN becomes the lowest level of the input's grid, as
+                in the module tree; infinities saturate. Where it had integers or bools: the same
+                type. None, numbers and texts are what they were in the example, and may be left
+                out where that is their default.
 
         Returns:
             What the model returns: a tensor, or tensors in the model's own containers. They carry
@@ -394,25 +396,27 @@ class Engine:
                 )
             if x.layout != torch.strided:
                 raise InputError(f"{label}: expected a dense tensor, got layout {x.layout}")
-            wanted = ", ".join(["batch", *map(str, port.shape)])
-            if x.dim() != len(port.shape) + 1 or tuple(x.shape[1:]) != port.shape:
-                raise InputError(f"{label}: expected shape [{wanted}], got {list(x.shape)}")
-            if batch is not None and x.shape[0] != batch:
-                raise InputError(
-                    f"{label}: expected a batch of {batch} as in the first input, got {x.shape[0]}"
-                )
+            shape = tuple(x.shape)
+            if len(shape) != len(port.shape) + port.batched or shape[port.batched :] != port.shape:
+                raise InputError(f"{label}: expected shape {port}, got {list(shape)}")
+            if port.batched:
+                if batch is not None and shape[0] != batch:
+                    raise InputError(
+                        f"{label}: expected a batch of {batch} as in the first input, got "
+                        f"{shape[0]}"
+                    )
+                batch = shape[0]
             if port.is_float:
                 if floats is not None and x.dtype != floats:
                     raise InputError(
                         f"{label}: expected {floats} as in the first input, got {x.dtype}"
                     )
                 floats = x.dtype
-            batch = x.shape[0]
             found.append(x)
         return found, floats
 
     def _run(self, inputs: list[Tensor], dtype: torch.dtype | None) -> Any:
-        batch = inputs[0].shape[0]
+        batch = inputs[self._batch].shape[0]
         with torch.no_grad():
             tensors: dict[int, Tensor] = {
                 number: x.detach().float() if port.is_float else x.detach()
@@ -523,11 +527,7 @@ class Engine:
         program = part.program
         structure, leaves = described(self._out_spec, self._leaves, "the model's result")
         metadata = {
-            # Files without integers are those of version 1.0 byte for byte.
-            "adalayer.inputs": [
-                [port.name, list(port.shape), *([] if port.is_float else [_name(port.dtype)])]
-                for port in self.inputs
-            ],
+            "adalayer.inputs": [_port_row(port) for port in self.inputs],
             "adalayer.outputs": [
                 [output.source, list(output.shape), output.atoms] for output in part.outputs
             ],
@@ -556,7 +556,7 @@ class Engine:
             return os.stat(temporary).st_size
 
     def __repr__(self) -> str:
-        ports = ", ".join(f"{p.name}[batch, {', '.join(map(str, p.shape))}]" for p in self.inputs)
+        ports = ", ".join(f"{port.name}{port}" for port in self.inputs)
         kinds = [isinstance(step.run, NativePart) for step in self._steps]
         parts = (
             "native" if all(kinds) else f"{sum(kinds)} native and {kinds.count(False)} torch parts"
@@ -567,6 +567,14 @@ class Engine:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _port_row(port: Port) -> list[Any]:
+    """For a file; batches of floats are name and sizes, as they have always been."""
+    row: list[Any] = [port.name, list(port.shape)]
+    if not port.batched:
+        return [*row, _name(port.dtype), False]
+    return row if port.is_float else [*row, _name(port.dtype)]
 
 
 # -- coverage -------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from adalayer_native import _C
 from adalayer_native.engine.call import Call
 from adalayer_native.engine.results import INTEGERS, Leaf, Output, Port, nest
@@ -97,12 +99,11 @@ def _sizes(numbers: Any) -> tuple[int, ...]:
     return sizes
 
 
-_TYPES = {str(dtype).removeprefix("torch."): dtype for dtype in INTEGERS}
+_TYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, *INTEGERS)}
 
 
-def _port(name: Any, shape: Any, dtype: str | None = None) -> Port:
-    sizes = _sizes(shape)
-    return Port(str(name), sizes) if dtype is None else Port(str(name), sizes, _TYPES[dtype])
+def _port(name: Any, shape: Any, dtype: str = "float32", batched: Any = True) -> Port:
+    return Port(str(name), _sizes(shape), _TYPES[dtype], bool(batched))
 
 
 def _place(number: Any, count: int) -> int:
@@ -127,7 +128,7 @@ def _rebuilt(
         order = [_place(number, len(ports)) for number in metadata["adalayer.order"]]
         for position, number in enumerate(order):
             fits = math.prod(ports[number].shape) == math.prod(sizes[position])
-            if not fits or not ports[number].is_float:
+            if not (fits and ports[number].is_float and ports[number].batched):
                 raise ValueError(f"input {ports[number].name!r} does not fit {sizes[position]}")
         if len(order) != len(sizes):
             raise ValueError(f"{len(order)} inputs are described, the program has {len(sizes)}")

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from adalayer_native import ops
-from adalayer_native.engine.export import Exported, op_name
+from adalayer_native.capture.vocabulary import arguments, op_name
+from adalayer_native.engine.export import Exported
 from adalayer_native.engine.lower import CannotLower, Grids, Lowered, lower, rule_for
-from adalayer_native.engine.rules_layers import arguments
 from adalayer_native.engine.work import multiply_accumulates
 from adalayer_native.errors import UnsupportedModelError
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, fx
 
 from adalayer_native import ops
-from adalayer_native.engine.export import Exported, op_name
-from adalayer_native.engine.rules_layers import arguments
+from adalayer_native.capture.vocabulary import arguments, op_name
+from adalayer_native.engine.export import Exported
 
 __all__ = ["multiply_accumulates"]
 

@@ -89,16 +89,18 @@ class EngineRunner:
 
     def __init__(self, path: str | os.PathLike[str], threads: int) -> None:
         import adalayer_native as ada
+        from adalayer_native.errors import UnsupportedModelError
 
         ada.set_num_threads(threads)
         self._engine = ada.load(path)
         engine = self._engine
         inputs = tuple(TensorInfo(port.name, tuple(port.shape)) for port in engine.inputs)
-        others = [port for port in engine.inputs if not port.is_float]
-        if others:
-            raise ValueError(
-                f"input {others[0].name!r}: the server takes floats, the model {others[0].dtype}"
-            )
+        for port in engine.inputs:
+            if not (port.is_float and port.batched):
+                raise UnsupportedModelError(
+                    f"input {port.name!r}: the server takes batches of floats, the model "
+                    f"{port.dtype} {port}"
+                )
         zeros = [np.zeros((1, *info.shape), np.float32) for info in inputs]
         leaves = _leaves(engine.run_flat(zeros), "")  # also warms up
         outputs = tuple(
