@@ -101,7 +101,10 @@ def _check_converted(model: nn.Module) -> None:
 
     if any(isinstance(module, NativeLayer) for module in model.modules()):
         return
-    if "layers" in getattr(model, "meta", {}):
+    meta = getattr(model, "meta", {})
+    if "layers" in meta and not meta["layers"]:
+        raise UnsupportedModelError(_all_in_float(model, meta.get("kept_float") or {}))
+    if "layers" in meta:
         raise CalibrationError(
             "expected a converted model, got a prepared one; call calibrate(prepared, loader) and "
             "convert(prepared) first"
@@ -109,6 +112,21 @@ def _check_converted(model: nn.Module) -> None:
     raise UnsupportedModelError(
         f"{type(model).__name__} has no native layers: it was never calibrated and converted. "
         "adalayer_native.compress(model, calibration, budget).model is what can be compiled"
+    )
+
+
+def _all_in_float(model: nn.Module, reasons: dict[str, str]) -> str:
+    """Why a converted model has nothing that the engine could run."""
+    shown = [f"layer {name!r}: {why}" for name, why in reasons.items()]
+    more = f"; and {len(shown) - 5} more" if len(shown) > 5 else ""
+    if not shown:
+        return (
+            f"{type(model).__name__}: all layers stayed in float, and there is nothing to compile: "
+            "the plan gives none of them bits"
+        )
+    return (
+        f"{type(model).__name__}: all {len(shown)} layers that the plan quantizes stayed in float, "
+        f"and there is nothing to compile; {'; '.join(shown[:5])}{more}"
     )
 
 
