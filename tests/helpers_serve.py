@@ -70,6 +70,27 @@ class PairRunner:
         return [a.reshape(-1, 6) + b, (b * b).reshape(-1, 3, 2)]
 
 
+class EchoRunner:
+    """What came goes out: four numbers, whatever they are."""
+
+    def __init__(self, path: str, threads: int) -> None:
+        self.description = Description((TensorInfo("x", (2, 2)),), (TensorInfo("y", (4,)),))
+
+    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return [inputs[0].reshape(-1, 4).copy()]
+
+
+class OverflowRunner:
+    """Scores of an image that are no numbers any more."""
+
+    def __init__(self, path: str, threads: int) -> None:
+        self.description = Description((TensorInfo("x", (3, 8, 8)),), (TensorInfo("y", (3,)),))
+
+    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        scores = np.array([1.0, np.inf, -np.inf], np.float32)
+        return [np.tile(scores, (inputs[0].shape[0], 1))]
+
+
 class ThreadDeployer:
     """Workers in threads instead of Ray Serve replicas."""
 

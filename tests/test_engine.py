@@ -277,6 +277,31 @@ def test_models_that_are_not_converted() -> None:
         ada.compile(3, x)  # type: ignore[arg-type]
 
 
+def test_models_whose_layers_all_stayed_in_float() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).bfloat16().eval()
+    x = torch.randn(2, 3, 8, 8).bfloat16()
+    with pytest.warns(UserWarning, match="stays in float"):
+        prepared = ada.prepare(model, plan_of(model))
+    ada.calibrate(prepared, [x], progress=False)
+    for stage in (prepared, ada.convert(prepared)):
+        with pytest.raises(
+            UnsupportedModelError,
+            match=r"all 2 layers .* stayed in float.*layer '0': its weight is torch\.bfloat16.*'2'",
+        ):
+            ada.compile(stage, x)
+    nothing = plan_of(tiny())
+    for name in nothing:
+        nothing[name].bits = None
+    prepared = ada.prepare(tiny(), nothing)
+    with pytest.raises(UnsupportedModelError, match=r"all layers stayed in float.*plan gives none"):
+        ada.compile(ada.convert(prepared), torch.zeros(1, 3, 8, 8))
+    many = nn.Sequential(*(nn.Linear(4, 4) for _ in range(9))).half().eval()
+    with pytest.warns(UserWarning, match="stays in float"):
+        prepared = ada.prepare(many, plan_of(many))
+    with pytest.raises(UnsupportedModelError, match=r"all 9 layers .* and 4 more"):
+        ada.compile(prepared, torch.zeros(1, 4))
+
+
 def test_bad_examples(small: tuple[nn.Module, Engine]) -> None:
     native, _ = small
     for bad, message in (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import http.client
 import io
 import json
 import socket
@@ -12,6 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ pytest.importorskip("uvicorn", reason="needs the extra [serve]")
 pytest.importorskip("prometheus_client", reason="needs the extra [serve]")
 pytest.importorskip("orjson", reason="needs the extra [serve]")
 
+import orjson
 from helpers_cli import run
 from helpers_serve import Gate, Running, running
 from helpers_serve_model import CLASSES, write_model
@@ -182,7 +185,99 @@ def test_several_inputs_and_outputs(model: Path):
         assert 'adalayer_batch_size_count{model="pair",version="1"} 1.0' in text
 
 
+# What JSON has no numbers for, beside some that it shortens.
+ODD = np.array([[np.nan, np.inf, -np.inf, 0.1], [-0.0, 1e-45, 3.4e38, 2.5]], np.float32)
+
+
+@pytest.fixture(scope="module")
+def echo(model: Path):
+    with running([ModelSource("echo", "1", model)], runner="helpers_serve:EchoRunner") as found:
+        yield found
+
+
+def echoed(server: Running, body: bytes) -> bytes:
+    """The answer as it came."""
+    connection = http.client.HTTPConnection(server.host, server.port, timeout=30)
+    try:
+        connection.request("POST", "/v2/models/echo/infer", body)
+        answer = connection.getresponse()
+        assert answer.status == 200, answer.read()
+        return answer.read()
+    finally:
+        connection.close()
+
+
+def odd_request(data: Any, **changes: Any) -> dict:
+    tensor = {"name": "x", "shape": [2, 2, 2], "datatype": "FP32", "data": data}
+    return {"inputs": [tensor], **changes}
+
+
+def same_bits(got: np.ndarray) -> None:
+    np.testing.assert_array_equal(np.asarray(got, np.float32).reshape(2, 4), ODD)
+    assert np.array_equal(np.signbit(got).reshape(2, 4)[1:], np.signbit(ODD)[1:])
+
+
+@pytest.mark.parametrize("parse", [json.loads, orjson.loads])
+def test_numbers_that_json_does_not_have(echo: Running, parse: Any):
+    for data in (
+        ODD.ravel().tolist(),  # NaN and Infinity, as Python's json writes them
+        ["NaN", "Infinity", "-Infinity", *ODD.ravel().tolist()[3:]],
+        [[["NaN", "Infinity"], ["-Infinity", 0.1]], ODD[1].reshape(2, 2).tolist()],
+    ):
+        answer = parse(echoed(echo, json.dumps(odd_request(data)).encode()))
+        assert answer["outputs"][0]["data"][:4] == ["NaN", "Infinity", "-Infinity", 0.1]
+        same_bits(np.array(answer["outputs"][0]["data"], np.float32))
+        same_bits(np.array([float(value) for value in answer["outputs"][0]["data"]]))
+
+
+def test_tritonclient_gets_what_was_computed(echo: Running):
+    module = pytest.importorskip("tritonclient.http", reason="needs tritonclient[http]")
+    client = module.InferenceServerClient(f"{echo.host}:{echo.port}")
+    for binary_in in (True, False):
+        for binary_out in (True, False):
+            tensor = module.InferInput("x", [2, 2, 2], "FP32")
+            tensor.set_data_from_numpy(ODD.reshape(2, 2, 2), binary_data=binary_in)
+            output = module.InferRequestedOutput("y", binary_data=binary_out)
+            same_bits(client.infer("echo", [tensor], outputs=[output]).as_numpy("y"))
+    client.close()
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (odd_request(["nan", *[0] * 7]), "expected numbers as data, or NaN, Infinity, -Infinity"),
+        (odd_request(["1.5", *[0] * 7]), "expected numbers as data, or"),
+        (odd_request("NaN"), "expected 8 numbers, got 1"),
+        (odd_request(["NaN", None, *[0] * 6]), "expected numbers as data"),
+        (odd_request(["NaN", True, [0] * 6]), "inhomogeneous"),
+        ({"inputs": float("inf")}, "a list of tensors"),
+        (b'{"inputs": NaN', "in JSON"),
+        (b'{"inputs": ' + b"[" * 100_000 + b"NaN", "in JSON"),
+        (b'{"id": "\\ud800", "inputs": [NaN]}', "id: expected a string"),
+        (b'\xff\xfe{"inputs": [NaN]}', "in JSON"),
+    ],
+)
+def test_names_that_are_no_numbers(echo: Running, body: Any, message: str):
+    text = body if isinstance(body, bytes) else json.dumps(body).encode()
+    status, answer = echo.request("POST", "/v2/models/echo/infer", text)
+    assert status == 400 and message in answer["error"]
+
+
+def test_only_requests_for_tensors_take_bare_names(server: Running):
+    status, answer = server.request("POST", "/v2/repository/index", b'{"ready": NaN}')
+    assert status == 400 and "in JSON" in answer["error"]
+
+
 # -- images ---------------------------------------------------------------------------------------
+
+
+def test_probabilities_that_are_no_numbers(model: Path):
+    source = ModelSource("odd", "1", model)
+    with running([source], runner="helpers_serve:OverflowRunner") as server:
+        image = encoded(np.zeros((8, 8, 3), np.uint8))
+        status, answer = server.request("POST", "/v2/models/odd/classify", image)
+    assert status == 200
+    assert [row["probability"] for row in answer["classes"]] == ["NaN"] * 3
 
 
 def encoded(pixels: np.ndarray, form: str = "PNG") -> bytes:

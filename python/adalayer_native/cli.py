@@ -311,7 +311,7 @@ def _engine_info(file: Path, as_json: bool) -> None:
     for row in coverage:
         counts = (f"{n:,}" if n else "" for n in (row.bits, row.bytes, row.macs))
         table.add_row(escape(row.name), row.op, *counts)
-    ports = "; ".join(f"{p.name} [batch, {', '.join(map(str, p.shape))}]" for p in engine.inputs)
+    ports = "; ".join(f"{p.name} {p}" for p in engine.inputs)
     classes = f"{len(engine.class_names)} classes" if engine.class_names else "no class names"
     given = "with" if engine.preprocessing else "without"
     table.caption = escape(f"input {ports}; {classes}; {given} preprocessing")

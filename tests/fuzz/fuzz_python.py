@@ -42,7 +42,7 @@ with (
 
 ADA_KEYS = (
     *("adalayer.inputs", "adalayer.order", "adalayer.outputs", "adalayer.leaves"),
-    *("adalayer.structure", "preprocessing", "classes"),
+    *("adalayer.structure", "adalayer.call", "preprocessing", "classes"),
 )
 EDGES = (b"\x00", b"\xff", b"[", b"{", b"null", b"-1", b"1e999", b"2147483648", b'"', b"9" * 20)
 

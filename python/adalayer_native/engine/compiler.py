@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from adalayer_native import ops
+from adalayer_native.capture import Inputs
 from adalayer_native.engine import (  # noqa: F401  (they fill the table of rules)
     rules_images,
     rules_layers,
     rules_pointwise,
     rules_views,
 )
+from adalayer_native.engine.call import Call
 from adalayer_native.engine.coverage import Row
 from adalayer_native.engine.emit import emit
-from adalayer_native.engine.export import (
-    Exported,
-    export,
-    layer_name,
-    multiply_accumulates,
-    op_name,
-)
+from adalayer_native.engine.export import Exported, export, layer_name, op_name
 from adalayer_native.engine.policy import slower_than_float
-from adalayer_native.engine.results import Leaf, Output, Port, structure_of
+from adalayer_native.engine.results import INTEGERS, Leaf, Output, Port, thawed
 from adalayer_native.engine.runtime import WEIGHTS, Engine, NativePart, Step, TorchStep
 from adalayer_native.engine.segments import Part, TorchPart, divide, is_layer
+from adalayer_native.engine.work import multiply_accumulates
 from adalayer_native.errors import CalibrationError, UnsupportedModelError
 
 __all__ = ["compile", "compile_exported"]
@@ -50,7 +48,9 @@ def compile(
 
     Args:
         model: what :func:`adalayer_native.convert` or :func:`adalayer_native.compress` gave.
-        example_inputs: a tensor, or one tensor per input; their sizes but the batch are fixed.
+        example_inputs: a tensor, a tuple of positional arguments, or a dictionary of arguments by
+            name, with tensors nested in any way. Sizes but the batch are fixed, and so is whatever
+            else is among them (None, numbers, texts).
         policy: "fastest" measures every layer against a float kernel with the same dequantized
             weights and the same fake-quantized activations, and keeps the faster (by what it is
             compiled for: the batch of ``example_inputs``); "native" keeps all layers native.
@@ -76,9 +76,24 @@ def compile(
         raise UnsupportedModelError(f"expected an nn.Module, got {type(model).__name__}")
     _check_converted(model)
     exported = export(model, example_inputs)
-    first = example_inputs if isinstance(example_inputs, Tensor) else next(iter(example_inputs))
-    batch = int(first.shape[0])
-    return compile_exported(exported, policy=policy, strict=strict, batch=batch, weights=weights)
+    return compile_exported(
+        exported,
+        policy=policy,
+        strict=strict,
+        batch=Inputs.of(example_inputs).count,
+        weights=weights,
+        signature=_signature(model),
+    )
+
+
+def _signature(model: nn.Module) -> inspect.Signature:
+    """Names and defaults of a model's arguments.
+
+    The forward of a captured graph takes what was captured; how the model itself is called stands
+    beside it.
+    """
+    found = getattr(getattr(model, "meta", {}).get("signature"), "forward", None)
+    return found if isinstance(found, inspect.Signature) else inspect.signature(model.forward)
 
 
 def _check_converted(model: nn.Module) -> None:
@@ -86,7 +101,10 @@ def _check_converted(model: nn.Module) -> None:
 
     if any(isinstance(module, NativeLayer) for module in model.modules()):
         return
-    if "layers" in getattr(model, "meta", {}):
+    meta = getattr(model, "meta", {})
+    if "layers" in meta and not meta["layers"]:
+        raise UnsupportedModelError(_all_in_float(model, meta.get("kept_float") or {}))
+    if "layers" in meta:
         raise CalibrationError(
             "expected a converted model, got a prepared one; call calibrate(prepared, loader) and "
             "convert(prepared) first"
@@ -97,6 +115,21 @@ def _check_converted(model: nn.Module) -> None:
     )
 
 
+def _all_in_float(model: nn.Module, reasons: dict[str, str]) -> str:
+    """Why a converted model has nothing that the engine could run."""
+    shown = [f"layer {name!r}: {why}" for name, why in reasons.items()]
+    more = f"; and {len(shown) - 5} more" if len(shown) > 5 else ""
+    if not shown:
+        return (
+            f"{type(model).__name__}: all layers stayed in float, and there is nothing to compile: "
+            "the plan gives none of them bits"
+        )
+    return (
+        f"{type(model).__name__}: all {len(shown)} layers that the plan quantizes stayed in float, "
+        f"and there is nothing to compile; {'; '.join(shown[:5])}{more}"
+    )
+
+
 def compile_exported(
     exported: Exported,
     *,
@@ -104,15 +137,21 @@ def compile_exported(
     strict: bool = False,
     batch: int = 1,
     weights: str = "measured",
+    signature: inspect.Signature | None = None,
 ) -> Engine:
-    """:func:`compile` of what is exported already."""
-    engine = _build(exported, {}, strict, weights)
+    """:func:`compile` of what is exported already.
+
+    Args:
+        batch: for which the policy "fastest" measures.
+        signature: of the model's ``forward``: names and defaults of the engine's arguments.
+    """
+    engine = _build(exported, {}, strict, weights, signature)
     if policy == "native":
         return engine
     slower = slower_than_float(exported, engine, batch)
     if not slower:
         return engine
-    other = _build(exported, slower, False, weights)
+    other = _build(exported, slower, False, weights, signature)
     return faster(engine, other, batch)
 
 
@@ -124,7 +163,14 @@ def faster(engine: Engine, other: Engine, batch: int) -> Engine:
     return other if times["mixed"] < times["native"] else engine
 
 
-def _build(exported: Exported, as_float: dict[fx.Node, str], strict: bool, weights: str) -> Engine:
+def _build(
+    exported: Exported,
+    as_float: dict[fx.Node, str],
+    strict: bool,
+    weights: str,
+    signature: inspect.Signature | None,
+) -> Engine:
+    ports, entries = _ports(exported)
     parts, reasons = divide(exported, as_float)
     if strict and reasons:
         shown = [f"{op_name(n)} (layer {layer_name(n)!r}): {why}" for n, why in reasons.items()]
@@ -133,7 +179,8 @@ def _build(exported: Exported, as_float: dict[fx.Node, str], strict: bool, weigh
             + "; ".join(shown[:5])
             + ("; ..." if len(shown) > 5 else "")
         )
-    numbers: dict[fx.Node, int] = {node: k for k, node in enumerate(exported.inputs)}
+    tensors = (node for node in _placeholders(exported) if _is_port(node))
+    numbers: dict[fx.Node, int] = {node: k for k, node in enumerate(tensors)}
     steps: list[Step] = []
     for part in parts:
         if part.native:
@@ -142,7 +189,7 @@ def _build(exported: Exported, as_float: dict[fx.Node, str], strict: bool, weigh
             steps.append(_native_step(exported, part, numbers, weights))
         else:
             steps.append(_torch_step(exported, part, numbers, as_float, reasons))
-    leaves, structure = _result(exported, numbers)
+    leaves = _result(exported, numbers)
     kept = {leaf.number for leaf in leaves if isinstance(leaf, Leaf)}
     for position, step in enumerate(steps):
         later = {number for other in steps[position + 1 :] for number in other.inputs} | kept
@@ -152,17 +199,47 @@ def _build(exported: Exported, as_float: dict[fx.Node, str], strict: bool, weigh
     for step in reversed(steps):
         step.done = [n for n in step.done if n not in seen]
         seen.update(step.done)
-    return Engine(steps, _ports(exported), leaves, structure)
+    call = Call.captured(exported.in_spec, entries, ports, signature)
+    return Engine(steps, ports, leaves, thawed(exported.out_spec), call=call)
 
 
-def _ports(exported: Exported) -> list[Port]:
-    found = []
-    for node in exported.inputs:
-        sizes = exported.sizes(node)
+def _is_port(node: fx.Node) -> bool:
+    """Whether a placeholder is a tensor of the call, and not a constant that was captured."""
+    return isinstance(node.meta.get("val"), Tensor)
+
+
+def _ports(exported: Exported) -> tuple[list[Port], list[Any]]:
+    """The tensors that a call takes, and what every placeholder is: one of them, or a constant."""
+    found: list[Port] = []
+    entries: list[Any] = []
+    for node in _placeholders(exported):
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor):
+            entries.append(value)
+            continue
+        sizes, batched = exported.sizes(node), True
         if sizes is None:
-            raise UnsupportedModelError(f"input {node.name!r}: its batch is not dynamic")
-        found.append(Port(node.name, sizes))
-    return found
+            sizes, batched = tuple(value.shape), False
+            if not all(type(size) is int for size in sizes):
+                raise UnsupportedModelError(
+                    f"input {node.name!r}: expected sizes that are fixed but for a batch in front, "
+                    f"got {list(map(str, sizes))}"
+                )
+        if not value.is_floating_point() and value.dtype not in INTEGERS:
+            raise UnsupportedModelError(
+                f"input {node.name!r}: expected floats, integers or bools, got {value.dtype}"
+            )
+        dtype = torch.float32 if value.is_floating_point() else value.dtype
+        entries.append(Leaf(len(found)))
+        found.append(Port(node.name, sizes, dtype, batched))
+    if not any(port.batched for port in found):
+        raise UnsupportedModelError("expected a model with a batch among its inputs")
+    return found, entries
+
+
+def _placeholders(exported: Exported) -> list[fx.Node]:
+    """The leaves of the arguments, in order: tensors, and constants that were captured."""
+    return [node for node in exported.graph.nodes if node.op == "placeholder"]
 
 
 def _new_numbers(nodes: list[fx.Node], numbers: dict[fx.Node, int]) -> list[int]:
@@ -209,13 +286,13 @@ def _torch_step(
             layer_name(node), op_name(node), "torch", kernel, bits, 0.0, packed, macs,
             reasons.get(node, ""),
         )  # fmt: skip
-        rows.append((node, row))
+        rows.append((node.name, row))
     inputs = [numbers[node] for node in part.inputs]
     return Step(TorchStep(run, rows), inputs, _new_numbers(part.outputs, numbers), [])
 
 
-def _result(exported: Exported, numbers: dict[fx.Node, int]) -> tuple[list[Any], Any]:
-    leaves = []
+def _result(exported: Exported, numbers: dict[fx.Node, int]) -> list[Any]:
+    leaves: list[Any] = []
     for item in exported.outputs:
         if isinstance(item, fx.Node):
             if item not in numbers:
@@ -225,5 +302,4 @@ def _result(exported: Exported, numbers: dict[fx.Node, int]) -> tuple[list[Any],
             leaves.append(Leaf(numbers[item]))
         else:
             leaves.append(item)
-    nested = pytree.tree_unflatten(list(range(len(leaves))), exported.out_spec)
-    return leaves, structure_of(nested)
+    return leaves

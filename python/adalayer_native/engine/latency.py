@@ -112,17 +112,17 @@ def call_seconds(
         rounds: calls at least.
         seconds: calls go on for so long.
     """
-    inputs = [torch.rand(batch, *port.shape) for port in engine.inputs]
+    inputs = [port.sample(batch, engine.device) for port in engine.inputs]
     samples: list[float] = []
     before = ops.get_num_threads()
     ops.set_num_threads(before if threads is None else threads)
     try:
         for _ in range(2):  # the first calls plan and warm up
-            engine(*inputs)
+            engine.flat(inputs)
         begin = time.perf_counter()
         while len(samples) < rounds or time.perf_counter() - begin < seconds:
             start = time.perf_counter()
-            engine(*inputs)
+            engine.flat(inputs)
             samples.append(time.perf_counter() - start)
     finally:
         ops.set_num_threads(before)

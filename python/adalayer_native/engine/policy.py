@@ -27,12 +27,12 @@ def seconds_of(
 ) -> dict[str, float]:
     """Median seconds per call of engines with the same inputs, in turn."""
     first = next(iter(candidates.values()))
-    inputs = [torch.rand(batch, *port.shape) for port in first.inputs]
+    inputs = [port.sample(batch) for port in first.inputs]
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     for position in range(rounds + 1):
         for name, engine in candidates.items():
             start = time.perf_counter()
-            engine(*inputs)
+            engine.flat(inputs)
             if position:  # the first round warms up
                 samples[name].append(time.perf_counter() - start)
     return {name: median(values) for name, values in samples.items()}

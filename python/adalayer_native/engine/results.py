@@ -2,25 +2,66 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.fx.immutable_collections import immutable_dict, immutable_list
+from torch.utils import _pytree as pytree
 
 from adalayer_native.engine.views import Dims, merged
 from adalayer_native.errors import UnsupportedModelError
 
-__all__ = ["Leaf", "Output", "Port", "mapped", "rebuild", "structure_of"]
+__all__ = ["INTEGERS", "Leaf", "Output", "Port", "described", "nest", "skeleton", "thawed"]
+
+# Types of tensors that reach the parts in torch as they are: token ids, pixels, masks.
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
 
 @dataclass(frozen=True)
 class Port:
-    """An input: its name and its sizes without the batch."""
+    """An input.
+
+    Attributes:
+        name: as the exported model calls it.
+        shape: sizes without the batch.
+        dtype: float32, for which bfloat16 and half may come too; or an integer type or bool, which
+            is what has to come.
+        batched: whether the batch is its first axis; else it is one tensor for all samples.
+    """
 
     name: str
     shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    batched: bool = True
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it holds floats."""
+        return self.dtype is torch.float32
+
+    def sizes(self, batch: int) -> tuple[int, ...]:
+        """Sizes of the tensor for a batch."""
+        return (batch, *self.shape) if self.batched else self.shape
+
+    def __str__(self) -> str:
+        sizes = ["batch", *self.shape] if self.batched else self.shape
+        return f"[{', '.join(map(str, sizes))}]"
+
+    def sample(self, batch: int, device: torch.device | str = "cpu") -> Tensor:
+        """A tensor to measure with: noise from 0 to 1, or integers that every model takes.
+
+        Integers are zeros, since an index may not reach beyond a table that nobody here knows, and
+        masks are all ones, since a row without anything in it is a case of its own in attention.
+        """
+        if self.is_float:
+            return torch.rand(self.sizes(batch), device=device)
+        fill = self.dtype is torch.bool
+        return torch.full(self.sizes(batch), fill, dtype=self.dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -56,43 +97,104 @@ class Output:
 
 @dataclass(frozen=True)
 class Leaf:
-    """A tensor of the result, by number."""
+    """A tensor of a call or a result, by number."""
 
     number: int
 
 
-def structure_of(nested: Any) -> Any:
-    """JSON form of a nest of leaf numbers: 3, {"tuple": [...]}, {"list": ...}, {"dict": ...}.
+@dataclass(frozen=True)
+class _Place:
+    """Stands for a leaf while the containers around it are looked at."""
+
+    number: int
+
+
+def skeleton(spec: Any) -> Any:
+    """The containers of a ``TreeSpec``, which is made again with ``pytree.tree_structure``.
+
+    Copies and pickles hold these: the class of a specification differs among versions of torch.
+    """
+    return pytree.tree_unflatten([_Place(k) for k in range(spec.num_leaves)], spec)
+
+
+def thawed(spec: Any) -> Any:
+    """A ``TreeSpec`` with the model's own lists and dictionaries.
+
+    A ``torch.fx.GraphModule`` returns the containers that its graph holds, which cannot be changed.
+    """
+
+    def thaw(item: Any) -> Any:
+        children, outer = pytree.tree_flatten(item, is_leaf=lambda other: other is not item)
+        if outer.is_leaf():
+            return item
+        children = [thaw(child) for child in children]
+        if isinstance(item, immutable_list):
+            return children
+        if isinstance(item, immutable_dict):
+            return dict(zip(item, children, strict=True))
+        return pytree.tree_unflatten(children, outer)
+
+    return pytree.tree_structure(thaw(skeleton(spec)))
+
+
+def described(spec: Any, leaves: Sequence[Any], what: str) -> tuple[Any, list[Any]]:
+    """A nest for JSON: 3, {"tuple": [...]}, {"list": [...]} or {"dict": {...}}, and its leaves.
+
+    Numbers are places in the returned leaves: those given, and behind them what containers hold
+    beside their leaves (fields of a dataclass that are None). JSON has no types of ours: a
+    dataclass, an ``OrderedDict`` and what derives from it become a dict, a named tuple a tuple.
+
+    Args:
+        spec: a ``TreeSpec`` of :mod:`torch.utils._pytree`.
+        leaves: one per leaf of ``spec``.
+        what: for the error.
 
     Raises:
-        UnsupportedModelError: another kind of container.
+        UnsupportedModelError: another kind of container, or keys that are no strings.
     """
-    if isinstance(nested, int):
-        return nested
-    if isinstance(nested, dict) and all(isinstance(key, str) for key in nested):
-        return {"dict": {key: structure_of(value) for key, value in nested.items()}}
-    if isinstance(nested, (list, tuple)):
-        kind = "list" if isinstance(nested, list) else "tuple"
-        return {kind: [structure_of(item) for item in nested]}
-    raise UnsupportedModelError(
-        "expected a model that returns a tensor, or tensors in tuples, lists and dictionaries with "
-        f"string keys, got a {type(nested).__name__}"
-    )
+    found = list(leaves)
+
+    def walk(item: Any) -> Any:
+        if isinstance(item, _Place):
+            return item.number
+        if item is None or isinstance(item, (bool, int, float, str)):
+            found.append(item)
+            return len(found) - 1
+        if isinstance(item, dict) and all(isinstance(key, str) for key in item):
+            return {"dict": {key: walk(value) for key, value in item.items()}}
+        if isinstance(item, (list, tuple)):
+            kind = "list" if isinstance(item, list) else "tuple"
+            return {kind: [walk(value) for value in item]}
+        if dataclasses.is_dataclass(item):
+            fields = (field.name for field in dataclasses.fields(item))
+            return {"dict": {name: walk(getattr(item, name)) for name in fields}}
+        raise UnsupportedModelError(
+            f"{what}: a file holds tensors in tuples, lists, dataclasses and dictionaries with "
+            f"string keys, got a {type(item).__name__}"
+        )
+
+    return walk(skeleton(spec)), found
 
 
-def rebuild(structure: Any, leaves: Sequence[Any]) -> Any:
-    if isinstance(structure, int):
-        return leaves[structure]
-    ((kind, items),) = structure.items()
-    if kind == "dict":
-        return {key: rebuild(value, leaves) for key, value in items.items()}
-    built = [rebuild(item, leaves) for item in items]
-    return built if kind == "list" else tuple(built)
+def nest(structure: Any, leaves: Sequence[Any]) -> tuple[Any, list[Any]]:
+    """The other way: ``TreeSpec`` and its leaves in order, from what a file says.
 
+    Raises:
+        LookupError, TypeError, ValueError: it says something else than :func:`described` does.
+    """
 
-def mapped(nested: Any, function: Any) -> Any:
-    if isinstance(nested, dict):
-        return {key: mapped(value, function) for key, value in nested.items()}
-    if isinstance(nested, (list, tuple)):
-        return type(nested)(mapped(item, function) for item in nested)
-    return function(nested)
+    def build(item: Any) -> Any:
+        if type(item) is int:
+            if not 0 <= item < len(leaves):
+                raise IndexError(f"expected a leaf below {len(leaves)}, got {item}")
+            return _Place(item)
+        ((kind, items),) = item.items()
+        if kind == "dict":
+            return {key: build(value) for key, value in items.items()}
+        if kind not in ("list", "tuple"):
+            raise ValueError(f"expected a tuple, list or dict, got {kind!r}")
+        built = [build(value) for value in items]
+        return built if kind == "list" else tuple(built)
+
+    places, spec = pytree.tree_flatten(build(structure))
+    return spec, [leaves[place.number] for place in places]

@@ -8,18 +8,19 @@ import os
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from adalayer_native import _C, cuda, ops
 from adalayer_native._files import replacing
+from adalayer_native.engine.call import Call
 from adalayer_native.engine.coverage import Coverage, Row
-from adalayer_native.engine.results import Leaf, Output, Port, mapped, rebuild
+from adalayer_native.engine.results import Leaf, Output, Port, described, skeleton
 from adalayer_native.engine.segments import TorchPart
 from adalayer_native.errors import InputError, UnsupportedModelError
 
@@ -60,6 +61,13 @@ class NativePart:
         self._run = self.engine.run
         # Inputs that may come in channels_last order as they are.
         self._any_order = self.engine.any_order()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        held = self.program.to_bytes(), self.outputs, self.weights, self.max_memory
+        return _native_part, held
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NativePart:
+        return self  # nothing in it ever changes
 
     def _make(self) -> Any:
         return _C.Engine(self.program, weights=self.weights, memory_bytes=self.max_memory)
@@ -102,10 +110,21 @@ class CudaPart(NativePart):
         device: number of the GPU.
     """
 
-    def __init__(self, part: NativePart, device: int, **options: Any) -> None:
+    def __init__(
+        self,
+        program: _C.Program,
+        outputs: Sequence[Output],
+        weights: str,
+        device: int,
+        **options: Any,
+    ) -> None:
         self.device = device
         self._options = options
-        super().__init__(part.program, part.outputs, part.weights)
+        super().__init__(program, outputs, weights)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        held = self.program.to_bytes(), self.outputs, self.weights, self.device, self._options
+        return _cuda_part, held
 
     def _make(self) -> Any:
         return cuda.CudaEngine(self.program, self.device, **self._options)
@@ -126,12 +145,30 @@ class CudaPart(NativePart):
         return [output.view(memory[output.source]) for output in self.outputs]
 
 
+def _program(data: bytes) -> _C.Program:
+    held = np.frombuffer(data, dtype=np.uint8)
+    return _C.Program.from_bytes(held.ctypes.data, held.size)
+
+
+def _native_part(
+    data: bytes, outputs: Sequence[Output], weights: str, max_memory: int
+) -> NativePart:
+    """A pickled part, made ready for the machine that reads it."""
+    return NativePart(_program(data), outputs, weights, max_memory)
+
+
+def _cuda_part(
+    data: bytes, outputs: Sequence[Output], weights: str, device: int, options: dict[str, Any]
+) -> CudaPart:
+    return CudaPart(_program(data), outputs, weights, device, **options)
+
+
 @dataclass
 class TorchStep:
-    """A part in torch between native ones, and what coverage says about its nodes."""
+    """A part in torch between native ones, and what coverage says about its nodes by name."""
 
     part: TorchPart
-    rows: list[tuple[Any, Row]]
+    rows: list[tuple[str, Row]]
 
 
 @dataclass
@@ -150,8 +187,13 @@ class Engine:
     Immutable and safe to call from many threads at once; the work runs without Python's global
     lock. The number of threads of one call is :func:`adalayer_native.get_num_threads`.
 
+    It can be copied and pickled (with ``torch.save``, too; ``torch.load`` then needs
+    ``weights_only=False``) and gives the same bits; unlike a ``.ada`` file a pickle also holds what
+    runs in torch, and should be read from trusted sources only.
+
     Attributes:
-        inputs: name and sizes of every input.
+        inputs: name, sizes and type of every tensor that a call takes, in the order of the model's
+            arguments.
         preprocessing: what to do with an image before the first layer, as the writer of the file
             gave it, else None.
         class_names: names of the classes, else None.
@@ -163,70 +205,111 @@ class Engine:
         steps: list[Step],
         inputs: Sequence[Port],
         leaves: Sequence[Any],
-        structure: Any,
+        out_spec: Any,
         *,
+        call: Call | None = None,
         preprocessing: Any = None,
         class_names: list[str] | None = None,
     ) -> None:
+        """leaves: per leaf of ``out_spec`` (a ``TreeSpec``) its tensor's number as Leaf, or a
+        constant. call: default one tensor per input."""
         self._steps = steps
         self.inputs = tuple(inputs)
-        self._leaves = list(leaves)  # number of a tensor as Leaf, or a constant
-        self._structure = structure
+        self._leaves = list(leaves)
+        self._out_spec = out_spec
+        self._call = Call.flat(self.inputs) if call is None else call
         self.preprocessing = preprocessing
         self.class_names = class_names
         self._single: NativePart | None = None
         if len(steps) == 1 and isinstance(steps[0].run, NativePart) and len(self.inputs) == 1:
             part = steps[0].run
-            if part.single is not None and structure == 0 and steps[0].inputs == [0]:
+            alone = out_spec.is_leaf() and isinstance(self._leaves[0], Leaf)
+            if part.single is not None and alone and steps[0].inputs == [0] and self._call.plain:
                 self._single = part
         gpus = {step.run.device for step in steps if isinstance(step.run, CudaPart)}
         self.device = torch.device("cuda", gpus.pop()) if gpus else torch.device("cpu")
+        self._batch = [port.batched for port in self.inputs].index(True)
         self._shape = self.inputs[0].shape
         self._rank = len(self._shape) + 1
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_out_spec": skeleton(self._out_spec)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._out_spec = pytree.tree_structure(state["_out_spec"])
+
     # -- running --------------------------------------------------------------------------------
 
-    def __call__(self, *inputs: Tensor) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run a batch.
 
         Args:
-            inputs: one tensor per input of the model, on the engine's device, ``[batch, ...]`` in
-                any memory format; float32, or bfloat16 and half, which are computed in the same way
-                and give results of their own type. A NaN becomes the lowest level of the input's
-                grid, as in the module tree; infinities saturate.
+            args, kwargs: what the model's ``forward`` takes, by position or name, with tensors
+                nested as in the example that it was compiled with. Tensors are on the engine's
+                device, ``[batch, ...]`` in any memory format, or, where the example's was not of
+                its batch, of the example's shape. Where the example had floats: float32, or
+                bfloat16 and half, all of one type, which are computed in the same way and give
+                results of their own type. A NaN becomes the lowest level of the input's grid, as
+                in the module tree; infinities saturate. Where it had integers or bools: the same
+                type. None, numbers and texts are what they were in the example, and may be left
+                out where that is their default.
 
         Returns:
-            What the model returns: a tensor, or tensors in tuples, lists and dictionaries. They
-            carry no gradient.
+            What the model returns: a tensor, or tensors in the model's own containers. They carry
+            no gradient.
 
         Raises:
-            InputError: number, type, device or shape of an input is wrong, or the batch does not
-                fit into memory.
+            InputError: an argument is missing or unknown; number, type, device or shape of an
+                input is wrong, or a constant is another one; or the batch does not fit into memory.
         """
         part = self._single
-        if part is not None and len(inputs) == 1:
-            x = inputs[0]
+        if part is not None and len(args) == 1 and not kwargs:
+            x = args[0]
             # Written out: a small network at batch 1 takes as long as a few of these lines.
             if (
                 type(x) is Tensor
                 and x.dtype is torch.float32
                 and x.device == self.device
                 and x.layout is torch.strided
-                and x.dim() == self._rank
-                and x.shape[1:] == self._shape
+                and len(shape := x.shape) == self._rank
+                and shape[1:] == self._shape
             ):
                 try:
-                    return part(x.shape[0], inputs)[0]
+                    return part(shape[0], args)[0]
                 except (RuntimeError, MemoryError) as error:
-                    raise self._too_much(inputs, error) from error
+                    raise self._too_much(args, error) from error
+        return self._any(self._call(args, kwargs))
+
+    def flat(self, inputs: Sequence[Tensor]) -> Any:
+        """The same with one tensor per input, in the order of :attr:`inputs`.
+
+        Raises:
+            InputError: as in a call.
+        """
+        # A call, where it is one, is faster for small networks.
+        return self(*inputs) if self._call.plain else self._any(inputs)
+
+    def _any(self, inputs: Sequence[Any]) -> Any:
         tensors, dtype = self._checked(inputs)
         try:
             return self._run(tensors, dtype)
         except (RuntimeError, MemoryError) as error:
             raise self._too_much(inputs, error) from error
 
-    def run(self, *inputs: npt.ArrayLike) -> Any:
-        """The same for numpy arrays: float32 ``[batch, ...]`` in, float32 arrays out.
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The same as a call for numpy arrays, in and out.
+
+        Float inputs are float32 (or float16) ``[batch, ...]``, others of their own type; results
+        are float32 and what else the model computes.
+
+        Raises:
+            InputError: as in a call.
+        """
+        return self.run_flat(self._call(args, kwargs))
+
+    def run_flat(self, inputs: Sequence[Any]) -> Any:
+        """:meth:`flat` for numpy arrays.
 
         Raises:
             InputError: as in a call.
@@ -234,15 +317,19 @@ class Engine:
         tensors = []
         for position, item in enumerate(inputs):
             array = np.asarray(item)
-            if array.dtype not in (np.float32, np.float16):
+            floats = position >= len(self.inputs) or self.inputs[position].is_float
+            known = ("float32", "float16") if floats else (_name(self.inputs[position].dtype),)
+            if array.dtype.name not in known:
                 raise InputError(
-                    f"{self._label(position)}: expected an array of float32, got {array.dtype}"
+                    f"{self._label(position)}: expected an array of {known[0]}, got {array.dtype}"
                 )
             if not array.flags.writeable or any(stride < 0 for stride in array.strides):
                 array = array.copy()
             tensors.append(torch.from_numpy(array).to(self.device))
-        result = self(*tensors)
-        return mapped(result, lambda t: t.cpu().numpy() if isinstance(t, Tensor) else t)
+        return pytree.tree_map(
+            lambda leaf: leaf.cpu().numpy() if isinstance(leaf, Tensor) else leaf,
+            self.flat(tensors),
+        )
 
     def to(self, device: str | int | torch.device, **options: Any) -> Engine:
         """The same engine on another device; this one stays as it is.
@@ -266,16 +353,16 @@ class Engine:
             run: NativePart | TorchStep
             if isinstance(step.run, TorchStep):
                 run = TorchStep(step.run.part.to(where), step.run.rows)
-            elif gpu is None:
-                run = NativePart(step.run.program, step.run.outputs, step.run.weights)
             else:
-                run = CudaPart(step.run, gpu, **options)
+                held = step.run.program, step.run.outputs, step.run.weights
+                run = NativePart(*held) if gpu is None else CudaPart(*held, gpu, **options)
             steps.append(Step(run, step.inputs, step.outputs, step.done))
         return Engine(
             steps,
             self.inputs,
             self._leaves,
-            self._structure,
+            self._out_spec,
+            call=self._call,
             preprocessing=self.preprocessing,
             class_names=self.class_names,
         )
@@ -285,46 +372,55 @@ class Engine:
             return f"input {self.inputs[position].name!r}"
         return f"input {position}"
 
-    def _checked(self, inputs: Sequence[Any]) -> tuple[list[Tensor], torch.dtype]:
+    def _checked(self, inputs: Sequence[Any]) -> tuple[list[Tensor], torch.dtype | None]:
+        """The inputs, and the type of those that are floats; None if there are none."""
         if len(inputs) != len(self.inputs):
             names = ", ".join(port.name for port in self.inputs)
             raise InputError(f"expected {len(self.inputs)} inputs ({names}), got {len(inputs)}")
         found: list[Tensor] = []
-        batch = None
+        batch: int | None = None
+        floats: torch.dtype | None = None
         for position, (x, port) in enumerate(zip(inputs, self.inputs, strict=True)):
             label = self._label(position)
             if not isinstance(x, Tensor):
                 raise InputError(f"{label}: expected a torch.Tensor, got {type(x).__name__}")
-            if x.dtype not in _FLOATS:
+            if port.is_float and x.dtype not in _FLOATS:
                 raise InputError(
                     f"{label}: expected torch.float32 (or bfloat16, float16), got {x.dtype}"
                 )
+            if not port.is_float and x.dtype != port.dtype:
+                raise InputError(f"{label}: expected {port.dtype}, got {x.dtype}")
             if x.device != self.device:
                 raise InputError(
                     f"{label}: expected a tensor on {self.device}, got one on {x.device}"
                 )
             if x.layout != torch.strided:
                 raise InputError(f"{label}: expected a dense tensor, got layout {x.layout}")
-            wanted = ", ".join(["batch", *map(str, port.shape)])
-            if x.dim() != len(port.shape) + 1 or tuple(x.shape[1:]) != port.shape:
-                raise InputError(f"{label}: expected shape [{wanted}], got {list(x.shape)}")
-            if batch is not None and x.shape[0] != batch:
-                raise InputError(
-                    f"{label}: expected a batch of {batch} as in the first input, got {x.shape[0]}"
-                )
-            if x.dtype != inputs[0].dtype:
-                raise InputError(
-                    f"{label}: expected {inputs[0].dtype} as in the first input, got {x.dtype}"
-                )
-            batch = x.shape[0]
+            shape = tuple(x.shape)
+            if len(shape) != len(port.shape) + port.batched or shape[port.batched :] != port.shape:
+                raise InputError(f"{label}: expected shape {port}, got {list(shape)}")
+            if port.batched:
+                if batch is not None and shape[0] != batch:
+                    raise InputError(
+                        f"{label}: expected a batch of {batch} as in the first input, got "
+                        f"{shape[0]}"
+                    )
+                batch = shape[0]
+            if port.is_float:
+                if floats is not None and x.dtype != floats:
+                    raise InputError(
+                        f"{label}: expected {floats} as in the first input, got {x.dtype}"
+                    )
+                floats = x.dtype
             found.append(x)
-        return found, found[0].dtype
+        return found, floats
 
-    def _run(self, inputs: list[Tensor], dtype: torch.dtype) -> Any:
-        batch = inputs[0].shape[0]
+    def _run(self, inputs: list[Tensor], dtype: torch.dtype | None) -> Any:
+        batch = inputs[self._batch].shape[0]
         with torch.no_grad():
             tensors: dict[int, Tensor] = {
-                number: x.detach().float() for number, x in enumerate(inputs)
+                number: x.detach().float() if port.is_float else x.detach()
+                for number, (x, port) in enumerate(zip(inputs, self.inputs, strict=True))
             }
             for step in self._steps:
                 operands = [tensors[number] for number in step.inputs]
@@ -336,10 +432,17 @@ class Engine:
                 for number in step.done:
                     del tensors[number]
             leaves = [
-                tensors[leaf.number].to(dtype) if isinstance(leaf, Leaf) else leaf
-                for leaf in self._leaves
+                tensors[leaf.number] if isinstance(leaf, Leaf) else leaf for leaf in self._leaves
             ]
-        return rebuild(self._structure, leaves)
+            if dtype is not None and dtype is not torch.float32:
+                # Of a result that is no float (a class, a mask) the type says what it is.
+                leaves = [
+                    leaf.to(dtype)
+                    if isinstance(leaf, Tensor) and leaf.is_floating_point()
+                    else leaf
+                    for leaf in leaves
+                ]
+        return pytree.tree_unflatten(leaves, self._out_spec)
 
     def _too_much(self, inputs: Sequence[Any], error: Exception) -> Exception:
         text = str(error)
@@ -364,10 +467,7 @@ class Engine:
         rows: list[Row] = []
         tensors: dict[int, Tensor] = {}
         if any(isinstance(step.run, TorchStep) for step in self._steps):
-            tensors = {
-                k: torch.randn(batch, *p.shape, device=self.device)
-                for k, p in enumerate(self.inputs)
-            }
+            tensors = {k: p.sample(batch, self.device) for k, p in enumerate(self.inputs)}
         for step in self._steps:
             operands = [tensors[number] for number in step.inputs if number in tensors]
             if isinstance(step.run, NativePart):
@@ -425,8 +525,9 @@ class Engine:
         part = self._steps[0].run
         assert isinstance(part, NativePart)
         program = part.program
+        structure, leaves = described(self._out_spec, self._leaves, "the model's result")
         metadata = {
-            "adalayer.inputs": [[port.name, list(port.shape)] for port in self.inputs],
+            "adalayer.inputs": [_port_row(port) for port in self.inputs],
             "adalayer.outputs": [
                 [output.source, list(output.shape), output.atoms] for output in part.outputs
             ],
@@ -435,10 +536,13 @@ class Engine:
                 {"tensor": self._steps[0].outputs.index(leaf.number)}
                 if isinstance(leaf, Leaf)
                 else {"constant": leaf}
-                for leaf in self._leaves
+                for leaf in leaves
             ],
-            "adalayer.structure": self._structure,
+            "adalayer.structure": structure,
         }
+        call = self._call.as_json(self.inputs)
+        if call is not None:
+            metadata["adalayer.call"] = call
         shown = self.preprocessing if preprocessing is None else dict(preprocessing)
         names = self.class_names if class_names is None else [str(name) for name in class_names]
         if shown is not None:
@@ -452,13 +556,25 @@ class Engine:
             return os.stat(temporary).st_size
 
     def __repr__(self) -> str:
-        ports = ", ".join(f"{p.name}[batch, {', '.join(map(str, p.shape))}]" for p in self.inputs)
+        ports = ", ".join(f"{port.name}{port}" for port in self.inputs)
         kinds = [isinstance(step.run, NativePart) for step in self._steps]
         parts = (
             "native" if all(kinds) else f"{sum(kinds)} native and {kinds.count(False)} torch parts"
         )
         where = "" if self.device.type == "cpu" else f" on {self.device}"
         return f"Engine({ports}; {parts}{where})"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _port_row(port: Port) -> list[Any]:
+    """For a file; batches of floats are name and sizes, as they have always been."""
+    row: list[Any] = [port.name, list(port.shape)]
+    if not port.batched:
+        return [*row, _name(port.dtype), False]
+    return row if port.is_float else [*row, _name(port.dtype)]
 
 
 # -- coverage -------------------------------------------------------------------------------------
@@ -488,26 +604,14 @@ def _header(data: bytes) -> dict[str, Any]:
 
 
 def _torch_rows(step: TorchStep, batch: int, inputs: list[Tensor], rounds: int) -> list[Row]:
-    samples: dict[Any, list[float]] = {}
+    samples: dict[str, list[float]] = {}
     with torch.no_grad():
         for _ in range(rounds):
-            for node, seconds in step.part.times(batch, inputs, time.perf_counter).items():
-                samples.setdefault(node, []).append(seconds)
+            for name, seconds in step.part.times(batch, inputs, time.perf_counter).items():
+                samples.setdefault(name, []).append(seconds)
     rows = []
-    for node, row in step.rows:
-        times = samples.get(node)
+    for name, row in step.rows:
+        times = samples.get(name)
         spent = 1e6 * statistics.median(times) if times else 0.0
-        rows.append(
-            Row(
-                row.name,
-                row.op,
-                row.kind,
-                row.kernel,
-                row.bits,
-                spent,
-                row.bytes,
-                row.macs,
-                row.why,
-            )
-        )
+        rows.append(replace(row, microseconds=spent))
     return rows

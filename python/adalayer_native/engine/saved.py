@@ -8,8 +8,11 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from adalayer_native import _C
-from adalayer_native.engine.results import Leaf, Output, Port, rebuild
+from adalayer_native.engine.call import Call
+from adalayer_native.engine.results import INTEGERS, Leaf, Output, Port, nest
 from adalayer_native.engine.runtime import WEIGHTS, Engine, NativePart, Step
 from adalayer_native.errors import FileFormatError
 
@@ -55,7 +58,7 @@ def load(
         raise FileFormatError(f"{os.fspath(path)}: {error}") from error
     values, texts = program.values(), program.metadata()
     try:
-        # RecursionError: json and rebuild() follow the text as deep as it goes.
+        # RecursionError: json and nest() follow the text as deep as it goes.
         metadata = {key: _parsed(key, texts[key]) for key in _KEYS if key in texts}
         return _rebuilt(program, values, metadata, weights, limit)
     except MemoryError as error:
@@ -76,7 +79,7 @@ def load(
 
 _KEYS = (
     *("adalayer.inputs", "adalayer.order", "adalayer.outputs", "adalayer.leaves"),
-    *("adalayer.structure", "preprocessing", "classes"),
+    *("adalayer.structure", "adalayer.call", "preprocessing", "classes"),
 )
 
 
@@ -94,6 +97,13 @@ def _sizes(numbers: Any) -> tuple[int, ...]:
     if any(not 0 < n <= 1 << 40 for n in sizes):
         raise ValueError(f"expected sizes of 1 to 2^40, got {sizes}")
     return sizes
+
+
+_TYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, *INTEGERS)}
+
+
+def _port(name: Any, shape: Any, dtype: str = "float32", batched: Any = True) -> Port:
+    return Port(str(name), _sizes(shape), _TYPES[dtype], bool(batched))
 
 
 def _place(number: Any, count: int) -> int:
@@ -114,10 +124,11 @@ def _rebuilt(
     sizes = [values[number][2:5] for number in program.inputs()]
     results = [values[number][2:5] for number in program.outputs()]
     if "adalayer.inputs" in metadata:
-        ports = [Port(str(name), _sizes(shape)) for name, shape in metadata["adalayer.inputs"]]
+        ports = [_port(*row) for row in metadata["adalayer.inputs"]]
         order = [_place(number, len(ports)) for number in metadata["adalayer.order"]]
         for position, number in enumerate(order):
-            if math.prod(ports[number].shape) != math.prod(sizes[position]):
+            fits = math.prod(ports[number].shape) == math.prod(sizes[position])
+            if not (fits and ports[number].is_float and ports[number].batched):
                 raise ValueError(f"input {ports[number].name!r} does not fit {sizes[position]}")
         if len(order) != len(sizes):
             raise ValueError(f"{len(order)} inputs are described, the program has {len(sizes)}")
@@ -151,7 +162,9 @@ def _rebuilt(
         first = len(ports)
         leaves = [Leaf(first + k) for k in range(len(outputs))]
         structure = 0 if len(outputs) == 1 else {"tuple": list(range(len(outputs)))}
-    rebuild(structure, leaves)
+    out_spec, leaves = nest(structure, leaves)
+    rows = metadata.get("adalayer.call")
+    call = None if rows is None else Call.from_json(rows, ports)
     part = NativePart(program, outputs, weights, max_memory)
     step = Step(part, order, [first + k for k in range(len(outputs))], [])
     names = metadata.get("classes")
@@ -159,7 +172,8 @@ def _rebuilt(
         [step],
         ports,
         leaves,
-        structure,
+        out_spec,
+        call=call,
         preprocessing=metadata.get("preprocessing"),
         class_names=None if names is None else [str(name) for name in names],
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from adalayer_native import ops
-from adalayer_native.engine.export import Exported, multiply_accumulates, op_name
+from adalayer_native.capture.vocabulary import arguments, op_name
+from adalayer_native.engine.export import Exported
 from adalayer_native.engine.lower import CannotLower, Grids, Lowered, lower, rule_for
-from adalayer_native.engine.rules_layers import arguments
+from adalayer_native.engine.work import multiply_accumulates
 from adalayer_native.errors import UnsupportedModelError
 
 __all__ = ["FloatLayer", "Part", "TorchPart", "divide", "is_layer"]
@@ -263,8 +266,8 @@ class TorchPart:
                 known[node] = graph.node_copy(node, find)
         graph.output(tuple(known[node] for node in part.outputs))
         graph.lint()
-        self.nodes = {known[node].name: node for node in part.nodes}
-        self.as_float = as_float & set(part.nodes)
+        # By their names here, those in the exported graph.
+        self.names = {known[node].name: node.name for node in part.nodes}
         self.module = fx.GraphModule(root, graph)
 
     def __call__(self, batch: int, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -273,27 +276,99 @@ class TorchPart:
 
     def to(self, device: torch.device) -> TorchPart:
         """The same nodes on another device."""
-        other = copy.copy(self)
-        other.module = copy.deepcopy(self.module).to(device)
+        other = copy.deepcopy(self)
+        other.module.to(device)
         return other
+
+    # A pickled fx.GraphModule holds Python code, which is traced again when it is loaded and then
+    # has other nodes. A list of nodes with the names of their operators says what there is.
+
+    def __getstate__(self) -> dict[str, Any]:
+        def refer(node: fx.Node) -> Any:
+            return _Reference(node.name)
+
+        nodes = []
+        for node in self.module.graph.nodes:
+            args, kwargs = (fx.map_arg(item, refer) for item in (node.args, node.kwargs))
+            nodes.append((node.op, _target_text(node.target), args, kwargs, node.name))
+        return {
+            "nodes": nodes,
+            "names": self.names,
+            "tensors": dict(self.module.named_buffers(recurse=False)),
+            "layers": dict(self.module.named_children()),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        root, graph = nn.Module(), fx.Graph()
+        for name, tensor in state["tensors"].items():
+            root.register_buffer(name, tensor)
+        for name, layer in state["layers"].items():
+            root.add_module(name, layer)
+        known: dict[str, fx.Node] = {}
+
+        def find(item: Any) -> Any:
+            return known[item.name] if isinstance(item, _Reference) else item
+
+        for op, text, args, kwargs, name in state["nodes"]:
+            target = _target(text) if op == "call_function" else text
+            args, kwargs = (fx.node.map_aggregate(item, find) for item in (args, kwargs))
+            known[name] = graph.create_node(op, target, args, kwargs, name)
+        graph.lint()
+        self.names = {known[name].name: found for name, found in state["names"].items()}
+        self.module = fx.GraphModule(root, graph)
 
     def times(
         self, batch: int, inputs: list[Tensor], clock: Callable[[], float]
-    ) -> dict[fx.Node, float]:
-        """Seconds of every node in one run."""
-        found: dict[fx.Node, float] = {}
-        nodes = self.nodes
+    ) -> dict[str, float]:
+        """Seconds of every node in one run, by its name in the exported graph."""
+        found: dict[str, float] = {}
+        names = self.names
 
         class Timer(fx.Interpreter):
             def run_node(self, n: fx.Node) -> Any:
                 start = clock()
                 result = super().run_node(n)
-                if n.name in nodes:
-                    found[nodes[n.name]] = clock() - start
+                if n.name in names:
+                    found[names[n.name]] = clock() - start
                 return result
 
         Timer(self.module).run(batch, *inputs)
         return found
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """A node among the arguments of another one."""
+
+    name: str
+
+
+def _target_text(target: Any) -> str:
+    """What a node calls, as text: "aten.relu.default", or "_operator:getitem" for a function."""
+    if isinstance(target, (str, torch._ops.OpOverload)):
+        return str(target)
+    text = f"{target.__module__}:{target.__qualname__}"
+    if _target(text) is not target:
+        raise pickle.PicklingError(f"{target} cannot be found again as {text}")
+    return text
+
+
+def _target(text: str) -> Any:
+    """The operator or function of that name.
+
+    Raises:
+        pickle.UnpicklingError: this version of torch, or whoever defined it, has none.
+    """
+    module, found_colon, path = text.partition(":")
+    try:
+        found = importlib.import_module(module) if found_colon else torch.ops
+        for part in (path if found_colon else text).split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise pickle.UnpicklingError(
+            f"the engine runs {text} in torch, which is not there: {error}"
+        ) from error
+    return found
 
 
 def image_bytes(nodes: list[fx.Node]) -> int:

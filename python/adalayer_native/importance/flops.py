@@ -10,6 +10,8 @@ from torch import nn
 
 __all__ = ["Work", "count_flops", "layer_work"]
 
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
 
 @dataclass
 class Work:
@@ -40,7 +42,7 @@ def layer_work(model: nn.Module, layers: dict[str, Any], x: torch.Tensor) -> dic
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
             # Weights per value: in_channels / groups * kh * kw or in_features per output value;
             # a transposed convolution has out_channels / groups * kh * kw per input value.
-            transposed = isinstance(module, nn.ConvTranspose2d)
+            transposed = isinstance(module, _TRANSPOSED)
             values = inputs[0].numel() if transposed else output.numel()
             per_value = layers[name].weight[0].numel() if layers[name].weight.shape[0] else 0
             work[name].macs += per_value * values / x.shape[0]

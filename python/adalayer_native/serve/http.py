@@ -21,7 +21,7 @@ from .errors import ServeError
 from .images import probabilities
 from .metrics import Metrics
 from .models import Entry, ModelTable
-from .protocol import build_response, metadata, parse_object, parse_request
+from .protocol import build_response, metadata, named_number, parse_object, parse_request
 from .settings import Settings
 
 __all__ = ["Application"]
@@ -216,7 +216,7 @@ class Application:
         names = model.class_names
         classes = []
         for index in np.argsort(-found, kind="stable")[: int(top)].tolist():
-            row: dict[str, Any] = {"index": index, "probability": float(found[index])}
+            row: dict[str, Any] = {"index": index, "probability": named_number(float(found[index]))}
             if names is not None and index < len(names):
                 row["name"] = names[index]
             classes.append(row)

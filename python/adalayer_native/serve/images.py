@@ -146,8 +146,9 @@ class Preprocessing:
 
 
 def probabilities(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    """Softmax over the last axis, in float64."""
-    shifted = scores.astype(np.float64) - scores.max(axis=-1, keepdims=True)
+    """Softmax over the last axis, in float64; of a NaN or +infinity all are NaN, as in torch."""
+    with np.errstate(invalid="ignore"):
+        shifted = scores.astype(np.float64) - scores.max(axis=-1, keepdims=True)
     powers = np.exp(shifted)
     result: npt.NDArray[np.float64] = powers / powers.sum(axis=-1, keepdims=True)
     return result

@@ -6,18 +6,35 @@ that come as bytes are passed on as views of what was received.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import orjson
 
 from .errors import ServeError
 from .runner import Description, TensorInfo
 
-__all__ = ["Body", "InferRequest", "build_response", "metadata", "parse_request"]
+__all__ = [
+    "Body",
+    "InferRequest",
+    "build_response",
+    "metadata",
+    "named_number",
+    "parse_object",
+    "parse_request",
+]
+
+# JSON has no number that is NaN or infinite, and the protocol does not say what to write. Triton
+# writes bare NaN and Infinity, at which most parsers but Python's refuse the whole answer; orjson
+# and the servers that use null lose which of the three it was. These texts are those of protobuf's
+# JSON mapping: every parser reads them, and float(), numpy (and so tritonclient's as_numpy) and
+# JavaScript's Number() make the number of them.
+_NAMED = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class Body:
@@ -76,9 +93,9 @@ def parse_request(
     if json_size is not None and not 0 <= json_size <= body.size:
         raise ServeError(400, f"Inference-Header-Content-Length: {json_size} of {body.size} bytes")
     end = body.size if json_size is None else json_size
-    data = parse_object(body.joined(0, end), "an inference request")
+    data = parse_object(body.joined(0, end), "an inference request", bare_names=True)
     request_id = data.get("id")
-    if request_id is not None and not isinstance(request_id, str):
+    if request_id is not None and not _is_text(request_id):
         raise ServeError(400, "id: expected a string")
     parameters = _parameters(data, "the request")
     tensors = data.get("inputs")
@@ -115,8 +132,11 @@ def parse_request(
     return InferRequest(request_id, [found[name] for name in known], counts.pop(), outputs)
 
 
-def parse_object(text: bytes, what: str) -> dict[str, Any]:
+def parse_object(text: bytes, what: str, *, bare_names: bool = False) -> dict[str, Any]:
     """A JSON object.
+
+    Args:
+        bare_names: NaN and Infinity may stand in it, as Python's json and tritonclient write them.
 
     Raises:
         ServeError: 400.
@@ -124,10 +144,64 @@ def parse_object(text: bytes, what: str) -> dict[str, Any]:
     try:
         data = orjson.loads(text)
     except orjson.JSONDecodeError as error:
-        raise ServeError(400, f"expected {what} in JSON: {error}") from None
+        data = _with_bare_names(text) if bare_names else None
+        if data is None:
+            raise ServeError(400, f"expected {what} in JSON: {error}") from None
     if not isinstance(data, dict):
         raise ServeError(400, f"expected {what} as a JSON object, got {type(data).__name__}")
     return data
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is a string that can be sent back; Python's json lets halves of pairs through."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _with_bare_names(text: bytes) -> Any:
+    """The value of a text that is JSON but for NaN and Infinity in it; None for other texts."""
+    if b"NaN" not in text and b"Infinity" not in text:
+        return None
+    try:
+        return json.loads(text.decode())
+    except (ValueError, RecursionError):
+        return None
+
+
+def named_number(value: float) -> float | str:
+    """A number for JSON: itself, or "NaN", "Infinity" or "-Infinity"."""
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def _numbers(values: npt.NDArray[np.float32]) -> Any:
+    """An array for orjson, which writes null for what has no number in JSON."""
+    others = values[~np.isfinite(values)].tolist()
+    if not others:
+        return values
+    first, *pieces = orjson.dumps(values, option=orjson.OPT_SERIALIZE_NUMPY).split(b"null")
+    text = [first]
+    for value, piece in zip(others, pieces, strict=True):
+        text += (f'"{named_number(value)}"'.encode(), piece)
+    return orjson.Fragment(b"".join(text))
+
+
+def _unnamed(data: Any) -> Any:
+    """A list of numbers with the names of numbers in it replaced.
+
+    Raises:
+        KeyError: another text.
+        RecursionError: lists in lists without end.
+    """
+    if isinstance(data, list):
+        return [_unnamed(item) for item in data]
+    return _NAMED[data] if isinstance(data, str) else data
 
 
 def _parameters(data: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -165,8 +239,14 @@ def _from_json(tensor: Mapping[str, Any], info: TensorInfo, count: int) -> memor
         raise ServeError(400, f"input {info.name!r} has neither data nor binary_data_size")
     try:
         array = np.asarray(tensor["data"])
+        if array.dtype.kind == "U":
+            array = np.asarray(_unnamed(tensor["data"]))
     except ValueError as error:  # lists of different lengths, or nested too deep
         raise ServeError(400, f"input {info.name!r}: {error}") from None
+    except (KeyError, RecursionError):
+        raise ServeError(
+            400, f"input {info.name!r}: expected numbers as data, or {', '.join(_NAMED)}"
+        ) from None
     if array.dtype.kind not in "iuf":
         raise ServeError(400, f"input {info.name!r}: expected numbers as data")
     if array.size != count * math.prod(info.shape):
@@ -258,7 +338,7 @@ def build_response(
             row["parameters"] = {"binary_data_size": len(data)}
             raw.append(data)
         else:
-            row["data"] = np.frombuffer(data, np.float32)
+            row["data"] = _numbers(np.frombuffer(data, np.float32))
         outputs.append(row)
     answer["outputs"] = outputs
     text = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)

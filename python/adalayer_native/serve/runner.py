@@ -89,13 +89,20 @@ class EngineRunner:
 
     def __init__(self, path: str | os.PathLike[str], threads: int) -> None:
         import adalayer_native as ada
+        from adalayer_native.errors import UnsupportedModelError
 
         ada.set_num_threads(threads)
         self._engine = ada.load(path)
         engine = self._engine
         inputs = tuple(TensorInfo(port.name, tuple(port.shape)) for port in engine.inputs)
+        for port in engine.inputs:
+            if not (port.is_float and port.batched):
+                raise UnsupportedModelError(
+                    f"input {port.name!r}: the server takes batches of floats, the model "
+                    f"{port.dtype} {port}"
+                )
         zeros = [np.zeros((1, *info.shape), np.float32) for info in inputs]
-        leaves = _leaves(engine.run(*zeros), "")  # also warms up
+        leaves = _leaves(engine.run_flat(zeros), "")  # also warms up
         outputs = tuple(
             TensorInfo(name.lstrip(".") or "output", tuple(value.shape[1:]))
             for name, value in leaves
@@ -112,7 +119,7 @@ class EngineRunner:
 
     def run(self, inputs: Sequence[Array]) -> list[Array]:
         """See :class:`Runner`."""
-        result = self._engine.run(*inputs)
+        result = self._engine.run_flat(inputs)
         if self._single:
             return [np.ascontiguousarray(result)]
         return [np.ascontiguousarray(value) for _, value in _leaves(result, "")]
