@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import itertools
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -162,7 +163,7 @@ def _state_of(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {tensor.device}".encode())
         if tensor.device.type != "meta":
             flat = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy())
+            digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -288,7 +289,7 @@ def _build(
     tidying.drop_checks(graph)
     for node in graph.nodes:
         _place(node, model)
-    _refuse_writes(graph, module)
+    _drop_writes(graph)
     tidying.merge_reshapes(graph)
     lifter = Lifter(module, model, marks)
     modules = lifter.run()
@@ -313,20 +314,28 @@ def _place(node: fx.Node, model: nn.Module) -> None:
     node.meta["leaf"] = path != "" and type(owner).__module__.startswith("torch.nn")
 
 
-def _refuse_writes(graph: fx.Graph, module: fx.GraphModule) -> None:
-    """Writes into buffers and inputs: dropped where nothing that is returned can see them."""
+def _drop_writes(graph: fx.Graph) -> None:
+    """Writes into buffers are dropped where nothing that is returned can see them.
+
+    Raises:
+        UnsupportedModelError: what is returned depends on a buffer that the forward writes into.
+    """
+    written = set()
     for node in list(graph.nodes):
         if node.op == "call_function" and table.op_name(node) == "aten.copy_.default":
-            target = node.args[0]
-            assert isinstance(target, fx.Node)
-            if target.op == "get_attr" and any(u is not node for u in target.users):
-                raise UnsupportedModelError(
-                    f"the model's forward writes into its buffer {target.target!r} and reads it: "
-                    "what it returns depends on the calls before; expected a model without a state"
-                )
-            node.replace_all_uses_with(node.args[1])  # type: ignore[arg-type]
+            target, value = node.args[:2]
+            assert isinstance(target, fx.Node) and isinstance(value, fx.Node)
+            if target.op == "get_attr":
+                written.add(target)
+            node.replace_all_uses_with(value)
             graph.erase_node(node)
-    del module
+    tidying.drop_dead(graph)
+    for node in graph.nodes:
+        if node in written:
+            raise UnsupportedModelError(
+                f"the model's forward writes into its buffer {node.target!r} and reads it: what it "
+                "returns depends on the calls before; expected a model without a state"
+            )
 
 
 def _signature(model: nn.Module, exported: Export, inputs: Inputs) -> Signature:
@@ -358,16 +367,31 @@ def _signature(model: nn.Module, exported: Export, inputs: Inputs) -> Signature:
         ports.append(Port(_port_name(path, names), shape, value.dtype, cast))
     if not ports:
         raise UnsupportedModelError(f"{type(model).__name__} takes no tensor")
-    return Signature(ports, constants, spec.in_spec, spec.out_spec, exported.guards, names)
+    return Signature(
+        ports,
+        constants,
+        spec.in_spec,
+        spec.out_spec,
+        exported.guards,
+        names,
+        forward=_forward_of(model),
+    )
+
+
+def _forward_of(model: nn.Module) -> inspect.Signature:
+    """Names and defaults of a forward's arguments; annotations may be of any kind."""
+    found = inspect.signature(model.forward)
+    plain = [item.replace(annotation=item.empty) for item in found.parameters.values()]
+    return found.replace(parameters=plain, return_annotation=found.empty)
 
 
 def _is_cast(node: fx.Node) -> bool:
     if node.op != "call_function":
         return False
     value = node.meta.get("val")
-    casts = table.op_name(node) in tidying.CASTS and isinstance(value, Tensor)
-    # Sizes are of any type.
-    return (casts and value.dtype == torch.float32) or not isinstance(value, Tensor)
+    if not isinstance(value, Tensor):
+        return True  # its size, which does not depend on the type
+    return table.op_name(node) in tidying.CASTS and value.dtype == torch.float32
 
 
 def _port_name(path: Any, names: Sequence[str]) -> str:

@@ -88,7 +88,11 @@ def _export(model: nn.Module, inputs: Inputs, free_sizes: bool, thorough: bool) 
             shapes[tensor] = axes
     with quiet(), untouched(model), torch.no_grad():
         program = torch.export.export(
-            model, inputs.args, inputs.kwargs, dynamic_shapes=shapes, strict=False
+            model,
+            inputs.args,
+            inputs.kwargs,
+            dynamic_shapes=shapes,  # type: ignore[arg-type]  # documented, and not in its types
+            strict=False,
         )
         found = exported_of(program, thorough=thorough, free_sizes=free_sizes)
     if found is not None and _fixes_batch(found, inputs):
@@ -220,6 +224,7 @@ def _sources(program: torch.export.ExportedProgram) -> list[tuple[str, int]]:
         if isinstance(key, pytree.SequenceKey):
             name = names[key.idx] if key.idx < len(names) else f"args_{key.idx}"
         else:
+            assert isinstance(key, pytree.MappingKey)
             name = key.key
         found.append((f"L['{name}']{rest}", port))
         port += 1

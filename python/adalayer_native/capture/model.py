@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import pickle
 import warnings
@@ -96,6 +97,7 @@ class Signature:
             expressions over ``s[port][axis]``, with the text that is shown.
         parameters: names of the positional arguments.
         single: whether a batch of one gives what the model gives.
+        forward: names and defaults of the model's own arguments.
     """
 
     ports: list[Port]
@@ -105,6 +107,7 @@ class Signature:
     guards: list[tuple[str, str]] = field(default_factory=list)
     parameters: tuple[str, ...] = ()
     single: bool = True
+    forward: inspect.Signature | None = None
 
     def __deepcopy__(self, memo: Any) -> Signature:
         return self  # never changed once a model is there
@@ -115,12 +118,12 @@ class Signature:
             warnings.simplefilter("ignore")
             specs = pickle.dumps((self.in_spec, self.out_spec))
         rest = (self.ports, self.constants, self.guards, self.parameters, self.single)
-        return _signature, (specs, *rest)
+        return _signature, (specs, *rest, self.forward)
 
     @property
     def is_plain(self) -> bool:
         """Whether every argument is a tensor of its own name."""
-        args, kwargs = self.in_spec.children() if hasattr(self.in_spec, "children") else ((), ())
+        args, kwargs = self.in_spec.child(0), self.in_spec.child(1)
         return not self.constants and all(
             leaf.is_leaf() for leaf in (*args.children(), *kwargs.children())
         )
@@ -133,8 +136,7 @@ class Signature:
         """
         names = list(self.in_spec.child(1).context or ())
         positional = self.in_spec.child(0).num_children
-        args = list(args)
-        kwargs = dict(kwargs)
+        args, kwargs = self._without_defaults(list(args), dict(kwargs), positional, names)
         # A positional argument may come by name and the other way round.
         for name in self.parameters[len(args) : positional]:
             if name in kwargs:
@@ -157,6 +159,29 @@ class Signature:
                 f"got {spec}"
             )
         return list(found)
+
+    def _without_defaults(
+        self, args: list[Any], kwargs: dict[str, Any], positional: int, names: list[str]
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """A call without the arguments that the example left out and that are at their defaults."""
+        if self.forward is None:
+            return args, kwargs
+        defaults = {
+            name: item.default
+            for name, item in self.forward.parameters.items()
+            if item.default is not item.empty and name not in names
+        }
+        order = list(self.forward.parameters)
+        while len(args) > positional and len(args) <= len(order):
+            name = order[len(args) - 1]
+            if name not in defaults or not _same(args[-1], defaults[name]):
+                break
+            args.pop()
+        captured = self.parameters[:positional]
+        for name, default in defaults.items():
+            if name in kwargs and name not in captured and _same(kwargs[name], default):
+                del kwargs[name]
+        return args, kwargs
 
     def describe(self) -> str:
         """The arguments in a few words."""
@@ -233,11 +258,19 @@ def _signature(
     guards: list[tuple[str, str]],
     parameters: tuple[str, ...],
     single: bool,
+    forward: inspect.Signature | None,
 ) -> Signature:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         in_spec, out_spec = pickle.loads(specs)
-    return Signature(ports, constants, in_spec, out_spec, guards, parameters, single)
+    return Signature(ports, constants, in_spec, out_spec, guards, parameters, single, forward)
+
+
+def _same(value: Any, default: Any) -> bool:
+    """Whether an argument that is no tensor is the default."""
+    if value is default:
+        return True
+    return type(value) is type(default) and not isinstance(value, Tensor) and value == default
 
 
 _FUNCTIONS = {"__builtins__": {}, "max": max, "min": min, "math": math, "int": int, "abs": abs}

@@ -61,7 +61,7 @@ def merge_reshapes(graph: fx.Graph) -> None:
         if name in ("aten.lift_fresh_copy.default", "aten.lift_fresh.default"):
             node.target = torch.ops.aten.clone.default
         if name in CASTS and _same_type(node):
-            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            node.replace_all_uses_with(node.args[0])
             continue
         if name not in _RESHAPES:
             continue
@@ -156,7 +156,9 @@ def sink_squeezes(graph: fx.Graph, modules: dict[str, Any]) -> None:
                 if not isinstance(arg, fx.Node):
                     continue
                 if _is_squeezed(arg):
-                    node.replace_input_with(arg, arg.args[0])  # type: ignore[arg-type]
+                    image = arg.args[0]
+                    assert isinstance(image, fx.Node)
+                    node.replace_input_with(arg, image)
                 else:
                     image = graph.call_function(torch.ops.aten.unsqueeze.default, (arg, 2))
                     image.meta.update(arg.meta)

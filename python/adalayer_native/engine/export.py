@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +9,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from adalayer_native.capture import Inputs
+from adalayer_native.capture import GraphModel, Inputs
 from adalayer_native.capture.example import at_least_two
 from adalayer_native.capture.exporting import Export
 from adalayer_native.capture.exporting import export as export_model
 from adalayer_native.capture.tidying import drop_checks, drop_dead, merge_reshapes, plain_norms
 from adalayer_native.capture.vocabulary import attribute, op_name
-from adalayer_native.errors import UnsupportedModelError
+from adalayer_native.errors import InputError, UnsupportedModelError
 
 __all__ = ["Exported", "export", "layer_name", "op_name"]
 
@@ -52,8 +50,9 @@ class Exported:
 
     @property
     def batch(self) -> Any:
-        """The symbol of the batch size."""
-        return self.inputs[0].meta["val"].shape[0]
+        """The symbol of the batch size: the first axis of the first input that is not fixed."""
+        firsts = [n.meta["val"].shape[0] for n in self.inputs if n.meta["val"].dim()]
+        return next((size for size in firsts if isinstance(size, torch.SymInt)), firsts[0])
 
     def sizes(self, node: fx.Node) -> tuple[int, ...] | None:
         """Sizes of a tensor without its batch; None if the first axis is not the batch alone."""
@@ -94,7 +93,13 @@ def export(model: nn.Module, example_inputs: Any) -> Exported:
             raise UnsupportedModelError(
                 f"example_inputs: expected tensors on the CPU, got one on {item.device}"
             )
-    exported = export_model(model, inputs.map(_as_float32), free_sizes=False)
+    inputs = inputs.map(_as_float32)
+    if isinstance(model, GraphModel):
+        try:
+            model.signature.check(model.signature.leaves(inputs.args, inputs.kwargs))
+        except InputError as error:
+            raise UnsupportedModelError(f"example_inputs: {error}") from None
+    exported = export_model(model, inputs, free_sizes=False)
     return flattened(model, exported)
 
 
@@ -149,41 +154,3 @@ def fold_constants(module: fx.GraphModule) -> None:
         constant.meta = dict(node.meta)
         node.replace_all_uses_with(constant)
         module.graph.erase_node(node)
-
-
-def multiply_accumulates(exported: Exported, node: fx.Node) -> int:
-    """Products per image of a convolution or linear layer, 0 for other nodes."""
-    name = op_name(node)
-    value = node.meta.get("val")
-    if not isinstance(value, Tensor) or value.dim() < 2:
-        return 0
-    outputs = math.prod(int(size) for size in value.shape[1:] if isinstance(size, int))
-    if name == "adalayer.linear.default":
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        return outputs * int(source.meta["val"].shape[-1])
-    weight = node.args[1] if len(node.args) > 1 else None
-    if not isinstance(weight, fx.Node):
-        return 0
-    if name in ("adalayer.conv2d.default", "adalayer.conv_transpose2d.default"):
-        from adalayer_native import ops
-
-        shape: Sequence[int] = ops.packed_info(exported.tensor(weight))["shape"]
-        per_output = math.prod(shape[1:])
-        if name == "adalayer.conv2d.default":
-            return outputs * per_output
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        pixels = math.prod(int(size) for size in source.meta["val"].shape[2:])
-        return pixels * shape[0] * per_output
-    shape = tuple(weight.meta["val"].shape) if "val" in weight.meta else ()
-    if name in ("aten.conv2d.default", "aten.conv2d.padding", "aten.convolution.default"):
-        return outputs * math.prod(shape[1:])
-    if name == "aten.linear.default":
-        return outputs * shape[-1]
-    if name.startswith("aten.conv_transpose2d"):
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        pixels = math.prod(int(size) for size in source.meta["val"].shape[2:])
-        return pixels * math.prod(shape)
-    return 0

@@ -28,7 +28,7 @@ def with_present_names(tensors: dict[str, Tensor], wanted: Sequence[str]) -> dic
     new = [key for key in wanted if key.startswith(prefix) and key not in tensors]
     if not old or len(old) != len(new):
         return tensors
-    renamed = {}
+    renamed: dict[str, str] = {}
     for kind in {_kind(key) for key in old}:
         before = sorted((key for key in old if _kind(key) == kind), key=_number)
         after = sorted((key for key in new if _kind(key) == kind), key=_number)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
-from adalayer_native.capture import Inputs, batch_inputs
+from adalayer_native.capture import GraphModel, Inputs, batch_inputs
 from adalayer_native.capture import vocabulary as table
 from adalayer_native.errors import CalibrationError, InputError
 from adalayer_native.quantization.fake_quant import ActivationQuantizer, QuantLayer
@@ -154,7 +154,9 @@ class Streams:
 
     def leaves(self, inputs: Inputs) -> list[Any]:
         """A batch in the order of the placeholders."""
-        signature = self.runners[0].module.meta["signature"]
+        model = self.runners[0].module
+        assert isinstance(model, GraphModel)
+        signature = model.signature
         try:
             leaves: list[Any] = signature.leaves(inputs.args, inputs.kwargs)
             signature.check(leaves)
