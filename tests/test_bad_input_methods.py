@@ -150,7 +150,7 @@ def test_equalization_of_channels_that_never_vary() -> None:
         assert pairs_of(ready)
         with torch.no_grad():
             before = ready(data[0])
-        equalize_layers(ready, Data(data, None, torch.device("cpu")), progress=False)
+        equalize_layers(ready, Data(ready, data, None), progress=False)
         with torch.no_grad():
             after = ready(data[0])
         assert bool(torch.isfinite(after).all())

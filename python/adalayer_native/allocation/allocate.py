@@ -23,6 +23,7 @@ from .optimal import optimal
 from .problem import Fixed, Problem
 from .repaired import REPAIR_VERSION, RepairedWeights
 from .repaired_check import RepairedCheck
+from .rest import unsupported_rest
 from .rl import RLSettings, rl
 from .settings import settings_of
 from .stages import STAGE_METHODS, stage_plan
@@ -127,8 +128,7 @@ def allocate(
             known = scores.as_dict()
             predicted = plan.scores or {}
             plan.scores = {n: {**known.get(n, {}), **predicted.get(n, {})} for n in plan}
-        plan.validate(model)
-        return plan
+        return _finished(plan, model)
     if budget is not None and not budget.single:
         raise BudgetError(
             f"method {method!r} takes one limit of size, bytes and bits, got {budget}; method "
@@ -174,7 +174,12 @@ def allocate(
                 candidates=candidates,
                 progress=progress,
             )
+    return _finished(plan, model)
+
+
+def _finished(plan: Plan, model: GraphModel) -> Plan:
     plan.validate(model)
+    plan.float_rest = unsupported_rest(model).as_dict()
     return plan
 
 

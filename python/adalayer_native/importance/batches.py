@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..capture import GraphModel, Inputs, batch_inputs, captured
-from ..capture.example import repeatable
-from ..errors import CalibrationError
+from ..capture import GraphModel, Inputs
+from ..capture.loading import captured_on, checked_batches
 from .outputs import LossFn, kl_divergence, loss_of, metric_name
 
 __all__ = [
@@ -108,26 +107,6 @@ def model_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def captured_on(model: Any, loader: Iterable[Any] | None = None) -> GraphModel:
-    """A model captured with a loader's first batch as example; what is captured already, as it is.
-
-    Args:
-        model: an ``nn.Module``, an ``ExportedProgram`` or what ``capture`` returned.
-        loader: calibration data. Without it an example is guessed where the model is not known yet.
-
-    Raises:
-        CalibrationError: the loader is a one-shot iterator or empty, or its first batch unusable.
-        UnsupportedModelError: the model cannot be captured.
-    """
-    if loader is not None:
-        loader = repeatable(loader)
-    if isinstance(model, GraphModel) or not isinstance(model, nn.Module) or loader is None:
-        return captured(model)
-    for batch in iterate(loader, model):
-        return captured(model, example=batch.x)
-    raise CalibrationError("the calibration loader is empty: all its batches hold no sample")
-
-
 def one_sample(model: nn.Module, x: Inputs) -> Inputs:
     """The first sample; the first two where the model treats a batch of one otherwise."""
     if isinstance(model, GraphModel) and not model.signature.single:
@@ -138,44 +117,11 @@ def one_sample(model: nn.Module, x: Inputs) -> Inputs:
 def iterate(loader: Iterable[Any], model: nn.Module, limit: int | None = None) -> Iterator[Batch]:
     """Yield at most ``limit`` checked batches.
 
-    A batch is a tensor, a tuple (inputs, then labels) or a dictionary of arguments by name, with
-    the labels in it or without. Tensors of floating point get the model's type, others stay.
+    See :func:`~adalayer_native.capture.loading.checked_batches` for what a batch may be.
 
     Raises:
         CalibrationError: no batch at all, a batch of another kind or with NaN or infinity in it;
             the message names the batch.
     """
-    reference = next((p for p in model.parameters() if p.is_floating_point()), None)
-
-    def moved(tensor: Tensor) -> Tensor:
-        if reference is None:
-            return tensor
-        dtype = reference.dtype if tensor.is_floating_point() else tensor.dtype
-        return tensor.to(device=reference.device, dtype=dtype)
-
-    index = -1
-    for index, item in enumerate(loader):
-        if limit is not None and index >= limit:
-            return
-        try:
-            x, target = batch_inputs(model, item)
-        except CalibrationError as error:
-            raise CalibrationError(f"calibration batch {index}: {error}") from None
-        if not x.tensors():
-            raise CalibrationError(f"calibration batch {index}: expected tensors, got {_kinds(x)}")
-        if x.count == 0:
-            continue
-        if not x.is_finite():
-            raise CalibrationError(f"calibration batch {index} holds NaN or infinity")
-        if reference is not None:
-            target = pytree.tree_map(
-                lambda leaf: leaf.to(reference.device) if isinstance(leaf, Tensor) else leaf, target
-            )
-        yield Batch(x.map(moved), target, index)
-    if index < 0:
-        raise CalibrationError("the calibration loader is empty: it yields no batch")
-
-
-def _kinds(x: Inputs) -> str:
-    kinds = sorted({type(leaf).__name__ for leaf in pytree.tree_leaves((x.args, x.kwargs))})
-    return ", ".join(kinds) or "nothing"
+    for index, x, target in checked_batches(loader, model, limit):
+        yield Batch(x, target, index)

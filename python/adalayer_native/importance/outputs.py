@@ -35,6 +35,7 @@ __all__ = [
     "Pick",
     "Result",
     "distance",
+    "has_logits",
     "kl_divergence",
     "logits_of",
     "loss_of",
@@ -232,7 +233,9 @@ def logits_of(
     )
 
 
-def has_logits(output: Any, pick: Pick, tokens: Set[int], target: Any) -> bool:
+def has_logits(
+    output: Any, pick: Pick = None, tokens: Set[int] = frozenset(), target: Any = None
+) -> bool:
     """Whether there is one output of logits."""
     try:
         logits_of(output, pick, tokens, target)
