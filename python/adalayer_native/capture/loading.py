@@ -58,8 +58,9 @@ def checked_batches(
         return tensor.to(device=reference.device, dtype=dtype)
 
     def placed(leaf: Any) -> Any:
-        found = isinstance(leaf, Tensor) and reference is not None
-        return leaf.to(reference.device) if found else leaf
+        if reference is None or not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.to(reference.device)
 
     index = -1
     for index, item in enumerate(loader):

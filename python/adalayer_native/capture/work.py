@@ -199,7 +199,7 @@ class _Counting(fx.Interpreter):
         if n.op == "call_module":
             module = self.fetch_attr(str(n.target))
             if isinstance(module, LAYERS):
-                operand = self.map_nodes_to_values(n.args[0], n)
+                operand: Any = self.map_nodes_to_values(n.args[0], n)
                 self.found.append((n, "", _layer_macs(module, operand, result)))
         elif n.op == "call_function" and isinstance(n.target, torch._ops.OpOverload):
             count = _counter(op_name(n))
@@ -275,8 +275,8 @@ def _einsum(a: dict[str, Any], result: Tensor) -> float:
     if len(kept) < 2:
         return 0.0
     total, first = 0.0, kept[0]
-    for position, term in enumerate(kept[1:], start=1):
-        both = first | term
+    for position, other in enumerate(kept[1:], start=1):
+        both = first | other
         total += math.prod(sizes[index] for index in both)
         later = set().union(last, *kept[position + 1 :])
         first = both & later

@@ -209,13 +209,11 @@ def _float_rest(data: dict[str, Any]) -> list[tuple[str, str]]:
     rest = data.get("float_rest")
     if rest is None:  # a run of an earlier version
         return [(f"{name} stays float", why) for name, why in data.get("kept_float", {}).items()]
-    return [
-        (
-            f"{part['name']} stays float",
-            f"{part['reason']}, {100 * part['share']:.2g} % of the work",
-        )
-        for part in rest
-    ]
+    found = []
+    for part in rest:
+        why = f"{part['reason']}, {100 * part['share']:.2g} % of the work"
+        found.append((f"{part['name']} stays float", why))
+    return found
 
 
 def _epochs(data: dict[str, Any]) -> str | None:
