@@ -27,6 +27,7 @@ from adalayer_native.allocation.evaluate import Evaluator, Measurement, best_of
 from adalayer_native.allocation.options import Option
 from adalayer_native.allocation.problem import Problem
 from adalayer_native.allocation.uniform import uniform_pairs
+from adalayer_native.capture import capture
 from adalayer_native.errors import BudgetError, CalibrationError, PlanError, UnsupportedModelError
 from adalayer_native.importance import analyze
 from adalayer_native.models import get_model
@@ -376,17 +377,19 @@ def test_bad_calls(scored) -> None:
 
 def test_layers_the_native_code_lacks_stay_float() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect"),
-        nn.ReLU(),
-        nn.Conv2d(8, 8, 3),
-        nn.Flatten(),
-        nn.Linear(288, 4),
-    )
+    model = capture(too_large(), batches()[0][0])
     scores = analyze(model, batches(), progress=False)
-    plan = quiet(scores, Budget(size=0.6), model=model, calibration=batches())
-    assert plan["0"].bits is None
-    assert plan["2"].bits is not None
+    plan = quiet(scores, Budget(size=1.0), model=model, calibration=batches())
+    assert plan["0"].bits is not None
+    assert plan["3"].bits is None
+    assert list(plan.float_rest) == ["3"]
+    share = 2 * 66240 / (2 * 66240 + 64 * 3 * 1035)
+    assert plan.float_rest["3"]["share"] == pytest.approx(share)
+
+
+def too_large() -> nn.Sequential:
+    """Products of 8 bits that can overflow the accumulator of the last layer."""
+    return nn.Sequential(nn.Conv2d(3, 1035, 1), nn.ReLU(), nn.Flatten(), nn.Linear(66240, 2)).eval()
 
 
 # -- what a person decides ----------------------------------------------------------------------
@@ -433,11 +436,9 @@ def test_bad_overrides(scored, options, message: str) -> None:
 
 
 def test_a_layer_without_native_form_cannot_be_fixed() -> None:
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect"), nn.Flatten(), nn.Linear(512, 4)
-    )
-    with pytest.raises(PlanError, match=r"'0' cannot be fixed to 4 bits: .*padding"):
-        quiet(None, Budget(size=0.9), method="uniform", model=model, fixed={"0": 4})
+    model = capture(too_large(), batches()[0][0])
+    with pytest.raises(PlanError, match=r"'3' cannot be fixed to 8 bits: .*accumulator"):
+        quiet(None, Budget(size=1.0), method="uniform", model=model, fixed={"3": 8})
 
 
 # -- evaluation ---------------------------------------------------------------------------------

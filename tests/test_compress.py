@@ -166,12 +166,42 @@ def test_zero_variance_layer(tmp_path):
     assert torch.isfinite(result.model(images(1)[0][0])).all()
 
 
-def test_layer_that_cannot_be_native_stays_float_and_is_reported(tmp_path):
+def test_any_padding_is_native():
     model = network()
     model.conv2.padding_mode = "reflect"
     result = compress(model, ada.Budget(size=0.6), method="uniform")
-    assert list(result.kept_float) == ["conv2"]
-    assert "reflect" in result.kept_float["conv2"]
-    assert result.plan["conv2"].bits is None
-    assert isinstance(result.model.get_submodule("conv2"), nn.Conv2d)
-    assert ada.save(result.model, tmp_path / "m.safetensors") <= 0.6 * float_bytes(model)
+    assert result.kept_float == {} and not result.float_rest
+    assert isinstance(result.model.get_submodule("conv2"), ada.nn.Conv2d)
+
+
+def test_layer_that_cannot_be_native_stays_float_and_is_reported(tmp_path):
+    torch.manual_seed(0)
+    # The sums of products of 8 bits would not fit into the accumulator.
+    model = nn.Sequential(nn.Conv2d(3, 460, 1), nn.ReLU(), nn.Flatten(), nn.Linear(66240, 2)).eval()
+    captured = ada.capture(model, images()[0][0])
+    share = 66240 * 2 / (66240 * 2 + 144 * 3 * 460)
+    said = rf"^{100 * share:.2g} % of the multiply-accumulates stay in float: 3 \(.* 66240 products"
+    with pytest.warns(UserWarning, match=said) as seen:
+        result = compress(captured, ada.Budget(size=1.0), method="uniform", repair=False)
+    assert len(seen) == 1
+    assert list(result.kept_float) == ["3"]
+    assert "accumulator" in result.kept_float["3"]
+    assert result.float_rest.share == pytest.approx(share)
+    assert result.plan.float_rest["3"]["share"] == pytest.approx(share)
+    assert "Stays in float: 3 (" in str(result.plan)
+    assert ada.Plan.from_json(result.plan.to_json()) == result.plan
+    assert result.plan["3"].bits is None
+    assert type(result.model.get_submodule("3")) is nn.Linear
+    assert ada.save(result.model, tmp_path / "m.safetensors") <= float_bytes(model)
+    with pytest.raises(ada.UnsupportedModelError, match=r"^strict: .*3 \(.*accumulator"):
+        compress(captured, ada.Budget(size=1.0), method="uniform", strict=True)
+
+
+def test_strict_is_about_the_plan_too():
+    captured = ada.capture(network(), images()[0][0])
+    options = {"method": "uniform", "allocate_options": {"exclude": ["conv2"]}, "repair": False}
+    with pytest.raises(ada.UnsupportedModelError, match=r"strict: .*conv2 \(.*the plan keeps it"):
+        compress(captured, ada.Budget(size=0.6), strict=True, **options)
+    result = compress(captured, ada.Budget(size=0.6), **options)  # no warning: it was asked for
+    assert [part.name for part in result.float_rest.parts] == ["conv2"]
+    assert result.kept_float == {} and result.plan.float_rest == {}

@@ -53,16 +53,16 @@ def test_values_against_a_direct_computation() -> None:
     assert scores.samples == 37
 
 
-def test_model_is_left_alone_and_streams_a_generator() -> None:
+def test_model_is_left_alone() -> None:
     model = tiny().train()
     model.bn1.eval()
     before = copy.deepcopy(model.state_dict())
-    one = analyze(model, (batch for batch in batches(3)), progress=False)
+    one = analyze(model, batches(3), progress=False)
     assert model.training
     assert not model.bn1.training
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not any(m._forward_hooks for m in model.modules())
-    assert one == analyze(model, batches(3), progress=False)
+    assert one.samples == 48
     assert analyze(model, batches(3), batches=2, progress=False).samples == 32
 
 
@@ -85,16 +85,18 @@ def test_own_loss_and_other_outputs() -> None:
         def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
             return {"out": self.net(x)}
 
-    with pytest.raises(CalibrationError, match="give a loss_fn"):
-        analyze(Pair(), batches(), progress=False)
-
     def loss(output: dict[str, torch.Tensor], target: torch.Tensor) -> torch.Tensor:
         return nn.functional.cross_entropy(output["out"], target)
 
-    wrapped = analyze(Pair(), batches(), loss, progress=False)
+    model = Pair()
+    wrapped = analyze(model, batches(), loss, progress=False)
     plain = analyze(tiny(), batches(), progress=False)
     assert wrapped["net.conv1"].raw == plain["conv1"].raw
     assert wrapped.metric == "loss_fn"
+    # The only output holds the logits, whatever it is called.
+    alone = analyze(model, batches(), progress=False)
+    assert alone["net.conv1"].raw == plain["conv1"].raw
+    assert alone.metric == plain.metric == "cross_entropy"
 
 
 @pytest.mark.parametrize("criterion", sorted(CRITERIA))
@@ -148,14 +150,20 @@ def test_inverse_redundancy_and_zero_variance() -> None:
         ([torch.zeros(0, 3, 8, 8)], "hold no sample"),
         ([torch.full((2, 3, 8, 8), float("nan"))], "batch 0 holds NaN"),
         ([torch.zeros(2, 3, 8, 8), torch.full((2, 3, 8, 8), float("inf"))], "batch 1 holds NaN"),
-        ([torch.zeros(2, 3, 8, 8, dtype=torch.uint8)], "batch 0: expected a floating-point"),
-        ([{"x": 1}], "got dict"),
-        ([()], "got NoneType"),
+        ([{"x": 1}], "batch 0: expected tensors, got int"),
+        ([()], "batch 0: .*got an empty tuple"),
+        ([7], "batch 0: .*got int"),
+        (iter(batches()), "a list_iterator, which can be read only once.*give a list"),
     ],
 )
 def test_bad_data(data: list, message: str) -> None:
     with pytest.raises(CalibrationError, match=message):
         analyze(tiny(), data, progress=False)
+
+
+def test_integers_for_a_model_of_floats() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"unsigned char|Byte"):
+        analyze(tiny(), [torch.zeros(2, 3, 8, 8, dtype=torch.uint8)], progress=False)
 
 
 def test_bad_models() -> None:
@@ -186,13 +194,14 @@ def test_cache_resumes_after_an_interruption(tmp_path, monkeypatch) -> None:
     model, data, cache = tiny(), batches(3), tmp_path / "cache.json"
     whole = analyze(model, data, progress=False)
 
-    def interrupted():
-        yield data[0]
-        yield data[1]
-        raise KeyboardInterrupt
+    class Interrupted:
+        def __iter__(self):
+            yield data[0]
+            yield data[1]
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        analyze(model, interrupted(), cache=cache, progress=False)
+        analyze(model, Interrupted(), cache=cache, progress=False)
     calls = []
     original = nn.Conv2d.forward
     monkeypatch.setattr(

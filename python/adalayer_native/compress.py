@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from adalayer_native._fingerprint import fingerprint
 from adalayer_native.allocation import METHODS, Budget, allocate
-from adalayer_native.errors import BudgetError, PlanError
+from adalayer_native.allocation.rest import planned_rest, unsupported_rest
+from adalayer_native.capture.loading import captured_on
+from adalayer_native.capture.work import FloatRest, work_of
+from adalayer_native.errors import BudgetError, PlanError, UnsupportedModelError
 from adalayer_native.importance import LayerScores, analyze
+from adalayer_native.importance.outputs import LossFn, Pick
 from adalayer_native.plan import Plan
 from adalayer_native.quantization import calibrate, convert, prepare
 from adalayer_native.quantization.layout import native_layout
@@ -35,6 +41,8 @@ class Compressed:
         kept_float: layers that stay float because no native layer covers them, with the reason.
         history: of the fine-tuning; None without.
         repair: output error of every layer before and after the repair; None without.
+        float_rest: everything with multiply-accumulates that stays float, layers that the plan
+            keeps so included, with the reason and the share of them.
     """
 
     model: nn.Module
@@ -43,15 +51,19 @@ class Compressed:
     kept_float: dict[str, str] = field(default_factory=dict)
     history: Any = None
     repair: Repair | None = None
+    float_rest: FloatRest | None = None
 
 
 def compress(
-    model: nn.Module,
+    model: nn.Module | torch.export.ExportedProgram,
     calibration: Iterable[Any],
     budget: Budget | None,
     *,
     method: str = "adalayer",
     plan: Plan | None = None,
+    loss_fn: LossFn | None = None,
+    output: Pick = None,
+    strict: bool = False,
     train_loader: Iterable[Any] | None = None,
     epochs: int = 2,
     distill: bool = True,
@@ -64,17 +76,27 @@ def compress(
     seed: int = 0,
     progress: bool = True,
 ) -> Compressed:
-    """Compresses a float CNN to native layers under a budget.
+    """Compresses a float model to native layers under a budget.
+
+    What has multiply-accumulates and cannot be native is said in one warning, with its share.
 
     Args:
-        model: float model in evaluation state; not changed.
-        calibration: batches ``x`` or ``(x, labels)``: layer scores, plan search and activation
-            ranges come from them. Never test images.
+        model: float model, an exported program, or what :func:`~adalayer_native.capture` made of
+            one; not changed. It is captured with the first calibration batch as its example.
+        calibration: batches, read several times: tensors, tuples (inputs, then labels) or
+            dictionaries of arguments, with ``labels`` among them or without. Layer scores, plan
+            search and activation ranges come from them. Never test images.
         budget: limit on the saved file or on the bits per weight; method ``"optimal"`` takes
             several at once, on latency, bit operations and energy, too.
         method: see :func:`adalayer_native.allocate`.
         plan: use this plan instead of analyzing and allocating.
-        train_loader: ``(x, labels)`` batches for fine-tuning; without it there is none.
+        loss_fn: ``loss_fn(output, target)`` by which plans are judged and the model is fine-tuned;
+            default: how far every output is from the float model's
+            (:mod:`~adalayer_native.importance.outputs`), and for scores and fine-tuning
+            cross-entropy where there are labels.
+        output: which of the model's outputs counts, a key, an index or a path (``"heads.0"``).
+        strict: make it an error that anything with multiply-accumulates stays float.
+        train_loader: batches for fine-tuning, as for calibration; without it there is none.
         epochs: of fine-tuning, eq. (5).
         distill: the float model teaches while fine-tuning.
         repair: round and prune by the error of the layers' outputs
@@ -93,24 +115,35 @@ def compress(
 
     Raises:
         BudgetError, CalibrationError, UnsupportedModelError, PlanError: as the steps do.
+        UnsupportedModelError: ``strict``, and something stays float; before the work where it is
+            known by then.
     """
     work = Path(work_dir) if work_dir is not None else None
 
     def inside(name: str) -> Path | None:
         return work / name if work is not None else None
 
+    if plan is None:
+        _check_method(method, budget, criterion)
+    model = captured_on(model, calibration)
+    macs = work_of(model)
+    unsupported = unsupported_rest(model, plan, macs)
+    if strict:
+        _refuse(unsupported if plan is None else planned_rest(model, plan, macs))
+    elif unsupported:
+        warnings.warn(
+            f"{100 * unsupported.share:.2g} % of the multiply-accumulates stay in float: "
+            f"{unsupported}",
+            stacklevel=2,
+        )
     scores = None
     if plan is None:
-        if method not in METHODS:
-            raise PlanError(f"unknown method {method!r}: expected one of {METHODS}")
-        if budget is None and method in ("adalayer", "uniform", "optimal", "rl"):
-            raise BudgetError(f"method {method!r} needs a budget")
-        if criterion is not None and method not in ("adalayer", "optimal"):
-            raise PlanError(f"method {method!r} looks at no criterion, got {criterion!r}")
         if method == "adalayer":  # the other methods do not look at scores
             scores = analyze(
                 model,
                 calibration,
+                loss_fn,
+                output=output,
                 criterion=criterion,
                 cache=inside("analysis.json"),
                 progress=progress,
@@ -131,9 +164,14 @@ def compress(
             calibration=calibration,
             cache=inside("search.json"),
             progress=progress,
-            **options,
+            **{"loss_fn": loss_fn, "output": output, **options},
         )
-    prepared = prepare(model, plan)
+    rest = planned_rest(model, plan, macs)
+    if strict:
+        _refuse(rest)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # which layers stay float was said
+        prepared = prepare(model, plan)
     calibrate(prepared, calibration, observer=observer, progress=progress)
     training = train_loader is not None and epochs > 0
     report = None
@@ -158,9 +196,27 @@ def compress(
             checkpoint=inside("finetune.safetensors"),
             seed=seed,
             progress=progress,
-            **(finetune_options or {}),
+            **{"loss_fn": loss_fn, "output": output, **(finetune_options or {})},
         )
-    return Compressed(convert(prepared), plan, scores, kept_float(model, plan), history, report)
+    kept = kept_float(model, plan)
+    return Compressed(convert(prepared), plan, scores, kept, history, report, rest)
+
+
+def _check_method(method: str, budget: Budget | None, criterion: str | None) -> None:
+    if method not in METHODS:
+        raise PlanError(f"unknown method {method!r}: expected one of {METHODS}")
+    if budget is None and method in ("adalayer", "uniform", "optimal", "rl"):
+        raise BudgetError(f"method {method!r} needs a budget")
+    if criterion is not None and method not in ("adalayer", "optimal"):
+        raise PlanError(f"method {method!r} looks at no criterion, got {criterion!r}")
+
+
+def _refuse(rest: FloatRest) -> None:
+    if rest:
+        raise UnsupportedModelError(
+            f"strict: {100 * rest.share:.2g} % of the multiply-accumulates would stay in float: "
+            f"{rest}"
+        )
 
 
 def kept_float(model: nn.Module, plan: Plan) -> dict[str, str]:

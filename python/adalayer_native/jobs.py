@@ -22,6 +22,7 @@ from adalayer_native.compress import Compressed, compress
 from adalayer_native.data import Batches, ImageDataset, Loaders, digits, loaders, open_dataset
 from adalayer_native.energy import Meter
 from adalayer_native.errors import BudgetError, EnergyError, FileFormatError, UnsupportedModelError
+from adalayer_native.importance.outputs import has_logits, logits_of
 from adalayer_native.measure import accuracy, inference_energy, model_milliseconds
 from adalayer_native.models import get_model, load_weights
 from adalayer_native.report import comparison_table, error_table, figure6_table, record
@@ -185,13 +186,14 @@ def check_fit(job: CompressJob | TrainJob, model: nn.Module, data: Batches) -> N
     shape = tuple(x[:1].shape)
     try:
         with torch.inference_mode():
-            out = model(x[:1])
+            output = model(x[:1])
     except (RuntimeError, ValueError, TypeError) as error:
         raise UnsupportedModelError(
             f"model {job.model!r} cannot take images of shape {shape} (--image-size "
             f"{job.image_size}): {error}"
         ) from error
     classes = len(data.dataset.classes)
+    out = logits_of(output) if has_logits(output) else output
     if not isinstance(out, torch.Tensor) or out.dim() != 2 or out.shape[1] < classes:
         got = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
         raise UnsupportedModelError(
@@ -264,8 +266,9 @@ def write_results(
             ]
         )
     )
-    for name, reason in result.kept_float.items():
-        console.print(f"{name} stays float: {reason}", markup=False, soft_wrap=True)
+    for part in result.float_rest.parts if result.float_rest else ():
+        text = f"{part.name} stays float, {100 * part.share:.2g} % of the work: {part.reason}"
+        console.print(text, markup=False, soft_wrap=True)
     written = (
         f"written to {job.out}: plan.json, model.safetensors, report.json "
         f"(adalayer report {job.out} makes a page of them)"

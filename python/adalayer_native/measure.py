@@ -12,19 +12,35 @@ import torch
 from torch import Tensor, nn
 
 from adalayer_native._progress import ProgressBar
+from adalayer_native.capture import Inputs, batch_inputs
 from adalayer_native.energy import EnergyUse, Meter
 from adalayer_native.errors import CalibrationError
+from adalayer_native.importance.batches import tokens_of
+from adalayer_native.importance.outputs import Pick, logits_of
 
 __all__ = ["Timing", "accuracy", "inference_energy", "interleaved", "model_milliseconds"]
 
 
 def accuracy(
-    model: nn.Module, loader: Iterable[Any], *, title: str = "measuring", progress: bool = True
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    output: Pick = None,
+    title: str = "measuring",
+    progress: bool = True,
 ) -> float:
-    """Top-1 accuracy in percent over ``(x, labels)`` batches, in inference mode.
+    """Top-1 accuracy in percent over batches with class labels, in inference mode.
+
+    Args:
+        model: float or native.
+        loader: batches as for ``analyze``; a label below 0 does not count.
+        output: which output holds the logits, where the rules of
+            :mod:`~adalayer_native.importance.outputs` would take another one.
+        title: of the progress bar.
+        progress: show one.
 
     Raises:
-        CalibrationError: an empty loader.
+        CalibrationError: an empty loader, batches without labels, or no logits.
     """
     was_training = model.training
     model.eval()
@@ -32,10 +48,13 @@ def accuracy(
     steps = len(loader) if hasattr(loader, "__len__") else None  # type: ignore[arg-type]
     try:
         with torch.inference_mode(), ProgressBar(title, steps, unit="batch", enabled=progress) as b:
-            for x, y in loader:
-                out = model(x.contiguous(memory_format=torch.channels_last))
-                right += int((out.argmax(1) == y).sum())
-                total += len(y)
+            for batch in loader:
+                x, y = batch_inputs(model, batch)
+                if not isinstance(y, Tensor):
+                    raise CalibrationError("accuracy needs batches with class labels")
+                out = _channels_last(x)(model)
+                right += int((logits_of(out, output, tokens_of(x), y).argmax(1) == y).sum())
+                total += int((y >= 0).sum())
                 b.advance(note=f"{100 * right / total:.2f} %")
     finally:
         model.train(was_training)
@@ -81,14 +100,17 @@ def interleaved(
 
 
 def model_milliseconds(
-    models: Mapping[str, nn.Module], x: Tensor, *, seconds: float = 2.0
+    models: Mapping[str, nn.Module], x: Any, *, seconds: float = 2.0
 ) -> dict[str, float]:
-    """Median milliseconds per forward pass of each model on ``x`` (channels_last), interleaved."""
-    x = x.contiguous(memory_format=torch.channels_last)
+    """Median milliseconds per forward pass of each model on ``x`` (channels_last), interleaved.
+
+    ``x`` is a tensor, a tuple or a dictionary of arguments.
+    """
+    inputs = _channels_last(Inputs.of(x))
     with torch.inference_mode():
 
         def runner(model: nn.Module) -> Callable[[], Any]:
-            return lambda: model(x)
+            return lambda: inputs(model)
 
         times = interleaved({k: runner(m.eval()) for k, m in models.items()}, seconds=seconds)
     return {name: 1000 * t.median for name, t in times.items()}
@@ -96,7 +118,7 @@ def model_milliseconds(
 
 def inference_energy(
     models: Mapping[str, nn.Module],
-    x: Tensor,
+    x: Any,
     *,
     seconds: float = 5.0,
     country: str | None = None,
@@ -109,17 +131,22 @@ def inference_energy(
     Raises:
         MissingExtraError: see :class:`~adalayer_native.energy.Meter`.
     """
-    x = x.contiguous(memory_format=torch.channels_last)
+    inputs = _channels_last(Inputs.of(x))
     found = {}
     with torch.inference_mode():
         for name, model in models.items():
             model.eval()
-            model(x)
+            inputs(model)
             seen = 0
             with Meter(country=country) as meter:
                 deadline = time.monotonic() + seconds
                 while seen == 0 or time.monotonic() < deadline:
-                    model(x)
-                    seen += len(x)
+                    inputs(model)
+                    seen += inputs.count
             found[name] = meter.use.per(seen / images)
     return found
+
+
+def _channels_last(x: Inputs) -> Inputs:
+    """Images in the layout in which they are fastest on a CPU."""
+    return x.map(lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t)

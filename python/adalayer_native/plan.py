@@ -10,7 +10,7 @@ import difflib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import nn
 
-__all__ = ["LayerPlan", "Plan", "layer_kind", "supported_layers", "unknown_layer"]
+__all__ = ["LayerPlan", "Plan", "float_text", "layer_kind", "supported_layers", "unknown_layer"]
 
 PLAN_FORMAT = "adalayer-plan"
 PLAN_VERSION = 1
@@ -121,6 +121,9 @@ class Plan:
         scores: per layer ``{"A": ..., "F": ..., "R": ..., "I": ...}`` where they are known, and
             ``"E"``, the loss increase that method ``"optimal"`` predicts for what the layer got.
         measured: what was measured when the plan was chosen (``"calibration_loss"``, ...).
+        float_rest: what no plan for the model can make native, where it is known: by name of the
+            layer or part of the model ``{"reason": ..., "share": ...}``, the share being that of
+            the model's multiply-accumulates.
     """
 
     layers: dict[str, LayerPlan]
@@ -128,6 +131,7 @@ class Plan:
     hyper: dict[str, float] = field(default_factory=dict)
     scores: dict[str, dict[str, float]] | None = None
     measured: dict[str, float] = field(default_factory=dict)
+    float_rest: dict[str, dict[str, Any]] | None = None
 
     def __getitem__(self, name: str) -> LayerPlan:
         try:
@@ -219,6 +223,8 @@ class Plan:
         }
         if self.scores is not None:
             data["scores"] = self.scores
+        if self.float_rest is not None:
+            data["float_rest"] = self.float_rest
         return json.dumps(data, indent=2, allow_nan=False) + "\n"
 
     @classmethod
@@ -261,13 +267,23 @@ class Plan:
             layers[name] = LayerPlan(**row)
         method, hyper = data.get("method", "manual"), data.get("hyper", {})
         scores, measured = data.get("scores"), data.get("measured", {})
+        rest = data.get("float_rest")
         if not isinstance(method, str) or not isinstance(hyper, dict):
             raise FileFormatError(f'{source}: "method" must be text and "hyper" an object')
         if not isinstance(measured, dict):
             raise FileFormatError(f'{source}: "measured" must be an object')
         if scores is not None and not isinstance(scores, dict):
             raise FileFormatError(f'{source}: "scores" must be an object')
-        plan = cls(layers=layers, method=method, hyper=hyper, scores=scores, measured=measured)
+        if rest is not None and not isinstance(rest, dict):
+            raise FileFormatError(f'{source}: "float_rest" must be an object')
+        plan = cls(
+            layers=layers,
+            method=method,
+            hyper=hyper,
+            scores=scores,
+            measured=measured,
+            float_rest=rest,
+        )
         plan.check()
         return plan
 
@@ -293,10 +309,14 @@ class Plan:
 
     def table(self) -> Table:
         """The plan as a rich table, one row per layer and a row of totals."""
+        from rich.markup import escape
         from rich.table import Table
 
         hyper = ", ".join(f"{key}={value:g}" for key, value in self.hyper.items())
-        table = Table(title=f"Plan ({self.method})", caption=hyper or None)
+        lines = [hyper] if hyper else []
+        if self.float_rest:
+            lines.append(f"Stays in float: {escape(float_text(self.float_rest))}")
+        table = Table(title=f"Plan ({self.method})", caption="\n".join(lines) or None)
         table.add_column("Layer")
         table.add_column("Kind")
         for heading in ("Weights", "Bits", "Pruned %", "Act. bits"):
@@ -341,6 +361,18 @@ class Plan:
         with console.capture() as capture:
             console.print(self.table())
         return capture.get()
+
+
+def float_text(rest: Mapping[str, Mapping[str, Any]], shown: int = 6) -> str:
+    """What stays in float in words: names, shares of the work and reasons, the largest first."""
+    order = sorted(rest.items(), key=lambda item: -float(item[1]["share"]))
+    parts = [
+        f"{name} ({100 * float(entry['share']):.2g} %: {entry['reason']})"
+        for name, entry in order[:shown]
+    ]
+    if len(order) > shown:
+        parts.append(f"and {len(order) - shown} more")
+    return "; ".join(parts)
 
 
 def layer_kind(module: nn.Module) -> str:

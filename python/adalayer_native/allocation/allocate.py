@@ -6,10 +6,13 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
+from ..capture import GraphModel
 from ..errors import BudgetError, CalibrationError, PlanError
-from ..importance.batches import LossFn
+from ..importance.batches import captured_on
+from ..importance.outputs import LossFn, Pick
 from ..importance.scores import LayerScores
 from ..plan import Plan
 from .adalayer import adalayer
@@ -20,6 +23,7 @@ from .optimal import optimal
 from .problem import Fixed, Problem
 from .repaired import REPAIR_VERSION, RepairedWeights
 from .repaired_check import RepairedCheck
+from .rest import unsupported_rest
 from .rl import RLSettings, rl
 from .settings import settings_of
 from .stages import STAGE_METHODS, stage_plan
@@ -35,9 +39,10 @@ def allocate(
     budget: Budget | None,
     *,
     method: str = "adalayer",
-    model: nn.Module,
+    model: nn.Module | torch.export.ExportedProgram,
     calibration: Iterable[Any] | None = None,
     loss_fn: LossFn | None = None,
+    output: Pick = None,
     hyper: Mapping[str, float] | None = None,
     bits: int | Sequence[int] | None = None,
     stages: Sequence[str] | None = None,
@@ -70,10 +75,13 @@ def allocate(
         budget: the limit, or for ``"optimal"`` one or several; may be ``None`` for the three stage
             methods only.
         method: one of ``METHODS``.
-        model: the float model; not changed.
-        calibration: batches ``x`` or ``(x, y)`` on which candidate plans are compared, never
-            test images. Without it the best plan by the proxy is taken; ``"optimal"`` needs it.
-        loss_fn: ``loss_fn(output, target)``; default: KL divergence to the float output.
+        model: the float model, an exported program, or what
+            :func:`~adalayer_native.capture` made of one; not changed.
+        calibration: batches as for ``analyze`` on which candidate plans are compared, never test
+            images. Without it the best plan by the proxy is taken; ``"optimal"`` needs it.
+        loss_fn: ``loss_fn(output, target)``; default: how far the outputs are from the float
+            model's, KL divergence for logits and relative squared error for others.
+        output: which of the model's outputs counts, as for ``analyze``.
         hyper: fixes some of alpha, beta, gamma, delta, lambda, bmax (``"adalayer"``).
         bits, stages: for the three stage methods, see ``stage_plan``.
         activation_bits: bits of every quantized layer's input, 2 to 8.
@@ -100,7 +108,7 @@ def allocate(
         PlanError: unknown method, option or hyper-parameter, bits or stages that do not fit, an
             unknown layer in ``fixed`` or ``exclude``.
         CalibrationError: unusable calibration data or weights.
-        UnsupportedModelError: a model without supported layers, or with shared ones.
+        UnsupportedModelError: a model that cannot be captured, or without supported layers.
     """
     if method not in METHODS:
         raise PlanError(f"unknown method {method!r}: expected one of {METHODS}")
@@ -110,17 +118,17 @@ def allocate(
         raise PlanError(
             f"method {method!r} takes no options; they are for methods 'optimal' and 'rl'"
         )
+    model = captured_on(model, calibration)
     if method == "optimal":
         plan = _optimal(
             model, budget, calibration, activation_bits, fixed, exclude, options, tables,
-            loss_fn=loss_fn, batches=batches, cache=cache, progress=progress,
+            loss_fn=loss_fn, output=output, batches=batches, cache=cache, progress=progress,
         )  # fmt: skip
         if scores is not None:
             known = scores.as_dict()
             predicted = plan.scores or {}
             plan.scores = {n: {**known.get(n, {}), **predicted.get(n, {})} for n in plan}
-        plan.validate(model)
-        return plan
+        return _finished(plan, model)
     if budget is not None and not budget.single:
         raise BudgetError(
             f"method {method!r} takes one limit of size, bytes and bits, got {budget}; method "
@@ -138,7 +146,7 @@ def allocate(
         if calibration is not None:
             key = f"repaired-{REPAIR_VERSION}" if repaired else ""
             evaluator = Evaluator(
-                model, calibration, loss_fn, batches=batches, cache=cache, key=key
+                model, calibration, loss_fn, batches=batches, cache=cache, key=key, output=output
             )
             if repaired:
                 names, data = list(problem.layout.layers), loader_of(evaluator.batches)
@@ -166,7 +174,12 @@ def allocate(
                 candidates=candidates,
                 progress=progress,
             )
+    return _finished(plan, model)
+
+
+def _finished(plan: Plan, model: GraphModel) -> Plan:
     plan.validate(model)
+    plan.float_rest = unsupported_rest(model).as_dict()
     return plan
 
 
@@ -176,12 +189,14 @@ def _final(
     """What compares repaired plans, if there are images for both."""
     if evaluator.samples < 2:
         return None
-    data = Data.split(problem.model, loader_of(evaluator.batches), evaluator.loss_fn, None)
+    data = Data.split(
+        problem.model, loader_of(evaluator.batches), evaluator.loss_fn, None, evaluator.pick
+    )
     return RepairedCheck(problem, data, settings_of(None, tables))
 
 
 def _optimal(
-    model: nn.Module,
+    model: GraphModel,
     budget: Budget | None,
     calibration: Iterable[Any] | None,
     activation_bits: int,

@@ -11,18 +11,21 @@ from __future__ import annotations
 import json
 
 import numpy as np
-import torch
+from torch import Tensor
 
+from ..capture import Inputs
 from ..engine.compiler import compile as compile_engine
 from ..engine.latency import call_seconds
 from ..errors import BudgetError
+from ..importance.batches import model_digest
 from ..quantization import calibrate, convert, prepare
+from .measuring import repeated, sizes_of
 from .options import Choice
 from .problem import Problem
 from .resources import Resource
 from .selection import Selection
 from .settings import Settings
-from .store import Store, cache_dir, machine, model_digest
+from .store import Store, cache_dir, machine
 
 __all__ = ["AGREEMENT", "EngineClock", "latency_of", "settle"]
 
@@ -38,15 +41,16 @@ class EngineClock:
 
     Args:
         problem: layers.
-        x: an input of one image, ``[1, ...]``.
+        x: an input of one sample.
         settings: batch, threads, cache directory.
     """
 
-    def __init__(self, problem: Problem, x: torch.Tensor, settings: Settings) -> None:
+    def __init__(self, problem: Problem, x: Inputs | Tensor, settings: Settings) -> None:
+        x = Inputs.of(x)
         self.problem, self.x, self.settings = problem, x, settings
         key = {
             "model": model_digest(problem.model),
-            "input": list(x.shape[1:]),
+            "input": sizes_of(x),
             "batch": settings.latency_batch,
             "activation_bits": problem.activation_bits,
             **machine(settings.threads),
@@ -66,8 +70,8 @@ class EngineClock:
         settings = self.settings
         prepared = prepare(self.problem.model, self.problem.plan(choice))
         calibrate(prepared, [self.x], observer="minmax", progress=False)
-        batch = self.x.expand(settings.latency_batch, *self.x.shape[1:]).contiguous()
-        engine = compile_engine(convert(prepared), batch, policy="native")
+        batch = repeated(self.x, settings.latency_batch)
+        engine = compile_engine(convert(prepared), batch.example, policy="native")
         return 1e3 * call_seconds(engine, settings.latency_batch, settings.threads)
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
+from ..capture import Inputs, captured
 from ..energy.model import LayerEnergy
 from ..importance.analyze import eval_mode
+from ..importance.batches import one_sample
 from ..importance.flops import Work, layer_work
 from ..plan import Plan, supported_layers
 from ..rounding import conv_form
@@ -17,7 +21,11 @@ __all__ = ["plan_energy"]
 
 
 def plan_energy(
-    model: nn.Module, plan: Plan, x: torch.Tensor, *, work: dict[str, Work] | None = None
+    model: nn.Module | torch.export.ExportedProgram,
+    plan: Plan,
+    x: Any,
+    *,
+    work: dict[str, Work] | None = None,
 ) -> dict[str, LayerEnergy]:
     """Energy per image and layer by the model of :func:`~adalayer_native.energy.layer_energy`.
 
@@ -25,18 +33,19 @@ def plan_energy(
     the float network's.
 
     Args:
-        model: the float model.
+        model: the float model, captured or not.
         plan: bits and sparsity per layer.
-        x: example input ``[N, ...]``, for the shapes.
+        x: example input, for the shapes: a tensor, a tuple or a dictionary of arguments.
         work: of the layers, if it is known already; ``x`` is not looked at then.
 
     Raises:
         PlanError: the plan is of another model.
     """
+    model = captured(model, example=x)
     plan.validate(model)
     if work is None:
         with eval_mode(model):
-            work = layer_work(model, supported_layers(model), x[:1])
+            work = layer_work(model, supported_layers(model), one_sample(model, Inputs.of(x)))
     modules = supported_layers(model)
     forms = {name: tuple(conv_form(modules[name], modules[name].weight).shape) for name in plan}
     return {

@@ -20,7 +20,8 @@ from .._files import write_text_atomic
 from .._progress import ProgressBar
 from ..errors import CalibrationError
 from ..importance.analyze import dequantized_layer, eval_mode
-from ..importance.batches import LossFn, iterate, loss_of, tensor_bytes
+from ..importance.batches import Batch, captured_on, iterate, model_digest
+from ..importance.outputs import LossFn, Pick, has_logits, logits_of, loss_of
 from ..pruning.patterns import pattern_mask
 from ..rounding import conv_form, layer_form
 from .options import UNSTRUCTURED, Choices, Option
@@ -43,7 +44,8 @@ class Measurement:
     """Outcome of one plan on calibration data.
 
     Attributes:
-        loss: mean loss; KL divergence to the float output unless a ``loss_fn`` was given.
+        loss: mean loss; how far the outputs are from the float model's unless a ``loss_fn`` was
+            given (KL divergence for logits).
         accuracy: share of right labels, or of agreement with the float model without labels;
             NaN where the output has no classes.
     """
@@ -77,10 +79,11 @@ class Evaluator:
     """Measures plans by weight-only fake quantization; nothing is trained, the model untouched.
 
     Args:
-        model: float model.
-        calibration: batches ``x`` or ``(x, y)``; read once.
-        loss_fn: ``loss_fn(output, target)``; default: KL divergence to the float output, which
-            varies far less on a few hundred images than accuracy does.
+        model: float model, captured or not.
+        calibration: batches as for ``analyze``; kept in memory.
+        loss_fn: ``loss_fn(output, target)``; default: how far the outputs are from the float
+            model's (KL divergence for logits), which varies far less on a few hundred images than
+            accuracy does.
         batches: use at most this many.
         cache: JSON file that keeps every measurement for a resumed search.
         weight_of: ``(layer, bits, sparsity) -> dequantized weight`` in the layer's own shape, or
@@ -88,6 +91,7 @@ class Evaluator:
             pattern is a fourth argument where there is one. Default: magnitude pruning and rounding
             to nearest.
         key: names ``weight_of`` in the cache.
+        output: which output counts.
 
     Raises:
         CalibrationError: empty or unusable data.
@@ -103,8 +107,10 @@ class Evaluator:
         cache: str | os.PathLike[str] | None = None,
         weight_of: WeightOf | None = None,
         key: str = "",
+        output: Pick = None,
     ) -> None:
-        self.model, self.loss_fn = model, loss_fn
+        model = captured_on(model, calibration)
+        self.model, self.loss_fn, self.pick = model, loss_fn, output
         self.weight_of, self.key = weight_of, key
         self.batches = list(self.bounded(iterate(calibration, model, batches)))
         if not self.batches:
@@ -116,7 +122,7 @@ class Evaluator:
         self._weights: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor | None]] = {}
         self._held = 0
         with torch.no_grad(), eval_mode(model):
-            self.outputs = [model(batch.x) for batch in self.batches]
+            self.outputs = [batch.x(model) for batch in self.batches]
         self._path = None if cache is None else Path(cache)
         self._known: dict[str, tuple[float, float]] = {}
         self._saved = time.monotonic()
@@ -157,16 +163,18 @@ class Evaluator:
         loss, good, positions = 0.0, 0, 0
         with eval_mode(self.model):
             for batch, reference in zip(self.batches, self.outputs, strict=True):
-                output = functional_call(self.model, weights, (batch.x,))
+                output = functional_call(self.model, weights, batch.x.args, batch.x.kwargs)
                 target = None if self.loss_fn is None else batch.target
-                value = loss_of(output, reference, target, self.loss_fn)
+                value = loss_of(
+                    output, reference, target, self.loss_fn, pick=self.pick, tokens=batch.tokens
+                )
                 if not math.isfinite(value):
                     raise CalibrationError(
                         f"calibration batch {batch.index}: the loss of a quantized model is "
                         f"{value}; expected a finite number"
                     )
                 loss += value * batch.count
-                right, of = hits(output, reference, batch.target)
+                right, of = hits(output, reference, batch, self.pick)
                 good, positions = good + right, positions + of
         accuracy = good / positions if positions else math.nan
         return loss / self.samples, accuracy
@@ -226,21 +234,18 @@ class Evaluator:
 
     def _digest(self) -> str:
         name = getattr(self.loss_fn, "__qualname__", str(self.loss_fn))
-        digest = hashlib.sha256(f"adalayer-allocation-cache-1 {name} {self.key}".encode())
-        for key, value in self.model.state_dict().items():
-            if isinstance(value, torch.Tensor):
-                digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
-                digest.update(tensor_bytes(value))
+        options = f"adalayer-allocation-cache-2 {name} {self.key} {self.pick!r}"
+        digest = hashlib.sha256(f"{options} {model_digest(self.model)}".encode())
         for batch in self.batches:
             digest.update(batch.digest().encode())
         return digest.hexdigest()
 
     @staticmethod
-    def bounded(batches: Iterable[Any]) -> Iterable[Any]:
+    def bounded(batches: Iterable[Batch]) -> Iterable[Batch]:
         """The batches, refused where they are more than memory should hold."""
         held = 0
         for batch in batches:
-            held += batch.x.numel() * batch.x.element_size()
+            held += sum(t.numel() * t.element_size() for t in batch.x.tensors())
             if held > MEMORY_LIMIT:
                 raise CalibrationError(
                     f"the calibration data exceed {MEMORY_LIMIT >> 20} MiB; plans are compared "
@@ -256,17 +261,20 @@ def _adding(shift: torch.Tensor) -> Any:
     return hook
 
 
-def hits(output: Any, reference: Any, target: Any) -> tuple[int, int]:
-    """Right answers (or agreements with the reference, without labels), of how many."""
-    if not isinstance(output, torch.Tensor) or output.dim() < 2:
+def hits(output: Any, reference: Any, batch: Batch, pick: Pick = None) -> tuple[int, int]:
+    """Right answers (or agreements with the reference, without labels), of how many.
+
+    Labels below 0 are not counted, and nothing is where there is not one output of logits.
+    """
+    truth, rest = batch.target, (pick, batch.tokens, batch.target)
+    if not has_logits(output, *rest):
         return 0, 0
-    predicted = output.argmax(dim=1)
-    truth = target
+    predicted = logits_of(output, *rest).argmax(dim=1)
     if not (isinstance(truth, torch.Tensor) and not truth.is_floating_point()):
-        truth = reference.argmax(dim=1)
+        truth = logits_of(reference, *rest).argmax(dim=1)
     if truth.shape != predicted.shape:
         return 0, 0
-    return int((predicted == truth).sum()), predicted.numel()
+    return int((predicted == truth).sum()), int((truth >= 0).sum())
 
 
 def compared(

@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..capture import Inputs
 from ..engine.compiler import compile as compile_engine
 from ..engine.latency import LayerTimes
 from ..errors import CalibrationError
 from ..importance import CRITERIA
 from ..importance.analyze import analyze, dequantized_layer, eval_mode
-from ..importance.batches import Batch, LossFn, iterate
+from ..importance.batches import Batch, iterate, model_digest, one_sample
 from ..importance.flops import Work, layer_work
+from ..importance.outputs import LossFn, Pick
 from ..pruning.patterns import pattern_pruned_count
 from ..quantization import calibrate, convert, prepare
 from .budget import Budget
@@ -30,7 +32,7 @@ from .resources import resources
 from .selection import Selection, Tables, selection_of
 from .sensitivity import LayerError, LogitSensitivity, WeightOf
 from .settings import MEASURES, Settings
-from .store import Store, cache_dir, machine, model_digest
+from .store import Store, cache_dir, machine
 from .tables import LayerTable, fill
 
 __all__ = [
@@ -41,6 +43,8 @@ __all__ = [
     "loader_of",
     "measure_tables",
     "repair_key",
+    "repeated",
+    "sizes_of",
     "table_key",
     "weights_of",
 ]
@@ -60,12 +64,14 @@ class Data:
         check: what plans are compared on.
         loss_fn: of both.
         repair: what weights are repaired with: ``table`` and more, nothing of ``check``.
+        pick: which output counts.
     """
 
     table: list[Batch]
     check: list[Batch]
     loss_fn: LossFn | None
     repair: list[Batch] = field(default_factory=list)
+    pick: Pick = None
 
     @classmethod
     def split(
@@ -74,6 +80,7 @@ class Data:
         calibration: Iterable[Any],
         loss_fn: LossFn | None,
         batches: int | None,
+        output: Pick = None,
     ) -> Data:
         """Half of the images check; of the others, ``TABLE_IMAGES`` at most are for the table."""
         every = list(Evaluator.bounded(iterate(calibration, model, batches)))
@@ -85,7 +92,7 @@ class Data:
             )
         repair, check = _divided(every, total // 2)
         table, _ = _divided(repair, TABLE_IMAGES)
-        return cls(table, check, loss_fn, repair)
+        return cls(table, check, loss_fn, repair, output)
 
 
 def _divided(batches: Iterable[Batch], images: int) -> tuple[list[Batch], list[Batch]]:
@@ -95,22 +102,32 @@ def _divided(batches: Iterable[Batch], images: int) -> tuple[list[Batch], list[B
         count = min(images, batch.count)
         images -= count
         if count:
-            first.append(_part(batch, slice(0, count)))
+            first.append(batch.part(slice(0, count)))
         if count < batch.count:
-            second.append(_part(batch, slice(count, None)))
+            second.append(batch.part(slice(count, None)))
     return first, second
-
-
-def _part(batch: Batch, part: slice) -> Batch:
-    target = batch.target
-    return Batch(
-        batch.x[part], target[part] if isinstance(target, torch.Tensor) else target, batch.index
-    )
 
 
 def loader_of(batches: Iterable[Batch]) -> list[Any]:
     """Batches as a loader would yield them."""
     return [(b.x, b.target) if b.target is not None else b.x for b in batches]
+
+
+def sizes_of(x: Inputs) -> list[Any]:
+    """The sizes of one sample, as JSON values; of a single input without a list around it."""
+    found = [list(tensor.shape[1:]) for tensor in x.tensors()]
+    return found[0] if len(found) == 1 else found
+
+
+def repeated(x: Inputs, count: int) -> Inputs:
+    """A batch of so many equal samples, from one."""
+
+    def grown(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dim() == 0 or tensor.shape[0] != 1:
+            return tensor
+        return tensor.expand(count, *tensor.shape[1:]).contiguous()
+
+    return x.map(grown)
 
 
 def measure_tables(
@@ -130,7 +147,7 @@ def measure_tables(
         weight_of = weights_of(problem, data, settings, progress=progress)
     layers = problem.layers
     with eval_mode(problem.model):
-        work = layer_work(problem.model, layers, data.table[0].x[:1])
+        work = layer_work(problem.model, layers, one_sample(problem.model, data.table[0].x))
     latency = None
     if budget.latency is not None:
         latency = latency_table(
@@ -157,6 +174,7 @@ def table_key(problem: Problem, data: Data, settings: Settings) -> dict[str, Any
         "loss": f"{getattr(data.loss_fn, '__module__', '')}.{loss}",
         "repair": repair_key(data, settings),
         "measure": settings.measure if isinstance(settings.measure, str) else "own",
+        **({} if data.pick is None else {"output": data.pick}),
     }
 
 
@@ -287,7 +305,7 @@ def layer_error(
     """``(layer, bits, sparsity) -> predicted loss increase`` by the settings' measure."""
     if callable(settings.measure):
         return settings.measure
-    evaluator = Evaluator(problem.model, loader_of(data.table), data.loss_fn, weight_of=weight_of)
+    evaluator = _evaluator(problem, data, weight_of)
     if settings.measure == "loss":
         base = evaluator.measure({}).loss
         return lambda name, *option: evaluator.measure({name: Option(*option)}).loss - base
@@ -295,22 +313,30 @@ def layer_error(
         # Criteria are scaled by the error of the weight, and a repaired weight is far from the
         # float one for the sake of the output.
         if not callable(settings.weight_of):
-            evaluator = Evaluator(problem.model, loader_of(data.table), data.loss_fn)
+            evaluator = _evaluator(problem, data, None)
         return _criterion_error(problem, data, settings.measure, evaluator)
     layers = {name: problem.layers[name] for name in problem.free}
     sensitivity = LogitSensitivity(
-        problem.model, data.table, layers, images=TABLE_IMAGES, logits=data.loss_fn is None
-    )
+        problem.model, data.table, layers, images=TABLE_IMAGES, logits=data.loss_fn is None,
+        output=data.pick,
+    )  # fmt: skip
     return lambda name, *option: sensitivity.error(
         name, *evaluator.replacement(name, Option(*option))
+    )
+
+
+def _evaluator(problem: Problem, data: Data, weight_of: WeightOf | None) -> Evaluator:
+    return Evaluator(
+        problem.model, loader_of(data.table), data.loss_fn, weight_of=weight_of, output=data.pick
     )
 
 
 def _criterion_error(problem: Problem, data: Data, name: str, evaluator: Evaluator) -> LayerError:
     """A criterion's value per layer, scaled by the squared weight error of every option."""
     scores = analyze(
-        problem.model, loader_of(data.table), data.loss_fn, criterion=name, progress=False
-    )
+        problem.model, loader_of(data.table), data.loss_fn, output=data.pick, criterion=name,
+        progress=False,
+    )  # fmt: skip
     kind = CRITERIA[name]
 
     def error(layer: str, *option: Any) -> float:
@@ -368,7 +394,7 @@ def emptied(problem: Problem, options: Sequence[Option]) -> np.ndarray:
 
 def latency_table(
     problem: Problem,
-    x: torch.Tensor,
+    x: Inputs | torch.Tensor,
     settings: Settings,
     *,
     patterns: Sequence[str] = (UNSTRUCTURED,),
@@ -383,14 +409,15 @@ def latency_table(
 
     Args:
         problem: layers.
-        x: an input of one image, ``[1, ...]``.
+        x: an input of one sample.
         settings: batch, threads, widths, sparsities, cache directory.
         patterns: of the zeros.
         progress: show a progress bar.
     """
+    x = Inputs.of(x)
     key = {
         "model": model_digest(problem.model),
-        "input": list(x.shape[1:]),
+        "input": sizes_of(x),
         "batch": settings.latency_batch,
         "pinned": sorted([n, *o.values] for n, o in problem.pinned.items() if o.bits is not None),
         "float": sorted(set(problem.layers) - set(problem.free) - set(problem.pinned)),
@@ -418,12 +445,12 @@ def latency_table(
     return table
 
 
-def _layer_times(problem: Problem, x: torch.Tensor, settings: Settings) -> LayerTimes:
+def _layer_times(problem: Problem, x: Inputs, settings: Settings) -> LayerTimes:
     plan = problem.plan(dict.fromkeys(problem.free, Option(MAX_BITS)))
     prepared = prepare(problem.model, plan)
     calibrate(prepared, [x], observer="minmax", progress=False)
-    batch = x.expand(settings.latency_batch, *x.shape[1:]).contiguous()
-    engine = compile_engine(convert(prepared), batch, policy="native")
+    batch = repeated(x, settings.latency_batch)
+    engine = compile_engine(convert(prepared), batch.example, policy="native")
     return LayerTimes(engine, problem.free, batch=settings.latency_batch, threads=settings.threads)
 
 
@@ -452,7 +479,7 @@ def _interactions(
         return []
     chosen = selection.errors[np.arange(len(columns)), columns]
     worst = np.sort(np.argsort(-chosen, kind="stable")[:PAIR_LAYERS]).tolist()
-    evaluator = Evaluator(problem.model, loader_of(data.table), data.loss_fn, weight_of=weight_of)
+    evaluator = _evaluator(problem, data, weight_of)
     choice = selection.choice(columns)
 
     def loss(*rows: int) -> float:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..importance.batches import LossFn
+from ..importance.outputs import LossFn, Pick
 from ..plan import Plan
 from .budget import Budget
 from .clock import EngineClock, kept, latency_of, refused, settle
@@ -46,6 +46,7 @@ def optimal(
     settings: Settings,
     *,
     loss_fn: LossFn | None = None,
+    output: Pick = None,
     batches: int | None = None,
     cache: str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -59,7 +60,7 @@ def optimal(
     """
     settings.check()
     _reachable(problem, budget, settings)
-    data = Data.split(problem.model, calibration, loss_fn, batches)
+    data = Data.split(problem.model, calibration, loss_fn, batches, output)
     weight_of = weights_of(problem, data, settings, progress=progress)
     tables = measure_tables(problem, budget, data, settings, weight_of, progress=progress)
     selection = selection_of(problem, budget, tables, settings)
@@ -80,6 +81,7 @@ def optimal(
             cache=cache,
             weight_of=weight_of,
             key=repair_key(data, settings),
+            output=output,
         )
     measurement = None
     for _ in range(CLOCK_ROUNDS):

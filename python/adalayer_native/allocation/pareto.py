@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from .._progress import ProgressBar
 from ..errors import BudgetError, PlanError
-from ..importance.batches import LossFn
+from ..importance.batches import captured_on
+from ..importance.outputs import LossFn, Pick
 from ..plan import Plan
 from .budget import Budget
 from .measuring import Data, measure_tables, weights_of
@@ -102,12 +104,13 @@ class Frontier:
 
 
 def pareto(
-    model: nn.Module,
+    model: nn.Module | torch.export.ExportedProgram,
     calibration: Iterable[Any],
     *,
     points: int = 24,
     within: Budget | None = None,
     loss_fn: LossFn | None = None,
+    output: Pick = None,
     activation_bits: int = 8,
     batches: int | None = None,
     fixed: Mapping[str, Fixed] | None = None,
@@ -123,12 +126,12 @@ def pareto(
     ``allocate`` checks its plan.
 
     Args:
-        model: float model; not changed.
-        calibration: batches ``x`` or ``(x, y)``.
+        model: float model, captured or not; not changed.
+        calibration: batches as for ``analyze``.
         points: sizes to solve for, evenly spread in the logarithm from the smallest reachable file
             to the one of 8 bits everywhere. Equal and beaten plans are left out.
         within: further limits that all points keep (latency, bits, bops, energy).
-        loss_fn, activation_bits, batches, fixed, exclude: as in ``allocate``.
+        loss_fn, output, activation_bits, batches, fixed, exclude: as in ``allocate``.
         options: further fields of ``Settings``.
         tables: directory of the tables; default: the user's cache directory.
         progress: show progress.
@@ -143,9 +146,10 @@ def pareto(
         raise BudgetError("the frontier runs over all sizes; within must not limit the file")
     settings = settings_of(options, tables)
     settings.check()
+    model = captured_on(model, calibration)
     problem = Problem(model, None, activation_bits, fixed=fixed, exclude=exclude)
     budget = Budget(**{**(within.given if within else {}), "size": 1e9})  # type: ignore[arg-type]
-    data = Data.split(model, calibration, loss_fn, batches)
+    data = Data.split(model, calibration, loss_fn, batches, output)
     weight_of = weights_of(problem, data, settings, progress=progress)
     measured = measure_tables(problem, budget, data, settings, weight_of, progress=progress)
     selection = selection_of(problem, budget, measured, settings)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from ..capture import captured
 from ..errors import BudgetError, PlanError, UnsupportedModelError
 from ..importance.analyze import checked_layers
 from ..importance.scores import LayerScores
@@ -28,7 +29,7 @@ PERCENTS = round(100 * MAX_SPARSITY) + 1
 
 
 class Problem:
-    """One model and one budget.
+    """One model, captured, and one budget.
 
     Attributes:
         layers: supported layers of the model by name.
@@ -47,6 +48,7 @@ class Problem:
         fixed: Mapping[str, Fixed] | None = None,
         exclude: Iterable[str] = (),
     ) -> None:
+        model = captured(model)
         self.model, self.budget, self.activation_bits = model, budget, activation_bits
         self.layers: dict[str, Any] = checked_layers(model)
         self.pinned: Choice = {}

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..importance.analyze import eval_mode
-from ..importance.batches import loss_of
+from ..importance.outputs import loss_of
 from ..quantization import calibrate, prepare
 from ..repair import repair
 from .evaluate import Measurement, hits
@@ -56,7 +56,7 @@ class RepairedCheck:
     def outputs(self) -> list[Any]:
         """What the float model makes of the images to compare on."""
         with torch.no_grad(), eval_mode(self.problem.model):
-            return [self.problem.model(batch.x) for batch in self.data.check]
+            return [batch.x(self.problem.model) for batch in self.data.check]
 
     @property
     def samples(self) -> int:
@@ -65,24 +65,27 @@ class RepairedCheck:
 
     def measure(self, chosen: Choices) -> Measurement:
         """Loss and accuracy with ``{layer: option}``; layers that are pinned may be left out."""
-        choice = self.problem.full(chosen)
+        choice, data = self.problem.full(chosen), self.data
         name = json.dumps([[layer, *option.values] for layer, option in choice.items()])
         if f"loss {name}" not in self.store:
             plan = self.problem.plan(choice)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # which layers stay float is said elsewhere
                 prepared = prepare(self.problem.model, plan)
-            images = loader_of(self.data.repair)
+            images = loader_of(data.repair)
             calibrate(prepared, images, progress=False)
             repair(prepared, images, equalize=False, passes=PASSES, progress=False)
             loss, right, count, images_seen = 0.0, 0, 0, 0
             with torch.no_grad():
-                for batch, reference in zip(self.data.check, self.outputs, strict=True):
-                    output = prepared(batch.x)
-                    target = None if self.data.loss_fn is None else batch.target
-                    loss += loss_of(output, reference, target, self.data.loss_fn) * batch.count
+                for batch, reference in zip(data.check, self.outputs, strict=True):
+                    output = batch.x(prepared)
+                    target = None if data.loss_fn is None else batch.target
+                    value = loss_of(
+                        output, reference, target, data.loss_fn, pick=data.pick, tokens=batch.tokens
+                    )
+                    loss += value * batch.count
                     images_seen += batch.count
-                    hit, of = hits(output, reference, batch.target)
+                    hit, of = hits(output, reference, batch, data.pick)
                     right, count = right + hit, count + of
             if count:
                 self.store[f"accuracy {name}"] = right / count

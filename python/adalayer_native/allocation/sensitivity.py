@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..capture import Inputs
 from ..errors import CalibrationError
 from ..importance.analyze import eval_mode
-from ..importance.batches import Batch, tensor_output
+from ..importance.batches import Batch, one_sample
+from ..importance.outputs import Pick, Result, results_of
 
 __all__ = ["LayerError", "LogitSensitivity", "WeightOf", "shifted"]
 
@@ -70,6 +72,10 @@ class LogitSensitivity:
     The second costs a pass through the network per option, this one a single layer. Errors of
     different positions cancel in the logits, which diagonals do not see.
 
+    An output that is no logits counts with its squared error relative to the squared size of the
+    float output over the batch, as in :func:`~adalayer_native.importance.outputs.distance`; it is
+    of second order already. Several outputs add up: each has random vectors of its own.
+
     Args:
         model: float model; not changed.
         batches: calibration batches; the first ``images`` images are used, fewer where layer
@@ -78,10 +84,12 @@ class LogitSensitivity:
         images: at most so many.
         directions: random vectors per image.
         seed: of the random vectors.
-        logits: false for outputs that are no logits: the squared change of the output is used.
+        logits: false where the loss is not known: half the squared change of what would be logits
+            is used.
+        output: which output counts.
 
     Raises:
-        CalibrationError: no batches, or outputs that are no tensor.
+        CalibrationError: no batches, or no outputs of floating point.
     """
 
     def __init__(
@@ -94,8 +102,9 @@ class LogitSensitivity:
         directions: int = 3,
         seed: int = 0,
         logits: bool = True,
+        output: Pick = None,
     ) -> None:
-        self.layers = layers
+        self.layers, self.pick = layers, output
         self.images = self.directions = 0
         # Per layer, batch and call: the input, and the gradients of every direction.
         self._seen: dict[str, list[list[tuple[Tensor, list[Tensor]]]]] = {n: [] for n in layers}
@@ -105,17 +114,17 @@ class LogitSensitivity:
             room = images - self.images
             if room <= 0 or held >= MEMORY:
                 break
-            per_image = self._bytes(model, batch.x[:1]) * (directions + 1)
+            per_image = self._bytes(model, one_sample(model, batch.x)) * (directions + 1)
             fitting = max(1, int((MEMORY - held) // max(1, per_image)))
-            x = batch.x[: min(room, fitting)]
-            held += per_image * x.shape[0]
-            self._run(model, x, directions, generator, logits)
-            self.images += x.shape[0]
+            part = batch.part(slice(0, min(room, fitting)))
+            held += per_image * part.count
+            self._run(model, part, directions, generator, logits)
+            self.images += part.count
         if self.images == 0:
             raise CalibrationError("the calibration data hold no image to measure errors on")
         self.directions = directions
 
-    def _bytes(self, model: nn.Module, x: Tensor) -> int:
+    def _bytes(self, model: nn.Module, x: Inputs) -> int:
         """Bytes of one image's layer outputs, which are about those of the inputs, too."""
         total = 0
 
@@ -126,16 +135,16 @@ class LogitSensitivity:
         handles = [layer.register_forward_hook(count) for layer in self.layers.values()]
         try:
             with torch.no_grad(), eval_mode(model):
-                model(x)
+                x(model)
         finally:
             for handle in handles:
                 handle.remove()
-        return total
+        return total // x.count
 
     def _run(
         self,
         model: nn.Module,
-        x: Tensor,
+        batch: Batch,
         directions: int,
         generator: torch.Generator,
         logits: bool,
@@ -157,20 +166,15 @@ class LogitSensitivity:
         ]
         try:
             with torch.enable_grad(), eval_mode(model):
-                output = tensor_output(model(x))
+                results = results_of(batch.x(model), self.pick, batch.tokens)
         finally:
             for handle in handles:
                 handle.remove()
         gradients: list[list[Tensor]] = [[] for _ in calls]
-        positions = output[0, 0].numel()
-        p = output.detach().float().softmax(dim=1)
+        forms = [_Form(result, logits) for result in results]
         for direction in range(directions):
-            v = torch.randn(output.shape, generator=generator).to(output.device)
-            if logits:
-                root = p.sqrt() * v
-                v = root - p * root.sum(dim=1, keepdim=True)
             found = torch.autograd.grad(
-                (output.float() * v).sum() / positions**0.5,
+                torch.stack([form.projected(generator) for form in forms]).sum(),
                 [probe for _, _, probe in calls],
                 retain_graph=direction + 1 < directions,
                 allow_unused=True,
@@ -208,3 +212,29 @@ class LogitSensitivity:
                 inner = inner + torch.stack(products).double().cpu()
             total += float(inner.square().sum())
         return 0.5 * total / (self.images * self.directions)
+
+
+class _Form:
+    """The quadratic form of one output: what a change of it costs, half its square summed."""
+
+    def __init__(self, result: Result, logits: bool) -> None:
+        self.p: Tensor | None = None
+        if result.classes is not None:
+            self.output = result.logits.float()
+            self.scale = self.output[0, 0].numel() ** 0.5
+            if logits:
+                self.p = self.output.detach().softmax(dim=1)
+        else:
+            self.output = result.value.float()
+            energy = float(self.output.detach().square().sum())
+            samples = self.output.shape[0] if self.output.dim() else 1
+            size = energy if energy > 0 else self.output.numel()
+            self.scale = max(size / (2 * samples), 1e-30) ** 0.5
+
+    def projected(self, generator: torch.Generator) -> Tensor:
+        """The output times a random vector that the form is the mean square of."""
+        v = torch.randn(self.output.shape, generator=generator).to(self.output.device)
+        if self.p is not None:
+            root = self.p.sqrt() * v
+            v = root - self.p * root.sum(dim=1, keepdim=True)
+        return (self.output * v).sum() / self.scale

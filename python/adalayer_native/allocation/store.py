@@ -14,14 +14,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
-from torch import nn
-
 from .. import ops
 from .._files import write_text_atomic
-from ..importance.batches import tensor_bytes
 
-__all__ = ["Store", "cache_dir", "machine", "model_digest"]
+__all__ = ["Store", "cache_dir", "machine"]
 
 FORMAT = "adalayer-table-1"
 SAVE_INTERVAL = 2.0  # seconds between two writes
@@ -57,16 +53,6 @@ def _processor() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def model_digest(model: nn.Module) -> str:
-    """Hash of the model's whole state: names, shapes, types and values."""
-    digest = hashlib.sha256(type(model).__qualname__.encode())
-    for key, value in model.state_dict().items():
-        if isinstance(value, torch.Tensor):
-            digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
-            digest.update(tensor_bytes(value))
-    return digest.hexdigest()
 
 
 class Store:

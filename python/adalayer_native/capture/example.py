@@ -88,6 +88,11 @@ class Inputs:
         return all(bool(torch.isfinite(t).all()) for t in self.tensors() if t.is_floating_point())
 
     @property
+    def example(self) -> Any:
+        """The same as ``example_inputs`` are given: a tuple of arguments, or all by name."""
+        return dict(self.kwargs) if not self.args else self if self.kwargs else self.args
+
+    @property
     def shapes(self) -> str:
         """The shapes of its tensors, for messages."""
         return ", ".join(str(tuple(tensor.shape)) for tensor in self.tensors())
@@ -114,7 +119,8 @@ def inputs_and_target(item: Any, expected: int = 1) -> tuple[Inputs, Any]:
 
     A tensor is the input. A mapping holds arguments by name; what is called ``labels``, ``label``,
     ``targets`` or ``target`` is the target. Of a sequence the first ``expected`` items are inputs
-    and the next is the target, unless the first item is itself a sequence or mapping of inputs.
+    and the next is the target, unless the first item is itself a sequence or mapping of inputs (or
+    :class:`Inputs`).
 
     Args:
         item: one batch.
@@ -133,7 +139,7 @@ def inputs_and_target(item: Any, expected: int = 1) -> tuple[Inputs, Any]:
         return Inputs((), given), target
     if isinstance(item, (list, tuple)) and item:
         first = item[0]
-        if isinstance(first, (list, tuple, Mapping)):
+        if isinstance(first, (Inputs, list, tuple, Mapping)):
             return Inputs.of(first), item[1] if len(item) > 1 else None
         if isinstance(first, Tensor) and len(item) >= expected:
             target = item[expected] if len(item) > expected else None
@@ -239,7 +245,8 @@ def guessed_example(model: nn.Module) -> Inputs:
                 return inputs
     raise UnsupportedModelError(
         f"{type(model).__name__}: an example of its inputs is needed; give example_inputs= (a "
-        "tensor, a tuple of tensors or a dictionary of arguments)"
+        "tensor, a tuple of tensors or a dictionary of arguments), or what "
+        "adalayer_native.capture(model, example_inputs) returns in the model's place"
     )
 
 

@@ -32,5 +32,7 @@ def accuracy(probe: Probe, batch: Batch) -> None:
     which is criterion "accuracy_drop".
     """
     for name, output in one_layer_quantized(probe, batch):
-        loss = loss_of(output, probe.output, batch.target, probe.loss_fn)
+        loss = loss_of(
+            output, probe.output, batch.target, probe.loss_fn, pick=probe.pick, tokens=batch.tokens
+        )
         probe.report(name, loss - probe.loss)

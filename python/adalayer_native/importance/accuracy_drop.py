@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..errors import CalibrationError
 from .accuracy import one_layer_quantized
-from .batches import Batch, tensor_output
+from .batches import Batch
+from .outputs import logits_of
 from .registry import Probe, criterion
 
 __all__ = ["accuracy_drop"]
@@ -23,9 +26,13 @@ def accuracy_drop(probe: Probe, batch: Batch) -> None:
     a point; criterion "accuracy" measures the same thing as a loss.
 
     Raises:
-        CalibrationError: labels that are not one class per output position.
+        CalibrationError: labels that are not one class per output position, or no logits.
     """
-    reference = tensor_output(probe.output).argmax(1)
+
+    def decisions(output: Any) -> torch.Tensor:
+        return logits_of(output, probe.pick, batch.tokens, batch.target).argmax(1)
+
+    reference = decisions(probe.output)
     truth = reference if batch.target is None else batch.target
     if not isinstance(truth, torch.Tensor) or truth.shape != reference.shape:
         got = tuple(truth.shape) if isinstance(truth, torch.Tensor) else type(truth).__name__
@@ -35,5 +42,5 @@ def accuracy_drop(probe: Probe, batch: Batch) -> None:
         )
     right = int((reference == truth).sum())
     for name, output in one_layer_quantized(probe, batch):
-        still = int((tensor_output(output).argmax(1) == truth).sum())
+        still = int((decisions(output) == truth).sum())
         probe.report(name, 100.0 * (right - still) / truth.numel())

@@ -20,23 +20,25 @@ from .._progress import ProgressBar
 from ..errors import CalibrationError, PlanError, UnsupportedModelError
 from ..plan import layer_kind, supported_layers
 from ..rounding import conv_form, layer_form, quantize_weight
-from .batches import Batch, LossFn, iterate, loss_of, metric_name, tensor_bytes
+from .batches import Batch, captured_on, iterate, model_digest, one_sample
 from .flops import count_flops
+from .outputs import LossFn, Pick, loss_of, metric_name
 from .registry import Criterion, Probe, criterion_of
 from .scale_out import Scorers
 from .scores import LayerScore, LayerScores
 
 __all__ = ["analyze", "eval_mode", "normalise", "variance_of"]
 
-CACHE_FORMAT = "adalayer-analysis-cache-2"
+CACHE_FORMAT = "adalayer-analysis-cache-3"
 SAVE_INTERVAL = 2.0  # seconds between two writes of the cache
 
 
 def analyze(
-    model: nn.Module,
+    model: nn.Module | torch.export.ExportedProgram,
     calibration: Iterable[Any],
     loss_fn: LossFn | None = None,
     *,
+    output: Pick = None,
     criterion: str | None = None,
     criteria: Sequence[str] = (),
     probe_bits: int = 2,
@@ -57,13 +59,19 @@ def analyze(
     over the largest, or with ``inverse=True`` the smallest non-zero variance over its own, so
     that even weights count as redundant.
 
-    Batches are read once, one at a time, and the model is not changed.
+    Batches are read one at a time, and the model is not changed.
 
     Args:
-        model: float model; run in eval mode.
-        calibration: iterable of ``x`` or ``(x, y)``; x float ``[N, ...]``, y class labels.
-        loss_fn: ``loss_fn(output, target) -> scalar``. Default: cross-entropy with labels, KL
-            divergence to the float output without. Target is the float output without labels.
+        model: float model, an exported program, or what :func:`~adalayer_native.capture` made of
+            one; run in eval mode. It is captured with the first batch as its example.
+        calibration: batches, read more than once: tensors, tuples (inputs, then class labels) or
+            dictionaries of arguments, with ``labels`` among them or without.
+        loss_fn: ``loss_fn(output, target) -> scalar``. Default: cross-entropy where there are
+            labels and one output of logits, else how far the outputs are from the float model's,
+            KL divergence for logits and relative squared error for others, see
+            :mod:`~adalayer_native.importance.outputs`. Target is the float output without labels.
+        output: which of the model's outputs counts, a key, an index or a path (``"heads.0"``);
+            default: all of floating point.
         criterion: what A comes from, a name in ``CRITERIA``; default: the first of ``criteria``,
             or ``"accuracy"``.
         criteria: all that are to be measured in the same pass; they are kept in
@@ -84,8 +92,9 @@ def analyze(
             instruction set for the same bits.
 
     Raises:
-        CalibrationError: empty loader, NaN or infinity in data, weights, or outputs.
-        UnsupportedModelError: no supported layer, or shared modules or weights.
+        CalibrationError: empty loader or a one-shot iterator, NaN or infinity in data, weights, or
+            outputs, or no such output.
+        UnsupportedModelError: it cannot be captured, or has no convolution or linear layer.
         PlanError: unknown criterion, or bits out of range.
         ValueError: alpha or beta out of range.
         ImportError: ``workers`` or ``address`` without Ray.
@@ -93,15 +102,16 @@ def analyze(
     chosen = _chosen(criterion, criteria)
     if not (math.isfinite(alpha) and math.isfinite(beta) and alpha >= 0 and beta >= 0):
         raise ValueError(f"alpha and beta must be finite and not negative, got {alpha}, {beta}")
+    model = captured_on(model, calibration)
     layers = checked_layers(model)
-    measure = _Measurement(probe_bits)
+    measure = _Measurement(probe_bits, output)
     scorers = None
     if workers is not None or address is not None:
         scorers = Scorers(model, loss_fn, measure, workers, address)
-    memory = _Cache(cache, model, f"{probe_bits} {_loss_name(loss_fn)}")
+    memory = _Cache(cache, model, f"{probe_bits} {_loss_name(loss_fn)} {output!r}")
     sums = {each.name: dict.fromkeys(layers, 0.0) for each in chosen}
     first: dict[str, dict[str, float]] = {}
-    loss_sum, samples, labelled = 0.0, 0, False
+    loss_sum, samples, metric = 0.0, 0, ""
     flops: dict[str, float] | None = None
     total = _total(calibration, batches)
     bar = ProgressBar(
@@ -113,8 +123,7 @@ def analyze(
     with eval_mode(model), bar, memory, scorers or nullcontext():
         for batch in iterate(calibration, model, batches):
             if flops is None:
-                flops = count_flops(model, layers, batch.x[:1])
-            labelled = labelled or batch.target is not None
+                flops = count_flops(model, layers, one_sample(model, batch.x))
             entry = memory.entry(batch.digest() if memory.path is not None else "")
             raw: dict[str, dict[str, float]] = entry["raw"]
             for each in chosen:
@@ -126,11 +135,12 @@ def analyze(
                     report = _reporter(each.name, probe_bits, known, memory, bar)
                     done = {name: known[name] for name in layers if name in known}
                     if scorers is not None:
-                        loss = scorers.score(each.name, batch, list(layers), done, report)
+                        found = scorers.score(each.name, batch, list(layers), done, report)
                     else:
-                        loss = measure(each.name, model, loss_fn, batch, done, report)
-                    entry["loss"] = loss
+                        found = measure(each.name, model, loss_fn, batch, done, report)
+                    entry["loss"], entry["metric"] = found
                 first.setdefault(each.name, known)
+                metric = metric or entry["metric"]
                 for name in layers:
                     sums[each.name][name] += known[name] * batch.count
             loss_sum += entry["loss"] * batch.count
@@ -157,7 +167,7 @@ def analyze(
         criterion=main,
         probe_bits=probe_bits,
         loss=loss_sum / samples,
-        metric=metric_name(loss_fn, labelled),
+        metric=metric,
         samples=samples,
     )
     normalise(scores, inverse)
@@ -167,13 +177,13 @@ def analyze(
 class _Measurement:
     """Criteria on one model, batch by batch, in this process or in a scorer's."""
 
-    def __init__(self, probe_bits: int) -> None:
-        self._probe_bits = probe_bits
+    def __init__(self, probe_bits: int, pick: Pick = None) -> None:
+        self._probe_bits, self._pick = probe_bits, pick
         self._layers: dict[str, Any] = {}
         self._quantized: dict[str, torch.Tensor] = {}
         self._batch: Batch | None = None  # whose output and loss these are:
         self._output: Any = None
-        self._loss = math.nan
+        self._loss, self._metric = math.nan, ""
 
     def __call__(
         self,
@@ -183,8 +193,8 @@ class _Measurement:
         batch: Batch,
         done: dict[str, float],
         report: Callable[[str, float], None],
-    ) -> float:
-        """Report all layers that are not in ``done``; the float model's loss."""
+    ) -> tuple[float, str]:
+        """Report all layers that are not in ``done``; the float model's loss, and which it is."""
         if not self._layers:
             self._layers = supported_layers(model)
             self._quantized = {
@@ -193,13 +203,15 @@ class _Measurement:
             }
         if self._batch is not batch:
             output = _float_output(model, batch)
-            self._loss = _float_loss(output, batch, loss_fn)
+            self._loss = _float_loss(output, batch, loss_fn, self._pick)
+            self._metric = metric_name(loss_fn, batch.target, output, self._pick, batch.tokens)
             self._batch, self._output = batch, output
         probe = Probe(
-            model, self._layers, self._quantized, loss_fn, done, report, self._output, self._loss
-        )
+            model, self._layers, self._quantized, loss_fn, done, report, self._output, self._loss,
+            self._pick,
+        )  # fmt: skip
         criterion_of(criterion).measure(probe, batch)
-        return self._loss
+        return self._loss, self._metric
 
 
 def _chosen(criterion: str | None, criteria: Sequence[str]) -> list[Criterion]:
@@ -214,11 +226,11 @@ def _chosen(criterion: str | None, criteria: Sequence[str]) -> list[Criterion]:
 
 @torch.no_grad()
 def _float_output(model: nn.Module, batch: Batch) -> Any:
-    return model(batch.x)
+    return batch.x(model)
 
 
-def _float_loss(output: Any, batch: Batch, loss_fn: LossFn | None) -> float:
-    loss = loss_of(output, output, batch.target, loss_fn)
+def _float_loss(output: Any, batch: Batch, loss_fn: LossFn | None, pick: Pick) -> float:
+    loss = loss_of(output, output, batch.target, loss_fn, pick=pick, tokens=batch.tokens)
     if not math.isfinite(loss):
         raise CalibrationError(
             f"calibration batch {batch.index}: the float model's loss is {loss}; expected a "
@@ -334,6 +346,13 @@ def _loss_name(loss_fn: LossFn | None) -> str:
     return f"{getattr(loss_fn, '__module__', '')}.{getattr(loss_fn, '__qualname__', loss_fn)}"
 
 
+def _measured(entry: dict[str, Any]) -> dict[str, Any]:
+    """The float model's loss in an entry of the cache, if it is there."""
+    if "loss" not in entry:
+        return {}
+    return {"loss": float(entry["loss"]), "metric": str(entry["metric"])}
+
+
 class _Cache:
     """Measurements per batch, keyed by weights, options and the batch's contents."""
 
@@ -344,11 +363,7 @@ class _Cache:
         self.saved = time.monotonic()
         if self.path is None:
             return
-        digest = hashlib.sha256(f"{CACHE_FORMAT} {options}".encode())
-        for name, value in model.state_dict().items():
-            if isinstance(value, torch.Tensor):
-                digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-                digest.update(tensor_bytes(value))
+        digest = hashlib.sha256(f"{CACHE_FORMAT} {options} {model_digest(model)}".encode())
         self.key = digest.hexdigest()
         try:
             data = json.loads(self.path.read_text(encoding="utf-8"))
@@ -359,7 +374,7 @@ class _Cache:
                             criterion: {k: float(v) for k, v in values.items()}
                             for criterion, values in entry["raw"].items()
                         },
-                        **({"loss": float(entry["loss"])} if "loss" in entry else {}),
+                        **_measured(entry),
                     }
                     for batch, entry in data["batches"].items()
                 }

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils import _pytree as pytree
 
 from ..errors import CalibrationError
-from .batches import tensor_output
+from .batches import Batch
+from .outputs import logits_of, picked
 from .registry import Probe
 
 __all__ = ["differentiable", "loss_with_gradient", "squared_change"]
@@ -32,21 +33,25 @@ def differentiable(probe: Probe) -> Iterator[dict[str, Tensor]]:
             weight.requires_grad_(before[name])
 
 
-def loss_with_gradient(probe: Probe, x: Tensor, target: Any, criterion: str) -> Tensor:
+def loss_with_gradient(probe: Probe, batch: Batch, criterion: str) -> Tensor:
     """Mean loss of a batch as a graph.
 
     Without labels the float model's own most likely class is the label, or for a ``loss_fn`` its
     own output the target.
 
     Raises:
-        CalibrationError: the loss does not depend on the weights.
+        CalibrationError: the loss does not depend on the weights, or there are no logits.
     """
-    output = probe.model(x)
+    output, target = batch.x(probe.model), batch.target
     if probe.loss_fn is not None:
-        given = output.detach() if target is None and isinstance(output, Tensor) else target
-        loss = probe.loss_fn(output, given)
+        output = picked(output, probe.pick)
+        if target is None:
+            target = pytree.tree_map(
+                lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, output
+            )
+        loss = probe.loss_fn(output, target)
     else:
-        logits = tensor_output(output).float()
+        logits = logits_of(output, probe.pick, batch.tokens, target).float()
         labels = target if target is not None else logits.detach().argmax(1)
         loss = functional.cross_entropy(logits, labels)
     if not loss.requires_grad:

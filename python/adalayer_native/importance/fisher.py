@@ -36,9 +36,7 @@ def fisher(probe: Probe, batch: Batch) -> None:
     sums = dict.fromkeys(probe.layers, 0.0)
     with differentiable(probe) as weights:
         for row in range(batch.count):
-            part = slice(row, row + 1)
-            labels = None if target is None else target[part]
-            loss = loss_with_gradient(probe, batch.x[part], labels, "fisher")
+            loss = loss_with_gradient(probe, batch.part(slice(row, row + 1)), "fisher")
             found: tuple[torch.Tensor | None, ...] = torch.autograd.grad(
                 loss, list(weights.values()), allow_unused=True
             )

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..capture import Inputs
+
 __all__ = ["Work", "count_flops", "layer_work"]
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -27,15 +29,19 @@ class Work:
 
 
 @torch.no_grad()
-def layer_work(model: nn.Module, layers: dict[str, Any], x: torch.Tensor) -> dict[str, Work]:
+def layer_work(
+    model: nn.Module, layers: dict[str, Any], x: Inputs | torch.Tensor
+) -> dict[str, Work]:
     """Work per sample and layer; a layer called twice counts twice.
 
     Args:
         model: in eval mode.
         layers: convolutions, transposed or not, and linear modules by name.
-        x: one batch, ``[N, ...]`` with N at least 1.
+        x: one batch of at least one sample.
     """
     work = {name: Work() for name in layers}
+    batch = Inputs.of(x)
+    count = batch.count
     handles = []
 
     def hook_for(name: str) -> Any:
@@ -45,21 +51,23 @@ def layer_work(model: nn.Module, layers: dict[str, Any], x: torch.Tensor) -> dic
             transposed = isinstance(module, _TRANSPOSED)
             values = inputs[0].numel() if transposed else output.numel()
             per_value = layers[name].weight[0].numel() if layers[name].weight.shape[0] else 0
-            work[name].macs += per_value * values / x.shape[0]
-            work[name].activations += (inputs[0].numel() + output.numel()) / x.shape[0]
+            work[name].macs += per_value * values / count
+            work[name].activations += (inputs[0].numel() + output.numel()) / count
 
         return hook
 
     try:
         for name, layer in layers.items():
             handles.append(layer.register_forward_hook(hook_for(name)))
-        model(x)
+        batch(model)
     finally:
         for handle in handles:
             handle.remove()
     return work
 
 
-def count_flops(model: nn.Module, layers: dict[str, Any], x: torch.Tensor) -> dict[str, float]:
+def count_flops(
+    model: nn.Module, layers: dict[str, Any], x: Inputs | torch.Tensor
+) -> dict[str, float]:
     """FLOPs per sample and layer, a multiply-add counting 2; see :func:`layer_work`."""
     return {name: 2.0 * work.macs for name, work in layer_work(model, layers, x).items()}

@@ -19,7 +19,7 @@ def gradient(probe: Probe, batch: Batch) -> None:
     different images cancel. Without labels the float model's own most likely class is the label.
     """
     with differentiable(probe) as weights:
-        loss = loss_with_gradient(probe, batch.x, batch.target, "gradient")
+        loss = loss_with_gradient(probe, batch, "gradient")
         found: tuple[torch.Tensor | None, ...] = torch.autograd.grad(
             loss, list(weights.values()), allow_unused=True
         )

@@ -25,7 +25,7 @@ def hessian_trace(probe: Probe, batch: Batch) -> None:
     generator = torch.Generator().manual_seed(batch.index)
     traces = dict.fromkeys(probe.layers, 0.0)
     with differentiable(probe) as weights:
-        loss = loss_with_gradient(probe, batch.x, batch.target, "hessian_trace")
+        loss = loss_with_gradient(probe, batch, "hessian_trace")
         first = torch.autograd.grad(
             loss, list(weights.values()), create_graph=True, allow_unused=True
         )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from .accuracy import one_layer_quantized
-from .batches import Batch, kl_divergence, tensor_output
+from .batches import Batch
+from .outputs import distance
 from .registry import Probe, criterion
 
 __all__ = ["kl"]
@@ -16,8 +17,8 @@ __all__ = ["kl"]
 def kl(probe: Probe, batch: Batch) -> None:
     """``mean KL(softmax f(x; W) || softmax f(x; Q(W_l)))``; labels are not looked at.
 
-    Quantization sensitivity as in Cai et al., "ZeroQ", CVPR 2020.
+    Quantization sensitivity as in Cai et al., "ZeroQ", CVPR 2020. Outputs that are no logits count
+    with their relative squared error (:mod:`~adalayer_native.importance.outputs`).
     """
-    reference = tensor_output(probe.output)
     for name, output in one_layer_quantized(probe, batch):
-        probe.report(name, kl_divergence(reference, tensor_output(output)))
+        probe.report(name, float(distance(probe.output, output, probe.pick, batch.tokens)))

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..capture import Inputs
+
 __all__ = ["entropy_bits", "observe"]
 
 BINS = 256  # of a histogram: as many as an 8-bit tensor has levels
@@ -16,7 +18,7 @@ BINS = 256  # of a histogram: as many as an 8-bit tensor has levels
 def observe(
     model: nn.Module,
     layers: dict[str, Any],
-    x: Tensor,
+    x: Inputs,
     visit: Callable[[str, Tensor, Tensor], None],
 ) -> None:
     """Run the model once and call ``visit(name, input, output)`` at every call of a layer.
@@ -24,7 +26,7 @@ def observe(
     Args:
         model: in eval mode.
         layers: the layers of interest by name; ``visit`` may call them, too.
-        x: one batch ``[N, ...]``.
+        x: one batch.
         visit: sees the tensors before anything works on them in place.
     """
     busy = False
@@ -45,7 +47,7 @@ def observe(
     handles = [layer.register_forward_hook(hook_for(name)) for name, layer in layers.items()]
     try:
         with torch.no_grad():
-            model(x)
+            x(model)
     finally:
         for handle in handles:
             handle.remove()

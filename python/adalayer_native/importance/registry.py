@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from ..errors import PlanError
-from .batches import Batch, LossFn
+from .batches import Batch
+from .outputs import LossFn, Pick
 
 __all__ = ["CRITERIA", "Criterion", "Measure", "Probe", "criterion", "criterion_of"]
 
@@ -20,7 +21,7 @@ class Probe:
     """What a criterion is given for each batch.
 
     Attributes:
-        model: the float model, in eval mode, on its own device.
+        model: the captured float model, in eval mode, on its own device.
         layers: supported layers by name.
         quantized: per layer the dequantized weight at ``probe_bits``.
         loss_fn: the user's loss, or ``None``.
@@ -30,6 +31,7 @@ class Probe:
             are means over the batch.
         output: what the float model returns for this batch, without gradient.
         loss: mean loss of ``output``.
+        pick: which output counts, see :mod:`~adalayer_native.importance.outputs`.
     """
 
     model: nn.Module
@@ -40,6 +42,7 @@ class Probe:
     report: Callable[[str, float], None]
     output: Any
     loss: float
+    pick: Pick = None
 
 
 # A criterion measures all layers on one batch.

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..capture import Inputs
+
 __all__ = ["Replay"]
 
 MEMORY = 1 << 30  # bytes of layer outputs that are kept
@@ -36,14 +38,18 @@ class Replay:
     Args:
         model: in eval mode; its layers' ``forward`` is replaced while a run lasts.
         layers: whose outputs are worth keeping.
-        x: batch, as the model takes it.
+        x: batch, the model's arguments.
         memory: bytes of outputs that are kept; later layers run again where they do not suffice.
     """
 
     def __init__(
-        self, model: nn.Module, layers: Mapping[str, nn.Module], x: Tensor, memory: int = MEMORY
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        x: Inputs | Tensor,
+        memory: int = MEMORY,
     ) -> None:
-        self.model, self.layers, self.x = model, layers, x
+        self.model, self.layers, self.x = model, layers, Inputs.of(x)
         self.calls: list[_Call] = []
         held = 0
 
@@ -58,7 +64,7 @@ class Replay:
             return output
 
         with torch.no_grad(), self._replaced(recording):
-            model(x)
+            self.x(model)
 
     @torch.no_grad()
     def run(self, name: str, weight: Tensor) -> Any:
@@ -79,7 +85,8 @@ class Replay:
 
         with self._replaced(forward):
             # functional_call swaps the weight for one call and never touches the user's model.
-            return functional_call(self.model, {f"{name}.weight": weight}, (self.x,))
+            changed = {f"{name}.weight": weight}
+            return functional_call(self.model, changed, self.x.args, self.x.kwargs)
 
     @contextmanager
     def _replaced(self, forward: Callable[..., Any]) -> Iterator[None]:

@@ -11,14 +11,16 @@ from torch import nn
 
 from .._ray import connect, import_ray
 from ..errors import AdaError
-from .batches import Batch, LossFn
+from .batches import Batch
+from .outputs import LossFn
 
 __all__ = ["Measure", "Scorers"]
 
 # What measures one batch in one process: criterion, model, loss_fn, batch, layers that are known,
 # report.
 Measure = Callable[
-    [str, nn.Module, "LossFn | None", Batch, dict[str, float], Callable[..., None]], float
+    [str, nn.Module, "LossFn | None", Batch, dict[str, float], Callable[..., None]],
+    tuple[float, str],
 ]
 
 
@@ -26,7 +28,7 @@ Measure = Callable[
 class _Reports:
     """What one task found, in the order of its reports."""
 
-    loss: float
+    loss: tuple[float, str]
     values: list[tuple[str, float]]
 
 
@@ -119,8 +121,8 @@ class Scorers:
         layers: list[str],
         done: dict[str, float],
         report: Callable[[str, float], None],
-    ) -> float:
-        """Measure the layers that are not in ``done``; returns the float model's loss.
+    ) -> tuple[float, str]:
+        """Measure the layers that are not in ``done``; returns the float model's loss and metric.
 
         Args:
             criterion: its name.
@@ -164,7 +166,8 @@ class Scorers:
             lines = [line for line in str(error).splitlines() if line.strip()]
             raise AdaError(
                 "a process of the analysis did not start, or died "
-                f"({lines[-1].strip() if lines else type(error).__name__}); expected the model's "
-                "class and the loss function in modules that every machine can import"
+                f"({lines[-1].strip() if lines else type(error).__name__}); expected the loss "
+                "function, and modules that the model holds as they are, where every machine can "
+                "import them"
             ) from error
         return found

@@ -66,7 +66,8 @@ class LayerScores:
         criterion: what ``raw`` is.
         probe_bits: width at which each layer alone was tried.
         loss: mean loss of the float model (0 for KL divergence to itself).
-        metric: ``"loss_fn"``, ``"cross_entropy"`` or ``"kl_divergence"``.
+        metric: ``"loss_fn"``, ``"cross_entropy"``, or how far the float model's outputs are:
+            ``"kl_divergence"``, ``"squared_error"``, or both joined by ``" + "``.
         samples: number of calibration samples seen.
     """
 

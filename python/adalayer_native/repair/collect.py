@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adalayer_native._progress import ProgressBar
-from adalayer_native.capture import captured
+from adalayer_native.capture.loading import captured_on
 from adalayer_native.errors import PlanError
 from adalayer_native.plan import LayerPlan, Plan, layer_kind, supported_layers
 from adalayer_native.quantization.layout import native_layout
@@ -22,7 +23,7 @@ __all__ = ["layer_hessians"]
 
 
 def layer_hessians(
-    model: nn.Module,
+    model: nn.Module | torch.export.ExportedProgram,
     loader: Iterable[Any],
     layers: Iterable[str] | None = None,
     *,
@@ -38,7 +39,8 @@ def layer_hessians(
     for each such part, and yielded one by one; whoever does not keep them needs no more than that.
 
     Args:
-        model: float model that :func:`prepare` accepts; run in evaluation mode, not changed.
+        model: float model that :func:`prepare` accepts, captured or not; run in evaluation mode,
+            not changed.
         loader: as in :func:`repair`.
         layers: names; default: all that can be quantized.
         batches: use at most that many batches.
@@ -51,7 +53,9 @@ def layer_hessians(
         PlanError: unknown layer.
         UnsupportedModelError: as :func:`prepare`.
     """
-    model = captured(model, loader)
+    if iter(loader) is loader:  # read once for the capture, and for every part
+        loader = list(itertools.islice(loader, batches))
+    model = captured_on(model, loader)
     modules = supported_layers(model)
     wanted = {
         name: LayerPlan(name, layer_kind(module), module.weight.numel(), 8)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from rich.markup import escape
 from rich.table import Table
 
+from ..plan import float_text
 from .run import Layer, Run
 
 __all__ = ["COLUMNS", "Column", "notes", "run_table", "summary", "total_of"]
@@ -129,7 +130,12 @@ def run_table(run: Run) -> Table:
         table.add_row(*(escape(column.show(layer)) for column in COLUMNS))
     table.add_section()
     table.add_row("total", *(total_of(column, run) for column in COLUMNS[1:]))
-    table.caption = escape(notes(run))
+    rest = run.data.get("float_rest") or []
+    lines = [notes(run)]
+    if rest:
+        parts = {part["name"]: part for part in rest}
+        lines.append(f"stays in float: {float_text(parts)}")
+    table.caption = escape("\n".join(lines))
     return table
 
 

@@ -189,7 +189,7 @@ def _facts(run: Run) -> str:
         ("instruction set", data["isa"]),
         ("threads", data["threads"]),
         ("no engine", data.get("engine", {}).get("why")),
-        *((f"{name} stays float", why) for name, why in data.get("kept_float", {}).items()),
+        *_float_rest(data),
     ]
     for key, words in (("compression", "energy of the compression"), ("float", "energy, float"),
                        ("native", "energy, native")):  # fmt: skip
@@ -202,6 +202,18 @@ def _facts(run: Run) -> str:
         if value not in (None, "")
     )
     return f'<section id="facts"><h2>How it was made</h2><dl>{rows}</dl></section>'
+
+
+def _float_rest(data: dict[str, Any]) -> list[tuple[str, str]]:
+    """What stays float, with its share of the multiply-accumulates where a run says it."""
+    rest = data.get("float_rest")
+    if rest is None:  # a run of an earlier version
+        return [(f"{name} stays float", why) for name, why in data.get("kept_float", {}).items()]
+    found = []
+    for part in rest:
+        why = f"{part['reason']}, {100 * part['share']:.2g} % of the work"
+        found.append((f"{part['name']} stays float", why))
+    return found
 
 
 def _epochs(data: dict[str, Any]) -> str | None:

@@ -7,15 +7,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from .. import files, ops
 from ..allocation import float_bytes, plan_energy
+from ..allocation.rest import planned_rest
+from ..capture import GraphModel, Inputs, captured
 from ..compress import Compressed
 from ..engine import compile as compile_engine
 from ..errors import AdaError
 from ..importance.analyze import eval_mode
+from ..importance.batches import one_sample
 from ..importance.flops import layer_work
 from ..plan import Plan, supported_layers
 
@@ -31,7 +33,7 @@ def record(
     model: nn.Module,
     result: Compressed,
     packed: str | os.PathLike[str],
-    x: torch.Tensor,
+    x: Any,
     more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """JSON values about a compressed model; :func:`~adalayer_native.report.load_run` reads them.
@@ -41,16 +43,19 @@ def record(
 
     Args:
         name: of the model.
-        model: the float model.
+        model: the float model, captured or not.
         result: from ``compress``.
         packed: the saved file.
-        x: an input, ``[N, ...]``.
+        x: an input: a tensor, a tuple or a dictionary of arguments.
         more: what the caller measured (accuracies, milliseconds), added as it is.
     """
     plan, size = result.plan, os.stat(packed).st_size
-    original = float_bytes(model)
-    times, engine = _profile(result.model, x[:1])
-    layers = _layers(model, result, packed, x[:1], times)
+    front = captured(model, example=x)
+    sample = one_sample(front, Inputs.of(x))
+    original = float_bytes(model if isinstance(model, nn.Module) else front)
+    times, engine = _profile(result.model, sample)
+    layers = _layers(front, result, packed, sample, times)
+    rest = planned_rest(front, plan) if result.float_rest is None else result.float_rest
     return {
         "format": RECORD_FORMAT,
         "version": RECORD_VERSION,
@@ -64,6 +69,7 @@ def record(
         "threads": ops.get_num_threads(),
         "isa": ops.active_isa(),
         "kept_float": result.kept_float,
+        "float_rest": [{"name": n, **entry} for n, entry in rest.as_dict().items()],
         "measured": plan.measured,
         "engine": engine,
         "modelled_energy_uj": 1e-6 * sum(layer["energy_pj"] for layer in layers),
@@ -73,12 +79,10 @@ def record(
     }
 
 
-def _profile(
-    native: nn.Module, x: torch.Tensor
-) -> tuple[dict[str, tuple[float, str]], dict[str, Any]]:
+def _profile(native: nn.Module, x: Inputs) -> tuple[dict[str, tuple[float, str]], dict[str, Any]]:
     """Microseconds and kernel per layer, and what there is to say about the engine."""
     try:
-        engine = compile_engine(native, x, policy="native")
+        engine = compile_engine(native, x.example, policy="native")
         rows = engine.coverage(rounds=ROUNDS)
     except AdaError as error:
         return {}, {"why": str(error)}
@@ -92,10 +96,10 @@ def _profile(
 
 
 def _layers(
-    model: nn.Module,
+    model: GraphModel,
     result: Compressed,
     packed: str | os.PathLike[str],
-    x: torch.Tensor,
+    x: Inputs,
     times: Mapping[str, tuple[float, str]],
 ) -> list[dict[str, Any]]:
     """One entry per layer of the plan: what was decided, and what came of it."""

@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adalayer_native.capture import Inputs
 from adalayer_native.errors import CalibrationError, PlanError
+from adalayer_native.importance.batches import tokens_of
+from adalayer_native.importance.outputs import LossFn, Pick, has_logits, logits_of
 from adalayer_native.quantization.calibrate import batch_norms, reestimate_batch_norms
 from adalayer_native.quantization.exact import check_calibrated
 from adalayer_native.quantization.graph import layers_of, metadata
 from adalayer_native.quantization.lsq import StepSize
-from adalayer_native.training.batches import NORM_BATCHES, split_batch
+from adalayer_native.training.batches import NORM_BATCHES, as_float, split_batch
 from adalayer_native.training.loop import History, Loop, LoopOptions, bf16_helps, check_range
 from adalayer_native.training.losses import data_loss
 from adalayer_native.training.scales import (
@@ -63,6 +66,8 @@ def finetune(
     train_loader: Iterable[Any],
     epochs: int = 2,
     *,
+    loss_fn: LossFn | None = None,
+    output: Pick = None,
     lr: float = 0.01,
     optimizer: str = "sgd",
     momentum: float = 0.9,
@@ -93,7 +98,9 @@ def finetune(
 
     Loss, eq. (5): ``CE + eta * sum_l (1 - I_l) * mean|W_opt,l|``, the sum only with ``scores``.
     With a teacher the data term is ``(1 - d) * CE + d * T^2 * KL(teacher || student)``, both
-    softened by ``T``; without labels it is the KL term alone. The learning rate rises over the
+    softened by ``T``; without labels it is the KL term alone. Outputs that are no logits
+    (:mod:`~adalayer_native.importance.outputs`) are taught by their relative squared error, and
+    labels that no single output of logits fits are left aside. The learning rate rises over the
     first 3 % of the steps and then follows a half cosine to 0.
 
     Scales start as calibrated or repaired and are learned (LSQ, Esser et al. 2020): one per output
@@ -116,8 +123,13 @@ def finetune(
     Args:
         prepared: from :func:`prepare`, calibrated, repaired or not; trained in place, left in
             evaluation mode.
-        train_loader: re-iterable of ``(inputs, labels)``, or of inputs alone with a ``teacher``.
+        train_loader: re-iterable of batches as for :func:`calibrate`, with labels, or of inputs
+            alone with a ``teacher``.
         epochs: passes over the loader.
+        loss_fn: ``loss_fn(output, labels) -> loss`` in place of CE, and without labels
+            ``loss_fn(output, teacher's output)`` in place of KL.
+        output: which of the model's outputs counts, a key, an index or a path; default: all of
+            floating point.
         lr: peak learning rate.
         optimizer: ``"sgd"`` (Nesterov momentum) or ``"adamw"``.
         momentum: of SGD.
@@ -129,7 +141,7 @@ def finetune(
             "Adaptive layerwise quantization for deep neural network compression", ICME 2018). 0:
             off.
         scores: importance ``I`` per layer name: a number, or a mapping with the key ``"I"``.
-        teacher: float model; used in evaluation mode, unchanged.
+        teacher: float model, captured or not; used in evaluation mode, unchanged.
         distill_weight: ``d``, 0 to 1.
         temperature: ``T``, positive.
         learn_scales: false recomputes weight scales at the start of every epoch and keeps the
@@ -196,7 +208,8 @@ def finetune(
         raise PlanError("finetune: widths and extra_bits both say how the bits change; give one")
     schedule = WidthSchedule(prepared, widths)
     penalties = _penalties(prepared, scores)
-    run = _Finetuning(prepared, train_loader, options, penalties, teacher, schedule)
+    aim = (loss_fn, output)
+    run = _Finetuning(prepared, train_loader, options, penalties, teacher, schedule, aim)
     return run.execute(checkpoint, resume, max_minutes, progress, watch)
 
 
@@ -229,6 +242,7 @@ class _Finetuning(Loop):
         penalties: dict[str, float],
         teacher: nn.Module | None,
         widths: WidthSchedule,
+        aim: tuple[LossFn | None, Pick],
     ) -> None:
         identity: dict[str, Any] = {
             "penalties": penalties,
@@ -237,6 +251,12 @@ class _Finetuning(Loop):
         }
         if widths.widths:
             identity["widths"] = widths.widths
+        self.loss_fn, self.pick = aim
+        if self.loss_fn is not None:
+            identity["loss"] = getattr(self.loss_fn, "__qualname__", str(self.loss_fn))
+        if self.pick is not None:
+            identity["output"] = self.pick
+        self.tokens: frozenset[int] = frozenset()
         self.widths = widths
         super().__init__(model, loader, options, identity)
         self.layers = layers_of(model)
@@ -273,8 +293,8 @@ class _Finetuning(Loop):
             {"params": decayed, "weight_decay": self.options.weight_decay},
         ]
 
-    def split(self, batch: Any) -> tuple[Tensor, Tensor | None]:
-        x, labels = split_batch(batch)
+    def split(self, batch: Any) -> tuple[Inputs, Any]:
+        x, labels = split_batch(self.model, batch)
         if labels is None and self.teacher is None:
             raise CalibrationError(
                 "the training batches have no labels; pass the float model as teacher to train "
@@ -282,17 +302,18 @@ class _Finetuning(Loop):
             )
         return x, labels
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Inputs) -> tuple[Any, Any]:
+        self.tokens = tokens_of(x)
         target = None
         if self.teacher is not None:
             with torch.no_grad():
-                target = self.teacher(x)
+                target = x(self.teacher)
         self.energies = []
         if self.options.activation_l2 == 0.0:
-            return self.model(x), target
+            return x(self.model), target
         handles = [layer.register_forward_pre_hook(self._energy) for layer in self.layers.values()]
         try:
-            return self.model(x), target
+            return x(self.model), target
         finally:
             for handle in handles:
                 handle.remove()
@@ -300,15 +321,17 @@ class _Finetuning(Loop):
     def _energy(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self.energies.append(inputs[0].float().square().mean())
 
-    def loss(self, logits: Tensor, labels: Tensor | None, extra: Tensor | None) -> Tensor:
+    def loss(self, output: Any, labels: Any, extra: Any) -> Tensor:
         options = self.options
-        target = None if extra is None else extra.float()
         loss = data_loss(
-            logits,
+            output,
             labels,
-            target,
+            None if extra is None else as_float(extra),
             distill_weight=options.distill_weight,
             temperature=options.temperature,
+            loss_fn=self.loss_fn,
+            pick=self.pick,
+            tokens=self.tokens,
         )
         if self.energies:
             loss = loss + options.activation_l2 * torch.stack(self.energies).mean()
@@ -320,6 +343,10 @@ class _Finetuning(Loop):
             if norms:
                 loss = loss + options.eta * torch.stack(norms).sum()
         return loss
+
+    def logits(self, output: Any, labels: Any) -> Tensor | None:
+        where = (self.pick, self.tokens, labels)
+        return logits_of(output, *where) if has_logits(output, *where) else None
 
     # -- what changes with time ---------------------------------------------------------------
 

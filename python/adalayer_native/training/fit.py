@@ -11,7 +11,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adalayer_native.capture import Inputs
 from adalayer_native.errors import CalibrationError
+from adalayer_native.importance.outputs import has_logits, logits_of
 from adalayer_native.quantization.calibrate import batch_norms, reestimate_batch_norms
 from adalayer_native.training.batches import NORM_BATCHES, split_batch
 from adalayer_native.training.loop import History, Loop, LoopOptions, bf16_helps, check_range
@@ -56,9 +58,9 @@ def fit(
     of :func:`finetune`. Augmentation is the loader's business.
 
     Args:
-        model: float network that returns logits ``[N, classes]``; trained in place, left in
-            evaluation mode.
-        train_loader: re-iterable of ``(inputs, labels)``; labels int64 ``[N]``.
+        model: float network that returns logits ``[N, classes]``, alone or among other outputs
+            (:mod:`~adalayer_native.importance.outputs`); trained in place, left in evaluation mode.
+        train_loader: re-iterable of batches with labels; labels int64 ``[N]``.
         epochs: passes over the loader.
         lr: peak learning rate.
         optimizer: ``"sgd"`` (Nesterov momentum) or ``"adamw"``.
@@ -110,18 +112,21 @@ class _Fitting(Loop):
             },
         ]
 
-    def split(self, batch: Any) -> tuple[Tensor, Tensor | None]:
-        x, labels = split_batch(batch)
+    def split(self, batch: Any) -> tuple[Inputs, Any]:
+        x, labels = split_batch(self.model, batch)
         if labels is None:
             raise CalibrationError("the training batches have no labels; training needs them")
         return x, labels
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        return self.model(x), None
+    def forward(self, x: Inputs) -> tuple[Any, None]:
+        return x(self.model), None
 
-    def loss(self, logits: Tensor, labels: Tensor | None, extra: None) -> Tensor:
-        assert labels is not None
+    def loss(self, output: Any, labels: Any, extra: None) -> Tensor:
+        logits = logits_of(output, target=labels)
         return F.cross_entropy(logits, labels, label_smoothing=self.options.label_smoothing)
+
+    def logits(self, output: Any, labels: Any) -> Tensor | None:
+        return logits_of(output, target=labels) if has_logits(output, target=labels) else None
 
     def complete(self) -> None:
         self.average.use()

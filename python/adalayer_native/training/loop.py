@@ -20,9 +20,11 @@ from torch import Tensor, nn
 
 from adalayer_native._fingerprint import fingerprint
 from adalayer_native._progress import ProgressBar
+from adalayer_native.capture import Inputs
 from adalayer_native.errors import CalibrationError, PlanError
 from adalayer_native.training import checkpoint as store
 from adalayer_native.training.average import Average
+from adalayer_native.training.batches import as_float, on_device
 from adalayer_native.training.interrupt import deferred_interrupt
 from adalayer_native.training.schedule import half_cosine
 from adalayer_native.training.watch import Paused, Watch
@@ -128,16 +130,20 @@ class Loop(ABC):
     # -- what a subclass says -----------------------------------------------------------------
 
     @abstractmethod
-    def split(self, batch: Any) -> tuple[Tensor, Tensor | None]:
-        """Inputs and labels (``None`` where there are none) of a batch."""
+    def split(self, batch: Any) -> tuple[Inputs, Any]:
+        """Arguments of the model and labels (``None`` where there are none) of a batch."""
 
     @abstractmethod
-    def forward(self, x: Tensor) -> tuple[Tensor, Any]:
-        """Logits, and whatever :meth:`loss` needs besides; runs under autocast."""
+    def forward(self, x: Inputs) -> tuple[Any, Any]:
+        """The result, and whatever :meth:`loss` needs besides; runs under autocast."""
 
     @abstractmethod
-    def loss(self, logits: Tensor, labels: Tensor | None, extra: Any) -> Tensor:
-        """The loss, a scalar; ``logits`` are float32."""
+    def loss(self, output: Any, labels: Any, extra: Any) -> Tensor:
+        """The loss, a scalar; tensors of ``output`` are float32."""
+
+    @abstractmethod
+    def logits(self, output: Any, labels: Any) -> Tensor | None:
+        """Logits ``[N, C, ...]`` for the accuracy; ``None`` where there are none."""
 
     @abstractmethod
     def groups(self) -> list[dict[str, Any]]:
@@ -328,23 +334,22 @@ class Loop(ABC):
     def _step(self, batch: Any) -> None:
         options = self.options
         x, labels = self.split(batch)
-        if not bool(torch.isfinite(x).all()):
+        if not x.is_finite():
             raise CalibrationError(
-                f"training batch {self.state.step} of shape {tuple(x.shape)} contains NaN or "
-                "infinite values; expected finite numbers"
+                f"training batch {self.state.step} of shape {x.shapes} contains NaN or infinite "
+                "values; expected finite numbers"
             )
-        x = x.to(self.device)
-        labels = None if labels is None else labels.to(self.device)
-        if x.dim() == 4:
-            x = x.contiguous(memory_format=torch.channels_last)
+        x = x.to(self.device).map(_channels_last)
+        labels = on_device(labels, self.device)
         done = self.time()
         rate = self._rate(done)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.before_step(done)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=options.amp):
-            logits, extra = self.forward(x)
-        loss = self.loss(logits.float(), labels, extra)
+            output, extra = self.forward(x)
+        output = as_float(output)
+        loss = self.loss(output, labels, extra)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise CalibrationError(
@@ -358,11 +363,14 @@ class Loop(ABC):
         self.after_step()
         if options.ema > 0.0 and self.averaging():
             self.average.update()
-        self.state.samples += x.shape[0]
-        self.state.loss += value * x.shape[0]
-        if labels is not None and labels.dtype == torch.int64:
-            self.state.labelled += x.shape[0]
-            self.state.correct += int((logits.detach().argmax(dim=1) == labels).sum())
+        self.state.samples += x.count
+        self.state.loss += value * x.count
+        if isinstance(labels, Tensor) and labels.dtype == torch.int64:
+            logits = self.logits(output, labels)
+            found = None if logits is None else logits.detach().argmax(dim=1)
+            if found is not None and found.shape == labels.shape:
+                self.state.labelled += int((labels >= 0).sum())
+                self.state.correct += int((found == labels).sum())
 
     def time(self) -> float:
         """Share of the run that is done, 0 to 1."""
@@ -397,3 +405,9 @@ class Loop(ABC):
             text += f"  accuracy {100.0 * state.correct / state.labelled:.2f} %"
         spent = state.seconds - sum(entry["seconds"] for entry in state.history)
         return text + f"  {state.samples / max(spent, 1e-9):.0f} samples/s"
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    if tensor.dim() == 4:
+        return tensor.contiguous(memory_format=torch.channels_last)
+    return tensor

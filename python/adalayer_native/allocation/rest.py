@@ -1,0 +1,45 @@
+"""What a model computes in float whatever a plan says, and with a plan."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..capture import GraphModel
+from ..capture.work import FloatRest, Work, float_rest
+from ..plan import MAX_BITS, LayerPlan, Plan, layer_kind, supported_layers
+from ..quantization.layout import native_layout
+
+__all__ = ["planned_rest", "unsupported_rest"]
+
+
+def unsupported_rest(
+    model: GraphModel, plan: Plan | None = None, work: list[Work] | None = None
+) -> FloatRest:
+    """What no plan can make native: layers without native form, products that are no layers.
+
+    Args:
+        model: captured.
+        plan: whose bits count where it has some; a layer may be too large for 8.
+        work: of the model, if it is at hand.
+    """
+    layout = native_layout(model, _everywhere(model, plan))
+    return float_rest(model, set(layout.layers), layout.kept_float, work)
+
+
+def planned_rest(model: GraphModel, plan: Plan, work: list[Work] | None = None) -> FloatRest:
+    """What stays in float with a plan, layers that it keeps so included."""
+    layout = native_layout(model, plan)
+    reasons = native_layout(model, _everywhere(model, plan)).kept_float
+    return float_rest(model, set(layout.layers), {**reasons, **layout.kept_float}, work)
+
+
+def _everywhere(model: GraphModel, plan: Plan | None) -> Plan:
+    """The plan with bits for every layer of the model."""
+    found = {}
+    for name, layer in supported_layers(model).items():
+        if plan is not None and name in plan:
+            found[name] = replace(plan[name], bits=plan[name].bits or MAX_BITS)
+        else:
+            kind, count = layer_kind(layer), layer.weight.numel()
+            found[name] = LayerPlan(name, kind, count, MAX_BITS)
+    return Plan(found)

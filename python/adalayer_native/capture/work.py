@@ -1,0 +1,327 @@
+"""Multiply-accumulates of a captured model, and which of them stay in float.
+
+Counted are convolutions and products, wherever they come from: layers, products of two computed
+tensors, attention, recurrent layers. What is in between (norms, activations, sums) has none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from adalayer_native.capture.example import Inputs
+from adalayer_native.capture.model import GraphModel
+from adalayer_native.capture.vocabulary import LAYERS, arguments, op_name
+from adalayer_native.plan import float_text
+
+__all__ = ["FloatPart", "FloatRest", "Work", "example_of_model", "float_rest", "work_of"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one node of the graph computes for one sample.
+
+    Attributes:
+        node: its name.
+        name: of the layer, or of the module of the model that computes it.
+        what: in words, for others than layers.
+        macs: multiply-accumulates.
+        layer: whether it calls a layer (a convolution or product with constant weights).
+    """
+
+    node: str
+    name: str
+    what: str
+    macs: float
+    layer: bool
+
+
+@dataclass(frozen=True)
+class FloatPart:
+    """Something that stays in float.
+
+    Attributes:
+        name: of the layer or module.
+        reason: why.
+        share: of the model's multiply-accumulates, 0 to 1.
+    """
+
+    name: str
+    reason: str
+    share: float
+
+
+@dataclass(frozen=True)
+class FloatRest:
+    """What stays in float, the largest share first.
+
+    Attributes:
+        parts: with their reasons.
+        macs: multiply-accumulates of the whole model for one sample.
+    """
+
+    parts: tuple[FloatPart, ...]
+    macs: float
+
+    @property
+    def share(self) -> float:
+        """Share of the multiply-accumulates that stay in float."""
+        return sum(part.share for part in self.parts)
+
+    def __bool__(self) -> bool:
+        return bool(self.parts)
+
+    def as_dict(self) -> dict[str, dict[str, Any]]:
+        """By name, JSON values: what a plan and a report keep of it."""
+        found: dict[str, dict[str, Any]] = {}
+        for part in self.parts:
+            entry = found.setdefault(part.name, {"reason": part.reason, "share": 0.0})
+            if part.reason not in entry["reason"]:
+                entry["reason"] += f", {part.reason}"
+            entry["share"] += part.share
+        return found
+
+    def __str__(self) -> str:
+        return float_text(self.as_dict())
+
+
+def example_of_model(model: GraphModel) -> Inputs:
+    """Arguments as large as those that a model was captured with, all zero.
+
+    Sizes that are not known any more, in a process that the model was sent to, are 2 for the batch
+    and 32 for others.
+    """
+    signature = model.signature
+    ports = iter(signature.ports)
+    leaves: list[Any] = []
+    holders = [node for node in model.graph.nodes if node.op == "placeholder"]
+    device = next((t.device for t in (*model.parameters(), *model.buffers())), None)
+    for position, node in enumerate(holders):
+        if position in signature.constants:
+            leaves.append(signature.constants[position])
+            continue
+        port, value = next(ports), node.meta.get("val")
+        known = tuple(value.shape) if isinstance(value, Tensor) else port.shape
+        sizes = [_size(size, axis) for axis, size in enumerate(known)]
+        leaves.append(torch.zeros(sizes, dtype=port.dtype, device=device))
+    args, kwargs = pytree.tree_unflatten(leaves, signature.in_spec)
+    return Inputs(tuple(args), dict(kwargs))
+
+
+def _size(size: Any, axis: int) -> int:
+    if isinstance(size, int):
+        return size
+    hint = size.node.hint if isinstance(size, torch.SymInt) else None
+    return int(hint) if hint is not None else 32 if axis else 2
+
+
+@torch.no_grad()
+def work_of(model: GraphModel, x: Inputs | None = None) -> list[Work]:
+    """All nodes with multiply-accumulates, per sample; a layer that is called twice is there twice.
+
+    Args:
+        model: in evaluation mode.
+        x: a batch, best of one sample: the model runs on it. Default: as it was captured.
+    """
+    x = example_of_model(model) if x is None else x
+    signature = model.signature
+    runner = _Counting(model)
+    runner.run(*signature.leaves(x.args, x.kwargs), enable_io_processing=False)
+    moving = _moving(model)
+    found = []
+    for node, what, macs in runner.found:
+        # What depends on parameters alone is no work for a sample.
+        if macs > 0 and node in moving:
+            if what == _COMPUTED and not moving.issuperset(node.all_input_nodes):
+                what = "a product with a constant that is no matrix of a layer"
+            found.append(Work(node.name, _place(node), what, macs / x.count, what == ""))
+    return found
+
+
+def _moving(model: GraphModel) -> set[fx.Node]:
+    """Values that depend on the inputs."""
+    found: set[fx.Node] = set()
+    for node in model.graph.nodes:
+        if node.op == "placeholder" or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def float_rest(
+    model: GraphModel,
+    native: Collection[str],
+    reasons: Mapping[str, str] | None = None,
+    work: list[Work] | None = None,
+) -> FloatRest:
+    """What a model computes in float when some layers are native.
+
+    Args:
+        model: captured.
+        native: names of the native layers.
+        reasons: why other layers are not; default: the plan says so.
+        work: :func:`work_of` the model, if it is at hand.
+    """
+    work = work_of(model) if work is None else work
+    total = sum(each.macs for each in work)
+    sums: dict[tuple[str, str], float] = {}
+    for each in work:
+        if each.layer and each.name in native:
+            continue
+        reason = each.what
+        if each.layer:
+            reason = (reasons or {}).get(each.name, "the plan keeps it in float")
+        sums[each.name, reason] = sums.get((each.name, reason), 0.0) + each.macs
+    parts = [FloatPart(name, reason, macs / total) for (name, reason), macs in sums.items()]
+    return FloatRest(tuple(sorted(parts, key=lambda part: -part.share)), total)
+
+
+def _place(node: fx.Node) -> str:
+    if node.op == "call_module":
+        return str(node.target)
+    return str(node.meta.get("path") or node.name)
+
+
+class _Counting(fx.Interpreter):
+    """Runs a graph and notes what its nodes multiply."""
+
+    def __init__(self, model: GraphModel) -> None:
+        super().__init__(model)
+        self.found: list[tuple[fx.Node, str, float]] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.op == "call_module":
+            module = self.fetch_attr(str(n.target))
+            if isinstance(module, LAYERS):
+                operand: Any = self.map_nodes_to_values(n.args[0], n)
+                self.found.append((n, "", _layer_macs(module, operand, result)))
+        elif n.op == "call_function" and isinstance(n.target, torch._ops.OpOverload):
+            count = _counter(op_name(n))
+            if count is not None:
+                what, macs = count
+                given = self.map_nodes_to_values(arguments(n), n)
+                self.found.append((n, what, float(macs(given, result))))
+        return result
+
+
+def _layer_macs(module: nn.Module, operand: Tensor, result: Tensor) -> float:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    # Weights per value: in_channels / groups * kh * kw or in_features per output value; a
+    # transposed convolution has out_channels / groups * kh * kw per input value.
+    values = operand if isinstance(module, nn.ConvTranspose2d) else result
+    return float(values.numel() * math.prod(weight.shape[1:]))
+
+
+# -- operators ------------------------------------------------------------------------------------
+
+
+def _convolution(a: dict[str, Any], result: Tensor) -> float:
+    operand = a.get("input", a.get("self"))
+    assert isinstance(operand, Tensor)
+    values = operand if a.get("transposed", "output_padding" in a) else result
+    return values.numel() * math.prod(a["weight"].shape[1:])
+
+
+def _product(a: dict[str, Any], result: Tensor) -> float:
+    left = a.get("mat1", a.get("batch1", a.get("self", a.get("input", a.get("mat")))))
+    assert isinstance(left, Tensor)
+    summed = left.shape[0] if left.dim() > result.dim() and "batch1" in a else 1
+    return result.numel() * (left.shape[-1] if left.dim() else 1) * summed
+
+
+def _vector(a: dict[str, Any], result: Tensor) -> float:
+    matrix = a.get("mat", a.get("self"))
+    assert isinstance(matrix, Tensor)
+    return float(matrix.numel())
+
+
+def _linear(a: dict[str, Any], result: Tensor) -> float:
+    return result.numel() * int(a["weight"].shape[-1])
+
+
+def _bilinear(a: dict[str, Any], result: Tensor) -> float:
+    return result.numel() * math.prod(a["weight"].shape[1:])
+
+
+def _attention(a: dict[str, Any], result: Any) -> float:
+    query, key, value = a["query"], a["key"], a["value"]
+    return query.numel() / query.shape[-1] * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+
+
+def _einsum(a: dict[str, Any], result: Tensor) -> float:
+    """Two operands at a time, from the left, as torch goes without a path."""
+    equation = str(a["equation"]).replace(" ", "")
+    left, _, out = equation.partition("->")
+    terms = left.split(",")
+    operands = list(a["tensors"])
+    sizes: dict[str, int] = {}
+    for term, operand in zip(terms, operands, strict=True):
+        shape = list(operand.shape)
+        before, dots, after = term.partition("...")
+        if dots:
+            start, end = len(before), len(shape) - len(after)
+            sizes["."] = max(sizes.get(".", 1), math.prod(shape[start:end]))
+            shape = shape[:start] + shape[end:]
+        sizes.update(zip(before + after, shape, strict=True))
+    kept = [set(term.replace("...", ".")) for term in terms]
+    last = set(out.replace("...", "."))
+    if len(kept) < 2:
+        return 0.0
+    total, first = 0.0, kept[0]
+    for position, other in enumerate(kept[1:], start=1):
+        both = first | other
+        total += math.prod(sizes[index] for index in both)
+        later = set().union(last, *kept[position + 1 :])
+        first = both & later
+    return total
+
+
+def _recurrent(a: dict[str, Any], result: Any) -> float:
+    operand = a.get("input", a.get("data"))
+    assert isinstance(operand, Tensor)
+    weights = sum(w.numel() for w in a["params"] if w.dim() == 2)
+    return operand.numel() / operand.shape[-1] * weights
+
+
+def _cell(a: dict[str, Any], result: Any) -> float:
+    return a["input"].shape[0] * (a["w_ih"].numel() + a["w_hh"].numel())
+
+
+_COMPUTED = "a product of two computed tensors"
+_OPERATORS: dict[str, tuple[str, Any]] = {
+    **dict.fromkeys(
+        ("conv3d", "conv_transpose3d"), ("there is no native 3-D convolution", _convolution)
+    ),
+    **dict.fromkeys(
+        ("conv1d", "conv2d", "conv_transpose1d", "conv_transpose2d", "convolution", "_convolution",
+         "convolution_overrideable", "slow_conv3d", "conv_depthwise3d", "_conv_depthwise2d"),
+        ("a convolution whose weights are computed", _convolution),
+    ),
+    **dict.fromkeys(("mm", "bmm", "matmul", "addmm", "baddbmm", "addbmm", "_int_mm"),
+                    (_COMPUTED, _product)),
+    **dict.fromkeys(("mv", "dot", "addmv", "vdot", "inner"), (_COMPUTED, _vector)),
+    "linear": ("a linear layer whose weights are computed", _linear),
+    "bilinear": ("a bilinear product", _bilinear),
+    "einsum": ("a sum over products of computed tensors", _einsum),
+    **dict.fromkeys(
+        ("scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu",
+         "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
+         "_scaled_dot_product_attention_math"),
+        ("attention: products of computed tensors", _attention),
+    ),
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), ("a recurrent layer", _recurrent)),
+    **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"),
+                    ("a recurrent layer", _cell)),
+}  # fmt: skip
+
+
+def _counter(name: str) -> tuple[str, Any] | None:
+    space, _, rest = name.partition(".")
+    return _OPERATORS.get(rest.rpartition(".")[0]) if space == "aten" else None
