@@ -46,7 +46,7 @@ RECORD: dict[str, Any] = {
             "kept_float": {},
             "native": {"equal": True},
             "engine": {"equal": True},
-            "in_torch": [],
+            "in_torch": [["last", "aten.sigmoid.default", "wanted in float32", 0]],
             "native_share": 1.0,
             "cosine": 0.999,
             "varying_cosine": 0.99,
@@ -185,6 +185,8 @@ def test_misses_are_named() -> None:
     assert "50.0 % of the multiply-accumulates" in found
     (found,) = misses(record(milliseconds={"engine": 2.0, "torch": 1.0}))
     assert "torch 1.000 ms" in found
+    (found,) = misses(record(in_torch=[["a", "aten.bmm.default", "two activations", 10]]))
+    assert found == "8 bits: in torch: a (aten.bmm.default): two activations"
     refused = record()
     refused["bits"]["8"] = {"refused": {"stage": "prepare", "why": "ValueError: no"}}
     assert misses(refused) == ["8 bits: refused at prepare: ValueError: no"]
@@ -195,7 +197,7 @@ def test_the_page_has_a_row_and_the_reasons_of_every_network() -> None:
     bad = record(kept_float={"conv": "a|b *c*"})
     bad["name"] = "own/other"
     text = page([record(), bad])
-    assert "| own/net | yes | 99.0 % | = | = | 0.9990 \\| 0.9900 | 100.0 % |" in text
+    assert "| own/net | yes | 99.0 % | = | = | 0.9990 \\| 0.9900 | 100.0 %, 1 |" in text
     assert "1 of 2 networks miss nothing" in text
     assert "- 8 bits: kept float: conv: a\\|b \\*c\\*" in text
     lines = [line for line in text.splitlines() if line.startswith("|")]

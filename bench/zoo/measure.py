@@ -174,7 +174,7 @@ def _measure_engine(native: nn.Module, example: Example, ours: Any, part: Record
         apart = difference(call(engine, example), ours)
         coverage = engine.coverage(rounds=0)
         part["native_share"] = coverage.native_share
-        part["in_torch"] = [[r.name, r.op, r.why] for r in coverage if r.kind == "torch" and r.why]
+        part["in_torch"] = [[r.name, r.op, r.why, r.macs] for r in coverage if r.kind == "torch"]
         if not apart.equal and isinstance(example, Tensor):
             apart = replace(apart, nodes=differing_nodes(native, example))
         part["engine"] = apart.to_dict()

@@ -36,7 +36,8 @@ writes this page; `--only NAME` measures one network. One input at a time, one t
   behind the bar that of what differs between the inputs. Noise averages out, so that some networks
   answer nearly the same to any of it; a network whose outputs differ by less than
   {100 * VARIED:g} % is named below.
-- *in engine*: share of the multiply-accumulates that the engine does natively.
+- *in engine*: share of the multiply-accumulates that the engine does natively, and how many
+  operators run in torch.
 - *ms*: the engine as `compile` makes it, beside torch in float32, medians of calls by turns.
 - *seconds* to capture, to compress (prepare, calibrate, repair, convert) and to compile.
 """
@@ -57,7 +58,7 @@ def page(records: Sequence[Mapping[str, Any]]) -> str:
     missed = [(record, found) for record in records if (found := misses(record))]
     lines.append(
         f"{len(records) - len(missed)} of {len(records)} networks miss nothing. Missed is whatever "
-        "differs, is refused, is kept float or runs in torch; less than "
+        "differs, is refused or kept float; products that run in torch; less than "
         f"{100 * QUANTIZED:g} % quantized; a cosine below {COSINE:g} at 8 bits; an engine slower "
         "than torch."
     )
@@ -120,7 +121,11 @@ def _width(record: Mapping[str, Any], part: Mapping[str, Any] | None) -> list[st
     cells.append(
         f"{part['cosine']:.4f} \\| {part['varying_cosine']:.4f}" if "cosine" in part else "–"
     )
-    cells.append(f"{100 * part['native_share']:.1f} %" if "native_share" in part else "–")
+    cells.append(
+        f"{100 * part['native_share']:.1f} %, {len(part['in_torch'])}"
+        if "native_share" in part
+        else "–"
+    )
     times = part.get("milliseconds")
     if times:
         ours, theirs = times["engine"], times["torch"]
