@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import adalayer_native as ada
 from adalayer_native._files import write_text_atomic
 from bench.record import ROOT, describe_machine
 
@@ -24,12 +25,16 @@ def path_of(name: str, folder: Path = FOLDER) -> Path:
 def key_of(package: str) -> dict[str, Any]:
     """What a result depends on, besides the network: versions, processor and kernels."""
     machine = describe_machine()
-    versions = {"torch": machine["versions"]["torch"], "python": machine["python"]}
-    for name in ("adalayer_native", *([] if package == "own" else [package])):
+    versions = {
+        "torch": machine["versions"]["torch"],
+        "python": machine["python"],
+        "adalayer_native": ada.__version__,
+    }
+    if package != "own":
         try:
-            versions[name] = version(name)
+            versions[package] = version(package)
         except PackageNotFoundError:
-            versions[name] = "absent"
+            versions[package] = "absent"
     return {"format": FORMAT, "cpu": machine["cpu"], "isa": machine["isa"], "versions": versions}
 
 
