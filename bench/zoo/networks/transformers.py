@@ -103,7 +103,13 @@ ENTRIES = (
         True,
     ),
     _entry("mobilenet_v2", _images("MobileNetV2"), 64, 96, True),
-    _entry("efficientnet", _images("EfficientNet", hidden_dim=1280), 64, 96, True),
+    _entry(
+        "efficientnet",
+        _images("EfficientNet", width_coefficient=1.0, depth_coefficient=1.0, hidden_dim=1280),
+        64,
+        96,
+        True,
+    ),
     _entry(
         "convnext",
         _images("ConvNext", hidden_sizes=[40, 80, 160, 320], depths=[2, 2, 6, 2]),
