@@ -151,7 +151,13 @@ def test_degenerate_networks_are_recognised() -> None:
     assert any("rms" in problem for problem in sanity(small, noise(4)(8, 0)).problems)
 
 
-def test_multiply_accumulates_of_recurrence_and_transposed_convolutions_count() -> None:
+class Attention(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.scaled_dot_product_attention(x, x, x)
+
+
+def test_multiply_accumulates_of_recurrence_attention_and_transposed_convolutions() -> None:
+    assert all_macs(Attention(), noise(2, 5, 8)(1, 0)) == 2 * 2 * 5 * 5 * 8
     lstm = nn.LSTM(8, 16, batch_first=True)
     assert all_macs(lstm, noise(5, 8)(1, 0)) == 5 * 4 * 16 * (8 + 16)
     up = nn.ConvTranspose2d(3, 4, 2, stride=2)

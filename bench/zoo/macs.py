@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.zoo.entry import Example, call
@@ -16,8 +17,8 @@ from bench.zoo.entry import Example, call
 def all_macs(model: nn.Module, example: Example) -> float:
     """Multiply-accumulates of everything that torch counts: convolutions and matrix products.
 
-    oneDNN's fused recurrent layer, and the fused attention of ``nn.TransformerEncoder``, are one
-    operator each, of which nothing is counted; they are switched off meanwhile.
+    oneDNN's fused recurrent layer, the fused encoder layer of ``nn.TransformerEncoder`` and fused
+    attention are one operator each, of which nothing is counted; they are switched off meanwhile.
     """
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -26,7 +27,11 @@ def all_macs(model: nn.Module, example: Example) -> float:
         with warnings.catch_warnings():
             # Switching it also touches options of devices that this torch may lack, and says so.
             warnings.simplefilter("ignore", UserWarning)
-            with torch.backends.mkldnn.flags(enabled=False), counter:
+            with (
+                torch.backends.mkldnn.flags(enabled=False),
+                sdpa_kernel(SDPBackend.MATH),
+                counter,
+            ):
                 call(model, example)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
