@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bench.zoo.__main__ import chosen, main
-from bench.zoo.compare import cosine, difference, varying_cosine
+from bench.zoo.compare import cosines, difference
 from bench.zoo.entry import (
     TRAINED,
     Entry,
@@ -48,8 +48,7 @@ RECORD: dict[str, Any] = {
             "engine": {"equal": True},
             "in_torch": [["last", "aten.sigmoid.default", "wanted in float32", 0]],
             "native_share": 1.0,
-            "cosine": 0.999,
-            "varying_cosine": 0.99,
+            "cosines": {"result": [0.999, 0.99]},
             "milliseconds": {"engine": 1.0, "torch": 2.0},
             "compress_seconds": 2.0,
             "compile_seconds": 3.0,
@@ -136,8 +135,12 @@ def test_differences_name_the_place_and_its_size() -> None:
 def test_cosines() -> None:
     a = torch.tensor([[100.0, 1.0], [100.0, -1.0]])
     b = torch.tensor([[100.0, -1.0], [100.0, 1.0]])
-    assert cosine(a, b) > 0.999
-    assert varying_cosine(a, b) == pytest.approx(-1.0)
+    whole, varying = cosines(a, b)["result"]
+    assert whole > 0.999 and varying == pytest.approx(-1.0)
+    assert cosines({"a": a[:1], "b": b}, {"a": a[:1], "b": b}) == {
+        "['a']": (pytest.approx(1.0), pytest.approx(1.0)),
+        "['b']": (pytest.approx(1.0), pytest.approx(1.0)),
+    }
 
 
 def test_degenerate_networks_are_recognised() -> None:
@@ -187,6 +190,8 @@ def test_misses_are_named() -> None:
     assert (
         found.startswith("8 bits: engine ≠ native: result") and "pool (avg_pool, 3 of 100" in found
     )
+    (found,) = misses(record(cosines={"a": [0.5, 0.4], "b": [1.0, 1.0]}))
+    assert found == "8 bits: cosine of a 0.5000"
     (found,) = misses(record(quantized_share=0.5))
     assert "50.0 % of the multiply-accumulates" in found
     (found,) = misses(record(milliseconds={"engine": 2.0, "torch": 1.0}))

@@ -70,25 +70,22 @@ def difference(found: Any, wanted: Any) -> Difference:
     return worst
 
 
-def cosine(found: Any, wanted: Any) -> float:
-    """The smallest cosine between corresponding float tensors, over a whole batch."""
-    values = [_cosine(a, b) for (_, a), (_, b) in zip(leaves(found), leaves(wanted), strict=True)]
-    return min(values, default=1.0)
+def cosines(found: Any, wanted: Any) -> dict[str, tuple[float, float]]:
+    """Per float tensor its cosine over a whole batch, and that of what differs between inputs.
 
-
-def varying_cosine(found: Any, wanted: Any) -> float:
-    """The same for what differs from input to input: the mean over the batch is taken off.
-
-    Where a network answers nearly the same to any noise, an ordinary cosine is near 1 whatever
-    the layers do.
+    For the second the mean over the batch is taken off. Where a network answers nearly the same to
+    any noise, the first is near 1 whatever the layers do. What does not vary at all (anchors, say)
+    has 1 in both if it is the same.
     """
-    pairs = [
-        (a - a.mean(0, keepdim=True), b - b.mean(0, keepdim=True))
-        for (_, a), (_, b) in zip(leaves(found), leaves(wanted), strict=True)
-        if b.dim() and b.shape[0] > 1
-    ]
-    # What does not vary at all (anchors, say) has no direction.
-    return min((_cosine(a, b) for a, b in pairs if bool(b.any())), default=1.0)
+    table = {}
+    for (_, a), (name, b) in zip(leaves(found), leaves(wanted), strict=True):
+        whole = varying = _cosine(a, b)
+        if b.dim() and b.shape[0] > 1:
+            centred = b - b.mean(0, keepdim=True)
+            if bool(centred.any()):
+                varying = _cosine(a - a.mean(0, keepdim=True), centred)
+        table[name] = (whole, varying)
+    return table
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:

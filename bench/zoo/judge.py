@@ -48,8 +48,9 @@ def _width_misses(record: Mapping[str, Any], bits: int, part: Mapping[str, Any])
     products = {f"{name} ({op})": why for name, op, why, macs in part.get("in_torch", ()) if macs}
     if products:
         yield f"in torch: {grouped(products)}"
-    if bits == 8 and part.get("cosine", 1.0) < COSINE:
-        yield f"cosine {part['cosine']:.4f}"
+    low = {name: c for name, (c, _) in part.get("cosines", {}).items() if c < COSINE}
+    if bits == 8 and low:
+        yield "cosine of " + ", ".join(f"{name} {c:.4f}" for name, c in low.items())
     times = part.get("milliseconds")
     if times and times["engine"] > times["torch"]:
         yield f"{times['engine']:.3f} ms, torch {times['torch']:.3f} ms"

@@ -18,7 +18,7 @@ from adalayer_native.plan import LayerPlan, Plan, layer_kind, supported_layers
 from bench.conftest import measure as in_turns
 from bench.interleave import spreads
 from bench.report import shown_state
-from bench.zoo.compare import cosine, difference, differing_nodes, varying_cosine
+from bench.zoo.compare import cosines, difference, differing_nodes
 from bench.zoo.entry import Entry, Example, arguments, call
 from bench.zoo.macs import all_macs, layer_macs
 from bench.zoo.sanity import sanity
@@ -159,9 +159,7 @@ def _measure_width(
         with ada.simulate(prepared) as exact:
             part["native"] = difference(ours, call(exact, example)).to_dict()
         several = entry.inputs(8, 18)
-        result, wanted = call(native, several), call(model, several)
-        part["cosine"] = cosine(result, wanted)
-        part["varying_cosine"] = varying_cosine(result, wanted)
+        part["cosines"] = cosines(call(native, several), call(model, several))
     _measure_engine(native, example, ours, part)
     with step(part, "clock"):
         _clock(entry, model, native, seconds, part)

@@ -118,9 +118,8 @@ def _width(record: Mapping[str, Any], part: Mapping[str, Any] | None) -> list[st
     if part is None:
         return ["–"] * 8
     cells = [_equal(part.get("native")), _equal(part.get("engine"))]
-    cells.append(
-        f"{part['cosine']:.4f} \\| {part['varying_cosine']:.4f}" if "cosine" in part else "–"
-    )
+    both = list(zip(*part.get("cosines", {}).values(), strict=True))
+    cells.append(" \\| ".join(f"{min(values):.4f}" for values in both) or "–")
     cells.append(
         f"{100 * part['native_share']:.1f} %, {len(part['in_torch'])}"
         if "native_share" in part
