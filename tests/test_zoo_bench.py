@@ -38,7 +38,7 @@ RECORD: dict[str, Any] = {
     "complete": True,
     "convolutional": True,
     "equal": {"the example": True, "batch 3": True},
-    "sanity": {"problems": []},
+    "sanity": {"problems": [], "growth": 12.0},
     "capture_seconds": 1.0,
     "bits": {
         "8": {
@@ -159,6 +159,12 @@ class Attention(nn.Module):
         return nn.functional.scaled_dot_product_attention(x, x, x)
 
 
+def test_growth_of_an_error_is_that_of_the_network() -> None:
+    same = nn.Sequential(nn.Identity())
+    assert sanity(same, noise(64)(8, 0)).growth == pytest.approx(1.0, rel=0.1)
+    assert sanity(nn.Sequential(nn.Embedding(9, 4)), tokens(9, 5)(8, 0)).growth is None
+
+
 def test_multiply_accumulates_of_recurrence_attention_and_transposed_convolutions() -> None:
     assert all_macs(Attention(), noise(2, 5, 8)(1, 0)) == 2 * 2 * 5 * 5 * 8
     lstm = nn.LSTM(8, 16, batch_first=True)
@@ -191,7 +197,7 @@ def test_misses_are_named() -> None:
         found.startswith("8 bits: engine ≠ native: result") and "pool (avg_pool, 3 of 100" in found
     )
     (found,) = misses(record(cosines={"a": [0.5, 0.4], "b": [1.0, 1.0]}))
-    assert found == "8 bits: cosine of a 0.5000"
+    assert found == "8 bits: cosine of a 0.5000 (an error of the input grows 12.0-fold)"
     (found,) = misses(record(quantized_share=0.5))
     assert "50.0 % of the multiply-accumulates" in found
     (found,) = misses(record(milliseconds={"engine": 2.0, "torch": 1.0}))
@@ -208,7 +214,7 @@ def test_the_page_has_a_row_and_the_reasons_of_every_network() -> None:
     bad = record(kept_float={"conv": "a|b *c*"})
     bad["name"] = "own/other"
     text = page([record(), bad])
-    assert "| own/net | yes | 99.0 % | = | = | 0.9990 \\| 0.9900 | 100.0 %, 1 |" in text
+    assert "| own/net | yes | 99.0 % | 12.0 | = | = | 0.9990 \\| 0.9900 | 100.0 %, 1 |" in text
     assert "1 of 2 networks miss nothing" in text
     assert "- 8 bits: kept float: conv: a\\|b \\*c\\*" in text
     lines = [line for line in text.splitlines() if line.startswith("|")]

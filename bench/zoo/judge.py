@@ -50,7 +50,9 @@ def _width_misses(record: Mapping[str, Any], bits: int, part: Mapping[str, Any])
         yield f"in torch: {grouped(products)}"
     low = {name: c for name, (c, _) in part.get("cosines", {}).items() if c < COSINE}
     if bits == 8 and low:
-        yield "cosine of " + ", ".join(f"{name} {c:.4f}" for name, c in low.items())
+        growth = record.get("sanity", {}).get("growth")
+        grows = "" if growth is None else f" (an error of the input grows {growth:.1f}-fold)"
+        yield "cosine of " + ", ".join(f"{name} {c:.4f}" for name, c in low.items()) + grows
     times = part.get("milliseconds")
     if times and times["engine"] > times["torch"]:
         yield f"{times['engine']:.3f} ms, torch {times['torch']:.3f} ms"

@@ -30,6 +30,9 @@ writes this page; `--only NAME` measures one network. One input at a time, one t
   3, and on another size where the network takes one.
 - *quantized*: share of the float network's multiply-accumulates in layers that were quantized. Of a
   convolutional network at least {100 * QUANTIZED:g} % are wanted; (…) marks the others.
+- *growth*: how much more a small relative error of the input is at the float network's output.
+  Random convolutions let errors grow, so that the cosine of a deep network is low although every
+  layer is rounded well.
 - *native*: the converted modules have the bits of the exact simulation. *engine*: the compiled
   engine with every layer native has the bits of the modules.
 - *cosine* of the outputs to the float network's, the smallest of several outputs, over 8 inputs;
@@ -46,7 +49,7 @@ writes this page; `--only NAME` measures one network. One input at a time, one t
 def page(records: Sequence[Mapping[str, Any]]) -> str:
     """The whole page."""
     widths = sorted({int(bits) for record in records for bits in record["bits"]}, reverse=True)
-    heading = ["network", "captured", "quantized"]
+    heading = ["network", "captured", "quantized", "growth"]
     for bits in widths:
         heading += [
             f"{bits} bits: native", "engine", "cosine", "in engine", "ms", "torch ms", "×",
@@ -90,7 +93,9 @@ def _machine(records: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _row(record: Mapping[str, Any], widths: Sequence[int]) -> list[str]:
+    growth = record.get("sanity", {}).get("growth")
     cells = [record["name"], _captured(record), _quantized(record)]
+    cells.append("–" if growth is None else f"{growth:.1f}")
     for bits in widths:
         cells += _width(record, record["bits"].get(str(bits)))
     return cells
