@@ -16,7 +16,7 @@ from bench.zoo.entry import (
     Entry,
     arguments,
     call,
-    draw_late_scales,
+    draw_late_weights,
     keywords,
     leaves,
     noise,
@@ -107,15 +107,18 @@ def test_settled_batch_norms_normalise_what_they_see() -> None:
     assert float(y.mean().abs()) < 1e-3 and float(y.std()) == pytest.approx(1.0, abs=0.01)
 
 
-def test_scales_that_begin_at_zero_are_drawn_and_biases_are_not() -> None:
+def test_weights_that_begin_at_zero_are_drawn_and_biases_are_not() -> None:
     norm, scale = nn.BatchNorm2d(4), nn.Module()
     nn.init.zeros_(norm.weight)
     scale.gamma = nn.Parameter(torch.full((4, 1, 1), 1e-6))
-    model = nn.ModuleList([norm, scale, nn.BatchNorm2d(4)])
-    draw_late_scales(model, 0)
+    head = nn.Linear(100, 50)
+    nn.init.zeros_(head.weight)
+    model = nn.ModuleList([norm, scale, nn.BatchNorm2d(4), head])
+    draw_late_weights(model, 0)
     for drawn in (norm.weight.detach(), scale.gamma.detach()):
         assert float(drawn.min()) >= TRAINED[0] and float(drawn.max()) <= TRAINED[1]
         assert len(set(drawn.flatten().tolist())) == 4
+    assert float(head.weight.detach().std()) == pytest.approx(0.1, rel=0.1)
     assert not norm.bias.any() and bool((model[2].weight == 1.0).all())
 
 

@@ -127,7 +127,7 @@ class Entry:
         torch.manual_seed(self.seed)
         model = self.make().eval().requires_grad_(False)
         if not self.trained:
-            draw_late_scales(model, self.seed)
+            draw_late_weights(model, self.seed)
             batches = [self.inputs(SETTLING_BATCH, self.seed + 100 + k) for k in range(SETTLING)]
             settle(model, batches)
         return model
@@ -138,22 +138,26 @@ class Entry:
 
 
 @torch.no_grad()
-def draw_late_scales(model: nn.Module, seed: int) -> None:
-    """Random values for the scales that training begins with at nearly zero.
+def draw_late_weights(model: nn.Module, seed: int) -> None:
+    """Random values for the weights that training begins with at nearly zero.
 
     Many networks begin as the identity: the last norm of a residual branch has weight 0, a layer
-    scale is 1e-6. Left so, most layers would compute what nobody reads, and a mistake in them
-    would not show. Such a parameter (of one axis that is not 1, constant, below 0.01) is drawn
-    from 0.5 to 1.5 instead; biases are recognised by their name and stay.
+    scale is 1e-6; or they begin by answering nothing, with a head of zeros. Left so, most layers
+    would compute what nobody reads, and a mistake in them would not show. Constant parameters below
+    0.01 are drawn instead: from 0.5 to 1.5 if they have one axis that is not 1, else normal with a
+    variance of 1 / inputs. Biases are recognised by their name and stay.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        vector = parameter.numel() > 1 and max(parameter.shape) == parameter.numel()
-        if not vector or name.endswith(("bias", "beta")):
+        if parameter.numel() < 2 or name.endswith(("bias", "beta")):
             continue
         first = parameter.flatten()[0]
-        if abs(float(first)) < 0.01 and bool((parameter == first).all()):
+        if abs(float(first)) >= 0.01 or not bool((parameter == first).all()):
+            continue
+        if max(parameter.shape) == parameter.numel():
             parameter.uniform_(*TRAINED, generator=generator)
+        else:
+            parameter.normal_(0.0, parameter[0].numel() ** -0.5, generator=generator)
 
 
 @torch.no_grad()

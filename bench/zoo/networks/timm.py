@@ -33,6 +33,7 @@ CONVOLUTIONAL = (
     "poolformer_s12",
     "lcnet_050",
 )
+# Their products of two activations are little beside their convolutions and linear layers.
 HYBRID = ("edgenext_xx_small", "mobilevit_xxs")
 ATTENTION = (
     "vit_tiny_patch16_224",
@@ -63,6 +64,6 @@ def _entry(name: str, size: int, other: int | None, convolutional: bool) -> Entr
 
 ENTRIES = (
     *(_entry(name, 64, 96, True) for name in CONVOLUTIONAL),
-    *(_entry(name, 64, 128, False) for name in HYBRID),
+    *(_entry(name, 64, 128, True) for name in HYBRID),
     *(_entry(name, 224, None, False) for name in ATTENTION),
 )
