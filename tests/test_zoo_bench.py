@@ -216,8 +216,10 @@ def test_misses_are_named() -> None:
 def test_the_page_has_a_row_and_the_reasons_of_every_network() -> None:
     bad = record(kept_float={"conv": "a|b *c*"})
     bad["name"] = "own/other"
+    bad["equal"]["another size"] = {"fixed": "InputError: 64 alone"}
     text = page([record(), bad])
     assert "| own/net | yes | 99.0 % | 12.0 | = | = | 0.9990 \\| 0.9900 | 100.0 %, 1 |" in text
+    assert "| own/other | this size |" in text and "64 alone" not in text
     assert "1 of 2 networks miss nothing" in text
     assert "- 8 bits: kept float: conv: a\\|b \\*c\\*" in text
     lines = [line for line in text.splitlines() if line.startswith("|")]

@@ -27,7 +27,7 @@ from 32 noise inputs, or texts of random words; at 4 bits the layers are repaire
 writes this page; `--only NAME` measures one network. One input at a time, one thread.
 
 - *captured*: the captured network has the bits of the original, on the example, on batches of 1 and
-  3, and on another size where the network takes one.
+  3, and on another size where the network takes one (*this size*: the capture does not).
 - *quantized*: share of the float network's multiply-accumulates in layers that were quantized. Of a
   convolutional network at least {100 * QUANTIZED:g} % are wanted; (…) marks the others.
 - *growth*: how much more a small relative error of the input is at the float network's output.
@@ -104,8 +104,11 @@ def _row(record: Mapping[str, Any], widths: Sequence[int]) -> list[str]:
 def _captured(record: Mapping[str, Any]) -> str:
     if "equal" not in record:
         return "**no**"
-    outcomes = record["equal"].values()
-    return "yes" if all(outcome is True for outcome in outcomes) else "**in part**"
+    outcomes = list(record["equal"].values())
+    fixed = [o for o in outcomes if isinstance(o, dict) and "fixed" in o]
+    if any(outcome is not True and outcome not in fixed for outcome in outcomes):
+        return "**in part**"
+    return "this size" if fixed else "yes"
 
 
 def _quantized(record: Mapping[str, Any]) -> str:
