@@ -6,6 +6,7 @@ import copy
 import hashlib
 import inspect
 import itertools
+import re
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,6 +43,7 @@ __all__ = ["capture", "captured", "on_cpu"]
 CONSTANTS = "constants"
 # Layers of the model that the graph does not compute as such.
 UNCALLED = "uncalled"
+_BATCHES = 64  # the largest batch that is tried
 
 
 def capture(
@@ -99,12 +101,38 @@ def _captured(model: nn.Module, inputs: Inputs, *, free_sizes: bool) -> GraphMod
         difference = _difference(model, found, inputs)
         if difference is None:
             found.signature.single = _difference(model, found, inputs[:1]) is None
+            _try_batches(model, found, inputs)
             return found
     raise UnsupportedModelError(
         f"{type(model).__name__}: the captured graph does not compute what the model computes "
         f"({difference}); it depends on something that torch.export does not see (a random "
         "number, a global, a value of an earlier call)"
     )
+
+
+def _try_batches(model: nn.Module, found: GraphModel, inputs: Inputs) -> None:
+    """Drop conditions like ``x.shape[0] != 8`` where a batch of 8 is treated like any other.
+
+    A module that remembers the shape of its last call, and compares, leaves them.
+    """
+    kept = []
+    for text, shown in found.signature.guards:
+        unequal = re.fullmatch(r"s\[\d+\]\[0\] != (\d+)", text)
+        count = int(unequal.group(1)) if unequal else 0
+        if 1 < count <= _BATCHES:
+            index = torch.arange(count) % inputs.count
+            batch = inputs.map(
+                lambda t, index=index: (
+                    t[index.to(t.device)] if t.dim() and t.shape[0] == inputs.count else t
+                )
+            )
+            before, found.signature.guards = found.signature.guards, []
+            same = _difference(model, found, batch) is None
+            found.signature.guards = before
+            if same:
+                continue
+        kept.append((text, shown))
+    found.signature.guards = kept
 
 
 def captured(model: Any, data: Iterable[Any] | None = None, example: Any = None) -> GraphModel:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import re
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +27,9 @@ from adalayer_native.errors import AdaError, UnsupportedModelError
 __all__ = ["Export", "export", "exported_of"]
 
 _CONTAINERS = (list, dict, set)
+# Seconds of CPU that free sizes may take: "same" padding, for one, makes expressions that grow from
+# layer to layer.
+FREE_SECONDS = 15.0
 
 
 @dataclass
@@ -86,7 +91,8 @@ def _export(model: nn.Module, inputs: Inputs, free_sizes: bool, thorough: bool) 
         axes = _free_axes(tensor, inputs.count, free_sizes)
         if axes:
             shapes[tensor] = axes
-    with quiet(), untouched(model), torch.no_grad():
+    limit = FREE_SECONDS if free_sizes else math.inf
+    with quiet(), untouched(model), torch.no_grad(), _within(limit):
         program = torch.export.export(
             model,
             inputs.args,
@@ -101,6 +107,25 @@ def _export(model: nn.Module, inputs: Inputs, free_sizes: bool, thorough: bool) 
             f"batch of {inputs.count}; expected a forward that treats all samples alike"
         )
     return found
+
+
+@contextmanager
+def _within(seconds: float) -> Iterator[None]:
+    """Raise :class:`TimeoutError` in a module's call after so much time of the CPU."""
+    end = time.thread_time() + seconds
+
+    def look(module: nn.Module, inputs: Any) -> None:
+        if time.thread_time() > end:
+            raise TimeoutError(f"free sizes take more than {seconds} seconds")
+
+    if seconds == math.inf:
+        yield
+        return
+    handle = nn.modules.module.register_module_forward_pre_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _fixes_batch(found: Export, inputs: Inputs) -> bool:

@@ -133,20 +133,38 @@ def flattened(model: nn.Module, exported: Export) -> Exported:
     return found
 
 
+# Operators that make a tensor of nothing but numbers.
+_FACTORIES = frozenset(
+    f"aten.{name}"
+    for name in (
+        "full.default", "zeros.default", "ones.default", "arange.default", "arange.start",
+        "arange.start_step", "eye.default", "scalar_tensor.default", "linspace.default",
+    )
+)  # fmt: skip
+_SCALARS = (torch.SymFloat, torch.SymInt, torch.SymBool, int, float, bool)
+
+
 def fold_constants(module: fx.GraphModule) -> None:
     """Replace what depends on parameters alone by its value."""
     for node in list(module.graph.nodes):
         sources = node.all_input_nodes
-        foldable = isinstance(node.target, torch._ops.OpOverload) and sources
-        if not foldable or any(item.op != "get_attr" for item in sources):
+        if not isinstance(node.target, torch._ops.OpOverload):
             continue
-        if not isinstance(node.meta.get("val"), Tensor):
+        if not (sources or op_name(node) in _FACTORIES):
+            continue
+        if any(item.op != "get_attr" for item in sources):
+            continue
+        known = node.meta.get("val")
+        if not isinstance(known, (Tensor, *_SCALARS)):
             continue
         args, kwargs = fx.node.map_arg(
             (node.args, node.kwargs), lambda item: attribute(module, str(item.target))
         )
         with torch.no_grad():
             value = node.target(*args, **kwargs)
+        if not isinstance(value, Tensor):
+            _write_out(node, value)
+            continue
         name = f"folded_{node.name}"
         module.register_buffer(name, value.detach().clone(), persistent=False)
         with module.graph.inserting_before(node):
@@ -154,3 +172,12 @@ def fold_constants(module: fx.GraphModule) -> None:
         constant.meta = dict(node.meta)
         node.replace_all_uses_with(constant)
         module.graph.erase_node(node)
+
+
+def _write_out(node: fx.Node, value: Any) -> None:
+    """A number in the place of the node that computes it."""
+    for user in list(node.users):
+        user.args, user.kwargs = fx.node.map_arg(
+            (user.args, user.kwargs), lambda item: value if item is node else item
+        )
+    node.graph.erase_node(node)

@@ -243,9 +243,9 @@ class TorchPart:
                 known[node] = graph.get_attr(name)
             elif exported.is_batch(value):
                 known[node] = batch
-            elif isinstance(value, torch.SymInt):
+            elif isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
                 known[node] = graph.node_copy(node, find)
-            elif isinstance(value, int):
+            elif isinstance(value, (int, float)):
                 known[node] = value
             else:
                 raise UnsupportedModelError(f"node {node} reads {value} from another part")
