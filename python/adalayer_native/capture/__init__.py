@@ -1,6 +1,6 @@
 """The front end: a model as a graph of operators and layers, which all rooms above work on."""
 
-from adalayer_native.capture.capture import capture, captured, on_cpu
+from adalayer_native.capture.capture import capture, captured
 from adalayer_native.capture.example import Inputs, batch_inputs, example_of, inputs_and_target
 from adalayer_native.capture.model import GraphModel, Port, Signature, TensorInfo, info_of
 
@@ -16,5 +16,4 @@ __all__ = [
     "example_of",
     "info_of",
     "inputs_and_target",
-    "on_cpu",
 ]

@@ -37,7 +37,7 @@ from adalayer_native.capture.model import (
 )
 from adalayer_native.errors import UnsupportedModelError
 
-__all__ = ["capture", "captured", "on_cpu"]
+__all__ = ["capture", "captured"]
 
 # Where tensors go whose own place a layer has taken.
 CONSTANTS = "constants"
@@ -82,10 +82,10 @@ def capture(
         raise UnsupportedModelError(
             f"expected an nn.Module or an ExportedProgram, got {type(model).__name__}"
         )
-    model = _unwrapped(model)
+    model = _in_memory(_unwrapped(model))
     _check(model)
     inputs = guessed_example(model) if example_inputs is None else Inputs.of(example_inputs)
-    inputs = _on_device(model, at_least_two(inputs))
+    inputs = _on_device(model, at_least_two(inputs).map(_not_meta))
     return _captured(model, inputs[:2], free_sizes=True)
 
 
@@ -223,29 +223,32 @@ def _check(model: nn.Module) -> None:
                 )
 
 
+def _not_meta(tensor: Tensor) -> Tensor:
+    on_meta = tensor.device.type == "meta"
+    return torch.zeros(tensor.shape, dtype=tensor.dtype) if on_meta else tensor
+
+
 def _on_device(model: nn.Module, inputs: Inputs) -> Inputs:
     reference = next(itertools.chain(model.parameters(), model.buffers()), None)
     return inputs if reference is None else inputs.map(lambda t: t.to(reference.device))
 
 
-def on_cpu(model: GraphModel) -> GraphModel:
-    """A captured model whose tensors are in memory; zeros where it was on the meta device."""
-    on_meta = [t for t in (*model.parameters(), *model.buffers()) if t.device.type == "meta"]
-    if not on_meta:
+def _in_memory(model: nn.Module) -> nn.Module:
+    """A model whose tensors are in memory: a copy with zeros, where it is on the meta device.
+
+    What it computes is then of no use, but its graph is, for values from a file.
+    """
+    if not any(t.device.type == "meta" for t in (*model.parameters(), *model.buffers())):
         return model
     model = copy.deepcopy(model)
-    for owner in model.modules():
-        for kind in (owner._parameters, owner._buffers):
-            for leaf, tensor in kind.items():
-                if tensor is not None and tensor.device.type == "meta":
-                    zeros: Any = torch.zeros(tensor.shape, dtype=tensor.dtype)
-                    if isinstance(tensor, nn.Parameter):
-                        zeros = nn.Parameter(zeros, tensor.requires_grad)
-                    kind[leaf] = zeros
-    for node in model.graph.nodes:
-        if node.kwargs.get("device") == torch.device("meta"):
-            node.kwargs = {**node.kwargs, "device": torch.device("cpu")}
-    model.recompile()
+    for module in model.modules():
+        for held in (module._parameters, module._buffers, module.__dict__):
+            for name, value in list(held.items()):
+                if isinstance(value, Tensor) and value.device.type == "meta":
+                    zeros: Any = torch.zeros(value.shape, dtype=value.dtype)
+                    if isinstance(value, nn.Parameter):
+                        zeros = nn.Parameter(zeros, value.requires_grad)
+                    held[name] = zeros
     return model
 
 
@@ -388,7 +391,7 @@ def _signature(model: nn.Module, exported: Export, inputs: Inputs) -> Signature:
                     "alike"
                 )
         shape = tuple(
-            size if isinstance(size, int) else "batch" if size == batch else str(size)
+            size if isinstance(size, int) else "batch" if str(size) == str(batch) else str(size)
             for size in value.shape
         )
         cast = value.dtype == torch.float32 and all(map(_is_cast, node.users))
@@ -575,8 +578,6 @@ def _unshare(root: nn.Module) -> None:
 
 def _difference(model: nn.Module, found: GraphModel, inputs: Inputs) -> str | None:
     """How the graph's results differ from the model's; None if they are the same."""
-    if any(t.device.type == "meta" for t in (*model.parameters(), *inputs.tensors())):
-        return None  # nothing can be computed
     fresh = inputs.map(torch.clone), inputs.map(torch.clone)
     with untouched(model), torch.no_grad(), torch.random.fork_rng(devices=()):
         try:

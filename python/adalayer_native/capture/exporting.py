@@ -248,16 +248,17 @@ def _sources(program: torch.export.ExportedProgram) -> list[tuple[str, int]]:
         key = path[1]
         if isinstance(key, pytree.SequenceKey):
             name = names[key.idx] if key.idx < len(names) else f"args_{key.idx}"
+            spelled = [f"L['{name}']", f"L['args'][{key.idx}]"]
         else:
             assert isinstance(key, pytree.MappingKey)
-            name = key.key
-        found.append((f"L['{name}']{rest}", port))
+            spelled = [f"L['{key.key}']", f"L['kwargs']['{key.key}']"]
+        found += [(f"{text}{rest}", port) for text in spelled]
         port += 1
     return sorted(found, key=lambda item: -len(item[0]))
 
 
 def _readable(source: str) -> str:
-    return re.sub(r"^L\['(\w+)'\]", r"\1", source)
+    return re.sub(r"^L\['(\w+)'\]", r"\1", source).replace("args[0]", "args_0")
 
 
 # -- errors ---------------------------------------------------------------------------------------

@@ -293,7 +293,9 @@ class GraphModel(fx.GraphModule):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         signature: Signature | None = self.meta.get(SIGNATURE)
         if signature is not None and not torch.compiler.is_compiling():
-            signature.check(signature.leaves(args, kwargs))
+            leaves = signature.leaves(args, kwargs)
+            signature.check(leaves)
+            args, kwargs = pytree.tree_unflatten(leaves, signature.in_spec)
         return super().__call__(*args, **kwargs)
 
     @property
@@ -301,6 +303,13 @@ class GraphModel(fx.GraphModule):
         """How the model is called."""
         found = self.meta[SIGNATURE]
         assert isinstance(found, Signature)
+        return found
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GraphModel:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch about its own description of nests
+            found = super().__deepcopy__(memo)
+        assert isinstance(found, GraphModel)
         return found
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -14,6 +14,7 @@ __all__ = ["drop_checks", "drop_dead", "merge_reshapes", "plain_norms", "sink_sq
 _RESHAPES = (
     "aten.view.default", "aten._unsafe_view.default", "aten.reshape.default",
     "aten.flatten.using_ints", "aten.unflatten.int", "aten.view_as.default",
+    "aten.reshape_as.default",
 )  # fmt: skip
 CASTS = (
     "aten.to.dtype", "aten.to.dtype_layout", "aten.to.device", "aten.to.other",
@@ -82,14 +83,34 @@ def merge_reshapes(graph: fx.Graph) -> None:
 
 
 def _sizes(node: fx.Node) -> Any:
-    """The sizes that a reshape is asked for; None where they are not spelled out and not fixed."""
+    """The sizes that a reshape is asked for; None where they cannot be written down."""
     if op_name(node) in ("aten.view.default", "aten._unsafe_view.default", "aten.reshape.default"):
         return node.args[1]
     shape = list(node.meta["val"].shape)
     free = [axis for axis, size in enumerate(shape) if not isinstance(size, int)]
     if len(free) > 1:
-        return None
+        # As sizes of the inputs: the operand whose shape is taken has one reader less.
+        found = {axis: _size_of_input(node, str(shape[axis])) for axis in free}
+        if None in found.values():
+            return None
+        return [found.get(axis, size) for axis, size in enumerate(shape)]
     return [-1 if axis in free else size for axis, size in enumerate(shape)]
+
+
+def _size_of_input(node: fx.Node, symbol: str) -> fx.Node | None:
+    """A node of a size that is one of the inputs'."""
+    graph = node.graph
+    for holder in graph.find_nodes(op="placeholder"):
+        value = holder.meta.get("val")
+        if not isinstance(value, Tensor):
+            continue
+        for axis, size in enumerate(value.shape):
+            if str(size) == symbol:
+                with graph.inserting_before(node):
+                    found = graph.call_function(torch.ops.aten.sym_size.int, (holder, axis))
+                found.meta["val"] = size
+                return found
+    return None
 
 
 def _same_type(node: fx.Node) -> bool:

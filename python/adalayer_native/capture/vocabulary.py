@@ -33,6 +33,7 @@ __all__ = [
 _MOVES = (
     "alias.default", "clone.default", "contiguous.default", "detach.default",
     "view.default", "reshape.default", "_unsafe_view.default", "view_as.default",
+    "reshape_as.default",
     "flatten.using_ints", "unflatten.int", "squeeze.default", "squeeze.dim", "squeeze.dims",
     "unsqueeze.default", "permute.default", "transpose.int", "swapaxes.default", "t.default",
     "numpy_T.default", "movedim.int", "movedim.intlist", "expand.default", "expand_as.default",

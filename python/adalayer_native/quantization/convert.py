@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from adalayer_native.capture import GraphModel, captured, on_cpu
+from adalayer_native.capture import GraphModel, captured
 from adalayer_native.capture import vocabulary as table
 from adalayer_native.errors import FileFormatError
 from adalayer_native.plan import LayerPlan, Plan, layer_kind, supported_layers
@@ -306,7 +306,7 @@ def _skeleton(
             bits=bits,
             activation_bits=activation_bits,
         )
-    prepared = build_prepared(on_cpu(model), Plan(plans, method="restored"), empty=True)
+    prepared = build_prepared(model, Plan(plans, method="restored"), empty=True)
     if prepared.meta["kept_float"]:
         raise FileFormatError(
             f"{os.fspath(path)}: holds native layers that {type(model).__name__} cannot have: "

@@ -138,7 +138,9 @@ def _insert_quantizers(prepared: GraphModel, plan: Plan, structure: Structure) -
         set_submodule(prepared, site.target, quantizer)
         for producer in site.producers:
             node = nodes[producer]
-            readers = list(node.users)
+            # What is given back as it came stays so.
+            kept = node.op == "placeholder"
+            readers = [user for user in node.users if not (kept and user.op == "output")]
             # Placeholders must all stand before the first operation.
             anchor = node
             while anchor.op == "placeholder" and anchor.next.op == "placeholder":
