@@ -46,8 +46,10 @@ demo: $(PACKAGE_STAMP)
 
 install: $(PACKAGE_STAMP)
 
+# The fast ones side by side, a process per core; each of them with one thread, or they would fight
+# for the cores. (Tests of threads set their number themselves.)
 test: test-cpp
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 8 --dist loadfile
 
 test-slow: $(PACKAGE_STAMP)
 	$(BIN)/python -m pytest -m "slow and not heavy"
