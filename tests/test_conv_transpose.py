@@ -338,6 +338,6 @@ def test_layers_that_cannot_be_native_stay_float():
         prepared = ada.prepare(wide, plan_for(wide, bits=8))
     reasons = prepared.meta["kept_float"]
     assert "overflow" in reasons["0"]
-    assert "Scaled is a subclass" in reasons["1"]
+    assert list(reasons) == ["0"]  # a subclass is what it computes
     with pytest.raises(UnsupportedModelError, match="overflow"):
         ada.nn.ConvTranspose2d.from_float(wide[0], 8, input_range=(0.0, 1.0))
