@@ -65,6 +65,10 @@ class SharedWeight(CalledTwice):
         self.again = nn.Conv2d(32, 32, 3, padding=1)
         self.again.weight = self.conv.weight
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.conv(torch.relu(self.stem(x))))
+        return self.fc(torch.flatten(self.pool(torch.relu(self.again(x))), 1))
+
 
 class NoLayers(nn.Module):
     """Logits without any layer that could be quantized."""

@@ -76,6 +76,7 @@ def test_mixed_plans_spend_the_average_from_the_front() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(),
                           nn.Linear(128, 10)).eval()  # fmt: skip
+    model = accuracy.ada.capture(model, torch.zeros(2, 3, 8, 8))
     plan = accuracy.mixed_plan(model, accuracy.ada.Budget(bits=2.39))
     assert [entry.bits for entry in plan.layers.values()] == [3, 3, 2]
     assert 2.38 < plan.average_bits <= 2.39

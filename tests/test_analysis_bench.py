@@ -15,7 +15,7 @@ import torch
 from helpers_models import batches, tiny
 from torch import nn
 
-from adalayer_native import ops
+from adalayer_native import capture, ops
 from adalayer_native.importance import analyze
 from bench import analysis, latency_budget
 from bench.images import structured_images
@@ -28,14 +28,15 @@ import importlib
 module = importlib.import_module("adalayer_native.importance.analyze")
 module.SAVE_INTERVAL = 0.0
 
-def slowly():
-    for index, batch in enumerate(batches(6)):
-        if index == 3:
-            print("three", flush=True)
-            time.sleep(600)
-        yield batch
+class Slowly:
+    def __iter__(self):
+        for index, batch in enumerate(batches(6)):
+            if index == 3:
+                print("three", flush=True)
+                time.sleep(600)
+            yield batch
 
-analyze(tiny(), slowly(), cache=sys.argv[1], progress=False)
+analyze(tiny(), Slowly(), cache=sys.argv[1], progress=False)
 """
 
 
@@ -57,7 +58,7 @@ def test_a_killed_analysis_goes_on(tmp_path: Path, monkeypatch) -> None:
         process.wait()
         process.stdout.close()
     assert analysis.kept_entries(cache) == 3 * 3
-    model, calls = tiny(), []
+    model, calls = capture(tiny(), batches(1)[0][0]), []
     original = nn.Conv2d.forward
     monkeypatch.setattr(
         nn.Conv2d, "forward", lambda self, x: (calls.append(x.shape[0]), original(self, x))[1]

@@ -190,7 +190,7 @@ def test_the_last_plans_are_repaired_whole_and_compared(model, tmp_path, monkeyp
     prepared = ada.prepare(model, plan)
     ada.calibrate(prepared, [b.x for b in data.repair], progress=False)
     ada.repair(prepared, [b.x for b in data.repair], equalize=False, passes=1, progress=False)
-    x = torch.cat([b.x for b in data.check])
+    x = torch.cat([b.x.args[0] for b in data.check])
     with torch.no_grad():
         assert kl_divergence(model(x), prepared(x)) == pytest.approx(losses[chosen], rel=1e-4)
     # And it is not measured twice.

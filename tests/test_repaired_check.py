@@ -40,7 +40,7 @@ def test_other_methods_compare_plans_with_repaired_weights_if_asked(
 
     def plan(**options) -> Plan:
         return allocate(
-            scores, Budget(bytes=1700), method=method, model=model, calibration=iter(data),
+            scores, Budget(bytes=1700), method=method, model=model, calibration=data,
             cache=tmp_path / "search.json", fixed={"fc": 4}, progress=False, **options,
         )  # fmt: skip
 
@@ -64,7 +64,7 @@ def test_other_methods_repair_their_last_plans_whole_and_compare_them(model, tmp
     found: dict[str, Plan] = {}
     for method in ("uniform", "adalayer"):
         found[method] = allocate(
-            scores, Budget(bytes=1700), method=method, model=model, calibration=iter(data),
+            scores, Budget(bytes=1700), method=method, model=model, calibration=data,
             repaired=True, tables=tmp_path / "tables", progress=False,
         )  # fmt: skip
         assert estimate_bytes(model, found[method]) <= 1700
