@@ -49,8 +49,6 @@ _BATCHES = 64  # the largest batch that is tried
 def capture(
     model: nn.Module | torch.export.ExportedProgram,
     example_inputs: Any = None,
-    *,
-    opaque: Sequence[str] = (),
 ) -> GraphModel:
     """A model as a graph: what it computes in evaluation mode, whatever its classes are.
 
@@ -68,7 +66,6 @@ def capture(
         example_inputs: of one call: a tensor, a tuple of positional arguments or a dictionary of
             arguments by name; values do not matter, only shapes and types. Without it one is tried
             that fits the first layer of a model with one input.
-        opaque: names of submodules that are not looked into; they stay parts in torch.
 
     Raises:
         UnsupportedModelError: the model cannot be followed, or the graph does not compute what it

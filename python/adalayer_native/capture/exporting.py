@@ -277,14 +277,13 @@ def _explained(model: nn.Module, error: Exception) -> str:
     if "data-dependent" in lower or "data dependent" in lower or "control flow" in lower:
         advice = (
             "the model's code branches on tensor values there; write it with torch.where or "
-            "torch.cond, or name the submodule in opaque=, and it stays a part in torch"
+            "torch.cond, or leave that part outside the model that is compressed"
         )
     elif "scriptmodule" in lower or "torchscript" in lower:
         advice = "it holds a TorchScript module; give the Python module it was made from"
     else:
         advice = (
-            "expected a model that torch.export.export(model, example, strict=False) accepts; a "
-            "submodule that it cannot follow may be named in opaque="
+            "expected a model that torch.export.export(model, example, strict=False) accepts"
         )
     return f"{name} cannot be captured{where} ({type(error).__name__}: {text}); {advice}"
 

@@ -52,7 +52,7 @@ class Lifter:
     Args:
         module: owner of parameters and buffers.
         model: the model that was exported, for the names under which it holds things.
-        marks: modules by the name that a marking operator carries (dropouts, opaque parts).
+        marks: modules by the name that a marking operator carries (dropouts).
     """
 
     def __init__(self, module: fx.GraphModule, model: nn.Module, marks: dict[str, nn.Module]):
