@@ -16,7 +16,7 @@ from torch.nn import utils
 from torch.nn.utils import parametrizations, prune
 
 import adalayer_native as ada
-from adalayer_native.capture import GraphModel, captured
+from adalayer_native.capture import GraphModel, captured, exporting
 from adalayer_native.capture import vocabulary as table
 from adalayer_native.engine import compiler  # noqa: F401  (it fills the table of rules)
 from adalayer_native.engine.lower import RULES
@@ -346,6 +346,15 @@ def test_other_sizes_run_or_are_refused(x: Tensor) -> None:
     fixed = nn.Sequential(conv(3, 2), nn.Flatten(), nn.Linear(288, 2)).eval()
     with pytest.raises(InputError, match="captured for"):
         ada.capture(fixed, x)(torch.randn(4, 3, 12, 13))
+
+
+def test_free_sizes_have_a_limit(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporting, "FREE_SECONDS", -1.0)
+    model = nn.Sequential(conv(), nn.ReLU(), conv(8, 2)).eval()
+    graph = ada.capture(model, x)
+    assert torch.equal(graph(x[:3]), model(x[:3]))
+    with pytest.raises(InputError, match=r"expected shape \[batch, 3, 12, 12\]"):
+        graph(torch.randn(4, 3, 10, 12))
 
 
 def test_a_batch_that_was_remembered_is_no_condition(x: Tensor) -> None:

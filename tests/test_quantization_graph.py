@@ -317,7 +317,8 @@ def test_layer_that_forward_does_not_call_stays_float() -> None:
 def test_refusals() -> None:
     branching = Net(lambda m, x: m.fc(x) if x.sum() > 0 else x, fc=nn.Linear(3, 3))
     with pytest.raises(
-        UnsupportedModelError, match=r"Net cannot be captured at .*test_quantization_graph.*torch.cond"
+        UnsupportedModelError,
+        match=r"Net cannot be captured at .*test_quantization_graph.*torch.cond",
     ):
         prepare(branching, plan_for(branching))
     bare = nn.Sequential(nn.ReLU())

@@ -6,6 +6,7 @@ import copy
 import inspect
 import math
 import re
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -111,11 +112,11 @@ def _export(model: nn.Module, inputs: Inputs, free_sizes: bool, thorough: bool) 
 
 @contextmanager
 def _within(seconds: float) -> Iterator[None]:
-    """Raise :class:`TimeoutError` in a module's call after so much time of the CPU."""
-    end = time.thread_time() + seconds
+    """Raise :class:`TimeoutError` in a module's call after so much of this thread's time."""
+    thread, end = threading.get_ident(), time.thread_time() + seconds
 
     def look(module: nn.Module, inputs: Any) -> None:
-        if time.thread_time() > end:
+        if threading.get_ident() == thread and time.thread_time() > end:
             raise TimeoutError(f"free sizes take more than {seconds} seconds")
 
     if seconds == math.inf:
