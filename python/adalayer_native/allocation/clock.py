@@ -71,7 +71,7 @@ class EngineClock:
         prepared = prepare(self.problem.model, self.problem.plan(choice))
         calibrate(prepared, [self.x], observer="minmax", progress=False)
         batch = repeated(self.x, settings.latency_batch)
-        engine = compile_engine(convert(prepared), batch.example, policy="native")
+        engine = compile_engine(convert(prepared), batch, policy="native")
         return 1e3 * call_seconds(engine, settings.latency_batch, settings.threads)
 
 

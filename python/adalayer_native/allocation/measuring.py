@@ -450,7 +450,7 @@ def _layer_times(problem: Problem, x: Inputs, settings: Settings) -> LayerTimes:
     prepared = prepare(problem.model, plan)
     calibrate(prepared, [x], observer="minmax", progress=False)
     batch = repeated(x, settings.latency_batch)
-    engine = compile_engine(convert(prepared), batch.example, policy="native")
+    engine = compile_engine(convert(prepared), batch, policy="native")
     return LayerTimes(engine, problem.free, batch=settings.latency_batch, threads=settings.threads)
 
 

@@ -140,7 +140,7 @@ def float_bytes(model: nn.Module) -> int:
 
 
 def estimate_bytes(
-    model: nn.Module,
+    model: nn.Module | torch.export.ExportedProgram,
     plan: Plan,
     *,
     layout: NativeLayout | None = None,
@@ -150,7 +150,7 @@ def estimate_bytes(
     """Length of the file that ``convert(prepare(model, plan))`` is saved to; an upper bound.
 
     Args:
-        model: the float model.
+        model: the float model, captured or not.
         plan: bits and sparsity per layer.
         layout: of this model for a plan that quantizes the same layers, if at hand.
         nonzero: number of non-zero integers per layer where it is known; the result is exact
@@ -159,7 +159,7 @@ def estimate_bytes(
 
     Raises:
         PlanError: the plan does not fit the model, or the layout not the plan.
-        UnsupportedModelError: the model cannot be traced.
+        UnsupportedModelError: the model cannot be captured.
     """
     layout = native_layout(model, plan) if layout is None else layout
     return safetensors_bytes(native_entries(layout, plan, nonzero), metadata)

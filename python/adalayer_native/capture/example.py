@@ -88,11 +88,6 @@ class Inputs:
         return all(bool(torch.isfinite(t).all()) for t in self.tensors() if t.is_floating_point())
 
     @property
-    def example(self) -> Any:
-        """The same as ``example_inputs`` are given: a tuple of arguments, or all by name."""
-        return dict(self.kwargs) if not self.args else self if self.kwargs else self.args
-
-    @property
     def shapes(self) -> str:
         """The shapes of its tensors, for messages."""
         return ", ".join(str(tuple(tensor.shape)) for tensor in self.tensors())

@@ -7,6 +7,7 @@ tensors, attention, recurrent layers. What is in between (norms, activations, su
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from adalayer_native.capture.example import Inputs
 from adalayer_native.capture.model import GraphModel
+from adalayer_native.capture.quiet import quiet
 from adalayer_native.capture.vocabulary import LAYERS, arguments, op_name
 from adalayer_native.plan import float_text
 
@@ -127,21 +129,40 @@ def work_of(model: GraphModel, x: Inputs | None = None) -> list[Work]:
 
     Args:
         model: in evaluation mode.
-        x: a batch, best of one sample: the model runs on it. Default: as it was captured.
+        x: a batch, whose sizes count. Default: one as large as the model was captured with.
     """
-    x = example_of_model(model) if x is None else x
-    signature = model.signature
-    runner = _Counting(model)
-    runner.run(*signature.leaves(x.args, x.kwargs), enable_io_processing=False)
+    if x is None and model in _known:
+        return _known[model]
+    kept, x = x is None, example_of_model(model) if x is None else x
     moving = _moving(model)
     found = []
-    for node, what, macs in runner.found:
+    for node, what, macs in _counted(model, model.signature.leaves(x.args, x.kwargs)):
         # What depends on parameters alone is no work for a sample.
         if macs > 0 and node in moving:
             if what == _COMPUTED and not moving.issuperset(node.all_input_nodes):
                 what = "a product with a constant that is no matrix of a layer"
             found.append(Work(node.name, _place(node), what, macs / x.count, what == ""))
+    if kept:
+        _known[model] = found
     return found
+
+
+_known: weakref.WeakKeyDictionary[GraphModel, list[Work]] = weakref.WeakKeyDictionary()
+
+
+def _counted(model: GraphModel, leaves: list[Any]) -> list[tuple[fx.Node, str, float]]:
+    """Nodes that multiply, what they are and how much; nothing is computed where shapes will do."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    try:
+        runner = _Counting(model)
+        with quiet(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fake = [mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            runner.run(*fake, enable_io_processing=False)
+    except Exception:  # an operator that has no shapes without values, whatever it raises
+        runner = _Counting(model)
+        runner.run(*leaves, enable_io_processing=False)
+    return runner.found
 
 
 def _moving(model: GraphModel) -> set[fx.Node]:
@@ -256,31 +277,46 @@ def _attention(a: dict[str, Any], result: Any) -> float:
 
 
 def _einsum(a: dict[str, Any], result: Tensor) -> float:
-    """Two operands at a time, from the left, as torch goes without a path."""
-    equation = str(a["equation"]).replace(" ", "")
-    left, _, out = equation.partition("->")
-    terms = left.split(",")
-    operands = list(a["tensors"])
-    sizes: dict[str, int] = {}
-    for term, operand in zip(terms, operands, strict=True):
-        shape = list(operand.shape)
-        before, dots, after = term.partition("...")
-        if dots:
-            start, end = len(before), len(shape) - len(after)
-            sizes["."] = max(sizes.get(".", 1), math.prod(shape[start:end]))
-            shape = shape[:start] + shape[end:]
-        sizes.update(zip(before + after, shape, strict=True))
-    kept = [set(term.replace("...", ".")) for term in terms]
-    last = set(out.replace("...", "."))
-    if len(kept) < 2:
-        return 0.0
-    total, first = 0.0, kept[0]
-    for position, other in enumerate(kept[1:], start=1):
-        both = first | other
-        total += math.prod(sizes[index] for index in both)
-        later = set().union(last, *kept[position + 1 :])
-        first = both & later
+    """Products of the pairs that torch contracts: along a path if there is one, else from the left.
+
+    An axis that only one of a pair has, and that nobody reads later, is added up before.
+    """
+    terms, arrow, out = str(a["equation"]).replace(" ", "").partition("->")
+    sizes: dict[Any, int] = {}
+    found: list[set[Any]] = []
+    for term, operand in zip(terms.split(","), a["tensors"], strict=True):
+        labels = _labels(term, operand.dim())
+        found.append(set(labels))
+        for label, size in zip(labels, operand.shape, strict=True):
+            sizes[label] = max(int(size), sizes.get(label, 1))
+    hidden = {label for label in sizes if type(label) is int}
+    if arrow:
+        wanted = {label for label in sizes if label in hidden or label in out}
+        if "..." not in out:
+            wanted -= hidden
+    else:  # axes that occur once
+        letters = terms.replace(".", "")
+        wanted = {label for label in sizes if label in hidden or letters.count(label) == 1}
+    path = list(a.get("path") or ())
+    total = 0.0
+    while len(found) > 1:
+        first, second = sorted((path.pop(0), path.pop(0))) if path else (0, 1)
+        right, left = found.pop(second), found.pop(first)
+        both = (left | right) & wanted.union(*found)
+        total += math.prod(sizes[label] for label in (left & right) | both)
+        found.insert(len(found) if a.get("path") else 0, both)
     return total
+
+
+def _labels(term: str, rank: int) -> list[Any]:
+    """An operand's axes: letters, and numbers from the right for those of an ellipsis."""
+    before, dots, after = term.partition("...")
+    hidden = rank - len(before) - len(after) if dots else 0
+    return [*before, *range(hidden, 0, -1), *after]
+
+
+def _tensordot(a: dict[str, Any], result: Tensor) -> float:
+    return result.numel() * math.prod(a["self"].shape[axis] for axis in a["dims_self"])
 
 
 def _recurrent(a: dict[str, Any], result: Any) -> float:
@@ -309,6 +345,7 @@ _OPERATORS: dict[str, tuple[str, Any]] = {
     **dict.fromkeys(("mv", "dot", "addmv", "vdot", "inner"), (_COMPUTED, _vector)),
     "linear": ("a linear layer whose weights are computed", _linear),
     "bilinear": ("a bilinear product", _bilinear),
+    "tensordot": (_COMPUTED, _tensordot),
     "einsum": ("a sum over products of computed tensors", _einsum),
     **dict.fromkeys(
         ("scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu",

@@ -42,7 +42,7 @@ def latency(probe: Probe, batch: Batch) -> None:
         x = batch.x[:1]
         prepared = prepare(probe.model, plan(native))
         calibrate(prepared, [x], observer="minmax", progress=False)
-        engine = compile_engine(convert(prepared), x.example, policy="native")
+        engine = compile_engine(convert(prepared), x, policy="native")
         times, _ = LayerTimes(engine, native).column(MAX_BITS, 0.0)
     for name in probe.layers:
         probe.report(name, times.get(name, 0.0))

@@ -4,9 +4,9 @@
 ``output=`` names: a key, an index, or a path of them with dots (``"logits"``, ``0``,
 ``"heads.0.boxes"``).
 
-**Which are logits.** Those whose own name is ``logits`` or ends in ``_logits``. Where none is named
-so, the only output, or of a tuple or list the last one if it is ``[N, C]`` or ``[N, C, H, W]``
-(or has more axes). Never one with fewer than two classes.
+**Which are logits.** Those whose own name is ``logits`` or ends in ``_logits``. Where a model names
+none so, the only output that counts, or of a tuple or list the last one if it is ``[N, C]`` or
+``[N, C, H, W]`` (or has more axes). Never one with fewer than two classes.
 
 **Where their classes are.** On the second axis, ``[N, C, ...]``, as torch's losses have it. On the
 last of ``[N, T, C]`` where the output is named as logits, where an integer input of the model is
@@ -171,9 +171,10 @@ def results_of(
             "there is nothing to compare"
         )
     named = [_is_named(path) for path, _ in found]
+    anywhere = any(_is_named(path) for path, _ in _tensors(output))
     results = []
     for position, (path, value) in enumerate(found):
-        if any(named):
+        if anywhere:
             chosen = named[position]
         elif len(found) == 1:
             chosen = True

@@ -82,7 +82,7 @@ def record(
 def _profile(native: nn.Module, x: Inputs) -> tuple[dict[str, tuple[float, str]], dict[str, Any]]:
     """Microseconds and kernel per layer, and what there is to say about the engine."""
     try:
-        engine = compile_engine(native, x.example, policy="native")
+        engine = compile_engine(native, x, policy="native")
         rows = engine.coverage(rounds=ROUNDS)
     except AdaError as error:
         return {}, {"why": str(error)}
