@@ -1,0 +1,2 @@
+def engine_differences(*a):
+    raise NotImplementedError
