@@ -17,7 +17,7 @@ import pickle
 import random
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -92,13 +92,8 @@ def evaluated(model: nn.Module, call: Call) -> Any:
         torch.backends.mha.set_fastpath_enabled(enabled)
 
 
-def judge(
-    case: Case, *, change: Callable[[nn.Module], None] = lambda captured: None
-) -> Counter[str]:
+def judge(case: Case) -> Counter[str]:
     """Check one case.
-
-    Args:
-        change: called with the captured model; breaks it, in tests of the judge.
 
     Returns:
         Counts of what was compared.
@@ -110,10 +105,10 @@ def judge(
     calls = [case.call(0), case.call(1)]
     model, reference = case.build(), case.build()
     expected = [evaluated(reference, call) for call in calls]
-    captured = check_capture(case, model, reference, calls, expected, change)
-    prepared, native, plan = check_native(case, captured, calls)
+    captured = check_capture(case, model, reference, calls, expected)
+    prepared, native, plan = check_native(captured, calls)
     check_error(case, native, calls[0], expected[0], counts)
-    check_engine(case, native, calls, counts)
+    check_engine(native, calls, counts)
     check_files(case, captured, prepared, native, plan, calls[1])
     return counts
 
@@ -124,14 +119,12 @@ def check_capture(
     reference: Group,
     calls: list[Call],
     expected: list[Any],
-    change: Callable[[nn.Module], None],
 ) -> nn.Module:
     model.train(case.training)
     before = state_of(model), bits_of(model)
     with stage("capture"):
         captured = ada.capture(model, calls[0].example)
     untouched(before, model)
-    change(captured)
     for name, call, result in zip(("the example", "another input"), calls, expected, strict=True):
         with stage(name):
             same(name, call(captured), result)
@@ -166,9 +159,7 @@ def check_sizes(case: Case, captured: nn.Module, reference: Group) -> None:
     same(name, got, expected)
 
 
-def check_native(
-    case: Case, captured: nn.Module, calls: list[Call]
-) -> tuple[nn.Module, nn.Module, Plan]:
+def check_native(captured: nn.Module, calls: list[Call]) -> tuple[nn.Module, nn.Module, Plan]:
     with stage("plan"):
         plan = Plan(
             {
@@ -210,7 +201,7 @@ def check_error(
             )  # fmt: skip
 
 
-def check_engine(case: Case, native: nn.Module, calls: list[Call], counts: Counter[str]) -> None:
+def check_engine(native: nn.Module, calls: list[Call], counts: Counter[str]) -> None:
     with stage("compile"):
         engine = ada.compile(native, calls[0].example, policy="native", weights="resident")
     for call in calls:
