@@ -23,6 +23,7 @@ from .recipe import Recipe, from_json, smaller
 
 CELLS = 12  # in one model
 EVERY_ODD = 6  # one case in so many is a single odd cell
+SETTINGS = ("seed", "style", "batch", "training", "free_sizes", "engine", "files")
 SHRINKS = 60  # judgements that making a recipe smaller may take
 
 Judge = Callable[[Case], Counter[str]]
@@ -41,14 +42,15 @@ class Report:
         lines = [
             str(self.finding),
             f"case {case.seed}: {len(case.recipes)} cells, {case.style}, batch {case.batch}"
-            + (", in training mode" if case.training else ""),
+            + (", in training mode" if case.training else "")
+            + (", free sizes" if case.free_sizes else ""),
         ]
         shown = [self.smallest] if self.smallest else case.recipes
         return "\n".join([*lines, *map(str, shown)])
 
     def as_json(self) -> str:
         recipes = [self.smallest] if self.smallest else list(self.case.recipes)
-        words = {key: getattr(self.case, key) for key in ("seed", "style", "batch", "training")}
+        words = {key: getattr(self.case, key) for key in SETTINGS}
         return json.dumps({**words, "recipes": [asdict(recipe) for recipe in recipes]})
 
 
@@ -110,6 +112,8 @@ def _candidates(case: Case) -> Iterator[Case]:
         yield replace(case, style="positional")
     if case.training:
         yield replace(case, training=False)
+    if case.free_sizes:
+        yield replace(case, free_sizes=False)
     (recipe,) = case.recipes
     for item in smaller(recipe):
         if size_of(item) < size_of(recipe):

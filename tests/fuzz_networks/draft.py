@@ -39,12 +39,14 @@ class Draft:
     """Values that live so far, and what was done.
 
     Attributes:
+        writes: whether steps may write into values that others read, before or after.
         live: values by name, as they are now.
         shared: modules that can be called once more, with the size of their input.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, writes: bool = True) -> None:
         self.seed = seed
+        self.writes = writes
         self.rng = random.Random(f"recipe {seed}")
         self.inputs: list[Input] = []
         self.parts: list[Part] = []
@@ -94,6 +96,8 @@ class Draft:
 
         Nor what unbind shows: torch.export fixes the batch where that is written.
         """
+        if not self.writes:
+            return None
         inputs = {v.untyped_storage().data_ptr() for v in self._given.values()}
         own = self.chance(0.03)
 

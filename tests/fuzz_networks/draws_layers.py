@@ -45,7 +45,7 @@ def activation(d: Draft, x: str) -> str:
     kind = d.one_of(
         (*ACTS, "LeakyReLU", "Hardtanh", "PReLU", "Hardsigmoid", "Softplus", "PickyReLU")
     )
-    words = {"inplace": True} if kind in INPLACE and d.chance(0.4) else {}
+    words = {"inplace": True} if d.writes and kind in INPLACE and d.chance(0.4) else {}
     if kind == "PReLU":
         words = {"num_parameters": d.one_of((1, d.shape(x)[0]))}
     result = d.step("call", d.part(kind, **words), x)
@@ -190,7 +190,7 @@ def normalised(d: Draft) -> None:
 @draw(2)
 def activated(d: Draft) -> None:
     """An activation on any value; in place also where others have read it before."""
-    if x := d.fresh():
+    if x := d.fresh() if d.writes else d.any():
         activation(d, x)
 
 

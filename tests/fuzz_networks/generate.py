@@ -16,15 +16,16 @@ from .recipe import Recipe, leaves, tidy
 LAYERS = ("Conv2d", "Linear", "ConvTranspose2d")
 
 
-def generate(seed: int, *, odd: bool = False) -> Recipe:
+def generate(seed: int, *, odd: bool = False, writes: bool = True) -> Recipe:
     """The recipe of a seed.
 
     Args:
+        writes: whether it may write into values that others read.
         odd: with a step that may be refused (but must not be wrong).
     """
-    d = Draft(seed)
+    d = Draft(seed, writes=writes)
     _begin(d)
-    wanted = d.rng.randint(3, 8)
+    wanted = d.rng.randint(3, 7)
     functions = [function for function, _ in DRAWS]
     weights = [weight for _, weight in DRAWS]
     tries = 0

@@ -118,8 +118,9 @@ def _first(value: Tensor) -> str:
 def state_of(model: nn.Module) -> dict[str, Any]:
     """Everything about a model that a user could notice to have changed, but for tensors' bits.
 
-    torch.export puts copies in the place of tuples and lists, of the same objects. Everything else
-    has to be the same object.
+    torch.export puts copies in the place of tuples and lists, of the same objects; that, and copied
+    sets, is nothing to anyone. All else has to be the same object: what removes a hook knows the
+    dictionary that it stands in.
     """
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
@@ -128,7 +129,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
             if not isinstance(value, dict):
                 found[f"attribute {name}.{key}"] = _identity(value)
                 continue
-            found[f"keys of {name}.{key}"] = list(value)
+            found[f"keys of {name}.{key}"] = id(value), list(value)
             for item, entry in value.items():
                 found[f"{name}.{key}[{item!r}]"] = id(entry), getattr(entry, "requires_grad", None)
     return found
@@ -137,6 +138,8 @@ def state_of(model: nn.Module) -> dict[str, Any]:
 def _identity(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value), [_identity(item) for item in value]
+    if isinstance(value, set):
+        return value.copy()
     return value if isinstance(value, (int, float, str)) else id(value)
 
 

@@ -165,7 +165,7 @@ def draw_call(
         for k, recipe in enumerate(recipes)
     }
     if style == "nested":
-        return Call((cells,), {})
+        return Call((), {"batch": cells})
     flat = {
         f"c{k}_{item.name}": cells[f"c{k}"][item.name]
         for k, recipe in enumerate(recipes)

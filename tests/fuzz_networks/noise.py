@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .network import Call, copied
 
-DRAWS = 6
+DRAWS = 4
 
 
 class Noise(TorchDispatchMode):
