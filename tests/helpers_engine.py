@@ -103,6 +103,8 @@ def _interpret(
         size = node.meta.get("val")
         if exported.is_batch(size):
             return batch
+        if node not in values and isinstance(size, (int, torch.SymInt)):
+            return node.target(*fx.map_arg(node.args, value))  # type: ignore[operator]
         return values[node]
 
     for node in part.nodes:

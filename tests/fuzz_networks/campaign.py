@@ -90,6 +90,12 @@ def isolate(case: Case, finding: Finding, judge: Judge) -> tuple[Case, Finding]:
 
 def shrink(case: Case, finding: Finding, judge: Judge) -> tuple[Case, Finding]:
     """A case of one cell with as few steps as fail in the same way."""
+    # What comes after the stage that fails need not be tried.
+    later = finding.stage not in ("compile", "engine")
+    saved = finding.stage in ("save", "restore", "size")
+    lean = replace(case, engine=case.engine and not later, files=case.files and saved)
+    if finding_of(lean, judge) is not None:
+        case = lean
     tries = 0
     again = True
     while again:

@@ -34,13 +34,16 @@ from adalayer_native.plan import LayerPlan, Plan, layer_kind, supported_layers
 
 from .generate import generate
 from .judging import Failed, Finding, bits_of, pairs, same, stage, state_of, untouched
-from .levels import check_levels
+from .levels import check_levels, differing
 from .network import STYLES, Call, Group, build, draw_call
 from .noise import deviations, distance
 from .recipe import Recipe
 
-# An error of quantization is one draw of a noise of which a few draws are known.
-NOISE_FACTOR = 5.0
+# An error of quantization is one draw of a noise of which a few draws are known. Of 318 results of
+# 130 cells without a mistake the largest was 1.8 times its root mean square, one in a hundred 1.3
+# times. Of 611 lost operators, biases and shifted means that changed anything 96 % were beyond 4,
+# of those that moved a result by a tenth of its length 99.6 %.
+NOISE_FACTOR = 4.0
 # Below that, relative to the largest number of a result, differences are those of float sums.
 FLOAT_ERROR = 1e-5
 
@@ -252,11 +255,10 @@ def check_engine(native: nn.Module, calls: list[Call], counts: Counter[str]) -> 
         result = call(native)
         with stage("engine"):
             got = call(engine)
-            try:
-                same("engine", got, result)
-            except Failed:
+            unequal = differing(got, result)
+            if unequal:
                 counts["engines not of equal bits"] += 1
-                counts["values a level apart"] += check_levels(native, calls[0], call, got, result)
+                counts["values a level apart"] += check_levels(native, calls[0], call, unequal)
 
 
 def check_files(case: Case, captured: nn.Module, native: nn.Module, plan: Plan, call: Call) -> None:

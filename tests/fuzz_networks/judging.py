@@ -72,8 +72,8 @@ def stage(name: str) -> Iterator[None]:
 def same(name: str, got: Any, expected: Any) -> None:
     """Equal bits and equal structure, cell by cell."""
     for cell, path, a, b in pairs(name, got, expected):
-        if not _equal(a, b):
-            raise Failed(Finding(name, "wrong", f"{path}: {_difference(a, b)}", cell))
+        if detail := unequal(a, b):
+            raise Failed(Finding(name, "wrong", f"{path}: {detail}", cell))
 
 
 def pairs(name: str, got: Any, expected: Any) -> Iterator[tuple[int, str, Any, Any]]:
@@ -87,6 +87,11 @@ def pairs(name: str, got: Any, expected: Any) -> Iterator[tuple[int, str, Any, A
             raise Failed(Finding(name, "wrong", f"expected {wanted}, got {form}", cell))
         for (path, left), (_, right) in zip(a, b, strict=True):
             yield cell, pytree.keystr(path) or "result", left, right
+
+
+def unequal(a: Any, b: Any) -> str:
+    """In which way a leaf differs from what is expected; nothing where it has the same bits."""
+    return "" if _equal(a, b) else _difference(a, b)
 
 
 def _equal(a: Any, b: Any) -> bool:

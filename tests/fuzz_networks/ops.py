@@ -151,7 +151,7 @@ UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "log1p": lambda x: x.abs().log1p(), "decay": lambda x: torch.exp(-x.abs()), "sin": torch.sin,
     "dropout": lambda x: F.dropout(x, 0.5, training=False), "softsign": F.softsign,
     "clone": torch.clone, "double": lambda x: (x.double() * 0.3).float(),
-    "normalize": lambda x: F.normalize(x, dim=1),
+    "normalize": lambda x: F.normalize(x, dim=1, eps=0.5),
     "leaky_where": lambda x: torch.where(x > 0, x, 0.1 * x),
     "masked_fill": lambda x: x.masked_fill(x < 0, 0.0), "logsigmoid": F.logsigmoid,
     "standardise": lambda x: (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 0.5),
