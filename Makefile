@@ -22,7 +22,7 @@ CXX_FILES = $(shell find csrc examples tests/cpp tests/fuzz -name '*.cpp' -o -na
   -o -name '*.inc' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help demo install test test-slow test-all test-cpp lint bench bench-serving sanitize \
-  fuzz wheel gpu-build gpu-test gpu-test-kernels gpu-test-python gpu-sanitize gpu-bench clean distclean
+  fuzz fuzz-networks wheel gpu-build gpu-test gpu-test-kernels gpu-test-python gpu-sanitize gpu-bench clean distclean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
@@ -36,6 +36,7 @@ help:
 	@echo "make bench-serving  the server beside the same server on torch and OpenVINO"
 	@echo "make sanitize   C++ tests under the address, undefined-behaviour and thread sanitizers"
 	@echo "make fuzz       ten minutes of fuzzing of what reads files, with clang's libFuzzer if it is there"
+	@echo "make fuzz-networks  random networks against their float models; MINUTES=10 SEED=0"
 	@echo "make wheel      dist/: a wheel for other machines, tested in an empty environment, and the sdist"
 	@echo "make gpu-test   builds for the GPU at hand and tests there; gpu-bench: speed; no .venv, no network"
 	@echo "make install    only set up .venv with the package and all tools"
@@ -114,6 +115,12 @@ fuzz: $(PACKAGE_STAMP)
 	@$(BIN)/python -m pip install -q -c constraints.txt "adalayer_native[fuzz]" || \
 	  echo "no atheris for this Python: without coverage"
 	$(BIN)/python tests/fuzz/fuzz_python.py --seconds $$(($(FUZZ_MINUTES) * 12))
+
+# Findings go to build/fuzz-networks; the last line says with which SEED to go on. FILES=...: judges
+# findings once more.
+fuzz-networks: $(PACKAGE_STAMP)
+	PYTHONPATH=tests $(BIN)/python -W ignore -m fuzz_networks --minutes $(or $(MINUTES),10) \
+	  --seed $(or $(SEED),0) $(FILES)
 
 wheel: $(TOOLS_STAMP)
 	.ci/wheel

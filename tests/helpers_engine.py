@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from adalayer_native import ops
 from adalayer_native.engine.emit import emit
@@ -42,30 +43,33 @@ class Difference:
 _TORCH_SUMS = {"avg_pool", "adaptive_avg_pool", "affine", "resize", "layer_norm"}
 
 
-def node_differences(model: nn.Module, x: Tensor) -> list[Difference]:
+def node_differences(model: nn.Module, x: Any, example: Any = None) -> list[Difference]:
     """Law 2, for every u8 value of the engine's program.
+
+    ``x`` is a tensor or any nest of the model's arguments, ``example`` what to export it with, if
+    that is not ``x``.
 
     The exported graph is interpreted in torch. Wherever the program stores a value, torch's result
     is rounded to its grid and compared; then the program's own value takes its place, so that
     every node is judged on inputs that are the same on both sides.
     """
-    exported = export(model, x)
+    exported = export(model, x if example is None else example)
     parts, _ = divide(exported, {})
     found: list[Difference] = []
-    values: dict[fx.Node, Any] = {}
+    tensors = [leaf for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor)]
+    values: dict[fx.Node, Any] = dict(zip(exported.inputs, tensors, strict=True))
     for part in parts:
-        forced = _forced(exported, part, values, x) if part.native else {}
-        _interpret(exported, part, values, x, forced, found)
+        forced = _forced(exported, part, values, len(tensors[0])) if part.native else {}
+        _interpret(exported, part, values, len(tensors[0]), forced, found)
     return found
 
 
 def _forced(
-    exported: Exported, part: Part, values: dict[fx.Node, Any], x: Tensor
+    exported: Exported, part: Part, values: dict[fx.Node, Any], batch: int
 ) -> dict[fx.Node, list[Any]]:
     assert part.lowered is not None
     program = emit(part.lowered.program)
-    inputs = [values.get(node, x).contiguous() for node in part.lowered.inputs]
-    batch = x.shape[0]
+    inputs = [values[node].contiguous() for node in part.lowered.inputs]
     raw = program.reference_values([t.data_ptr() for t in inputs], [False] * len(inputs), batch)
     operations = {node[3]: node[0] for node in program.nodes()}
     forced: dict[fx.Node, list[Any]] = {}
@@ -87,7 +91,7 @@ def _interpret(
     exported: Exported,
     part: Part,
     values: dict[fx.Node, Any],
-    x: Tensor,
+    batch: int,
     forced: dict[fx.Node, list[Any]],
     found: list[Difference],
 ) -> None:
@@ -96,11 +100,11 @@ def _interpret(
     def value(node: fx.Node) -> Any:
         if node.op == "get_attr":
             return exported.tensor(node)
-        if node.op == "placeholder":
-            return x
         size = node.meta.get("val")
         if exported.is_batch(size):
-            return x.shape[0]
+            return batch
+        if node not in values and isinstance(size, (int, torch.SymInt)):
+            return node.target(*fx.map_arg(node.args, value))  # type: ignore[operator]
         return values[node]
 
     for node in part.nodes:
