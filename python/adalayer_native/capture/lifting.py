@@ -204,7 +204,10 @@ class Lifter:
         with self.graph.inserting_before(node):
             operand = call.operand
             if flat:
-                operand = self._derived("unsqueeze", operand, 2)
+                # torch does the same: a permuted operand would take the kernels of another layout.
+                plain = self.graph.call_function(torch.ops.aten.contiguous.default, (operand,))
+                _inherit(plain, operand)
+                operand = self._derived("unsqueeze", plain, 2)
             new = self.graph.create_node("call_module", name, (operand,))
             _inherit(new, node)
             if flat:

@@ -162,6 +162,11 @@ def sink_squeezes(graph: fx.Graph, modules: dict[str, Any]) -> None:
     it works on the image as well; so the squeeze moves behind it, and meets the next unsqueeze.
     """
     for node in list(graph.nodes):
+        if node.op == "call_function" and op_name(node) == "aten.contiguous.default":
+            if _is_squeezed(node.args[0]):  # of an image that is contiguous
+                node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+                graph.erase_node(node)
+            continue
         if node.op == "call_function" and op_name(node) == "aten.unsqueeze.default":
             inner = node.args[0]
             if _is_squeezed(inner) and node.args[1] == 2:

@@ -47,13 +47,18 @@ class Exported:
     def is_batch(self, value: Any) -> bool:
         """Whether a size is the batch's."""
         # (Comparing symbols themselves would ask whether they are equal in the example.)
-        return isinstance(value, torch.SymInt) and str(value) == str(self.batch)
+        return isinstance(value, torch.SymInt) and str(value) in set(map(str, self._batches))
 
     @property
     def batch(self) -> Any:
         """The symbol of the batch size: the first axis of the first input that is not fixed."""
+        return next(iter(self._batches), self.inputs[0].meta["val"].shape[0])
+
+    @property
+    def _batches(self) -> list[torch.SymInt]:
+        """Symbols of the batch: inputs that the model does not combine have one each."""
         firsts = [n.meta["val"].shape[0] for n in self.inputs if n.meta["val"].dim()]
-        return next((size for size in firsts if isinstance(size, torch.SymInt)), firsts[0])
+        return [size for size in firsts if isinstance(size, torch.SymInt)]
 
     def sizes(self, node: fx.Node) -> tuple[int, ...] | None:
         """Sizes of a tensor without its batch; None if the first axis is not the batch alone."""

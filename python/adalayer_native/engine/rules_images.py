@@ -231,6 +231,12 @@ def _avg_pool_ints(node: fx.Node) -> list[int]:
         raise CannotLower(node, "average pooling with a divisor of its own")
     kernel = _two(a["kernel_size"])
     stride, padding = _two(a["stride"], kernel), _two(a["padding"])
+    operand = node.args[0]
+    assert isinstance(operand, fx.Node)
+    before, after = (n.meta["val"].shape[-2:] for n in (operand, node))
+    for size, out, k, s, p in zip(before, after, kernel, stride, padding, strict=True):
+        if (out - 1) * s + k > size + 2 * p:
+            raise CannotLower(node, "average pooling over windows that reach beyond the image")
     return [*kernel, *stride, *padding, *padding, int(a["count_include_pad"])]
 
 
