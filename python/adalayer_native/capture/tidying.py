@@ -164,7 +164,7 @@ def sink_squeezes(graph: fx.Graph, modules: dict[str, Any]) -> None:
     for node in list(graph.nodes):
         if node.op == "call_function" and op_name(node) == "aten.contiguous.default":
             if _is_squeezed(node.args[0]):  # of an image that is contiguous
-                node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+                node.replace_all_uses_with(node.args[0])
                 graph.erase_node(node)
             continue
         if node.op == "call_function" and op_name(node) == "aten.unsqueeze.default":

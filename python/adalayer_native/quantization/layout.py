@@ -104,7 +104,7 @@ _structures: weakref.WeakKeyDictionary[nn.Module, dict[frozenset[str], Structure
 )
 
 
-def native_layout(model: nn.Module, plan: Plan) -> NativeLayout:
+def native_layout(model: nn.Module | torch.export.ExportedProgram, plan: Plan) -> NativeLayout:
     """Tensors of the file that ``convert(prepare(model, plan))`` would be saved to.
 
     Cheap for a captured model: it is analysed once per set of quantized layers (bits and sparsity
