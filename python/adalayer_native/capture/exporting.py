@@ -27,7 +27,6 @@ from adalayer_native.errors import AdaError, UnsupportedModelError
 
 __all__ = ["Export", "export", "exported_of"]
 
-_CONTAINERS = (list, dict, set)
 # Seconds of CPU that free sizes may take: "same" padding, for one, makes expressions that grow from
 # layer to layer.
 FREE_SECONDS = 15.0
@@ -189,7 +188,8 @@ def _free_axes(leaf: Tensor, batch: int, free_sizes: bool) -> dict[int, Any]:
 def untouched(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for the time of an export; whatever the model's code keeps is undone."""
     modules = list(model.modules())
-    before = [_snapshot(module) for module in modules]
+    before = [dict(module.__dict__) for module in modules]
+    held = [_Held(value) for state in before for value in state.values() if _is_container(value)]
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         # Fused attention kernels would hide the layers in them.
@@ -201,14 +201,27 @@ def untouched(model: nn.Module) -> Iterator[None]:
         for module, state in zip(modules, before, strict=True):
             module.__dict__.clear()
             module.__dict__.update(state)
+        for container in held:
+            container.restore()
 
 
-def _snapshot(module: nn.Module) -> dict[str, Any]:
-    """Attributes, with containers copied: code that appends to one is undone, too."""
-    return {
-        key: copy.copy(value) if isinstance(value, _CONTAINERS) else value
-        for key, value in module.__dict__.items()
-    }
+def _is_container(value: Any) -> bool:
+    return isinstance(value, (list, dict, set))
+
+
+class _Held:
+    """A list, dictionary or set with what is in it: code that appends to one is undone, too."""
+
+    def __init__(self, container: Any) -> None:
+        self.container, self.content = container, copy.copy(container)
+
+    def restore(self) -> None:
+        """Put back what was in it; others may hold the container itself."""
+        if isinstance(self.container, list):
+            self.container[:] = self.content
+        else:
+            self.container.clear()
+            self.container.update(self.content)
 
 
 # -- guards ---------------------------------------------------------------------------------------
