@@ -383,13 +383,13 @@ def test_layers_the_native_code_lacks_stay_float() -> None:
     assert plan["0"].bits is not None
     assert plan["3"].bits is None
     assert list(plan.float_rest) == ["3"]
-    share = 2 * 66240 / (2 * 66240 + 64 * 3 * 1035)
+    share = 4 * 66240 / (4 * 66240 + 64 * 3 * 1035)
     assert plan.float_rest["3"]["share"] == pytest.approx(share)
 
 
 def too_large() -> nn.Sequential:
     """Products of 8 bits that can overflow the accumulator of the last layer."""
-    return nn.Sequential(nn.Conv2d(3, 1035, 1), nn.ReLU(), nn.Flatten(), nn.Linear(66240, 2)).eval()
+    return nn.Sequential(nn.Conv2d(3, 1035, 1), nn.ReLU(), nn.Flatten(), nn.Linear(66240, 4)).eval()
 
 
 # -- what a person decides ----------------------------------------------------------------------

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
+from ..capture import captured
 from ..errors import PlanError
 from ..plan import Plan
 from ..pruning.patterns import FILE_BLOCK, pattern_pruned_count
@@ -161,7 +162,7 @@ def estimate_bytes(
         PlanError: the plan does not fit the model, or the layout not the plan.
         UnsupportedModelError: the model cannot be captured.
     """
-    layout = native_layout(model, plan) if layout is None else layout
+    layout = native_layout(captured(model), plan) if layout is None else layout
     return safetensors_bytes(native_entries(layout, plan, nonzero), metadata)
 
 

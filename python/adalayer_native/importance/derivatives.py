@@ -7,12 +7,11 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from ..errors import CalibrationError
 from .batches import Batch
-from .outputs import logits_of, picked
+from .outputs import cross_entropy, logits_of, picked
 from .registry import Probe
 
 __all__ = ["differentiable", "loss_with_gradient", "squared_change"]
@@ -53,7 +52,7 @@ def loss_with_gradient(probe: Probe, batch: Batch, criterion: str) -> Tensor:
     else:
         logits = logits_of(output, probe.pick, batch.tokens, target).float()
         labels = target if target is not None else logits.detach().argmax(1)
-        loss = functional.cross_entropy(logits, labels)
+        loss = cross_entropy(logits, labels)
     if not loss.requires_grad:
         raise CalibrationError(f"criterion {criterion!r}: the loss does not depend on the weights")
     return loss.mean()

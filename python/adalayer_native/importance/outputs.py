@@ -34,6 +34,7 @@ __all__ = [
     "LossFn",
     "Pick",
     "Result",
+    "cross_entropy",
     "distance",
     "has_logits",
     "kl_divergence",
@@ -282,9 +283,23 @@ def loss_of(
         value = loss_fn(picked(output, pick), wanted)
         return float(value.mean() if isinstance(value, Tensor) else value)
     if isinstance(target, Tensor) and has_logits(output, pick, tokens, target):
-        logits = logits_of(output, pick, tokens, target)
-        return float(functional.cross_entropy(logits.float(), target))
+        return float(cross_entropy(logits_of(output, pick, tokens, target).float(), target))
     return float(distance(float_output, output, pick, tokens))
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of logits ``[N, C, ...]``; labels below 0 are left out where they are -100.
+
+    Raises:
+        CalibrationError: labels that do not fit.
+    """
+    try:
+        return functional.cross_entropy(logits, labels)
+    except (IndexError, RuntimeError) as error:
+        raise CalibrationError(
+            f"labels {tuple(labels.shape)} of {labels.dtype} do not fit logits "
+            f"{tuple(logits.shape)} ({error}); give a loss_fn, or name the logits with output="
+        ) from error
 
 
 def distance(

@@ -13,6 +13,7 @@ from adalayer_native.errors import CalibrationError
 from adalayer_native.importance.outputs import (
     LossFn,
     Pick,
+    cross_entropy,
     has_logits,
     logits_of,
     picked,
@@ -81,7 +82,7 @@ def data_loss(
         if loss_fn is not None:
             term = loss_fn(picked(output, pick), labels).mean()
         else:
-            term = F.cross_entropy(logits_of(output, pick, tokens, labels), labels)
+            term = cross_entropy(logits_of(output, pick, tokens, labels), labels)
         loss = loss + (1.0 - share) * term
     if target is not None and share > 0.0:
         if labels is None and loss_fn is not None:
