@@ -203,7 +203,7 @@ def compressed(name: str, bits: int) -> tuple[nn.Module, Any, Tensor]:
         n: LayerPlan(n, layer_kind(layer), layer.weight.numel(), bits)
         for n, layer in supported_layers(model).items()
     }
-    prepared = ada.prepare(model, Plan(layers, "fixed", {}))
+    prepared = ada.prepare(model, Plan(layers, "fixed", {}), images)
     ada.calibrate(prepared, [images], observer="minmax", progress=False)
     engine = ada.compile(ada.convert(prepared), images[:1], policy="native", strict=True)
     return model, engine, images

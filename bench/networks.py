@@ -176,6 +176,7 @@ def native_network(name: str, bits: int) -> tuple[nn.Module, nn.Module]:
         n: LayerPlan(n, layer_kind(layer), layer.weight.numel(), bits)
         for n, layer in supported_layers(source.model).items()
     }
-    prepared = ada.prepare(source.model, Plan(layers, "fixed", {}))
-    ada.calibrate(prepared, [source.images(4, seed=2)], progress=False)
+    images = source.images(4, seed=2)
+    prepared = ada.prepare(source.model, Plan(layers, "fixed", {}), images)
+    ada.calibrate(prepared, [images], progress=False)
     return prepared, ada.convert(prepared)

@@ -28,7 +28,7 @@ def test_call_overhead(bench: Bench, turns: Any) -> None:
             n: LayerPlan(n, layer_kind(layer), layer.weight.numel(), 8)
             for n, layer in supported_layers(model).items()
         }
-        prepared = ada.prepare(model, Plan(layers, "fixed", {}))
+        prepared = ada.prepare(model, Plan(layers, "fixed", {}), x)
         ada.calibrate(prepared, [x], progress=False)
         engine = ada.compile(ada.convert(prepared), x, policy="native", strict=True)
         torch.testing.assert_close(engine(x), prepared(x))

@@ -34,7 +34,7 @@ def engine_of(
         share, pattern = zeros.get(name, (0.0, "unstructured"))
         kind = layer_kind(layer)
         layers[name] = LayerPlan(name, kind, layer.weight.numel(), bits, share, pattern)
-    prepared = ada.prepare(model, Plan(layers, "fixed", {}))
+    prepared = ada.prepare(model, Plan(layers, "fixed", {}), x)
     ada.calibrate(prepared, [x], progress=False)
     ops.set_sparse_policy(policy)
     try:

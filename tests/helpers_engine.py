@@ -141,6 +141,6 @@ def native_of(
     model: nn.Module, calibration: Tensor, *, bits: int = 8, activation_bits: int = 8
 ) -> fx.GraphModule:
     """A float model converted, with ranges from one batch."""
-    prepared = prepare(model.eval(), plan_of(model, bits, activation_bits))
+    prepared = prepare(model.eval(), plan_of(model, bits, activation_bits), calibration)
     calibrate(prepared, [calibration], observer="minmax", progress=False)
     return convert(prepared)

@@ -41,8 +41,9 @@ def converted(request: pytest.FixtureRequest) -> Converted:
             for name, layer in supported_layers(model).items()
         }
     )
-    prepared = ada.prepare(model, plan)
-    ada.calibrate(prepared, [images(architecture, 2, seed=5)], observer="minmax", progress=False)
+    batch = images(architecture, 2, seed=5)
+    prepared = ada.prepare(model, plan, batch)
+    ada.calibrate(prepared, [batch], observer="minmax", progress=False)
     return Converted(architecture, model, prepared, ada.convert(prepared))
 
 

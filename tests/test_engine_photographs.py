@@ -36,7 +36,7 @@ def test_engine_and_module_tree_agree(
         n: LayerPlan(n, layer_kind(layer), layer.weight.numel(), bits)
         for n, layer in supported_layers(model).items()
     }
-    prepared = ada.prepare(model, Plan(layers, "fixed", {}))
+    prepared = ada.prepare(model, Plan(layers, "fixed", {}), images[:2])
     ada.calibrate(prepared, [images[:256]], progress=False)
     native = ada.convert(prepared)
     engine = ada.compile(native, images[:1], policy="native", strict=True)
