@@ -204,7 +204,7 @@ def test_writes_that_are_not_followed_are_noticed(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(exporting, "functionalise", careless)
     # The package compares what it captured with the model, and does it another way.
     assert finding_of(case, judge) is None
-    monkeypatch.setattr(capture_module, "_difference", lambda *_: None)
+    monkeypatch.setattr(capture_module, "difference", lambda *_: None)
     noticed(case, "wrong", "the example")
 
 
