@@ -6,6 +6,7 @@ from typing import Any
 
 from helpers_engine import node_differences
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from .judging import Failed, Finding, pairs, unequal
 from .network import Call
@@ -66,10 +67,10 @@ def check_levels(native: fx.GraphModule, example: Call, call: Call, found: list[
 def cells_with_sums(native: fx.GraphModule) -> set[int]:
     """Cells whose results depend on an operator that torch adds up in an order of its own."""
     (output,) = (node for node in native.graph.nodes if node.op == "output")
+    flat = pytree.tree_leaves(output.args[0])
     found = set()
-    for cell, result in enumerate(output.args[0]):
-        pending: list[fx.Node] = []
-        fx.map_arg(result, pending.append)
+    for cell, result in enumerate(pytree.tree_unflatten(flat, native.meta["signature"].out_spec)):
+        pending = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, fx.Node)]
         seen = set(pending)
         while pending:
             node = pending.pop()
