@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from adalayer_native.capture.example import Inputs
 from adalayer_native.capture.model import GraphModel
+from adalayer_native.capture.products import Shape, Shapes, count_of
 from adalayer_native.capture.quiet import quiet
 from adalayer_native.capture.vocabulary import LAYERS, arguments, op_name
 from adalayer_native.plan import float_text
@@ -223,11 +224,11 @@ class _Counting(fx.Interpreter):
                 operand: Any = self.map_nodes_to_values(n.args[0], n)
                 self.found.append((n, "", _layer_macs(module, operand, result)))
         elif n.op == "call_function" and isinstance(n.target, torch._ops.OpOverload):
-            count = _counter(op_name(n))
+            count = count_of(op_name(n))
             if count is not None:
-                what, macs = count
-                given = self.map_nodes_to_values(arguments(n), n)
-                self.found.append((n, what, float(macs(given, result))))
+                given: Any = self.map_nodes_to_values(arguments(n), n)
+                macs = float(count(_Given(given, result)))
+                self.found.append((n, _words(op_name(n)), macs))
         return result
 
 
@@ -240,125 +241,36 @@ def _layer_macs(module: nn.Module, operand: Tensor, result: Tensor) -> float:
     return float(values.numel() * math.prod(weight.shape[1:]))
 
 
-# -- operators ------------------------------------------------------------------------------------
+class _Given(Shapes):
+    """Of tensors themselves."""
+
+    def __init__(self, given: dict[str, Any], result: Any) -> None:
+        self.arguments = given
+        self.result = self.of(result[0] if isinstance(result, (list, tuple)) else result)
+
+    def of(self, operand: Any) -> Shape:
+        return tuple(int(size) for size in operand.shape)
 
 
-def _convolution(a: dict[str, Any], result: Tensor) -> float:
-    operand = a.get("input", a.get("self"))
-    assert isinstance(operand, Tensor)
-    values = operand if a.get("transposed", "output_padding" in a) else result
-    return values.numel() * math.prod(a["weight"].shape[1:])
-
-
-def _product(a: dict[str, Any], result: Tensor) -> float:
-    left = a.get("mat1", a.get("batch1", a.get("self", a.get("input", a.get("mat")))))
-    assert isinstance(left, Tensor)
-    summed = left.shape[0] if left.dim() > result.dim() and "batch1" in a else 1
-    return result.numel() * (left.shape[-1] if left.dim() else 1) * summed
-
-
-def _vector(a: dict[str, Any], result: Tensor) -> float:
-    matrix = a.get("mat", a.get("self"))
-    assert isinstance(matrix, Tensor)
-    return float(matrix.numel())
-
-
-def _linear(a: dict[str, Any], result: Tensor) -> float:
-    return result.numel() * int(a["weight"].shape[-1])
-
-
-def _bilinear(a: dict[str, Any], result: Tensor) -> float:
-    return result.numel() * math.prod(a["weight"].shape[1:])
-
-
-def _attention(a: dict[str, Any], result: Any) -> float:
-    query, key, value = a["query"], a["key"], a["value"]
-    return query.numel() / query.shape[-1] * key.shape[-2] * (query.shape[-1] + value.shape[-1])
-
-
-def _einsum(a: dict[str, Any], result: Tensor) -> float:
-    """Products of the pairs that torch contracts: along a path if there is one, else from the left.
-
-    An axis that only one of a pair has, and that nobody reads later, is added up before.
-    """
-    terms, arrow, out = str(a["equation"]).replace(" ", "").partition("->")
-    sizes: dict[Any, int] = {}
-    found: list[set[Any]] = []
-    for term, operand in zip(terms.split(","), a["tensors"], strict=True):
-        labels = _labels(term, operand.dim())
-        found.append(set(labels))
-        for label, size in zip(labels, operand.shape, strict=True):
-            sizes[label] = max(int(size), sizes.get(label, 1))
-    hidden = {label for label in sizes if type(label) is int}
-    if arrow:
-        wanted = {label for label in sizes if label in hidden or label in out}
-        if "..." not in out:
-            wanted -= hidden
-    else:  # axes that occur once
-        letters = terms.replace(".", "")
-        wanted = {label for label in sizes if label in hidden or letters.count(label) == 1}
-    path = list(a.get("path") or ())
-    total = 0.0
-    while len(found) > 1:
-        first, second = sorted((path.pop(0), path.pop(0))) if path else (0, 1)
-        right, left = found.pop(second), found.pop(first)
-        both = (left | right) & wanted.union(*found)
-        total += math.prod(sizes[label] for label in (left & right) | both)
-        found.insert(len(found) if a.get("path") else 0, both)
-    return total
-
-
-def _labels(term: str, rank: int) -> list[Any]:
-    """An operand's axes: letters, and numbers from the right for those of an ellipsis."""
-    before, dots, after = term.partition("...")
-    hidden = rank - len(before) - len(after) if dots else 0
-    return [*before, *range(hidden, 0, -1), *after]
-
-
-def _tensordot(a: dict[str, Any], result: Tensor) -> float:
-    return result.numel() * math.prod(a["self"].shape[axis] for axis in a["dims_self"])
-
-
-def _recurrent(a: dict[str, Any], result: Any) -> float:
-    operand = a.get("input", a.get("data"))
-    assert isinstance(operand, Tensor)
-    weights = sum(w.numel() for w in a["params"] if w.dim() == 2)
-    return operand.numel() / operand.shape[-1] * weights
-
-
-def _cell(a: dict[str, Any], result: Any) -> float:
-    return a["input"].shape[0] * (a["w_ih"].numel() + a["w_hh"].numel())
-
-
+# What is said of operators that multiply outside of layers.
 _COMPUTED = "a product of two computed tensors"
-_OPERATORS: dict[str, tuple[str, Any]] = {
-    **dict.fromkeys(
-        ("conv3d", "conv_transpose3d"), ("there is no native 3-D convolution", _convolution)
-    ),
-    **dict.fromkeys(
-        ("conv1d", "conv2d", "conv_transpose1d", "conv_transpose2d", "convolution", "_convolution",
-         "convolution_overrideable", "slow_conv3d", "conv_depthwise3d", "_conv_depthwise2d"),
-        ("a convolution whose weights are computed", _convolution),
-    ),
-    **dict.fromkeys(("mm", "bmm", "matmul", "addmm", "baddbmm", "addbmm", "_int_mm"),
-                    (_COMPUTED, _product)),
-    **dict.fromkeys(("mv", "dot", "addmv", "vdot", "inner"), (_COMPUTED, _vector)),
-    "linear": ("a linear layer whose weights are computed", _linear),
-    "bilinear": ("a bilinear product", _bilinear),
-    "tensordot": (_COMPUTED, _tensordot),
-    "einsum": ("a sum over products of computed tensors", _einsum),
-    **dict.fromkeys(
-        ("scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu",
-         "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
-         "_scaled_dot_product_attention_math"),
-        ("attention: products of computed tensors", _attention),
-    ),
-    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), ("a recurrent layer", _recurrent)),
-    **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"),
-                    ("a recurrent layer", _cell)),
-}  # fmt: skip
+_WORDS = {
+    "conv3d": "there is no native 3-D convolution",
+    "conv_transpose3d": "there is no native 3-D convolution",
+    "linear": "a linear layer whose weights are computed",
+    "bilinear": "a bilinear product",
+    "einsum": "a sum over products of computed tensors",
+}
 
 
-def _counter(name: str) -> tuple[str, Any] | None:
-    space, _, rest = name.partition(".")
-    return _OPERATORS.get(rest.rpartition(".")[0]) if space == "aten" else None
+def _words(name: str) -> str:
+    kind = name.split(".")[1]
+    if kind in _WORDS:
+        return _WORDS[kind]
+    if "conv" in kind:
+        return "a convolution whose weights are computed"
+    if "attention" in kind:
+        return "attention: products of computed tensors"
+    if kind.startswith(("lstm", "gru", "rnn")):
+        return "a recurrent layer"
+    return _COMPUTED
