@@ -27,6 +27,11 @@ _FLOAT_LAYERS = (
     torch.ops.aten.conv2d.default,
     torch.ops.aten.linear.default,
 )
+_RESHAPES = (
+    torch.ops.aten.reshape.default,
+    torch.ops.aten.view.default,
+    torch.ops.aten.expand.default,
+)
 _PATH = re.compile(r"\['(\w+)'\]")
 
 
@@ -151,10 +156,12 @@ def _free_batch(graph_module: fx.GraphModule, batch: int) -> None:
     """Undo that the compiler wrote the batch size into reshapes, so that export keeps it free."""
     graph = graph_module.graph
     for node in list(graph.nodes):
-        if node.op != "call_method" or node.target not in ("view", "reshape", "expand"):
+        method = node.op == "call_method" and node.target in ("view", "reshape", "expand")
+        if not method and node.target not in _RESHAPES:
             continue
         operand, *rest = node.args
-        sizes = list(rest[0]) if rest and isinstance(rest[0], (list, tuple)) else rest
+        nested = bool(rest) and isinstance(rest[0], (list, tuple))
+        sizes = list(rest[0]) if nested else rest
         shape = getattr(operand.meta.get("example_value"), "shape", ())
         if not sizes or type(sizes[0]) is not int or sizes[0] != batch or not shape:
             continue
@@ -162,7 +169,7 @@ def _free_batch(graph_module: fx.GraphModule, batch: int) -> None:
             continue
         with graph.inserting_before(node):
             sizes[0] = graph.call_method("size", (operand, 0))
-        node.args = (operand, *sizes)
+        node.args = (operand, sizes) if nested else (operand, *sizes)
 
 
 class _Compiled:
