@@ -205,9 +205,7 @@ def test_losses_of_several_outputs() -> None:
     assert metric_name(None, None, before) == "kl_divergence + squared_error"
     assert metric_name(None, labels, (B, A[:, 0])) == "squared_error"
     assert metric_name(None, None, before, "logits") == "kl_divergence"
-    with pytest.raises(
-        ada.CalibrationError, match=r"labels \(4,\) .* do not fit logits"
-    ):
+    with pytest.raises(ada.CalibrationError, match=r"labels \(4,\) .* do not fit logits"):
         loss_of(after, before, labels + 2)
     with pytest.raises(ada.CalibrationError, match=r"several.*\['a_logits', 'b_logits'\].*output="):
         logits_of({"a_logits": A, "b_logits": A})
