@@ -62,6 +62,25 @@ def copy(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "run"))
 
 
+def test_what_stays_float_is_shown(made: Path, copy: Path) -> None:
+    (part,) = load_run(made).data["float_rest"]
+    share = 192 / (27 * 8 * 64 + 72 * 12 * 16 + 192)
+    assert part["name"] == "fc" and part["reason"] == "the plan keeps it in float"
+    assert part["share"] == pytest.approx(share)
+    said = f"<dd>the plan keeps it in float, {100 * share:.2g} % of the work</dd>"
+    assert f"<dt>fc stays float</dt>{said}" in page(load_run(made))
+    console = Console(width=300, no_color=True)
+    with console.capture() as capture:
+        console.print(run_table(load_run(made)))
+    assert f"stays in float: fc ({100 * share:.2g} %: the plan keeps it in float)" in capture.get()
+    # A run of an earlier version knows names and reasons alone.
+    report = json.loads((copy / "report.json").read_text())
+    del report["float_rest"]
+    report["kept_float"] = {"fc": "because"}
+    (copy / "report.json").write_text(json.dumps(report))
+    assert "fc stays float</dt><dd>because</dd>" in page(load_run(copy))
+
+
 def test_rows_of_a_run(made: Path) -> None:
     found = load_run(made)
     rows = {layer.name: layer for layer in found.layers}

@@ -15,7 +15,7 @@ from torch import nn
 from adalayer_native._fingerprint import fingerprint
 from adalayer_native.allocation import METHODS, Budget, allocate
 from adalayer_native.allocation.rest import planned_rest, unsupported_rest
-from adalayer_native.capture.loading import captured_on
+from adalayer_native.capture.loading import captured_on, first_sample
 from adalayer_native.capture.work import FloatRest, work_of
 from adalayer_native.errors import BudgetError, PlanError, UnsupportedModelError
 from adalayer_native.importance import LayerScores, analyze
@@ -126,7 +126,7 @@ def compress(
     if plan is None:
         _check_method(method, budget, criterion)
     model = captured_on(model, calibration)
-    macs = work_of(model)
+    macs = work_of(model, first_sample(model, calibration))
     unsupported = unsupported_rest(model, plan, macs)
     if strict:
         _refuse(unsupported if plan is None else planned_rest(model, plan, macs))

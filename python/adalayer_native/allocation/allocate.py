@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from ..capture import GraphModel
+from ..capture.loading import captured_on, first_sample
+from ..capture.work import work_of
 from ..errors import BudgetError, CalibrationError, PlanError
-from ..importance.batches import captured_on
 from ..importance.outputs import LossFn, Pick
 from ..importance.scores import LayerScores
 from ..plan import Plan
@@ -128,7 +129,7 @@ def allocate(
             known = scores.as_dict()
             predicted = plan.scores or {}
             plan.scores = {n: {**known.get(n, {}), **predicted.get(n, {})} for n in plan}
-        return _finished(plan, model)
+        return _finished(plan, model, calibration)
     if budget is not None and not budget.single:
         raise BudgetError(
             f"method {method!r} takes one limit of size, bytes and bits, got {budget}; method "
@@ -174,12 +175,13 @@ def allocate(
                 candidates=candidates,
                 progress=progress,
             )
-    return _finished(plan, model)
+    return _finished(plan, model, calibration)
 
 
-def _finished(plan: Plan, model: GraphModel) -> Plan:
+def _finished(plan: Plan, model: GraphModel, calibration: Iterable[Any] | None) -> Plan:
     plan.validate(model)
-    plan.float_rest = unsupported_rest(model).as_dict()
+    sample = None if calibration is None else first_sample(model, calibration)
+    plan.float_rest = unsupported_rest(model, work=work_of(model, sample)).as_dict()
     return plan
 
 

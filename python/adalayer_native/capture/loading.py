@@ -13,7 +13,7 @@ from adalayer_native.capture.example import Inputs, batch_inputs, repeatable
 from adalayer_native.capture.model import GraphModel
 from adalayer_native.errors import CalibrationError
 
-__all__ = ["captured_on", "checked_batches"]
+__all__ = ["captured_on", "checked_batches", "first_sample"]
 
 
 def captured_on(model: Any, loader: Iterable[Any] | None = None) -> GraphModel:
@@ -33,6 +33,17 @@ def captured_on(model: Any, loader: Iterable[Any] | None = None) -> GraphModel:
         return captured(model)
     for _, x, _ in checked_batches(loader, model):
         return captured(model, example=x)
+    raise CalibrationError("the calibration loader is empty: all its batches hold no sample")
+
+
+def first_sample(model: GraphModel, loader: Iterable[Any]) -> Inputs:
+    """A loader's first sample as the arguments of a captured model; two where one is refused.
+
+    Raises:
+        CalibrationError: the loader is empty, or its first batch unusable.
+    """
+    for _, x, _ in checked_batches(loader, model):
+        return x[:1] if model.signature.single else x[:2]
     raise CalibrationError("the calibration loader is empty: all its batches hold no sample")
 
 

@@ -132,9 +132,11 @@ def work_of(model: GraphModel, x: Inputs | None = None) -> list[Work]:
         model: in evaluation mode.
         x: a batch, whose sizes count. Default: one as large as the model was captured with.
     """
-    if x is None and model in _known:
-        return _known[model]
-    kept, x = x is None, example_of_model(model) if x is None else x
+    x = example_of_model(model) if x is None else x
+    shapes = tuple(tuple(tensor.shape) for tensor in x.tensors())
+    known = _known.setdefault(model, {})
+    if shapes in known:
+        return known[shapes]
     moving = _moving(model)
     found = []
     for node, what, macs in _counted(model, model.signature.leaves(x.args, x.kwargs)):
@@ -143,12 +145,13 @@ def work_of(model: GraphModel, x: Inputs | None = None) -> list[Work]:
             if what == _COMPUTED and not moving.issuperset(node.all_input_nodes):
                 what = "a product with a constant that is no matrix of a layer"
             found.append(Work(node.name, _place(node), what, macs / x.count, what == ""))
-    if kept:
-        _known[model] = found
+    known[shapes] = found
     return found
 
 
-_known: weakref.WeakKeyDictionary[GraphModel, list[Work]] = weakref.WeakKeyDictionary()
+_Sizes = tuple[tuple[int, ...], ...]
+_known: weakref.WeakKeyDictionary[GraphModel, dict[_Sizes, list[Work]]]
+_known = weakref.WeakKeyDictionary()
 
 
 def _counted(model: GraphModel, leaves: list[Any]) -> list[tuple[fx.Node, str, float]]:
