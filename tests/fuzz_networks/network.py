@@ -7,7 +7,6 @@ outputs of its own, so that a wrong result names its cell.
 
 from __future__ import annotations
 
-import random
 from collections import namedtuple
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -189,9 +188,3 @@ def draw_input(item: Input, batch: int, rng: torch.Generator, grow: int = 0) -> 
     if item.kind == "mask":
         return torch.rand(shape, generator=rng) < 0.7
     return torch.randn(shape, generator=rng)
-
-
-def group_seeds(seed: int) -> tuple[random.Random, int]:
-    """Randomness of a group beside that of its recipes."""
-    rng = random.Random(f"group {seed}")
-    return rng, rng.randrange(1 << 30)
