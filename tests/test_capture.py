@@ -193,6 +193,29 @@ def test_layers_are_what_is_computed() -> None:
     compressed(model, x, limit=0.1)
 
 
+def test_modules_below_others_and_weights_that_are_computed(x: Tensor) -> None:
+    class NormAct(nn.BatchNorm2d):
+        def __init__(self, channels: int) -> None:
+            super().__init__(channels)
+            self.drop, self.act = nn.Dropout(0.1), nn.PReLU(channels)
+
+        def forward(self, t: Tensor) -> Tensor:
+            return self.act(self.drop(super().forward(t)))
+
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+
+        def forward(self, t: Tensor) -> Tensor:
+            return self.p(t) + F.conv2d(t, self.p.weight * 0.5, padding=1)
+
+    model = nn.Sequential(conv(), NormAct(8), Inner(), conv(8, 4, 1))
+    native = compressed(model, x, limit=0.1)
+    assert list(supported_layers(ada.capture(model, x))) == ["0", "2.p", "2.conv2d", "3"]
+    assert torch.equal(pickle.loads(pickle.dumps(native))(x), native(x))
+
+
 def test_one_dimensional_convolutions_are_images_of_height_one() -> None:
     torch.manual_seed(3)
     model = nn.Sequential(

@@ -83,6 +83,7 @@ def test_networks(number: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.heavy
 def test_many_networks() -> None:
     """On two processes; every day sees others."""
     first = int(time.time() // 86400) * 1000

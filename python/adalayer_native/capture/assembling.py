@@ -235,11 +235,9 @@ def _name(node: fx.Node) -> str:
 
 def _hold(root: nn.Module, target: str, tensor: Tensor, modules: dict[str, nn.Module]) -> str:
     """Keep a tensor that operators read, under its own name unless a module is there."""
-    owner = target.rpartition(".")[0]
-    taken = (
-        owner in modules
-        or target in modules
-        or any(name == target or name.startswith(f"{target}.") for name in modules)
+    taken = any(
+        name == target or name.startswith(f"{target}.") or target.startswith(f"{name}.")
+        for name in modules
     )
     if taken:
         target = f"{CONSTANTS}.{target.replace('.', '_')}"

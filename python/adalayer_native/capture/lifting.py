@@ -231,7 +231,9 @@ class Lifter:
         path = _path(node)
         target = _origin(weight)
         if target is None:
-            return path or node.name
+            # Where the module has a weight, computed or not; else after what is done.
+            own = path != "" and hasattr(_submodule(self.model, path), "weight")
+            return path if own else f"{path}.{op_name(node).split('.')[1]}".lstrip(".")
         tensor = _find(self.module, target)
         leaf = self.owners.get(path, {}).get(id(tensor))
         if leaf is not None and _find(self.model, f"{path}.{leaf}".lstrip(".")) is not None:
@@ -240,9 +242,15 @@ class Lifter:
         return owner if leaf == "weight" and owner else target
 
     def _unused(self, name: str) -> str:
-        """A name that no other lifted module has."""
+        """A name that no other lifted module has, neither above nor below another one.
+
+        Modules are exchanged as a whole, with all that is below them.
+        """
+        for other in self.lifted:
+            if name.startswith(f"{other}."):
+                name = f"{other}_{name[len(other) + 1 :].replace('.', '_')}"
         found, count = name, 1
-        while found in self.lifted:
+        while found in self.lifted or any(each.startswith(f"{found}.") for each in self.lifted):
             count += 1
             found = f"{name}_{count}"
         return found
@@ -311,9 +319,12 @@ class Lifter:
 
     def _marked(self, node: fx.Node) -> None:
         """A module that is kept as it is: a dropout."""
-        operand, name = node.args[:2]
-        name = str(name)
-        self.lifted.setdefault(name, copy.deepcopy(self.marks[name]).eval())
+        operand, mark = node.args[:2]
+        key = ("mark", mark)
+        name = self.known.get(key)
+        if name is None:
+            name = self.known[key] = self._unused(str(mark))
+            self.lifted[name] = copy.deepcopy(self.marks[str(mark)]).eval()
         with self.graph.inserting_before(node):
             new = self.graph.create_node("call_module", name, (operand,))
         _inherit(new, node)
