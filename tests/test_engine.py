@@ -54,6 +54,19 @@ def test_pattern(name: str) -> None:
     assert float((got - expected).abs().max()) <= 0.02 * float(expected.abs().max())
 
 
+@pytest.mark.parametrize("kernel", [5, (5, 1)])
+@torch.no_grad()
+def test_average_pooling_over_a_window_larger_than_the_padded_image(kernel: Any) -> None:
+    """One window with ceil_mode, which torch computes."""
+    pool = nn.AvgPool2d(kernel, 2, ceil_mode=True)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), pool, nn.Conv2d(8, 8, 1))
+    x = torch.randn(2, 3, 4, 4)
+    native = native_of(model, x)
+    with pytest.raises(UnsupportedModelError, match="window larger than the padded image"):
+        ada.compile(native, x[:1], policy="native", strict=True)
+    assert torch.equal(ada.compile(native, x[:1], policy="native")(x), native(x))
+
+
 @pytest.mark.parametrize("name", ["residual", "convnext", "up", "pre-activation"])
 @pytest.mark.parametrize(("bits", "activation_bits"), [(2, 8), (3, 5), (5, 4), (7, 8)])
 @torch.no_grad()
