@@ -440,6 +440,26 @@ def test_fastest_measures_and_computes_the_same() -> None:
     torch.testing.assert_close(engine(x), native(x), rtol=0, atol=0.02)
 
 
+class RowsFirst(nn.Module):
+    """A layer that sees the batch second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x.transpose(0, 1)).transpose(0, 1)
+
+
+@torch.no_grad()
+def test_fastest_does_not_time_layers_that_run_in_torch() -> None:
+    x = torch.randn(3, 5, 8)
+    native = native_of(RowsFirst(), x)
+    engine = ada.compile(native, x[:1])
+    assert {row.kind for row in engine.coverage(rounds=0)} == {"torch"}
+    assert torch.equal(engine(x), native(x))
+
+
 # -- coverage -------------------------------------------------------------------------------------
 
 

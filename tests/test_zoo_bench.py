@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import adalayer_native as ada
 from bench.zoo.__main__ import chosen, main
 from bench.zoo.compare import cosines, difference
 from bench.zoo.entry import (
@@ -29,6 +30,7 @@ from bench.zoo.macs import all_macs, layer_macs
 from bench.zoo.networks import NETWORKS
 from bench.zoo.networks.own import ENTRIES as OWN
 from bench.zoo.page import page
+from bench.zoo.rounding import rounded
 from bench.zoo.sanity import sanity
 from bench.zoo.store import is_fresh, key_of, path_of, read, write
 
@@ -49,6 +51,7 @@ RECORD: dict[str, Any] = {
             "in_torch": [["last", "aten.sigmoid.default", "wanted in float32", 0]],
             "native_share": 1.0,
             "cosines": {"result": [0.999, 0.99]},
+            "rounded": {"result": [0.999, 0.99]},
             "milliseconds": {"engine": 1.0, "torch": 2.0},
             "compress_seconds": 2.0,
             "compile_seconds": 3.0,
@@ -191,6 +194,26 @@ def test_results_are_fresh_until_something_changes(tmp_path: Any) -> None:
     assert read(path) is None
 
 
+@torch.no_grad()
+def test_noise_of_rounding_has_its_size_and_leaves_the_network_alone() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 32, bias=False)
+    x = torch.rand(256, 64) * 2 - 1
+    captured = ada.capture(layer, x)
+    before = {name: value.clone() for name, value in captured.state_dict().items()}
+    wanted = layer(x)
+    for bits in (8, 4):
+        noise = rounded(captured, x, bits) - wanted
+        weight = layer.weight.abs().amax(1) / (2 ** (bits - 1) - 1)
+        # Both noises are uniform over a step; their variances add.
+        of_inputs = (2 / 255) ** 2 / 12 * layer.weight.square().sum(1)
+        of_weights = weight.square() / 12 * x.square().sum(1).mean()
+        expected = (of_inputs + of_weights).mean().sqrt()
+        assert float(noise.std() / expected) == pytest.approx(1, abs=0.1)
+    assert torch.equal(captured(x), wanted)
+    assert all(torch.equal(before[name], value) for name, value in captured.state_dict().items())
+
+
 def test_misses_are_named() -> None:
     assert misses(record()) == []
     apart = {"equal": False, "where": "result", "relative": 0.1, "levels": 2.0, "share": 0.5,
@@ -199,8 +222,12 @@ def test_misses_are_named() -> None:
     assert (
         found.startswith("8 bits: engine ≠ native: result") and "pool (avg_pool, 3 of 100" in found
     )
-    (found,) = misses(record(cosines={"a": [0.5, 0.4], "b": [1.0, 1.0]}))
-    assert found == "8 bits: cosine of a 0.5000 (an error of the input grows 12.0-fold)"
+    rounded = {"a": [0.9, 0.8], "b": [0.995, 1.0]}
+    assert misses(record(cosines={"a": [0.88, 0.4], "b": [0.991, 1.0]}, rounded=rounded)) == []
+    (first, second) = misses(record(cosines={"a": [0.87, 0.9], "b": [0.98, 1.0]}, rounded=rounded))
+    grows = "an error of the input grows 12.0-fold"
+    assert first == f"8 bits: cosine of a 0.8700 (rounding alone leaves 0.9000, {grows})"
+    assert second.startswith("8 bits: cosine of b 0.9800 (rounding alone leaves 0.9950")
     (found,) = misses(record(quantized_share=0.5))
     assert "50.0 % of the multiply-accumulates" in found
     (found,) = misses(record(milliseconds={"engine": 2.0, "torch": 1.0}))
@@ -218,7 +245,10 @@ def test_the_page_has_a_row_and_the_reasons_of_every_network() -> None:
     bad["name"] = "own/other"
     bad["equal"]["another size"] = {"fixed": "InputError: 64 alone"}
     text = page([record(), bad])
-    assert "| own/net | yes | 99.0 % | 12.0 | = | = | 0.9990 \\| 0.9900 | 100.0 %, 1 |" in text
+    assert (
+        "| own/net | yes | 99.0 % | 12.0 | = | = | 0.9990 \\| 0.9900 | 0.9990 | 100.0 %, 1 |"
+        in text
+    )
     assert "| own/other | this size |" in text and "64 alone" not in text
     assert "1 of 2 networks miss nothing" in text
     assert "- 8 bits: kept float: conv: a\\|b \\*c\\*" in text

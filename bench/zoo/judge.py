@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 QUANTIZED = 0.95  # of the multiply-accumulates of a convolutional network
-COSINE = 0.99  # at 8 bits
+COSINE = 0.99  # at 8 bits, where the noise of rounding alone leaves as much (rounding.py)
+MORE = 1.25  # times the loss of that noise is accepted where it leaves less
 MOST_NAMES = 3
 
 
@@ -48,14 +49,22 @@ def _width_misses(record: Mapping[str, Any], bits: int, part: Mapping[str, Any])
     products = {f"{name} ({op})": why for name, op, why, macs in part.get("in_torch", ()) if macs}
     if products:
         yield f"in torch: {grouped(products)}"
-    low = {name: c for name, (c, _) in part.get("cosines", {}).items() if c < COSINE}
-    if bits == 8 and low:
-        growth = record.get("sanity", {}).get("growth")
-        grows = "" if growth is None else f" (an error of the input grows {growth:.1f}-fold)"
-        yield "cosine of " + ", ".join(f"{name} {c:.4f}" for name, c in low.items()) + grows
+    if bits == 8:
+        yield from _far_from_float(record, part)
     times = part.get("milliseconds")
     if times and times["engine"] > times["torch"]:
         yield f"{times['engine']:.3f} ms, torch {times['torch']:.3f} ms"
+
+
+def _far_from_float(record: Mapping[str, Any], part: Mapping[str, Any]) -> Iterator[str]:
+    """Cosines below what is asked for, or below what noise as large as rounding leaves."""
+    for name, (cosine, _) in part.get("cosines", {}).items():
+        noisy = part["rounded"][name][0] if "rounded" in part else 1.0
+        if cosine >= (COSINE if noisy >= COSINE else 1 - MORE * (1 - noisy)):
+            continue
+        growth = record.get("sanity", {}).get("growth")
+        grows = "" if growth is None else f", an error of the input grows {growth:.1f}-fold"
+        yield f"cosine of {name} {cosine:.4f} (rounding alone leaves {noisy:.4f}{grows})"
 
 
 def apart(found: Mapping[str, Any]) -> str:

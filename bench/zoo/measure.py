@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import adalayer_native as ada
+from adalayer_native.capture import GraphModel
 from adalayer_native.nn.layer import NativeLayer
 from adalayer_native.plan import LayerPlan, Plan, layer_kind, supported_layers
 from bench.conftest import measure as in_turns
@@ -21,6 +22,7 @@ from bench.report import shown_state
 from bench.zoo.compare import cosines, difference, differing_nodes
 from bench.zoo.entry import Entry, Example, arguments, call
 from bench.zoo.macs import all_macs, layer_macs
+from bench.zoo.rounding import rounded
 from bench.zoo.sanity import sanity
 
 BATCH = 2  # of the example that networks are captured with
@@ -131,7 +133,7 @@ def uniform_plan(captured: nn.Module, bits: int) -> Plan:
 def _measure_width(
     entry: Entry,
     model: nn.Module,
-    captured: nn.Module,
+    captured: GraphModel,
     bits: int,
     seconds: float,
     part: Record,
@@ -162,7 +164,10 @@ def _measure_width(
         with ada.simulate(prepared) as exact:
             part["native"] = difference(ours, call(exact, example)).to_dict()
         several = entry.inputs(8, 18)
-        part["cosines"] = cosines(call(native, several), call(model, several))
+        wanted = call(model, several)
+        part["cosines"] = cosines(call(native, several), wanted)
+    with step(part, "rounded"):
+        part["rounded"] = cosines(rounded(captured, several, bits), wanted)
     _measure_engine(native, example, ours, part)
     with step(part, "clock"):
         _clock(entry, model, native, seconds, part)

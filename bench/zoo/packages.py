@@ -40,7 +40,7 @@ def package(name: str, submodule: str = "") -> Any:
         os.environ.setdefault("YOLO_VERBOSE", "false")
         if "YOLO_CONFIG_DIR" not in os.environ:
             os.environ["YOLO_CONFIG_DIR"] = tempfile.mkdtemp(prefix="zoo-yolo-")
-    if name != "torchvision" and importlib.util.find_spec("torchvision") is not None:
+    if importlib.util.find_spec("torchvision") is not None:
         torchvision_models()
     return importlib.import_module(f"{module}.{submodule}" if submodule else module)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from adalayer_native._files import write_text_atomic
 from bench.report import table
-from bench.zoo.judge import COSINE, QUANTIZED, misses
+from bench.zoo.judge import COSINE, MORE, QUANTIZED, misses
 from bench.zoo.sanity import VARIED
 
 COMMAND = "python -m bench.zoo"
@@ -31,14 +31,17 @@ writes this page; `--only NAME` measures one network. One input at a time, one t
 - *quantized*: share of the float network's multiply-accumulates in layers that were quantized. Of a
   convolutional network at least {100 * QUANTIZED:g} % are wanted; (…) marks the others.
 - *growth*: how much more a small relative error of the input is at the float network's output.
-  Random convolutions let errors grow, so that the cosine of a deep network is low although every
-  layer is rounded well.
 - *native*: the converted modules have the bits of the exact simulation. *engine*: the compiled
   engine with every layer native has the bits of the modules.
 - *cosine* of the outputs to the float network's, the smallest of several outputs, over 8 inputs;
   behind the bar that of what differs between the inputs. Noise averages out, so that some networks
   answer nearly the same to any of it; a network whose outputs differ by less than
   {100 * VARIED:g} % is named below.
+- *noise*: the same cosine of the float network itself, run with noise as large as the rounding of
+  ideal grids of these widths on every weight and on every value that a layer reads
+  (bench/zoo/rounding.py). Random convolutions let errors grow from layer to layer. Where the noise
+  leaves {COSINE:g} at 8 bits, the network's activations are taken as sane and {COSINE:g} is wanted
+  of the quantized network; elsewhere at most {MORE:g} times what the noise costs.
 - *in engine*: share of the multiply-accumulates that the engine does natively, and how many
   operators run in torch.
 - *ms*: the engine as `compile` makes it, beside torch in float32, medians of calls by turns.
@@ -52,7 +55,7 @@ def page(records: Sequence[Mapping[str, Any]]) -> str:
     heading = ["network", "captured", "quantized", "growth"]
     for bits in widths:
         heading += [
-            f"{bits} bits: native", "engine", "cosine", "in engine", "ms", "torch ms", "×",
+            f"{bits} bits: native", "engine", "cosine", "noise", "in engine", "ms", "torch ms", "×",
             "seconds",
         ]  # fmt: skip
     lines = [HEAD, _machine(records), ""]
@@ -62,8 +65,8 @@ def page(records: Sequence[Mapping[str, Any]]) -> str:
     lines.append(
         f"{len(records) - len(missed)} of {len(records)} networks miss nothing. Missed is whatever "
         "differs, is refused or kept float; products that run in torch; less than "
-        f"{100 * QUANTIZED:g} % quantized; a cosine below {COSINE:g} at 8 bits; an engine slower "
-        "than torch."
+        f"{100 * QUANTIZED:g} % quantized; a cosine at 8 bits below what is wanted; an engine "
+        "slower than torch."
     )
     for record, found in missed:
         lines += ["", f"**{record['name']}**", "", *(f"- {escape(miss)}" for miss in found)]
@@ -124,10 +127,13 @@ def _quantized(record: Mapping[str, Any]) -> str:
 
 def _width(record: Mapping[str, Any], part: Mapping[str, Any] | None) -> list[str]:
     if part is None:
-        return ["–"] * 8
+        return ["–"] * 9
     cells = [_equal(part.get("native")), _equal(part.get("engine"))]
     both = list(zip(*part.get("cosines", {}).values(), strict=True))
     cells.append(" \\| ".join(f"{min(values):.4f}" for values in both) or "–")
+    cells.append(
+        f"{min(c for c, _ in part['rounded'].values()):.4f}" if part.get("rounded") else "–"
+    )
     cells.append(
         f"{100 * part['native_share']:.1f} %, {len(part['in_torch'])}"
         if "native_share" in part

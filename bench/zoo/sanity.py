@@ -19,9 +19,8 @@ modules without children, which is where values would be stored:
 
 How much a relative error of the input has **grown** at the result is measured too, with 1 % of
 noise. Random convolutions with batch norms let errors grow from layer to layer, tenfold in twenty
-layers and more, as trained networks do not. That is no problem in itself: bits are compared all the
-same. But rounding to 8 bits is an error of some 1 % in every layer, and a cosine says then how much
-it grew and not how well a layer is quantized; so the two stand side by side.
+layers and more, as trained networks do not. What that means for a comparison with float,
+``bench/zoo/rounding.py`` measures.
 """
 
 from __future__ import annotations

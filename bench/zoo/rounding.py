@@ -1,0 +1,100 @@
+"""What rounding alone costs a float network: the yardstick of the cosines.
+
+A cosine to the float network says how well a network is quantized only where the network itself
+does not let errors grow. So the same network runs once more, still in float, with noise as large
+as the rounding of an ideal grid of 8 bits: uniform over a step of (largest - smallest) / 255, on
+every value that a layer reads or that is combined with another, and over a step of the weights'
+grid on every weight. Nothing is clipped, and no rounding depends on another. What that leaves of
+the result, nobody's quantization at these widths can be expected to exceed by much; where it is
+well below 1, the network's activations are not sane for a comparison with float.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from adalayer_native.capture import GraphModel
+from adalayer_native.plan import supported_layers
+from bench.zoo.entry import Example, call
+
+LEVELS = 255  # steps of an activation's grid
+SEED = 0x5EED  # not one that weights or inputs are drawn with: the noise would follow their signs
+COMBINING = ("add", "sub", "mul", "div", "cat")
+
+
+def rounded(captured: GraphModel, example: Example, bits: int) -> Any:
+    """The result of a captured network with the noise of rounding.
+
+    Args:
+        captured: left as it was.
+        example: its inputs.
+        bits: of the weights, per output channel; activations have 8.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    layers = supported_layers(captured)
+    found = [layer.weight for layer in layers.values()]
+    weights = dict.fromkeys(w for w in found if isinstance(w, nn.Parameter))
+    with _rounded_weights(weights, bits, generator):
+        return call(_Noisy(captured, set(layers), generator), example)
+
+
+class _Noisy(nn.Module):
+    def __init__(self, captured: GraphModel, layers: set[str], generator: torch.Generator):
+        super().__init__()
+        self.captured, self.generator = captured, generator
+        self.stored = {
+            operand
+            for node in captured.graph.nodes
+            if (node.op == "call_module" and node.target in layers)
+            or (node.op == "call_function" and _combines(node))
+            for operand in node.all_input_nodes
+            if operand.op != "get_attr"
+        }
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        signature = self.captured.signature
+        values = signature.leaves(args, kwargs)
+        return _Interpreter(self).run(*values, enable_io_processing=True)
+
+
+class _Interpreter(fx.Interpreter):
+    def __init__(self, noisy: _Noisy) -> None:
+        super().__init__(noisy.captured)
+        self.noisy = noisy
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n in self.noisy.stored and isinstance(value, Tensor) and value.is_floating_point():
+            step = float(value.max() - value.min()) / LEVELS
+            value = value + step * _noise(value, self.noisy.generator)
+        return value
+
+
+def _combines(node: fx.Node) -> bool:
+    name = getattr(node.target, "__name__", str(node.target)).split(".")[0].rstrip("_")
+    return name in COMBINING and len(node.all_input_nodes) > 1
+
+
+def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.rand(like.shape, generator=generator) - 0.5
+
+
+@contextmanager
+def _rounded_weights(
+    weights: Iterable[nn.Parameter], bits: int, generator: torch.Generator
+) -> Iterator[None]:
+    kept = [(weight, weight.data) for weight in weights]
+    try:
+        for weight, values in kept:
+            largest = values.abs().amax(tuple(range(1, values.dim())), keepdim=True)
+            step = largest / (2 ** (bits - 1) - 1)
+            weight.data = values + step * _noise(values, generator)
+        yield
+    finally:
+        for weight, values in kept:
+            weight.data = values
