@@ -244,7 +244,9 @@ def test_the_page_has_a_row_and_the_reasons_of_every_network() -> None:
     bad = record(kept_float={"conv": "a|b *c*"})
     bad["name"] = "own/other"
     bad["equal"]["another size"] = {"fixed": "InputError: 64 alone"}
-    text = page([record(), bad])
+    assert "Not measured" not in page([record()])
+    text = page([record(), bad], ["own/late", "own/later"])
+    assert "Not measured for this page: own/late, own/later." in text
     assert (
         "| own/net | yes | 99.0 % | 12.0 | = | = | 0.9990 \\| 0.9900 | 0.9990 | 100.0 %, 1 |"
         in text

@@ -152,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"not installed (pip install 'adalayer_native[zoo]'): {', '.join(absent)}")
     out = given.out or (PAGE if given.only is None else None)
     if out is not None:
-        write_page(list(known.values()), out)
+        write_page(list(known.values()), out, [name for name in NETWORKS if name not in known])
         print(f"written: {out}")
     if given.json is not None:
         write_text_atomic(given.json, json.dumps(list(known.values()), indent=1) + "\n")

@@ -49,8 +49,8 @@ writes this page; `--only NAME` measures one network. One input at a time, one t
 """
 
 
-def page(records: Sequence[Mapping[str, Any]]) -> str:
-    """The whole page."""
+def page(records: Sequence[Mapping[str, Any]], unmeasured: Sequence[str] = ()) -> str:
+    """The whole page; ``unmeasured`` are the names of networks without a result."""
     widths = sorted({int(bits) for record in records for bits in record["bits"]}, reverse=True)
     heading = ["network", "captured", "quantized", "growth"]
     for bits in widths:
@@ -60,6 +60,8 @@ def page(records: Sequence[Mapping[str, Any]]) -> str:
         ]  # fmt: skip
     lines = [HEAD, _machine(records), ""]
     lines += table(heading, [_row(record, widths) for record in records])
+    if unmeasured:
+        lines += [f"Not measured for this page: {', '.join(unmeasured)}.", ""]
     lines += ["## What is missed, and why", ""]
     missed = [(record, found) for record in records if (found := misses(record))]
     lines.append(
@@ -73,9 +75,11 @@ def page(records: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def write_page(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+def write_page(
+    records: Sequence[Mapping[str, Any]], path: Path, unmeasured: Sequence[str] = ()
+) -> None:
     """Replace the page."""
-    write_text_atomic(path, page(records))
+    write_text_atomic(path, page(records, unmeasured))
 
 
 def escape(text: str) -> str:
