@@ -22,7 +22,7 @@ class MissingPackageError(Exception):
 def package(name: str, submodule: str = "") -> Any:
     """A module of a package, by the name that pip has for the package.
 
-    The packages that want torchvision find one whose compiled operators are empty names (see
+    torchvision, and what wants it, gets one whose compiled operators are empty names (see
     ``tests/helpers_torchvision.py``). Ultralytics would write settings into the home directory and
     look for updates; it gets a folder of its own and is told that there is no network. Hugging
     Face's packages load nothing by themselves and are told so too.

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from adalayer_native.capture import GraphModel
 from adalayer_native.plan import supported_layers
-from bench.zoo.entry import Example, call
+from bench.zoo.entry import Example, arguments
 
 LEVELS = 255  # steps of an activation's grid
 SEED = 0x5EED  # not one that weights or inputs are drawn with: the noise would follow their signs
@@ -39,14 +39,16 @@ def rounded(captured: GraphModel, example: Example, bits: int) -> Any:
     layers = supported_layers(captured)
     found = [layer.weight for layer in layers.values()]
     weights = dict.fromkeys(w for w in found if isinstance(w, nn.Parameter))
-    with _rounded_weights(weights, bits, generator):
-        return call(_Noisy(captured, set(layers), generator), example)
+    args, kwargs = arguments(example)
+    with torch.no_grad(), _rounded_weights(weights, bits, generator):
+        noisy = _Noisy(captured, set(layers), generator)
+        return noisy.run(*captured.signature.leaves(args, kwargs))
 
 
-class _Noisy(nn.Module):
-    def __init__(self, captured: GraphModel, layers: set[str], generator: torch.Generator):
-        super().__init__()
-        self.captured, self.generator = captured, generator
+class _Noisy(fx.Interpreter):
+    def __init__(self, captured: GraphModel, layers: set[str], generator: torch.Generator) -> None:
+        super().__init__(captured)
+        self.generator = generator
         self.stored = {
             operand
             for node in captured.graph.nodes
@@ -56,22 +58,11 @@ class _Noisy(nn.Module):
             if operand.op != "get_attr"
         }
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        signature = self.captured.signature
-        values = signature.leaves(args, kwargs)
-        return _Interpreter(self).run(*values, enable_io_processing=True)
-
-
-class _Interpreter(fx.Interpreter):
-    def __init__(self, noisy: _Noisy) -> None:
-        super().__init__(noisy.captured)
-        self.noisy = noisy
-
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if n in self.noisy.stored and isinstance(value, Tensor) and value.is_floating_point():
+        if n in self.stored and isinstance(value, Tensor) and value.is_floating_point():
             step = float(value.max() - value.min()) / LEVELS
-            value = value + step * _noise(value, self.noisy.generator)
+            value = value + step * _noise(value, self.generator)
         return value
 
 
