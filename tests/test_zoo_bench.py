@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.testing import assert_close
 
 import adalayer_native as ada
 from bench.zoo.__main__ import chosen, main
@@ -103,10 +104,10 @@ def test_inputs_depend_on_their_seed_alone() -> None:
 
 def test_settled_batch_norms_normalise_what_they_see() -> None:
     model = nn.Sequential(nn.BatchNorm2d(2), nn.Dropout(0.9)).requires_grad_(False)
-    batches = [3.0 * noise(2, 8, 8)(8, seed) + 1.0 for seed in (1, 2)]
-    settle(model, batches)
+    batch = 3.0 * noise(2, 8, 8)(16, 1) + 1.0
+    settle(model, batch)
     assert model[0].momentum == 0.1 and not model[0].training
-    y = model(torch.cat(batches))
+    y = model(batch)
     assert float(y.mean().abs()) < 1e-3 and float(y.std()) == pytest.approx(1.0, abs=0.01)
 
 
@@ -203,13 +204,17 @@ def test_noise_of_rounding_has_its_size_and_leaves_the_network_alone() -> None:
     before = {name: value.clone() for name, value in captured.state_dict().items()}
     wanted = layer(x)
     for bits in (8, 4):
-        noise = rounded(captured, x, bits) - wanted
+        noise = rounded(captured, x, bits, [x[:128], x[128:]]) - wanted
         weight = layer.weight.abs().amax(1) / (2 ** (bits - 1) - 1)
         # Both noises are uniform over a step; their variances add.
         of_inputs = (2 / 255) ** 2 / 12 * layer.weight.square().sum(1)
         of_weights = weight.square() / 12 * x.square().sum(1).mean()
         expected = (of_inputs + of_weights).mean().sqrt()
         assert float(noise.std() / expected) == pytest.approx(1, abs=0.1)
+    # Values beyond those of the calibration data are clipped to them.
+    clipped = rounded(captured, 9 * x, 8, [x])
+    largest, smallest = x.max(), x.min()
+    assert_close(clipped, layer((9 * x).clamp(smallest, largest)), rtol=0, atol=0.1)
     assert torch.equal(captured(x), wanted)
     assert all(torch.equal(before[name], value) for name, value in captured.state_dict().items())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -15,8 +15,9 @@ Example: TypeAlias = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 Inputs: TypeAlias = Callable[[int, int], Example]
 """Of a batch size and a seed."""
 
-SETTLING = 4  # batches that batch-norm statistics are averaged over
-SETTLING_BATCH = 8
+# Inputs that batch-norm statistics are taken from. Deep layers have few positions: with a tenth of
+# these, other inputs give them values many times as large.
+SETTLING = 64
 TRAINED = (0.5, 1.5)  # what a scale that training starts at zero is drawn from
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -128,8 +129,7 @@ class Entry:
         model = self.make().eval().requires_grad_(False)
         if not self.trained:
             draw_late_weights(model, self.seed)
-            batches = [self.inputs(SETTLING_BATCH, self.seed + 100 + k) for k in range(SETTLING)]
-            settle(model, batches)
+            settle(model, self.inputs(SETTLING, self.seed + 100))
         return model
 
     def batches(self, count: int, size: int = 8, seed: int = 300) -> list[Example]:
@@ -161,8 +161,8 @@ def draw_late_weights(model: nn.Module, seed: int) -> None:
 
 
 @torch.no_grad()
-def settle(model: nn.Module, batches: Sequence[Example]) -> None:
-    """Running statistics of batch norms become plain averages over ``batches``.
+def settle(model: nn.Module, batch: Example) -> None:
+    """Running statistics of batch norms become those of one batch.
 
     Fresh ones are nearly the identity, and dozens of them in a row let activations vanish or
     explode. Only batch norms are in training mode meanwhile, so dropout changes nothing.
@@ -176,8 +176,7 @@ def settle(model: nn.Module, batches: Sequence[Example]) -> None:
         norm.reset_running_stats()
         norm.momentum = None
         norm.train()
-    for batch in batches:
-        call(model, batch)
+    call(model, batch)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     model.eval()

@@ -167,7 +167,7 @@ def _measure_width(
         wanted = call(model, several)
         part["cosines"] = cosines(call(native, several), wanted)
     with step(part, "rounded"):
-        part["rounded"] = cosines(rounded(captured, several, bits), wanted)
+        part["rounded"] = cosines(rounded(captured, several, bits, batches), wanted)
     _measure_engine(native, example, ours, part)
     with step(part, "clock"):
         _clock(entry, model, native, seconds, part)

@@ -38,10 +38,11 @@ writes this page; `--only NAME` measures one network. One input at a time, one t
   answer nearly the same to any of it; a network whose outputs differ by less than
   {100 * VARIED:g} % is named below.
 - *noise*: the same cosine of the float network itself, run with noise as large as the rounding of
-  ideal grids of these widths on every weight and on every value that a layer reads
-  (bench/zoo/rounding.py). Random convolutions let errors grow from layer to layer. Where the noise
-  leaves {COSINE:g} at 8 bits, the network's activations are taken as sane and {COSINE:g} is wanted
-  of the quantized network; elsewhere at most {MORE:g} times what the noise costs.
+  ideal grids of these widths on every weight and on every value that a layer reads, clipped to what
+  the calibration data reach (bench/zoo/rounding.py). Random convolutions let errors grow from layer
+  to layer. Where the noise leaves {COSINE:g} at 8 bits, the network's activations are taken as sane
+  and {COSINE:g} is wanted of the quantized network; elsewhere at most {MORE:g} times what the noise
+  costs.
 - *in engine*: share of the multiply-accumulates that the engine does natively, and how many
   operators run in torch.
 - *ms*: the engine as `compile` makes it, beside torch in float32, medians of calls by turns.

@@ -14,7 +14,7 @@ from bench.record import ROOT, describe_machine
 
 FOLDER = ROOT / "build" / "zoo"
 ABSENT = 3  # exit status of a worker whose package is not installed
-FORMAT = 2  # of the files; others are measured again
+FORMAT = 3  # of the files; others are measured again
 
 
 def path_of(name: str, folder: Path = FOLDER) -> Path:

@@ -13,7 +13,7 @@ from adalayer_native._progress import ProgressBar
 from adalayer_native.capture import batch_inputs
 from adalayer_native.errors import CalibrationError, InputError
 from adalayer_native.quantization.graph import layers_of, metadata, quantizers_of
-from adalayer_native.quantization.observers import make_observer
+from adalayer_native.quantization.observing import observers_for
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
@@ -38,8 +38,9 @@ def calibrate(
         prepared: from :func:`prepare`; changed in place, and put in evaluation mode.
         loader: iterable of tensors ``[N, ...]``, tuples (inputs, then labels) or dictionaries of
             arguments.
-        observer: ``"mse"`` (least squared error), ``"percentile"`` (99.99 % at either end) or
-            ``"minmax"``.
+        observer: ``"mse"`` (least squared error of the value, or of the function that alone reads
+            it), ``"percentile"`` (99.99 % at either end) or ``"minmax"``. What ends in a softmax
+            is never clipped.
         batches: use at most that many batches of the loader.
         bn_reestimate: recompute the running statistics of all batch norms on this data first, as
             plain averages over its batches, with quantized weights. Takes a second pass.
@@ -60,10 +61,7 @@ def calibrate(
         # A one-shot iterator cannot be read twice, and its batches are few in practice.
         loader = list(itertools.islice(loader, batches))
     quantizers = quantizers_of(prepared)
-    observers = {
-        name: make_observer(observer, quantizer.bits, name)
-        for name, quantizer in quantizers.items()
-    }
+    observers = observers_for(prepared, observer)
     before = {key: value.clone() for key, value in prepared.state_dict().items()}
     try:
         for layer in layers_of(prepared).values():

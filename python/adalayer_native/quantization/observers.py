@@ -8,6 +8,7 @@ seen twice and the result does not depend on how the data is cut into batches by
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -151,10 +152,18 @@ class MSEObserver(HistogramObserver):
 
     Both ends are searched together over fractions of what was seen; an end at or beyond zero is
     left alone (a grid always contains zero).
+
+    Attributes:
+        function: what alone reads the values, where it is a function of one value: the error is
+            that of its results.
     """
 
     _FRACTIONS = 64
     _PASSES = 2
+
+    def __init__(self, bits: int, name: str) -> None:
+        super().__init__(bits, name)
+        self.function: Callable[[Tensor], Tensor] | None = None
 
     def _range(self) -> tuple[float, float]:
         if self.limit == 0.0:
@@ -200,7 +209,10 @@ class MSEObserver(HistogramObserver):
         scale, zero_point = grid(low, high, self.bits, name=self.name)
         top = (1 << self.bits) - 1
         q = (centers / scale).round_().clamp_(-zero_point, top - zero_point)
-        return float((counts * (q * scale - centers).square_()).sum())
+        found, wanted = q.mul_(scale), centers
+        if self.function is not None:
+            found, wanted = self.function(found), self.function(centers)
+        return float((counts * (found - wanted).square_()).sum())
 
 
 OBSERVERS: dict[str, type[Observer]] = {
