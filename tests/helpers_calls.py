@@ -47,6 +47,7 @@ def exported_call(
         pytree.tree_leaves(outputs.args[0]),
         program.call_spec.in_spec,
         program.call_spec.out_spec,
+        {},
     )
 
 

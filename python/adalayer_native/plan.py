@@ -398,9 +398,12 @@ def supported_layers(model: nn.Module) -> dict[str, Any]:
     found: dict[str, Any] = {}
     module_names: dict[int, str] = {}
     weight_names: dict[int, str] = {}
+    closed = tuple(f"{name}." for name in getattr(model, "meta", {}).get("opaque", ()))
     for name, module in model.named_modules(remove_duplicate=False):
         if not isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             continue
+        if f"{name}.".startswith(closed):
+            continue  # in a submodule that the capture has excluded
         if id(module) in module_names:
             raise UnsupportedModelError(
                 f"layers {module_names[id(module)]!r} and {name!r} are one module registered "

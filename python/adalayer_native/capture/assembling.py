@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from adalayer_native.capture import tidying
+from adalayer_native.capture import opaque, tidying
 from adalayer_native.capture import vocabulary as table
 from adalayer_native.capture.example import Inputs
 from adalayer_native.capture.exporting import Export
@@ -38,16 +38,34 @@ def assembled(
 ) -> GraphModel:
     module, graph = exported.module, exported.module.graph
     tidying.drop_checks(graph)
+    _refuse_branches(graph)
     for node in graph.nodes:
         _place(node, model)
     _drop_writes(graph)
     tidying.merge_reshapes(graph)
     lifter = Lifter(module, model, marks)
-    modules = lifter.run()
+    modules = lifter.run() | opaque.call_modules(graph, exported.calls)
     tidying.drop_dead(graph)
     tidying.sink_squeezes(graph, modules)
     signature = _signature(model, exported, inputs)
-    return _over_a_tree(model, module, modules, signature)
+    found = _over_a_tree(model, module, modules, signature)
+    found.meta[opaque.OPAQUE] = sorted({call.name for call in exported.calls.values()})
+    return found
+
+
+def _refuse_branches(graph: fx.Graph) -> None:
+    """Raise :class:`UnsupportedModelError` where code runs or does not run by a tensor's value."""
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            trace = node.meta.get("stack_trace") or ""
+            lines = [line.strip() for line in trace.splitlines() if line.strip()]
+            place = next((line for line in reversed(lines) if line.startswith("File ")), "")
+            raise UnsupportedModelError(
+                f"torch.{node.target.name()}"
+                + (f" at {place}" if place else "")
+                + ": a graph has one path for all values; name the submodule that calls it in "
+                "capture(..., exclude=[...]): it then stays as it is, in torch"
+            )
 
 
 def _place(node: fx.Node, model: nn.Module) -> None:
@@ -188,7 +206,7 @@ def _over_a_tree(
         else:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), new.__getitem__)
             copied = graph.create_node(node.op, node.target, args, kwargs, name=_name(node))
-        copied.meta.update({k: node.meta[k] for k in ("val", "path") if k in node.meta})
+        copied.meta.update({k: node.meta[k] for k in ("val", "path", "macs") if k in node.meta})
         info = TensorInfo.of(node.meta.get("val"))
         if info is not None:
             copied.meta["info"] = info

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import itertools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from adalayer_native.capture.example import (
 from adalayer_native.capture.exporting import export, exported_of
 from adalayer_native.capture.marks import dropouts, marking
 from adalayer_native.capture.model import GraphModel
+from adalayer_native.capture.opaque import OPAQUE
 from adalayer_native.errors import InputError, UnsupportedModelError
 
 __all__ = ["capture", "captured"]
@@ -32,6 +33,8 @@ __all__ = ["capture", "captured"]
 def capture(
     model: nn.Module | torch.export.ExportedProgram,
     example_inputs: Any = None,
+    *,
+    exclude: Sequence[str] = (),
 ) -> GraphModel:
     """A model as a graph: what it computes in evaluation mode, whatever its classes are.
 
@@ -49,12 +52,22 @@ def capture(
         example_inputs: of one call: a tensor, a tuple of positional arguments or a dictionary of
             arguments by name; values do not matter, only shapes and types. Without it one is tried
             that fits the first layer of a model with one input.
+        exclude: submodules that are not looked into: the graph calls them, in torch and in float.
+            They may do what a graph cannot, as branch on values. They take tensors and give a
+            tensor or a tuple of tensors, whose sizes follow from the batch; images then have one
+            size.
 
     Raises:
         UnsupportedModelError: the model cannot be followed, or the graph does not compute what it
             computes; says why and where.
     """
+    if isinstance(exclude, str):
+        raise UnsupportedModelError(f"exclude: expected a sequence of names, got {exclude!r}")
+    if exclude and not isinstance(model, nn.Module):
+        raise UnsupportedModelError("exclude needs the model: a program is exported already")
     if isinstance(model, GraphModel):
+        if set(exclude) - set(model.meta.get(OPAQUE, ())):
+            raise UnsupportedModelError("exclude needs the model: this one is captured already")
         return model
     if isinstance(model, torch.export.ExportedProgram):
         return _from_program(model)
@@ -66,17 +79,17 @@ def capture(
     _check(model)
     inputs = guessed_example(model) if example_inputs is None else Inputs.of(example_inputs)
     inputs = _on_device(model, at_least_two(inputs).map(_not_meta))
-    return _captured(model, inputs[:2])
+    return _captured(model, inputs[:2], tuple(exclude))
 
 
-def _captured(model: nn.Module, inputs: Inputs) -> GraphModel:
+def _captured(model: nn.Module, inputs: Inputs, exclude: Sequence[str] = ()) -> GraphModel:
     marks = dropouts(model)
     # A mark hides that a dropout returns its operand itself: code that writes into the result is
     # followed without marks only.
     ways = [(marks, False), (marks, True), *([({}, True)] if marks else [])]
     for marked, thorough in ways:
         with marking(marked):
-            exported = export(model, inputs, free_sizes=True, thorough=thorough)
+            exported = export(model, inputs, free_sizes=True, thorough=thorough, exclude=exclude)
         found = assembled(model, exported, inputs, marked)
         unlike = difference(model, found, inputs)
         if unlike is None:

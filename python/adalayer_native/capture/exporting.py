@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from adalayer_native.capture.example import Inputs
-from adalayer_native.capture.functional import functionalise
+from adalayer_native.capture.functional import functionalise, inline_regions
 from adalayer_native.capture.model import holds
+from adalayer_native.capture.opaque import Call, opaque_calls
 from adalayer_native.capture.quiet import quiet
 from adalayer_native.errors import AdaError, UnsupportedModelError
 
@@ -40,14 +41,23 @@ class Export:
         module: owner of parameters and buffers, with the functional graph.
         program: the exported program.
         guards: conditions on free sizes, see :class:`~.model.Signature`.
+        calls: of excluded submodules, by the key that their operator carries.
     """
 
     module: fx.GraphModule
     program: torch.export.ExportedProgram
     guards: list[tuple[str, str]]
+    calls: dict[str, Call] = field(default_factory=dict)
 
 
-def export(model: nn.Module, inputs: Inputs, *, free_sizes: bool, thorough: bool = False) -> Export:
+def export(
+    model: nn.Module,
+    inputs: Inputs,
+    *,
+    free_sizes: bool,
+    thorough: bool = False,
+    exclude: Sequence[str] = (),
+) -> Export:
     """Export a model in evaluation mode with a free batch; it is left as it was.
 
     Args:
@@ -56,13 +66,14 @@ def export(model: nn.Module, inputs: Inputs, *, free_sizes: bool, thorough: bool
             the batch.
         thorough: leave all writes into tensors to torch's own functionalization. It takes minutes
             where sizes are free; so they are not, where it is needed.
+        exclude: submodules that are called and not looked into. Free sizes cannot be had then.
 
     Raises:
         UnsupportedModelError: it cannot be exported; says why, and where in the model's code.
     """
-    if free_sizes and not thorough and _says_guards():
+    if free_sizes and not thorough and not exclude and _says_guards():
         try:
-            found = _export(model, inputs, True, False)
+            found = _export(model, inputs, True, False, exclude)
             if found is not None:
                 return found
         except AdaError:
@@ -70,7 +81,7 @@ def export(model: nn.Module, inputs: Inputs, *, free_sizes: bool, thorough: bool
         except Exception:  # fixed sizes may still do; their error is the one to show
             pass
     try:
-        found = _export(model, inputs, False, thorough)
+        found = _export(model, inputs, False, thorough, exclude)
     except AdaError:
         raise
     except Exception as error:  # export runs the user's code: anything may come out of it
@@ -84,7 +95,9 @@ def _says_guards() -> bool:
     return "_guards_code" in getattr(torch.export.ExportedProgram, "__annotations__", {})
 
 
-def _export(model: nn.Module, inputs: Inputs, free_sizes: bool, thorough: bool) -> Export | None:
+def _export(
+    model: nn.Module, inputs: Inputs, free_sizes: bool, thorough: bool, exclude: Sequence[str]
+) -> Export | None:
     """None where free sizes cannot be had."""
     shapes = torch.export.ShapesCollection()
     for tensor in inputs.tensors():
@@ -92,7 +105,13 @@ def _export(model: nn.Module, inputs: Inputs, free_sizes: bool, thorough: bool) 
         if axes:
             shapes[tensor] = axes
     limit = FREE_SECONDS if free_sizes else math.inf
-    with quiet(), untouched(model), torch.no_grad(), _within(limit):
+    with (
+        quiet(),
+        untouched(model),
+        torch.no_grad(),
+        opaque_calls(model, exclude, inputs) as calls,
+        _within(limit),
+    ):
         program = torch.export.export(
             model,
             inputs.args,
@@ -101,6 +120,8 @@ def _export(model: nn.Module, inputs: Inputs, free_sizes: bool, thorough: bool) 
             strict=False,
         )
         found = exported_of(program, thorough=thorough, free_sizes=free_sizes)
+    if found is not None:
+        found.calls = calls
     if found is not None and _fixes_batch(found, inputs):
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be captured with a dynamic batch: its code fixes a "
@@ -154,11 +175,12 @@ def exported_of(
         guards = []
     with quiet():
         module = None if thorough else _module(program)
-        if module is None or not functionalise(module.graph):
+        if module is None or not (inline_regions(module) and functionalise(module.graph)):
             if free_sizes:
                 return None
             program = program.run_decompositions({})
             module = _module(program)
+            inline_regions(module)
     return Export(module, program, guards)
 
 
@@ -190,6 +212,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     modules = list(model.modules())
     before = [dict(module.__dict__) for module in modules]
     held = [_Held(value) for state in before for value in state.values() if _is_container(value)]
+    written = [_Written(tensor) for tensor in _state_tensors(before)]
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         # Fused attention kernels would hide the layers in them.
@@ -203,6 +226,33 @@ def untouched(model: nn.Module) -> Iterator[None]:
             module.__dict__.update(state)
         for container in held:
             container.restore()
+        for tensor in written:
+            tensor.restore()
+
+
+def _state_tensors(states: list[dict[str, Any]]) -> Iterator[Tensor]:
+    """Buffers and other tensors that modules keep; no forward writes into its parameters."""
+    for state in states:
+        for key, value in state.items():
+            if key == "_parameters":
+                continue
+            items = list(value.values()) if isinstance(value, dict) else value
+            for item in items if isinstance(items, (list, tuple)) else [items]:
+                if isinstance(item, Tensor) and not item.is_inference():
+                    yield item
+
+
+class _Written:
+    """A tensor with its values, in case code writes into it: counters, caches, running sums."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.version = tensor, tensor._version
+        self.values = tensor.detach().clone()
+
+    def restore(self) -> None:
+        if self.tensor._version != self.version:
+            with torch.no_grad():
+                self.tensor.detach().copy_(self.values)
 
 
 def _is_container(value: Any) -> bool:
@@ -290,8 +340,8 @@ def _explained(model: nn.Module, error: Exception) -> str:
     lower = f"{type(error).__name__} {error}".lower()
     if "data-dependent" in lower or "data dependent" in lower or "control flow" in lower:
         advice = (
-            "the model's code branches on tensor values there; write it with torch.where or "
-            "torch.cond, or leave that part outside the model that is compressed"
+            "the model's code branches on tensor values there; write it with torch.where, or name "
+            "the submodule that does it in capture(..., exclude=[...]), where it stays as it is"
         )
     elif "scriptmodule" in lower or "torchscript" in lower:
         advice = "it holds a TorchScript module; give the Python module it was made from"

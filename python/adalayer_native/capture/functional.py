@@ -1,4 +1,4 @@
-"""Writes into tensors become new tensors, where that is plain to see."""
+"""Writes into tensors become new tensors, where that is plain to see; one graph has no regions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from torch import fx
 
 from adalayer_native.capture.vocabulary import op_name
 
-__all__ = ["functionalise"]
+__all__ = ["functionalise", "inline_regions"]
+
+# What torch.export makes of ``with torch.no_grad()`` and ``with torch.autocast(...)``: the position
+# of the region's graph among the arguments.
+_REGIONS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
 
 # They may return their operand itself without saying so in their schema.
 _MAY_RETURN_OPERAND = frozenset(
@@ -19,6 +23,53 @@ _MAY_RETURN_OPERAND = frozenset(
         "feature_alpha_dropout.default", "type_as.default", "native_dropout.default",
     )
 )  # fmt: skip
+
+
+def inline_regions(module: fx.GraphModule) -> bool:
+    """Put the operators of regions that change nothing in inference in the regions' place.
+
+    Returns:
+        False where a region computes in another type (``torch.autocast``): ``torch.export`` can say
+        which values it casts, and the graph must then not be used.
+    """
+    graph = module.graph
+    for node in list(graph.nodes):
+        place = _REGIONS.get(_operator_name(node))
+        if place is None:
+            continue
+        if place == 4 and node.args[2]:
+            return False
+        holder = node.args[place]
+        assert isinstance(holder, fx.Node)
+        region = module.get_submodule(str(holder.target))
+        assert isinstance(region, fx.GraphModule)
+        if not inline_regions(region):
+            return False
+        inner = iter(node.args[place + 1 :])
+        new: dict[fx.Node, fx.Node] = {}
+        with graph.inserting_before(node):
+            for item in region.graph.nodes:
+                if item.op == "placeholder":
+                    new[item] = next(inner)
+                elif item.op != "output":
+                    new[item] = graph.node_copy(item, new.__getitem__)
+        (results,) = next(iter(reversed(region.graph.nodes))).args
+        assert isinstance(results, (tuple, list))
+        for reader in list(node.users):
+            assert reader.target is operator.getitem
+            result = results[reader.args[1]]
+            assert isinstance(result, fx.Node)
+            reader.replace_all_uses_with(new[result])
+            graph.erase_node(reader)
+        graph.erase_node(node)
+        if not holder.users:
+            graph.erase_node(holder)
+    return True
+
+
+def _operator_name(node: fx.Node) -> str:
+    target = node.target
+    return target.name() if isinstance(target, torch._ops.HigherOrderOperator) else ""
 
 
 def functionalise(graph: fx.Graph) -> bool:

@@ -363,7 +363,7 @@ def _described(graph: fx.Graph) -> list[tuple[Any, ...]]:
     for node in graph.nodes:
         target = _Operator(str(node.target)) if _is_operator(node.target) else node.target
         args, kwargs = pytree.tree_map(plain, (tuple(node.args), dict(node.kwargs)))
-        kept = {k: node.meta[k] for k in ("info", "path") if k in node.meta}
+        kept = {k: node.meta[k] for k in ("info", "path", "macs") if k in node.meta}
         found.append((node.op, node.name, target, args, kwargs, kept))
     return found
 

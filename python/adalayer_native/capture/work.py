@@ -139,7 +139,7 @@ def work_of(model: GraphModel, x: Inputs | None = None) -> list[Work]:
         return known[shapes]
     moving = _moving(model)
     found = []
-    for node, what, macs in _counted(model, model.signature.leaves(x.args, x.kwargs)):
+    for node, what, macs in _counted(model, model.signature.leaves(x.args, x.kwargs), x.count):
         # What depends on parameters alone is no work for a sample.
         if macs > 0 and node in moving:
             if what == _COMPUTED and not moving.issuperset(node.all_input_nodes):
@@ -154,17 +154,17 @@ _known: weakref.WeakKeyDictionary[GraphModel, dict[_Sizes, list[Work]]]
 _known = weakref.WeakKeyDictionary()
 
 
-def _counted(model: GraphModel, leaves: list[Any]) -> list[tuple[fx.Node, str, float]]:
+def _counted(model: GraphModel, leaves: list[Any], count: int) -> list[tuple[fx.Node, str, float]]:
     """Nodes that multiply, what they are and how much; nothing is computed where shapes will do."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     try:
-        runner = _Counting(model)
+        runner = _Counting(model, count)
         with quiet(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
             fake = [mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             runner.run(*fake, enable_io_processing=False)
     except Exception:  # an operator that has no shapes without values, whatever it raises
-        runner = _Counting(model)
+        runner = _Counting(model, count)
         runner.run(*leaves, enable_io_processing=False)
     return runner.found
 
@@ -215,13 +215,16 @@ def _place(node: fx.Node) -> str:
 class _Counting(fx.Interpreter):
     """Runs a graph and notes what its nodes multiply."""
 
-    def __init__(self, model: GraphModel) -> None:
+    def __init__(self, model: GraphModel, count: int) -> None:
         super().__init__(model)
         self.found: list[tuple[fx.Node, str, float]] = []
+        self.count = count
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        if n.op == "call_module":
+        if "macs" in n.meta:
+            self.found.append((n, "an excluded submodule", self.count * n.meta["macs"]))
+        elif n.op == "call_module":
             module = self.fetch_attr(str(n.target))
             if isinstance(module, LAYERS):
                 operand: Any = self.map_nodes_to_values(n.args[0], n)

@@ -13,6 +13,7 @@ from adalayer_native.capture import GraphModel, Inputs
 from adalayer_native.capture.example import at_least_two
 from adalayer_native.capture.exporting import Export
 from adalayer_native.capture.exporting import export as export_model
+from adalayer_native.capture.opaque import OPAQUE, Call
 from adalayer_native.capture.tidying import drop_checks, drop_dead, merge_reshapes, plain_norms
 from adalayer_native.capture.vocabulary import attribute, op_name
 from adalayer_native.errors import InputError, UnsupportedModelError
@@ -31,6 +32,7 @@ class Exported:
         outputs: flat results; anything that is not a node is a constant.
         in_spec: how the inputs are nested in ``(args, kwargs)``.
         out_spec: how the results are nested.
+        calls: of submodules that the capture has excluded, by the key that their operator carries.
     """
 
     module: fx.GraphModule
@@ -39,6 +41,7 @@ class Exported:
     outputs: list[Any]
     in_spec: Any
     out_spec: Any
+    calls: dict[str, Call]
 
     def tensor(self, node: fx.Node) -> Tensor:
         """The parameter or buffer of a ``get_attr`` node."""
@@ -105,7 +108,8 @@ def export(model: nn.Module, example_inputs: Any) -> Exported:
             model.signature.check(model.signature.leaves(inputs.args, inputs.kwargs))
         except InputError as error:
             raise UnsupportedModelError(f"example_inputs: {error}") from None
-    exported = export_model(model, inputs, free_sizes=False)
+    closed = getattr(model, "meta", {}).get(OPAQUE, ())
+    exported = export_model(model, inputs, free_sizes=False, exclude=closed)
     return flattened(model, exported)
 
 
@@ -129,7 +133,7 @@ def flattened(model: nn.Module, exported: Export) -> Exported:
         if node.op == "placeholder" and isinstance(node.meta.get("val"), Tensor)
     ]
     spec = exported.program.call_spec
-    found = Exported(module, graph, inputs, flat, spec.in_spec, spec.out_spec)
+    found = Exported(module, graph, inputs, flat, spec.in_spec, spec.out_spec, exported.calls)
     if isinstance(found.batch, int):
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be exported with a dynamic batch: its code treats a "

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from adalayer_native import ops
+from adalayer_native.capture.opaque import OPERATOR, OpaqueCall
 from adalayer_native.capture.vocabulary import arguments, op_name
 from adalayer_native.engine.export import Exported
 from adalayer_native.engine.lower import CannotLower, Grids, Lowered, lower, rule_for
@@ -262,6 +263,12 @@ class TorchPart:
                 operands = [source, a.get("residual")]
                 found = [find(item) for item in operands if isinstance(item, fx.Node)]
                 known[node] = graph.call_module(name, tuple(found))
+            elif op_name(node) == OPERATOR:
+                key, tensors = node.args
+                name = f"excluded_{len(known)}"
+                root.add_module(name, OpaqueCall(exported.calls[str(key)]))
+                found = [find(item) for item in tensors]  # type: ignore[union-attr,arg-type]
+                known[node] = graph.call_module(name, (found,))
             else:
                 known[node] = graph.node_copy(node, find)
         graph.output(tuple(known[node] for node in part.outputs))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from adalayer_native import ops
+from adalayer_native.capture.opaque import OPERATOR
 from adalayer_native.capture.products import Shape, Shapes, count_of, inner
 from adalayer_native.capture.vocabulary import arguments, op_name
 from adalayer_native.engine.export import Exported
@@ -61,6 +62,8 @@ def multiply_accumulates(exported: Exported, node: fx.Node) -> int:
     if not isinstance(node.target, torch._ops.OpOverload):
         return 0
     name = op_name(node)
+    if name == OPERATOR:
+        return round(exported.calls[str(node.args[0])].macs)
     count = _NATIVE.get(name) or count_of(name)
     return 0 if count is None else count(_Shapes(exported, node))
 

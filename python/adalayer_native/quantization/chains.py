@@ -2,9 +2,9 @@
 
 The native engine stores u8 between *chains*. A chain is a convolution or linear layer, its batch
 norm, a residual addition (to a convolution) and a clamp-like activation, as far as each is the only
-consumer of the one before. A batch norm that no layer absorbs begins a chain of itself and its
-activation. Everything inside a chain stays in high precision, so an :class:`ActivationQuantizer`
-stands only
+consumer of the one before. A batch norm in front of a layer that does not pad is folded into it,
+where nothing else reads it. One that no layer absorbs begins a chain of itself and its activation.
+Everything inside a chain stays in high precision, so an :class:`ActivationQuantizer` stands only
 
 * after the model's input,
 * after the end of every chain,
@@ -18,6 +18,7 @@ products, a recurrent layer), and after what holds the large constants of a mask
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -28,6 +29,7 @@ from adalayer_native.capture import vocabulary as table
 from adalayer_native.capture.vocabulary import LAYERS
 from adalayer_native.errors import UnsupportedModelError
 from adalayer_native.plan import Plan
+from adalayer_native.quantization.fake_quant import four_paddings
 from adalayer_native.rounding import conv_form
 
 ACT_ROOT = "act_quant"
@@ -67,12 +69,14 @@ class Structure:
     """Result of the chain analysis for one model and one set of quantized layers.
 
     Attributes:
-        batch_norms: quantized layer -> name of the batch norm that is folded into it.
+        batch_norms: quantized layer -> name of the batch norm behind it that is folded into it.
+        input_norms: quantized layer -> name of the batch norm in front of it that is.
         inputs: quantized layer -> name of the quantizer site of its input.
         sites: quantizer sites by name, in graph order.
     """
 
     batch_norms: dict[str, str]
+    input_norms: dict[str, str]
     inputs: dict[str, str]
     sites: dict[str, QuantizerSite]
 
@@ -114,23 +118,26 @@ def _unsupported(module: nn.Module, bits: int) -> str | None:
     return None
 
 
-def analyse(model: GraphModel, quantized: set[str]) -> Structure:
+def analyse(model: GraphModel, quantized: set[str], keep: Collection[str] = ()) -> Structure:
     """Chain analysis: which batch norms fold, and where activation quantizers stand.
 
     Args:
         model: a captured model.
         quantized: names of the layers that are quantized.
+        keep: batch norms that are not folded into the layer behind them: files of earlier versions
+            hold them.
 
     Raises:
         UnsupportedModelError: a quantized layer reads something that is not a tensor value.
     """
-    return _Analysis(model, quantized).run()
+    return _Analysis(model, quantized, keep).run()
 
 
 class _Analysis:
-    def __init__(self, model: GraphModel, quantized: set[str]) -> None:
+    def __init__(self, model: GraphModel, quantized: set[str], keep: Collection[str]) -> None:
         self.modules = dict(model.named_modules())
         self.quantized = quantized
+        self.keep = keep
         self.nodes: list[fx.Node] = list(model.graph.nodes)
         self.order = {node: index for index, node in enumerate(self.nodes)}
         self.constant: set[fx.Node] = set()  # what depends on parameters alone
@@ -142,6 +149,8 @@ class _Analysis:
         self.masked = table.masked_values(model)
         self.internal: set[fx.Node] = set()
         self.batch_norms: dict[str, str] = {}
+        self.input_norms: dict[str, str] = {}
+        self.gone: set[fx.Node] = set()  # calls of those
 
     # -- roles ------------------------------------------------------------------------------
 
@@ -151,7 +160,7 @@ class _Analysis:
         return str(node.target) if isinstance(module, LAYERS) else None
 
     def passes_grid(self, node: fx.Node) -> bool:
-        return table.is_grid_preserving(node, self.modules)
+        return node in self.gone or table.is_grid_preserving(node, self.modules)
 
     # -- chains -----------------------------------------------------------------------------
 
@@ -191,6 +200,32 @@ class _Analysis:
                 folded[name] = target
         return folded
 
+    def fold_into_readers(self, calls: dict[str, list[fx.Node]], folded: Collection[str]) -> None:
+        """Batch norms that only a layer reads to whose inputs they mean a factor and a constant.
+
+        Not where the layer pads: the zeros would have to be another number in every channel.
+        """
+        for name, nodes in calls.items():
+            module = self.modules[name]
+            norm = table.source(nodes[0])
+            if name not in self.quantized or len(nodes) != 1 or norm is None:
+                continue
+            if not table.is_batch_norm(norm, self.modules) or list(norm.users) != nodes:
+                continue
+            target, info = str(norm.target), info_of(norm)
+            if len(calls[target]) != 1 or target in folded or target in self.keep:
+                continue
+            channels = self.modules[target].num_features
+            if isinstance(module, nn.Linear):
+                fits = isinstance(info, TensorInfo) and len(info.shape) == 2
+                fits = fits and module.in_features == channels
+            else:
+                fits = isinstance(module, nn.Conv2d) and not any(four_paddings(module))
+                fits = fits and module.in_channels == channels
+            if fits:
+                self.input_norms[name] = target
+                self.gone.add(norm)
+
     def norm_fits(self, layer: nn.Module, norm: fx.Node) -> bool:
         """Whether a batch norm behind a layer normalises the layer's output channels."""
         info = info_of(norm)
@@ -225,6 +260,7 @@ class _Analysis:
     def build_chains(self) -> None:
         calls = self.calls()
         norms = self.fold_batch_norms(calls)
+        self.fold_into_readers(calls, set(norms.values()))
         # Current end of every chain -> how far it has come: 0 layer or batch norm, 1 addition,
         # 2 activation. A step only ever follows a lower one, as in the fused kernel's epilogue.
         tails: dict[fx.Node, int] = {}
@@ -232,7 +268,7 @@ class _Analysis:
         for node in self.nodes:
             name = self.layer(node)
             if name is None:
-                if table.is_batch_norm(node, self.modules):
+                if table.is_batch_norm(node, self.modules) and node not in self.gone:
                     tails.setdefault(node, 0)
                 continue
             tail = node
@@ -354,6 +390,7 @@ class _Analysis:
                     site.kept = True
         return Structure(
             batch_norms=self.batch_norms,
+            input_norms=self.input_norms,
             inputs={name: names[id(sites[node])] for name, node in inputs.items()},
             sites=result,
         )

@@ -306,7 +306,10 @@ def _skeleton(
             bits=bits,
             activation_bits=activation_bits,
         )
-    prepared = build_prepared(model, Plan(plans, method="restored"), empty=True)
+    # Files of versions that did not fold batch norms into the layer behind them hold these.
+    statistics = ".running_mean"
+    keep = {key[: -len(statistics)] for key in tensors if key.endswith(statistics)}
+    prepared = build_prepared(model, Plan(plans, method="restored"), empty=True, keep=keep)
     if prepared.meta["kept_float"]:
         raise FileFormatError(
             f"{os.fspath(path)}: holds native layers that {type(model).__name__} cannot have: "

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import nn
 
 from adalayer_native.capture import GraphModel, captured
-from adalayer_native.capture.vocabulary import LAYERS
+from adalayer_native.capture.vocabulary import BATCH_NORMS, LAYERS
 from adalayer_native.errors import CalibrationError, UnsupportedModelError
 from adalayer_native.plan import LayerPlan, Plan
 from adalayer_native.pruning.masks import magnitude_mask
@@ -67,15 +68,22 @@ def prepare(
     return build_prepared(captured(model, example=example_inputs), plan)
 
 
-def build_prepared(model: GraphModel, plan: Plan, *, empty: bool = False) -> GraphModel:
-    """:func:`prepare`; with ``empty`` the scales and masks are left for a later load."""
+def build_prepared(
+    model: GraphModel, plan: Plan, *, empty: bool = False, keep: Collection[str] = ()
+) -> GraphModel:
+    """:func:`prepare`; with ``empty`` the scales and masks are left for a later load.
+
+    Batch norms in ``keep`` are not folded into the layer behind them.
+    """
     check_model(model)
     plan.validate(model)
     bits, kept_float = quantizable(model, plan)
     for name, reason in kept_float.items():
         warnings.warn(f"layer {name!r} stays in float: {reason}", stacklevel=3)
-    structure = analyse(model, set(bits))
+    structure = analyse(model, set(bits), keep)
     prepared = copy.deepcopy(model).eval()
+    for name, norm in structure.input_norms.items():
+        fold_into_reader(prepared, name, norm, empty=empty)
     for name, width in bits.items():
         _replace_layer(prepared, plan[name], width, structure, empty=empty)
     _insert_quantizers(prepared, plan, structure)
@@ -122,6 +130,43 @@ def _replace_layer(
     if not empty:
         new.refresh_scales()
     set_submodule(prepared, name, new)
+
+
+@torch.no_grad()
+def fold_into_reader(prepared: GraphModel, name: str, norm_name: str, *, empty: bool) -> None:
+    """Take a batch norm out of the graph; the layer behind it does its work.
+
+    With ``k = gamma / sqrt(var + eps)`` the layer's weights are ``w * k`` and its bias is
+    ``b + sum(w * (beta - mean * k))``, computed in float64.
+    """
+    layer, norm = prepared.get_submodule(name), prepared.get_submodule(norm_name)
+    assert isinstance(layer, (nn.Conv2d, nn.Linear))
+    assert isinstance(norm, BATCH_NORMS)
+    outputs = layer.weight.shape[0]
+    if layer.bias is None:
+        layer.bias = nn.Parameter(layer.weight.new_zeros(outputs))
+    if not empty:
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        factor = torch.rsqrt(norm.running_var.double() + norm.eps)
+        if norm.weight is not None:
+            factor = factor * norm.weight.double()
+        offset = -norm.running_mean.double() * factor
+        if norm.bias is not None:
+            offset = offset + norm.bias.double()
+        groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+        # [groups, outputs / groups, inputs / groups, positions]
+        weight = layer.weight.double().view(groups, outputs // groups, -1, *layer.weight.shape[2:])
+        weight = weight.flatten(3) if weight.dim() > 3 else weight.unsqueeze(3)
+        shift = (weight * offset.view(groups, 1, -1, 1)).sum((2, 3)).flatten()
+        scaled = (weight * factor.view(groups, 1, -1, 1)).view_as(layer.weight)
+        layer.weight = nn.Parameter(scaled.to(layer.weight.dtype))
+        layer.bias = nn.Parameter((layer.bias.double() + shift).to(layer.bias.dtype))
+    for node in list(prepared.graph.nodes):
+        if node.op == "call_module" and node.target == norm_name:
+            node.replace_all_uses_with(node.args[0])
+            prepared.graph.erase_node(node)
+    set_submodule(prepared, norm_name, nn.Identity())
 
 
 def _insert_quantizers(prepared: GraphModel, plan: Plan, structure: Structure) -> None:

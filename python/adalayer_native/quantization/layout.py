@@ -137,7 +137,8 @@ def native_layout(model: nn.Module | torch.export.ExportedProgram, plan: Plan) -
             activation_bits=plan[name].activation_bits,
             batch_norm=structure.batch_norms.get(name),
         )
-    gone = set(bits) | set(structure.batch_norms.values())
+    folded = (*structure.batch_norms.values(), *structure.input_norms.values())
+    gone = {*bits, *folded}
     return NativeLayout(
         layers=layers,
         quantizers=[f"{ACT_ROOT}.{site.name}" for site in structure.sites.values() if site.kept],

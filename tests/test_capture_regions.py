@@ -1,0 +1,224 @@
+"""Parts of a model's code that are no plain operators: regions, branches, excluded submodules."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from test_capture import plan_of
+from torch import Tensor, nn
+
+import adalayer_native as ada
+from adalayer_native.capture import GraphModel
+from adalayer_native.capture.work import float_rest
+from adalayer_native.errors import InputError, UnsupportedModelError
+from adalayer_native.plan import supported_layers
+
+
+class Regions(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.first, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.first(x)
+        if self.kind == "no gradient":
+            with torch.no_grad():
+                y = self.last(y) * 2
+            y = y + 1
+        elif self.kind == "no autocast":
+            with torch.autocast("cpu", enabled=False):
+                y = self.last(y.float())
+        elif self.kind == "nested":
+            with torch.no_grad():
+                z = y * 2
+                with torch.autocast("cpu", enabled=False):
+                    y, z = self.last(z), y.relu()
+                y = y + z
+        elif self.kind == "writes":
+            with torch.autocast("cpu", enabled=False):
+                y = self.last(y)
+                y += 1
+                y[:, 0] = 2.0
+        elif self.kind == "bfloat16":
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                y = self.last(y)
+            y = y.float()
+        return y
+
+
+@pytest.mark.parametrize("kind", ["no gradient", "no autocast", "nested", "writes", "bfloat16"])
+def test_regions_are_part_of_the_graph(kind: str) -> None:
+    x = torch.randn(2, 3, 7, 8)
+    model = Regions(kind).eval()
+    graph = ada.capture(model, x)
+    assert torch.equal(graph(x), model(x))
+    assert torch.equal(graph(torch.cat([x, x])), model(torch.cat([x, x])))
+    # What the region casts to another type cannot be quantized.
+    assert ("last" in {str(node.target) for node in graph.graph.nodes}) == (kind != "bfloat16")
+
+
+class Counter(nn.Module):
+    """Keeps a state that no result depends on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.history = [torch.zeros(1)]
+        self.remember = False
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert isinstance(self.calls, Tensor)
+        self.calls += 1
+        if self.remember:
+            self.history[0].add_(1)
+        y: Tensor = self.conv(x)
+        return y
+
+
+def test_a_state_that_calls_change_is_what_it_was() -> None:
+    model = Counter().eval()
+    ada.capture(model, torch.randn(2, 3, 8, 8))
+    assert float(model.calls) == 0.0
+    model.remember = True
+    with pytest.raises(UnsupportedModelError, match="mutated"):
+        ada.capture(model, torch.randn(2, 3, 8, 8))
+    assert float(model.calls) == 0.0 and float(model.history[0]) == 0.0
+
+
+# -- excluded submodules --------------------------------------------------------------------------
+
+
+class Picky(nn.Module):
+    """What no graph can do: it branches on values and counts."""
+
+    def __init__(self, pair: bool = False) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+        self.pair = pair
+
+    def forward(self, x: Tensor, *, scale: float = 1.0) -> Any:
+        y = self.conv(x) * scale if float(x.mean()) > 0 else x - 1
+        return (y, y.mean((2, 3))) if self.pair else y
+
+
+class WithPicky(nn.Module):
+    def __init__(self, pair: bool = False) -> None:
+        super().__init__()
+        self.first, self.picky, self.last = nn.Conv2d(3, 4, 3), Picky(pair), nn.Conv2d(4, 5, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.picky(self.first(x).relu(), scale=0.5)
+        if not self.picky.pair:
+            return self.last(y.relu())
+        return self.last(y[0].relu()), self.picky(y[0], scale=2.0)[1]
+
+
+def test_branches_on_values_name_exclude() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"test_capture_regions\.py.*exclude="):
+        ada.capture(WithPicky().eval(), torch.randn(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize("pair", [False, True], ids=["one result", "two results, called twice"])
+@torch.no_grad()
+def test_an_excluded_submodule_stays_as_it_is(pair: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 8)
+    model = WithPicky(pair).eval()
+    graph = ada.capture(model, x, exclude=["picky"])
+    assert list(supported_layers(graph)) == ["first", "last"]
+    assert "picky.conv.weight" in graph.state_dict()
+    more = torch.randn(5, 3, 8, 8)
+    for batch in (x, more, more[:1]):
+        torch.testing.assert_close(graph(batch), model(batch), rtol=0, atol=0)
+    with pytest.raises(InputError, match="expected shape"):
+        graph(torch.randn(2, 3, 9, 9))
+    plan = plan_of(graph)
+    rest = float_rest(graph, set(plan.layers))
+    assert {part.name for part in rest.parts} == {"picky"}
+    assert 0 < rest.share < 1
+    prepared = ada.prepare(graph, plan)
+    ada.calibrate(prepared, [more], progress=False)
+    native = ada.convert(prepared)
+    with ada.simulate(prepared) as exact:
+        torch.testing.assert_close(native(more), exact(more), rtol=0, atol=0)
+    for other in (copy.deepcopy(native), pickle.loads(pickle.dumps(native))):
+        torch.testing.assert_close(other(more), native(more), rtol=0, atol=0)
+    engine = ada.compile(native, x, policy="native", weights="resident")
+    for batch in (x, more, more[:1]):
+        torch.testing.assert_close(engine(batch), native(batch), rtol=0, atol=1e-6)
+    assert engine.coverage(rounds=0).native_share < 1
+    model.picky.conv.weight.data.zero_()
+    assert isinstance(graph, GraphModel) and not graph.training
+
+
+@torch.no_grad()
+def test_files_of_models_with_excluded_submodules(tmp_path: Any) -> None:
+    x = torch.randn(4, 3, 8, 8)
+    model = WithPicky().eval()
+    graph = ada.capture(model, x, exclude=("picky",))
+    with pytest.warns(UserWarning, match=r"stay in float: picky .*an excluded submodule"):
+        result = ada.compress(graph, [x], None, plan=plan_of(graph), repair=False, progress=False)
+    ada.save(result.model, tmp_path / "m.safetensors")
+    again = ada.restore(ada.capture(WithPicky().eval(), x, exclude=["picky"]),
+                     tmp_path / "m.safetensors")  # fmt: skip
+    assert torch.equal(again(x), result.model(x))
+
+
+class Odd(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.calls = kind, 0
+
+    def forward(self, x: Tensor) -> Any:
+        if self.kind == "a dictionary":
+            return {"y": x}
+        return x[torch.arange(len(x) * len(x)) % len(x)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("a dictionary", "tuple of tensors"), ("squares", "not proportional")],
+)
+def test_what_cannot_be_excluded_is_said(kind: str, said: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Odd(kind)).eval()
+    with pytest.raises(UnsupportedModelError, match=said):
+        ada.capture(model, torch.randn(2, 3, 8, 8), exclude=["1"])
+
+
+def test_exclude_takes_names_of_submodules() -> None:
+    model, x = WithPicky().eval(), torch.randn(2, 3, 8, 8)
+    for name in ("pick", ""):
+        with pytest.raises(UnsupportedModelError, match="no submodule"):
+            ada.capture(model, x, exclude=[name])
+    with pytest.raises(UnsupportedModelError, match="sequence of names"):
+        ada.capture(model, x, exclude="picky")
+    graph = ada.capture(model, x, exclude=["picky"])
+    assert ada.capture(graph, exclude=["picky"]) is graph
+    with pytest.raises(UnsupportedModelError, match="captured already"):
+        ada.capture(graph, exclude=["first"])
+
+
+class Conditional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.cond(x.sum() > 0, lambda v: self.conv(v), lambda v: v * 2, (x,))
+        return y
+
+
+@torch.no_grad()
+def test_torch_cond_is_refused_with_its_place_or_excluded() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 3, 1), Conditional()).eval(), torch.randn(2, 3, 8, 8)
+    with pytest.raises(UnsupportedModelError, match=r"torch\.cond.*exclude="):
+        ada.capture(model, x)
+    graph = ada.capture(model, x, exclude=["1"])
+    for batch in (x, -x, torch.randn(3, 3, 8, 8)):
+        assert torch.equal(graph(batch), model(batch))
