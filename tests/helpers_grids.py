@@ -110,7 +110,7 @@ class GridWalk:
     def chained(self, value: fx.Node, user: fx.Node) -> bool:
         """A batch norm and the activation that is its only reader are one step."""
         return (
-            table.is_batch_norm(value, self.modules)
+            table.op_name(value) == "adalayer.grid_batch_norm.default"
             and len(value.users) == 1
             and table.clamp_range(user) is not None
         )

@@ -15,8 +15,7 @@ from adalayer_native import ops
 from adalayer_native.errors import FileFormatError, UnsupportedModelError
 from adalayer_native.importance.flops import count_flops
 from adalayer_native.plan import LayerPlan, Plan, layer_kind, supported_layers
-from adalayer_native.quantization.exact import fma_float32
-from adalayer_native.rounding import conv_form, layer_form
+from adalayer_native.rounding import conv_form, fma_float32, layer_form
 
 GEOMETRIES = [
     {"kernel_size": 2, "stride": 2},

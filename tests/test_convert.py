@@ -30,8 +30,8 @@ from adalayer_native.quantization import (
     restore,
     simulate,
 )
-from adalayer_native.quantization.exact import fma_float32
 from adalayer_native.quantization.graph import layers_of
+from adalayer_native.rounding import fma_float32
 
 
 def plan_for(model: nn.Module, bits: int | None = 4, sparsity: float = 0.0, act: int = 8) -> Plan:

@@ -169,3 +169,26 @@ def _gain(unit: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     step = wq / qq
     # A step that is not positive (all-zero q) explains nothing and must never be chosen.
     return torch.where(step > 0, wq * step, torch.full_like(step, -1.0)), step
+
+
+def fma_float32(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """``round_to_float32(a * b + c)`` with a single rounding, for float32 tensors that broadcast.
+
+    The product of two float32 numbers has at most 48 significant bits and is exact in float64;
+    adding the third in float64 and rounding to float32 afterwards would round twice, which differs
+    from the one rounding of fma when the first lands on a tie of the second. So the float64
+    addition is rounded *to odd*: truncated, with the last bit set if anything was cut off. A result
+    that was rounded to odd with at least two more bits than the target rounds correctly a second
+    time (53 >= 24 + 2). Exact also where the result overflows or is subnormal.
+    """
+    product = a.double() * b.double()
+    addend = c.double()
+    total = product + addend
+    # TwoSum: total + error == product + addend exactly.
+    virtual = total - product
+    error = (product - (total - virtual)) + (addend - virtual)
+    even = (total.contiguous().view(torch.int64) & 1) == 0
+    toward = torch.copysign(torch.full_like(total, float("inf")), error)
+    # Of the two float64 neighbours around the exact sum, take the one with the odd last bit.
+    odd = torch.where((error != 0) & even, torch.nextafter(total, toward), total)
+    return odd.float()

@@ -263,10 +263,11 @@ def affine(
 
 def _batch_norm(low: Lowering, node: fx.Node, want: Want) -> Ref:
     a = arguments(node)
-    if a["training"]:
+    if a.get("training"):
         raise CannotLower(node, "a batch norm in training mode")
     operand = a["input"]
-    ref, _ = low.on_own_grid(operand)
+    ref, grid = low.on_own_grid(operand)
+    _check_grid(node, a, grid)
     if channel_axis(ref.dims, low.size(ref)) != 0:
         raise CannotLower(node, "its channels are not on axis 1")
     mean, var = low.parameter(a["running_mean"]), low.parameter(a["running_var"])
@@ -281,17 +282,25 @@ def _batch_norm(low: Lowering, node: fx.Node, want: Want) -> Ref:
 
 
 RULES["aten.batch_norm.default"] = Rule(_batch_norm)
+RULES["adalayer.grid_batch_norm.default"] = Rule(_batch_norm)
+
+
+def _check_grid(node: fx.Node, a: dict[str, Any], grid: Grid) -> None:
+    """Raise :class:`CannotLower` where a norm was made for values on another grid."""
+    said = a.get("scale", grid.scale), a.get("zero_point", grid.zero_point)
+    if said != (grid.scale, grid.zero_point):
+        raise CannotLower(node, f"it expects scale and zero point {said}, its input has {grid}")
 
 
 def _layer_norm(low: Lowering, node: fx.Node, want: Want) -> Ref:
     a = arguments(node)
-    ref, _ = low.on_own_grid(a["input"])
+    ref, grid = low.on_own_grid(a["input"])
+    _check_grid(node, a, grid)
     size = low.size(ref)
     whole = merged([(size[0], size[1] * size[2])])
-    if list(a["normalized_shape"]) != [size[0]] or not ref.dims or ref.dims[-1] != whole:
-        raise CannotLower(
-            node, f"it normalises {list(a['normalized_shape'])}, which are not the channels alone"
-        )
+    axes = list(a.get("normalized_shape", node.meta["val"].shape[-1:]))
+    if axes != [size[0]] or not ref.dims or ref.dims[-1] != whole:
+        raise CannotLower(node, f"it normalises {axes}, which are not the channels alone")
     weight = low.parameter(a["weight"]) if a["weight"] is not None else torch.ones(size[0])
     bias = low.parameter(a["bias"]) if a["bias"] is not None else torch.zeros(size[0])
     if weight is None or bias is None:
@@ -310,5 +319,6 @@ def _layer_norm(low: Lowering, node: fx.Node, want: Want) -> Ref:
 
 
 RULES["aten.layer_norm.default"] = Rule(_layer_norm)
+RULES["adalayer.grid_layer_norm.default"] = Rule(_layer_norm)
 
 __all__ = ["affine", "arguments", "image_dims"]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from adalayer_native.ops import cpu, cuda, fake
+from adalayer_native.ops import cpu, cuda, fake, norms
 from adalayer_native.ops.checks import plain_eager
 from adalayer_native.ops.cpu import conv2d_direct, linear_direct
 from adalayer_native.ops.machine import (
@@ -78,6 +78,19 @@ _library.define("fake_quantize(Tensor x, float scale, int zero_point, int bits) 
 _library.define(
     "linear_weight_only(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor bias) -> Tensor"
 )
+
+_library.define(
+    "grid_batch_norm(Tensor input, Tensor running_mean, Tensor running_var, Tensor? weight, "
+    "Tensor? bias, float eps, float scale, int zero_point) -> Tensor"
+)
+_library.define(
+    "grid_layer_norm(Tensor input, Tensor? weight, Tensor? bias, float eps, float scale, "
+    "int zero_point) -> Tensor"
+)
+for _name in ("grid_batch_norm", "grid_layer_norm"):
+    for _device in ("CPU", "CUDA"):
+        _library.impl(_name, getattr(norms, _name), _device)
+    torch.library.register_fake(f"adalayer::{_name}", getattr(norms, f"{_name}_fake"), lib=_library)
 
 for _name in (
     "conv2d",

@@ -15,7 +15,7 @@ from adalayer_native.capture import vocabulary as table
 from adalayer_native.errors import FileFormatError
 from adalayer_native.plan import LayerPlan, Plan, layer_kind, supported_layers
 from adalayer_native.quantization.chains import ACT_ROOT
-from adalayer_native.quantization.exact import check_calibrated, fold
+from adalayer_native.quantization.exact import check_calibrated, exact_norms, fold
 from adalayer_native.quantization.fake_quant import (
     QuantConv2d,
     QuantConvTranspose2d,
@@ -58,6 +58,8 @@ def convert(prepared: GraphModel) -> GraphModel:
     check_calibrated(prepared)
     native = copy.deepcopy(prepared)
     native.eval()
+    for norm in exact_norms(native, {entry["batch_norm"] for entry in entries.values()}):
+        native.graph.erase_node(norm)
     _drop_identities(native)
     clamps = _fuse(native, entries)
     for name in entries:

@@ -6,24 +6,21 @@ folded into ``weight_scale`` and ``bias``. Two things make that reproducible in 
 
 * The integer sum is taken in float64, where whole numbers up to 2^53 and all sums of them in any
   order are exact. (float32 would only do below 2^24.)
-* torch has no fused multiply-add. The product of two float32 numbers has at most 48 significant
-  bits and is exact in float64; adding the bias in float64 and rounding to float32 afterwards would
-  round twice, which differs from the one rounding of fma when the first lands on a tie of the
-  second. So the float64 addition is rounded *to odd*: truncated, with the last bit set if anything
-  was cut off. A result that was rounded to odd with at least two more bits than the target rounds
-  correctly a second time (53 >= 24 + 2).
+* torch has no fused multiply-add; ``rounding.fma_float32`` gives its bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from adalayer_native.capture import vocabulary as table
 from adalayer_native.errors import CalibrationError
 from adalayer_native.quantization.fake_quant import (
     ActivationQuantizer,
@@ -38,25 +35,7 @@ from adalayer_native.quantization.graph import (
     quantizers_of,
     set_submodule,
 )
-from adalayer_native.rounding import layer_form
-
-
-def fma_float32(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """``round_to_float32(a * b + c)`` with a single rounding, for float32 tensors that broadcast.
-
-    Exact also where the result overflows or is subnormal; see the module's text for why.
-    """
-    product = a.double() * b.double()
-    addend = c.double()
-    total = product + addend
-    # TwoSum: total + error == product + addend exactly.
-    virtual = total - product
-    error = (product - (total - virtual)) + (addend - virtual)
-    even = (total.contiguous().view(torch.int64) & 1) == 0
-    toward = torch.copysign(torch.full_like(total, float("inf")), error)
-    # Of the two float64 neighbours around the exact sum, take the one with the odd last bit.
-    odd = torch.where((error != 0) & even, torch.nextafter(total, toward), total)
-    return odd.float()
+from adalayer_native.rounding import fma_float32, layer_form
 
 
 @dataclass
@@ -174,6 +153,7 @@ def simulate(prepared: nn.Module, *, exact: bool = True) -> Iterator[nn.Module]:
     training = [(module, module.training) for module in prepared.modules()]
     layers = layers_of(prepared)
     norms: dict[str, nn.Module] = {}
+    replaced: dict[fx.Node, fx.Node] = {}
     check_calibrated(prepared)
     prepared.eval()
     try:
@@ -185,14 +165,86 @@ def simulate(prepared: nn.Module, *, exact: bool = True) -> Iterator[nn.Module]:
                 if target is not None:
                     norms[target] = prepared.get_submodule(target)
                     set_submodule(prepared, target, nn.Identity())
+            replaced = exact_norms(prepared, norms)
         yield prepared
     finally:
+        undo_norms(prepared, replaced)
         for target, norm in norms.items():
             set_submodule(prepared, target, norm)
         for layer in layers.values():
             layer.exact = None
         for module, mode in training:
             module.training = mode
+
+
+def exact_norms(model: nn.Module, folded: Collection[str]) -> dict[fx.Node, fx.Node]:
+    """Norms of values on a grid become operators that compute as the engine does.
+
+    Args:
+        model: prepared and calibrated.
+        folded: batch norms that are parts of layers.
+
+    Returns:
+        The new node for every old one, which nobody reads any more.
+    """
+    assert isinstance(model, fx.GraphModule)
+    graph, modules = model.graph, dict(model.named_modules())
+    found: dict[fx.Node, fx.Node] = {}
+    for node in list(graph.nodes):
+        if table.is_batch_norm(node, modules) and node.target not in folded:
+            norm = modules[str(node.target)]
+            target = torch.ops.adalayer.grid_batch_norm.default
+            tensors: list[Any] = [
+                f"{node.target}.{leaf}" if getattr(norm, leaf) is not None else None
+                for leaf in ("running_mean", "running_var", "weight", "bias")
+            ]
+            eps = norm.eps
+        elif node.op == "call_function" and table.op_name(node) == "aten.layer_norm.default":
+            a = table.arguments(node)
+            if len(a["normalized_shape"]) != 1:
+                continue
+            target = torch.ops.adalayer.grid_layer_norm.default
+            tensors, eps = [a["weight"], a["bias"]], a["eps"]
+        else:
+            continue
+        grid = _grid_of(table.source(node), modules)
+        if grid is None:
+            continue
+        with graph.inserting_before(node):
+            operands = [graph.get_attr(t) if isinstance(t, str) else t for t in tensors]
+            new = graph.call_function(
+                target, (node.args[0], *operands, eps, grid.scale, grid.zero_point)
+            )
+        new.meta.update(node.meta)
+        node.replace_all_uses_with(new)
+        found[node] = new
+    if found:
+        model.recompile()
+    return found
+
+
+def undo_norms(model: nn.Module, replaced: dict[fx.Node, fx.Node]) -> None:
+    """What :func:`exact_norms` has replaced is there again."""
+    assert isinstance(model, fx.GraphModule)
+    for old, new in replaced.items():
+        new.replace_all_uses_with(old)
+        operands = [node for node in new.all_input_nodes if node.op == "get_attr"]
+        model.graph.erase_node(new)
+        for node in operands:
+            if not node.users:
+                model.graph.erase_node(node)
+    if replaced:
+        model.recompile()
+
+
+def _grid_of(node: fx.Node | None, modules: dict[str, nn.Module]) -> ActivationQuantizer | None:
+    """The quantizer whose grid a value lies on."""
+    while node is not None:
+        module = table.module_of(node, modules)
+        if isinstance(module, ActivationQuantizer):
+            return module
+        node = table.source(node) if table.is_grid_preserving(node, modules) else None
+    return None
 
 
 def check_calibrated(prepared: nn.Module) -> None:

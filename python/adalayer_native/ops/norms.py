@@ -1,0 +1,85 @@
+"""Norms of values on a u8 grid, by the engine's own steps (csrc/reference/image_spec.hpp).
+
+torch adds up floats in an order of its own, which differs between machines; a result that lies half
+way between two levels is then rounded up on one and down on another. Here the sums are of whole
+numbers, and what follows is a fixed sequence of float32 and float64 operations.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from adalayer_native.rounding import fma_float32
+
+__all__ = ["grid_batch_norm", "grid_batch_norm_fake", "grid_layer_norm", "grid_layer_norm_fake"]
+
+
+def _levels(x: Tensor, scale: float) -> Tensor:
+    """``q - z`` of values on a grid: whole numbers in float32."""
+    inverse = torch.reciprocal(torch.tensor(scale, dtype=torch.float32))
+    return torch.mul(x.float(), float(inverse)).round_()
+
+
+@torch.no_grad()
+def grid_batch_norm(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: float,
+    zero_point: int,
+) -> Tensor:
+    """``fma(q, s[c], t[c])`` with ``s = k * scale``, ``t = beta - mean * k - z * s`` in float64.
+
+    Args:
+        input: float ``[N, C, ...]`` on the grid of ``scale`` and ``zero_point``.
+    """
+    factor = 1.0 / (running_var.double() + eps).sqrt()
+    if weight is not None:
+        factor = weight.double() / (running_var.double() + eps).sqrt()
+    offset = -running_mean.double() * factor
+    if bias is not None:
+        offset = bias.double() - running_mean.double() * factor
+    step = factor * scale
+    shape = [1, -1, *[1] * (input.dim() - 2)]
+    multiplier, addend = (t.float().view(shape) for t in (step, offset - zero_point * step))
+    q = _levels(input, scale).add_(zero_point)
+    return fma_float32(q, multiplier, addend).to(input.dtype)
+
+
+@torch.no_grad()
+def grid_layer_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: float,
+    zero_point: int,
+) -> Tensor:
+    """Mean and variance from sums of the levels, over the last axis.
+
+    Args:
+        input: float ``[..., C]`` on the grid of ``scale`` and ``zero_point``.
+    """
+    q = _levels(input, scale).add_(zero_point).double()  # whole: sums up to 2^53 are exact
+    count = q.shape[-1]
+    s1, s2 = q.sum(-1, keepdim=True), q.square().sum(-1, keepdim=True)
+    variance = (count * s2 - s1 * s1) / (float(count) * count)
+    # The program holds eps in float32.
+    least = float(torch.tensor(eps, dtype=torch.float32))
+    factor = (1.0 / (variance * (scale * scale) + least).sqrt() * scale).float()
+    y = (q - s1 / count).float() * factor
+    gamma = y.new_ones(()) if weight is None else weight.float()
+    beta = y.new_zeros(()) if bias is None else bias.float()
+    return fma_float32(y, gamma, beta).to(input.dtype)
+
+
+def grid_batch_norm_fake(input: Tensor, *rest: object) -> Tensor:
+    return torch.empty_like(input)
+
+
+def grid_layer_norm_fake(input: Tensor, *rest: object) -> Tensor:
+    return torch.empty_like(input)
