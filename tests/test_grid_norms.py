@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.parametrize("kind", NETWORKS)
 @torch.no_grad()
-def test_the_engine_has_the_bits_of_the_modules(kind: str) -> None:
+def test_the_engine_has_the_bits_of_the_modules(kind: str, tmp_path: Path) -> None:
     """A hundred thousand values per norm; with torch's own sums some lay on the other side."""
     torch.manual_seed(0)
     model = NETWORKS[kind]().eval()
@@ -63,6 +64,8 @@ def test_the_engine_has_the_bits_of_the_modules(kind: str) -> None:
     with ada.simulate(prepared) as exact:
         assert torch.equal(native(x), exact(x))
     assert (prepared.code, list(prepared.state_dict())) == before
+    ada.save(native, tmp_path / "m.safetensors")
+    assert torch.equal(ada.restore(graph, tmp_path / "m.safetensors")(x), native(x))
     engine = ada.compile(native, x, policy="native", weights="resident")
     assert engine.coverage(rounds=0).native_share == 1
     assert torch.equal(engine(x), native(x))
@@ -75,8 +78,9 @@ def test_batch_norm_is_one_fused_step_per_value() -> None:
     q = torch.randint(0, 256, (3, 5, 7, 2), generator=generator)
     x = (q - zero_point).float() * scale
     norm = settled(nn.BatchNorm2d(5)).eval()
+    qparams = torch.tensor([scale, zero_point, 8])
     found = torch.ops.adalayer.grid_batch_norm(
-        x, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps, scale, zero_point
+        x, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps, qparams
     )
     factor = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt() * scale
     addend = norm.bias.double() - norm.running_mean.double() * factor / scale - zero_point * factor
@@ -93,13 +97,14 @@ def test_layer_norm_adds_whole_numbers(channels: int) -> None:
     q[0], q[1, 0] = 7, 255  # equal values; and an outlier
     x = (q - zero_point).float() * scale
     weight, bias = torch.randn(channels), torch.randn(channels)
-    found = torch.ops.adalayer.grid_layer_norm(x, weight, bias, 1e-5, scale, zero_point)
+    qparams = torch.tensor([scale, zero_point, 8])
+    found = torch.ops.adalayer.grid_layer_norm(x, weight, bias, 1e-5, qparams)
     wanted = F.layer_norm(x.double(), [channels], weight.double(), bias.double(), 1e-5)
     torch.testing.assert_close(found, wanted.float(), rtol=1e-5, atol=1e-5)
     # Neither the order of the channels nor the number of rows matters.
     order = torch.randperm(channels, generator=generator)
     again = torch.ops.adalayer.grid_layer_norm(
-        x[5:9, order], weight[order], bias[order], 1e-5, scale, zero_point
+        x[5:9, order], weight[order], bias[order], 1e-5, qparams
     )
     assert torch.equal(again, found[5:9, order])
 
@@ -107,7 +112,7 @@ def test_layer_norm_adds_whole_numbers(channels: int) -> None:
 @pytest.mark.parametrize("name", ["grid_batch_norm", "grid_layer_norm"])
 def test_operators_follow_the_rules_of_torch(name: str) -> None:
     x = (torch.randint(0, 256, (2, 4, 3, 4)) - 3).float() * 0.5
-    rest: list[object] = [torch.ones(4), torch.zeros(4), 1e-5, 0.5, 3]
+    rest: list[object] = [torch.ones(4), torch.zeros(4), 1e-5, torch.tensor([0.5, 3, 8])]
     if name == "grid_batch_norm":
         rest = [torch.zeros(4), torch.ones(4), *rest]
     torch.library.opcheck(getattr(torch.ops.adalayer, name).default, (x, *rest))

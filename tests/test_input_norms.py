@@ -18,9 +18,11 @@ from adalayer_native.quantization.layout import native_layout
 def settled(norm: nn.Module) -> nn.Module:
     assert isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d))
     with torch.no_grad():
-        for tensor in (norm.weight, norm.bias, norm.running_mean):
+        for tensor in (norm.bias, norm.running_mean):
             tensor.uniform_(-1, 1)
-        norm.running_var.uniform_(0.3, 2)
+        norm.weight.uniform_(0.7, 1)
+        norm.weight[::2] *= -1
+        norm.running_var.uniform_(0.5, 1.5)
     return norm
 
 
@@ -115,6 +117,31 @@ def test_where_it_would_not_be_exact_it_stays(model: nn.Module) -> None:
     ada.calibrate(prepared, [x], observer="minmax", progress=False)
     native = ada.convert(prepared)
     assert float((native(x) - model(x)).norm() / model(x).norm()) < 0.05
+
+
+@torch.no_grad()
+def test_uneven_factors_stay_where_they_cost_the_weights_nothing(tmp_path: Path) -> None:
+    """Channels of different sizes: folded, the weights of the largest ones would have no levels."""
+    torch.manual_seed(0)
+    model, x = rows()
+    sizes = 10.0 ** torch.linspace(-2, 1, 12)
+    model[0].weight *= sizes[:, None]
+    model[0].bias *= sizes
+    norm = model[2]
+    assert isinstance(norm, nn.BatchNorm1d)
+    y = model[:2](x)
+    norm.running_mean, norm.running_var = y.mean(0), y.var(0)
+    graph = ada.capture(model.eval(), x)
+    losses = {}
+    for keep in (None, []):
+        prepared = build_prepared(graph, plan_of(graph, 4), keep=keep)
+        ada.calibrate(prepared, [x], progress=False)
+        native = convert(prepared)
+        losses[keep is None] = float((native(x) - model(x)).norm() / model(x).norm())
+        ada.save(native, tmp_path / "m.safetensors")
+        assert torch.equal(ada.restore(graph, tmp_path / "m.safetensors")(x), native(x))
+        assert ("2.running_mean" in native.state_dict()) == (keep is None)
+    assert losses[True] < 0.7 * losses[False]
 
 
 @torch.no_grad()

@@ -49,7 +49,9 @@ def assembled(
     tidying.sink_squeezes(graph, modules)
     signature = _signature(model, exported, inputs)
     found = _over_a_tree(model, module, modules, signature)
-    found.meta[opaque.OPAQUE] = sorted({call.name for call in exported.calls.values()})
+    excluded = {call.name for call in exported.calls.values()}
+    called = {str(node.target) for node in found.graph.nodes if node.op == "call_module"}
+    found.meta[opaque.OPAQUE] = sorted(excluded & called)
     return found
 
 

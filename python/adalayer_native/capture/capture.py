@@ -53,9 +53,9 @@ def capture(
             arguments by name; values do not matter, only shapes and types. Without it one is tried
             that fits the first layer of a model with one input.
         exclude: submodules that are not looked into: the graph calls them, in torch and in float.
-            They may do what a graph cannot, as branch on values. They take tensors and give a
-            tensor or a tuple of tensors, whose sizes follow from the batch; images then have one
-            size.
+            They may do what a graph cannot, as branch on values. They take tensors and give
+            tensors, whose sizes follow from the batch, and do not write into what they take; images
+            then have one size. The graph's copies share the parameters.
 
     Raises:
         UnsupportedModelError: the model cannot be followed, or the graph does not compute what it

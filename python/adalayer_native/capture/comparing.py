@@ -21,7 +21,7 @@ _BATCHES = 64  # the largest batch that is tried
 def difference(model: nn.Module, found: GraphModel, inputs: Inputs) -> str | None:
     """How the graph's results differ from the model's; None if they are the same."""
     fresh = inputs.map(torch.clone), inputs.map(torch.clone)
-    with untouched(model), torch.no_grad(), torch.random.fork_rng(devices=()):
+    with untouched(model), untouched(found), torch.no_grad(), torch.random.fork_rng(devices=()):
         try:
             torch.manual_seed(0)
             wanted = copy.copy(fresh[0](model))

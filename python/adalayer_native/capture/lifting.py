@@ -286,10 +286,11 @@ class Lifter:
                 parameter = nn.Parameter(tensor.detach(), self._trained(a[leaf]))
                 norm.register_parameter(leaf, parameter)
         norm.affine = weight is not None
-        norm.running_mean, norm.running_var = mean, var
+        # Copies: training the graph writes into them.
+        norm.running_mean, norm.running_var = mean.clone(), var.clone()
         counted = getattr(old, "num_batches_tracked", None)
         if isinstance(counted, Tensor):
-            norm.num_batches_tracked = counted
+            norm.num_batches_tracked = counted.clone()
         key = ("norm", *wanted, rank, a["eps"])
         known = self.known.get(key)
         if known is None:

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from adalayer_native.capture.example import Inputs
 from adalayer_native.capture.vocabulary import op_name
-from adalayer_native.errors import UnsupportedModelError
+from adalayer_native.errors import InputError, UnsupportedModelError
 
 __all__ = ["OPAQUE", "OPERATOR", "Call", "OpaqueCall", "call_modules", "opaque_calls"]
 
@@ -38,11 +38,13 @@ class Call:
         name: of the submodule.
         module: the submodule.
         spec: how tensors and other values are nested in ``(args, kwargs)``.
-        leaves: all values of the call; None for tensors.
+        leaves: all values of the call; the class ``Tensor`` in the place of tensors.
         shapes: of the tensors that go in, at the batch size of the example and at one more.
         results: shapes of the tensors that come out, likewise.
-        dtypes: of the results.
-        single: whether the result is a tensor, not a tuple or list of them.
+        kinds: types and devices of the results.
+        out_spec: how the results are nested.
+        places: of every tensor in the nest, the keys that lead to it.
+        out_leaves: everything in the nest, likewise.
         macs: multiply-accumulates for one sample; 0 where they cannot be counted.
     """
 
@@ -52,17 +54,18 @@ class Call:
     leaves: list[Any]
     shapes: list[list[tuple[int, ...]]]
     results: list[list[tuple[int, ...]]]
-    dtypes: list[torch.dtype]
-    single: bool
+    kinds: list[tuple[torch.dtype, torch.device]]
+    out_spec: Any
+    places: list[tuple[Any, ...]]
+    out_leaves: list[Any]
     macs: float
 
-    def fake(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Empty results for inputs whose batch may be a symbol."""
+    def sizes(self, inputs: Sequence[Tensor]) -> list[list[Any]]:
+        """Sizes of the results for inputs whose batch may be a symbol."""
         return [
-            inputs[0].new_empty([self._size(sizes, inputs) for sizes in zip(*pair, strict=True)],
-                                dtype=dtype)
-            for pair, dtype in zip(zip(*self.results, strict=True), self.dtypes, strict=True)
-        ]  # fmt: skip
+            [self._size(sizes, inputs) for sizes in zip(*pair, strict=True)]
+            for pair in zip(*self.results, strict=True)
+        ]
 
     def _size(self, sizes: tuple[int, int], inputs: Sequence[Tensor]) -> Any:
         first, second = sizes
@@ -79,14 +82,32 @@ class Call:
 
     def arguments(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Nested as the submodule takes them."""
-        rest = iter(tensors)
-        leaves = [next(rest) if leaf is None else leaf for leaf in self.leaves]
-        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        args, kwargs = pytree.tree_unflatten(_filled(self.leaves, tensors), self.spec)
         return tuple(args), dict(kwargs)
+
+    def nested(self, tensors: Sequence[Tensor]) -> Any:
+        """The result as the submodule gives it."""
+        return pytree.tree_unflatten(_filled(self.out_leaves, tensors), self.out_spec)
+
+
+def _filled(leaves: Sequence[Any], tensors: Sequence[Any]) -> list[Any]:
+    rest = iter(tensors)
+    return [next(rest) if leaf is Tensor else leaf for leaf in leaves]
+
+
+def _split(nest: Any) -> tuple[list[Tensor], list[Any], Any]:
+    """The tensors of a nest; all of its leaves without them; and how it is nested."""
+    leaves, spec = pytree.tree_flatten(nest)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return tensors, [Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
 
 
 class OpaqueCall(nn.Module):
-    """A submodule as a function from tensors to a list of tensors, as the operator has it."""
+    """A submodule as a function from tensors to a list of tensors, as the operator has it.
+
+    The engine relies on the sizes and types that the export has seen; another branch of the
+    submodule's code may give others.
+    """
 
     def __init__(self, call: Call) -> None:
         super().__init__()
@@ -95,9 +116,33 @@ class OpaqueCall(nn.Module):
         self.call.module = nn.Module()
 
     def forward(self, tensors: list[Tensor]) -> list[Tensor]:
+        versions = [tensor._version for tensor in tensors]
         args, kwargs = self.call.arguments(tensors)
-        result = self.module(*args, **kwargs)
-        return [result] if isinstance(result, Tensor) else list(result)
+        results, leaves, _ = _split(self.module(*args, **kwargs))
+        if leaves != self.call.out_leaves:
+            raise InputError(
+                f"excluded module {self.call.name!r}: its result is nested otherwise than when the "
+                "engine was compiled"
+            )
+        if versions != [tensor._version for tensor in tensors]:
+            raise InputError(f"excluded module {self.call.name!r} {_WRITES}")
+        sizes = self.call.sizes(tensors)
+        for tensor, size, kind in zip(results, sizes, self.call.kinds, strict=True):
+            if (list(tensor.shape), tensor.dtype) != (size, kind[0]) or (
+                tensor.device.type != tensors[0].device.type
+            ):
+                raise InputError(
+                    f"excluded module {self.call.name!r}: expected a result of shape {size} and "
+                    f"type {kind[0]} as when the engine was compiled, got {list(tensor.shape)}, "
+                    f"{tensor.dtype} on {tensor.device}"
+                )
+        return results
+
+
+_WRITES = (
+    "writes into its input, which others read: let it work on a copy (x = x.clone(), or "
+    "inplace=False)"
+)
 
 
 @torch.library.custom_op("adalayer::opaque", mutates_args=())
@@ -108,7 +153,11 @@ def _opaque(key: str, inputs: list[Tensor]) -> list[Tensor]:
 
 @_opaque.register_fake
 def _(key: str, inputs: list[Tensor]) -> list[Tensor]:
-    return _active[key].fake(inputs)
+    call = _active[key]
+    return [
+        inputs[0].new_empty(size, dtype=dtype, device=device)
+        for size, (dtype, device) in zip(call.sizes(inputs), call.kinds, strict=True)
+    ]
 
 
 _active: dict[str, Call] = {}
@@ -149,7 +198,7 @@ def opaque_calls(
             queues.setdefault(name, []).append(key)
     _active.update(calls)
     try:
-        with _forwards(modules, lambda name, _: _Stand(calls, queues.get(name, []))):
+        with _in_place_of(modules, lambda name, _: _Stand(calls, queues.get(name, []))):
             yield calls
     finally:
         for key in calls:
@@ -157,7 +206,7 @@ def opaque_calls(
 
 
 class _Stand:
-    """The forward of an excluded submodule during an export."""
+    """Is called in the place of an excluded submodule during an export."""
 
     def __init__(self, calls: dict[str, Call], keys: list[str]) -> None:
         self.calls, self.keys = calls, keys
@@ -167,9 +216,8 @@ class _Stand:
         # (An export may run the model's code more than once.)
         key = self.keys[self.next % len(self.keys)]
         self.next += 1
-        leaves = pytree.tree_leaves((args, kwargs))
-        results = torch.ops.adalayer.opaque(key, [x for x in leaves if isinstance(x, Tensor)])
-        return results[0] if self.calls[key].single else tuple(results)
+        tensors, _, _ = _split((args, kwargs))
+        return self.calls[key].nested(torch.ops.adalayer.opaque(key, tensors))
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module:
@@ -193,8 +241,7 @@ def _record(
 ) -> dict[str, list[Call]]:
     """Run the model and note every call of the submodules."""
     found: dict[str, list[Call]] = {name: [] for name in modules}
-
-    with _forwards(modules, lambda name, module: _Recorder(found[name], name, module)):
+    with _in_place_of(modules, lambda name, module: _Recorder(found[name], name, module)):
         inputs.map(torch.clone)(model)
     for call in itertools.chain.from_iterable(found.values()):
         call.macs /= inputs.count
@@ -202,32 +249,64 @@ def _record(
 
 
 @contextmanager
-def _forwards(
+def _in_place_of(
     modules: dict[str, nn.Module], make: Callable[[str, nn.Module], Any]
 ) -> Iterator[None]:
-    """Other forwards for some modules."""
-    new = {name: make(name, module) for name, module in modules.items()}
-    before = {name: module.__dict__.get("forward") for name, module in modules.items()}
+    """Something else is called when the modules are; their hooks are parts of them."""
+    # nn.Module.__call__ calls this where it is not None; ``forward`` would leave the hooks outside.
+    place = "_compiled_call_impl"
+    before = {name: module.__dict__.get(place) for name, module in modules.items()}
     try:
         for name, module in modules.items():
-            module.__dict__["forward"] = new[name]
+            module.__dict__[place] = make(name, module)
         yield
     finally:
         for name, module in modules.items():
-            if before[name] is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.__dict__["forward"] = before[name]
+            module.__dict__.pop(place, None)
+            if before[name] is not None:
+                module.__dict__[place] = before[name]
 
 
 class _Recorder:
-    """Runs a submodule's forward and notes the call."""
+    """Calls a submodule and notes how."""
 
     def __init__(self, calls: list[Call], name: str, module: nn.Module) -> None:
         self.calls, self.name, self.module = calls, name, module
-        self.forward = module.forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        tensors, leaves, spec = _split((args, kwargs))
+        if not tensors:
+            raise UnsupportedModelError(
+                f"excluded module {self.name!r}: expected a tensor among its arguments"
+            )
+        versions = [tensor._version for tensor in tensors]
+        result, countable = self._called(args, kwargs)
+        if versions != [tensor._version for tensor in tensors]:
+            raise UnsupportedModelError(f"excluded module {self.name!r} {_WRITES}")
+        places, results = self._places(result)
+        self.calls.append(
+            Call(
+                self.name,
+                self.module,
+                spec,
+                leaves,
+                [[tuple(tensor.shape) for tensor in tensors]],
+                [[tuple(tensor.shape) for tensor in results]],
+                [(tensor.dtype, tensor.device) for tensor in results],
+                pytree.tree_structure(result),
+                places,
+                _split(result)[1],
+                self._macs(args, kwargs) if countable else 0.0,
+            )
+        )
+        return result
+
+    def _called(self, args: Any, kwargs: Any) -> tuple[Any, bool]:
+        """The result, and whether what the call multiplies can be counted.
+
+        Not for torch.cond and its like, which compile what they call: torch 2.13 cannot do that
+        under a counter, and not any more afterwards.
+        """
         compiled: list[Any] = []
         compile = torch.compile
 
@@ -237,47 +316,38 @@ class _Recorder:
 
         try:
             torch.compile = noted
-            result = self.forward(*args, **kwargs)
+            result = self.module._call_impl(*args, **kwargs)
         finally:
             torch.compile = compile
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        single = isinstance(result, Tensor)
-        results = [result] if single else result
-        if not isinstance(results, (tuple, list)) or not all(
-            isinstance(item, Tensor) for item in results
-        ):
-            raise UnsupportedModelError(
-                f"excluded module {self.name!r}: expected a tensor or a tuple of tensors as its "
-                f"result, got {type(result).__name__}"
-            )
-        self.calls.append(
-            Call(
-                self.name,
-                self.module,
-                spec,
-                [None if isinstance(leaf, Tensor) else leaf for leaf in leaves],
-                [[tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)]],
-                [[tuple(item.shape) for item in results]],
-                [item.dtype for item in results],
-                single,
-                0.0 if compiled else self._macs(args, kwargs),
-            )
-        )
-        return result
+        return result, not compiled
 
     def _macs(self, args: Any, kwargs: Any) -> float:
-        """What the call multiplies.
-
-        Not for torch.cond and its like, which compile what they call: torch 2.13 cannot do that
-        under a counter, and not any more afterwards.
-        """
         with FlopCounterMode(display=False) as counter:
-            self.forward(*args, **kwargs)
+            self.module._call_impl(*args, **kwargs)
         return float(counter.get_total_flops() / 2)
+
+    def _places(self, result: Any) -> tuple[list[tuple[Any, ...]], list[Tensor]]:
+        """The tensors of a result and the keys that lead to them."""
+        places, tensors = [], []
+        for path, leaf in pytree.tree_flatten_with_path(result)[0]:
+            keys = tuple(
+                getattr(key, "idx", getattr(key, "key", None))
+                for key in path
+                if isinstance(key, (pytree.SequenceKey, pytree.MappingKey))
+            )
+            if len(keys) != len(path) or not isinstance(leaf, (Tensor, type(None))):
+                raise UnsupportedModelError(
+                    f"excluded module {self.name!r}: expected a tensor, or tensors in tuples, "
+                    f"lists and dictionaries, as its result, got {type(result).__name__}"
+                )
+            if isinstance(leaf, Tensor):
+                places.append(keys)
+                tensors.append(leaf)
+        return places, tensors
 
 
 def call_modules(graph: fx.Graph, calls: dict[str, Call]) -> dict[str, nn.Module]:
-    """Replace the operator by calls of the submodules; copies of them that share their tensors."""
+    """Replace the operator by calls of copies of the submodules, which share their parameters."""
     modules: dict[str, nn.Module] = {}
     for node in list(graph.nodes):
         if node.op != "call_function" or op_name(node) != OPERATOR:
@@ -285,19 +355,33 @@ def call_modules(graph: fx.Graph, calls: dict[str, Call]) -> dict[str, nn.Module
         key, tensors = node.args
         call = calls[str(key)]
         if call.name not in modules:
-            memo = {id(t): t for t in (*call.module.parameters(), *call.module.buffers())}
-            modules[call.name] = copy.deepcopy(call.module, memo)
+            modules[call.name] = _copied(call.module)
         args, kwargs = call.arguments(tensors)
-        values = node.meta.get("val")
         with graph.inserting_before(node):
-            new = graph.call_module(call.name, args, kwargs)
-        new.meta = {**node.meta, "path": call.name, "leaf": True, "macs": call.macs}
-        if call.single:
-            new.meta["val"] = values[0] if values else None
+            # (Not graph.call_module, which looks for it in the exported module.)
+            new = graph.create_node("call_module", call.name, args, kwargs)
+            new.meta = {**node.meta, "path": call.name, "leaf": True, "macs": call.macs}
+            values = new.meta.pop("val", None)
+            if call.places == [()]:
+                new.meta["val"] = values[0] if values else None
             for reader in list(node.users):
                 assert reader.target is operator.getitem
-                reader.replace_all_uses_with(new)
+                found = new
+                for step in call.places[reader.args[1]]:
+                    found = graph.call_function(operator.getitem, (found, step))
+                    found.meta = dict(reader.meta)
+                reader.replace_all_uses_with(found)
                 graph.erase_node(reader)
-        node.replace_all_uses_with(new)
         graph.erase_node(node)
     return modules
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    """A copy that shares the parameters: its buffers and attributes are its own."""
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in module.parameters()}
+    for owner in module.modules():
+        for value in vars(owner).values():
+            # Such are computed anew in every call (the weight of an old-fashioned weight norm).
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(module, memo)

@@ -295,6 +295,9 @@ def _result(exported: Exported, numbers: dict[fx.Node, int]) -> list[Any]:
     leaves: list[Any] = []
     for item in exported.outputs:
         if isinstance(item, fx.Node):
+            if item not in numbers and item.op == "get_attr":
+                leaves.append(exported.tensor(item).clone())
+                continue
             if item not in numbers:
                 raise UnsupportedModelError(
                     f"the model returns {item} ({item.op}), which is no tensor that it computes"

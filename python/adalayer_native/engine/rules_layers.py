@@ -267,7 +267,7 @@ def _batch_norm(low: Lowering, node: fx.Node, want: Want) -> Ref:
         raise CannotLower(node, "a batch norm in training mode")
     operand = a["input"]
     ref, grid = low.on_own_grid(operand)
-    _check_grid(node, a, grid)
+    _check_grid(low, node, a, grid)
     if channel_axis(ref.dims, low.size(ref)) != 0:
         raise CannotLower(node, "its channels are not on axis 1")
     mean, var = low.parameter(a["running_mean"]), low.parameter(a["running_var"])
@@ -285,17 +285,17 @@ RULES["aten.batch_norm.default"] = Rule(_batch_norm)
 RULES["adalayer.grid_batch_norm.default"] = Rule(_batch_norm)
 
 
-def _check_grid(node: fx.Node, a: dict[str, Any], grid: Grid) -> None:
+def _check_grid(low: Lowering, node: fx.Node, a: dict[str, Any], grid: Grid) -> None:
     """Raise :class:`CannotLower` where a norm was made for values on another grid."""
-    said = a.get("scale", grid.scale), a.get("zero_point", grid.zero_point)
-    if said != (grid.scale, grid.zero_point):
-        raise CannotLower(node, f"it expects scale and zero point {said}, its input has {grid}")
+    said = low.parameter(a["qparams"]) if "qparams" in a else None
+    if said is not None and said.tolist()[:2] != [grid.scale, grid.zero_point]:
+        raise CannotLower(node, f"it expects a grid of {said.tolist()}, its input has {grid}")
 
 
 def _layer_norm(low: Lowering, node: fx.Node, want: Want) -> Ref:
     a = arguments(node)
     ref, grid = low.on_own_grid(a["input"])
-    _check_grid(node, a, grid)
+    _check_grid(low, node, a, grid)
     size = low.size(ref)
     whole = merged([(size[0], size[1] * size[2])])
     axes = list(a.get("normalized_shape", node.meta["val"].shape[-1:]))

@@ -360,7 +360,7 @@ class Engine:
         return Engine(
             steps,
             self.inputs,
-            self._leaves,
+            [leaf.to(where) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves],
             self._out_spec,
             call=self._call,
             preprocessing=self.preprocessing,
@@ -432,7 +432,12 @@ class Engine:
                 for number in step.done:
                     del tensors[number]
             leaves = [
-                tensors[leaf.number] if isinstance(leaf, Leaf) else leaf for leaf in self._leaves
+                tensors[leaf.number]
+                if isinstance(leaf, Leaf)
+                else leaf.clone()  # a caller may write into it
+                if isinstance(leaf, Tensor)
+                else leaf
+                for leaf in self._leaves
             ]
             if dtype is not None and dtype is not torch.float32:
                 # Of a result that is no float (a class, a mask) the type says what it is.
@@ -526,6 +531,11 @@ class Engine:
         assert isinstance(part, NativePart)
         program = part.program
         structure, leaves = described(self._out_spec, self._leaves, "the model's result")
+        if any(isinstance(leaf, Tensor) for leaf in leaves):
+            raise UnsupportedModelError(
+                "the model returns a tensor that is the same in every call, which a file cannot "
+                "hold; leave it out of the results"
+            )
         metadata = {
             "adalayer.inputs": [_port_row(port) for port in self.inputs],
             "adalayer.outputs": [

@@ -81,11 +81,11 @@ _library.define(
 
 _library.define(
     "grid_batch_norm(Tensor input, Tensor running_mean, Tensor running_var, Tensor? weight, "
-    "Tensor? bias, float eps, float scale, int zero_point) -> Tensor"
+    "Tensor? bias, float eps, Tensor qparams) -> Tensor"
 )
 _library.define(
-    "grid_layer_norm(Tensor input, Tensor? weight, Tensor? bias, float eps, float scale, "
-    "int zero_point) -> Tensor"
+    "grid_layer_norm(Tensor input, Tensor? weight, Tensor? bias, float eps, Tensor qparams)"
+    " -> Tensor"
 )
 for _name in ("grid_batch_norm", "grid_layer_norm"):
     for _device in ("CPU", "CUDA"):

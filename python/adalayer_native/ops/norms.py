@@ -15,10 +15,11 @@ from adalayer_native.rounding import fma_float32
 __all__ = ["grid_batch_norm", "grid_batch_norm_fake", "grid_layer_norm", "grid_layer_norm_fake"]
 
 
-def _levels(x: Tensor, scale: float) -> Tensor:
-    """``q - z`` of values on a grid: whole numbers in float32."""
-    inverse = torch.reciprocal(torch.tensor(scale, dtype=torch.float32))
-    return torch.mul(x.float(), float(inverse)).round_()
+def _levels(x: Tensor, qparams: Tensor) -> tuple[Tensor, float, float]:
+    """Levels of values on a grid, whole numbers in float32; its scale and zero point."""
+    scale, zero_point = qparams[:2].tolist()
+    inverse = float(torch.reciprocal(qparams[0]))
+    return torch.mul(x.float(), inverse).round_().add_(zero_point), scale, zero_point
 
 
 @torch.no_grad()
@@ -29,14 +30,15 @@ def grid_batch_norm(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    scale: float,
-    zero_point: int,
+    qparams: Tensor,
 ) -> Tensor:
     """``fma(q, s[c], t[c])`` with ``s = k * scale``, ``t = beta - mean * k - z * s`` in float64.
 
     Args:
-        input: float ``[N, C, ...]`` on the grid of ``scale`` and ``zero_point``.
+        input: float ``[N, C, ...]`` on a grid.
+        qparams: float32 ``[3]``: the grid's scale, zero point and bits.
     """
+    q, scale, zero_point = _levels(input, qparams)
     factor = 1.0 / (running_var.double() + eps).sqrt()
     if weight is not None:
         factor = weight.double() / (running_var.double() + eps).sqrt()
@@ -46,7 +48,6 @@ def grid_batch_norm(
     step = factor * scale
     shape = [1, -1, *[1] * (input.dim() - 2)]
     multiplier, addend = (t.float().view(shape) for t in (step, offset - zero_point * step))
-    q = _levels(input, scale).add_(zero_point)
     return fma_float32(q, multiplier, addend).to(input.dtype)
 
 
@@ -56,15 +57,16 @@ def grid_layer_norm(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    scale: float,
-    zero_point: int,
+    qparams: Tensor,
 ) -> Tensor:
     """Mean and variance from sums of the levels, over the last axis.
 
     Args:
-        input: float ``[..., C]`` on the grid of ``scale`` and ``zero_point``.
+        input: float ``[..., C]`` on a grid.
+        qparams: float32 ``[3]``: the grid's scale, zero point and bits.
     """
-    q = _levels(input, scale).add_(zero_point).double()  # whole: sums up to 2^53 are exact
+    levels, scale, _ = _levels(input, qparams)
+    q = levels.double()  # sums of whole numbers up to 2^53 are exact
     count = q.shape[-1]
     s1, s2 = q.sum(-1, keepdim=True), q.square().sum(-1, keepdim=True)
     variance = (count * s2 - s1 * s1) / (float(count) * count)

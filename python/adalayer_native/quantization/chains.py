@@ -35,6 +35,7 @@ from adalayer_native.rounding import conv_form
 ACT_ROOT = "act_quant"
 # int32 accumulators hold K products of a u8 activation and a signed weight.
 _ACCUMULATOR_LIMIT = 2**31
+_MORE_NOISE = 4.0  # times the noise of a layer's weights
 _NOT_CALLED = (
     "the layer is not called by the model's forward, or its weight depends on the inputs there"
 )
@@ -118,14 +119,17 @@ def _unsupported(module: nn.Module, bits: int) -> str | None:
     return None
 
 
-def analyse(model: GraphModel, quantized: set[str], keep: Collection[str] = ()) -> Structure:
+def analyse(
+    model: GraphModel, quantized: set[str], keep: Collection[str] | None = None
+) -> Structure:
     """Chain analysis: which batch norms fold, and where activation quantizers stand.
 
     Args:
         model: a captured model.
         quantized: names of the layers that are quantized.
-        keep: batch norms that are not folded into the layer behind them: files of earlier versions
-            hold them.
+        keep: batch norms that are not folded into the layer behind them, because a file holds
+            them; all others are that can be. Default: those whose factors would cost the layer's
+            weights more than a rounding of its input does.
 
     Raises:
         UnsupportedModelError: a quantized layer reads something that is not a tensor value.
@@ -133,8 +137,28 @@ def analyse(model: GraphModel, quantized: set[str], keep: Collection[str] = ()) 
     return _Analysis(model, quantized, keep).run()
 
 
+def _even(norm: nn.Module) -> bool:
+    """Whether the weights behind a batch norm lose little by taking its factors in.
+
+    A row of weights is rounded with one step. With the factors ``k`` that is as coarse as the
+    largest needs, and multiplies inputs of deviation ``s``; without, inputs of deviation ``k s``.
+    """
+    assert isinstance(norm, table.BATCH_NORMS)
+    assert norm.running_var is not None
+    if norm.running_var.device.type == "meta":
+        return True
+    variance = norm.running_var.double() + norm.eps
+    square = 1 / variance
+    if norm.weight is not None:
+        square = square * norm.weight.detach().double().square()
+    folded = float(square.max()) * float(variance.sum())
+    return folded <= _MORE_NOISE * float((square * variance).sum())
+
+
 class _Analysis:
-    def __init__(self, model: GraphModel, quantized: set[str], keep: Collection[str]) -> None:
+    def __init__(
+        self, model: GraphModel, quantized: set[str], keep: Collection[str] | None
+    ) -> None:
         self.modules = dict(model.named_modules())
         self.quantized = quantized
         self.keep = keep
@@ -213,7 +237,9 @@ class _Analysis:
             if not table.is_batch_norm(norm, self.modules) or list(norm.users) != nodes:
                 continue
             target, info = str(norm.target), info_of(norm)
-            if len(calls[target]) != 1 or target in folded or target in self.keep:
+            if len(calls[target]) != 1 or target in folded:
+                continue
+            if not _even(self.modules[target]) if self.keep is None else target in self.keep:
                 continue
             channels = self.modules[target].num_features
             if isinstance(module, nn.Linear):

@@ -308,7 +308,7 @@ def _skeleton(
             bits=bits,
             activation_bits=activation_bits,
         )
-    # Files of versions that did not fold batch norms into the layer behind them hold these.
+    # Batch norms in front of a layer: in the file are those that it has not taken in.
     statistics = ".running_mean"
     keep = {key[: -len(statistics)] for key in tensors if key.endswith(statistics)}
     prepared = build_prepared(model, Plan(plans, method="restored"), empty=True, keep=keep)

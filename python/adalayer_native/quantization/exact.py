@@ -212,9 +212,9 @@ def exact_norms(model: nn.Module, folded: Collection[str]) -> dict[fx.Node, fx.N
             continue
         with graph.inserting_before(node):
             operands = [graph.get_attr(t) if isinstance(t, str) else t for t in tensors]
-            new = graph.call_function(
-                target, (node.args[0], *operands, eps, grid.scale, grid.zero_point)
-            )
+            # (A file is loaded into a graph that is there already.)
+            qparams = graph.get_attr(f"{grid}.qparams")
+            new = graph.call_function(target, (node.args[0], *operands, eps, qparams))
         new.meta.update(node.meta)
         node.replace_all_uses_with(new)
         found[node] = new
@@ -237,12 +237,11 @@ def undo_norms(model: nn.Module, replaced: dict[fx.Node, fx.Node]) -> None:
         model.recompile()
 
 
-def _grid_of(node: fx.Node | None, modules: dict[str, nn.Module]) -> ActivationQuantizer | None:
-    """The quantizer whose grid a value lies on."""
+def _grid_of(node: fx.Node | None, modules: dict[str, nn.Module]) -> str | None:
+    """Name of the quantizer whose grid a value lies on."""
     while node is not None:
-        module = table.module_of(node, modules)
-        if isinstance(module, ActivationQuantizer):
-            return module
+        if isinstance(table.module_of(node, modules), ActivationQuantizer):
+            return str(node.target)
         node = table.source(node) if table.is_grid_preserving(node, modules) else None
     return None
 

@@ -69,11 +69,11 @@ def prepare(
 
 
 def build_prepared(
-    model: GraphModel, plan: Plan, *, empty: bool = False, keep: Collection[str] = ()
+    model: GraphModel, plan: Plan, *, empty: bool = False, keep: Collection[str] | None = None
 ) -> GraphModel:
     """:func:`prepare`; with ``empty`` the scales and masks are left for a later load.
 
-    Batch norms in ``keep`` are not folded into the layer behind them.
+    ``keep`` is as in :func:`~adalayer_native.quantization.chains.analyse`.
     """
     check_model(model)
     plan.validate(model)
