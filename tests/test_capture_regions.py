@@ -91,6 +91,18 @@ def test_a_state_that_calls_change_is_what_it_was() -> None:
     assert float(model.calls) == 0.0 and float(model.history[0]) == 0.0
 
 
+def test_reading_a_parametrized_weight_in_training_changes_nothing() -> None:
+    spectral = nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 8, 3, bias=False))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(), spectral).train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    x = torch.randn(2, 3, 8, 8)
+    graph = ada.capture(model, x)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+    with torch.no_grad():
+        assert torch.equal(graph(x), model.eval()(x))
+
+
 # -- excluded submodules --------------------------------------------------------------------------
 
 

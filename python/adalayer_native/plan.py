@@ -409,13 +409,16 @@ def supported_layers(model: nn.Module) -> dict[str, Any]:
                 f"layers {module_names[id(module)]!r} and {name!r} are one module registered "
                 f"twice; untie them first (copy.deepcopy one of them)"
             )
-        if id(module.weight) in weight_names:
+        # (Not module.weight: a parametrization would compute it, and may change its state.)
+        weight = module._parameters.get("weight")
+        if weight is not None and id(weight) in weight_names:
             raise UnsupportedModelError(
-                f"layers {weight_names[id(module.weight)]!r} and {name!r} share one weight "
+                f"layers {weight_names[id(weight)]!r} and {name!r} share one weight "
                 f"parameter; untie them first (give one of them its own copy)"
             )
         module_names[id(module)] = name
-        weight_names[id(module.weight)] = name
+        if weight is not None:
+            weight_names[id(weight)] = name
         found[name] = module
     return found
 

@@ -21,7 +21,7 @@ from adalayer_native.capture.example import (
     guessed_example,
     positional_inputs,
 )
-from adalayer_native.capture.exporting import export, exported_of
+from adalayer_native.capture.exporting import export, exported_of, untouched
 from adalayer_native.capture.marks import dropouts, marking
 from adalayer_native.capture.model import GraphModel
 from adalayer_native.capture.opaque import OPAQUE
@@ -76,10 +76,12 @@ def capture(
             f"expected an nn.Module or an ExportedProgram, got {type(model).__name__}"
         )
     model = _in_memory(_unwrapped(model))
-    _check(model)
-    inputs = guessed_example(model) if example_inputs is None else Inputs.of(example_inputs)
-    inputs = _on_device(model, at_least_two(inputs).map(_not_meta))
-    return _captured(model, inputs[:2], tuple(exclude))
+    # Of a parametrization in training mode even reading a weight changes the model.
+    with untouched(model):
+        _check(model)
+        inputs = guessed_example(model) if example_inputs is None else Inputs.of(example_inputs)
+        inputs = _on_device(model, at_least_two(inputs).map(_not_meta))
+        return _captured(model, inputs[:2], tuple(exclude))
 
 
 def _captured(model: nn.Module, inputs: Inputs, exclude: Sequence[str] = ()) -> GraphModel:

@@ -26,7 +26,7 @@ from adalayer_native.capture.opaque import Call, opaque_calls
 from adalayer_native.capture.quiet import quiet
 from adalayer_native.errors import AdaError, UnsupportedModelError
 
-__all__ = ["Export", "export", "exported_of"]
+__all__ = ["Export", "export", "exported_of", "untouched"]
 
 # Seconds of CPU that free sizes may take: "same" padding, for one, makes expressions that grow from
 # layer to layer.
