@@ -104,6 +104,16 @@ def test_a_range_behind_hard_swish_leaves_out_what_becomes_zero() -> None:
     assert error(behind) < 0.7 * error(plain)
 
 
+def test_calibrate_chooses_ranges_so() -> None:
+    torch.manual_seed(0)
+    x = 4.0 * torch.randn(64, 16)
+    model = ada.calibrate(prepared(Between(F.hardswish), 16), [x], progress=False)
+    (first,) = (q for name, q in quantizers_of(model).items() if name.endswith("first"))
+    with torch.no_grad():
+        assert float(model.get_submodule("first")(x).min()) < -4
+    assert -3.5 < -first.zero_point * first.scale < -2.5
+
+
 def test_a_function_that_is_not_finite_leaves_the_whole_range() -> None:
     observer = MSEObserver(8, "y")
     observer.function = torch.exp

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from adalayer_native.capture import vocabulary as table
 
-__all__ = ["dropouts", "marking"]
+__all__ = ["dropouts", "marking", "standing_in"]
 
 
 def dropouts(model: nn.Module) -> dict[str, nn.Module]:
@@ -21,17 +21,26 @@ def dropouts(model: nn.Module) -> dict[str, nn.Module]:
 @contextmanager
 def marking(marks: dict[str, nn.Module]) -> Iterator[None]:
     """While a model is exported, its dropouts leave a mark: outside training they leave nothing."""
-    before = {name: module.__dict__.get("forward") for name, module in marks.items()}
+    with standing_in(marks, "forward", lambda name, _: _Mark(name)):
+        yield
+
+
+@contextmanager
+def standing_in(
+    modules: dict[str, nn.Module], place: str, make: Callable[[str, nn.Module], Any]
+) -> Iterator[None]:
+    """Something else as an attribute of modules for a while."""
+    new = {name: make(name, module) for name, module in modules.items()}
+    before = {name: module.__dict__.get(place) for name, module in modules.items()}
     try:
-        for name, module in marks.items():
-            module.__dict__["forward"] = _Mark(name)
+        for name, module in modules.items():
+            module.__dict__[place] = new[name]
         yield
     finally:
-        for name, module in marks.items():
-            if before[name] is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.__dict__["forward"] = before[name]
+        for name, module in modules.items():
+            module.__dict__.pop(place, None)
+            if before[name] is not None:
+                module.__dict__[place] = before[name]
 
 
 class _Mark:

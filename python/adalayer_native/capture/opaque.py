@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from adalayer_native.capture.example import Inputs
+from adalayer_native.capture.marks import standing_in
 from adalayer_native.capture.vocabulary import op_name
 from adalayer_native.errors import InputError, UnsupportedModelError
 
@@ -28,6 +29,8 @@ __all__ = ["OPAQUE", "OPERATOR", "Call", "OpaqueCall", "call_modules", "opaque_c
 
 OPAQUE = "opaque"  # in a captured model's meta: the names of its excluded submodules
 OPERATOR = "adalayer.opaque.default"
+# nn.Module.__call__ calls this where it is not None; ``forward`` would leave the hooks outside.
+_CALL = "_compiled_call_impl"
 
 
 @dataclass
@@ -198,7 +201,7 @@ def opaque_calls(
             queues.setdefault(name, []).append(key)
     _active.update(calls)
     try:
-        with _in_place_of(modules, lambda name, _: _Stand(calls, queues.get(name, []))):
+        with standing_in(modules, _CALL, lambda name, _: _Stand(calls, queues.get(name, []))):
             yield calls
     finally:
         for key in calls:
@@ -241,30 +244,11 @@ def _record(
 ) -> dict[str, list[Call]]:
     """Run the model and note every call of the submodules."""
     found: dict[str, list[Call]] = {name: [] for name in modules}
-    with _in_place_of(modules, lambda name, module: _Recorder(found[name], name, module)):
+    with standing_in(modules, _CALL, lambda name, module: _Recorder(found[name], name, module)):
         inputs.map(torch.clone)(model)
     for call in itertools.chain.from_iterable(found.values()):
         call.macs /= inputs.count
     return found
-
-
-@contextmanager
-def _in_place_of(
-    modules: dict[str, nn.Module], make: Callable[[str, nn.Module], Any]
-) -> Iterator[None]:
-    """Something else is called when the modules are; their hooks are parts of them."""
-    # nn.Module.__call__ calls this where it is not None; ``forward`` would leave the hooks outside.
-    place = "_compiled_call_impl"
-    before = {name: module.__dict__.get(place) for name, module in modules.items()}
-    try:
-        for name, module in modules.items():
-            module.__dict__[place] = make(name, module)
-        yield
-    finally:
-        for name, module in modules.items():
-            module.__dict__.pop(place, None)
-            if before[name] is not None:
-                module.__dict__[place] = before[name]
 
 
 class _Recorder:

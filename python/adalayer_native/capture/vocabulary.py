@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -173,6 +174,21 @@ def source(node: fx.Node) -> fx.Node | None:
     """First operand of a node that has one."""
     first = node.args[0] if node.args else None
     return first if isinstance(first, fx.Node) else None
+
+
+def readers(nodes: Iterable[fx.Node], passes: Callable[[fx.Node], bool]) -> list[fx.Node]:
+    """Who reads values, looking through the operations that ``passes`` accepts."""
+    found: list[fx.Node] = []
+    pending = list(nodes)
+    while pending:
+        for user in pending.pop().users:
+            if user.op != "output" and info_of(user) is None:
+                continue  # a size
+            if passes(user):
+                pending.append(user)
+            elif user not in found:
+                found.append(user)
+    return found
 
 
 def module_of(node: fx.Node, modules: dict[str, nn.Module]) -> nn.Module | None:

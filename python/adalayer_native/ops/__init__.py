@@ -90,7 +90,7 @@ _library.define(
 for _name in ("grid_batch_norm", "grid_layer_norm"):
     for _device in ("CPU", "CUDA"):
         _library.impl(_name, getattr(norms, _name), _device)
-    torch.library.register_fake(f"adalayer::{_name}", getattr(norms, f"{_name}_fake"), lib=_library)
+    torch.library.register_fake(f"adalayer::{_name}", norms.norm_fake, lib=_library)
 
 for _name in (
     "conv2d",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adalayer_native.rounding import fma_float32
 
-__all__ = ["grid_batch_norm", "grid_batch_norm_fake", "grid_layer_norm", "grid_layer_norm_fake"]
+__all__ = ["grid_batch_norm", "grid_layer_norm", "norm_fake"]
 
 
 def _levels(x: Tensor, qparams: Tensor) -> tuple[Tensor, float, float]:
@@ -39,12 +39,10 @@ def grid_batch_norm(
         qparams: float32 ``[3]``: the grid's scale, zero point and bits.
     """
     q, scale, zero_point = _levels(input, qparams)
-    factor = 1.0 / (running_var.double() + eps).sqrt()
-    if weight is not None:
-        factor = weight.double() / (running_var.double() + eps).sqrt()
-    offset = -running_mean.double() * factor
-    if bias is not None:
-        offset = bias.double() - running_mean.double() * factor
+    gamma = 1.0 if weight is None else weight.double()
+    beta = 0.0 if bias is None else bias.double()
+    factor = gamma / (running_var.double() + eps).sqrt()
+    offset = beta - running_mean.double() * factor
     step = factor * scale
     shape = [1, -1, *[1] * (input.dim() - 2)]
     multiplier, addend = (t.float().view(shape) for t in (step, offset - zero_point * step))
@@ -79,9 +77,6 @@ def grid_layer_norm(
     return fma_float32(y, gamma, beta).to(input.dtype)
 
 
-def grid_batch_norm_fake(input: Tensor, *rest: object) -> Tensor:
-    return torch.empty_like(input)
-
-
-def grid_layer_norm_fake(input: Tensor, *rest: object) -> Tensor:
+def norm_fake(input: Tensor, *rest: object) -> Tensor:
+    """What either returns, without values."""
     return torch.empty_like(input)

@@ -347,17 +347,7 @@ class _Analysis:
 
     def consumers(self, node: fx.Node) -> list[fx.Node]:
         """Readers of a value, looking through grid-preserving operations."""
-        found: list[fx.Node] = []
-        pending = [node]
-        while pending:
-            for user in pending.pop().users:
-                if user.op != "output" and info_of(user) is None:
-                    continue  # a size
-                if self.passes_grid(user):
-                    pending.append(user)
-                elif user not in found:
-                    found.append(user)
-        return found
+        return table.readers([node], self.passes_grid)
 
     def origin(self, node: fx.Node) -> fx.Node:
         """The value that a layer's operand comes from, looking through grid-preserving ones."""

@@ -58,7 +58,9 @@ def convert(prepared: GraphModel) -> GraphModel:
     check_calibrated(prepared)
     native = copy.deepcopy(prepared)
     native.eval()
-    for norm in exact_norms(native, {entry["batch_norm"] for entry in entries.values()}):
+    replaced: dict[fx.Node, fx.Node] = {}
+    exact_norms(native, {entry["batch_norm"] for entry in entries.values()}, replaced)
+    for norm in replaced:
         native.graph.erase_node(norm)
     _drop_identities(native)
     clamps = _fuse(native, entries)

@@ -165,7 +165,7 @@ def simulate(prepared: nn.Module, *, exact: bool = True) -> Iterator[nn.Module]:
                 if target is not None:
                     norms[target] = prepared.get_submodule(target)
                     set_submodule(prepared, target, nn.Identity())
-            replaced = exact_norms(prepared, norms)
+            exact_norms(prepared, norms, replaced)
         yield prepared
     finally:
         undo_norms(prepared, replaced)
@@ -177,19 +177,16 @@ def simulate(prepared: nn.Module, *, exact: bool = True) -> Iterator[nn.Module]:
             module.training = mode
 
 
-def exact_norms(model: nn.Module, folded: Collection[str]) -> dict[fx.Node, fx.Node]:
+def exact_norms(model: nn.Module, folded: Collection[str], found: dict[fx.Node, fx.Node]) -> None:
     """Norms of values on a grid become operators that compute as the engine does.
 
     Args:
         model: prepared and calibrated.
         folded: batch norms that are parts of layers.
-
-    Returns:
-        The new node for every old one, which nobody reads any more.
+        found: gets the new node for every old one, which nobody reads any more.
     """
     assert isinstance(model, fx.GraphModule)
     graph, modules = model.graph, dict(model.named_modules())
-    found: dict[fx.Node, fx.Node] = {}
     for node in list(graph.nodes):
         if table.is_batch_norm(node, modules) and node.target not in folded:
             norm = modules[str(node.target)]
@@ -220,7 +217,6 @@ def exact_norms(model: nn.Module, folded: Collection[str]) -> dict[fx.Node, fx.N
         found[node] = new
     if found:
         model.recompile()
-    return found
 
 
 def undo_norms(model: nn.Module, replaced: dict[fx.Node, fx.Node]) -> None:

@@ -170,23 +170,24 @@ class MSEObserver(HistogramObserver):
             return 0.0, 0.0
         used = torch.nonzero(self.bins).reshape(-1)
         counts, centers = self.bins[used], self.centers()[used]
+        wanted = centers if self.function is None else self.function(centers)
         low, high = min(self.minimum, 0.0), max(self.maximum, 0.0)
         best = low, high
-        best_error = self._error(counts, centers, low, high)
+        best_error = self._error(counts, centers, wanted, low, high)
         lower = [low * f for f in self._fractions()] if low < 0.0 else [0.0]
         upper = [high * f for f in self._fractions()] if high > 0.0 else [0.0]
         # Alternating the two ends needs 2n evaluations instead of n^2 and finds the same optimum
         # up to a fraction; starting with the shared shrinkage avoids a poor corner.
         shared = [(low * f, high * f) for f in self._fractions()]
         for pair in shared:
-            best, best_error = self._better(counts, centers, pair, best, best_error)
+            best, best_error = self._better(counts, centers, wanted, pair, best, best_error)
         for _ in range(self._PASSES):
             for candidate in lower:
                 pair = (candidate, best[1])
-                best, best_error = self._better(counts, centers, pair, best, best_error)
+                best, best_error = self._better(counts, centers, wanted, pair, best, best_error)
             for candidate in upper:
                 pair = (best[0], candidate)
-                best, best_error = self._better(counts, centers, pair, best, best_error)
+                best, best_error = self._better(counts, centers, wanted, pair, best, best_error)
         return best
 
     def _fractions(self) -> list[float]:
@@ -198,20 +199,23 @@ class MSEObserver(HistogramObserver):
         self,
         counts: Tensor,
         centers: Tensor,
+        wanted: Tensor,
         pair: tuple[float, float],
         best: tuple[float, float],
         best_error: float,
     ) -> tuple[tuple[float, float], float]:
-        error = self._error(counts, centers, *pair)
+        error = self._error(counts, centers, wanted, *pair)
         return (pair, error) if error < best_error else (best, best_error)
 
-    def _error(self, counts: Tensor, centers: Tensor, low: float, high: float) -> float:
+    def _error(
+        self, counts: Tensor, centers: Tensor, wanted: Tensor, low: float, high: float
+    ) -> float:
         scale, zero_point = grid(low, high, self.bits, name=self.name)
         top = (1 << self.bits) - 1
         q = (centers / scale).round_().clamp_(-zero_point, top - zero_point)
-        found, wanted = q.mul_(scale), centers
+        found = q.mul_(scale)
         if self.function is not None:
-            found, wanted = self.function(found), self.function(centers)
+            found = self.function(found)
         return float((counts * (found - wanted).square_()).sum())
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from adalayer_native.capture import info_of
 from adalayer_native.capture import vocabulary as table
 from adalayer_native.quantization.fake_quant import ActivationQuantizer
 from adalayer_native.quantization.graph import quantizers_of
@@ -69,17 +68,7 @@ class _Readers:
 
     def of(self, nodes: list[fx.Node]) -> list[fx.Node]:
         """Who reads values, looking through quantizers and what keeps the grid."""
-        found: list[fx.Node] = []
-        pending = list(nodes)
-        while pending:
-            for user in pending.pop().users:
-                if user.op != "output" and info_of(user) is None:
-                    continue  # a size
-                if self._passes(user):
-                    pending.append(user)
-                elif user not in found:
-                    found.append(user)
-        return found
+        return table.readers(nodes, self._passes)
 
     def end_in_softmax(self, node: fx.Node) -> bool:
         """Whether a value that an operation reads ends in softmaxes alone."""
