@@ -31,16 +31,9 @@ class Difference:
     total: int
     largest: int
 
-    def check(self, share: float = 1e-3) -> None:
-        """Equal bits where the modules' arithmetic is the engine's; torch adds up pools, norms and
-        blends in its own order, and there a value in a thousand may be one level apart."""
-        if self.op not in _TORCH_SUMS:
-            assert self.count == 0, self
-        assert self.largest <= 1, self
-        assert self.count <= max(1, self.total * share), self
-
-
-_TORCH_SUMS = {"avg_pool", "adaptive_avg_pool", "affine", "resize", "layer_norm"}
+    def check(self) -> None:
+        """Equal bits."""
+        assert self.count == 0, self
 
 
 def node_differences(model: nn.Module, x: Any, example: Any = None) -> list[Difference]:

@@ -26,11 +26,13 @@ from adalayer_native.allocation.closed_form import closed_form
 from adalayer_native.allocation.evaluate import Evaluator, Measurement, best_of
 from adalayer_native.allocation.options import Option
 from adalayer_native.allocation.problem import Problem
+from adalayer_native.allocation.size import layer_bytes
 from adalayer_native.allocation.uniform import uniform_pairs
 from adalayer_native.capture import capture
 from adalayer_native.errors import BudgetError, CalibrationError, PlanError, UnsupportedModelError
 from adalayer_native.importance import analyze
 from adalayer_native.models import get_model
+from adalayer_native.ops import pack_weight
 from adalayer_native.plan import Plan
 from adalayer_native.pruning.masks import magnitude_mask
 from adalayer_native.quantization import calibrate, convert, prepare
@@ -145,7 +147,9 @@ def test_estimate_grows_with_bits_and_shrinks_with_sparsity(scored) -> None:
     assert problem.cost(problem.uniform(8, 0.5)) < sizes[-1]
     assert sizes[-1] < float_bytes(model)
     plan = problem.plan(problem.uniform(4, 0.5))
-    fewer = estimate_bytes(model, plan, nonzero={"conv2": 10})
+    few = torch.zeros_like(model.conv2.weight)
+    few.view(-1)[:10] = 1
+    fewer = estimate_bytes(model, plan, integers={"conv2": few})
     assert fewer < estimate_bytes(model, plan)
 
 
@@ -163,11 +167,23 @@ def test_estimate_is_an_upper_bound_of_the_real_file(name: str, bits: int, spars
     real = len(save({k: v.contiguous() for k, v in native.state_dict().items()}))
     estimate = estimate_bytes(model, plan)
     assert real <= estimate <= 1.01 * real + 16
-    nonzero = {
-        name: int(quantize_weight(w, bits, magnitude_mask(w, sparsity))[0].count_nonzero())
+    integers = {
+        name: quantize_weight(w, bits, magnitude_mask(w, sparsity))[0]
         for name, w in ((name, model.get_submodule(name).weight) for name in layers)
     }
-    assert estimate_bytes(model, plan, nonzero=nonzero) == real
+    assert estimate_bytes(model, plan, integers=integers) == real
+
+
+@pytest.mark.parametrize("shape", [(8, 3, 3, 3), (33, 70, 1, 3), (16, 64, 2, 2), (5, 200)])
+@pytest.mark.parametrize("kept", [0.0, 0.002, 0.1, 1.0])
+def test_layer_bytes_are_those_of_packed_integers(shape: tuple[int, ...], kept: float) -> None:
+    """Zeros that nobody pruned make a file smaller, too."""
+    generator = torch.Generator().manual_seed(len(shape))
+    integers = torch.randint(1, 4, shape, generator=generator).to(torch.int8)
+    integers[torch.rand(shape, generator=generator) >= kept] = 0
+    for bits in range(3, 9):
+        packed = pack_weight(integers, bits)
+        assert layer_bytes(shape, bits, 0.0, integers=integers) == packed.numel()
 
 
 def test_cost_table_is_a_tight_upper_bound(scored) -> None:

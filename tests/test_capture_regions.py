@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -197,7 +197,7 @@ class Odd(nn.Module):
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("a number", "tensors in tuples"),
+        ("a number", r"tensors in \(named\) tuples"),
         ("writes", r"excluded module '1' writes into its input"),
         ("squares", "not proportional"),
     ],
@@ -283,6 +283,43 @@ def test_nested_results_hooks_and_results_that_are_constants() -> None:
             torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
     engine(x)[1].zero_()
     assert torch.equal(engine(x)[1], model.anchors)
+
+
+class Named(NamedTuple):
+    y: Any
+    z: Any
+
+
+class GivesNamed(Plain):
+    def forward(self, x: Tensor, factor: Any = None) -> Any:
+        return Named(**super().forward(x))
+
+
+class TakesNamed(Around):
+    def forward(self, x: Tensor) -> Any:
+        found = self.middle(self.first(x))
+        return self.last(found.y[0] + found.z[0])
+
+
+@torch.no_grad()
+def test_an_excluded_submodule_may_give_a_named_tuple() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    model = TakesNamed(GivesNamed()).eval()
+    graph = ada.capture(model, x, exclude=["middle"])
+    assert torch.equal(graph(x), model(x))
+    native = converted(graph, x)
+    engine = ada.compile(native, x, policy="native", weights="resident")
+    torch.testing.assert_close(engine(x), native(x), rtol=0, atol=1e-6)
+
+
+def test_an_excluded_submodule_is_not_called_under_autocast() -> None:
+    class Half(TakesNamed):
+        def forward(self, x: Tensor) -> Any:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return super().forward(x)
+
+    with pytest.raises(UnsupportedModelError, match=r"'middle' is called under torch\.autocast"):
+        ada.capture(Half(GivesNamed()).eval(), torch.randn(2, 3, 8, 8), exclude=["middle"])
 
 
 class Crop(nn.Module):

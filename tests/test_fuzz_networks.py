@@ -256,7 +256,7 @@ def test_one_bit_is_noticed(
 
 
 def test_an_engine_that_is_a_level_off_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One level on one value in a thousand is allowed behind sums of torch alone."""
+    """The last bit of a float is excused behind some kernels of torch alone."""
     compile_, case = ada.compile, small_case(READ)
     monkeypatch.setattr(ada, "compile", lambda native, *a, **k: compile_(louder(native), *a, **k))
     noticed(case, "wrong", "engine")

@@ -626,12 +626,12 @@ def test_estimates_equal_the_file(bits: int, sparsity: float, tmp_path: Any) -> 
         native = ada.convert(prepared)
         written = ada.save(native, tmp_path / "m.safetensors")
         assert written == (tmp_path / "m.safetensors").stat().st_size
-        nonzero = {
-            name: int((prepared.get_submodule(name).quantized_weight() != 0).sum())
+        integers = {
+            name: prepared.get_submodule(name).integers()
             for name in plan
             if plan[name].bits is not None
         }
-        assert ada.estimate_bytes(model, plan, nonzero=nonzero) == written
+        assert ada.estimate_bytes(model, plan, integers=integers) == written
         assert written <= ada.estimate_bytes(model, plan) <= 1.1 * written
         again = ada.restore(model, tmp_path / "m.safetensors")
         assert torch.equal(again(**data[0])["x"], native(**data[0])["x"])

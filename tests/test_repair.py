@@ -15,6 +15,7 @@ from adalayer_native.plan import layer_kind, supported_layers
 from adalayer_native.pruning.masks import magnitude_mask, pruned_count
 from adalayer_native.quantization.graph import layers_of
 from adalayer_native.repair import LayerHessian, layer_hessians, repair
+from adalayer_native.repair import hessian as ada_hessian
 from adalayer_native.repair.columns import columns
 from adalayer_native.rounding import conv_form, layer_form, quantize_weight, round_weight
 
@@ -250,6 +251,52 @@ def test_degenerate_layers(sparsity: float):
     empty = observed(layer, x).quantize(4, sparsity)
     assert not empty.levels.any()
     assert empty.error == 0.0
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Conv2d(150, 24, 3, padding=1), nn.Linear(300, 24)], ids=["conv", "linear"]
+)
+@pytest.mark.parametrize(("sparsity", "pattern"), [(0.0, "unstructured"), (0.6, "unstructured"),
+                                                   (0.5, "2:4"), (0.5, "block16x64")])  # fmt: skip
+@torch.no_grad()
+def test_wide_layers_are_taken_in_parts(
+    layer: nn.Module, sparsity: float, pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best of one matrix is not reached, but what counts as the error is not far from it."""
+    torch.manual_seed(3)
+    x = torch.randn(48, 150, 6, 6) if isinstance(layer, nn.Conv2d) else torch.randn(800, 300)
+    x = (x + 0.7 * x.roll(1, dims=1)).relu()
+    other = x + 0.05 * torch.randn_like(x)
+    whole = LayerHessian(layer)
+    whole.add(x, other)
+    monkeypatch.setattr(ada_hessian, "MOST_COLUMNS", 64 * layer.weight[0, 0].numel())
+    parts = LayerHessian(layer, name="wide")
+    parts.add(x, other)
+    assert [p.stop - p.start for p in parts.parts] == (
+        [576, 576, 198] if x.dim() == 4 else [64, 64, 64, 64, 44]
+    )
+    found = parts.quantize(4, sparsity, pattern=pattern)
+    best = whole.quantize(4, sparsity, pattern=pattern)
+    pruned = [0 if s.mask is None else int((~s.mask).sum()) for s in (found, best)]
+    # As many blocks, of which those at the edges are smaller.
+    assert abs(pruned[0] - pruned[1]) < (16 * 64 if "block" in pattern else 1)
+    assert torch.equal(round_weight(found.weight, found.scale, 4), found.levels.float())
+    y = output_of(layer, layer.weight, other)
+    errors = [
+        float(
+            (output_of(layer, s.weight, x) - y).var(dim=0, unbiased=False).sum()
+            / y.var(dim=0).sum()
+        )
+        for s in (found, best)
+    ]
+    assert errors[0] < 2.0 * errors[1]
+    assert found.error <= found.plain_error
+    assert (found.error == pytest.approx(errors[0], rel=0.5)) or sparsity
+    table = parts.errors([(4, sparsity), (8, 0.0)], channels=8)
+    assert table[1] < table[0] < 1.0
+    if pattern != "unstructured" or sparsity == 0.0:
+        (again,) = parts.solutions([(4, sparsity)], pattern=pattern)
+        assert torch.equal(again.levels, found.levels)
 
 
 def test_what_a_hessian_refuses():

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..capture import captured
 from ..errors import PlanError
@@ -94,21 +94,36 @@ def layer_bytes(
     bits: int,
     sparsity: float,
     pattern: str = "unstructured",
-    nonzero: int | None = None,
+    integers: Tensor | None = None,
 ) -> int:
     """:func:`packed_bytes` of a layer that is pruned by a pattern.
 
     Args:
         shape: of its weight, output channels first.
-        nonzero: number of non-zero integers where it is known.
+        integers: the weight itself, of that shape, where it is known.
 
     Raises:
         PlanError: unknown pattern, or a sparsity that it cannot have.
     """
     count = math.prod(shape)
+    if integers is not None:
+        blocks = file_blocks(shape), _in_blocks(integers)
+        return packed_bytes(count, int(integers.count_nonzero()), bits, blocks=blocks)
     kept = count - pattern_pruned_count(shape, sparsity, pattern)
-    blocks = (file_blocks(shape), kept) if pattern.startswith("block") else None
-    return packed_bytes(count, kept if nonzero is None else nonzero, bits, blocks=blocks)
+    whole = (file_blocks(shape), kept) if pattern.startswith("block") else None
+    return packed_bytes(count, kept, bits, blocks=whole)
+
+
+def _in_blocks(integers: Tensor) -> int:
+    """Weights in the file's blocks that are not all zero."""
+    rows, columns = FILE_BLOCK
+    taps = integers.reshape(*integers.shape[:2], -1).ne(0)
+    total = 0
+    for part in taps.split(rows):
+        for block in part.split(columns, dim=1):
+            live = block.any(dim=1).any(dim=0)
+            total += int(live.sum()) * block.shape[0] * block.shape[1]
+    return total
 
 
 def safetensors_bytes(entries: Iterable[Entry], metadata: Mapping[str, str] | None = None) -> int:
@@ -145,7 +160,7 @@ def estimate_bytes(
     plan: Plan,
     *,
     layout: NativeLayout | None = None,
-    nonzero: Mapping[str, int] | None = None,
+    integers: Mapping[str, Tensor] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> int:
     """Length of the file that ``convert(prepare(model, plan))`` is saved to; an upper bound.
@@ -154,8 +169,8 @@ def estimate_bytes(
         model: the float model, captured or not.
         plan: bits and sparsity per layer.
         layout: of this model for a plan that quantizes the same layers, if at hand.
-        nonzero: number of non-zero integers per layer where it is known; the result is exact
-            then. Default: what the plan's sparsity leaves.
+        integers: quantized weights ``[O, I/groups, KH, KW]`` or ``[O, I]`` of layers where they are
+            known; with all of them the result is exact. Default: what the plan's sparsity leaves.
         metadata: the file's text metadata, if it has any.
 
     Raises:
@@ -163,11 +178,11 @@ def estimate_bytes(
         UnsupportedModelError: the model cannot be captured.
     """
     layout = native_layout(captured(model), plan) if layout is None else layout
-    return safetensors_bytes(native_entries(layout, plan, nonzero), metadata)
+    return safetensors_bytes(native_entries(layout, plan, integers), metadata)
 
 
 def native_entries(
-    layout: NativeLayout, plan: Plan, nonzero: Mapping[str, int] | None = None
+    layout: NativeLayout, plan: Plan, integers: Mapping[str, Tensor] | None = None
 ) -> list[Entry]:
     """Every tensor of the saved file as ``(key, dtype, shape)``."""
     entries: list[Entry] = []
@@ -177,7 +192,7 @@ def native_entries(
             bits = plan[layer].bits
             if bits is None:
                 raise PlanError(f"layer {layer!r}: the layout has it native, the plan in float")
-            known = None if nonzero is None else nonzero.get(layer)
+            known = None if integers is None else integers.get(layer)
             form = tuple(layout.layers[layer].weight_shape)
             shape = (layer_bytes(form, bits, plan[layer].sparsity, plan[layer].pattern, known),)
         entries.append((key, dtype, shape))

@@ -263,6 +263,11 @@ class _Recorder:
             raise UnsupportedModelError(
                 f"excluded module {self.name!r}: expected a tensor among its arguments"
             )
+        if torch.is_autocast_enabled(tensors[0].device.type):
+            raise UnsupportedModelError(
+                f"excluded module {self.name!r} is called under torch.autocast, which is not part "
+                "of a graph: let the submodule's own forward enter it"
+            )
         versions = [tensor._version for tensor in tensors]
         result, countable = self._called(args, kwargs)
         if versions != [tensor._version for tensor in tensors]:
@@ -314,15 +319,11 @@ class _Recorder:
         """The tensors of a result and the keys that lead to them."""
         places, tensors = [], []
         for path, leaf in pytree.tree_flatten_with_path(result)[0]:
-            keys = tuple(
-                getattr(key, "idx", getattr(key, "key", None))
-                for key in path
-                if isinstance(key, (pytree.SequenceKey, pytree.MappingKey))
-            )
-            if len(keys) != len(path) or not isinstance(leaf, (Tensor, type(None))):
+            keys = _keys(result, path)
+            if keys is None or not isinstance(leaf, (Tensor, type(None))):
                 raise UnsupportedModelError(
-                    f"excluded module {self.name!r}: expected a tensor, or tensors in tuples, "
-                    f"lists and dictionaries, as its result, got {type(result).__name__}"
+                    f"excluded module {self.name!r}: expected a tensor, or tensors in (named) "
+                    f"tuples, lists and dictionaries, as its result, got {type(result).__name__}"
                 )
             if isinstance(leaf, Tensor):
                 places.append(keys)
@@ -369,3 +370,19 @@ def _copied(module: nn.Module) -> nn.Module:
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
     return copy.deepcopy(module, memo)
+
+
+def _keys(nest: Any, path: Sequence[Any]) -> tuple[Any, ...] | None:
+    """What to index a nest with, one after the other; None where that does not lead to a leaf."""
+    keys: list[Any] = []
+    for step in path:
+        if isinstance(step, pytree.SequenceKey):
+            keys.append(step.idx)
+        elif isinstance(step, pytree.MappingKey):
+            keys.append(step.key)
+        elif isinstance(step, pytree.GetAttrKey) and hasattr(nest, "_fields"):
+            keys.append(nest._fields.index(step.name))  # a named tuple
+        else:
+            return None
+        nest = nest[keys[-1]]
+    return tuple(keys)

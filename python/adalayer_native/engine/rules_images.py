@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import fx
 
@@ -25,6 +24,7 @@ from adalayer_native.engine.views import (
     channel_axis,
     image_dims,
 )
+from adalayer_native.ops.resizing import linear_tables, nearest_tables
 
 # -- concatenation and padding --------------------------------------------------------------------
 
@@ -227,7 +227,7 @@ def _no_clamp(node: fx.Node, lo: float, hi: float) -> None:
 
 def _avg_pool_ints(node: fx.Node) -> list[int]:
     a = arguments(node)
-    if a["divisor_override"] is not None:
+    if a.get("divisor_override") is not None:
         raise CannotLower(node, "average pooling with a divisor of its own")
     kernel = _two(a["kernel_size"])
     stride, padding = _two(a["stride"], kernel), _two(a["padding"])
@@ -262,8 +262,10 @@ def _adaptive_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
     return Ref(_average_f32(low, node, ref, "adaptive_avg_pool", size, []), image_dims(size))
 
 
-RULES["aten.avg_pool2d.default"] = Rule(_avg_pool, _avg_pool_f32)
-RULES["aten.adaptive_avg_pool2d.default"] = Rule(_adaptive, _adaptive_f32)
+for _name in ("aten.avg_pool2d", "adalayer.exact_avg_pool2d"):
+    RULES[f"{_name}.default"] = Rule(_avg_pool, _avg_pool_f32)
+for _name in ("aten.adaptive_avg_pool2d", "adalayer.exact_adaptive_avg_pool2d"):
+    RULES[f"{_name}.default"] = Rule(_adaptive, _adaptive_f32)
 
 
 def _mean_axes(low: Lowering, node: fx.Node, ref: Ref) -> tuple[Dims, int]:
@@ -273,7 +275,7 @@ def _mean_axes(low: Lowering, node: fx.Node, ref: Ref) -> tuple[Dims, int]:
     axes = axes_of(ref.dims, size)
     rank = len(ref.dims) + 1
     over = [axis_of(node, int(item), rank) for item in a["dim"] or ()]
-    if axes is None or a["dtype"] is not None:
+    if axes is None or a.get("dtype") is not None:
         raise CannotLower(node, "a mean over split axes or in another type")
     spatial = {axis for axis, n in zip("hw", size[1:], strict=True) if n > 1}
     if set("".join(axes[item] for item in over)) != spatial or not over:
@@ -307,47 +309,11 @@ def _mean_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
     return Ref(_average_f32(low, node, ref, "adaptive_avg_pool", (c, 1, 1), []), dims)
 
 
-RULES["aten.mean.dim"] = Rule(_mean, _mean_f32)
+for _name in ("aten.mean.dim", "adalayer.exact_mean.default"):
+    RULES[_name] = Rule(_mean, _mean_f32)
 
 
 # -- resizing -------------------------------------------------------------------------------------
-
-_Whole = npt.NDArray[np.int32]
-_Float = npt.NDArray[np.float32]
-
-
-def _steps(n_in: int, n_out: int, factor: float | None, align: bool) -> np.float32:
-    """Input pixels per output pixel, as torch has it: float32."""
-    if align:
-        return np.float32(n_in - 1) / np.float32(n_out - 1) if n_out > 1 else np.float32(0)
-    if factor is not None and factor > 0:
-        return np.float32(1.0 / factor)
-    return np.float32(n_in) / np.float32(n_out)
-
-
-def _linear_tables(
-    n_in: int, n_out: int, factor: float | None, align: bool
-) -> tuple[_Whole, _Whole, _Float]:
-    step = _steps(n_in, n_out, factor, align)
-    index = np.arange(n_out, dtype=np.float32)
-    if align:
-        position = step * index
-    else:
-        half = np.float32(0.5)
-        position = np.maximum(step * (index + half) - half, np.float32(0))
-    low = np.minimum(position.astype(np.int32), n_in - 1).astype(np.int32)
-    high = np.minimum(low + 1, n_in - 1).astype(np.int32)
-    part = np.clip(position - low.astype(np.float32), np.float32(0), np.float32(1))
-    return low, high, part.astype(np.float32)
-
-
-def _nearest_tables(
-    n_in: int, n_out: int, factor: float | None, exact: bool
-) -> tuple[_Whole, _Whole, _Float]:
-    step = _steps(n_in, n_out, factor, False)
-    index = np.arange(n_out, dtype=np.float32) + np.float32(0.5 if exact else 0.0)
-    low = np.minimum(np.floor(index * step).astype(np.int32), n_in - 1).astype(np.int32)
-    return low, low, np.zeros(n_out, dtype=np.float32)
 
 
 def _resize_constants(low: Lowering, node: fx.Node, size: Size) -> tuple[bool, list[int]]:
@@ -355,15 +321,15 @@ def _resize_constants(low: Lowering, node: fx.Node, size: Size) -> tuple[bool, l
     name = str(node.target)
     factors = a.get("scale_factors")
     if factors is None:
-        factors = (a.get("scales_h"), a.get("scales_w"))
+        factors = (a.get("scales_h"), a.get("scales_w"))  # or neither was given
     target = low.sizes(node)
     bilinear = "bilinear" in name
     constants = []
     for n_in, n_out, factor in zip(size[1:], target[1:], factors, strict=True):
         if bilinear:
-            tables = _linear_tables(n_in, n_out, factor, bool(a["align_corners"]))
+            tables = linear_tables(n_in, n_out, factor, bool(a["align_corners"]))
         else:
-            tables = _nearest_tables(n_in, n_out, factor, "exact" in name)
+            tables = nearest_tables(n_in, n_out, factor, "exact" in name)
         first, second, part = tables
         program = low.program
         constants += [program.i32(first), program.i32(second), program.f32(part)]
@@ -418,6 +384,7 @@ def _nearest_grid(grids: Grids, node: fx.Node) -> Grid | None:
 for _name in ("upsample_bilinear2d", "upsample_nearest2d", "_upsample_nearest_exact2d"):
     for _form in ("vec", "default"):
         RULES[f"aten.{_name}.{_form}"] = Rule(_resize_u8, _resize_f32, _nearest_grid)
+RULES["adalayer.exact_bilinear.default"] = Rule(_resize_u8, _resize_f32, _nearest_grid)
 
 
 # -- the float tail -------------------------------------------------------------------------------

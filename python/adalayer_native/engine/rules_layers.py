@@ -267,7 +267,7 @@ def _batch_norm(low: Lowering, node: fx.Node, want: Want) -> Ref:
         raise CannotLower(node, "a batch norm in training mode")
     operand = a["input"]
     ref, grid = low.on_own_grid(operand)
-    _check_grid(low, node, a, grid)
+    check_grid(low, node, a, grid)
     if channel_axis(ref.dims, low.size(ref)) != 0:
         raise CannotLower(node, "its channels are not on axis 1")
     mean, var = low.parameter(a["running_mean"]), low.parameter(a["running_var"])
@@ -285,7 +285,7 @@ RULES["aten.batch_norm.default"] = Rule(_batch_norm)
 RULES["adalayer.grid_batch_norm.default"] = Rule(_batch_norm)
 
 
-def _check_grid(low: Lowering, node: fx.Node, a: dict[str, Any], grid: Grid) -> None:
+def check_grid(low: Lowering, node: fx.Node, a: dict[str, Any], grid: Grid) -> None:
     """Raise :class:`CannotLower` where a norm was made for values on another grid."""
     said = low.parameter(a["qparams"]) if "qparams" in a else None
     if said is not None and said.tolist()[:2] != [grid.scale, grid.zero_point]:
@@ -295,7 +295,7 @@ def _check_grid(low: Lowering, node: fx.Node, a: dict[str, Any], grid: Grid) -> 
 def _layer_norm(low: Lowering, node: fx.Node, want: Want) -> Ref:
     a = arguments(node)
     ref, grid = low.on_own_grid(a["input"])
-    _check_grid(low, node, a, grid)
+    check_grid(low, node, a, grid)
     size = low.size(ref)
     whole = merged([(size[0], size[1] * size[2])])
     axes = list(a.get("normalized_shape", node.meta["val"].shape[-1:]))
@@ -321,4 +321,4 @@ def _layer_norm(low: Lowering, node: fx.Node, want: Want) -> Ref:
 RULES["aten.layer_norm.default"] = Rule(_layer_norm)
 RULES["adalayer.grid_layer_norm.default"] = Rule(_layer_norm)
 
-__all__ = ["affine", "arguments", "image_dims"]
+__all__ = ["affine", "arguments", "check_grid", "image_dims"]

@@ -12,8 +12,9 @@ from torch import Tensor, fx
 from adalayer_native.capture.vocabulary import FUNCTIONS, clamp_bounds, op_name
 from adalayer_native.engine.grids import Want, compose_clamps
 from adalayer_native.engine.lower import RULES, CannotLower, Grids, Lowering, Rule
-from adalayer_native.engine.rules_layers import affine
+from adalayer_native.engine.rules_layers import affine, arguments, check_grid
 from adalayer_native.engine.views import Ref, axes_of
+from adalayer_native.ops.norms import line_of
 
 # -- functions of one value -----------------------------------------------------------------------
 
@@ -120,19 +121,38 @@ def _with_constant(
             return result
 
         return low.retable(ref, node, grid, want, run)
-    channels = _per_channel(low, node, ref, constant).to(torch.float64).numpy()
-    one, zero = np.ones_like(channels), np.zeros_like(channels)
-    if kind == "mul":
-        return affine(low, node, operand, channels, zero, want)
-    if kind == "div" and not left:
-        return affine(low, node, operand, one / channels, zero, want)
-    if kind == "add":
-        factor, offset = (alpha * one, channels) if left else (one, alpha * channels)
-        return affine(low, node, operand, factor, offset, want)
-    if kind == "sub":
-        factor, offset = (-alpha * one, channels) if left else (one, -alpha * channels)
-        return affine(low, node, operand, factor, offset, want)
-    raise CannotLower(node, f"{kind} of a constant by a tensor")
+    if kind == "div" and left:
+        raise CannotLower(node, "a quotient of a constant by a tensor")
+    return _line(low, node, operand, constant, kind, alpha, left, want)
+
+
+def _line(
+    low: Lowering,
+    node: fx.Node,
+    operand: Any,
+    constant: Tensor,
+    kind: str,
+    alpha: float,
+    left: bool,
+    want: Want,
+) -> Ref:
+    """A sum, difference, product or quotient of a tensor and one value per channel."""
+    ref, _ = low.on_own_grid(operand)
+    channels = _per_channel(low, node, ref, constant)
+    factor, offset = (item.numpy() for item in line_of(kind, channels, alpha, left))
+    return affine(low, node, operand, factor, offset, want)
+
+
+def _grid_line(low: Lowering, node: fx.Node, want: Want) -> Ref:
+    a = arguments(node)
+    constant = low.parameter(a["constant"])
+    if constant is None:
+        raise CannotLower(node, "its constant is computed by the graph")
+    check_grid(low, node, a, low.on_own_grid(a["input"])[1])
+    return _line(low, node, a["input"], constant, a["kind"], a["alpha"], a["left"], want)
+
+
+RULES["adalayer.grid_line.default"] = Rule(_grid_line)
 
 
 def _pair(low: Lowering, node: fx.Node, a: Ref, b: Ref) -> tuple[Ref, Ref, bool]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from adalayer_native.ops import cpu, cuda, fake, norms
+from adalayer_native.ops import averages, cpu, cuda, fake, norms, resizing
 from adalayer_native.ops.checks import plain_eager
 from adalayer_native.ops.cpu import conv2d_direct, linear_direct
 from adalayer_native.ops.machine import (
@@ -87,10 +87,34 @@ _library.define(
     "grid_layer_norm(Tensor input, Tensor? weight, Tensor? bias, float eps, Tensor qparams)"
     " -> Tensor"
 )
-for _name in ("grid_batch_norm", "grid_layer_norm"):
+_library.define(
+    "grid_line(Tensor input, Tensor constant, str kind, float alpha, bool left, Tensor qparams)"
+    " -> Tensor"
+)
+_library.define(
+    "exact_avg_pool2d(Tensor input, int[2] kernel_size, int[2] stride, int[2] padding, "
+    "bool ceil_mode, bool count_include_pad, Tensor? qparams) -> Tensor"
+)
+_library.define(
+    "exact_adaptive_avg_pool2d(Tensor input, SymInt[2] output_size, Tensor? qparams) -> Tensor"
+)
+_library.define("exact_mean(Tensor input, int[] dim, bool keepdim, Tensor? qparams) -> Tensor")
+_library.define(
+    "exact_bilinear(Tensor input, SymInt[]? output_size, bool align_corners, "
+    "float[]? scale_factors, Tensor? qparams) -> Tensor"
+)
+for _function, _fake in (
+    (norms.grid_batch_norm, norms.norm_fake),
+    (norms.grid_layer_norm, norms.norm_fake),
+    (norms.grid_line, norms.norm_fake),
+    (averages.exact_avg_pool2d, averages.fake_avg_pool2d),
+    (averages.exact_adaptive_avg_pool2d, averages.fake_adaptive_avg_pool2d),
+    (averages.exact_mean, averages.fake_mean),
+    (resizing.exact_bilinear, resizing.fake_bilinear),
+):
     for _device in ("CPU", "CUDA"):
-        _library.impl(_name, getattr(norms, _name), _device)
-    torch.library.register_fake(f"adalayer::{_name}", norms.norm_fake, lib=_library)
+        _library.impl(_function.__name__, _function, _device)
+    torch.library.register_fake(f"adalayer::{_function.__name__}", _fake, lib=_library)
 
 for _name in (
     "conv2d",

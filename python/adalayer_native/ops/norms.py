@@ -1,4 +1,4 @@
-"""Norms of values on a u8 grid, by the engine's own steps (csrc/reference/image_spec.hpp).
+"""Norms and lines of values on a grid, by the engine's own steps (csrc/reference/image_spec.hpp).
 
 torch adds up floats in an order of its own, which differs between machines; a result that lies half
 way between two levels is then rounded up on one and down on another. Here the sums are of whole
@@ -10,16 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from adalayer_native.ops.grids import levels
 from adalayer_native.rounding import fma_float32
 
-__all__ = ["grid_batch_norm", "grid_layer_norm", "norm_fake"]
-
-
-def _levels(x: Tensor, qparams: Tensor) -> tuple[Tensor, float, float]:
-    """Levels of values on a grid, whole numbers in float32; its scale and zero point."""
-    scale, zero_point = qparams[:2].tolist()
-    inverse = float(torch.reciprocal(qparams[0]))
-    return torch.mul(x.float(), inverse).round_().add_(zero_point), scale, zero_point
+__all__ = ["grid_batch_norm", "grid_layer_norm", "grid_line", "line_of", "norm_fake"]
 
 
 @torch.no_grad()
@@ -38,7 +32,7 @@ def grid_batch_norm(
         input: float ``[N, C, ...]`` on a grid.
         qparams: float32 ``[3]``: the grid's scale, zero point and bits.
     """
-    q, scale, zero_point = _levels(input, qparams)
+    q, (scale, zero_point) = levels(input, qparams), qparams[:2].tolist()
     gamma = 1.0 if weight is None else weight.double()
     beta = 0.0 if bias is None else bias.double()
     factor = gamma / (running_var.double() + eps).sqrt()
@@ -63,8 +57,8 @@ def grid_layer_norm(
         input: float ``[..., C]`` on a grid.
         qparams: float32 ``[3]``: the grid's scale, zero point and bits.
     """
-    levels, scale, _ = _levels(input, qparams)
-    q = levels.double()  # sums of whole numbers up to 2^53 are exact
+    scale = float(qparams[0])
+    q = levels(input, qparams).double()  # sums of whole numbers up to 2^53 are exact
     count = q.shape[-1]
     s1, s2 = q.sum(-1, keepdim=True), q.square().sum(-1, keepdim=True)
     variance = (count * s2 - s1 * s1) / (float(count) * count)
@@ -77,6 +71,43 @@ def grid_layer_norm(
     return fma_float32(y, gamma, beta).to(input.dtype)
 
 
+def line_of(kind: str, constant: Tensor, alpha: float, left: bool) -> tuple[Tensor, Tensor]:
+    """Factor and offset, float64, of a product, quotient, sum or difference with a constant.
+
+    Args:
+        kind: "mul", "div", "add" or "sub"; a constant is never divided.
+        alpha: of sums and differences: what torch multiplies their second operand with.
+        left: the constant is the first operand.
+    """
+    c = constant.double()
+    one, zero = torch.ones_like(c), torch.zeros_like(c)
+    if kind == "mul":
+        return c, zero
+    if kind == "div":
+        return one / c, zero
+    sign = alpha if kind == "add" else -alpha
+    return (sign * one, c) if left else (one, sign * c)
+
+
+@torch.no_grad()
+def grid_line(
+    input: Tensor, constant: Tensor, kind: str, alpha: float, left: bool, qparams: Tensor
+) -> Tensor:
+    """``fma(q, s, t)`` with ``s = factor * scale`` and ``t = offset - z * s`` in float64.
+
+    Args:
+        input: float, on a grid.
+        constant: broadcasts with it.
+        kind, alpha, left: see :func:`line_of`.
+        qparams: float32 ``[3]``: the grid's scale, zero point and bits.
+    """
+    factor, offset = line_of(kind, constant, alpha, left)
+    scale, zero_point = qparams[:2].tolist()
+    step = factor * scale
+    y = fma_float32(levels(input, qparams), step.float(), (offset - zero_point * step).float())
+    return y.to(input.dtype)
+
+
 def norm_fake(input: Tensor, *rest: object) -> Tensor:
-    """What either returns, without values."""
+    """What any of them returns, without values."""
     return torch.empty_like(input)

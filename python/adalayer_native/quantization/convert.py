@@ -15,7 +15,8 @@ from adalayer_native.capture import vocabulary as table
 from adalayer_native.errors import FileFormatError
 from adalayer_native.plan import LayerPlan, Plan, layer_kind, supported_layers
 from adalayer_native.quantization.chains import ACT_ROOT
-from adalayer_native.quantization.exact import check_calibrated, exact_norms, fold
+from adalayer_native.quantization.exact import check_calibrated, fold
+from adalayer_native.quantization.exact_steps import exact_steps
 from adalayer_native.quantization.fake_quant import (
     QuantConv2d,
     QuantConvTranspose2d,
@@ -59,9 +60,9 @@ def convert(prepared: GraphModel) -> GraphModel:
     native = copy.deepcopy(prepared)
     native.eval()
     replaced: dict[fx.Node, fx.Node] = {}
-    exact_norms(native, {entry["batch_norm"] for entry in entries.values()}, replaced)
-    for norm in replaced:
-        native.graph.erase_node(norm)
+    exact_steps(native, {entry["batch_norm"] for entry in entries.values()}, replaced)
+    for step in reversed(replaced):
+        native.graph.erase_node(step)
     _drop_identities(native)
     clamps = _fuse(native, entries)
     for name in entries:

@@ -11,17 +11,16 @@ folded into ``weight_scale`` and ``bias``. Two things make that reproducible in 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from adalayer_native.capture import vocabulary as table
 from adalayer_native.errors import CalibrationError
+from adalayer_native.quantization.exact_steps import exact_steps, undo_steps
 from adalayer_native.quantization.fake_quant import (
     ActivationQuantizer,
     QuantConv2d,
@@ -165,81 +164,16 @@ def simulate(prepared: nn.Module, *, exact: bool = True) -> Iterator[nn.Module]:
                 if target is not None:
                     norms[target] = prepared.get_submodule(target)
                     set_submodule(prepared, target, nn.Identity())
-            exact_norms(prepared, norms, replaced)
+            exact_steps(prepared, norms, replaced)
         yield prepared
     finally:
-        undo_norms(prepared, replaced)
+        undo_steps(prepared, replaced)
         for target, norm in norms.items():
             set_submodule(prepared, target, norm)
         for layer in layers.values():
             layer.exact = None
         for module, mode in training:
             module.training = mode
-
-
-def exact_norms(model: nn.Module, folded: Collection[str], found: dict[fx.Node, fx.Node]) -> None:
-    """Norms of values on a grid become operators that compute as the engine does.
-
-    Args:
-        model: prepared and calibrated.
-        folded: batch norms that are parts of layers.
-        found: gets the new node for every old one, which nobody reads any more.
-    """
-    assert isinstance(model, fx.GraphModule)
-    graph, modules = model.graph, dict(model.named_modules())
-    for node in list(graph.nodes):
-        if table.is_batch_norm(node, modules) and node.target not in folded:
-            norm = modules[str(node.target)]
-            target = torch.ops.adalayer.grid_batch_norm.default
-            tensors: list[Any] = [
-                f"{node.target}.{leaf}" if getattr(norm, leaf) is not None else None
-                for leaf in ("running_mean", "running_var", "weight", "bias")
-            ]
-            eps = norm.eps
-        elif node.op == "call_function" and table.op_name(node) == "aten.layer_norm.default":
-            a = table.arguments(node)
-            if len(a["normalized_shape"]) != 1:
-                continue
-            target = torch.ops.adalayer.grid_layer_norm.default
-            tensors, eps = [a["weight"], a["bias"]], a["eps"]
-        else:
-            continue
-        grid = _grid_of(table.source(node), modules)
-        if grid is None:
-            continue
-        with graph.inserting_before(node):
-            operands = [graph.get_attr(t) if isinstance(t, str) else t for t in tensors]
-            # (A file is loaded into a graph that is there already.)
-            qparams = graph.get_attr(f"{grid}.qparams")
-            new = graph.call_function(target, (node.args[0], *operands, eps, qparams))
-        new.meta.update(node.meta)
-        node.replace_all_uses_with(new)
-        found[node] = new
-    if found:
-        model.recompile()
-
-
-def undo_norms(model: nn.Module, replaced: dict[fx.Node, fx.Node]) -> None:
-    """What :func:`exact_norms` has replaced is there again."""
-    assert isinstance(model, fx.GraphModule)
-    for old, new in replaced.items():
-        new.replace_all_uses_with(old)
-        operands = [node for node in new.all_input_nodes if node.op == "get_attr"]
-        model.graph.erase_node(new)
-        for node in operands:
-            if not node.users:
-                model.graph.erase_node(node)
-    if replaced:
-        model.recompile()
-
-
-def _grid_of(node: fx.Node | None, modules: dict[str, nn.Module]) -> str | None:
-    """Name of the quantizer whose grid a value lies on."""
-    while node is not None:
-        if isinstance(table.module_of(node, modules), ActivationQuantizer):
-            return str(node.target)
-        node = table.source(node) if table.is_grid_preserving(node, modules) else None
-    return None
 
 
 def check_calibrated(prepared: nn.Module) -> None:

@@ -15,7 +15,7 @@ from adalayer_native.capture.loading import captured_on
 from adalayer_native.errors import PlanError
 from adalayer_native.plan import LayerPlan, Plan, layer_kind, supported_layers
 from adalayer_native.quantization.layout import native_layout
-from adalayer_native.repair.hessian import LayerHessian
+from adalayer_native.repair.hessian import LayerHessian, parts_of
 from adalayer_native.repair.walk import Data, norm_gain, rows_per_image
 from adalayer_native.rounding import conv_form
 
@@ -103,7 +103,8 @@ def _parts(modules: dict[str, Any], names: list[str], memory: int) -> list[list[
     held = math.inf
     for name in names:
         form = conv_form(modules[name], modules[name].weight)
-        needed = 8 * form.shape[1:].numel() ** 2 * getattr(modules[name], "groups", 1)
+        widths = [part.stop - part.start for part in parts_of(form.shape)]
+        needed = 8 * sum(n * n for n in widths) * getattr(modules[name], "groups", 1)
         if held + needed > memory:
             parts.append([])
             held = 0

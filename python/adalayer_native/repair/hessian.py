@@ -8,7 +8,8 @@ A layer that computes ``y = W x + b`` from quantized inputs ``x``, where the flo
 Second moments are covariances because a constant error costs nothing: the bias takes it. With a
 damping that pulls ``Q`` towards ``W``, the unconstrained minimum is
 ``W* = (W C' + d W) (C + d)^-1``, and rounding approximates it in the norm of ``H = C + d``. So the
-error that earlier layers have made is corrected here as far as a linear map can do it.
+error that earlier layers have made is corrected here as far as a linear map can do it. Very wide
+layers are taken in parts, see :func:`parts_of`.
 """
 
 from __future__ import annotations
@@ -20,11 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from adalayer_native.errors import CalibrationError, PlanError
-from adalayer_native.pruning.masks import magnitude_mask, pruned_count
+from adalayer_native.pruning.masks import pruned_count
 from adalayer_native.pruning.patterns import block_size, pattern_mask, pruned_blocks
-from adalayer_native.repair.blocks import BlockOrder
 from adalayer_native.repair.columns import columns, groups_of
-from adalayer_native.repair.sweep import Rows, compensate, refine
+from adalayer_native.repair.solver import Solver, SolverOfParts, Statistics
 from adalayer_native.rounding import (
     conv_form,
     per_channel,
@@ -37,6 +37,8 @@ __all__ = ["LayerHessian", "LayerSolution"]
 
 PASSES = 4
 DAMPING = 0.1
+# Columns whose covariance is held in one matrix: 512 channels of 3 x 3, 170 MB in float64.
+MOST_COLUMNS = 4608
 # Elements of the input rows held at once, and images that share their drawn positions.
 _CHUNK = 1 << 23
 _IMAGES = 16
@@ -116,21 +118,12 @@ class LayerHessian:
         self.shape = form.shape
         groups = groups_of(layer)
         self.weight = form.reshape(groups, form.shape[0] // groups, -1).clone()
-        width, device = self.weight.shape[2], form.device
-        self.gain = torch.ones(self.weight.shape[:2], device=device)
+        self.gain = torch.ones(self.weight.shape[:2], device=form.device)
         if gain is not None:
             self.gain = gain.detach().to(self.gain).reshape(self.gain.shape).square()
-        self.count = 0
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float64, device=device)
-
-        self._moment = zeros(groups, width, width)
-        self._sum = zeros(groups, width)
-        self._cross: Tensor | None = None
-        self._float_sum = self._sum
-        self._output = zeros(2, *self.weight.shape[:2])
-        self._solver: _Solver | None = None
+        self.parts = parts_of(self.shape)
+        self._seen = [Statistics(self.weight[:, :, part]) for part in self.parts]
+        self._solver: Solver | SolverOfParts | None = None
 
     # -- statistics -------------------------------------------------------------------------
 
@@ -151,28 +144,24 @@ class LayerHessian:
                 f"layer {self.name!r}: inputs of shape {tuple(x.shape)} and "
                 f"{tuple(x_float.shape)} should be of one shape"
             )
-        if self.count and (x_float is None) != (self._cross is None):
+        if self.count and (x_float is not None) != self._seen[0].paired:
             raise CalibrationError(f"layer {self.name!r}: float inputs are needed in all batches")
         self._solver = None
         each = self._images_at_once(x)
         for start in range(0, x.shape[0], each):
             part = slice(start, start + each)
             state = self.generator.get_state()
-            rows = self._rows(x[part])
-            self.count += rows.shape[1]
-            self._moment += rows.transpose(1, 2) @ rows
-            self._sum += rows.sum(dim=1)
+            rows, other = self._rows(x[part]), None
             if x_float is not None:
-                if self._cross is None:
-                    self._cross = torch.zeros_like(self._moment)
-                    self._float_sum = torch.zeros_like(self._sum)
                 self.generator.set_state(state)  # the same positions
                 other = self._rows(x_float[part])
-                self._cross += other.transpose(1, 2) @ rows
-                self._float_sum += other.sum(dim=1)
-                output = self.weight @ other.transpose(1, 2)
-                self._output[0] += output.sum(dim=2)
-                self._output[1] += output.square().sum(dim=2)
+            for seen, own in zip(self._seen, self.parts, strict=True):
+                seen.add(rows[:, :, own], None if other is None else other[:, :, own])
+
+    @property
+    def count(self) -> int:
+        """Samples that were seen."""
+        return self._seen[0].count
 
     def _images_at_once(self, x: Tensor) -> int:
         """Samples whose rows are held together; they share their drawn positions."""
@@ -282,13 +271,14 @@ class LayerHessian:
         """Mask of a pattern, ``[G, R, K]``."""
         if not sparsity:
             return torch.ones_like(self.weight, dtype=torch.bool)
-        size = block_size(pattern)
-        if size is not None and (self.weight.shape[0] == 1 or self.weight.shape[1] % size[0] == 0):
-            order = self._ready().block_order(size)
+        size, solver = block_size(pattern), self._ready()
+        fits = size is not None and (len(self.weight) == 1 or self.weight.shape[1] % size[0] == 0)
+        if size is not None and fits and isinstance(solver, Solver):
+            order = solver.block_order(size)
             return order.mask(pruned_blocks(order.blocks, sparsity)).to(self.weight.device)
         # What pruning each costs more than rounding it. Blocks here lie across several groups,
-        # and no kernel skips those.
-        cost = self._ready().pruning_cost(bits).reshape(self.shape)
+        # which no kernel skips, or the layer is too wide for one inverse.
+        cost = solver.pruning_cost(bits).reshape(self.shape)
         return pattern_mask(cost, sparsity, pattern, score=cost).reshape(self.weight.shape)
 
     def _together(self, channels: int | None = None) -> int:
@@ -388,180 +378,31 @@ class LayerHessian:
         levels, scale = quantize_weight(rows, bits, keep)
         return levels.float().reshape(self.weight.shape), scale.reshape(self.weight.shape[:2])
 
-    def _ready(self) -> _Solver:
+    def _ready(self) -> Solver | SolverOfParts:
         if self.count == 0:
             raise CalibrationError(
                 f"layer {self.name!r}: no input was seen; expected at least one sample"
             )
         if self._solver is None:
-            self._solver = _Solver(self)
+            taps = self.shape[2:].numel()
+            solvers = [
+                Solver(seen, self.gain, (p.stop - p.start) // taps, self.damping, self.name)
+                for seen, p in zip(self._seen, self.parts, strict=True)
+            ]
+            one = len(solvers) == 1
+            self._solver = solvers[0] if one else SolverOfParts(solvers, self.parts)
         return self._solver
 
-    def moments(self) -> tuple[Tensor, Tensor, Tensor]:
-        """``C``, ``C'`` (float64 ``[G, K, K]``) and ``var(W x')`` per channel (``[G, R]``)."""
-        n = self.count
-        mean, other = self._sum / n, self._float_sum / n
-        covariance = self._moment / n - mean.unsqueeze(2) * mean.unsqueeze(1)
-        if self._cross is None:
-            w = self.weight.double()
-            return covariance, covariance, ((w @ covariance) * w).sum(dim=2)
-        cross = self._cross / n - other.unsqueeze(2) * mean.unsqueeze(1)
-        first, second = self._output / n
-        return covariance, cross, (second - first.square()).clamp_(min=0.0)
 
-    def means(self) -> tuple[Tensor, Tensor]:
-        """Mean rows of the quantized and of the float input, float64 ``[G, K]``."""
-        other = self._sum if self._cross is None else self._float_sum
-        return self._sum / self.count, other / self.count
+def parts_of(shape: torch.Size) -> list[slice]:
+    """Columns of a weight ``[O, I/groups, ...]`` whose covariance is taken into account together.
 
-
-class _Solver:
-    """Factorisation of one set of statistics; columns are permuted, important ones first."""
-
-    def __init__(self, owner: LayerHessian) -> None:
-        self.owner = owner
-        weight = owner.weight.double()
-        self.covariance, cross, self.energy = owner.moments()
-        self.pull = weight @ cross  # W C'
-        size = self.covariance.shape[1]
-        diagonal = self.covariance.diagonal(dim1=1, dim2=2)
-        level = diagonal.mean(dim=1)
-        # Inputs that never vary say nothing: plain rounding then, by an identity.
-        level = torch.where(level > 0, level, torch.ones_like(level))
-        order = torch.argsort(diagonal, dim=1, descending=True, stable=True)
-        unit = torch.eye(size, dtype=torch.float64, device=weight.device)
-        damping = owner.damping
-        for _ in range(6):
-            damped = self.covariance + (damping * level)[:, None, None] * unit
-            lower, failed = torch.linalg.cholesky_ex(_permute(damped, order))
-            if not bool(failed.any()):
-                break
-            damping *= 10
-        else:
-            raise CalibrationError(
-                f"layer {owner.name!r}: the covariance of its input cannot be factorised"
-            )
-        excess = self.pull - weight @ self.covariance
-        correction = torch.cholesky_solve(
-            _columns_of(excess, order).transpose(1, 2), lower
-        ).transpose(1, 2)
-        scale = level[:, None, None]
-        self.order = order
-        # In units of the mean variance, so that float32 is far from its limits.
-        self.target = (_columns_of(weight, order) + correction).float()
-        self.hessian = (_permute(damped, order) / scale).float()
-        inverse = torch.cholesky_inverse(lower) * scale
-        self.factor = torch.linalg.cholesky(inverse, upper=True).float()
-        self._block_orders: dict[tuple[int, int], BlockOrder] = {}
-
-    def run(
-        self,
-        settings: list[tuple[int, float]],
-        passes: int,
-        *,
-        keep: Tensor | None = None,
-        channels: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Integers, scales and mask: ``[G, T, K]``, ``[G, T]``, ``[G, T, K]``.
-
-        ``keep`` is a mask for all settings, ``[G, T, K]``; with it nothing is chosen.
-        """
-        target, gain = self.target, self.owner.gain
-        if channels is not None:
-            target, gain = target[:, channels], gain[:, channels]
-        rows = self._rows(target, gain, settings, keep)
-        repeated = target.repeat(1, len(settings), 1)
-        levels, kept = compensate(repeated, self.factor, rows)
-        levels, scale = refine(repeated, self.hessian, levels, kept, rows, passes)
-        back = torch.argsort(self.order, dim=1)
-        return _columns_of(levels, back), scale, _columns_of(kept, back)
-
-    def block_order(self, size: tuple[int, int]) -> BlockOrder:
-        """In which order blocks of a size are pruned; found once."""
-        if size not in self._block_orders:
-            back = torch.argsort(self.order, dim=1)
-            self._block_orders[size] = BlockOrder(
-                _columns_of(self.target, back),
-                _permute(self.factor.transpose(1, 2) @ self.factor, back),
-                self.owner.gain,
-                self.owner.shape[1],
-                size,
-            )
-        return self._block_orders[size]
-
-    def pruning_cost(self, bits: int) -> Tensor:
-        """What pruning each weight costs more than rounding it, not negative: ``[G, R, K]``.
-
-        ``(w_j^2 - (w_j - q_j)^2) / [H^-1]_jj``, with the whole inverse, as if each were alone.
-        """
-        low, high = weight_range(bits)
-        flat = self.target.reshape(-1, self.target.shape[2])
-        scale = quantize_weight(flat, bits, None)[1].reshape(self.target.shape[:2])[:, :, None]
-        rounding = torch.clamp(torch.div(self.target, scale).round_(), low, high).mul_(scale)
-        cost = self.target.square() - rounding.sub_(self.target).square_()
-        inverse = self.factor.square().sum(dim=1)  # diagonal of U^T U
-        cost = (cost / inverse[:, None]).clamp_(min=0.0) * self.owner.gain[:, :, None]
-        # Where many round to zero anyway and cost nothing, the smallest go first.
-        cost += 1e-30 * self.target.abs()
-        return _columns_of(cost, torch.argsort(self.order, dim=1))
-
-    def _rows(
-        self,
-        target: Tensor,
-        gain: Tensor,
-        settings: list[tuple[int, float]],
-        keep: Tensor | None,
-    ) -> Rows:
-        groups, per_group, width = target.shape
-        flat = target.reshape(-1, width)
-        diagonal = self.factor.diagonal(dim1=1, dim2=2)[:, None]
-        scales, bounds, pruned = [], [], []
-        kept = None if keep is None else _columns_of(keep, self.order)
-        for index, (bits, sparsity) in enumerate(settings):
-            bounds.append(weight_range(bits))
-            pruned.append(0 if keep is not None else pruned_count(target.numel(), sparsity))
-            likely = None
-            if kept is not None:
-                likely = kept[:, index * per_group : (index + 1) * per_group]
-            if pruned[-1]:
-                # A first guess of what will be kept, for the scale alone.
-                likely = magnitude_mask(target * gain[:, :, None].sqrt() / diagonal, sparsity)
-            part = None if likely is None else likely.reshape(flat.shape)
-            _, scale = quantize_weight(flat, bits, part)
-            scales.append(scale.reshape(groups, per_group))
-        low, high = (
-            torch.tensor([pair[end] for pair in bounds], dtype=torch.float32, device=flat.device)
-            for end in (0, 1)
-        )
-        return Rows(
-            scale=torch.cat(scales, dim=1),
-            low=low.repeat_interleave(per_group),
-            high=high.repeat_interleave(per_group),
-            pruned=pruned,
-            gain=gain,
-            keep=kept,
-        )
-
-    def error(self, q: Tensor, channels: Tensor | None = None) -> Tensor:
-        """``E(Q)`` per channel, float64 ``[G, R]``, without the damping."""
-        q = q.double()
-        pull, energy = self.pull, self.energy
-        if channels is not None:
-            pull, energy = pull[:, channels], energy[:, channels]
-        return energy + (q * (q @ self.covariance - 2 * pull)).sum(dim=2)
-
-    def bias_shift(self, q: Tensor) -> Tensor:
-        """``E[W x'] - E[Q x]``, float64 ``[G, R]``."""
-        mean, other = self.owner.means()
-        wanted = self.owner.weight.double() @ other.unsqueeze(2)
-        return (wanted - q.double() @ mean.unsqueeze(2)).squeeze(2)
-
-
-def _columns_of(x: Tensor, order: Tensor) -> Tensor:
-    """Columns of ``[G, T, K]`` in another order per group."""
-    return torch.gather(x, 2, order.unsqueeze(1).expand(-1, x.shape[1], -1))
-
-
-def _permute(x: Tensor, order: Tensor) -> Tensor:
-    """Rows and columns of ``[G, K, K]`` in another order."""
-    return torch.gather(_columns_of(x, order), 1, order.unsqueeze(2).expand_as(x))
+    One part, unless the layer is very wide: a matrix of all of its columns would take gigabytes
+    and, with fewer samples than columns, say little. Whole channels, in multiples of 64.
+    """
+    taps = shape[2:].numel()
+    width = shape[1] * taps
+    if width <= MOST_COLUMNS:
+        return [slice(0, width)]
+    each = max(64, MOST_COLUMNS // taps // 64 * 64) * taps
+    return [slice(start, min(start + each, width)) for start in range(0, width, each)]

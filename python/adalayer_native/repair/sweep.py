@@ -158,7 +158,14 @@ def _keep_largest(cost: Tensor, removed: int) -> Tensor:
 
 
 def refine(
-    target: Tensor, hessian: Tensor, levels: Tensor, keep: Tensor, rows: Rows, passes: int
+    target: Tensor,
+    hessian: Tensor,
+    levels: Tensor,
+    keep: Tensor,
+    rows: Rows,
+    passes: int,
+    *,
+    refit: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Least-squares scales and coordinate descent over the integers, in turn.
 
@@ -172,6 +179,7 @@ def refine(
         keep: where integers may differ from zero.
         rows: grids.
         passes: sweeps over the columns.
+        refit: false leaves the scales as they are.
 
     Returns:
         ``(levels, scale)``: the integers, and scales ``[G, T]``.
@@ -182,7 +190,8 @@ def refine(
     scale = rows.scale
     for turn in range(passes + 1):
         product = levels @ hessian
-        scale = _refit(levels, pull, product, scale)
+        if refit:
+            scale = _refit(levels, pull, product, scale)
         if turn == passes:
             break
         gradient = pull - product.mul_(scale[:, :, None])  # (W - Q) H

@@ -1,0 +1,217 @@
+"""Steps whose bits depend on how they are computed become operators that compute as the engine.
+
+torch adds up floats in an order of its own and rounds products and sums one by one. Norms, lines
+with a constant per channel, averages and bilinear resizing are therefore operators of ours
+(ops/norms.py, ops/averages.py, ops/resizing.py) in the exact simulation and in converted models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from adalayer_native.capture import TensorInfo, info_of
+from adalayer_native.capture import vocabulary as table
+from adalayer_native.quantization.fake_quant import ActivationQuantizer
+
+__all__ = ["exact_steps", "undo_steps"]
+
+_ops = torch.ops.adalayer
+_LINES = tuple(f"aten.{kind}.Tensor" for kind in ("add", "sub", "mul", "div"))
+_FUNCTIONS = frozenset(
+    [f"aten.{name}.default" for name in table.FUNCTIONS]
+    + [f"aten.{name}.Scalar" for name in ("add", "sub", "mul", "div", "rsub")]
+    + ["aten.pow.Tensor_Scalar"]
+)
+
+
+def exact_steps(model: nn.Module, folded: Collection[str], found: dict[fx.Node, fx.Node]) -> None:
+    """Replace every step that has an operator of ours.
+
+    Args:
+        model: prepared and calibrated.
+        folded: batch norms that are parts of layers.
+        found: gets the new node for every old one, which nobody reads any more.
+    """
+    assert isinstance(model, fx.GraphModule)
+    steps = _Steps(model, folded)
+    for node in list(model.graph.nodes):
+        new = steps.of(node)
+        if new is not None:
+            new.meta.update(node.meta)
+            node.replace_all_uses_with(new)
+            found[node] = new
+    if found:
+        model.recompile()
+
+
+def undo_steps(model: nn.Module, replaced: dict[fx.Node, fx.Node]) -> None:
+    """What :func:`exact_steps` has replaced is there again."""
+    assert isinstance(model, fx.GraphModule)
+    for old, new in reversed(replaced.items()):
+        new.replace_all_uses_with(old)
+        operands = [node for node in new.all_input_nodes if node.op == "get_attr"]
+        model.graph.erase_node(new)
+        for node in operands:
+            if not node.users:
+                model.graph.erase_node(node)
+    if replaced:
+        model.recompile()
+
+
+class _Steps:
+    """Makes the new node for an old one."""
+
+    def __init__(self, model: fx.GraphModule, folded: Collection[str]) -> None:
+        self.graph = model.graph
+        self.modules = dict(model.named_modules())
+        self.folded = folded
+        self.constants: set[fx.Node] = set()
+
+    def of(self, node: fx.Node) -> fx.Node | None:
+        """The new node, in front of the old one; None for other steps."""
+        if table.is_batch_norm(node, self.modules):
+            return None if node.target in self.folded else self._batch_norm(node)
+        if node.op == "get_attr":
+            self.constants.add(node)
+        if node.op != "call_function":
+            return None
+        name = table.op_name(node)
+        inputs = node.all_input_nodes
+        if inputs and all(item in self.constants for item in inputs):
+            self.constants.add(node)
+            return None
+        if name == "aten.layer_norm.default":
+            return self._layer_norm(node)
+        if name in _LINES:
+            return self._line(node, name.split(".")[1])
+        make = _AVERAGES.get(name)
+        return None if make is None or not table.is_value(node) else make(self, node)
+
+    def _batch_norm(self, node: fx.Node) -> fx.Node | None:
+        if self._grid_of(table.source(node)) is None:
+            return None
+        norm = self.modules[str(node.target)]
+        with self.graph.inserting_before(node):
+            # (A file is loaded into a graph that is there already.)
+            tensors = [
+                self.graph.get_attr(f"{node.target}.{leaf}")
+                if getattr(norm, leaf) is not None
+                else None
+                for leaf in ("running_mean", "running_var", "weight", "bias")
+            ]
+        return self._on_grid(node, _ops.grid_batch_norm.default, [*tensors, norm.eps])
+
+    def _layer_norm(self, node: fx.Node) -> fx.Node | None:
+        a = table.arguments(node)
+        if len(a["normalized_shape"]) != 1:
+            return None
+        rest = [a["weight"], a["bias"], a["eps"]]
+        return self._on_grid(node, _ops.grid_layer_norm.default, rest)
+
+    def _line(self, node: fx.Node, kind: str) -> fx.Node | None:
+        """A value on a grid and a constant with one axis, which the engine takes per channel."""
+        a = table.arguments(node)
+        left = a["self"] in self.constants
+        operand, constant = (a["other"], a["self"]) if left else (a["self"], a["other"])
+        info = info_of(constant)
+        if (
+            constant not in self.constants
+            or not isinstance(info, TensorInfo)
+            or sum(size != 1 for size in info.shape) != 1
+            or (kind == "div" and left)
+            or info_of(operand) != info_of(node)
+        ):
+            return None
+        rest = [constant, kind, float(a.get("alpha", 1)), left]
+        return self._on_grid(node, _ops.grid_line.default, rest, operand)
+
+    def _avg_pool(self, node: fx.Node) -> fx.Node | None:
+        a = table.arguments(node)
+        info = info_of(node)
+        if a["divisor_override"] is not None or not isinstance(info, TensorInfo):
+            return None
+        if len(info.shape) != 4:
+            return None
+        kernel, padding = _pair(a["kernel_size"]), _pair(a["padding"])
+        stride = _pair(a["stride"] or kernel)
+        rest = [kernel, stride, padding, a["ceil_mode"], a["count_include_pad"]]
+        return self._average(node, _ops.exact_avg_pool2d.default, rest)
+
+    def _adaptive(self, node: fx.Node) -> fx.Node | None:
+        info = info_of(node)
+        if not isinstance(info, TensorInfo) or len(info.shape) != 4:
+            return None
+        rest = [table.arguments(node)["output_size"]]
+        return self._average(node, _ops.exact_adaptive_avg_pool2d.default, rest)
+
+    def _mean(self, node: fx.Node) -> fx.Node | None:
+        a = table.arguments(node)
+        if not a["dim"] or a["dtype"] is not None:
+            return None
+        rest = [list(a["dim"]), a["keepdim"]]
+        return self._average(node, _ops.exact_mean.default, rest)
+
+    def _bilinear(self, node: fx.Node) -> fx.Node | None:
+        a = table.arguments(node)
+        factors = a.get("scale_factors")
+        if a.get("scales_h") is not None and a.get("scales_w") is not None:
+            factors = [a["scales_h"], a["scales_w"]]
+        rest = [a["output_size"], a["align_corners"], factors]
+        return self._average(node, _ops.exact_bilinear.default, rest)
+
+    def _average(self, node: fx.Node, target: Any, rest: list[Any]) -> fx.Node:
+        """On levels where the result becomes levels, too, else on floats."""
+        grid = self._grid_of(table.source(node)) if self._becomes_levels(node) else None
+        return self._insert(node, target, [node.args[0], *rest], grid)
+
+    def _on_grid(
+        self, node: fx.Node, target: Any, rest: list[Any], operand: Any = None
+    ) -> fx.Node | None:
+        operand = node.args[0] if operand is None else operand
+        grid = self._grid_of(operand)
+        return None if grid is None else self._insert(node, target, [operand, *rest], grid)
+
+    def _insert(self, node: fx.Node, target: Any, args: list[Any], grid: str | None) -> fx.Node:
+        with self.graph.inserting_before(node):
+            qparams = None if grid is None else self.graph.get_attr(f"{grid}.qparams")
+            return self.graph.call_function(target, (*args, qparams))
+
+    def _grid_of(self, node: fx.Node | None) -> str | None:
+        """Name of the quantizer whose grid a value lies on."""
+        while node is not None:
+            if self._is_quantizer(node):
+                return str(node.target)
+            preserving = table.is_grid_preserving(node, self.modules)
+            node = table.source(node) if preserving else None
+        return None
+
+    def _is_quantizer(self, node: fx.Node) -> bool:
+        return isinstance(table.module_of(node, self.modules), ActivationQuantizer)
+
+    def _becomes_levels(self, node: fx.Node) -> bool:
+        """Whether a reader, perhaps behind functions of one value, puts the result on a grid."""
+
+        def passes(user: fx.Node) -> bool:
+            return table.is_grid_preserving(user, self.modules) or (
+                user.op == "call_function" and table.op_name(user) in _FUNCTIONS
+            )
+
+        return any(self._is_quantizer(reader) for reader in table.readers([node], passes))
+
+
+def _pair(value: Any) -> list[int]:
+    items = [value] if isinstance(value, int) else list(value)
+    return items * 2 if len(items) == 1 else items
+
+
+_AVERAGES: dict[str, Callable[[_Steps, fx.Node], fx.Node | None]] = {
+    "aten.avg_pool2d.default": _Steps._avg_pool,
+    "aten.adaptive_avg_pool2d.default": _Steps._adaptive,
+    "aten.mean.dim": _Steps._mean,
+    "aten.upsample_bilinear2d.vec": _Steps._bilinear,
+    "aten.upsample_bilinear2d.default": _Steps._bilinear,
+}
