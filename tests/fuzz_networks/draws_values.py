@@ -76,7 +76,9 @@ def function_norm(d: Draft) -> None:
     elif kind == "layer_norm":
         d.step("layer_norm", x, weight, bias)
     else:
-        d.step("group_norm", x, weight, bias, groups=d.one_of((1, size)))
+        # (One value per group is an error of torch's.)
+        groups = d.one_of((1, size)) if len(shape) > 1 and math.prod(shape[1:]) > 1 else 1
+        d.step("group_norm", x, weight, bias, groups=groups)
 
 
 @draw(1.5)

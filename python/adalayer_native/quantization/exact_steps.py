@@ -92,7 +92,7 @@ class _Steps:
         return None if make is None or not table.is_value(node) else make(self, node)
 
     def _batch_norm(self, node: fx.Node) -> fx.Node | None:
-        if self._grid_of(table.source(node)) is None:
+        if self._grid_of(table.source(node)) is None or not self._becomes_levels(node):
             return None
         norm = self.modules[str(node.target)]
         with self.graph.inserting_before(node):
@@ -107,7 +107,7 @@ class _Steps:
 
     def _layer_norm(self, node: fx.Node) -> fx.Node | None:
         a = table.arguments(node)
-        if len(a["normalized_shape"]) != 1:
+        if len(a["normalized_shape"]) != 1 or not self._becomes_levels(node):
             return None
         rest = [a["weight"], a["bias"], a["eps"]]
         return self._on_grid(node, _ops.grid_layer_norm.default, rest)
@@ -124,6 +124,7 @@ class _Steps:
             or sum(size != 1 for size in info.shape) != 1
             or (kind == "div" and left)
             or info_of(operand) != info_of(node)
+            or not self._becomes_levels(node)
         ):
             return None
         rest = [constant, kind, float(a.get("alpha", 1)), left]
