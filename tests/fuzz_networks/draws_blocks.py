@@ -48,7 +48,8 @@ def last_axis(d: Draft) -> None:
     """Linear layers and norms over the channels of an image, as in ConvNeXt."""
     if x := d.image():
         c = d.shape(x)[0]
-        kind = d.one_of(("Linear", "LayerNorm"))
+        # (Of two or three values a norm leaves little more than signs, which rounding turns.)
+        kind = d.one_of(("Linear", "LayerNorm")) if c > 3 else "Linear"
         words = (
             {"in_features": c, "out_features": 4} if kind == "Linear" else {"normalized_shape": c}
         )

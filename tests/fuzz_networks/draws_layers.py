@@ -167,13 +167,13 @@ def normalised(d: Draft) -> None:
     if not (x := d.any()):
         return
     shape = d.shape(x)
-    kinds = ["LayerNorm"]
+    kinds = ["LayerNorm"] if shape[-1] > 3 else []
     if len(shape) <= 2:
         kinds.append("BatchNorm1d")
     if len(shape) == 3:
-        kinds += ["GroupNorm", "BatchNorm2d", "NormAct2d", "LocalResponseNorm"]
+        kinds += ["BatchNorm2d", "NormAct2d", "LocalResponseNorm"]
         if min(shape[1:]) > 1:
-            kinds.append("InstanceNorm2d")
+            kinds += ["GroupNorm", "InstanceNorm2d"]
     kind = d.one_of(kinds)
     words: dict = {"num_features": shape[0]}
     if kind == "LayerNorm":

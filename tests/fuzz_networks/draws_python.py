@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from .draft import PIXELS, Draft, draw
 
 
@@ -90,7 +92,7 @@ def across_batch(d: Draft) -> None:
         d.step(form, x, form=d.one_of(("flip", "roll")))
     elif form != "norm":
         d.step(form, x)
-    elif len(d.shape(x)) == 3:
+    elif len(d.shape(x)) == 3 and math.prod(d.shape(x)[1:]) > 1:
         words = {"num_features": d.shape(x)[0], "track_running_stats": False}
         d.step("call", d.part("BatchNorm2d", **words), x)
 

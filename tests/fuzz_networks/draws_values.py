@@ -67,7 +67,8 @@ def function_norm(d: Draft) -> None:
     if not (x := d.any()):
         return
     shape = d.shape(x)
-    kind = d.one_of(("batch_norm", "batch_norm", "group_norm", "layer_norm"))
+    kinds = ("batch_norm", "batch_norm", "group_norm", "layer_norm")
+    kind = d.one_of(kinds if shape[-1] > 3 else kinds[:3])
     size = shape[-1] if kind == "layer_norm" else shape[0]
     weight, bias = d.parameter(size, fill="scale"), d.parameter(size, fill="bias")
     if kind == "batch_norm":
