@@ -371,8 +371,9 @@ def test_other_sizes_run_or_are_refused(x: Tensor) -> None:
         ada.capture(fixed, x)(torch.randn(4, 3, 12, 13))
 
 
-def test_free_sizes_have_a_limit(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporting, "FREE_SECONDS", -1.0)
+@pytest.mark.parametrize("limit", ["FREE_SECONDS", "FREE_OPERATIONS"])
+def test_free_sizes_have_a_limit(x: Tensor, limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporting, limit, -1.0)
     model = nn.Sequential(conv(), nn.ReLU(), conv(8, 2)).eval()
     graph = ada.capture(model, x)
     assert torch.equal(graph(x[:3]), model(x[:3]))

@@ -28,8 +28,11 @@ from adalayer_native.errors import AdaError, UnsupportedModelError
 
 __all__ = ["Export", "export", "exported_of", "untouched"]
 
-# Seconds of CPU that free sizes may take: "same" padding, for one, makes expressions that grow from
-# layer to layer.
+# Operations in a size that a layer gets, where sizes are free, and seconds of CPU that an export may
+# take then: "same" padding, for one, makes expressions that grow from layer to layer. Five layers of
+# stride 2 make three operations, GoogLeNet's poolings nine, two of EfficientNet-Lite's layers more
+# than a hundred.
+FREE_OPERATIONS = 20
 FREE_SECONDS = 15.0
 
 
@@ -104,13 +107,12 @@ def _export(
         axes = _free_axes(tensor, inputs.count, free_sizes)
         if axes:
             shapes[tensor] = axes
-    limit = FREE_SECONDS if free_sizes else math.inf
     with (
         quiet(),
         untouched(model),
         torch.no_grad(),
         opaque_calls(model, exclude, inputs) as calls,
-        _within(limit),
+        _simple(FREE_SECONDS if free_sizes else math.inf),
     ):
         program = torch.export.export(
             model,
@@ -131,13 +133,20 @@ def _export(
 
 
 @contextmanager
-def _within(seconds: float) -> Iterator[None]:
-    """Raise :class:`TimeoutError` in a module's call after so much of this thread's time."""
+def _simple(seconds: float) -> Iterator[None]:
+    """Raise :class:`TimeoutError` in a module's call after so much of this thread's time, or where
+    a size has become a long expression."""
     thread, end = threading.get_ident(), time.thread_time() + seconds
 
-    def look(module: nn.Module, inputs: Any) -> None:
-        if threading.get_ident() == thread and time.thread_time() > end:
+    def look(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if threading.get_ident() != thread:
+            return
+        if time.thread_time() > end:
             raise TimeoutError(f"free sizes take more than {seconds} seconds")
+        sizes = [n for item in inputs if isinstance(item, Tensor) for n in item.shape]
+        for size in sizes:
+            if isinstance(size, torch.SymInt) and size.node.expr.count_ops() > FREE_OPERATIONS:
+                raise TimeoutError(f"a free size has become {size}")
 
     if seconds == math.inf:
         yield
