@@ -178,6 +178,22 @@ def test_an_output_is_picked_by_key_index_or_path() -> None:
         results_of(A.argmax(1))
 
 
+@pytest.mark.filterwarnings("always:labels")
+def test_class_labels_do_not_belong_to_a_map_of_features() -> None:
+    """The trunk of a detector, on a loader of labelled images."""
+    images = [(torch.rand(6, 3, 8, 8), torch.randint(0, 10, (6,))) for _ in range(2)]
+    trunk = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2)).eval()
+    with pytest.warns(UserWarning, match=r"labels \[N\] do not belong to .* \[N, 16, 2, 2\]"):
+        result = ada.compress(
+            trunk, images, ada.Budget(bits=4), train_loader=images, epochs=1, progress=False
+        )
+    x = images[0][0]
+    assert result.model(x).shape == trunk(x).shape
+    y = trunk(x).detach()
+    with pytest.warns(UserWarning, match="are not used"):
+        assert loss_of(y + 1, y, images[0][1]) == pytest.approx(loss_of(y + 1, y, None))
+
+
 def test_losses_of_several_outputs() -> None:
     before = {"logits": A, "x": C}
     after = {"logits": A + 1.0, "x": C * 1.5}  # a constant leaves a softmax alone

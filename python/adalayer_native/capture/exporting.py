@@ -28,9 +28,9 @@ from adalayer_native.errors import AdaError, UnsupportedModelError
 
 __all__ = ["Export", "export", "exported_of", "untouched"]
 
-# Operations in a size that a layer gets, where sizes are free, and seconds of CPU that an export may
-# take then: "same" padding, for one, makes expressions that grow from layer to layer. Five layers of
-# stride 2 make three operations, GoogLeNet's poolings nine, two of EfficientNet-Lite's layers more
+# Operations in a size that a layer gets, where sizes are free, and seconds of CPU that an export
+# may take then: "same" padding, for one, makes expressions that grow from layer to layer. Five
+# layers of stride 2 make three operations, LeViT's fourteen, two of EfficientNet-Lite's layers more
 # than a hundred.
 FREE_OPERATIONS = 20
 FREE_SECONDS = 15.0
@@ -143,7 +143,7 @@ def _simple(seconds: float) -> Iterator[None]:
             return
         if time.thread_time() > end:
             raise TimeoutError(f"free sizes take more than {seconds} seconds")
-        sizes = [n for item in inputs if isinstance(item, Tensor) for n in item.shape]
+        sizes: list[Any] = [n for item in inputs if isinstance(item, Tensor) for n in item.shape]
         for size in sizes:
             if isinstance(size, torch.SymInt) and size.node.expr.count_ops() > FREE_OPERATIONS:
                 raise TimeoutError(f"a free size has become {size}")

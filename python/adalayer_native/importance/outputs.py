@@ -10,7 +10,8 @@ none so, the only output that counts, or of a tuple or list the last one if it i
 
 **Where their classes are.** On the second axis, ``[N, C, ...]``, as torch's losses have it. On the
 last of ``[N, T, C]`` where the output is named as logits, where an integer input of the model is
-``[N, T]`` (a class for every token), or where labels are.
+``[N, T]`` (a class for every token), or where labels are. A map ``[N, C, H, W]`` that nobody calls
+logits has none for labels ``[N]``: a warning says that they are not used.
 
 **How far apart two results are.** For logits the KL divergence of their softmax, in nats, a mean
 over samples and positions. For everything else the squared error over the batch, relative to the
@@ -20,6 +21,7 @@ squared size of the float model's output. Several outputs add up.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any
 
@@ -195,6 +197,13 @@ def _is_named(path: str) -> bool:
 def _classes(value: Tensor, named: bool, tokens: Set[int], target: Any) -> int | None:
     if value.dim() < 2:
         return None
+    if isinstance(target, Tensor) and target.dim() == 1 and value.dim() > 3 and not named:
+        warnings.warn(
+            f"labels [N] do not belong to an output of shape {_shape(value)}: they are not used, "
+            "and results are compared with the float model's; a loss_fn would use them",
+            stacklevel=2,
+        )
+        return None
     axis = 1
     if value.dim() == 3:
         of_tokens = named or value.shape[1] in tokens
@@ -205,6 +214,10 @@ def _classes(value: Tensor, named: bool, tokens: Set[int], target: Any) -> int |
                 of_tokens = by_token
         axis = 2 if of_tokens else 1
     return axis if value.shape[axis] >= 2 else None
+
+
+def _shape(value: Tensor) -> str:
+    return "[" + ", ".join(["N", *map(str, value.shape[1:])]) + "]"
 
 
 def logits_of(
