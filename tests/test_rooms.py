@@ -44,6 +44,8 @@ PYTHON_ROOMS = [
     *("measure", "plot", "report", "study", "serve", "jobs", "demo", "cli"),
 ]
 CPP_ROOMS = ["core", "formats", "reference", "cpu", "engine", "capi", "bindings", "cuda"]
+# Folders of csrc/cpu; the kernel table and the interfaces of its kernels lie in none.
+CPU_ROOMS = ["", "isa", "image", "conv", "layer"]
 
 
 def _imports(path: Path) -> Iterator[str]:
@@ -82,7 +84,7 @@ def test_python_rooms():
 def test_cpp_rooms(room):
     allowed = set(CPP_ROOMS[: CPP_ROOMS.index(room) + 1])
     checked = 0
-    for path in sorted((REPOSITORY / "csrc" / room).iterdir()):
+    for path in sorted(p for p in (REPOSITORY / "csrc" / room).rglob("*") if p.is_file()):
         for include in re.findall(r'#include "([^"]+)"', path.read_text(encoding="utf-8")):
             checked += 1
             # Plain structs and scalar formulas, which includes nothing of ours itself.
@@ -92,4 +94,21 @@ def test_cpp_rooms(room):
             if room == "capi" and include == "adalayer/adalayer.h":
                 continue
             assert include.split("/")[0] in allowed, f"{path}: {include}"
+    assert checked > 0
+
+
+@pytest.mark.parametrize("room", CPU_ROOMS)
+def test_rooms_of_the_cpu(room):
+    allowed = set(CPU_ROOMS[: CPU_ROOMS.index(room) + 1])
+    if room != "isa":
+        allowed.discard("isa")  # drivers reach kernels through the table
+    folder = REPOSITORY / "csrc" / "cpu" / room
+    checked = 0
+    for path in sorted(folder.rglob("*") if room else folder.glob("*")):
+        if not path.is_file():
+            continue
+        for include in re.findall(r'#include "cpu/([^"]+)"', path.read_text(encoding="utf-8")):
+            checked += 1
+            first, _, rest = include.partition("/")
+            assert (first if rest else "") in allowed, f"{path}: {include}"
     assert checked > 0

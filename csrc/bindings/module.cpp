@@ -14,10 +14,10 @@
 #include "core/host_openmp.hpp"
 #include "core/status.hpp"
 #include "core/thread_pool.hpp"
-#include "cpu/dispatch.hpp"
+#include "cpu/conv/sparse_choice.hpp"
 #include "cpu/kernel_table.hpp"
+#include "cpu/layer/single_layer.hpp"
 #include "cpu/probe.hpp"
-#include "cpu/sparse_choice.hpp"
 #include "formats/canonical.hpp"
 #include "reference/reference.hpp"
 

@@ -1,4 +1,5 @@
-// What the driver of depthwise and grouped convolutions (depthwise.cpp) asks of an instruction set.
+// What the driver of depthwise and grouped convolutions (conv/grouped.cpp) asks of an instruction
+// set.
 //
 // A vector holds `lanes` pieces of 128 bits. 16 neighbouring channels ("a granule") of a u8 image
 // fill one such piece, so a vector of bytes is a block of 16 * lanes channels of one pixel. Where

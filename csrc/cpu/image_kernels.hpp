@@ -1,6 +1,6 @@
-// The inner loops of image_ops.hpp: one table per instruction set over plain runs of bytes. The
-// operations themselves (image_ops.cpp, image_pool.cpp, image_move.cpp, image_float.cpp) cut images
-// into such runs and know nothing of instruction sets.
+// The inner loops of image/ops.hpp: one table per instruction set over plain runs of bytes. The
+// operations themselves (image/ops.cpp, pool.cpp, move.cpp, float.cpp) cut images into such runs
+// and know nothing of instruction sets.
 //
 // Every kernel reads at most 3 bytes beyond those that it is given (by dwords, and a pitch is a
 // multiple of 4) and writes exactly those that it is asked for. Formulas: reference/image_spec.hpp.

@@ -112,7 +112,7 @@ struct RequantizeArgs {
 /// The row's own requantize, or the one with a table lookup in registers (AVX512-VBMI).
 using Requantize = void (*)(const RequantizeArgs&);
 using Gemv = void (*)(const GemvArgs&);
-/// The input step of a network (stem.hpp); null where the plain loops have to do.
+/// The input step of a network (conv/stem.hpp); null where the plain loops have to do.
 struct StemKernels {
   /// One row of 1..4 planes to a dword per pixel, channel 0 in the lowest byte.
   void (*quantize_quads)(const float* x, int64_t channel_stride, int64_t channels, int64_t w,

@@ -7,10 +7,10 @@
 #include <vector>
 
 #include "core/aligned_buffer.hpp"
-#include "cpu/conv.hpp"
-#include "cpu/depthwise.hpp"
-#include "cpu/sparse_choice.hpp"
-#include "cpu/stem.hpp"
+#include "cpu/conv/grouped.hpp"
+#include "cpu/conv/matmul.hpp"
+#include "cpu/conv/sparse_choice.hpp"
+#include "cpu/conv/stem.hpp"
 #include "engine/program.hpp"
 
 namespace adalayer::engine {
@@ -38,7 +38,7 @@ std::vector<TransposedPhase> transposed_phases(const Program& program, const Nod
 struct ConvChoice {
   bool resident = false;     // weights are unpacked to bytes once, at load
   bool other_order = false;  // of the loops over positions and columns
-  bool sparse = false;       // zeros are left out (cpu/sparse_choice.hpp)
+  bool sparse = false;       // zeros are left out (cpu/conv/sparse_choice.hpp)
   bool operator==(const ConvChoice&) const = default;
 };
 

@@ -4,8 +4,8 @@
 #include <optional>
 #include <vector>
 
-#include "cpu/image_layout.hpp"
-#include "cpu/stem.hpp"
+#include "cpu/conv/stem.hpp"
+#include "cpu/image/layout.hpp"
 #include "engine/program.hpp"
 
 namespace adalayer::engine {

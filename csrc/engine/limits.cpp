@@ -11,8 +11,8 @@ namespace {
 
 double ceil_divided(double n, double by) { return (n + by - 1.0) / by; }
 
-/// What plan_conv() and pack_panels() make of one convolution (cpu/conv_plan.cpp). While the clock
-/// chooses between them there are packed weights and bytes.
+/// What plan_conv() and pack_panels() make of one convolution (cpu/conv/matmul_plan.cpp). While the
+/// clock chooses between them there are packed weights and bytes.
 double matmul_bytes(const ConvShape& s, int bits, const cpu::ImageLayout& in) {
   const auto kernel_h = static_cast<double>(s.kernel_h), kernel_w = static_cast<double>(s.kernel_w);
   const auto group_in = static_cast<double>(s.group_in()), groups = static_cast<double>(s.groups);

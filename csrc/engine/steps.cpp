@@ -4,7 +4,7 @@
 #include <cstring>
 
 #include "core/status.hpp"
-#include "cpu/image_ops.hpp"
+#include "cpu/image/ops.hpp"
 #include "engine/float_tail.hpp"
 
 namespace adalayer::engine {

@@ -5,7 +5,7 @@
 
 #include "check.hpp"
 #include "core/cpu_features.hpp"
-#include "cpu/conv.hpp"
+#include "cpu/conv/matmul.hpp"
 #include "cpu/kernel_table.hpp"
 #include "formats/canonical.hpp"
 

@@ -12,7 +12,7 @@
 #include "check.hpp"
 #include "core/cpu_features.hpp"
 #include "core/status.hpp"
-#include "cpu/depthwise.hpp"
+#include "cpu/conv/grouped.hpp"
 
 using namespace adalayer;
 using namespace adalayer::cpu;

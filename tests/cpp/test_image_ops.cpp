@@ -10,8 +10,8 @@
 
 #include "check.hpp"
 #include "core/cpu_features.hpp"
+#include "cpu/image/ops.hpp"
 #include "cpu/image_kernels.hpp"
-#include "cpu/image_ops.hpp"
 #include "exact.hpp"
 
 using namespace adalayer;

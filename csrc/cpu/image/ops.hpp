@@ -1,0 +1,44 @@
+// The engine's operations between convolutions, over one image, on the active instruction set.
+// Formulas: reference/image_spec.hpp. Each call does one part of the output (Part) and leaves the
+// output's padding alone. Bytes between channels and pitch of an output pixel may be overwritten,
+// except by copy_channels. lookup, add, mul and affine may run in place: `out` may be `in` or `a`.
+#pragma once
+
+#include "cpu/image/layout.hpp"
+#include "reference/image_spec.hpp"
+
+namespace adalayer::cpu {
+
+/// Float input to levels; x is one image, NCHW or NHWC.
+void quantize_image(const float* x, Layout order, const ActivationGrid& grid, ImageView out,
+                    Part part);
+/// Levels to floats, NCHW.
+void dequantize_image(ConstImageView in, float scale, int32_t zero_point, float* out, Part part);
+
+void lookup(const uint8_t* table, ConstImageView in, ImageView out, Part part);
+/// b has a's shape, or is 1 x 1 with a's channels.
+void add(const PairSpec& spec, ConstImageView a, ConstImageView b, ImageView out, Part part);
+void mul(const PairSpec& spec, ConstImageView a, ConstImageView b, ImageView out, Part part);
+void affine(const AffineSpec& spec, ConstImageView in, ImageView out, Part part);
+/// One piece of a concatenation: `in` becomes channels [channel, channel + in channels) of `out`,
+/// through the table if there is one.
+void copy_channels(ConstImageView in, const uint8_t* table, ImageView out, int64_t channel,
+                   Part part);
+void max_pool(const PoolSpec& spec, ConstImageView in, ImageView out, Part part);
+void avg_pool(const PoolSpec& spec, ConstImageView in, ImageView out, Part part);
+/// Window sizes follow from the shapes; of the spec, zero_in, ratio and finish are used.
+void adaptive_avg_pool(const PoolSpec& spec, ConstImageView in, ImageView out, Part part);
+void slice(int64_t axis, int64_t begin, int64_t step, ConstImageView in, ImageView out, Part part);
+void gather_channels(const int32_t* index, ConstImageView in, ImageView out, Part part);
+void pad(int64_t top, int64_t left, uint8_t level, ConstImageView in, ImageView out, Part part);
+void resize(const ResizeSpec& spec, ConstImageView in, ImageView out, Part part);
+void layer_norm(const LayerNormSpec& spec, ConstImageView in, ImageView out, Part part);
+/// Between c x h x w and its features in NCHW order; either side may be the flat one.
+void reshape(ConstImageView in, ImageView out, Part part);
+
+/// Float tails over contiguous NCHW images.
+void resize_f32(const ResizeSpec& spec, const float* in, int64_t c, int64_t in_h, int64_t in_w,
+                float* out, int64_t out_h, int64_t out_w, Part part);
+void softmax_f32(const float* in, int64_t channels, int64_t positions, float* out, Part part);
+
+}  // namespace adalayer::cpu

@@ -1,0 +1,191 @@
+#include "cpu/isa/avx2/arrange.hpp"
+
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "cpu/kernel_table.hpp"
+
+namespace adalayer::cpu {
+namespace {
+
+// The sums of the positive weights, and of the negative ones, that one int16 may collect:
+// 255 * 128 is less than 2^15.
+constexpr int kMostAbs = 128;
+constexpr int kVectorBytes = 32;
+// Quads that are tried as partners of one. More find few more pairs and take longer.
+constexpr int kPartners = 64;
+
+/// A quad of one half while it is sorted.
+struct Entry {
+  int8_t weights[kVectorBytes];
+  int16_t positive[16], negative[16];  // sums of each pair of weights
+  uint32_t quad;                       // with its order
+  uint32_t next;
+};
+
+/// Entries in a row, linked by their numbers.
+constexpr uint32_t kEnd = ~0u;
+struct List {
+  uint32_t first = kEnd, last = kEnd;
+
+  void append(Entry* entries, uint32_t e) {
+    entries[e].next = kEnd;
+    (last == kEnd ? first : entries[last].next) = e;
+    last = e;
+  }
+  uint32_t pop(const Entry* entries) {
+    const uint32_t e = first;
+    first = entries[e].next;
+    if (first == kEnd) last = kEnd;
+    return e;
+  }
+};
+
+__m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+void store(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+
+__m256i ordered(__m256i w, int order) {
+  return _mm256_shuffle_epi8(
+      w,
+      _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(kOrder[order]))));
+}
+
+struct Sums {
+  __m256i positive, negative;
+};
+Sums sums_of(__m256i w) {
+  const __m256i ones = _mm256_set1_epi8(1), zero = _mm256_setzero_si256();
+  // Absolute values up to 128 are u8, which is the first operand of vpmaddubsw.
+  return {_mm256_maddubs_epi16(_mm256_max_epi8(w, zero), ones),
+          _mm256_maddubs_epi16(_mm256_abs_epi8(_mm256_min_epi8(w, zero)), ones)};
+}
+bool fits(__m256i positive, __m256i negative) {
+  const __m256i most = _mm256_set1_epi16(kMostAbs);
+  const __m256i beyond =
+      _mm256_or_si256(_mm256_cmpgt_epi16(positive, most), _mm256_cmpgt_epi16(negative, most));
+  return _mm256_testz_si256(beyond, beyond) != 0;
+}
+bool fit_together(const Entry& a, const Entry& b) {
+  return fits(_mm256_add_epi16(load(a.positive), load(b.positive)),
+              _mm256_add_epi16(load(a.negative), load(b.negative)));
+}
+
+/// Writes slots of one half in order.
+struct Writer {
+  int8_t* slots;
+  uint32_t* quads;
+  int count = 0;
+
+  void put(const void* weights, uint32_t quad) {
+    std::memcpy(slots + int64_t{count} * 2 * kVectorBytes, weights, kVectorBytes);
+    quads[count++] = quad;
+  }
+  void put(const Entry& e) { put(e.weights, e.quad); }
+};
+
+/// Takes the first of `candidates` that int16 holds together with `a` out of their list.
+uint32_t take_partner(Entry* entries, List& candidates, const Entry& a) {
+  uint32_t before = kEnd, e = candidates.first;
+  for (int tried = 0; e != kEnd; before = e, e = entries[e].next, ++tried) {
+    if (tried == kPartners) return kEnd;
+    if (!fit_together(a, entries[e])) continue;
+    (before == kEnd ? candidates.first : entries[before].next) = entries[e].next;
+    if (candidates.last == e) candidates.last = before;
+    return e;
+  }
+  return kEnd;
+}
+
+/// Quads whose products are exact in some order of their levels: two by two as far as they go
+/// together. Those in another order are hard to place, so they choose first.
+void put_exact(Entry* entries, List plain, List others, Writer& to, ArrangedTable& table) {
+  List lonely_plain, lonely_others;
+  List mates;  // mixed pairs, plain one first
+  while (others.first != kEnd) {
+    const uint32_t e = others.pop(entries);
+    const uint32_t partner = take_partner(entries, plain, entries[e]);
+    if (partner == kEnd) {
+      lonely_others.append(entries, e);
+    } else {
+      mates.append(entries, partner);
+      mates.append(entries, e);
+    }
+  }
+  while (plain.first != kEnd) {
+    const uint32_t e = plain.pop(entries);
+    const uint32_t partner = take_partner(entries, plain, entries[e]);
+    if (partner == kEnd) {
+      lonely_plain.append(entries, e);
+      continue;
+    }
+    to.put(entries[e]);
+    to.put(entries[partner]);
+    table.paired += 2;
+  }
+  const auto put_list = [&](const List& list, uint32_t& count) {
+    for (uint32_t e = list.first; e != kEnd; e = entries[e].next, ++count)
+      to.put(entries[e]);
+  };
+  put_list(mates, table.mixed);
+  put_list(lonely_plain, table.whole);
+  put_list(lonely_others, table.ordered);
+}
+
+void arrange_half(const int8_t* original, int64_t steps, const uint8_t* live_quads, int half,
+                  int8_t* tile, Entry* entries) {
+  auto& table = *reinterpret_cast<ArrangedTable*>(tile + steps * formats::kTileBytes +
+                                                  half * arranged_table_bytes(steps));
+  std::memset(&table, 0, static_cast<size_t>(arranged_table_bytes(steps)));
+  Writer to{tile + half * kVectorBytes, table.quads()};
+  List plain, others, split;
+  uint32_t count = 0;
+  for (int64_t s = 0; s < steps; ++s)
+    for (int q = 0; q < live_quads[s]; ++q) {
+      const auto number = static_cast<uint32_t>(s * kQuadsPerStep + q);
+      const __m256i w = load(original + int64_t{number} * 2 * kVectorBytes + half * kVectorBytes);
+      Entry& e = entries[count];
+      int order = 0;
+      for (; order < kOrders; ++order) {
+        const __m256i candidate = ordered(w, order);
+        const Sums sums = sums_of(candidate);
+        if (!fits(sums.positive, sums.negative)) continue;
+        store(e.weights, candidate);
+        store(e.positive, sums.positive);
+        store(e.negative, sums.negative);
+        break;
+      }
+      e.quad = number;
+      if (order == kOrders) {
+        store(e.weights, w);
+        split.append(entries, count);
+      } else {
+        e.quad |= static_cast<uint32_t>(order) << kOrderBit;
+        (order == 0 ? plain : others).append(entries, count);
+      }
+      ++count;
+    }
+  put_exact(entries, plain, others, to, table);
+  for (uint32_t e = split.first; e != kEnd; e = entries[e].next, ++table.split)
+    to.put(entries[e]);
+}
+
+int64_t scratch_bytes(int64_t steps) {
+  return steps * (formats::kTileBytes + kQuadsPerStep * static_cast<int64_t>(sizeof(Entry)));
+}
+
+void arrange(int8_t* tile, int64_t steps, const uint8_t* live_quads, uint8_t* scratch) {
+  const int64_t bytes = steps * formats::kTileBytes;
+  auto* original = reinterpret_cast<int8_t*>(scratch);
+  auto* entries = reinterpret_cast<Entry*>(scratch + bytes);
+  std::memcpy(original, tile, static_cast<size_t>(bytes));
+  std::memset(tile, 0, static_cast<size_t>(bytes));
+  for (int half = 0; half < 2; ++half)
+    arrange_half(original, steps, live_quads, half, tile, entries);
+}
+
+}  // namespace
+
+const TileArrangement kAvx2Arrangement{arranged_extra_bytes, scratch_bytes, arrange};
+
+}  // namespace adalayer::cpu

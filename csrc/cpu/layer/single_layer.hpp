@@ -1,0 +1,58 @@
+// Convolution and linear of a single layer on the active instruction set: tensors in, tensors out.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "core/aligned_buffer.hpp"
+#include "cpu/conv/grouped.hpp"
+#include "cpu/conv/sparse_panels.hpp"
+#include "formats/canonical.hpp"
+#include "reference/spec.hpp"
+
+namespace adalayer::cpu {
+
+/// Weights of one layer in the form that one instruction set wants, immutable and shared by calls.
+struct LayerWeights {
+  formats::CanonicalHeader header;
+  Isa isa = Isa::Scalar;
+  std::vector<int32_t> sums;  // [O] of each channel's weights, for the zero-point correction
+  // One of these:
+  std::vector<int8_t> dense;  // scalar reference: [O][I/groups][KH][KW]
+  AlignedBuffer panels;       // pack_panels (conv/matmul.hpp), or pack_sparse:
+  std::optional<SparsePanels> sparse;
+  bool by_pixel = false;   // how the panels were planned (plan_conv)
+  GroupedWeights grouped;  // where grouped_suits
+
+  size_t bytes() const {
+    return sums.size() * 4 + dense.size() + panels.size() + grouped.data.size() +
+           (sparse ? static_cast<size_t>(sparse->table_bytes()) : 0);
+  }
+};
+
+/// Derives the weights of `shape` for the active instruction set from canonical bytes. Throws
+/// CorruptData for damaged bytes, InvalidArgument where they are of another shape.
+LayerWeights derive_weights(const ConvShape& shape, std::span<const uint8_t> canonical);
+
+/// The same through a process-wide cache keyed by the canonical content hash, so that operators can
+/// take the canonical bytes on every call. Least recently used entries leave above the limit.
+std::shared_ptr<const LayerWeights> cached_weights(const ConvShape& shape,
+                                                   std::span<const uint8_t> canonical);
+struct CacheInfo {
+  size_t entries, bytes, limit;
+};
+CacheInfo weight_cache_info();
+void set_weight_cache_limit(size_t bytes);
+void clear_weight_cache();
+
+/// Runs one convolution. Bit-equal to reference::conv2d whatever the instruction set and threads.
+void conv2d(const ConvShape& shape, const ActivationIn& in, const LayerWeights& weights,
+            const OutputSpec& out, int threads);
+
+void quantize(const float* x, int64_t n, const ActivationGrid& grid, uint8_t* q, int threads);
+void fake_quantize(const float* x, int64_t n, const ActivationGrid& grid, float scale, float* y,
+                   int threads);
+
+}  // namespace adalayer::cpu
