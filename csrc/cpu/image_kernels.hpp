@@ -144,7 +144,7 @@ struct ImageKernels {
   void (*softmax)(const float* in, int64_t channels, int64_t stride, int64_t count, float* out);
 };
 
-/// The kernels of the active instruction set, the scalar ones included.
+/// The kernels of the active row of the kernel table, or the scalar ones where there is none.
 const ImageKernels& image_kernels();
 
 extern const ImageKernels kScalarImage;
@@ -152,7 +152,7 @@ extern const ImageKernels kScalarImage;
 extern const ImageKernels kAvx2Image;
 #endif
 #ifdef ADALAYER_HAVE_AVX512VNNI
-extern const ImageKernels kAvx512Image;  // also serves the AMX row
+extern const ImageKernels kAvx512Image;
 #endif
 #ifdef ADALAYER_HAVE_AVX512VBMI
 // A sub-feature of its own: Cascade Lake has AVX-512-VNNI without VBMI.

@@ -61,6 +61,23 @@ BitmaskKernels bitmask_kernels([[maybe_unused]] const KernelRow& row) {
   return {};
 }
 
+const ImageKernels& image_kernels() {
+  const KernelRow* row = active_kernels();
+  if (row == nullptr) return kScalarImage;
+#ifdef ADALAYER_HAVE_AVX512VBMI
+  if (wide(*row) && cpu_features().avx512vbmi) {
+    static const ImageKernels with_vbmi = [&] {
+      ImageKernels kernels = *row->image;  // the wide rows have the same ones
+      kernels.lookup = lookup_vbmi;
+      kernels.gather = gather_vbmi;
+      return kernels;
+    }();
+    return with_vbmi;
+  }
+#endif
+  return *row->image;
+}
+
 Requantize requantizer(const KernelRow& row) {
 #ifdef ADALAYER_HAVE_AVX512VBMI
   if (wide(row) && cpu_features().avx512vbmi) return requantize_vbmi;

@@ -1,7 +1,9 @@
 // One row per instruction set: the primitive kernels that the convolution driver is made of.
 //
-// A new instruction set is one file that fills a row, plus one line in kernel_table.cpp. Tests run
-// every row that the machine supports against csrc/reference, because the row exists.
+// A new instruction set is one file that fills a row, plus one line in kernel_table.cpp. A row has
+// everything that drivers may ask of it, down to the last image kernel, or it is no row; what it
+// may leave out says so. Tests run every row that the machine supports against csrc/reference,
+// because the row exists.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +12,7 @@
 #include "core/cpu_features.hpp"
 #include "cpu/conv_epilogue.hpp"
 #include "cpu/grouped_kernels.hpp"
+#include "cpu/image_kernels.hpp"
 #include "formats/panels.hpp"
 #include "reference/spec.hpp"
 
@@ -19,6 +22,13 @@ namespace adalayer::cpu {
 // tiles of 16 x 16 int32, which leaves 2 + 2 of the 8 tiles for the operands).
 constexpr int kBlockRows = 32;
 constexpr int kBlockCols = 32;
+
+/// What the output positions of a product are.
+enum class Positions {
+  Listed,     // the outputs; each has its own place in memory: gemm
+  Flattened,  // a constant stride apart, as the tile unit loads them: those between two output rows
+              // are computed and dropped: block
+};
 
 /// Most rows of one gemm call.
 constexpr int kGemmRows = 224;
@@ -112,7 +122,7 @@ struct RequantizeArgs {
 /// The row's own requantize, or the one with a table lookup in registers (AVX512-VBMI).
 using Requantize = void (*)(const RequantizeArgs&);
 using Gemv = void (*)(const GemvArgs&);
-/// The input step of a network (conv/stem.hpp); null where the plain loops have to do.
+/// The input step of a network for flattened positions (conv/stem.hpp).
 struct StemKernels {
   /// One row of 1..4 planes to a dword per pixel, channel 0 in the lowest byte.
   void (*quantize_quads)(const float* x, int64_t channel_stride, int64_t channels, int64_t w,
@@ -145,18 +155,21 @@ struct KernelRow {
   UnpackTiles unpack_tiles;
   void (*begin)();  // per thread and pass: AMX tile configuration
   void (*end)();
-  void (*gemm)(const GemmArgs&);  // null where `block` does its work
+  Positions positions;  // which of gemm and block the drivers of convolutions use
+  void (*gemm)(const GemmArgs&);
   /// Any number of rows, whose sums go on to `requantize` (its sums, tiles and rows are the
-  /// kernel's business; g.sums is not used). Null: gemm, then requantize.
+  /// kernel's business; g.sums is not used). May be null where gemm, then requantize, is as fast.
   void (*gemm_requantize)(const GemmArgs& g, const RequantizeArgs& q, Requantize requantize);
   int gemm_rows;                       // that a call should have at most
   Gemv gemv;                           // needs no begin() and end(); not for arranged tiles
   const TileArrangement* arrangement;  // of 8-bit weights, or null
   void (*store)(const StoreArgs&);
-  void (*block)(const BlockArgs&);  // null: unpack_tiles and gemm do its work
   void (*requantize)(const RequantizeArgs&);
+  // Of flattened positions; other rows have none.
+  void (*block)(const BlockArgs&);
   StemKernels stem;
   const GroupedKernels* grouped;
+  const ImageKernels* image;
 };
 
 /// The rows that this build has, fastest first. Which of them the machine can run: isa_supported.

@@ -34,8 +34,7 @@ struct Needs {
 
 std::vector<ValueLayout> plan_layouts(const Program& program) {
   const cpu::KernelRow* kernels = cpu::active_kernels();
-  const cpu::Positions positions =
-      kernels == nullptr ? cpu::Positions::Listed : cpu::positions_for(*kernels);
+  const cpu::Positions positions = kernels == nullptr ? cpu::Positions::Listed : kernels->positions;
   // Listed positions may lie anywhere: rows need no phases.
   const bool strided = positions == cpu::Positions::Flattened;
   std::vector<Needs> needs(program.values.size());

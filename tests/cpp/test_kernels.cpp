@@ -496,6 +496,24 @@ void check_gemm(const cpu::KernelRow& row, const Product& p) {
   check_gemm(row, p, &tiles);
 }
 
+TEST(every_row_is_whole) {
+  for (const cpu::KernelRow* row : cpu::kernel_rows()) {
+    CHECK(row->quantize_row && row->quantize_planar && row->fake_quantize && row->unpack_tiles);
+    CHECK(row->begin && row->end && row->gemm && row->gemv && row->store && row->requantize);
+    CHECK(row->gemm_rows >= 1 && row->gemm_rows <= cpu::kGemmRows);
+    const bool flattened = row->positions == cpu::Positions::Flattened;
+    CHECK_EQ(row->block != nullptr, flattened);
+    const cpu::StemKernels& s = row->stem;
+    CHECK(!flattened || (s.quantize_quads && s.interleave_pairs && s.interleave_fours));
+    CHECK(row->grouped->depthwise && row->grouped->in_lane && row->grouped->broadcast);
+    const cpu::ImageKernels& i = *row->image;
+    CHECK(i.copy && i.lookup && i.gather && i.add && i.mul && i.line);
+    CHECK(i.max_window && i.average_window && i.bilinear && i.moments && i.normalize);
+    CHECK(i.quantize_planar && i.quantize_pixels && i.dequantize_planar && i.dequantize_row);
+    CHECK(i.blend_columns && i.blend_rows && i.softmax);
+  }
+}
+
 /// The matrix product of every row of the table, alone: 1..64 rows, one and two column tiles.
 TEST(gemm_of_every_row) {
   int i = 0;
@@ -506,7 +524,7 @@ TEST(gemm_of_every_row) {
                       kFills[i / kFillCount % kFillCount], false);
       ++i;
       for (const cpu::KernelRow* row : cpu::kernel_rows())
-        if (isa_supported(row->isa) && row->gemm != nullptr) check_gemm(*row, p);
+        if (isa_supported(row->isa)) check_gemm(*row, p);
     }
 }
 
@@ -521,8 +539,7 @@ TEST(gemm_of_many_rows) {
         const Product p(bits, rows, steps, 1 + i / 3 % 2, weights, levels, false);
         ++i;
         for (const cpu::KernelRow* row : cpu::kernel_rows())
-          if (isa_supported(row->isa) && row->gemm != nullptr && rows <= row->gemm_rows)
-            check_gemm(*row, p);
+          if (isa_supported(row->isa) && rows <= row->gemm_rows) check_gemm(*row, p);
       }
 }
 

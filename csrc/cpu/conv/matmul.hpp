@@ -19,13 +19,6 @@
 
 namespace adalayer::cpu {
 
-/// What the positions of a run are.
-enum class Positions {
-  Listed,     // the outputs; each has its own place in memory
-  Flattened,  // a constant stride apart, as the tile unit loads them: those between two output rows
-              // are computed and dropped
-};
-
 /// Output positions with the same step offsets.
 struct ConvRun {
   int64_t base = 0;  // input byte of tap (0, 0) at position 0, from the image's start
@@ -77,9 +70,6 @@ Padding padding_of(const ConvShape& shape);
 ConvPlan plan_conv(const ConvShape& shape, const ImageLayout& in, const ImageLayout* out,
                    const ImageLayout* residual, const KernelRow& kernels, const OutputMap& map = {},
                    bool by_pixel = false);
-
-/// What the kernels of a row want.
-Positions positions_for(const KernelRow& kernels);
 
 /// Tile `step` of column tile `tile` (of all groups) of weights [O][I/groups][KH][KW], unpacked.
 void fill_tile(const ConvPlan& plan, std::span<const int8_t> weights, int64_t tile, int64_t step,

@@ -131,7 +131,7 @@ Padding padding_of(const ConvShape& s) {
 ConvPlan plan_conv(const ConvShape& shape, const ImageLayout& in, const ImageLayout* out,
                    const ImageLayout* residual, const KernelRow& kernels, const OutputMap& map,
                    bool by_pixel) {
-  const Positions positions = positions_for(kernels);
+  const Positions positions = kernels.positions;
   const auto large = [](const ImageLayout* l) {
     return l != nullptr && l->image_bytes > INT32_MAX;
   };

@@ -125,7 +125,7 @@ struct Loop {
   int multiply(const Columns& c, int8_t* unpacked_at, bool fresh, int64_t n, const ConvRun& run,
                int64_t first, int rows, int32_t* at) const {
     const ConvPlan& plan = call.plan;
-    if (kernels.block != nullptr) {
+    if (kernels.positions == Positions::Flattened) {
       const Steps steps = steps_of(c, run);
       const WeightStream::Piece fetch = ahead(c, fresh, steps.count);
       const uint8_t* weights = packed(c);
@@ -399,11 +399,12 @@ void run(const ConvCall& call, const TensorConvCall* tensor, const KernelRow& ke
   const bool bitmask = call.sparse != nullptr && call.sparse->kind == Panels::Bitmask;
   const bool listed = call.sparse != nullptr && !bitmask;
   // Four row tiles by one column: every weight tile is unpacked and used once.
-  const bool tall = kernels.block != nullptr && call.bits < 8 && plan.runs.size() == 1 &&
+  const bool flattened = kernels.positions == Positions::Flattened;
+  const bool tall = flattened && call.bits < 8 && plan.runs.size() == 1 &&
                     plan.runs[0].positions > kBlockRows && plan.runs[0].positions <= kTallRows;
-  const bool fused = tensor == nullptr && kernels.gemm_requantize != nullptr;
+  const bool fused = tensor == nullptr && !flattened && kernels.gemm_requantize != nullptr;
   const int rows = tall ? kTallRows
-                   : kernels.block != nullptr
+                   : flattened
                        ? kBlockRows
                        : even_rows(plan, kernels.gemm_rows, call.by_columns ? 1 : part.count);
   const int64_t blocks = block_count(plan, rows);
@@ -538,10 +539,6 @@ bool prefers_columns(const ConvPlan& plan, int64_t panel_bytes, int threads) {
   if (plan.pairs() < threads) return false;
   const int64_t blocks = block_count(plan, kBlockRows);
   return blocks < threads || panel_bytes > plan.in_image_bytes;
-}
-
-Positions positions_for(const KernelRow& kernels) {
-  return kernels.block != nullptr ? Positions::Flattened : Positions::Listed;
 }
 
 void run_conv(const ConvCall& call, const KernelRow& kernels, Part part) {

@@ -91,7 +91,7 @@ void dword_line(const Stem& stem, const KernelRow* kernels, const ActivationIn& 
   const bool planes = in.dtype == DType::F32 && in.layout == Layout::NCHW;
   std::fill_n(line, stem.pad_left, zero);
   std::fill(line + stem.pad_left + w, line + columns, zero);
-  if (planes && kernels != nullptr && kernels->stem.quantize_quads != nullptr) {
+  if (planes && kernels != nullptr) {
     kernels->stem.quantize_quads(static_cast<const float*>(in.data) + y * w, plane, c, w, in.grid,
                                  line + stem.pad_left);
     return;
@@ -126,7 +126,7 @@ void interleave(const uint32_t* const* lines, int64_t columns, uint8_t* out) {
 
 void interleave_any(const KernelRow* kernels, const uint32_t* const* lines, int64_t rows,
                     int64_t columns, int64_t pitch, uint8_t* out) {
-  if (kernels != nullptr && kernels->stem.interleave_pairs != nullptr) {
+  if (kernels != nullptr) {
     if (rows == 2) return kernels->stem.interleave_pairs(lines[0], lines[1], columns, out);
     if (rows == 3 || rows == 4) return kernels->stem.interleave_fours(lines, columns, out);
   }

@@ -72,7 +72,7 @@ LayerPlan plan_layer(const ConvShape& shape, bool by_pixel) {
   plan.shape.batch = 1;
   plan.grouped = grouped_suits(shape);
   const KernelRow& kernels = *active_kernels();
-  const Positions positions = positions_for(kernels);
+  const Positions positions = kernels.positions;
   if (!plan.grouped && stem_suits(shape)) {
     plan.stem = plan_stem(plan.shape, positions);
     plan.in = plan.stem->layout;

@@ -218,15 +218,17 @@ const KernelRow kAmxRow{
     .unpack_tiles = avx512::unpack_tiles,
     .begin = amx::begin,
     .end = amx::end,
-    .gemm = nullptr,
-    .gemm_requantize = nullptr,
-    .gemm_rows = kBlockRows,
+    .positions = Positions::Flattened,
+    .gemm = avx512::gemm,
+    .gemm_requantize = avx512::gemm_requantize,
+    .gemm_rows = 56,  // several passes of the most
     .gemv = avx512::gemv,
     .arrangement = nullptr,
     .store = avx512::store,
-    .block = amx::block,
     .requantize = avx512::requantize,
+    .block = amx::block,
     .stem = {avx512::quantize_quads, avx512::interleave_pairs, avx512::interleave_fours},
-    .grouped = &avx512::kGrouped};
+    .grouped = &avx512::kGrouped,
+    .image = &kAvx512Image};
 
 }  // namespace adalayer::cpu

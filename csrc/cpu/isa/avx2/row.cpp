@@ -43,15 +43,17 @@ const KernelRow kAvx2Row{.name = "avx2",
                          .unpack_tiles = avx2::unpack_tiles,
                          .begin = avx2::nothing,
                          .end = avx2::nothing,
+                         .positions = Positions::Listed,
                          .gemm = gemm_avx2,
                          .gemm_requantize = nullptr,
                          .gemm_rows = kGemmRows,
                          .gemv = avx2::gemv,
                          .arrangement = &kAvx2Arrangement,
                          .store = avx2::store,
-                         .block = nullptr,
                          .requantize = requantize_avx2,
+                         .block = nullptr,
                          .stem = {},
-                         .grouped = &avx2::kGrouped};
+                         .grouped = &avx2::kGrouped,
+                         .image = &kAvx2Image};
 
 }  // namespace adalayer::cpu

@@ -256,15 +256,17 @@ const KernelRow kAvx512VnniRow{
     .unpack_tiles = avx512::unpack_tiles,
     .begin = avx512::nothing,
     .end = avx512::nothing,
+    .positions = Positions::Listed,
     .gemm = avx512::gemm,
     .gemm_requantize = avx512::gemm_requantize,
     .gemm_rows = 56,  // several passes of the most
     .gemv = avx512::gemv,
     .arrangement = nullptr,
     .store = avx512::store,
-    .block = nullptr,
     .requantize = avx512::requantize,
+    .block = nullptr,
     .stem = {avx512::quantize_quads, avx512::interleave_pairs, avx512::interleave_fours},
-    .grouped = &avx512::kGrouped};
+    .grouped = &avx512::kGrouped,
+    .image = &kAvx512Image};
 
 }  // namespace adalayer::cpu

@@ -60,15 +60,17 @@ const KernelRow kAvxVnniRow{.name = "avxvnni",
                             .unpack_tiles = avxvnni::unpack_tiles,
                             .begin = avxvnni::nothing,
                             .end = avxvnni::nothing,
+                            .positions = Positions::Listed,
                             .gemm = avxvnni::gemm,
                             .gemm_requantize = avxvnni::gemm_requantize,
                             .gemm_rows = 56,  // several passes of the most
                             .gemv = avxvnni::gemv,
                             .arrangement = nullptr,
                             .store = avxvnni::store,
-                            .block = nullptr,
                             .requantize = requantize_avx2,
+                            .block = nullptr,
                             .stem = {},
-                            .grouped = &avx2::kGrouped};
+                            .grouped = &avx2::kGrouped,
+                            .image = &kAvx2Image};
 
 }  // namespace adalayer::cpu
