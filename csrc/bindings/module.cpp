@@ -14,7 +14,7 @@
 #include "core/host_openmp.hpp"
 #include "core/status.hpp"
 #include "core/thread_pool.hpp"
-#include "cpu/conv/sparse_choice.hpp"
+#include "cpu/conv/sparse_policy.hpp"
 #include "cpu/kernel_table.hpp"
 #include "cpu/layer/single_layer.hpp"
 #include "cpu/probe.hpp"

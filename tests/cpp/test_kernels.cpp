@@ -22,7 +22,7 @@
 #include "check.hpp"
 #include "core/cpu_features.hpp"
 #include "core/status.hpp"
-#include "cpu/conv/sparse_choice.hpp"
+#include "cpu/conv/sparse_policy.hpp"
 #include "cpu/kernel_table.hpp"
 #include "cpu/layer/single_layer.hpp"
 #include "exact.hpp"

@@ -2,10 +2,10 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "core/lru_cache.hpp"
-#include "cpu/conv/grouped.hpp"
 #include "cpu/image/ops.hpp"
 
 namespace adalayer::cpu {
@@ -27,7 +27,7 @@ PlanCache& cache() {
 
 /// Levels as they are: [h][w][c] or [c][h][w] to the rows of the layout.
 void copy_levels(const LayerPlan& plan, const uint8_t* x, Layout order, uint8_t* image, Part part) {
-  const ImageLayout& l = plan.in;
+  const ImageLayout& l = plan.conv->in();
   const int64_t plane = l.h * l.w;
   for (int64_t y = part.first(l.h); y < part.last(l.h); ++y) {
     uint8_t* row = image + l.offset(y, 0);
@@ -59,41 +59,32 @@ size_t LayerKeyHash::operator()(const LayerKey& key) const {
   return hash ^ hash >> 32;
 }
 
-size_t LayerPlan::bytes() const {
-  size_t bytes = sizeof *this + conv.source.size() * 4 + conv.live_quads.size();
-  for (const ConvRun& run : conv.runs)
-    bytes += (run.in_offset.size() + run.position.size()) * 4 + run.step_offsets.size() * 8;
-  return bytes;
+ConvTask layer_task(const ConvShape& shape, int bits) {
+  ConvTask task{.kernels = *active_kernels(), .shape = shape, .bits = bits, .own_input = true};
+  task.shape.batch = 1;
+  return task;
 }
 
-LayerPlan plan_layer(const ConvShape& shape, bool by_pixel) {
-  LayerPlan plan;
-  plan.shape = shape;
-  plan.shape.batch = 1;
-  plan.grouped = grouped_suits(shape);
-  const KernelRow& kernels = *active_kernels();
-  const Positions positions = kernels.positions;
-  if (!plan.grouped && stem_suits(shape)) {
-    plan.stem = plan_stem(plan.shape, positions);
-    plan.in = plan.stem->layout;
-    plan.conv = plan_conv(plan.stem->shape, plan.in, nullptr, nullptr, kernels);
-    return plan;
-  }
-  // Only flattened positions want the rows that one kernel row visits side by side.
-  const bool strided = positions == Positions::Flattened && !plan.grouped;
-  plan.in = image_layout(shape.in_channels, shape.in_h, shape.in_w, padding_of(shape),
-                         strided ? shape.stride_h : 1, strided ? shape.stride_w : 1);
-  if (!plan.grouped)
-    plan.conv = plan_conv(plan.shape, plan.in, nullptr, nullptr, kernels, {}, by_pixel);
-  return plan;
+LayerInput layer_input(const ConvTask& task, const ConvAlgorithm& algorithm) {
+  if (auto own = algorithm.own_input(task)) return {own, own->layout};
+  const ConvShape& s = task.shape;
+  const LayoutNeeds needs = algorithm.needs(task);
+  return {nullptr, image_layout(s.in_channels, s.in_h, s.in_w, needs.padding, needs.phases,
+                                needs.columns_multiple)};
 }
 
-std::shared_ptr<const LayerPlan> cached_plan(const ConvShape& shape, bool by_pixel) {
-  LayerKey key{by_pixel, shape, active_isa()};
-  key.shape.batch = 1;
+std::shared_ptr<const LayerPlan> cached_plan(const ConvTask& task, const ConvAlgorithm& algorithm,
+                                             int variant) {
+  const auto list = conv_algorithms();
+  const auto index = std::find(list.begin(), list.end(), &algorithm) - list.begin();
+  LayerKey key{static_cast<uint64_t>(index << 16 | variant << 8 | task.bits), task.shape,
+               active_isa()};
   if (auto plan = cache().find(key)) return plan;
   // Planned outside the lock: two threads may do it twice, none waits for the other.
-  return cache().insert(key, std::make_shared<const LayerPlan>(plan_layer(shape, by_pixel)));
+  LayerInput input = layer_input(task, algorithm);
+  auto conv = algorithm.plan(task, {input.layout}, variant);
+  return cache().insert(key, std::make_shared<const LayerPlan>(
+                                 LayerPlan{task.shape, std::move(input.own), std::move(conv)}));
 }
 
 void pack_image(const LayerPlan& plan, const ActivationIn& in, int64_t n, uint8_t* image,
@@ -105,11 +96,12 @@ void pack_image(const LayerPlan& plan, const ActivationIn& in, int64_t n, uint8_
     from.data = static_cast<const float*>(in.data) + first;
   else
     from.data = static_cast<const uint8_t*>(in.data) + first;
-  if (plan.stem) return pack_stem(*plan.stem, from, image, part);
-  fill_padding(plan.in, image, 1, static_cast<uint8_t>(in.grid.zero_point), part);
+  if (plan.own_input) return plan.own_input->pack(from, image, part);
+  const ImageLayout& layout = plan.conv->in();
+  fill_padding(layout, image, 1, static_cast<uint8_t>(in.grid.zero_point), part);
   const auto pack_rows = [&](Part rows) {
     if (in.dtype == DType::F32)
-      quantize_image(static_cast<const float*>(from.data), in.layout, in.grid, {&plan.in, image},
+      quantize_image(static_cast<const float*>(from.data), in.layout, in.grid, {&layout, image},
                      rows);
     else
       copy_levels(plan, static_cast<const uint8_t*>(from.data), in.layout, image, rows);

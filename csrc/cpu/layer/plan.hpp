@@ -1,12 +1,10 @@
-// What the calls of a single layer share that depends on shapes alone, for the active instruction
-// set: where its input lies once it is packed, and what its kernels read there.
+// What the calls of a single layer share that depends on shapes and the algorithm alone: where its
+// input lies once it is packed, and what its kernels read there.
 #pragma once
 
 #include <memory>
-#include <optional>
 
-#include "cpu/conv/matmul.hpp"
-#include "cpu/conv/stem.hpp"
+#include "cpu/conv/algorithm.hpp"
 #include "cpu/image/layout.hpp"
 #include "reference/spec.hpp"
 
@@ -14,7 +12,7 @@ namespace adalayer::cpu {
 
 /// A shape, for one instruction set: what plans and derived weights are looked up by.
 struct LayerKey {
-  uint64_t content = 0;  // of weights; for plans, whether by pixel
+  uint64_t content = 0;  // of weights; for plans, what chooses between those of one shape
   ConvShape shape;
   Isa isa = Isa::Scalar;
   bool operator==(const LayerKey&) const = default;
@@ -24,21 +22,27 @@ struct LayerKeyHash {
 };
 
 struct LayerPlan {
-  ConvShape shape;  // of one image
-  bool grouped = false;
-  std::optional<Stem> stem;
-  ImageLayout in;
-  ConvPlan conv;  // unless grouped
+  ConvShape shape;                            // of one image
+  std::shared_ptr<const OwnInput> own_input;  // or null, where the input is an image like others
+  std::unique_ptr<PlannedConv> conv;
 
-  size_t bytes() const;
+  size_t bytes() const { return sizeof *this + conv->bytes(); }
 };
 
-/// `by_pixel`: see plan_conv. Needs vector kernels. Throws InvalidArgument for an image that is too
-/// large.
-LayerPlan plan_layer(const ConvShape& shape, bool by_pixel = false);
+/// A single layer for the active row of the kernel table: nobody else reads its packed input.
+ConvTask layer_task(const ConvShape& shape, int bits);
 
-/// The same from a process-wide cache: a network asks for the same few shapes again and again.
-std::shared_ptr<const LayerPlan> cached_plan(const ConvShape& shape, bool by_pixel = false);
+/// What the layer's packed input looks like to an algorithm.
+struct LayerInput {
+  std::shared_ptr<const OwnInput> own;
+  ImageLayout layout;
+};
+LayerInput layer_input(const ConvTask& task, const ConvAlgorithm& algorithm);
+
+/// The plan of an algorithm for weights of one variant, from a process-wide cache: a network asks
+/// for the same few shapes again and again. Throws InvalidArgument for an image that is too large.
+std::shared_ptr<const LayerPlan> cached_plan(const ConvTask& task, const ConvAlgorithm& algorithm,
+                                             int variant);
 
 /// Part of the rows of image `n` of a tensor to levels in `image`, padding included.
 void pack_image(const LayerPlan& plan, const ActivationIn& in, int64_t n, uint8_t* image,

@@ -5,7 +5,7 @@
 
 #include "core/status.hpp"
 #include "core/thread_pool.hpp"
-#include "cpu/conv/sparse_choice.hpp"
+#include "cpu/conv/trial.hpp"
 #include "cpu/kernel_table.hpp"
 #include "cpu/layer/plan.hpp"
 #include "reference/reference.hpp"
@@ -16,9 +16,6 @@ namespace {
 // Packed activations of one task should stay in the second-level cache (2 MiB on the machines this
 // was tuned on, 1 MiB on older ones) beside the weights that stream past them.
 constexpr int64_t kImageBudget = 512 << 10;
-// Sums of depthwise rows on their way to the output.
-constexpr int64_t kSumsBudget = 256 << 10;
-constexpr int64_t kRowsAtOnce = 8;
 // Below about this many nanoseconds of work a fork-join (2-5 us) costs more than it saves.
 constexpr int64_t kSerialNanoseconds = 8000;
 // Output positions of one image are int32 in the kernels.
@@ -29,7 +26,7 @@ constexpr int64_t kShortest = 256, kTallest = 8192;
 /// Buffers of one thread; they grow to the largest layer and are then reused, so that a warm call
 /// allocates nothing.
 struct Scratch {
-  AlignedBuffer image, sums, position;
+  AlignedBuffer image;
   AlignedBuffer correction;  // filled by the calling thread, read by all
 };
 Scratch& scratch() {
@@ -55,78 +52,26 @@ struct Call {
   int64_t images;
 };
 
-/// Output rows [y_first, y_last) of image `n`, which lies packed at `image`.
-void grouped_rows(const Call& call, const uint8_t* image, int64_t n, int64_t y_first,
-                  int64_t y_last) {
-  const ConvShape& s = call.plan.shape;
-  const int64_t out_w = s.out_w(), area = s.out_h() * out_w, pitch = grouped_sums_pitch(s);
-  // Kernels take a few rows at a time, up to eight where channels are few.
-  const int64_t fit = kSumsBudget / (out_w * pitch * 4) / kRowsAtOnce * kRowsAtOnce;
-  const int64_t rows = std::min(std::max(fit, kRowsAtOnce), y_last - y_first);
-  auto* sums = grown<int32_t>(scratch().sums, rows * out_w * pitch);
-  auto* position = grown<int32_t>(scratch().position, rows * out_w);
-  std::iota(position, position + rows * out_w, 0);
-  const bool interleaved = call.out.layout == Layout::NHWC;
-  StoreArgs store{};
-  store.sums = sums;
-  store.sums_stride = pitch;
-  store.position = position;
-  store.cols = static_cast<int>(s.out_channels);
-  store.correction = call.correction;
-  store.out = &call.out;
-  store.position_stride = interleaved ? s.out_channels : 1;
-  store.channel_stride = interleaved ? 1 : area;
-  for (int64_t y = y_first; y < y_last; y += rows) {
-    const int64_t end = std::min(y + rows, y_last);
-    grouped_sums(s, call.weights.grouped, {&call.plan.in, image}, y, end, sums);
-    store.rows = static_cast<int>((end - y) * out_w);
-    store.first = n * area * s.out_channels + y * out_w * store.position_stride;
-    call.kernels.store(store);
-  }
-}
-
 /// One part of images [first, first + images), which lie packed at `packed`.
 void multiply(const Call& call, const uint8_t* packed, int64_t first, int64_t images, Part part,
               bool by_columns) {
-  const LayerPlan& plan = call.plan;
-  if (plan.grouped) {
-    const int64_t out_h = plan.shape.out_h();
-    for (int64_t n = 0; n < images; ++n)
-      grouped_rows(call, packed + n * plan.in.image_bytes, first + n, part.first(out_h),
-                   part.last(out_h));
-    return;
-  }
-  const ConvCall conv{.plan = plan.conv,
-                      .weights = call.weights.panels.data(),
-                      .bits = call.weights.header.bits,
-                      .weight_bits = call.weights.header.bits,
-                      .epilogue = nullptr,
-                      .in = packed,
-                      .images = images,
-                      .out = nullptr,
-                      .residual = nullptr,
-                      .by_columns = by_columns,
-                      .other_order = false,
-                      .stream = nullptr,
-                      .segment = 0,
-                      .sparse = call.weights.sparse ? &*call.weights.sparse : nullptr};
   call.kernels.begin();
-  run_conv({conv, call.out, call.correction, first}, call.kernels, part);
+  call.plan.conv->run({.weights = *call.weights.form,
+                       .packed = call.weights.packed.data(),
+                       .bits = call.weights.header.bits,
+                       .in = packed,
+                       .images = images,
+                       .correction = call.correction,
+                       .tensor = &call.out,
+                       .first_image = first,
+                       .by_columns = by_columns},
+                      part);
   call.kernels.end();
 }
 
-/// Parts that the threads share when they are more than the images. A few for each thread even out
-/// what a neighbour on the core takes away.
-int64_t part_count(const LayerPlan& plan, int threads, bool by_columns) {
-  const ConvShape& s = plan.shape;
-  if (plan.grouped) return std::min<int64_t>(s.out_h(), threads * int64_t{2});
-  if (by_columns) return std::min<int64_t>(plan.conv.pairs(), threads * int64_t{2});
-  const int64_t blocks = (s.out_h() * s.out_w() + kBlockRows - 1) / kBlockRows;
-  return std::min<int64_t>(blocks, threads * int64_t{2});
-}
-
 void run_images(const Call& call, int threads) {
-  const int64_t image_bytes = call.plan.in.image_bytes, slack = call.plan.in.slack;
+  const PlannedConv& conv = *call.plan.conv;
+  const int64_t image_bytes = conv.in().image_bytes, slack = conv.in().slack;
   if (threads == 1 || call.images >= threads) {
     // Each task packs some images and multiplies them while they are in its cache.
     const int64_t fit = std::max<int64_t>(1, kImageBudget / image_bytes);
@@ -141,15 +86,15 @@ void run_images(const Call& call, int threads) {
     return;
   }
   auto* packed = grown<uint8_t>(scratch().image, call.images * image_bytes + slack);
-  const int64_t row_parts = std::clamp<int64_t>(call.plan.in.h, 1, threads * int64_t{2});
+  const int64_t row_parts = std::clamp<int64_t>(conv.in().h, 1, threads * int64_t{2});
   parallel_for(call.images * row_parts, threads, [&](int64_t task, int) {
     const int64_t n = task / row_parts;
     pack_image(call.plan, call.in, n, packed + n * image_bytes, {task % row_parts, row_parts});
   });
   const bool by_columns =
-      !call.plan.grouped &&
-      prefers_columns(call.plan.conv, static_cast<int64_t>(call.weights.panels.size()), threads);
-  const int64_t parts = part_count(call.plan, threads, by_columns);
+      conv.prefers_columns(*call.weights.form, call.weights.header.bits, threads);
+  // A few parts for each thread even out what a neighbour on the core takes away.
+  const int64_t parts = std::min<int64_t>(conv.most_parts(by_columns), threads * int64_t{2});
   parallel_for(parts, threads, [&](int64_t part, int) {
     multiply(call, packed, 0, call.images, {part, parts}, by_columns);
   });
@@ -164,12 +109,13 @@ int64_t estimated_nanoseconds(const ConvShape& s) {
 
 void run(const ConvShape& shape, const ActivationIn& in, const LayerWeights& weights,
          const OutputSpec& out, int threads, const KernelRow& kernels) {
-  const std::shared_ptr<const LayerPlan> plan = cached_plan(shape, weights.by_pixel);
-  const int64_t panel_bytes = plan->grouped    ? 0
-                              : weights.sparse ? weights.sparse->bytes(weights.header.bits)
-                                               : plan->conv.packed_bytes(weights.header.bits);
-  if (weights.isa != kernels.isa || static_cast<int64_t>(weights.panels.size()) != panel_bytes)
-    throw InvalidArgument("conv2d: the weights were derived for another instruction set or layer");
+  if (weights.isa != kernels.isa || weights.form == nullptr)
+    throw InvalidArgument("conv2d: the weights were derived for another instruction set");
+  const int bits = weights.header.bits;
+  const std::shared_ptr<const LayerPlan> plan =
+      cached_plan(layer_task(shape, bits), *weights.algorithm, weights.form->variant);
+  if (static_cast<int64_t>(weights.packed.size()) != plan->conv->packed_bytes(*weights.form, bits))
+    throw InvalidArgument("conv2d: the weights were derived for another layer");
   auto* correction = grown<int32_t>(scratch().correction, shape.out_channels);
   for (int64_t o = 0; o < shape.out_channels; ++o)
     correction[o] = -in.grid.zero_point * weights.sums[o];
@@ -185,10 +131,12 @@ void prefer_interleaved(const ConvShape& s, ActivationIn& in, OutputSpec& out) {
 
 /// Whether the layer does not care where images end: a 1x1 convolution without padding over
 /// interleaved tensors is a matmul over one long list of pixels.
-bool is_matmul(const ConvShape& s, const ActivationIn& in, const OutputSpec& out) {
+bool is_matmul(const ConvShape& s, const ActivationIn& in, const LayerWeights& weights,
+               const OutputSpec& out) {
   const bool pointwise = s.kernel_h == 1 && s.kernel_w == 1 && s.stride_h == 1 && s.stride_w == 1 &&
                          s.pad_top == 0 && s.pad_left == 0 && s.pad_bottom == 0 && s.pad_right == 0;
-  return pointwise && in.layout == Layout::NHWC && out.layout == Layout::NHWC && !grouped_suits(s);
+  return pointwise && in.layout == Layout::NHWC && out.layout == Layout::NHWC &&
+         weights.algorithm != nullptr && weights.algorithm->joins_images();
 }
 
 void skip(ActivationIn& in, int64_t elements) {
@@ -258,27 +206,18 @@ LayerWeights derive_weights(const ConvShape& shape, std::span<const uint8_t> can
   }
   if (active_kernels() == nullptr) {
     weights.dense = std::move(dense);
-  } else if (grouped_suits(shape)) {
-    weights.grouped = build_grouped(shape, dense);
-  } else {
-    const LayerPlan plan = plan_layer(shape);
-    const KernelRow& kernels = *active_kernels();
-    std::optional<SparseForm> sparse;
-    if (plan.stem)
-      dense = stem_weights(*plan.stem, shape, dense);
-    else
-      sparse = plan_sparse([&](bool by_pixel) { return plan_layer(shape, by_pixel).conv; },
-                           plan.conv, dense, h.bits, kernels);
-    if (sparse && sparse_wins(*sparse, plan.conv, dense, h.bits, kernels, plan.in)) {
-      weights.by_pixel = sparse->by_pixel;
-      weights.panels = AlignedBuffer(static_cast<size_t>(sparse->panels.bytes(h.bits)));
-      pack_sparse(sparse->plan, sparse->panels, dense, h.bits, weights.panels.data());
-      weights.sparse = std::move(sparse->panels);
-    } else {
-      weights.panels = AlignedBuffer(static_cast<size_t>(plan.conv.packed_bytes(h.bits)));
-      pack_panels(plan.conv, dense, h.bits, weights.panels.data());
-    }
+    return weights;
   }
+  const ConvTask task = layer_task(shape, h.bits);
+  std::vector<ConvForm> forms;
+  for (const ConvAlgorithm* algorithm : algorithms_for(task)) {
+    ConvForm form = make_form(*algorithm, task, {layer_input(task, *algorithm).layout}, dense);
+    if (form.weights != nullptr) forms.push_back(std::move(form));
+  }
+  PackedForm fastest = fastest_form(task, std::move(forms), dense);
+  weights.algorithm = fastest.form.algorithm;
+  weights.form = std::move(fastest.form.weights);
+  weights.packed = std::move(fastest.packed);
   return weights;
 }
 
@@ -299,7 +238,7 @@ void conv2d(const ConvShape& shape, const ActivationIn& in, const LayerWeights& 
   ActivationIn from = in;
   OutputSpec to = out;
   prefer_interleaved(shape, from, to);
-  if (is_matmul(shape, from, to))
+  if (is_matmul(shape, from, weights, to))
     run_matmul(shape, from, weights, to, threads, *kernels);
   else
     run(shape, from, weights, to, threads, *kernels);

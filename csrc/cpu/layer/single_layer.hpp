@@ -2,13 +2,11 @@
 #pragma once
 
 #include <memory>
-#include <optional>
 #include <span>
 #include <vector>
 
 #include "core/aligned_buffer.hpp"
-#include "cpu/conv/grouped.hpp"
-#include "cpu/conv/sparse_panels.hpp"
+#include "cpu/conv/algorithm.hpp"
 #include "formats/canonical.hpp"
 #include "reference/spec.hpp"
 
@@ -19,16 +17,16 @@ struct LayerWeights {
   formats::CanonicalHeader header;
   Isa isa = Isa::Scalar;
   std::vector<int32_t> sums;  // [O] of each channel's weights, for the zero-point correction
-  // One of these:
+  // Either
   std::vector<int8_t> dense;  // scalar reference: [O][I/groups][KH][KW]
-  AlignedBuffer panels;       // pack_panels (conv/matmul.hpp), or pack_sparse:
-  std::optional<SparsePanels> sparse;
-  bool by_pixel = false;   // how the panels were planned (plan_conv)
-  GroupedWeights grouped;  // where grouped_suits
+  // or what an algorithm made of them:
+  const ConvAlgorithm* algorithm = nullptr;
+  std::unique_ptr<ConvWeights> form;
+  AlignedBuffer packed;
 
   size_t bytes() const {
-    return sums.size() * 4 + dense.size() + panels.size() + grouped.data.size() +
-           (sparse ? static_cast<size_t>(sparse->table_bytes()) : 0);
+    return sums.size() * 4 + dense.size() + packed.size() +
+           static_cast<size_t>(form == nullptr ? 0 : form->own_bytes());
   }
 };
 

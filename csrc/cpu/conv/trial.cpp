@@ -1,0 +1,137 @@
+#include "cpu/conv/trial.hpp"
+
+#include <algorithm>
+#include <chrono>
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+namespace adalayer::cpu {
+namespace {
+
+// A form must win by this much: measurements of microseconds scatter, and the first one is the
+// simplest.
+constexpr double kClearly = 0.97;
+// Weights beyond this size come from memory when their layer's turn comes again.
+constexpr int64_t kStaysCached = 4 << 20;
+constexpr int kTurns = 9;
+constexpr double kShortest = 20e-6;  // seconds of one measurement
+constexpr int64_t kManyImages = 8;   // a batch that no longer is a matrix times a few vectors
+
+void evict([[maybe_unused]] const uint8_t* bytes, [[maybe_unused]] int64_t count) {
+#if defined(__SSE2__)
+  for (int64_t i = 0; i < count; i += 64)
+    _mm_clflush(bytes + i);
+  _mm_mfence();
+#endif
+}
+
+/// A layer with a batch of levels, of which the values do not matter.
+class Trial {
+ public:
+  Trial(const ConvTask& task, std::span<const PackedForm> forms, int64_t images)
+      : task_(task), images_(images) {
+    int64_t in = 0;
+    for (const PackedForm& f : forms)
+      in = std::max(in, images * f.form.plan->in().image_bytes + f.form.plan->in().slack);
+    const ConvShape& s = task.shape;
+    in_ = zeros(in);
+    out_ = zeros(images * s.out_channels * s.out_h() * s.out_w() * 4);
+    constants_ = zeros(epilogue_size(s.out_channels) * 4);
+    tensor_.data = out_.data();
+    tensor_.dtype = DType::F32;
+    tensor_.layout = Layout::NHWC;
+    tensor_.scale = tensor_.bias = constants_.as<float>();
+  }
+
+  void run(const PackedForm& f) {
+    task_.kernels.begin();
+    f.form.plan->run({.weights = *f.form.weights,
+                      .packed = f.packed.data(),
+                      .bits = task_.bits,
+                      .in = in_.data(),
+                      .images = images_,
+                      .correction = constants_.as<int32_t>(),
+                      .tensor = &tensor_},
+                     {});
+    task_.kernels.end();
+  }
+
+ private:
+  static AlignedBuffer zeros(int64_t bytes) {
+    AlignedBuffer buffer(static_cast<size_t>(bytes));
+    buffer.clear();
+    return buffer;
+  }
+
+  const ConvTask& task_;
+  int64_t images_;
+  AlignedBuffer in_, out_, constants_;
+  OutputSpec tensor_;
+};
+
+/// Least seconds of each form over some turns, with a batch.
+void race(const ConvTask& task, std::span<PackedForm> forms, int64_t images) {
+  using Clock = std::chrono::steady_clock;
+  Trial trial(task, forms, images);
+  const auto timed = [&](const PackedForm& f, int calls) {
+    const auto start = Clock::now();
+    for (int i = 0; i < calls; ++i)
+      trial.run(f);
+    return std::chrono::duration<double>(Clock::now() - start).count() / calls;
+  };
+  int64_t largest = 0;
+  for (const PackedForm& f : forms)
+    largest = std::max(largest, static_cast<int64_t>(f.packed.size()));
+  const bool cold = largest > kStaysCached;
+  trial.run(forms[0]);
+  const double once = std::max(timed(forms[0], 1), 1e-7);
+  const int calls = cold ? 1 : static_cast<int>(std::clamp(kShortest / once, 1.0, 100.0));
+  for (PackedForm& f : forms)
+    f.seconds = INFINITY;
+  for (int turn = 0; turn < kTurns; ++turn)
+    for (PackedForm& f : forms) {
+      if (cold)
+        evict(f.packed.data(), static_cast<int64_t>(f.packed.size()));
+      else
+        trial.run(f);
+      f.seconds = std::min(f.seconds, timed(f, calls));
+    }
+}
+
+}  // namespace
+
+PackedForm fastest_form(const ConvTask& task, std::vector<ConvForm> forms,
+                        std::span<const int8_t> values) {
+  const auto forced = std::find_if(forms.begin(), forms.end(), [](const ConvForm& f) {
+    return f.weights->merit == Merit::Forced;
+  });
+  std::vector<PackedForm> packed;
+  for (ConvForm& form : forms) {
+    if (forced != forms.end() && &form != &*forced) continue;
+    AlignedBuffer buffer(static_cast<size_t>(form.plan->packed_bytes(*form.weights, task.bits)));
+    form.plan->pack(*form.weights, values, task.bits, buffer.data());
+    packed.push_back({std::move(form), std::move(buffer)});
+  }
+  size_t best = 0;
+  if (packed.size() > 1) {
+    race(task, packed, 1);
+    std::vector<double> alone;
+    for (const PackedForm& f : packed)
+      alone.push_back(f.seconds);
+    bool batched = false;
+    for (size_t k = 1; k < packed.size(); ++k) {
+      if (alone[k] > kClearly * alone[best]) continue;
+      if (packed[k].form.weights->for_few_positions) {
+        if (!batched) race(task, packed, kManyImages);
+        batched = true;
+        if (packed[k].seconds * kClearly >= packed[best].seconds) continue;
+      }
+      best = k;
+    }
+  }
+  return std::move(packed[best]);
+}
+
+}  // namespace adalayer::cpu
