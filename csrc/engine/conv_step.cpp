@@ -68,6 +68,25 @@ PhaseAxis phase_axis(int64_t r, int64_t out, int64_t kernel, int64_t stride, int
   return p;
 }
 
+/// The taps of a transposed convolution's phase, of its [O][I/groups][KH][KW], flipped.
+std::vector<int8_t> phase_weights(const TransposedPhase& phase, const ConvAttributes& a,
+                                  const ConvShape& whole, std::span<const int8_t> weights) {
+  const ConvShape& s = phase.shape;
+  const int64_t outs = whole.out_channels, ins = whole.group_in();
+  std::vector<int8_t> taps(static_cast<size_t>(outs * ins * s.kernel_h * s.kernel_w), 0);
+  for (int64_t o = 0; o < outs; ++o)
+    for (int64_t i = 0; i < ins; ++i)
+      for (int64_t jy = 0; jy < s.kernel_h; ++jy)
+        for (int64_t jx = 0; jx < s.kernel_w; ++jx) {
+          const int64_t ky = phase.first_ky + (s.kernel_h - 1 - jy) * phase.step_ky;
+          const int64_t kx = phase.first_kx + (s.kernel_w - 1 - jx) * phase.step_kx;
+          if (ky < a.kernel_h && kx < a.kernel_w)
+            taps[((o * ins + i) * s.kernel_h + jy) * s.kernel_w + jx] =
+                weights[((o * ins + i) * a.kernel_h + ky) * a.kernel_w + kx];
+        }
+  return taps;
+}
+
 }  // namespace
 
 std::vector<TransposedPhase> transposed_phases(const Program& program, const Node& node) {
@@ -107,45 +126,57 @@ std::vector<TransposedPhase> transposed_phases(const Program& program, const Nod
   return phases;
 }
 
-bool runs_grouped(const Program& program, const Node& node) {
-  return node.op == OpKind::Conv && value_of(program, node.output).kind == ValueKind::U8 &&
-         cpu::active_kernels() != nullptr && cpu::grouped_suits(conv_shape(program, node));
+std::vector<cpu::ConvTask> conv_tasks(const Program& program, const Node& node, bool own_input) {
+  const cpu::KernelRow& kernels = *cpu::active_kernels();
+  const int bits =
+      formats::read_header(program.constants[conv_attributes(node).weights].bytes).bits;
+  if (node.op == OpKind::Conv) return {{kernels, conv_shape(program, node), {}, bits, own_input}};
+  std::vector<cpu::ConvTask> tasks;
+  for (const TransposedPhase& phase : transposed_phases(program, node))
+    tasks.push_back({kernels, phase.shape, phase.map, bits, false});
+  return tasks;
 }
 
 ConvStep::ConvStep(const Program& program, const Node& node, const cpu::ImageLayout& in,
-                   const cpu::ImageLayout* out, const cpu::ImageLayout* residual,
-                   const cpu::Stem* stem)
+                   const cpu::ImageLayout* out, const cpu::ImageLayout* residual, bool own_input)
     : node_(&node),
       attributes_(conv_attributes(node)),
       shape_(shape_of(program, node)),
       out_value_(value_of(program, node.output)),
       zero_point_(value_of(program, node.inputs[0]).zero_point),
-      in_(in),
       float_out_(out == nullptr),
-      has_residual_(node.inputs.size() > 1),
-      stem_(stem != nullptr) {
-  if (out != nullptr) out_ = *out;
+      has_residual_(node.inputs.size() > 1) {
   if (residual != nullptr) residual_ = *residual;
   if (has_residual_) residual_value_ = value_of(program, node.inputs[1]);
   const std::vector<uint8_t>& canonical = program.constants[attributes_.weights].bytes;
   bits_ = formats::read_header(canonical).bits;
   packed_bytes_ = canonical.size();
-  const std::vector<int8_t> weights = formats::unpack_canonical(canonical);
+  std::vector<int8_t> weights = formats::unpack_canonical(canonical);
   prepare_epilogue(program, weights);
   // A float output adds its residual afterwards.
-  const cpu::ImageLayout* fused = float_out_ ? nullptr : residual;
-  if (node.op == OpKind::ConvTranspose) {
-    plan_transposed(transposed_phases(program, node), in, out, fused, weights);
-  } else if (runs_grouped(program, node)) {
-    grouped_ = cpu::build_grouped(shape_, weights);
-    correction_ = correction(weights);
-    epilogue_.correction = zero_point_ == 0 ? nullptr : correction_.as<int32_t>();
-  } else if (stem != nullptr) {
-    new_piece(cpu::stem_weights(*stem, shape_, weights)).plan =
-        plan(stem->shape, {}, in, out, fused, false);
-  } else {
-    add_piece(shape_, {}, in, out, fused, weights);
+  const cpu::ConvLayouts at{in, out, float_out_ ? nullptr : residual};
+  const std::vector<cpu::ConvTask> tasks = conv_tasks(program, node, own_input);
+  if (node.op == OpKind::Conv) {
+    add_piece(tasks.front(), at, std::move(weights));
+    return;
   }
+  const std::vector<TransposedPhase> phases = transposed_phases(program, node);
+  for (size_t k = 0; k < phases.size(); ++k)
+    add_piece(tasks[k], at, phase_weights(phases[k], attributes_, shape_, weights));
+  // What is nothing for one of them is nothing for all.
+  const auto everywhere = [&](const cpu::ConvAlgorithm* algorithm) {
+    return std::all_of(pieces_.begin(), pieces_.end(), [&](const Piece& piece) {
+      return std::any_of(piece.forms.begin(), piece.forms.end(),
+                         [&](const Form& f) { return f.conv.algorithm == algorithm; });
+    });
+  };
+  std::vector<const cpu::ConvAlgorithm*> common;
+  for (const Form& f : pieces_.front().forms)
+    if (everywhere(f.conv.algorithm)) common.push_back(f.conv.algorithm);
+  for (Piece& piece : pieces_)
+    std::erase_if(piece.forms, [&](const Form& f) {
+      return std::find(common.begin(), common.end(), f.conv.algorithm) == common.end();
+    });
 }
 
 AlignedBuffer ConvStep::correction(std::span<const int8_t> weights) const {
@@ -161,58 +192,17 @@ AlignedBuffer ConvStep::correction(std::span<const int8_t> weights) const {
   return padded_copy<int32_t>(values);
 }
 
-ConvStep::Piece& ConvStep::new_piece(std::vector<int8_t> weights) {
+void ConvStep::add_piece(const cpu::ConvTask& task, const cpu::ConvLayouts& at,
+                         std::vector<int8_t> weights) {
   Piece& piece = pieces_.emplace_back();
   piece.correction = correction(weights);
   piece.weights = std::move(weights);
   piece.epilogue = epilogue_;
   piece.epilogue.correction = zero_point_ == 0 ? nullptr : piece.correction.as<int32_t>();
-  return piece;
-}
-
-cpu::ConvPlan ConvStep::plan(const ConvShape& shape, const cpu::OutputMap& map,
-                             const cpu::ImageLayout& in, const cpu::ImageLayout* out,
-                             const cpu::ImageLayout* residual, bool by_pixel) const {
-  cpu::ConvPlan plan =
-      cpu::plan_conv(shape, in, out, residual, *cpu::active_kernels(), map, by_pixel);
-  // Narrower weights need no order, unpacked or not.
-  if (bits_ < 7) plan.arrangement = nullptr;
-  return plan;
-}
-
-void ConvStep::add_piece(const ConvShape& shape, const cpu::OutputMap& map,
-                         const cpu::ImageLayout& in, const cpu::ImageLayout* out,
-                         const cpu::ImageLayout* residual, std::vector<int8_t> weights) {
-  Piece& piece = new_piece(std::move(weights));
-  const auto plan_of = [&](bool by_pixel) { return plan(shape, map, in, out, residual, by_pixel); };
-  piece.plan = plan_of(false);
-  piece.sparse =
-      cpu::plan_sparse(plan_of, piece.plan, piece.weights, bits_, *cpu::active_kernels());
-}
-
-void ConvStep::plan_transposed(const std::vector<TransposedPhase>& phases,
-                               const cpu::ImageLayout& in, const cpu::ImageLayout* out,
-                               const cpu::ImageLayout* residual, std::span<const int8_t> weights) {
-  const ConvAttributes& a = attributes_;
-  const int64_t outs = shape_.out_channels, ins = shape_.group_in();
-  for (const TransposedPhase& phase : phases) {
-    const ConvShape& s = phase.shape;
-    std::vector<int8_t> taps(static_cast<size_t>(outs * ins * s.kernel_h * s.kernel_w), 0);
-    for (int64_t o = 0; o < outs; ++o)
-      for (int64_t i = 0; i < ins; ++i)
-        for (int64_t jy = 0; jy < s.kernel_h; ++jy)
-          for (int64_t jx = 0; jx < s.kernel_w; ++jx) {
-            const int64_t ky = phase.first_ky + (s.kernel_h - 1 - jy) * phase.step_ky;
-            const int64_t kx = phase.first_kx + (s.kernel_w - 1 - jx) * phase.step_kx;
-            if (ky < a.kernel_h && kx < a.kernel_w)
-              taps[((o * ins + i) * s.kernel_h + jy) * s.kernel_w + jx] =
-                  weights[((o * ins + i) * a.kernel_h + ky) * a.kernel_w + kx];
-          }
-    add_piece(s, phase.map, in, out, residual, std::move(taps));
+  for (const cpu::ConvAlgorithm* algorithm : cpu::algorithms_for(task)) {
+    cpu::ConvForm form = cpu::make_form(*algorithm, task, at, piece.weights);
+    if (form.weights != nullptr) piece.forms.push_back({std::move(form)});
   }
-  if (!std::all_of(pieces_.begin(), pieces_.end(), [](const Piece& p) { return p.sparse; }))
-    for (Piece& piece : pieces_)
-      piece.sparse.reset();
 }
 
 void ConvStep::prepare_epilogue(const Program& program, std::span<const int8_t> weights) {
@@ -244,22 +234,23 @@ void ConvStep::prepare_epilogue(const Program& program, std::span<const int8_t> 
 }
 
 int64_t ConvStep::panel_bytes(const ConvChoice& choice) const {
+  const ConvChoice c = possible(choice);
   int64_t bytes = 0;
-  for (const Piece& piece : pieces_)
-    bytes += piece_bytes(piece, possible(choice));
+  for (const Piece& piece : pieces_) {
+    const cpu::ConvForm& conv = piece.forms[c.form].conv;
+    bytes += conv.plan->packed_bytes(*conv.weights, panel_bits(c.resident));
+  }
   return bytes;
 }
 
 void ConvStep::pack(uint8_t* panels, const ConvChoice& choice) {
-  const ConvChoice f = possible(choice);
+  const ConvChoice c = possible(choice);
+  const int bits = panel_bits(c.resident);
   for (Piece& piece : pieces_) {
-    piece.panels[f.sparse][f.resident] = panels;
-    if (f.sparse)
-      cpu::pack_sparse(piece.sparse->plan, piece.sparse->panels, piece.weights,
-                       panel_bits(f.resident), panels);
-    else
-      cpu::pack_panels(piece.plan, piece.weights, panel_bits(f.resident), panels);
-    panels += piece_bytes(piece, f);
+    Form& form = piece.forms[c.form];
+    form.panels[c.resident] = panels;
+    form.conv.plan->pack(*form.conv.weights, piece.weights, bits, panels);
+    panels += form.conv.plan->packed_bytes(*form.conv.weights, bits);
   }
 }
 
@@ -268,40 +259,54 @@ void ConvStep::drop_weights() {
     piece.weights = {};
 }
 
+bool ConvStep::can_be_resident() const {
+  const std::vector<Form>& forms = pieces_.front().forms;
+  return bits_ < 8 &&
+         std::any_of(
+             forms.begin(), forms.end(), [](const Form& f) { return f.conv.weights->widens; });
+}
+
 ConvChoice ConvStep::possible(ConvChoice choice) const {
-  const bool bitmask =
-      can_be_sparse() && pieces_.front().sparse->panels.kind == cpu::Panels::Bitmask;
-  choice.sparse = can_be_sparse() && (choice.sparse || cpu::sparse_is_forced());
-  choice.resident = choice.resident && can_be_resident() && !(choice.sparse && bitmask);
+  const std::vector<Form>& forms = pieces_.front().forms;
+  if (choice.form >= this->forms()) choice.form = 0;
+  for (int f = 0; f < this->forms(); ++f)
+    if (forms[f].conv.weights->merit == cpu::Merit::Forced) choice.form = f;
+  choice.resident = choice.resident && bits_ < 8 && forms[choice.form].conv.weights->widens;
   return choice;
 }
 
-bool ConvStep::should_be_sparse() const {
-  return can_be_sparse() && std::all_of(pieces_.begin(), pieces_.end(), [](const Piece& piece) {
-           return cpu::surely_faster(*piece.sparse, piece.plan);
-         });
+int ConvStep::sure_form() const {
+  for (int f = 1; f < forms(); ++f)
+    if (std::all_of(pieces_.begin(), pieces_.end(), [&](const Piece& piece) {
+          return piece.forms[f].conv.weights->merit != cpu::Merit::Unknown;
+        }))
+      return f;
+  return 0;
 }
 
-uint64_t ConvStep::sparse_key() const {
+uint64_t ConvStep::forms_key() const {
   uint64_t key = 0;
-  if (!can_be_sparse()) return key;
   for (const Piece& piece : pieces_)
-    key = key * 1'000'003 + 1 + static_cast<uint64_t>(piece.sparse->panels.kind) +
-          static_cast<uint64_t>(piece.sparse->panels.bytes(bits_));
+    for (const Form& f : piece.forms) {
+      for (const char c : f.conv.algorithm->name(shape_))
+        key = key * 1'000'003 + static_cast<uint8_t>(c);
+      key = key * 1'000'003 + f.conv.weights->key();
+    }
   return key;
 }
 
 cpu::WeightStream::Segment ConvStep::segment(cpu::Part part) const {
   if (pieces_.size() != 1) return {nullptr, 0, 0};
-  const Piece& piece = pieces_.front();
-  const auto [first, last] = cpu::weight_range(plan_in_use(piece), panels_in_use(piece),
-                                               panel_bits(choice_.resident), part);
-  return {piece.panels[choice_.sparse][choice_.resident] + first, last - first, 0};
+  const Form& form = in_use(pieces_.front());
+  const auto [first, last] =
+      form.conv.plan->weight_range(*form.conv.weights, panel_bits(choice_.resident), part);
+  return {form.panels[choice_.resident] + first, last - first, 0};
 }
 
 bool ConvStep::by_columns(int threads) const {
-  return pieces_.size() == 1 &&
-         cpu::prefers_columns(plan_in_use(pieces_.front()), panel_bytes(choice_), threads);
+  if (pieces_.size() != 1) return false;
+  const cpu::ConvForm& conv = in_use(pieces_.front()).conv;
+  return conv.plan->prefers_columns(*conv.weights, panel_bits(choice_.resident), threads);
 }
 
 int64_t ConvStep::max_parts() const {
@@ -311,47 +316,34 @@ int64_t ConvStep::max_parts() const {
   return std::max<int64_t>(1, macs() / kMacsPerPart);
 }
 
-void ConvStep::run(const cpu::KernelRow& kernels, const ConvBuffers& b, cpu::Part part,
-                   bool by_columns, cpu::WeightStream* stream, int64_t segment) const {
-  if (grouped_) {
-    for (int64_t n = 0; n < b.images; ++n) {
-      const cpu::ConstImageView in(&in_, b.in + n * in_.image_bytes);
-      const cpu::ConstImageView residual(
-          &residual_, b.residual == nullptr ? nullptr : b.residual + n * residual_.image_bytes);
-      cpu::run_grouped(shape_, *grouped_, epilogue_, in, residual,
-                       {&out_, b.out + n * out_.image_bytes}, part);
-    }
-    return;
-  }
+void ConvStep::run(const ConvBuffers& b, cpu::Part part, bool by_columns, cpu::WeightStream* stream,
+                   int64_t segment) const {
+  OutputSpec tensor;
+  tensor.data = b.out_f32;
+  tensor.dtype = DType::F32;
+  tensor.layout = Layout::NCHW;
+  tensor.scale = epilogue_.scale;
+  tensor.bias = epilogue_.bias;
+  // With a residual the clamp comes after it.
+  tensor.lo = has_residual_ ? -INFINITY : attributes_.f32_lo;
+  tensor.hi = has_residual_ ? INFINITY : attributes_.f32_hi;
   for (const Piece& piece : pieces_) {
-    const cpu::ConvCall call{.plan = plan_in_use(piece),
-                             .weights = piece.panels[choice_.sparse][choice_.resident],
-                             .bits = panel_bits(choice_.resident),
-                             .weight_bits = bits_,
-                             .epilogue = &piece.epilogue,
-                             .in = b.in,
-                             .images = b.images,
-                             .out = b.out,
-                             .residual = b.residual,
-                             .by_columns = by_columns,
-                             .other_order = choice_.other_order,
-                             .stream = stream,
-                             .segment = segment,
-                             .sparse = panels_in_use(piece)};
-    if (!float_out_) {
-      cpu::run_conv(call, kernels, part);
-      continue;
-    }
-    OutputSpec out;
-    out.data = b.out_f32;
-    out.dtype = DType::F32;
-    out.layout = Layout::NCHW;
-    out.scale = epilogue_.scale;
-    out.bias = epilogue_.bias;
-    // With a residual the clamp comes after it.
-    out.lo = has_residual_ ? -INFINITY : attributes_.f32_lo;
-    out.hi = has_residual_ ? INFINITY : attributes_.f32_hi;
-    cpu::run_conv({call, out, piece.correction.as<int32_t>()}, kernels, part);
+    const Form& form = in_use(piece);
+    form.conv.plan->run({.weights = *form.conv.weights,
+                         .packed = form.panels[choice_.resident],
+                         .bits = panel_bits(choice_.resident),
+                         .in = b.in,
+                         .images = b.images,
+                         .correction = piece.correction.as<int32_t>(),
+                         .epilogue = &piece.epilogue,
+                         .out = b.out,
+                         .residual = b.residual,
+                         .tensor = float_out_ ? &tensor : nullptr,
+                         .by_columns = by_columns,
+                         .other_order = choice_.other_order,
+                         .stream = stream,
+                         .segment = segment},
+                        part);
   }
   if (float_out_ && has_residual_) add_float_residual(b);
 }
@@ -371,38 +363,38 @@ void ConvStep::add_float_residual(const ConvBuffers& b) const {
 }
 
 size_t ConvStep::derived_bytes() const {
-  if (grouped_) return grouped_->data.size();
   int64_t bytes = panel_bytes(choice_);
   for (const Piece& piece : pieces_)
-    if (choice_.sparse) bytes += piece.sparse->panels.table_bytes();
+    bytes += in_use(piece).conv.weights->own_bytes();
   return static_cast<size_t>(bytes);
 }
 
 std::string ConvStep::kernel() const {
-  const cpu::KernelRow* row = cpu::active_kernels();
-  const std::string isa = row == nullptr ? "scalar" : row->name;
-  if (grouped_) return isa + (shape_.depthwise() ? " depthwise" : " grouped");
-  std::string form;
-  if (choice_.sparse)
-    form = pieces_.front().sparse->panels.kind == cpu::Panels::Bitmask ? " bitmask" : " blocks";
-  if (choice_.resident) form += " resident";
-  if (stem_) return isa + " stem" + form;
-  return isa + (pieces_.size() > 1 ? " transposed" : "") + form;
+  const cpu::ConvForm& conv = in_use(pieces_.front()).conv;
+  std::string text = cpu::active_kernels()->name;
+  if (pieces_.size() > 1) text += " transposed";
+  text += ' ' + conv.algorithm->name(shape_);
+  if (const std::string form = conv.weights->form(); !form.empty()) text += ", " + form;
+  if (choice_.resident) text += ", resident";
+  return text;
 }
 
 std::string ConvStep::why() const {
-  if (!can_be_sparse()) return {};
-  std::string text;
-  for (const Piece& piece : pieces_)
-    text += (text.empty() ? "" : "; ") + cpu::describe(*piece.sparse, piece.plan, bits_);
-  if (!choice_.sparse) text = "dense, not " + text;
-  if (dense_seconds_ > 0.0) {
-    char times[80];
-    std::snprintf(times, sizeof times, " (%.1f µs, dense %.1f µs)", 1e6 * sparse_seconds_,
-                  1e6 * dense_seconds_);
-    text += times;
+  for (int f = 0; f < forms(); ++f) {
+    if (pieces_.front().forms[f].conv.weights->saving().empty()) continue;
+    std::string text;
+    for (const Piece& piece : pieces_)
+      text += (text.empty() ? "" : "; ") + piece.forms[f].conv.weights->saving();
+    if (choice_.form != f) text = "dense, not " + text;
+    if (!seconds_.empty()) {
+      char times[80];
+      std::snprintf(times, sizeof times, " (%.1f µs, dense %.1f µs)", 1e6 * seconds_[f],
+                    1e6 * seconds_[0]);
+      text += times;
+    }
+    return text;
   }
-  return text;
+  return {};
 }
 
 }  // namespace adalayer::engine

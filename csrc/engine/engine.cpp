@@ -133,19 +133,19 @@ struct Engine::Impl {
         if (step.conv)
           step.conv->choose({.resident = options.weights == WeightForm::Resident,
                              .other_order = false,
-                             .sparse = step.conv->should_be_sparse()});
+                             .form = step.conv->sure_form()});
       return;
     }
     const int threads = options.threads > 0 ? options.threads : default_threads();
     const uint64_t key = planning_key(steps, threads);
     const std::optional<PlanCache> cache = PlanCache::of_user();
     if (cache && cache->apply(key, steps)) return;
-    std::vector<AlignedBuffer> forms;
-    for (const bool sparse : {false, true})
+    std::vector<AlignedBuffer> packed;
+    for (int form = 0; form < most_forms(steps); ++form)
       for (const bool resident : {false, true})
-        forms.push_back(pack_weights([&](const ConvStep& conv) -> std::optional<ConvChoice> {
-          const ConvChoice form{.resident = resident, .other_order = false, .sparse = sparse};
-          if (conv.possible(form) == form) return form;
+        packed.push_back(pack_weights([&](const ConvStep& conv) -> std::optional<ConvChoice> {
+          const ConvChoice choice{.resident = resident, .other_order = false, .form = form};
+          if (conv.possible(choice) == choice) return choice;
           return std::nullopt;
         }));
     Noise noise(program, 1);
@@ -367,7 +367,7 @@ struct Engine::Impl {
                 cpu::WeightStream* stream, int64_t segment) const {
     const Node& node = *step.node;
     const bool u8_out = program.values[node.output].kind == ValueKind::U8;
-    if (part.index == 0 && u8_out && !layouts[node.output].stem.has_value())
+    if (part.index == 0 && u8_out && layouts[node.output].own_input == nullptr)
       cpu::fill_padding(frame.layout(node.output), frame.data[node.output], frame.images,
                         static_cast<uint8_t>(program.values[node.output].zero_point));
     if (!step.conv) {
@@ -383,7 +383,7 @@ struct Engine::Impl {
     else
       b.out_f32 = frame.floats(node.output, 0);
     b.images = frame.images;
-    step.conv->run(*kernels, b, part, team > 1 && step.conv->by_columns(team), stream, segment);
+    step.conv->run(b, part, team > 1 && step.conv->by_columns(team), stream, segment);
   }
 
   /// Tile configuration of a thread for the length of one pass.

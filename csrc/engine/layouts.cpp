@@ -11,21 +11,15 @@ namespace {
 // Strides whose least common multiple is larger get rows of their own instead of phases.
 constexpr int64_t kMaxPhases = 8;
 
-struct Needs {
-  cpu::Padding padding;
-  int64_t phases = 1;
-  int64_t columns_multiple = 1;
-
-  void read_by(const ConvShape& s, bool strided) {
-    const cpu::Padding needed = cpu::padding_of(s);
-    padding.top = std::max(padding.top, needed.top);
-    padding.left = std::max(padding.left, needed.left);
-    padding.bottom = std::max(padding.bottom, needed.bottom);
-    padding.right = std::max(padding.right, needed.right);
-    if (!strided) return;
-    const int64_t together = std::lcm(phases, s.stride_h);
+struct Needs : cpu::LayoutNeeds {
+  void add(const cpu::LayoutNeeds& more) {
+    padding.top = std::max(padding.top, more.padding.top);
+    padding.left = std::max(padding.left, more.padding.left);
+    padding.bottom = std::max(padding.bottom, more.padding.bottom);
+    padding.right = std::max(padding.right, more.padding.right);
+    const int64_t together = std::lcm(phases, more.phases);
     if (together <= kMaxPhases) phases = together;
-    const int64_t columns = std::lcm(columns_multiple, s.stride_w);
+    const int64_t columns = std::lcm(columns_multiple, more.columns_multiple);
     if (columns <= kMaxPhases) columns_multiple = columns;
   }
 };
@@ -33,10 +27,6 @@ struct Needs {
 }  // namespace
 
 std::vector<ValueLayout> plan_layouts(const Program& program) {
-  const cpu::KernelRow* kernels = cpu::active_kernels();
-  const cpu::Positions positions = kernels == nullptr ? cpu::Positions::Listed : kernels->positions;
-  // Listed positions may lie anywhere: rows need no phases.
-  const bool strided = positions == cpu::Positions::Flattened;
   std::vector<Needs> needs(program.values.size());
   std::vector<int> readers(program.values.size(), 0);
   std::vector<const Node*> writer(program.values.size(), nullptr);
@@ -44,13 +34,10 @@ std::vector<ValueLayout> plan_layouts(const Program& program) {
     writer[node.output] = &node;
     for (const int32_t v : node.inputs)
       ++readers[v];
-    if (node.op == OpKind::Conv) {
-      needs[node.inputs[0]].read_by(conv_shape(program, node),
-                                    strided && !runs_grouped(program, node));
-    } else if (node.op == OpKind::ConvTranspose) {
-      for (const TransposedPhase& phase : transposed_phases(program, node))
-        needs[node.inputs[0]].read_by(phase.shape, strided);
-    }
+    if (node.op != OpKind::Conv && node.op != OpKind::ConvTranspose) continue;
+    for (const cpu::ConvTask& task : conv_tasks(program, node, false))
+      for (const cpu::ConvAlgorithm* algorithm : cpu::algorithms_for(task))
+        needs[node.inputs[0]].add(algorithm->needs(task));
   }
   std::vector<ValueLayout> layouts(program.values.size());
   for (size_t v = 0; v < layouts.size(); ++v) {
@@ -64,10 +51,10 @@ std::vector<ValueLayout> plan_layouts(const Program& program) {
     const int32_t v = node.inputs[0];
     const bool only_reader =
         readers[v] == 1 && writer[v] != nullptr && writer[v]->op == OpKind::Quantize;
-    const ConvShape shape = conv_shape(program, node);
-    if (!only_reader || runs_grouped(program, node) || !cpu::stem_suits(shape)) continue;
-    layouts[v].stem = cpu::plan_stem(shape, positions);
-    layouts[v].layout = layouts[v].stem->layout;
+    if (!only_reader) continue;
+    const cpu::ConvTask task = conv_tasks(program, node, true).front();
+    layouts[v].own_input = cpu::algorithms_for(task).front()->own_input(task);
+    if (layouts[v].own_input != nullptr) layouts[v].layout = layouts[v].own_input->layout;
   }
   return layouts;
 }

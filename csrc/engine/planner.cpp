@@ -3,7 +3,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <array>
 #include <chrono>
 #include <cstdlib>
 #include <fstream>
@@ -14,6 +13,7 @@
 #include <vector>
 
 #include "core/cpu_features.hpp"
+#include "cpu/conv/sparse_policy.hpp"
 
 namespace adalayer::engine {
 namespace {
@@ -27,16 +27,18 @@ constexpr double kClearly = 0.95;
 constexpr int kMostRounds = 8, kLeastRounds = 3;
 constexpr double kMostSeconds = 1.0;
 
-constexpr std::array<ConvChoice, 8> kChoices{{{false, false, false},
-                                              {false, true, false},
-                                              {true, false, false},
-                                              {true, true, false},
-                                              {false, false, true},
-                                              {false, true, true},
-                                              {true, false, true},
-                                              {true, true, true}}};
-constexpr size_t kFirstSparse = 4;
-constexpr std::string_view kLetters = "porxPORX";  // in the file: one for each of kChoices
+// In the file: four letters for the choices of each form.
+constexpr std::string_view kLetters = "porxPORXabcdABCDefghEFGH";
+constexpr size_t kOfForm = 4;
+
+ConvChoice choice_of(size_t letter) {
+  return {.resident = letter / 2 % 2 == 1,
+          .other_order = letter % 2 == 1,
+          .form = static_cast<int>(letter / kOfForm)};
+}
+size_t letter_of(const ConvChoice& c) {
+  return static_cast<size_t>(c.form) * kOfForm + 2 * c.resident + c.other_order;
+}
 
 constexpr std::string_view kFirstLine = "adalayer plans 1";
 constexpr size_t kMostLines = 4096;
@@ -82,22 +84,30 @@ std::vector<std::string> read_lines(const fs::path& path) {
 
 }  // namespace
 
+int most_forms(const std::vector<Step>& steps) {
+  int most = 1;
+  for (const Step& step : steps)
+    if (step.conv) most = std::max(most, step.conv->forms());
+  return std::min(most, static_cast<int>(kLetters.size() / kOfForm));
+}
+
 void choose_by_clock(std::vector<Step>& steps, const TimedRun& run) {
-  const auto packs = [](const Step& s) { return s.conv && s.conv->can_be_resident(); };
-  const auto skips = [](const Step& s) { return s.conv && s.conv->can_be_sparse(); };
-  const bool resident = std::any_of(steps.begin(), steps.end(), packs);
-  const bool sparse = std::any_of(steps.begin(), steps.end(), skips);
+  const bool resident = std::any_of(steps.begin(), steps.end(), [](const Step& s) {
+    return s.conv && s.conv->can_be_resident();
+  });
+  const int forms = most_forms(steps);
+  const auto choices = static_cast<size_t>(forms) * kOfForm;
   std::vector<size_t> timed;
-  for (size_t c = 0; c < kChoices.size(); ++c)
-    if ((resident || !kChoices[c].resident) && (sparse || !kChoices[c].sparse)) timed.push_back(c);
-  std::array<std::vector<double>, kChoices.size()> best;
+  for (size_t c = 0; c < choices; ++c)
+    if (resident || !choice_of(c).resident) timed.push_back(c);
+  std::vector<std::vector<double>> best(choices);
   for (auto& times : best)
     times.assign(steps.size(), std::numeric_limits<double>::infinity());
   std::vector<double> seconds(steps.size());
   const auto start = Clock::now();
   for (int round = 0; round < kMostRounds; ++round) {
     for (const size_t c : timed) {
-      choose(steps, kChoices[c]);
+      choose(steps, choice_of(c));
       std::fill(seconds.begin(), seconds.end(), 0.0);
       run(seconds);
       for (size_t k = 0; round > 0 && k < steps.size(); ++k)
@@ -108,22 +118,21 @@ void choose_by_clock(std::vector<Step>& steps, const TimedRun& run) {
   }
   for (size_t k = 0; k < steps.size(); ++k) {
     if (!steps[k].conv) continue;
-    // The fastest of one kind, where its first one wins ties.
-    const auto fastest_of = [&](size_t first) {
-      size_t fastest = first;
+    // The fastest of each form, where its first choice wins ties; then the form, likewise.
+    size_t fastest = 0;
+    std::vector<double> seconds_of_forms;
+    for (int form = 0; form < std::min(forms, steps[k].conv->forms()); ++form) {
+      const size_t first = static_cast<size_t>(form) * kOfForm;
+      size_t of_form = first;
       for (const size_t c : timed)
-        if (kChoices[c].sparse == kChoices[first].sparse &&
-            best[c][k] < kClearly * best[first][k] && best[c][k] < best[fastest][k])
-          fastest = c;
-      return fastest;
-    };
-    size_t fastest = fastest_of(0);
-    if (steps[k].conv->can_be_sparse()) {
-      const size_t zeros_out = fastest_of(kFirstSparse);
-      steps[k].conv->measured(best[zeros_out][k], best[fastest][k]);
-      if (best[zeros_out][k] < kClearly * best[fastest][k]) fastest = zeros_out;
+        if (choice_of(c).form == form && best[c][k] < kClearly * best[first][k] &&
+            best[c][k] < best[of_form][k])
+          of_form = c;
+      seconds_of_forms.push_back(best[of_form][k]);
+      if (form == 0 || best[of_form][k] < kClearly * best[fastest][k]) fastest = of_form;
     }
-    steps[k].conv->choose(kChoices[fastest]);
+    steps[k].conv->measured(std::move(seconds_of_forms));
+    steps[k].conv->choose(choice_of(fastest));
   }
 }
 
@@ -139,7 +148,7 @@ uint64_t planning_key(const std::vector<Step>& steps, int threads) {
     if (!step.conv) continue;
     hash.add(static_cast<uint64_t>(step.conv->bits()));
     hash.add(step.node->inputs.size());
-    hash.add(step.conv->sparse_key());
+    hash.add(step.conv->forms_key());
     const ConvShape& s = step.conv->shape();
     for (const int64_t v :
          {s.in_channels, s.in_h, s.in_w, s.out_channels, s.kernel_h, s.kernel_w, s.stride_h,
@@ -178,7 +187,7 @@ bool PlanCache::apply(uint64_t key, std::vector<Step>& steps) const {
       continue;
     size_t at = 0;
     for (Step& step : steps)
-      if (step.conv) step.conv->choose(kChoices[kLetters.find(letters[at++])]);
+      if (step.conv) step.conv->choose(choice_of(kLetters.find(letters[at++])));
     return true;
   }
   return false;
@@ -188,8 +197,7 @@ void PlanCache::keep(uint64_t key, const std::vector<Step>& steps) const {
   std::string line = hex(key) + ' ';
   for (const Step& step : steps) {
     if (!step.conv) continue;
-    const auto* at = std::find(kChoices.begin(), kChoices.end(), step.conv->choice());
-    line += kLetters[static_cast<size_t>(at - kChoices.begin())];
+    line += kLetters[letter_of(step.conv->choice())];
   }
   std::vector<std::string> lines = read_lines(file_);
   if (lines.size() >= kMostLines) lines.erase(lines.begin());

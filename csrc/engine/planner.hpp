@@ -16,6 +16,9 @@ namespace adalayer::engine {
 /// every node to its entry.
 using TimedRun = std::function<void(std::vector<double>& seconds)>;
 
+/// The most forms that a convolution of the program has for the clock.
+int most_forms(const std::vector<Step>& steps);
+
 /// Times the whole program with every kind of choice in turn, so that caches hold what they hold in
 /// use, and leaves each convolution with its fastest one. Packed weights and the planned order win
 /// unless another choice is clearly faster. Needs weights in both forms (ConvStep::pack).

@@ -34,11 +34,10 @@ RunImage quantize(const Program& program, const Node& node,
                   const std::vector<ValueLayout>& layouts) {
   const int32_t x = node.inputs[0], y = node.output;
   const ActivationGrid grid = value_grid(program.values[y]);
-  if (layouts[y].stem.has_value()) {
-    const cpu::Stem* stem = &*layouts[y].stem;
+  if (const cpu::OwnInput* own = layouts[y].own_input.get()) {
     return [=](const Frame& f, int64_t n, Part part) {
       const ActivationIn in{f.floats(x, n), DType::F32, f.order[x], grid};
-      cpu::pack_stem(*stem, in, f.image(y, n).data, part);
+      own->pack(in, f.image(y, n).data, part);
     };
   }
   return [=](const Frame& f, int64_t n, Part part) {
@@ -184,7 +183,7 @@ std::vector<Step> build_steps(const Program& program, const std::vector<ValueLay
       step.conv =
           std::make_unique<ConvStep>(program, node, layouts[x].layout, layout_of(node.output),
                                      node.inputs.size() > 1 ? layout_of(node.inputs[1]) : nullptr,
-                                     layouts[x].stem.has_value() ? &*layouts[x].stem : nullptr);
+                                     layouts[x].own_input != nullptr);
       step.max_parts = step.conv->max_parts();
     } else {
       step.run_image = run_image(program, node, layouts);

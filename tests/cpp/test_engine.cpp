@@ -57,7 +57,8 @@ int32_t add_conv(Builder& b, int32_t x, const Layer& l) {
                 {b.constant(ConstantKind::Weights, packed), b.floats(scale), b.floats(bias), -1});
 }
 
-/// A chain of convolutions, one with a residual, one in groups, down to a float vector per image.
+/// A chain of convolutions, one with a residual, one in groups, down to float images and a
+/// float vector.
 Program network() {
   Builder b;
   const auto x = b.value("image", pick(1, 8), pick(4, 14), pick(4, 14), ValueKind::F32);
@@ -70,12 +71,17 @@ Program network() {
   y = add_conv(b, y, {.out_channels = middle, .residual = wide});
   // Groups of 16 channels: a matmul where there is AMX, kernels of their own elsewhere.
   y = add_conv(b, y, {.out_channels = middle, .groups = middle / 16});
+  const auto each = add_conv(b, y,
+                             {.out_channels = middle,
+                              .stride = pick(1, 2),
+                              .groups = pick(0, 1) == 1 ? middle : middle / 16,
+                              .kind = ValueKind::F32});
   y = add_conv(b, y, {.out_channels = pick(1, 50), .stride = 2, .kind = ValueKind::F32});
   const Value v = b.p.values[static_cast<size_t>(y)];
   const auto mean = b.node(OpKind::AdaptiveAvgPool, {y}, b.value("mean", v.c, 1, 1, v.kind),
                            {0, 255, 0}, {1.0f, 1.0f}, {-1});
   b.p.inputs = {x};
-  b.p.outputs = {y, mean};
+  b.p.outputs = {y, mean, each};
   return b.p;
 }
 

@@ -123,7 +123,7 @@ TEST(zeros_are_left_out_where_that_is_clearly_faster) {
   for (Step& step : steps)
     if (step.conv) conv.push_back(step.conv.get());
   for (ConvStep* c : conv)
-    CHECK(c->can_be_sparse());
+    CHECK_EQ(c->forms(), 2);
   const uint64_t key = planning_key(steps, 1);
   // The first gains; the second as little as the clock scatters; the third would, but is faster
   // still with unpacked weights.
@@ -132,14 +132,16 @@ TEST(zeros_are_left_out_where_that_is_clearly_faster) {
       if (!steps[k].conv) continue;
       const ConvChoice c = steps[k].conv->choice();
       seconds[k] = 1.0;
-      if (c.sparse) seconds[k] = steps[k].conv.get() == conv[1] ? 0.97 : 0.7;
+      if (c.form == 1) seconds[k] = steps[k].conv.get() == conv[1] ? 0.97 : 0.7;
       if (steps[k].conv.get() == conv[2] && c.resident) seconds[k] = 0.5;
     }
   });
-  CHECK((conv[0]->choice() == ConvChoice{false, false, true}));
-  CHECK((conv[1]->choice() == ConvChoice{false, false, false}));
-  CHECK((conv[2]->choice() == ConvChoice{true, false, false}));
+  CHECK((conv[0]->choice() == ConvChoice{false, false, 1}));
+  CHECK((conv[1]->choice() == ConvChoice{false, false, 0}));
+  CHECK((conv[2]->choice() == ConvChoice{true, false, 0}));
   CHECK(conv[0]->why().starts_with("blocks: "));
+  CHECK(conv[0]->kernel().ends_with(" sparse panels, blocks"));
+  CHECK(conv[2]->kernel().ends_with(" panels, resident"));
   CHECK(conv[1]->why().starts_with("dense, not blocks: "));
   // Kept choices are about these zeros.
   const Folder folder;
@@ -147,7 +149,7 @@ TEST(zeros_are_left_out_where_that_is_clearly_faster) {
   cache.keep(key, steps);
   conv[0]->choose({});
   CHECK(cache.apply(key, steps));
-  CHECK(conv[0]->choice().sparse);
+  CHECK_EQ(conv[0]->choice().form, 1);
   Builder other = b;
   std::fill(weights.begin(), weights.begin() + 64 * 40, int8_t{1});
   other.p.constants[static_cast<size_t>(conv_attributes(b.p.nodes[2]).weights)].bytes =

@@ -143,7 +143,8 @@ class ConvAlgorithm {
   /// Whether images that are lists of pixels may be cut and joined at will (1x1 convolutions).
   virtual bool joins_images() const { return false; }
 
-  /// No more than this is held for weights and tables, in all forms that a clock will compare.
+  /// No more than this is held for weights and tables, packed and widened. 0 where that depends on
+  /// the weights, which are not known here.
   virtual double bytes(const ConvTask& task, const ImageLayout& in) const = 0;
 
   /// Null where the algorithm is nothing for these weights [O][I/groups][KH][KW].

@@ -1,6 +1,7 @@
 // Panels that leave zeros out: whole tiles (blocks), or single weights behind a bitmask.
 //
-// Which form runs is the clock's choice (sparse_choice.hpp). Sums are the same in all of them.
+// Which form runs is the clock's choice (algorithms/sparse_panels.cpp says which are tried). Sums
+// are the same in all of them.
 #pragma once
 
 #include <cstdint>

@@ -86,7 +86,7 @@ class SparsePanelsAlgorithm final : public ConvAlgorithm {
 
   LayoutNeeds needs(const ConvTask& task) const override { return kPanelsAlgorithm.needs(task); }
 
-  // Counted with the dense panels, which have all of the tiles.
+  // Not counted: only the weights say whether there are zeros to leave out, and how many.
   double bytes(const ConvTask&, const ImageLayout&) const override { return 0.0; }
 
   std::unique_ptr<ConvWeights> derive(const ConvTask& task, const ConvLayouts& at,

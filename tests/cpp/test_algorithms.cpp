@@ -1,0 +1,225 @@
+// The list of convolution algorithms: each one that suits a task, in every form that its weights
+// can have, against a plain sum; what it holds, against what it says that it will.
+#include <algorithm>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "check.hpp"
+#include "core/cpu_features.hpp"
+#include "cpu/conv/algorithm.hpp"
+#include "cpu/conv/sparse_policy.hpp"
+#include "cpu/image/ops.hpp"
+
+using namespace adalayer;
+using namespace adalayer::cpu;
+
+namespace {
+
+std::mt19937 g_random(5);
+
+int pick(int lo, int hi) { return std::uniform_int_distribution<int>(lo, hi)(g_random); }
+
+ConvShape random_shape() {
+  for (;;) {
+    ConvShape s;
+    s.batch = 1;
+    s.groups = pick(0, 2) == 0 ? pick(2, 12) : 1;
+    const bool depthwise = s.groups > 1 && pick(0, 1) == 1;
+    s.in_channels = depthwise ? s.groups : s.groups * pick(1, pick(0, 1) == 1 ? 4 : 80);
+    s.out_channels = depthwise ? s.groups : s.groups * pick(1, 40);
+    s.in_h = pick(1, 12);
+    s.in_w = pick(1, 12);
+    s.kernel_h = pick(1, 4);
+    s.kernel_w = pick(1, 4);
+    s.stride_h = pick(1, 2);
+    s.stride_w = pick(1, 2);
+    s.pad_top = pick(0, 2);
+    s.pad_left = pick(0, 2);
+    s.pad_bottom = pick(0, 2);
+    s.pad_right = pick(0, 2);
+    s.dilation_h = s.dilation_w = pick(0, 3) == 0 ? 2 : 1;
+    const bool fits = s.in_h + s.pad_top + s.pad_bottom > s.dilation_h * (s.kernel_h - 1) &&
+                      s.in_w + s.pad_left + s.pad_right > s.dilation_w * (s.kernel_w - 1);
+    if (fits && s.reduction() < 800) return s;
+  }
+}
+
+struct Layer {
+  ConvShape shape;
+  int bits = 8;
+  int zero_point = 0;
+  std::vector<int8_t> weights;
+  std::vector<uint8_t> levels;  // [h][w][c]
+  std::vector<int32_t> correction;
+  std::vector<float> want;  // [h][w][c]
+};
+
+Layer random_layer() {
+  Layer l{random_shape(), pick(2, 8), pick(0, 255), {}, {}, {}, {}};
+  const ConvShape& s = l.shape;
+  const int half = 1 << (l.bits - 1), zeros = pick(0, 90);
+  l.weights.resize(static_cast<size_t>(s.out_channels * s.reduction()));
+  for (auto& w : l.weights)
+    w = static_cast<int8_t>(pick(1, 100) <= zeros ? 0 : pick(-half, half - 1));
+  // Tiles of zeros: the first output channels over all inputs of the first kernel positions.
+  if (pick(0, 1) == 1)
+    std::fill_n(l.weights.begin(), std::min<int64_t>(s.out_channels, 16) * s.reduction(),
+                int8_t{0});
+  l.levels.resize(static_cast<size_t>(s.in_channels * s.in_h * s.in_w));
+  for (auto& q : l.levels)
+    q = static_cast<uint8_t>(pick(0, 255));
+  for (int64_t o = 0; o < s.out_channels; ++o) {
+    int32_t sum = 0;
+    for (int64_t k = 0; k < s.reduction(); ++k)
+      sum += l.weights[o * s.reduction() + k];
+    l.correction.push_back(-l.zero_point * sum);
+  }
+  for (int64_t y = 0; y < s.out_h(); ++y)
+    for (int64_t x = 0; x < s.out_w(); ++x)
+      for (int64_t o = 0; o < s.out_channels; ++o) {
+        int32_t sum = 0;
+        for (int64_t c = 0; c < s.group_in(); ++c)
+          for (int64_t ky = 0; ky < s.kernel_h; ++ky)
+            for (int64_t kx = 0; kx < s.kernel_w; ++kx) {
+              const int64_t iy = y * s.stride_h - s.pad_top + ky * s.dilation_h;
+              const int64_t ix = x * s.stride_w - s.pad_left + kx * s.dilation_w;
+              if (iy < 0 || iy >= s.in_h || ix < 0 || ix >= s.in_w) continue;
+              const int64_t channel = o / s.group_out() * s.group_in() + c;
+              sum += (l.levels[(iy * s.in_w + ix) * s.in_channels + channel] - l.zero_point) *
+                     l.weights[((o * s.group_in() + c) * s.kernel_h + ky) * s.kernel_w + kx];
+            }
+        l.want.push_back(static_cast<float>(sum));  // exact: fewer than 24 bits
+      }
+  return l;
+}
+
+/// The layer's image as an algorithm wants it.
+AlignedBuffer packed_input(const Layer& l, const OwnInput* own, const ImageLayout& layout) {
+  const ConvShape& s = l.shape;
+  AlignedBuffer image(static_cast<size_t>(layout.image_bytes + layout.slack));
+  image.clear();
+  if (own != nullptr) {
+    own->pack({l.levels.data(), DType::U8, Layout::NHWC, {1.0f, l.zero_point, 255}}, image.data(),
+              {});
+    return image;
+  }
+  fill_padding(layout, image.data(), 1, static_cast<uint8_t>(l.zero_point));
+  for (int64_t y = 0; y < s.in_h; ++y)
+    for (int64_t x = 0; x < s.in_w; ++x)
+      std::memcpy(image.data() + layout.offset(y, x),
+                  l.levels.data() + (y * s.in_w + x) * s.in_channels,
+                  static_cast<size_t>(s.in_channels));
+  return image;
+}
+
+void check_form(const Layer& l, const ConvTask& task, const ConvAlgorithm& algorithm) {
+  const ConvShape& s = l.shape;
+  const auto own = algorithm.own_input(task);
+  CHECK(own == nullptr || task.own_input);
+  const LayoutNeeds needs = algorithm.needs(task);
+  const ImageLayout in = own != nullptr ? own->layout
+                                        : image_layout(s.in_channels, s.in_h, s.in_w, needs.padding,
+                                                       needs.phases, needs.columns_multiple);
+  const ConvForm form = make_form(algorithm, task, {in}, l.weights);
+  if (form.weights == nullptr) return;
+  const AlignedBuffer image = packed_input(l, own.get(), in);
+  const std::vector<float> ones(static_cast<size_t>(epilogue_size(s.out_channels)), 1.0f);
+  const std::vector<float> nothing(ones.size(), 0.0f);
+  std::vector<float> got(l.want.size());
+  OutputSpec tensor;
+  tensor.data = got.data();
+  tensor.layout = Layout::NHWC;
+  tensor.scale = ones.data();
+  tensor.bias = nothing.data();
+  tensor.lo = -1e30f;
+  tensor.hi = 1e30f;
+  int64_t held = form.weights->own_bytes() + static_cast<int64_t>(form.plan->bytes());
+  for (const int bits : {task.bits, 8}) {
+    if (bits != task.bits && !form.weights->widens) continue;
+    AlignedBuffer packed(static_cast<size_t>(form.plan->packed_bytes(*form.weights, bits)));
+    form.plan->pack(*form.weights, l.weights, bits, packed.data());
+    held += static_cast<int64_t>(packed.size());
+    for (const bool by_columns : {false, true})
+      for (const int64_t parts : {1, 3}) {
+        std::fill(got.begin(), got.end(), NAN);
+        task.kernels.begin();
+        for (int64_t p = 0; p < parts; ++p)
+          form.plan->run({.weights = *form.weights,
+                          .packed = packed.data(),
+                          .bits = bits,
+                          .in = image.data(),
+                          .images = 1,
+                          .correction = l.correction.data(),
+                          .tensor = &tensor,
+                          .by_columns = by_columns,
+                          .other_order = pick(0, 1) == 1},
+                         {p, parts});
+        task.kernels.end();
+        CHECK_MSG(got == l.want, std::string(task.kernels.name) + ", " + algorithm.name(s) + ", " +
+                                     form.weights->form() + ", bits " + std::to_string(bits));
+      }
+    const auto [first, last] = form.plan->weight_range(*form.weights, bits, {});
+    CHECK(first == 0 && last == static_cast<int64_t>(packed.size()));
+  }
+  const double said = algorithm.bytes(task, in);
+  // Small fixed amounts are not counted.
+  CHECK_MSG(said == 0.0 || static_cast<double>(held) <= said + 4096.0,
+            algorithm.name(s) + " holds " + std::to_string(held));
+}
+
+/// The names of what may run a task.
+std::vector<std::string> names_for(const ConvTask& task) {
+  std::vector<std::string> names;
+  for (const ConvAlgorithm* algorithm : algorithms_for(task))
+    names.push_back(algorithm->name(task.shape));
+  return names;
+}
+
+using Names = std::vector<std::string>;
+
+}  // namespace
+
+TEST(every_form_of_random_layers) {
+  for (int i = 0; i < 60; ++i) {
+    const Layer l = random_layer();
+    for (const KernelRow* row : kernel_rows()) {
+      if (!isa_supported(row->isa)) continue;
+      force_isa(row->name);
+      for (const char* policy : {"auto", "blocks", "bitmask"}) {
+        set_sparse_policy(policy);
+        for (const bool own_input : {false, true}) {
+          const ConvTask task{*row, l.shape, {}, l.bits, own_input};
+          for (const ConvAlgorithm* algorithm : algorithms_for(task))
+            check_form(l, task, *algorithm);
+        }
+      }
+    }
+  }
+  set_sparse_policy("auto");
+  force_isa("auto");
+}
+
+TEST(what_suits) {
+  for (const KernelRow* row : kernel_rows()) {
+    if (!isa_supported(row->isa)) continue;
+    force_isa(row->name);
+    ConvTask task{*row, {.batch = 1, .in_channels = 3, .in_h = 9, .in_w = 9}, {}, 8, true};
+    task.shape.out_channels = 32;
+    task.shape.kernel_h = task.shape.kernel_w = 3;
+    CHECK((names_for(task) == Names{"stem"}));
+    task.own_input = false;
+    CHECK((names_for(task) == Names{"panels", "sparse panels"}));
+    task.shape.in_channels = task.shape.groups = 32;
+    CHECK((names_for(task) == Names{"depthwise"}));
+    task.shape.out_channels = 64;
+    CHECK((names_for(task) == Names{"grouped"}));
+    // Outputs that interleave with those of others.
+    task.map = {0, 2, 1, 2, 14, 14};
+    CHECK((names_for(task) == Names{"panels", "sparse panels"}));
+  }
+  force_isa("auto");
+}
+
+int main(int argc, char** argv) { return check::run_all(argc, argv); }
