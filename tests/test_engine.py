@@ -16,6 +16,7 @@ from helpers_patterns import PATTERNS, Net, Residual, Up, small_engine, smooth
 from torch import Tensor, nn
 
 import adalayer_native as ada
+from adalayer_native import ops
 from adalayer_native.engine import Coverage, Engine
 from adalayer_native.engine.runtime import NativePart
 from adalayer_native.errors import (
@@ -473,6 +474,9 @@ def test_coverage(small: tuple[nn.Module, Engine]) -> None:
     assert layers["conv1"].macs == 8 * 3 * 9 * 64
     assert layers["conv1"].bytes == native.get_submodule("conv1").weight_packed.numel()
     assert all(row.microseconds > 0 and row.kernel for row in coverage)
+    if ops.active_isa() != "scalar":
+        assert " stem" in layers["conv1"].kernel
+        assert " panels" in layers["conv2"].kernel
     assert coverage.microseconds == pytest.approx(sum(row.microseconds for row in coverage))
     text = str(coverage)
     assert "100.00 % of multiply-accumulates native" in text and "conv1" in text

@@ -95,7 +95,7 @@ def test_coverage_says_how_zeros_are_used() -> None:
         engine = ada.compile(native, x, policy="native", strict=True)
         rows[policy] = {row.name: row for row in engine.coverage() if row.bits}
     assert all(not row.why for row in rows["dense"].values())
-    assert "blocks" in rows["blocks"]["2"].kernel
+    assert " sparse panels, blocks" in rows["blocks"]["2"].kernel
     assert rows["blocks"]["2"].why.startswith("blocks: 50 % of the tiles")
     # The clock decides, and says what it saw.
     row = rows["auto"]["2"]

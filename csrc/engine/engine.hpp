@@ -41,7 +41,7 @@ struct InputTensor {
 struct NodeProfile {
   std::string name;  // the node's
   OpKind op = OpKind::Conv;
-  std::string kernel;         // what runs: "amx 2x2 streamed", "grouped", "lookup", ...
+  std::string kernel;         // what runs: "avx2 panels, resident", "amx depthwise", "avx2"
   int bits = 0;               // of the weights; 0 without weights
   int64_t macs = 0;           // per image
   int64_t packed_bytes = 0;   // canonical weights

@@ -5,7 +5,7 @@
 # such files may define functions of their own only: shared helpers go into an unnamed namespace,
 # and the standard library's containers stay outside.
 #
-#   cmake -DNM=nm -DOBJECTS=a.o|b.o -DFILES=isa/avx2/row.cpp|isa/amx/row.cpp -P check_isa_symbols.cmake
+#   cmake -DNM=nm -DOBJECTS=a.o|b.o -DFILES=avx2/row.cpp|amx/row.cpp -P check_isa_symbols.cmake
 string(REPLACE "|" ";" objects "${OBJECTS}")
 string(REPLACE "|" ";" files "${FILES}")
 set(checked 0)

@@ -2,7 +2,7 @@
 // the list below which of them suit, what those need of their input, and how much they will hold;
 // then they plan, derive weights and run.
 //
-// A new algorithm is one file in conv/algorithms/ and one line in algorithm.cpp. Every algorithm
+// A new algorithm is one file in conv/algorithms/, and its name in algorithm.cpp. Every algorithm
 // gives the same bits.
 #pragma once
 
@@ -21,7 +21,7 @@
 
 namespace adalayer::cpu {
 
-/// A convolution to be computed somewhere: by this alone algorithms are chosen.
+/// A convolution to be computed somewhere: what algorithms are chosen by.
 struct ConvTask {
   const KernelRow& kernels;
   ConvShape shape;         // of one image
@@ -135,6 +135,7 @@ class ConvAlgorithm {
  public:
   /// For coverage() and reports.
   virtual std::string name(const ConvShape& shape) const = 0;
+  /// Not by the image's size or padding: weights are derived once for all sizes of a layer.
   virtual Fit fit(const ConvTask& task) const = 0;
 
   virtual LayoutNeeds needs(const ConvTask& task) const;

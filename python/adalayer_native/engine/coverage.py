@@ -21,7 +21,7 @@ class Row:
         name: the layer or node, as the model calls it.
         op: operation.
         kind: ``"native"`` or ``"torch"``.
-        kernel: what runs.
+        kernel: what runs: the instruction set and, of a convolution, the algorithm.
         bits: of the weights; 0 without weights.
         microseconds: of one run of the measured batch; 0.0 if it was not measured.
         bytes: of the stored weights.
