@@ -142,12 +142,12 @@ class Draft:
         kind = self.one_of(kinds or ("Parameter",) * 4 + ("Buffer", "HiddenBuffer", "Attribute"))
         return self.part(kind, shape=shape, fill=fill)
 
-    def dress(self, *, weight: bool = False) -> tuple[str, ...]:
-        """What is done to a module; mostly nothing."""
+    def dress(self, *, weight: bool = False, call: bool = True) -> tuple[str, ...]:
+        """What is done to a module, its weight and its calls; mostly nothing."""
         found = []
         if weight and self.chance(0.15):
             found.append(self.one_of(OF_WEIGHT))
-        if self.chance(0.08):
+        if call and self.chance(0.08):
             found.append(self.one_of(OF_CALL))
         return tuple(found)
 

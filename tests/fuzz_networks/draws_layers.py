@@ -35,9 +35,9 @@ def conv_geometry(d: Draft, x: str) -> dict:
     }  # fmt: skip
 
 
-def conv(d: Draft, x: str, kind: str = "Conv2d", **changed: object) -> str:
+def conv(d: Draft, x: str, kind: str = "Conv2d", *, call: bool = True, **changed: object) -> str:
     words = {**conv_geometry(d, x), **changed}
-    return d.part(kind, dress=d.dress(weight=True), **words)
+    return d.part(kind, dress=d.dress(weight=True, call=call), **words)
 
 
 def activation(d: Draft, x: str) -> str:
@@ -98,7 +98,8 @@ def residual(d: Draft) -> None:
 @draw(1)
 def conv_by_keyword(d: Draft) -> None:
     if x := d.image():
-        d.step("call_by_keyword", conv(d, x), x)
+        # (What is hung on calls here takes an argument by position.)
+        d.step("call_by_keyword", conv(d, x, call=False), x)
 
 
 @draw(1)
