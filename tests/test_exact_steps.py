@@ -14,6 +14,7 @@ from test_input_norms import settled
 from torch import Tensor, nn
 
 import adalayer_native as ada
+from adalayer_native.ops.fused import fma
 from adalayer_native.rounding import fma_float32
 
 
@@ -102,6 +103,10 @@ ENDS: dict[str, Callable[[], nn.Module]] = {
     "adaptive": lambda: nn.AdaptiveAvgPool2d((3, 5)),
     "avg pool": lambda: nn.AvgPool2d(3, 2, 1),
     "bilinear": lambda: Bilinear(scale_factor=3),
+    "softmax": lambda: nn.Softmax(1),
+    "softmax of logits": lambda: nn.Sequential(
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 50), nn.Softmax(-1)
+    ),
 }
 
 
@@ -186,6 +191,24 @@ def test_averages_are_those_of_torch(on_grid: bool) -> None:
         found = operator(x, *arguments, qparams)
         torch.testing.assert_close(found, wanted.float(), rtol=1e-5, atol=1e-5)
         torch.library.opcheck(operator.default, (x, *arguments, qparams))
+
+
+def test_fused_operations() -> None:
+    """Every order in memory; the scalar emulation in torch is the specification."""
+    generator = torch.Generator().manual_seed(4)
+    for shape in ((1, 1), (3, 37), (2, 5, 9, 7), (65_600,)):
+        a, b, c = (torch.randn(shape, generator=generator) for _ in range(3))
+        assert torch.equal(fma(a, b, c), fma_float32(a, b, c))
+        assert torch.equal(fma(a, b[:1], c[..., :1]), fma_float32(a, b[:1], c[..., :1]))
+    image = torch.randn(2, 5, 9, 7).to(memory_format=torch.channels_last)
+    line = torch.rand(5, 1, 1)
+    assert torch.equal(fma(image, line, -line), fma_float32(image, line, -line))
+    assert fma(image, line, line).is_contiguous(memory_format=torch.channels_last)
+    for shape in ((3, 11), (2, 21, 6, 5), (1, 1), (0, 4)):
+        x = 20 * torch.randn(shape)
+        found = torch.ops.adalayer.exact_softmax(x)
+        torch.testing.assert_close(found, x.softmax(1), rtol=1e-5, atol=1e-7)
+        torch.library.opcheck(torch.ops.adalayer.exact_softmax.default, (x,))
 
 
 def test_batch_norm_is_one_fused_step_per_value() -> None:

@@ -183,6 +183,18 @@ PYBIND11_MODULE(_C, m) {
                        reinterpret_cast<float*>(y), threads);
   });
 
+  m.def("fma", [](uintptr_t a, uintptr_t b, uintptr_t c, int64_t n, uintptr_t y, int threads) {
+    const py::gil_scoped_release release;
+    cpu::fma_values(reinterpret_cast<const float*>(a), reinterpret_cast<const float*>(b),
+                    reinterpret_cast<const float*>(c), n, reinterpret_cast<float*>(y), threads);
+  });
+  m.def("softmax", [](uintptr_t x, int64_t images, int64_t channels, int64_t positions, uintptr_t y,
+                      int threads) {
+    const py::gil_scoped_release release;
+    cpu::softmax(reinterpret_cast<const float*>(x), images, channels, positions,
+                 reinterpret_cast<float*>(y), threads);
+  });
+
   m.def("pack", &pack);
   m.def("unpack", &unpack);
   m.def("header", &header);

@@ -140,6 +140,8 @@ struct ImageKernels {
                         const float* part, int64_t n, float* out);
   /// out[x] = fma(part, bottom[x] - top[x], top[x])
   void (*blend_rows)(const float* top, const float* bottom, float part, int64_t n, float* out);
+  /// out[i] = fma(a[i], b[i], c[i])
+  void (*fma_values)(const float* a, const float* b, const float* c, int64_t n, float* out);
   /// Softmax over `channels` values `stride` apart, at `count` neighbouring positions.
   void (*softmax)(const float* in, int64_t channels, int64_t stride, int64_t count, float* out);
 };

@@ -321,7 +321,6 @@ void Interpreter::layer_norm(const Node& n, int64_t image) {
     }
 }
 
-/// In double: the float executor is compared with a tolerance.
 void Interpreter::softmax(const Node& n, int64_t image) {
   const Shape s(value(n.output));
   const float* a = numbers(n.inputs[0], image);
@@ -330,15 +329,15 @@ void Interpreter::softmax(const Node& n, int64_t image) {
     for (int64_t x = 0; x < s.w; ++x) {
       float most = a[s.at(0, y, x)];
       for (int64_t c = 1; c < s.c; ++c)
-        most = std::max(most, a[s.at(c, y, x)]);
-      const auto power = [&](int64_t c) {
-        return std::exp(static_cast<double>(a[s.at(c, y, x)]) - static_cast<double>(most));
-      };
+        most = max_x86(a[s.at(c, y, x)], most);
       double sum = 0.0;
+      for (int64_t c = 0; c < s.c; ++c) {
+        out[s.at(c, y, x)] = softmax_exp(a[s.at(c, y, x)] - most);
+        sum += static_cast<double>(out[s.at(c, y, x)]);
+      }
+      const auto share = static_cast<float>(1.0 / sum);
       for (int64_t c = 0; c < s.c; ++c)
-        sum += power(c);
-      for (int64_t c = 0; c < s.c; ++c)
-        out[s.at(c, y, x)] = static_cast<float>(power(c) / sum);
+        out[s.at(c, y, x)] *= share;
     }
 }
 

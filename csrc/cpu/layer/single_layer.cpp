@@ -6,6 +6,7 @@
 #include "core/status.hpp"
 #include "core/thread_pool.hpp"
 #include "cpu/conv/trial.hpp"
+#include "cpu/image/ops.hpp"
 #include "cpu/kernel_table.hpp"
 #include "cpu/layer/plan.hpp"
 #include "reference/reference.hpp"
@@ -258,6 +259,21 @@ void fake_quantize(const float* x, int64_t n, const ActivationGrid& grid, float 
   if (kernels == nullptr) return reference::fake_quantize(x, n, grid, scale, y);
   split_elements(n, threads, [&](int64_t first, int64_t count) {
     kernels->fake_quantize(x + first, count, grid, scale, y + first);
+  });
+}
+
+void fma_values(const float* a, const float* b, const float* c, int64_t n, float* y, int threads) {
+  const ImageKernels& kernels = image_kernels();
+  split_elements(n, threads, [&](int64_t first, int64_t count) {
+    kernels.fma_values(a + first, b + first, c + first, count, y + first);
+  });
+}
+
+void softmax(const float* x, int64_t images, int64_t channels, int64_t positions, float* y,
+             int threads) {
+  const int64_t size = channels * positions;
+  parallel_for(images, threads, [&](int64_t n, int) {
+    softmax_f32(x + n * size, channels, positions, y + n * size, {});
   });
 }
 

@@ -53,4 +53,10 @@ void quantize(const float* x, int64_t n, const ActivationGrid& grid, uint8_t* q,
 void fake_quantize(const float* x, int64_t n, const ActivationGrid& grid, float scale, float* y,
                    int threads);
 
+/// y[i] = fma(a[i], b[i], c[i])
+void fma_values(const float* a, const float* b, const float* c, int64_t n, float* y, int threads);
+/// Softmax over the channels of images [channels][positions] (reference/image_spec.hpp).
+void softmax(const float* x, int64_t images, int64_t channels, int64_t positions, float* y,
+             int threads);
+
 }  // namespace adalayer::cpu

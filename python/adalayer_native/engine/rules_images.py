@@ -397,7 +397,7 @@ def _no_u8(low: Lowering, node: fx.Node, want: Want) -> Ref:
 def _softmax(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
     a = arguments(node)
     ref = low.f32(node.args[0])
-    axis = axis_of(node, int(a["dim"]), len(ref.dims) + 1)
+    axis = axis_of(node, int(a.get("dim", 1)), len(ref.dims) + 1)
     if channel_axis(ref.dims, low.size(ref)) != axis:
         raise CannotLower(node, "a softmax over other axes than the channels")
     if (lo, hi) != (-math.inf, math.inf) or a.get("dtype") is not None:
@@ -406,5 +406,5 @@ def _softmax(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
     return Ref(number, ref.dims)
 
 
-RULES["aten.softmax.int"] = Rule(_no_u8, _softmax)
-RULES["aten._softmax.default"] = Rule(_no_u8, _softmax)
+for _name in ("aten.softmax.int", "aten._softmax.default", "adalayer.exact_softmax.default"):
+    RULES[_name] = Rule(_no_u8, _softmax)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from adalayer_native.ops import averages, cpu, cuda, fake, norms, resizing
+from adalayer_native.ops import averages, cpu, cuda, fake, fused, norms, resizing
 from adalayer_native.ops.checks import plain_eager
 from adalayer_native.ops.cpu import conv2d_direct, linear_direct
 from adalayer_native.ops.machine import (
@@ -103,6 +103,7 @@ _library.define(
     "exact_bilinear(Tensor input, SymInt[]? output_size, bool align_corners, "
     "float[]? scale_factors, Tensor? qparams) -> Tensor"
 )
+_library.define("exact_softmax(Tensor input) -> Tensor")
 for _function, _fake in (
     (norms.grid_batch_norm, norms.norm_fake),
     (norms.grid_layer_norm, norms.norm_fake),
@@ -111,6 +112,7 @@ for _function, _fake in (
     (averages.exact_adaptive_avg_pool2d, averages.fake_adaptive_avg_pool2d),
     (averages.exact_mean, averages.fake_mean),
     (resizing.exact_bilinear, resizing.fake_bilinear),
+    (fused.exact_softmax, fused.fake_softmax),
 ):
     for _device in ("CPU", "CUDA"):
         _library.impl(_function.__name__, _function, _device)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from adalayer_native.ops.fused import fma
 from adalayer_native.ops.grids import levels
-from adalayer_native.rounding import fma_float32
 
 __all__ = ["grid_batch_norm", "grid_layer_norm", "grid_line", "line_of", "norm_fake"]
 
@@ -40,7 +40,7 @@ def grid_batch_norm(
     step = factor * scale
     shape = [1, -1, *[1] * (input.dim() - 2)]
     multiplier, addend = (t.float().view(shape) for t in (step, offset - zero_point * step))
-    return fma_float32(q, multiplier, addend).to(input.dtype)
+    return fma(q, multiplier, addend).to(input.dtype)
 
 
 @torch.no_grad()
@@ -68,7 +68,7 @@ def grid_layer_norm(
     y = (q - s1 / count).float() * factor
     gamma = y.new_ones(()) if weight is None else weight.float()
     beta = y.new_zeros(()) if bias is None else bias.float()
-    return fma_float32(y, gamma, beta).to(input.dtype)
+    return fma(y, gamma, beta).to(input.dtype)
 
 
 def line_of(kind: str, constant: Tensor, alpha: float, left: bool) -> tuple[Tensor, Tensor]:
@@ -104,7 +104,7 @@ def grid_line(
     factor, offset = line_of(kind, constant, alpha, left)
     scale, zero_point = qparams[:2].tolist()
     step = factor * scale
-    y = fma_float32(levels(input, qparams), step.float(), (offset - zero_point * step).float())
+    y = fma(levels(input, qparams), step.float(), (offset - zero_point * step).float())
     return y.to(input.dtype)
 
 

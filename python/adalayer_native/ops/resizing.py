@@ -9,8 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from adalayer_native.ops.fused import fma
 from adalayer_native.ops.grids import levels
-from adalayer_native.rounding import fma_float32
 
 __all__ = ["exact_bilinear", "fake_bilinear", "linear_tables", "nearest_tables"]
 
@@ -64,7 +64,7 @@ def _sizes(
 
 
 def _blend(first: Tensor, second: Tensor, part: Tensor) -> Tensor:
-    return fma_float32(part, second - first, first)
+    return fma(second - first, part, first)
 
 
 @torch.no_grad()
@@ -98,7 +98,7 @@ def exact_bilinear(
     y = _blend(wide[..., low, :], wide[..., high, :], part[:, None])
     if qparams is not None:
         scale, zero_point = qparams[0], float(qparams[1])
-        y = fma_float32(y, scale, (-zero_point * scale.double()).float())
+        y = fma(y, scale, (-zero_point * scale.double()).float())
     return y.to(input.dtype)
 
 

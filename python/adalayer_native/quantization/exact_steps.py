@@ -88,7 +88,7 @@ class _Steps:
             return self._layer_norm(node)
         if name in _LINES:
             return self._line(node, name.split(".")[1])
-        make = _AVERAGES.get(name)
+        make = _MAKERS.get(name)
         return None if make is None or not table.is_value(node) else make(self, node)
 
     def _batch_norm(self, node: fx.Node) -> fx.Node | None:
@@ -164,22 +164,39 @@ class _Steps:
         rest = [a["output_size"], a["align_corners"], factors]
         return self._average(node, _ops.exact_bilinear.default, rest)
 
+    def _softmax(self, node: fx.Node) -> fx.Node | None:
+        """Over the channels, where nothing follows: the engine has no other."""
+        a, info = table.arguments(node), info_of(node)
+        if not isinstance(info, TensorInfo) or a.get("dtype") is not None:
+            return None
+        rank = len(info.shape)
+        if rank not in (2, 4) or a["dim"] % rank != 1 or a.get("half_to_float"):
+            return None
+        if any(user.op != "output" for user in node.users):
+            return None
+        return self._insert(node, _ops.exact_softmax.default, [node.args[0]])
+
     def _average(self, node: fx.Node, target: Any, rest: list[Any]) -> fx.Node:
         """On levels where the result becomes levels, too, else on floats."""
         grid = self._grid_of(table.source(node)) if self._becomes_levels(node) else None
-        return self._insert(node, target, [node.args[0], *rest], grid)
+        return self._insert(node, target, [node.args[0], *rest, self._qparams(node, grid)])
 
     def _on_grid(
         self, node: fx.Node, target: Any, rest: list[Any], operand: Any = None
     ) -> fx.Node | None:
         operand = node.args[0] if operand is None else operand
         grid = self._grid_of(operand)
-        return None if grid is None else self._insert(node, target, [operand, *rest], grid)
+        if grid is None:
+            return None
+        return self._insert(node, target, [operand, *rest, self._qparams(node, grid)])
 
-    def _insert(self, node: fx.Node, target: Any, args: list[Any], grid: str | None) -> fx.Node:
+    def _qparams(self, node: fx.Node, grid: str | None) -> fx.Node | None:
         with self.graph.inserting_before(node):
-            qparams = None if grid is None else self.graph.get_attr(f"{grid}.qparams")
-            return self.graph.call_function(target, (*args, qparams))
+            return None if grid is None else self.graph.get_attr(f"{grid}.qparams")
+
+    def _insert(self, node: fx.Node, target: Any, args: list[Any]) -> fx.Node:
+        with self.graph.inserting_before(node):
+            return self.graph.call_function(target, tuple(args))
 
     def _grid_of(self, node: fx.Node | None) -> str | None:
         """Name of the quantizer whose grid a value lies on."""
@@ -209,10 +226,12 @@ def _pair(value: Any) -> list[int]:
     return items * 2 if len(items) == 1 else items
 
 
-_AVERAGES: dict[str, Callable[[_Steps, fx.Node], fx.Node | None]] = {
+_MAKERS: dict[str, Callable[[_Steps, fx.Node], fx.Node | None]] = {
     "aten.avg_pool2d.default": _Steps._avg_pool,
     "aten.adaptive_avg_pool2d.default": _Steps._adaptive,
     "aten.mean.dim": _Steps._mean,
     "aten.upsample_bilinear2d.vec": _Steps._bilinear,
     "aten.upsample_bilinear2d.default": _Steps._bilinear,
+    "aten.softmax.int": _Steps._softmax,
+    "aten._softmax.default": _Steps._softmax,
 }

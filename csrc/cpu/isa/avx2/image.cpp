@@ -222,6 +222,7 @@ const ImageKernels kAvx2Image{
     .dequantize_row = avx2::dequantize_row,
     .blend_columns = avx2::blend_columns,
     .blend_rows = avx2::blend_rows,
+    .fma_values = avx2::fma_values,
     .softmax = avx2::softmax,
 };
 

@@ -192,6 +192,7 @@ const ImageKernels kAvx512Image{
     .dequantize_row = avx512::dequantize_row,
     .blend_columns = avx512::blend_columns,
     .blend_rows = avx512::blend_rows,
+    .fma_values = avx512::fma_values,
     .softmax = avx512::softmax,
 };
 

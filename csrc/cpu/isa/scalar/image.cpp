@@ -177,6 +177,11 @@ void blend_rows(const float* top, const float* bottom, float part, int64_t n, fl
     out[x] = std::fmaf(part, bottom[x] - top[x], top[x]);
 }
 
+void fma_values(const float* a, const float* b, const float* c, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i)
+    out[i] = std::fmaf(a[i], b[i], c[i]);
+}
+
 void softmax(const float* in, int64_t channels, int64_t stride, int64_t count, float* out) {
   for (int64_t i = 0; i < count; ++i) {
     float top = in[i];
@@ -214,6 +219,7 @@ const ImageKernels kScalarImage{
     .dequantize_row = dequantize_row,
     .blend_columns = blend_columns,
     .blend_rows = blend_rows,
+    .fma_values = fma_values,
     .softmax = softmax,
 };
 

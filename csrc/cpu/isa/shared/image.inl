@@ -555,6 +555,13 @@ void blend_rows(const float* top, const float* bottom, float part, int64_t n, fl
   });
 }
 
+void fma_values(const float* a, const float* b, const float* c, int64_t n, float* out) {
+  each_vector(n, [&](int64_t i, auto left) {
+    const F x = V::floats(a + i, left), factor = V::floats(b + i, left);
+    V::store_floats(out + i, V::fma(x, factor, V::floats(c + i, left)), left);
+  });
+}
+
 /// softmax_exp
 F exponential(F x) {
   x = V::max(x, V::set(-87.0f));

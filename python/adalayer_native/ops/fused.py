@@ -1,0 +1,43 @@
+"""Float operations whose bits torch does not promise: fused multiply-add, and softmax."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from adalayer_native import _C
+from adalayer_native.ops.machine import get_num_threads
+from adalayer_native.rounding import fma_float32
+
+__all__ = ["exact_softmax", "fake_softmax", "fma"]
+
+
+def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """``a * b + c`` rounded once, for float32 tensors of which the latter two broadcast to the
+    first: :func:`~adalayer_native.rounding.fma_float32`, many times as fast on a CPU."""
+    if a.device.type != "cpu":
+        return fma_float32(a, b, c)
+    # All three in the order in memory that the result has.
+    out = torch.empty_like(a)
+    x, y, z = (torch.empty_like(out).copy_(item.expand(a.shape)) for item in (a, b, c))
+    addresses = x.data_ptr(), y.data_ptr(), z.data_ptr()
+    _C.fma(*addresses, out.numel(), out.data_ptr(), get_num_threads())
+    return out
+
+
+@torch.no_grad()
+def exact_softmax(input: Tensor) -> Tensor:
+    """Softmax of ``[N, C, ...]`` over the channels, as the engine has it at a network's end
+    (csrc/reference/image_spec.hpp)."""
+    x = input.float().cpu().contiguous()
+    out = torch.empty_like(x)
+    images, channels = x.shape[:2]
+    positions = x[:1, :1].numel()
+    if x.numel():
+        _C.softmax(x.data_ptr(), images, channels, positions, out.data_ptr(), get_num_threads())
+    return out.to(input)
+
+
+def fake_softmax(input: Tensor) -> Tensor:
+    """Shape of :func:`exact_softmax`."""
+    return input.new_empty(input.shape)
