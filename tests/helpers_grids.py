@@ -6,6 +6,7 @@ from torch import fx, nn
 
 from adalayer_native.capture import info_of
 from adalayer_native.capture import vocabulary as table
+from adalayer_native.capture.float_values import float_values
 from adalayer_native.nn import Conv2d, ConvTranspose2d, FakeQuantize, Linear
 
 Grid = tuple[float, int, int]
@@ -24,7 +25,7 @@ class GridWalk:
     def __init__(self, native: fx.GraphModule) -> None:
         self.modules = dict(native.named_modules())
         self.nodes = list(native.graph.nodes)
-        self.masked = table.masked_values(native)
+        self.floats = float_values(native)
         # Nodes from which a native layer can be reached: the rest is the float tail.
         self.reaching: set[fx.Node] = set()
         for node in reversed(self.nodes):
@@ -72,7 +73,7 @@ class GridWalk:
         if (
             node in self.grids
             or not table.is_value(node)
-            or node in self.masked
+            or node in self.floats.values
             or node.op in ("get_attr", "output")  # parameters are constants of the program
             or node not in self.reaching
         ):
@@ -105,7 +106,7 @@ class GridWalk:
             user.op == "call_function"
             and table.op_name(user) not in table.INTEGER_OPERATORS
             and not table.is_grid_preserving(user, self.modules)
-        ) or user in self.masked
+        ) or user in self.floats.readers
 
     def chained(self, value: fx.Node, user: fx.Node) -> bool:
         """A batch norm and the activation that is its only reader are one step."""

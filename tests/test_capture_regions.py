@@ -197,7 +197,7 @@ class Odd(nn.Module):
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("a number", r"tensors in \(named\) tuples"),
+        ("a number", r"tensors in \(named\) tuples.*got float in a tuple"),
         ("writes", r"excluded module '1' writes into its input"),
         ("squares", "not proportional"),
     ],
@@ -310,6 +310,21 @@ def test_an_excluded_submodule_may_give_a_named_tuple() -> None:
     native = converted(graph, x)
     engine = ada.compile(native, x, policy="native", weights="resident")
     torch.testing.assert_close(engine(x), native(x), rtol=0, atol=1e-6)
+
+
+def test_an_excluded_submodule_gives_tensors_of_the_whole_batch() -> None:
+    class PerSample(Plain):
+        def forward(self, x: Tensor, factor: Any = None) -> Any:
+            return list(x)
+
+    class Head(Around):
+        def forward(self, x: Tensor) -> Any:
+            return self.middle(self.first(x))
+
+    with pytest.raises(
+        UnsupportedModelError, match=r"'middle'.*nested otherwise for another batch"
+    ):
+        ada.capture(Head(PerSample()).eval(), torch.randn(2, 3, 8, 8), exclude=["middle"])
 
 
 def test_an_excluded_submodule_is_not_called_under_autocast() -> None:

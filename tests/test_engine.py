@@ -501,3 +501,23 @@ def test_channels_last_input_that_is_read_as_floats_too() -> None:
     for image in (x, x.contiguous(memory_format=torch.channels_last)):
         for got, expected in zip(engine(image), native(image), strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_pooling_of_tokens_runs_in_torch() -> None:
+    """[N, T, C] is an image without channels for torch, and none for the engine."""
+
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(16, 16), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.avg_pool2d(self.first(x).relu(), (1, 2))
+            z: Tensor = self.last(F.adaptive_avg_pool2d(y, (3, 8)))
+            return z
+
+    x = torch.randn(3, 6, 16)
+    native = native_of(Tokens().eval(), x)
+    engine = ada.compile(native, x, policy="native", weights="resident")
+    assert torch.equal(engine(x), native(x))

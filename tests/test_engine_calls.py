@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 from collections import OrderedDict
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers_calls import (
     ModelOutput,
     Pair,
@@ -20,6 +22,7 @@ from helpers_calls import (
     compiled,
     token_inputs,
 )
+from helpers_engine import native_of
 from helpers_patterns import small_engine
 from torch import Tensor, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
@@ -488,3 +491,25 @@ def test_containers_of_graphs_become_ordinary_ones() -> None:
     nested = pytree.tree_unflatten(leaves, thawed(spec))
     assert nested == Pair([1, {"a": Record(2), "b": 3}], ())
     assert type(nested.first) is list and type(nested.first[1]) is dict
+
+
+@torch.no_grad()
+def test_a_batch_of_one_that_a_model_squeezes_is_refused(tmp_path: Path) -> None:
+    class Squeezes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.fc(F.adaptive_avg_pool2d(self.conv(x).relu(), 1).squeeze())
+            return y
+
+    x = torch.randn(4, 3, 8, 8)
+    native = native_of(Squeezes().eval(), x)
+    engine = ada.compile(native, x, policy="native", weights="resident")
+    engine.save(tmp_path / "m.ada")
+    for one in (engine, ada.load(tmp_path / "m.ada"), copy.deepcopy(engine)):
+        assert torch.equal(one(x), native(x))
+        with pytest.raises(InputError, match=r"a batch of 2 or more, got 1.*squeeze\(\)"):
+            one(x[:1])
+    assert native(x[:1]).shape == (5,)

@@ -355,7 +355,10 @@ def _explained(model: nn.Module, error: Exception) -> str:
     elif "scriptmodule" in lower or "torchscript" in lower:
         advice = "it holds a TorchScript module; give the Python module it was made from"
     else:
-        advice = "expected a model that torch.export.export(model, example, strict=False) accepts"
+        advice = (
+            "expected a model that torch.export.export(model, example, strict=False) accepts with "
+            "a free batch: two or more samples stand for it, also where the example has one"
+        )
     return f"{name} cannot be captured{where} ({type(error).__name__}: {text}); {advice}"
 
 

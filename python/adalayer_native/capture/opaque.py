@@ -194,6 +194,12 @@ def opaque_calls(
                 f"{len(more)} times with another"
             )
         for call, other in zip(items, more, strict=True):
+            if call.out_spec != other.out_spec or call.spec != other.spec:
+                raise UnsupportedModelError(
+                    f"excluded module {name!r}: what it takes or gives is nested otherwise for "
+                    "another batch (a list with an entry per sample?); expected tensors of the "
+                    "whole batch"
+                )
             call.shapes += other.shapes
             call.results += other.results
             key = f"{name}#{next(_numbers)}"
@@ -323,7 +329,7 @@ class _Recorder:
             if keys is None or not isinstance(leaf, (Tensor, type(None))):
                 raise UnsupportedModelError(
                     f"excluded module {self.name!r}: expected a tensor, or tensors in (named) "
-                    f"tuples, lists and dictionaries, as its result, got {type(result).__name__}"
+                    f"tuples, lists and dictionaries, as its result, got {_shown(result, leaf)}"
                 )
             if isinstance(leaf, Tensor):
                 places.append(keys)
@@ -386,3 +392,10 @@ def _keys(nest: Any, path: Sequence[Any]) -> tuple[Any, ...] | None:
             return None
         nest = nest[keys[-1]]
     return tuple(keys)
+
+
+def _shown(result: Any, leaf: Any) -> str:
+    """What is wrong with a result."""
+    inside = type(leaf).__name__
+    outside = type(result).__name__
+    return inside if leaf is result else f"{inside} in a {outside}"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from adalayer_native.capture.model import GraphModel, TensorInfo, info_of
+from adalayer_native.capture.model import TensorInfo, info_of
 
 __all__ = [
     "arguments",
@@ -102,49 +102,6 @@ INTEGER_OPERATORS = frozenset(
         "_softmax.default",
     )
 )  # fmt: skip
-# Sums and selections that hand the large constants of a mask on to the softmax behind them.
-_MASKING = frozenset(
-    f"aten.{name}"
-    for name in (
-        "add.Tensor", "sub.Tensor", "mul.Tensor", "where.self", "where.ScalarOther",
-        "where.ScalarSelf", "where.Scalar", "masked_fill.Scalar", "masked_fill.Tensor",
-        "fill.Scalar", "fill.Tensor", "cat.default", "_to_copy.default", "neg.default",
-        "rsub.Scalar", "rsub.Tensor", "full.default", "full_like.default", "slice_scatter.default",
-        "select_scatter.default", "triu.default", "tril.default", "maximum.default",
-    )
-)  # fmt: skip
-_LARGE = 1e4  # no activation, but every usual mask
-
-
-def masked_values(model: GraphModel) -> set[fx.Node]:
-    """Values with the infinite or very large constants of a mask in them, up to what they mask.
-
-    A grid that held them would have no levels left for anything else.
-    """
-    found: set[fx.Node] = set()
-    for node in model.graph.nodes:
-        if node.op == "get_attr":
-            tensor = attribute(model, str(node.target))
-            if _is_large(tensor):
-                found.add(node)
-        elif node.op == "call_function":
-            name = op_name(node)
-            moves = (name in MOVES and not is_max_pool(node)) or node.target is operator.getitem
-            if name in _MASKING or moves:
-                scalars = [*node.args, *node.kwargs.values()]
-                large = any(isinstance(v, (int, float)) and abs(v) >= _LARGE for v in scalars)
-                # (The ends of slices and sizes are no values.)
-                if (large and name in _MASKING and "scatter" not in name) or any(
-                    operand in found for operand in node.all_input_nodes
-                ):
-                    found.add(node)
-    return found
-
-
-def _is_large(tensor: Tensor) -> bool:
-    if not tensor.is_floating_point() or tensor.device.type == "meta" or not tensor.numel():
-        return False
-    return float(tensor.abs().max()) >= _LARGE
 
 
 def op_name(node: fx.Node) -> str:

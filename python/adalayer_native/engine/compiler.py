@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from adalayer_native import ops
-from adalayer_native.capture import Inputs
+from adalayer_native.capture import GraphModel, Inputs
+from adalayer_native.capture.exporting import untouched
 from adalayer_native.engine import (  # noqa: F401  (they fill the table of rules)
     rules_images,
     rules_layers,
@@ -76,7 +78,7 @@ def compile(
         raise UnsupportedModelError(f"expected an nn.Module, got {type(model).__name__}")
     _check_converted(model)
     exported = export(model, example_inputs)
-    return compile_exported(
+    engine = compile_exported(
         exported,
         policy=policy,
         strict=strict,
@@ -84,6 +86,27 @@ def compile(
         weights=weights,
         signature=_signature(model),
     )
+    if not _treats_one_alike(model, engine, Inputs.of(example_inputs)):
+        engine.require_batch(2)
+    return engine
+
+
+def _treats_one_alike(model: nn.Module, engine: Engine, inputs: Inputs) -> bool:
+    """Whether a model gives for one sample what its graph for several gives, by the shapes."""
+    if isinstance(model, GraphModel) and not model.signature.single:
+        return False
+    one = inputs[:1]
+    with untouched(model), torch.no_grad():
+        try:
+            wanted = one(model)
+        except Exception:  # the model's own code, with a batch that nobody has asked for
+            return False
+    return _shapes(wanted) == _shapes(one(engine))
+
+
+def _shapes(result: Any) -> list[tuple[int, ...]]:
+    leaves = pytree.tree_leaves(result)
+    return [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _signature(model: nn.Module) -> inspect.Signature:

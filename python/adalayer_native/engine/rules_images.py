@@ -165,7 +165,10 @@ def _image(low: Lowering, node: fx.Node, ref: Ref) -> Ref:
 
 
 def _image_size(low: Lowering, node: fx.Node) -> Size:
-    c, h, w = low.sizes(node)
+    sizes = low.sizes(node)
+    if len(sizes) != 3:
+        raise CannotLower(node, "its operand is no image")
+    c, h, w = sizes
     return c, h, w
 
 

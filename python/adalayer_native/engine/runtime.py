@@ -198,6 +198,7 @@ class Engine:
             gave it, else None.
         class_names: names of the classes, else None.
         device: where its inputs and results are.
+        least_batch: 2 where the model does something else with one sample alone.
     """
 
     def __init__(
@@ -210,6 +211,7 @@ class Engine:
         call: Call | None = None,
         preprocessing: Any = None,
         class_names: list[str] | None = None,
+        least_batch: int = 1,
     ) -> None:
         """leaves: per leaf of ``out_spec`` (a ``TreeSpec``) its tensor's number as Leaf, or a
         constant. call: default one tensor per input."""
@@ -220,8 +222,14 @@ class Engine:
         self._call = Call.flat(self.inputs) if call is None else call
         self.preprocessing = preprocessing
         self.class_names = class_names
+        self.least_batch = least_batch
         self._single: NativePart | None = None
-        if len(steps) == 1 and isinstance(steps[0].run, NativePart) and len(self.inputs) == 1:
+        if (
+            least_batch == 1
+            and len(steps) == 1
+            and isinstance(steps[0].run, NativePart)
+            and len(self.inputs) == 1
+        ):
             part = steps[0].run
             alone = out_spec.is_leaf() and isinstance(self._leaves[0], Leaf)
             if part.single is not None and alone and steps[0].inputs == [0] and self._call.plain:
@@ -280,6 +288,12 @@ class Engine:
                 except (RuntimeError, MemoryError) as error:
                     raise self._too_much(args, error) from error
         return self._any(self._call(args, kwargs))
+
+    def require_batch(self, least: int) -> None:
+        """Refuse smaller batches from now on."""
+        self.least_batch = least
+        if least > 1:
+            self._single = None  # which checks no batch
 
     def flat(self, inputs: Sequence[Tensor]) -> Any:
         """The same with one tensor per input, in the order of :attr:`inputs`.
@@ -365,6 +379,7 @@ class Engine:
             call=self._call,
             preprocessing=self.preprocessing,
             class_names=self.class_names,
+            least_batch=self.least_batch,
         )
 
     def _label(self, position: int) -> str:
@@ -413,6 +428,12 @@ class Engine:
                     )
                 floats = x.dtype
             found.append(x)
+        if batch is not None and 0 < batch < self.least_batch:
+            raise InputError(
+                f"{self._label(0)}: expected a batch of {self.least_batch} or more, got {batch}; "
+                "the model treats one sample otherwise: squeeze() without an axis, for one, drops "
+                "the batch, where flatten(1) or squeeze(-1) would not"
+            )
         return found, floats
 
     def _run(self, inputs: list[Tensor], dtype: torch.dtype | None) -> Any:
@@ -553,6 +574,8 @@ class Engine:
         call = self._call.as_json(self.inputs)
         if call is not None:
             metadata["adalayer.call"] = call
+        if self.least_batch > 1:
+            metadata["adalayer.least_batch"] = self.least_batch
         shown = self.preprocessing if preprocessing is None else dict(preprocessing)
         names = self.class_names if class_names is None else [str(name) for name in class_names]
         if shown is not None:

@@ -79,7 +79,7 @@ def load(
 
 _KEYS = (
     *("adalayer.inputs", "adalayer.order", "adalayer.outputs", "adalayer.leaves"),
-    *("adalayer.structure", "adalayer.call", "preprocessing", "classes"),
+    *("adalayer.structure", "adalayer.call", "adalayer.least_batch", "preprocessing", "classes"),
 )
 
 
@@ -176,4 +176,5 @@ def _rebuilt(
         call=call,
         preprocessing=metadata.get("preprocessing"),
         class_names=None if names is None else [str(name) for name in names],
+        least_batch=2 if int(metadata.get("adalayer.least_batch", 1)) > 1 else 1,
     )

@@ -26,6 +26,7 @@ from torch import fx, nn
 
 from adalayer_native.capture import GraphModel, TensorInfo, info_of
 from adalayer_native.capture import vocabulary as table
+from adalayer_native.capture.float_values import float_values
 from adalayer_native.capture.vocabulary import LAYERS
 from adalayer_native.errors import UnsupportedModelError
 from adalayer_native.plan import Plan
@@ -170,7 +171,7 @@ class _Analysis:
             held = node.op == "call_function" and operands and self.constant.issuperset(operands)
             if node.op == "get_attr" or held:
                 self.constant.add(node)
-        self.masked = table.masked_values(model)
+        self.floats = float_values(model)
         self.internal: set[fx.Node] = set()
         self.batch_norms: dict[str, str] = {}
         self.input_norms: dict[str, str] = {}
@@ -365,7 +366,7 @@ class _Analysis:
     def wants_quantizer(self, node: fx.Node, reaching: set[fx.Node]) -> bool:
         if not table.is_value(node) or node in self.internal or node not in reaching:
             return False
-        if self.passes_grid(node) or node in self.masked:
+        if self.passes_grid(node) or node in self.floats.values:
             return False
         readers = self.consumers(node)
         if any(self.layer(reader) in self.quantized for reader in readers):
@@ -375,7 +376,7 @@ class _Analysis:
 
     def reads_levels(self, reader: fx.Node) -> bool:
         """Whether an operation between layers can work on u8 levels at all."""
-        if reader in self.masked:
+        if reader in self.floats.readers:
             return False
         if reader.op == "call_module":
             return table.is_batch_norm(reader, self.modules)

@@ -133,7 +133,8 @@ class ActivationQuantizer(nn.Module):
     def levels(self, x: Tensor) -> Tensor:
         """``q - z``: whole numbers in float32, the operand of the native accumulation."""
         _, inverse, low, high = self.constants()
-        return torch.mul(x, inverse).clamp_(low, high).round_()
+        # A NaN becomes the lowest level, as the kernels have it.
+        return torch.mul(x, inverse).nan_to_num_(low, high, low).clamp_(low, high).round_()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.observer is not None:
@@ -146,8 +147,7 @@ class ActivationQuantizer(nn.Module):
         if torch.is_grad_enabled() and x.requires_grad:
             out: Tensor = _QuantizeActivation.apply(x, *self.constants())
             return out
-        scale, inverse, low, high = self.constants()
-        return torch.mul(x, inverse).clamp_(low, high).round_().mul_(scale)
+        return self.levels(x).mul_(self.scale)
 
     def extra_repr(self) -> str:
         if not self.calibrated:
