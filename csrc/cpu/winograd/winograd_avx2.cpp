@@ -1,0 +1,23 @@
+// Winograd with AVX2.
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "cpu/winograd/kernels.hpp"
+
+namespace adalayer::cpu {
+namespace {
+
+#include "cpu/winograd/vec256.inl"
+
+struct Vec : Vec256 {
+  static void dot(T& sum, T a, T w) { sum = add32(sum, _mm256_madd_epi16(a, w)); }
+};
+
+#include "cpu/winograd/winograd.inl"
+
+}  // namespace
+
+const WinogradKernels kWinogradAvx2 = kernels_named("avx2");
+
+}  // namespace adalayer::cpu

@@ -1,0 +1,23 @@
+// Winograd with AVX-512 F and BW, for machines older than VNNI.
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "cpu/winograd/kernels.hpp"
+
+namespace adalayer::cpu {
+namespace {
+
+#include "cpu/winograd/vec512.inl"
+
+struct Vec : Vec512 {
+  static void dot(T& sum, T a, T w) { sum = add32(sum, _mm512_madd_epi16(a, w)); }
+};
+
+#include "cpu/winograd/winograd.inl"
+
+}  // namespace
+
+const WinogradKernels kWinogradAvx512 = kernels_named("avx512");
+
+}  // namespace adalayer::cpu

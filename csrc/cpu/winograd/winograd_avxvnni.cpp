@@ -1,0 +1,23 @@
+// Winograd with AVX-VNNI: multiplication and addition are one instruction.
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "cpu/winograd/kernels.hpp"
+
+namespace adalayer::cpu {
+namespace {
+
+#include "cpu/winograd/vec256.inl"
+
+struct Vec : Vec256 {
+  static void dot(T& sum, T a, T w) { sum = _mm256_dpwssd_avx_epi32(sum, a, w); }
+};
+
+#include "cpu/winograd/winograd.inl"
+
+}  // namespace
+
+const WinogradKernels kWinogradAvxVnni = kernels_named("avxvnni");
+
+}  // namespace adalayer::cpu

@@ -1,0 +1,199 @@
+#include <algorithm>
+#include <cstdlib>
+
+#include "core/status.hpp"
+#include "cpu/winograd/winograd.hpp"
+
+namespace adalayer::cpu {
+namespace {
+
+// Factors of a block should stay in the second-level cache (512 KiB on the smallest machines)
+// beside the taps that stream past them.
+constexpr int64_t kFactorBytes = 384 << 10;
+// Products of a block and one group, of all taps.
+constexpr int kMostProducts = 1008;
+
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+void require_suits(const ConvShape& shape) {
+  if (!reference::winograd_suits(shape))
+    throw InvalidArgument("winograd: the convolution is not 3x3 with stride 1 in one group");
+}
+
+int area_of(WinogradForm form) {
+  const int taps = reference::winograd_axis(form).taps;
+  return taps * taps;
+}
+
+int64_t tap_bytes(const ConvShape& s, bool narrow) {
+  return (s.in_channels + 1) / 2 * kWinogradGroup * 2 * (narrow ? 1 : 2);
+}
+
+/// Bytes of a group, of which each tap begins on a cache line.
+template <class Narrow>
+int64_t lay_out(int area, const ConvShape& shape, const Narrow& narrow, int64_t* offsets) {
+  int64_t at = 0;
+  for (int k = 0; k < area; ++k) {
+    if (offsets != nullptr) offsets[k] = at;
+    at += round_up(tap_bytes(shape, narrow(k)), 64);
+  }
+  return at;
+}
+
+}  // namespace
+
+std::string WinogradTaps::describe() const {
+  std::string text = form == WinogradForm::F4x4 ? "winograd 4x4" : "winograd 2x2";
+  if (narrow == area) return text + ", taps s8";
+  if (narrow == 0) return text + ", taps s16";
+  return text + ", " + std::to_string(narrow) + " of " + std::to_string(area) + " taps s8";
+}
+
+int64_t winograd_most_bytes(WinogradForm form, const ConvShape& shape, int bits) {
+  const reference::WinogradAxis& axis = reference::winograd_axis(form);
+  const auto reach = [&](int i) {
+    int sum = 0;
+    for (const int8_t w : axis.weight[i])
+      sum += std::abs(w);
+    return sum;
+  };
+  const auto narrow = [&](int k) {
+    return reach(k / axis.taps) * reach(k % axis.taps) << (bits - 1) <= 127;
+  };
+  const int64_t groups = (shape.out_channels + kWinogradGroup - 1) / kWinogradGroup;
+  return groups * lay_out(area_of(form), shape, narrow, nullptr);
+}
+
+WinogradTaps plan_winograd_taps(WinogradForm form, const ConvShape& shape,
+                                std::span<const int8_t> weights) {
+  require_suits(shape);
+  if (static_cast<int64_t>(weights.size()) != shape.out_channels * shape.reduction())
+    fail<InvalidArgument>("winograd: expected ", shape.out_channels * shape.reduction(),
+                          " weights, got ", weights.size());
+  if (!reference::winograd_exact(form, weights, shape.out_channels))
+    throw InvalidArgument("winograd: sums of these weights are too large for this form");
+  WinogradTaps taps;
+  taps.form = form;
+  taps.out_channels = shape.out_channels;
+  taps.in_channels = shape.in_channels;
+  taps.area = area_of(form);
+  std::array<int16_t, reference::kMostWinogradTaps * reference::kMostWinogradTaps> values, least{},
+      most{};
+  for (int64_t k = 0; k < shape.out_channels * shape.in_channels; ++k) {
+    reference::winograd_taps(form, weights.data() + k * 9, values.data());
+    for (int i = 0; i < taps.area; ++i) {
+      least[i] = std::min(least[i], values[i]);
+      most[i] = std::max(most[i], values[i]);
+    }
+  }
+  for (int i = 0; i < taps.area; ++i) {
+    taps.is_narrow[i] = least[i] >= -128 && most[i] <= 127;
+    taps.narrow += taps.is_narrow[i];
+  }
+  taps.group_bytes =
+      lay_out(taps.area, shape, [&](int k) { return taps.is_narrow[k]; }, taps.offset.data());
+  return taps;
+}
+
+void pack_winograd_taps(const WinogradTaps& taps, std::span<const int8_t> weights, uint8_t* out) {
+  std::fill_n(out, taps.bytes(), uint8_t{0});
+  int16_t values[reference::kMostWinogradTaps * reference::kMostWinogradTaps];
+  for (int64_t o = 0; o < taps.out_channels; ++o)
+    for (int64_t c = 0; c < taps.in_channels; ++c) {
+      reference::winograd_taps(taps.form, weights.data() + (o * taps.in_channels + c) * 9, values);
+      uint8_t* const group = out + o / kWinogradGroup * taps.group_bytes;
+      const int64_t at = (c / 2 * kWinogradGroup + o % kWinogradGroup) * 2 + c % 2;
+      for (int k = 0; k < taps.area; ++k) {
+        uint8_t* const tap = group + taps.offset[k];
+        if (taps.is_narrow[k])
+          reinterpret_cast<int8_t*>(tap)[at] = static_cast<int8_t>(values[k]);
+        else
+          reinterpret_cast<int16_t*>(tap)[at] = values[k];
+      }
+    }
+}
+
+WinogradWeights derive_winograd(WinogradForm form, const ConvShape& shape,
+                                std::span<const int8_t> weights) {
+  WinogradWeights w{plan_winograd_taps(form, shape, weights), {}};
+  w.data = AlignedBuffer(static_cast<size_t>(w.taps.bytes()));
+  pack_winograd_taps(w.taps, weights, w.data.data());
+  return w;
+}
+
+const WinogradKernels* winograd_kernels(const KernelRow& row) {
+  switch (row.isa) {
+#ifdef ADALAYER_HAVE_AVX2
+    case Isa::Avx2:
+      return &kWinogradAvx2;
+#endif
+#ifdef ADALAYER_HAVE_AVXVNNI
+    case Isa::AvxVnni:
+      return &kWinogradAvxVnni;
+#endif
+#ifdef ADALAYER_HAVE_AVX512VNNI
+    case Isa::Avx512Vnni:
+    case Isa::Amx:
+      return &kWinogradAvx512Vnni;
+#endif
+    default:
+      return nullptr;
+  }
+}
+
+WinogradPlan plan_winograd(WinogradForm form, const ConvShape& shape, const ImageLayout& in,
+                           const ImageLayout* out, const ImageLayout* residual,
+                           const WinogradKernels& kernels) {
+  require_suits(shape);
+  int64_t largest = 0;
+  for (const ImageLayout* l : {&in, out, residual})
+    if (l != nullptr) largest = std::max(largest, l->image_bytes);
+  if (largest > INT32_MAX)
+    throw InvalidArgument("convolution: an image of 2^31 or more bytes is not supported");
+  WinogradPlan plan;
+  plan.shape = shape;
+  plan.shape.batch = 1;
+  plan.form = form;
+  plan.tile = reference::winograd_axis(form).tile;
+  plan.area = area_of(form);
+  const int64_t out_h = std::max<int64_t>(0, shape.out_h());
+  const int64_t out_w = std::max<int64_t>(0, shape.out_w());
+  plan.tiles_h = (out_h + plan.tile - 1) / plan.tile;
+  plan.tiles_w = (out_w + plan.tile - 1) / plan.tile;
+  plan.depth = round_up(shape.in_channels, 32);
+  const int64_t fit = kFactorBytes / (plan.area * plan.depth * 2);
+  plan.block = static_cast<int>(std::clamp<int64_t>(fit, kernels.rows, kMostProducts / plan.area));
+  plan.mixed = largest * plan.block <= INT32_MAX;
+  plan.in_base = (in.pad_left - shape.pad_left) * in.pitch;
+  plan.in_pitch = in.pitch;
+  plan.in_image_bytes = in.image_bytes;
+  // Rows below the image's last one reach no output.
+  const int64_t last_row = in.phases * in.phase_rows - 1;
+  for (int64_t y = 0; y < plan.tiles_h * plan.tile + 2; ++y) {
+    const int64_t row = std::min(y + in.pad_top - shape.pad_top, last_row);
+    plan.in_row.push_back(static_cast<int32_t>(in.row_offset(row)));
+  }
+  for (int64_t y = 0; y < out_h; ++y) {
+    if (out != nullptr) plan.out_row.push_back(static_cast<int32_t>(out->offset(y, 0)));
+    if (residual != nullptr)
+      plan.residual_row.push_back(static_cast<int32_t>(residual->offset(y, 0)));
+  }
+  if (out != nullptr) {
+    plan.out_pitch = out->pitch;
+    plan.out_image_bytes = out->image_bytes;
+  }
+  if (residual != nullptr) {
+    plan.residual_pitch = residual->pitch;
+    plan.residual_image_bytes = residual->image_bytes;
+  }
+  return plan;
+}
+
+bool winograd_prefers_columns(const WinogradPlan& plan, const WinogradTaps& taps, int64_t images,
+                              int threads) {
+  if (taps.groups() < threads) return false;
+  const int64_t tiles = plan.tiles() * images;
+  return tiles < threads || taps.bytes() > 4 * tiles * plan.area * plan.depth * 2;
+}
+
+}  // namespace adalayer::cpu

@@ -1,0 +1,164 @@
+// Times a 3x3 layer, u8 image in and out, one thread, by the direct product and by Winograd: all of
+// them in turn in one process, so that whatever else the machine does falls on each alike.
+//
+//   bench_winograd [rounds [channels size]]
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cpu/conv.hpp"
+#include "cpu/kernel_table.hpp"
+#include "cpu/winograd/winograd.hpp"
+
+using namespace adalayer;
+using namespace adalayer::cpu;
+
+namespace {
+
+struct Contender {
+  std::string name;
+  std::function<void()> run;
+  std::vector<double> microseconds;
+
+  double median() {
+    std::sort(microseconds.begin(), microseconds.end());
+    return microseconds[microseconds.size() / 2];
+  }
+};
+
+/// Weights as training leaves them: a bell whose tails reach the end of the grid.
+std::vector<int8_t> bell(int64_t count, int bits, std::mt19937& random) {
+  const float most = static_cast<float>((1 << (bits - 1)) - 1);
+  std::normal_distribution<float> normal(0.0f, most / 3.5f);
+  std::vector<int8_t> weights(static_cast<size_t>(count));
+  for (auto& w : weights)
+    w = static_cast<int8_t>(std::clamp(normal(random), -most, most));
+  return weights;
+}
+
+void layer(int64_t channels, int64_t size, int rounds) {
+  std::mt19937 random(1);
+  const KernelRow& row = *active_kernels();
+  const WinogradKernels& kernels = *winograd_kernels(row);
+  const ConvShape s{.batch = 1,
+                    .in_channels = channels,
+                    .in_h = size,
+                    .in_w = size,
+                    .out_channels = channels,
+                    .kernel_h = 3,
+                    .kernel_w = 3,
+                    .pad_top = 1,
+                    .pad_left = 1,
+                    .pad_bottom = 1,
+                    .pad_right = 1};
+  const ImageLayout image = image_layout(channels, size, size, {1, 1, 1, 1});
+  const auto bytes = static_cast<size_t>(image.image_bytes + image.slack);
+  AlignedBuffer x(bytes), y(bytes);
+  for (size_t i = 0; i < bytes; ++i)
+    x.data()[i] = static_cast<uint8_t>(random());
+  const auto padded = static_cast<size_t>(epilogue_size(channels));
+  const std::vector<float> scale(padded, 1e-4f), bias(padded, 20.0f);
+  ConvEpilogue epilogue;
+  epilogue.scale = scale.data();
+  epilogue.bias = bias.data();
+  epilogue.bounded = true;
+
+  std::vector<Contender> contenders;
+  for (const int bits : {8, 4}) {
+    const std::vector<int8_t> weights = bell(channels * s.reduction(), bits, random);
+    const std::string suffix = ", " + std::to_string(bits) + " bits";
+    for (const int panel_bits : {bits, 8}) {
+      auto plan = std::make_shared<ConvPlan>(plan_conv(s, image, &image, nullptr, row));
+      if (bits < 7) plan->arrangement = nullptr;
+      const auto packed =
+          std::make_shared<AlignedBuffer>(static_cast<size_t>(plan->packed_bytes(panel_bits)));
+      pack_panels(*plan, weights, panel_bits, packed->data());
+      contenders.push_back({"direct" + std::string(panel_bits == bits ? "" : " resident") + suffix,
+                            [=, &row, &epilogue, &x, &y] {
+                              const ConvCall call{.plan = *plan,
+                                                  .weights = packed->data(),
+                                                  .bits = panel_bits,
+                                                  .weight_bits = bits,
+                                                  .epilogue = &epilogue,
+                                                  .in = x.data(),
+                                                  .images = 1,
+                                                  .out = y.data(),
+                                                  .residual = nullptr,
+                                                  .by_columns = false,
+                                                  .other_order = false,
+                                                  .stream = nullptr,
+                                                  .segment = 0};
+                              run_conv(call, row, {});
+                            },
+                            {}});
+      if (bits == 8) break;
+    }
+    for (const WinogradForm form : {WinogradForm::F4x4, WinogradForm::F2x2}) {
+      const auto w = std::make_shared<WinogradWeights>(derive_winograd(form, s, weights));
+      const auto plan =
+          std::make_shared<WinogradPlan>(plan_winograd(form, s, image, &image, nullptr, kernels));
+      const auto scratch = std::make_shared<AlignedBuffer>(
+          static_cast<size_t>(winograd_scratch_bytes(*plan, kernels)));
+      contenders.push_back({w->taps.describe() + suffix,
+                            [=, &row, &kernels, &epilogue, &x, &y] {
+                              const WinogradCall call{.plan = *plan,
+                                                      .taps = w->taps,
+                                                      .data = w->data.data(),
+                                                      .epilogue = &epilogue,
+                                                      .in = x.data(),
+                                                      .images = 1,
+                                                      .out = y.data(),
+                                                      .residual = nullptr,
+                                                      .by_columns = false};
+                              run_winograd(call, kernels, row, scratch->data(), {});
+                            },
+                            {}});
+    }
+  }
+  row.begin();
+  for (int round = -2; round < rounds; ++round)
+    for (Contender& c : contenders) {
+      const auto begin = std::chrono::steady_clock::now();
+      c.run();
+      const std::chrono::duration<double, std::micro> took =
+          std::chrono::steady_clock::now() - begin;
+      if (round >= 0) c.microseconds.push_back(took.count());
+    }
+  row.end();
+  std::printf("%lld -> %lld channels at %lld x %lld\n", static_cast<long long>(channels),
+              static_cast<long long>(channels), static_cast<long long>(size),
+              static_cast<long long>(size));
+  double direct = 0.0;
+  for (Contender& c : contenders) {
+    const double median = c.median();
+    const bool resident = c.name.find("resident") != std::string::npos;
+    if (c.name.find("direct") == 0) direct = resident ? std::min(direct, median) : median;
+    std::printf("  %-40s %8.0f us  (least %8.0f)  %5.2f x\n", c.name.c_str(), median,
+                c.microseconds.front(), direct / median);
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int rounds = argc > 1 ? std::atoi(argv[1]) : 50;
+  if (active_kernels() == nullptr || winograd_kernels(*active_kernels()) == nullptr) {
+    std::fprintf(stderr, "this machine has no vector kernels\n");
+    return 1;
+  }
+  if (argc > 3) {
+    layer(std::atoi(argv[2]), std::atoi(argv[3]), rounds);
+    return 0;
+  }
+  layer(64, 56, rounds);
+  layer(128, 28, rounds);
+  layer(256, 14, rounds);
+  layer(512, 7, rounds);
+  return 0;
+}
