@@ -1,9 +1,10 @@
 // Times a 3x3 layer, u8 image in and out, one thread, by the direct product and by Winograd: all of
 // them in turn in one process, so that whatever else the machine does falls on each alike.
 //
-//   bench_winograd [rounds [channels size]]
+//   bench_winograd [rounds [channels size [what its name contains]]]
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
@@ -32,17 +33,24 @@ struct Contender {
   }
 };
 
-/// Weights as training leaves them: a bell whose tails reach the end of the grid.
-std::vector<int8_t> bell(int64_t count, int bits, std::mt19937& random) {
-  const float most = static_cast<float>((1 << (bits - 1)) - 1);
-  std::normal_distribution<float> normal(0.0f, most / 3.5f);
-  std::vector<int8_t> weights(static_cast<size_t>(count));
-  for (auto& w : weights)
-    w = static_cast<int8_t>(std::clamp(normal(random), -most, most));
+/// Weights as training leaves them: each output channel a bell, scaled so that its largest is the
+/// grid's.
+std::vector<int8_t> bell(const ConvShape& s, int bits, std::mt19937& random) {
+  std::normal_distribution<float> normal;
+  std::vector<float> channel(static_cast<size_t>(s.reduction()));
+  std::vector<int8_t> weights;
+  for (int64_t o = 0; o < s.out_channels; ++o) {
+    float most = 0.0f;
+    for (float& w : channel)
+      most = std::max(most, std::fabs(w = normal(random)));
+    for (const float w : channel)
+      weights.push_back(
+          static_cast<int8_t>(std::lrint(w / most * static_cast<float>((1 << (bits - 1)) - 1))));
+  }
   return weights;
 }
 
-void layer(int64_t channels, int64_t size, int rounds) {
+void layer(int64_t channels, int64_t size, int rounds, const std::string& only = {}) {
   std::mt19937 random(1);
   const KernelRow& row = *active_kernels();
   const WinogradKernels& kernels = *winograd_kernels(row);
@@ -71,7 +79,7 @@ void layer(int64_t channels, int64_t size, int rounds) {
 
   std::vector<Contender> contenders;
   for (const int bits : {8, 4}) {
-    const std::vector<int8_t> weights = bell(channels * s.reduction(), bits, random);
+    const std::vector<int8_t> weights = bell(s, bits, random);
     const std::string suffix = ", " + std::to_string(bits) + " bits";
     for (const int panel_bits : {bits, 8}) {
       auto plan = std::make_shared<ConvPlan>(plan_conv(s, image, &image, nullptr, row));
@@ -121,6 +129,8 @@ void layer(int64_t channels, int64_t size, int rounds) {
                             {}});
     }
   }
+  std::erase_if(contenders,
+                [&](const Contender& c) { return c.name.find(only) == std::string::npos; });
   row.begin();
   for (int round = -2; round < rounds; ++round)
     for (Contender& c : contenders) {
@@ -153,7 +163,7 @@ int main(int argc, char** argv) {
     return 1;
   }
   if (argc > 3) {
-    layer(std::atoi(argv[2]), std::atoi(argv[3]), rounds);
+    layer(std::atoi(argv[2]), std::atoi(argv[3]), rounds, argc > 4 ? argv[4] : "");
     return 0;
   }
   layer(64, 56, rounds);

@@ -133,22 +133,24 @@ void multiply_rows(const WinogradProductArgs& a, int row) {
 }
 
 /// All rows, in passes of nearly equal size.
-template <int kGroups, bool kNarrow>
-void multiply_all(const WinogradProductArgs& a) {
+template <int kGroups, bool kNarrow, int... kRow>
+void multiply_all(const WinogradProductArgs& a, std::integer_sequence<int, kRow...>) {
+  static constexpr void (*kPass[])(const WinogradProductArgs&,
+                                   int) = {multiply_rows<kRow + 1, kGroups, kNarrow>...};
   int row = 0;
   for (int passes = (a.rows + Vec::kRows - 1) / Vec::kRows; passes > 0; --passes) {
     const int rows = (a.rows - row + passes - 1) / passes;
-    unrolled<Vec::kRows>([&](auto r) {
-      if (rows == r.value + 1) multiply_rows<r.value + 1, kGroups, kNarrow>(a, row);
-    });
+    kPass[rows - 1](a, row);
     row += rows;
   }
 }
 
 void multiply(const WinogradProductArgs& a) {
+  constexpr auto kRows = std::make_integer_sequence<int, Vec::kRows>();
   if constexpr (Vec::kGroups > 1)
-    if (a.groups > 1) return a.narrow ? multiply_all<2, true>(a) : multiply_all<2, false>(a);
-  a.narrow ? multiply_all<1, true>(a) : multiply_all<1, false>(a);
+    if (a.groups > 1)
+      return a.narrow ? multiply_all<2, true>(a, kRows) : multiply_all<2, false>(a, kRows);
+  a.narrow ? multiply_all<1, true>(a, kRows) : multiply_all<1, false>(a, kRows);
 }
 
 /// The products are many times the registers: what is made of their columns goes through the

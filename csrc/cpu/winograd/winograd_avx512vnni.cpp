@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include <cstring>
+#include <utility>
 
 #include "cpu/winograd/kernels.hpp"
 

@@ -119,22 +119,26 @@ struct Loop {
         tile = batch;
         for (int t = 0; t < tiles; ++t, tile.step(plan)) {
           const int64_t y = tile.y + i, image = tile.image - begin.image;
-          const int64_t wanted = y < out_h ? out_w - tile.x : 0;
-          for (int j = 0; j < plan.tile; ++j, ++out, ++residual) {
-            const int64_t x = tile.x + j;
-            if (j >= wanted)
-              *out = -1;
-            else if (tensor != nullptr)
-              *out = static_cast<int32_t>(y * out_w + x);
-            else
-              *out = static_cast<int32_t>(image * plan.out_image_bytes + plan.out_row[y] +
-                                          x * plan.out_pitch);
-            if (call.residual != nullptr)
-              *residual = j >= wanted ? -1
-                                      : static_cast<int32_t>(image * plan.residual_image_bytes +
-                                                             plan.residual_row[y] +
-                                                             x * plan.residual_pitch);
-          }
+          const auto wanted =
+              static_cast<int>(y < out_h ? std::min<int64_t>(plan.tile, out_w - tile.x) : 0);
+          const auto fill = [&](int32_t* to, int64_t at, int64_t step) {
+            for (int j = 0; j < plan.tile; ++j)
+              to[j] = j < wanted ? static_cast<int32_t>(at + j * step) : -1;
+          };
+          if (wanted == 0)
+            fill(out, 0, 0);
+          else if (tensor != nullptr)
+            fill(out, y * out_w + tile.x, 1);
+          else
+            fill(out, image * plan.out_image_bytes + plan.out_row[y] + tile.x * plan.out_pitch,
+                 plan.out_pitch);
+          if (call.residual != nullptr && wanted > 0)
+            fill(residual,
+                 image * plan.residual_image_bytes + plan.residual_row[y] +
+                     tile.x * plan.residual_pitch,
+                 plan.residual_pitch);
+          out += plan.tile;
+          residual += plan.tile;
         }
       }
       batch = tile;
