@@ -34,13 +34,14 @@ struct WinogradProductArgs {
   int32_t* products;  // [rows][16 * groups]
 };
 
-/// sums[i][t][j][o] of the outputs (i, j) of each tile t.
+/// Sums of the outputs (i, j) of each tile t, at t * tile_stride + i * row_stride + j * width.
 struct WinogradOutputArgs {
   const int32_t* products;  // of the first tile: [taps * taps] at tap_stride, [tiles][width] each
-  int64_t tap_stride;       // elements
+  int64_t tap_stride;       // elements, like all strides here
   int tiles;
   int width;  // 16 * groups
   int32_t* sums;
+  int64_t tile_stride, row_stride;
 };
 
 struct WinogradKernels {

@@ -70,13 +70,12 @@ struct WinogradPlan {
   int64_t tiles_h = 0, tiles_w = 0;
   int64_t depth = 0;    // elements of a tile's factors of one tap
   int block = 0;        // most tiles whose factors are in the cache at once
-  bool mixed = false;   // a block may reach into the next image
   int64_t in_base = 0;  // byte of the first tile's first column in a row
   int64_t in_pitch = 0, out_pitch = 0;
   int64_t in_image_bytes = 0, out_image_bytes = 0, residual_image_bytes = 0;
   std::vector<int32_t> in_row;  // [tiles_h * tile + 2] bytes; behind the last, the last
-  std::vector<int32_t> out_row, residual_row;  // [out_h] bytes; empty where there is no such image
-  int64_t residual_pitch = 0;
+  // [tiles][tile * tile] byte in the image, or -1: dropped. Empty where there is no such image.
+  std::vector<int32_t> out_offset, residual_offset;
 
   int64_t tiles() const { return tiles_h * tiles_w; }
 };

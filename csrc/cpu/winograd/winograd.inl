@@ -98,6 +98,10 @@ void transform_input(const WinogradInputArgs& a) {
   }
 }
 
+// Taps are asked for so many bytes before they are used: those of many channels come from beyond
+// the second-level cache, and what the hardware fetches ahead ends with every page.
+constexpr int64_t kAhead = 8192;
+
 /// kRows tiles by all outputs of the groups, whose sums stay in registers.
 template <int kRows, int kGroups, bool kNarrow>
 void multiply_rows(const WinogradProductArgs& a, int row) {
@@ -107,12 +111,9 @@ void multiply_rows(const WinogradProductArgs& a, int row) {
   unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
     factors[r.value] = a.factors + (row + r.value) * a.factor_stride;
   });
-  T sums[kRows][kVectors];
-  unrolled<kRows * kVectors>([&](auto i) __attribute__((always_inline)) {
-    sums[i.value / kVectors][i.value % kVectors] = Vec::zero();
-  });
   const uint8_t* taps = a.taps;
-  for (int64_t p = 0; p < a.pairs; ++p) {
+  T sums[kRows][kVectors];
+  const auto step = [&](int64_t p, auto first) __attribute__((always_inline)) {
     T w[kVectors];
     unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
       const uint8_t* at = taps + v.value / kParts * a.group_bytes + v.value % kParts * kPartBytes;
@@ -121,11 +122,19 @@ void multiply_rows(const WinogradProductArgs& a, int row) {
     unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
       const T pair = Vec::broadcast(factors[r.value] + 2 * p);
       unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
-        Vec::dot(sums[r.value][v.value], pair, w[v.value]);
+        T& sum = sums[r.value][v.value];
+        if constexpr (first.value)
+          sum = Vec::product(pair, w[v.value]);
+        else
+          sum = Vec::dot(sum, pair, w[v.value]);
       });
     });
+    _mm_prefetch(reinterpret_cast<const char*>(taps + kAhead), _MM_HINT_T0);
     taps += kParts * kPartBytes;
-  }
+  };
+  step(0, std::true_type());
+  for (int64_t p = 1; p < a.pairs; ++p)
+    step(p, std::false_type());
   int32_t* products = a.products + row * kWinogradGroup * kGroups;
   unrolled<kRows * kVectors>([&](auto i) __attribute__((always_inline)) {
     Vec::store(products + i.value * Vec::kSums, sums[i.value / kVectors][i.value % kVectors]);
@@ -137,11 +146,11 @@ template <int kGroups, bool kNarrow, int... kRow>
 void multiply_all(const WinogradProductArgs& a, std::integer_sequence<int, kRow...>) {
   static constexpr void (*kPass[])(const WinogradProductArgs&,
                                    int) = {multiply_rows<kRow + 1, kGroups, kNarrow>...};
-  int row = 0;
-  for (int passes = (a.rows + Vec::kRows - 1) / Vec::kRows; passes > 0; --passes) {
-    const int rows = (a.rows - row + passes - 1) / passes;
-    kPass[rows - 1](a, row);
-    row += rows;
+  const int passes = (a.rows + Vec::kRows - 1) / Vec::kRows;
+  const int rows = a.rows / passes, more = a.rows % passes;  // the first `more` have one more
+  for (int pass = 0, row = 0; pass < passes; ++pass) {
+    kPass[rows - (pass < more ? 0 : 1)](a, row);
+    row += rows + (pass < more ? 1 : 0);
   }
 }
 
@@ -160,7 +169,6 @@ void transform_output(const WinogradOutputArgs& a) {
   using A = Axis<kTile>;
   constexpr int n = A::kTaps;
   const T inverse = Vec::set32(static_cast<int32_t>(A::kOddInverse));
-  const int64_t row_stride = int64_t{a.tiles} * kTile * a.width;
   for (int t = 0; t < a.tiles; ++t)
     for (int c = 0; c < a.width; c += Vec::kSums) {
       const int32_t* products = a.products + t * a.width + c;
@@ -174,14 +182,14 @@ void transform_output(const WinogradOutputArgs& a) {
         unrolled<kTile>(
             [&](auto i) __attribute__((always_inline)) { half[i.value][x.value] = y[i.value]; });
       });
-      int32_t* sums = a.sums + int64_t{t} * kTile * a.width + c;
+      int32_t* sums = a.sums + t * a.tile_stride + c;
       unrolled<kTile>([&](auto i) __attribute__((always_inline)) {
         T y[kTile];
         A::output(half[i.value], y);
         unrolled<kTile>([&](auto j) __attribute__((always_inline)) {
           T sum = y[j.value];
           if constexpr (A::kOddInverse != 1) sum = Vec::mul32(sum, inverse);
-          Vec::store(sums + i.value * row_stride + j.value * a.width,
+          Vec::store(sums + i.value * a.row_stride + j.value * a.width,
                      Vec::template sra32<A::kShift[i.value] + A::kShift[j.value]>(sum));
         });
       });

@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "cpu/winograd/kernels.hpp"
@@ -12,7 +13,8 @@ namespace {
 #include "cpu/winograd/vec512.inl"
 
 struct Vec : Vec512 {
-  static void dot(T& sum, T a, T w) { sum = add32(sum, _mm512_madd_epi16(a, w)); }
+  static T product(T a, T w) { return _mm512_madd_epi16(a, w); }
+  static T dot(T sum, T a, T w) { return add32(sum, product(a, w)); }
 };
 
 #include "cpu/winograd/winograd.inl"

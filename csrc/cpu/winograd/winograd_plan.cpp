@@ -163,7 +163,6 @@ WinogradPlan plan_winograd(WinogradForm form, const ConvShape& shape, const Imag
   plan.depth = round_up(shape.in_channels, 32);
   const int64_t fit = kFactorBytes / (plan.area * plan.depth * 2);
   plan.block = static_cast<int>(std::clamp<int64_t>(fit, kernels.rows, kMostProducts / plan.area));
-  plan.mixed = largest * plan.block <= INT32_MAX;
   plan.in_base = (in.pad_left - shape.pad_left) * in.pitch;
   plan.in_pitch = in.pitch;
   plan.in_image_bytes = in.image_bytes;
@@ -173,17 +172,25 @@ WinogradPlan plan_winograd(WinogradForm form, const ConvShape& shape, const Imag
     const int64_t row = std::min(y + in.pad_top - shape.pad_top, last_row);
     plan.in_row.push_back(static_cast<int32_t>(in.row_offset(row)));
   }
-  for (int64_t y = 0; y < out_h; ++y) {
-    if (out != nullptr) plan.out_row.push_back(static_cast<int32_t>(out->offset(y, 0)));
-    if (residual != nullptr)
-      plan.residual_row.push_back(static_cast<int32_t>(residual->offset(y, 0)));
-  }
+  // One entry per output of the tiles, those beyond the image's border included.
+  const auto offsets = [&](const ImageLayout& layout) {
+    const int64_t outputs = plan.tile * plan.tile;
+    std::vector<int32_t> table(static_cast<size_t>(plan.tiles() * outputs), -1);
+    for (int64_t y = 0; y < out_h; ++y)
+      for (int64_t x = 0; x < out_w; ++x) {
+        const int64_t tile = y / plan.tile * plan.tiles_w + x / plan.tile;
+        table[tile * outputs + y % plan.tile * plan.tile + x % plan.tile] =
+            static_cast<int32_t>(layout.offset(y, x));
+      }
+    return table;
+  };
   if (out != nullptr) {
+    plan.out_offset = offsets(*out);
     plan.out_pitch = out->pitch;
     plan.out_image_bytes = out->image_bytes;
   }
   if (residual != nullptr) {
-    plan.residual_pitch = residual->pitch;
+    plan.residual_offset = offsets(*residual);
     plan.residual_image_bytes = residual->image_bytes;
   }
   return plan;

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <numeric>
 
 #include "cpu/winograd/winograd.hpp"
 
@@ -32,10 +33,8 @@ struct Buffers {
   int64_t factor_stride;
   int32_t* products;  // [area] at product_stride, [block][width] each
   int64_t product_stride;
-  int32_t* sums;  // of as many tiles as the kernels have rows
-  // Of the block's outputs, in the order of the sums: byte in the image, or position.
-  int32_t* out_offset;
-  int32_t* residual_offset;
+  int32_t* sums;       // of as many tiles as the kernels have rows
+  int32_t* positions;  // of a row of their outputs
 
   Buffers(const WinogradPlan& plan, const WinogradKernels& kernels, Carver& memory) {
     const int64_t width = int64_t{kernels.groups} * kWinogradGroup, outputs = plan.tile * plan.tile;
@@ -44,8 +43,7 @@ struct Buffers {
     factors = memory.take<int16_t>(plan.area * factor_stride);
     products = memory.take<int32_t>(plan.area * product_stride);
     sums = memory.take<int32_t>(kernels.rows * outputs * width);
-    out_offset = memory.take<int32_t>(plan.block * outputs);
-    residual_offset = memory.take<int32_t>(plan.block * outputs);
+    positions = memory.take<int32_t>(kernels.rows * plan.tile);
   }
 };
 
@@ -78,7 +76,6 @@ struct Loop {
   /// Tiles [first, first + count) by all groups.
   void block(int64_t first, int count) const {
     transform(first, count);
-    tabulate(first, count);
     for (int64_t g = first_group; g < last_group; g += kernels.groups) {
       const int groups = static_cast<int>(std::min<int64_t>(kernels.groups, last_group - g));
       multiply(g, groups, count);
@@ -104,47 +101,6 @@ struct Loop {
     }
   }
 
-  /// Where the sums go, those of kernels.rows tiles after another, as `output` writes them.
-  void tabulate(int64_t first, int count) const {
-    const WinogradPlan& plan = call.plan;
-    const int64_t out_h = plan.shape.out_h(), out_w = plan.shape.out_w();
-    const Tile begin(plan, first);
-    int32_t* out = buffers.out_offset;
-    int32_t* residual = buffers.residual_offset;
-    Tile batch = begin;
-    for (int b = 0; b < count; b += kernels.rows) {
-      const int tiles = std::min(kernels.rows, count - b);
-      Tile tile = batch;
-      for (int i = 0; i < plan.tile; ++i) {
-        tile = batch;
-        for (int t = 0; t < tiles; ++t, tile.step(plan)) {
-          const int64_t y = tile.y + i, image = tile.image - begin.image;
-          const auto wanted =
-              static_cast<int>(y < out_h ? std::min<int64_t>(plan.tile, out_w - tile.x) : 0);
-          const auto fill = [&](int32_t* to, int64_t at, int64_t step) {
-            for (int j = 0; j < plan.tile; ++j)
-              to[j] = j < wanted ? static_cast<int32_t>(at + j * step) : -1;
-          };
-          if (wanted == 0)
-            fill(out, 0, 0);
-          else if (tensor != nullptr)
-            fill(out, y * out_w + tile.x, 1);
-          else
-            fill(out, image * plan.out_image_bytes + plan.out_row[y] + tile.x * plan.out_pitch,
-                 plan.out_pitch);
-          if (call.residual != nullptr && wanted > 0)
-            fill(residual,
-                 image * plan.residual_image_bytes + plan.residual_row[y] +
-                     tile.x * plan.residual_pitch,
-                 plan.residual_pitch);
-          out += plan.tile;
-          residual += plan.tile;
-        }
-      }
-      batch = tile;
-    }
-  }
-
   void multiply(int64_t group, int groups, int count) const {
     const WinogradTaps& taps = call.taps;
     WinogradProductArgs a{};
@@ -166,25 +122,50 @@ struct Loop {
   void finish(int64_t group, int groups, int64_t first, int t, int tiles) const {
     const WinogradPlan& plan = call.plan;
     const int width = groups * kWinogradGroup;
-    kernels.output[static_cast<int>(plan.form)]({.products = buffers.products + t * width,
-                                                 .tap_stride = buffers.product_stride,
-                                                 .tiles = tiles,
-                                                 .width = width,
-                                                 .sums = buffers.sums});
-    const int64_t channel = group * kWinogradGroup, outs = plan.shape.out_channels;
-    const int cols = static_cast<int>(std::min<int64_t>(width, outs - channel));
-    const int64_t outputs = plan.tile * plan.tile, image = first / plan.tiles();
-    if (tensor != nullptr) return store(channel, cols, width, first, t, tiles);
+    // A tensor takes rows of positions that are neighbours, across tiles.
+    const int64_t line = int64_t{plan.tile} * width;
+    kernels.output[static_cast<int>(plan.form)](
+        {.products = buffers.products + t * width,
+         .tap_stride = buffers.product_stride,
+         .tiles = tiles,
+         .width = width,
+         .sums = buffers.sums,
+         .tile_stride = tensor != nullptr ? line : line * plan.tile,
+         .row_stride = tensor != nullptr ? line * tiles : line});
+    const int64_t channel = group * kWinogradGroup;
+    const int cols = static_cast<int>(std::min<int64_t>(width, plan.shape.out_channels - channel));
+    const int64_t per_run = tensor != nullptr ? plan.tiles_w : plan.tiles();
+    for (int begin = 0, end; begin < tiles; begin = end) {
+      // Tiles of one image, or of one of its rows.
+      const int64_t index = first + t + begin;
+      end = static_cast<int>(std::min<int64_t>(tiles, begin + per_run - index % per_run));
+      if (tensor != nullptr)
+        store(channel, cols, width, {index, begin, end - begin}, tiles);
+      else
+        to_image(channel, cols, groups, {index, begin, end - begin});
+    }
+  }
+
+  /// Neighbouring tiles: the first one's index in the batch, and in the sums.
+  struct Run {
+    int64_t index;
+    int begin, count;
+  };
+
+  void to_image(int64_t channel, int cols, int groups, const Run& run) const {
+    const WinogradPlan& plan = call.plan;
+    const int outputs = plan.tile * plan.tile, width = groups * kWinogradGroup;
+    const int64_t image = run.index / plan.tiles(), first = run.index % plan.tiles() * outputs;
     RequantizeArgs q{};
-    q.sums = buffers.sums;
+    q.sums = buffers.sums + int64_t{run.begin} * outputs * width;
     q.tiles = groups;
-    q.rows = static_cast<int>(tiles * outputs);
+    q.rows = run.count * outputs;
     q.cols = cols;
     q.whole = channel + width <= plan.out_pitch;
-    q.out_offset = buffers.out_offset + t * outputs;
+    q.out_offset = plan.out_offset.data() + first;
     q.out = call.out + image * plan.out_image_bytes + channel;
     if (call.residual != nullptr) {
-      q.residual_offset = buffers.residual_offset + t * outputs;
+      q.residual_offset = plan.residual_offset.data() + first;
       q.residual = call.residual + image * plan.residual_image_bytes + channel;
     }
     q.epilogue = call.epilogue;
@@ -192,33 +173,28 @@ struct Loop {
     requantize(q);
   }
 
-  /// A store takes positions that are neighbours: those of one output row.
-  void store(int64_t channel, int cols, int width, int64_t first, int t, int tiles) const {
+  void store(int64_t channel, int cols, int width, const Run& run, int tiles) const {
     const WinogradPlan& plan = call.plan;
-    const OutputSpec& out = tensor->out;
-    const bool interleaved = out.layout == Layout::NHWC;
+    const bool interleaved = tensor->out.layout == Layout::NHWC;
     const int64_t channels = plan.shape.out_channels;
-    const int64_t area = plan.shape.out_h() * plan.shape.out_w();
+    const int64_t out_h = plan.shape.out_h(), out_w = plan.shape.out_w(), area = out_h * out_w;
+    const Tile tile(plan, run.index);
     StoreArgs s{};
     s.sums_stride = width;
     s.cols = cols;
     s.correction = tensor->correction + channel;
     s.channel = channel;
-    s.out = &out;
+    s.out = &tensor->out;
     s.position_stride = interleaved ? channels : 1;
     s.channel_stride = interleaved ? 1 : area;
-    for (int begin = 0, end; begin < tiles; begin = end) {
-      const int64_t index = first + t + begin;
-      end = std::min<int>(tiles, begin + static_cast<int>(plan.tiles_w - index % plan.tiles_w));
-      const int64_t image = tensor->first_image + index / plan.tiles();
-      s.first = image * area * channels + channel * s.channel_stride;
-      s.rows = (end - begin) * plan.tile;
-      for (int i = 0; i < plan.tile; ++i) {
-        const int64_t at = int64_t{i * tiles + begin} * plan.tile;
-        s.sums = buffers.sums + at * width;
-        s.position = buffers.out_offset + t * plan.tile * plan.tile + at;
-        row.store(s);
-      }
+    s.first = (tensor->first_image + tile.image) * area * channels + channel * s.channel_stride;
+    s.rows = static_cast<int>(std::min<int64_t>(run.count * plan.tile, out_w - tile.x));
+    s.position = buffers.positions;
+    for (int64_t i = 0; i < std::min<int64_t>(plan.tile, out_h - tile.y); ++i) {
+      std::iota(buffers.positions, buffers.positions + s.rows,
+                static_cast<int32_t>((tile.y + i) * out_w + tile.x));
+      s.sums = buffers.sums + (i * tiles + run.begin) * plan.tile * width;
+      row.store(s);
     }
   }
 };
@@ -243,14 +219,11 @@ void run(const WinogradCall& call, const TensorWinogradCall* tensor, const Winog
                   Buffers(plan, kernels, memory),
                   first_step * kernels.groups,
                   std::min(last_step * kernels.groups, call.taps.groups())};
-  for (int64_t begin = first; begin < last;) {
-    // Blocks of nearly equal size.
-    const int64_t end =
-        plan.mixed ? last : std::min(last, (begin / plan.tiles() + 1) * plan.tiles());
-    const int64_t blocks = (end - begin + plan.block - 1) / plan.block;
-    const auto count = static_cast<int>((end - begin + blocks - 1) / blocks);
-    loop.block(begin, count);
-    begin += count;
+  // Blocks of nearly equal size.
+  const Part blocks{0, (last - first + plan.block - 1) / plan.block};
+  for (Part block = blocks; block.index < blocks.count; ++block.index) {
+    const int64_t begin = block.first(last - first), end = block.last(last - first);
+    loop.block(first + begin, static_cast<int>(end - begin));
   }
 }
 
