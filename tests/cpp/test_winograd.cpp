@@ -20,6 +20,12 @@
 using namespace adalayer;
 using namespace adalayer::cpu;
 
+#ifdef ADALAYER_HAVE_AVX2
+namespace adalayer::cpu {
+extern const WinogradKernels kWinogradWide;  // winograd_wide.cpp
+}
+#endif
+
 namespace {
 
 std::mt19937 g_random(1);
@@ -179,6 +185,9 @@ std::vector<Kernels> all_kernels() {
   for (const KernelRow* row : kernel_rows()) {
     if (!isa_supported(row->isa)) continue;
     all.push_back({row, winograd_kernels(*row)});
+#ifdef ADALAYER_HAVE_AVX2
+    if (row->isa == Isa::Avx2) all.push_back({row, &kWinogradWide});
+#endif
 #ifdef ADALAYER_HAVE_AVX512
     if (row->isa == Isa::Avx512Vnni) all.push_back({row, &kWinogradAvx512});
 #endif
@@ -465,6 +474,38 @@ TEST(blocks_and_batches) {
   Case deep = square(520, 9, 18, 1, 3);
   deep.shape.batch = 2;
   check_case(deep);
+}
+
+TEST(parts_run_at_the_same_time) {
+  constexpr int kThreads = 3;
+  for (const int size : {7, 30}) {
+    Case c = square(48, size, 70, 1, 4);
+    const Problem p(c);
+    const WinogradWeights w = derive_winograd(WinogradForm::F4x4, p.s, p.weights);
+    for (const Kernels& k : all_kernels()) {
+      const WinogradPlan plan = plan_winograd(w.taps.form, p.s, p.in, &p.out, nullptr, *k.winograd);
+      std::vector<uint8_t> y(static_cast<size_t>(p.out.image_bytes + p.out.slack), 0xA5);
+      const bool by_columns = winograd_prefers_columns(plan, w.taps, 1, kThreads);
+      CHECK_EQ(by_columns, size == 7);
+      const WinogradCall call{.plan = plan,
+                              .taps = w.taps,
+                              .data = w.data.data(),
+                              .epilogue = &p.epilogue,
+                              .in = p.image.data(),
+                              .images = 1,
+                              .out = y.data(),
+                              .residual = nullptr,
+                              .by_columns = by_columns};
+      std::vector<AlignedBuffer> scratch(kThreads);
+      for (AlignedBuffer& buffer : scratch)
+        buffer.reset(static_cast<size_t>(winograd_scratch_bytes(plan, *k.winograd)));
+      constexpr int64_t kParts = 5;
+      parallel_for(kParts, kThreads, [&](int64_t part, int worker) {
+        run_winograd(call, *k.winograd, *k.row, scratch[worker].data(), {part, kParts});
+      });
+      CHECK_MSG(wrong_levels(p, y) == 0, k.winograd->name);
+    }
+  }
 }
 
 TEST(taps_are_as_narrow_as_their_values) {

@@ -7,11 +7,12 @@
 namespace adalayer::cpu {
 namespace {
 
-// Factors of a block should stay in the second-level cache (512 KiB on the smallest machines)
-// beside the taps that stream past them.
-constexpr int64_t kFactorBytes = 384 << 10;
-// Products of a block and one group, of all taps.
-constexpr int kMostProducts = 1008;
+// Factors of a block should stay in the second-level cache beside the taps that stream past them;
+// a little more than the smallest machines have (512 KiB) is better than taps that are read twice.
+constexpr int64_t kFactorBytes = 640 << 10;
+// Products of a block and one output channel, of all taps: few enough to be near when they are
+// added up.
+constexpr int64_t kProducts = 648;
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -162,7 +163,8 @@ WinogradPlan plan_winograd(WinogradForm form, const ConvShape& shape, const Imag
   plan.tiles_w = (out_w + plan.tile - 1) / plan.tile;
   plan.depth = round_up(shape.in_channels, 32);
   const int64_t fit = kFactorBytes / (plan.area * plan.depth * 2);
-  plan.block = static_cast<int>(std::clamp<int64_t>(fit, kernels.rows, kMostProducts / plan.area));
+  const int64_t most = round_up(kProducts / plan.area, kernels.rows);
+  plan.block = static_cast<int>(std::clamp<int64_t>(fit, kernels.rows, most));
   plan.in_base = (in.pad_left - shape.pad_left) * in.pitch;
   plan.in_pitch = in.pitch;
   plan.in_image_bytes = in.image_bytes;
