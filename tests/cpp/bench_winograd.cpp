@@ -33,6 +33,10 @@ struct Contender {
   }
 };
 
+struct Ratio {
+  double median = 0.0, least = 0.0;
+};
+
 /// Weights as training leaves them: each output channel a bell, scaled so that its largest is the
 /// grid's.
 std::vector<int8_t> bell(const ConvShape& s, int bits, std::mt19937& random) {
@@ -144,13 +148,18 @@ void layer(int64_t channels, int64_t size, int rounds, const std::string& only =
   std::printf("%lld -> %lld channels at %lld x %lld\n", static_cast<long long>(channels),
               static_cast<long long>(channels), static_cast<long long>(size),
               static_cast<long long>(size));
-  double direct = 0.0;
+  // Over the faster direct form of the same width; 1 where none was asked for.
+  Ratio direct;
   for (Contender& c : contenders) {
-    const double median = c.median();
-    const bool resident = c.name.find("resident") != std::string::npos;
-    if (c.name.find("direct") == 0) direct = resident ? std::min(direct, median) : median;
-    std::printf("  %-40s %8.0f us  (least %8.0f)  %5.2f x\n", c.name.c_str(), median,
-                c.microseconds.front(), direct / median);
+    const double median = c.median(), least = c.microseconds.front();
+    if (c.name.rfind("direct", 0) == 0) {
+      const bool other_form = c.name.find("resident") != std::string::npos;
+      direct.median = other_form ? std::min(direct.median, median) : median;
+      direct.least = other_form ? std::min(direct.least, least) : least;
+    }
+    std::printf("  %-40s %6.0f us %5.2f x   least %6.0f us %5.2f x\n", c.name.c_str(), median,
+                direct.median > 0 ? direct.median / median : 1.0, least,
+                direct.least > 0 ? direct.least / least : 1.0);
   }
 }
 

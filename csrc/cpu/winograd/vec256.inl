@@ -20,7 +20,6 @@ struct Vec256 {
     std::memcpy(&both, pair, sizeof both);
     return _mm256_set1_epi32(both);
   }
-  static T zero() { return _mm256_setzero_si256(); }
   static T set32(int32_t v) { return _mm256_set1_epi32(v); }
   static T add16(T a, T b) { return _mm256_add_epi16(a, b); }
   static T sub16(T a, T b) { return _mm256_sub_epi16(a, b); }

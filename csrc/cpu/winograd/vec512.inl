@@ -20,7 +20,6 @@ struct Vec512 {
     std::memcpy(&both, pair, sizeof both);
     return _mm512_set1_epi32(both);
   }
-  static T zero() { return _mm512_setzero_si512(); }
   static T set32(int32_t v) { return _mm512_set1_epi32(v); }
   static T add16(T a, T b) { return _mm512_add_epi16(a, b); }
   static T sub16(T a, T b) { return _mm512_sub_epi16(a, b); }

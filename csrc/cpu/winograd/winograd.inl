@@ -107,20 +107,23 @@ template <int kRows, int kGroups, bool kNarrow>
 void multiply_rows(const WinogradProductArgs& a, int row) {
   constexpr int kParts = kWinogradGroup / Vec::kSums, kVectors = kGroups * kParts;
   constexpr int64_t kPartBytes = Vec::kSums * 2 * (kNarrow ? 1 : 2);
-  const int16_t* factors[kRows];
-  unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
-    factors[r.value] = a.factors + (row + r.value) * a.factor_stride;
-  });
+  // Three rows to a pointer, which an instruction reaches with the stride once or twice: twelve
+  // pointers are more than there are registers.
+  constexpr int kPointers = (kRows + 2) / 3;
+  const int64_t stride = a.factor_stride;
+  const int16_t* factors[kPointers];
+  for (int i = 0; i < kPointers; ++i)
+    factors[i] = a.factors + (row + 3 * i) * stride;
   const uint8_t* taps = a.taps;
   T sums[kRows][kVectors];
-  const auto step = [&](int64_t p, auto first) __attribute__((always_inline)) {
+  const auto step = [&](auto first) __attribute__((always_inline)) {
     T w[kVectors];
     unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
       const uint8_t* at = taps + v.value / kParts * a.group_bytes + v.value % kParts * kPartBytes;
       w[v.value] = kNarrow ? Vec::load_narrow(at) : Vec::load(at);
     });
     unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
-      const T pair = Vec::broadcast(factors[r.value] + 2 * p);
+      const T pair = Vec::broadcast(factors[r.value / 3] + r.value % 3 * stride);
       unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
         T& sum = sums[r.value][v.value];
         if constexpr (first.value)
@@ -131,10 +134,14 @@ void multiply_rows(const WinogradProductArgs& a, int row) {
     });
     _mm_prefetch(reinterpret_cast<const char*>(taps + kAhead), _MM_HINT_T0);
     taps += kParts * kPartBytes;
+    for (const int16_t*& pointer : factors) {
+      pointer += 2;
+      __asm__("" : "+r"(pointer));  // or the compiler makes twelve of them
+    }
   };
-  step(0, std::true_type());
+  step(std::true_type());
   for (int64_t p = 1; p < a.pairs; ++p)
-    step(p, std::false_type());
+    step(std::false_type());
   int32_t* products = a.products + row * kWinogradGroup * kGroups;
   unrolled<kRows * kVectors>([&](auto i) __attribute__((always_inline)) {
     Vec::store(products + i.value * Vec::kSums, sums[i.value / kVectors][i.value % kVectors]);
