@@ -1,6 +1,7 @@
 #include "reference/winograd.hpp"
 
 #include <algorithm>
+#include <cstdlib>
 #include <vector>
 
 namespace adalayer::reference {
@@ -87,12 +88,14 @@ bool winograd_exact(WinogradForm form, std::span<const int8_t> weights, int64_t 
   const int64_t limit = int64_t{1} << (31 - winograd_axis(form).shift);
   const int64_t each = out_channels == 0 ? 0 : static_cast<int64_t>(weights.size()) / out_channels;
   for (int64_t o = 0; o < out_channels; ++o) {
-    int64_t positive = 0, negative = 0;
+    int64_t sum = 0, absolute = 0;
     for (int64_t k = 0; k < each; ++k) {
-      const int64_t w = weights[o * each + k];
-      (w > 0 ? positive : negative) += w > 0 ? w : -w;
+      const int w = weights[o * each + k];
+      sum += w;
+      absolute += std::abs(w);
     }
-    if (std::max(positive, negative) * 255 >= limit) return false;
+    // The larger one of sum w+ and sum w-.
+    if ((absolute + std::abs(sum)) / 2 * 255 >= limit) return false;
   }
   return true;
 }

@@ -526,6 +526,28 @@ TEST(taps_are_as_narrow_as_their_values) {
            std::string("winograd 2x2, taps s8"));
 }
 
+TEST(packed_taps_are_those_of_the_specification) {
+  for (const WinogradForm form : kForms)
+    for (const int bits : {3, 8}) {
+      const Problem p(square(37, 4, 21, 1, bits));
+      const WinogradWeights w = derive_winograd(form, p.s, p.weights);
+      int64_t wrong = 0;
+      for (int64_t o = 0; o < 21; ++o)
+        for (int64_t c = 0; c < 37; ++c) {
+          int16_t taps[36];
+          reference::winograd_taps(form, p.weights.data() + (o * 37 + c) * 9, taps);
+          const int64_t at = (c / 2 * 16 + o % 16) * 2 + c % 2;
+          for (int k = 0; k < w.taps.area; ++k) {
+            const uint8_t* tap = w.data.data() + o / 16 * w.taps.group_bytes + w.taps.offset[k];
+            const int packed = w.taps.is_narrow[k] ? reinterpret_cast<const int8_t*>(tap)[at]
+                                                   : reinterpret_cast<const int16_t*>(tap)[at];
+            wrong += packed != taps[k];
+          }
+        }
+      CHECK_EQ(wrong, int64_t{0});
+    }
+}
+
 TEST(what_does_not_suit_is_refused) {
   const Problem p(square(8, 5, 8, 1, 8));
   ConvShape s = p.s;

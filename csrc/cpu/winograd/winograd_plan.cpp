@@ -16,6 +16,30 @@ constexpr int64_t kProducts = 648;
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
+// Input channels whose taps are made together: plain loops over so many are vector instructions.
+constexpr int kLanes = 16;
+
+/// reference::winograd_taps() of `count` neighbouring kernels; zeros behind them.
+void taps_of(const reference::WinogradAxis& axis, const int8_t* kernels, int64_t count,
+             int16_t (*taps)[kLanes]) {
+  int16_t values[9][kLanes] = {};
+  for (int64_t c = 0; c < count; ++c)
+    for (int k = 0; k < 9; ++k)
+      values[k][c] = kernels[c * 9 + k];
+  const auto row = [](const int8_t* by, const int16_t* a, const int16_t* b, const int16_t* c,
+                      int16_t* __restrict sum) {
+    for (int l = 0; l < kLanes; ++l)
+      sum[l] = static_cast<int16_t>(by[0] * a[l] + by[1] * b[l] + by[2] * c[l]);
+  };
+  for (int i = 0; i < axis.taps; ++i) {
+    int16_t half[3][kLanes];
+    for (int x = 0; x < 3; ++x)
+      row(axis.weight[i], values[x], values[3 + x], values[6 + x], half[x]);
+    for (int j = 0; j < axis.taps; ++j)
+      row(axis.weight[j], half[0], half[1], half[2], taps[i * axis.taps + j]);
+  }
+}
+
 void require_suits(const ConvShape& shape) {
   if (!reference::winograd_suits(shape))
     throw InvalidArgument("winograd: the convolution is not 3x3 with stride 1 in one group");
@@ -78,17 +102,21 @@ WinogradTaps plan_winograd_taps(WinogradForm form, const ConvShape& shape,
   taps.out_channels = shape.out_channels;
   taps.in_channels = shape.in_channels;
   taps.area = area_of(form);
-  std::array<int16_t, reference::kMostWinogradTaps * reference::kMostWinogradTaps> values, least{},
-      most{};
-  for (int64_t k = 0; k < shape.out_channels * shape.in_channels; ++k) {
-    reference::winograd_taps(form, weights.data() + k * 9, values.data());
-    for (int i = 0; i < taps.area; ++i) {
-      least[i] = std::min(least[i], values[i]);
-      most[i] = std::max(most[i], values[i]);
-    }
+  constexpr int kMost = reference::kMostWinogradTaps * reference::kMostWinogradTaps;
+  int16_t values[kMost][kLanes], least[kMost][kLanes] = {}, most[kMost][kLanes] = {};
+  const reference::WinogradAxis& axis = reference::winograd_axis(form);
+  const int64_t kernels = shape.out_channels * shape.in_channels;
+  for (int64_t k = 0; k < kernels; k += kLanes) {
+    taps_of(axis, weights.data() + k * 9, std::min<int64_t>(kLanes, kernels - k), values);
+    for (int i = 0; i < taps.area; ++i)
+      for (int l = 0; l < kLanes; ++l) {
+        least[i][l] = std::min(least[i][l], values[i][l]);
+        most[i][l] = std::max(most[i][l], values[i][l]);
+      }
   }
   for (int i = 0; i < taps.area; ++i) {
-    taps.is_narrow[i] = least[i] >= -128 && most[i] <= 127;
+    taps.is_narrow[i] = *std::min_element(least[i], least[i] + kLanes) >= -128 &&
+                        *std::max_element(most[i], most[i] + kLanes) <= 127;
     taps.narrow += taps.is_narrow[i];
   }
   taps.group_bytes =
@@ -98,20 +126,25 @@ WinogradTaps plan_winograd_taps(WinogradForm form, const ConvShape& shape,
 
 void pack_winograd_taps(const WinogradTaps& taps, std::span<const int8_t> weights, uint8_t* out) {
   std::fill_n(out, taps.bytes(), uint8_t{0});
-  int16_t values[reference::kMostWinogradTaps * reference::kMostWinogradTaps];
-  for (int64_t o = 0; o < taps.out_channels; ++o)
-    for (int64_t c = 0; c < taps.in_channels; ++c) {
-      reference::winograd_taps(taps.form, weights.data() + (o * taps.in_channels + c) * 9, values);
-      uint8_t* const group = out + o / kWinogradGroup * taps.group_bytes;
-      const int64_t at = (c / 2 * kWinogradGroup + o % kWinogradGroup) * 2 + c % 2;
-      for (int k = 0; k < taps.area; ++k) {
-        uint8_t* const tap = group + taps.offset[k];
-        if (taps.is_narrow[k])
-          reinterpret_cast<int8_t*>(tap)[at] = static_cast<int8_t>(values[k]);
-        else
-          reinterpret_cast<int16_t*>(tap)[at] = values[k];
+  const reference::WinogradAxis& axis = reference::winograd_axis(taps.form);
+  const int64_t outs = taps.out_channels, ins = taps.in_channels;
+  int16_t values[reference::kMostWinogradTaps * reference::kMostWinogradTaps][kLanes];
+  // A cache line has a pair of channels of all outputs of a group: they are written together.
+  for (int64_t first = 0; first < outs; first += kWinogradGroup, out += taps.group_bytes)
+    for (int64_t c = 0; c < ins; c += kLanes)
+      for (int64_t o = 0; o < std::min<int64_t>(kWinogradGroup, outs - first); ++o) {
+        const int64_t count = std::min<int64_t>(kLanes, ins - c);
+        taps_of(axis, weights.data() + ((first + o) * ins + c) * 9, count, values);
+        for (int k = 0; k < taps.area; ++k)
+          for (int64_t l = 0; l < count; ++l) {
+            const int64_t at = ((c + l) / 2 * kWinogradGroup + o) * 2 + l % 2;
+            if (taps.is_narrow[k])
+              reinterpret_cast<int8_t*>(out + taps.offset[k])[at] =
+                  static_cast<int8_t>(values[k][l]);
+            else
+              reinterpret_cast<int16_t*>(out + taps.offset[k])[at] = values[k][l];
+          }
       }
-    }
 }
 
 WinogradWeights derive_winograd(WinogradForm form, const ConvShape& shape,
