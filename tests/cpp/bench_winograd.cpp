@@ -1,9 +1,11 @@
 // Times a 3x3 layer, u8 image in and out, one thread, by the direct product and by Winograd: all of
-// them in turn in one process, so that whatever else the machine does falls on each alike.
+// them in turn in one process, so that whatever else the machine does falls on each alike, and by
+// the thread's own clock, which stands still while others have the core.
 //
 //   bench_winograd [rounds [channels size [what its name contains]]]
+#include <time.h>
+
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -32,6 +34,12 @@ struct Contender {
     return microseconds[microseconds.size() / 2];
   }
 };
+
+double thread_microseconds() {
+  timespec t{};
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+  return static_cast<double>(t.tv_sec) * 1e6 + static_cast<double>(t.tv_nsec) / 1e3;
+}
 
 struct Ratio {
   double median = 0.0, least = 0.0;
@@ -138,11 +146,10 @@ void layer(int64_t channels, int64_t size, int rounds, const std::string& only =
   row.begin();
   for (int round = -2; round < rounds; ++round)
     for (Contender& c : contenders) {
-      const auto begin = std::chrono::steady_clock::now();
+      const double begin = thread_microseconds();
       c.run();
-      const std::chrono::duration<double, std::micro> took =
-          std::chrono::steady_clock::now() - begin;
-      if (round >= 0) c.microseconds.push_back(took.count());
+      const double took = thread_microseconds() - begin;
+      if (round >= 0) c.microseconds.push_back(took);
     }
   row.end();
   std::printf("%lld -> %lld channels at %lld x %lld\n", static_cast<long long>(channels),
