@@ -506,6 +506,10 @@ TEST(every_row_is_whole) {
     const cpu::StemKernels& s = row->stem;
     CHECK(!flattened || (s.quantize_quads && s.interleave_pairs && s.interleave_fours));
     CHECK(row->grouped->depthwise && row->grouped->in_lane && row->grouped->broadcast);
+    const cpu::WinogradKernels& w = *row->winograd;
+    CHECK(w.multiply && w.groups >= 1 && w.rows >= 1);
+    for (int form = 0; form < kWinogradForms; ++form)
+      CHECK(w.input[form] && w.output[form]);
     const cpu::ImageKernels& i = *row->image;
     CHECK(i.copy && i.lookup && i.gather && i.add && i.mul && i.line);
     CHECK(i.max_window && i.average_window && i.bilinear && i.moments && i.normalize);
