@@ -125,7 +125,8 @@ void layer(int64_t channels, int64_t size, int rounds, const std::string& only =
           std::make_shared<WinogradPlan>(plan_winograd(form, s, image, &image, nullptr, kernels));
       const auto scratch = std::make_shared<AlignedBuffer>(
           static_cast<size_t>(winograd_scratch_bytes(*plan, kernels)));
-      contenders.push_back({w->taps.describe() + suffix,
+      contenders.push_back({(form == WinogradForm::F4x4 ? "winograd 4x4, " : "winograd 2x2, ") +
+                                w->taps.describe() + suffix,
                             [=, &row, &kernels, &epilogue, &x, &y] {
                               const WinogradCall call{.plan = *plan,
                                                       .taps = w->taps,

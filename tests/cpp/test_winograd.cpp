@@ -510,7 +510,7 @@ TEST(taps_are_as_narrow_as_their_values) {
   Problem narrow(c);
   WinogradWeights w = derive_winograd(WinogradForm::F4x4, narrow.s, narrow.weights);
   CHECK_EQ(w.taps.narrow, 36);
-  CHECK_EQ(w.taps.describe(), std::string("winograd 4x4, taps s8"));
+  CHECK_EQ(w.taps.describe(), std::string("taps s8"));
   // Two groups of 17 pairs of channels, on whole cache lines.
   CHECK_EQ(w.taps.bytes(), int64_t{2 * 36 * (17 * 32 + 32)});
   c.bits = 8;
@@ -520,7 +520,7 @@ TEST(taps_are_as_narrow_as_their_values) {
   // Taps of which the rows' weights add up to 1 or -1 on both axes, and those that cancel out.
   CHECK(w.taps.narrow > 4 && w.taps.narrow < 36);
   CHECK_EQ(derive_winograd(WinogradForm::F2x2, narrow.s, narrow.weights).taps.describe(),
-           std::string("winograd 2x2, taps s8"));
+           std::string("taps s8"));
 }
 
 TEST(packed_taps_are_those_of_the_specification) {

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/aligned_buffer.hpp"
@@ -34,7 +35,7 @@ struct WinogradTaps {
   int64_t groups() const { return (out_channels + kWinogradGroup - 1) / kWinogradGroup; }
   int64_t pairs() const { return (in_channels + 1) / 2; }
   int64_t bytes() const { return groups() * group_bytes; }
-  /// "winograd 4x4, taps s8", for people.
+  /// "taps s8", "32 of 36 taps s8", for people.
   std::string describe() const;
 };
 
@@ -76,6 +77,9 @@ struct WinogradPlan {
   int64_t tiles() const { return tiles_h * tiles_w; }
 };
 
+/// The plan without its tables, which do not matter to winograd_scratch_bytes().
+WinogradPlan plan_winograd_blocks(WinogradForm form, const ConvShape& shape,
+                                  const WinogradKernels& kernels);
 /// `out` is null for a float output, `residual` where there is none.
 WinogradPlan plan_winograd(WinogradForm form, const ConvShape& shape, const ImageLayout& in,
                            const ImageLayout* out, const ImageLayout* residual,
@@ -109,6 +113,10 @@ void run_winograd(const WinogradCall& call, const WinogradKernels& kernels, cons
                   uint8_t* scratch, Part part);
 void run_winograd(const TensorWinogradCall& call, const WinogradKernels& kernels,
                   const KernelRow& row, uint8_t* scratch, Part part);
+
+/// Bytes [first, second) of the taps that a part by columns reads.
+std::pair<int64_t, int64_t> winograd_weight_range(const WinogradTaps& taps,
+                                                  const WinogradKernels& kernels, Part part);
 
 /// How to cut it for `threads` threads: by columns where the taps are by far the larger side.
 bool winograd_prefers_columns(const WinogradPlan& plan, const WinogradTaps& taps, int64_t images,

@@ -68,10 +68,9 @@ int64_t lay_out(int area, const ConvShape& shape, const Narrow& narrow, int64_t*
 }  // namespace
 
 std::string WinogradTaps::describe() const {
-  std::string text = form == WinogradForm::F4x4 ? "winograd 4x4" : "winograd 2x2";
-  if (narrow == area) return text + ", taps s8";
-  if (narrow == 0) return text + ", taps s16";
-  return text + ", " + std::to_string(narrow) + " of " + std::to_string(area) + " taps s8";
+  if (narrow == area) return "taps s8";
+  if (narrow == 0) return "taps s16";
+  return std::to_string(narrow) + " of " + std::to_string(area) + " taps s8";
 }
 
 int64_t winograd_most_bytes(WinogradForm form, const ConvShape& shape, int bits) {
@@ -155,6 +154,23 @@ WinogradWeights derive_winograd(WinogradForm form, const ConvShape& shape,
   return w;
 }
 
+WinogradPlan plan_winograd_blocks(WinogradForm form, const ConvShape& shape,
+                                  const WinogradKernels& kernels) {
+  WinogradPlan plan;
+  plan.shape = shape;
+  plan.shape.batch = 1;
+  plan.form = form;
+  plan.tile = reference::winograd_axis(form).tile;
+  plan.area = area_of(form);
+  plan.tiles_h = (std::max<int64_t>(0, shape.out_h()) + plan.tile - 1) / plan.tile;
+  plan.tiles_w = (std::max<int64_t>(0, shape.out_w()) + plan.tile - 1) / plan.tile;
+  plan.depth = round_up(shape.in_channels, 32);
+  const int64_t fit = kFactorBytes / (plan.area * plan.depth * 2);
+  const int64_t most = round_up(kProducts / plan.area, kernels.rows);
+  plan.block = static_cast<int>(std::clamp<int64_t>(fit, kernels.rows, most));
+  return plan;
+}
+
 WinogradPlan plan_winograd(WinogradForm form, const ConvShape& shape, const ImageLayout& in,
                            const ImageLayout* out, const ImageLayout* residual,
                            const WinogradKernels& kernels) {
@@ -164,20 +180,9 @@ WinogradPlan plan_winograd(WinogradForm form, const ConvShape& shape, const Imag
     if (l != nullptr) largest = std::max(largest, l->image_bytes);
   if (largest > INT32_MAX)
     throw InvalidArgument("convolution: an image of 2^31 or more bytes is not supported");
-  WinogradPlan plan;
-  plan.shape = shape;
-  plan.shape.batch = 1;
-  plan.form = form;
-  plan.tile = reference::winograd_axis(form).tile;
-  plan.area = area_of(form);
+  WinogradPlan plan = plan_winograd_blocks(form, shape, kernels);
   const int64_t out_h = std::max<int64_t>(0, shape.out_h());
   const int64_t out_w = std::max<int64_t>(0, shape.out_w());
-  plan.tiles_h = (out_h + plan.tile - 1) / plan.tile;
-  plan.tiles_w = (out_w + plan.tile - 1) / plan.tile;
-  plan.depth = round_up(shape.in_channels, 32);
-  const int64_t fit = kFactorBytes / (plan.area * plan.depth * 2);
-  const int64_t most = round_up(kProducts / plan.area, kernels.rows);
-  plan.block = static_cast<int>(std::clamp<int64_t>(fit, kernels.rows, most));
   plan.in_base = (in.pad_left - shape.pad_left) * in.pitch;
   plan.in_pitch = in.pitch;
   plan.in_image_bytes = in.image_bytes;

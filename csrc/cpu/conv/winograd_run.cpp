@@ -199,12 +199,16 @@ struct Loop {
   }
 };
 
+int64_t steps_of(const WinogradTaps& taps, const WinogradKernels& kernels) {
+  return (taps.groups() + kernels.groups - 1) / kernels.groups;
+}
+
 void run(const WinogradCall& call, const TensorWinogradCall* tensor, const WinogradKernels& kernels,
          const KernelRow& row, uint8_t* scratch, Part part) {
   const WinogradPlan& plan = call.plan;
   const int64_t tiles = plan.tiles() * call.images;
   // Parts by columns are whole steps of the kernels.
-  const int64_t steps = (call.taps.groups() + kernels.groups - 1) / kernels.groups;
+  const int64_t steps = steps_of(call.taps, kernels);
   const int64_t first = call.by_columns ? 0 : part.first(tiles);
   const int64_t last = call.by_columns ? tiles : part.last(tiles);
   const int64_t first_step = call.by_columns ? part.first(steps) : 0;
@@ -233,6 +237,15 @@ int64_t winograd_scratch_bytes(const WinogradPlan& plan, const WinogradKernels& 
   Carver memory(nullptr);
   const Buffers buffers(plan, kernels, memory);
   return memory.taken();
+}
+
+std::pair<int64_t, int64_t> winograd_weight_range(const WinogradTaps& taps,
+                                                  const WinogradKernels& kernels, Part part) {
+  const int64_t steps = steps_of(taps, kernels);
+  const auto at = [&](int64_t step) {
+    return std::min(step * kernels.groups, taps.groups()) * taps.group_bytes;
+  };
+  return {at(part.first(steps)), at(part.last(steps))};
 }
 
 void run_winograd(const WinogradCall& call, const WinogradKernels& kernels, const KernelRow& row,
