@@ -89,6 +89,18 @@ def random_network(seed: int) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
 
 
+def vgg16_mean() -> nn.Module:
+    """VGG-16 with batch norms, and a mean instead of the two wide linear layers."""
+    layers: list[nn.Module] = []
+    width = 3
+    for outputs, count in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+        for _ in range(count):
+            layers += _conv(width, outputs, 3, nn.ReLU())
+            width = outputs
+        layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 1000))
+
+
 # ------------------------------------------------------------------------------------- networks
 
 
@@ -116,6 +128,7 @@ NETWORKS: dict[str, tuple[int, Callable[[], nn.Module]]] = {
     "resnet18": (224, lambda: get_model("resnet18", 1000)),
     "resnet50": (224, lambda: torchvision_models().resnet50(weights=None)),
     "mobilenet_v2": (224, lambda: torchvision_models().mobilenet_v2(weights=None)),
+    "vgg16_mean": (224, vgg16_mean),
     "adalayernet": (32, lambda: get_model("adalayernet")),
     "resnet20": (32, lambda: get_model("resnet20")),
 }

@@ -15,6 +15,7 @@ from adalayer_native import _C
 def _restore():
     yield
     _C.force_isa("auto")
+    _C.set_winograd_policy("auto")
 
 
 @pytest.mark.parametrize("isa", _C.isas())
@@ -29,9 +30,11 @@ def test_engine_is_bit_equal_to_the_interpreter(isa):
         cache=st.sampled_from([0, 2000, 20000]),  # small: nodes run image by image
         threads=st.integers(1, 2),
         nhwc=st.booleans(),
+        winograd=st.sampled_from(["auto", "off", "4x4", "2x2"]),
         seed=st.integers(0, 1000),
     )
-    def check(program, batch, chunk, cache, threads, nhwc, seed):
+    def check(program, batch, chunk, cache, threads, nhwc, winograd, seed):
+        _C.set_winograd_policy(winograd)
         images = noise(program, batch, seed)
         expected = run_reference(program, images)
         got = run_engine(_C.Engine(program, chunk, cache), images, nhwc=nhwc, threads=threads)

@@ -14,7 +14,7 @@
 #include "core/host_openmp.hpp"
 #include "core/status.hpp"
 #include "core/thread_pool.hpp"
-#include "cpu/conv/sparse_policy.hpp"
+#include "cpu/conv/policy.hpp"
 #include "cpu/kernel_table.hpp"
 #include "cpu/layer/single_layer.hpp"
 #include "cpu/probe.hpp"
@@ -212,6 +212,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_sparse_policy", [](const std::string& name) {
     cpu::set_sparse_policy(name);
     cpu::clear_weight_cache();  // what is derived already was derived under another policy
+  });
+  m.def("set_winograd_policy", [](const std::string& name) {
+    cpu::set_winograd_policy(name);
+    cpu::clear_weight_cache();
   });
   m.def("fork_join_seconds", [](int threads, int rounds) {
     // The cost of an empty parallel loop, for bench/test_threads.py.

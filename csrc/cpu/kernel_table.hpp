@@ -13,6 +13,7 @@
 #include "cpu/conv_epilogue.hpp"
 #include "cpu/grouped_kernels.hpp"
 #include "cpu/image_kernels.hpp"
+#include "cpu/winograd_kernels.hpp"
 #include "formats/panels.hpp"
 #include "reference/spec.hpp"
 
@@ -169,6 +170,7 @@ struct KernelRow {
   void (*block)(const BlockArgs&);
   StemKernels stem;
   const GroupedKernels* grouped;
+  const WinogradKernels* winograd;
   const ImageKernels* image;
 };
 

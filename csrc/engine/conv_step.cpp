@@ -126,19 +126,22 @@ std::vector<TransposedPhase> transposed_phases(const Program& program, const Nod
   return phases;
 }
 
-std::vector<cpu::ConvTask> conv_tasks(const Program& program, const Node& node, bool own_input) {
+std::vector<cpu::ConvTask> conv_tasks(const Program& program, const Node& node, bool own_input,
+                                      bool may_expand) {
   const cpu::KernelRow& kernels = *cpu::active_kernels();
   const int bits =
       formats::read_header(program.constants[conv_attributes(node).weights].bytes).bits;
-  if (node.op == OpKind::Conv) return {{kernels, conv_shape(program, node), {}, bits, own_input}};
+  if (node.op == OpKind::Conv)
+    return {{kernels, conv_shape(program, node), {}, bits, own_input, may_expand}};
   std::vector<cpu::ConvTask> tasks;
   for (const TransposedPhase& phase : transposed_phases(program, node))
-    tasks.push_back({kernels, phase.shape, phase.map, bits, false});
+    tasks.push_back({kernels, phase.shape, phase.map, bits, false, may_expand});
   return tasks;
 }
 
 ConvStep::ConvStep(const Program& program, const Node& node, const cpu::ImageLayout& in,
-                   const cpu::ImageLayout* out, const cpu::ImageLayout* residual, bool own_input)
+                   const cpu::ImageLayout* out, const cpu::ImageLayout* residual, bool own_input,
+                   bool may_expand)
     : node_(&node),
       attributes_(conv_attributes(node)),
       shape_(shape_of(program, node)),
@@ -155,7 +158,7 @@ ConvStep::ConvStep(const Program& program, const Node& node, const cpu::ImageLay
   prepare_epilogue(program, weights);
   // A float output adds its residual afterwards.
   const cpu::ConvLayouts at{in, out, float_out_ ? nullptr : residual};
-  const std::vector<cpu::ConvTask> tasks = conv_tasks(program, node, own_input);
+  const std::vector<cpu::ConvTask> tasks = conv_tasks(program, node, own_input, may_expand);
   if (node.op == OpKind::Conv) {
     add_piece(tasks.front(), at, std::move(weights));
     return;
@@ -254,16 +257,12 @@ void ConvStep::pack(uint8_t* panels, const ConvChoice& choice) {
   }
 }
 
-void ConvStep::drop_weights() {
-  for (Piece& piece : pieces_)
+void ConvStep::settle() {
+  for (Piece& piece : pieces_) {
     piece.weights = {};
-}
-
-bool ConvStep::can_be_resident() const {
-  const std::vector<Form>& forms = pieces_.front().forms;
-  return bits_ < 8 &&
-         std::any_of(
-             forms.begin(), forms.end(), [](const Form& f) { return f.conv.weights->widens; });
+    for (int f = 0; f < forms(); ++f)
+      if (f != choice_.form) piece.forms[f].conv.plan.reset();
+  }
 }
 
 ConvChoice ConvStep::possible(ConvChoice choice) const {
@@ -271,7 +270,9 @@ ConvChoice ConvStep::possible(ConvChoice choice) const {
   if (choice.form >= this->forms()) choice.form = 0;
   for (int f = 0; f < this->forms(); ++f)
     if (forms[f].conv.weights->merit == cpu::Merit::Forced) choice.form = f;
-  choice.resident = choice.resident && bits_ < 8 && forms[choice.form].conv.weights->widens;
+  const cpu::ConvWeights& weights = *forms[choice.form].conv.weights;
+  choice.resident = choice.resident && bits_ < 8 && weights.widens;
+  choice.other_order = choice.other_order && weights.has_orders;
   return choice;
 }
 
@@ -385,7 +386,10 @@ std::string ConvStep::why() const {
     std::string text;
     for (const Piece& piece : pieces_)
       text += (text.empty() ? "" : "; ") + piece.forms[f].conv.weights->saving();
-    if (choice_.form != f) text = "dense, not " + text;
+    if (choice_.form != f) {
+      const cpu::ConvAlgorithm* algorithm = in_use(pieces_.front()).conv.algorithm;
+      text = (choice_.form == 0 ? "dense" : algorithm->name(shape_)) + ", not " + text;
+    }
     if (!seconds_.empty()) {
       char times[80];
       std::snprintf(times, sizeof times, " (%.1f µs, dense %.1f µs)", 1e6 * seconds_[f],

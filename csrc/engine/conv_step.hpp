@@ -31,8 +31,9 @@ struct TransposedPhase {
 std::vector<TransposedPhase> transposed_phases(const Program& program, const Node& node);
 
 /// The convolutions that a node is made of, for the active row of the kernel table: one, or those
-/// of transposed_phases(). `own_input`: nobody else reads the input.
-std::vector<cpu::ConvTask> conv_tasks(const Program& program, const Node& node, bool own_input);
+/// of transposed_phases(). `own_input`: nobody else reads the input. `may_expand`: ConvTask.
+std::vector<cpu::ConvTask> conv_tasks(const Program& program, const Node& node, bool own_input,
+                                      bool may_expand);
 
 /// How a convolution runs; every choice gives the same bits.
 struct ConvChoice {
@@ -48,7 +49,8 @@ class ConvStep {
  public:
   /// Layouts are null for float values.
   ConvStep(const Program& program, const Node& node, const cpu::ImageLayout& in,
-           const cpu::ImageLayout* out, const cpu::ImageLayout* residual, bool own_input);
+           const cpu::ImageLayout* out, const cpu::ImageLayout* residual, bool own_input,
+           bool may_expand);
 
   /// Algorithms that these weights can have (of several in one, they may differ in bytes).
   int forms() const { return static_cast<int>(pieces_.front().forms.size()); }
@@ -57,11 +59,9 @@ class ConvStep {
   /// Derives the weights of this machine in the form of a choice: panels into `panels` (64-byte
   /// aligned), which must live as long as this object uses that form.
   void pack(uint8_t* panels, const ConvChoice& choice);
-  /// No pack() after this one.
-  void drop_weights();
+  /// The choice stands: no choose() or pack() after this. Drops what only they need.
+  void settle();
 
-  /// Whether choices of `resident` differ: not for 8-bit weights.
-  bool can_be_resident() const;
   /// Without a clock: the form that surely wins, or is forced.
   int sure_form() const;
   void choose(const ConvChoice& choice) { choice_ = possible(choice); }
@@ -99,7 +99,7 @@ class ConvStep {
   struct Piece {
     AlignedBuffer correction;  // of this piece's taps
     cpu::ConvEpilogue epilogue;
-    std::vector<int8_t> weights;  // until drop_weights()
+    std::vector<int8_t> weights;  // until settle()
     std::vector<Form> forms;      // all pieces have the same algorithms
   };
 

@@ -112,19 +112,31 @@ struct Engine::Impl {
     }
     plan_ports();
     layouts = plan_layouts(program);
-    const double fixed = planned_memory(program, layouts);
-    check_memory(fixed + largest_moment(), options.memory_bytes);
-    steps = build_steps(program, layouts);
+    const auto fixed = [&](bool may_expand) {
+      return planned_memory(program, layouts, may_expand);
+    };
+    check_memory(fixed(false) + largest_moment(), options.memory_bytes);
+    // Weights that take several times their bytes are an offer, which memory may refuse.
+    const auto has_room = [&](double tensors) {
+      return options.memory_bytes <= 0 ||
+             fixed(true) + tensors <= static_cast<double>(options.memory_bytes);
+    };
+    bool may_expand = options.weights == WeightForm::Measured && has_room(largest_moment());
+    steps = build_steps(program, layouts, may_expand);
     if (options.chunk > 0)
       chunk = options.chunk;
     else
       choose_chunk(options.cache_bytes > 0 ? options.cache_bytes : kActivationBudget);
     plan_memory();
-    check_memory(fixed + static_cast<double>(arena.bytes), options.memory_bytes);
+    if (may_expand && !has_room(static_cast<double>(arena.bytes))) {
+      may_expand = false;
+      steps = build_steps(program, layouts, may_expand);
+    }
+    check_memory(fixed(may_expand) + static_cast<double>(arena.bytes), options.memory_bytes);
     choose_convolutions(options);
     panels = pack_weights([](const ConvStep& conv) { return std::optional(conv.choice()); });
     for (Step& step : steps)
-      if (step.conv) step.conv->drop_weights();
+      if (step.conv) step.conv->settle();
   }
 
   void choose_convolutions(const EngineOptions& options) {

@@ -8,14 +8,14 @@ namespace adalayer::engine {
 namespace {
 
 double convolution_bytes(const Program& program, const Node& node,
-                         const std::vector<ValueLayout>& layouts) {
+                         const std::vector<ValueLayout>& layouts, bool may_expand) {
   const Constant& weights = program.constants[conv_attributes(node).weights];
   const formats::CanonicalHeader header = formats::read_header(weights.bytes);
   const ValueLayout& in = layouts[node.inputs[0]];
   // Scale and bias; the weights as bytes and as fields, while one node is built.
   const auto outs = static_cast<double>(header.out_channels);
   double bytes = 8.0 * (outs + 64.0) + 2.0 * static_cast<double>(header.count());
-  for (const cpu::ConvTask& task : conv_tasks(program, node, in.own_input != nullptr)) {
+  for (const cpu::ConvTask& task : conv_tasks(program, node, in.own_input != nullptr, may_expand)) {
     bytes += 4.0 * (outs + 64.0);  // the correction
     for (const cpu::ConvAlgorithm* algorithm : cpu::algorithms_for(task))
       bytes += algorithm->bytes(task, in.layout);
@@ -38,10 +38,11 @@ bool is_convolution(const Node& node) {
 
 }  // namespace
 
-double planned_memory(const Program& program, const std::vector<ValueLayout>& layouts) {
+double planned_memory(const Program& program, const std::vector<ValueLayout>& layouts,
+                      bool may_expand) {
   double bytes = stored_bytes(program);
   for (const Node& node : program.nodes)
-    if (is_convolution(node)) bytes += convolution_bytes(program, node, layouts);
+    if (is_convolution(node)) bytes += convolution_bytes(program, node, layouts, may_expand);
   // Noise to time the convolutions with.
   for (const auto* ports : {&program.inputs, &program.outputs})
     for (const int32_t v : *ports) {

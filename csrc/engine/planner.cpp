@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "core/cpu_features.hpp"
-#include "cpu/conv/sparse_policy.hpp"
+#include "cpu/conv/policy.hpp"
 
 namespace adalayer::engine {
 namespace {
@@ -92,14 +92,15 @@ int most_forms(const std::vector<Step>& steps) {
 }
 
 void choose_by_clock(std::vector<Step>& steps, const TimedRun& run) {
-  const bool resident = std::any_of(steps.begin(), steps.end(), [](const Step& s) {
-    return s.conv && s.conv->can_be_resident();
-  });
   const int forms = most_forms(steps);
   const auto choices = static_cast<size_t>(forms) * kOfForm;
   std::vector<size_t> timed;
-  for (size_t c = 0; c < choices; ++c)
-    if (resident || !choice_of(c).resident) timed.push_back(c);
+  for (size_t c = 0; c < choices; ++c) {
+    const bool possible = std::any_of(steps.begin(), steps.end(), [&](const Step& s) {
+      return s.conv && s.conv->possible(choice_of(c)) == choice_of(c);
+    });
+    if (possible || c == 0) timed.push_back(c);
+  }
   std::vector<std::vector<double>> best(choices);
   for (auto& times : best)
     times.assign(steps.size(), std::numeric_limits<double>::infinity());
@@ -143,6 +144,7 @@ uint64_t planning_key(const std::vector<Step>& steps, int threads) {
   hash.add(describe_cpu_features());
   hash.add(static_cast<uint64_t>(threads));
   hash.add(static_cast<uint64_t>(cpu::sparse_policy()));
+  hash.add(static_cast<uint64_t>(cpu::winograd_policy()));
   for (const Step& step : steps) {
     hash.add(static_cast<uint64_t>(step.node->op));
     if (!step.conv) continue;

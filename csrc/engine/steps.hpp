@@ -38,6 +38,8 @@ struct Step {
   int64_t max_parts = 1;
 };
 
-std::vector<Step> build_steps(const Program& program, const std::vector<ValueLayout>& layouts);
+/// `may_expand`: ConvTask.
+std::vector<Step> build_steps(const Program& program, const std::vector<ValueLayout>& layouts,
+                              bool may_expand);
 
 }  // namespace adalayer::engine

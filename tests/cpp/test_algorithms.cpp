@@ -9,7 +9,7 @@
 #include "check.hpp"
 #include "core/cpu_features.hpp"
 #include "cpu/conv/algorithm.hpp"
-#include "cpu/conv/sparse_policy.hpp"
+#include "cpu/conv/policy.hpp"
 #include "cpu/image/ops.hpp"
 
 using namespace adalayer;
@@ -40,6 +40,10 @@ ConvShape random_shape() {
     s.pad_bottom = pick(0, 2);
     s.pad_right = pick(0, 2);
     s.dilation_h = s.dilation_w = pick(0, 3) == 0 ? 2 : 1;
+    if (pick(0, 2) == 0) {  // what Winograd takes
+      s.kernel_h = s.kernel_w = 3;
+      s.groups = s.stride_h = s.stride_w = s.dilation_h = s.dilation_w = 1;
+    }
     const bool fits = s.in_h + s.pad_top + s.pad_bottom > s.dilation_h * (s.kernel_h - 1) &&
                       s.in_w + s.pad_left + s.pad_right > s.dilation_w * (s.kernel_w - 1);
     if (fits && s.reduction() < 800) return s;
@@ -136,8 +140,9 @@ void check_form(const Layer& l, const ConvTask& task, const ConvAlgorithm& algor
   tensor.lo = -1e30f;
   tensor.hi = 1e30f;
   int64_t held = form.weights->own_bytes() + static_cast<int64_t>(form.plan->bytes());
-  for (const int bits : {task.bits, 8}) {
-    if (bits != task.bits && !form.weights->widens) continue;
+  for (const bool widened : {false, true}) {
+    if (widened && (task.bits == 8 || !form.weights->widens)) continue;
+    const int bits = widened ? 8 : task.bits;
     AlignedBuffer packed(static_cast<size_t>(form.plan->packed_bytes(*form.weights, bits)));
     form.plan->pack(*form.weights, l.weights, bits, packed.data());
     held += static_cast<int64_t>(packed.size());
@@ -187,8 +192,10 @@ TEST(every_form_of_random_layers) {
     for (const KernelRow* row : kernel_rows()) {
       if (!isa_supported(row->isa)) continue;
       force_isa(row->name);
-      for (const char* policy : {"auto", "blocks", "bitmask"}) {
-        set_sparse_policy(policy);
+      for (const auto& [sparse, winograd] :
+           {std::pair{"auto", "4x4"}, {"blocks", "2x2"}, {"bitmask", "off"}, {"auto", "auto"}}) {
+        set_sparse_policy(sparse);
+        set_winograd_policy(winograd);
         for (const bool own_input : {false, true}) {
           const ConvTask task{*row, l.shape, {}, l.bits, own_input};
           for (const ConvAlgorithm* algorithm : algorithms_for(task))
@@ -198,6 +205,7 @@ TEST(every_form_of_random_layers) {
     }
   }
   set_sparse_policy("auto");
+  set_winograd_policy("auto");
   force_isa("auto");
 }
 
@@ -210,7 +218,13 @@ TEST(what_suits) {
     task.shape.kernel_h = task.shape.kernel_w = 3;
     CHECK((names_for(task) == Names{"stem"}));
     task.own_input = false;
+    CHECK((names_for(task) == Names{"panels", "sparse panels", "winograd 4x4", "winograd 2x2"}));
+    task.may_expand = false;
     CHECK((names_for(task) == Names{"panels", "sparse panels"}));
+    task.may_expand = true;
+    task.shape.stride_w = 2;
+    CHECK((names_for(task) == Names{"panels", "sparse panels"}));
+    task.shape.stride_w = 1;
     task.shape.in_channels = task.shape.groups = 32;
     CHECK((names_for(task) == Names{"depthwise"}));
     task.shape.out_channels = 64;
@@ -218,6 +232,28 @@ TEST(what_suits) {
     // Outputs that interleave with those of others.
     task.map = {0, 2, 1, 2, 14, 14};
     CHECK((names_for(task) == Names{"panels", "sparse panels"}));
+  }
+  force_isa("auto");
+}
+
+/// F(4x4) ends where a channel's largest sum may reach 2^25; F(2x2) takes over.
+TEST(winograd_where_sums_are_exact) {
+  for (const KernelRow* row : kernel_rows()) {
+    if (!isa_supported(row->isa)) continue;
+    force_isa(row->name);
+    for (const int64_t ins : {115, 116}) {  // 127 * 255 * 9 * 115 is below 2^25
+      ConvTask task{*row, {.batch = 1, .in_channels = ins, .in_h = 20, .in_w = 20}, {}, 8, false};
+      task.shape.out_channels = 16;
+      task.shape.kernel_h = task.shape.kernel_w = 3;
+      const std::vector<int8_t> weights(static_cast<size_t>(16 * ins * 9), int8_t{127});
+      Names derived;
+      for (const ConvAlgorithm* algorithm : algorithms_for(task)) {
+        const ImageLayout in = image_layout(ins, 20, 20, algorithm->needs(task).padding);
+        if (make_form(*algorithm, task, {in}, weights).weights != nullptr)
+          derived.push_back(algorithm->name(task.shape));
+      }
+      CHECK((derived == Names{"panels", ins == 115 ? "winograd 4x4" : "winograd 2x2"}));
+    }
   }
   force_isa("auto");
 }

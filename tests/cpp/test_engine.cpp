@@ -8,6 +8,7 @@
 
 #include "check.hpp"
 #include "core/cpu_features.hpp"
+#include "cpu/conv/policy.hpp"
 #include "engine/engine.hpp"
 #include "engine/interpret.hpp"
 #include "engine_programs.hpp"
@@ -107,6 +108,8 @@ void check_program(const Program& p, int64_t batch) {
   CHECK(std::set<float>(want[0].begin(), want[0].end()).size() > 1);
   for (const Isa isa : supported_isas()) {
     force_isa(isa_name(isa));
+    constexpr const char* kWinograd[] = {"auto", "off", "4x4", "2x2"};
+    cpu::set_winograd_policy(kWinograd[pick(0, 3)]);
     // Images one by one or together; tensors that seem to fit into the cache or not.
     const EngineOptions options{.chunk = pick(0, 2),
                                 .cache_bytes = pick(0, 1) * 2000,
@@ -125,6 +128,7 @@ void check_program(const Program& p, int64_t batch) {
     }
   }
   force_isa("auto");
+  cpu::set_winograd_policy("auto");
 }
 
 }  // namespace

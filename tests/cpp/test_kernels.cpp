@@ -22,7 +22,7 @@
 #include "check.hpp"
 #include "core/cpu_features.hpp"
 #include "core/status.hpp"
-#include "cpu/conv/sparse_policy.hpp"
+#include "cpu/conv/policy.hpp"
 #include "cpu/kernel_table.hpp"
 #include "cpu/layer/single_layer.hpp"
 #include "exact.hpp"
@@ -118,6 +118,10 @@ ConvShape random_shape() {
     s.pad_right = uniform(0, 3);
     s.dilation_h = uniform(1, 2);
     s.dilation_w = uniform(1, 2);
+    if (uniform(0, 3) == 0) {  // what Winograd takes
+      s.kernel_h = s.kernel_w = 3;
+      s.groups = s.stride_h = s.stride_w = s.dilation_h = s.dilation_w = 1;
+    }
     try {
       validate(s);
       return s;
@@ -160,6 +164,8 @@ long long compared = 0;
 void check_layer(const Layer& layer, int threads) {
   constexpr const char* kPolicies[] = {"auto", "dense", "blocks", "bitmask"};
   cpu::set_sparse_policy(kPolicies[uniform(0, 3)]);
+  constexpr const char* kWinograd[] = {"auto", "off", "4x4", "2x2"};
+  cpu::set_winograd_policy(kWinograd[uniform(0, 3)]);
   const ConvShape& s = layer.shape;
   const auto count = static_cast<size_t>(s.batch * s.in_channels * s.in_h * s.in_w);
   const Exact<uint8_t> levels(count);
@@ -190,6 +196,7 @@ void check_layer(const Layer& layer, int threads) {
   }
   force_isa("auto");
   cpu::set_sparse_policy("auto");
+  cpu::set_winograd_policy("auto");
 }
 
 TEST(random_layers) {
@@ -506,6 +513,10 @@ TEST(every_row_is_whole) {
     const cpu::StemKernels& s = row->stem;
     CHECK(!flattened || (s.quantize_quads && s.interleave_pairs && s.interleave_fours));
     CHECK(row->grouped->depthwise && row->grouped->in_lane && row->grouped->broadcast);
+    const cpu::WinogradKernels& w = *row->winograd;
+    CHECK(w.multiply && w.groups >= 1 && w.rows >= 1);
+    for (int form = 0; form < kWinogradForms; ++form)
+      CHECK(w.input[form] && w.output[form]);
     const cpu::ImageKernels& i = *row->image;
     CHECK(i.copy && i.lookup && i.gather && i.add && i.mul && i.line);
     CHECK(i.max_window && i.average_window && i.bilinear && i.moments && i.normalize);

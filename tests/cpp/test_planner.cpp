@@ -58,7 +58,7 @@ Program three_convolutions() {
 struct Plan {
   Program program = three_convolutions();
   std::vector<ValueLayout> layouts = plan_layouts(program);
-  std::vector<Step> steps = build_steps(program, layouts);
+  std::vector<Step> steps = build_steps(program, layouts, true);
 
   ConvStep& conv(int k) {
     for (Step& step : steps)
@@ -118,7 +118,7 @@ TEST(zeros_are_left_out_where_that_is_clearly_faster) {
   b.p.inputs = {x};
   b.p.outputs = {y};
   const std::vector<ValueLayout> layouts = plan_layouts(b.p);
-  std::vector<Step> steps = build_steps(b.p, layouts);
+  std::vector<Step> steps = build_steps(b.p, layouts, true);
   std::vector<ConvStep*> conv;
   for (Step& step : steps)
     if (step.conv) conv.push_back(step.conv.get());
@@ -154,7 +154,7 @@ TEST(zeros_are_left_out_where_that_is_clearly_faster) {
   std::fill(weights.begin(), weights.begin() + 64 * 40, int8_t{1});
   other.p.constants[static_cast<size_t>(conv_attributes(b.p.nodes[2]).weights)].bytes =
       formats::pack_canonical(weights, 4, 64, 64, 1, 1);
-  std::vector<Step> others = build_steps(other.p, layouts);
+  std::vector<Step> others = build_steps(other.p, layouts, true);
   CHECK(planning_key(others, 1) != key);
 }
 

@@ -9,11 +9,14 @@ extern const ConvAlgorithm& kStemAlgorithm;
 extern const ConvAlgorithm& kGroupedAlgorithm;
 extern const ConvAlgorithm& kPanelsAlgorithm;
 extern const ConvAlgorithm& kSparsePanelsAlgorithm;
+extern const ConvAlgorithm& kWinograd4x4Algorithm;
+extern const ConvAlgorithm& kWinograd2x2Algorithm;
 
 std::span<const ConvAlgorithm* const> conv_algorithms() {
   // Of those that a clock compares, the first one wins ties.
-  static const std::array list{&kStemAlgorithm, &kGroupedAlgorithm, &kPanelsAlgorithm,
-                               &kSparsePanelsAlgorithm};
+  static const std::array list{&kStemAlgorithm,        &kGroupedAlgorithm,
+                               &kPanelsAlgorithm,      &kSparsePanelsAlgorithm,
+                               &kWinograd4x4Algorithm, &kWinograd2x2Algorithm};
   return list;
 }
 

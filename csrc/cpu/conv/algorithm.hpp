@@ -28,6 +28,7 @@ struct ConvTask {
   OutputMap map = {};      // where its outputs go
   int bits = 8;            // of the weights
   bool own_input = false;  // nobody else reads the input, which may be written in any form
+  bool may_expand = true;  // weights may take several times the bytes that they have as panels
 };
 
 /// What an algorithm asks of the layout of an input that others may read, too.
@@ -73,6 +74,7 @@ struct ConvWeights {
   Merit merit = Merit::Unknown;
   bool widens = false;             // pack() may also write bytes instead of narrower weights
   bool for_few_positions = false;  // a batch may be slower, where one image is faster
+  bool has_orders = true;          // ConvJob::other_order makes a difference
 };
 
 /// Where a planned convolution's data is during one call.

@@ -59,8 +59,9 @@ def compile(
         strict: a node that cannot run natively is an error.
         weights: weights below 8 bits are "streamed" (packed in memory, unpacked while they are
             used), "resident" (unpacked to bytes once), or, layer by layer, whichever is faster with
-            the current number of threads: "measured". The order of every layer's loops is then
-            chosen in the same runs, and both are remembered for this machine (in
+            the current number of threads: "measured". The order of every layer's loops and its
+            algorithm are then chosen in the same runs, among them algorithms that keep several
+            times the packed bytes (Winograd), and all of it is remembered for this machine (in
             ``$XDG_CACHE_HOME``; ``ADALAYER_PLAN_CACHE`` names another file, or is "off"). Results
             are the same bits, and so is the saved file.
 

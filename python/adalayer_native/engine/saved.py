@@ -39,6 +39,7 @@ def load(
         weights: "measured", "streamed" or "resident"; see :func:`adalayer_native.compile`.
         max_memory: bytes that the file, the weights and tables made of it and the tensors of one
             call may take in all; default 4 GiB. Nothing of that size is allocated before the check.
+            Forms of weights that take more than they must (Winograd) are left out without room.
 
     Raises:
         ValueError: an unknown form of weights, or a limit below 1.

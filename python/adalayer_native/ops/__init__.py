@@ -22,6 +22,7 @@ from adalayer_native.ops.machine import (
     isas,
     set_num_threads,
     set_sparse_policy,
+    set_winograd_policy,
 )
 from adalayer_native.ops.packing import pack_weight, packed_info, unpack_weight
 
@@ -44,6 +45,7 @@ __all__ = [
     "quantize",
     "set_num_threads",
     "set_sparse_policy",
+    "set_winograd_policy",
     "unpack_weight",
 ]
 

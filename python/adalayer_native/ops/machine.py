@@ -15,6 +15,7 @@ __all__ = [
     "isas",
     "set_num_threads",
     "set_sparse_policy",
+    "set_winograd_policy",
 ]
 
 _threads_lock = threading.Lock()
@@ -70,3 +71,17 @@ def set_sparse_policy(name: str) -> None:
         ValueError: for an unknown name.
     """
     _C.set_sparse_policy(name)
+
+
+def set_winograd_policy(name: str) -> None:
+    """Chooses which 3x3 convolutions run by Winograd from here on; for tests and measurements.
+
+    Args:
+        name: ``"auto"`` (the default: by the clock, layer by layer), ``"off"``, or ``"4x4"`` or
+            ``"2x2"``: this form wherever it gives the exact sums. Results have the same bits under
+            each. ``ADALAYER_WINOGRAD`` sets it at the start. Engines that exist stay as they are.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    _C.set_winograd_policy(name)

@@ -14,7 +14,7 @@ constexpr int64_t kSumsBudget = 256 << 10;
 constexpr int64_t kRowsAtOnce = 8;
 
 struct GroupedConvWeights final : ConvWeights {
-  explicit GroupedConvWeights(GroupedWeights w) : weights(std::move(w)) {}
+  explicit GroupedConvWeights(GroupedWeights w) : weights(std::move(w)) { has_orders = false; }
   int64_t own_bytes() const override { return static_cast<int64_t>(weights.data.size()); }
 
   GroupedWeights weights;

@@ -3,7 +3,7 @@
 #include <cmath>
 
 #include "cpu/conv/panels.hpp"
-#include "cpu/conv/sparse_policy.hpp"
+#include "cpu/conv/policy.hpp"
 
 namespace adalayer::cpu {
 namespace {

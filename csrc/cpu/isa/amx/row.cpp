@@ -229,6 +229,7 @@ const KernelRow kAmxRow{
     .block = amx::block,
     .stem = {avx512::quantize_quads, avx512::interleave_pairs, avx512::interleave_fours},
     .grouped = &avx512::kGrouped,
+    .winograd = &avx512::kWinograd,
     .image = &kAvx512Image};
 
 }  // namespace adalayer::cpu

@@ -54,6 +54,7 @@ const KernelRow kAvx2Row{.name = "avx2",
                          .block = nullptr,
                          .stem = {},
                          .grouped = &avx2::kGrouped,
+                         .winograd = &avx2::kWinograd,
                          .image = &kAvx2Image};
 
 }  // namespace adalayer::cpu

@@ -267,6 +267,7 @@ const KernelRow kAvx512VnniRow{
     .block = nullptr,
     .stem = {avx512::quantize_quads, avx512::interleave_pairs, avx512::interleave_fours},
     .grouped = &avx512::kGrouped,
+    .winograd = &avx512::kWinograd,
     .image = &kAvx512Image};
 
 }  // namespace adalayer::cpu

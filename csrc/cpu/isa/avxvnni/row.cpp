@@ -71,6 +71,7 @@ const KernelRow kAvxVnniRow{.name = "avxvnni",
                             .block = nullptr,
                             .stem = {},
                             .grouped = &avx2::kGrouped,
+                            .winograd = &avxvnni::kWinograd,
                             .image = &kAvx2Image};
 
 }  // namespace adalayer::cpu

@@ -1,0 +1,26 @@
+// Winograd with AVX2.
+#include <immintrin.h>
+
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "cpu/winograd_kernels.hpp"
+
+namespace adalayer::cpu::avx2 {
+namespace {
+
+#include "cpu/isa/avx2/winograd256.inl"
+
+struct Vec : Vec256 {
+  static T product(T a, T w) { return _mm256_madd_epi16(a, w); }
+  static T dot(T sum, T a, T w) { return add32(sum, product(a, w)); }
+};
+
+#include "cpu/isa/shared/winograd.inl"
+
+}  // namespace
+
+const WinogradKernels kWinograd = kernels_named("avx2");
+
+}  // namespace adalayer::cpu::avx2

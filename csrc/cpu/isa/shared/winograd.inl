@@ -1,0 +1,214 @@
+// The steps of a Winograd convolution over vectors of any width. Included inside the unnamed
+// namespace of one ISA file only, after its struct Vec (avx2/winograd256.inl,
+// avx512/winograd512.inl).
+
+using T = Vec::T;
+
+template <int kValue>
+struct Index {
+  static constexpr int value = kValue;
+};
+
+/// fn(Index<0>{}), ..., fn(Index<kEnd - 1>{})
+template <int kEnd, int kBegin = 0, class Fn>
+[[gnu::always_inline]] inline void unrolled(const Fn& fn) {
+  if constexpr (kBegin < kEnd) {
+    fn(Index<kBegin>{});
+    unrolled<kEnd, kBegin + 1>(fn);
+  }
+}
+
+/// The matrices of reference/winograd.hpp with what their rows have in common computed once.
+template <int kTile>
+struct Axis;
+
+template <>
+struct Axis<2> {
+  static constexpr int kTaps = 4;
+  // Powers of two that an output is still multiplied with, on this axis.
+  static constexpr int kShift[] = {1, 1};
+  static constexpr uint32_t kOddInverse = 1;
+
+  [[gnu::always_inline]] static inline void input(const T (&d)[4], T (&v)[4]) {
+    v[0] = Vec::sub16(d[0], d[2]);
+    v[1] = Vec::add16(d[1], d[2]);
+    v[2] = Vec::sub16(d[2], d[1]);
+    v[3] = Vec::sub16(d[1], d[3]);
+  }
+  [[gnu::always_inline]] static inline void output(const T (&m)[4], T (&y)[2]) {
+    y[0] = Vec::add32(Vec::add32(m[0], m[0]), Vec::add32(m[1], m[2]));
+    y[1] = Vec::sub32(Vec::sub32(m[1], m[2]), Vec::add32(m[3], m[3]));
+  }
+};
+
+template <>
+struct Axis<4> {
+  static constexpr int kTaps = 6;
+  static constexpr int kShift[] = {3, 2, 1, 1};
+  static constexpr uint32_t kOddInverse = 954437177;
+
+  [[gnu::always_inline]] static inline void input(const T (&d)[6], T (&v)[6]) {
+    const T a = Vec::sub16(d[4], d[2]), b = Vec::sub16(d[3], d[1]);
+    v[0] = Vec::add16(Vec::shl16<2>(Vec::sub16(d[0], d[2])), a);
+    const T even = Vec::sub16(d[4], Vec::shl16<2>(d[2]));
+    const T odd = Vec::sub16(d[3], Vec::shl16<2>(d[1]));
+    v[1] = Vec::add16(even, odd);
+    v[2] = Vec::sub16(even, odd);
+    const T twice = Vec::add16(b, b);
+    v[3] = Vec::add16(a, twice);
+    v[4] = Vec::sub16(a, twice);
+    v[5] = Vec::sub16(Vec::sub16(d[5], d[3]), Vec::add16(twice, twice));
+  }
+  /// Outputs 1, 2 and 3 without the factors 2, 4 and 4 of their rows.
+  [[gnu::always_inline]] static inline void output(const T (&m)[6], T (&y)[4]) {
+    const auto twice = [](T v) { return Vec::add32(v, v); };
+    const T s1 = Vec::add32(m[1], m[2]), d1 = Vec::sub32(m[1], m[2]);
+    const T s2 = Vec::add32(m[3], m[4]), d2 = Vec::sub32(m[3], m[4]);
+    y[0] = Vec::add32(twice(Vec::add32(twice(Vec::add32(m[0], s1)), m[0])), s2);
+    y[1] = Vec::add32(twice(d1), d2);
+    y[2] = Vec::add32(s1, s2);
+    const T thrice = Vec::add32(twice(m[5]), m[5]);
+    y[3] = Vec::add32(twice(Vec::add32(thrice, d2)), d1);
+  }
+};
+
+template <int kTile>
+void transform_input(const WinogradInputArgs& a) {
+  using A = Axis<kTile>;
+  constexpr int n = A::kTaps;
+  for (int64_t c = 0; c < a.channels; c += Vec::kLevels) {
+    alignas(sizeof(T)) T half[n][n];
+    unrolled<n>([&](auto x) __attribute__((always_inline)) {
+      T d[n], v[n];
+      unrolled<n>([&](auto y) __attribute__((always_inline)) {
+        d[y.value] = Vec::load_levels(a.rows[y.value] + x.value * a.pitch + c);
+      });
+      A::input(d, v);
+      unrolled<n>([&](auto i)
+                      __attribute__((always_inline)) { half[i.value][x.value] = v[i.value]; });
+    });
+    int16_t* out = a.factors + c;
+    unrolled<n>([&](auto i) __attribute__((always_inline)) {
+      T v[n];
+      A::input(half[i.value], v);
+      unrolled<n>([&](auto j) __attribute__((always_inline)) {
+        Vec::store(out, v[j.value]);
+        out += a.tap_stride;
+      });
+    });
+  }
+}
+
+// Taps are asked for so many bytes before they are used: those of many channels come from beyond
+// the second-level cache, and what the hardware fetches ahead ends with every page.
+constexpr int64_t kAhead = 8192;
+
+/// kRows tiles by all outputs of the groups, whose sums stay in registers.
+template <int kRows, int kGroups, bool kNarrow>
+void multiply_rows(const WinogradProductArgs& a, int row) {
+  constexpr int kParts = kWinogradGroup / Vec::kSums, kVectors = kGroups * kParts;
+  constexpr int64_t kPartBytes = Vec::kSums * 2 * (kNarrow ? 1 : 2);
+  // Three rows to a pointer, which an instruction reaches with the stride once or twice: twelve
+  // pointers are more than there are registers.
+  constexpr int kPointers = (kRows + 2) / 3;
+  const int64_t stride = a.factor_stride;
+  const int16_t* factors[kPointers];
+  for (int i = 0; i < kPointers; ++i)
+    factors[i] = a.factors + (row + 3 * i) * stride;
+  const uint8_t* taps = a.taps;
+  T sums[kRows][kVectors];
+  const auto step = [&](auto first) __attribute__((always_inline)) {
+    T w[kVectors];
+    unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
+      const uint8_t* at = taps + v.value / kParts * a.group_bytes + v.value % kParts * kPartBytes;
+      w[v.value] = kNarrow ? Vec::load_narrow(at) : Vec::load(at);
+    });
+    unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
+      const T pair = Vec::broadcast(factors[r.value / 3] + r.value % 3 * stride);
+      unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
+        T& sum = sums[r.value][v.value];
+        if constexpr (first.value)
+          sum = Vec::product(pair, w[v.value]);
+        else
+          sum = Vec::dot(sum, pair, w[v.value]);
+      });
+    });
+    _mm_prefetch(reinterpret_cast<const char*>(taps + kAhead), _MM_HINT_T0);
+    taps += kParts * kPartBytes;
+    for (const int16_t*& pointer : factors) {
+      pointer += 2;
+      __asm__("" : "+r"(pointer));  // or the compiler makes twelve of them
+    }
+  };
+  step(std::true_type());
+  for (int64_t p = 1; p < a.pairs; ++p)
+    step(std::false_type());
+  int32_t* products = a.products + row * kWinogradGroup * kGroups;
+  unrolled<kRows * kVectors>([&](auto i) __attribute__((always_inline)) {
+    Vec::store(products + i.value * Vec::kSums, sums[i.value / kVectors][i.value % kVectors]);
+  });
+}
+
+/// All rows, in passes of nearly equal size.
+template <int kGroups, bool kNarrow, int... kRow>
+void multiply_all(const WinogradProductArgs& a, std::integer_sequence<int, kRow...>) {
+  static constexpr void (*kPass[])(const WinogradProductArgs&,
+                                   int) = {multiply_rows<kRow + 1, kGroups, kNarrow>...};
+  const int passes = (a.rows + Vec::kRows - 1) / Vec::kRows;
+  const int rows = a.rows / passes, more = a.rows % passes;  // the first `more` have one more
+  for (int pass = 0, row = 0; pass < passes; ++pass) {
+    kPass[rows - (pass < more ? 0 : 1)](a, row);
+    row += rows + (pass < more ? 1 : 0);
+  }
+}
+
+void multiply(const WinogradProductArgs& a) {
+  constexpr auto kRows = std::make_integer_sequence<int, Vec::kRows>();
+  if constexpr (Vec::kGroups > 1)
+    if (a.groups > 1)
+      return a.narrow ? multiply_all<2, true>(a, kRows) : multiply_all<2, false>(a, kRows);
+  a.narrow ? multiply_all<1, true>(a, kRows) : multiply_all<1, false>(a, kRows);
+}
+
+/// The products are many times the registers: what is made of their columns goes through the
+/// first-level cache.
+template <int kTile>
+void transform_output(const WinogradOutputArgs& a) {
+  using A = Axis<kTile>;
+  constexpr int n = A::kTaps;
+  const T inverse = Vec::set32(static_cast<int32_t>(A::kOddInverse));
+  for (int t = 0; t < a.tiles; ++t)
+    for (int c = 0; c < a.width; c += Vec::kSums) {
+      const int32_t* products = a.products + t * a.width + c;
+      T half[kTile][n];
+      unrolled<n>([&](auto x) __attribute__((always_inline)) {
+        T m[n], y[kTile];
+        unrolled<n>([&](auto i) __attribute__((always_inline)) {
+          m[i.value] = Vec::load(products + (i.value * n + x.value) * a.tap_stride);
+        });
+        A::output(m, y);
+        unrolled<kTile>(
+            [&](auto i) __attribute__((always_inline)) { half[i.value][x.value] = y[i.value]; });
+      });
+      int32_t* sums = a.sums + t * a.tile_stride + c;
+      unrolled<kTile>([&](auto i) __attribute__((always_inline)) {
+        T y[kTile];
+        A::output(half[i.value], y);
+        unrolled<kTile>([&](auto j) __attribute__((always_inline)) {
+          T sum = y[j.value];
+          if constexpr (A::kOddInverse != 1) sum = Vec::mul32(sum, inverse);
+          Vec::store(sums + i.value * a.row_stride + j.value * a.width,
+                     Vec::template sra32<A::kShift[i.value] + A::kShift[j.value]>(sum));
+        });
+      });
+    }
+}
+
+constexpr WinogradKernels kernels_named(const char* name) {
+  return {.name = name,
+          .groups = Vec::kGroups,
+          .rows = Vec::kRows,
+          .multiply = multiply,
+          .input = {transform_input<2>, transform_input<4>},
+          .output = {transform_output<2>, transform_output<4>}};
+}

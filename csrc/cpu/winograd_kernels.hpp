@@ -1,0 +1,73 @@
+// The three steps of a Winograd convolution (reference/winograd.hpp) for one block of tiles, as
+// each instruction set has them.
+#pragma once
+
+#include <cstdint>
+
+#include "reference/winograd.hpp"
+
+namespace adalayer::cpu {
+
+/// Output channels whose taps lie together.
+constexpr int kWinogradGroup = 16;
+
+/// Factors of one tile. Reads whole vectors of up to 32 channels, writes up to the next multiple of
+/// 32: what lies behind `channels` meets taps of zero.
+struct WinogradInputArgs {
+  const uint8_t* rows[reference::kMostWinogradTaps];  // the tile's first pixel in each row
+  int64_t pitch;                                      // from pixel to pixel
+  int64_t channels;
+  int16_t* factors;    // of the tile: [taps * taps] at tap_stride, [channels] each
+  int64_t tap_stride;  // elements
+};
+
+/// products[r][o] = sum over channels of factors[r][c] * tap[o][c], of one of the taps * taps.
+struct WinogradProductArgs {
+  const int16_t* factors;
+  int64_t factor_stride;  // elements from row to row, a row being a tile
+  const uint8_t* taps;    // [pairs of channels][16 outputs][2] of int8 (`narrow`) or int16
+  int64_t group_bytes;    // to the next group's taps
+  bool narrow;
+  int64_t pairs;
+  int rows;           // any number
+  int groups;         // 1 .. WinogradKernels::groups
+  int32_t* products;  // [rows][16 * groups]
+};
+
+/// Sums of the outputs (i, j) of each tile t, at t * tile_stride + i * row_stride + j * width.
+struct WinogradOutputArgs {
+  const int32_t* products;  // of the first tile: [taps * taps] at tap_stride, [tiles][width] each
+  int64_t tap_stride;       // elements, like all strides here
+  int tiles;
+  int width;  // 16 * groups
+  int32_t* sums;
+  int64_t tile_stride, row_stride;
+};
+
+struct WinogradKernels {
+  const char* name;
+  int groups;  // of output channels that `multiply` takes at once
+  int rows;    // that it has in registers at once: blocks are made of so many tiles
+  void (*multiply)(const WinogradProductArgs&);
+  // By form:
+  void (*input[kWinogradForms])(const WinogradInputArgs&);
+  void (*output[kWinogradForms])(const WinogradOutputArgs&);
+};
+
+#ifdef ADALAYER_HAVE_AVX2
+namespace avx2 {
+extern const WinogradKernels kWinograd;
+}
+#endif
+#ifdef ADALAYER_HAVE_AVXVNNI
+namespace avxvnni {
+extern const WinogradKernels kWinograd;
+}
+#endif
+#ifdef ADALAYER_HAVE_AVX512VNNI
+namespace avx512 {
+extern const WinogradKernels kWinograd;
+}
+#endif
+
+}  // namespace adalayer::cpu

@@ -1,0 +1,561 @@
+// Winograd convolutions: the scalar form against the direct sums, and every instruction set against
+// them, finished in every way.
+#include "reference/winograd.hpp"
+
+#include <cmath>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "check.hpp"
+#include "core/cpu_features.hpp"
+#include "core/status.hpp"
+#include "core/thread_pool.hpp"
+#include "cpu/conv/winograd.hpp"
+#include "cpu/kernel_table.hpp"
+#include "exact.hpp"
+#include "reference/reference.hpp"
+
+using namespace adalayer;
+using namespace adalayer::cpu;
+
+#ifdef ADALAYER_HAVE_AVX2
+namespace adalayer::cpu {
+extern const WinogradKernels kWinogradWide;  // winograd_wide.cpp
+}
+#endif
+
+namespace {
+
+std::mt19937 g_random(1);
+
+int pick(int lo, int hi) { return std::uniform_int_distribution<int>(lo, hi)(g_random); }
+
+constexpr WinogradForm kForms[] = {WinogradForm::F2x2, WinogradForm::F4x4};
+
+enum class Values { Random, Least, Most, Mixed };
+
+struct Case {
+  ConvShape shape;  // its batch is the number of images
+  int bits = 8;
+  int zero_point = 0;
+  Values weights = Values::Random, levels = Values::Random;
+  bool residual = false, table = false;
+};
+
+std::string describe(const Case& c) {
+  const ConvShape& s = c.shape;
+  std::string text;
+  for (int64_t v : {s.batch, s.in_channels, s.in_h, s.in_w, s.out_channels, s.pad_top, s.pad_left,
+                    s.pad_bottom, s.pad_right, int64_t{c.bits}, int64_t{c.zero_point},
+                    int64_t{static_cast<int>(c.weights)}, int64_t{static_cast<int>(c.levels)}})
+    text += std::to_string(v) + " ";
+  return text;
+}
+
+int value(Values kind, int lo, int hi) {
+  switch (kind) {
+    case Values::Least:
+      return lo;
+    case Values::Most:
+      return hi;
+    case Values::Mixed:
+      return pick(0, 1) ? lo : hi;
+    default:
+      return pick(lo, hi);
+  }
+}
+
+Case square(int in, int size, int out, int pad, int bits) {
+  Case c;
+  c.shape = {.batch = 1,
+             .in_channels = in,
+             .in_h = size,
+             .in_w = size,
+             .out_channels = out,
+             .kernel_h = 3,
+             .kernel_w = 3,
+             .pad_top = pad,
+             .pad_left = pad,
+             .pad_bottom = pad,
+             .pad_right = pad};
+  c.bits = bits;
+  return c;
+}
+
+/// One convolution in all that a test compares.
+struct Problem {
+  const Case c;
+  const ConvShape& s;
+  ImageLayout in, out, res;
+  std::vector<int8_t> weights;
+  Exact<uint8_t> image;        // laid out
+  std::vector<uint8_t> plain;  // NCHW
+  std::vector<uint8_t> residual;
+  std::vector<int32_t> sums;  // [N][O][OH][OW], the specification's
+  std::vector<float> scale, bias;
+  std::vector<int32_t> correction;
+  std::vector<uint8_t> table;
+  ConvEpilogue epilogue;
+
+  explicit Problem(const Case& from)
+      : c(from),
+        s(c.shape),
+        in(image_layout(s.in_channels, s.in_h, s.in_w,
+                        {s.pad_top + pick(0, 1), s.pad_left + pick(0, 1), s.pad_bottom,
+                         s.pad_right + pick(0, 1)},
+                        pick(1, 2))),
+        out(image_layout(s.out_channels, s.out_h(), s.out_w(), {pick(0, 2), pick(0, 1), 1, 1})),
+        res(image_layout(s.out_channels, s.out_h(), s.out_w(), {0, pick(0, 1), 0, 0})),
+        image(static_cast<size_t>(s.batch * in.image_bytes + in.slack)) {
+    const int lo = -(1 << (c.bits - 1)), hi = (1 << (c.bits - 1)) - 1;
+    weights.resize(static_cast<size_t>(s.out_channels * s.reduction()));
+    for (auto& w : weights)
+      w = static_cast<int8_t>(value(c.weights, lo, hi));
+    plain.resize(static_cast<size_t>(s.batch * s.in_channels * s.in_h * s.in_w));
+    for (auto& v : plain)
+      v = static_cast<uint8_t>(value(c.levels, 0, 255));
+    // What lies between channels and pitch is unspecified.
+    for (size_t i = 0; i < image.size(); ++i)
+      image[i] = static_cast<uint8_t>(pick(0, 255));
+    fill_padding(in, image.data(), s.batch, static_cast<uint8_t>(c.zero_point));
+    size_t i = 0;
+    for (int64_t n = 0; n < s.batch; ++n)
+      for (int64_t k = 0; k < s.in_channels; ++k)
+        for (int64_t y = 0; y < s.in_h; ++y)
+          for (int64_t x = 0; x < s.in_w; ++x)
+            image[n * in.image_bytes + in.offset(y, x) + k] = plain[i++];
+    residual.resize(static_cast<size_t>(s.batch * res.image_bytes + res.slack));
+    for (auto& v : residual)
+      v = static_cast<uint8_t>(pick(0, 255));
+    sums.resize(static_cast<size_t>(s.batch * s.out_channels * s.out_h() * s.out_w()));
+    reference::conv2d_accumulate(s, levels(), weights.data(), sums.data(), 1);
+
+    const auto padded = static_cast<size_t>(epilogue_size(s.out_channels));
+    scale.resize(padded);
+    bias.resize(padded);
+    correction.resize(padded);
+    table.resize(256);
+    for (auto& v : table)
+      v = static_cast<uint8_t>(pick(0, 255));
+    for (int64_t o = 0; o < s.out_channels; ++o) {
+      int32_t sum = 0;
+      for (int64_t k = 0; k < s.reduction(); ++k)
+        sum += weights[o * s.reduction() + k];
+      correction[o] = -c.zero_point * sum;
+      scale[o] = static_cast<float>(pick(-100, 100)) / 1e3f /
+                 static_cast<float>((1 << (c.bits - 1)) * (1 + s.reduction() / 16));
+      bias[o] = static_cast<float>(pick(-1000, 1000)) / 10.0f;
+    }
+    epilogue.correction = c.zero_point == 0 ? nullptr : correction.data();
+    epilogue.scale = scale.data();
+    epilogue.bias = bias.data();
+    epilogue.residual_scale = 0.37f;
+    epilogue.residual_zero = c.zero_point;
+    epilogue.finish = {.lo = static_cast<float>(3 - 17),
+                       .hi = static_cast<float>(250 - 17),
+                       .zero_point = 17,
+                       .table = c.table ? table.data() : nullptr,
+                       .inv_scale = 1.7f};
+    epilogue.bounded = true;
+  }
+
+  ActivationIn levels() const {
+    ActivationIn a;
+    a.data = plain.data();
+    a.dtype = DType::U8;
+    a.grid.zero_point = c.zero_point;
+    return a;
+  }
+  int32_t sum(int64_t n, int64_t o, int64_t y, int64_t x) const {
+    return sums[((n * s.out_channels + o) * s.out_h() + y) * s.out_w() + x];
+  }
+};
+
+struct Kernels {
+  const KernelRow* row;
+  const WinogradKernels* winograd;
+};
+
+/// What this machine has, with the row that finishes its sums; the widest vectors in software go
+/// with AVX2.
+std::vector<Kernels> all_kernels() {
+  std::vector<Kernels> all;
+  for (const KernelRow* row : kernel_rows()) {
+    if (!isa_supported(row->isa)) continue;
+    all.push_back({row, row->winograd});
+#ifdef ADALAYER_HAVE_AVX2
+    if (row->isa == Isa::Avx2) all.push_back({row, &kWinogradWide});
+#endif
+  }
+  return all;
+}
+
+/// A part has a scratch of its own, as large as said.
+template <class Call>
+void run_parts(const Call& call, const WinogradPlan& plan, const Kernels& k, int parts) {
+  const auto bytes = static_cast<size_t>(winograd_scratch_bytes(plan, *k.winograd));
+  for (int p = 0; p < parts; ++p) {
+    AlignedBuffer scratch(bytes + 64);
+    std::memset(scratch.data(), 0x5A, bytes + 64);
+    run_winograd(call, *k.winograd, *k.row, scratch.data(), {p, parts});
+    for (size_t i = 0; i < 64; ++i)
+      CHECK_EQ(scratch.data()[bytes + i], 0x5A);
+  }
+}
+
+int64_t wrong_levels(const Problem& p, const std::vector<uint8_t>& y) {
+  const ConvShape& s = p.s;
+  int64_t wrong = 0;
+  std::vector<uint8_t> touched(y.size(), 0);
+  for (int64_t n = 0; n < s.batch; ++n)
+    for (int64_t oy = 0; oy < s.out_h(); ++oy)
+      for (int64_t ox = 0; ox < s.out_w(); ++ox) {
+        const int64_t at = n * p.out.image_bytes + p.out.offset(oy, ox);
+        std::memset(touched.data() + at, 1, static_cast<size_t>(p.out.pitch));
+        for (int64_t o = 0; o < s.out_channels; ++o) {
+          float v = conv_value(p.sum(n, o, oy, ox), p.scale[o], p.bias[o]);
+          if (p.c.residual)
+            v += dequantize_value(p.residual[n * p.res.image_bytes + p.res.offset(oy, ox) + o],
+                                  p.epilogue.residual_scale, p.epilogue.residual_zero);
+          wrong += finish_u8(v, p.epilogue.finish) != y[at + o];
+        }
+      }
+  for (size_t i = 0; i < y.size(); ++i)
+    wrong += !touched[i] && y[i] != 0xA5;
+  return wrong;
+}
+
+void check_image(const Problem& p, const WinogradWeights& w, const Kernels& k, int parts,
+                 bool by_columns) {
+  const WinogradPlan plan =
+      plan_winograd(w.taps.form, p.s, p.in, &p.out, p.c.residual ? &p.res : nullptr, *k.winograd);
+  std::vector<uint8_t> y(static_cast<size_t>(p.s.batch * p.out.image_bytes + p.out.slack), 0xA5);
+  const WinogradCall call{.plan = plan,
+                          .taps = w.taps,
+                          .data = w.data.data(),
+                          .epilogue = &p.epilogue,
+                          .in = p.image.data(),
+                          .images = p.s.batch,
+                          .out = y.data(),
+                          .residual = p.c.residual ? p.residual.data() : nullptr,
+                          .by_columns = by_columns};
+  run_parts(call, plan, k, parts);
+  CHECK_MSG(wrong_levels(p, y) == 0, std::string(k.winograd->name) + ", " + w.taps.describe() +
+                                         ", parts " + std::to_string(parts) + ": " + describe(p.c));
+}
+
+void check_tensor(const Problem& p, const WinogradWeights& w, const Kernels& k, Layout layout,
+                  DType dtype) {
+  const ConvShape& s = p.s;
+  const size_t count = p.sums.size();
+  const WinogradPlan plan = plan_winograd(w.taps.form, s, p.in, nullptr, nullptr, *k.winograd);
+  std::vector<float> residual(count), floats(count, -1.0f), wanted_floats(count);
+  std::vector<uint8_t> levels(count, 0xA5), wanted_levels(count);
+  for (auto& v : residual)
+    v = static_cast<float>(pick(-1000, 1000)) / 7.0f;
+  OutputSpec out;
+  out.dtype = dtype;
+  out.layout = layout;
+  out.scale = p.scale.data();
+  out.bias = p.bias.data();
+  out.lo = -11.0f;
+  out.hi = 200.0f;
+  out.zero_point = 11;
+  const bool is_float = dtype == DType::F32;
+  if (is_float && p.c.residual) out.residual = residual.data();
+  out.data = is_float ? static_cast<void*>(wanted_floats.data()) : wanted_levels.data();
+  reference::conv2d(s, p.levels(), p.weights.data(), out, 1);
+  out.data = is_float ? static_cast<void*>(floats.data()) : levels.data();
+  const TensorWinogradCall call{{.plan = plan,
+                                 .taps = w.taps,
+                                 .data = w.data.data(),
+                                 .epilogue = nullptr,
+                                 .in = p.image.data(),
+                                 .images = s.batch,
+                                 .out = nullptr,
+                                 .residual = nullptr,
+                                 .by_columns = false},
+                                out,
+                                p.correction.data()};
+  run_parts(call, plan, k, 2);
+  const bool same =
+      is_float ? std::memcmp(floats.data(), wanted_floats.data(), count * sizeof(float)) == 0
+               : levels == wanted_levels;
+  CHECK_MSG(same, std::string(k.winograd->name) + ", tensor, " + w.taps.describe() + ": " +
+                      describe(p.c));
+}
+
+/// Every form that is exact, on every instruction set, in every way.
+void check_case(const Case& c) {
+  const Problem p(c);
+  for (const WinogradForm form : kForms) {
+    if (!reference::winograd_exact(form, p.weights, p.s.out_channels)) continue;
+    const WinogradWeights w = derive_winograd(form, p.s, p.weights);
+    CHECK_EQ(static_cast<int64_t>(w.bytes()), w.taps.bytes());
+    CHECK(w.taps.bytes() <= winograd_most_bytes(form, p.s, c.bits));
+    for (const Kernels& k : all_kernels()) {
+      check_image(p, w, k, 1, false);
+      check_image(p, w, k, 3, pick(0, 1) == 1);
+      check_tensor(p, w, k, pick(0, 1) ? Layout::NHWC : Layout::NCHW, DType::F32);
+      check_tensor(p, w, k, pick(0, 1) ? Layout::NHWC : Layout::NCHW, DType::U8);
+    }
+  }
+}
+
+int64_t wrong_sums(WinogradForm form, const Problem& p) {
+  std::vector<int32_t> sums(p.sums.size());
+  reference::winograd_accumulate(form, p.s, p.levels(), p.weights.data(), sums.data());
+  int64_t wrong = 0;
+  for (size_t i = 0; i < sums.size(); ++i)
+    wrong += sums[i] != p.sums[i];
+  return wrong;
+}
+
+}  // namespace
+
+TEST(the_matrices_divide_as_they_say) {
+  for (const WinogradForm form : kForms) {
+    const reference::WinogradAxis& axis = reference::winograd_axis(form);
+    // The divisor of one axis squared is odd * 2^shift: a kernel that is 1 in its middle copies.
+    const int8_t middle[9] = {0, 0, 0, 0, 1, 0, 0, 0, 0};
+    int16_t taps[36], factors[36];
+    reference::winograd_taps(form, middle, taps);
+    uint8_t levels[36];
+    for (int i = 0; i < axis.taps * axis.taps; ++i)
+      levels[i] = static_cast<uint8_t>(pick(0, 255));
+    reference::winograd_input(form, levels, factors);
+    uint32_t products[36];
+    for (int i = 0; i < axis.taps * axis.taps; ++i)
+      products[i] = static_cast<uint32_t>(taps[i] * factors[i]);
+    int32_t sums[16];
+    reference::winograd_output(form, products, sums);
+    for (int i = 0; i < axis.tile; ++i)
+      for (int j = 0; j < axis.tile; ++j)
+        CHECK_EQ(sums[i * axis.tile + j], int{levels[(i + 1) * axis.taps + j + 1]});
+  }
+}
+
+TEST(everything_fits_sixteen_bits) {
+  // The largest factor and tap of each kind: signs that agree with the matrix's rows.
+  for (const WinogradForm form : kForms) {
+    const reference::WinogradAxis& axis = reference::winograd_axis(form);
+    for (int i = 0; i < axis.taps; ++i)
+      for (int j = 0; j < axis.taps; ++j)
+        for (const int sign : {1, -1}) {
+          uint8_t levels[36];
+          int factor = 0, tap = 0;
+          for (int y = 0; y < axis.taps; ++y)
+            for (int x = 0; x < axis.taps; ++x) {
+              const int m = axis.input[i][y] * axis.input[j][x];
+              levels[y * axis.taps + x] = m * sign > 0 ? 255 : 0;
+              factor += m * levels[y * axis.taps + x];
+            }
+          int8_t kernel[9];
+          for (int y = 0; y < 3; ++y)
+            for (int x = 0; x < 3; ++x) {
+              const int m = axis.weight[i][y] * axis.weight[j][x];
+              kernel[y * 3 + x] = m * sign > 0 ? 127 : -128;
+              tap += m * kernel[y * 3 + x];
+            }
+          int16_t factors[36], taps[36];
+          reference::winograd_input(form, levels, factors);
+          reference::winograd_taps(form, kernel, taps);
+          CHECK_EQ(int{factors[i * axis.taps + j]}, factor);
+          CHECK_EQ(int{taps[i * axis.taps + j]}, tap);
+        }
+  }
+}
+
+TEST(scalar_form_is_the_direct_sum) {
+  for (const WinogradForm form : kForms)
+    for (int size = 1; size <= 9; ++size)
+      for (int bits : {2, 5, 8}) {
+        Case c = square(pick(1, 20), size, pick(1, 5), pick(1, 2), bits);
+        c.shape.batch = pick(1, 2);
+        c.shape.in_w = pick(1, 9);
+        c.zero_point = pick(0, 255);
+        CHECK_MSG(wrong_sums(form, Problem(c)) == 0, describe(c));
+      }
+}
+
+TEST(exact_up_to_the_bound_and_refused_behind_it) {
+  for (const WinogradForm form : kForms)
+    for (const int sign : {1, -1}) {
+      // Weights of one sign and levels of 255 whose sum is the largest that the shift leaves room
+      // for: one more is too much.
+      const int64_t limit = int64_t{1} << (31 - reference::winograd_axis(form).shift);
+      const int64_t most = (limit - 1) / 255;
+      const int largest = sign > 0 ? 127 : 128;
+      Case c = square(static_cast<int>(most / (largest * 9) + 1), 4, 2, 0, 8);
+      c.levels = Values::Most;
+      Problem p(c);
+      int64_t left = most;
+      for (int64_t k = 0; k < p.s.reduction(); ++k) {
+        const int64_t w = std::min<int64_t>(left, largest);
+        p.weights[k] = 0;
+        p.weights[p.s.reduction() + k] = static_cast<int8_t>(sign * w);
+        left -= w;
+      }
+      reference::conv2d_accumulate(p.s, p.levels(), p.weights.data(), p.sums.data(), 1);
+      CHECK_EQ(int64_t{p.sums.back()}, sign * most * 255);
+      CHECK(reference::winograd_exact(form, p.weights, 2));
+      CHECK_EQ(wrong_sums(form, p), int64_t{0});
+      const WinogradWeights w = derive_winograd(form, p.s, p.weights);
+      for (const Kernels& k : all_kernels())
+        check_image(p, w, k, 1, false);
+      p.weights.back() = static_cast<int8_t>(p.weights.back() + sign);
+      CHECK(!reference::winograd_exact(form, p.weights, 2));
+      CHECK_THROWS(derive_winograd(form, p.s, p.weights), InvalidArgument, "too large");
+    }
+}
+
+TEST(sizes_around_the_tile) {
+  for (int h = 1; h <= 10; ++h)
+    for (int w : {1, 2, 3, 4, 5, 7, 8, 9, 13}) {
+      Case c = square(pick(1, 40), h, pick(1, 40), 1, pick(2, 8));
+      c.shape.in_w = w;
+      c.zero_point = pick(0, 255);
+      c.residual = pick(0, 1) == 1;
+      c.table = pick(0, 1) == 1;
+      check_case(c);
+    }
+}
+
+TEST(every_padding) {
+  for (int top = 0; top <= 2; ++top)
+    for (int left = 0; left <= 2; ++left)
+      for (int bottom = 0; bottom <= 2; ++bottom)
+        for (int right = 0; right <= 2; ++right) {
+          Case c = square(pick(1, 20), pick(3, 7), pick(1, 20), 0, 8);
+          c.shape.pad_top = top;
+          c.shape.pad_left = left;
+          c.shape.pad_bottom = bottom;
+          c.shape.pad_right = right;
+          c.shape.batch = pick(1, 2);
+          c.zero_point = pick(0, 255);
+          c.residual = pick(0, 1) == 1;
+          check_case(c);
+        }
+}
+
+TEST(channels_around_the_vector) {
+  for (int in = 1; in <= 70; ++in)
+    check_case(square(in, 5, pick(1, 70), 1, pick(2, 8)));
+  for (int out = 1; out <= 70; ++out)
+    check_case(square(pick(1, 70), 5, out, 1, pick(2, 8)));
+}
+
+TEST(extremes) {
+  for (int bits : {2, 3, 4, 6, 8})
+    for (const Values weights : {Values::Least, Values::Most, Values::Mixed})
+      for (const Values levels : {Values::Least, Values::Most, Values::Mixed}) {
+        Case c = square(100, 6, 20, 1, bits);
+        c.weights = weights;
+        c.levels = levels;
+        c.zero_point = pick(0, 1) * 255;
+        check_case(c);
+      }
+}
+
+TEST(blocks_and_batches) {
+  // More tiles than a block has, and blocks that reach into the next image.
+  for (int size : {7, 30}) {
+    Case c = square(70, size, 33, 1, 4);
+    c.shape.batch = 5;
+    c.residual = true;
+    c.zero_point = 7;
+    check_case(c);
+  }
+  Case deep = square(520, 9, 18, 1, 3);
+  deep.shape.batch = 2;
+  check_case(deep);
+}
+
+TEST(parts_run_at_the_same_time) {
+  constexpr int kThreads = 3;
+  for (const int size : {7, 30}) {
+    Case c = square(48, size, 70, 1, 4);
+    const Problem p(c);
+    const WinogradWeights w = derive_winograd(WinogradForm::F4x4, p.s, p.weights);
+    for (const Kernels& k : all_kernels()) {
+      const WinogradPlan plan = plan_winograd(w.taps.form, p.s, p.in, &p.out, nullptr, *k.winograd);
+      std::vector<uint8_t> y(static_cast<size_t>(p.out.image_bytes + p.out.slack), 0xA5);
+      const bool by_columns = winograd_prefers_columns(plan, w.taps, 1, kThreads);
+      CHECK_EQ(by_columns, size == 7);
+      const WinogradCall call{.plan = plan,
+                              .taps = w.taps,
+                              .data = w.data.data(),
+                              .epilogue = &p.epilogue,
+                              .in = p.image.data(),
+                              .images = 1,
+                              .out = y.data(),
+                              .residual = nullptr,
+                              .by_columns = by_columns};
+      std::vector<AlignedBuffer> scratch(kThreads);
+      for (AlignedBuffer& buffer : scratch)
+        buffer.reset(static_cast<size_t>(winograd_scratch_bytes(plan, *k.winograd)));
+      constexpr int64_t kParts = 5;
+      parallel_for(kParts, kThreads, [&](int64_t part, int worker) {
+        run_winograd(call, *k.winograd, *k.row, scratch[worker].data(), {part, kParts});
+      });
+      CHECK_MSG(wrong_levels(p, y) == 0, k.winograd->name);
+    }
+  }
+}
+
+TEST(taps_are_as_narrow_as_their_values) {
+  Case c = square(33, 4, 17, 1, 2);
+  Problem narrow(c);
+  WinogradWeights w = derive_winograd(WinogradForm::F4x4, narrow.s, narrow.weights);
+  CHECK_EQ(w.taps.narrow, 36);
+  CHECK_EQ(w.taps.describe(), std::string("taps s8"));
+  // Two groups of 17 pairs of channels, on whole cache lines.
+  CHECK_EQ(w.taps.bytes(), int64_t{2 * 36 * (17 * 32 + 32)});
+  c.bits = 8;
+  c.weights = Values::Most;
+  Problem wide(c);
+  w = derive_winograd(WinogradForm::F4x4, wide.s, wide.weights);
+  // Taps of which the rows' weights add up to 1 or -1 on both axes, and those that cancel out.
+  CHECK(w.taps.narrow > 4 && w.taps.narrow < 36);
+  CHECK_EQ(derive_winograd(WinogradForm::F2x2, narrow.s, narrow.weights).taps.describe(),
+           std::string("taps s8"));
+}
+
+TEST(packed_taps_are_those_of_the_specification) {
+  for (const WinogradForm form : kForms)
+    for (const int bits : {3, 8}) {
+      const Problem p(square(37, 4, 21, 1, bits));
+      const WinogradWeights w = derive_winograd(form, p.s, p.weights);
+      int64_t wrong = 0;
+      for (int64_t o = 0; o < 21; ++o)
+        for (int64_t c = 0; c < 37; ++c) {
+          int16_t taps[36];
+          reference::winograd_taps(form, p.weights.data() + (o * 37 + c) * 9, taps);
+          const int64_t at = (c / 2 * 16 + o % 16) * 2 + c % 2;
+          for (int k = 0; k < w.taps.area; ++k) {
+            const uint8_t* tap = w.data.data() + o / 16 * w.taps.group_bytes + w.taps.offset[k];
+            const int packed = w.taps.is_narrow[k] ? reinterpret_cast<const int8_t*>(tap)[at]
+                                                   : reinterpret_cast<const int16_t*>(tap)[at];
+            wrong += packed != taps[k];
+          }
+        }
+      CHECK_EQ(wrong, int64_t{0});
+    }
+}
+
+TEST(what_does_not_suit_is_refused) {
+  const Problem p(square(8, 5, 8, 1, 8));
+  ConvShape s = p.s;
+  s.stride_w = 2;
+  CHECK_THROWS(derive_winograd(WinogradForm::F2x2, s, p.weights), InvalidArgument, "3x3");
+  s = p.s;
+  s.groups = 2;
+  CHECK_THROWS(plan_winograd_taps(WinogradForm::F2x2, s, p.weights), InvalidArgument, "3x3");
+  s = p.s;
+  s.in_channels = 9;
+  CHECK_THROWS(plan_winograd_taps(WinogradForm::F2x2, s, p.weights), InvalidArgument, "expected");
+}
+
+int main(int argc, char** argv) { return check::run_all(argc, argv); }
