@@ -57,4 +57,13 @@ class AlignedBuffer {
   std::size_t capacity_ = 0;
 };
 
+/// Room for `count` elements in a buffer of one thread, which grows to the largest layer and stays,
+/// so that a warm call allocates nothing. Its contents are lost when it grows.
+template <typename T>
+T* grown(AlignedBuffer& buffer, std::int64_t count) {
+  const auto bytes = static_cast<std::size_t>(count) * sizeof(T);
+  if (buffer.size() < bytes) buffer.reset(bytes);
+  return buffer.as<T>();
+}
+
 }  // namespace adalayer

@@ -203,11 +203,6 @@ Scratch& scratch() {
   return s;
 }
 
-uint8_t* grown(AlignedBuffer& buffer, int64_t bytes) {
-  if (static_cast<int64_t>(buffer.size()) < bytes) buffer.reset(static_cast<size_t>(bytes));
-  return buffer.data();
-}
-
 /// Where the sums go that no epilogue follows.
 struct SumsView {
   int32_t* data = nullptr;
@@ -272,8 +267,8 @@ class InputRows {
     const ConvShape& s = job.s;
     first_ = y_first * s.stride_h - s.pad_top;
     last_ = (y_last - 1) * s.stride_h - s.pad_top + (s.kernel_h - 1) * s.dilation_h;
-    rows_ = reinterpret_cast<const uint8_t**>(
-        grown(scratch().rows, (last_ - first_ + 1) * static_cast<int64_t>(sizeof(const uint8_t*))));
+    rows_ = reinterpret_cast<const uint8_t**>(grown<uint8_t>(
+        scratch().rows, (last_ - first_ + 1) * static_cast<int64_t>(sizeof(const uint8_t*))));
     for (int64_t y = first_; y <= last_; ++y)
       rows_[y - first_] = job.input_row(y);
   }
@@ -294,8 +289,8 @@ struct Pointers {
 
   Pointers(int64_t row_count, int lanes) {
     const int64_t rows_n = row_count * lanes, outs_n = 2 * lanes;
-    auto* at = reinterpret_cast<const uint8_t**>(
-        grown(scratch().pointers, (rows_n + 3 * outs_n) * static_cast<int64_t>(sizeof(void*))));
+    auto* at = reinterpret_cast<const uint8_t**>(grown<uint8_t>(
+        scratch().pointers, (rows_n + 3 * outs_n) * static_cast<int64_t>(sizeof(void*))));
     rows = at;
     residual = at + rows_n;
     out = const_cast<uint8_t**>(residual + outs_n);
@@ -379,19 +374,21 @@ void run_blocks(Job& job, int64_t y_first, int64_t y_last) {
     const int64_t halo = (s.kernel_w - 1) * s.dilation_w + 1;
     most = std::max((kScratchBudget / column_bytes - halo) / s.stride_w + 1, kLeastColumns);
     most = std::min(most, out_w);
-    t.scratch = grown(scratch().columns, ((most - 1) * s.stride_w + halo) * column_bytes);
+    t.scratch = grown<uint8_t>(scratch().columns, ((most - 1) * s.stride_w + halo) * column_bytes);
   }
   const Pointers p(t.row_count, k.lanes);
   t.rows = p.rows;
   t.out = p.out;
   t.residual = job.residual.data == nullptr ? nullptr : p.residual;
   t.sums = job.sums.data == nullptr ? nullptr : p.sums;
-  uint8_t* sink = grown(scratch().sink, most * std::max(t.out_pitch, 4 * t.sums_pitch) + 64);
+  uint8_t* sink =
+      grown<uint8_t>(scratch().sink, most * std::max(t.out_pitch, 4 * t.sums_pitch) + 64);
   uint8_t expand[64];
   const InputRows input(job, y_first, y_last);
   const std::vector<GroupedBlock>& blocks = job.weights.blocks;
 
-  auto* constants = grown(scratch().constants, static_cast<int64_t>(blocks.size()) * 12 * vector);
+  auto* constants =
+      grown<uint8_t>(scratch().constants, static_cast<int64_t>(blocks.size()) * 12 * vector);
   for (size_t b = 0; b < blocks.size(); ++b)
     order_constants(job, blocks[b], constants + b * static_cast<size_t>(12 * vector));
 
@@ -472,7 +469,7 @@ void run_groups(Job& job, int64_t y_first, int64_t y_last) {
   t.count = out_w;
 
   // Constants of every tile, zero where the group has no channel: [group][pair][array][tile].
-  auto* constants = grown(scratch().constants, s.groups * tiles * 3 * vector);
+  auto* constants = grown<uint8_t>(scratch().constants, s.groups * tiles * 3 * vector);
   uint8_t* to = constants;
   const void* arrays[3] = {job.epilogue.correction, job.epilogue.scale, job.epilogue.bias};
   for (int64_t g = 0; g < s.groups; ++g)

@@ -38,13 +38,6 @@ Scratch& scratch() {
   return s;
 }
 
-template <class T>
-T* grown(AlignedBuffer& buffer, int64_t count) {
-  const auto bytes = static_cast<size_t>(count) * sizeof(T);
-  if (buffer.size() < bytes) buffer.reset(bytes);
-  return buffer.as<T>();
-}
-
 /// One or two neighbouring column tiles of one group.
 struct Columns {
   int64_t group = 0, tile = 0;

@@ -35,13 +35,6 @@ Scratch& scratch() {
   return s;
 }
 
-template <class T>
-T* grown(AlignedBuffer& buffer, int64_t count) {
-  const auto bytes = static_cast<size_t>(count) * sizeof(T);
-  if (buffer.size() < bytes) buffer.reset(bytes);
-  return buffer.as<T>();
-}
-
 /// What every task of one call reads.
 struct Call {
   const LayerPlan& plan;

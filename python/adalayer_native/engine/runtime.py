@@ -222,14 +222,8 @@ class Engine:
         self._call = Call.flat(self.inputs) if call is None else call
         self.preprocessing = preprocessing
         self.class_names = class_names
-        self.least_batch = least_batch
         self._single: NativePart | None = None
-        if (
-            least_batch == 1
-            and len(steps) == 1
-            and isinstance(steps[0].run, NativePart)
-            and len(self.inputs) == 1
-        ):
+        if len(steps) == 1 and isinstance(steps[0].run, NativePart) and len(self.inputs) == 1:
             part = steps[0].run
             alone = out_spec.is_leaf() and isinstance(self._leaves[0], Leaf)
             if part.single is not None and alone and steps[0].inputs == [0] and self._call.plain:
@@ -239,6 +233,7 @@ class Engine:
         self._batch = [port.batched for port in self.inputs].index(True)
         self._shape = self.inputs[0].shape
         self._rank = len(self._shape) + 1
+        self.require_batch(least_batch)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_out_spec": skeleton(self._out_spec)}

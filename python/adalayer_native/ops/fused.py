@@ -19,7 +19,11 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
         return fma_float32(a, b, c)
     # All three in the order in memory that the result has.
     out = torch.empty_like(a)
-    x, y, z = (torch.empty_like(out).copy_(item.expand(a.shape)) for item in (a, b, c))
+    expanded = (item.expand(a.shape) for item in (a, b, c))
+    x, y, z = (
+        item if item.stride() == out.stride() else torch.empty_like(out).copy_(item)
+        for item in expanded
+    )
     addresses = x.data_ptr(), y.data_ptr(), z.data_ptr()
     _C.fma(*addresses, out.numel(), out.data_ptr(), get_num_threads())
     return out

@@ -1,8 +1,9 @@
 """Steps whose bits depend on how they are computed become operators that compute as the engine.
 
 torch adds up floats in an order of its own and rounds products and sums one by one. Norms, lines
-with a constant per channel, averages and bilinear resizing are therefore operators of ours
-(ops/norms.py, ops/averages.py, ops/resizing.py) in the exact simulation and in converted models.
+with a constant per channel, averages, bilinear resizing and a softmax at the end are therefore
+operators of ours (ops/norms.py, averages.py, resizing.py, fused.py) in the exact simulation and in
+converted models.
 """
 
 from __future__ import annotations

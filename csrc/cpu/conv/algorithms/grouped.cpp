@@ -20,13 +20,6 @@ struct GroupedConvWeights final : ConvWeights {
   GroupedWeights weights;
 };
 
-template <class T>
-T* grown(AlignedBuffer& buffer, int64_t count) {
-  const auto bytes = static_cast<size_t>(count) * sizeof(T);
-  if (buffer.size() < bytes) buffer.reset(bytes);
-  return buffer.as<T>();
-}
-
 class GroupedConv final : public PlannedConv {
  public:
   GroupedConv(const ConvTask& task, const ConvLayouts& at)

@@ -64,8 +64,7 @@ class WinogradConv final : public PlannedConv {
   void run(const ConvJob& job, Part part) const override {
     // Grows to the largest layer, so that a warm call allocates nothing.
     thread_local AlignedBuffer scratch;
-    const auto needed = static_cast<size_t>(winograd_scratch_bytes(plan_, *row_.winograd));
-    if (scratch.size() < needed) scratch.reset(needed);
+    uint8_t* space = grown<uint8_t>(scratch, winograd_scratch_bytes(plan_, *row_.winograd));
     const WinogradCall call{.plan = plan_,
                             .taps = taps_of(job.weights),
                             .data = job.packed,
@@ -76,10 +75,10 @@ class WinogradConv final : public PlannedConv {
                             .residual = job.residual,
                             .by_columns = job.by_columns};
     if (job.tensor == nullptr)
-      run_winograd(call, *row_.winograd, row_, scratch.data(), part);
+      run_winograd(call, *row_.winograd, row_, space, part);
     else
       run_winograd({call, *job.tensor, job.correction, job.first_image}, *row_.winograd, row_,
-                   scratch.data(), part);
+                   space, part);
   }
 
  private:
