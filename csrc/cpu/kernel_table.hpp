@@ -199,6 +199,7 @@ Requantize requantizer(const KernelRow& row);
 extern const KernelRow kAvx2Row;
 extern const TileArrangement kAvx2Arrangement;
 void gemm_avx2(const GemmArgs& g);
+void gemm_requantize_avx2(const GemmArgs& g, const RequantizeArgs& q, Requantize requantize);
 void requantize_avx2(const RequantizeArgs& args);
 #endif
 #ifdef ADALAYER_HAVE_AVXVNNI

@@ -134,11 +134,10 @@ void put_exact(Entry* entries, List plain, List others, Writer& to, ArrangedTabl
 
 void arrange_half(const int8_t* original, int64_t steps, const uint8_t* live_quads, int half,
                   int8_t* tile, Entry* entries) {
-  auto& table = *reinterpret_cast<ArrangedTable*>(tile + steps * formats::kTileBytes +
-                                                  half * arranged_table_bytes(steps));
+  ArrangedTable& table = arranged_table(tile, steps, half);
   std::memset(&table, 0, static_cast<size_t>(arranged_table_bytes(steps)));
   Writer to{tile + half * kVectorBytes, table.quads()};
-  List plain, others, split;
+  List plain, others, wide;
   uint32_t count = 0;
   for (int64_t s = 0; s < steps; ++s)
     for (int q = 0; q < live_quads[s]; ++q) {
@@ -158,7 +157,7 @@ void arrange_half(const int8_t* original, int64_t steps, const uint8_t* live_qua
       e.quad = number;
       if (order == kOrders) {
         store(e.weights, w);
-        split.append(entries, count);
+        wide.append(entries, count);
       } else {
         e.quad |= static_cast<uint32_t>(order) << kOrderBit;
         (order == 0 ? plain : others).append(entries, count);
@@ -166,12 +165,32 @@ void arrange_half(const int8_t* original, int64_t steps, const uint8_t* live_qua
       ++count;
     }
   put_exact(entries, plain, others, to, table);
-  for (uint32_t e = split.first; e != kEnd; e = entries[e].next, ++table.split)
+  for (uint32_t e = wide.first; e != kEnd; e = entries[e].next, ++table.wide)
     to.put(entries[e]);
 }
 
 int64_t scratch_bytes(int64_t steps) {
   return steps * (formats::kTileBytes + kQuadsPerStep * static_cast<int64_t>(sizeof(Entry)));
+}
+
+/// Additions and multiplications of a row by a half tile, as gemm_arranged.cpp does them.
+double operations(const ArrangedTable& t) {
+  constexpr double kOfList = 16;  // sums to and from memory, loops that end
+  return kOfList + 2.5 * t.paired + 3 * (t.mixed + t.whole) + 4 * (t.ordered + t.wide);
+}
+
+/// Writes the live quads in 16 bits; returns how many they are.
+int64_t put_wide(const int8_t* original, int64_t steps, const uint8_t* live_quads, int8_t* to) {
+  int64_t count = 0;
+  for (int64_t s = 0; s < steps; ++s)
+    for (int q = 0; q < live_quads[s]; ++q, ++count, to += kWideQuadBytes)
+      for (int half = 0; half < 2; ++half) {
+        const __m256i w =
+            load(original + ((s * kQuadsPerStep + q) * 2 + half) * int64_t{kVectorBytes});
+        store(to + half * kVectorBytes, _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8));
+        store(to + (2 + half) * kVectorBytes, _mm256_srai_epi16(w, 8));
+      }
+  return count;
 }
 
 void arrange(int8_t* tile, int64_t steps, const uint8_t* live_quads, uint8_t* scratch) {
@@ -182,6 +201,14 @@ void arrange(int8_t* tile, int64_t steps, const uint8_t* live_quads, uint8_t* sc
   std::memset(tile, 0, static_cast<size_t>(bytes));
   for (int half = 0; half < 2; ++half)
     arrange_half(original, steps, live_quads, half, tile, entries);
+  if (steps > kMostWideSteps) return;
+  ArrangedTable& first = arranged_table(tile, steps, 0);
+  ArrangedTable& second = arranged_table(tile, steps, 1);
+  int8_t* const wide = wide_weights(tile, steps);
+  std::memset(wide, 0, static_cast<size_t>(steps * kQuadsPerStep * kWideQuadBytes));
+  const int64_t quads = put_wide(original, steps, live_quads, wide);
+  first.all_wide = second.all_wide =
+      8.0 * static_cast<double>(quads) < operations(first) + operations(second) ? 1 : 0;
 }
 
 }  // namespace

@@ -8,6 +8,10 @@
 //   tables  one for each half: the counts of each kind, then for every slot its quad's number,
 //           step * 16 + quad within the step, and above it, in bits 30 and 31, the order of its
 //           four levels, in which its weights lie
+//   wide    where there are few steps: the live quads in their own order in 16 bits, 128 bytes
+//   each:
+//           weights of the levels 0 and 2 of all sixteen columns, then of the levels 1 and 3.
+//           Written where sums in int16 would save nothing (ArrangedTable::all_wide).
 #pragma once
 
 #include <cstdint>
@@ -21,12 +25,13 @@ namespace {
 
 /// Kinds of quads, in this order.
 struct ArrangedTable {
-  uint32_t paired;   // this and the next one have sums that int16 holds together; an even number
-  uint32_t mixed;    // the same, but the second one's levels have another order
-  uint32_t whole;    // int16 holds the sum of each pair of products
-  uint32_t ordered;  // as whole, in another order
-  uint32_t split;    // neither: the weights are multiplied in two parts
-  uint32_t unused[11];
+  uint32_t paired;    // this and the next one have sums that int16 holds together; an even number
+  uint32_t mixed;     // the same, but the second one's levels have another order
+  uint32_t whole;     // int16 holds the sum of each pair of products
+  uint32_t ordered;   // as whole, in another order
+  uint32_t wide;      // neither: the weights are multiplied in 16 bits
+  uint32_t all_wide;  // of the tile, in both halves' tables
+  uint32_t unused[10];
 
   const uint32_t* quads() const { return reinterpret_cast<const uint32_t*>(this + 1); }
   uint32_t* quads() { return reinterpret_cast<uint32_t*>(this + 1); }
@@ -48,12 +53,32 @@ alignas(16) constexpr uint8_t kOrder[kOrders][16] = {
 constexpr int64_t arranged_table_bytes(int64_t steps) {
   return static_cast<int64_t>(sizeof(ArrangedTable)) + steps * kQuadsPerStep * 4;
 }
-/// What follows the slots.
-constexpr int64_t arranged_extra_bytes(int64_t steps) { return 2 * arranged_table_bytes(steps); }
 
+// A reduction of at most so many steps may be multiplied in 16 bits throughout: there a quad more
+// or less in int16 matters less than to have neither lists nor the sums in memory.
+constexpr int64_t kMostWideSteps = 2;
+constexpr int kWideQuadBytes = 2 * formats::kTileWidth * 4;
+
+/// What follows the slots.
+constexpr int64_t arranged_extra_bytes(int64_t steps) {
+  const int64_t wide = steps <= kMostWideSteps ? steps * kQuadsPerStep * kWideQuadBytes : 0;
+  return 2 * arranged_table_bytes(steps) + wide;
+}
+
+inline ArrangedTable& arranged_table(int8_t* tile, int64_t steps, int half) {
+  return *reinterpret_cast<ArrangedTable*>(tile + steps * formats::kTileBytes +
+                                           half * arranged_table_bytes(steps));
+}
 inline const ArrangedTable& arranged_table(const int8_t* tile, int64_t steps, int half) {
   return *reinterpret_cast<const ArrangedTable*>(tile + steps * formats::kTileBytes +
                                                  half * arranged_table_bytes(steps));
+}
+
+inline int8_t* wide_weights(int8_t* tile, int64_t steps) {
+  return tile + steps * formats::kTileBytes + 2 * arranged_table_bytes(steps);
+}
+inline const int8_t* wide_weights(const int8_t* tile, int64_t steps) {
+  return tile + steps * formats::kTileBytes + 2 * arranged_table_bytes(steps);
 }
 
 }  // namespace

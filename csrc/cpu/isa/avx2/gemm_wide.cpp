@@ -1,0 +1,103 @@
+// Products of few steps in 16 bits throughout (arrange.hpp): 6 rows by 16 columns in registers,
+// from the first product to the requantized level.
+#include "cpu/isa/avx2/arrange.hpp"
+#include "cpu/isa/avx2/gemm.hpp"
+#include "cpu/isa/avx2/passes.hpp"
+
+namespace adalayer::cpu {
+namespace {
+
+constexpr int kRowsOfPass = 6;
+// The levels of a row in 16 bits: those numbered 0 and 2 of every quad, then 1 and 3.
+constexpr int kStepBytes = 4 * kQuadsPerStep;
+constexpr int kPlane = kMostWideSteps * kStepBytes, kRow = 2 * kPlane;
+
+template <int kRows>
+void widen(const GemmArgs& g, const Rows<kRows>& rows, uint8_t* to) {
+  const __m256i low_byte = _mm256_set1_epi16(255);
+  for (int s = 0; s < g.steps; ++s)
+    for (int v = 0; v < g.live_quads[s] * 4; v += kVectorBytes)
+      for (int r = 0; r < kRows; ++r) {
+        const __m256i levels = load(rows.at[r] + g.step_offsets[s] + v);
+        uint8_t* at = to + r * kRow + s * kStepBytes + v;
+        store(at, _mm256_and_si256(levels, low_byte));
+        store(at + kPlane, _mm256_srli_epi16(levels, 8));
+      }
+}
+
+/// Adds the products of two levels with two vectors of their weights.
+[[gnu::always_inline]] inline void add_pair(const uint8_t* levels, __m256i w0, __m256i w1,
+                                            __m256i& sum0, __m256i& sum1) {
+  __m256i v, products;
+  __asm__(
+      "vpbroadcastd %[levels], %[v]\n\t"
+      "vpmaddwd %[w0], %[v], %[products]\n\t"
+      "vpmaddwd %[w1], %[v], %[v]\n\t"
+      "vpaddd %[products], %[sum0], %[sum0]\n\t"
+      "vpaddd %[v], %[sum1], %[sum1]"
+      : [v] "=&x"(v), [products] "=&x"(products), [sum0] "+x"(sum0), [sum1] "+x"(sum1)
+      : [levels] "m"(*reinterpret_cast<const uint8_t (*)[4]>(levels)), [w0] "x"(w0), [w1] "x"(w1));
+}
+
+/// The sums of kRows rows by one column tile.
+template <int kRows>
+[[gnu::always_inline]] inline void multiply(const GemmArgs& g, const uint8_t* widened,
+                                            const int8_t* weights, __m256i (&sums)[kRows][2]) {
+  unrolled<0, kRows * 2>([&](auto i) __attribute__((always_inline)) {
+    sums[i.value / 2][i.value % 2] = _mm256_setzero_si256();
+  });
+  for (int64_t s = 0; s < g.steps; ++s) {
+    const uint8_t* levels = widened + s * kStepBytes;
+    for (const uint8_t* const end = levels + g.live_quads[s] * 4; levels != end; levels += 4)
+      unrolled<0, 2>([&](auto plane) __attribute__((always_inline)) {
+        const __m256i w0 = load(weights), w1 = load(weights + kVectorBytes);
+        weights += 2 * kVectorBytes;
+        unrolled<0, kRows>([&](auto r) __attribute__((always_inline)) {
+          add_pair(levels + r.value * kRow + plane.value * kPlane, w0, w1, sums[r.value][0],
+                   sums[r.value][1]);
+        });
+      });
+  }
+}
+
+template <bool kResidual, bool kBounded, int kRows>
+[[gnu::noinline]] void multiply_tile(const GemmArgs& g, const uint8_t* widened, int row, int tile,
+                                     const Finish& finish, int32_t* memory) {
+  __m256i sums[kRows][2];
+  multiply(g, widened, wide_weights(tile == 0 ? g.tile0 : g.tile1, g.steps), sums);
+  if (finish.in_registers()) {
+    unrolled<0, kRows>([&](auto r) __attribute__((always_inline)) {
+      finish.levels<kResidual, kBounded>(row + r.value, tile, sums[r.value][0], sums[r.value][1]);
+    });
+    return;
+  }
+  unrolled<0, kRows>([&](auto r) __attribute__((always_inline)) {
+    int32_t* const at = memory + r.value * kBlockCols + tile * kTileCols;
+    store(at, sums[r.value][0]);
+    store(at + kVectorCols, sums[r.value][1]);
+  });
+}
+
+}  // namespace
+
+bool gemm_requantize_wide_avx2(const GemmArgs& g, const RequantizeArgs& q, Requantize requantize) {
+  if (g.steps == 0 || g.steps > kMostWideSteps) return false;
+  for (const int8_t* tile : {g.tile0, g.tile1})
+    if (tile != nullptr && arranged_table(tile, g.steps, 0).all_wide == 0) return false;
+  const Finish finish(g, q, requantize);
+  alignas(kVectorBytes) int32_t sums[kRowsOfPass * kBlockCols];
+  alignas(kVectorBytes) uint8_t widened[kRowsOfPass * kRow];
+  finish.with_epilogue([&](auto residual, auto bounded) {
+    for_passes<kRowsOfPass>(g.rows, [&](int row, auto n) {
+      fetch(g, row, n.value);
+      widen(g, Rows<n.value>(g, row), widened);
+      for (int t = 0; t < finish.tiles(); ++t)
+        multiply_tile<residual.value != 0, bounded.value != 0, n.value>(g, widened, row, t, finish,
+                                                                        sums);
+      if (!finish.in_registers()) finish(row, n.value, sums);
+    });
+  });
+  return true;
+}
+
+}  // namespace adalayer::cpu
