@@ -467,6 +467,70 @@ Exact<int8_t> arranged(const cpu::TileArrangement& arrangement, const Product& p
   return tiles;
 }
 
+/// The row's products on their way to u8, in one call: every kind of epilogue in turn.
+void check_gemm_requantize(const cpu::KernelRow& row, const Product& p, const cpu::GemmArgs& g) {
+  static int turn = 0;
+  const int kind = turn++;
+  const bool with_residual = kind % 2 == 1, with_table = kind % 5 == 0, whole = kind % 3 != 0;
+  const int cols = p.tiles * 16 - (kind % 3 == 2 ? 0 : uniform(0, 15));
+  const int pitch = p.tiles * 16;
+  cpu::ConvEpilogue e;
+  std::vector<int32_t> correction;
+  std::vector<float> scale, bias;
+  for (int c = 0; c < cpu::epilogue_size(pitch); ++c) {
+    correction.push_back(uniform(-100000, 100000));
+    scale.push_back(static_cast<float>(uniform(1, 1000)) * 1e-6f);
+    bias.push_back(static_cast<float>(uniform(-1000, 1000)) * 0.01f);
+  }
+  e.correction = correction.data();
+  e.scale = scale.data();
+  e.bias = bias.data();
+  e.residual_scale = 0.37f;
+  e.residual_zero = 17;
+  e.bounded = kind % 4 < 2;
+  uint8_t table[256];
+  for (int i = 0; i < 256; ++i)
+    table[i] = static_cast<uint8_t>(255 - i);
+  e.finish = {-20.0f, 200.0f, 31, with_table ? table : nullptr, 0.83f};
+  std::vector<int32_t> at;  // rows in any order, some dropped
+  for (int r = 0; r < p.rows; ++r)
+    at.push_back(uniform(0, 9) == 0 ? -1 : (p.rows - 1 - r) * pitch);
+  const auto bytes = static_cast<size_t>(p.rows * pitch);
+  const Exact<uint8_t> out(bytes), residual(bytes);
+  for (size_t i = 0; i < bytes; ++i) {
+    out[i] = 99;
+    residual[i] = static_cast<uint8_t>(uniform(0, 255));
+  }
+  cpu::RequantizeArgs q{};
+  q.cols = cols;
+  q.whole = whole;
+  q.out_offset = at.data();
+  q.out = out.data();
+  if (with_residual) {
+    q.residual_offset = at.data();
+    q.residual = residual.data();
+  }
+  q.epilogue = &e;
+  row.begin();
+  row.gemm_requantize(g, q, cpu::requantizer(row));
+  row.end();
+  bool equal = true;
+  for (int r = 0; r < p.rows; ++r)
+    for (int c = 0; c < pitch && at[r] >= 0; ++c) {
+      const uint8_t got = out[static_cast<size_t>(at[r] + c)];
+      if (c >= cols) {
+        equal = equal && (whole || got == 99);
+        continue;
+      }
+      float y = conv_value(static_cast<int32_t>(p.want(r, c)) + correction[c], scale[c], bias[c]);
+      if (with_residual)
+        y += dequantize_value(residual[static_cast<size_t>(at[r] + c)], e.residual_scale,
+                              e.residual_zero);
+      equal = equal && got == finish_u8(y, e.finish);
+    }
+  CHECK(equal);
+}
+
 void check_gemm(const cpu::KernelRow& row, const Product& p, const Exact<int8_t>* tiles) {
   std::vector<int32_t> sums(static_cast<size_t>(p.rows) * cpu::kBlockCols, -1);
   cpu::GemmArgs g{};
@@ -493,6 +557,7 @@ void check_gemm(const cpu::KernelRow& row, const Product& p, const Exact<int8_t>
     for (int c = 0; c < p.tiles * 16; ++c)
       equal = equal && sums[static_cast<size_t>(r * cpu::kBlockCols + c)] == p.want(r, c);
   CHECK(equal);
+  if (row.gemm_requantize != nullptr) check_gemm_requantize(row, p, g);
 }
 
 /// In every form of the weights that the row takes.

@@ -122,9 +122,16 @@ void widen(__m256i w, int8_t* to) {
 
 constexpr uint32_t least(uint32_t a, uint32_t b) { return a < b ? a : b; }
 
-/// The slots [first, end) of one half of a column tile.
-void look_up(const GemmArgs& g, const int8_t* tile, int half, uint32_t first, uint32_t end,
-             Chunk& chunk) {
+/// Whether each step begins where the one before it ends.
+bool are_neighbours(const GemmArgs& g) {
+  for (int64_t s = 1; s < g.steps; ++s)
+    if (g.step_offsets[s] != g.step_offsets[s - 1] + kStepBytes) return false;
+  return true;
+}
+
+/// The slots [first, end) of one half of a column tile. neighbours: the steps are.
+void look_up(const GemmArgs& g, bool neighbours, const int8_t* tile, int half, uint32_t first,
+             uint32_t end, Chunk& chunk) {
   const ArrangedTable& table = arranged_table(tile, g.steps, half);
   const uint32_t paired = table.paired, mixed = paired + table.mixed;
   const uint32_t whole = mixed + table.whole, ordered = whole + table.ordered;
@@ -137,17 +144,21 @@ void look_up(const GemmArgs& g, const int8_t* tile, int half, uint32_t first, ui
   chunk.ordered = upto(ordered);
   chunk.wide = static_cast<int>(end - first);
   chunk.slots = tile + half * kVectorBytes + int64_t{first} * kQuadBytes;
-  for (int i = 0; i < chunk.wide; ++i) {
-    const uint32_t entry = table.quads()[first + static_cast<uint32_t>(i)];
-    const uint32_t quad = entry & kQuadMask;
-    chunk.quads[i] = {
-        static_cast<int32_t>(g.step_offsets[quad / kQuadsPerStep] + quad % kQuadsPerStep * 4),
-        i * kQuadBytes, entry >> kOrderBit};
-  }
+  const uint32_t* const entries = table.quads() + first;
+  const auto list = [&](auto level_of) {
+    for (int i = 0; i < chunk.wide; ++i)
+      chunk.quads[i] = {level_of(entries[i] & kQuadMask), i * kQuadBytes, entries[i] >> kOrderBit};
+  };
+  if (neighbours)
+    list([&](uint32_t quad) { return static_cast<int32_t>(g.step_offsets[0] + quad * 4); });
+  else
+    list([&](uint32_t quad) {
+      return static_cast<int32_t>(g.step_offsets[quad / kQuadsPerStep] + quad % kQuadsPerStep * 4);
+    });
   for (int i = chunk.ordered; i < chunk.wide; ++i) {
     widen(load(chunk.slots + i * kQuadBytes), chunk.weights + i * kWideBytes);
     chunk.quads[i].weights = i * kWideBytes;
-    chunk.quads[i].order = table.quads()[first + static_cast<uint32_t>(i)] * 4;
+    chunk.quads[i].order = entries[i] * 4;
   }
 }
 
@@ -184,10 +195,11 @@ struct WidenedSteps {
     const __m256i low_byte = _mm256_set1_epi16(255);
     for (int s = 0; s < count; ++s) {
       const int64_t offset = g.step_offsets[first + s];
-      for (int r = 0; r < kRows; ++r)
-        for (int v = 0; v < kStepBytes; v += kVectorBytes) {
-          const __m256i levels = load(rows.at[r] + offset + v);
-          uint8_t* at = to + r * kWidenedRow + s * kStepBytes + v;
+      const int live = g.live_quads[first + s];
+      for (int quad = 0; quad < live; quad += 8)
+        for (int r = 0; r < kRows; ++r) {
+          const __m256i levels = load_quads(rows.at[r] + offset + quad * 4, live - quad);
+          uint8_t* at = to + r * kWidenedRow + s * kStepBytes + quad * 4;
           store(at, _mm256_and_si256(levels, low_byte));
           store(at + kWidenedPlane, _mm256_srli_epi16(levels, 8));
         }
@@ -199,11 +211,12 @@ struct Arranged {
   static constexpr uint32_t kChunk = cpu::kChunk;
   static constexpr int kRows = 8;  // as many as leave the 16 registers room for the operands
 
-  explicit Arranged(const GemmArgs& args) : g(args), halves(args.tile1 == nullptr ? 2 : 4) {}
+  explicit Arranged(const GemmArgs& args)
+      : g(args), halves(args.tile1 == nullptr ? 2 : 4), neighbours(are_neighbours(args)) {}
 
   void look_up(uint32_t first, uint32_t end) {
     for (int h = 0; h < halves; ++h)
-      cpu::look_up(g, h < 2 ? g.tile0 : g.tile1, h % 2, first, end, chunks[h]);
+      cpu::look_up(g, neighbours, h < 2 ? g.tile0 : g.tile1, h % 2, first, end, chunks[h]);
     steps = WidenedSteps(chunks, halves);
   }
   template <int kPassRows>
@@ -216,6 +229,7 @@ struct Arranged {
 
   const GemmArgs& g;
   int halves;  // of column tiles
+  bool neighbours;
   WidenedSteps steps;
   Chunk chunks[4];
   alignas(kVectorBytes) uint8_t widened[kRows * kWidenedRow];

@@ -46,6 +46,16 @@ inline __m256i broadcast(const uint8_t* p) {
   return _mm256_set1_epi32(four);
 }
 
+/// The levels of a quad in every dword, of 8 quads or as many as there are: no byte behind those is
+/// read.
+inline __m256i load_quads(const uint8_t* levels, int64_t quads) {
+  if (quads >= 8) return load(levels);
+  const __m256i numbers = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_maskload_epi32(
+      reinterpret_cast<const int*>(levels),
+      _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(quads)), numbers));
+}
+
 // Sums that stay in their registers. Of the intrinsics GCC makes a sum in another register, which
 // it copies back: a fifth more instructions in loops that the decoders bound.
 [[gnu::always_inline]] inline void add16(__m256i& sum, __m256i v) {
