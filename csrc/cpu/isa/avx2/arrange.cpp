@@ -143,6 +143,7 @@ void arrange_half(const int8_t* original, int64_t steps, const uint8_t* live_qua
     for (int q = 0; q < live_quads[s]; ++q) {
       const auto number = static_cast<uint32_t>(s * kQuadsPerStep + q);
       const __m256i w = load(original + int64_t{number} * 2 * kVectorBytes + half * kVectorBytes);
+      if (_mm256_testz_si256(w, w) != 0) continue;
       Entry& e = entries[count];
       int order = 0;
       for (; order < kOrders; ++order) {

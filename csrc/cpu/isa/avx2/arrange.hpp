@@ -1,17 +1,16 @@
 // Eight-bit weights of one column tile in the order in which the AVX2 product reads them.
 //
 // A quad is four levels and their weights for 16 columns, in two halves of 8 columns. Whether its
-// products may be added up in int16 depends on the weights (gemm.cpp), so the live quads of
-// each half are sorted by that, once, when the weights are packed:
+// products may be added up in int16 depends on the weights (gemm.cpp), so the live quads of each
+// half are sorted by that, once, when the weights are packed. Those of zeros alone are left out.
 //
 //   slots   [steps * 16] of 64 bytes: slot i holds the i-th quad of half 0, then that of half 1
 //   tables  one for each half: the counts of each kind, then for every slot its quad's number,
 //           step * 16 + quad within the step, and above it, in bits 30 and 31, the order of its
 //           four levels, in which its weights lie
-//   wide    where there are few steps: the live quads in their own order in 16 bits, 128 bytes
-//   each:
-//           weights of the levels 0 and 2 of all sixteen columns, then of the levels 1 and 3.
-//           Written where sums in int16 would save nothing (ArrangedTable::all_wide).
+//   wide    where there are few steps: the live quads in their own order in 16 bits, of 128 bytes:
+//           weights of the levels 0 and 2 of all sixteen columns, then of the levels 1 and 3. They
+//           are used where sums in int16 would save nothing (ArrangedTable::all_wide).
 #pragma once
 
 #include <cstdint>

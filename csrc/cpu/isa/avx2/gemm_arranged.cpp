@@ -142,7 +142,7 @@ void look_up(const GemmArgs& g, bool neighbours, const int8_t* tile, int half, u
   chunk.mixed = upto(mixed);
   chunk.whole = upto(whole);
   chunk.ordered = upto(ordered);
-  chunk.wide = static_cast<int>(end - first);
+  chunk.wide = upto(ordered + table.wide);
   chunk.slots = tile + half * kVectorBytes + int64_t{first} * kQuadBytes;
   const uint32_t* const entries = table.quads() + first;
   const auto list = [&](auto level_of) {

@@ -15,6 +15,8 @@ struct Words256 {
   static constexpr int kBytes = 32, kDwords = 8, kLanes = 2;
   static constexpr int kRows = 2, kHalves = 2;
   static constexpr int kColumns = 4;
+  // Of a kernel whose loops are written out: offsets known to the compiler need no registers.
+  static constexpr int kKnownTaps = 3;
   static constexpr int kInLaneColumns = 2, kBroadcastSums = 8;
 
   static I zero() { return _mm256_setzero_si256(); }

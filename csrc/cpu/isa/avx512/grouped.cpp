@@ -14,6 +14,7 @@ struct Vnni512 {
   static constexpr int kBytes = 64, kDwords = 16, kLanes = 4;
   static constexpr int kRows = 4, kHalves = 1;
   static constexpr int kColumns = 8;
+  static constexpr int kKnownTaps = 0;
   static constexpr int kInLaneColumns = 4, kBroadcastSums = 16;
 
   static I zero() { return _mm512_setzero_si512(); }

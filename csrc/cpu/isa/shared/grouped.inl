@@ -4,6 +4,11 @@
 // V has I (integers), F (floats) and the operations on them; `split` stands for load and store of a
 // vector whose kSplit equal pieces belong to different rows.
 
+template <int k>
+struct Number {
+  static constexpr int value = k;
+};
+
 /// The sums of a convolution on their way to u8.
 template <class V>
 struct Finish {
@@ -141,12 +146,15 @@ inline void interleave_columns(const GroupedTile& t, int64_t columns, int64_t fr
   }
 }
 
-template <class V, int kRows, int kColumns, int kSplit>
+/// kTaps and kStride: of the columns, where the compiler knows them and taps are neighbours; else
+/// 0.
+template <class V, int kRows, int kColumns, int kSplit, int kTaps, int kStride>
 void depthwise_block(const GroupedTile& t, const Finish<V>& finish, int64_t columns, int64_t x) {
   constexpr int64_t kColumnBytes = 4 * V::kBytes;
-  const int64_t runs = t.row_count / V::kRows, taps = t.kernel_w;
-  const int64_t step = t.stride_w * kColumnBytes, dilation = t.dilation_w * kColumnBytes;
-  const int64_t weight_step = t.weight_rows * V::kBytes;
+  const int64_t runs = t.row_count / V::kRows, taps = kTaps > 0 ? kTaps : t.kernel_w;
+  const int64_t step = (kTaps > 0 ? kStride : t.stride_w) * kColumnBytes;
+  const int64_t dilation = (kTaps > 0 ? 1 : t.dilation_w) * kColumnBytes;
+  const int64_t weight_step = (kTaps > 0 ? kRows : t.weight_rows) * V::kBytes;
   const uint8_t* first = t.scratch + x * step;
   block_of_four<V, kRows, kColumns, kSplit>(
       t, finish, x, [&](int v, typename V::I* acc) __attribute__((always_inline)) {
@@ -155,7 +163,7 @@ void depthwise_block(const GroupedTile& t, const Finish<V>& finish, int64_t colu
         const uint8_t* column = first + v * V::kBytes;
         for (int64_t run = 0; run < runs; ++run, column += columns * kColumnBytes) {
           const uint8_t* data = column;
-          for (int64_t kx = 0; kx < taps; ++kx, data += dilation, weights += weight_step) {
+          const auto tap = [&]() __attribute__((always_inline)) {
             typename V::I w[kRows];
 #pragma GCC unroll 2
             for (int r = 0; r < kRows; ++r)
@@ -167,6 +175,16 @@ void depthwise_block(const GroupedTile& t, const Finish<V>& finish, int64_t colu
               for (int r = 0; r < kRows; ++r)
                 acc[r * kColumns + n] = V::dot_column(acc[r * kColumns + n], d, w[r]);
             }
+            data += dilation;
+            weights += weight_step;
+          };
+          if constexpr (kTaps > 0) {
+#pragma GCC unroll 8
+            for (int kx = 0; kx < kTaps; ++kx)
+              tap();
+          } else {
+            for (int64_t kx = 0; kx < taps; ++kx)
+              tap();
           }
         }
       });
@@ -183,7 +201,7 @@ inline void in_pieces(int64_t count, const Run& run) {
   }
 }
 
-template <class V, int kRows, int kSplit>
+template <class V, int kRows, int kSplit, int kTaps, int kStride>
 void depthwise_tile(const GroupedTile& t) {
   const Finish<V> constants(t);
   const Finish<V>& finish = constants.in_memory();
@@ -200,36 +218,47 @@ void depthwise_tile(const GroupedTile& t) {
     if constexpr (kMost == 8) {
       switch (n) {
         case 5:
-          return depthwise_block<V, kRows, 5, kSplit>(t, finish, columns, x);
+          return depthwise_block<V, kRows, 5, kSplit, kTaps, kStride>(t, finish, columns, x);
         case 6:
-          return depthwise_block<V, kRows, 6, kSplit>(t, finish, columns, x);
+          return depthwise_block<V, kRows, 6, kSplit, kTaps, kStride>(t, finish, columns, x);
         case 7:
-          return depthwise_block<V, kRows, 7, kSplit>(t, finish, columns, x);
+          return depthwise_block<V, kRows, 7, kSplit, kTaps, kStride>(t, finish, columns, x);
         case 8:
-          return depthwise_block<V, kRows, 8, kSplit>(t, finish, columns, x);
+          return depthwise_block<V, kRows, 8, kSplit, kTaps, kStride>(t, finish, columns, x);
         default:
           break;
       }
     }
     switch (n) {
       case 1:
-        return depthwise_block<V, kRows, 1, kSplit>(t, finish, columns, x);
+        return depthwise_block<V, kRows, 1, kSplit, kTaps, kStride>(t, finish, columns, x);
       case 2:
-        return depthwise_block<V, kRows, 2, kSplit>(t, finish, columns, x);
+        return depthwise_block<V, kRows, 2, kSplit, kTaps, kStride>(t, finish, columns, x);
       case 3:
-        return depthwise_block<V, kRows, 3, kSplit>(t, finish, columns, x);
+        return depthwise_block<V, kRows, 3, kSplit, kTaps, kStride>(t, finish, columns, x);
       default:
-        return depthwise_block<V, kRows, 4, kSplit>(t, finish, columns, x);
+        return depthwise_block<V, kRows, 4, kSplit, kTaps, kStride>(t, finish, columns, x);
     }
   });
 }
 
 template <class V, int kSplit>
 void depthwise_rows(const GroupedTile& t) {
+  // One row of the output meets the weights of two at the end of an image.
+  const bool known = t.kernel_w == V::kKnownTaps && t.dilation_w == 1 && t.stride_w <= 2 &&
+                     t.out_rows == t.weight_rows;
+  const auto strip = [&](auto rows) {
+    if constexpr (V::kKnownTaps > 0) {
+      if (known && t.stride_w == 1)
+        return depthwise_tile<V, rows.value, kSplit, V::kKnownTaps, 1>(t);
+      if (known) return depthwise_tile<V, rows.value, kSplit, V::kKnownTaps, 2>(t);
+    }
+    depthwise_tile<V, rows.value, kSplit, 0, 0>(t);
+  };
   if (t.out_rows == 2)
-    depthwise_tile<V, 2, kSplit>(t);
+    strip(Number<2>{});
   else
-    depthwise_tile<V, 1, kSplit>(t);
+    strip(Number<1>{});
 }
 
 template <class V>
@@ -240,11 +269,6 @@ void depthwise(const GroupedTile& t) {
 }
 
 // --------------------------------------------------------------------------------------- in lane
-
-template <int k>
-struct Number {
-  static constexpr int value = k;
-};
 
 /// fn(Number<0>), fn(Number<1>), ... up to kQuads of them.
 template <int kQuads, class Fn>
