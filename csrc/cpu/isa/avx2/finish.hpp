@@ -32,8 +32,9 @@ struct FinishColumns {
     }
   }
 
-  /// Levels of the sixteen channels, from the sums of products alone. kBounded: the clamp follows
-  /// the conversion (ConvEpilogue::bounded). `residual`: its sixteen levels, read if kResidual.
+  /// Levels of the sixteen channels, from sums that have the correction. kBounded: the clamp
+  /// follows the conversion (ConvEpilogue::bounded). `residual`: its sixteen levels, read if
+  /// kResidual.
   template <bool kResidual, bool kBounded>
   [[gnu::always_inline]] __m128i levels(__m256i sums0, __m256i sums1,
                                         const uint8_t* residual) const {
@@ -49,6 +50,12 @@ struct FinishColumns {
     return q;
   }
 
+  /// Eight products' sums as levels() wants them.
+  __m256i corrected(const int32_t* sums, int h) const {
+    return _mm256_add_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(sums + 8 * h)),
+                            correction[h]);
+  }
+
  private:
   static __m128i level(const ConvEpilogue& e, float relative) {
     return _mm_set1_epi8(static_cast<char>(static_cast<int>(relative) + e.finish.zero_point));
@@ -56,8 +63,7 @@ struct FinishColumns {
 
   template <bool kResidual, bool kBounded>
   [[gnu::always_inline]] __m256i relative(__m256i sums, const uint8_t* residual, int h) const {
-    __m256 y = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(sums, correction[h])), scale[h],
-                               bias[h]);
+    __m256 y = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums), scale[h], bias[h]);
     if constexpr (kResidual) {
       const __m256i wide =
           _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(residual + 8 * h)));

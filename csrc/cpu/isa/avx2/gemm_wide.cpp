@@ -40,13 +40,10 @@ void widen(const GemmArgs& g, const Rows<kRows>& rows, uint8_t* to) {
       : [levels] "m"(*reinterpret_cast<const uint8_t (*)[4]>(levels)), [w0] "x"(w0), [w1] "x"(w1));
 }
 
-/// The sums of kRows rows by one column tile.
+/// Adds the products of kRows rows by one column tile.
 template <int kRows>
 [[gnu::always_inline]] inline void multiply(const GemmArgs& g, const uint8_t* widened,
                                             const int8_t* weights, __m256i (&sums)[kRows][2]) {
-  unrolled<0, kRows * 2>([&](auto i) __attribute__((always_inline)) {
-    sums[i.value / 2][i.value % 2] = _mm256_setzero_si256();
-  });
   for (int64_t s = 0; s < g.steps; ++s) {
     const uint8_t* levels = widened + s * kStepBytes;
     for (const uint8_t* const end = levels + g.live_quads[s] * 4; levels != end; levels += 4)
@@ -65,6 +62,9 @@ template <bool kResidual, bool kBounded, int kRows>
 [[gnu::noinline]] void multiply_tile(const GemmArgs& g, const uint8_t* widened, int row, int tile,
                                      const Finish& finish, int32_t* memory) {
   __m256i sums[kRows][2];
+  unrolled<0, kRows * 2>([&](auto i) __attribute__((always_inline)) {
+    sums[i.value / 2][i.value % 2] = finish.initial(tile, i.value % 2);
+  });
   multiply(g, widened, wide_weights(tile == 0 ? g.tile0 : g.tile1, g.steps), sums);
   if (finish.in_registers()) {
     unrolled<0, kRows>([&](auto r) __attribute__((always_inline)) {

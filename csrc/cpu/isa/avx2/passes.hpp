@@ -35,6 +35,11 @@ class Finish {
   /// Whether levels() may take the sums from registers.
   bool in_registers() const { return in_registers_; }
 
+  /// What levels() wants in the sums, for half a tile; if the sums go to memory: nothing.
+  __m256i initial(int tile, int half) const {
+    return in_registers_ ? columns_[tile].correction[half] : _mm256_setzero_si256();
+  }
+
   /// Of one row and tile.
   template <bool kResidual, bool kBounded>
   [[gnu::always_inline]] void levels(int row, int tile, __m256i sums0, __m256i sums1) const {
@@ -60,8 +65,8 @@ class Finish {
       for (int t = 0; t < tiles_; ++t)
         for (int r = 0; r < rows; ++r) {
           const int32_t* at = sums + r * kBlockCols + t * kTileCols;
-          levels<residual.value != 0, bounded.value != 0>(row + r, t, load(at),
-                                                          load(at + kVectorCols));
+          levels<residual.value != 0, bounded.value != 0>(row + r, t, columns_[t].corrected(at, 0),
+                                                          columns_[t].corrected(at, 1));
         }
     });
   }

@@ -79,9 +79,11 @@ struct Rows {
 /// fn(row, rows) for stretches of at most kMost rows that are nearly equal.
 template <int kMost, class Fn>
 inline void for_stretches(int rows, const Fn& fn) {
-  int row = 0;
-  for (int stretches = (rows + kMost - 1) / kMost; stretches > 0; --stretches) {
-    const int count = (rows - row + stretches - 1) / stretches;
+  const int stretches = (rows + kMost - 1) / kMost;
+  if (stretches == 0) return;
+  const int least = rows / stretches, larger = rows % stretches;
+  for (int i = 0, row = 0; i < stretches; ++i) {
+    const int count = i < larger ? least + 1 : least;
     fn(row, count);
     row += count;
   }

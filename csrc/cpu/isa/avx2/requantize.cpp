@@ -6,10 +6,6 @@
 namespace adalayer::cpu {
 namespace {
 
-__m256i load_sums(const int32_t* p) {
-  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-}
-
 /// One column tile: the constants of its sixteen channels stay in registers for all rows.
 template <bool kResidual, bool kBounded>
 void requantize_tile(const RequantizeArgs& a, int t) {
@@ -22,8 +18,8 @@ void requantize_tile(const RequantizeArgs& a, int t) {
   for (int r = 0; r < a.rows; ++r, sums += 16 * a.tiles) {
     if (a.out_offset[r] < 0) continue;
     const uint8_t* residual = kResidual ? a.residual + a.residual_offset[r] + 16 * t : nullptr;
-    const __m128i q =
-        finish.levels<kResidual, kBounded>(load_sums(sums), load_sums(sums + 8), residual);
+    const __m128i q = finish.levels<kResidual, kBounded>(finish.corrected(sums, 0),
+                                                         finish.corrected(sums, 1), residual);
     uint8_t* const out = a.out + a.out_offset[r] + 16 * t;
     if (count == 16 && table == nullptr) {
       _mm_storeu_si128(reinterpret_cast<__m128i*>(out), q);
