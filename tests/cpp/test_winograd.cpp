@@ -20,12 +20,6 @@
 using namespace adalayer;
 using namespace adalayer::cpu;
 
-#ifdef ADALAYER_HAVE_AVX2
-namespace adalayer::cpu {
-extern const WinogradKernels kWinogradWide;  // winograd_wide.cpp
-}
-#endif
-
 namespace {
 
 std::mt19937 g_random(1);
@@ -173,33 +167,21 @@ struct Problem {
   }
 };
 
-struct Kernels {
-  const KernelRow* row;
-  const WinogradKernels* winograd;
-};
-
-/// What this machine has, with the row that finishes its sums; the widest vectors in software go
-/// with AVX2.
-std::vector<Kernels> all_kernels() {
-  std::vector<Kernels> all;
-  for (const KernelRow* row : kernel_rows()) {
-    if (!isa_supported(row->isa)) continue;
-    all.push_back({row, row->winograd});
-#ifdef ADALAYER_HAVE_AVX2
-    if (row->isa == Isa::Avx2) all.push_back({row, &kWinogradWide});
-#endif
-  }
+std::vector<const KernelRow*> all_rows() {
+  std::vector<const KernelRow*> all;
+  for (const KernelRow* r : kernel_rows())
+    if (isa_supported(r->isa)) all.push_back(r);
   return all;
 }
 
 /// A part has a scratch of its own, as large as said.
 template <class Call>
-void run_parts(const Call& call, const WinogradPlan& plan, const Kernels& k, int parts) {
-  const auto bytes = static_cast<size_t>(winograd_scratch_bytes(plan, *k.winograd));
+void run_parts(const Call& call, const WinogradPlan& plan, const KernelRow& row, int parts) {
+  const auto bytes = static_cast<size_t>(winograd_scratch_bytes(plan, *row.winograd));
   for (int p = 0; p < parts; ++p) {
     AlignedBuffer scratch(bytes + 64);
     std::memset(scratch.data(), 0x5A, bytes + 64);
-    run_winograd(call, *k.winograd, *k.row, scratch.data(), {p, parts});
+    run_winograd(call, *row.winograd, row, scratch.data(), {p, parts});
     for (size_t i = 0; i < 64; ++i)
       CHECK_EQ(scratch.data()[bytes + i], 0x5A);
   }
@@ -227,10 +209,10 @@ int64_t wrong_levels(const Problem& p, const std::vector<uint8_t>& y) {
   return wrong;
 }
 
-void check_image(const Problem& p, const WinogradWeights& w, const Kernels& k, int parts,
+void check_image(const Problem& p, const WinogradWeights& w, const KernelRow& row, int parts,
                  bool by_columns) {
   const WinogradPlan plan =
-      plan_winograd(w.taps.form, p.s, p.in, &p.out, p.c.residual ? &p.res : nullptr, *k.winograd);
+      plan_winograd(w.taps.form, p.s, p.in, &p.out, p.c.residual ? &p.res : nullptr, *row.winograd);
   std::vector<uint8_t> y(static_cast<size_t>(p.s.batch * p.out.image_bytes + p.out.slack), 0xA5);
   const WinogradCall call{.plan = plan,
                           .taps = w.taps,
@@ -241,16 +223,16 @@ void check_image(const Problem& p, const WinogradWeights& w, const Kernels& k, i
                           .out = y.data(),
                           .residual = p.c.residual ? p.residual.data() : nullptr,
                           .by_columns = by_columns};
-  run_parts(call, plan, k, parts);
-  CHECK_MSG(wrong_levels(p, y) == 0, std::string(k.winograd->name) + ", " + w.taps.describe() +
-                                         ", parts " + std::to_string(parts) + ": " + describe(p.c));
+  run_parts(call, plan, row, parts);
+  CHECK_MSG(wrong_levels(p, y) == 0, std::string(row.name) + ", " + w.taps.describe() + ", parts " +
+                                         std::to_string(parts) + ": " + describe(p.c));
 }
 
-void check_tensor(const Problem& p, const WinogradWeights& w, const Kernels& k, Layout layout,
+void check_tensor(const Problem& p, const WinogradWeights& w, const KernelRow& row, Layout layout,
                   DType dtype) {
   const ConvShape& s = p.s;
   const size_t count = p.sums.size();
-  const WinogradPlan plan = plan_winograd(w.taps.form, s, p.in, nullptr, nullptr, *k.winograd);
+  const WinogradPlan plan = plan_winograd(w.taps.form, s, p.in, nullptr, nullptr, *row.winograd);
   std::vector<float> residual(count), floats(count, -1.0f), wanted_floats(count);
   std::vector<uint8_t> levels(count, 0xA5), wanted_levels(count);
   for (auto& v : residual)
@@ -279,12 +261,11 @@ void check_tensor(const Problem& p, const WinogradWeights& w, const Kernels& k, 
                                  .by_columns = false},
                                 out,
                                 p.correction.data()};
-  run_parts(call, plan, k, 2);
+  run_parts(call, plan, row, 2);
   const bool same =
       is_float ? std::memcmp(floats.data(), wanted_floats.data(), count * sizeof(float)) == 0
                : levels == wanted_levels;
-  CHECK_MSG(same, std::string(k.winograd->name) + ", tensor, " + w.taps.describe() + ": " +
-                      describe(p.c));
+  CHECK_MSG(same, std::string(row.name) + ", tensor, " + w.taps.describe() + ": " + describe(p.c));
 }
 
 /// Every form that is exact, on every instruction set, in every way.
@@ -295,11 +276,11 @@ void check_case(const Case& c) {
     const WinogradWeights w = derive_winograd(form, p.s, p.weights);
     CHECK_EQ(static_cast<int64_t>(w.bytes()), w.taps.bytes());
     CHECK(w.taps.bytes() <= winograd_most_bytes(form, p.s, c.bits));
-    for (const Kernels& k : all_kernels()) {
-      check_image(p, w, k, 1, false);
-      check_image(p, w, k, 3, pick(0, 1) == 1);
-      check_tensor(p, w, k, pick(0, 1) ? Layout::NHWC : Layout::NCHW, DType::F32);
-      check_tensor(p, w, k, pick(0, 1) ? Layout::NHWC : Layout::NCHW, DType::U8);
+    for (const KernelRow* row : all_rows()) {
+      check_image(p, w, *row, 1, false);
+      check_image(p, w, *row, 3, pick(0, 1) == 1);
+      check_tensor(p, w, *row, pick(0, 1) ? Layout::NHWC : Layout::NCHW, DType::F32);
+      check_tensor(p, w, *row, pick(0, 1) ? Layout::NHWC : Layout::NCHW, DType::U8);
     }
   }
 }
@@ -403,8 +384,8 @@ TEST(exact_up_to_the_bound_and_refused_behind_it) {
       CHECK(reference::winograd_exact(form, p.weights, 2));
       CHECK_EQ(wrong_sums(form, p), int64_t{0});
       const WinogradWeights w = derive_winograd(form, p.s, p.weights);
-      for (const Kernels& k : all_kernels())
-        check_image(p, w, k, 1, false);
+      for (const KernelRow* row : all_rows())
+        check_image(p, w, *row, 1, false);
       p.weights.back() = static_cast<int8_t>(p.weights.back() + sign);
       CHECK(!reference::winograd_exact(form, p.weights, 2));
       CHECK_THROWS(derive_winograd(form, p.s, p.weights), InvalidArgument, "too large");
@@ -479,8 +460,9 @@ TEST(parts_run_at_the_same_time) {
     Case c = square(48, size, 70, 1, 4);
     const Problem p(c);
     const WinogradWeights w = derive_winograd(WinogradForm::F4x4, p.s, p.weights);
-    for (const Kernels& k : all_kernels()) {
-      const WinogradPlan plan = plan_winograd(w.taps.form, p.s, p.in, &p.out, nullptr, *k.winograd);
+    for (const KernelRow* row : all_rows()) {
+      const WinogradPlan plan =
+          plan_winograd(w.taps.form, p.s, p.in, &p.out, nullptr, *row->winograd);
       std::vector<uint8_t> y(static_cast<size_t>(p.out.image_bytes + p.out.slack), 0xA5);
       const bool by_columns = winograd_prefers_columns(plan, w.taps, 1, kThreads);
       CHECK_EQ(by_columns, size == 7);
@@ -495,12 +477,12 @@ TEST(parts_run_at_the_same_time) {
                               .by_columns = by_columns};
       std::vector<AlignedBuffer> scratch(kThreads);
       for (AlignedBuffer& buffer : scratch)
-        buffer.reset(static_cast<size_t>(winograd_scratch_bytes(plan, *k.winograd)));
+        buffer.reset(static_cast<size_t>(winograd_scratch_bytes(plan, *row->winograd)));
       constexpr int64_t kParts = 5;
       parallel_for(kParts, kThreads, [&](int64_t part, int worker) {
-        run_winograd(call, *k.winograd, *k.row, scratch[worker].data(), {part, kParts});
+        run_winograd(call, *row->winograd, *row, scratch[worker].data(), {part, kParts});
       });
-      CHECK_MSG(wrong_levels(p, y) == 0, k.winograd->name);
+      CHECK_MSG(wrong_levels(p, y) == 0, row->name);
     }
   }
 }

@@ -103,10 +103,14 @@ struct Vnni512 {
     to[0] = _mm512_unpacklo_epi16(top, bottom);
     to[1] = _mm512_unpackhi_epi16(top, bottom);
   }
-  /// _mm512_dpbusd_epi32, whose operands g++ 12 copies between registers at every use.
   static I dot(I sum, I data, I w) {
+#ifdef __AVX512VNNI__
+    // Operands of the intrinsic are copied between registers by g++ 12, at every use.
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(data), "vm"(w));
     return sum;
+#else  // in tests, over instructions in software
+    return _mm512_dpbusd_epi32(sum, data, w);
+#endif
   }
   static I dot_column(I sum, I data, I w) { return dot(sum, data, w); }
   static I half(I v, int) { return v; }

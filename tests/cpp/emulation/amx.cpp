@@ -1,4 +1,4 @@
-#include "amx_emulation.hpp"
+#include "amx.hpp"
 
 #include <atomic>
 #include <cstring>

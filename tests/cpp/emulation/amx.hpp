@@ -1,8 +1,8 @@
 // AMX tiles in software, for tests of the AMX kernels on machines without AMX.
 //
-// Included in front of a source that uses the tile intrinsics, this header puts functions in their
-// place. They follow Intel's Software Developer's Manual, volume 2, for palette 1: eight tiles per
-// thread of up to 16 rows of 64 bytes. Differences are on the strict side:
+// The intrinsics of tiles become functions here (immintrin.h includes this header). They follow
+// Intel's Software Developer's Manual, volume 2, for palette 1: eight tiles per thread of up to 16
+// rows of 64 bytes. Differences are on the strict side:
 //
 // - What faults on hardware (#UD, #GP) throws Fault, with the reason.
 // - Configuring and releasing fill the tiles with a pattern, where hardware zeroes them: a kernel
@@ -13,8 +13,6 @@
 // What stays unseen is the compiler's business: the real intrinsics of g++ do not say that they
 // read memory, so that loads could move above stores there, and here they cannot.
 #pragma once
-
-#include <immintrin.h>
 
 #include <cstddef>
 #include <cstdint>

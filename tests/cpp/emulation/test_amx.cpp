@@ -10,7 +10,7 @@
 #include <thread>
 #include <vector>
 
-#include "amx_emulation.hpp"
+#include "amx.hpp"
 #include "check.hpp"
 #include "core/cpu_features.hpp"
 #include "cpu/kernel_table.hpp"
