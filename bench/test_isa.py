@@ -19,6 +19,7 @@ from bench.record import Target
 # Our name, oneDNN's name, wanted speed over the capped peer.
 CAPS = {
     "avx512vnni": ("AVX512_CORE_VNNI", 1.1),
+    "avx512": ("AVX512_CORE", 1.0),
     "avx2": ("AVX2", 1.0),
 }
 PEERS = ("openvino int8 capped", "openvino f32 capped")

@@ -325,7 +325,7 @@ def test_quantize_clamps_rounds_to_even_and_sends_nan_to_the_lowest_level(isa):
     assert torch.equal(again, want.float() - 10)
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avxvnni", "avx512vnni", "amx"])
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avxvnni", "avx512", "avx512vnni", "amx"])
 def test_force_isa_by_environment(isa):
     code = "from adalayer_native import ops; print(ops.active_isa())"
     env = {**os.environ, "ADALAYER_FORCE_ISA": isa}

@@ -62,12 +62,12 @@ CpuFeatures detect_cpu_features() {
   if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return features;
   const std::uint32_t subleaves = a;
   features.avx2 = os_avx && fma && f16c && bit(b, 5);
-  const bool avx512 = os_avx512 && features.avx2 && bit(b, 16) /* F */ && bit(b, 17) /* DQ */ &&
-                      bit(b, 30) /* BW */ && bit(b, 31) /* VL */;
-  features.avx512vnni = avx512 && bit(c, 11);
-  features.avx512vbmi = avx512 && bit(c, 1);
-  features.avx512vbmi2 = avx512 && bit(c, 6);
-  features.gfni = avx512 && bit(c, 8);
+  features.avx512 = os_avx512 && features.avx2 && bit(b, 16) /* F */ && bit(b, 17) /* DQ */ &&
+                    bit(b, 30) /* BW */ && bit(b, 31) /* VL */;
+  features.avx512vnni = features.avx512 && bit(c, 11);
+  features.avx512vbmi = features.avx512 && bit(c, 1);
+  features.avx512vbmi2 = features.avx512 && bit(c, 6);
+  features.gfni = features.avx512 && bit(c, 8);
   const bool amx_tile = bit(d, 24);
   const bool amx_int8 = bit(d, 25);
   if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0) {

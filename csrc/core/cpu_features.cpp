@@ -14,8 +14,8 @@
 namespace adalayer {
 namespace {
 
-constexpr std::array<std::string_view, kIsaCount> kNames = {"scalar", "avx2", "avxvnni",
-                                                            "avx512vnni", "amx"};
+constexpr std::array<std::string_view, kIsaCount> kNames = {"scalar", "avx2",       "avxvnni",
+                                                            "avx512", "avx512vnni", "amx"};
 constexpr std::string_view kEnvironment = "ADALAYER_FORCE_ISA";
 
 bool in_build(Isa isa) {
@@ -30,6 +30,12 @@ bool in_build(Isa isa) {
 #endif
     case Isa::AvxVnni:
 #if defined(ADALAYER_HAVE_AVXVNNI)
+      return true;
+#else
+      return false;
+#endif
+    case Isa::Avx512:
+#if defined(ADALAYER_HAVE_AVX512)
       return true;
 #else
       return false;
@@ -59,6 +65,8 @@ bool on_machine(Isa isa) {
       return features.avx2;
     case Isa::AvxVnni:
       return features.avxvnni;
+    case Isa::Avx512:
+      return features.avx512;
     case Isa::Avx512Vnni:
       return features.avx512vnni;
     case Isa::Amx:
@@ -93,7 +101,8 @@ Isa resolve(std::string_view name, std::string_view source) {
   }
   fail<InvalidArgument>(
       source, ": unknown instruction set '", name,
-      "'; valid: auto, scalar, avx2, avxvnni, avx512vnni, amx; supported here: ", list_supported());
+      "'; valid: auto, scalar, avx2, avxvnni, avx512, avx512vnni, amx; supported here: ",
+      list_supported());
 }
 
 constexpr int kUndecided = -1;
@@ -131,6 +140,7 @@ std::string describe_cpu_features() {
   };
   add(features.avx2, "avx2");
   add(features.avxvnni, "avxvnni");
+  add(features.avx512, "avx512");
   add(features.avx512vnni, "avx512vnni");
   add(features.avx512vbmi, "avx512vbmi");
   add(features.avx512vbmi2, "avx512vbmi2");

@@ -13,7 +13,8 @@ namespace adalayer {
 
 struct CpuFeatures {
   bool avx2 = false;         // AVX2 + FMA + F16C
-  bool avx512vnni = false;   // AVX-512 F, BW, DQ, VL and VNNI
+  bool avx512 = false;       // AVX-512 F, BW, DQ and VL
+  bool avx512vnni = false;   // the same and VNNI
   bool gfni = false;         // with 512-bit registers: gf2p8affineqb unpacks bit-planes
   bool avx512vbmi = false;   // vpermi2b: 256-entry tables in registers
   bool avx512vbmi2 = false;  // vpexpandb expands bitmask-sparse weights
@@ -22,8 +23,8 @@ struct CpuFeatures {
 };
 
 // The instruction-set families of the kernel table, slowest first.
-enum class Isa : int { Scalar = 0, Avx2 = 1, AvxVnni = 2, Avx512Vnni = 3, Amx = 4 };
-inline constexpr int kIsaCount = 5;
+enum class Isa : int { Scalar = 0, Avx2 = 1, AvxVnni = 2, Avx512 = 3, Avx512Vnni = 4, Amx = 5 };
+inline constexpr int kIsaCount = 6;
 
 // Detected once, at the first call, which also asks the kernel for the AMX permission (granted
 // per process, inherited by threads and forked children).
@@ -36,10 +37,10 @@ CpuFeatures detect_cpu_features();
 // The processor's own name, "" if it has none.
 std::string cpu_brand();
 
-// Every feature that is present, as "avx2 avx512vnni ...", for people.
+// Every feature that is present, as "avx2 avx512 ...", for people.
 std::string describe_cpu_features();
 
-// "scalar", "avx2", "avxvnni", "avx512vnni", "amx": the values of ADALAYER_FORCE_ISA.
+// "scalar", "avx2", "avxvnni", "avx512", "avx512vnni", "amx": the values of ADALAYER_FORCE_ISA.
 std::string_view isa_name(Isa isa);
 
 // True if both this machine and this build have it. Scalar always is.

@@ -74,10 +74,15 @@ namespace avx2 {
 extern const GroupedKernels kGrouped;
 }
 #endif
-#ifdef ADALAYER_HAVE_AVX512VNNI
+#ifdef ADALAYER_HAVE_AVX512
 namespace avx512 {
 extern const GroupedKernels kGrouped;
-}  // namespace avx512
+}
+#endif
+#ifdef ADALAYER_HAVE_AVX512VNNI
+namespace avx512vnni {
+extern const GroupedKernels kGrouped;
+}
 #endif
 
 }  // namespace adalayer::cpu

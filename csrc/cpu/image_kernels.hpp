@@ -153,11 +153,12 @@ extern const ImageKernels kScalarImage;
 #ifdef ADALAYER_HAVE_AVX2
 extern const ImageKernels kAvx2Image;
 #endif
-#ifdef ADALAYER_HAVE_AVX512VNNI
+#ifdef ADALAYER_HAVE_AVX512
 extern const ImageKernels kAvx512Image;
 #endif
 #ifdef ADALAYER_HAVE_AVX512VBMI
-// A sub-feature of its own: Cascade Lake has AVX-512-VNNI without VBMI.
+// A sub-feature of its own: Cascade Lake has AVX-512-VNNI without VBMI, Cannon Lake VBMI without
+// VNNI.
 void lookup_vbmi(const uint8_t* table, const Pixels& p);
 void gather_vbmi(const GatherPlan& plan, const Pixels& p);
 #endif

@@ -12,6 +12,9 @@ std::span<const KernelRow* const> kernel_rows() {
 #ifdef ADALAYER_HAVE_AVX512VNNI
       &kAvx512VnniRow,
 #endif
+#ifdef ADALAYER_HAVE_AVX512
+      &kAvx512Row,
+#endif
 #ifdef ADALAYER_HAVE_AVXVNNI
       &kAvxVnniRow,
 #endif
@@ -32,30 +35,32 @@ const KernelRow* active_kernels() {
 
 namespace {
 
-/// The rows that may use 512-bit registers, and with them the sub-features of those.
-[[maybe_unused]] bool wide(const KernelRow& row) {
+/// The rows of AVX-512-VNNI, with which the kernels for its sub-features are compiled.
+[[maybe_unused]] bool vnni512(const KernelRow& row) {
   return row.isa == Isa::Avx512Vnni || row.isa == Isa::Amx;
 }
+/// The rows that may use 512-bit registers.
+[[maybe_unused]] bool wide(const KernelRow& row) { return row.isa == Isa::Avx512 || vnni512(row); }
 
 }  // namespace
 
 UnpackTiles unpacker(const KernelRow& row) {
 #ifdef ADALAYER_HAVE_GFNI
-  if (wide(row) && cpu_features().gfni) return unpack_tiles_gfni;
+  if (vnni512(row) && cpu_features().gfni) return unpack_tiles_gfni;
 #endif
   return row.unpack_tiles;
 }
 
 Gemv gemv(const KernelRow& row) {
 #ifdef ADALAYER_HAVE_GFNI
-  if (wide(row) && cpu_features().gfni) return gemv_gfni;
+  if (vnni512(row) && cpu_features().gfni) return gemv_gfni;
 #endif
   return row.gemv;
 }
 
 BitmaskKernels bitmask_kernels([[maybe_unused]] const KernelRow& row) {
 #ifdef ADALAYER_HAVE_AVX512VBMI2
-  if (wide(row) && cpu_features().avx512vbmi2 && cpu_features().gfni)
+  if (vnni512(row) && cpu_features().avx512vbmi2 && cpu_features().gfni)
     return {expand_tiles_vbmi2, gemv_vbmi2};
 #endif
   return {};

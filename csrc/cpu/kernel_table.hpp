@@ -45,7 +45,7 @@ struct GemmArgs {
   int64_t steps;
   const int8_t* tile0;   // [steps][1024] unpacked weight tiles of column tile 0
   const int8_t* tile1;   // the same for column tile 1, or null
-  int weight_bits;       // that the weights need: AVX2 has a shortcut below 8
+  int weight_bits;       // that the weights need: without VNNI, there are shortcuts below 8
   bool arranged;         // the tiles are as the row's TileArrangement made them
   int rows;              // 1..kGemmRows
   const uint8_t* fetch;  // weights to fetch into the second-level cache meanwhile:
@@ -204,6 +204,9 @@ void requantize_avx2(const RequantizeArgs& args);
 #endif
 #ifdef ADALAYER_HAVE_AVXVNNI
 extern const KernelRow kAvxVnniRow;
+#endif
+#ifdef ADALAYER_HAVE_AVX512
+extern const KernelRow kAvx512Row;
 #endif
 #ifdef ADALAYER_HAVE_AVX512VNNI
 extern const KernelRow kAvx512VnniRow;

@@ -64,8 +64,13 @@ namespace avxvnni {
 extern const WinogradKernels kWinograd;
 }
 #endif
-#ifdef ADALAYER_HAVE_AVX512VNNI
+#ifdef ADALAYER_HAVE_AVX512
 namespace avx512 {
+extern const WinogradKernels kWinograd;
+}
+#endif
+#ifdef ADALAYER_HAVE_AVX512VNNI
+namespace avx512vnni {
 extern const WinogradKernels kWinograd;
 }
 #endif

@@ -1,6 +1,6 @@
 // The numeric law of the project, in scalar form.
 //
-// Every backend (AVX2, AVX-VNNI, AVX-512-VNNI, AMX, CUDA) must give the same bits as the functions
+// Every backend (those of cpu/kernel_table.hpp, CUDA) must give the same bits as the functions
 // below for every u8 and float32 output. What is written here is the specification; speed lives
 // elsewhere.
 #pragma once

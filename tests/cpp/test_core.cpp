@@ -94,7 +94,8 @@ TEST(scalar_is_always_supported) {
 
 TEST(cpu_features_imply_each_other) {
   const CpuFeatures& f = cpu_features();
-  CHECK(!f.avx512vnni || f.avx2);
+  CHECK(!f.avx512 || f.avx2);
+  CHECK(!f.avx512vnni || f.avx512);
   CHECK(!f.gfni || f.avx2);
   CHECK(!f.avx512vbmi2 || f.avx2);
   CHECK(!f.avxvnni || f.avx2);
@@ -103,10 +104,10 @@ TEST(cpu_features_imply_each_other) {
   __builtin_cpu_init();
   CHECK_EQ(f.avx2,
            static_cast<bool>(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")));
-  CHECK_EQ(f.avx512vnni, static_cast<bool>(__builtin_cpu_supports("avx512vnni") &&
-                                           __builtin_cpu_supports("avx512bw") &&
-                                           __builtin_cpu_supports("avx512vl") &&
-                                           __builtin_cpu_supports("avx512dq")));
+  CHECK_EQ(f.avx512, static_cast<bool>(__builtin_cpu_supports("avx512bw") &&
+                                       __builtin_cpu_supports("avx512vl") &&
+                                       __builtin_cpu_supports("avx512dq")));
+  CHECK_EQ(f.avx512vnni, f.avx512 && __builtin_cpu_supports("avx512vnni"));
 #endif
 }
 
@@ -120,7 +121,7 @@ TEST(forcing_by_name) {
   force_isa("scalar");
   // An unknown name is an error that lists the valid ones, and changes nothing.
   CHECK_THROWS(force_isa("avx1024"), InvalidArgument,
-               "valid: auto, scalar, avx2, avxvnni, avx512vnni, amx");
+               "valid: auto, scalar, avx2, avxvnni, avx512, avx512vnni, amx");
   CHECK_THROWS(force_isa("avx1024"), InvalidArgument, "'avx1024'");
   CHECK_THROWS(force_isa("AVX2"), InvalidArgument, "unknown");
   CHECK_THROWS(force_isa("avx2 "), InvalidArgument, "unknown");

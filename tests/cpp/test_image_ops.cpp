@@ -789,9 +789,9 @@ TEST(softmax_f32) {
 }
 
 // Machines with VBMI never call the plain AVX-512 versions through the table.
-#ifdef ADALAYER_HAVE_AVX512VNNI
+#ifdef ADALAYER_HAVE_AVX512
 TEST(avx512_without_vbmi) {
-  if (!isa_supported(Isa::Avx512Vnni)) {
+  if (!isa_supported(Isa::Avx512)) {
     CHECK(!cpu_features().avx512vbmi);
     return;
   }

@@ -26,7 +26,7 @@ bool plain() {
 CpuFeatures detect_cpu_features() {
   CpuFeatures features;
   if (!detect_real_machine().avx2) return features;
-  features.avxvnni = features.avx512vnni = true;
+  features.avxvnni = features.avx512 = features.avx512vnni = true;
   if (!plain())
     features.gfni = features.avx512vbmi = features.avx512vbmi2 = features.amx_int8 = true;
   return features;

@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include "cpu/isa/avx512/avx512.hpp"
+#include "cpu/isa/avx512vnni/avx512vnni.hpp"
 #include "cpu/kernel_table.hpp"
 
 namespace adalayer::cpu {
@@ -219,17 +220,17 @@ const KernelRow kAmxRow{
     .begin = amx::begin,
     .end = amx::end,
     .positions = Positions::Flattened,
-    .gemm = avx512::gemm,
-    .gemm_requantize = avx512::gemm_requantize,
+    .gemm = avx512vnni::gemm,
+    .gemm_requantize = avx512vnni::gemm_requantize,
     .gemm_rows = 56,  // several passes of the most
-    .gemv = avx512::gemv,
+    .gemv = avx512vnni::gemv,
     .arrangement = nullptr,
     .store = avx512::store,
     .requantize = avx512::requantize,
     .block = amx::block,
     .stem = {avx512::quantize_quads, avx512::interleave_pairs, avx512::interleave_fours},
-    .grouped = &avx512::kGrouped,
-    .winograd = &avx512::kWinograd,
+    .grouped = &avx512vnni::kGrouped,
+    .winograd = &avx512vnni::kWinograd,
     .image = &kAvx512Image};
 
 }  // namespace adalayer::cpu

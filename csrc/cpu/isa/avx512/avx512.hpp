@@ -1,4 +1,4 @@
-// AVX-512 kernels shared by the AVX-512-VNNI and AMX rows.
+// Kernels of the AVX-512 row, most of which the rows of AVX-512-VNNI and AMX share.
 #pragma once
 
 #include "cpu/kernel_table.hpp"
@@ -11,7 +11,6 @@ void quantize_planar(const float* x, int64_t channel_stride, int64_t channels, i
 void fake_quantize(const float* x, int64_t n, const ActivationGrid& grid, float scale, float* y);
 void unpack_tiles(const uint8_t* packed, int bits, int64_t count, int8_t* out);
 void gemm(const GemmArgs& g);
-void gemm_requantize(const GemmArgs& g, const RequantizeArgs& q, Requantize requantize);
 void gemv(const GemvArgs& g);
 void store(const StoreArgs& s);
 void requantize(const RequantizeArgs& args);

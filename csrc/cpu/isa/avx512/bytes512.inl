@@ -1,10 +1,9 @@
-// 64 bytes at a time with AVX-512-VNNI, for planar.inl and vnni_gemm.inl. Included inside the
-// unnamed namespace of one ISA file only, like those.
+// 64 bytes at a time with AVX-512, for planar.inl; what differs are the products. Included inside
+// the unnamed namespace of one ISA file only.
 
 struct Bytes512 {
   using T = __m512i;
   static constexpr int kBytes = 64;
-  static constexpr int kSums = 28;
   static T load(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static T load_weights(const int8_t* p) { return _mm512_loadu_si512(p); }
   static void store(int8_t* p, T v) { _mm512_storeu_si512(p, v); }
@@ -29,9 +28,6 @@ struct Bytes512 {
     std::memcpy(&four, p, 4);
     return _mm512_set1_epi32(four);
   }
-  template <int kBits>
-  static constexpr int kRun = 1;
-  static T dot(T sum, T a, T w) { return _mm512_dpbusd_epi32(sum, a, w); }
   static T add(T a, T b) { return _mm512_add_epi32(a, b); }
   static void store_sums(int32_t* p, T v) { _mm512_storeu_si512(p, v); }
 };

@@ -1,4 +1,8 @@
-// Matrix products with AVX-512-VNNI.
+// Matrix products with AVX-512 without VNNI, exact at every width.
+//
+// As with AVX2 (avx2/gemm.cpp), vpmaddubsw adds pairs of products in int16, which holds
+// 2^(7 - bits) pairs of b-bit weights before vpmaddwd widens them. Pairs of eight-bit weights may
+// be beyond it: they are multiplied in 16 bits throughout, two at once with vpmaddwd.
 #include <immintrin.h>
 
 #include <cstring>
@@ -9,65 +13,190 @@ namespace adalayer::cpu::avx512 {
 namespace {
 
 #include "cpu/isa/avx512/bytes512.inl"
+#include "cpu/isa/shared/passes.inl"
 #include "cpu/isa/shared/planar.inl"
-#include "cpu/isa/shared/vnni_gemm.inl"
 
-// 14 rows x 2 tiles of sums, two vectors of weights and one of activations: 31 of 32 registers.
-constexpr int kPassRows = 14;
-struct Lookup {
-  explicit Lookup(const uint8_t*) {}
-  __m512i operator()(__m512i q) const { return q; }
+constexpr int kQuadsOfStep = 16;
+
+/// Pairs of products that an int16 holds: 255 * 2^(bits - 1) * 2 each, and no more than a step has.
+constexpr int pairs_in_int16(int bits) {
+  const int pairs = 128 >> bits;
+  return pairs < kQuadsOfStep ? pairs : kQuadsOfStep;
+}
+
+/// Weights below eight bits.
+struct Narrow512 : Bytes512 {
+  template <int kBits>
+  static constexpr int kRun = pairs_in_int16(kBits);
+  static T product(T a, T w) { return _mm512_maddubs_epi16(a, w); }
+  static T add_products(T p, T q) { return _mm512_add_epi16(p, q); }
+  static T add_to(T sum, T products) {
+    return add(sum, _mm512_madd_epi16(products, _mm512_set1_epi16(1)));
+  }
+  static T dot(T sum, T a, T w) { return add_to(sum, product(a, w)); }
 };
 
-}  // namespace
+/// Eight-bit weights: four of them, or levels, as two pairs of 16 bits.
+struct Wide512 : Bytes512 {
+  struct Pairs {
+    T even, odd;  // bytes 0 and 2 of every dword, 1 and 3
+  };
+  static Pairs levels(T a) {
+    return {_mm512_and_si512(a, _mm512_set1_epi16(255)), _mm512_srli_epi16(a, 8)};
+  }
+  static Pairs weights(T w) {
+    return {_mm512_srai_epi16(_mm512_slli_epi16(w, 8), 8), _mm512_srai_epi16(w, 8)};
+  }
+  static T dot(T sum, const Pairs& a, const Pairs& w) {
+    return add(add(sum, _mm512_madd_epi16(a.even, w.even)), _mm512_madd_epi16(a.odd, w.odd));
+  }
+  template <int kBits>
+  static constexpr int kRun = 1;
+  static T dot(T sum, T a, T w) { return dot(sum, levels(a), weights(w)); }
+};
 
-#include "cpu/isa/avx512/requantize.inl"
+/// The sums of kRows rows from `row` on by one or two column tiles, and the fetching of weights
+/// that goes with them.
+template <int kRows, int kTiles>
+struct Pass {
+  const GemmArgs& g;
+  const int32_t* offsets;
+  const uint8_t* fetch;  // rows have equal shares
+  int32_t* out;
+  __m512i sums[kRows][kTiles];
 
-namespace {
+  Pass(const GemmArgs& args, int row)
+      : g(args),
+        offsets(args.row_offsets + row),
+        fetch(args.fetch + row * args.fetch_row),
+        out(args.sums + row * kBlockCols) {
+    each([&](auto r, auto c)
+             __attribute__((always_inline)) { sums[r.value][c.value] = _mm512_setzero_si512(); });
+  }
+  /// fn(r, c) for every row and tile.
+  template <class Fn>
+  [[gnu::always_inline]] static void each(const Fn& fn) {
+    unrolled<0, kRows * kTiles>([&](auto i) __attribute__((always_inline)) {
+      fn(Index<i.value / kTiles>{}, Index<i.value % kTiles>{});
+    });
+  }
+  [[gnu::always_inline]] void fetch_lines() {
+    for (int line = 0; line < g.fetch_lines; ++line, fetch += 64)
+      _mm_prefetch(reinterpret_cast<const char*>(fetch), _MM_HINT_T1);
+  }
+  [[gnu::always_inline]] static __m512i weights(const GemmArgs& g, int tile, int64_t s, int quad) {
+    return Bytes512::load_weights((tile == 0 ? g.tile0 : g.tile1) + s * formats::kTileBytes +
+                                  quad * 64);
+  }
+  void store() const {
+    each([&](auto r, auto c) __attribute__((always_inline)) {
+      _mm512_storeu_si512(out + r.value * kBlockCols + c.value * formats::kTileWidth,
+                          sums[r.value][c.value]);
+    });
+  }
+};
 
-/// Whole rows of two tiles, the common case: no row is asked whether it is kept.
-template <int kFlags>
-void gemm_requantize_whole(const GemmArgs& g, const RequantizeArgs& args) {
-  const int8_t* weights[2] = {g.tile0, g.tile1};
-  alignas(64) int32_t sums[kPassRows * kBlockCols];
-  RequantizeArgs q = args;
-  q.sums = sums;
-  q.tiles = 2;
-  const Lookup no_table(nullptr);
-  const Rows<2, kFlags | kEvery> pass(q, no_table);
-  for_passes<kPassRows>(g.rows, [&](int row, int rows) {
-    gemm_rows<Bytes512, kPassRows, 2>(g, weights, row, rows, sums, kBlockCols);
-    q.rows = rows;
-    q.out_offset = args.out_offset + row;
-    if constexpr ((kFlags & kResidual) != 0) q.residual_offset = args.residual_offset + row;
-    pass.all();
-  });
+/// Pairs are summed in int16, `run` quads of each step at a time.
+template <int kRows, int kTiles>
+[[gnu::noinline]] void narrow_pass(const GemmArgs& g, int row, int run) {
+  Pass<kRows, kTiles> pass(g, row);
+  for (int64_t s = 0; s < g.steps; ++s) {
+    const uint8_t* a = g.activations + g.step_offsets[s];
+    pass.fetch_lines();
+    const int live = g.live_quads[s];
+    for (int quad = 0; quad < live;) {
+      __m512i pairs[kRows][kTiles];
+      const auto multiply = [&](auto first) __attribute__((always_inline)) {
+        __m512i w[kTiles];
+        unrolled<0, kTiles>([&](auto c) __attribute__((always_inline)) {
+          w[c.value] = pass.weights(g, c.value, s, quad);
+        });
+        unrolled<0, kRows>([&](auto r) __attribute__((always_inline)) {
+          const __m512i v = Bytes512::broadcast(a + pass.offsets[r.value] + quad * 4);
+          unrolled<0, kTiles>([&](auto c) __attribute__((always_inline)) {
+            __m512i& pair = pairs[r.value][c.value];
+            const __m512i products = Narrow512::product(v, w[c.value]);
+            pair = first.value != 0 ? products : Narrow512::add_products(pair, products);
+          });
+        });
+      };
+      const int end = quad + run < live ? quad + run : live;
+      multiply(Index<1>{});
+      for (++quad; quad < end; ++quad)
+        multiply(Index<0>{});
+      pass.each([&](auto r, auto c) __attribute__((always_inline)) {
+        __m512i& sum = pass.sums[r.value][c.value];
+        sum = Narrow512::add_to(sum, pairs[r.value][c.value]);
+      });
+    }
+  }
+  pass.store();
+}
+
+template <int kRows, int kTiles>
+[[gnu::noinline]] void wide_pass(const GemmArgs& g, int row) {
+  Pass<kRows, kTiles> pass(g, row);
+  for (int64_t s = 0; s < g.steps; ++s) {
+    const uint8_t* a = g.activations + g.step_offsets[s];
+    pass.fetch_lines();
+    for (int quad = 0; quad < g.live_quads[s]; ++quad) {
+      Wide512::Pairs w[kTiles];
+      unrolled<0, kTiles>([&](auto c) __attribute__((always_inline)) {
+        w[c.value] = Wide512::weights(pass.weights(g, c.value, s, quad));
+      });
+      unrolled<0, kRows>([&](auto r) __attribute__((always_inline)) {
+        const Wide512::Pairs v =
+            Wide512::levels(Bytes512::broadcast(a + pass.offsets[r.value] + quad * 4));
+        unrolled<0, kTiles>([&](auto c) __attribute__((always_inline)) {
+          __m512i& sum = pass.sums[r.value][c.value];
+          sum = Wide512::dot(sum, v, w[c.value]);
+        });
+      });
+    }
+  }
+  pass.store();
+}
+
+// Rows of a pass: two tiles of sums, and of pairs, leave the 32 registers room for the operands.
+constexpr int kNarrowRows = 6, kWideRows = 12;
+
+/// A pass over `rows` rows, where kMost is the most that `rows` can be.
+template <int kMost, int kTiles>
+void narrow_rows(const GemmArgs& g, int row, int rows, int run) {
+  if constexpr (kMost > 1)
+    if (rows < kMost) return narrow_rows<kMost - 1, kTiles>(g, row, rows, run);
+  narrow_pass<kMost, kTiles>(g, row, run);
+}
+template <int kMost, int kTiles>
+void wide_rows(const GemmArgs& g, int row, int rows) {
+  if constexpr (kMost > 1)
+    if (rows < kMost) return wide_rows<kMost - 1, kTiles>(g, row, rows);
+  wide_pass<kMost, kTiles>(g, row);
+}
+
+template <int kTiles>
+void gemm_tiles(const GemmArgs& g) {
+  if (g.weight_bits == 8)
+    return for_passes<kWideRows>(
+        g.rows, [&](int row, int rows) { wide_rows<kWideRows, kTiles>(g, row, rows); });
+  const int run = pairs_in_int16(g.weight_bits);
+  for_passes<kNarrowRows>(
+      g.rows, [&](int row, int rows) { narrow_rows<kNarrowRows, kTiles>(g, row, rows, run); });
 }
 
 }  // namespace
 
-void gemm(const GemmArgs& g) {
-  const int8_t* tiles[2] = {g.tile0, g.tile1};
-  if (g.tile1 != nullptr)
-    gemm_passes<Bytes512, kPassRows, 2>(g, tiles, g.sums);
-  else
-    gemm_passes<Bytes512, kPassRows, 1>(g, tiles, g.sums);
+void unpack_tiles(const uint8_t* packed, int bits, int64_t count, int8_t* out) {
+  unpack_planar<Bytes512>(packed, bits, count, out);
 }
 
-void gemm_requantize(const GemmArgs& g, const RequantizeArgs& q, Requantize requantize) {
-  const ConvEpilogue& e = *q.epilogue;
-  const int8_t* tiles[2] = {g.tile0, g.tile1};
-  if (g.tile1 == nullptr)
-    return gemm_requantize_passes<Bytes512, kPassRows, 1>(g, tiles, q, requantize);
-  if ((!q.whole && q.cols < kBlockCols) || e.finish.table != nullptr || !e.bounded)
-    return gemm_requantize_passes<Bytes512, kPassRows, 2>(g, tiles, q, requantize);
-  const U8Finish& f = e.finish;
-  const bool plain = e.correction == nullptr && f.zero_point == 0 && f.lo == 0.0f && f.hi == 255.0f;
-  constexpr int kFull = kCorrection | kLevels;
-  if (q.residual != nullptr)
-    plain ? gemm_requantize_whole<kResidual>(g, q) : gemm_requantize_whole<kResidual | kFull>(g, q);
+void gemm(const GemmArgs& g) { g.tile1 != nullptr ? gemm_tiles<2>(g) : gemm_tiles<1>(g); }
+
+void gemv(const GemvArgs& g) {
+  if (g.bits == 8)
+    gemv_bits<Wide512, 8>(g);
   else
-    plain ? gemm_requantize_whole<0>(g, q) : gemm_requantize_whole<kFull>(g, q);
+    gemv_narrow<Narrow512>(g);
 }
 
 }  // namespace adalayer::cpu::avx512

@@ -1,4 +1,5 @@
-// Depthwise and grouped convolutions with AVX-512-VNNI, also for the AMX row.
+// Depthwise and grouped convolutions with AVX-512: products of int16 pairs (vpmaddwd), since
+// vpmaddubsw would saturate at eight-bit weights.
 #include <immintrin.h>
 
 #include "cpu/grouped_kernels.hpp"
@@ -8,320 +9,31 @@ namespace {
 
 #include "cpu/isa/shared/grouped.inl"
 
-struct Vnni512 {
-  using I = __m512i;
-  using F = __m512;
-  static constexpr int kBytes = 64, kDwords = 16, kLanes = 4;
-  static constexpr int kRows = 4, kHalves = 1;
-  static constexpr int kColumns = 8;
-  static constexpr int kKnownTaps = 0;
-  static constexpr int kInLaneColumns = 4, kBroadcastSums = 16;
+#include "cpu/isa/avx512/grouped512.inl"
 
-  static I zero() { return _mm512_setzero_si512(); }
-  static I load(const void* p) { return _mm512_loadu_si512(p); }
-  static void store(void* p, I v) { _mm512_storeu_si512(p, v); }
-  static I load_constant(const void* p, int i) { return load(static_cast<const I*>(p) + i); }
-  static F as_floats(I v) { return _mm512_castsi512_ps(v); }
-  static I broadcast_granule(const uint8_t* p) { return _mm512_broadcast_i32x4(granule(p)); }
-  static I broadcast_dword(const uint8_t* p) {
-    int32_t four;
-    __builtin_memcpy(&four, p, 4);
-    return _mm512_set1_epi32(four);
-  }
-  static I widen_bytes(const uint8_t* p) { return _mm512_cvtepu8_epi32(granule(p)); }
+struct Words512 : Grouped512 {
+  static constexpr int kRows = 2, kHalves = 2;
 
-  template <int kSplit>
-  static I load_split(const uint8_t* const* p, int64_t step, int64_t offset) {
-    if constexpr (kSplit == 1) return load(p[0] + offset);
-    if constexpr (kSplit == 2)
-      return _mm512_inserti64x4(_mm512_castsi256_si512(half_block(p[0] + offset)),
-                                half_block(p[step] + offset), 1);
-    I v = _mm512_castsi128_si512(granule(p[0] + offset));
-    v = _mm512_inserti32x4(v, granule(p[step] + offset), 1);
-    v = _mm512_inserti32x4(v, granule(p[2 * step] + offset), 2);
-    return _mm512_inserti32x4(v, granule(p[3 * step] + offset), 3);
-  }
-  /// `bytes` of each piece exist.
-  template <int kSplit>
-  static void store_split(uint8_t* const* p, int64_t step, int64_t offset, I v, int64_t bytes) {
-    if constexpr (kSplit == 1) {
-      if (bytes == 64) return _mm512_storeu_si512(p[0] + offset, v);
-      return _mm512_mask_storeu_epi8(p[0] + offset, (uint64_t{1} << bytes) - 1, v);
-    }
-    if constexpr (kSplit == 2) {
-      const auto mask = static_cast<__mmask32>((uint64_t{1} << bytes) - 1);
-      _mm256_mask_storeu_epi8(p[0] + offset, mask, _mm512_castsi512_si256(v));
-      _mm256_mask_storeu_epi8(p[step] + offset, mask, _mm512_extracti64x4_epi64(v, 1));
-    }
-    if constexpr (kSplit == 4) {
-      const auto mask = static_cast<__mmask16>((1u << bytes) - 1);
-      _mm_mask_storeu_epi8(p[0] + offset, mask, _mm512_castsi512_si128(v));
-      _mm_mask_storeu_epi8(p[step] + offset, mask, _mm512_extracti32x4_epi32(v, 1));
-      _mm_mask_storeu_epi8(p[2 * step] + offset, mask, _mm512_extracti32x4_epi32(v, 2));
-      _mm_mask_storeu_epi8(p[3 * step] + offset, mask, _mm512_extracti32x4_epi32(v, 3));
-    }
-  }
-  /// The 128-bit pieces of one split lie 16 dwords apart: granule by granule.
-  template <int kSplit>
-  static void store_sums(int32_t* const* p, int64_t step, int64_t offset, I v) {
-    constexpr int kPieces = 4 / kSplit;
-    const auto at = [&](int piece) {
-      return reinterpret_cast<__m128i*>(p[piece / kPieces * step] + offset + piece % kPieces * 16);
-    };
-    _mm_storeu_si128(at(0), _mm512_castsi512_si128(v));
-    _mm_storeu_si128(at(1), _mm512_extracti32x4_epi32(v, 1));
-    _mm_storeu_si128(at(2), _mm512_extracti32x4_epi32(v, 2));
-    _mm_storeu_si128(at(3), _mm512_extracti32x4_epi32(v, 3));
-  }
-  static void store_dwords(int32_t* p, I v, int64_t count) {
-    _mm512_mask_storeu_epi32(p, static_cast<__mmask16>(count >= 16 ? 0xFFFF : (1u << count) - 1),
-                             v);
-  }
-  static void store_dwords_as_bytes(uint8_t* p, I v, int64_t bytes) {
-    const auto mask = static_cast<__mmask16>(bytes >= 16 ? 0xFFFF : (1u << bytes) - 1);
-    _mm_mask_storeu_epi8(p, mask, _mm512_cvtepi32_epi8(v));
-  }
-
-  /// Four rows of bytes to dwords of four vertical neighbours: 4 channels of each 128-bit piece in
+  /// Two rows of bytes to int16 pairs of vertical neighbours: 4 channels of each 128-bit piece in
   /// every vector, in order.
   static void interleave(const I* row, uint8_t* to) {
-    I pair[2];
-    interleave_half<0>(row, pair);
-    store(to, pair[0]);
-    store(to + 64, pair[1]);
-    interleave_half<1>(row, pair);
-    store(to + 128, pair[0]);
-    store(to + 192, pair[1]);
+    const I low = _mm512_unpacklo_epi8(row[0], row[1]), high = _mm512_unpackhi_epi8(row[0], row[1]);
+    store(to, _mm512_unpacklo_epi8(low, zero()));
+    store(to + 64, _mm512_unpackhi_epi8(low, zero()));
+    store(to + 128, _mm512_unpacklo_epi8(high, zero()));
+    store(to + 192, _mm512_unpackhi_epi8(high, zero()));
   }
-  /// Vectors 2 * kHalf and 2 * kHalf + 1 of them.
-  template <int kHalf>
-  static void interleave_half(const I* row, I* to) {
-    const I top =
-        kHalf == 0 ? _mm512_unpacklo_epi8(row[0], row[1]) : _mm512_unpackhi_epi8(row[0], row[1]);
-    const I bottom =
-        kHalf == 0 ? _mm512_unpacklo_epi8(row[2], row[3]) : _mm512_unpackhi_epi8(row[2], row[3]);
-    to[0] = _mm512_unpacklo_epi16(top, bottom);
-    to[1] = _mm512_unpackhi_epi16(top, bottom);
-  }
-  static I dot(I sum, I data, I w) {
-#ifdef __AVX512VNNI__
-    // Operands of the intrinsic are copied between registers by g++ 12, at every use.
-    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(data), "vm"(w));
-    return sum;
-#else  // in tests, over instructions in software
-    return _mm512_dpbusd_epi32(sum, data, w);
-#endif
-  }
+  static I dot(I sum, I data, I w) { return add_dwords(sum, _mm512_madd_epi16(data, w)); }
   static I dot_column(I sum, I data, I w) { return dot(sum, data, w); }
-  static I half(I v, int) { return v; }
-
-  /// Dword kQuad of each group, in all dwords that belong to the group.
-  template <int kQuads, int kQuad>
-  static I quad_of_group(I v) {
-    if constexpr (kQuads == 1) return v;
-    if constexpr (kQuads == 2) {
-      if constexpr (kQuad == 0) return _mm512_shuffle_epi32(v, _MM_PERM_ENUM(0xA0));
-      return _mm512_shuffle_epi32(v, _MM_PERM_ENUM(0xF5));
-    }
-    return _mm512_shuffle_epi32(v, _MM_PERM_ENUM(kQuad * 0x55));
-  }
-
-  static F set1(float v) { return _mm512_set1_ps(v); }
-  static I set1_bytes(int v) { return _mm512_set1_epi8(static_cast<char>(v)); }
-  static I set1_words(int v) { return _mm512_set1_epi16(static_cast<int16_t>(v)); }
-  static I set1_dwords(int v) { return _mm512_set1_epi32(v); }
-  static F to_floats(I v) { return _mm512_cvtepi32_ps(v); }
-  static I round(F v) { return _mm512_cvtps_epi32(v); }
-  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
-  static F add_floats(F a, F b) { return _mm512_add_ps(a, b); }
-  static F mul_floats(F a, F b) { return _mm512_mul_ps(a, b); }
-  static F max(F a, F b) { return _mm512_max_ps(a, b); }
-  static F min(F a, F b) { return _mm512_min_ps(a, b); }
-  static I shuffle_bytes(I v, I by) { return _mm512_shuffle_epi8(v, by); }
-  static I pack_words(I a, I b) { return _mm512_packs_epi32(a, b); }
-  static I pack_bytes(I a, I b) { return _mm512_packus_epi16(a, b); }
-  static I add_words(I a, I b) { return _mm512_adds_epi16(a, b); }
-  static I add_dwords(I a, I b) { return _mm512_add_epi32(a, b); }
-  static I sub_dwords(I a, I b) { return _mm512_sub_epi32(a, b); }
-  static I max_bytes(I a, I b) { return _mm512_max_epu8(a, b); }
-  static I min_bytes(I a, I b) { return _mm512_min_epu8(a, b); }
-  static I max_dwords(I a, I b) { return _mm512_max_epi32(a, b); }
-  static I min_dwords(I a, I b) { return _mm512_min_epi32(a, b); }
-
- private:
-  static __m128i granule(const uint8_t* p) {
-    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  }
-  static __m256i half_block(const uint8_t* p) {
-    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  /// Bytes 0, 2 or 1, 3 of each dword as int16.
+  static I half(I v, int which) {
+    return which == 0 ? _mm512_and_si512(v, set1_words(0x00FF)) : _mm512_srli_epi16(v, 8);
   }
 };
 
-using V = Vnni512;
-using I = Vnni512::I;
-using F = Vnni512::F;
-
-// Kernels of up to 4 x 3, the usual ones: weights stay in registers, and three interleaved columns
-// slide over the row.
-
-template <int kSplit>
-void load_rows(const GroupedTile& t, int64_t column, I* row) {
-#pragma GCC unroll 4
-  for (int k = 0; k < 4; ++k)
-    row[k] = V::load_split<kSplit>(t.rows + k, 4, column * t.pitch);
-}
-
-/// Half the vectors of two output rows, stride 1. The first half leaves words for the second.
-template <int kHalf, int kSplit, bool kClamp>
-void two_rows_of_three(const GroupedTile& t, const Finish<V>& finish) {
-  const auto* weights = static_cast<const I*>(t.weights) + kHalf * 2 * 3 * 2;
-  I w[2][3][2], correction[2];
-  F scale[2], bias[2];
-#pragma GCC unroll 2
-  for (int v = 0; v < 2; ++v) {
-    correction[v] = V::load_constant(t.constants, 2 * kHalf + v);
-    scale[v] = V::as_floats(V::load_constant(t.constants, 4 + 2 * kHalf + v));
-    bias[v] = V::as_floats(V::load_constant(t.constants, 8 + 2 * kHalf + v));
-#pragma GCC unroll 3
-    for (int kx = 0; kx < 3; ++kx)
-#pragma GCC unroll 2
-      for (int r = 0; r < 2; ++r)
-        w[v][kx][r] = V::load(weights + (v * 3 + kx) * 2 + r);
-  }
-  const auto column = [&](int64_t x, I* to) __attribute__((always_inline)) {
-    I row[4];
-    load_rows<kSplit>(t, x, row);
-    V::interleave_half<kHalf>(row, to);
-  };
-  const auto emit = [&](int64_t x, const I* a, const I* b,
-                        const I* c) __attribute__((always_inline)) {
-#pragma GCC unroll 2
-    for (int r = 0; r < 2; ++r) {
-      I q[2];
-#pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) {
-        I sum = V::dot(correction[v], a[v], w[v][0][r]);
-        sum = V::dot(sum, b[v], w[v][1][r]);
-        sum = V::dot(sum, c[v], w[v][2][r]);
-        F y = V::fma(V::to_floats(sum), scale[v], bias[v]);
-        y = V::mul_floats(y, finish.inv_scale);
-        if constexpr (kClamp) y = finish.clamp(y);
-        q[v] = V::round(y);
-      }
-      const I words = finish.words(q[0], q[1]);
-      uint8_t* waiting = t.scratch + (2 * x + r) * 64;
-      if constexpr (kHalf == 0)
-        V::store(waiting, words);
-      else
-        V::store_split<kSplit>(t.out + r, 2, x * t.out_pitch, finish.bytes(V::load(waiting), words),
-                               t.bytes);
-    }
-  };
-  I a[2], b[2], c[2];
-  column(0, a);
-  column(1, b);
-  int64_t x = 0;
-  for (; x + 3 <= t.count; x += 3) {
-    column(x + 2, c);
-    emit(x, a, b, c);
-    column(x + 3, a);
-    emit(x + 1, b, c, a);
-    column(x + 4, b);
-    emit(x + 2, c, a, b);
-  }
-  if (x == t.count) return;
-  column(x + 2, c);
-  emit(x, a, b, c);
-  if (x + 1 == t.count) return;
-  column(x + 3, a);
-  emit(x + 1, b, c, a);
-}
-
-/// One output row. Neighbouring outputs share a column at stride 2, and none beyond.
-template <int kSplit, bool kClamp>
-void one_row_of_three(const GroupedTile& t, const Finish<V>& finish) {
-  const auto* weights = static_cast<const I*>(t.weights);
-  I w[4][3];
-#pragma GCC unroll 4
-  for (int v = 0; v < 4; ++v)
-#pragma GCC unroll 3
-    for (int kx = 0; kx < 3; ++kx)
-      w[v][kx] = V::load(weights + (v * 3 + kx) * t.weight_rows);
-  const auto column = [&](int64_t x, I* to) __attribute__((always_inline)) {
-    I row[4];
-    load_rows<kSplit>(t, x, row);
-    V::interleave_half<0>(row, to);
-    V::interleave_half<1>(row, to + 2);
-  };
-  const auto emit = [&](int64_t x, const I* a, const I* b,
-                        const I* c) __attribute__((always_inline)) {
-    I q[4];
-#pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) {
-      I sum = V::dot(V::load_constant(t.constants, v), a[v], w[v][0]);
-      sum = V::dot(sum, b[v], w[v][1]);
-      sum = V::dot(sum, c[v], w[v][2]);
-      F y = V::fma(V::to_floats(sum), V::as_floats(V::load_constant(t.constants, 4 + v)),
-                   V::as_floats(V::load_constant(t.constants, 8 + v)));
-      y = V::mul_floats(y, finish.inv_scale);
-      if constexpr (kClamp) y = finish.clamp(y);
-      q[v] = V::round(y);
-    }
-    V::store_split<kSplit>(t.out, 1, x * t.out_pitch,
-                           finish.bytes(finish.words(q[0], q[1]), finish.words(q[2], q[3])),
-                           t.bytes);
-  };
-  I a[4], b[4], c[4];
-  if (t.stride_w > 2) {
-    for (int64_t x = 0; x < t.count; ++x) {
-      column(x * t.stride_w, a);
-      column(x * t.stride_w + 1, b);
-      column(x * t.stride_w + 2, c);
-      emit(x, a, b, c);
-    }
-    return;
-  }
-  column(0, a);
-  int64_t x = 0;
-  for (; x + 2 <= t.count; x += 2) {
-    column(2 * x + 1, b);
-    column(2 * x + 2, c);
-    emit(x, a, b, c);
-    column(2 * x + 3, b);
-    column(2 * x + 4, a);
-    emit(x + 1, c, b, a);
-  }
-  if (x == t.count) return;
-  column(2 * x + 1, b);
-  column(2 * x + 2, c);
-  emit(x, a, b, c);
-}
-
-template <int kSplit, bool kClamp>
-void rows_of_three(const GroupedTile& t) {
-  const Finish<V> finish(t);
-  if (t.out_rows == 1) return one_row_of_three<kSplit, kClamp>(t, finish);
-  two_rows_of_three<0, kSplit, kClamp>(t, finish);
-  two_rows_of_three<1, kSplit, kClamp>(t, finish);
-}
-
-void any_depthwise(const GroupedTile& t) {
-  const bool sliding = t.out_rows == 2 ? t.stride_w == 1 : t.stride_w > 1;
-  if (t.row_count != 4 || t.kernel_w != 3 || t.dilation_w != 1 || !sliding ||
-      t.residual != nullptr || t.expand != nullptr || t.sums != nullptr)
-    return depthwise<V>(t);
-  const bool clamp = !t.bounded;
-  if (t.splits == 1)
-    clamp ? rows_of_three<1, true>(t) : rows_of_three<1, false>(t);
-  else if (t.splits == 2)
-    clamp ? rows_of_three<2, true>(t) : rows_of_three<2, false>(t);
-  else
-    clamp ? rows_of_three<4, true>(t) : rows_of_three<4, false>(t);
-}
-
 }  // namespace
 
-const GroupedKernels kGrouped{V::kLanes,     V::kRows,   V::kHalves,
-                              any_depthwise, in_lane<V>, broadcast<V>};
+const GroupedKernels kGrouped{Words512::kLanes,    Words512::kRows,   Words512::kHalves,
+                              depthwise<Words512>, in_lane<Words512>, broadcast<Words512>};
 
 }  // namespace adalayer::cpu::avx512

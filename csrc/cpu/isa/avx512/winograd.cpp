@@ -1,4 +1,4 @@
-// Winograd with AVX-512-VNNI: multiplication and addition are one instruction.
+// Winograd with AVX-512.
 #include <immintrin.h>
 
 #include <cstring>
@@ -14,13 +14,13 @@ namespace {
 
 struct Vec : Vec512 {
   static T product(T a, T w) { return _mm512_madd_epi16(a, w); }
-  static T dot(T sum, T a, T w) { return _mm512_dpwssd_epi32(sum, a, w); }
+  static T dot(T sum, T a, T w) { return add32(sum, product(a, w)); }
 };
 
 #include "cpu/isa/shared/winograd.inl"
 
 }  // namespace
 
-const WinogradKernels kWinograd = kernels_named("avx512vnni");
+const WinogradKernels kWinograd = kernels_named("avx512");
 
 }  // namespace adalayer::cpu::avx512

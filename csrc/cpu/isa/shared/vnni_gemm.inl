@@ -3,6 +3,8 @@
 //
 // V also offers kSums, the sums that its registers hold beside the operands, and load_weights(p).
 
+#include "cpu/isa/shared/passes.inl"
+
 // A vpdpbusd takes five cycles and two start in each: fewer than ten sums would wait for
 // themselves.
 constexpr int kSumsInFlight = 10;
@@ -88,18 +90,6 @@ void gemm_rows(const GemmArgs& g, const int8_t* const* weights, int row, int row
       return gemm_rows<V, kMost - 1, kVectors>(g, weights, row, rows, sums, sums_stride);
   }
   gemm_pass<V, kMost, kVectors>(g, weights, row, sums, sums_stride);
-}
-
-/// fn(row, rows) for all rows in as few passes of at most kPassRows as possible, as even as
-/// possible: 32 rows are 11 + 11 + 10.
-template <int kPassRows, class Fn>
-void for_passes(int rows, const Fn& fn) {
-  int row = 0;
-  for (int passes = (rows + kPassRows - 1) / kPassRows; passes > 0; --passes) {
-    const int count = (rows - row + passes - 1) / passes;
-    fn(row, count);
-    row += count;
-  }
 }
 
 template <class V, int kPassRows, int kVectors>

@@ -9,7 +9,7 @@
 namespace adalayer::cpu {
 namespace {
 
-#include "cpu/isa/avx512/gfni512.inl"
+#include "cpu/isa/avx512vnni/gfni512.inl"
 #include "cpu/isa/shared/planar.inl"
 
 }  // namespace
