@@ -47,13 +47,14 @@ demo: $(PACKAGE_STAMP)
 
 install: $(PACKAGE_STAMP)
 
-# The fast ones side by side, a process per core; each of them with one thread, or they would fight
-# for the cores. (Tests of threads set their number themselves.)
+# Side by side, a process per core; each of them with one thread, or they would fight for the cores.
+# (Tests of threads set their number themselves.)
+SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 test: test-cpp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 8 --dist loadfile
+	$(SIDE_BY_SIDE) -m "not slow"
 
 test-slow: $(PACKAGE_STAMP)
-	$(BIN)/python -m pytest -m "slow and not heavy"
+	$(SIDE_BY_SIDE) -m "slow and not heavy"
 
 test-all: test-cpp
 	$(BIN)/python -m pytest
