@@ -10,6 +10,7 @@ from adalayer_native import ops
 from adalayer_native.errors import UnsupportedModelError
 from adalayer_native.nn.fake_quantize import FakeQuantize
 from adalayer_native.nn.layer import Activation, NativeLayer, checked_qparams, grid_of
+from adalayer_native.padding import four_paddings
 from adalayer_native.rounding import conv_form, quantize_weight
 
 __all__ = ["Conv2d", "ConvTranspose2d"]
@@ -145,6 +146,7 @@ class Conv2d(NativeLayer):
             )
         weight, scale = quantize_weight(conv.weight.detach().float(), bits)
         input_scale, zero_point = grid_of(*input_range, input_bits)
+        top, bottom, left, right = four_paddings(conv)
         return cls.from_quantized(
             weight,
             bits,
@@ -154,7 +156,7 @@ class Conv2d(NativeLayer):
             input_zero_point=zero_point,
             input_bits=input_bits,
             stride=conv.stride,
-            padding=_explicit_padding(conv),
+            padding=(top, left, bottom, right),
             dilation=conv.dilation,
             groups=conv.groups,
             activation=activation,
@@ -225,16 +227,6 @@ class Conv2d(NativeLayer):
         if self.groups != 1:
             text += f", groups={self.groups}"
         return text
-
-
-def _explicit_padding(conv: nn.Conv2d) -> tuple[int, int, int, int]:
-    """(top, left, bottom, right) of a float convolution; "same" puts the odd pixel last."""
-    if conv.padding == "valid":
-        return 0, 0, 0, 0
-    if conv.padding == "same":
-        h, w = (d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
-        return h // 2, w // 2, h - h // 2, w - w // 2
-    return _padding4(conv.padding)  # type: ignore[arg-type]
 
 
 class ConvTranspose2d(NativeLayer):
