@@ -159,11 +159,17 @@ ConvStep::ConvStep(const Program& program, const Node& node, const cpu::ImageLay
   // A float output adds its residual afterwards.
   const cpu::ConvLayouts at{in, out, float_out_ ? nullptr : residual};
   const std::vector<cpu::ConvTask> tasks = conv_tasks(program, node, own_input, may_expand);
-  if (node.op == OpKind::Conv) {
+  if (node.op == OpKind::Conv)
     add_piece(tasks.front(), at, std::move(weights));
-    return;
-  }
-  const std::vector<TransposedPhase> phases = transposed_phases(program, node);
+  else
+    add_phases(program, tasks, at, weights);
+  // A clock would need the memory of several.
+  if (!may_expand) keep_form(sure_form());
+}
+
+void ConvStep::add_phases(const Program& program, const std::vector<cpu::ConvTask>& tasks,
+                          const cpu::ConvLayouts& at, std::span<const int8_t> weights) {
+  const std::vector<TransposedPhase> phases = transposed_phases(program, *node_);
   for (size_t k = 0; k < phases.size(); ++k)
     add_piece(tasks[k], at, phase_weights(phases[k], attributes_, shape_, weights));
   // What is nothing for one of them is nothing for all.
@@ -180,6 +186,14 @@ ConvStep::ConvStep(const Program& program, const Node& node, const cpu::ImageLay
     std::erase_if(piece.forms, [&](const Form& f) {
       return std::find(common.begin(), common.end(), f.conv.algorithm) == common.end();
     });
+}
+
+void ConvStep::keep_form(int form) {
+  for (Piece& piece : pieces_) {
+    Form kept = std::move(piece.forms[form]);
+    piece.forms.clear();
+    piece.forms.push_back(std::move(kept));
+  }
 }
 
 AlignedBuffer ConvStep::correction(std::span<const int8_t> weights) const {
@@ -390,7 +404,7 @@ std::string ConvStep::why() const {
       const cpu::ConvAlgorithm* algorithm = in_use(pieces_.front()).conv.algorithm;
       text = (choice_.form == 0 ? "dense" : algorithm->name(shape_)) + ", not " + text;
     }
-    if (!seconds_.empty()) {
+    if (seconds_.size() > 1) {
       char times[80];
       std::snprintf(times, sizeof times, " (%.1f µs, dense %.1f µs)", 1e6 * seconds_[f],
                     1e6 * seconds_[0]);

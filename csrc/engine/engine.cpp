@@ -142,10 +142,7 @@ struct Engine::Impl {
   void choose_convolutions(const EngineOptions& options) {
     if (options.weights != WeightForm::Measured) {
       for (Step& step : steps)
-        if (step.conv)
-          step.conv->choose({.resident = options.weights == WeightForm::Resident,
-                             .other_order = false,
-                             .form = step.conv->sure_form()});
+        if (step.conv) step.conv->choose({.resident = options.weights == WeightForm::Resident});
       return;
     }
     const int threads = options.threads > 0 ? options.threads : default_threads();

@@ -28,7 +28,9 @@ struct ConvTask {
   OutputMap map = {};      // where its outputs go
   int bits = 8;            // of the weights
   bool own_input = false;  // nobody else reads the input, which may be written in any form
-  bool may_expand = true;  // weights may take several times the bytes that they have as panels
+  // Weights may take several times the bytes that they have as panels, and be held in forms beside
+  // each other until a clock has decided.
+  bool may_expand = true;
 };
 
 /// What an algorithm asks of the layout of an input that others may read, too.
@@ -146,8 +148,7 @@ class ConvAlgorithm {
   /// Whether images that are lists of pixels may be cut and joined at will (1x1 convolutions).
   virtual bool joins_images() const { return false; }
 
-  /// No more than this is held for weights and tables, packed and widened. 0 where that depends on
-  /// the weights, which are not known here.
+  /// No more than this is held for weights and tables, packed and widened, until a form is chosen.
   virtual double bytes(const ConvTask& task, const ImageLayout& in) const = 0;
 
   /// Null where the algorithm is nothing for these weights [O][I/groups][KH][KW].
