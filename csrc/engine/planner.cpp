@@ -14,7 +14,7 @@
 
 #include "core/cpu_features.hpp"
 #include "cpu/conv/policy.hpp"
-#include "kernels_digest.hpp"
+#include "engine/kernels_digest.hpp"
 
 namespace adalayer::engine {
 namespace {

@@ -1,4 +1,5 @@
-// Sums of a single layer to its output tensor, for the 256-bit rows. Included by bytes256.inl alone.
+// Sums of a single layer to its output tensor, for the 256-bit rows. Included by bytes256.inl
+// alone.
 
 /// OutputSpec in registers.
 class Output256 {
@@ -29,9 +30,8 @@ class Output256 {
     if (out_.dtype == DType::F32)
       static_cast<float*>(out_.data)[at] = output_value(acc, channel, at, out_);
     else
-      static_cast<uint8_t*>(out_.data)[at] =
-          requantize_u8(acc, out_.scale[channel], out_.bias[channel], out_.lo, out_.hi,
-                        out_.zero_point);
+      static_cast<uint8_t*>(out_.data)[at] = requantize_u8(
+          acc, out_.scale[channel], out_.bias[channel], out_.lo, out_.hi, out_.zero_point);
   }
 
  private:
@@ -98,8 +98,8 @@ void store_planar(const StoreArgs& s, const Output256& output, int r) {
   }
   for (; c < s.cols; ++c)
     for (int k = 0; k < 8; ++k)
-      output.put_one(row + k + c * s.channel_stride,
-                     sums[k * s.sums_stride + c] + s.correction[c], s.channel + c);
+      output.put_one(row + k + c * s.channel_stride, sums[k * s.sums_stride + c] + s.correction[c],
+                     s.channel + c);
 }
 
 void store(const StoreArgs& s) {
