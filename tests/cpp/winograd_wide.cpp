@@ -34,6 +34,10 @@ struct Vec {
   static T load_narrow(const uint8_t* p) {
     return {Vec256::load_narrow(p), Vec256::load_narrow(p + 16)};
   }
+  static void store_narrow(uint8_t* p, T v) {
+    Vec256::store_narrow(p, v.low);
+    Vec256::store_narrow(p + 16, v.high);
+  }
   static T broadcast(const int16_t* pair) {
     return {Vec256::broadcast(pair), Vec256::broadcast(pair)};
   }

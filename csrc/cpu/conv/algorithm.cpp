@@ -11,12 +11,19 @@ extern const ConvAlgorithm& kPanelsAlgorithm;
 extern const ConvAlgorithm& kSparsePanelsAlgorithm;
 extern const ConvAlgorithm& kWinograd4x4Algorithm;
 extern const ConvAlgorithm& kWinograd2x2Algorithm;
+extern const ConvAlgorithm& kMadeWinograd4x4Algorithm;
+extern const ConvAlgorithm& kMadeWinograd2x2Algorithm;
 
 std::span<const ConvAlgorithm* const> conv_algorithms() {
   // Of those that a clock compares, the first one wins ties.
-  static const std::array list{&kStemAlgorithm,        &kGroupedAlgorithm,
-                               &kPanelsAlgorithm,      &kSparsePanelsAlgorithm,
-                               &kWinograd4x4Algorithm, &kWinograd2x2Algorithm};
+  static const std::array list{&kStemAlgorithm,
+                               &kGroupedAlgorithm,
+                               &kPanelsAlgorithm,
+                               &kSparsePanelsAlgorithm,
+                               &kWinograd4x4Algorithm,
+                               &kWinograd2x2Algorithm,
+                               &kMadeWinograd4x4Algorithm,
+                               &kMadeWinograd2x2Algorithm};
   return list;
 }
 
