@@ -127,21 +127,21 @@ std::vector<TransposedPhase> transposed_phases(const Program& program, const Nod
 }
 
 std::vector<cpu::ConvTask> conv_tasks(const Program& program, const Node& node, bool own_input,
-                                      bool may_expand) {
+                                      cpu::Room room) {
   const cpu::KernelRow& kernels = *cpu::active_kernels();
   const int bits =
       formats::read_header(program.constants[conv_attributes(node).weights].bytes).bits;
   if (node.op == OpKind::Conv)
-    return {{kernels, conv_shape(program, node), {}, bits, own_input, may_expand}};
+    return {{kernels, conv_shape(program, node), {}, bits, own_input, room}};
   std::vector<cpu::ConvTask> tasks;
   for (const TransposedPhase& phase : transposed_phases(program, node))
-    tasks.push_back({kernels, phase.shape, phase.map, bits, false, may_expand});
+    tasks.push_back({kernels, phase.shape, phase.map, bits, false, room});
   return tasks;
 }
 
 ConvStep::ConvStep(const Program& program, const Node& node, const cpu::ImageLayout& in,
                    const cpu::ImageLayout* out, const cpu::ImageLayout* residual, bool own_input,
-                   bool may_expand)
+                   cpu::Room room)
     : node_(&node),
       attributes_(conv_attributes(node)),
       shape_(shape_of(program, node)),
@@ -158,13 +158,13 @@ ConvStep::ConvStep(const Program& program, const Node& node, const cpu::ImageLay
   prepare_epilogue(program, weights);
   // A float output adds its residual afterwards.
   const cpu::ConvLayouts at{in, out, float_out_ ? nullptr : residual};
-  const std::vector<cpu::ConvTask> tasks = conv_tasks(program, node, own_input, may_expand);
+  const std::vector<cpu::ConvTask> tasks = conv_tasks(program, node, own_input, room);
   if (node.op == OpKind::Conv)
     add_piece(tasks.front(), at, std::move(weights));
   else
     add_phases(program, tasks, at, weights);
   // A clock would need the memory of several.
-  if (!may_expand) keep_form(sure_form());
+  if (room != cpu::Room::Several) keep_form(sure_form());
 }
 
 void ConvStep::add_phases(const Program& program, const std::vector<cpu::ConvTask>& tasks,

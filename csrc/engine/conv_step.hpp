@@ -31,9 +31,9 @@ struct TransposedPhase {
 std::vector<TransposedPhase> transposed_phases(const Program& program, const Node& node);
 
 /// The convolutions that a node is made of, for the active row of the kernel table: one, or those
-/// of transposed_phases(). `own_input`: nobody else reads the input. `may_expand`: ConvTask.
+/// of transposed_phases(). `own_input`: nobody else reads the input. `room`: ConvTask.
 std::vector<cpu::ConvTask> conv_tasks(const Program& program, const Node& node, bool own_input,
-                                      bool may_expand);
+                                      cpu::Room room);
 
 /// How a convolution runs; every choice gives the same bits.
 struct ConvChoice {
@@ -50,7 +50,7 @@ class ConvStep {
   /// Layouts are null for float values.
   ConvStep(const Program& program, const Node& node, const cpu::ImageLayout& in,
            const cpu::ImageLayout* out, const cpu::ImageLayout* residual, bool own_input,
-           bool may_expand);
+           cpu::Room room);
 
   /// Algorithms that these weights can have (of several in one, they may differ in bytes). Where
   /// weights may not expand, it is one: what surely wins without a clock, or is forced.

@@ -83,7 +83,7 @@ Builder three_with_zeros(int64_t rows) {
 struct Plan {
   Program program = three_convolutions();
   std::vector<ValueLayout> layouts = plan_layouts(program);
-  std::vector<Step> steps = build_steps(program, layouts, true);
+  std::vector<Step> steps = build_steps(program, layouts, cpu::Room::Several);
 
   ConvStep& conv(int k) {
     for (Step& step : steps)
@@ -120,7 +120,7 @@ TEST(zeros_are_left_out_where_that_is_clearly_faster) {
   if (cpu::active_kernels() == nullptr) return;
   const Builder b = three_with_zeros(1);
   const std::vector<ValueLayout> layouts = plan_layouts(b.p);
-  std::vector<Step> steps = build_steps(b.p, layouts, true);
+  std::vector<Step> steps = build_steps(b.p, layouts, cpu::Room::Several);
   std::vector<ConvStep*> conv;
   for (Step& step : steps)
     if (step.conv) conv.push_back(step.conv.get());
@@ -157,7 +157,7 @@ TEST(zeros_are_left_out_where_that_is_clearly_faster) {
   std::fill(weights.begin(), weights.begin() + 64 * 40, int8_t{1});
   other.p.constants[static_cast<size_t>(conv_attributes(b.p.nodes[2]).weights)].bytes =
       formats::pack_canonical(weights, 4, 64, 64, 1, 1);
-  std::vector<Step> others = build_steps(other.p, layouts, true);
+  std::vector<Step> others = build_steps(other.p, layouts, cpu::Room::Several);
   CHECK(planning_key(others, 1) != key);
 }
 
@@ -167,27 +167,28 @@ TEST(sparse_forms_are_counted_while_the_clock_holds_them) {
   for (const int64_t rows : {16, 48}) {
     const Builder b = three_with_zeros(rows);
     const std::vector<ValueLayout> layouts = plan_layouts(b.p);
-    const auto held = [&](bool may_expand) {
+    const auto held = [&](cpu::Room room) {
+      const bool several = room == cpu::Room::Several;
       double bytes = 0.0;
-      for (const Step& step : build_steps(b.p, layouts, may_expand)) {
+      for (const Step& step : build_steps(b.p, layouts, room)) {
         if (!step.conv) continue;
-        CHECK_EQ(step.conv->forms(), may_expand ? 2 : 1);
+        CHECK_EQ(step.conv->forms(), several ? 2 : 1);
         for (int form = 0; form < step.conv->forms(); ++form)
           for (const bool resident : {false, true}) {
             const ConvChoice choice{resident, false, form};
             if (step.conv->possible(choice) == choice)
               bytes += static_cast<double>(step.conv->panel_bytes(choice));
           }
-        if (!may_expand)
-          CHECK_EQ(step.conv->kernel().ends_with(" sparse panels, blocks"), rows == 16);
+        if (!several) CHECK_EQ(step.conv->kernel().ends_with(" sparse panels, blocks"), rows == 16);
       }
       return bytes;
     };
-    CHECK(held(true) > held(false));
+    CHECK(held(cpu::Room::Several) > held(cpu::Room::Least));
     // The noise and the tables are the same; what is more is more forms.
-    const double more = planned_memory(b.p, layouts, true) - planned_memory(b.p, layouts, false);
-    CHECK_MSG(more >= held(true) - held(false), std::to_string(more));
-    CHECK(planned_memory(b.p, layouts, false) >= held(false));
+    const double more = planned_memory(b.p, layouts, cpu::Room::Several) -
+                        planned_memory(b.p, layouts, cpu::Room::Least);
+    CHECK_MSG(more >= held(cpu::Room::Several) - held(cpu::Room::Least), std::to_string(more));
+    CHECK(planned_memory(b.p, layouts, cpu::Room::Least) >= held(cpu::Room::Least));
   }
 }
 
@@ -234,7 +235,7 @@ TEST(choices_are_of_these_algorithms) {
   cache.keep(planning_key(plan.steps, 1, kernels_digest() + 1), plan.steps);
   CHECK(!cache.apply(key, plan.steps));
   // A list without Winograd: the layers' forms have other names, or are fewer.
-  std::vector<Step> fewer = build_steps(plan.program, plan.layouts, false);
+  std::vector<Step> fewer = build_steps(plan.program, plan.layouts, cpu::Room::Least);
   CHECK(planning_key(fewer, 1) != key);
   cache.keep(planning_key(fewer, 1), fewer);
   CHECK(!cache.apply(key, plan.steps));
@@ -249,7 +250,8 @@ TEST(choices_are_of_these_algorithms) {
   Plan cut;
   cut.program.nodes.back().ints[6] = 0;
   cut.program.values.back().h = 5;
-  CHECK(planning_key(build_steps(cut.program, plan_layouts(cut.program), true), 1) != key);
+  CHECK(planning_key(build_steps(cut.program, plan_layouts(cut.program), cpu::Room::Several), 1) !=
+        key);
 }
 
 TEST(a_damaged_cache_is_none) {

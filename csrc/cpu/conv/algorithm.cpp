@@ -41,6 +41,8 @@ LayoutNeeds ConvAlgorithm::needs(const ConvTask& task) const {
   return {.padding = padding_of(task.shape)};
 }
 
+double ConvAlgorithm::scratch_bytes(const ConvTask&) const { return 0.0; }
+
 std::shared_ptr<const OwnInput> ConvAlgorithm::own_input(const ConvTask&) const { return nullptr; }
 
 ConvForm make_form(const ConvAlgorithm& algorithm, const ConvTask& task, const ConvLayouts& at,

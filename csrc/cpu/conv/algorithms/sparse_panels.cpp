@@ -93,7 +93,7 @@ class SparsePanelsAlgorithm final : public ConvAlgorithm {
     const PanelsBound dense = panels_bound(task.shape, task.bits, in);
     const double bitmasks = 128.0 * dense.tiles;
     const double lists = 4.0 * dense.tiles + 33.0 * (dense.column_tiles + 1.0);
-    return dense.tables + lists + (task.may_expand ? dense.packed + bitmasks : 0.0);
+    return dense.tables + lists + (task.room == Room::Several ? dense.packed + bitmasks : 0.0);
   }
 
   std::unique_ptr<ConvWeights> derive(const ConvTask& task, const ConvLayouts& at,
@@ -102,7 +102,7 @@ class SparsePanelsAlgorithm final : public ConvAlgorithm {
     if (weights == nullptr) return nullptr;
     weights->bits = task.bits;
     if (sparse_is_forced()) weights->merit = Merit::Forced;
-    if (weights->merit == Merit::Unknown && !task.may_expand) return nullptr;
+    if (weights->merit == Merit::Unknown && task.room != Room::Several) return nullptr;
     return weights;
   }
 

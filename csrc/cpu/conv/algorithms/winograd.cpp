@@ -142,14 +142,17 @@ bool surely_faster(const ConvTask& task, WinogradForm form) {
   const double blocks = std::ceil(tiles / plan.block);
   const bool by_pairs = task.bits == 8 && task.kernels.arrangement != nullptr;
   const double direct = 9.0 * static_cast<double>(s.out_h()) * static_cast<double>(s.out_w()) /
-                        (by_pairs ? 1.0 : 2.0);
+                        (by_pairs ? 1.5 : 2.0);
   return plan.area * (tiles + kMaking * blocks) <= kSurely * direct;
 }
 
 class WinogradAlgorithm final : public ConvAlgorithm {
  public:
   constexpr WinogradAlgorithm(WinogradForm form, WinogradPolicy forced, Taps from)
-      : form_(form), forced_(forced), from_(from) {}
+      : form_(form),
+        forced_(forced),
+        from_(from),
+        least_(from == Taps::Kept ? Room::Several : Room::Scratch) {}
 
   std::string name(const ConvShape&) const override {
     const std::string name = form_ == WinogradForm::F4x4 ? "winograd 4x4" : "winograd 2x2";
@@ -157,8 +160,8 @@ class WinogradAlgorithm final : public ConvAlgorithm {
   }
   Fit fit(const ConvTask& task) const override {
     const bool whole = task.map.image_h == 0;  // its outputs are all of the image
-    return whole && (task.may_expand || from_ == Taps::Made) &&
-                   winograd_policy() != WinogradPolicy::Off && reference::winograd_suits(task.shape)
+    return whole && task.room >= least_ && winograd_policy() != WinogradPolicy::Off &&
+                   reference::winograd_suits(task.shape)
                ? Fit::ByTrial
                : Fit::No;
   }
@@ -169,35 +172,39 @@ class WinogradAlgorithm final : public ConvAlgorithm {
     const auto padded = [&](int64_t n) { return std::max(static_cast<double>(n), 0.0) + tile; };
     const auto taps = static_cast<double>(winograd_most_bytes(form_, s, task.bits));
     const double groups = std::ceil(static_cast<double>(s.out_channels) / kWinogradGroup);
-    const bool made = from_ == Taps::Made;
     // Packed weights take the place of panels where forms may not stand beside each other.
     const double tiles = (9.0 * static_cast<double>(s.in_channels + 1) * kWinogradGroup) / 1024 + 1;
-    const double packed = task.may_expand ? groups * tiles * 128.0 * task.bits : 0.0;
-    // Offsets of an output and a residual for every output of the tiles, and of the rows; what a
-    // thread works in.
+    const double packed = task.room == Room::Several ? groups * tiles * 128.0 * task.bits : 0.0;
+    // Offsets of an output and a residual for every output of the tiles, and of the rows.
+    return (from_ == Taps::Made ? packed : taps) + 8.0 * padded(s.out_h()) * padded(s.out_w()) +
+           4.0 * (padded(s.out_h()) + 2.0);
+  }
+
+  double scratch_bytes(const ConvTask& task) const override {
+    const ConvShape& s = task.shape;
     const WinogradPlan blocks = plan_winograd_blocks(form_, s, *task.kernels.winograd);
-    const auto group_bytes = static_cast<int64_t>(taps / std::max(groups, 1.0));
-    return (made ? packed : taps) + 8.0 * padded(s.out_h()) * padded(s.out_w()) +
-           4.0 * (padded(s.out_h()) + 2.0) +
-           static_cast<double>(
-               winograd_scratch_bytes(blocks, *task.kernels.winograd, made ? group_bytes : 0));
+    const int64_t groups = (s.out_channels + kWinogradGroup - 1) / kWinogradGroup;
+    const int64_t made =
+        from_ == Taps::Kept || groups == 0 ? 0 : winograd_most_bytes(form_, s, task.bits) / groups;
+    return static_cast<double>(winograd_scratch_bytes(blocks, *task.kernels.winograd, made));
   }
 
   std::unique_ptr<ConvWeights> derive(const ConvTask& task, const ConvLayouts&,
                                       std::span<const int8_t> values) const override {
     const WinogradPolicy policy = winograd_policy();
     // What is forced has its taps kept, if there may be.
-    const bool forced = policy == forced_ && task.may_expand == (from_ == Taps::Kept);
+    const bool forced = policy == forced_ && (task.room == Room::Several) == (from_ == Taps::Kept);
     if (policy != WinogradPolicy::Auto && !forced) return nullptr;
     if (!reference::winograd_exact(form_, values, task.shape.out_channels)) return nullptr;
     if (!forced && !worth_a_trial(form_, task.shape, values)) return nullptr;
     auto weights = std::make_unique<WinogradConvWeights>();
-    if (from_ == Taps::Made && !forced && !task.may_expand) {
+    if (from_ == Taps::Made && !forced && task.room == Room::Scratch) {
       if (!surely_faster(task, form_)) return nullptr;
       weights->merit = Merit::SurelyFaster;
     }
     weights->taps = plan_winograd_taps(form_, task.shape, values);
-    if (from_ == Taps::Made && !forced && task.may_expand && !worth_making(task, weights->taps))
+    if (from_ == Taps::Made && !forced && task.room == Room::Several &&
+        !worth_making(task, weights->taps))
       return nullptr;
     weights->has_orders = false;
     if (forced) weights->merit = Merit::Forced;
@@ -222,6 +229,7 @@ class WinogradAlgorithm final : public ConvAlgorithm {
   WinogradForm form_;
   WinogradPolicy forced_;
   Taps from_;
+  Room least_;
 };
 
 constinit const WinogradAlgorithm g_4x4(WinogradForm::F4x4, WinogradPolicy::F4x4, Taps::Kept);
