@@ -101,6 +101,38 @@ def vgg16_mean() -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 1000))
 
 
+class UNet(nn.Module):
+    """3x3 convolutions of 64 to 512 channels down and up again, with the finer images joined in."""
+
+    def __init__(self, classes: int = 2) -> None:
+        super().__init__()
+        widths = (64, 128, 256, 512)
+        before = (3, *widths[:-1])
+        self.down = nn.ModuleList(map(self._pair, before, widths))
+        self.pool = nn.MaxPool2d(2)
+        self.up = nn.ModuleList(
+            nn.ConvTranspose2d(2 * width, width, 2, stride=2) for width in widths[-2::-1]
+        )
+        self.joined = nn.ModuleList(self._pair(2 * width, width) for width in widths[-2::-1])
+        self.head = nn.Conv2d(widths[0], classes, 1)
+
+    @staticmethod
+    def _pair(inputs: int, outputs: int) -> nn.Sequential:
+        return nn.Sequential(
+            *_conv(inputs, outputs, 3, nn.ReLU()), *_conv(outputs, outputs, 3, nn.ReLU())
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        finer = []
+        for k, down in enumerate(self.down):
+            x = down(self.pool(x) if k else x)
+            finer.append(x)
+        finer.pop()
+        for up, joined in zip(self.up, self.joined, strict=True):
+            x = joined(torch.cat([up(x), finer.pop()], dim=1))
+        return self.head(x)
+
+
 # ------------------------------------------------------------------------------------- networks
 
 
@@ -129,6 +161,7 @@ NETWORKS: dict[str, tuple[int, Callable[[], nn.Module]]] = {
     "resnet50": (224, lambda: torchvision_models().resnet50(weights=None)),
     "mobilenet_v2": (224, lambda: torchvision_models().mobilenet_v2(weights=None)),
     "vgg16_mean": (224, vgg16_mean),
+    "unet": (256, UNet),
     "adalayernet": (32, lambda: get_model("adalayernet")),
     "resnet20": (32, lambda: get_model("resnet20")),
 }

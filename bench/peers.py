@@ -287,8 +287,9 @@ SIMILARITY = {
 
 
 def similarity(got: Tensor, want: Tensor) -> float:
-    """Cosine of the logits, each image's mean taken off; the worst image counts."""
-    a, b = (t.double() - t.double().mean(dim=1, keepdim=True) for t in (got, want))
+    """Cosine of the logits, or maps of them, each image's mean taken off; the worst one counts."""
+    flat = [t.double().flatten(1) for t in (got, want)]
+    a, b = (t - t.mean(dim=1, keepdim=True) for t in flat)
     return float(torch.nn.functional.cosine_similarity(a, b, dim=1).min())
 
 

@@ -179,6 +179,8 @@ def page_section(results: Results) -> str:
         ("layer, 2 threads", "Layers, 2 threads", "layer"),
         ("layer per instruction set", "Layers per instruction set, 1 thread", "set, layer"),
         ("unusual layer", "Grouped, dilated and depthwise layers", "layer, threads"),
+        ("drop-in layer", "Drop-in layers, floats in and out, 1 thread", "layer, order"),
+        ("policy fastest", 'Engines with policy="fastest", batch 1, 1 thread', "network"),
         ("linear", "Linear layer with weights in main memory", "layer"),
     ]
     if _group(results, "network"):

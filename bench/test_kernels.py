@@ -33,7 +33,7 @@ from bench.layers import (
 from bench.record import Target
 
 BITS = (8, 4, 3, 2)
-# Fewer bits may cost this much in a ResNet layer, which is noise.
+# Fewer bits may cost this much, and so may a layer beside torch float32: it is noise.
 NEVER_SLOWER = 0.95
 L2_MEGABYTES = 8
 SWEEP = [
@@ -84,27 +84,31 @@ def by_name(layers: list[Layer]) -> Any:
     return pytest.mark.parametrize("layer", layers, ids=lambda layer: layer.name.replace(" ", "_"))
 
 
-def fewer_bits_targets() -> tuple[Target, ...]:
-    return tuple(Target(f"ours {b} bits", ("ours 8 bits",), NEVER_SLOWER) for b in BITS[1:])
+def never_slower(bits: tuple[int, ...]) -> tuple[Target, ...]:
+    """No width is slower than a larger one, or than torch float32."""
+    names = [f"ours {b} bits" for b in bits]
+    fewer = [Target(name, tuple(names[:k]), NEVER_SLOWER) for k, name in enumerate(names) if k]
+    return (*fewer, *(Target(name, ("torch fp32",), NEVER_SLOWER) for name in names))
 
 
 @by_name(RESNET18 + RESNET50)
 def test_resnet_layer(bench: Bench, turns: Any, layer: Layer) -> None:
-    """No layer is slower at fewer bits than at 8."""
     network = "resnet18" if layer in RESNET18 else "resnet50"
     name = f"layer/{network}/{layer.name}"
-    compare_layer(turns, bench, name, layer, targets=fewer_bits_targets(), network=network)
+    compare_layer(turns, bench, name, layer, targets=never_slower(BITS), network=network)
 
 
 @by_name(MOBILENETV2)
 def test_mobilenet_layer(bench: Bench, turns: Any, layer: Layer) -> None:
     name = f"layer/mobilenet_v2/{layer.name}"
-    compare_layer(turns, bench, name, layer, bits=(8, 4), network="mobilenet_v2")
+    targets = never_slower((8, 4))
+    compare_layer(turns, bench, name, layer, bits=(8, 4), targets=targets, network="mobilenet_v2")
 
 
 @by_name([RESNET18[0], RESNET18[1], RESNET18[7], RESNET18[10], RESNET50[1], MOBILENETV2[6]])
 def test_two_threads(bench: Bench, turns: Any, layer: Layer) -> None:
-    compare_layer(turns, bench, f"layer, 2 threads/{layer.name}", layer, threads=2)
+    name = f"layer, 2 threads/{layer.name}"
+    compare_layer(turns, bench, name, layer, threads=2, targets=never_slower(BITS))
 
 
 @pytest.mark.parametrize("isa", [i for i in ops.isas() if i != "scalar"])
@@ -112,7 +116,7 @@ def test_two_threads(bench: Bench, turns: Any, layer: Layer) -> None:
 def test_instruction_set(bench: Bench, turns: Any, layer: Layer, isa: str) -> None:
     ops.force_isa(isa)
     name = f"layer per instruction set/{isa}/{layer.name}"
-    compare_layer(turns, bench, name, layer, isa=isa)
+    compare_layer(turns, bench, name, layer, targets=never_slower(BITS), isa=isa)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -125,7 +129,7 @@ def test_grouped_dilated_depthwise(bench: Bench, turns: Any, layer: Layer, threa
         layer,
         bits=(8, 4),
         threads=threads,
-        targets=(Target("ours 8 bits", ("torch fp32",), 2.0),),
+        targets=(Target("ours 8 bits", ("torch fp32",), 2.0), *never_slower((8, 4))),
     )
 
 

@@ -16,7 +16,7 @@ from bench.conftest import Bench
 from bench.networks import native_network, network
 
 SEARCH_SECONDS = 20.0
-NETWORKS = ["resnet18", "vgg16_mean", "adalayernet", "resnet20"]
+NETWORKS = ["resnet18", "vgg16_mean", "unet", "adalayernet", "resnet20"]
 
 
 def engine_of(name: str, bits: int, policy: str) -> Any:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import adalayer_native as ada
 from adalayer_native import ops
 from adalayer_native.engine import Coverage, Engine
+from adalayer_native.engine.policy import Times
 from adalayer_native.engine.runtime import NativePart
 from adalayer_native.errors import (
     CalibrationError,
@@ -414,16 +415,18 @@ def test_layers_that_lose_against_float_run_in_float(monkeypatch: pytest.MonkeyP
     native = native_of(Net(Up()), smooth(8, seed=1))
     x = smooth(3, seed=2)
 
-    def loses(exported: Any, engine: Engine, batch: int) -> dict[Any, str]:
+    def times(exported: Any, engine: Engine, batch: int) -> Times:
         assert batch == 3
-        return {
-            node: "float takes 1 µs, native 2 µs"
-            for node in exported.graph.nodes
-            if compiler.is_layer(node) and compiler.layer_name(node) != "last"
-        }
+        layers = [node for node in exported.graph.nodes if compiler.is_layer(node)]
+        lost = {n: (2.0, 3.0 if compiler.layer_name(n) == "last" else 1.0) for n in layers}
+        return Times(lost, 100.0)
 
-    monkeypatch.setattr(compiler, "slower_than_float", loses)
-    monkeypatch.setattr(compiler, "faster", lambda engine, other, batch: other)
+    def second(engines: list[Engine], batch: int) -> Engine:
+        assert len(engines) == 3 and engines[2].native_share == 0.0
+        return engines[1]
+
+    monkeypatch.setattr(compiler, "layer_times", times)
+    monkeypatch.setattr(compiler, "fastest_of", second)
     engine = ada.compile(native, x)
     assert 0.0 < engine.native_share < 0.5
     torch.testing.assert_close(engine(x), native(x), rtol=0, atol=0.02)
@@ -439,6 +442,43 @@ def test_fastest_measures_and_computes_the_same() -> None:
     x = torch.randn(4, 3, 8, 8)
     engine = ada.compile(native, x)
     torch.testing.assert_close(engine(x), native(x), rtol=0, atol=0.02)
+
+
+@torch.no_grad()
+def test_fastest_is_never_slower_than_all_in_float(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where every layer loses a little, no single one clearly, the whole is still compared."""
+    from adalayer_native.engine import compiler
+
+    native = native_of(tiny(), torch.randn(8, 3, 8, 8))
+    x = torch.randn(4, 3, 8, 8)
+
+    def times(exported: Any, engine: Engine, batch: int) -> Times:
+        layers = [node for node in exported.graph.nodes if compiler.is_layer(node)]
+        return Times(dict.fromkeys(layers, (1.0, 0.9)), total)
+
+    compared = []
+
+    def last(engines: list[Engine], batch: int) -> Engine:
+        compared.append(len(engines))
+        return engines[-1]
+
+    monkeypatch.setattr(compiler, "layer_times", times)
+    monkeypatch.setattr(compiler, "fastest_of", last)
+    total = 1.0  # less than the layers take in float
+    assert ada.compile(native, x).native_share == 1.0 and not compared
+    total = 5.0
+    engine = ada.compile(native, x)
+    assert compared == [2] and engine.native_share == 0.0
+    assert {row.kind for row in engine.coverage(rounds=0)} == {"torch"}
+    torch.testing.assert_close(engine(x), native(x), rtol=0, atol=0.02)
+
+
+def test_the_fastest_engine_is_the_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from adalayer_native.engine import policy
+
+    seconds = {"0": 3.0, "1": 2.0, "2": 2.0}
+    monkeypatch.setattr(policy, "seconds_of", lambda engines, batch: seconds)
+    assert policy.fastest_of(["native", "mixed", "float"], 1) == "mixed"
 
 
 class RowsFirst(nn.Module):

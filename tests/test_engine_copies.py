@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import adalayer_native as ada
 from adalayer_native.engine import Engine
+from adalayer_native.engine.policy import Times
 from adalayer_native.engine.runtime import NativePart
 from adalayer_native.engine.segments import TorchPart
 
@@ -117,12 +118,12 @@ def test_engine_with_parts_in_torch(name: str, mixed: tuple[Engine, Tensor]) -> 
 def test_engine_with_layers_in_float(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from adalayer_native.engine import compiler
 
-    def loses(exported: Any, engine: Engine, batch: int) -> dict[Any, str]:
+    def times(exported: Any, engine: Engine, batch: int) -> Times:
         layers = [node for node in exported.graph.nodes if compiler.is_layer(node)]
-        return dict.fromkeys(layers[1:-1], "float is faster")
+        return Times(dict.fromkeys(layers[1:-1], (2.0, 1.0)), 2.0)
 
-    monkeypatch.setattr(compiler, "slower_than_float", loses)
-    monkeypatch.setattr(compiler, "faster", lambda engine, other, batch: other)
+    monkeypatch.setattr(compiler, "layer_times", times)
+    monkeypatch.setattr(compiler, "fastest_of", lambda engines, batch: engines[-1])
     native = native_of(Net(Up()), smooth(8, seed=1))
     engine = ada.compile(native, smooth(1, seed=2))
     assert any(row.kernel == "float" for row in engine.coverage(rounds=0))

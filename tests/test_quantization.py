@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from adalayer_native.errors import CalibrationError, PlanError
+from adalayer_native.padding import four_paddings
 from adalayer_native.quantization.fake_quant import (
     ActivationQuantizer,
     QuantConv2d,
@@ -246,12 +247,13 @@ def test_weight_gradient_is_straight_through_and_lets_clipped_weights_return() -
 @pytest.mark.parametrize(("padding", "expected"), [("valid", (0,) * 4), ((1, 2), (1, 1, 2, 2))])
 def test_four_paddings(padding: str | tuple[int, int], expected: tuple[int, ...]) -> None:
     layer = QuantConv2d.from_layer(nn.Conv2d(1, 1, 3, padding=padding), 8)
-    assert layer.four_paddings() == expected
+    assert four_paddings(layer) == layer.sides == expected
 
 
 def test_same_padding_of_even_kernels_is_asymmetric() -> None:
     conv = nn.Conv2d(1, 1, (2, 4), padding="same", dilation=(1, 3))
-    assert QuantConv2d.from_layer(conv, 8).four_paddings() == (0, 1, 4, 5)
+    assert four_paddings(conv) == (0, 1, 4, 5)
+    assert QuantConv2d.from_layer(conv, 8).sides == (0, 1, 4, 5)
 
 
 def test_refresh_scales_names_the_layer() -> None:

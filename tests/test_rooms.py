@@ -23,6 +23,7 @@ PYTHON_ROOMS = [
         "plan",
         "cuda",
         "rounding",
+        "padding",
         "ops",
         "files",
         "nn",

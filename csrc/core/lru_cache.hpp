@@ -30,12 +30,17 @@ class LruCache {
     return found->second->value;
   }
 
-  /// Adds `value` unless another thread was quicker; returns what the cache holds. The newest value
-  /// stays, however large it is.
-  std::shared_ptr<const Value> insert(const Key& key, std::shared_ptr<const Value> value) {
+  /// Adds `value` in the place of `old` (null: where there is none) unless another thread was
+  /// quicker; returns what the cache holds. The newest value stays, however large it is.
+  std::shared_ptr<const Value> insert(const Key& key, std::shared_ptr<const Value> value,
+                                      const std::shared_ptr<const Value>& old = nullptr) {
     const std::lock_guard lock(mutex_);
     const auto found = index_.find(key);
-    if (found != index_.end()) return found->second->value;
+    if (found != index_.end()) {
+      if (found->second->value != old) return found->second->value;
+      bytes_ -= old->bytes();
+      entries_.erase(found->second);
+    }
     entries_.push_front({key, value});
     index_[key] = entries_.begin();
     bytes_ += value->bytes();

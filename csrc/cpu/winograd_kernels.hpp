@@ -21,6 +21,15 @@ struct WinogradInputArgs {
   int64_t tap_stride;  // elements
 };
 
+/// Taps of one group of output channels from its weights, in the call that multiplies with them.
+struct WinogradTapsArgs {
+  const int8_t* weights;  // [9][pairs of channels][16 outputs][2]
+  int64_t pairs;
+  const bool* narrow;     // [taps * taps] of int8, else of int16
+  const int64_t* offset;  // [taps * taps] of each tap, bytes
+  uint8_t* taps;          // [taps * taps] as WinogradProductArgs has them
+};
+
 /// products[r][o] = sum over channels of factors[r][c] * tap[o][c], of one of the taps * taps.
 struct WinogradProductArgs {
   const int16_t* factors;
@@ -52,6 +61,7 @@ struct WinogradKernels {
   // By form:
   void (*input[kWinogradForms])(const WinogradInputArgs&);
   void (*output[kWinogradForms])(const WinogradOutputArgs&);
+  void (*taps[kWinogradForms])(const WinogradTapsArgs&);
 };
 
 #ifdef ADALAYER_HAVE_AVX2

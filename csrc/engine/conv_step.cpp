@@ -127,21 +127,21 @@ std::vector<TransposedPhase> transposed_phases(const Program& program, const Nod
 }
 
 std::vector<cpu::ConvTask> conv_tasks(const Program& program, const Node& node, bool own_input,
-                                      bool may_expand) {
+                                      cpu::Room room) {
   const cpu::KernelRow& kernels = *cpu::active_kernels();
   const int bits =
       formats::read_header(program.constants[conv_attributes(node).weights].bytes).bits;
   if (node.op == OpKind::Conv)
-    return {{kernels, conv_shape(program, node), {}, bits, own_input, may_expand}};
+    return {{kernels, conv_shape(program, node), {}, bits, own_input, room}};
   std::vector<cpu::ConvTask> tasks;
   for (const TransposedPhase& phase : transposed_phases(program, node))
-    tasks.push_back({kernels, phase.shape, phase.map, bits, false, may_expand});
+    tasks.push_back({kernels, phase.shape, phase.map, bits, false, room});
   return tasks;
 }
 
 ConvStep::ConvStep(const Program& program, const Node& node, const cpu::ImageLayout& in,
                    const cpu::ImageLayout* out, const cpu::ImageLayout* residual, bool own_input,
-                   bool may_expand)
+                   cpu::Room room)
     : node_(&node),
       attributes_(conv_attributes(node)),
       shape_(shape_of(program, node)),
@@ -158,12 +158,18 @@ ConvStep::ConvStep(const Program& program, const Node& node, const cpu::ImageLay
   prepare_epilogue(program, weights);
   // A float output adds its residual afterwards.
   const cpu::ConvLayouts at{in, out, float_out_ ? nullptr : residual};
-  const std::vector<cpu::ConvTask> tasks = conv_tasks(program, node, own_input, may_expand);
-  if (node.op == OpKind::Conv) {
+  const std::vector<cpu::ConvTask> tasks = conv_tasks(program, node, own_input, room);
+  if (node.op == OpKind::Conv)
     add_piece(tasks.front(), at, std::move(weights));
-    return;
-  }
-  const std::vector<TransposedPhase> phases = transposed_phases(program, node);
+  else
+    add_phases(program, tasks, at, weights);
+  // A clock would need the memory of several.
+  if (room != cpu::Room::Several) keep_form(sure_form());
+}
+
+void ConvStep::add_phases(const Program& program, const std::vector<cpu::ConvTask>& tasks,
+                          const cpu::ConvLayouts& at, std::span<const int8_t> weights) {
+  const std::vector<TransposedPhase> phases = transposed_phases(program, *node_);
   for (size_t k = 0; k < phases.size(); ++k)
     add_piece(tasks[k], at, phase_weights(phases[k], attributes_, shape_, weights));
   // What is nothing for one of them is nothing for all.
@@ -180,6 +186,14 @@ ConvStep::ConvStep(const Program& program, const Node& node, const cpu::ImageLay
     std::erase_if(piece.forms, [&](const Form& f) {
       return std::find(common.begin(), common.end(), f.conv.algorithm) == common.end();
     });
+}
+
+void ConvStep::keep_form(int form) {
+  for (Piece& piece : pieces_) {
+    Form kept = std::move(piece.forms[form]);
+    piece.forms.clear();
+    piece.forms.push_back(std::move(kept));
+  }
 }
 
 AlignedBuffer ConvStep::correction(std::span<const int8_t> weights) const {
@@ -390,7 +404,7 @@ std::string ConvStep::why() const {
       const cpu::ConvAlgorithm* algorithm = in_use(pieces_.front()).conv.algorithm;
       text = (choice_.form == 0 ? "dense" : algorithm->name(shape_)) + ", not " + text;
     }
-    if (!seconds_.empty()) {
+    if (seconds_.size() > 1) {
       char times[80];
       std::snprintf(times, sizeof times, " (%.1f µs, dense %.1f µs)", 1e6 * seconds_[f],
                     1e6 * seconds_[0]);

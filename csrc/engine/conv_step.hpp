@@ -31,9 +31,9 @@ struct TransposedPhase {
 std::vector<TransposedPhase> transposed_phases(const Program& program, const Node& node);
 
 /// The convolutions that a node is made of, for the active row of the kernel table: one, or those
-/// of transposed_phases(). `own_input`: nobody else reads the input. `may_expand`: ConvTask.
+/// of transposed_phases(). `own_input`: nobody else reads the input. `room`: ConvTask.
 std::vector<cpu::ConvTask> conv_tasks(const Program& program, const Node& node, bool own_input,
-                                      bool may_expand);
+                                      cpu::Room room);
 
 /// How a convolution runs; every choice gives the same bits.
 struct ConvChoice {
@@ -50,9 +50,10 @@ class ConvStep {
   /// Layouts are null for float values.
   ConvStep(const Program& program, const Node& node, const cpu::ImageLayout& in,
            const cpu::ImageLayout* out, const cpu::ImageLayout* residual, bool own_input,
-           bool may_expand);
+           cpu::Room room);
 
-  /// Algorithms that these weights can have (of several in one, they may differ in bytes).
+  /// Algorithms that these weights can have (of several in one, they may differ in bytes). Where
+  /// weights may not expand, it is one: what surely wins without a clock, or is forced.
   int forms() const { return static_cast<int>(pieces_.front().forms.size()); }
   /// Bytes of what pack() writes; 0 where algorithms keep their weights themselves.
   int64_t panel_bytes(const ConvChoice& choice) const;
@@ -62,8 +63,6 @@ class ConvStep {
   /// The choice stands: no choose() or pack() after this. Drops what only they need.
   void settle();
 
-  /// Without a clock: the form that surely wins, or is forced.
-  int sure_form() const;
   void choose(const ConvChoice& choice) { choice_ = possible(choice); }
   const ConvChoice& choice() const { return choice_; }
   /// The same choice without what this convolution cannot do.
@@ -105,6 +104,10 @@ class ConvStep {
 
   void add_piece(const cpu::ConvTask& task, const cpu::ConvLayouts& at,
                  std::vector<int8_t> weights);
+  void add_phases(const Program& program, const std::vector<cpu::ConvTask>& tasks,
+                  const cpu::ConvLayouts& at, std::span<const int8_t> weights);
+  int sure_form() const;
+  void keep_form(int form);
   AlignedBuffer correction(std::span<const int8_t> weights) const;
   void prepare_epilogue(const Program& program, std::span<const int8_t> weights);
   void add_float_residual(const ConvBuffers& buffers) const;

@@ -112,27 +112,27 @@ struct Engine::Impl {
     }
     plan_ports();
     layouts = plan_layouts(program);
-    const auto fixed = [&](bool may_expand) {
-      return planned_memory(program, layouts, may_expand);
+    const auto fixed = [&](cpu::Room room) { return planned_memory(program, layouts, room); };
+    check_memory(fixed(cpu::Room::Least) + largest_moment(), options.memory_bytes);
+    // What weights may take beyond that is an offer, which memory may refuse.
+    cpu::Room room =
+        options.weights == WeightForm::Measured ? cpu::Room::Several : cpu::Room::Scratch;
+    const auto fit_room = [&](double tensors) {
+      const cpu::Room wanted = room;
+      while (room != cpu::Room::Least && options.memory_bytes > 0 &&
+             fixed(room) + tensors > static_cast<double>(options.memory_bytes))
+        room = room == cpu::Room::Several ? cpu::Room::Scratch : cpu::Room::Least;
+      return room == wanted;
     };
-    check_memory(fixed(false) + largest_moment(), options.memory_bytes);
-    // Weights that take several times their bytes are an offer, which memory may refuse.
-    const auto has_room = [&](double tensors) {
-      return options.memory_bytes <= 0 ||
-             fixed(true) + tensors <= static_cast<double>(options.memory_bytes);
-    };
-    bool may_expand = options.weights == WeightForm::Measured && has_room(largest_moment());
-    steps = build_steps(program, layouts, may_expand);
+    fit_room(largest_moment());
+    steps = build_steps(program, layouts, room);
     if (options.chunk > 0)
       chunk = options.chunk;
     else
       choose_chunk(options.cache_bytes > 0 ? options.cache_bytes : kActivationBudget);
     plan_memory();
-    if (may_expand && !has_room(static_cast<double>(arena.bytes))) {
-      may_expand = false;
-      steps = build_steps(program, layouts, may_expand);
-    }
-    check_memory(fixed(may_expand) + static_cast<double>(arena.bytes), options.memory_bytes);
+    if (!fit_room(static_cast<double>(arena.bytes))) steps = build_steps(program, layouts, room);
+    check_memory(fixed(room) + static_cast<double>(arena.bytes), options.memory_bytes);
     choose_convolutions(options);
     panels = pack_weights([](const ConvStep& conv) { return std::optional(conv.choice()); });
     for (Step& step : steps)
@@ -142,10 +142,7 @@ struct Engine::Impl {
   void choose_convolutions(const EngineOptions& options) {
     if (options.weights != WeightForm::Measured) {
       for (Step& step : steps)
-        if (step.conv)
-          step.conv->choose({.resident = options.weights == WeightForm::Resident,
-                             .other_order = false,
-                             .form = step.conv->sure_form()});
+        if (step.conv) step.conv->choose({.resident = options.weights == WeightForm::Resident});
       return;
     }
     const int threads = options.threads > 0 ? options.threads : default_threads();

@@ -35,7 +35,7 @@ std::vector<ValueLayout> plan_layouts(const Program& program) {
     for (const int32_t v : node.inputs)
       ++readers[v];
     if (node.op != OpKind::Conv && node.op != OpKind::ConvTranspose) continue;
-    for (const cpu::ConvTask& task : conv_tasks(program, node, false, true))
+    for (const cpu::ConvTask& task : conv_tasks(program, node, false, cpu::Room::Several))
       for (const cpu::ConvAlgorithm* algorithm : cpu::algorithms_for(task))
         needs[node.inputs[0]].add(algorithm->needs(task));
   }
@@ -52,7 +52,7 @@ std::vector<ValueLayout> plan_layouts(const Program& program) {
     const bool only_reader =
         readers[v] == 1 && writer[v] != nullptr && writer[v]->op == OpKind::Quantize;
     if (!only_reader) continue;
-    const cpu::ConvTask task = conv_tasks(program, node, true, true).front();
+    const cpu::ConvTask task = conv_tasks(program, node, true, cpu::Room::Several).front();
     layouts[v].own_input = cpu::algorithms_for(task).front()->own_input(task);
     if (layouts[v].own_input != nullptr) layouts[v].layout = layouts[v].own_input->layout;
   }

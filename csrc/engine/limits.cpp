@@ -1,5 +1,7 @@
 #include "engine/limits.hpp"
 
+#include <algorithm>
+
 #include "core/status.hpp"
 #include "engine/conv_step.hpp"
 #include "formats/canonical.hpp"
@@ -8,19 +10,29 @@ namespace adalayer::engine {
 namespace {
 
 double convolution_bytes(const Program& program, const Node& node,
-                         const std::vector<ValueLayout>& layouts, bool may_expand) {
+                         const std::vector<ValueLayout>& layouts, cpu::Room room) {
   const Constant& weights = program.constants[conv_attributes(node).weights];
   const formats::CanonicalHeader header = formats::read_header(weights.bytes);
   const ValueLayout& in = layouts[node.inputs[0]];
   // Scale and bias; the weights as bytes and as fields, while one node is built.
   const auto outs = static_cast<double>(header.out_channels);
   double bytes = 8.0 * (outs + 64.0) + 2.0 * static_cast<double>(header.count());
-  for (const cpu::ConvTask& task : conv_tasks(program, node, in.own_input != nullptr, may_expand)) {
+  for (const cpu::ConvTask& task : conv_tasks(program, node, in.own_input != nullptr, room)) {
     bytes += 4.0 * (outs + 64.0);  // the correction
     for (const cpu::ConvAlgorithm* algorithm : cpu::algorithms_for(task))
       bytes += algorithm->bytes(task, in.layout);
   }
   return bytes;
+}
+
+double most_scratch(const Program& program, const Node& node,
+                    const std::vector<ValueLayout>& layouts, cpu::Room room) {
+  const bool own_input = layouts[node.inputs[0]].own_input != nullptr;
+  double most = 0.0;
+  for (const cpu::ConvTask& task : conv_tasks(program, node, own_input, room))
+    for (const cpu::ConvAlgorithm* algorithm : cpu::algorithms_for(task))
+      most = std::max(most, algorithm->scratch_bytes(task));
+  return most;
 }
 
 double stored_bytes(const Program& program) {
@@ -39,10 +51,15 @@ bool is_convolution(const Node& node) {
 }  // namespace
 
 double planned_memory(const Program& program, const std::vector<ValueLayout>& layouts,
-                      bool may_expand) {
+                      cpu::Room room) {
   double bytes = stored_bytes(program);
-  for (const Node& node : program.nodes)
-    if (is_convolution(node)) bytes += convolution_bytes(program, node, layouts, may_expand);
+  double scratch = 0.0;
+  for (const Node& node : program.nodes) {
+    if (!is_convolution(node)) continue;
+    bytes += convolution_bytes(program, node, layouts, room);
+    scratch = std::max(scratch, most_scratch(program, node, layouts, room));
+  }
+  bytes += scratch;
   // Noise to time the convolutions with.
   for (const auto* ports : {&program.inputs, &program.outputs})
     for (const int32_t v : *ports) {

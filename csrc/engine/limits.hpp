@@ -14,9 +14,9 @@
 namespace adalayer::engine {
 
 /// Bytes of the program itself, and of the weights and tables that are derived from it for the
-/// kernels in use. The program has been validated. `may_expand`: ConvTask.
+/// kernels in use. The program has been validated. `room`: ConvTask.
 double planned_memory(const Program& program, const std::vector<ValueLayout>& layouts,
-                      bool may_expand);
+                      cpu::Room room);
 
 /// Bytes of the program and of a run by the scalar interpreter, one image at a time.
 double interpreter_memory(const Program& program);

@@ -14,6 +14,7 @@
 
 #include "core/cpu_features.hpp"
 #include "cpu/conv/policy.hpp"
+#include "engine/kernels_digest.hpp"
 
 namespace adalayer::engine {
 namespace {
@@ -137,8 +138,11 @@ void choose_by_clock(std::vector<Step>& steps, const TimedRun& run) {
   }
 }
 
-uint64_t planning_key(const std::vector<Step>& steps, int threads) {
+uint64_t kernels_digest() { return kKernelsDigest; }
+
+uint64_t planning_key(const std::vector<Step>& steps, int threads, uint64_t kernels) {
   Hash hash;
+  hash.add(kernels);
   hash.add(cpu_brand());
   hash.add(isa_name(active_isa()));
   hash.add(describe_cpu_features());
@@ -152,9 +156,9 @@ uint64_t planning_key(const std::vector<Step>& steps, int threads) {
     hash.add(step.node->inputs.size());
     hash.add(step.conv->forms_key());
     const ConvShape& s = step.conv->shape();
-    for (const int64_t v :
-         {s.in_channels, s.in_h, s.in_w, s.out_channels, s.kernel_h, s.kernel_w, s.stride_h,
-          s.stride_w, s.pad_top, s.pad_left, s.dilation_h, s.dilation_w, s.groups})
+    for (const int64_t v : {s.in_channels, s.in_h, s.in_w, s.out_channels, s.kernel_h, s.kernel_w,
+                            s.stride_h, s.stride_w, s.pad_top, s.pad_left, s.pad_bottom,
+                            s.pad_right, s.dilation_h, s.dilation_w, s.groups})
       hash.add(static_cast<uint64_t>(v));
   }
   return hash.value();

@@ -24,8 +24,13 @@ int most_forms(const std::vector<Step>& steps);
 /// unless another choice is clearly faster. Needs weights in both forms (ConvStep::pack).
 void choose_by_clock(std::vector<Step>& steps, const TimedRun& run);
 
-/// What the measured times depend on: processor, instruction set, threads, and every convolution.
-uint64_t planning_key(const std::vector<Step>& steps, int threads);
+/// Of the sources of this build's kernels.
+uint64_t kernels_digest();
+
+/// What the measured times depend on: processor, instruction set, kernels, threads, and every
+/// convolution with the algorithms that it has.
+uint64_t planning_key(const std::vector<Step>& steps, int threads,
+                      uint64_t kernels = kernels_digest());
 
 /// Choices of former processes: a text file with a line per program. A file that cannot be read or
 /// written, or lines that make no sense, are as good as none: then the clock decides again.

@@ -171,7 +171,7 @@ RunImage run_image(const Program& program, const Node& node,
 }  // namespace
 
 std::vector<Step> build_steps(const Program& program, const std::vector<ValueLayout>& layouts,
-                              bool may_expand) {
+                              cpu::Room room) {
   std::vector<Step> steps;
   const auto layout_of = [&](int32_t v) -> const cpu::ImageLayout* {
     return program.values[v].kind == ValueKind::U8 ? &layouts[v].layout : nullptr;
@@ -184,7 +184,7 @@ std::vector<Step> build_steps(const Program& program, const std::vector<ValueLay
       step.conv =
           std::make_unique<ConvStep>(program, node, layouts[x].layout, layout_of(node.output),
                                      node.inputs.size() > 1 ? layout_of(node.inputs[1]) : nullptr,
-                                     layouts[x].own_input != nullptr, may_expand);
+                                     layouts[x].own_input != nullptr, room);
       step.max_parts = step.conv->max_parts();
     } else {
       step.run_image = run_image(program, node, layouts);

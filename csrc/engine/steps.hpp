@@ -38,8 +38,8 @@ struct Step {
   int64_t max_parts = 1;
 };
 
-/// `may_expand`: ConvTask.
+/// `room`: ConvTask.
 std::vector<Step> build_steps(const Program& program, const std::vector<ValueLayout>& layouts,
-                              bool may_expand);
+                              cpu::Room room);
 
 }  // namespace adalayer::engine

@@ -677,6 +677,63 @@ TEST(accumulator_bound) {
   CHECK_THROWS(check_accumulator(65794, 8), InvalidArgument, "overflow the int32 accumulator");
 }
 
+/// A layer chooses its algorithm at each image size, a few times; sizes that choose the same share
+/// the weights.
+TEST(every_size_has_its_algorithm) {
+  ConvShape s;
+  s.batch = 2;
+  s.in_channels = 16;
+  s.out_channels = 24;
+  s.kernel_h = s.kernel_w = 3;
+  s.pad_top = s.pad_left = s.pad_bottom = s.pad_right = 1;
+  Layer layer = make_layer(s, 3);
+  const auto at = [&](int64_t size) {
+    layer.shape.in_h = layer.shape.in_w = size;
+    return cpu::cached_weights(layer.shape, layer.packed);
+  };
+  const auto right = [&](int64_t size) {
+    layer.shape.in_h = layer.shape.in_w = size;
+    std::vector<float> x(static_cast<size_t>(s.batch * s.in_channels * size * size));
+    for (auto& v : x)
+      v = static_cast<float>(uniform(-100, 100)) * 0.05f;
+    const ActivationIn in{x.data(), DType::F32, Layout::NCHW, {12.0f, 100, 255}};
+    const auto got = run<float>(layer, in, Layout::NCHW, 1);
+    const Isa isa = active_isa();
+    force_isa("scalar");
+    const bool same = got == run<float>(layer, in, Layout::NCHW, 1);
+    force_isa(isa_name(isa));
+    return same;
+  };
+  cpu::set_sparse_policy("dense");
+  for (const cpu::KernelRow* row : cpu::kernel_rows()) {
+    if (!isa_supported(row->isa)) continue;
+    force_isa(row->name);
+    cpu::clear_weight_cache();
+    // Which of them is the faster one does not matter here: a policy decides instead of the clock.
+    cpu::set_winograd_policy("off");
+    const auto small = at(4);
+    CHECK_EQ(small->algorithm->name(s), std::string("panels"));
+    cpu::set_winograd_policy("4x4");
+    const auto large = at(20);
+    CHECK_EQ(large->algorithm->name(s), std::string("winograd 4x4"));
+    CHECK(at(4) == small && at(20) == large);
+    const size_t bytes = cpu::weight_cache_info().bytes;
+    CHECK(bytes >= small->bytes() + large->bytes());
+    CHECK(at(21) == large);  // not by being near: it has chosen the same
+    for (int64_t size = 22; size < 27; ++size)
+      CHECK(at(size) == large);
+    CHECK_EQ(cpu::weight_cache_info().entries, size_t{1});
+    CHECK(cpu::weight_cache_info().bytes < bytes + 4096);
+    // Enough sizes: no more choices.
+    CHECK(at(5) == small && at(40) == large && at(3) == small);
+    for (const int64_t size : {3, 4, 5, 20, 26, 31})
+      CHECK(right(size));
+  }
+  force_isa("auto");
+  cpu::set_sparse_policy("auto");
+  cpu::set_winograd_policy("auto");
+}
+
 /// Several threads run layers at once through one cache: the results are those of one thread.
 TEST(concurrent_calls) {
   ConvShape s;

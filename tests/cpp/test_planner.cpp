@@ -12,6 +12,7 @@
 #include "check.hpp"
 #include "core/cpu_features.hpp"
 #include "engine/engine.hpp"
+#include "engine/limits.hpp"
 #include "engine/planner.hpp"
 #include "engine_programs.hpp"
 
@@ -54,11 +55,35 @@ Program three_convolutions() {
   return b.p;
 }
 
+/// Three pointwise convolutions of zeros, but for `rows` output channels of each.
+Builder three_with_zeros(int64_t rows) {
+  Builder b;
+  const auto x = b.value("x", 128, 4, 4, ValueKind::F32);
+  auto y = b.node(OpKind::Quantize, {x}, b.value("q", 128, 4, 4));
+  for (int k = 0; k < 3; ++k) {
+    const int64_t ins = k == 0 ? 128 : 64;
+    std::vector<int8_t> weights(static_cast<size_t>(64 * ins), 0);
+    std::fill(weights.begin(), weights.begin() + rows * ins, int8_t{3});
+    const auto packed =
+        b.constant(ConstantKind::Weights,
+                   formats::pack_canonical(weights, 4, 64, static_cast<uint32_t>(ins), 1, 1));
+    const ValueKind kind = k == 2 ? ValueKind::F32 : ValueKind::U8;
+    y = b.node(OpKind::Conv, {y},
+               b.value(std::string(1, static_cast<char>('a' + k)), 64, 4, 4, kind),
+               {1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 0, 255, k == 2 ? 0 : 10}, {kInverse, -1, 1},
+               {packed, b.floats(std::vector<float>(64, 0.01f)),
+                b.floats(std::vector<float>(64, 0.5f)), -1});
+  }
+  b.p.inputs = {x};
+  b.p.outputs = {y};
+  return b;
+}
+
 /// Steps that were never run: for keys, choices and the cache.
 struct Plan {
   Program program = three_convolutions();
   std::vector<ValueLayout> layouts = plan_layouts(program);
-  std::vector<Step> steps = build_steps(program, layouts, true);
+  std::vector<Step> steps = build_steps(program, layouts, cpu::Room::Several);
 
   ConvStep& conv(int k) {
     for (Step& step : steps)
@@ -93,32 +118,9 @@ TEST(the_clock_decides_for_every_convolution) {
 
 TEST(zeros_are_left_out_where_that_is_clearly_faster) {
   if (cpu::active_kernels() == nullptr) return;
-  // Three convolutions of zeros but for one weight.
-  Builder b;
-  const auto x = b.value("x", 128, 4, 4, ValueKind::F32);
-  auto y = b.node(OpKind::Quantize, {x}, b.value("q", 128, 4, 4));
-  std::vector<int8_t> weights(64 * 128, 0);
-  for (int k = 0; k < 3; ++k) {
-    weights.resize(static_cast<size_t>(k == 0 ? 64 * 128 : 64 * 64), 0);
-    weights[0] = 3;
-    Constant constant;
-    constant.kind = ConstantKind::Weights;
-    constant.bytes = formats::pack_canonical(weights, 4, 64, k == 0 ? 128 : 64, 1, 1);
-    CHECK_EQ(int{formats::read_header(constant.bytes).encoding},
-             static_cast<int>(formats::Encoding::Blocks));
-    b.p.constants.push_back(constant);
-    const auto packed = static_cast<int32_t>(b.p.constants.size()) - 1;
-    const ValueKind kind = k == 2 ? ValueKind::F32 : ValueKind::U8;
-    y = b.node(OpKind::Conv, {y},
-               b.value(std::string(1, static_cast<char>('a' + k)), 64, 4, 4, kind),
-               {1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 0, 255, k == 2 ? 0 : 10}, {kInverse, -1, 1},
-               {packed, b.floats(std::vector<float>(64, 0.01f)),
-                b.floats(std::vector<float>(64, 0.5f)), -1});
-  }
-  b.p.inputs = {x};
-  b.p.outputs = {y};
+  const Builder b = three_with_zeros(1);
   const std::vector<ValueLayout> layouts = plan_layouts(b.p);
-  std::vector<Step> steps = build_steps(b.p, layouts, true);
+  std::vector<Step> steps = build_steps(b.p, layouts, cpu::Room::Several);
   std::vector<ConvStep*> conv;
   for (Step& step : steps)
     if (step.conv) conv.push_back(step.conv.get());
@@ -151,11 +153,43 @@ TEST(zeros_are_left_out_where_that_is_clearly_faster) {
   CHECK(cache.apply(key, steps));
   CHECK_EQ(conv[0]->choice().form, 1);
   Builder other = b;
+  std::vector<int8_t> weights(64 * 64, 0);
   std::fill(weights.begin(), weights.begin() + 64 * 40, int8_t{1});
   other.p.constants[static_cast<size_t>(conv_attributes(b.p.nodes[2]).weights)].bytes =
       formats::pack_canonical(weights, 4, 64, 64, 1, 1);
-  std::vector<Step> others = build_steps(other.p, layouts, true);
+  std::vector<Step> others = build_steps(other.p, layouts, cpu::Room::Several);
   CHECK(planning_key(others, 1) != key);
+}
+
+TEST(sparse_forms_are_counted_while_the_clock_holds_them) {
+  if (cpu::active_kernels() == nullptr) return;
+  // One of four column tiles: surely faster without the rest. Three of four: a clock must say.
+  for (const int64_t rows : {16, 48}) {
+    const Builder b = three_with_zeros(rows);
+    const std::vector<ValueLayout> layouts = plan_layouts(b.p);
+    const auto held = [&](cpu::Room room) {
+      const bool several = room == cpu::Room::Several;
+      double bytes = 0.0;
+      for (const Step& step : build_steps(b.p, layouts, room)) {
+        if (!step.conv) continue;
+        CHECK_EQ(step.conv->forms(), several ? 2 : 1);
+        for (int form = 0; form < step.conv->forms(); ++form)
+          for (const bool resident : {false, true}) {
+            const ConvChoice choice{resident, false, form};
+            if (step.conv->possible(choice) == choice)
+              bytes += static_cast<double>(step.conv->panel_bytes(choice));
+          }
+        if (!several) CHECK_EQ(step.conv->kernel().ends_with(" sparse panels, blocks"), rows == 16);
+      }
+      return bytes;
+    };
+    CHECK(held(cpu::Room::Several) > held(cpu::Room::Least));
+    // The noise and the tables are the same; what is more is more forms.
+    const double more = planned_memory(b.p, layouts, cpu::Room::Several) -
+                        planned_memory(b.p, layouts, cpu::Room::Least);
+    CHECK_MSG(more >= held(cpu::Room::Several) - held(cpu::Room::Least), std::to_string(more));
+    CHECK(planned_memory(b.p, layouts, cpu::Room::Least) >= held(cpu::Room::Least));
+  }
 }
 
 TEST(choices_outlive_the_process) {
@@ -186,6 +220,38 @@ TEST(choices_outlive_the_process) {
   CHECK((again.conv(0).choice() == ConvChoice{false, true}));
   // Nothing but the file is left behind.
   CHECK_EQ(std::distance(fs::directory_iterator(file.parent_path()), {}), 1);
+}
+
+/// What was chosen among other algorithms, or between other kernels of theirs, is not used.
+TEST(choices_are_of_these_algorithms) {
+  if (cpu::active_kernels() == nullptr) return;
+  const Folder folder;
+  const fs::path file = folder.path / "plans";
+  const PlanCache cache(file);
+  Plan plan;
+  const uint64_t key = planning_key(plan.steps, 1);
+  CHECK(key == planning_key(plan.steps, 1, kernels_digest()));
+  plan.conv(0).choose({true, false});
+  cache.keep(planning_key(plan.steps, 1, kernels_digest() + 1), plan.steps);
+  CHECK(!cache.apply(key, plan.steps));
+  // A list without Winograd: the layers' forms have other names, or are fewer.
+  std::vector<Step> fewer = build_steps(plan.program, plan.layouts, cpu::Room::Least);
+  CHECK(planning_key(fewer, 1) != key);
+  cache.keep(planning_key(fewer, 1), fewer);
+  CHECK(!cache.apply(key, plan.steps));
+  // The engine chooses by the clock, then, and keeps that.
+  ::setenv("ADALAYER_PLAN_CACHE", file.c_str(), 1);
+  const std::string before = text_of(file);
+  const Engine engine(plan.program, {.threads = 1});
+  ::setenv("ADALAYER_PLAN_CACHE", "off", 1);
+  CHECK(text_of(file).starts_with(before) && text_of(file).size() > before.size());
+  CHECK(cache.apply(key, plan.steps));
+  // Every side's padding counts.
+  Plan cut;
+  cut.program.nodes.back().ints[6] = 0;
+  cut.program.values.back().h = 5;
+  CHECK(planning_key(build_steps(cut.program, plan_layouts(cut.program), cpu::Room::Several), 1) !=
+        key);
 }
 
 TEST(a_damaged_cache_is_none) {

@@ -11,12 +11,19 @@ extern const ConvAlgorithm& kPanelsAlgorithm;
 extern const ConvAlgorithm& kSparsePanelsAlgorithm;
 extern const ConvAlgorithm& kWinograd4x4Algorithm;
 extern const ConvAlgorithm& kWinograd2x2Algorithm;
+extern const ConvAlgorithm& kMadeWinograd4x4Algorithm;
+extern const ConvAlgorithm& kMadeWinograd2x2Algorithm;
 
 std::span<const ConvAlgorithm* const> conv_algorithms() {
   // Of those that a clock compares, the first one wins ties.
-  static const std::array list{&kStemAlgorithm,        &kGroupedAlgorithm,
-                               &kPanelsAlgorithm,      &kSparsePanelsAlgorithm,
-                               &kWinograd4x4Algorithm, &kWinograd2x2Algorithm};
+  static const std::array list{&kStemAlgorithm,
+                               &kGroupedAlgorithm,
+                               &kPanelsAlgorithm,
+                               &kSparsePanelsAlgorithm,
+                               &kWinograd4x4Algorithm,
+                               &kWinograd2x2Algorithm,
+                               &kMadeWinograd4x4Algorithm,
+                               &kMadeWinograd2x2Algorithm};
   return list;
 }
 
@@ -33,6 +40,8 @@ std::vector<const ConvAlgorithm*> algorithms_for(const ConvTask& task) {
 LayoutNeeds ConvAlgorithm::needs(const ConvTask& task) const {
   return {.padding = padding_of(task.shape)};
 }
+
+double ConvAlgorithm::scratch_bytes(const ConvTask&) const { return 0.0; }
 
 std::shared_ptr<const OwnInput> ConvAlgorithm::own_input(const ConvTask&) const { return nullptr; }
 

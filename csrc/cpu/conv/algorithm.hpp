@@ -21,6 +21,14 @@
 
 namespace adalayer::cpu {
 
+/// What memory there is for a convolution beyond its weights as panels.
+enum class Room : uint8_t {
+  Least,    // none
+  Scratch,  // of a thread, to make what it multiplies with in every call
+  Several,  // weights may take several times those bytes, and be held in forms beside each other
+            // until a clock has decided
+};
+
 /// A convolution to be computed somewhere: what algorithms are chosen by.
 struct ConvTask {
   const KernelRow& kernels;
@@ -28,7 +36,7 @@ struct ConvTask {
   OutputMap map = {};      // where its outputs go
   int bits = 8;            // of the weights
   bool own_input = false;  // nobody else reads the input, which may be written in any form
-  bool may_expand = true;  // weights may take several times the bytes that they have as panels
+  Room room = Room::Several;
 };
 
 /// What an algorithm asks of the layout of an input that others may read, too.
@@ -146,9 +154,10 @@ class ConvAlgorithm {
   /// Whether images that are lists of pixels may be cut and joined at will (1x1 convolutions).
   virtual bool joins_images() const { return false; }
 
-  /// No more than this is held for weights and tables, packed and widened. 0 where that depends on
-  /// the weights, which are not known here.
+  /// No more than this is held for weights and tables, packed and widened, until a form is chosen.
   virtual double bytes(const ConvTask& task, const ImageLayout& in) const = 0;
+  /// What a thread works in, whichever convolution it runs: one for all that ask for it.
+  virtual double scratch_bytes(const ConvTask& task) const;
 
   /// Null where the algorithm is nothing for these weights [O][I/groups][KH][KW].
   virtual std::unique_ptr<ConvWeights> derive(const ConvTask& task, const ConvLayouts& at,

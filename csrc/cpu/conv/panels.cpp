@@ -89,21 +89,23 @@ ConvPlan plan_panels(const ConvTask& task, const ConvShape& shape, const ConvLay
   return plan;
 }
 
-double panels_bytes(const ConvShape& s, int bits, const ImageLayout& in) {
+PanelsBound panels_bound(const ConvShape& s, int bits, const ImageLayout& in) {
   const auto kernel_h = static_cast<double>(s.kernel_h), kernel_w = static_cast<double>(s.kernel_w);
   const auto group_in = static_cast<double>(s.group_in()), groups = static_cast<double>(s.groups);
-  const double weights = static_cast<double>(s.out_channels) * group_in * kernel_h * kernel_w;
+  PanelsBound bound;
+  bound.weights = static_cast<double>(s.out_channels) * group_in * kernel_h * kernel_w;
   // A kernel row in one stretch is taken only where it needs no more than pixel by pixel.
   const double steps = kernel_h * (kernel_w * ceil_divided(group_in, 64) + 1.0);
-  const double panels =
-      steps * groups * ceil_divided(static_cast<double>(s.group_out()), 16) * 128.0 * (bits + 8);
+  bound.column_tiles = groups * ceil_divided(static_cast<double>(s.group_out()), 16);
+  bound.tiles = steps * bound.column_tiles;
+  bound.packed = bound.tiles * 128.0 * (bits + 8);
   const auto out_h = static_cast<double>(s.out_h()), out_w = static_cast<double>(s.out_w());
   const double in_positions = static_cast<double>(in.image_bytes) / static_cast<double>(in.pitch);
-  // Int8 weights live until all panels are packed; 64 table entries and a quad count per step; an
-  // offset per step of every run, of which there may be one per output row; three offsets for every
-  // position, those that are dropped included.
-  return weights + panels + steps * 257.0 + steps * std::max(out_h, 0.0) * 8.0 +
-         12.0 * (in_positions + std::max(out_h, 0.0) * std::max(out_w, 0.0));
+  // 64 table entries and a quad count per step; an offset per step of every run, of which there may
+  // be one per output row; three offsets for every position, those that are dropped included.
+  bound.tables = steps * 257.0 + steps * std::max(out_h, 0.0) * 8.0 +
+                 12.0 * (in_positions + std::max(out_h, 0.0) * std::max(out_w, 0.0));
+  return bound;
 }
 
 }  // namespace adalayer::cpu

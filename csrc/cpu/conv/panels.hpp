@@ -49,7 +49,15 @@ extern const ConvAlgorithm& kPanelsAlgorithm;
 ConvPlan plan_panels(const ConvTask& task, const ConvShape& shape, const ConvLayouts& at,
                      bool by_pixel = false);
 
-/// No more than dense panels of `shape` take, packed and as bytes, with their tables.
-double panels_bytes(const ConvShape& shape, int bits, const ImageLayout& in);
+/// Upper bounds of what dense panels of `shape` take.
+struct PanelsBound {
+  double weights;  // int8, until all panels are packed
+  double packed;   // panels of the weights' width, and of bytes
+  double tables;
+  double column_tiles, tiles;
+
+  double all() const { return weights + packed + tables; }
+};
+PanelsBound panels_bound(const ConvShape& shape, int bits, const ImageLayout& in);
 
 }  // namespace adalayer::cpu

@@ -42,6 +42,12 @@ struct WinogradTaps {
 /// Most bytes that the taps of weights of so many bits take, whatever the weights.
 int64_t winograd_most_bytes(WinogradForm form, const ConvShape& shape, int bits);
 
+/// Weights from which taps are made in the call, a group at a time: [group of 16 output channels],
+/// each [9][pairs of input channels][16][2], packed to `bits` as tiles are (formats/panels.hpp).
+int64_t winograd_packed_group_bytes(const WinogradTaps& taps, int bits);
+void pack_winograd_weights(const WinogradTaps& taps, std::span<const int8_t> weights, int bits,
+                           uint8_t* out);
+
 /// Throws InvalidArgument unless the shape suits and the form is exact for these weights
 /// [O][I][3][3].
 WinogradTaps plan_winograd_taps(WinogradForm form, const ConvShape& shape,
@@ -85,13 +91,16 @@ WinogradPlan plan_winograd(WinogradForm form, const ConvShape& shape, const Imag
                            const ImageLayout* out, const ImageLayout* residual,
                            const WinogradKernels& kernels);
 
-/// Bytes that run_winograd() needs in each thread, 64-byte aligned.
-int64_t winograd_scratch_bytes(const WinogradPlan& plan, const WinogradKernels& kernels);
+/// Bytes that run_winograd() needs in each thread, 64-byte aligned. `made_bytes`: of a group's taps
+/// that are made in the call, else 0.
+int64_t winograd_scratch_bytes(const WinogradPlan& plan, const WinogradKernels& kernels,
+                               int64_t made_bytes = 0);
 
 struct WinogradCall {
   const WinogradPlan& plan;
   const WinogradTaps& taps;
-  const uint8_t* data;  // of the taps
+  const uint8_t* data;  // of the taps, or
+  int packed_bits = 0;  // not 0: packed weights of so many bits
   const ConvEpilogue* epilogue;
   const uint8_t* in;  // first image
   int64_t images;
@@ -114,8 +123,8 @@ void run_winograd(const WinogradCall& call, const WinogradKernels& kernels, cons
 void run_winograd(const TensorWinogradCall& call, const WinogradKernels& kernels,
                   const KernelRow& row, uint8_t* scratch, Part part);
 
-/// Bytes [first, second) of the taps that a part by columns reads.
-std::pair<int64_t, int64_t> winograd_weight_range(const WinogradTaps& taps,
+/// Bytes [first, second) of the taps, or packed weights, that a part by columns reads.
+std::pair<int64_t, int64_t> winograd_weight_range(const WinogradTaps& taps, int64_t group_bytes,
                                                   const WinogradKernels& kernels, Part part);
 
 /// How to cut it for `threads` threads: by columns where the taps are by far the larger side.

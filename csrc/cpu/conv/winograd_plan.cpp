@@ -3,6 +3,7 @@
 
 #include "core/status.hpp"
 #include "cpu/conv/winograd.hpp"
+#include "formats/panels.hpp"
 
 namespace adalayer::cpu {
 namespace {
@@ -144,6 +145,35 @@ void pack_winograd_taps(const WinogradTaps& taps, std::span<const int8_t> weight
               reinterpret_cast<int16_t*>(out + taps.offset[k])[at] = values[k][l];
           }
       }
+}
+
+namespace {
+
+int64_t tiles_of_group(int64_t pairs) {
+  return (9 * pairs * kWinogradGroup * 2 + formats::kTileBytes - 1) / formats::kTileBytes;
+}
+
+}  // namespace
+
+int64_t winograd_packed_group_bytes(const WinogradTaps& taps, int bits) {
+  return tiles_of_group(taps.pairs()) * (formats::kTileBytes / 8) * bits;
+}
+
+void pack_winograd_weights(const WinogradTaps& taps, std::span<const int8_t> weights, int bits,
+                           uint8_t* out) {
+  const int64_t outs = taps.out_channels, ins = taps.in_channels, pairs = taps.pairs();
+  const int64_t tiles = tiles_of_group(pairs);
+  std::vector<int8_t> group(static_cast<size_t>(tiles * formats::kTileBytes));
+  for (int64_t first = 0; first < outs; first += kWinogradGroup) {
+    std::fill(group.begin(), group.end(), int8_t{0});
+    for (int64_t o = 0; o < std::min<int64_t>(kWinogradGroup, outs - first); ++o)
+      for (int64_t c = 0; c < ins; ++c)
+        for (int64_t k = 0; k < 9; ++k)
+          group[((k * pairs + c / 2) * kWinogradGroup + o) * 2 + c % 2] =
+              weights[((first + o) * ins + c) * 9 + k];
+    for (int64_t t = 0; t < tiles; ++t, out += formats::kTileBytes / 8 * bits)
+      formats::pack_tile(group.data() + t * formats::kTileBytes, bits, out);
+  }
 }
 
 WinogradWeights derive_winograd(WinogradForm form, const ConvShape& shape,

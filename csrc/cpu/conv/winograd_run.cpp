@@ -2,6 +2,7 @@
 #include <numeric>
 
 #include "cpu/conv/winograd.hpp"
+#include "formats/panels.hpp"
 
 namespace adalayer::cpu {
 namespace {
@@ -35,8 +36,12 @@ struct Buffers {
   int64_t product_stride;
   int32_t* sums;       // of as many tiles as the kernels have rows
   int32_t* positions;  // of a row of their outputs
+  // Where taps are made in the call:
+  int8_t* weights;  // of a group
+  uint8_t* taps;    // of as many groups as the kernels take
 
-  Buffers(const WinogradPlan& plan, const WinogradKernels& kernels, Carver& memory) {
+  Buffers(const WinogradPlan& plan, const WinogradKernels& kernels, int64_t made_bytes,
+          Carver& memory) {
     const int64_t width = int64_t{kernels.groups} * kWinogradGroup, outputs = plan.tile * plan.tile;
     factor_stride = odd_lines(plan.block * plan.depth * 2) / 2;
     product_stride = odd_lines(plan.block * width * 4) / 4;
@@ -44,6 +49,12 @@ struct Buffers {
     products = memory.take<int32_t>(plan.area * product_stride);
     sums = memory.take<int32_t>(kernels.rows * outputs * width);
     positions = memory.take<int32_t>(kernels.rows * plan.tile);
+    weights = nullptr;
+    taps = nullptr;
+    if (made_bytes == 0) return;
+    const int64_t pairs = (plan.shape.in_channels + 1) / 2;
+    weights = memory.take<int8_t>(9 * pairs * kWinogradGroup * 2 + formats::kTileBytes);
+    taps = memory.take<uint8_t>(kernels.groups * made_bytes);
   }
 };
 
@@ -70,6 +81,7 @@ struct Loop {
   const WinogradKernels& kernels;
   const KernelRow& row;
   Requantize requantize;
+  UnpackTiles unpack;
   Buffers buffers;
   int64_t first_group, last_group;
 
@@ -78,7 +90,7 @@ struct Loop {
     transform(first, count);
     for (int64_t g = first_group; g < last_group; g += kernels.groups) {
       const int groups = static_cast<int>(std::min<int64_t>(kernels.groups, last_group - g));
-      multiply(g, groups, count);
+      multiply(taps_of(g, groups), groups, count);
       for (int t = 0; t < count; t += kernels.rows)
         finish(g, groups, first, t, std::min(kernels.rows, count - t));
     }
@@ -101,7 +113,29 @@ struct Loop {
     }
   }
 
-  void multiply(int64_t group, int groups, int count) const {
+  /// The taps of groups [group, group + groups), which may have to be made.
+  const uint8_t* taps_of(int64_t group, int groups) const {
+    const WinogradTaps& taps = call.taps;
+    if (call.packed_bits == 0) return call.data + group * taps.group_bytes;
+    const int64_t bytes = winograd_packed_group_bytes(taps, call.packed_bits);
+    for (int g = 0; g < groups; ++g) {
+      const uint8_t* packed = call.data + (group + g) * bytes;
+      const int8_t* weights = reinterpret_cast<const int8_t*>(packed);
+      if (call.packed_bits < 8) {
+        unpack(packed, call.packed_bits, bytes / (formats::kTileBytes / 8 * call.packed_bits),
+               buffers.weights);
+        weights = buffers.weights;
+      }
+      kernels.taps[static_cast<int>(call.plan.form)]({.weights = weights,
+                                                      .pairs = taps.pairs(),
+                                                      .narrow = taps.is_narrow.data(),
+                                                      .offset = taps.offset.data(),
+                                                      .taps = buffers.taps + g * taps.group_bytes});
+    }
+    return buffers.taps;
+  }
+
+  void multiply(const uint8_t* taps_at, int groups, int count) const {
     const WinogradTaps& taps = call.taps;
     WinogradProductArgs a{};
     a.factor_stride = call.plan.depth;
@@ -111,7 +145,7 @@ struct Loop {
     a.groups = groups;
     for (int k = 0; k < taps.area; ++k) {
       a.factors = buffers.factors + k * buffers.factor_stride;
-      a.taps = call.data + group * taps.group_bytes + taps.offset[k];
+      a.taps = taps_at + taps.offset[k];
       a.narrow = taps.is_narrow[k];
       a.products = buffers.products + k * buffers.product_stride;
       kernels.multiply(a);
@@ -220,7 +254,8 @@ void run(const WinogradCall& call, const TensorWinogradCall* tensor, const Winog
                   kernels,
                   row,
                   requantizer(row),
-                  Buffers(plan, kernels, memory),
+                  unpacker(row),
+                  Buffers(plan, kernels, call.packed_bits == 0 ? 0 : call.taps.group_bytes, memory),
                   first_step * kernels.groups,
                   std::min(last_step * kernels.groups, call.taps.groups())};
   // Blocks of nearly equal size.
@@ -233,17 +268,18 @@ void run(const WinogradCall& call, const TensorWinogradCall* tensor, const Winog
 
 }  // namespace
 
-int64_t winograd_scratch_bytes(const WinogradPlan& plan, const WinogradKernels& kernels) {
+int64_t winograd_scratch_bytes(const WinogradPlan& plan, const WinogradKernels& kernels,
+                               int64_t made_bytes) {
   Carver memory(nullptr);
-  const Buffers buffers(plan, kernels, memory);
+  const Buffers buffers(plan, kernels, made_bytes, memory);
   return memory.taken();
 }
 
-std::pair<int64_t, int64_t> winograd_weight_range(const WinogradTaps& taps,
+std::pair<int64_t, int64_t> winograd_weight_range(const WinogradTaps& taps, int64_t group_bytes,
                                                   const WinogradKernels& kernels, Part part) {
   const int64_t steps = steps_of(taps, kernels);
   const auto at = [&](int64_t step) {
-    return std::min(step * kernels.groups, taps.groups()) * taps.group_bytes;
+    return std::min(step * kernels.groups, taps.groups()) * group_bytes;
   };
   return {at(part.first(steps)), at(part.last(steps))};
 }

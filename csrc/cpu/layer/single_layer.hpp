@@ -30,12 +30,17 @@ struct LayerWeights {
   }
 };
 
-/// Derives the weights of `shape` for the active instruction set from canonical bytes. Throws
-/// CorruptData for damaged bytes, InvalidArgument where they are of another shape.
+/// Derives the weights of `shape` for the active instruction set from canonical bytes, in the form
+/// that a trial with an image of this size finds to be the fastest. Throws CorruptData for damaged
+/// bytes, InvalidArgument where they are of another shape.
 LayerWeights derive_weights(const ConvShape& shape, std::span<const uint8_t> canonical);
 
 /// The same through a process-wide cache keyed by the canonical content hash, so that operators can
-/// take the canonical bytes on every call. Least recently used entries leave above the limit.
+/// take the canonical bytes on every call. The form is chosen once for each of the first
+/// kMostSizes image sizes of a layer; others have that of the size with the most similar number of
+/// outputs. Sizes that choose the same form share it. Least recently used layers leave above the
+/// limit.
+constexpr size_t kMostSizes = 8;
 std::shared_ptr<const LayerWeights> cached_weights(const ConvShape& shape,
                                                    std::span<const uint8_t> canonical);
 struct CacheInfo {

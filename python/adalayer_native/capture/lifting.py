@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from adalayer_native.capture.vocabulary import arguments, op_name
+from adalayer_native.padding import PaddedConv2d, Sides, four_paddings
 
 __all__ = ["Lifter"]
 
 _CONVOLUTIONS = ("aten.conv1d", "aten.conv2d")
 _TRANSPOSED = ("aten.conv_transpose1d", "aten.conv_transpose2d")
+_PADS = ("aten.pad.default", "aten.constant_pad_nd.default")
 _LINEAR = ("aten.linear.default",)
 _PRODUCTS = ("aten.mm.default", "aten.matmul.default")
 _NORMS = ("aten.batch_norm.default", "aten._native_batch_norm_legit_no_training.default")
@@ -118,6 +120,9 @@ class Lifter:
     def _convolution(self, node: fx.Node, transposed: bool) -> _Call | None:
         a = arguments(node)
         operand, weight_node, bias_node = a["input"], a["weight"], a["bias"]
+        around: Sides = (0, 0, 0, 0)
+        if not transposed:
+            operand, around = self._without_padding(operand)
         found = self._parameters(weight_node, bias_node)
         if found is None or not isinstance(operand, fx.Node) or self.value(operand) is not None:
             return None
@@ -150,9 +155,45 @@ class Lifter:
                 weight.shape[1] * groups, weight.shape[0], kernel, stride, padding,  # type: ignore[arg-type]
                 dilation, groups, bias is not None, device="meta",  # type: ignore[arg-type]
             )  # fmt: skip
+            if any(around):
+                layer = _padded(layer, around)
         self._fill(layer, weight, bias, (weight_node, bias_node))
-        key = (transposed, kernel, stride, padding, dilation, output_padding, groups, axes)
+        key = (transposed, kernel, stride, padding, around, dilation, output_padding, groups, axes)
         return _Call(operand, layer, weight_node, bias_node, key)
+
+    def _without_padding(self, operand: Any) -> tuple[Any, Sides]:
+        """What a convolution reads behind zero padding that stands alone, and how much of it.
+
+        The padding then is the convolution's own, and no image with a margin is ever stored. It
+        stays an operation where anything else reads its result.
+        """
+        around: Sides = (0, 0, 0, 0)
+        while isinstance(operand, fx.Node):
+            more = _zeros_around(operand)
+            if more is None or not all(self._convolves(user, operand) for user in operand.users):
+                break
+            a, b, c, d = (old + new for old, new in zip(around, more, strict=True))
+            around = a, b, c, d
+            operand = operand.args[0]
+        return operand, around
+
+    def _convolves(self, node: fx.Node, operand: fx.Node) -> bool:
+        """Whether a node is a convolution of this operand with a constant weight."""
+        if node.op != "call_function":
+            # A pad behind this one that a convolution has taken, or a layer of another kind.
+            return False
+        name = op_name(node)
+        if name in _PADS:
+            return _zeros_around(node) is not None and all(
+                self._convolves(user, node) for user in node.users
+            )
+        plain = name.rpartition(".")[0] in _CONVOLUTIONS
+        if not plain and name == "aten.convolution.default":
+            plain = not arguments(node)["transposed"]
+        if not plain:
+            return False
+        a = arguments(node)
+        return a["input"] is operand and self.value(a["weight"]) is not None
 
     def _linear(self, operand: Any, weight: Any, bias: Any, *, transposed: bool) -> _Call | None:
         found = self._parameters(weight, bias)
@@ -375,6 +416,40 @@ _FACTORIES = frozenset(
     for name in ("full.default", "zeros.default", "ones.default", "arange.default",
                  "arange.start", "arange.start_step", "eye.default", "scalar_tensor.default")
 )  # fmt: skip
+
+
+def _zeros_around(node: fx.Node) -> Sides | None:
+    """``(top, bottom, left, right)`` of a node that pads images or rows with zeros, else None."""
+    if node.op != "call_function" or op_name(node) not in _PADS:
+        return None
+    a = arguments(node)
+    info = a["self"].meta.get("val")
+    if a.get("mode", "constant") != "constant" or a.get("value") not in (None, 0):
+        return None
+    amounts = list(a["pad"])  # of the last axis first
+    axes = info.dim() - 2 if isinstance(info, Tensor) else 0
+    if axes not in (1, 2) or any(type(n) is not int or n < 0 for n in amounts):
+        return None  # sizes that the input decides, or a crop
+    left, right, top, bottom, *others = [*amounts, 0, 0, 0, 0]
+    if any(others) or (axes == 1 and (top or bottom)):
+        return None
+    return top, bottom, left, right
+
+
+def _padded(layer: nn.Conv2d, around: Sides) -> nn.Conv2d:
+    """A convolution with more zeros around its input than it has itself."""
+    own = four_paddings(layer)
+    top, bottom, left, right = (old + new for old, new in zip(own, around, strict=True))
+    kind: Any = PaddedConv2d
+    padding: dict[str, Any] = {"sides": (top, bottom, left, right)}
+    if (top, left) == (bottom, right):
+        kind, padding = nn.Conv2d, {"padding": (top, left)}
+    new: nn.Conv2d = kind(
+        layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride,
+        dilation=layer.dilation, groups=layer.groups, bias=layer.bias is not None,
+        device="meta", **padding,
+    )  # fmt: skip
+    return new
 
 
 def _each(value: Any, axes: int) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from adalayer_native.engine.call import Call
 from adalayer_native.engine.coverage import Row
 from adalayer_native.engine.emit import emit
 from adalayer_native.engine.export import Exported, export, layer_name, op_name
-from adalayer_native.engine.policy import slower_than_float
+from adalayer_native.engine.policy import fastest_of, float_choices, layer_times
 from adalayer_native.engine.results import INTEGERS, Leaf, Output, Port, thawed
 from adalayer_native.engine.runtime import WEIGHTS, Engine, NativePart, Step, TorchStep
 from adalayer_native.engine.segments import Part, TorchPart, divide, is_layer
@@ -55,7 +55,8 @@ def compile(
             else is among them (None, numbers, texts).
         policy: "fastest" measures every layer against a float kernel with the same dequantized
             weights and the same fake-quantized activations, and keeps the faster (by what it is
-            compiled for: the batch of ``example_inputs``); "native" keeps all layers native.
+            compiled for: the batch of ``example_inputs``), up to a network that is all in float;
+            "native" keeps all layers native.
         strict: a node that cannot run natively is an error.
         weights: weights below 8 bits are "streamed" (packed in memory, unpacked while they are
             used), "resident" (unpacked to bytes once), or, layer by layer, whichever is faster with
@@ -172,19 +173,12 @@ def compile_exported(
     engine = _build(exported, {}, strict, weights, signature)
     if policy == "native":
         return engine
-    slower = slower_than_float(exported, engine, batch)
-    if not slower:
+    choices = float_choices(layer_times(exported, engine, batch))
+    if not choices:
         return engine
-    other = _build(exported, slower, False, weights, signature)
-    return faster(engine, other, batch)
-
-
-def faster(engine: Engine, other: Engine, batch: int) -> Engine:
-    """The engine that takes less time for a whole batch."""
-    from adalayer_native.engine.policy import seconds_of
-
-    times = seconds_of({"native": engine, "mixed": other}, batch)
-    return other if times["mixed"] < times["native"] else engine
+    others = [_build(exported, choice, False, weights, signature) for choice in choices]
+    found: Engine = fastest_of([engine, *others], batch)
+    return found
 
 
 def _build(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -12,9 +13,9 @@ from torch import Tensor, fx
 
 from adalayer_native import ops
 from adalayer_native.engine.export import Exported, layer_name
-from adalayer_native.engine.segments import FloatLayer, is_layer
+from adalayer_native.engine.segments import float_layer, is_layer
 
-__all__ = ["seconds_of", "slower_than_float"]
+__all__ = ["fastest_of", "float_choices", "layer_times", "seconds_of"]
 
 # A layer must lose by this much before it leaves the engine: each exchange also splits the program
 # in two, and timings of microseconds scatter.
@@ -52,7 +53,7 @@ def _float_us(exported: Exported, node: fx.Node, batch: int) -> float:
     """Microseconds of the float layer, with its share of the conversions between the two worlds."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    layer = FloatLayer(exported, node, on_grid=True)
+    layer = float_layer(exported, node, on_grid=True)
     layer.output_grid = None
     sizes = [exported.sizes(item) for item in (source, node)]
     x, y = (torch.rand(batch, *(size or ())) for size in sizes)
@@ -70,14 +71,27 @@ def _float_us(exported: Exported, node: fx.Node, batch: int) -> float:
         return _median_us(run)
 
 
-def slower_than_float(exported: Exported, engine: Any, batch: int) -> dict[fx.Node, str]:
-    """Layers whose native kernel clearly loses to float on this machine, with the reason.
+@dataclass
+class Times:
+    """Microseconds.
+
+    Attributes:
+        layers: of the native kernel, and of the float one, of each layer that runs natively.
+        engine: of all that the engine does.
+    """
+
+    layers: dict[fx.Node, tuple[float, float]]
+    engine: float
+
+
+def layer_times(exported: Exported, engine: Any, batch: int) -> Times:
+    """What the engine takes, and its layers there and in float.
 
     Both sides have ``ops.get_num_threads()`` threads where torch uses as many.
     """
     rows = engine.coverage(batch, rounds=_ROUNDS)
     native = {row.name: row.microseconds for row in rows if row.kind != "torch"}
-    found: dict[fx.Node, str] = {}
+    found: dict[fx.Node, tuple[float, float]] = {}
     counts: dict[str, int] = {}
     for node in exported.graph.nodes:
         if not is_layer(node):
@@ -85,9 +99,34 @@ def slower_than_float(exported: Exported, engine: Any, batch: int) -> dict[fx.No
         name = layer_name(node)
         counts[name] = counts.get(name, 0) + 1
         mine = native.get(name if counts[name] == 1 else f"{name}#{counts[name]}", 0.0)
-        if mine <= 0.0:
-            continue
-        other = _float_us(exported, node, batch)
-        if other < _CLEARLY * mine:
-            found[node] = f"float takes {other:.0f} µs, native {mine:.0f} µs"
-    return found
+        if mine > 0.0:
+            found[node] = mine, _float_us(exported, node, batch)
+    return Times(found, rows.microseconds)
+
+
+def float_choices(times: Times) -> list[dict[fx.Node, str]]:
+    """Sets of layers that may be faster in float, with the reasons; the clock has to say.
+
+    Those whose native kernel clearly loses; and all of them, where that leaves no exchange between
+    native layers and others, and they take less in float than the whole engine.
+    """
+    layers = times.layers
+
+    def reasons(nodes: list[fx.Node]) -> dict[fx.Node, str]:
+        return {
+            node: f"float takes {layers[node][1]:.0f} µs, native {layers[node][0]:.0f} µs"
+            for node in nodes
+        }
+
+    clearly = [node for node, (mine, other) in layers.items() if other < _CLEARLY * mine]
+    found = [clearly] if clearly else []
+    in_float = sum(other for _, other in layers.values())
+    if len(clearly) < len(layers) and in_float < times.engine:
+        found.append(list(layers))
+    return [reasons(nodes) for nodes in found]
+
+
+def fastest_of(engines: list[Any], batch: int) -> Any:
+    """The engine that takes the least time for a whole batch; the first one wins ties."""
+    times = seconds_of({str(k): engine for k, engine in enumerate(engines)}, batch)
+    return engines[min(range(len(engines)), key=lambda k: times[str(k)])]

@@ -11,18 +11,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from adalayer_native import ops
 from adalayer_native.capture.opaque import OPERATOR, OpaqueCall
 from adalayer_native.capture.vocabulary import arguments, op_name
 from adalayer_native.engine.export import Exported
 from adalayer_native.engine.lower import CannotLower, Grids, Lowered, lower, rule_for
 from adalayer_native.engine.work import multiply_accumulates
 from adalayer_native.errors import UnsupportedModelError
+from adalayer_native.nn.float_layer import FloatLayer
 
-__all__ = ["FloatLayer", "Part", "TorchPart", "divide", "is_layer"]
+__all__ = ["Part", "TorchPart", "divide", "float_layer", "is_layer"]
 
 
 @dataclass
@@ -156,70 +155,12 @@ def divide(exported: Exported, chosen: dict[fx.Node, str]) -> tuple[list[Part], 
 # -- parts in torch -------------------------------------------------------------------------------
 
 
-class FloatLayer(nn.Module):
-    """A native layer in float: the same dequantized weights and the same fake-quant activations."""
-
-    def __init__(self, exported: Exported, node: fx.Node, on_grid: bool) -> None:
-        super().__init__()
-        a = arguments(node)
-        self.name = str(node.target).split(".")[1]
-        weight = ops.unpack_weight(exported.tensor(a["weight_packed"])).float()
-        scale = exported.tensor(a["weight_scale"])
-        self.register_buffer("weight", weight * scale.reshape(-1, 1, 1, 1))
-        self.register_buffer("bias", exported.tensor(a["bias"]))
-        self.input_grid = (
-            None
-            if on_grid
-            else (
-                a["input_scale"],
-                a["input_zero_point"],
-                a["input_bits"],
-            )
-        )
-        self.bounds = a["lo"], a["hi"]
-        self.output_grid = None
-        if a.get("output_bits"):
-            self.output_grid = a["output_scale"], a["output_zero_point"], a["output_bits"]
-        self.geometry: dict[str, Any] = {}
-        self.pad: list[int] | None = None
-        if self.name == "linear":
-            self.weight = self.weight.flatten(1)
-            return
-        padding = list(a["padding"])
-        if len(padding) == 4:
-            top, left, bottom, right = padding
-            if (top, left) != (bottom, right):
-                self.pad, top, left = [left, right, top, bottom], 0, 0
-            padding = [top, left]
-        for key in ("stride", "dilation", "output_padding"):
-            if key in a:
-                self.geometry[key] = list(a[key])
-        self.geometry |= {"padding": padding, "groups": int(a["groups"])}
-        if self.name == "conv_transpose2d":
-            # Packed weights are [O, I/groups, ...]; torch wants [I, O/groups, ...].
-            groups = int(a["groups"])
-            o, i, kh, kw = self.weight.shape
-            split = self.weight.reshape(groups, o // groups, i, kh, kw).transpose(1, 2)
-            self.weight = split.reshape(groups * i, o // groups, kh, kw)
-
-    weight: Tensor
-    bias: Tensor
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if self.input_grid is not None:
-            x = ops.fake_quantize(x, *self.input_grid)
-        if self.name == "linear":
-            y = F.linear(x, self.weight, self.bias)
-        else:
-            if self.pad is not None:
-                x = F.pad(x, self.pad)
-            run = F.conv2d if self.name == "conv2d" else F.conv_transpose2d
-            y = run(x, self.weight, self.bias, **self.geometry)
-        if residual is not None:
-            y = y + residual
-        if self.bounds != (None, None):
-            y = y.clamp(*self.bounds)
-        return y if self.output_grid is None else ops.fake_quantize(y, *self.output_grid)
+def float_layer(exported: Exported, node: fx.Node, on_grid: bool) -> FloatLayer:
+    """A native layer in float. ``on_grid``: its input has the fake-quantized values already."""
+    tensors = ("weight_packed", "weight_scale", "bias")
+    a = arguments(node)
+    given = {key: exported.tensor(value) if key in tensors else value for key, value in a.items()}
+    return FloatLayer(str(node.target).split(".")[1], given, on_grid)
 
 
 _PLAIN_NORMS = ("adalayer.grid_batch_norm.default", "adalayer.grid_layer_norm.default")
@@ -280,7 +221,7 @@ class TorchPart:
                 wanted = (a["input_scale"], a["input_zero_point"], a["input_bits"])
                 grid = grids(source)
                 same = grid is not None and (grid.scale, grid.zero_point, grid.bits) == wanted
-                root.add_module(name, FloatLayer(exported, node, same))
+                root.add_module(name, float_layer(exported, node, same))
                 operands = [source, a.get("residual")]
                 found = [find(item) for item in operands if isinstance(item, fx.Node)]
                 known[node] = graph.call_module(name, tuple(found))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from adalayer_native import ops
 from adalayer_native.errors import UnsupportedModelError
 from adalayer_native.nn.fake_quantize import FakeQuantize
 from adalayer_native.nn.layer import Activation, NativeLayer, checked_qparams, grid_of
+from adalayer_native.padding import four_paddings
 from adalayer_native.rounding import conv_form, quantize_weight
 
 __all__ = ["Conv2d", "ConvTranspose2d"]
@@ -145,6 +148,7 @@ class Conv2d(NativeLayer):
             )
         weight, scale = quantize_weight(conv.weight.detach().float(), bits)
         input_scale, zero_point = grid_of(*input_range, input_bits)
+        top, bottom, left, right = four_paddings(conv)
         return cls.from_quantized(
             weight,
             bits,
@@ -154,7 +158,7 @@ class Conv2d(NativeLayer):
             input_zero_point=zero_point,
             input_bits=input_bits,
             stride=conv.stride,
-            padding=_explicit_padding(conv),
+            padding=(top, left, bottom, right),
             dilation=conv.dilation,
             groups=conv.groups,
             activation=activation,
@@ -167,9 +171,18 @@ class Conv2d(NativeLayer):
         self._check(x, self.in_channels, 1, 4)
         if residual is not None and not self._same_shape(x, residual):
             return self._finish(self._broadcast(x, residual), x)
+        if self._may_choose(x):
+            with torch.no_grad():
+                rest = () if residual is None else (residual,)
+                out = self.fastest.run(self, self._native, x, *rest)
+        else:
+            out = self._native(x, residual)
+        return self._finish(out, x)
+
+    def _native(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         grid = self.output_grid
         run = ops.conv2d_direct if x.is_cpu and ops.plain_eager(x) else ops.conv2d
-        out = run(
+        return run(
             x,
             *self._arguments(),
             lo=self.lo,
@@ -179,7 +192,10 @@ class Conv2d(NativeLayer):
             output_zero_point=0 if grid is None else grid.input_zero_point,
             output_bits=0 if grid is None else grid.input_bits,
         )
-        return self._finish(out, x)
+
+    def operator(self) -> tuple[str, dict[str, Any]]:
+        given = dict(zip(_CONV_KEYS, self._arguments(), strict=True))
+        return "conv2d", given | _finish_of(self)
 
     def _arguments(self) -> _ConvArguments:
         """The operator's arguments from the weights to the groups."""
@@ -227,14 +243,22 @@ class Conv2d(NativeLayer):
         return text
 
 
-def _explicit_padding(conv: nn.Conv2d) -> tuple[int, int, int, int]:
-    """(top, left, bottom, right) of a float convolution; "same" puts the odd pixel last."""
-    if conv.padding == "valid":
-        return 0, 0, 0, 0
-    if conv.padding == "same":
-        h, w = (d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
-        return h // 2, w // 2, h - h // 2, w - w // 2
-    return _padding4(conv.padding)  # type: ignore[arg-type]
+_CONV_KEYS = (
+    "weight_packed", "weight_scale", "bias", "input_scale", "input_zero_point", "input_bits",
+    "kernel_size", "stride", "padding", "dilation", "groups",
+)  # fmt: skip
+
+
+def _finish_of(layer: Conv2d | ConvTranspose2d) -> dict[str, Any]:
+    """What an operator does behind its sums, as arguments."""
+    grid = layer.output_grid
+    return {
+        "lo": layer.lo,
+        "hi": layer.hi,
+        "output_scale": 0.0 if grid is None else grid.input_scale,
+        "output_zero_point": 0 if grid is None else grid.input_zero_point,
+        "output_bits": 0 if grid is None else grid.input_bits,
+    }
 
 
 class ConvTranspose2d(NativeLayer):
@@ -355,8 +379,22 @@ class ConvTranspose2d(NativeLayer):
     def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """``x`` convolved; ``output_size`` (h, w) or a whole shape overrules output_padding."""
         self._check(x, self.in_channels, 1, 4)
+        if output_size is None and self._may_choose(x):
+            with torch.no_grad():
+                out = self.fastest.run(self, self._native, x)
+        else:
+            out = self._native(x, output_size)
+        return self._finish(out, x)
+
+    def operator(self) -> tuple[str, dict[str, Any]]:
+        return "conv_transpose2d", {
+            **{key: getattr(self, key) for key in (*_CONV_KEYS, "output_padding")},
+            **_finish_of(self),
+        }
+
+    def _native(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         grid = self.output_grid
-        out = ops.conv_transpose2d(
+        return ops.conv_transpose2d(
             x,
             self.weight_packed,
             self.weight_scale,
@@ -376,7 +414,6 @@ class ConvTranspose2d(NativeLayer):
             0 if grid is None else grid.input_zero_point,
             0 if grid is None else grid.input_bits,
         )
-        return self._finish(out, x)
 
     def _extra(self, x: Tensor, output_size: Sequence[int]) -> tuple[int, int]:
         """The output padding that gives the wanted size."""

@@ -111,8 +111,13 @@ class QuantizedInput(nn.Module):
         self.register_buffer(self._grid_key, qparams)
         self._read_grid()
 
+    def grid_tensor(self) -> Tensor:
+        """Scale, zero point and bits."""
+        found: Tensor = getattr(self, self._grid_key)
+        return found
+
     def _read_grid(self) -> None:
-        scale, zero_point, bits = getattr(self, self._grid_key).tolist()
+        scale, zero_point, bits = self.grid_tensor().tolist()
         self.input_scale, self.input_zero_point, self.input_bits = scale, int(zero_point), int(bits)
 
     def _load_from_state_dict(
@@ -145,6 +150,13 @@ class NativeLayer(QuantizedInput):
     bias: Tensor
     lo: float | None
     hi: float | None
+    policy: str = "native"
+    # Under another policy (policy.py), what it has found out.
+    fastest: Any = None
+
+    def operator(self) -> tuple[str, dict[str, Any]]:
+        """The operator that the layer is, and its arguments by name, but for the input."""
+        raise AssertionError("each layer type says its own operator")
 
     def _set_weight(
         self,
@@ -227,6 +239,15 @@ class NativeLayer(QuantizedInput):
     def _size_repr(self) -> str:
         raise AssertionError("each layer type says its own size")
 
+    def _may_choose(self, x: Tensor) -> bool:
+        """Whether the policy is asked: for what nobody traces, and torch computes in float32."""
+        return (
+            self.fastest is not None
+            and x.is_cpu
+            and x.dtype == torch.float32
+            and ops.plain_eager(x)
+        )
+
     def _finish(self, out: Tensor, x: Tensor) -> Tensor:
         return refuse_backward(out, x, self._label)
 
@@ -241,4 +262,4 @@ class NativeLayer(QuantizedInput):
         )
         if self.lo is not None or self.hi is not None:
             text += f", clamp=({self.lo}, {self.hi})"
-        return text
+        return text if self.policy == "native" else f"{text}, policy={self.policy}"

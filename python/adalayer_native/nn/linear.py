@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from adalayer_native import ops
@@ -80,8 +83,16 @@ class Linear(NativeLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         self._check(x, self.in_features, -1, None)
+        if self._may_choose(x):
+            with torch.no_grad():
+                out = self.fastest.run(self, self._native, x)
+        else:
+            out = self._native(x)
+        return self._finish(out, x)
+
+    def _native(self, x: Tensor) -> Tensor:
         run = ops.linear_direct if x.is_cpu and ops.plain_eager(x) else ops.linear
-        out = run(
+        return run(
             x,
             self.weight_packed,
             self.weight_scale,
@@ -92,7 +103,10 @@ class Linear(NativeLayer):
             self.lo,
             self.hi,
         )
-        return self._finish(out, x)
+
+    def operator(self) -> tuple[str, dict[str, Any]]:
+        keys = ("weight_packed", "weight_scale", "bias", "input_scale", "input_zero_point")
+        return "linear", {key: getattr(self, key) for key in (*keys, "input_bits", "lo", "hi")}
 
     def _size_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}"

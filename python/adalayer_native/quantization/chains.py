@@ -29,8 +29,8 @@ from adalayer_native.capture import vocabulary as table
 from adalayer_native.capture.float_values import float_values
 from adalayer_native.capture.vocabulary import LAYERS
 from adalayer_native.errors import UnsupportedModelError
+from adalayer_native.padding import four_paddings
 from adalayer_native.plan import Plan
-from adalayer_native.quantization.fake_quant import four_paddings
 from adalayer_native.rounding import conv_form
 
 ACT_ROOT = "act_quant"

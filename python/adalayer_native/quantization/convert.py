@@ -114,7 +114,7 @@ def _native_layer(prepared: GraphModel, name: str, clamp: Any) -> Any:
             **common,
         )
     assert isinstance(layer, QuantConv2d)
-    top, bottom, left, right = layer.four_paddings()
+    top, bottom, left, right = layer.sides
     return Conv2d.from_quantized(
         folded.weight,
         layer.bits,

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adalayer_native.errors import CalibrationError, PlanError
+from adalayer_native.padding import PaddedConv2d, four_paddings
 from adalayer_native.quantization.lsq import StepSize, learned_activation, learned_weight
 from adalayer_native.rounding import (
     conv_form,
@@ -245,21 +246,7 @@ class _QuantLayer:
         return text
 
 
-def four_paddings(layer: nn.Conv2d) -> tuple[int, int, int, int]:
-    """Zero padding as ``(top, bottom, left, right)``; resolves ``"same"`` and ``"valid"``."""
-    if layer.padding == "valid":
-        return 0, 0, 0, 0
-    if layer.padding == "same":
-        totals = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-        # The odd element goes to the end, as torch does.
-        (top, left) = (total // 2 for total in totals)
-        return top, totals[0] - top, left, totals[1] - left
-    assert not isinstance(layer.padding, str)
-    vertical, horizontal = layer.padding
-    return vertical, vertical, horizontal, horizontal
-
-
-class QuantConv2d(_QuantLayer, nn.Conv2d):
+class QuantConv2d(_QuantLayer, PaddedConv2d):
     """Convolution whose weight is pruned and quantized on every forward (eq. 4).
 
     Input and output are float32 ``[N, C, H, W]``. The parameter ``weight`` stays float; the
@@ -275,10 +262,10 @@ class QuantConv2d(_QuantLayer, nn.Conv2d):
         new = cls(
             layer.in_channels,
             layer.out_channels,
-            layer.kernel_size,  # type: ignore[arg-type]
-            stride=layer.stride,  # type: ignore[arg-type]
-            padding=layer.padding,  # type: ignore[arg-type]
-            dilation=layer.dilation,  # type: ignore[arg-type]
+            layer.kernel_size,
+            stride=layer.stride,
+            sides=four_paddings(layer),
+            dilation=layer.dilation,
             groups=layer.groups,
             bias=layer.bias is not None,
             device="meta",
@@ -288,19 +275,10 @@ class QuantConv2d(_QuantLayer, nn.Conv2d):
         new.train(layer.training)
         return new
 
-    def four_paddings(self) -> tuple[int, int, int, int]:
-        """Zero padding as ``(top, bottom, left, right)``; resolves ``"same"`` and ``"valid"``."""
-        return four_paddings(self)
-
     def forward(self, input: Tensor) -> Tensor:
         if self.exact is not None:
             return self.exact.run(input)
-        weight = self.quantized_weight()
-        top, bottom, left, right = self.four_paddings()
-        padding = (top, left)
-        if (top, left) != (bottom, right):
-            input, padding = F.pad(input, (left, right, top, bottom)), (0, 0)
-        return F.conv2d(input, weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        return self.convolve(input, self.quantized_weight())
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}{self._describe()}"
@@ -395,6 +373,7 @@ class QuantLinear(_QuantLayer, nn.Linear):
 
 QUANT_LAYERS: dict[type[nn.Module], Any] = {
     nn.Conv2d: QuantConv2d,
+    PaddedConv2d: QuantConv2d,
     nn.ConvTranspose2d: QuantConvTranspose2d,
     nn.Linear: QuantLinear,
 }

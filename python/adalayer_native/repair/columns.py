@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adalayer_native.errors import CalibrationError
-from adalayer_native.quantization.fake_quant import four_paddings
+from adalayer_native.padding import four_paddings
 
 __all__ = ["columns", "groups_of"]
 

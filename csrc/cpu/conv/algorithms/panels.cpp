@@ -22,7 +22,7 @@ class PanelsAlgorithm final : public ConvAlgorithm {
   }
 
   double bytes(const ConvTask& task, const ImageLayout& in) const override {
-    return panels_bytes(task.shape, task.bits, in);
+    return panels_bound(task.shape, task.bits, in).all();
   }
 
   std::unique_ptr<ConvWeights> derive(const ConvTask&, const ConvLayouts&,

@@ -86,8 +86,15 @@ class SparsePanelsAlgorithm final : public ConvAlgorithm {
 
   LayoutNeeds needs(const ConvTask& task) const override { return kPanelsAlgorithm.needs(task); }
 
-  // Not counted: only the weights say whether there are zeros to leave out, and how many.
-  double bytes(const ConvTask&, const ImageLayout&) const override { return 0.0; }
+  // Whether there are zeros to leave out, and how many, only the weights say: as much as the dense
+  // panels, and lists of all that is in them. Where forms may not stand beside each other, it is
+  // in the place of the dense panels, or not there.
+  double bytes(const ConvTask& task, const ImageLayout& in) const override {
+    const PanelsBound dense = panels_bound(task.shape, task.bits, in);
+    const double bitmasks = 128.0 * dense.tiles;
+    const double lists = 4.0 * dense.tiles + 33.0 * (dense.column_tiles + 1.0);
+    return dense.tables + lists + (task.room == Room::Several ? dense.packed + bitmasks : 0.0);
+  }
 
   std::unique_ptr<ConvWeights> derive(const ConvTask& task, const ConvLayouts& at,
                                       std::span<const int8_t> values) const override {
@@ -95,6 +102,7 @@ class SparsePanelsAlgorithm final : public ConvAlgorithm {
     if (weights == nullptr) return nullptr;
     weights->bits = task.bits;
     if (sparse_is_forced()) weights->merit = Merit::Forced;
+    if (weights->merit == Merit::Unknown && task.room != Room::Several) return nullptr;
     return weights;
   }
 

@@ -47,7 +47,7 @@ class StemAlgorithm final : public ConvAlgorithm {
   }
 
   double bytes(const ConvTask& task, const ImageLayout& in) const override {
-    return panels_bytes(stem_of(task).shape, task.bits, in);
+    return panels_bound(stem_of(task).shape, task.bits, in).all();
   }
 
   std::unique_ptr<ConvWeights> derive(const ConvTask&, const ConvLayouts&,

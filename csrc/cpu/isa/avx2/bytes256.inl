@@ -135,47 +135,6 @@ void unpack_tiles(const uint8_t* packed, int bits, int64_t count, int8_t* out) {
   unpack_planar<Bytes256>(packed, bits, count, out);
 }
 
-void store(const StoreArgs& s) {
-  const OutputSpec& out = *s.out;
-  const __m256 lo = _mm256_set1_ps(out.lo), hi = _mm256_set1_ps(out.hi);
-  const __m256 step = _mm256_set1_ps(out.grid_scale);
-  const __m256i zero = _mm256_set1_epi32(out.zero_point);
-  const Grid grid(out.grid);
-  for (int r = 0; r < s.rows; ++r) {
-    if (s.position[r] < 0) continue;
-    const int32_t* sums = s.sums + r * s.sums_stride;
-    const int64_t row = s.first + s.position[r] * s.position_stride;
-    int c = 0;
-    if (s.channel_stride == 1) {
-      for (; c + 8 <= s.cols; c += 8) {
-        const auto load = [&](const int32_t* p) {
-          return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + c));
-        };
-        const __m256 acc = _mm256_cvtepi32_ps(_mm256_add_epi32(load(sums), load(s.correction)));
-        __m256 y = _mm256_fmadd_ps(acc, _mm256_loadu_ps(out.scale + s.channel + c),
-                                   _mm256_loadu_ps(out.bias + s.channel + c));
-        if (out.residual != nullptr) y = _mm256_add_ps(y, _mm256_loadu_ps(out.residual + row + c));
-        y = _mm256_min_ps(_mm256_max_ps(y, lo), hi);
-        if (out.dtype == DType::F32) {
-          if (out.on_grid) y = _mm256_mul_ps(_mm256_cvtepi32_ps(grid.relative(y)), step);
-          _mm256_storeu_ps(static_cast<float*>(out.data) + row + c, y);
-        } else {
-          const uint64_t bytes = narrow(_mm256_add_epi32(_mm256_cvtps_epi32(y), zero));
-          std::memcpy(static_cast<uint8_t*>(out.data) + row + c, &bytes, 8);
-        }
-      }
-    }
-    for (; c < s.cols; ++c) {
-      const int64_t at = row + c * s.channel_stride, channel = s.channel + c;
-      const int32_t acc = sums[c] + s.correction[c];
-      if (out.dtype == DType::F32) {
-        static_cast<float*>(out.data)[at] = output_value(acc, channel, at, out);
-      } else {
-        static_cast<uint8_t*>(out.data)[at] = requantize_u8(
-            acc, out.scale[channel], out.bias[channel], out.lo, out.hi, out.zero_point);
-      }
-    }
-  }
-}
+#include "cpu/isa/avx2/store256.inl"
 
 void nothing() {}

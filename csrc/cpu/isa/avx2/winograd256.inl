@@ -15,6 +15,12 @@ struct Vec256 {
   static T load_narrow(const uint8_t* p) {
     return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
+  /// int16 that fit int8.
+  static void store_narrow(uint8_t* p, T v) {
+    const __m128i bytes =
+        _mm_packs_epi16(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+  }
   static T broadcast(const int16_t* pair) {
     int32_t both;
     std::memcpy(&both, pair, sizeof both);

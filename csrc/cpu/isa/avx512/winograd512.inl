@@ -15,6 +15,10 @@ struct Vec512 {
   static T load_narrow(const uint8_t* p) {
     return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
+  /// int16 that fit int8.
+  static void store_narrow(uint8_t* p, T v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi16_epi8(v));
+  }
   static T broadcast(const int16_t* pair) {
     int32_t both;
     std::memcpy(&both, pair, sizeof both);

@@ -35,6 +35,13 @@ struct Axis<2> {
     v[2] = Vec::sub16(d[2], d[1]);
     v[3] = Vec::sub16(d[1], d[3]);
   }
+  [[gnu::always_inline]] static inline void weight(const T (&g)[3], T (&u)[4]) {
+    const T sum = Vec::add16(g[0], g[2]);
+    u[0] = g[0];
+    u[1] = Vec::add16(sum, g[1]);
+    u[2] = Vec::sub16(sum, g[1]);
+    u[3] = g[2];
+  }
   [[gnu::always_inline]] static inline void output(const T (&m)[4], T (&y)[2]) {
     y[0] = Vec::add32(Vec::add32(m[0], m[0]), Vec::add32(m[1], m[2]));
     y[1] = Vec::sub32(Vec::sub32(m[1], m[2]), Vec::add32(m[3], m[3]));
@@ -58,6 +65,16 @@ struct Axis<4> {
     v[3] = Vec::add16(a, twice);
     v[4] = Vec::sub16(a, twice);
     v[5] = Vec::sub16(Vec::sub16(d[5], d[3]), Vec::add16(twice, twice));
+  }
+  [[gnu::always_inline]] static inline void weight(const T (&g)[3], T (&u)[6]) {
+    const T sum = Vec::add16(g[0], g[2]), twice = Vec::add16(g[1], g[1]);
+    const T even = Vec::add16(g[0], Vec::shl16<2>(g[2]));
+    u[0] = g[0];
+    u[1] = Vec::sub16(Vec::set32(0), Vec::add16(sum, g[1]));
+    u[2] = Vec::sub16(g[1], sum);
+    u[3] = Vec::add16(even, twice);
+    u[4] = Vec::sub16(even, twice);
+    u[5] = g[2];
   }
   /// Outputs 1, 2 and 3 without the factors 2, 4 and 4 of their rows.
   [[gnu::always_inline]] static inline void output(const T (&m)[6], T (&y)[4]) {
@@ -94,6 +111,37 @@ void transform_input(const WinogradInputArgs& a) {
       unrolled<n>([&](auto j) __attribute__((always_inline)) {
         Vec::store(out, v[j.value]);
         out += a.tap_stride;
+      });
+    });
+  }
+}
+
+template <int kTile>
+void transform_taps(const WinogradTapsArgs& a) {
+  using A = Axis<kTile>;
+  constexpr int n = A::kTaps;
+  const int64_t count = a.pairs * kWinogradGroup * 2;
+  for (int64_t at = 0; at < count; at += Vec::kLevels) {
+    T half[n][3];
+    unrolled<3>([&](auto x) __attribute__((always_inline)) {
+      T g[3], u[n];
+      unrolled<3>([&](auto y) __attribute__((always_inline)) {
+        const int8_t* weights = a.weights + (y.value * 3 + x.value) * count + at;
+        g[y.value] = Vec::load_narrow(reinterpret_cast<const uint8_t*>(weights));
+      });
+      A::weight(g, u);
+      unrolled<n>([&](auto i)
+                      __attribute__((always_inline)) { half[i.value][x.value] = u[i.value]; });
+    });
+    unrolled<n>([&](auto i) __attribute__((always_inline)) {
+      T u[n];
+      A::weight(half[i.value], u);
+      unrolled<n>([&](auto j) __attribute__((always_inline)) {
+        constexpr int k = i.value * n + j.value;
+        if (a.narrow[k])
+          Vec::store_narrow(a.taps + a.offset[k] + at, u[j.value]);
+        else
+          Vec::store(a.taps + a.offset[k] + 2 * at, u[j.value]);
       });
     });
   }
@@ -210,5 +258,6 @@ constexpr WinogradKernels kernels_named(const char* name) {
           .rows = Vec::kRows,
           .multiply = multiply,
           .input = {transform_input<2>, transform_input<4>},
-          .output = {transform_output<2>, transform_output<4>}};
+          .output = {transform_output<2>, transform_output<4>},
+          .taps = {transform_taps<2>, transform_taps<4>}};
 }
