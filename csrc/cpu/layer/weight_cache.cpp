@@ -34,9 +34,9 @@ ConvShape geometry_of(ConvShape shape) {
 }  // namespace
 
 std::shared_ptr<const LayerWeights> cached_weights(const ConvShape& shape,
-                                                   std::span<const uint8_t> canonical) {
+                                                   std::span<const uint8_t> canonical, int qmax) {
   const formats::CanonicalHeader header = formats::read_header(canonical);
-  const LayerKey key{header.content_hash, geometry_of(shape), active_isa()};
+  const LayerKey key{header.content_hash, geometry_of(shape), qmax, active_isa()};
   // The hash covers the shape and the width; comparing them again keeps a forged or colliding hash
   // from reading out of bounds.
   const auto fits = [&](const LayerWeights& weights) {
@@ -48,7 +48,7 @@ std::shared_ptr<const LayerWeights> cached_weights(const ConvShape& shape,
   auto weights = cache().find(key);
   if (weights != nullptr && fits(*weights)) return weights;
   // Derived outside the lock: two threads may do it twice, none waits for the other.
-  const auto derived = std::make_shared<const LayerWeights>(derive_weights(shape, canonical));
+  const auto derived = std::make_shared<const LayerWeights>(derive_weights(shape, canonical, qmax));
   weights = cache().insert(key, derived);
   return fits(*weights) ? weights : derived;
 }

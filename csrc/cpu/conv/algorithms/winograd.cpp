@@ -101,12 +101,13 @@ bool saves_products(WinogradForm form, const ConvShape& s) {
 }
 
 /// Whether the form, which is exact, may be the fastest one.
-bool worth_a_trial(WinogradForm form, const ConvShape& s, std::span<const int8_t> values) {
+bool worth_a_trial(WinogradForm form, const ConvTask& task, std::span<const int8_t> values) {
+  const ConvShape& s = task.shape;
   if (std::min(s.in_channels, s.out_channels) < kLeastChannels || !saves_products(form, s))
     return false;
   if (form == WinogradForm::F4x4) return true;
   return s.out_h() * s.out_w() <= kSmallMap || !saves_products(WinogradForm::F4x4, s) ||
-         !reference::winograd_exact(WinogradForm::F4x4, values, s.out_channels);
+         !reference::winograd_exact(WinogradForm::F4x4, values, s.out_channels, task.qmax);
 }
 
 class WinogradAlgorithm final : public ConvAlgorithm {
@@ -142,10 +143,11 @@ class WinogradAlgorithm final : public ConvAlgorithm {
     const WinogradPolicy policy = winograd_policy();
     const bool forced = policy == forced_;
     if (policy != WinogradPolicy::Auto && !forced) return nullptr;
-    if (!reference::winograd_exact(form_, values, task.shape.out_channels)) return nullptr;
-    if (!forced && !worth_a_trial(form_, task.shape, values)) return nullptr;
+    if (!reference::winograd_exact(form_, values, task.shape.out_channels, task.qmax))
+      return nullptr;
+    if (!forced && !worth_a_trial(form_, task, values)) return nullptr;
     auto weights = std::make_unique<WinogradConvWeights>();
-    weights->taps = plan_winograd_taps(form_, task.shape, values);
+    weights->taps = plan_winograd_taps(form_, task.shape, values, task.qmax);
     weights->has_orders = false;
     if (forced) weights->merit = Merit::Forced;
     return weights;
