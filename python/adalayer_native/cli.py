@@ -83,6 +83,10 @@ def compress(
     energy: Annotated[
         float | None, typer.Option(help="Budget of optimal: modelled µJ per image.")
     ] = None,
+    loss: Annotated[
+        float | None,
+        typer.Option(help="Budget of optimal: nats above 8 bits; the fastest plan within it."),
+    ] = None,
     method: Annotated[Method, typer.Option(help="How bits are chosen.")] = _ADALAYER,
     fix: Annotated[
         list[str] | None, typer.Option(help="LAYER=BITS, decided already; may be repeated.")
@@ -141,7 +145,13 @@ def compress(
         data=data,
         out=out,
         budget=_budget(
-            size=size, bytes=size_bytes, bits=bits, latency=latency, bops=bops, energy=energy
+            size=size,
+            bytes=size_bytes,
+            bits=bits,
+            latency=latency,
+            bops=bops,
+            energy=energy,
+            loss=loss,
         ),
         method=method.value,
         layer_bits=_whole_numbers(layer_bits) if layer_bits else None,

@@ -16,13 +16,14 @@ from torch import Tensor
 from ..capture import Inputs
 from ..engine.compiler import compile as compile_engine
 from ..engine.latency import call_seconds
+from ..engine.runtime import Engine
 from ..errors import BudgetError
 from ..importance.batches import model_digest
 from ..quantization import calibrate, convert, prepare
 from .measuring import repeated, sizes_of
 from .options import Choice
 from .problem import Problem
-from .resources import Resource
+from .resources import LATENCY, Resource
 from .selection import Selection
 from .settings import Settings
 from .store import Store, cache_dir, machine
@@ -66,19 +67,30 @@ class EngineClock:
             self.store.save()
         return self.store[name]
 
+    def kernels(self, choice: Choice) -> dict[str, str]:
+        """What runs every layer in that engine."""
+        rows = self._engine(self.problem.full(choice)).coverage(rounds=0)
+        names = {
+            layer: [r.kernel for r in rows if r.name.split("#", 1)[0] == layer] for layer in choice
+        }
+        return {layer: found[0] for layer, found in names.items() if found}
+
     def _measure(self, choice: Choice) -> float:
         settings = self.settings
+        engine = self._engine(choice)
+        return 1e3 * call_seconds(engine, settings.latency_batch, settings.threads)
+
+    def _engine(self, choice: Choice) -> Engine:
         prepared = prepare(self.problem.model, self.problem.plan(choice))
         calibrate(prepared, [self.x], observer="minmax", progress=False)
-        batch = repeated(self.x, settings.latency_batch)
-        engine = compile_engine(convert(prepared), batch, policy="native")
-        return 1e3 * call_seconds(engine, settings.latency_batch, settings.threads)
+        batch = repeated(self.x, self.settings.latency_batch)
+        return compile_engine(convert(prepared), batch, policy="native")
 
 
 def latency_of(selection: Selection) -> Resource | None:
     """The latency among the limits, if there is one."""
-    found = [r for r in selection.resources if r.name == "latency" and np.isfinite(r.limit)]
-    return found[0] if found else None
+    found = selection.resource(LATENCY)
+    return found if found is not None and np.isfinite(found.limit) else None
 
 
 def correct(selection: Selection, columns: np.ndarray, clock: EngineClock) -> tuple[float, float]:
