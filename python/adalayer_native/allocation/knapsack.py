@@ -7,8 +7,9 @@ r"""The multiple-choice knapsack: one option per layer, least total error, withi
 Products are linearised exactly (Adams and Sherali 1986): options of a layer that share all their
 pair terms form a group, ``y`` is the product of two groups' indicators, and its row and column
 sums are those indicators. What several layers share (the bits of a value that all of them read) is
-an equation for each kind of option: as much of it in the one layer as in the other. Solved by HiGHS through ``scipy.optimize.milp``, which is deterministic:
-no time limit is set, and options that another one dominates are removed first, ties included.
+an equation for each kind of option: as much of it in the one layer as in the other. Solved by HiGHS
+through ``scipy.optimize.milp``, which is deterministic: no time limit is set, and options that
+another one dominates are removed first, ties included.
 """
 
 from __future__ import annotations
