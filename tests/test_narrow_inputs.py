@@ -356,7 +356,8 @@ def test_simulation_native_and_engine_have_the_same_bits(activation_bits: int, i
     model, x = wide(120), torch.rand(2, 3, 11, 9)
     x[0] = 1.0
     prepared, native = native_of(model, uniform(model, 8, activation_bits), x)
-    simulated = ada.simulate(prepared, exact=True)(x)
+    with torch.no_grad(), ada.simulate(prepared, exact=True) as exact:
+        simulated = exact(x)
     ops.force_isa(isa)
     try:
         for policy in ("auto", "4x4", "2x2", "off"):
