@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers_cli import run as run_command
 from helpers_optimal import FEW, files, optimal
 from torch import Tensor, nn
 
@@ -30,6 +33,7 @@ from adalayer_native.allocation.problem import Problem
 from adalayer_native.allocation.selection import Tables, selection_of
 from adalayer_native.errors import BudgetError, PlanError
 from adalayer_native.plan import LayerPlan, Plan, layer_kind, supported_layers
+from adalayer_native.report import load_run, record, run_table
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -401,6 +405,28 @@ def test_files(tmp_path: Path, model: nn.Module) -> None:
     found = {row.name: row.input_bits for row in loaded.coverage(rounds=0) if row.bits}
     assert sorted(found.values()) == [6, 7, 7, 8]
     assert "Input" in str(loaded.coverage(rounds=0))
+
+
+def test_report_and_info(
+    tmp_path: Path, model: nn.Module, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    plan, x = uniform(model, 4, 8), images()[0][:3]
+    plan["right"].activation_bits = 7
+    result = ada.compress(model, [x], None, plan=plan, repair=False, progress=False)
+    ada.save(result.model, tmp_path / "model.safetensors")
+    told = record("block", model, result, tmp_path / "model.safetensors", x)
+    assert [layer["activation_bits"] for layer in told["layers"]] == [8, 7, 7, 8]
+    assert all(layer["kernel"] for layer in told["layers"])
+    (tmp_path / "report.json").write_text(json.dumps(told))
+    plan.save(tmp_path / "plan.json")
+    run = load_run(tmp_path)
+    assert [layer.input_bits for layer in run.layers] == [8, 7, 7, 8]
+    assert "input bits" in [column.header for column in run_table(run).columns]
+    ada.compile(result.model, x, policy="native").save(tmp_path / "model.ada")
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run_command(monkeypatch, "info", tmp_path / "model.ada") == 0
+    shown = capsys.readouterr().out
+    assert "input bits" in shown and f"{ops.active_isa()}" in shown
 
 
 def test_old_plans_and_notes_of_kernels() -> None:
