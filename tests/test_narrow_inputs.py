@@ -316,6 +316,8 @@ def test_settings(model: nn.Module) -> None:
     with pytest.raises(PlanError, match="a budget of loss needs 8 bits among the widths"):
         optimal(model, Budget(loss=0.1), data=images(), widths=(2, 4), sparsities=(0.0,))
     assert str(Budget(loss=0.001)) == "0.001 nats per image more than with 8 bits everywhere"
+    with pytest.raises(BudgetError, match="within must not limit it"):
+        ada.pareto(model, images(), within=Budget(loss=0.1))
     with pytest.raises(BudgetError, match="takes one limit"):
         ada.allocate(None, Budget(loss=0.1), method="uniform", model=model)
 

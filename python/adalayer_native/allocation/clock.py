@@ -57,11 +57,12 @@ class EngineClock:
             **machine(settings.threads),
         }
         self.store = Store(cache_dir(settings.directory), "engines", key)
+        self._kernels: dict[str, dict[str, str]] = {}
 
     def __call__(self, choice: Choice) -> float:
         """Median milliseconds with ``choice``, and with what is pinned."""
         full = self.problem.full(choice)
-        name = json.dumps([[layer, *option.values] for layer, option in full.items()])
+        name = _name(full)
         if name not in self.store:
             self.store[name] = self._measure(full)
             self.store.save()
@@ -69,22 +70,35 @@ class EngineClock:
 
     def kernels(self, choice: Choice) -> dict[str, str]:
         """What runs every layer in that engine."""
-        rows = self._engine(self.problem.full(choice)).coverage(rounds=0)
-        names = {
-            layer: [r.kernel for r in rows if r.name.split("#", 1)[0] == layer] for layer in choice
-        }
-        return {layer: found[0] for layer, found in names.items() if found}
+        full = self.problem.full(choice)
+        name = _name(full)
+        if name not in self._kernels:  # its time was known
+            self._kernels[name] = _kernels(self._engine(full))
+        return self._kernels[name]
 
     def _measure(self, choice: Choice) -> float:
-        settings = self.settings
         engine = self._engine(choice)
-        return 1e3 * call_seconds(engine, settings.latency_batch, settings.threads)
+        self._kernels[_name(choice)] = _kernels(engine)
+        return 1e3 * call_seconds(engine, self.settings.latency_batch, self.settings.threads)
 
     def _engine(self, choice: Choice) -> Engine:
         prepared = prepare(self.problem.model, self.problem.plan(choice))
         calibrate(prepared, [self.x], observer="minmax", progress=False)
         batch = repeated(self.x, self.settings.latency_batch)
         return compile_engine(convert(prepared), batch, policy="native")
+
+
+def _name(choice: Choice) -> str:
+    return json.dumps([[layer, *option.values] for layer, option in choice.items()])
+
+
+def _kernels(engine: Engine) -> dict[str, str]:
+    """By layer; the second call of one is "layer#2"."""
+    found: dict[str, str] = {}
+    for row in engine.coverage(rounds=0):
+        if row.bits:
+            found.setdefault(row.name.split("#", 1)[0], row.kernel)
+    return found
 
 
 def latency_of(selection: Selection) -> Resource | None:

@@ -267,14 +267,16 @@ def _core(reduced: np.ndarray, sorts: np.ndarray) -> np.ndarray:
 def _undominated(errors: np.ndarray, costs: list[np.ndarray], allowed: np.ndarray) -> np.ndarray:
     """Options that no other one equals or beats in everything; of equal ones the first."""
     points = np.stack([errors, *costs], axis=1)
+    options = np.flatnonzero(allowed)
+    # In this order whatever beats an option comes before it, or is itself beaten by what does.
+    order = options[np.lexsort((options, *points[options].T[::-1]))]
     kept: list[int] = []
-    for option in np.flatnonzero(allowed).tolist():
-        beaten = (points[allowed] <= points[option]).all(axis=1)
-        strictly = beaten & (points[allowed] < points[option]).any(axis=1)
-        same = (points[kept] == points[option]).all(axis=1).any() if kept else False
-        if not strictly.any() and not same:
+    front = np.empty((len(options), points.shape[1]))
+    for option in order.tolist():
+        if not (front[: len(kept)] <= points[option]).all(axis=1).any():
+            front[len(kept)] = points[option]
             kept.append(option)
-    return np.array(kept, dtype=np.int64)
+    return np.sort(np.array(kept, dtype=np.int64))
 
 
 def _linearise(
