@@ -83,8 +83,9 @@ const ImageKernels& image_kernels() {
 int product_bits(const KernelRow& row, int bits, int qmax) {
   if (row.isa != Isa::Avx2) return bits;
   const int lacking = 8 - std::bit_width(static_cast<unsigned>(qmax));
-  // Products of seven bits are no faster than arranged ones of eight (isa/avx2/arrange.hpp).
-  return lacking == 1 && bits == 8 ? 8 : std::max(2, bits - lacking);
+  // Products of seven bits are no faster than those of eight where the weights are arranged.
+  const bool arranged = row.arrangement != nullptr && bits == 8;
+  return arranged && lacking == 1 ? bits : std::max(2, bits - lacking);
 }
 
 Requantize requantizer(const KernelRow& row) {

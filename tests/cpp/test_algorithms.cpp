@@ -271,4 +271,28 @@ TEST(winograd_where_sums_are_exact) {
   force_isa("auto");
 }
 
+/// Where kernels add products in 16 bits, levels that lack bits leave room as weights do.
+TEST(products_of_narrow_levels) {
+  for (const KernelRow* row : kernel_rows()) {
+    if (!isa_supported(row->isa)) continue;
+    CHECK_EQ(product_bits(*row, 8, 255), 8);
+    CHECK_EQ(product_bits(*row, 3, 255), 3);
+    const bool narrow = row->isa == Isa::Avx2;
+    CHECK_EQ(product_bits(*row, 8, 63), narrow ? 6 : 8);
+    CHECK_EQ(product_bits(*row, 8, 64), 8);  // seven bits, and arranged
+    CHECK_EQ(product_bits(*row, 7, 100), narrow ? 6 : 7);
+    CHECK_EQ(product_bits(*row, 4, 15), narrow ? 2 : 4);
+    CHECK_EQ(product_bits(*row, 2, 1), 2);
+    force_isa(row->name);
+    ConvTask task{*row, {.batch = 1, .in_channels = 64, .in_h = 9, .in_w = 9}, {}, 8, false};
+    task.shape.out_channels = 32;
+    task.qmax = 63;
+    const std::vector<int8_t> weights(64 * 32, int8_t{-128});
+    const ImageLayout in = image_layout(64, 9, 9, {});
+    const ConvForm form = make_form(*algorithms_for(task).front(), task, {in}, weights);
+    CHECK_EQ(form.weights->form(), std::string(narrow ? "products of 6 bits" : ""));
+  }
+  force_isa("auto");
+}
+
 int main(int argc, char** argv) { return check::run_all(argc, argv); }
