@@ -303,6 +303,21 @@ def test_the_fastest_plan_within_a_loss(model: nn.Module) -> None:
         planned(model, Budget(loss=1e-9, bits=4.0))
 
 
+@pytest.mark.skipif(ops.isas() == ["scalar"], reason="the scalar interpreter has no profile")
+def test_a_budget_of_loss_on_this_machine(model: nn.Module) -> None:
+    plan = planned(model, Budget(loss=0.02), input_widths=None, threads=1)
+    known = plan.measured
+    assert known["predicted_loss"] <= known["predicted_loss of 8 bits"] + 0.02
+    assert known["calibration_loss"] <= known["calibration_loss of 8 bits"] + 0.02
+    assert 0 < known["measured latency"] <= known["measured latency of 8 bits"]
+    assert all(layer.kernel.startswith(ops.active_isa()) for layer in plan.layers.values())
+    assert plan["left"].activation_bits == plan["right"].activation_bits
+    assert Plan.from_json(plan.to_json()) == plan
+    result = ada.compress(model, images(), None, plan=plan, repair=False, progress=False)
+    engine = ada.compile(result.model, images()[0], policy="native", strict=True)
+    assert torch.equal(engine(images()[0]), result.model(images()[0]))
+
+
 def test_settings(model: nn.Module) -> None:
     budgets = {name: Budget(**{name: 1.0}) for name in ("latency", "loss", "bits", "bops")}
     offered = {name: Settings().input_widths_for(b, 8) for name, b in budgets.items()}
