@@ -318,6 +318,26 @@ def test_a_budget_of_loss_on_this_machine(model: nn.Module) -> None:
     assert torch.equal(engine(images()[0]), result.model(images()[0]))
 
 
+@pytest.mark.skipif(ops.isas() == ["scalar"], reason="the scalar interpreter names no kernels")
+def test_kernels_are_those_of_layers() -> None:
+    class Padded(nn.Module):
+        """Zero channels, which the engine adds by a convolution of its own."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(16, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.first(x))
+            return self.last(nn.functional.pad(x, (0, 0, 0, 0, 4, 4))).mean((2, 3))
+
+    x = torch.randn(4, 3, 8, 8)
+    problem = Problem(ada.capture(Padded().eval(), x), None)
+    clock = method.EngineClock(problem, x[:1], Settings(threads=1))
+    choice = problem.uniform(8, 0.0)
+    assert clock(choice) > 0 and list(clock.kernels(choice)) == ["first", "last"]
+
+
 def test_settings(model: nn.Module) -> None:
     budgets = {name: Budget(**{name: 1.0}) for name in ("latency", "loss", "bits", "bops")}
     offered = {name: Settings().input_widths_for(b, 8) for name, b in budgets.items()}

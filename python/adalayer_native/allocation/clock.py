@@ -73,12 +73,12 @@ class EngineClock:
         full = self.problem.full(choice)
         name = _name(full)
         if name not in self._kernels:  # its time was known
-            self._kernels[name] = _kernels(self._engine(full))
+            self._kernels[name] = _kernels(self._engine(full), full)
         return self._kernels[name]
 
     def _measure(self, choice: Choice) -> float:
         engine = self._engine(choice)
-        self._kernels[_name(choice)] = _kernels(engine)
+        self._kernels[_name(choice)] = _kernels(engine, choice)
         return 1e3 * call_seconds(engine, self.settings.latency_batch, self.settings.threads)
 
     def _engine(self, choice: Choice) -> Engine:
@@ -92,12 +92,13 @@ def _name(choice: Choice) -> str:
     return json.dumps([[layer, *option.values] for layer, option in choice.items()])
 
 
-def _kernels(engine: Engine) -> dict[str, str]:
+def _kernels(engine: Engine, choice: Choice) -> dict[str, str]:
     """By layer; the second call of one is "layer#2"."""
     found: dict[str, str] = {}
     for row in engine.coverage(rounds=0):
-        if row.bits:
-            found.setdefault(row.name.split("#", 1)[0], row.kernel)
+        name = row.name.split("#", 1)[0]
+        if row.bits and name in choice:  # others stand for operations that are no layers
+            found.setdefault(name, row.kernel)
     return found
 
 
