@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,9 @@ class Predicted:
     def __call__(self, choice: Choice) -> float:
         times = (self.table.value(name, *option) for name, option in choice.items())
         return (sum(times) + self.table.constant) / 1000
+
+    def together(self, choices: Sequence[Choice]) -> list[float]:
+        return [self(choice) for choice in choices]
 
     def kernels(self, choice: Choice) -> dict[str, str]:
         return {name: f"made for {option.name}" for name, option in choice.items()}

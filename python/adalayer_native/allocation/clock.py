@@ -9,13 +9,14 @@ over what was predicted, and the solver chooses again, until both agree.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 import numpy as np
 from torch import Tensor
 
 from ..capture import Inputs
 from ..engine.compiler import compile as compile_engine
-from ..engine.latency import call_seconds
+from ..engine.latency import call_seconds, seconds_in_turn
 from ..engine.runtime import Engine
 from ..errors import BudgetError
 from ..importance.batches import model_digest
@@ -67,6 +68,18 @@ class EngineClock:
             self.store[name] = self._measure(full)
             self.store.save()
         return self.store[name]
+
+    def together(self, choices: Sequence[Choice]) -> list[float]:
+        """The same for several choices, timed in turn and anew."""
+        full = [self.problem.full(choice) for choice in choices]
+        engines = [self._engine(choice) for choice in full]
+        settings = self.settings
+        found = seconds_in_turn(engines, settings.latency_batch, settings.threads, seconds=1.0)
+        for choice, engine, seconds in zip(full, engines, found, strict=True):
+            self._kernels[_name(choice)] = _kernels(engine, choice)
+            self.store[_name(choice)] = 1e3 * seconds
+        self.store.save()
+        return [1e3 * seconds for seconds in found]
 
     def kernels(self, choice: Choice) -> dict[str, str]:
         """What runs every layer in that engine."""

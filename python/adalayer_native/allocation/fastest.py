@@ -67,7 +67,7 @@ def fastest(selection: Selection, evaluator: Evaluator | None, clock: EngineCloc
             "lose more, or take longer, where they are measured"
         )
     if not np.array_equal(found.columns, usual) and selection.fits(usual):
-        times = [clock(selection.choice(columns)) for columns in (found.columns, usual)]
+        times = clock.together([selection.choice(c) for c in (found.columns, usual)])
         if times[0] >= times[1]:
             return Found(usual, found.usual, found.usual)
     return found

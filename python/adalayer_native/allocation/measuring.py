@@ -501,7 +501,7 @@ def latency_table(
         "pinned": sorted([n, *o.values] for n, o in problem.pinned.items() if o.bits is not None),
         "float": sorted(set(problem.layers) - set(problem.free) - set(problem.pinned)),
         "activation_bits": problem.activation_bits,
-        "weights": "rounded",
+        "weights": "rounded, in turn with 8 bits",
         **machine(settings.threads),
     }
     store = Store(cache_dir(settings.directory), "latency", key)
@@ -509,7 +509,10 @@ def latency_table(
 
     def times(width: int | None) -> LayerTimes:
         if width not in known:
-            known[width] = _layer_times(problem, x, settings, width)
+            beside = None if width is None else times(None)
+            known[width] = _layer_times(problem, x, settings, width, beside)
+            if width is None and " reference" in store:
+                known[width].reference = store[" reference"]
         return known[width]
 
     def measure(name: str, option: Option) -> float:
@@ -526,6 +529,9 @@ def latency_table(
             layers, other = measured.column(*setting)
         else:
             layers, other = {}, store[f" {usual}"]
+        reference = times(None).reference
+        if reference is not None:
+            store[" reference"] = reference
         for each in problem.free:
             value = store[f"{each} {usual}"] if each in same else layers.get(each, 0.0)
             store[f"{each} {option.name}"] = value
@@ -542,7 +548,11 @@ def latency_table(
 
 
 def _layer_times(
-    problem: Problem, x: Inputs, settings: Settings, input_width: int | None
+    problem: Problem,
+    x: Inputs,
+    settings: Settings,
+    input_width: int | None,
+    beside: LayerTimes | None,
 ) -> LayerTimes:
     every = Option(MAX_BITS, activation_bits=input_width)
     plan = problem.plan(dict.fromkeys(problem.free, every))
@@ -550,7 +560,13 @@ def _layer_times(
     calibrate(prepared, [x], observer="minmax", progress=False)
     batch = repeated(x, settings.latency_batch)
     engine = compile_engine(convert(prepared), batch, policy="native")
-    return LayerTimes(engine, problem.free, batch=settings.latency_batch, threads=settings.threads)
+    return LayerTimes(
+        engine,
+        problem.free,
+        batch=settings.latency_batch,
+        threads=settings.threads,
+        beside=beside,
+    )
 
 
 def _interactions(

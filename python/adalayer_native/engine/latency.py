@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -16,7 +16,10 @@ from adalayer_native.engine.runtime import Engine, NativePart
 from adalayer_native.pruning import pattern_mask
 from adalayer_native.rounding import quantize_weight
 
-__all__ = ["LayerTimes", "call_seconds"]
+__all__ = ["LayerTimes", "call_seconds", "seconds_in_turn"]
+
+# Calls of an engine per turn, of which the first is not timed: another one had the caches.
+TIMED = 3
 
 
 class LayerTimes:
@@ -34,6 +37,12 @@ class LayerTimes:
         batch: images per call.
         threads: threads per call; default: those of ``ops.get_num_threads()``.
         rounds: runs per profile; the median counts.
+        beside: whose engine calls are timed beside; default: the own one.
+
+    Attributes:
+        reference: microseconds of a call of that engine when it was first timed. A column may be
+            measured minutes after another, when the machine is busier or less so: each is timed in
+            turn with this engine, and counts as if that one still took so long.
     """
 
     def __init__(
@@ -44,6 +53,7 @@ class LayerTimes:
         batch: int = 1,
         threads: int | None = None,
         rounds: int = 15,
+        beside: LayerTimes | None = None,
     ) -> None:
         self.engine, self.batch, self.rounds = engine, batch, rounds
         self.threads = ops.get_num_threads() if threads is None else threads
@@ -59,6 +69,8 @@ class LayerTimes:
                         found.add(_layer(name))
                 self.weights.append(numbers)
         self.layers = sorted(found)
+        self.beside = self if beside is None else beside
+        self.reference: float | None = None
         self._rounded: dict[tuple[int, int, int], np.ndarray] = {}
         self._forms: dict[tuple[int, float, str], dict[str, list[int]]] = {}
 
@@ -144,7 +156,13 @@ class LayerTimes:
         return bytes(ops.pack_weight(levels.to(torch.int8), bits).numpy())
 
     def _call(self, engine: Engine) -> float:
-        return 1e6 * call_seconds(engine, self.batch, self.threads, rounds=self.rounds)
+        other = self.beside
+        found, usual = seconds_in_turn(
+            [engine, other.engine], self.batch, self.threads, rounds=self.rounds
+        )
+        if other.reference is None:
+            other.reference = 1e6 * usual
+        return found / usual * other.reference
 
 
 def call_seconds(
@@ -161,24 +179,47 @@ def call_seconds(
         engine: to be timed.
         batch: images per call.
         threads: default: those of ``ops.get_num_threads()``.
-        rounds: calls at least.
+        rounds: timed calls at least.
         seconds: calls go on for so long.
     """
-    inputs = [port.sample(batch, engine.device) for port in engine.inputs]
-    samples: list[float] = []
+    return seconds_in_turn([engine], batch, threads, rounds=rounds, seconds=seconds)[0]
+
+
+def seconds_in_turn(
+    engines: Sequence[Engine],
+    batch: int = 1,
+    threads: int | None = None,
+    *,
+    rounds: int = 15,
+    seconds: float = 0.3,
+) -> list[float]:
+    """The same for several engines, a few calls of each at a time: they meet the same machine.
+
+    Args:
+        engines: to be compared.
+        batch, threads: as for :func:`call_seconds`.
+        rounds: timed calls of each at least.
+        seconds: of all calls of an engine together.
+    """
+    inputs = [[port.sample(batch, e.device) for port in e.inputs] for e in engines]
+    samples: list[list[float]] = [[] for _ in engines]
     before = ops.get_num_threads()
     ops.set_num_threads(before if threads is None else threads)
     try:
-        for _ in range(2):  # the first calls plan and warm up
-            engine.flat(inputs)
+        for engine, x in zip(engines, inputs, strict=True):
+            engine.flat(x)  # the first call plans
         begin = time.perf_counter()
-        while len(samples) < rounds or time.perf_counter() - begin < seconds:
-            start = time.perf_counter()
-            engine.flat(inputs)
-            samples.append(time.perf_counter() - start)
+        wanted = seconds * len(engines)
+        while len(samples[-1]) < rounds or time.perf_counter() - begin < wanted:
+            for engine, x, found in zip(engines, inputs, samples, strict=True):
+                engine.flat(x)
+                for _ in range(TIMED):
+                    start = time.perf_counter()
+                    engine.flat(x)
+                    found.append(time.perf_counter() - start)
     finally:
         ops.set_num_threads(before)
-    return statistics.median(samples)
+    return [statistics.median(found) for found in samples]
 
 
 def _layer(node: str) -> str:
