@@ -217,12 +217,17 @@ def _settle(source: Network) -> None:
 @lru_cache(maxsize=4)
 def native_network(name: str, bits: int) -> tuple[nn.Module, nn.Module]:
     """(fake-quantized, native) twins of a network with ``bits`` in every layer."""
-    source = network(name)
     layers = {
         n: LayerPlan(n, layer_kind(layer), layer.weight.numel(), bits)
-        for n, layer in supported_layers(source.model).items()
+        for n, layer in supported_layers(network(name).model).items()
     }
+    return native_plan(name, Plan(layers, "fixed", {}))
+
+
+def native_plan(name: str, plan: Plan) -> tuple[nn.Module, nn.Module]:
+    """The same twins for any plan."""
+    source = network(name)
     images = source.images(4, seed=2)
-    prepared = ada.prepare(source.model, Plan(layers, "fixed", {}), images)
+    prepared = ada.prepare(source.model, plan, images)
     ada.calibrate(prepared, [images], progress=False)
     return prepared, ada.convert(prepared)

@@ -125,7 +125,10 @@ def test_compress_optimal_with_overrides(monkeypatch, capsys, files, tmp_path) -
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--method", "optimal"), "--size, --bytes or --bits, --latency, --bops or --energy"),
+        (
+            ("--method", "optimal"),
+            "--size, --bytes or --bits, --latency, --bops, --energy or --loss",
+        ),
         (("--size", 0.2, "--bytes", 9000), "by size or by bytes, not by both"),
         (("--size", 0.2, "--latency", 1), "'adalayer' takes one limit"),
         (("--size", 0.2, "--exclude", "conv9"), "exclude: unknown layer 'conv9'"),

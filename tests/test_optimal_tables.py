@@ -152,7 +152,7 @@ def test_repaired_weights_in_little_memory(model) -> None:
     roomy = RepairedWeights(model, data, names, progress=False)
     tight = RepairedWeights(model, data, names, memory=1, progress=False)
     roomy.expect("conv2", options)
-    for name, (bits, sparsity, _) in itertools.product(names, options):
+    for name, (bits, sparsity, *_) in itertools.product(names, options):
         one, other = roomy(name, bits, sparsity), tight(name, bits, sparsity)
         torch.testing.assert_close(one, other)
         weight = model.get_submodule(name).weight
@@ -204,7 +204,7 @@ def test_pruning_that_saves_nothing_is_not_offered(model) -> None:
     problem = Problem(model, None)
     tables = measure_tables(problem, budget, data, settings, progress=False)
     selection = selection_of(problem, budget, tables, settings)
-    for column, (bits, sparsity, _) in enumerate(selection.options):
+    for column, (bits, sparsity, *_) in enumerate(selection.options):
         for row, name in enumerate(problem.free):
             count = model.get_submodule(name).weight.numel()
             kept = count - pruned_count(count, sparsity)
@@ -226,7 +226,7 @@ def test_contenders_and_what_corrects_them(model) -> None:
     assert len({choice.tobytes() for choice in found}) == len(found)
     alike = [choice for choice in found if len(set(choice.tolist())) == 1]
     assert alike
-    bits, sparsity, _ = selection.options[alike[0][0]]
+    bits, sparsity, *_ = selection.options[alike[0][0]]
     # It uses the budget: a thousandth less pruning would not fit.
     assert sparsity == 0 or not problem.limited(budget).fits(
         problem.uniform(bits, sparsity - 0.001)

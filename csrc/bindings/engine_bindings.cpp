@@ -253,6 +253,7 @@ void bind_engine(py::module_& m) {
              return any;
            })
       .def("profile", &profile)
+      .def("forms", &Engine::forms)
       .def("weight_bytes", &Engine::weight_bytes)
       .def("workspace_bytes", &Engine::workspace_bytes)
       // A copy: the engine's own never changes.

@@ -45,7 +45,7 @@ struct GemmArgs {
   int64_t steps;
   const int8_t* tile0;   // [steps][1024] unpacked weight tiles of column tile 0
   const int8_t* tile1;   // the same for column tile 1, or null
-  int weight_bits;       // that the weights need: without VNNI, there are shortcuts below 8
+  int weight_bits;       // product_bits(): without VNNI, the fewer the more pairs int16 holds
   bool arranged;         // the tiles are as the row's TileArrangement made them
   int rows;              // 1..kGemmRows
   const uint8_t* fetch;  // weights to fetch into the second-level cache meanwhile:
@@ -194,6 +194,12 @@ struct BitmaskKernels {
 BitmaskKernels bitmask_kernels(const KernelRow& row);
 
 Requantize requantizer(const KernelRow& row);
+
+/// Bits that weights may have whose sums of products with all u8 levels are no smaller than those
+/// of b-bit weights with levels of 0 .. qmax: b less one for every bit that the levels lack. (With
+/// a bits in the levels, (2^a - 1) * 2^b <= 255 * 2^(b - (8 - a)).) It is b where that makes no
+/// difference to the row's kernels.
+int product_bits(const KernelRow& row, int bits, int qmax);
 
 #ifdef ADALAYER_HAVE_AVX2
 extern const KernelRow kAvx2Row;

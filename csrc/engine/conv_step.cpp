@@ -131,11 +131,12 @@ std::vector<cpu::ConvTask> conv_tasks(const Program& program, const Node& node, 
   const cpu::KernelRow& kernels = *cpu::active_kernels();
   const int bits =
       formats::read_header(program.constants[conv_attributes(node).weights].bytes).bits;
+  const int qmax = value_of(program, node.inputs[0]).qmax;
   if (node.op == OpKind::Conv)
-    return {{kernels, conv_shape(program, node), {}, bits, own_input, room}};
+    return {{kernels, conv_shape(program, node), {}, bits, own_input, room, qmax}};
   std::vector<cpu::ConvTask> tasks;
   for (const TransposedPhase& phase : transposed_phases(program, node))
-    tasks.push_back({kernels, phase.shape, phase.map, bits, false, room});
+    tasks.push_back({kernels, phase.shape, phase.map, bits, false, room, qmax});
   return tasks;
 }
 

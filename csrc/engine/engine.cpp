@@ -632,6 +632,13 @@ std::vector<NodeProfile> Engine::profile(int64_t batch, int threads, int rounds)
   return profiles;
 }
 
+std::vector<std::pair<std::string, uint64_t>> Engine::forms() const {
+  std::vector<std::pair<std::string, uint64_t>> forms;
+  for (const Step& step : impl_->steps)
+    if (step.conv) forms.emplace_back(step.node->name, step.conv->forms_key());
+  return forms;
+}
+
 size_t Engine::weight_bytes() const {
   size_t bytes = 0;
   for (const Step& step : impl_->steps)

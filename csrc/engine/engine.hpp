@@ -5,6 +5,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "engine/program.hpp"
@@ -77,6 +78,10 @@ class Engine {
 
   /// Times every node over `rounds` runs of `batch` images of noise.
   std::vector<NodeProfile> profile(int64_t batch, int threads, int rounds) const;
+
+  /// Name and ConvStep::forms_key() of every convolution: the same algorithms could run those of
+  /// other weights or grids, and would take the same time, where the keys are equal.
+  std::vector<std::pair<std::string, uint64_t>> forms() const;
 
   size_t weight_bytes() const;     // derived weights
   size_t workspace_bytes() const;  // one call's

@@ -84,7 +84,8 @@ void winograd_output(WinogradForm form, const uint32_t* products, int32_t* sums)
     sums[i] = static_cast<int32_t>(multiples[i] * axis.odd_inverse) >> axis.shift;
 }
 
-bool winograd_exact(WinogradForm form, std::span<const int8_t> weights, int64_t out_channels) {
+bool winograd_exact(WinogradForm form, std::span<const int8_t> weights, int64_t out_channels,
+                    int qmax) {
   const int64_t limit = int64_t{1} << (31 - winograd_axis(form).shift);
   const int64_t each = out_channels == 0 ? 0 : static_cast<int64_t>(weights.size()) / out_channels;
   for (int64_t o = 0; o < out_channels; ++o) {
@@ -95,7 +96,7 @@ bool winograd_exact(WinogradForm form, std::span<const int8_t> weights, int64_t 
       absolute += std::abs(w);
     }
     // The larger one of sum w+ and sum w-.
-    if ((absolute + std::abs(sum)) / 2 * 255 >= limit) return false;
+    if ((absolute + std::abs(sum)) / 2 * qmax >= limit) return false;
   }
   return true;
 }

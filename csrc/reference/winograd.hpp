@@ -50,9 +50,10 @@ void winograd_input(WinogradForm form, const uint8_t* levels, int16_t* factors);
 /// Sums over all channels of the products [taps][taps], modulo 2^32, to sums [tile][tile].
 void winograd_output(WinogradForm form, const uint32_t* products, int32_t* sums);
 
-/// Whether the form gives the sums of w * a for all u8 levels a: max(sum w+, sum w-) * 255 of every
-/// output channel is below what the shift leaves. `weights` is [O][I][3][3].
-bool winograd_exact(WinogradForm form, std::span<const int8_t> weights, int64_t out_channels);
+/// Whether the form gives the sums of w * a for all levels a of 0 .. qmax: max(sum w+, sum w-) *
+/// qmax of every output channel is below what the shift leaves. `weights` is [O][I][3][3].
+bool winograd_exact(WinogradForm form, std::span<const int8_t> weights, int64_t out_channels,
+                    int qmax = 255);
 
 /// Whether the algorithm applies: 3x3, stride 1, no dilation, one group.
 bool winograd_suits(const ConvShape& shape);

@@ -83,6 +83,10 @@ def compress(
     energy: Annotated[
         float | None, typer.Option(help="Budget of optimal: modelled µJ per image.")
     ] = None,
+    loss: Annotated[
+        float | None,
+        typer.Option(help="Budget of optimal: nats above 8 bits; the fastest plan within it."),
+    ] = None,
     method: Annotated[Method, typer.Option(help="How bits are chosen.")] = _ADALAYER,
     fix: Annotated[
         list[str] | None, typer.Option(help="LAYER=BITS, decided already; may be repeated.")
@@ -141,7 +145,13 @@ def compress(
         data=data,
         out=out,
         budget=_budget(
-            size=size, bytes=size_bytes, bits=bits, latency=latency, bops=bops, energy=energy
+            size=size,
+            bytes=size_bytes,
+            bits=bits,
+            latency=latency,
+            bops=bops,
+            energy=energy,
+            loss=loss,
         ),
         method=method.value,
         layer_bits=_whole_numbers(layer_bits) if layer_bits else None,
@@ -306,11 +316,13 @@ def _engine_info(file: Path, as_json: bool) -> None:
     table = Table(title=f"{file.name} — {total:,} bytes")
     for column in ("node", "operation"):
         table.add_column(column)
-    for column in ("bits", "bytes", "MACs per image"):
+    for column in ("bits", "input bits", "bytes", "MACs per image"):
         table.add_column(column, justify="right")
+    table.add_column("runs here as")
     for row in coverage:
-        counts = (f"{n:,}" if n else "" for n in (row.bits, row.bytes, row.macs))
-        table.add_row(escape(row.name), row.op, *counts)
+        numbers = (row.bits, row.input_bits, row.bytes, row.macs)
+        counts = (f"{n:,}" if n else "" for n in numbers)
+        table.add_row(escape(row.name), row.op, *counts, escape(row.kernel))
     ports = "; ".join(f"{p.name} {p}" for p in engine.inputs)
     classes = f"{len(engine.class_names)} classes" if engine.class_names else "no class names"
     given = "with" if engine.preprocessing else "without"

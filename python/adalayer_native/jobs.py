@@ -103,7 +103,7 @@ def run_compress(job: CompressJob) -> dict[str, Any]:
         torch.set_num_threads(job.threads)
     # What is cheap to check comes first: nobody should wait for minutes to read about a typo.
     if job.budget is None and job.method in ("adalayer", "uniform", "optimal", "rl"):
-        more = ", --latency, --bops or --energy" if job.method == "optimal" else ""
+        more = ", --latency, --bops, --energy or --loss" if job.method == "optimal" else ""
         raise BudgetError(f"method {job.method!r} needs a budget: --size, --bytes or --bits{more}")
     if not job.weights.is_file():
         raise FileFormatError(f"weight file {os.fspath(job.weights)!r} does not exist")

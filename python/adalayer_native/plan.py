@@ -1,7 +1,8 @@
 """The compression plan: for every layer how many bits its weights keep and how many are pruned.
 
 A :class:`Plan` is plain data. It prints as a table, is edited by assignment
-(``plan["conv1"].bits = 8``), round-trips through JSON, and says nothing about how it is run.
+(``plan["conv1"].bits = 8``), round-trips through JSON, and decides nothing about how it is run;
+where it was timed, it notes what ran.
 """
 
 from __future__ import annotations
@@ -47,6 +48,9 @@ class LayerPlan:
         pattern: how zeros are placed: ``"unstructured"``, ``"block16x64"``, ``"block32x64"`` or
             ``"2:4"`` (at sparsity 0.5); see :mod:`adalayer_native.pruning.patterns`.
         activation_bits: bits of the layer's input activation, 2 to 8.
+        kernel: what ran the layer where the plan's engine was timed
+            (``"avx2 winograd 4x4, 32 of 36 taps s8"``); else empty. A note: another machine, or
+            another plan, may run it otherwise.
     """
 
     name: str
@@ -56,6 +60,7 @@ class LayerPlan:
     sparsity: float = 0.0
     pattern: str = "unstructured"
     activation_bits: int = 8
+    kernel: str = ""
 
     def __setattr__(self, name: str, value: object) -> None:
         """Assign a value; after construction one that is out of range is refused at once."""
@@ -72,6 +77,8 @@ class LayerPlan:
         except PlanError:
             object.__setattr__(self, name, before)
             raise
+        if name != "kernel" and value != before:
+            object.__setattr__(self, "kernel", "")  # that was the kernel of another layer
 
     def check(self) -> None:
         """Raise :class:`PlanError` where a value is out of range."""
@@ -101,6 +108,8 @@ class LayerPlan:
                 f"a whole number from {MIN_BITS} to {MAX_BITS}",
                 self.activation_bits,
             )
+        if not isinstance(self.kernel, str):
+            raise bad("kernel", "text", self.kernel)
 
     @property
     def params_after(self) -> float:
@@ -152,7 +161,7 @@ class Plan:
                 raise PlanError(f"plan entry {name!r} cannot hold a plan for layer {entry.name!r}")
         else:
             bits, sparsity = value if isinstance(value, tuple) else (value, 0.0)
-            entry = replace(before, bits=bits, sparsity=sparsity)
+            entry = replace(before, bits=bits, sparsity=sparsity, kernel="")
         entry.check()
         self.layers[name] = entry
 
@@ -219,7 +228,7 @@ class Plan:
             "method": self.method,
             "hyper": self.hyper,
             "measured": self.measured,
-            "layers": [asdict(layer) for layer in self.layers.values()],
+            "layers": [_row(layer) for layer in self.layers.values()],
         }
         if self.scores is not None:
             data["scores"] = self.scores
@@ -324,6 +333,9 @@ class Plan:
         patterns = any(layer.pattern != PATTERNS[0] for layer in self.layers.values())
         if patterns:
             table.add_column("Pattern")
+        kernels = any(layer.kernel for layer in self.layers.values())
+        if kernels:
+            table.add_column("Ran as")
         scored = [key for key in "AFRIE" if self.scores and self._has_score(key)]
         for key in scored:
             table.add_column(key, justify="right")
@@ -337,6 +349,7 @@ class Plan:
                 f"{100 * layer.sparsity:.1f}",
                 "float" if layer.bits is None else str(layer.activation_bits),
                 *([layer.pattern] if patterns else []),
+                *([escape(layer.kernel)] if kernels else []),
                 *(_number(key, score[key]) if key in score else "" for key in scored),
             )
         table.add_section()
@@ -361,6 +374,14 @@ class Plan:
         with console.capture() as capture:
             console.print(self.table())
         return capture.get()
+
+
+def _row(layer: LayerPlan) -> dict[str, Any]:
+    """A layer as JSON values; older versions read plans that were never timed."""
+    row = asdict(layer)
+    if not layer.kernel:
+        del row["kernel"]
+    return row
 
 
 def float_text(rest: Mapping[str, Mapping[str, Any]], shown: int = 6) -> str:

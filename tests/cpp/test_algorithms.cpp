@@ -4,6 +4,7 @@
 #include <cstring>
 #include <random>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "check.hpp"
@@ -54,6 +55,7 @@ ConvShape random_shape() {
 struct Layer {
   ConvShape shape;
   int bits = 8;
+  int qmax = 255;  // of the input
   int zero_point = 0;
   std::vector<int8_t> weights;
   std::vector<uint8_t> levels;  // [h][w][c]
@@ -62,19 +64,23 @@ struct Layer {
 };
 
 Layer random_layer() {
-  Layer l{random_shape(), pick(2, 8), pick(0, 255), {}, {}, {}, {}};
+  Layer l{random_shape(), pick(2, 8), 255, 0, {}, {}, {}, {}};
   const ConvShape& s = l.shape;
+  if (pick(0, 1) == 1) l.qmax = (1 << pick(2, 8)) - 1;
+  l.zero_point = pick(0, l.qmax);
   const int half = 1 << (l.bits - 1), zeros = pick(0, 90);
+  // The least of all weights and the largest of all levels are where sums in 16 bits would end.
+  const bool extreme = pick(0, 3) == 0;
   l.weights.resize(static_cast<size_t>(s.out_channels * s.reduction()));
   for (auto& w : l.weights)
-    w = static_cast<int8_t>(pick(1, 100) <= zeros ? 0 : pick(-half, half - 1));
+    w = static_cast<int8_t>(extreme ? -half : pick(1, 100) <= zeros ? 0 : pick(-half, half - 1));
   // Tiles of zeros: the first output channels over all inputs of the first kernel positions.
   if (pick(0, 1) == 1)
     std::fill_n(l.weights.begin(), std::min<int64_t>(s.out_channels, 16) * s.reduction(),
                 int8_t{0});
   l.levels.resize(static_cast<size_t>(s.in_channels * s.in_h * s.in_w));
   for (auto& q : l.levels)
-    q = static_cast<uint8_t>(pick(0, 255));
+    q = static_cast<uint8_t>(extreme ? l.qmax : pick(0, l.qmax));
   for (int64_t o = 0; o < s.out_channels; ++o) {
     int32_t sum = 0;
     for (int64_t k = 0; k < s.reduction(); ++k)
@@ -106,8 +112,8 @@ AlignedBuffer packed_input(const Layer& l, const OwnInput* own, const ImageLayou
   AlignedBuffer image(static_cast<size_t>(layout.image_bytes + layout.slack));
   image.clear();
   if (own != nullptr) {
-    own->pack({l.levels.data(), DType::U8, Layout::NHWC, {1.0f, l.zero_point, 255}}, image.data(),
-              {});
+    own->pack({l.levels.data(), DType::U8, Layout::NHWC, {1.0f, l.zero_point, l.qmax}},
+              image.data(), {});
     return image;
   }
   fill_padding(layout, image.data(), 1, static_cast<uint8_t>(l.zero_point));
@@ -203,7 +209,7 @@ TEST(every_form_of_random_layers) {
         set_winograd_policy(winograd);
         for (const bool own_input : {false, true})
           for (const Room room : {Room::Least, Room::Scratch, Room::Several}) {
-            const ConvTask task{*row, l.shape, {}, l.bits, own_input, room};
+            const ConvTask task{*row, l.shape, {}, l.bits, own_input, room, l.qmax};
             for (const ConvAlgorithm* algorithm : algorithms_for(task))
               check_form(l, task, *algorithm);
           }
@@ -248,13 +254,20 @@ TEST(what_suits) {
   force_isa("auto");
 }
 
-/// F(4x4) ends where a channel's largest sum may reach 2^25; F(2x2) takes over.
+/// F(4x4) ends where a channel's largest sum may reach 2^25; F(2x2) takes over. With 7-bit levels
+/// that is at twice as many weights.
 TEST(winograd_where_sums_are_exact) {
   for (const KernelRow* row : kernel_rows()) {
     if (!isa_supported(row->isa)) continue;
     force_isa(row->name);
-    for (const int64_t ins : {115, 116}) {  // 127 * 255 * 9 * 115 is below 2^25
-      ConvTask task{*row, {.batch = 1, .in_channels = ins, .in_h = 20, .in_w = 20}, {}, 8, false};
+    // 127 * 255 * 9 * 115 is below 2^25, and so is 127 * 127 * 9 * 231.
+    for (const auto& [ins, qmax, large] : {std::tuple<int64_t, int, bool>{115, 255, true},
+                                           {116, 255, false},
+                                           {116, 127, true},
+                                           {231, 127, true},
+                                           {232, 127, false}}) {
+      ConvTask task{
+          *row, {.batch = 1, .in_channels = ins, .in_h = 20, .in_w = 20}, {}, 8, false, true, qmax};
       task.shape.out_channels = 16;
       task.shape.kernel_h = task.shape.kernel_w = 3;
       const std::vector<int8_t> weights(static_cast<size_t>(16 * ins * 9), int8_t{127});
@@ -264,8 +277,33 @@ TEST(winograd_where_sums_are_exact) {
         if (make_form(*algorithm, task, {in}, weights).weights != nullptr)
           derived.push_back(algorithm->name(task.shape));
       }
-      CHECK((derived == Names{"panels", ins == 115 ? "winograd 4x4" : "winograd 2x2"}));
+      CHECK((derived == Names{"panels", large ? "winograd 4x4" : "winograd 2x2"}));
     }
+  }
+  force_isa("auto");
+}
+
+/// Where kernels add products in 16 bits, levels that lack bits leave room as weights do.
+TEST(products_of_narrow_levels) {
+  for (const KernelRow* row : kernel_rows()) {
+    if (!isa_supported(row->isa)) continue;
+    CHECK_EQ(product_bits(*row, 8, 255), 8);
+    CHECK_EQ(product_bits(*row, 3, 255), 3);
+    const bool narrow = row->isa == Isa::Avx2 || row->isa == Isa::Avx512;
+    CHECK_EQ(product_bits(*row, 8, 63), narrow ? 6 : 8);
+    // Where weights are arranged, seven bits gain nothing.
+    CHECK_EQ(product_bits(*row, 8, 64), narrow && row->arrangement == nullptr ? 7 : 8);
+    CHECK_EQ(product_bits(*row, 7, 100), narrow ? 6 : 7);
+    CHECK_EQ(product_bits(*row, 4, 15), narrow ? 2 : 4);
+    CHECK_EQ(product_bits(*row, 2, 1), 2);
+    force_isa(row->name);
+    ConvTask task{*row, {.batch = 1, .in_channels = 64, .in_h = 9, .in_w = 9}, {}, 8, false};
+    task.shape.out_channels = 32;
+    task.qmax = 63;
+    const std::vector<int8_t> weights(64 * 32, int8_t{-128});
+    const ImageLayout in = image_layout(64, 9, 9, {});
+    const ConvForm form = make_form(*algorithms_for(task).front(), task, {in}, weights);
+    CHECK_EQ(form.weights->form(), std::string(narrow ? "products of 6 bits" : ""));
   }
   force_isa("auto");
 }

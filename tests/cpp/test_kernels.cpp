@@ -154,7 +154,7 @@ std::vector<T> run(const Layer& layer, const ActivationIn& in, Layout layout, in
     spec.grid = {1.0f / 0.7f, 100, 255};
     spec.grid_scale = 0.7f;
   }
-  const auto weights = cpu::cached_weights(s, {packed.data(), packed.size()});
+  const auto weights = cpu::cached_weights(s, {packed.data(), packed.size()}, in.grid.qmax);
   cpu::conv2d(s, in, *weights, spec, threads);
   return {out.data(), out.data() + count};
 }
@@ -168,10 +168,13 @@ void check_layer(const Layer& layer, int threads) {
   cpu::set_winograd_policy(kWinograd[uniform(0, 3)]);
   const ConvShape& s = layer.shape;
   const auto count = static_cast<size_t>(s.batch * s.in_channels * s.in_h * s.in_w);
+  // Most layers have all levels; the fewer they are the larger the sums that kernels may take.
+  constexpr int kQmax[] = {255, 255, 127, 63, 15, 3};
+  const int qmax = kQmax[uniform(0, 5)];
   const Exact<uint8_t> levels(count);
   const Exact<float> floats(count);
   for (size_t i = 0; i < count; ++i) {
-    levels[i] = static_cast<uint8_t>(uniform(0, 255));
+    levels[i] = static_cast<uint8_t>(uniform(0, qmax));
     floats[i] = static_cast<float>(uniform(-3000, 3000)) * 0.01f;
   }
   const Exact<float> residual(
@@ -179,8 +182,8 @@ void check_layer(const Layer& layer, int threads) {
   for (size_t i = 0; i < residual.size(); ++i)
     residual[i] = static_cast<float>(uniform(-900, 900)) * 0.1f;
   for (Layout layout : {Layout::NCHW, Layout::NHWC}) {
-    const ActivationIn u8{levels.data(), DType::U8, layout, {1.0f, 37, 255}};
-    const ActivationIn f32{floats.data(), DType::F32, layout, {11.3f, 91, 255}};
+    const ActivationIn u8{levels.data(), DType::U8, layout, {1.0f, qmax / 7, qmax}};
+    const ActivationIn f32{floats.data(), DType::F32, layout, {11.3f, qmax / 3, qmax}};
     force_isa("scalar");
     const auto want_u8 = run<uint8_t>(layer, u8, layout, 1);
     const auto want_f32 = run<float>(layer, f32, layout, 1);
@@ -323,6 +326,10 @@ TEST(weights_of_another_instruction_set) {
   out.bias = layer.bias.data();
   CHECK_THROWS(cpu::conv2d(layer.shape, {x, DType::F32, Layout::NCHW, {}}, *weights, out, 1),
                InvalidArgument, "derived for another instruction set");
+  const auto narrow = cpu::cached_weights(layer.shape, layer.packed, 127);
+  CHECK_THROWS(
+      cpu::conv2d(layer.shape, {x, DType::F32, Layout::NCHW, {1.0f, 0, 128}}, *narrow, out, 1),
+      InvalidArgument, "levels up to 127, the input's grid has 128");
 }
 
 TEST(unpacking) {

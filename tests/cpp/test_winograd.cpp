@@ -35,6 +35,7 @@ struct Case {
   int bits = 8;
   int zero_point = 0;
   Values weights = Values::Random, levels = Values::Random;
+  int qmax = 255;
   bool residual = false, table = false;
 };
 
@@ -109,7 +110,7 @@ struct Problem {
       w = static_cast<int8_t>(value(c.weights, lo, hi));
     plain.resize(static_cast<size_t>(s.batch * s.in_channels * s.in_h * s.in_w));
     for (auto& v : plain)
-      v = static_cast<uint8_t>(value(c.levels, 0, 255));
+      v = static_cast<uint8_t>(value(c.levels, 0, c.qmax));
     // What lies between channels and pitch is unspecified.
     for (size_t i = 0; i < image.size(); ++i)
       image[i] = static_cast<uint8_t>(pick(0, 255));
@@ -362,34 +363,46 @@ TEST(scalar_form_is_the_direct_sum) {
 }
 
 TEST(exact_up_to_the_bound_and_refused_behind_it) {
+  struct Bound {
+    WinogradForm form;
+    int qmax, sign;
+  };
+  std::vector<Bound> bounds;
   for (const WinogradForm form : kForms)
-    for (const int sign : {1, -1}) {
-      // Weights of one sign and levels of 255 whose sum is the largest that the shift leaves room
-      // for: one more is too much.
-      const int64_t limit = int64_t{1} << (31 - reference::winograd_axis(form).shift);
-      const int64_t most = (limit - 1) / 255;
-      const int largest = sign > 0 ? 127 : 128;
-      Case c = square(static_cast<int>(most / (largest * 9) + 1), 4, 2, 0, 8);
-      c.levels = Values::Most;
-      Problem p(c);
-      int64_t left = most;
-      for (int64_t k = 0; k < p.s.reduction(); ++k) {
-        const int64_t w = std::min<int64_t>(left, largest);
-        p.weights[k] = 0;
-        p.weights[p.s.reduction() + k] = static_cast<int8_t>(sign * w);
-        left -= w;
-      }
-      reference::conv2d_accumulate(p.s, p.levels(), p.weights.data(), p.sums.data(), 1);
-      CHECK_EQ(int64_t{p.sums.back()}, sign * most * 255);
-      CHECK(reference::winograd_exact(form, p.weights, 2));
-      CHECK_EQ(wrong_sums(form, p), int64_t{0});
-      const WinogradWeights w = derive_winograd(form, p.s, p.weights);
-      for (const KernelRow* row : all_rows())
-        check_image(p, w, *row, 1, false);
-      p.weights.back() = static_cast<int8_t>(p.weights.back() + sign);
-      CHECK(!reference::winograd_exact(form, p.weights, 2));
-      CHECK_THROWS(derive_winograd(form, p.s, p.weights), InvalidArgument, "too large");
+    for (const int sign : {1, -1})
+      bounds.push_back({form, 255, sign});
+  for (const int qmax : {127, 63})  // F(2x2) would take 130,000 weights and more
+    for (const int sign : {1, -1})
+      bounds.push_back({WinogradForm::F4x4, qmax, sign});
+  for (const auto& [form, qmax, sign] : bounds) {
+    // Weights of one sign and the largest level, whose sum is the largest that the shift leaves
+    // room for: one more is too much.
+    const int64_t limit = int64_t{1} << (31 - reference::winograd_axis(form).shift);
+    const int64_t most = (limit - 1) / qmax;
+    const int largest = sign > 0 ? 127 : 128;
+    Case c = square(static_cast<int>(most / (largest * 9) + 1), 4, 2, 0, 8);
+    c.levels = Values::Most;
+    c.qmax = qmax;
+    Problem p(c);
+    int64_t left = most;
+    for (int64_t k = 0; k < p.s.reduction(); ++k) {
+      const int64_t w = std::min<int64_t>(left, largest);
+      p.weights[k] = 0;
+      p.weights[p.s.reduction() + k] = static_cast<int8_t>(sign * w);
+      left -= w;
     }
+    reference::conv2d_accumulate(p.s, p.levels(), p.weights.data(), p.sums.data(), 1);
+    CHECK_EQ(int64_t{p.sums.back()}, sign * most * qmax);
+    CHECK(reference::winograd_exact(form, p.weights, 2, qmax));
+    CHECK(!reference::winograd_exact(form, p.weights, 2, 2 * qmax + 1));
+    CHECK_EQ(wrong_sums(form, p), int64_t{0});
+    const WinogradWeights w = derive_winograd(form, p.s, p.weights, qmax);
+    for (const KernelRow* row : all_rows())
+      check_image(p, w, *row, 1, false);
+    p.weights.back() = static_cast<int8_t>(p.weights.back() + sign);
+    CHECK(!reference::winograd_exact(form, p.weights, 2, qmax));
+    CHECK_THROWS(derive_winograd(form, p.s, p.weights, qmax), InvalidArgument, "too large");
+  }
 }
 
 TEST(sizes_around_the_tile) {

@@ -126,7 +126,7 @@ struct ConvCall {
   const ConvPlan& plan;
   const uint8_t* weights;  // panels
   int bits;                // of the panels
-  int weight_bits;         // that the weights need
+  int weight_bits;         // GemmArgs
   const ConvEpilogue* epilogue;
   const uint8_t* in;  // first image
   int64_t images;

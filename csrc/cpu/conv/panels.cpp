@@ -14,17 +14,27 @@ double ceil_divided(double n, double by) { return (n + by - 1.0) / by; }
 }  // namespace
 
 std::string PanelWeights::form() const {
-  if (!sparse) return {};
-  return sparse->kind == Panels::Bitmask ? "bitmask" : "blocks";
+  std::string text;
+  if (sparse) text = sparse->kind == Panels::Bitmask ? "bitmask" : "blocks";
+  // Levels of few bits leave room for more products in a sum.
+  if (product_bits < bits)
+    text += (text.empty() ? "" : ", ") + std::string("products of ") +
+            std::to_string(product_bits) + " bits";
+  return text;
 }
 
 uint64_t PanelWeights::key() const {
-  if (!sparse) return 0;
-  return 1 + static_cast<uint64_t>(sparse->kind) + static_cast<uint64_t>(sparse->bytes(bits));
+  const auto width = static_cast<uint64_t>(product_bits) << 48;
+  if (!sparse) return width;
+  return width + 1 + static_cast<uint64_t>(sparse->kind) +
+         static_cast<uint64_t>(sparse->bytes(bits));
 }
 
 PanelConv::PanelConv(const ConvTask& task, const ImageLayout& in, ConvPlan plan)
-    : PlannedConv(in), kernels_(task.kernels), weight_bits_(task.bits), plan_(std::move(plan)) {}
+    : PlannedConv(in),
+      kernels_(task.kernels),
+      weight_bits_(task.product_bits()),
+      plan_(std::move(plan)) {}
 
 size_t PanelConv::bytes() const {
   size_t bytes = sizeof *this + plan_.source.size() * 4 + plan_.live_quads.size();
@@ -84,8 +94,8 @@ void PanelConv::run(const ConvJob& job, Part part) const {
 ConvPlan plan_panels(const ConvTask& task, const ConvShape& shape, const ConvLayouts& at,
                      bool by_pixel) {
   ConvPlan plan = plan_conv(shape, at.in, at.out, at.residual, task.kernels, task.map, by_pixel);
-  // Narrower weights need no order, unpacked or not.
-  if (task.bits < 7) plan.arrangement = nullptr;
+  // Narrower products need no order, unpacked or not.
+  if (task.product_bits() < 7) plan.arrangement = nullptr;
   return plan;
 }
 

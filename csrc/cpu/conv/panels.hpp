@@ -10,6 +10,9 @@
 namespace adalayer::cpu {
 
 struct PanelWeights final : ConvWeights {
+  explicit PanelWeights(const ConvTask& task)
+      : bits(task.bits), product_bits(task.product_bits()) {}
+
   std::optional<SparsePanels> sparse;  // of panels that leave zeros out
 
   const SparsePanels* sparse_or_null() const { return sparse ? &*sparse : nullptr; }
@@ -19,7 +22,8 @@ struct PanelWeights final : ConvWeights {
   uint64_t key() const override;
 
   std::string text;
-  int bits = 8;  // of the weights
+  int bits;          // of the weights
+  int product_bits;  // ConvTask
 };
 
 class PanelConv : public PlannedConv {

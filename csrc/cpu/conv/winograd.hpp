@@ -49,9 +49,9 @@ void pack_winograd_weights(const WinogradTaps& taps, std::span<const int8_t> wei
                            uint8_t* out);
 
 /// Throws InvalidArgument unless the shape suits and the form is exact for these weights
-/// [O][I][3][3].
+/// [O][I][3][3] and levels of 0 .. qmax.
 WinogradTaps plan_winograd_taps(WinogradForm form, const ConvShape& shape,
-                                std::span<const int8_t> weights);
+                                std::span<const int8_t> weights, int qmax = 255);
 /// Writes taps.bytes() to `out`, which is 64-byte aligned.
 void pack_winograd_taps(const WinogradTaps& taps, std::span<const int8_t> weights, uint8_t* out);
 
@@ -63,7 +63,7 @@ struct WinogradWeights {
   size_t bytes() const { return data.size(); }
 };
 WinogradWeights derive_winograd(WinogradForm form, const ConvShape& shape,
-                                std::span<const int8_t> weights);
+                                std::span<const int8_t> weights, int qmax = 255);
 
 /// What follows from the shapes alone.
 struct WinogradPlan {

@@ -90,12 +90,12 @@ int64_t winograd_most_bytes(WinogradForm form, const ConvShape& shape, int bits)
 }
 
 WinogradTaps plan_winograd_taps(WinogradForm form, const ConvShape& shape,
-                                std::span<const int8_t> weights) {
+                                std::span<const int8_t> weights, int qmax) {
   require_suits(shape);
   if (static_cast<int64_t>(weights.size()) != shape.out_channels * shape.reduction())
     fail<InvalidArgument>("winograd: expected ", shape.out_channels * shape.reduction(),
                           " weights, got ", weights.size());
-  if (!reference::winograd_exact(form, weights, shape.out_channels))
+  if (!reference::winograd_exact(form, weights, shape.out_channels, qmax))
     throw InvalidArgument("winograd: sums of these weights are too large for this form");
   WinogradTaps taps;
   taps.form = form;
@@ -177,8 +177,8 @@ void pack_winograd_weights(const WinogradTaps& taps, std::span<const int8_t> wei
 }
 
 WinogradWeights derive_winograd(WinogradForm form, const ConvShape& shape,
-                                std::span<const int8_t> weights) {
-  WinogradWeights w{plan_winograd_taps(form, shape, weights), {}};
+                                std::span<const int8_t> weights, int qmax) {
+  WinogradWeights w{plan_winograd_taps(form, shape, weights, qmax), {}};
   w.data = AlignedBuffer(static_cast<size_t>(w.taps.bytes()));
   pack_winograd_taps(w.taps, weights, w.data.data());
   return w;

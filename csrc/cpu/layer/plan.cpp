@@ -51,7 +51,8 @@ void copy_levels(const LayerPlan& plan, const uint8_t* x, Layout order, uint8_t*
 
 size_t LayerKeyHash::operator()(const LayerKey& key) const {
   const ConvShape& s = key.shape;
-  uint64_t hash = key.content ^ static_cast<uint64_t>(key.isa);
+  uint64_t hash =
+      key.content ^ static_cast<uint64_t>(key.isa) ^ static_cast<uint64_t>(key.qmax) << 8;
   for (const int64_t v : {s.batch, s.in_channels, s.in_h, s.in_w, s.out_channels, s.kernel_h,
                           s.kernel_w, s.stride_h, s.stride_w, s.pad_top, s.pad_left, s.pad_bottom,
                           s.pad_right, s.dilation_h, s.dilation_w, s.groups})
@@ -59,8 +60,9 @@ size_t LayerKeyHash::operator()(const LayerKey& key) const {
   return hash ^ hash >> 32;
 }
 
-ConvTask layer_task(const ConvShape& shape, int bits) {
-  ConvTask task{.kernels = *active_kernels(), .shape = shape, .bits = bits, .own_input = true};
+ConvTask layer_task(const ConvShape& shape, int bits, int qmax) {
+  ConvTask task{
+      .kernels = *active_kernels(), .shape = shape, .bits = bits, .own_input = true, .qmax = qmax};
   task.shape.batch = 1;
   return task;
 }
@@ -77,7 +79,7 @@ std::shared_ptr<const LayerPlan> cached_plan(const ConvTask& task, const ConvAlg
                                              int variant) {
   const auto list = conv_algorithms();
   const auto index = std::find(list.begin(), list.end(), &algorithm) - list.begin();
-  LayerKey key{static_cast<uint64_t>(index << 16 | variant << 8 | task.bits), task.shape,
+  LayerKey key{static_cast<uint64_t>(index << 16 | variant << 8 | task.bits), task.shape, task.qmax,
                active_isa()};
   if (auto plan = cache().find(key)) return plan;
   // Planned outside the lock: two threads may do it twice, none waits for the other.

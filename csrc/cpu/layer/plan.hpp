@@ -14,6 +14,7 @@ namespace adalayer::cpu {
 struct LayerKey {
   uint64_t content = 0;  // of weights; for plans, what chooses between those of one shape
   ConvShape shape;
+  int qmax = 255;  // of the input's grid
   Isa isa = Isa::Scalar;
   bool operator==(const LayerKey&) const = default;
 };
@@ -29,8 +30,9 @@ struct LayerPlan {
   size_t bytes() const { return sizeof *this + conv->bytes(); }
 };
 
-/// A single layer for the active row of the kernel table: nobody else reads its packed input.
-ConvTask layer_task(const ConvShape& shape, int bits);
+/// A single layer for the active row of the kernel table: nobody else reads its packed input, whose
+/// levels are 0 .. qmax.
+ConvTask layer_task(const ConvShape& shape, int bits, int qmax);
 
 /// What the layer's packed input looks like to an algorithm.
 struct LayerInput {

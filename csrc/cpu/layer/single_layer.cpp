@@ -107,7 +107,7 @@ void run(const ConvShape& shape, const ActivationIn& in, const LayerWeights& wei
     throw InvalidArgument("conv2d: the weights were derived for another instruction set");
   const int bits = weights.header.bits;
   const std::shared_ptr<const LayerPlan> plan =
-      cached_plan(layer_task(shape, bits), *weights.algorithm, weights.form->variant);
+      cached_plan(layer_task(shape, bits, weights.qmax), *weights.algorithm, weights.form->variant);
   if (static_cast<int64_t>(weights.packed.size()) != plan->conv->packed_bytes(*weights.form, bits))
     throw InvalidArgument("conv2d: the weights were derived for another layer");
   auto* correction = grown<int32_t>(scratch().correction, shape.out_channels);
@@ -180,8 +180,9 @@ void split_elements(int64_t n, int threads, const Fn& fn) {
 
 }  // namespace
 
-LayerWeights derive_weights(const ConvShape& shape, std::span<const uint8_t> canonical) {
+LayerWeights derive_weights(const ConvShape& shape, std::span<const uint8_t> canonical, int qmax) {
   LayerWeights weights;
+  weights.qmax = qmax;
   weights.header = formats::read_header(canonical);
   weights.isa = active_isa();
   const auto& h = weights.header;
@@ -202,7 +203,7 @@ LayerWeights derive_weights(const ConvShape& shape, std::span<const uint8_t> can
     weights.dense = std::move(dense);
     return weights;
   }
-  const ConvTask task = layer_task(shape, h.bits);
+  const ConvTask task = layer_task(shape, h.bits, qmax);
   std::vector<ConvForm> forms;
   for (const ConvAlgorithm* algorithm : algorithms_for(task)) {
     ConvForm form = make_form(*algorithm, task, {layer_input(task, *algorithm).layout}, dense);
@@ -220,6 +221,9 @@ void conv2d(const ConvShape& shape, const ActivationIn& in, const LayerWeights& 
   validate(shape);
   const int64_t positions = shape.out_h() * shape.out_w();
   if (shape.batch == 0 || positions == 0) return;
+  if (in.grid.qmax > weights.qmax)
+    fail<InvalidArgument>("conv2d: the weights were derived for levels up to ", weights.qmax,
+                          ", the input's grid has ", in.grid.qmax);
   const KernelRow* kernels = active_kernels();
   if (kernels == nullptr) {
     if (weights.dense.empty())

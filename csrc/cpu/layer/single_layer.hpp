@@ -16,6 +16,7 @@ namespace adalayer::cpu {
 struct LayerWeights {
   formats::CanonicalHeader header;
   Isa isa = Isa::Scalar;
+  int qmax = 255;             // largest level of the inputs that they are for
   std::vector<int32_t> sums;  // [O] of each channel's weights, for the zero-point correction
   // Either
   std::vector<int8_t> dense;  // scalar reference: [O][I/groups][KH][KW]
@@ -30,10 +31,12 @@ struct LayerWeights {
   }
 };
 
-/// Derives the weights of `shape` for the active instruction set from canonical bytes, in the form
-/// that a trial with an image of this size finds to be the fastest. Throws CorruptData for damaged
-/// bytes, InvalidArgument where they are of another shape.
-LayerWeights derive_weights(const ConvShape& shape, std::span<const uint8_t> canonical);
+/// Derives the weights of `shape` for the active instruction set, and for inputs whose levels are
+/// 0 .. qmax, from canonical bytes, in the form that a trial with an image of this size finds to be
+/// the fastest. Throws CorruptData for damaged bytes, InvalidArgument where they are of another
+/// shape.
+LayerWeights derive_weights(const ConvShape& shape, std::span<const uint8_t> canonical,
+                            int qmax = 255);
 
 /// The same through a process-wide cache keyed by the canonical content hash, so that operators can
 /// take the canonical bytes on every call. The form is chosen once for each of the first
@@ -42,7 +45,8 @@ LayerWeights derive_weights(const ConvShape& shape, std::span<const uint8_t> can
 /// limit.
 constexpr size_t kMostSizes = 8;
 std::shared_ptr<const LayerWeights> cached_weights(const ConvShape& shape,
-                                                   std::span<const uint8_t> canonical);
+                                                   std::span<const uint8_t> canonical,
+                                                   int qmax = 255);
 struct CacheInfo {
   size_t entries, bytes, limit;
 };

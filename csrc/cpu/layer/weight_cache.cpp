@@ -89,11 +89,11 @@ bool same_form(const LayerWeights& a, const LayerWeights& b) {
 /// Weights for a size that a layer (which may be null) has not met: those of another size where
 /// they would be the same.
 std::shared_ptr<const LayerWeights> weights_for(const ConvShape& shape,
-                                                std::span<const uint8_t> canonical,
+                                                std::span<const uint8_t> canonical, int qmax,
                                                 const LayerSizes* layer) {
   if (layer != nullptr && has_no_choice(shape, layer->sizes.front().weights->header.bits))
     return layer->sizes.front().weights;
-  auto derived = std::make_shared<const LayerWeights>(derive_weights(shape, canonical));
+  auto derived = std::make_shared<const LayerWeights>(derive_weights(shape, canonical, qmax));
   if (layer != nullptr)
     for (const LayerSizes::Size& size : layer->sizes)
       if (same_form(*size.weights, *derived)) return size.weights;
@@ -103,9 +103,9 @@ std::shared_ptr<const LayerWeights> weights_for(const ConvShape& shape,
 }  // namespace
 
 std::shared_ptr<const LayerWeights> cached_weights(const ConvShape& shape,
-                                                   std::span<const uint8_t> canonical) {
+                                                   std::span<const uint8_t> canonical, int qmax) {
   const formats::CanonicalHeader header = formats::read_header(canonical);
-  const LayerKey key{header.content_hash, geometry_of(shape), active_isa()};
+  const LayerKey key{header.content_hash, geometry_of(shape), qmax, active_isa()};
   const ConvShape image = of_one_image(shape);
   // The hash covers the shape and the width; comparing them again keeps a forged or colliding hash
   // from reading out of bounds.
@@ -117,7 +117,7 @@ std::shared_ptr<const LayerWeights> cached_weights(const ConvShape& shape,
   };
   const auto layer = cache().find(key);
   if (layer != nullptr && !fits(*layer))
-    return std::make_shared<const LayerWeights>(derive_weights(shape, canonical));
+    return std::make_shared<const LayerWeights>(derive_weights(shape, canonical, qmax));
   if (layer != nullptr) {
     for (const LayerSizes::Size& size : layer->sizes)
       if (size.shape == image) return size.weights;
@@ -125,7 +125,7 @@ std::shared_ptr<const LayerWeights> cached_weights(const ConvShape& shape,
   }
   // Derived outside the lock: two threads may do it twice, none waits for the other. What is lost
   // where two add a size at once is derived again.
-  const auto weights = weights_for(image, canonical, layer.get());
+  const auto weights = weights_for(image, canonical, qmax, layer.get());
   LayerSizes more = layer == nullptr ? LayerSizes{} : *layer;
   more.sizes.push_back({image, weights});
   cache().insert(key, std::make_shared<const LayerSizes>(std::move(more)), layer);

@@ -202,7 +202,7 @@ def _unrounded(problem: Problem, evaluator: Judge, plan: Plan) -> Plan:
     """
     if any(plan.hyper[name] for name in ("alpha", "beta", "delta", "lambda")):
         return plan
-    choice = {name: option_of(plan[name]) for name in problem.free}
+    choice = {name: option_of(plan[name], problem.activation_bits) for name in problem.free}
     for bits, sparsity in uniform_pairs(problem):
         rounded = np.ceil(round(100 * sparsity, 6)) / 100
         if choice == problem.uniform(bits, rounded) and sparsity < rounded:

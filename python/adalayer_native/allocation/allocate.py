@@ -66,8 +66,9 @@ def allocate(
     sparsity, chosen the same way. ``"optimal"`` measures what every width and sparsity costs in
     each layer, solves the multiple-choice knapsack under all limits together, and checks and
     repairs the plan on data that the tables have not seen; its plan carries each layer's
-    predicted loss increase, ``plan.scores[name]["E"]``. ``"rl"`` searches widths alone by deep
-    Q-learning over the layers; it is there for comparison. ``"fixed"``, ``"ascending"`` and
+    predicted loss increase, ``plan.scores[name]["E"]``; with ``Budget(loss=...)`` it gives the
+    fastest plan that loses little more than 8 bits everywhere. ``"rl"`` searches widths alone by
+    deep Q-learning over the layers; it is there for comparison. ``"fixed"``, ``"ascending"`` and
     ``"descending"`` give widths to stages. A size budget is about the real saved file, see
     :func:`~adalayer_native.allocation.estimate_bytes`.
 
@@ -85,7 +86,8 @@ def allocate(
         output: which of the model's outputs counts, as for ``analyze``.
         hyper: fixes some of alpha, beta, gamma, delta, lambda, bmax (``"adalayer"``).
         bits, stages: for the three stage methods, see ``stage_plan``.
-        activation_bits: bits of every quantized layer's input, 2 to 8.
+        activation_bits: bits of every quantized layer's input, 2 to 8. ``"optimal"`` may give
+            fewer to some (``input_widths`` in ``options``).
         batches: use at most this many calibration batches.
         candidates: how many plans are tried on calibration data in the first round.
         repaired: for ``"adalayer"`` and ``"uniform"``: compare plans with weights as ``repair``

@@ -1,4 +1,4 @@
-"""What compression may cost: bytes, bits per weight, milliseconds, bit operations, energy."""
+"""What compression may cost: bytes, bits per weight, time, bit operations, energy, loss."""
 
 from __future__ import annotations
 
@@ -23,8 +23,12 @@ class Budget:
             summed over the layers; above 0.
         energy: microjoules per image by the model of
             :func:`~adalayer_native.energy.layer_energy`; above 0.
+        loss: nats per image that the plan may be predicted to lose above 8 bits everywhere. Then
+            the plan is not the one that loses least but the one whose engine is the fastest on
+            this machine. 0.001 nats are 0.1 % of the probability that is given to the right
+            answer, or of the perplexity. Above 0.
 
-    Only method ``"optimal"`` takes several at once, or the last three.
+    Only method ``"optimal"`` takes several at once, or the last four.
 
     Raises:
         BudgetError: none is given, ``size`` and ``bytes`` together, or a value is out of range.
@@ -36,6 +40,7 @@ class Budget:
     latency: float | None = None
     bops: float | None = None
     energy: float | None = None
+    loss: float | None = None
 
     def __post_init__(self) -> None:
         given = self.given
@@ -65,6 +70,11 @@ class Budget:
         given = list(self.given)
         return len(given) == 1 and given[0] in ("size", "bytes", "bits")
 
+    @property
+    def timed(self) -> bool:
+        """Whether it matters how fast a plan runs on this machine."""
+        return self.latency is not None or self.loss is not None
+
     def limit_bytes(self, float_bytes: int) -> int | None:
         """Largest allowed file in bytes; ``None`` where the budget is in bits per weight."""
         if self.size is not None:
@@ -83,6 +93,7 @@ class Budget:
             "latency": f"latency {value:g} ms",
             "bops": f"{value:,.0f} bit operations per image",
             "energy": f"energy {value:g} µJ per image",
+            "loss": f"{value:g} nats per image more than with 8 bits everywhere",
         }[name]
 
     def __str__(self) -> str:

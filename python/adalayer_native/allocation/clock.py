@@ -9,20 +9,22 @@ over what was predicted, and the solver chooses again, until both agree.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 import numpy as np
 from torch import Tensor
 
 from ..capture import Inputs
 from ..engine.compiler import compile as compile_engine
-from ..engine.latency import call_seconds
+from ..engine.latency import call_seconds, seconds_in_turn
+from ..engine.runtime import Engine
 from ..errors import BudgetError
 from ..importance.batches import model_digest
 from ..quantization import calibrate, convert, prepare
 from .measuring import repeated, sizes_of
 from .options import Choice
 from .problem import Problem
-from .resources import Resource
+from .resources import LATENCY, Resource
 from .selection import Selection
 from .settings import Settings
 from .store import Store, cache_dir, machine
@@ -56,29 +58,67 @@ class EngineClock:
             **machine(settings.threads),
         }
         self.store = Store(cache_dir(settings.directory), "engines", key)
+        self._kernels: dict[str, dict[str, str]] = {}
 
     def __call__(self, choice: Choice) -> float:
         """Median milliseconds with ``choice``, and with what is pinned."""
         full = self.problem.full(choice)
-        name = json.dumps([[layer, *option.values] for layer, option in full.items()])
+        name = _name(full)
         if name not in self.store:
             self.store[name] = self._measure(full)
             self.store.save()
         return self.store[name]
 
-    def _measure(self, choice: Choice) -> float:
+    def together(self, choices: Sequence[Choice]) -> list[float]:
+        """The same for several choices, timed in turn and anew."""
+        full = [self.problem.full(choice) for choice in choices]
+        engines = [self._engine(choice) for choice in full]
         settings = self.settings
+        found = seconds_in_turn(engines, settings.latency_batch, settings.threads, seconds=1.0)
+        for choice, engine, seconds in zip(full, engines, found, strict=True):
+            self._kernels[_name(choice)] = _kernels(engine, choice)
+            self.store[_name(choice)] = 1e3 * seconds
+        self.store.save()
+        return [1e3 * seconds for seconds in found]
+
+    def kernels(self, choice: Choice) -> dict[str, str]:
+        """What runs every layer in that engine."""
+        full = self.problem.full(choice)
+        name = _name(full)
+        if name not in self._kernels:  # its time was known
+            self._kernels[name] = _kernels(self._engine(full), full)
+        return self._kernels[name]
+
+    def _measure(self, choice: Choice) -> float:
+        engine = self._engine(choice)
+        self._kernels[_name(choice)] = _kernels(engine, choice)
+        return 1e3 * call_seconds(engine, self.settings.latency_batch, self.settings.threads)
+
+    def _engine(self, choice: Choice) -> Engine:
         prepared = prepare(self.problem.model, self.problem.plan(choice))
         calibrate(prepared, [self.x], observer="minmax", progress=False)
-        batch = repeated(self.x, settings.latency_batch)
-        engine = compile_engine(convert(prepared), batch, policy="native")
-        return 1e3 * call_seconds(engine, settings.latency_batch, settings.threads)
+        batch = repeated(self.x, self.settings.latency_batch)
+        return compile_engine(convert(prepared), batch, policy="native")
+
+
+def _name(choice: Choice) -> str:
+    return json.dumps([[layer, *option.values] for layer, option in choice.items()])
+
+
+def _kernels(engine: Engine, choice: Choice) -> dict[str, str]:
+    """By layer; the second call of one is "layer#2"."""
+    found: dict[str, str] = {}
+    for row in engine.coverage(rounds=0):
+        name = row.name.split("#", 1)[0]
+        if row.bits and name in choice:  # others stand for operations that are no layers
+            found.setdefault(name, row.kernel)
+    return found
 
 
 def latency_of(selection: Selection) -> Resource | None:
     """The latency among the limits, if there is one."""
-    found = [r for r in selection.resources if r.name == "latency" and np.isfinite(r.limit)]
-    return found[0] if found else None
+    found = selection.resource(LATENCY)
+    return found if found is not None and np.isfinite(found.limit) else None
 
 
 def correct(selection: Selection, columns: np.ndarray, clock: EngineClock) -> tuple[float, float]:

@@ -24,6 +24,7 @@ from ..importance.batches import Batch, captured_on, iterate, model_digest
 from ..importance.outputs import LossFn, Pick, has_logits, logits_of, loss_of
 from ..pruning.patterns import pattern_mask
 from ..rounding import conv_form, layer_form
+from .narrow_inputs import NarrowInputs
 from .options import UNSTRUCTURED, Choices, Option
 from .sensitivity import WeightOf, shifted
 
@@ -76,7 +77,10 @@ class Judge(Protocol):
 
 
 class Evaluator:
-    """Measures plans by weight-only fake quantization; nothing is trained, the model untouched.
+    """Measures plans by fake quantization; nothing is trained, the model untouched.
+
+    Weights are rounded, and inputs whose bits were chosen; the grids that all plans have, and what
+    they cost, are left out.
 
     Args:
         model: float model, captured or not.
@@ -90,7 +94,8 @@ class Evaluator:
             a pair of it and what is added to the layer's bias, ``[out_channels]`` or ``None``; the
             pattern is a fourth argument where there is one. Default: magnitude pruning and rounding
             to nearest.
-        key: names ``weight_of`` in the cache.
+        key: names ``weight_of`` and ``inputs`` in the cache.
+        inputs: what puts values on grids of fewer bits, where options ask for that.
         output: which output counts.
 
     Raises:
@@ -108,10 +113,11 @@ class Evaluator:
         weight_of: WeightOf | None = None,
         key: str = "",
         output: Pick = None,
+        inputs: NarrowInputs | None = None,
     ) -> None:
         model = captured_on(model, calibration)
         self.model, self.loss_fn, self.pick = model, loss_fn, output
-        self.weight_of, self.key = weight_of, key
+        self.weight_of, self.key, self.inputs = weight_of, key, inputs
         self.batches = list(self.bounded(iterate(calibration, model, batches)))
         if not self.batches:
             raise CalibrationError(
@@ -131,7 +137,7 @@ class Evaluator:
             self._known = self._read()
 
     def measure(self, layers: Choices) -> Measurement:
-        """Loss and accuracy with ``{layer: (bits or None, sparsity[, pattern])}``.
+        """Loss and accuracy with ``{layer: (bits or None, sparsity[, pattern[, input bits]])}``.
 
         Raises:
             CalibrationError: the loss is not finite.
@@ -147,23 +153,27 @@ class Evaluator:
     @torch.no_grad()
     def _measure(self, layers: dict[str, Option]) -> tuple[float, float]:
         weights: dict[str, torch.Tensor] = {}
-        handles = []
+        model, modules, handles = self.model, self.modules, []
+        if self.inputs is not None and self.inputs.narrowed(layers):
+            handles = self.inputs.applied(layers)
+            model = self.inputs.model
+            modules = dict(model.named_modules())
         for name, option in layers.items():
             if option.bits is not None:
                 weights[f"{name}.weight"], shift = self.replacement(name, option)
                 if shift is not None:  # by a hook: a layer before a batch norm has no bias
-                    handles.append(self.modules[name].register_forward_hook(_adding(shift)))
+                    handles.append(modules[name].register_forward_hook(_adding(shift)))
         try:
-            return self._loss(weights)
+            return self._loss(model, weights)
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _loss(self, weights: dict[str, torch.Tensor]) -> tuple[float, float]:
+    def _loss(self, model: nn.Module, weights: dict[str, torch.Tensor]) -> tuple[float, float]:
         loss, good, positions = 0.0, 0, 0
-        with eval_mode(self.model):
+        with eval_mode(model):
             for batch, reference in zip(self.batches, self.outputs, strict=True):
-                output = functional_call(self.model, weights, batch.x.args, batch.x.kwargs)
+                output = functional_call(model, weights, batch.x.args, batch.x.kwargs)
                 target = None if self.loss_fn is None else batch.target
                 value = loss_of(
                     output, reference, target, self.loss_fn, pick=self.pick, tokens=batch.tokens

@@ -6,8 +6,10 @@ r"""The multiple-choice knapsack: one option per layer, least total error, withi
 
 Products are linearised exactly (Adams and Sherali 1986): options of a layer that share all their
 pair terms form a group, ``y`` is the product of two groups' indicators, and its row and column
-sums are those indicators. Solved by HiGHS through ``scipy.optimize.milp``, which is deterministic:
-no time limit is set, and options that another one dominates are removed first, ties included.
+sums are those indicators. What several layers share (the bits of a value that all of them read) is
+an equation for each kind of option: as much of it in the one layer as in the other. Solved by HiGHS
+through ``scipy.optimize.milp``, which is deterministic: no time limit is set, and options that
+another one dominates are removed first, ties included.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import coo_array, csr_array, vstack
 
-__all__ = ["Limit", "Pair", "monotone", "solve"]
+__all__ = ["Limit", "Link", "Pair", "monotone", "solve"]
 
 # HiGHS works to absolute tolerances of 1e-6 around objectives of about 1; options that are this
 # many times worse than the scale are as good as forbidden, and their digits would only cost its
@@ -50,6 +52,14 @@ class Pair:
     values: np.ndarray
 
 
+@dataclass(frozen=True)
+class Link:
+    """Layers whose options must be of one kind; ``kinds`` are int ``[options]``."""
+
+    layers: tuple[int, ...]
+    kinds: np.ndarray
+
+
 def monotone(errors: np.ndarray) -> np.ndarray:
     """A table ``[..., widths, sparsities]`` that never falls with sparsity nor rises with bits.
 
@@ -69,6 +79,7 @@ def solve(
     *,
     allowed: np.ndarray | None = None,
     pairs: Sequence[Pair] = (),
+    links: Sequence[Link] = (),
 ) -> np.ndarray | None:
     """The best option of every layer, int64 ``[layers]``; ``None`` if nothing fits.
 
@@ -77,6 +88,7 @@ def solve(
         limits: what the choice must keep.
         allowed: bool ``[layers, options]``; default: all.
         pairs: terms between two layers.
+        links: layers that share something.
     """
     layers = len(errors)
     allowed = np.ones(errors.shape, dtype=bool) if allowed is None else allowed
@@ -85,21 +97,30 @@ def solve(
         if not least <= limit.limit + 1e-9 * abs(limit.limit):
             return None
     coupled = {layer for pair in pairs for layer in (pair.first, pair.second)}
-    kept = [
-        np.flatnonzero(allowed[row])
-        if row in coupled  # what its partners lose or gain is not in the row
-        else _undominated(errors[row], [limit.costs[row] for limit in limits], allowed[row])
-        for row in range(layers)
-    ]
+    linked = {layer: link.kinds for link in links for layer in link.layers}
+
+    def useful(row: int) -> np.ndarray:
+        if row in coupled:  # what its partners lose or gain is not in the row
+            return np.flatnonzero(allowed[row])
+        costs = [limit.costs[row] for limit in limits]
+        if row not in linked:
+            return _undominated(errors[row], costs, allowed[row])
+        kinds = linked[row]  # an option may be there for the sake of its kind
+        parts = [
+            _undominated(errors[row], costs, allowed[row] & (kinds == k)) for k in np.unique(kinds)
+        ]
+        return np.sort(np.concatenate(parts))
+
+    kept = [useful(row) for row in range(layers)]
     rows = np.concatenate([np.full(len(k), row) for row, k in enumerate(kept)])
-    problem = _Program(errors, limits, pairs, rows, np.concatenate(kept))
+    problem = _Program(errors, limits, pairs, links, rows, np.concatenate(kept))
     relaxed = problem.relax()
     if relaxed is None:
         return None
     bound, reduced = relaxed
     # A core of options that cost the relaxation least to use gives a good choice; what an option's
     # reduced cost puts beyond that choice can then be no part of a better one (Pisinger 1995).
-    core = _core(reduced, rows)
+    core = _core(reduced, problem.sorts)
     found = problem.search(core)
     reach = np.inf if found is None else found[1] - bound + 1e-9
     wider = core | (reduced <= reach)
@@ -120,20 +141,25 @@ class _Program:
         errors: np.ndarray,
         limits: Sequence[Limit],
         pairs: Sequence[Pair],
+        links: Sequence[Link],
         rows: np.ndarray,
         columns: np.ndarray,
     ) -> None:
         self.rows, self.columns, self.count = rows, columns, len(rows)
+        # Layers, and of linked ones layers and kinds, as numbers.
+        self.sorts = rows * (1 + len({int(kind) for link in links for kind in link.kinds}))
         extra: list[float] = []
-        links: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        sums: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         for pair in pairs:
-            _linearise(pair, rows, columns, self.count, extra, links)
+            _linearise(pair, rows, columns, self.count, extra, sums)
+        for link in links:
+            self._tie(link, sums)
         self.width = width = self.count + len(extra)
         self.objective = np.concatenate([errors[rows, columns], extra])
         ones = coo_array(
             (np.ones(self.count), (rows, np.arange(self.count))), shape=(len(errors), width)
         )
-        parts = [ones] + [coo_array((v, (r, c)), shape=(r.max() + 1, width)) for r, c, v in links]
+        parts = [ones] + [coo_array((v, (r, c)), shape=(r.max() + 1, width)) for r, c, v in sums]
         self.equal = csr_array(vstack(parts))
         self.right = np.zeros(self.equal.shape[0])
         self.right[: len(errors)] = 1.0
@@ -146,6 +172,20 @@ class _Program:
                 ends.append(limit.limit / scale)
         self.below = csr_array(np.array(lines)) if lines else None
         self.ends = np.array(ends) if lines else None
+
+    def _tie(self, link: Link, sums: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> None:
+        """Append, for each kind, that it is taken by a layer as it is by the first one."""
+        names = np.unique(link.kinds)
+        number = np.searchsorted(names, link.kinds)[self.columns]  # of every variable's kind
+        for layer in link.layers:
+            mine = self.rows == layer
+            self.sorts[mine] += number[mine]
+        first = np.flatnonzero(self.rows == link.layers[0])
+        for layer in link.layers[1:]:
+            other = np.flatnonzero(self.rows == layer)
+            values = np.concatenate([np.ones(len(first)), -np.ones(len(other))])
+            both = np.concatenate([first, other])
+            sums.append((number[both], both, values))
 
     def relax(self) -> tuple[float, np.ndarray] | None:
         """Optimum with fractions allowed, and the reduced cost of every option.
@@ -215,11 +255,11 @@ def _quiet() -> Iterator[None]:
             os.close(saved)
 
 
-def _core(reduced: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """The options of least reduced cost in every layer."""
-    core = np.zeros(len(rows), dtype=bool)
-    for row in range(int(rows.max()) + 1):
-        mine = np.flatnonzero(rows == row)
+def _core(reduced: np.ndarray, sorts: np.ndarray) -> np.ndarray:
+    """The options of least reduced cost of every layer, or sort."""
+    core = np.zeros(len(sorts), dtype=bool)
+    for sort in np.unique(sorts):
+        mine = np.flatnonzero(sorts == sort)
         core[mine[np.argsort(reduced[mine], kind="stable")[:CORE]]] = True
     return core
 
@@ -227,14 +267,16 @@ def _core(reduced: np.ndarray, rows: np.ndarray) -> np.ndarray:
 def _undominated(errors: np.ndarray, costs: list[np.ndarray], allowed: np.ndarray) -> np.ndarray:
     """Options that no other one equals or beats in everything; of equal ones the first."""
     points = np.stack([errors, *costs], axis=1)
+    options = np.flatnonzero(allowed)
+    # In this order whatever beats an option comes before it, or is itself beaten by what does.
+    order = options[np.lexsort((options, *points[options].T[::-1]))]
     kept: list[int] = []
-    for option in np.flatnonzero(allowed).tolist():
-        beaten = (points[allowed] <= points[option]).all(axis=1)
-        strictly = beaten & (points[allowed] < points[option]).any(axis=1)
-        same = (points[kept] == points[option]).all(axis=1).any() if kept else False
-        if not strictly.any() and not same:
+    front = np.empty((len(options), points.shape[1]))
+    for option in order.tolist():
+        if not (front[: len(kept)] <= points[option]).all(axis=1).any():
+            front[len(kept)] = points[option]
             kept.append(option)
-    return np.array(kept, dtype=np.int64)
+    return np.sort(np.array(kept, dtype=np.int64))
 
 
 def _linearise(

@@ -39,9 +39,10 @@ def starts(selection: Selection) -> list[np.ndarray]:
             pairs = selection.pairs if power == 1 and dearer == 1 else ()
             add_distinct(found, selection.choose(errors=errors, pairs=pairs))
     layers = len(selection.errors)
-    kinds: dict[tuple[int, str], list[tuple[float, int]]] = {}
+    kinds: dict[tuple[int, str, int], list[tuple[float, int]]] = {}
     for column, option in enumerate(selection.options):
-        kinds.setdefault((option.bits or 0, option.pattern), []).append((option.sparsity, column))
+        kind = (option.bits or 0, option.pattern, option.activation_bits or 0)
+        kinds.setdefault(kind, []).append((option.sparsity, column))
     for kind in sorted(kinds):
         for _, column in sorted(kinds[kind]):
             columns = np.full(layers, column)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from .budget import Budget
 from .closed_form import MAX_BITS
 from .evaluate import Evaluator
 from .knapsack import Pair
+from .narrow_inputs import NarrowInputs
 from .options import UNSTRUCTURED, Option
 from .problem import Problem
 from .repaired import REPAIR_VERSION, RepairedWeights
@@ -38,6 +39,8 @@ from .tables import LayerTable, fill
 __all__ = [
     "Data",
     "emptied",
+    "inputs_key",
+    "inputs_of",
     "latency_table",
     "layer_error",
     "loader_of",
@@ -136,30 +139,95 @@ def measure_tables(
     data: Data,
     settings: Settings,
     weight_of: WeightOf | None = None,
+    inputs: NarrowInputs | None = None,
     *,
     progress: bool = True,
 ) -> Tables:
     """All tables that the budget asks for; what is in the cache is not measured again.
 
-    ``weight_of`` is :func:`weights_of` of the same arguments, if it is at hand.
+    ``weight_of`` and ``inputs`` are :func:`weights_of` and :func:`inputs_of` of the same arguments,
+    if they are at hand.
     """
+    if inputs is None:
+        inputs = inputs_of(problem, data)
     if weight_of is None:
         weight_of = weights_of(problem, data, settings, progress=progress)
     layers = problem.layers
     with eval_mode(problem.model):
         work = layer_work(problem.model, layers, one_sample(problem.model, data.table[0].x))
     latency = None
-    if budget.latency is not None:
+    widths = settings.input_widths_for(budget, problem.activation_bits)
+    if budget.timed:
         latency = latency_table(
             problem,
             data.table[0].x[:1],
             settings,
             patterns=settings.patterns_for(budget),
+            input_widths=widths,
             progress=progress,
         )
     errors = _error_table(problem, budget, data, settings, weight_of, work, progress)
-    pairs = _interactions(problem, budget, data, settings, weight_of, work, latency, errors)
-    return Tables(errors, latency, work, pairs)
+    if widths:
+        store = Store(cache_dir(settings.directory), "inputs", inputs_key(problem, data))
+        errors.others += _with_inputs(problem, errors, inputs.errors(widths, store))
+    tables = Tables(errors, latency, work, [])
+    tables.pairs = _interactions(problem, budget, data, settings, weight_of, inputs, tables)
+    return tables
+
+
+def inputs_of(problem: Problem, data: Data) -> NarrowInputs:
+    """What layer inputs of fewer bits than the usual ones lose."""
+    return NarrowInputs(
+        problem,
+        data.table,
+        loader_of(data.repair),
+        logits=data.loss_fn is None,
+        output=data.pick,
+    )
+
+
+def _with_inputs(
+    problem: Problem, errors: LayerTable, found: Mapping[int, Mapping[str, float]]
+) -> tuple[LayerTable, ...]:
+    """The parts of an error table with inputs of fewer bits.
+
+    To second order the errors of weight and input add up. What a value loses is the error of the
+    first layer that reads it; the others, which share its bits, have none by it.
+    """
+    parts = []
+    for bits, losses in found.items():
+        added = np.full(len(problem.free), np.nan)
+        for site, rows in problem.shared_inputs.items():
+            added[rows] = 0.0
+            added[rows[0]] = losses[site]
+        parts += [
+            replace(
+                part,
+                values=part.values + added[:, None, None],
+                others=(),
+                activation_bits=bits,
+            )
+            for part in errors.parts
+        ]
+    return tuple(parts)
+
+
+def inputs_key(problem: Problem, data: Data) -> dict[str, Any]:
+    """What layer inputs of fewer bits, and what they lose, depend on."""
+    digests = []
+    for batches in (data.table, data.repair):
+        digest = hashlib.sha256()
+        for batch in batches:
+            digest.update(batch.digest().encode())
+        digests.append(digest.hexdigest())
+    return {
+        "model": model_digest(problem.model),
+        "data": digests,
+        "logits": data.loss_fn is None,
+        "output": data.pick,
+        "layers": list(problem.layout.layers),
+        "activation_bits": problem.activation_bits,
+    }
 
 
 def table_key(problem: Problem, data: Data, settings: Settings) -> dict[str, Any]:
@@ -277,9 +345,10 @@ def _filled(
     patterns: Sequence[str],
     wanted: Mapping[str, np.ndarray] | None = None,
     *,
+    inputs: Sequence[int | None] = (None,),
     progress: bool,
 ) -> LayerTable:
-    """One table of the parts of all patterns, see :func:`fill`."""
+    """One table of the parts of all patterns and bits of inputs, see :func:`fill`."""
     parts = [
         fill(
             what,
@@ -290,9 +359,11 @@ def _filled(
             bits=settings.widths,
             sparsities=settings.sparsities_of(pattern),
             pattern=pattern,
+            activation_bits=activation_bits,
             wanted=None if wanted is None else wanted[pattern],
             progress=progress,
         )
+        for activation_bits in inputs
         for pattern in patterns
     ]
     parts[0].others = tuple(parts[1:])
@@ -325,10 +396,13 @@ def layer_error(
     )
 
 
-def _evaluator(problem: Problem, data: Data, weight_of: WeightOf | None) -> Evaluator:
+def _evaluator(
+    problem: Problem, data: Data, weight_of: WeightOf | None, inputs: NarrowInputs | None = None
+) -> Evaluator:
     return Evaluator(
-        problem.model, loader_of(data.table), data.loss_fn, weight_of=weight_of, output=data.pick
-    )
+        problem.model, loader_of(data.table), data.loss_fn, weight_of=weight_of, output=data.pick,
+        inputs=inputs,
+    )  # fmt: skip
 
 
 def _criterion_error(problem: Problem, data: Data, name: str, evaluator: Evaluator) -> LayerError:
@@ -364,7 +438,8 @@ def _worthwhile(
     """
     options = _options(settings, pattern)
     sparsities = settings.sparsities_of(pattern)
-    parts = {k: v for k, v in budget.given.items() if k != "latency"} or {"size": 1.0}
+    parts = {k: v for k, v in budget.given.items() if k not in ("latency", "loss")}
+    parts = parts or {"size": 1.0}
     found = resources(problem, Budget(**parts), options, work)  # type: ignore[arg-type]
     limited = [r for r in found if np.isfinite(r.limit)] or found
     shape = (len(problem.free), len(settings.widths), len(sparsities))
@@ -385,7 +460,7 @@ def emptied(problem: Problem, options: Sequence[Option]) -> np.ndarray:
             [
                 pattern_pruned_count(problem.form(name), sparsity, pattern)
                 >= problem.layers[name].weight.numel()
-                for _, sparsity, pattern in options
+                for _, sparsity, pattern, _ in options
             ]
             for name in problem.free
         ]
@@ -398,6 +473,7 @@ def latency_table(
     settings: Settings,
     *,
     patterns: Sequence[str] = (UNSTRUCTURED,),
+    input_widths: Sequence[int] = (),
     progress: bool = True,
 ) -> LayerTable:
     """Microseconds of every layer with every option, in the engine on this machine.
@@ -405,13 +481,16 @@ def latency_table(
     Measured inside the whole program, as the engine's planner does it: all layers get random
     weights of one width, sparsity and pattern at once, the program is planned for them by the
     clock, and its profile divides the time of a whole call among the layers
-    (:class:`~adalayer_native.engine.latency.LayerTimes`).
+    (:class:`~adalayer_native.engine.latency.LayerTimes`). So it is with inputs of other widths. A
+    layer for which these bring no other form is not measured again: it has the time that it has
+    with the usual ones, and no luck or misfortune of a measurement decides about its bits.
 
     Args:
         problem: layers.
         x: an input of one sample.
         settings: batch, threads, widths, sparsities, cache directory.
         patterns: of the zeros.
+        input_widths: bits of the inputs, besides the usual ones.
         progress: show a progress bar.
     """
     x = Inputs.of(x)
@@ -422,36 +501,72 @@ def latency_table(
         "pinned": sorted([n, *o.values] for n, o in problem.pinned.items() if o.bits is not None),
         "float": sorted(set(problem.layers) - set(problem.free) - set(problem.pinned)),
         "activation_bits": problem.activation_bits,
+        "weights": "rounded, in turn with 8 bits",
         **machine(settings.threads),
     }
     store = Store(cache_dir(settings.directory), "latency", key)
-    times: LayerTimes | None = None
+    known: dict[int | None, LayerTimes] = {}
+
+    def times(width: int | None) -> LayerTimes:
+        if width not in known:
+            beside = None if width is None else times(None)
+            known[width] = _layer_times(problem, x, settings, width, beside)
+            if width is None and " reference" in store:
+                known[width].reference = store[" reference"]
+        return known[width]
 
     def measure(name: str, option: Option) -> float:
         """A column: all layers at once; what is no layer of ours goes by the name ''."""
-        nonlocal times
-        if times is None:
-            times = _layer_times(problem, x, settings)
         assert option.bits is not None
-        layers, other = times.column(option.bits, option.sparsity, option.pattern)
+        setting = option.bits, option.sparsity, option.pattern
+        measured = times(option.activation_bits)
+        usual = option.weight.name  # in front: the widths of inputs are the outer loop
+        same: set[str] = set()
+        if option.activation_bits is not None:
+            other_forms, forms = times(None).forms(*setting), measured.forms(*setting)
+            same = {n for n in problem.free if forms.get(n) == other_forms.get(n)}
+        if len(same) < len(problem.free):
+            layers, other = measured.column(*setting)
+        else:
+            layers, other = {}, store[f" {usual}"]
+        reference = times(None).reference
+        if reference is not None:
+            store[" reference"] = reference
         for each in problem.free:
-            store[f"{each} {option.name}"] = layers.get(each, 0.0)
+            value = store[f"{each} {usual}"] if each in same else layers.get(each, 0.0)
+            store[f"{each} {option.name}"] = value
         store[f" {option.name}"] = other
         return store[f"{name} {option.name}"]
 
-    table = _filled("latency", "µs", problem, measure, store, settings, patterns, progress=progress)
+    table = _filled(
+        "latency", "µs", problem, measure, store, settings, patterns,
+        inputs=(None, *input_widths), progress=progress,
+    )  # fmt: skip
     table.constant = float(np.median([store[f" {option.name}"] for option in table.options()]))
     table.about = {"batch": settings.latency_batch, **machine(settings.threads)}
     return table
 
 
-def _layer_times(problem: Problem, x: Inputs, settings: Settings) -> LayerTimes:
-    plan = problem.plan(dict.fromkeys(problem.free, Option(MAX_BITS)))
+def _layer_times(
+    problem: Problem,
+    x: Inputs,
+    settings: Settings,
+    input_width: int | None,
+    beside: LayerTimes | None,
+) -> LayerTimes:
+    every = Option(MAX_BITS, activation_bits=input_width)
+    plan = problem.plan(dict.fromkeys(problem.free, every))
     prepared = prepare(problem.model, plan)
     calibrate(prepared, [x], observer="minmax", progress=False)
     batch = repeated(x, settings.latency_batch)
     engine = compile_engine(convert(prepared), batch, policy="native")
-    return LayerTimes(engine, problem.free, batch=settings.latency_batch, threads=settings.threads)
+    return LayerTimes(
+        engine,
+        problem.free,
+        batch=settings.latency_batch,
+        threads=settings.threads,
+        beside=beside,
+    )
 
 
 def _interactions(
@@ -460,9 +575,8 @@ def _interactions(
     data: Data,
     settings: Settings,
     weight_of: WeightOf | None,
-    work: dict[str, Work],
-    latency: LayerTable | None,
-    errors: LayerTable,
+    inputs: NarrowInputs,
+    tables: Tables,
 ) -> list[Pair]:
     """Terms between the layers that lose most in the additive optimum.
 
@@ -471,15 +585,16 @@ def _interactions(
     that seem to cancel are not counted: a solver would go where they are largest, and by then
     they no longer cancel.
     """
-    if not settings.interactions or len(problem.free) < 2:
+    # A loss that is limited is the sum that a linear program can limit.
+    if not settings.interactions or len(problem.free) < 2 or budget.loss is not None:
         return []
-    selection = selection_of(problem, budget, Tables(errors, latency, work, []), settings)
+    selection = selection_of(problem, budget, tables, settings)
     columns = selection.choose()
     if columns is None:  # by the tables as they are; what follows knows more
         return []
     chosen = selection.errors[np.arange(len(columns)), columns]
     worst = np.sort(np.argsort(-chosen, kind="stable")[:PAIR_LAYERS]).tolist()
-    evaluator = _evaluator(problem, data, weight_of)
+    evaluator = _evaluator(problem, data, weight_of, inputs)
     choice = selection.choice(columns)
 
     def loss(*rows: int) -> float:

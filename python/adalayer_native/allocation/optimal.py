@@ -7,11 +7,13 @@ check it, and plans around it (:mod:`~adalayer_native.allocation.local_search`),
 plans are repaired whole and compared (:mod:`~adalayer_native.allocation.finals`), those of the
 closed form and the best uniform one among them (:mod:`~adalayer_native.allocation.rivals`). Where
 the budget limits the latency, engines are compiled and timed on the way
-(:mod:`~adalayer_native.allocation.clock`).
+(:mod:`~adalayer_native.allocation.clock`). A budget of loss asks the other way round
+(:mod:`~adalayer_native.allocation.fastest`).
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -21,15 +23,26 @@ import numpy as np
 from ..importance.outputs import LossFn, Pick
 from ..plan import Plan
 from .budget import Budget
-from .clock import EngineClock, kept, latency_of, refused, settle
+from .clock import EngineClock, kept, refused, settle
+from .closed_form import MAX_BITS
 from .evaluate import NEGLIGIBLE, Evaluator, Measurement
+from .fastest import fastest
 from .finals import finals
 from .local_search import local_search
-from .measuring import Data, emptied, loader_of, measure_tables, repair_key, weights_of
+from .measuring import (
+    Data,
+    emptied,
+    inputs_key,
+    inputs_of,
+    loader_of,
+    measure_tables,
+    repair_key,
+    weights_of,
+)
 from .options import UNSTRUCTURED, Choice, Option
 from .problem import Problem
 from .repaired_check import RepairedCheck
-from .resources import resources
+from .resources import LOSS, resources
 from .rivals import Predictor, rivals
 from .selection import Selection, selection_of
 from .settings import Settings
@@ -62,16 +75,9 @@ def optimal(
     _reachable(problem, budget, settings)
     data = Data.split(problem.model, calibration, loss_fn, batches, output)
     weight_of = weights_of(problem, data, settings, progress=progress)
-    tables = measure_tables(problem, budget, data, settings, weight_of, progress=progress)
+    inputs = inputs_of(problem, data)
+    tables = measure_tables(problem, budget, data, settings, weight_of, inputs, progress=progress)
     selection = selection_of(problem, budget, tables, settings)
-    clock = None
-    if latency_of(selection) is not None:
-        clock = EngineClock(problem, data.table[0].x[:1], settings)
-        columns: np.ndarray | None = settle(selection, clock)
-    else:
-        columns = selection.choose()
-    if columns is None:
-        raise selection.impossible()
     evaluator = None
     if settings.rounds > 0:
         evaluator = Evaluator(
@@ -80,9 +86,29 @@ def optimal(
             loss_fn,
             cache=cache,
             weight_of=weight_of,
-            key=repair_key(data, settings),
+            key=_evaluator_key(problem, budget, data, settings),
             output=output,
+            inputs=inputs,
         )
+    clock = None
+    if budget.timed:
+        clock = EngineClock(problem, data.table[0].x[:1], settings)
+    if budget.loss is not None:
+        assert clock is not None
+        found = fastest(selection, evaluator, clock)
+        if evaluator is not None:
+            evaluator.save()
+        plan = plan_of(selection, found.columns, found.loss, clock)
+        if found.usual is not None:
+            plan.measured["calibration_loss of 8 bits"] = found.usual.loss
+        plan.measured["measured latency of 8 bits"] = clock(selection.problem.uniform(MAX_BITS, 0))
+        return plan
+    if clock is not None:
+        columns: np.ndarray | None = settle(selection, clock)
+    else:
+        columns = selection.choose()
+    if columns is None:
+        raise selection.impossible()
     measurement = None
     for _ in range(CLOCK_ROUNDS):
         if evaluator is not None:
@@ -99,6 +125,14 @@ def optimal(
     if kept(selection, columns, clock):
         return plan_of(selection, columns, None, clock)
     raise refused(selection, clock(selection.choice(columns)))
+
+
+def _evaluator_key(problem: Problem, budget: Budget, data: Data, settings: Settings) -> str:
+    """What the weights and inputs of measured plans depend on besides the model."""
+    key = repair_key(data, settings)
+    if settings.input_widths_for(budget, problem.activation_bits):
+        key += f" {json.dumps(inputs_key(problem, data))}"
+    return key
 
 
 def _checked(
@@ -157,10 +191,16 @@ def plan_of(
     plan.measured = {} if measurement is None else measurement.as_dict()
     plan.measured["predicted_loss"] = selection.predicted(columns)
     for resource in selection.resources:
-        if resource.exact is None:
+        if resource.name == LOSS:
+            usual = resource.total(selection.alike(Option(MAX_BITS)))
+            plan.measured["predicted_loss of 8 bits"] = usual
+        elif resource.exact is None:
             plan.measured[f"predicted {resource.name}"] = resource.total(columns)
     if clock is not None:
-        plan.measured["measured latency"] = clock(selection.choice(columns))
+        choice = selection.choice(columns)
+        plan.measured["measured latency"] = clock(choice)
+        for name, kernel in clock.kernels(choice).items():
+            plan[name].kernel = kernel
     return plan
 
 

@@ -137,13 +137,15 @@ def pareto(
         progress: show progress.
 
     Raises:
-        BudgetError: ``within`` cannot be kept, or limits the file.
+        BudgetError: ``within`` cannot be kept, or limits the file or the loss.
         PlanError, CalibrationError, UnsupportedModelError: as ``allocate``.
     """
     if points < 2:
         raise PlanError(f"points must be at least 2, got {points}")
     if within is not None and (within.size is not None or within.bytes is not None):
         raise BudgetError("the frontier runs over all sizes; within must not limit the file")
+    if within is not None and within.loss is not None:
+        raise BudgetError("the frontier is about the loss; within must not limit it")
     settings = settings_of(options, tables)
     settings.check()
     model = captured_on(model, calibration)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ from ..importance.analyze import checked_layers
 from ..importance.scores import LayerScores
 from ..plan import LayerPlan, Plan, layer_kind, unknown_layer
 from ..pruning.masks import pruned_count
-from ..quantization.layout import native_layout
+from ..quantization.chains import Structure
+from ..quantization.layout import native_layout, structure_of
 from .budget import Budget
 from .closed_form import MAX_BITS, MAX_SPARSITY, MIN_BITS
 from .options import UNSTRUCTURED, Choice, Choices, Option, option_of
@@ -52,7 +54,6 @@ class Problem:
         self.model, self.budget, self.activation_bits = model, budget, activation_bits
         self.layers: dict[str, Any] = checked_layers(model)
         self.pinned: Choice = {}
-        self._entries: dict[str, LayerPlan] = {}
         self._pin(fixed or {}, exclude)
         template = self.plan(
             {name: Option(MAX_BITS) for name in self.layers if name not in self.pinned}
@@ -114,13 +115,31 @@ class Problem:
                     activation_bits=self.activation_bits,
                 )
             entry.check()
-            self._entries[name] = entry
-            self.pinned[name] = option_of(entry)
+            self.pinned[name] = option_of(entry, self.activation_bits)
 
     def full(self, choice: Choices) -> Choice:
         """The choice with what is pinned, in the model's order."""
         both = {**choice, **self.pinned}
         return {name: Option(*both[name]) for name in self.layers if name in both}
+
+    @cached_property
+    def structure(self) -> Structure:
+        """Where values are quantized, with every layer that can be native."""
+        return structure_of(self.model, set(self.layout.layers))
+
+    @cached_property
+    def shared_inputs(self) -> dict[str, list[int]]:
+        """By quantized value the rows of ``free`` that read it, where all of its readers are free.
+
+        A value has one grid, whoever reads it: what is decided about its bits is decided for all of
+        these layers. Where one reader is pinned, it has decided already.
+        """
+        rows = {name: row for row, name in enumerate(self.free)}
+        return {
+            site.name: [rows[name] for name in site.layers]
+            for site in self.structure.sites.values()
+            if site.layers and all(name in rows for name in site.layers)
+        }
 
     @property
     def in_bytes(self) -> bool:
@@ -134,7 +153,7 @@ class Problem:
         hyper: Mapping[str, float] | None = None,
         scores: dict[str, dict[str, float]] | None = None,
     ) -> Plan:
-        """A plan from bits and sparsity per layer.
+        """A plan from an option per layer.
 
         Layers that are not named are as they are pinned, else float.
         """
@@ -151,9 +170,7 @@ class Problem:
                     bits=chosen[name].bits,
                     sparsity=chosen[name].sparsity,
                     pattern=chosen[name].pattern,
-                    activation_bits=self._entries[name].activation_bits
-                    if name in self._entries
-                    else self.activation_bits,
+                    activation_bits=chosen[name].activation_bits or self.activation_bits,
                 )
                 for name, layer in self.layers.items()
             },

@@ -18,7 +18,9 @@ from .problem import Problem
 from .size import layer_bytes
 from .tables import LayerTable
 
-__all__ = ["Resource", "bit_operations", "resources", "stored_energy"]
+__all__ = ["LATENCY", "LOSS", "Resource", "bit_operations", "resources", "stored_energy"]
+
+LATENCY, LOSS = "latency", "loss"  # names of resources that others look for
 
 
 def bit_operations(
@@ -76,24 +78,24 @@ def resources(
         budget: limits.
         options: the columns.
         work: per image, of every layer of the model.
-        latency: microseconds per call, where the budget limits the latency; its layers and
+        latency: microseconds per call, where the clock counts (``Budget.timed``); its layers and
             options are those of the problem.
 
     Raises:
-        BudgetError: the latency is limited and there is no table.
+        BudgetError: the clock counts and there is no table.
     """
     found = [_bytes(problem, budget, options)]
     if budget.bits is not None:
         found.append(_average_bits(problem, budget.bits, options))
-    if budget.latency is not None:
+    if budget.timed:
         if latency is None:
-            raise BudgetError("a latency budget needs a latency table")
+            raise BudgetError("a budget of latency or loss needs a latency table")
         found.append(
             Resource(
-                "latency",
+                LATENCY,
                 latency.flat() / 1000.0,
                 latency.constant / 1000.0,
-                budget.latency,
+                np.inf if budget.latency is None else budget.latency,
                 lambda value: f"{_up(value, 4)} ms",
             )
         )
@@ -107,7 +109,7 @@ def resources(
                 lambda name, option: bit_operations(
                     work[name].macs,
                     option.bits,
-                    _activation_bits(problem, name),
+                    option.activation_bits or problem.activation_bits,
                     option.sparsity,
                 ),
                 lambda value: f"{np.ceil(value):,.0f} per image",
@@ -123,7 +125,10 @@ def resources(
                 lambda name, option: (
                     1e-6
                     * stored_energy(
-                        _form(problem, name), option, _activation_bits(problem, name), work[name]
+                        _form(problem, name),
+                        option,
+                        option.activation_bits or problem.activation_bits,
+                        work[name],
                     ).total
                 ),
                 lambda value: f"{_up(value, 4)} µJ per image",
@@ -143,9 +148,11 @@ def _up(value: float, digits: int) -> str:
 def _bytes(problem: Problem, budget: Budget, options: Sequence[Option]) -> Resource:
     costs = np.zeros((len(problem.free), len(options)))
     for row, name in enumerate(problem.free):
-        for column, (bits, sparsity, pattern) in enumerate(options):
-            assert bits is not None
-            costs[row, column] = layer_bytes(problem.form(name), bits, sparsity, pattern)
+        for column, option in enumerate(options):
+            assert option.bits is not None
+            costs[row, column] = layer_bytes(
+                problem.form(name), option.bits, option.sparsity, option.pattern
+            )
 
     def choice(columns: np.ndarray) -> Choice:
         return {n: options[c] for n, c in zip(problem.free, columns.tolist(), strict=True)}
@@ -177,7 +184,7 @@ def _bytes(problem: Problem, budget: Budget, options: Sequence[Option]) -> Resou
 def _average_bits(problem: Problem, limit: float, options: Sequence[Option]) -> Resource:
     total = sum(layer.weight.numel() for layer in problem.layers.values())
     counts = np.array([problem.layers[name].weight.numel() for name in problem.free])
-    each = np.array([(bits or 0) * (1.0 - sparsity) for bits, sparsity, _ in options])
+    each = np.array([(o.bits or 0) * (1.0 - o.sparsity) for o in options])
     rest = problem.plan(dict.fromkeys(problem.free, options[0]))
     costs = counts[:, None] * each[None] / max(1, total)
     constant = rest.average_bits - float(costs[:, 0].sum())
@@ -198,10 +205,6 @@ def _summed(
     others = [n for n in problem.layers if n not in set(problem.free)]
     constant = sum(cost(n, problem.pinned.get(n, Option(None))) for n in others)
     return Resource(name, costs, constant, limit, show)
-
-
-def _activation_bits(problem: Problem, name: str) -> int:
-    return problem.plan({})[name].activation_bits
 
 
 def _form(problem: Problem, name: str) -> tuple[int, ...]:

@@ -43,17 +43,17 @@ class Predictor:
     def __init__(self, selection: Selection) -> None:
         self.selection = selection
         self.rows = {name: row for row, name in enumerate(selection.problem.free)}
-        self.columns: dict[tuple[int | None, str], list[int]] = {}
+        self.columns: dict[tuple[int | None, str, int | None], list[int]] = {}
         order = sorted(range(len(selection.options)), key=lambda k: selection.options[k].sparsity)
         for column in order:
             option = selection.options[column]
-            self.columns.setdefault((option.bits, option.pattern), []).append(column)
+            self.columns.setdefault(_kind(option), []).append(column)
 
     def error(self, name: str, option: Option) -> float:
         """Predicted loss increase by one layer."""
         row = self.rows[name]
         offered = self.selection.offered[row]
-        columns = [c for c in self.columns.get(option[::2], []) if offered[c]]
+        columns = [c for c in self.columns.get(_kind(option), []) if offered[c]]
         if not columns:
             return float("inf")
         sparsities = [self.selection.options[c].sparsity for c in columns]
@@ -67,6 +67,11 @@ class Predictor:
 
     def save(self) -> None:
         """Nothing is kept."""
+
+
+def _kind(option: Option) -> tuple[int | None, str, int | None]:
+    """What options differ in besides their sparsity."""
+    return option.bits, option.pattern, option.activation_bits
 
 
 def table_scores(problem: Problem, tables: Tables) -> LayerScores | None:
@@ -113,7 +118,7 @@ def rivals(selection: Selection, tables: Tables) -> list[Choice]:
     except BudgetError:  # nothing of theirs fits; the solver's plan does
         return found
     for plan in plans:
-        choice = {name: option_of(plan[name]) for name in problem.free}
+        choice = {name: option_of(plan[name], problem.activation_bits) for name in problem.free}
         if choice not in found:
             found.append(choice)
     return found

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import BudgetError
+from ..errors import BudgetError, PlanError
 from ..importance.flops import Work
 from .budget import Budget
-from .knapsack import Limit, Pair, monotone, solve
-from .options import Choice, Option
+from .closed_form import MAX_BITS
+from .knapsack import Limit, Link, Pair, monotone, solve
+from .options import UNSTRUCTURED, Choice, Option
 from .problem import Problem
-from .resources import Resource, resources
+from .resources import LATENCY, LOSS, Resource, resources
 from .settings import Settings
 from .tables import LayerTable
 from .uniform import uniform_sparsities
@@ -21,6 +22,8 @@ from .uniform import uniform_sparsities
 __all__ = ["Selection", "Tables", "selection_of"]
 
 _TRIES = 20
+# What an input of fewer bits must save to be offered: clocks scatter by as much.
+_CLEARLY = 0.97
 
 
 class Selection:
@@ -49,6 +52,9 @@ class Selection:
         self.offered = np.isfinite(errors)
         self.errors = np.where(self.offered, errors, 0.0)
         self.pairs = list(pairs)
+        widths = np.array([option.activation_bits or 0 for option in self.options])
+        shared = problem.shared_inputs.values() if widths.any() else ()
+        self.links = [Link(tuple(rows), widths) for rows in shared if len(rows) > 1]
 
     def choice(self, columns: np.ndarray) -> Choice:
         """The option of every layer."""
@@ -62,6 +68,14 @@ class Selection:
         for pair in self.pairs:
             total += float(pair.values[columns[pair.first], columns[pair.second]])
         return total
+
+    def resource(self, name: str) -> Resource | None:
+        """What is counted by some name, if it is."""
+        return next((r for r in self.resources if r.name == name), None)
+
+    def alike(self, option: Option) -> np.ndarray:
+        """The choice of one option for all layers."""
+        return np.full(len(self.errors), self.options.index(option))
 
     def excess(self, resource: Resource, columns: np.ndarray) -> float:
         """How far a choice is beyond a limit; at most 0 if it keeps it."""
@@ -107,6 +121,7 @@ class Selection:
                 [Limit(r.costs, ends[id(r)]) for r in active],
                 allowed=usable,
                 pairs=self.pairs if pairs is None else pairs,
+                links=self.links,
             )
             if found is None:
                 return None
@@ -125,9 +140,9 @@ class Selection:
 
     def least(self, resource: Resource, keep: bool) -> float | None:
         """Smallest reachable total of a resource; with ``keep`` the others' limits count."""
+        found: np.ndarray | None
         if not keep:
-            costs = np.where(self.offered, resource.costs, np.inf)
-            found: np.ndarray | None = costs.argmin(axis=1)
+            found = solve(resource.costs, [], allowed=self.offered, links=self.links)
         else:
             found = self.choose(errors=resource.costs, without=resource, pairs=())
         if found is None:
@@ -187,8 +202,21 @@ def selection_of(problem: Problem, budget: Budget, tables: Tables, settings: Set
     errors = table.mapped(_monotone).flat()
     options = table.options()
     found = resources(problem, budget, options, tables.work, latency)
-    errors = np.where(_saving(found, options), errors, np.nan)
+    errors = np.where(_saving(problem, found, options), errors, np.nan)
+    if budget.loss is not None:
+        found.append(_loss(errors, options, budget.loss))
     return Selection(problem, budget, found, options, errors, tables.pairs)
+
+
+def _loss(errors: np.ndarray, options: Sequence[Option], more: float) -> Resource:
+    """The predicted loss as something that is limited: that of 8 bits everywhere, and some more."""
+    if Option(MAX_BITS) not in options:
+        raise PlanError(f"a budget of loss needs {MAX_BITS} bits among the widths")
+    usual = float(errors[:, list(options).index(Option(MAX_BITS))].sum())
+    return Resource(
+        LOSS, np.where(np.isfinite(errors), errors, 0.0), 0.0, usual + more,
+        lambda value: f"{value:.4g} nats per image ({usual:.4g} with {MAX_BITS} bits everywhere)",
+    )  # fmt: skip
 
 
 def _monotone(values: np.ndarray) -> np.ndarray:
@@ -197,22 +225,30 @@ def _monotone(values: np.ndarray) -> np.ndarray:
     return np.where(missing, np.nan, filled)
 
 
-def _saving(found: Sequence[Resource], options: Sequence[Option]) -> np.ndarray:
-    """Options that cost less of something than their width unpruned, ``[layers, options]``.
+def _saving(problem: Problem, found: Sequence[Resource], options: Sequence[Option]) -> np.ndarray:
+    """Options that cost less of something than simpler ones, ``[layers, options]``.
 
     A few zeros do not pay for the bitmask; in an interpolated table they may look as good as none.
+    Nor does an input of fewer bits pay where it brings no faster form to any layer that reads it.
     """
-    limited = [r for r in found if np.isfinite(r.limit)] or list(found)
-    saving = np.zeros(limited[0].costs.shape, dtype=bool)
+    limited = [r for r in found if np.isfinite(r.limit) or r.name == LATENCY] or list(found)
+    saving = np.ones(limited[0].costs.shape, dtype=bool)
     columns = {option: column for column, option in enumerate(options)}
+
+    def less(column: int, other: int | None, factor: float = 1.0) -> np.ndarray:
+        if other is None:
+            return np.ones(len(saving), dtype=bool)
+        cheaper = [r.costs[:, column] < factor * r.costs[:, other] for r in limited]
+        return np.asarray(np.any(cheaper, axis=0))
+
     for option, column in columns.items():
-        unpruned = columns.get(Option(option.bits))
-        for resource in limited:
-            costs = resource.costs
-            if option.sparsity == 0 or unpruned is None:
-                saving[:, column] = True
-            else:
-                saving[:, column] |= costs[:, column] < costs[:, unpruned]
+        if option.sparsity > 0:
+            unpruned = option._replace(sparsity=0.0, pattern=UNSTRUCTURED)
+            saving[:, column] &= less(column, columns.get(unpruned))
+        if option.activation_bits is not None:
+            faster = less(column, columns.get(option.weight), _CLEARLY)
+            for rows in problem.shared_inputs.values():
+                saving[rows, column] &= faster[rows].any()
     return saving
 
 

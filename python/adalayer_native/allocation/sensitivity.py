@@ -200,14 +200,27 @@ class LogitSensitivity:
         state = {"weight": weight.to(layer.weight) - layer.weight}
         if layer.bias is not None:
             state["bias"] = torch.zeros_like(layer.bias)
+
+        def change(inputs: Tensor) -> Tensor:
+            found: Tensor = functional_call(layer, state, (inputs,))
+            return found if shift is None else shifted(layer, found, shift)
+
+        return self.of_change(name, change)
+
+    @torch.no_grad()
+    def of_change(self, name: str, change_of: Callable[[Tensor], Tensor]) -> float:
+        """Predicted loss increase in nats per image where a layer's output changes.
+
+        Args:
+            name: of the layer.
+            change_of: its input to what is added to its output.
+        """
         total = 0.0
         for calls in self._seen[name]:
             # A layer that is called twice changes the logits by the sum of both.
             inner = torch.zeros((), dtype=torch.float64)
             for inputs, gradients in calls:
-                change = functional_call(layer, state, (inputs,))
-                if shift is not None:
-                    change = shifted(layer, change, shift)
+                change = change_of(inputs)
                 products = [(g * change).flatten(1).sum(1) for g in gradients]
                 inner = inner + torch.stack(products).double().cpu()
             total += float(inner.square().sum())

@@ -21,6 +21,7 @@ __all__ = ["MEASURES", "Settings", "settings_of"]
 MEASURES = ("logits", "loss")
 WEIGHTS = ("repaired", "rounded")
 BLOCKS = ("block16x64", "block32x64")  # what the kernels of the CPU skip
+NARROW = (7, 6)  # bits of an input with which some layers run in a faster form
 
 
 @dataclass
@@ -35,6 +36,10 @@ class Settings:
             Blocks lose more at the same sparsity, so that they only pay where time counts, or
             where a layer has so many weights per block to spare that it can do without the mask of
             single zeros.
+        input_widths: bits that the input of a layer may have besides those of all layers
+            (``activation_bits``), fewer than those. A value has one grid, so all layers that read
+            it get the same. Offered where some of them then cost less of what is limited. Default:
+            7 and 6 where the clock counts (a budget of latency or loss), else none.
         step: sparsities between the measured ones are offered in such steps, their errors
             interpolated in the logarithm; ``None`` offers the measured ones alone.
         measure: what the error table holds. ``"logits"``: loss increase to second order
@@ -68,6 +73,7 @@ class Settings:
     widths: Sequence[int] = BITS
     sparsities: Sequence[float] = SPARSITIES
     patterns: Sequence[str] | None = None
+    input_widths: Sequence[int] | None = None
     step: float | None = 0.05
     measure: str | LayerError = "logits"
     weight_of: str | WeightOf = "repaired"
@@ -114,6 +120,13 @@ class Settings:
                 f"patterns must be different ones of {PATTERNS} with {UNSTRUCTURED!r} among them, "
                 f"got {self.patterns!r}"
             )
+        if self.input_widths is not None and (
+            not set(self.input_widths) <= set(BITS)
+            or len(set(self.input_widths)) != len(self.input_widths)
+        ):
+            raise PlanError(
+                f"input_widths must be different ones of {BITS}, got {self.input_widths!r}"
+            )
         if self.step is not None and not 0.01 <= self.step <= 1:
             raise PlanError(f"step must be from 0.01 to 1 or None, got {self.step!r}")
         if self.rounds < 0 or self.finalists < 0 or self.trials < 1 or self.latency_batch < 1:
@@ -124,8 +137,23 @@ class Settings:
     def patterns_for(self, budget: Budget) -> tuple[str, ...]:
         """The patterns that are offered, the unstructured one first."""
         if self.patterns is None:
-            return (UNSTRUCTURED,) if budget.latency is None else (UNSTRUCTURED, *BLOCKS)
+            return (UNSTRUCTURED, *BLOCKS) if budget.timed else (UNSTRUCTURED,)
         return (UNSTRUCTURED, *(p for p in self.patterns if p != UNSTRUCTURED))
+
+    def input_widths_for(self, budget: Budget, usual: int) -> tuple[int, ...]:
+        """Bits that are offered for inputs besides the ``usual`` ones, the most first.
+
+        Raises:
+            PlanError: some are not fewer.
+        """
+        if self.input_widths is None:
+            return tuple(width for width in NARROW if width < usual) if budget.timed else ()
+        if any(width >= usual for width in self.input_widths):
+            raise PlanError(
+                f"input_widths must be below activation_bits, {usual}, got "
+                f"{tuple(self.input_widths)}"
+            )
+        return tuple(sorted(self.input_widths, reverse=True))
 
     def sparsities_of(self, pattern: str) -> tuple[float, ...]:
         """The sparsities that a pattern is measured at, 0 among them."""

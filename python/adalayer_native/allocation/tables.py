@@ -1,4 +1,4 @@
-"""Tables of one number per layer, width, sparsity and pattern: errors and latencies."""
+"""Tables of one number per layer and option: errors and latencies."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _LEAST = 1e-12  # nats: what stands for an error of nothing in a logarithm
 
 @dataclass
 class LayerTable:
-    """One number per layer, width and sparsity, and per pattern of zeros.
+    """One number per layer, width and sparsity, per pattern of zeros and bits of the input.
 
     Attributes:
         what: ``"error"`` or ``"latency"``.
@@ -42,8 +42,9 @@ class LayerTable:
         constant: what is there whatever the layers do (operations that are no layers).
         about: how it was measured.
         pattern: where the zeros lie.
-        others: tables of other patterns, of the same layers and widths; their sparsity 0 is this
-            table's.
+        activation_bits: of the layers' inputs; ``None``: as of all layers, whatever is chosen here.
+        others: tables of other patterns and bits of the input, of the same layers and widths. Of
+            patterns, sparsity 0 is that of the unstructured table with the same input.
     """
 
     what: str
@@ -56,33 +57,50 @@ class LayerTable:
     about: dict[str, Any] = field(default_factory=dict)
     pattern: str = UNSTRUCTURED
     others: tuple[LayerTable, ...] = ()
+    activation_bits: int | None = None
+
+    @property
+    def parts(self) -> tuple[LayerTable, ...]:
+        """The table itself, and those of other patterns and inputs."""
+        return (self, *self.others)
 
     @property
     def patterns(self) -> tuple[str, ...]:
         """The patterns that it knows."""
-        return (self.pattern, *(other.pattern for other in self.others))
+        return tuple(dict.fromkeys(part.pattern for part in self.parts))
 
-    def of(self, pattern: str) -> LayerTable:
-        """The part of one pattern.
+    def of(self, pattern: str, activation_bits: int | None = None) -> LayerTable:
+        """The part of one pattern and one input.
 
         Raises:
-            PlanError: a pattern that the table lacks.
+            PlanError: one that the table lacks.
         """
-        for part in (self, *self.others):
-            if part.pattern == pattern:
+        for part in self.parts:
+            if part.pattern == pattern and part.activation_bits == activation_bits:
                 return part
+        if activation_bits is not None and pattern in self.patterns:
+            known = sorted({p.activation_bits for p in self.parts if p.activation_bits is not None})
+            raise PlanError(
+                f"the {self.what} table holds inputs of {known} bits, not {activation_bits}"
+            )
         raise PlanError(f"the {self.what} table holds patterns {self.patterns}, not {pattern!r}")
 
     def value(
-        self, layer: str, bits: int, sparsity: float = 0.0, pattern: str = UNSTRUCTURED
+        self,
+        layer: str,
+        bits: int,
+        sparsity: float = 0.0,
+        pattern: str = UNSTRUCTURED,
+        activation_bits: int | None = None,
     ) -> float:
         """One entry.
 
         Raises:
             PlanError: an unknown layer, or an option that the table lacks.
         """
-        if pattern != self.pattern:
-            return self.of(pattern).value(layer, bits, sparsity, pattern)
+        if (pattern, activation_bits) != (self.pattern, self.activation_bits):
+            part = self.of(pattern, activation_bits)
+            return part.value(layer, bits, sparsity, pattern, activation_bits)
         if layer not in self.layers:
             raise PlanError(unknown_layer(layer, list(self.layers)))
         if bits not in self.bits or sparsity not in self.sparsities:
@@ -97,20 +115,22 @@ class LayerTable:
 
     def options(self) -> list[Option]:
         """The columns of :meth:`flat`; unpruned weights are there once."""
-        found = [Option(b, s) for b in self.bits for s in self.sparsities]
-        for other in self.others:
-            found += [
-                Option(b, s, other.pattern) for b in other.bits for s in other.sparsities if s > 0
-            ]
-        return found
+        return [
+            Option(b, s, part.pattern if s > 0 else UNSTRUCTURED, part.activation_bits)
+            for part in self.parts
+            for b in part.bits
+            for s, used in zip(part.sparsities, part._columns(), strict=True)
+            if used
+        ]
+
+    def _columns(self) -> list[bool]:
+        """Sparsities that are options of this part."""
+        return [s > 0 or self.pattern == UNSTRUCTURED for s in self.sparsities]
 
     def flat(self) -> np.ndarray:
         """The values as ``[layers, options]``."""
         count = len(self.layers)
-        parts = [self.values.reshape(count, -1)]
-        for other in self.others:
-            pruned = np.array(other.sparsities) > 0
-            parts.append(other.values[..., pruned].reshape(count, -1))
+        parts = [part.values[..., part._columns()].reshape(count, -1) for part in self.parts]
         return np.concatenate(parts, axis=1)
 
     def mapped(self, function: Callable[[np.ndarray], np.ndarray]) -> LayerTable:
@@ -127,6 +147,12 @@ class LayerTable:
         measured sparsity of a width stays out. Other patterns stay as they are: blocks go one by
         one, and a layer may have few of them, so that there is nothing in between.
         """
+        others = tuple(
+            other.finer(step, logarithmic=logarithmic, extra=extra)
+            if other.pattern == UNSTRUCTURED
+            else other
+            for other in self.others
+        )
         top = max(self.sparsities)
         steps = [round(k * step, 6) for k in range(int(top / step + 1e-9) + 1)]
         sparsities = tuple(sorted({*self.sparsities, *steps, *extra}))
@@ -146,7 +172,7 @@ class LayerTable:
                 for position, sparsity in enumerate(self.sparsities):  # what was measured stays
                     if np.isfinite(line[position]):
                         values[row, column, sparsities.index(sparsity)] = line[position]
-        return replace(self, sparsities=sparsities, values=values)
+        return replace(self, sparsities=sparsities, values=values, others=others)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values; entries that were not measured are ``None``."""
@@ -164,6 +190,7 @@ class LayerTable:
             "constant": self.constant,
             "about": self.about,
             "pattern": self.pattern,
+            "activation_bits": self.activation_bits,
             "others": [other.as_dict() for other in self.others],
         }
 
@@ -174,6 +201,8 @@ class LayerTable:
         title = f"{self.what.capitalize()} in {self.unit}, {100 * sparsity:g} % pruned"
         if sparsity > 0 and self.pattern != UNSTRUCTURED:
             title += f" ({self.pattern})"
+        if self.activation_bits is not None:
+            title += f", inputs of {self.activation_bits} bits"
         rest = f"besides the layers: {self.constant:.3g}" if self.constant else None
         table = Table(title=title, caption=rest)
         table.add_column("Layer")
@@ -199,6 +228,7 @@ def fill(
     bits: Sequence[int] = BITS,
     sparsities: Sequence[float] = SPARSITIES,
     pattern: str = UNSTRUCTURED,
+    activation_bits: int | None = None,
     wanted: np.ndarray | None = None,
     progress: bool = True,
 ) -> LayerTable:
@@ -208,7 +238,7 @@ def fill(
         what, unit, layers: see :class:`LayerTable`.
         measure: ``(layer, option) -> number``.
         store: entries that are there already are not measured again.
-        bits, sparsities, pattern: of the table.
+        bits, sparsities, pattern, activation_bits: of the table.
         wanted: bool ``[layers, widths, sparsities]``; the others become NaN. Default: all.
         progress: show a progress bar.
 
@@ -221,6 +251,8 @@ def fill(
     name = "measuring latencies" if what == "latency" else f"measuring {what}s"
     if pattern != UNSTRUCTURED:
         name += f", {pattern}"
+    if activation_bits is not None:
+        name += f", {activation_bits}-bit inputs"
     bar = ProgressBar(name, int(wanted.sum()), unit="option", enabled=progress)
     with store, bar:
         for row, name in enumerate(layers):
@@ -228,7 +260,9 @@ def fill(
                 for j, sparsity in enumerate(sparsities):
                     if not wanted[row, i, j]:
                         continue
-                    option = Option(width, sparsity, pattern if sparsity > 0 else UNSTRUCTURED)
+                    option = Option(
+                        width, sparsity, pattern if sparsity > 0 else UNSTRUCTURED, activation_bits
+                    )
                     entry = f"{name} {option.name}"
                     if entry not in store:
                         value = float(measure(name, option))
@@ -241,5 +275,12 @@ def fill(
                     values[row, i, j] = store[entry]
                     bar.advance(1, name)
     return LayerTable(
-        what, unit, tuple(layers), tuple(bits), tuple(sparsities), values, pattern=pattern
+        what,
+        unit,
+        tuple(layers),
+        tuple(bits),
+        tuple(sparsities),
+        values,
+        pattern=pattern,
+        activation_bits=activation_bits,
     )

@@ -23,6 +23,7 @@ class Row:
         kind: ``"native"`` or ``"torch"``.
         kernel: what runs: the instruction set and, of a convolution, the algorithm.
         bits: of the weights; 0 without weights.
+        input_bits: of the input's grid, where there are weights; else 0.
         microseconds: of one run of the measured batch; 0.0 if it was not measured.
         bytes: of the stored weights.
         macs: multiply-accumulates per image.
@@ -39,6 +40,7 @@ class Row:
     bytes: int
     macs: int
     why: str = ""
+    input_bits: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Coverage:
         )
         for heading in ("Node", "Operation", "Runs", "Kernel"):
             table.add_column(heading)
-        for heading in ("Bits", "µs", "Bytes", "MACs per image"):
+        for heading in ("Bits", "Input", "µs", "Bytes", "MACs per image"):
             table.add_column(heading, justify="right")
         for row in self.rows:
             table.add_row(
@@ -89,6 +91,7 @@ class Coverage:
                 row.kind,
                 escape(row.kernel + (f" ({row.why})" if row.why else "")),
                 str(row.bits or ""),
+                str(row.input_bits or ""),
                 f"{row.microseconds:.1f}" if row.microseconds else "",
                 f"{row.bytes:,}" if row.bytes else "",
                 f"{row.macs:,}" if row.macs else "",
@@ -97,7 +100,7 @@ class Coverage:
         total_bytes = sum(row.bytes for row in self.rows)
         total_macs = sum(row.macs for row in self.rows)
         table.add_row(
-            "total", "", "", "", "", f"{self.microseconds:.1f}", f"{total_bytes:,}",
+            "total", "", "", "", "", "", f"{self.microseconds:.1f}", f"{total_bytes:,}",
             f"{total_macs:,}",
         )  # fmt: skip
         return table

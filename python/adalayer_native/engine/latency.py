@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -14,17 +14,22 @@ from adalayer_native import _C, ops
 from adalayer_native.engine.emit import constant_adders
 from adalayer_native.engine.runtime import Engine, NativePart
 from adalayer_native.pruning import pattern_mask
+from adalayer_native.rounding import quantize_weight
 
-__all__ = ["LayerTimes", "call_seconds"]
+__all__ = ["LayerTimes", "call_seconds", "seconds_in_turn"]
+
+# Calls of an engine per turn, of which the first is not timed: another one had the caches.
+TIMED = 3
 
 
 class LayerTimes:
     """Profiles an engine with other weights in its layers.
 
-    The engine's own programs are copied with random weights of the wanted width and sparsity,
-    everything else as it is, so that a layer is measured between its neighbours, on its layouts
-    and with the kernel that would run. All layers get the same width at once: one profile gives a
-    column of the table.
+    The engine's own programs are copied with its weights rounded to the wanted width and zeros of
+    the wanted sparsity at random places, everything else as it is, so that a layer is measured
+    between its neighbours, on its layouts and with the kernel that would run. What can run a layer,
+    and how fast, depends on how its weights are distributed; weights of another distribution would
+    be other layers. All layers get the same width at once: one profile gives a column of the table.
 
     Args:
         engine: compiled with ``policy="native"``.
@@ -32,6 +37,12 @@ class LayerTimes:
         batch: images per call.
         threads: threads per call; default: those of ``ops.get_num_threads()``.
         rounds: runs per profile; the median counts.
+        beside: whose engine calls are timed beside; default: the own one.
+
+    Attributes:
+        reference: microseconds of a call of that engine when it was first timed. A column may be
+            measured minutes after another, when the machine is busier or less so: each is timed in
+            turn with this engine, and counts as if that one still took so long.
     """
 
     def __init__(
@@ -42,6 +53,7 @@ class LayerTimes:
         batch: int = 1,
         threads: int | None = None,
         rounds: int = 15,
+        beside: LayerTimes | None = None,
     ) -> None:
         self.engine, self.batch, self.rounds = engine, batch, rounds
         self.threads = ops.get_num_threads() if threads is None else threads
@@ -57,6 +69,10 @@ class LayerTimes:
                         found.add(_layer(name))
                 self.weights.append(numbers)
         self.layers = sorted(found)
+        self.beside = self if beside is None else beside
+        self.reference: float | None = None
+        self._rounded: dict[tuple[int, int, int], np.ndarray] = {}
+        self._forms: dict[tuple[int, float, str], dict[str, list[int]]] = {}
 
     def column(
         self, bits: int, sparsity: float, pattern: str = "unstructured"
@@ -67,17 +83,12 @@ class LayerTimes:
         and sees at most as many images as the engine takes through the program at once, only says
         how a call divides.
         """
-        engine = copy.copy(self.engine)
-        engine._steps = [copy.copy(step) for step in self.engine._steps]
-        engine._single = None
-        weights = iter(self.weights)
+        engine = self._reweighted(bits, sparsity, pattern)
         times = dict.fromkeys(self.layers, 0.0)
         other = 0.0
         for step in engine._steps:
             if not isinstance(step.run, NativePart):
                 continue
-            program = _reweighted(step.run.program, next(weights), bits, sparsity, pattern)
-            step.run = NativePart(program, step.run.outputs)
             for entry in step.run.engine.profile(self.batch, self.threads, self.rounds):
                 if _layer(entry[0]) in times:
                     times[_layer(entry[0])] += entry[7]
@@ -91,8 +102,67 @@ class LayerTimes:
         scale = self._call(engine) / native
         return {name: scale * value for name, value in times.items()}, scale * other
 
+    def forms(
+        self, bits: int, sparsity: float, pattern: str = "unstructured"
+    ) -> dict[str, list[int]]:
+        """What the engine chooses from for every layer; layers of equal forms take equal times."""
+        key = bits, sparsity, pattern
+        if key not in self._forms:
+            self._reweighted(*key)
+        return self._forms[key]
+
+    def _reweighted(self, bits: int, sparsity: float, pattern: str) -> Engine:
+        """The engine with weights of one width, sparsity and pattern in all layers."""
+        engine = copy.copy(self.engine)
+        engine._steps = [copy.copy(step) for step in self.engine._steps]
+        engine._single = None
+        forms: dict[str, list[int]] = {name: [] for name in self.layers}
+        part = 0
+        for step in engine._steps:
+            if not isinstance(step.run, NativePart):
+                continue
+            replaced = {
+                number: self._weight(step.run.program, part, number, bits, sparsity, pattern)
+                for number in self.weights[part]
+            }
+            step.run = NativePart(_replaced(step.run.program, replaced), step.run.outputs)
+            for name, form in step.run.engine.forms():
+                if _layer(name) in forms:
+                    forms[_layer(name)].append(form)
+            part += 1
+        self._forms[bits, sparsity, pattern] = forms
+        return engine
+
+    def _weight(
+        self,
+        program: _C.Program,
+        part: int,
+        number: int,
+        bits: int,
+        sparsity: float,
+        pattern: str,
+    ) -> bytes:
+        """A layer's packed weight, narrower and with zeros; the same for the same arguments."""
+        key = part, number, bits
+        if key not in self._rounded:
+            data = bytearray(program.constant_bytes(number))
+            weight = ops.unpack_weight(torch.frombuffer(data, dtype=torch.uint8))
+            self._rounded[key] = quantize_weight(weight.float(), bits)[0].numpy()
+        levels = torch.from_numpy(self._rounded[key])
+        if sparsity > 0:
+            random = np.random.default_rng(bits)
+            chance = random.random(size=tuple(levels.shape), dtype=np.float32)
+            levels = levels * pattern_mask(torch.from_numpy(chance), sparsity, pattern)
+        return bytes(ops.pack_weight(levels.to(torch.int8), bits).numpy())
+
     def _call(self, engine: Engine) -> float:
-        return 1e6 * call_seconds(engine, self.batch, self.threads, rounds=self.rounds)
+        other = self.beside
+        found, usual = seconds_in_turn(
+            [engine, other.engine], self.batch, self.threads, rounds=self.rounds
+        )
+        if other.reference is None:
+            other.reference = 1e6 * usual
+        return found / usual * other.reference
 
 
 def call_seconds(
@@ -109,24 +179,47 @@ def call_seconds(
         engine: to be timed.
         batch: images per call.
         threads: default: those of ``ops.get_num_threads()``.
-        rounds: calls at least.
+        rounds: timed calls at least.
         seconds: calls go on for so long.
     """
-    inputs = [port.sample(batch, engine.device) for port in engine.inputs]
-    samples: list[float] = []
+    return seconds_in_turn([engine], batch, threads, rounds=rounds, seconds=seconds)[0]
+
+
+def seconds_in_turn(
+    engines: Sequence[Engine],
+    batch: int = 1,
+    threads: int | None = None,
+    *,
+    rounds: int = 15,
+    seconds: float = 0.3,
+) -> list[float]:
+    """The same for several engines, a few calls of each at a time: they meet the same machine.
+
+    Args:
+        engines: to be compared.
+        batch, threads: as for :func:`call_seconds`.
+        rounds: timed calls of each at least.
+        seconds: of all calls of an engine together.
+    """
+    inputs = [[port.sample(batch, e.device) for port in e.inputs] for e in engines]
+    samples: list[list[float]] = [[] for _ in engines]
     before = ops.get_num_threads()
     ops.set_num_threads(before if threads is None else threads)
     try:
-        for _ in range(2):  # the first calls plan and warm up
-            engine.flat(inputs)
+        for engine, x in zip(engines, inputs, strict=True):
+            engine.flat(x)  # the first call plans
         begin = time.perf_counter()
-        while len(samples) < rounds or time.perf_counter() - begin < seconds:
-            start = time.perf_counter()
-            engine.flat(inputs)
-            samples.append(time.perf_counter() - start)
+        wanted = seconds * len(engines)
+        while len(samples[-1]) < rounds or time.perf_counter() - begin < wanted:
+            for engine, x, found in zip(engines, inputs, samples, strict=True):
+                engine.flat(x)
+                for _ in range(TIMED):
+                    start = time.perf_counter()
+                    engine.flat(x)
+                    found.append(time.perf_counter() - start)
     finally:
         ops.set_num_threads(before)
-    return statistics.median(samples)
+    return [statistics.median(found) for found in samples]
 
 
 def _layer(node: str) -> str:
@@ -134,18 +227,13 @@ def _layer(node: str) -> str:
     return node.split("#", 1)[0]
 
 
-def _reweighted(
-    program: _C.Program, weights: set[int], bits: int, sparsity: float, pattern: str
-) -> _C.Program:
-    """The program with random weights of one width, sparsity and pattern in some layers."""
+def _replaced(program: _C.Program, constants: Mapping[int, bytes]) -> _C.Program:
+    """The program with other constants."""
     out = _C.Program()
     adders = constant_adders(out)
     for number, (kind, _) in enumerate(program.constants()):
-        data = program.constant_bytes(number)
-        if number in weights:
-            packed = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            data = _random(ops.packed_info(packed)["shape"], bits, sparsity, pattern)
         add, width = adders[kind]
+        data = constants[number] if number in constants else program.constant_bytes(number)
         held = np.frombuffer(data, dtype=np.uint8)  # alive until it is copied
         add(held.ctypes.data, held.size // width)
     for value in program.values():
@@ -158,17 +246,3 @@ def _reweighted(
         out.set_metadata(key, text)
     out.validate()
     return out
-
-
-def _random(shape: Sequence[int], bits: int, sparsity: float, pattern: str) -> bytes:
-    """Packed weights with ``sparsity`` zeros by a pattern; the same for the same arguments."""
-    random = np.random.default_rng(bits)
-    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
-    values = random.integers(1, high + 1, size=shape) * random.choice((-1, 1), size=shape)
-    values = np.maximum(values, low)
-    levels = torch.from_numpy(values.astype(np.int8))
-    if sparsity > 0:
-        chance = torch.from_numpy(random.random(size=shape, dtype=np.float32))
-        levels *= pattern_mask(chance, sparsity, pattern)
-    packed = ops.pack_weight(levels, bits)
-    return bytes(packed.numpy())

@@ -609,21 +609,26 @@ def _port_row(port: Port) -> list[Any]:
 
 
 def _native_rows(part: NativePart, batch: int, threads: int, rounds: int) -> list[Row]:
-    measured = part.engine.profile(batch, threads, rounds) if rounds > 0 else []
+    # With 0 rounds the CPU's engine says what runs and times nothing.
+    untimed = isinstance(part.engine, _C.Engine)
+    measured = part.engine.profile(batch, threads, rounds) if rounds > 0 or untimed else []
     found = {entry[0]: (entry[2], entry[7], entry[8]) for entry in measured}
     program = part.program
     values, sizes = program.values(), program.constants()
     rows = []
     for op, name, inputs, output, _, _, constants in program.nodes():
-        bits = packed = macs = 0
+        bits = input_bits = packed = macs = 0
         if op in ("conv", "conv_transpose"):
             header = _header(program.constant_bytes(constants[0]))
             bits, packed = int(header["bits"]), sizes[constants[0]][1]
             # One product per weight and position of the result, or of the operand if transposed.
             pixels = values[output if op == "conv" else inputs[0]][3:5]
             macs = math.prod(header["shape"]) * math.prod(pixels)
+            input_bits = int(values[inputs[0]][7]).bit_length()
         kernel, microseconds, why = found.get(name, ("", 0.0, ""))
-        rows.append(Row(name, op, "native", kernel, bits, microseconds, packed, macs, why))
+        rows.append(
+            Row(name, op, "native", kernel, bits, microseconds, packed, macs, why, input_bits)
+        )
     return rows
 
 

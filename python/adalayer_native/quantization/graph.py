@@ -8,7 +8,7 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from adalayer_native.capture import GraphModel, captured
 from adalayer_native.capture.vocabulary import BATCH_NORMS, LAYERS
@@ -182,21 +182,25 @@ def _insert_quantizers(prepared: GraphModel, plan: Plan, structure: Structure) -
         quantizer = ActivationQuantizer(min(widths, default=8), name=site.target)
         set_submodule(prepared, site.target, quantizer)
         for producer in site.producers:
-            node = nodes[producer]
-            # What is given back as it came stays so.
-            kept = node.op == "placeholder"
-            readers = [user for user in node.users if not (kept and user.op == "output")]
-            # Placeholders must all stand before the first operation.
-            anchor = node
-            while anchor.op == "placeholder" and anchor.next.op == "placeholder":
-                anchor = anchor.next
-            with graph.inserting_after(anchor):
-                inserted = graph.call_module(site.target, (node,))
-            inserted.meta.update(node.meta)
-            for reader in readers:
-                reader.replace_input_with(node, inserted)
+            insert_behind(graph, nodes[producer], site.target)
     graph.lint()
     prepared.recompile()
+
+
+def insert_behind(graph: fx.Graph, node: fx.Node, target: str) -> None:
+    """A call of the module ``target`` between a value and all that read it."""
+    # What is given back as it came stays so.
+    kept = node.op == "placeholder"
+    readers = [user for user in node.users if not (kept and user.op == "output")]
+    # Placeholders must all stand before the first operation.
+    anchor = node
+    while anchor.op == "placeholder" and anchor.next.op == "placeholder":
+        anchor = anchor.next
+    with graph.inserting_after(anchor):
+        inserted = graph.call_module(target, (node,))
+    inserted.meta.update(node.meta)
+    for reader in readers:
+        reader.replace_input_with(node, inserted)
 
 
 def set_submodule(root: nn.Module, name: str, module: nn.Module) -> None:

@@ -104,6 +104,15 @@ _structures: weakref.WeakKeyDictionary[nn.Module, dict[frozenset[str], Structure
 )
 
 
+def structure_of(model: GraphModel, quantized: set[str]) -> Structure:
+    """The chain analysis of a captured model, made once per set of quantized layers."""
+    known = _structures.setdefault(model, {})
+    key = frozenset(quantized)
+    if key not in known:
+        known[key] = analyse(model, quantized)
+    return known[key]
+
+
 def native_layout(model: nn.Module | torch.export.ExportedProgram, plan: Plan) -> NativeLayout:
     """Tensors of the file that ``convert(prepare(model, plan))`` would be saved to.
 
@@ -117,13 +126,9 @@ def native_layout(model: nn.Module | torch.export.ExportedProgram, plan: Plan) -
     model = captured(model)
     check_model(model)
     plan.validate(model)
-    known = _structures.setdefault(model, {})
     bits, kept_float = quantizable(model, plan)
     modules = dict(model.named_modules())
-    key = frozenset(bits)
-    structure = known.get(key)
-    if structure is None:
-        structure = known[key] = analyse(model, set(bits))
+    structure = structure_of(model, set(bits))
     layers: dict[str, NativeLayer] = {}
     for name, width in bits.items():
         weight = modules[name].weight

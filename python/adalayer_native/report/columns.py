@@ -49,6 +49,11 @@ COLUMNS = (
         lambda e: 32 if e.bits is None else e.bits,
         lambda e: "float" if e.bits is None else str(e.bits),
     ),
+    Column(
+        "input bits",
+        lambda e: 32 if e.bits is None else e.input_bits,
+        lambda e: "float" if e.bits is None else str(e.input_bits),
+    ),
     Column("pruned %", lambda e: 100 * e.sparsity, lambda e: f"{100 * e.sparsity:.1f}"),
     Column(
         "pattern",

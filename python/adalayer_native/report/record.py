@@ -127,7 +127,10 @@ def _layers(
             "kind": layer.kind,
             "params": layer.params,
             "bits": layer.bits,
-            "activation_bits": layer.activation_bits,
+            # What became of it: values that several layers read have the fewest bits of all.
+            "activation_bits": stored[name]["input_bits"]
+            if name in stored
+            else layer.activation_bits,
             "planned_sparsity": layer.sparsity,
             "pattern": layer.pattern,
             "flops": 2 * work[name].macs,

@@ -24,6 +24,7 @@ class Layer:
         kind: ``"conv2d"``, ``"conv_transpose2d"`` or ``"linear"``.
         params: number of weights.
         bits: of the weights; ``None`` for a layer that stayed float.
+        input_bits: of the layer's input.
         sparsity: share of weights that were pruned.
         pattern: how zeros are placed.
         error: relative error of the layer's output after repair, or where there was none the
@@ -40,6 +41,7 @@ class Layer:
     kind: str
     params: int
     bits: int | None
+    input_bits: int
     sparsity: float
     pattern: str
     error: float | None
@@ -128,6 +130,7 @@ def _layer(row: dict[str, Any], key: str) -> Layer:
         kind=str(row["kind"]),
         params=int(row["params"]),
         bits=None if row["bits"] is None else int(row["bits"]),
+        input_bits=int(row.get("activation_bits", 8)),
         sparsity=float(row["planned_sparsity"]) if row["bits"] is not None else 0.0,
         pattern=str(row["pattern"]),
         error=None if error is None else float(error),

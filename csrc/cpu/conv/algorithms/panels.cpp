@@ -25,9 +25,9 @@ class PanelsAlgorithm final : public ConvAlgorithm {
     return panels_bound(task.shape, task.bits, in).all();
   }
 
-  std::unique_ptr<ConvWeights> derive(const ConvTask&, const ConvLayouts&,
+  std::unique_ptr<ConvWeights> derive(const ConvTask& task, const ConvLayouts&,
                                       std::span<const int8_t>) const override {
-    auto weights = std::make_unique<PanelWeights>();
+    auto weights = std::make_unique<PanelWeights>(task);
     weights->widens = true;
     return weights;
   }

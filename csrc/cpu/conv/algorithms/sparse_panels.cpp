@@ -24,7 +24,7 @@ std::string percent(double share) { return std::to_string(std::lround(100.0 * sh
 /// Blocks, by whole kernel rows or by pixels: fewer products win.
 std::unique_ptr<PanelWeights> with_blocks(const ConvTask& task, const ConvLayouts& at,
                                           const ConvPlan& dense, std::span<const int8_t> values) {
-  auto weights = std::make_unique<PanelWeights>();
+  auto weights = std::make_unique<PanelWeights>(task);
   weights->widens = true;
   weights->sparse = plan_blocks(dense, values);
   if (dense.shape.kernel_w > 1) {  // else a kernel row is a pixel
@@ -43,7 +43,7 @@ std::unique_ptr<PanelWeights> with_blocks(const ConvTask& task, const ConvLayout
 
 std::unique_ptr<PanelWeights> with_bitmask(const ConvTask& task, const ConvPlan& dense,
                                            std::span<const int8_t> values) {
-  auto weights = std::make_unique<PanelWeights>();
+  auto weights = std::make_unique<PanelWeights>(task);
   weights->sparse = plan_bitmask(dense, values, task.bits);
   // It is slower to read where it is not memory that one waits for.
   weights->for_few_positions = true;
@@ -100,7 +100,6 @@ class SparsePanelsAlgorithm final : public ConvAlgorithm {
                                       std::span<const int8_t> values) const override {
     auto weights = form_of(task, at, values);
     if (weights == nullptr) return nullptr;
-    weights->bits = task.bits;
     if (sparse_is_forced()) weights->merit = Merit::Forced;
     if (weights->merit == Merit::Unknown && task.room != Room::Several) return nullptr;
     return weights;

@@ -124,12 +124,13 @@ bool saves_products(WinogradForm form, const ConvShape& s) {
 }
 
 /// Whether the form, which is exact, may be the fastest one.
-bool worth_a_trial(WinogradForm form, const ConvShape& s, std::span<const int8_t> values) {
+bool worth_a_trial(WinogradForm form, const ConvTask& task, std::span<const int8_t> values) {
+  const ConvShape& s = task.shape;
   if (std::min(s.in_channels, s.out_channels) < kLeastChannels || !saves_products(form, s))
     return false;
   if (form == WinogradForm::F4x4) return true;
   return s.out_h() * s.out_w() <= kSmallMap || !saves_products(WinogradForm::F4x4, s) ||
-         !reference::winograd_exact(WinogradForm::F4x4, values, s.out_channels);
+         !reference::winograd_exact(WinogradForm::F4x4, values, s.out_channels, task.qmax);
 }
 
 /// Whether making the taps in every call is surely faster than the direct product, which has at
@@ -140,7 +141,7 @@ bool surely_faster(const ConvTask& task, WinogradForm form) {
   const WinogradPlan plan = plan_winograd_blocks(form, s, *task.kernels.winograd);
   const auto tiles = static_cast<double>(plan.tiles());
   const double blocks = std::ceil(tiles / plan.block);
-  const bool by_pairs = task.bits == 8 && task.kernels.arrangement != nullptr;
+  const bool by_pairs = task.product_bits() == 8 && task.kernels.arrangement != nullptr;
   const double direct = 9.0 * static_cast<double>(s.out_h()) * static_cast<double>(s.out_w()) /
                         (by_pairs ? 1.5 : 2.0);
   return plan.area * (tiles + kMaking * blocks) <= kSurely * direct;
@@ -195,14 +196,15 @@ class WinogradAlgorithm final : public ConvAlgorithm {
     // What is forced has its taps kept, if there may be.
     const bool forced = policy == forced_ && (task.room == Room::Several) == (from_ == Taps::Kept);
     if (policy != WinogradPolicy::Auto && !forced) return nullptr;
-    if (!reference::winograd_exact(form_, values, task.shape.out_channels)) return nullptr;
-    if (!forced && !worth_a_trial(form_, task.shape, values)) return nullptr;
+    if (!reference::winograd_exact(form_, values, task.shape.out_channels, task.qmax))
+      return nullptr;
+    if (!forced && !worth_a_trial(form_, task, values)) return nullptr;
     auto weights = std::make_unique<WinogradConvWeights>();
     if (from_ == Taps::Made && !forced && task.room == Room::Scratch) {
       if (!surely_faster(task, form_)) return nullptr;
       weights->merit = Merit::SurelyFaster;
     }
-    weights->taps = plan_winograd_taps(form_, task.shape, values);
+    weights->taps = plan_winograd_taps(form_, task.shape, values, task.qmax);
     if (from_ == Taps::Made && !forced && task.room == Room::Several &&
         !worth_making(task, weights->taps))
       return nullptr;
