@@ -159,7 +159,8 @@ struct KernelRow {
   Positions positions;  // which of gemm and block the drivers of convolutions use
   void (*gemm)(const GemmArgs&);
   /// Any number of rows, whose sums go on to `requantize` (its sums, tiles and rows are the
-  /// kernel's business; g.sums is not used). May be null where gemm, then requantize, is as fast.
+  /// kernel's business; g.sums is not used). All rows are kept: listed positions are outputs.
+  /// May be null where gemm, then requantize, is as fast.
   void (*gemm_requantize)(const GemmArgs& g, const RequantizeArgs& q, Requantize requantize);
   int gemm_rows;                       // that a call should have at most
   Gemv gemv;                           // needs no begin() and end(); not for arranged tiles

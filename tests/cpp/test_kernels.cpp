@@ -499,9 +499,9 @@ void check_gemm_requantize(const cpu::KernelRow& row, const Product& p, const cp
   for (int i = 0; i < 256; ++i)
     table[i] = static_cast<uint8_t>(255 - i);
   e.finish = {-20.0f, 200.0f, 31, with_table ? table : nullptr, 0.83f};
-  std::vector<int32_t> at;  // rows in any order, some dropped
+  std::vector<int32_t> at;  // rows in any order
   for (int r = 0; r < p.rows; ++r)
-    at.push_back(uniform(0, 9) == 0 ? -1 : (p.rows - 1 - r) * pitch);
+    at.push_back((p.rows - 1 - r) * pitch);
   const auto bytes = static_cast<size_t>(p.rows * pitch);
   const Exact<uint8_t> out(bytes), residual(bytes);
   for (size_t i = 0; i < bytes; ++i) {
@@ -523,7 +523,7 @@ void check_gemm_requantize(const cpu::KernelRow& row, const Product& p, const cp
   row.end();
   bool equal = true;
   for (int r = 0; r < p.rows; ++r)
-    for (int c = 0; c < pitch && at[r] >= 0; ++c) {
+    for (int c = 0; c < pitch; ++c) {
       const uint8_t got = out[static_cast<size_t>(at[r] + c)];
       if (c >= cols) {
         equal = equal && (whole || got == 99);
