@@ -75,8 +75,8 @@ const LayerSizes::Size& nearest(const LayerSizes& layer, const ConvShape& shape)
 }
 
 /// Whether one form at most suits a layer, whatever its images are.
-bool has_no_choice(const ConvShape& shape, int bits) {
-  return active_kernels() == nullptr || algorithms_for(layer_task(shape, bits)).size() == 1;
+bool has_no_choice(const ConvShape& shape, int bits, int qmax) {
+  return active_kernels() == nullptr || algorithms_for(layer_task(shape, bits, qmax)).size() == 1;
 }
 
 bool same_form(const LayerWeights& a, const LayerWeights& b) {
@@ -91,7 +91,7 @@ bool same_form(const LayerWeights& a, const LayerWeights& b) {
 std::shared_ptr<const LayerWeights> weights_for(const ConvShape& shape,
                                                 std::span<const uint8_t> canonical, int qmax,
                                                 const LayerSizes* layer) {
-  if (layer != nullptr && has_no_choice(shape, layer->sizes.front().weights->header.bits))
+  if (layer != nullptr && has_no_choice(shape, layer->sizes.front().weights->header.bits, qmax))
     return layer->sizes.front().weights;
   auto derived = std::make_shared<const LayerWeights>(derive_weights(shape, canonical, qmax));
   if (layer != nullptr)
