@@ -266,8 +266,10 @@ TEST(winograd_where_sums_are_exact) {
                                            {116, 127, true},
                                            {231, 127, true},
                                            {232, 127, false}}) {
-      ConvTask task{
-          *row, {.batch = 1, .in_channels = ins, .in_h = 20, .in_w = 20}, {}, 8, false, true, qmax};
+      ConvTask task{*row,  {.batch = 1, .in_channels = ins, .in_h = 20, .in_w = 20},
+                    {},    8,
+                    false, Room::Several,
+                    qmax};
       task.shape.out_channels = 16;
       task.shape.kernel_h = task.shape.kernel_w = 3;
       const std::vector<int8_t> weights(static_cast<size_t>(16 * ins * 9), int8_t{127});
