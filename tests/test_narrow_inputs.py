@@ -239,6 +239,7 @@ class Predicted:
         self.problem, self.table = problem, table
 
     def __call__(self, choice: Choice) -> float:
+        assert all(isinstance(option.sparsity, float) for option in choice.values())
         times = (self.table.value(name, *option) for name, option in choice.items())
         return (sum(times) + self.table.constant) / 1000
 
