@@ -399,6 +399,13 @@ EMULATED_LOOP I512 mask_blend_epi8(__mmask64 mask, I512 a, I512 b) {
     if ((mask >> i & 1) != 0) r.lane[i] = chosen.lane[i];
   return r.vector();
 }
+EMULATED_LOOP __m256i cvtepi16_epi8(I512 a) {
+  const Ints<uint16_t> from(a);
+  uint8_t bytes[32];
+  for (int i = 0; i < 32; ++i)
+    bytes[i] = static_cast<uint8_t>(from.lane[i]);
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
+}
 EMULATED_LOOP __m128i cvtepi32_epi8(I512 a) {
   const Ints<uint32_t> from(a);
   uint8_t bytes[16];
@@ -489,6 +496,8 @@ EMULATED void mask_cvtepi32_storeu_epi8(void* p, __mmask16 mask, I512 v) {
 #define _mm512_castsi512_si256 ::emulation::castsi512_si256
 #undef _mm512_cmpge_epi32_mask
 #define _mm512_cmpge_epi32_mask ::emulation::cmpge_epi32_mask
+#undef _mm512_cvtepi16_epi8
+#define _mm512_cvtepi16_epi8 ::emulation::cvtepi16_epi8
 #undef _mm512_cvtepi32_epi64
 #define _mm512_cvtepi32_epi64 ::emulation::cvtepi32_epi64
 #undef _mm512_cvtepi32_epi8
