@@ -6,6 +6,7 @@
 
 #include <chrono>
 #include <cstring>
+#include <sstream>
 #include <string>
 #include <utility>
 
@@ -18,6 +19,7 @@
 #include "cpu/kernel_table.hpp"
 #include "cpu/layer/single_layer.hpp"
 #include "cpu/probe.hpp"
+#include "engine/planner.hpp"
 #include "formats/canonical.hpp"
 #include "reference/reference.hpp"
 
@@ -216,6 +218,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_winograd_policy", [](const std::string& name) {
     cpu::set_winograd_policy(name);
     cpu::clear_weight_cache();
+  });
+  m.def("kernels_key", [] {
+    // For keys of what was measured: the kernels of this build, and who chooses among them.
+    std::ostringstream key;
+    key << std::hex << engine::kernels_digest() << '-' << static_cast<int>(cpu::sparse_policy())
+        << static_cast<int>(cpu::winograd_policy());
+    return key.str();
   });
   m.def("fork_join_seconds", [](int threads, int rounds) {
     // The cost of an empty parallel loop, for bench/test_threads.py.

@@ -99,6 +99,9 @@ ConvPlan plan_panels(const ConvTask& task, const ConvShape& shape, const ConvLay
   return plan;
 }
 
+// Bytes of a column tile beyond those that every step may have.
+constexpr double kMostArranged = 5120.0;
+
 PanelsBound panels_bound(const ConvShape& s, int bits, const ImageLayout& in) {
   const auto kernel_h = static_cast<double>(s.kernel_h), kernel_w = static_cast<double>(s.kernel_w);
   const auto group_in = static_cast<double>(s.group_in()), groups = static_cast<double>(s.groups);
@@ -109,6 +112,8 @@ PanelsBound panels_bound(const ConvShape& s, int bits, const ImageLayout& in) {
   bound.column_tiles = groups * ceil_divided(static_cast<double>(s.group_out()), 16);
   bound.tiles = steps * bound.column_tiles;
   bound.packed = bound.tiles * 128.0 * (bits + 8);
+  // An order of their own (TileArrangement), and short reductions in 16 bits beside it.
+  if (bits >= 7) bound.packed += bound.column_tiles * kMostArranged;
   const auto out_h = static_cast<double>(s.out_h()), out_w = static_cast<double>(s.out_w());
   const double in_positions = static_cast<double>(in.image_bytes) / static_cast<double>(in.pitch);
   // 64 table entries and a quad count per step; an offset per step of every run, of which there may

@@ -38,8 +38,9 @@ AGREEMENT = 0.03  # relative difference of prediction and measurement that ends 
 class EngineClock:
     """Milliseconds of one call of a plan's compiled engine, all supported layers native.
 
-    Weights are masked and rounded as :func:`prepare` does it: which values they have does not
-    matter, where the zeros lie does. What was measured is kept beside the tables.
+    Weights are masked and rounded as :func:`prepare` does it: which forms are exact, and how many
+    products 16 bits hold, depends on their values. What was measured is kept beside the tables, for
+    these kernels alone.
 
     Args:
         problem: layers.

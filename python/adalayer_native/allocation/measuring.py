@@ -478,8 +478,8 @@ def latency_table(
 ) -> LayerTable:
     """Microseconds of every layer with every option, in the engine on this machine.
 
-    Measured inside the whole program, as the engine's planner does it: all layers get random
-    weights of one width, sparsity and pattern at once, the program is planned for them by the
+    Measured inside the whole program, as the engine's planner does it: all layers get their own
+    weights at one width, sparsity and pattern at once, the program is planned for them by the
     clock, and its profile divides the time of a whole call among the layers
     (:class:`~adalayer_native.engine.latency.LayerTimes`). So it is with inputs of other widths. A
     layer for which these bring no other form is not measured again: it has the time that it has
@@ -501,7 +501,6 @@ def latency_table(
         "pinned": sorted([n, *o.values] for n, o in problem.pinned.items() if o.bits is not None),
         "float": sorted(set(problem.layers) - set(problem.free) - set(problem.pinned)),
         "activation_bits": problem.activation_bits,
-        "weights": "rounded, in turn with 8 bits",
         **machine(settings.threads),
     }
     store = Store(cache_dir(settings.directory), "latency", key)

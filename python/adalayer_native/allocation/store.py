@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from .. import ops
+from .. import _C, ops
 from .._files import write_text_atomic
 
 __all__ = ["Store", "cache_dir", "machine"]
@@ -37,8 +37,9 @@ def cache_dir(explicit: str | os.PathLike[str] | None = None) -> Path:
 
 
 def machine(threads: int | None = None) -> dict[str, Any]:
-    """What a latency depends on besides the layer: processor, instruction set, threads."""
+    """What a latency depends on besides the layer: processor, kernels, threads."""
     return {
+        "kernels": _C.kernels_key(),
         "cpu": _processor(),
         "isa": ops.active_isa(),
         "threads": ops.get_num_threads() if threads is None else threads,

@@ -68,9 +68,11 @@ class Fastest:
         return result
 
     def _in_float(self, layer: NativeLayer) -> FloatLayer:
-        if self.float_layer is None:
-            self.float_layer = FloatLayer(*layer.operator(), on_grid=False)
-        return self.float_layer
+        # Another thread may drop or replace it at any time.
+        found = self.float_layer
+        if found is None or _changes_unseen(layer):
+            found = self.float_layer = FloatLayer(*layer.operator(), on_grid=False)
+        return found
 
     def _choose(
         self,
@@ -107,13 +109,22 @@ class Fastest:
         return self.choices[min(self.choices, key=distance)]
 
 
-def _stamp(layer: NativeLayer) -> tuple[Any, ...]:
-    """Another one after a change of the layer's tensors."""
-    grid = getattr(layer, "output_grid", None)
+def _tensors(layer: NativeLayer) -> list[Tensor]:
     held: list[Tensor] = [layer.weight_packed, layer.weight_scale, layer.bias, layer.grid_tensor()]
-    if grid is not None:
-        held.append(grid.grid_tensor())
-    return tuple((id(t), 0 if t.is_inference() else t._version) for t in held)
+    grid = getattr(layer, "output_grid", None)
+    return held if grid is None else [*held, grid.grid_tensor()]
+
+
+def _changes_unseen(layer: NativeLayer) -> bool:
+    """Inference tensors count no versions: what is made of them is made anew in every call."""
+    return any(t.is_inference() for t in _tensors(layer))
+
+
+def _stamp(layer: NativeLayer) -> tuple[Any, ...]:
+    """Another one after a change of the layer's tensors, or of what else its operator takes."""
+    held = tuple((id(t), 0 if t.is_inference() else t._version) for t in _tensors(layer))
+    _, arguments = layer.operator()
+    return held, tuple(str(a) for a in arguments.values() if not isinstance(a, Tensor))
 
 
 def set_policy(model: nn.Module, policy: str) -> None:

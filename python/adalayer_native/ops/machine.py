@@ -65,7 +65,7 @@ def set_sparse_policy(name: str) -> None:
     Args:
         name: ``"auto"`` (the default: by the clock, layer by layer), ``"dense"``, ``"blocks"`` or
             ``"bitmask"``. Results have the same bits under each. ``ADALAYER_SPARSE`` sets it at the
-            start. Engines that exist stay as they are.
+            start. Engines that exist stay as they are; drop-in layers choose anew.
 
     Raises:
         ValueError: for an unknown name.
@@ -79,7 +79,8 @@ def set_winograd_policy(name: str) -> None:
     Args:
         name: ``"auto"`` (the default: by the clock, layer by layer), ``"off"``, or ``"4x4"`` or
             ``"2x2"``: this form wherever it gives the exact sums. Results have the same bits under
-            each. ``ADALAYER_WINOGRAD`` sets it at the start. Engines that exist stay as they are.
+            each. ``ADALAYER_WINOGRAD`` sets it at the start. Engines that exist stay as they are;
+            drop-in layers choose anew.
 
     Raises:
         ValueError: for an unknown name.

@@ -1,18 +1,12 @@
 #include "cpu/isa/avx2/arrange.hpp"
 
-#include <immintrin.h>
-
 #include <cstring>
 
-#include "cpu/kernel_table.hpp"
+#include "cpu/isa/avx2/products.hpp"
 
 namespace adalayer::cpu {
 namespace {
 
-// The sums of the positive weights, and of the negative ones, that one int16 may collect:
-// 255 * 128 is less than 2^15.
-constexpr int kMostAbs = 128;
-constexpr int kVectorBytes = 32;
 // Quads that are tried as partners of one. More find few more pairs and take longer.
 constexpr int kPartners = 64;
 
@@ -41,9 +35,6 @@ struct List {
     return e;
   }
 };
-
-__m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-void store(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
 
 __m256i ordered(__m256i w, int order) {
   return _mm256_shuffle_epi8(

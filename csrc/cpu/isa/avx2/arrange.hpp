@@ -17,8 +17,7 @@
 
 #include "formats/panels.hpp"
 
-// For two files with instruction-set flags: nothing in here may be one function for the whole
-// program.
+// For files with instruction-set flags: nothing in here may be one function for the whole program.
 namespace adalayer::cpu {
 namespace {
 

@@ -9,8 +9,7 @@
 
 #include "cpu/kernel_table.hpp"
 
-// For two files with instruction-set flags: nothing in here may be one function for the whole
-// program.
+// For files with instruction-set flags: nothing in here may be one function for the whole program.
 namespace adalayer::cpu {
 namespace {
 
