@@ -37,7 +37,7 @@ struct ConvTask {
   int bits = 8;            // of the weights
   bool own_input = false;  // nobody else reads the input, which may be written in any form
   Room room = Room::Several;
-  int qmax = 255;          // no level of the input is larger
+  int qmax = 255;  // no level of the input is larger
 
   /// As wide as the weights of a product with all u8 levels that is no larger (kernel_table.hpp).
   int product_bits() const { return cpu::product_bits(kernels, bits, qmax); }
