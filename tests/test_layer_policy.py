@@ -122,6 +122,31 @@ def test_other_weights_are_used_at_once(clock: str) -> None:
     torch.testing.assert_close(one(x), other(x), rtol=1e-5, atol=1e-5)
 
 
+def test_other_weights_of_inference_tensors(clock: str) -> None:
+    """They count no versions."""
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        one, other = (
+            Conv2d.from_float(nn.Conv2d(8, 8, 3), 4, input_range=(-2, 2)) for _ in range(2)
+        )
+        x = torch.randn(1, 8, 6, 6)
+        set_policy(one, "fastest")
+        one(x)
+        one.load_state_dict(other.state_dict())
+        torch.testing.assert_close(one(x), other(x), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_another_padding_is_used_at_once(clock: str) -> None:
+    torch.manual_seed(0)
+    layer = Conv2d.from_float(nn.Conv2d(8, 8, 3), 4, input_range=(-2, 2))
+    x = torch.randn(1, 8, 6, 6)
+    set_policy(layer, "fastest")
+    assert layer(x).shape[-1] == 4
+    layer.padding = (1, 1, 1, 1)
+    assert layer(x).shape[-1] == 6
+
+
 @torch.no_grad()
 def test_the_table_of_sizes_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = Conv2d.from_float(nn.Conv2d(3, 4, 3), 4, input_range=(-2, 2))
