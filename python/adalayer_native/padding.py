@@ -16,37 +16,42 @@ Sides = tuple[int, int, int, int]
 class PaddedConv2d(nn.Conv2d):
     """A convolution with a zero padding of its own on every side, which ``nn.Conv2d`` lacks.
 
+    What its own ``padding`` lacks is padded in front of it, as the network did it that had the
+    padding by itself: torch's float kernels round otherwise where they pad.
+
     Args:
-        sides: ``(top, bottom, left, right)``; all other arguments are those of ``nn.Conv2d``.
+        sides: ``(top, bottom, left, right)``, no less than ``padding``; all other arguments are
+            those of ``nn.Conv2d``.
     """
 
     def __init__(self, *args: Any, sides: Sides, **kwargs: Any) -> None:
-        top, bottom, left, right = sides
-        self.even = (top, left) == (bottom, right)
-        kwargs["padding"] = (top, left) if self.even else 0
         super().__init__(*args, **kwargs)
         self.sides = sides
+        top, bottom, left, right = (
+            all_ - own for all_, own in zip(sides, _own_paddings(self), strict=True)
+        )
+        self.around = left, right, top, bottom
 
     def forward(self, input: Tensor) -> Tensor:
         return self.convolve(input, self.weight)
 
     def convolve(self, input: Tensor, weight: Tensor) -> Tensor:
         """The layer's operation with another weight."""
-        if not self.even:
-            top, bottom, left, right = self.sides
-            input = F.pad(input, (left, right, top, bottom))
         return F.conv2d(
-            input, weight, self.bias, self.stride, self.padding, self.dilation, self.groups
-        )
+            F.pad(input, self.around), weight, self.bias, self.stride, self.padding,
+            self.dilation, self.groups,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + ("" if self.even else f", sides={self.sides}")
+        return super().extra_repr() + f", sides={self.sides}"
 
 
 def four_paddings(layer: nn.Conv2d) -> Sides:
     """Zero padding as ``(top, bottom, left, right)``; resolves ``"same"`` and ``"valid"``."""
-    if isinstance(layer, PaddedConv2d):
-        return layer.sides
+    return layer.sides if isinstance(layer, PaddedConv2d) else _own_paddings(layer)
+
+
+def _own_paddings(layer: nn.Conv2d) -> Sides:
     if layer.padding == "valid":
         return 0, 0, 0, 0
     if layer.padding == "same":

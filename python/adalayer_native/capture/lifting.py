@@ -440,16 +440,11 @@ def _padded(layer: nn.Conv2d, around: Sides) -> nn.Conv2d:
     """A convolution with more zeros around its input than it has itself."""
     own = four_paddings(layer)
     top, bottom, left, right = (old + new for old, new in zip(own, around, strict=True))
-    kind: Any = PaddedConv2d
-    padding: dict[str, Any] = {"sides": (top, bottom, left, right)}
-    if (top, left) == (bottom, right):
-        kind, padding = nn.Conv2d, {"padding": (top, left)}
-    new: nn.Conv2d = kind(
+    return PaddedConv2d(
         layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride,
-        dilation=layer.dilation, groups=layer.groups, bias=layer.bias is not None,
-        device="meta", **padding,
+        layer.padding, layer.dilation, layer.groups, layer.bias is not None,
+        device="meta", sides=(top, bottom, left, right),
     )  # fmt: skip
-    return new
 
 
 def _each(value: Any, axes: int) -> tuple[int, ...]:
