@@ -37,13 +37,14 @@ class PaddedConv2d(nn.Conv2d):
 
     def convolve(self, input: Tensor, weight: Tensor) -> Tensor:
         """The layer's operation with another weight."""
+        if any(self.around):
+            input = F.pad(input, self.around)
         return F.conv2d(
-            F.pad(input, self.around), weight, self.bias, self.stride, self.padding,
-            self.dilation, self.groups,
-        )  # fmt: skip
+            input, weight, self.bias, self.stride, self.padding, self.dilation, self.groups
+        )
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + f", sides={self.sides}"
+        return super().extra_repr() + (f", sides={self.sides}" if any(self.around) else "")
 
 
 def four_paddings(layer: nn.Conv2d) -> Sides:

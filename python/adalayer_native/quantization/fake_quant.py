@@ -264,6 +264,7 @@ class QuantConv2d(_QuantLayer, PaddedConv2d):
             layer.out_channels,
             layer.kernel_size,
             stride=layer.stride,
+            padding=layer.padding,
             sides=four_paddings(layer),
             dilation=layer.dilation,
             groups=layer.groups,

@@ -192,17 +192,13 @@ struct WidenedSteps {
 
   template <int kRows>
   void widen(const GemmArgs& g, const Rows<kRows>& rows, uint8_t* to) const {
-    const __m256i low_byte = _mm256_set1_epi16(255);
     for (int s = 0; s < count; ++s) {
       const int64_t offset = g.step_offsets[first + s];
       const int live = g.live_quads[first + s];
       for (int quad = 0; quad < live; quad += 8)
-        for (int r = 0; r < kRows; ++r) {
-          const __m256i levels = load_quads(rows.at[r] + offset + quad * 4, live - quad);
-          uint8_t* at = to + r * kWidenedRow + s * kStepBytes + quad * 4;
-          store(at, _mm256_and_si256(levels, low_byte));
-          store(at + kWidenedPlane, _mm256_srli_epi16(levels, 8));
-        }
+        for (int r = 0; r < kRows; ++r)
+          widen_quads(rows.at[r] + offset + quad * 4, live - quad,
+                      to + r * kWidenedRow + s * kStepBytes + quad * 4, kWidenedPlane);
     }
   }
 };

@@ -14,16 +14,11 @@ constexpr int kPlane = kMostWideSteps * kStepBytes, kRow = 2 * kPlane;
 
 template <int kRows>
 void widen(const GemmArgs& g, const Rows<kRows>& rows, uint8_t* to) {
-  const __m256i low_byte = _mm256_set1_epi16(255);
   for (int s = 0; s < g.steps; ++s)
     for (int quad = 0; quad < g.live_quads[s]; quad += 8)
-      for (int r = 0; r < kRows; ++r) {
-        const __m256i levels =
-            load_quads(rows.at[r] + g.step_offsets[s] + quad * 4, g.live_quads[s] - quad);
-        uint8_t* at = to + r * kRow + s * kStepBytes + quad * 4;
-        store(at, _mm256_and_si256(levels, low_byte));
-        store(at + kPlane, _mm256_srli_epi16(levels, 8));
-      }
+      for (int r = 0; r < kRows; ++r)
+        widen_quads(rows.at[r] + g.step_offsets[s] + quad * 4, g.live_quads[s] - quad,
+                    to + r * kRow + s * kStepBytes + quad * 4, kPlane);
 }
 
 /// Adds the products of two levels with two vectors of their weights.

@@ -55,6 +55,14 @@ inline __m256i load_quads(const uint8_t* levels, int64_t quads) {
       _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(quads)), numbers));
 }
 
+/// Levels in 16 bits, of 8 quads or as many as there are: those numbered 0 and 2 of each quad, and
+/// `plane` bytes behind them 1 and 3.
+inline void widen_quads(const uint8_t* levels, int64_t quads, uint8_t* to, int64_t plane) {
+  const __m256i v = load_quads(levels, quads);
+  store(to, _mm256_and_si256(v, _mm256_set1_epi16(255)));
+  store(to + plane, _mm256_srli_epi16(v, 8));
+}
+
 // Sums that stay in their registers. Of the intrinsics GCC makes a sum in another register, which
 // it copies back: a fifth more instructions in loops that the decoders bound.
 [[gnu::always_inline]] inline void add16(__m256i& sum, __m256i v) {
