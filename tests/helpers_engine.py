@@ -107,7 +107,8 @@ def _interpret(
         own = grids(node)
         stored = forced.get(node, [])
         # The value on the node's own grid first: tables to other grids start from it.
-        for name, op, levels, grid, want in sorted(stored, key=lambda item: item[4] != Want(own)):
+        for name, op, shown, grid, want in sorted(stored, key=lambda item: item[4] != Want(own)):
+            levels = shown.reshape(result.shape)  # (axes may be merged into the batch)
             expected = ops.quantize(result.clamp(want.lo, want.hi).contiguous(), *grid)
             gap = (expected.int() - levels.int()).abs()
             found.append(

@@ -136,6 +136,57 @@ def slices(x: Tensor) -> Tensor:
     return window.narrow(3, 1, 2)
 
 
+class Tokens(nn.Module):
+    """Pixels become rows of features: linear layers along and across them, and back to an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Linear(8, 12), nn.Linear(12, 8)
+        self.across = nn.Linear(144, 144)
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.flatten(2).transpose(1, 2)
+        y = y + self.narrow(F.gelu(self.wide(y)))
+        y = y + self.across(y.transpose(1, 2)).transpose(1, 2)
+        y = self.norm(y)[:, 2:142].reshape(-1, 14, 10, 8).permute(0, 3, 1, 2)
+        return y.roll((3, -4), (2, 3))
+
+
+class Windows(nn.Module):
+    """Windows become part of the batch, and rows of features split into heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(8, 16)
+        self.join = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        y = x.reshape(n, c, h // 4, 4, w // 4, 4).permute(0, 2, 4, 3, 5, 1).reshape(-1, 16, c)
+        y = F.relu(self.mix(y)).reshape(-1, 16, 2, 8).transpose(1, 2)
+        y = self.join(y.reshape(-1, 32, 8)[:, 3:19])
+        y = y.reshape(n, h // 4, w // 4, 4, 4, 8).permute(0, 5, 1, 3, 2, 4)
+        return y.reshape(n, 8, h, w)
+
+
+class Picked(nn.Module):
+    """Channels in an order that a buffer holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("order", torch.tensor([7, 0, 3, 3, 1, 2]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.index_select(1, self.order).flip(1, 3)
+
+
+def borders(x: Tensor) -> Tensor:
+    x = F.pad(F.relu(x), (2, 1, 0, 3), mode="reflect")
+    x = F.pad(x, (0, 2, 1, 0), mode="replicate")
+    return F.pad(x, (1, 1, 2, 0), mode="circular")
+
+
 PATTERNS: dict[str, tuple[Callable[[], Any], int]] = {
     "residual": (Residual, 8),
     "excite": (Excite, 8),
@@ -144,6 +195,12 @@ PATTERNS: dict[str, tuple[Callable[[], Any], int]] = {
     "shuffle": (Shuffle, 8),
     "up": (Up, 8),
     "slices": (lambda: slices, 9),
+    "tokens": (Tokens, 8),
+    "windows": (Windows, 8),
+    "picked": (Picked, 6),
+    "borders": (lambda: borders, 8),
+    "pixel shuffle": (lambda: lambda x: F.pixel_shuffle(F.relu(x), 2), 2),
+    "pixel unshuffle": (lambda: lambda x: F.pixel_unshuffle(x, 3), 72),
     "grouped": (lambda: nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=4), 8),
     "asymmetric": (lambda: nn.Conv2d(8, 8, (2, 4), padding="same"), 8),
     "prelu": (lambda: nn.PReLU(), 8),

@@ -369,6 +369,22 @@ class _Random:
         constants = [self.builder.constant(index)]
         self.put("gather", [x], (index.size, *x.shape[1:]), x.grid, constants=constants)
 
+    def op_rearrange(self, x: Value) -> None:
+        c, h, w = x.shape
+        steps = (h * w, w, 1)
+        if self.int(0, 1):  # axes in another order, each the right way round or flipped
+            order = self.rng.permutation(3)
+            shape = [x.shape[k] for k in order]
+            tables = [np.arange(x.shape[k])[:: self.pick([1, -1])] * steps[k] for k in order]
+        else:  # any elements, so that rows and channels carry
+            shape = [self.int(1, 12) for _ in range(3)]
+            left, tables = c * h * w - 1, []
+            for size in shape:
+                tables.append(self.rng.integers(0, left + 1, size))
+                left -= int(tables[-1].max())
+        constants = [self.builder.constant(table.astype(np.int32)) for table in tables]
+        self.put("rearrange", [x], tuple(shape), x.grid, constants=constants)
+
     def op_pad(self, x: Value) -> None:
         top, left, bottom, right = (self.int(0, 2) for _ in range(4))
         shape = (x.shape[0], x.shape[1] + top + bottom, x.shape[2] + left + right)

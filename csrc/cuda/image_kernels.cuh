@@ -164,6 +164,12 @@ ADALAYER_DEVICE uint8_t moved_level(const MoveParams& p, int32_t n, int32_t y, i
     case MoveParams::kResize:
       return p
           .in[level_at(p.from, n, load_constant(p.index + y), load_constant(p.index_w + x)) + c];
+    case MoveParams::kRearrange: {
+      const int32_t at =
+          load_constant(p.index + c) + load_constant(p.index_h + y) + load_constant(p.index_w + x);
+      const int32_t plane = p.from.h * p.from.w, rest = at % plane;
+      return p.in[level_at(p.from, n, rest / p.from.w, rest % p.from.w) + at / plane];
+    }
     case MoveParams::kFlatten: {  // the output is a vector, in NCHW order of the input
       const int32_t plane = p.from.h * p.from.w, rest = c % plane;
       return p.in[level_at(p.from, n, rest / p.from.w, rest % p.from.w) + c / plane];

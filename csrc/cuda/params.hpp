@@ -171,7 +171,7 @@ struct AffineParams {
 
 /// Operations that move levels: one thread per four bytes of the output.
 struct MoveParams {
-  enum Kind : int32_t { kConcat, kSlice, kGather, kPad, kResize, kFlatten, kUnflatten };
+  enum Kind : int32_t { kConcat, kSlice, kGather, kPad, kResize, kRearrange, kFlatten, kUnflatten };
   const uint8_t* in;
   uint8_t* out;
   const uint8_t* table;  // concat: of this input, or null
@@ -180,8 +180,9 @@ struct MoveParams {
   ImageSize from, to;
   int32_t first_channel;      // concat: of this input in the output
   int32_t axis, begin, step;  // slice
-  const int32_t* index;       // gather: [C]; resize: low_h
-  const int32_t* index_w;     // resize: low_w
+  const int32_t* index;       // gather, rearrange: [C]; resize: low_h
+  const int32_t* index_h;     // rearrange: [H]
+  const int32_t* index_w;     // rearrange: [W]; resize: low_w
   int32_t top, left, level;   // pad
 };
 

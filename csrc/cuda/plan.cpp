@@ -325,6 +325,7 @@ class Planner {
       case OpKind::Slice:
       case OpKind::Gather:
       case OpKind::Pad:
+      case OpKind::Rearrange:
       case OpKind::Reshape:
         return move(n, d);
       case OpKind::Resize:
@@ -621,6 +622,11 @@ class Planner {
       q.kind = MoveParams::kResize;
       q.index = constant<int32_t>(d.constants[0]);
       q.index_w = constant<int32_t>(d.constants[3]);
+    } else if (n.op == OpKind::Rearrange) {
+      q.kind = MoveParams::kRearrange;
+      q.index = constant<int32_t>(d.constants[0]);
+      q.index_h = constant<int32_t>(d.constants[1]);
+      q.index_w = constant<int32_t>(d.constants[2]);
     } else {
       q.kind = q.to.h == 1 && q.to.w == 1 ? MoveParams::kFlatten : MoveParams::kUnflatten;
     }

@@ -409,11 +409,23 @@ std::vector<uint8_t> write_program(const Program& p) {
   return serialize(p);
 }
 
+namespace {
+
+/// The first minor version that has all operations of a program, so that older libraries read
+/// what they can run.
+uint16_t needed_minor(const Program& p) {
+  const bool later = std::any_of(p.nodes.begin(), p.nodes.end(),
+                                 [](const Node& n) { return n.op >= OpKind::Rearrange; });
+  return later ? 1 : 0;
+}
+
+}  // namespace
+
 std::vector<uint8_t> serialize(const Program& p) {
   AdaHeader header;
   std::copy(std::begin(kAdaMagic), std::end(kAdaMagic), header.magic);
   header.major = kAdaMajor;
-  header.minor = kAdaMinor;
+  header.minor = needed_minor(p);
   header.sections = kSectionCount;
   header.table_offset = sizeof header;
 

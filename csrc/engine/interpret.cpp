@@ -84,6 +84,7 @@ class Interpreter {
   void avg_pool(const Node& n, int64_t image);
   void adaptive_avg_pool(const Node& n, int64_t image);
   void slice(const Node& n, int64_t image);
+  void rearrange(const Node& n, int64_t image);
   void pad(const Node& n, int64_t image);
   void resize(const Node& n, int64_t image);
   void layer_norm(const Node& n, int64_t image);
@@ -259,6 +260,16 @@ void Interpreter::slice(const Node& n, int64_t image) {
   });
 }
 
+void Interpreter::rearrange(const Node& n, int64_t image) {
+  const RearrangeSpec s = rearrange_spec(program_, n);
+  const Shape out(value(n.output));
+  const uint8_t* a = levels(n.inputs[0], image);
+  uint8_t* q = levels(n.output, image);
+  for_each(out, [&](int64_t c, int64_t y, int64_t x) {
+    q[out.at(c, y, x)] = a[int64_t{s.channel[c]} + s.row[y] + s.column[x]];
+  });
+}
+
 void Interpreter::pad(const Node& n, int64_t image) {
   const PadAttributes p = pad_attributes(n);
   const Shape in(value(n.inputs[0])), out(value(n.output));
@@ -407,6 +418,8 @@ void Interpreter::run(const Node& n, int64_t image) {
       break;
     case OpKind::Softmax:
       return softmax(n, image);
+    case OpKind::Rearrange:
+      return rearrange(n, image);
   }
 }
 

@@ -10,7 +10,7 @@ constexpr const char* kNames[kOpKinds] = {
     "quantize", "dequantize", "conv",   "conv_transpose", "lookup",     "add",
     "mul",      "affine",     "concat", "max_pool",       "avg_pool",   "adaptive_avg_pool",
     "slice",    "gather",     "pad",    "resize",         "layer_norm", "reshape",
-    "softmax"};
+    "softmax",  "rearrange"};
 
 int32_t small(int64_t v) { return static_cast<int32_t>(v); }
 
@@ -133,6 +133,10 @@ U8Finish node_finish(const Program& p, const Node& n) {
     default:
       fail<InvalidArgument>(op_name(n.op), " has no finish");
   }
+}
+
+RearrangeSpec rearrange_spec(const Program& p, const Node& n) {
+  return {indices(p, n.constants[0]), indices(p, n.constants[1]), indices(p, n.constants[2])};
 }
 
 PairSpec pair_spec(const Program& p, const Node& n) {

@@ -41,9 +41,9 @@ struct Value {
 /// values. [t] marks an optional constant: -1 in its place if absent. Parameters that a form of an
 /// operation does not use are present all the same and in range.
 ///
-/// Operations that move levels (Slice, Gather, Pad, MaxPool, Reshape, nearest Resize, and Concat
-/// where it has no table) have the grid of their input as the grid of their output. No level that
-/// a program computes exceeds the qmax of its value.
+/// Operations that move levels (Slice, Gather, Pad, MaxPool, Reshape, Rearrange, nearest Resize,
+/// and Concat where it has no table) have the grid of their input as the grid of their output. No
+/// level that a program computes exceeds the qmax of its value.
 ///
 /// operation   inputs      ints                                  floats             constants
 enum class OpKind : uint8_t {
@@ -86,8 +86,12 @@ enum class OpKind : uint8_t {
   Reshape = 17,  // x        -                                    -                  -
   // Over channels, f32 -> f32; a float tail with a stated tolerance.
   Softmax = 18,  // x        -                                    -                  -
+  // Output element (c, y, x) is element channel[c] + row[y] + column[x] of the input, counted in
+  // NCHW order; no entry is negative. Permuted axes, windows, pixel shuffles, flips, rolls,
+  // borders.
+  Rearrange = 19,  // x      -                                    -      channel row column: i32
 };
-constexpr int kOpKinds = 19;
+constexpr int kOpKinds = 20;
 
 /// "conv", "avg_pool", ...; and back, throwing InvalidArgument for an unknown name.
 const char* op_name(OpKind op);
@@ -178,6 +182,7 @@ U8Finish node_finish(const Program& program, const Node& node);
 const uint8_t* table_bytes(const Program& program, int32_t constant);
 ActivationGrid value_grid(const Value& value);
 
+RearrangeSpec rearrange_spec(const Program& program, const Node& node);
 /// Add and Mul.
 PairSpec pair_spec(const Program& program, const Node& node);
 AffineSpec affine_spec(const Program& program, const Node& node);

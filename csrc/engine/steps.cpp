@@ -157,6 +157,10 @@ RunImage run_image(const Program& program, const Node& node,
     }
     case OpKind::Reshape:
       return unary(node, [](auto i, auto o, Part part) { cpu::reshape(i, o, part); });
+    case OpKind::Rearrange: {
+      const RearrangeSpec spec = rearrange_spec(program, node);
+      return unary(node, [=](auto i, auto o, Part part) { cpu::rearrange(spec, i, o, part); });
+    }
     case OpKind::Softmax:
       return [=](const Frame& f, int64_t n, Part part) {
         cpu::softmax_f32(f.floats(x, n), in.c, in.h * in.w, f.floats(y, n), part);

@@ -38,6 +38,7 @@ constexpr Signature kSignatures[kOpKinds] = {
     {1, 1, 3, 2, 2},        // LayerNorm
     {1, 1, 0, 0, 0},        // Reshape
     {1, 1, 0, 0, 0},        // Softmax
+    {1, 1, 0, 0, 3},        // Rearrange
 };
 
 bool is_utf8(std::string_view text) {
@@ -147,6 +148,7 @@ class NodeCheck {
   void concat() const;
   void slice() const;
   void gather() const;
+  void rearrange() const;
   void pad() const;
   void resize() const;
   void resize_axis(const char* axis, size_t slot, int64_t size, int64_t outputs) const;
@@ -410,6 +412,25 @@ void NodeCheck::gather() const {
     if (i < 0 || i >= in().c) bad("index: expected channels 0 to ", in().c - 1, ", got ", i);
 }
 
+void NodeCheck::rearrange() const {
+  kinds(ValueKind::U8, ValueKind::U8);
+  same_grid();
+  constexpr const char* kWhat[] = {"channels", "rows", "columns"};
+  const int64_t sizes[] = {out().c, out().h, out().w};
+  int64_t last = 0;
+  for (size_t k = 0; k < 3; ++k) {
+    const auto index = constant(k, kWhat[k], ConstantKind::I32).i32();
+    if (static_cast<int64_t>(index.size()) != sizes[k])
+      bad(kWhat[k], ": expected ", sizes[k], " entries, got ", index.size());
+    for (const int32_t i : index)
+      if (i < 0) bad(kWhat[k], ": expected entries of 0 and more, got ", i);
+    last += *std::max_element(index.begin(), index.end());
+  }
+  const int64_t elements = in().c * in().h * in().w;
+  if (last >= elements)
+    bad("expected sums of entries up to ", elements - 1, ", the input's last element, got ", last);
+}
+
 void NodeCheck::pad() const {
   kinds(ValueKind::U8, ValueKind::U8);
   same_grid();
@@ -541,6 +562,9 @@ void NodeCheck::run() {
     case OpKind::Softmax:
       kinds(f32, f32);
       same_shape();
+      break;
+    case OpKind::Rearrange:
+      rearrange();
       break;
   }
 }

@@ -113,6 +113,14 @@ inline float blend(float q00, float q01, float q10, float q11, float part_w, flo
   return std::fmaf(part_h, bottom - top, top);
 }
 
+/// Output element (c, y, x) is element channel[c] + row[y] + column[x] of the input, counted in
+/// NCHW order.
+struct RearrangeSpec {
+  const int32_t* channel = nullptr;  // [C], all three of the output
+  const int32_t* row = nullptr;      // [H]
+  const int32_t* column = nullptr;   // [W]
+};
+
 /// Layer norm over the channels of one position, from exact integer sums s1 = sum q, s2 = sum q^2:
 ///   mean = s1 / C, var = (C * s2 - s1^2) / C^2     (double; the numerator is an exact int64)
 ///   rstd = 1 / sqrt(var * step^2 + eps)            (double), step = scale of the input's grid

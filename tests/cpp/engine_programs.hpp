@@ -125,7 +125,10 @@ inline Program every_operation() {
                                b.ints({1, 2}), b.floats({0, 0})});
   const auto normed = b.node(OpKind::LayerNorm, {nearest}, b.value("normed", 4, 2, 2), {0, 255, 10},
                              {kInverse, 1e-5f}, {b.floats({2, 3, 4, 5}), b.floats({0, 1, 0, -1})});
-  const auto flat = b.node(OpKind::Reshape, {normed}, b.value("flat", 16, 1, 1));
+  // Width and channels change places, and rows are flipped.
+  const auto turned = b.node(OpKind::Rearrange, {normed}, b.value("turned", 2, 2, 4), {}, {},
+                             {b.ints({0, 1}), b.ints({2, 0}), b.ints({0, 4, 8, 12})});
+  const auto flat = b.node(OpKind::Reshape, {turned}, b.value("flat", 16, 1, 1));
   // Float outputs: a convolution with a residual, its softmax and its average.
   const auto logits = b.node(OpKind::Conv, {pooled, pooled}, b.value("logits", 8, 2, 2, F32),
                              {1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 0, 255, 0}, {1.0f, -2.0f, kInf},

@@ -268,6 +268,17 @@ TEST(refusals_say_what_is_wrong) {
   check_refused("expected channels 0 to 3", [](Program& p) {
     poke(p.constants[find(p, OpKind::Gather).constants[0]].bytes, 4, int32_t{4});
   });
+  const auto rows = [](Program& p) -> std::vector<uint8_t>& {
+    return p.constants[find(p, OpKind::Rearrange).constants[1]].bytes;
+  };
+  check_refused("up to 15, the input's last element, got 16",
+                [&](Program& p) { poke(rows(p), 4, int32_t{3}); });
+  check_refused("entries of 0 and more", [&](Program& p) { poke(rows(p), 0, int32_t{-1}); });
+  check_refused("rows: expected 2 entries, got 3", [&](Program& p) { rows(p).resize(12); });
+  check_refused("got 3221225469", [&](Program& p) {
+    for (const int32_t c : find(p, OpKind::Rearrange).constants)
+      poke(p.constants[c].bytes, 0, int32_t{0x3FFFFFFF});
+  });
   check_refused("expected positions 0 to 4", [](Program& p) {
     poke(p.constants[find(p, OpKind::Resize).constants[0]].bytes, 4, int32_t{-1});
   });
@@ -477,9 +488,9 @@ TEST(other_versions) {
   auto major = file;
   poke(major, offsetof(AdaHeader, major), uint16_t{2});
   CHECK_THROWS(read_program(major), CorruptData,
-               "format version 2.0 is not supported; this library reads 1.x");
+               "format version 2.1 is not supported; this library reads 1.x");
   poke(major, offsetof(AdaHeader, major), uint16_t{0});
-  CHECK_THROWS(read_program(major), CorruptData, "format version 0.0 is not supported");
+  CHECK_THROWS(read_program(major), CorruptData, "format version 0.1 is not supported");
 
   // A later minor version: reserved bytes in use, a new section behind the others, and new fields
   // at the end of the section META.
@@ -513,7 +524,7 @@ TEST(other_versions) {
     repair_checksums(out);
     return out;
   };
-  CHECK(write_program(read_program(extended(1))) == file);
+  CHECK(write_program(read_program(extended(kAdaMinor + 1))) == file);
   CHECK_THROWS(read_program(extended(0)), CorruptData, "reserved");
 
   // An operation of the future.
@@ -522,7 +533,12 @@ TEST(other_versions) {
   poke(future, section(file, "NODE").offset + 8, uint32_t{kOpKinds});
   repair_checksums(future);
   CHECK_THROWS(read_program(future), CorruptData,
-               "operation 19 is unknown to format 1.0; the file is of format 1.3");
+               "operation 20 is unknown to format 1.1; the file is of format 1.3");
+
+  // A file has the least version that its operations need.
+  CHECK_EQ(int{read_ada_header(file, file.size()).minor}, 1);
+  const auto small = write_program(small_program());
+  CHECK_EQ(int{read_ada_header(small, small.size()).minor}, 0);
 }
 
 TEST(longer_records_of_a_later_version) {
@@ -539,7 +555,7 @@ TEST(longer_records_of_a_later_version) {
   poke(longer, offsetof(AdaHeader, file_bytes), uint64_t{longer.size()});
   repair_checksums(longer);
   CHECK_THROWS(read_program(longer), CorruptData, "an entry has 1 bytes too many");
-  poke(longer, offsetof(AdaHeader, minor), uint16_t{1});
+  poke(longer, offsetof(AdaHeader, minor), static_cast<uint16_t>(kAdaMinor + 1));
   repair_checksums(longer);
   CHECK(read_program(longer).metadata == p.metadata);
 }

@@ -486,6 +486,48 @@ TEST(slice) {
   }
 }
 
+TEST(rearrange) {
+  for (int round = 0; round < 60; ++round) {
+    const int64_t c = pick(channel_counts()), h = uniform(1, 6), w = uniform(1, 6);
+    const Image in(c, h, w);
+    std::vector<std::vector<int32_t>> tables;
+    if (round % 3 != 0) {
+      // Axes in another order; places in memory add up.
+      const int64_t sizes[] = {c, h, w}, steps[] = {h * w, w, 1};
+      std::vector<size_t> order = {0, 1, 2};
+      if (round % 3 == 1) std::shuffle(order.begin(), order.end(), rng);
+      for (const size_t axis : order) {
+        std::vector<int32_t> table;
+        for (int64_t i = 0; i < sizes[axis]; ++i)
+          table.push_back(static_cast<int32_t>(i * steps[axis]));
+        if (uniform(0, 2) == 0) std::reverse(table.begin(), table.end());
+        tables.push_back(std::move(table));
+      }
+    } else {
+      // Any elements: sums of entries carry from one coordinate into the next.
+      auto left = static_cast<int32_t>(c * h * w - 1);
+      for (int axis = 0; axis < 3; ++axis) {
+        std::vector<int32_t> table;
+        for (int i = uniform(1, axis == 0 ? 70 : 6); i > 0; --i)
+          table.push_back(uniform(0, left));
+        left -= *std::max_element(table.begin(), table.end());
+        tables.push_back(std::move(table));
+      }
+    }
+    const RearrangeSpec spec{tables[0].data(), tables[1].data(), tables[2].data()};
+    const auto size = [&](size_t axis) { return static_cast<int64_t>(tables[axis].size()); };
+    check_operation(
+        "rearrange of " + describe(in.layout), random_layout(size(0), size(1), size(2)),
+        [&](int64_t oc, int64_t oy, int64_t ox) {
+          const int64_t at = int64_t{tables[0][static_cast<size_t>(oc)]} +
+                             tables[1][static_cast<size_t>(oy)] +
+                             tables[2][static_cast<size_t>(ox)];
+          return in(at / (h * w), at / w % h, at % w);
+        },
+        [&](ImageView out, Part part) { rearrange(spec, in.view(), out, part); });
+  }
+}
+
 TEST(gather_channels) {
   for (const int64_t c : channel_counts()) {
     for (int kind = 0; kind < 3; ++kind) {

@@ -36,6 +36,9 @@ void layer_norm(const LayerNormSpec& spec, ConstImageView in, ImageView out, Par
 /// Between c x h x w and its features in NCHW order; either side may be the flat one.
 void reshape(ConstImageView in, ImageView out, Part part);
 
+/// Any order: output element (c, y, x) is an element of the input, by its number in NCHW order.
+void rearrange(const RearrangeSpec& spec, ConstImageView in, ImageView out, Part part);
+
 /// Float tails over contiguous NCHW images.
 void resize_f32(const ResizeSpec& spec, const float* in, int64_t c, int64_t in_h, int64_t in_w,
                 float* out, int64_t out_h, int64_t out_w, Part part);

@@ -63,13 +63,35 @@ class Exported:
         firsts = [n.meta["val"].shape[0] for n in self.inputs if n.meta["val"].dim()]
         return [size for size in firsts if isinstance(size, torch.SymInt)]
 
-    def sizes(self, node: fx.Node) -> tuple[int, ...] | None:
-        """Sizes of a tensor without its batch; None if the first axis is not the batch alone."""
+    def folds(self, node: fx.Node) -> int:
+        """How many rows of a tensor belong to one sample, all of them in the first axis.
+
+        1 where that axis is the batch; more where other axes were merged into it (tokens, windows);
+        0 for other tensors.
+        """
         value = node.meta.get("val")
-        if not isinstance(value, Tensor) or value.dim() == 0 or not self.is_batch(value.shape[0]):
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            return 0
+        first: Any = value.shape[0]
+        if self.is_batch(first):
+            return 1
+        if not isinstance(first, torch.SymInt):
+            return 0
+        shares = (first.node.expr / size.node.expr for size in self._batches)
+        return next((int(share) for share in shares if share.is_Integer), 0)
+
+    def sizes(self, node: fx.Node) -> tuple[int, ...] | None:
+        """Sizes of one sample's share of a tensor; None if the first axis is not the batch.
+
+        Where other axes were merged into the batch (:meth:`folds`), they come first, as one.
+        """
+        rows = self.folds(node)
+        if rows == 0:
             return None
-        rest = tuple(value.shape[1:])
-        return rest if all(type(size) is int for size in rest) else None
+        rest = tuple(node.meta["val"].shape[1:])
+        if not all(type(size) is int for size in rest):
+            return None
+        return rest if rows == 1 else (rows, *rest)
 
 
 def layer_name(node: fx.Node) -> str:

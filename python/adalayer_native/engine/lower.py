@@ -13,8 +13,9 @@ torch, and the partition is made again.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,12 +27,17 @@ from adalayer_native.engine.export import Exported, layer_name, op_name
 from adalayer_native.engine.grids import Grid, Want
 from adalayer_native.engine.program import Program, Value, shorten
 from adalayer_native.engine.views import (
+    Atom,
     Dims,
+    Positions,
     Ref,
     Size,
+    axes_of,
     channel_order,
     image_dims,
     merged,
+    offsets,
+    outer_sum,
     reshaped,
 )
 
@@ -68,14 +74,31 @@ class Rule:
         u8: its result on a grid.
         f32: its result in float32, where the program can do that.
         grid: the grid that its result lies on by itself: of the node, or None.
+        folds: it works on tensors, too, that have other axes merged into their batch. Their views
+            have these as a first axis.
     """
 
     u8: U8Rule
     f32: F32Rule | None = None
     grid: Callable[[Grids, fx.Node], Grid | None] = lambda grids, node: None
+    folds: bool = False
 
 
 RULES: dict[str, Rule] = {}
+
+
+def letters_of(dims: Dims, size: Size) -> str:
+    """Axes of a copy that leaves them where they are, as far as each of them is one in memory."""
+    found = axes_of(dims, size)
+    if found is not None and len(dims) <= 3 and all(len(axis) < 2 for axis in found):
+        spare = [axis for axis in "chw" if axis not in found]
+        return "".join(axis or spare.pop(0) for axis in found)
+    return "chw" if len(dims) == 3 else rows_of(dims)
+
+
+def rows_of(dims: Dims) -> str:
+    """Axes of a copy of a view for who works along its last axis: rows of pixels, "hw...wc"."""
+    return "h" * (len(dims) > 1) + "w" * (len(dims) - 2) + "c"
 
 
 def rule_for(node: fx.Node) -> Rule | None:
@@ -196,11 +219,18 @@ class Lowering:
             rule = rule_for(node)
             if rule is None:
                 raise CannotLower(None, "the engine has no such operation")
-            if self.exported.sizes(node) is None and isinstance(node.meta.get("val"), Tensor):
-                raise CannotLower(None, "its first axis is not the batch alone")
+            if isinstance(node.meta.get("val"), Tensor):
+                found = {self.exported.folds(n) for n in (node, *self.tensors(node))}
+                if 0 in found or (found != {1} and not rule.folds):
+                    raise CannotLower(None, "its first axis is not the batch alone")
             return run(rule)
         except CannotLower as error:
             raise CannotLower(error.node or node, error.reason) from None
+
+    def tensors(self, node: fx.Node) -> list[fx.Node]:
+        """The computed tensors that a node reads."""
+        operands = (n for n in node.all_input_nodes if n.op != "get_attr")
+        return [n for n in operands if isinstance(n.meta.get("val"), Tensor)]
 
     def prepare_input(self, node: fx.Node) -> None:
         """Lower what a layer reads."""
@@ -212,15 +242,17 @@ class Lowering:
             sizes = self.exported.sizes(node)
             value = node.meta.get("val")
             dtype = value.dtype if isinstance(value, Tensor) else None
-            if sizes is None or not 1 <= len(sizes) <= 3 or dtype != torch.float32:
+            if not sizes or dtype != torch.float32:
                 raise CannotLower(
                     None, f"operand {node} is no batch of float32 images or vectors ({value})"
                 )
-            size: Size = (*sizes, *(1,) * (3 - len(sizes)))  # type: ignore[assignment]
+            c, h, *rest = (*sizes, 1, 1)
+            size: Size = (c, h, math.prod(rest))
             number = self.program.value(node.name, size, None)
             self.program.inputs.append(number)
             self.inputs.append(node)
-            dims = image_dims(size)[: len(sizes)]
+            dims = reshaped(image_dims(size), sizes)
+            assert dims is not None
             self._external[node] = Ref(number, dims)
         return self._external[node]
 
@@ -281,24 +313,66 @@ class Lowering:
         if len(ref.dims) == 1 and ref.dims == image_dims(size)[:1] and size[1:] == (1, 1):
             return ref
         grid = self.value(ref).grid
+        if grid is None:
+            raise CannotLower(None, "its operand's axes are in an order that would need a copy")
         if len(ref.dims) in (1, 3):
             sizes = [math.prod(n for n, _ in atoms) for atoms in ref.dims]
             wanted: Size = (*sizes, *(1,) * (3 - len(sizes)))  # type: ignore[assignment]
             order = channel_order(ref.dims, size)
-            if order is not None and grid is not None:
+            if order is not None:
                 number = self.program.node(
                     "gather", name, [ref.value], wanted, grid, constants=[self.program.i32(order)]
                 )
                 return Ref(number, image_dims(wanted)[: len(sizes)])
             total = math.prod(size)
-            if reshaped(ref.dims, [total]) == (merged([(total, 1)]),):
-                flat: Size = (total, 1, 1)
-                number = ref.value
-                for target in (flat, wanted):
-                    if self.program.values[number].size != target:
-                        number = self.program.node("reshape", name, [number], target, grid)
+            flat: Size = (total, 1, 1)
+            if flat in (size, wanted) and reshaped(ref.dims, [total]) == (merged([(total, 1)]),):
+                number = self.program.node("reshape", name, [ref.value], wanted, grid)
                 return Ref(number, image_dims(wanted)[: len(sizes)])
-        raise CannotLower(None, "its operand's axes are in an order that would need a copy")
+        return self.arranged(ref, name, "chw" if len(ref.dims) == 3 else rows_of(ref.dims))
+
+    def rows(self, ref: Ref, name: str) -> Ref:
+        """The same tensor with its last axis as the channels, alone.
+
+        Raises:
+            CannotLower: it is no u8 value, and would have to be copied.
+        """
+        c, h, w = self.size(ref)
+        others = itertools.chain.from_iterable(ref.dims[:-1])
+        if ref.dims[-1] == merged([(c, h * w)]) and all(stride < h * w for _, stride in others):
+            return ref
+        return self.in_rows(ref, name)
+
+    def in_rows(self, ref: Ref, name: str) -> Ref:
+        """A copy for who works along its last axis: rows of pixels."""
+        return self.arranged(ref, name, rows_of(ref.dims))
+
+    def arranged(
+        self, ref: Ref, name: str, axes: str, picked: Mapping[int, Positions] | None = None
+    ) -> Ref:
+        """A copy whose axes "c", "h" and "w" are the axes of the view at these letters in ``axes``.
+
+        Axes with the same letter become one, the first of them the outermost.
+
+        Args:
+            picked: by number of an axis the positions along it that are copied, in their order.
+        """
+        picked = {} if picked is None else picked
+        grid = self.value(ref).grid
+        if grid is None:
+            raise CannotLower(None, "its operand's axes are in an order that would need a copy")
+        groups = [[k for k, axis in enumerate(axes) if axis == part] for part in "chw"]
+        places = [offsets(atoms)[picked.get(k, slice(None))] for k, atoms in enumerate(ref.dims)]
+        tables = [outer_sum(places[k] for k in group) for group in groups]
+        size: Size = tuple(len(table) for table in tables)  # type: ignore[assignment]
+        constants = [self.program.i32(table) for table in tables]
+        number = self.program.node("rearrange", name, [ref.value], size, grid, constants=constants)
+        dims: list[tuple[Atom, ...]] = [()] * len(axes)
+        for group, stride in zip(groups, (size[1] * size[2], size[2], 1), strict=True):
+            for axis in reversed(group):
+                dims[axis] = merged([(len(places[axis]), stride)])
+                stride *= len(places[axis])
+        return Ref(number, tuple(dims))
 
     def sizes(self, node: fx.Node) -> tuple[int, ...]:
         """Sizes of a node's tensor without the batch."""
@@ -357,6 +431,8 @@ def lower(
     for node, ref in zip(outputs, refs, strict=True):
         if ref.value in program.inputs:
             raise CannotLower(node, "it hands an input of the program on as it is")
+        if exported.folds(node) > 1 and node in exported.outputs:
+            raise CannotLower(node, "its first axis is not the batch alone")
     numbers = list(dict.fromkeys(ref.value for ref in refs))
     program.outputs = numbers
     sources = [numbers.index(ref.value) for ref in refs]

@@ -72,18 +72,20 @@ class Output:
         source: which of the program's outputs.
         shape: sizes of the tensor without the batch.
         atoms: sizes and strides that give the tensor its order; None if it is that of memory.
+        folded: the first of ``shape`` is merged into the batch. Only between parts of an engine.
     """
 
     source: int
     shape: tuple[int, ...]
     atoms: tuple[tuple[int, int], ...] | None
+    folded: bool = False
 
     @classmethod
-    def of(cls, source: int, shape: Sequence[int], dims: Dims) -> Output:
+    def of(cls, source: int, shape: Sequence[int], dims: Dims, folded: bool = False) -> Output:
         """From a view, see ``views.py``."""
         flat = tuple(atom for atoms in dims for atom in atoms)
         plain = merged(flat) == merged([(math.prod(shape), 1)])
-        return cls(source, tuple(shape), None if plain else flat)
+        return cls(source, tuple(shape), None if plain else flat, folded)
 
     def view(self, memory: Tensor) -> Tensor:
         """The tensor over ``memory``, [batch, elements]."""
@@ -92,7 +94,8 @@ class Output:
             sizes = [n, *(size for size, _ in self.atoms)]
             strides = [elements, *(stride for _, stride in self.atoms)]
             memory = memory.as_strided(sizes, strides)
-        return memory.reshape(n, *self.shape)
+        shown = memory.reshape(n, *self.shape)
+        return shown.flatten(0, 1) if self.folded else shown
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from adalayer_native import ops
 from adalayer_native.engine.grids import Grid, Want
 from adalayer_native.engine.lower import RULES, CannotLower, Grids, Lowering, Rule
 from adalayer_native.engine.rules_layers import arguments
-from adalayer_native.engine.rules_views import axis_of, operand_grid
+from adalayer_native.engine.rules_views import axis_of, bordered, operand_grid
 from adalayer_native.engine.views import (
     Dims,
     Ref,
@@ -32,7 +32,7 @@ from adalayer_native.ops.resizing import linear_tables, nearest_tables
 def _cat(low: Lowering, node: fx.Node, want: Want) -> Ref:
     items, axis = node.args[0], int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
     assert isinstance(items, (list, tuple))
-    axis = axis_of(node, axis, node.meta["val"].dim())
+    axis = axis_of(low, node, axis)
     refs: list[Ref] = []
     layouts = set()
     for item in items:
@@ -71,6 +71,8 @@ RULES["aten.concat.default"] = Rule(_cat)
 
 def _pad_grid(grids: Grids, node: fx.Node) -> Grid | None:
     grid = grids(node.args[0])
+    if arguments(node).get("mode", "constant") != "constant":
+        return grid
     value = _pad_value(node)
     # A value between two levels would be put on the reader's grid only.
     if grid is None or value is None:
@@ -87,6 +89,8 @@ def _pad_value(node: fx.Node) -> float | None:
 
 
 def _pad(low: Lowering, node: fx.Node, want: Want) -> Ref:
+    if arguments(node).get("mode", "constant") != "constant":
+        return bordered(low, node, want)
     value = _pad_value(node)
     amounts = list(arguments(node)["pad"])
     if value is None or min(amounts) < 0 or len(amounts) > 6 or (any(amounts[4:]) and value != 0):
@@ -271,13 +275,14 @@ for _name in ("aten.adaptive_avg_pool2d", "adalayer.exact_adaptive_avg_pool2d"):
     RULES[f"{_name}.default"] = Rule(_adaptive, _adaptive_f32)
 
 
-def _mean_axes(low: Lowering, node: fx.Node, ref: Ref) -> tuple[Dims, int]:
-    """The view after a mean over height and width, and the number of channels."""
+def _mean_axes(low: Lowering, node: fx.Node, ref: Ref) -> tuple[Ref, Dims, int]:
+    """The operand, the view after a mean over height and width, and the number of channels."""
     a = arguments(node)
+    over = [axis_of(low, node, item) for item in a["dim"] or ()]
+    if sorted(over) == list(range(len(ref.dims) - 1)) and low.value(ref).grid is not None:
+        ref = low.rows(ref, low.name(node, "reorder"))  # over all tokens
     size = low.size(ref)
     axes = axes_of(ref.dims, size)
-    rank = len(ref.dims) + 1
-    over = [axis_of(node, int(item), rank) for item in a["dim"] or ()]
     if axes is None or a.get("dtype") is not None:
         raise CannotLower(node, "a mean over split axes or in another type")
     spatial = {axis for axis, n in zip("hw", size[1:], strict=True) if n > 1}
@@ -286,12 +291,12 @@ def _mean_axes(low: Lowering, node: fx.Node, ref: Ref) -> tuple[Dims, int]:
     c = size[0]
     left = ["c" if "c" in name else "" for name in axes]
     keep = [left[i] for i in range(len(left)) if i not in over or a["keepdim"]]
-    return built(keep, (c, 1, 1)), c
+    return ref, built(keep, (c, 1, 1)), c
 
 
 def _mean(low: Lowering, node: fx.Node, want: Want) -> Ref:
     ref, grid = low.on_own_grid(node.args[0])
-    dims, c = _mean_axes(low, node, ref)
+    ref, dims, c = _mean_axes(low, node, ref)
     number = low.program.node(
         "adaptive_avg_pool",
         low.name(node),
@@ -308,7 +313,7 @@ def _mean(low: Lowering, node: fx.Node, want: Want) -> Ref:
 def _mean_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
     _no_clamp(node, lo, hi)
     ref = low.f32(node.args[0])
-    dims, c = _mean_axes(low, node, ref)
+    ref, dims, c = _mean_axes(low, node, ref)
     return Ref(_average_f32(low, node, ref, "adaptive_avg_pool", (c, 1, 1), []), dims)
 
 
@@ -400,7 +405,7 @@ def _no_u8(low: Lowering, node: fx.Node, want: Want) -> Ref:
 def _softmax(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
     a = arguments(node)
     ref = low.f32(node.args[0])
-    axis = axis_of(node, int(a.get("dim", 1)), len(ref.dims) + 1)
+    axis = axis_of(low, node, a.get("dim", 1))
     if channel_axis(ref.dims, low.size(ref)) != axis:
         raise CannotLower(node, "a softmax over other axes than the channels")
     if (lo, hi) != (-math.inf, math.inf) or a.get("dtype") is not None:

@@ -23,10 +23,9 @@ from adalayer_native.engine.lower import (
     Rule,
 )
 from adalayer_native.engine.views import (
+    Dims,
     Ref,
     Size,
-    axes_of,
-    built,
     channel_axis,
     image_dims,
     merged,
@@ -56,7 +55,7 @@ def _fake_quantize(low: Lowering, node: fx.Node, want: Want) -> Ref:
     return low.u8(node.args[0], want)
 
 
-RULES["adalayer.fake_quantize.default"] = Rule(_fake_quantize, grid=_fake_quantize_grid)
+RULES["adalayer.fake_quantize.default"] = Rule(_fake_quantize, grid=_fake_quantize_grid, folds=True)
 
 
 # -- convolutions and linear layers ---------------------------------------------------------------
@@ -74,7 +73,7 @@ class _Layer:
     bias: Doubles
     geometry: list[int]
     size: Size
-    axes: tuple[str, ...]  # of the result
+    dims: Dims  # of the result
     residual: Any
     bounds: tuple[float, float]
 
@@ -124,7 +123,7 @@ def _conv(low: Lowering, node: fx.Node) -> _Layer:
         bias,
         [int(item) for item in geometry],
         size,
-        ("c", "h", "w"),
+        image_dims(size),
         a.get("residual"),
         _bounds(a),
     )
@@ -140,24 +139,23 @@ def _linear(low: Lowering, node: fx.Node) -> _Layer:
     size = low.size(source)
     features = low.sizes(node)[-1]
     c, h, w = size
-    kernel, out = (1, 1), (features, h, w)
-    axes: tuple[str, ...] | None = None
+    kernel = (1, 1)
     if source.dims == ((merged([(c * h * w, 1)])),):
         # Flattened in memory order: a convolution that sees the whole image at once.
-        kernel, out, axes = (h, w), (features, 1, 1), ("c",)
+        kernel = (h, w)
         if (h, w) != (1, 1):
             weight = ops.unpack_weight(packed).reshape(features, c, h, w)
             packed = ops.pack_weight(weight, int(ops.packed_info(packed)["bits"]))
+        out: Size = (features, 1, 1)
+        dims: Dims = image_dims(out)[:1]
     else:
-        found = axes_of(source.dims, size)
-        whole = merged([(c, h * w)])
-        if found is not None and source.dims[-1] == whole and "c" not in "".join(found[:-1]):
-            axes = (*found[:-1], "c")
-    if axes is None:
-        source = low.plain(source, low.name(node, "reorder"))
-        if len(source.dims) != 1:
-            raise CannotLower(node, "its input's last axis is not the channels")
-        out, axes = (features, 1, 1), ("c",)
+        if len(source.dims) == 1:
+            source = low.plain(source, low.name(node, "reorder"))
+        else:
+            source = low.rows(source, low.name(node, "reorder"))
+        _, h, w = low.size(source)
+        out = (features, h, w)
+        dims = (*source.dims[:-1], merged([(features, h * w)]))
     return _Layer(
         "conv",
         source,
@@ -167,7 +165,7 @@ def _linear(low: Lowering, node: fx.Node) -> _Layer:
         bias,
         [*kernel, 1, 1, 0, 0, 0, 0, 1, 1, 1],
         out,
-        axes,
+        dims,
         None,
         _bounds(arguments(node)),
     )
@@ -202,7 +200,7 @@ def _layer_u8(low: Lowering, node: fx.Node, want: Want) -> Ref:
         floats=[want.grid.inverse, 0.0, 0.0],
         constants=[layer.weights, program.f32(layer.multiplier), program.f32(layer.bias), -1],
     )
-    return Ref(number, built(layer.axes, layer.size))
+    return Ref(number, layer.dims)
 
 
 def _layer_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
@@ -220,19 +218,19 @@ def _layer_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
         floats=[1.0, lo, hi],
         constants=[layer.weights, program.f32(layer.multiplier), program.f32(layer.bias), -1],
     )
-    return Ref(number, built(layer.axes, layer.size))
+    return Ref(number, layer.dims)
 
 
 def _no_grid(grids: Grids, node: fx.Node) -> None:
     return None
 
 
-for _name, _grid in (
-    ("adalayer.conv2d.default", _output_grid),
-    ("adalayer.conv_transpose2d.default", _output_grid),
-    ("adalayer.linear.default", _no_grid),
+for _name, _grid, _folds in (
+    ("adalayer.conv2d.default", _output_grid, False),
+    ("adalayer.conv_transpose2d.default", _output_grid, False),
+    ("adalayer.linear.default", _no_grid, True),
 ):
-    RULES[_name] = Rule(_layer_u8, _layer_f32, _grid)
+    RULES[_name] = Rule(_layer_u8, _layer_f32, _grid, _folds)
     LAYER_INPUTS[_name] = _source
 
 
@@ -296,11 +294,11 @@ def _layer_norm(low: Lowering, node: fx.Node, want: Want) -> Ref:
     a = arguments(node)
     ref, grid = low.on_own_grid(a["input"])
     check_grid(low, node, a, grid)
-    size = low.size(ref)
-    whole = merged([(size[0], size[1] * size[2])])
     axes = list(a.get("normalized_shape", node.meta["val"].shape[-1:]))
-    if axes != [size[0]] or not ref.dims or ref.dims[-1] != whole:
-        raise CannotLower(node, f"it normalises {axes}, which are not the channels alone")
+    if len(axes) != 1 or not ref.dims:
+        raise CannotLower(node, f"it normalises {axes}, which is not the last axis alone")
+    ref = low.rows(ref, low.name(node, "reorder"))
+    size = low.size(ref)
     weight = low.parameter(a["weight"]) if a["weight"] is not None else torch.ones(size[0])
     bias = low.parameter(a["bias"]) if a["bias"] is not None else torch.zeros(size[0])
     if weight is None or bias is None:
@@ -318,7 +316,7 @@ def _layer_norm(low: Lowering, node: fx.Node, want: Want) -> Ref:
     )
 
 
-RULES["aten.layer_norm.default"] = Rule(_layer_norm)
-RULES["adalayer.grid_layer_norm.default"] = Rule(_layer_norm)
+RULES["aten.layer_norm.default"] = Rule(_layer_norm, folds=True)
+RULES["adalayer.grid_layer_norm.default"] = Rule(_layer_norm, folds=True)
 
 __all__ = ["affine", "arguments", "check_grid", "image_dims"]

@@ -67,11 +67,11 @@ def _clamp_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
 
 
 for _name in FUNCTIONS:
-    RULES[f"aten.{_name}.default"] = Rule(_pointwise, _clamp_f32)
-RULES["aten.pow.Tensor_Scalar"] = Rule(_pointwise)
-RULES["aten.rsub.Scalar"] = Rule(_pointwise)
+    RULES[f"aten.{_name}.default"] = Rule(_pointwise, _clamp_f32, folds=True)
+RULES["aten.pow.Tensor_Scalar"] = Rule(_pointwise, folds=True)
+RULES["aten.rsub.Scalar"] = Rule(_pointwise, folds=True)
 for _name in ("add", "sub", "mul", "div"):
-    RULES[f"aten.{_name}.Scalar"] = Rule(_pointwise)
+    RULES[f"aten.{_name}.Scalar"] = Rule(_pointwise, folds=True)
 
 
 def _prelu(low: Lowering, node: fx.Node, want: Want) -> Ref:
@@ -152,18 +152,20 @@ def _grid_line(low: Lowering, node: fx.Node, want: Want) -> Ref:
     return _line(low, node, a["input"], constant, a["kind"], a["alpha"], a["left"], want)
 
 
-RULES["adalayer.grid_line.default"] = Rule(_grid_line)
+RULES["adalayer.grid_line.default"] = Rule(_grid_line, folds=True)
 
 
 def _pair(low: Lowering, node: fx.Node, a: Ref, b: Ref) -> tuple[Ref, Ref, bool]:
     """Two operands in one layout, the full one first; whether they were exchanged."""
     if low.size(a) == low.size(b) and a.dims == b.dims:
         return a, b, False
-    a = low.plain(a, low.name(node, "reorder"))
-    b = low.plain(b, low.name(node, "reorder"))
-    size_a, size_b = low.size(a), low.size(b)
-    if len(a.dims) == len(b.dims):
-        if size_a == size_b or size_b == (size_a[0], 1, 1):
+    if len(a.dims) != len(b.dims):
+        raise CannotLower(node, f"operands of {len(a.dims) + 1} and {len(b.dims) + 1} axes")
+    image = len(a.dims) in (1, 3)
+    for order in (low.plain,) if image else (low.rows, low.in_rows):
+        a, b = (order(item, low.name(node, "reorder")) for item in (a, b))
+        size_a, size_b = low.size(a), low.size(b)
+        if (size_a == size_b and a.dims == b.dims) or size_b == (size_a[0], 1, 1):
             return a, b, False
         if size_a == (size_b[0], 1, 1):
             return b, a, True
@@ -209,4 +211,4 @@ def _no_grid(grids: Grids, node: fx.Node) -> None:
 
 
 for _name in ("add", "sub", "mul", "div"):
-    RULES[f"aten.{_name}.Tensor"] = Rule(_binary, grid=_no_grid)
+    RULES[f"aten.{_name}.Tensor"] = Rule(_binary, grid=_no_grid, folds=True)

@@ -6,14 +6,25 @@ of it (``views.py``).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 from torch import Tensor, fx
 
 from adalayer_native.engine.grids import Grid, Want
-from adalayer_native.engine.lower import RULES, CannotLower, Grids, Lowering, Rule
+from adalayer_native.engine.lower import (
+    RULES,
+    CannotLower,
+    Grids,
+    Lowering,
+    Rule,
+    letters_of,
+)
 from adalayer_native.engine.rules_layers import arguments
 from adalayer_native.engine.views import (
+    Positions,
     Ref,
     Size,
     axes_of,
@@ -50,34 +61,37 @@ def _cast(low: Lowering, node: fx.Node, want: Want) -> Ref:
 
 
 for _name in ("alias", "contiguous", "clone", "detach", "lift_fresh_copy"):
-    RULES[f"aten.{_name}.default"] = Rule(_same_u8, _same_f32, operand_grid)
-RULES["aten.dropout.default"] = Rule(_dropout, _same_f32, operand_grid)
+    RULES[f"aten.{_name}.default"] = Rule(_same_u8, _same_f32, operand_grid, folds=True)
+RULES["aten.dropout.default"] = Rule(_dropout, _same_f32, operand_grid, folds=True)
 RULES["aten.feature_dropout.default"] = Rule(_dropout, _same_f32, operand_grid)
 for _name in ("to.dtype", "to.dtype_layout", "_to_copy.default"):
-    RULES[f"aten.{_name}"] = Rule(_cast, None, operand_grid)
+    RULES[f"aten.{_name}"] = Rule(_cast, None, operand_grid, folds=True)
 
 
-def axis_of(node: fx.Node, axis: int, rank: int) -> int:
-    """An axis of a tensor counted without the batch."""
-    axis = axis + rank if axis < 0 else axis
+def axis_of(low: Lowering, node: fx.Node, axis: Any) -> int:
+    """An axis of a node's first operand as an axis of its view."""
+    operand = node.args[0]
+    operand = operand[0] if isinstance(operand, (list, tuple)) else operand
+    assert isinstance(operand, fx.Node)
+    axis = int(axis) % operand.meta["val"].dim()
     if axis == 0:
         raise CannotLower(node, "it works along the batch")
-    return axis - 1
+    # Axes that were merged into the batch are the first of the view.
+    return axis if low.exported.folds(operand) > 1 else axis - 1
 
 
 def _viewed(low: Lowering, node: fx.Node, ref: Ref) -> Ref:
     """The operand's value under the view that the node makes of it."""
     name = str(node.target).split(".")[1]
-    operand = node.args[0]
-    assert isinstance(operand, fx.Node)
-    rank = operand.meta["val"].dim()
     if name == "permute":
+        rank = node.meta["val"].dim()
         order = [item % rank for item in node.args[1]]  # type: ignore[union-attr]
         if order[0] != 0:
             raise CannotLower(node, "it moves the batch")
-        return Ref(ref.value, tuple(ref.dims[item - 1] for item in order[1:]))
+        moved = [axis_of(low, node, item) for item in order[1:]]
+        return Ref(ref.value, tuple(ref.dims[k] for k in (*range(min(moved, default=0)), *moved)))
     if name in ("transpose", "swapaxes"):
-        first, second = (axis_of(node, item, rank) for item in node.args[1:3])  # type: ignore[arg-type]
+        first, second = (axis_of(low, node, item) for item in node.args[1:3])
         dims = list(ref.dims)
         dims[first], dims[second] = dims[second], dims[first]
         return Ref(ref.value, tuple(dims))
@@ -87,12 +101,16 @@ def _viewed(low: Lowering, node: fx.Node, ref: Ref) -> Ref:
     return Ref(ref.value, dims)  # type: ignore[arg-type]
 
 
-def _view_u8(low: Lowering, node: fx.Node, want: Want) -> Ref:
-    return _viewed(low, node, low.u8(node.args[0], want))
+def _rule_of_view(view: Callable[[Lowering, fx.Node, Ref], Ref], folds: bool = False) -> Rule:
+    """A view that is there in levels and in float32."""
 
+    def u8(low: Lowering, node: fx.Node, want: Want) -> Ref:
+        return view(low, node, low.u8(node.args[0], want))
 
-def _view_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
-    return _viewed(low, node, low.f32(node.args[0], lo, hi))
+    def f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
+        return view(low, node, low.f32(node.args[0], lo, hi))
+
+    return Rule(u8, f32, operand_grid, folds)
 
 
 _VIEWS = (
@@ -101,21 +119,52 @@ _VIEWS = (
     "swapaxes.default", "_unsafe_view.default", "view_as.default",
 )  # fmt: skip
 for _name in _VIEWS:
-    RULES[f"aten.{_name}"] = Rule(_view_u8, _view_f32, operand_grid)
+    RULES[f"aten.{_name}"] = _rule_of_view(_viewed, folds=True)
 
 
-def _shuffle_u8(low: Lowering, node: fx.Node, want: Want) -> Ref:
-    ref = low.u8(node.args[0], want)
+def _split_and_joined(
+    node: fx.Node, ref: Ref, split: Sequence[int], order: Sequence[int], joined: Sequence[int]
+) -> Ref:
+    """A view of a view: axes split, put in another order, and joined."""
+    parts = reshaped(ref.dims, split)
+    whole = None if parts is None else reshaped(tuple(parts[k] for k in order), joined)
+    if whole is None:
+        raise CannotLower(node, "its operand's axes are in an order that would need a copy")
+    return Ref(ref.value, whole)
+
+
+def _pixel_shuffled(low: Lowering, node: fx.Node, ref: Ref) -> Ref:
+    factor = int(node.args[1])  # type: ignore[arg-type]
+    sizes = low.sizes(node)
+    if len(sizes) != 3:
+        raise CannotLower(node, f"a pixel shuffle of {len(sizes) + 1} axes")
+    c, h, w = sizes
+    split = (c, factor, factor, h // factor, w // factor)
+    return _split_and_joined(node, ref, split, (0, 3, 1, 4, 2), sizes)
+
+
+def _pixel_unshuffled(low: Lowering, node: fx.Node, ref: Ref) -> Ref:
+    factor = int(node.args[1])  # type: ignore[arg-type]
+    sizes = low.sizes(node)
+    if len(sizes) != 3:
+        raise CannotLower(node, f"a pixel shuffle of {len(sizes) + 1} axes")
+    c, h, w = sizes
+    split = (c // factor**2, h, factor, w, factor)
+    return _split_and_joined(node, ref, split, (0, 2, 4, 1, 3), sizes)
+
+
+RULES["aten.pixel_shuffle.default"] = _rule_of_view(_pixel_shuffled)
+RULES["aten.pixel_unshuffle.default"] = _rule_of_view(_pixel_unshuffled)
+
+
+def _channel_shuffled(low: Lowering, node: fx.Node, ref: Ref) -> Ref:
     groups = int(node.args[1])  # type: ignore[arg-type]
-    c, h, w = low.sizes(node)
-    split = reshaped(ref.dims, [groups, c // groups, h, w])
-    if split is None:
-        raise CannotLower(node, "a shuffle of channels that are not contiguous")
-    first, second, *rest = split
-    return Ref(ref.value, reshaped((second, first, *rest), [c, h, w]) or ref.dims)
+    c, *rest = low.sizes(node)
+    order = (1, 0, *range(2, 2 + len(rest)))
+    return _split_and_joined(node, ref, (groups, c // groups, *rest), order, (c, *rest))
 
 
-RULES["aten.channel_shuffle.default"] = Rule(_shuffle_u8, None, operand_grid)
+RULES["aten.channel_shuffle.default"] = _rule_of_view(_channel_shuffled)
 
 
 # -- slices ---------------------------------------------------------------------------------------
@@ -127,18 +176,17 @@ def _sliced(
     """Every ``step``-th of ``count`` elements along one axis of the view."""
     size = low.size(ref)
     axes = axes_of(ref.dims, size)
-    if axes is None or axes[axis] not in ("c", "h", "w"):
-        ref = low.plain(ref, low.name(node, "reorder"))
-        size = low.size(ref)
-        axes = axes_of(ref.dims, size)
-    if axes is None or len(axes[axis]) > 1:
-        raise CannotLower(node, "a slice along an axis that is not channels, height or width")
-    if axes[axis] == "":  # one element, and all of it is kept
+    if (begin, step, count) == (0, 1, math.prod(n for n, _ in ref.dims[axis])):
         return ref
+    if axes is None or axes[axis] not in ("c", "h", "w"):
+        return low.arranged(
+            ref,
+            low.name(node),
+            letters_of(ref.dims, size),
+            {axis: begin + step * np.arange(count)},
+        )
     name = axes[axis]
     position = "chw".index(name)
-    if (begin, step, count) == (0, 1, size[position]):
-        return ref
     cut = list(size)
     cut[position] = count
     new: Size = (cut[0], cut[1], cut[2])
@@ -155,34 +203,33 @@ def _sliced(
 
 def _slice(low: Lowering, node: fx.Node, want: Want) -> Ref:
     a = arguments(node)
-    ref = low.u8(node.args[0], want)
     operand = node.args[0]
     assert isinstance(operand, fx.Node)
     value = operand.meta["val"]
     axis = int(a["dim"]) % value.dim()
-    if axis == 0:
-        if a["start"] in (None, 0) and node.meta["val"].shape[0] == value.shape[0]:
-            return ref
-        raise CannotLower(node, "a slice of the batch")
+    if axis == 0 and a["start"] in (None, 0) and node.meta["val"].shape[0] == value.shape[0]:
+        return low.u8(operand, want)
+    place = axis_of(low, node, axis)
     n = int(value.shape[axis])
     if isinstance(a["start"], fx.Node) or isinstance(a["end"], fx.Node):
         raise CannotLower(node, "a slice with computed bounds")
     begin, _, step = slice(a["start"], a["end"], a["step"]).indices(n)
-    return _sliced(low, node, ref, axis - 1, begin, step, int(node.meta["val"].shape[axis]))
+    count = int(node.meta["val"].shape[axis])
+    return _sliced(low, node, low.u8(operand, want), place, begin, step, count)
 
 
-RULES["aten.slice.Tensor"] = Rule(_slice, None, operand_grid)
+RULES["aten.slice.Tensor"] = Rule(_slice, None, operand_grid, folds=True)
 
 
 def _narrow(low: Lowering, node: fx.Node, want: Want) -> Ref:
     a = arguments(node)
-    operand = node.args[0]
-    assert isinstance(operand, fx.Node)
-    axis = axis_of(node, int(a["dim"]), operand.meta["val"].dim())
-    return _sliced(low, node, low.u8(operand, want), axis, int(a["start"]), 1, int(a["length"]))
+    axis = axis_of(low, node, a["dim"])
+    return _sliced(
+        low, node, low.u8(node.args[0], want), axis, int(a["start"]), 1, int(a["length"])
+    )
 
 
-RULES["aten.narrow.default"] = Rule(_narrow, None, operand_grid)
+RULES["aten.narrow.default"] = Rule(_narrow, None, operand_grid, folds=True)
 
 
 def _taken(low: Lowering, node: fx.Node, ref: Ref, axis: int, index: int) -> Ref:
@@ -193,14 +240,13 @@ def _taken(low: Lowering, node: fx.Node, ref: Ref, axis: int, index: int) -> Ref
 
 def _select(low: Lowering, node: fx.Node, want: Want) -> Ref:
     a = arguments(node)
-    operand = node.args[0]
-    assert isinstance(operand, fx.Node)
-    axis = axis_of(node, int(a["dim"]), operand.meta["val"].dim())
-    index = int(a["index"]) % int(operand.meta["val"].shape[axis + 1])
-    return _taken(low, node, low.u8(operand, want), axis, index)
+    axis = axis_of(low, node, a["dim"])
+    ref = low.u8(node.args[0], want)
+    count = math.prod(n for n, _ in ref.dims[axis])
+    return _taken(low, node, ref, axis, int(a["index"]) % count)
 
 
-RULES["aten.select.int"] = Rule(_select, None, operand_grid)
+RULES["aten.select.int"] = Rule(_select, None, operand_grid, folds=True)
 
 
 def _pieces(low: Lowering, node: fx.Node, want: Want) -> Ref:
@@ -215,17 +261,102 @@ def _getitem(low: Lowering, node: fx.Node, want: Want) -> Ref:
         raise CannotLower(source, "the engine has no such operation")
     operand = source.args[0]
     assert isinstance(operand, fx.Node)
+    if low.exported.folds(operand) == 0:
+        raise CannotLower(source, "its first axis is not the batch alone")
     pieces: Sequence[Tensor] = source.meta["val"]
     index = index % len(pieces)
-    a = arguments(source)
-    axis = axis_of(source, int(a["dim"]), operand.meta["val"].dim())
+    dim = int(arguments(source)["dim"])
+    axis = axis_of(low, source, dim)
     ref = low.u8(operand, want)
     if str(source.target) == "aten.unbind.int":
         return _taken(low, node, ref, axis, index)
-    widths = [int(piece.shape[axis + 1]) for piece in pieces]
+    widths = [int(piece.shape[dim]) for piece in pieces]
     return _sliced(low, node, ref, axis, sum(widths[:index]), 1, widths[index])
 
 
 for _name in ("chunk.default", "split.Tensor", "split_with_sizes.default", "unbind.int"):
-    RULES[f"aten.{_name}"] = Rule(_pieces, None, operand_grid)
-RULES["getitem"] = Rule(_getitem, None, operand_grid)
+    RULES[f"aten.{_name}"] = Rule(_pieces, None, operand_grid, folds=True)
+RULES["getitem"] = Rule(_getitem, None, operand_grid, folds=True)
+
+
+# -- any positions along axes ---------------------------------------------------------------------
+
+
+def _moved(positions: Callable[[Lowering, fx.Node, list[int]], dict[int, Positions]]) -> Rule:
+    """The positions that an operator takes along each axis of its operand's view."""
+
+    def u8(low: Lowering, node: fx.Node, want: Want) -> Ref:
+        operand = node.args[0]
+        assert isinstance(operand, fx.Node)
+        picked = positions(low, node, list(low.sizes(operand)))
+        ref = low.u8(operand, want)
+        return low.arranged(ref, low.name(node), letters_of(ref.dims, low.size(ref)), picked)
+
+    return Rule(u8, None, operand_grid, folds=True)
+
+
+def _flipped(low: Lowering, node: fx.Node, sizes: list[int]) -> dict[int, Positions]:
+    axes = [axis_of(low, node, item) for item in node.args[1]]  # type: ignore[union-attr]
+    return {axis: np.arange(sizes[axis])[::-1] for axis in axes}
+
+
+def _rolled(low: Lowering, node: fx.Node, sizes: list[int]) -> dict[int, Positions]:
+    a = arguments(node)
+    if not a["dims"]:
+        raise CannotLower(node, "it rolls the whole tensor")
+    found: dict[int, Positions] = {}
+    for item, shift in zip(a["dims"], a["shifts"], strict=True):
+        axis = axis_of(low, node, item)
+        found[axis] = np.roll(found.get(axis, np.arange(sizes[axis])), int(shift))
+    return found
+
+
+def _selected(low: Lowering, node: fx.Node, sizes: list[int]) -> dict[int, Positions]:
+    a = arguments(node)
+    index = low.parameter(a["index"])
+    if index is None:
+        raise CannotLower(node, "its index is computed by the graph")
+    axis = axis_of(low, node, a["dim"])
+    return {axis: index.reshape(-1).numpy() % sizes[axis]}
+
+
+_BORDERS = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}  # torch, numpy
+
+
+def _bordered(
+    node: fx.Node, amounts: Sequence[int], mode: str, sizes: list[int]
+) -> dict[int, Positions]:
+    """Amounts in front of and behind the last axis, the one before it, and so on."""
+    found: dict[int, Positions] = {}
+    for k in range(len(amounts) // 2):
+        axis, pair = len(sizes) - 1 - k, tuple(amounts[2 * k : 2 * k + 2])
+        if axis < 0 or min(pair) < 0:
+            raise CannotLower(node, f"{mode} padding of {list(amounts)}")
+        if any(pair):
+            found[axis] = np.pad(np.arange(sizes[axis]), pair, mode=_BORDERS[mode])  # type: ignore[call-overload]
+    return found
+
+
+def bordered(low: Lowering, node: fx.Node, want: Want) -> Ref:
+    """Padding with values of the image: ``F.pad`` in a mode that is not constant."""
+    mode = str(arguments(node)["mode"])
+
+    def positions(low: Lowering, node: fx.Node, sizes: list[int]) -> dict[int, Positions]:
+        return _bordered(node, [int(n) for n in arguments(node)["pad"]], mode, sizes)
+
+    return _moved(positions).u8(low, node, want)
+
+
+def _border(mode: str) -> Rule:
+    def positions(low: Lowering, node: fx.Node, sizes: list[int]) -> dict[int, Positions]:
+        return _bordered(node, [int(n) for n in arguments(node)["padding"]], mode, sizes)
+
+    return _moved(positions)
+
+
+RULES["aten.flip.default"] = _moved(_flipped)
+RULES["aten.roll.default"] = _moved(_rolled)
+RULES["aten.index_select.default"] = _moved(_selected)
+for _axes in (1, 2):
+    RULES[f"aten.reflection_pad{_axes}d.default"] = _border("reflect")
+    RULES[f"aten.replication_pad{_axes}d.default"] = _border("replicate")

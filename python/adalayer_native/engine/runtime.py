@@ -73,7 +73,8 @@ class NativePart:
         return _C.Engine(self.program, weights=self.weights, memory_bytes=self.max_memory)
 
     def _is_single(self) -> bool:
-        return len(self.outputs) == 1 and self.outputs[0].atoms is None
+        first = self.outputs[0]
+        return len(self.outputs) == 1 and first.atoms is None and not first.folded
 
     def _in_order(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], list[bool]]:
         """The inputs in one of the orders that the engine reads, and whether that is NHWC."""

@@ -16,9 +16,13 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 Atom = tuple[int, int]
 Dims = tuple[tuple[Atom, ...], ...]
 Size = tuple[int, int, int]  # c, h, w
+Positions = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,19 @@ def reshaped(dims: Dims, sizes: Sequence[int]) -> Dims | None:
                 return None
         out.append(merged(reversed(taken)))
     return None if flat else tuple(reversed(out))
+
+
+def outer_sum(tables: Iterable[Positions]) -> Positions:
+    """Every sum of one entry of each table, those of the last table next to each other."""
+    found = np.zeros(1, dtype=np.int64)
+    for table in tables:
+        found = np.add.outer(found, table).reshape(-1)
+    return found
+
+
+def offsets(atoms: Sequence[Atom]) -> Positions:
+    """The number in the flat image of every position along one axis of a view."""
+    return outer_sum(np.arange(n) * stride for n, stride in atoms)
 
 
 def channel_order(dims: Dims, size: Size) -> list[int] | None:
