@@ -1,8 +1,9 @@
 // Eight-bit weights of one column tile in the order in which the AVX2 product reads them.
 //
 // A quad is four levels and their weights for 16 columns, in two halves of 8 columns. Whether its
-// products may be added up in int16 depends on the weights (gemm.cpp), so the live quads of each
-// half are sorted by that, once, when the weights are packed. Those of zeros alone are left out.
+// products may be added up in int16 depends on the weights and on the largest level (gemm.cpp), so
+// the live quads of each half are sorted by that, once, when the weights are packed. Those of zeros
+// alone are left out.
 //
 //   slots   [steps * 16] of 64 bytes: slot i holds the i-th quad of half 0, then that of half 1
 //   tables  one for each half: the counts of each kind, then for every slot its quad's number,
@@ -23,13 +24,14 @@ namespace {
 
 /// Kinds of quads, in this order.
 struct ArrangedTable {
-  uint32_t paired;    // this and the next one have sums that int16 holds together; an even number
-  uint32_t mixed;     // the same, but the second one's levels have another order
+  uint32_t four;      // four in a row have sums that int16 holds together; a multiple of 4
+  uint32_t paired;    // the same of two; an even number
+  uint32_t mixed;     // as paired, but the second one's levels have another order
   uint32_t whole;     // int16 holds the sum of each pair of products
   uint32_t ordered;   // as whole, in another order
   uint32_t wide;      // neither: the weights are multiplied in 16 bits
   uint32_t all_wide;  // of the tile, in both halves' tables
-  uint32_t unused[10];
+  uint32_t unused[9];
 
   const uint32_t* quads() const { return reinterpret_cast<const uint32_t*>(this + 1); }
   uint32_t* quads() { return reinterpret_cast<uint32_t*>(this + 1); }
