@@ -669,6 +669,18 @@ TEST(gemm_of_every_largest_level) {
 }
 
 #ifdef ADALAYER_HAVE_AVX2
+/// A column tile of equal weights, times the largest level.
+Product equal_products(int qmax, int weight, int steps) {
+  Product p(8, 9, steps, 1, Fill::Low, Fill::High, false, qmax);
+  std::fill(p.live.begin(), p.live.end(), uint8_t{16});
+  std::fill(p.weights.begin(), p.weights.end(), static_cast<int8_t>(weight));
+  std::fill(p.row_offsets.begin(), p.row_offsets.end(), 0);
+  std::fill(p.offsets.begin(), p.offsets.end(), 0);
+  p.levels.emplace(size_t{64});
+  std::fill_n(p.levels->data(), 64, static_cast<uint8_t>(qmax));
+  return p;
+}
+
 /// The quads of a tile of equal weights, by how many of them int16 adds up.
 TEST(largest_groups_that_int16_holds) {
   if (!isa_supported(Isa::Avx2)) return;
@@ -692,19 +704,32 @@ TEST(largest_groups_that_int16_holds) {
       {64, -128, &Table::paired}, {65, -128, &Table::whole},  {31, 127, &Table::four},
       {32, -128, &Table::four},   {33, -128, &Table::paired}, {1, -128, &Table::four}};
   for (const Case& c : cases) {
-    Product p(8, 9, 3, 1, Fill::Low, Fill::High, false, c.qmax);
-    std::fill(p.live.begin(), p.live.end(), uint8_t{16});
-    std::fill(p.weights.begin(), p.weights.end(), static_cast<int8_t>(c.weight));
-    std::fill(p.row_offsets.begin(), p.row_offsets.end(), 0);
-    p.offsets = {0, 64, 128};
-    p.levels.emplace(size_t{192});
-    std::fill_n(p.levels->data(), 192, static_cast<uint8_t>(c.qmax));
+    const Product p = equal_products(c.qmax, c.weight, 3);
     const Exact<int8_t> tiles = arranged(cpu::kAvx2Arrangement, p);
     for (int half = 0; half < 2; ++half)
       CHECK_MSG(cpu::arranged_table(tiles.data(), p.steps, half).*c.kind == 48,
                 "levels to " + std::to_string(c.qmax) + ", weights " + std::to_string(c.weight));
     check_gemm(cpu::kAvx2Row, p, &tiles);
   }
+}
+
+/// Few steps are multiplied in bytes where int16 holds every pair, else in 16 bits.
+TEST(forms_of_few_steps) {
+  if (!isa_supported(Isa::Avx2)) return;
+  struct Case {
+    int qmax, weight;
+    cpu::ShortForm form;
+  };
+  for (const Case& c :
+       {Case{255, 64, cpu::ShortForm::Bytes}, Case{255, 65, cpu::ShortForm::Words},
+        Case{128, -128, cpu::ShortForm::Bytes}, Case{129, 127, cpu::ShortForm::Bytes},
+        Case{129, -128, cpu::ShortForm::Words}, Case{130, 127, cpu::ShortForm::Words}})
+    for (const int steps : {1, 2}) {
+      const Product p = equal_products(c.qmax, c.weight, steps);
+      const Exact<int8_t> tiles = arranged(cpu::kAvx2Arrangement, p);
+      CHECK(cpu::arranged_table(tiles.data(), steps, 0).short_form == c.form);
+      check_gemm(cpu::kAvx2Row, p, &tiles);
+    }
 }
 #endif
 

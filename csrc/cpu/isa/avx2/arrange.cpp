@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 
 #include "cpu/isa/avx2/products.hpp"
 
@@ -211,18 +212,30 @@ double operations(const ArrangedTable& t) {
          4 * (t.ordered + t.wide);
 }
 
-/// Writes the live quads in 16 bits; returns how many they are.
-int64_t put_wide(const int8_t* original, int64_t steps, const uint8_t* live_quads, int8_t* to) {
-  int64_t count = 0;
-  for (int64_t s = 0; s < steps; ++s)
-    for (int q = 0; q < live_quads[s]; ++q, ++count, to += kWideQuadBytes)
+/// The cheapest of a tile.
+ShortForm short_form(const ArrangedTable& a, const ArrangedTable& b, int quads) {
+  const bool bytes = a.mixed + a.ordered + a.wide + b.mixed + b.ordered + b.wide == 0;
+  if (operations(a) + operations(b) <= (bytes ? 6.0 : 8.0) * quads) return ShortForm::None;
+  return bytes ? ShortForm::Bytes : ShortForm::Words;
+}
+
+/// Writes the live quads in bytes or in 16 bits.
+void put_short(const int8_t* original, int64_t steps, const uint8_t* live_quads, ShortForm form,
+               int8_t* to) {
+  for (int64_t s = 0; s < steps; ++s) {
+    const int8_t* quad = original + s * formats::kTileBytes;
+    if (form == ShortForm::Bytes) {
+      std::memcpy(to, quad, static_cast<size_t>(live_quads[s]) * kQuadBytes);
+      to += live_quads[s] * kQuadBytes;
+      continue;
+    }
+    for (int q = 0; q < live_quads[s]; ++q, quad += kQuadBytes, to += kWideQuadBytes)
       for (int half = 0; half < 2; ++half) {
-        const __m256i w =
-            load(original + ((s * kQuadsPerStep + q) * 2 + half) * int64_t{kVectorBytes});
+        const __m256i w = load(quad + half * kVectorBytes);
         store(to + half * kVectorBytes, _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8));
         store(to + (2 + half) * kVectorBytes, _mm256_srai_epi16(w, 8));
       }
-  return count;
+  }
 }
 
 void arrange(int8_t* tile, int64_t steps, const uint8_t* live_quads, int qmax, uint8_t* scratch) {
@@ -233,14 +246,15 @@ void arrange(int8_t* tile, int64_t steps, const uint8_t* live_quads, int qmax, u
   std::memset(tile, 0, static_cast<size_t>(bytes));
   for (int half = 0; half < 2; ++half)
     arrange_half(original, steps, live_quads, Bound(qmax), half, tile, entries);
-  if (steps > kMostWideSteps) return;
+  if (steps > kMostShortSteps) return;
   ArrangedTable& first = arranged_table(tile, steps, 0);
   ArrangedTable& second = arranged_table(tile, steps, 1);
-  int8_t* const wide = wide_weights(tile, steps);
-  std::memset(wide, 0, static_cast<size_t>(steps * kQuadsPerStep * kWideQuadBytes));
-  const int64_t quads = put_wide(original, steps, live_quads, wide);
-  first.all_wide = second.all_wide =
-      8.0 * static_cast<double>(quads) < operations(first) + operations(second) ? 1 : 0;
+  int8_t* const weights = short_weights(tile, steps);
+  std::memset(weights, 0, static_cast<size_t>(steps * kQuadsPerStep * kWideQuadBytes));
+  const int quads = std::accumulate(live_quads, live_quads + steps, 0);
+  first.short_form = second.short_form = short_form(first, second, quads);
+  if (first.short_form != ShortForm::None)
+    put_short(original, steps, live_quads, first.short_form, weights);
 }
 
 }  // namespace
