@@ -160,7 +160,7 @@ def test_latencies(model: nn.Module) -> None:
     table = latency_table(problem, x, settings, input_widths=(7, 6), progress=False)
     assert [part.activation_bits for part in table.parts] == [None, 7, 6]
     assert (table.flat() > 0).all()
-    # Where no form differs with 7 bits (weights are small): the same numbers, not other measurements.
+    # Where no form differs with 7 bits (weights are small): the same numbers, not other ones.
     adds_in_16_bits = ops.active_isa() in ("avx2", "avx512")
     seven = table.of("unstructured", 7).values[:, 1]
     assert np.array_equal(seven, table.values[:, 1]) != adds_in_16_bits
