@@ -103,7 +103,8 @@ void conv2d(uintptr_t x, bool x_is_u8, bool x_nhwc, int64_t batch, int64_t h, in
     out.grid_scale = grid_scale;
   }
   const py::gil_scoped_release release;
-  const auto weights = cpu::cached_weights(shape, bytes_at(packed, packed_bytes), in.grid.qmax);
+  const auto weights =
+      cpu::cached_weights(shape, bytes_at(packed, packed_bytes), cpu::largest_level(in));
   const auto* channel_scale = reinterpret_cast<const float*>(scale);
   // u8 to u8 receives the whole requantization scale from the caller.
   out.scale = x_is_u8 ? channel_scale : scaled(channel_scale, shape.out_channels, input_scale);

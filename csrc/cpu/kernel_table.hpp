@@ -46,7 +46,7 @@ struct GemmArgs {
   const int8_t* tile0;   // [steps][1024] unpacked weight tiles of column tile 0
   const int8_t* tile1;   // the same for column tile 1, or null
   int weight_bits;       // product_bits(): without VNNI, the fewer the more pairs int16 holds
-  bool arranged;         // the tiles are as the row's TileArrangement made them
+  bool arranged;         // the tiles are as the row's TileArrangement made them, for these levels
   int rows;              // 1..kGemmRows
   const uint8_t* fetch;  // weights to fetch into the second-level cache meanwhile:
   int64_t fetch_row;     // bytes from one row's share to the next one's
@@ -138,8 +138,10 @@ struct TileArrangement {
   /// Bytes behind the [steps][1024] of a tile.
   int64_t (*extra_bytes)(int64_t steps);
   int64_t (*scratch_bytes)(int64_t steps);
-  /// In place; the extra bytes are written, too.
-  void (*arrange)(int8_t* tile, int64_t steps, const uint8_t* live_quads, uint8_t* scratch);
+  /// In place, for products with levels of 0 .. qmax, 1 <= qmax <= 255; the extra bytes are
+  /// written, too.
+  void (*arrange)(int8_t* tile, int64_t steps, const uint8_t* live_quads, int qmax,
+                  uint8_t* scratch);
 };
 
 using UnpackTiles = void (*)(const uint8_t* packed, int bits, int64_t count, int8_t* out);
@@ -198,8 +200,8 @@ Requantize requantizer(const KernelRow& row);
 
 /// Bits that weights may have whose sums of products with all u8 levels are no smaller than those
 /// of b-bit weights with levels of 0 .. qmax: b less one for every bit that the levels lack. (With
-/// a bits in the levels, (2^a - 1) * 2^b <= 255 * 2^(b - (8 - a)).) It is b where that makes no
-/// difference to the row's kernels.
+/// a bits in the levels, (2^a - 1) * 2^b <= 255 * 2^(b - (8 - a)).) It is b where the row's kernels
+/// multiply u8 by s8 exactly.
 int product_bits(const KernelRow& row, int bits, int qmax);
 
 #ifdef ADALAYER_HAVE_AVX2

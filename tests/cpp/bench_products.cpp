@@ -1,8 +1,8 @@
 // Times direct convolutions, u8 image in and out, one thread: pointwise, strided and depthwise
-// ones, with weights of 8 bits (a bell, and uniform ones) and of 4, in microseconds and in products
-// per cycle of the core. A sample counts where two loops beside it, one that waits for its own
-// additions and one that keeps the vector units busy, ran as fast as they ever do: on a core that
-// shares its units with a neighbour the second takes longer.
+// ones, with weights of 8 bits (a bell, and uniform ones; levels of 8 bits and of 7) and of 4, in
+// microseconds and in products per cycle of the core. A sample counts where two loops beside it,
+// one that waits for its own additions and one that keeps the vector units busy, ran as fast as
+// they ever do: on a core that shares its units with a neighbour the second takes longer.
 //
 //   bench_products [what a layer's name contains]
 #include <time.h>
@@ -100,10 +100,23 @@ const Layer kLayers[] = {{64, 64, 56, 1, 1, false, false},    {64, 256, 56, 1, 1
                          {512, 128, 28, 1, 1, false, false},  {256, 1024, 14, 1, 1, true, false},
                          {1024, 256, 14, 1, 1, false, false}, {512, 2048, 7, 1, 1, true, false},
                          {2048, 512, 7, 1, 1, false, false},  {128, 128, 56, 3, 2, false, false},
-                         {16, 96, 112, 1, 1, false, false},   {32, 192, 28, 1, 1, false, false},
-                         {144, 24, 56, 1, 1, false, false},   {32, 32, 112, 3, 1, false, true},
-                         {144, 144, 56, 3, 1, false, true},   {96, 96, 112, 3, 2, false, true},
-                         {384, 384, 14, 3, 1, false, true}};
+                         {256, 256, 14, 3, 1, false, false},  {16, 96, 112, 1, 1, false, false},
+                         {32, 192, 28, 1, 1, false, false},   {144, 24, 56, 1, 1, false, false},
+                         {32, 32, 112, 3, 1, false, true},    {144, 144, 56, 3, 1, false, true},
+                         {96, 96, 112, 3, 2, false, true},    {384, 384, 14, 3, 1, false, true}};
+
+struct Values {
+  const char* name;
+  int bits;
+  bool uniform;
+  int qmax;
+};
+
+const Values kValues[] = {{"8 bits, bell", 8, false, 255},
+                          {"8 bits, uniform", 8, true, 255},
+                          {"bell, levels of 7", 8, false, 127},
+                          {"uniform, levels of 7", 8, true, 127},
+                          {"4 bits", 4, false, 255}};
 
 /// Each output channel a bell, scaled so that its largest weight is the grid's; or uniform.
 std::vector<int8_t> weights_of(const ConvShape& s, int bits, bool uniform, std::mt19937& random) {
@@ -124,7 +137,7 @@ std::vector<int8_t> weights_of(const ConvShape& s, int bits, bool uniform, std::
 }
 
 /// Microseconds of a layer, by the faster order of its loops.
-double measure(const Layer& layer, int bits, bool uniform, Core& core) {
+double measure(const Layer& layer, const Values& values, Core& core) {
   std::mt19937 random(1);
   const KernelRow& row = *active_kernels();
   const ConvShape s = layer.shape();
@@ -134,14 +147,14 @@ double measure(const Layer& layer, int bits, bool uniform, Core& core) {
   AlignedBuffer x(static_cast<size_t>(in.image_bytes + in.slack));
   AlignedBuffer y(static_cast<size_t>(out.image_bytes + out.slack)), residual(y.size());
   for (size_t i = 0; i < x.size(); ++i)
-    x.data()[i] = static_cast<uint8_t>(random());
+    x.data()[i] = static_cast<uint8_t>(random() % static_cast<unsigned>(values.qmax + 1));
   const auto padded = static_cast<size_t>(epilogue_size(layer.out));
   const std::vector<float> scale(padded, 1e-4f), bias(padded, 20.0f);
   ConvEpilogue epilogue;
   epilogue.scale = scale.data();
   epilogue.bias = bias.data();
   epilogue.bounded = true;
-  const std::vector<int8_t> weights = weights_of(s, bits, uniform, random);
+  const std::vector<int8_t> weights = weights_of(s, values.bits, values.uniform, random);
 
   std::vector<std::function<void()>> orders;
   GroupedWeights grouped;
@@ -153,11 +166,13 @@ double measure(const Layer& layer, int bits, bool uniform, Core& core) {
         [&] { run_grouped(s, grouped, epilogue, {&in, x.data()}, {}, {&out, y.data()}, {}); });
   } else {
     plan = plan_conv(s, in, &out, layer.residual ? &out : nullptr, row);
+    plan.qmax = values.qmax;
+    const int bits = product_bits(row, values.bits, values.qmax);
     if (bits < 7) plan.arrangement = nullptr;
     packed = AlignedBuffer(static_cast<size_t>(plan.packed_bytes(8)));
     pack_panels(plan, weights, 8, packed.data());
     for (const bool other : {false, true})
-      orders.emplace_back([&, other] {
+      orders.emplace_back([&, other, bits] {
         const ConvCall call{.plan = plan,
                             .weights = packed.data(),
                             .bits = 8,
@@ -202,16 +217,18 @@ int main(int argc, char** argv) {
   Core core;
   for (int i = 0; i < 1000; ++i)
     core.at_its_best();
-  std::printf("%-32s %21s %21s %21s\n", "us, products per cycle", "8 bits, bell", "8 bits, uniform",
-              "4 bits");
+  std::printf("%-32s", "us, products per cycle");
+  for (const Values& values : kValues)
+    std::printf(" %21s", values.name);
+  std::printf("\n");
   for (const Layer& layer : kLayers) {
     if (layer.name().find(only) == std::string::npos) continue;
     const ConvShape s = layer.shape();
     const auto products = static_cast<double>(s.out_h() * s.out_w() * s.out_channels) *
                           static_cast<double>(s.reduction());
     std::printf("%-32s", layer.name().c_str());
-    for (const auto& [bits, uniform] : {std::pair{8, false}, {8, true}, {4, false}}) {
-      const double us = measure(layer, bits, uniform, core);
+    for (const Values& values : kValues) {
+      const double us = measure(layer, values, core);
       std::printf("   %10.1f %7.1f", us, products / core.cycles(us));
       std::fflush(stdout);
     }

@@ -293,8 +293,9 @@ TEST(products_of_narrow_levels) {
     CHECK_EQ(product_bits(*row, 3, 255), 3);
     const bool narrow = row->isa == Isa::Avx2 || row->isa == Isa::Avx512;
     CHECK_EQ(product_bits(*row, 8, 63), narrow ? 6 : 8);
-    // Where weights are arranged, seven bits gain nothing.
-    CHECK_EQ(product_bits(*row, 8, 64), narrow && row->arrangement == nullptr ? 7 : 8);
+    CHECK_EQ(product_bits(*row, 8, 127), narrow ? 7 : 8);
+    CHECK_EQ(product_bits(*row, 8, 64), narrow ? 7 : 8);
+    CHECK_EQ(product_bits(*row, 8, 128), 8);
     CHECK_EQ(product_bits(*row, 7, 100), narrow ? 6 : 7);
     CHECK_EQ(product_bits(*row, 4, 15), narrow ? 2 : 4);
     CHECK_EQ(product_bits(*row, 2, 1), 2);

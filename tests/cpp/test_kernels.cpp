@@ -23,6 +23,7 @@
 #include "core/cpu_features.hpp"
 #include "core/status.hpp"
 #include "cpu/conv/policy.hpp"
+#include "cpu/isa/avx2/arrange.hpp"
 #include "cpu/kernel_table.hpp"
 #include "cpu/layer/single_layer.hpp"
 #include "exact.hpp"
@@ -154,7 +155,8 @@ std::vector<T> run(const Layer& layer, const ActivationIn& in, Layout layout, in
     spec.grid = {1.0f / 0.7f, 100, 255};
     spec.grid_scale = 0.7f;
   }
-  const auto weights = cpu::cached_weights(s, {packed.data(), packed.size()}, in.grid.qmax);
+  const auto weights =
+      cpu::cached_weights(s, {packed.data(), packed.size()}, cpu::largest_level(in));
   cpu::conv2d(s, in, *weights, spec, threads);
   return {out.data(), out.data() + count};
 }
@@ -329,7 +331,31 @@ TEST(weights_of_another_instruction_set) {
   const auto narrow = cpu::cached_weights(layer.shape, layer.packed, 127);
   CHECK_THROWS(
       cpu::conv2d(layer.shape, {x, DType::F32, Layout::NCHW, {1.0f, 0, 128}}, *narrow, out, 1),
-      InvalidArgument, "levels up to 127, the input's grid has 128");
+      InvalidArgument, "levels up to 127, the input may have 128");
+}
+
+/// Levels that come as they are may be beyond the grid of the input.
+TEST(levels_beyond_the_grid) {
+  Layer layer = make_layer(square(64, 32, 5, 1, 1), 8);
+  std::fill(layer.weights.begin(), layer.weights.end(), int8_t{-128});
+  layer.packed = formats::pack_canonical(layer.weights, 8, 32, 64, 1, 1);
+  std::fill(layer.scale.begin(), layer.scale.end(), 3e-5f);
+  const std::vector<uint8_t> levels(64 * 5 * 5, 255);
+  for (const int qmax : {127, 63, 255}) {
+    const ActivationIn in{levels.data(), DType::U8, Layout::NHWC, {1.0f, 0, qmax}};
+    force_isa("scalar");
+    const auto want = run<uint8_t>(layer, in, Layout::NHWC, 1);
+    for (const cpu::KernelRow* row : cpu::kernel_rows()) {
+      if (!isa_supported(row->isa)) continue;
+      force_isa(row->name);
+      CHECK(run<uint8_t>(layer, in, Layout::NHWC, 1) == want);
+      if (qmax == 255) continue;
+      const auto narrow = cpu::cached_weights(layer.shape, layer.packed, qmax);
+      CHECK_THROWS(cpu::conv2d(layer.shape, in, *narrow, {}, 1), InvalidArgument,
+                   "the input may have 255");
+    }
+  }
+  force_isa("auto");
 }
 
 TEST(unpacking) {
@@ -410,7 +436,7 @@ int fill_value(Fill fill, int low, int high) {
 /// Operands of one product of the kernel table, in memory of exactly the size that they may read.
 /// Rows and steps lie anywhere.
 struct Product {
-  int bits, rows, steps, tiles;
+  int bits, rows, steps, tiles, qmax;
   std::vector<int32_t> row_offsets;
   std::vector<int64_t> offsets;
   std::vector<uint8_t> live;
@@ -420,8 +446,8 @@ struct Product {
 
   /// `whole`: all 64 bytes of a step are read, else just the live quads.
   Product(int width, int row_count, int step_count, int tile_count, Fill weight_fill,
-          Fill level_fill, bool whole)
-      : bits(width), rows(row_count), steps(step_count), tiles(tile_count) {
+          Fill level_fill, bool whole, int largest_level = 255)
+      : bits(width), rows(row_count), steps(step_count), tiles(tile_count), qmax(largest_level) {
     for (int step = 0; step < steps; ++step) {
       live.push_back(static_cast<uint8_t>(uniform(0, 2) == 0 ? uniform(1, 16) : 16));
       offsets.push_back(uniform(0, 999));
@@ -434,7 +460,7 @@ struct Product {
         end = std::max(end, row_offsets[row] + offsets[step] + (whole ? 64 : live[step] * 4));
     levels.emplace(static_cast<size_t>(end));
     for (size_t i = 0; i < levels->size(); ++i)
-      (*levels)[i] = static_cast<uint8_t>(fill_value(level_fill, 0, 255));
+      (*levels)[i] = static_cast<uint8_t>(fill_value(level_fill, 0, qmax));
     // Weights of bytes that are not live are zero.
     const int low = -(1 << (bits - 1)), high = (1 << (bits - 1)) - 1;
     weights.resize(static_cast<size_t>(tiles * steps) * formats::kTileBytes, 0);
@@ -469,7 +495,7 @@ Exact<int8_t> arranged(const cpu::TileArrangement& arrangement, const Product& p
   Exact<int8_t> tiles(static_cast<size_t>(p.tiles * pitch));
   for (int t = 0; t < p.tiles; ++t) {
     std::memcpy(tiles.data() + t * pitch, p.tile(t), static_cast<size_t>(bytes));
-    arrangement.arrange(tiles.data() + t * pitch, p.steps, p.live.data(), scratch.data());
+    arrangement.arrange(tiles.data() + t * pitch, p.steps, p.live.data(), p.qmax, scratch.data());
   }
   return tiles;
 }
@@ -548,7 +574,7 @@ void check_gemm(const cpu::KernelRow& row, const Product& p, const Exact<int8_t>
   g.steps = p.steps;
   g.tile0 = p.tile(0);
   g.tile1 = p.tiles == 2 ? p.tile(1) : nullptr;
-  g.weight_bits = p.bits;
+  g.weight_bits = cpu::product_bits(row, p.bits, p.qmax);
   if (tiles != nullptr) {
     g.arranged = true;
     g.tile0 = tiles->data();
@@ -569,7 +595,8 @@ void check_gemm(const cpu::KernelRow& row, const Product& p, const Exact<int8_t>
 
 /// In every form of the weights that the row takes.
 void check_gemm(const cpu::KernelRow& row, const Product& p) {
-  if (row.arrangement == nullptr || p.bits < 8) check_gemm(row, p, nullptr);
+  if (row.arrangement == nullptr || cpu::product_bits(row, p.bits, p.qmax) < 8)
+    check_gemm(row, p, nullptr);
   if (row.arrangement == nullptr) return;
   const Exact<int8_t> tiles = arranged(*row.arrangement, p);
   check_gemm(row, p, &tiles);
@@ -626,6 +653,86 @@ TEST(gemm_of_many_rows) {
       }
 }
 
+/// Around the levels up to which two products, or eight, of the largest weights of either sign are
+/// what an int16 just holds, and just does not.
+TEST(gemm_of_every_largest_level) {
+  int i = 0;
+  for (const int qmax : {1, 15, 31, 32, 63, 64, 65, 85, 86, 126, 127, 128, 129, 130, 170, 254})
+    for (Fill weights : kFills)
+      for (Fill levels : {Fill::High, Fill::Mixed, Fill::Random}) {
+        const Product p(i % 5 == 4 ? 7 : 8, 1 + i % 19, 1 + i % 11, 1 + i % 2, weights, levels,
+                        false, qmax);
+        ++i;
+        for (const cpu::KernelRow* row : cpu::kernel_rows())
+          if (isa_supported(row->isa)) check_gemm(*row, p);
+      }
+}
+
+#ifdef ADALAYER_HAVE_AVX2
+/// A column tile of equal weights, times the largest level.
+Product equal_products(int qmax, int weight, int steps) {
+  Product p(8, 9, steps, 1, Fill::Low, Fill::High, false, qmax);
+  std::fill(p.live.begin(), p.live.end(), uint8_t{16});
+  std::fill(p.weights.begin(), p.weights.end(), static_cast<int8_t>(weight));
+  std::fill(p.row_offsets.begin(), p.row_offsets.end(), 0);
+  std::fill(p.offsets.begin(), p.offsets.end(), 0);
+  p.levels.emplace(size_t{64});
+  std::fill_n(p.levels->data(), 64, static_cast<uint8_t>(qmax));
+  return p;
+}
+
+/// The quads of a tile of equal weights, by how many of them int16 adds up.
+TEST(largest_groups_that_int16_holds) {
+  if (!isa_supported(Isa::Avx2)) return;
+  using Table = cpu::ArrangedTable;
+  struct Case {
+    int qmax, weight;
+    uint32_t Table::* kind;
+  };
+  const Case cases[] = {
+      {255, 16, &Table::four},    {255, 17, &Table::paired},  {255, 32, &Table::paired},
+      {255, 33, &Table::whole},   {255, 64, &Table::whole},   {255, 65, &Table::wide},
+      {255, -16, &Table::four},   {255, -17, &Table::paired}, {255, -33, &Table::whole},
+      {255, -64, &Table::whole},  {255, -65, &Table::wide},   {127, 32, &Table::four},
+      {127, 33, &Table::paired},  {127, 64, &Table::paired},  {127, 65, &Table::whole},
+      {127, 127, &Table::whole},  {127, -32, &Table::four},   {127, -33, &Table::paired},
+      {127, -64, &Table::paired}, {127, -65, &Table::whole},  {127, -128, &Table::whole},
+      {128, 31, &Table::four},    {128, 32, &Table::paired},  {128, 127, &Table::whole},
+      {128, -32, &Table::four},   {128, -128, &Table::whole},  // -32768 is held, 32768 is not
+      {129, 127, &Table::whole},  {129, -127, &Table::whole}, {129, -128, &Table::wide},
+      {130, 126, &Table::whole},  {130, 127, &Table::wide},   {63, 127, &Table::paired},
+      {64, -128, &Table::paired}, {65, -128, &Table::whole},  {31, 127, &Table::four},
+      {32, -128, &Table::four},   {33, -128, &Table::paired}, {1, -128, &Table::four}};
+  for (const Case& c : cases) {
+    const Product p = equal_products(c.qmax, c.weight, 3);
+    const Exact<int8_t> tiles = arranged(cpu::kAvx2Arrangement, p);
+    for (int half = 0; half < 2; ++half)
+      CHECK_MSG(cpu::arranged_table(tiles.data(), p.steps, half).*c.kind == 48,
+                "levels to " + std::to_string(c.qmax) + ", weights " + std::to_string(c.weight));
+    check_gemm(cpu::kAvx2Row, p, &tiles);
+  }
+}
+
+/// Few steps are multiplied in bytes where int16 holds every pair, else in 16 bits.
+TEST(forms_of_few_steps) {
+  if (!isa_supported(Isa::Avx2)) return;
+  struct Case {
+    int qmax, weight;
+    cpu::ShortForm form;
+  };
+  for (const Case& c :
+       {Case{255, 64, cpu::ShortForm::Bytes}, Case{255, 65, cpu::ShortForm::Words},
+        Case{128, -128, cpu::ShortForm::Bytes}, Case{129, 127, cpu::ShortForm::Bytes},
+        Case{129, -128, cpu::ShortForm::Words}, Case{130, 127, cpu::ShortForm::Words}})
+    for (const int steps : {1, 2}) {
+      const Product p = equal_products(c.qmax, c.weight, steps);
+      const Exact<int8_t> tiles = arranged(cpu::kAvx2Arrangement, p);
+      CHECK(cpu::arranged_table(tiles.data(), steps, 0).short_form == c.form);
+      check_gemm(cpu::kAvx2Row, p, &tiles);
+    }
+}
+#endif
+
 /// The matrix-vector product of every row of the table, and what the machine has in place of it.
 TEST(gemv_of_every_row) {
   int i = 0;
@@ -633,11 +740,13 @@ TEST(gemv_of_every_row) {
     for (int rows = 1; rows <= cpu::kGemvRows; ++rows)
       for (int steps : {1, 2, 5, 9}) {
         const int tiles = uniform(1, 4);
+        const int qmax = bits == 8 && i % 2 == 1 ? 63 : 255;
         const Product p(bits, rows, steps, tiles, kFills[i % kFillCount],
-                        kFills[i / kFillCount % kFillCount], true);
+                        kFills[i / kFillCount % kFillCount], true, qmax);
         ++i;
         for (const cpu::KernelRow* row : cpu::kernel_rows()) {
-          if (!isa_supported(row->isa) || (bits == 8 && row->arrangement != nullptr)) continue;
+          const bool is_arranged = row->arrangement != nullptr && bits == 8 && qmax == 255;
+          if (!isa_supported(row->isa) || is_arranged) continue;
           for (const cpu::Gemv gemv : {row->gemv, cpu::gemv(*row)}) {
             const int64_t stride = tiles * 16 + uniform(0, 9);
             const Exact<int32_t> sums(static_cast<size_t>((rows - 1) * stride + tiles * 16));

@@ -42,6 +42,7 @@ struct ConvPlan {
   std::vector<int32_t> source;      // [steps * 64] index in [I/groups][KH][KW], or -1: no weight
   std::vector<ConvRun> runs;
   const TileArrangement* arrangement = nullptr;  // of 8-bit panels
+  int qmax = 255;                                // of the levels for which those are arranged
 
   int64_t pairs() const { return shape.groups * ((column_tiles + 1) / 2); }
   int64_t all_tiles() const { return shape.groups * column_tiles; }

@@ -222,7 +222,7 @@ void PanelWriter::write(int64_t tile, std::span<const int32_t> steps) {
     for (const int32_t step : steps)
       live_quads_.push_back(plan_.live_quads[step]);
     plan_.arrangement->arrange(reinterpret_cast<int8_t*>(first), count, live_quads_.data(),
-                               scratch_.data());
+                               plan_.qmax, scratch_.data());
   }
   out_ = first + plan_.panel_bytes(count, bits_);
 }

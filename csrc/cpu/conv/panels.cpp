@@ -96,6 +96,7 @@ ConvPlan plan_panels(const ConvTask& task, const ConvShape& shape, const ConvLay
   ConvPlan plan = plan_conv(shape, at.in, at.out, at.residual, task.kernels, task.map, by_pixel);
   // Narrower products need no order, unpacked or not.
   if (task.product_bits() < 7) plan.arrangement = nullptr;
+  plan.qmax = task.qmax;
   return plan;
 }
 

@@ -221,9 +221,9 @@ void conv2d(const ConvShape& shape, const ActivationIn& in, const LayerWeights& 
   validate(shape);
   const int64_t positions = shape.out_h() * shape.out_w();
   if (shape.batch == 0 || positions == 0) return;
-  if (in.grid.qmax > weights.qmax)
+  if (largest_level(in) > weights.qmax)
     fail<InvalidArgument>("conv2d: the weights were derived for levels up to ", weights.qmax,
-                          ", the input's grid has ", in.grid.qmax);
+                          ", the input may have ", largest_level(in));
   const KernelRow* kernels = active_kernels();
   if (kernels == nullptr) {
     if (weights.dense.empty())

@@ -54,7 +54,14 @@ CacheInfo weight_cache_info();
 void set_weight_cache_limit(size_t bytes);
 void clear_weight_cache();
 
-/// Runs one convolution. Bit-equal to reference::conv2d whatever the instruction set and threads.
+/// No level of the input is larger: floats are put on its grid; levels come as they are, and may be
+/// beyond it.
+inline int largest_level(const ActivationIn& in) {
+  return in.dtype == DType::U8 ? 255 : in.grid.qmax;
+}
+
+/// Runs one convolution with weights for largest_level() or more. Bit-equal to reference::conv2d
+/// whatever the instruction set and threads.
 void conv2d(const ConvShape& shape, const ActivationIn& in, const LayerWeights& weights,
             const OutputSpec& out, int threads);
 

@@ -141,7 +141,7 @@ bool surely_faster(const ConvTask& task, WinogradForm form) {
   const WinogradPlan plan = plan_winograd_blocks(form, s, *task.kernels.winograd);
   const auto tiles = static_cast<double>(plan.tiles());
   const double blocks = std::ceil(tiles / plan.block);
-  const bool by_pairs = task.product_bits() == 8 && task.kernels.arrangement != nullptr;
+  const bool by_pairs = task.product_bits() >= 7 && task.kernels.arrangement != nullptr;
   const double direct = 9.0 * static_cast<double>(s.out_h()) * static_cast<double>(s.out_w()) /
                         (by_pairs ? 1.5 : 2.0);
   return plan.area * (tiles + kMaking * blocks) <= kSurely * direct;

@@ -138,7 +138,8 @@ void gemm_avx2(const GemmArgs& g) {
 
 void gemm_requantize_avx2(const GemmArgs& g, const RequantizeArgs& q, Requantize requantize) {
   if (!g.arranged) return with_form(g, [&](auto form) { gemm_requantize(g, q, requantize, form); });
-  if (!gemm_requantize_wide_avx2(g, q, requantize)) gemm_requantize_arranged_avx2(g, q, requantize);
+  if (!gemm_requantize_short_avx2(g, q, requantize))
+    gemm_requantize_arranged_avx2(g, q, requantize);
 }
 
 }  // namespace adalayer::cpu

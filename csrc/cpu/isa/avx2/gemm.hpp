@@ -10,8 +10,8 @@ void gemm_arranged_avx2(const GemmArgs& g);
 void gemm_requantize_arranged_avx2(const GemmArgs& g, const RequantizeArgs& q,
                                    Requantize requantize);
 
-/// Multiplies in 16 bits throughout and requantizes sums that never leave their registers. Returns
-/// false, and does nothing, where the tiles have no such weights (ArrangedTable::all_wide).
-bool gemm_requantize_wide_avx2(const GemmArgs& g, const RequantizeArgs& q, Requantize requantize);
+/// The same for few steps, with sums that never leave their registers. Returns false, and does
+/// nothing, where the tiles have no such weights (ArrangedTable::short_form).
+bool gemm_requantize_short_avx2(const GemmArgs& g, const RequantizeArgs& q, Requantize requantize);
 
 }  // namespace adalayer::cpu

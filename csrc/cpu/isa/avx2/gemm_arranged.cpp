@@ -7,7 +7,9 @@
 namespace adalayer::cpu {
 namespace {
 
-constexpr uint32_t kChunk = 128;  // of quads: their weights and a pass's levels stay near
+// Of quads: their weights and a pass's levels stay near. No group of four is cut.
+constexpr uint32_t kChunk = 128;
+static_assert(kChunk % 4 == 0);
 constexpr int kWideBytes = 2 * kVectorBytes;  // weights of a quad in 16 bits
 constexpr int kStepBytes = 4 * kQuadsPerStep;
 constexpr int kMostSteps = 16;  // whose levels are widened for a chunk
@@ -15,11 +17,10 @@ constexpr int kMostSteps = 16;  // whose levels are widened for a chunk
 /// The levels of a pass in 16 bits: those numbered 0 and 2 of every quad, and behind them 1 and 3.
 constexpr int kWidenedPlane = kMostSteps * kStepBytes, kWidenedRow = 2 * kWidenedPlane;
 
-/// Some quads of eight columns by kind: each ends where the next one begins. In pairs: an even
-/// number.
+/// Some quads of eight columns by kind: each ends where the next one begins.
 struct Chunk {
-  int paired, mixed, whole, ordered, wide;  // ends
-  const int8_t* slots;                      // weights of the quads up to `ordered`
+  int four, paired, mixed, whole, ordered, wide;  // ends
+  const int8_t* slots;                            // weights of the quads up to `ordered`
   Quad quads[kChunk];
   alignas(kWideBytes) int8_t weights[kChunk * kWideBytes];  // of the quads from there on
 };
@@ -29,33 +30,28 @@ __m256i order_control(const Quad& quad) {
       _mm_load_si128(reinterpret_cast<const __m128i*>(kOrder[quad.order])));
 }
 
-/// Adds the products of one quad, of which int16 holds one pair; kOrdered: its levels have an order
-/// of their own.
-template <bool kOrdered, int kRows>
-[[gnu::always_inline]] inline void add_one(const Rows<kRows>& rows, const int8_t* weights,
-                                           const Quad& quad, __m256i (&sums)[kRows]) {
-  const __m256i ones = _mm256_set1_epi16(1), w = load(weights + quad.weights);
-  [[maybe_unused]] const __m256i control = kOrdered ? order_control(quad) : ones;
-  unrolled<0, kRows>([&](auto r) __attribute__((always_inline)) {
-    __m256i v = broadcast(rows.at[r.value] + quad.level);
-    if constexpr (kOrdered) v = _mm256_shuffle_epi8(v, control);
-    add32(sums[r.value], _mm256_madd_epi16(_mm256_maddubs_epi16(v, w), ones));
-  });
-}
-
-/// Adds the products of two quads that int16 holds together; kOrdered: the second one's levels have
+/// Adds the products of quads that int16 holds together; kOrdered: the levels of the last one have
 /// an order of their own.
-template <bool kOrdered, int kRows>
-[[gnu::always_inline]] inline void add_two(const Rows<kRows>& rows, const int8_t* weights,
-                                           const Quad* quad, __m256i (&sums)[kRows]) {
+template <int kQuads, bool kOrdered, int kRows>
+[[gnu::always_inline]] inline void add_together(const Rows<kRows>& rows, const int8_t* weights,
+                                                const Quad* quad, __m256i (&sums)[kRows]) {
   const __m256i ones = _mm256_set1_epi16(1);
-  const __m256i w0 = load(weights + quad[0].weights), w1 = load(weights + quad[1].weights);
-  [[maybe_unused]] const __m256i control = kOrdered ? order_control(quad[1]) : ones;
+  __m256i w[kQuads];
+  unrolled<0, kQuads>([&](auto q) __attribute__((always_inline)) {
+    w[q.value] = load(weights + quad[q.value].weights);
+  });
+  [[maybe_unused]] const __m256i control = kOrdered ? order_control(quad[kQuads - 1]) : ones;
   unrolled<0, kRows>([&](auto r) __attribute__((always_inline)) {
-    __m256i pairs = _mm256_maddubs_epi16(broadcast(rows.at[r.value] + quad[0].level), w0);
-    __m256i v = broadcast(rows.at[r.value] + quad[1].level);
-    if constexpr (kOrdered) v = _mm256_shuffle_epi8(v, control);
-    add16(pairs, _mm256_maddubs_epi16(v, w1));
+    __m256i pairs;
+    unrolled<0, kQuads>([&](auto q) __attribute__((always_inline)) {
+      __m256i v = broadcast(rows.at[r.value] + quad[q.value].level);
+      if constexpr (kOrdered && q.value == kQuads - 1) v = _mm256_shuffle_epi8(v, control);
+      const __m256i products = _mm256_maddubs_epi16(v, w[q.value]);
+      if constexpr (q.value == 0)
+        pairs = products;
+      else
+        add16(pairs, products);
+    });
     add32(sums[r.value], _mm256_madd_epi16(pairs, ones));
   });
 }
@@ -94,14 +90,15 @@ template <int kRows>
     sums[r.value] = first ? _mm256_setzero_si256() : load(to + r.value * kBlockCols);
   });
   const Quad* quad = chunk.quads;
-  for (const Quad* end = chunk.quads + chunk.paired; quad != end; quad += 2)
-    add_two<false>(rows, chunk.slots, quad, sums);
-  for (const Quad* end = chunk.quads + chunk.mixed; quad != end; quad += 2)
-    add_two<true>(rows, chunk.slots, quad, sums);
-  for (const Quad* end = chunk.quads + chunk.whole; quad != end; ++quad)
-    add_one<false>(rows, chunk.slots, *quad, sums);
-  for (const Quad* end = chunk.quads + chunk.ordered; quad != end; ++quad)
-    add_one<true>(rows, chunk.slots, *quad, sums);
+  const auto add = [&](auto together, auto ordered, int kind) __attribute__((always_inline)) {
+    for (const Quad* end = chunk.quads + kind; quad != end; quad += together.value)
+      add_together<together.value, ordered.value != 0>(rows, chunk.slots, quad, sums);
+  };
+  add(Index<4>{}, Index<0>{}, chunk.four);
+  add(Index<2>{}, Index<0>{}, chunk.paired);
+  add(Index<2>{}, Index<1>{}, chunk.mixed);
+  add(Index<1>{}, Index<0>{}, chunk.whole);
+  add(Index<1>{}, Index<1>{}, chunk.ordered);
   const Quad* const end = chunk.quads + chunk.wide;
   if (widened != nullptr)
     for (; quad != end; ++quad)
@@ -133,11 +130,12 @@ bool are_neighbours(const GemmArgs& g) {
 void look_up(const GemmArgs& g, bool neighbours, const int8_t* tile, int half, uint32_t first,
              uint32_t end, Chunk& chunk) {
   const ArrangedTable& table = arranged_table(tile, g.steps, half);
-  const uint32_t paired = table.paired, mixed = paired + table.mixed;
+  const uint32_t four = table.four, paired = four + table.paired, mixed = paired + table.mixed;
   const uint32_t whole = mixed + table.whole, ordered = whole + table.ordered;
   const auto upto = [&](uint32_t kind) {
     return kind <= first ? 0 : static_cast<int>(least(kind, end) - first);
   };
+  chunk.four = upto(four);
   chunk.paired = upto(paired);
   chunk.mixed = upto(mixed);
   chunk.whole = upto(whole);
