@@ -1,6 +1,6 @@
 // Planar tiles (FORMATS.md, "Panels") over any vector type: unpacking, and matrix times vector.
 // Included inside the unnamed namespace of one ISA file only, so that no instruction of it can
-// reach another machine through the linker.
+// reach another machine through the linker; that file includes cpu/isa/shared/unrolled.hpp.
 //
 // V offers:
 //   T, kBytes, load, store, bit_or
@@ -12,20 +12,6 @@
 //   product(a, w)     partial dot products of u8 and s8, and add_products(p, q), add_to(sum, p);
 //   dot(sum, a, w)    in place of those where kRun is 1: sum + products of four u8 and s8 each
 //   add(a, b), store_sums(p, v), zero()
-
-template <int kValue>
-struct Index {
-  static constexpr int value = kValue;
-};
-
-/// fn(Index<kFirst>{}), ..., fn(Index<kLast - 1>{}): a loop whose counter is a constant.
-template <int kFirst, int kLast, class Fn>
-inline __attribute__((always_inline)) void unrolled(const Fn& fn) {
-  if constexpr (kFirst < kLast) {
-    fn(Index<kFirst>{});
-    unrolled<kFirst + 1, kLast>(fn);
-  }
-}
 
 constexpr int kTileVectors = formats::kTileBytes / 64;  // vectors of 64 weights in a tile
 
