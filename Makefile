@@ -236,7 +236,7 @@ $(BUILD_STAMP): constraints.txt pyproject.toml
 # what a shell starts in the background does not hear of it).
 WHEEL = $(BIN)/python -m pip wheel -q --no-deps --no-build-isolation --wheel-dir $(BUILD)/wheel \
   --config-settings=build-dir=$(BUILD) \
-  --config-settings=build.targets="_C;adalayer" \
+  --config-settings=build.targets=wheel_contents \
   --config-settings=cmake.define.ADALAYER_BUILD_TESTS=ON .
 $(PACKAGE_STAMP): $(BUILD_STAMP) $(SOURCES)
 	$(check_machine)
