@@ -6,22 +6,26 @@ VENV := .venv
 BIN := $(VENV)/bin
 BUILD := build/pip
 TORCH := $(shell grep '^torch==' constraints.txt)
+# What pyproject.toml says the package needs, quoted.
+REQUIREMENTS := $(shell sed -n '/^dependencies = \[/,/^\]/s/^ *\("[^"]*"\),$$/\1/p' pyproject.toml)
 
 # The compiler that make was told to use is the one that CMake uses; cmake and ninja are in .venv.
 export CXX
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-TOOLS_STAMP := $(VENV)/.stamp-tools
+BUILD_STAMP := $(VENV)/.stamp-build
 PACKAGE_STAMP := $(VENV)/.stamp-package
+LINT_STAMP := $(VENV)/.stamp-lint
+TEST_STAMP := $(VENV)/.stamp-test
 BENCH_STAMP := $(VENV)/.stamp-bench
 SOURCES := CMakeLists.txt pyproject.toml $(wildcard README.md LICENSE) \
-  $(shell find csrc python tests/cpp -type f -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
+  $(shell find csrc python -type f -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
 CXX_FILES = $(shell find csrc examples tests/cpp tests/fuzz -name '*.cpp' -o -name '*.hpp' \
   -o -name '*.h' -o -name '*.c' \
   -o -name '*.inc' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo install test test-slow test-all test-cpp lint bench bench-serving sanitize \
+.PHONY: help demo install test test-slow test-all test-cpp build-tests lint bench bench-serving sanitize \
   fuzz fuzz-networks wheel gpu-build gpu-test gpu-test-kernels gpu-test-python gpu-sanitize gpu-bench clean distclean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -39,31 +43,36 @@ help:
 	@echo "make fuzz-networks  random networks against their float models; MINUTES=10 SEED=0"
 	@echo "make wheel      dist/: a wheel for other machines, tested in an empty environment, and the sdist"
 	@echo "make gpu-test   builds for the GPU at hand and tests there; gpu-bench: speed; no .venv, no network"
-	@echo "make install    only set up .venv with the package and all tools"
+	@echo "make install    only set up .venv with the package and what lint and the tests need"
 	@echo "make clean      remove build products and caches (distclean: .venv too)"
 
 demo: $(PACKAGE_STAMP)
 	$(BIN)/adalayer demo
 
-install: $(PACKAGE_STAMP)
+install: $(PACKAGE_STAMP) $(LINT_STAMP) $(TEST_STAMP)
 
 # Side by side, a process per core; each of them with one thread, or they would fight for the cores.
 # (Tests of threads set their number themselves.)
 SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
-test: test-cpp
+test: test-cpp $(TEST_STAMP)
 	$(SIDE_BY_SIDE) -m "not slow"
 
-test-slow: $(PACKAGE_STAMP)
+test-slow: build-tests $(TEST_STAMP)
 	$(SIDE_BY_SIDE) -m "slow and not heavy"
 
-test-all: test-cpp
+test-all: test-cpp $(TEST_STAMP)
 	$(BIN)/python -m pytest
 
-test-cpp: $(PACKAGE_STAMP)
+test-cpp: build-tests
 	$(BIN)/ctest --test-dir $(BUILD) --verbose -j 2
 
+# In the folder that the package was built in, whose object files they share. Python tests load the
+# GPU in software that is among them.
+build-tests: $(PACKAGE_STAMP)
+	$(BIN)/cmake --build $(BUILD)
+
 # With the package, because mypy reads the types of what it depends on.
-lint: $(PACKAGE_STAMP)
+lint: $(PACKAGE_STAMP) $(LINT_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -90,7 +99,7 @@ FUZZ_SECONDS ?= 60
 # Some kernels place memory where older thread sanitizers do not expect it; without address
 # randomisation they agree. Where setarch is missing or forbidden, the tests run as they are.
 # Fuzzing takes one core and its time; the next build has the others meanwhile.
-sanitize: $(TOOLS_STAMP)
+sanitize: $(BUILD_STAMP)
 	$(BIN)/cmake --preset asan-ubsan
 	$(BIN)/cmake --build --preset asan-ubsan
 	$(BIN)/ctest --preset asan-ubsan
@@ -113,17 +122,17 @@ fuzz: $(PACKAGE_STAMP)
 	CXX="$(FUZZ_CXX)" $(BIN)/cmake --preset fuzz
 	$(BIN)/cmake --build --preset fuzz
 	.ci/fuzz build/fuzz $$(($(FUZZ_MINUTES) * 48))
-	@$(BIN)/python -m pip install -q -c constraints.txt "adalayer_native[fuzz]" || \
+	@$(INSTALL) "adalayer_native[fuzz]" || \
 	  echo "no atheris for this Python: without coverage"
 	$(BIN)/python tests/fuzz/fuzz_python.py --seconds $$(($(FUZZ_MINUTES) * 12))
 
 # Findings go to build/fuzz-networks; the last line says with which SEED to go on. FILES=...: judges
 # findings once more.
-fuzz-networks: $(PACKAGE_STAMP)
+fuzz-networks: $(PACKAGE_STAMP) $(TEST_STAMP)
 	PYTHONPATH=tests $(BIN)/python -W ignore -m fuzz_networks --minutes $(or $(MINUTES),10) \
 	  --seed $(or $(SEED),0) $(FILES)
 
-wheel: $(TOOLS_STAMP)
+wheel: $(BUILD_STAMP)
 	.ci/wheel
 
 # ---- on a machine with an NVIDIA GPU ------------------------------------------------------------
@@ -212,34 +221,51 @@ define check_machine
   { echo "The C++ compiler '$(CXX)' has no C++20; g++ 11 or newer is needed (or set CXX=...)."; exit 1; }
 endef
 
-# torchvision is for tests of its networks. Without its dependencies, because it would replace the
-# CPU build of torch; its Python code works beside any.
-$(TOOLS_STAMP): constraints.txt pyproject.toml
+INSTALL := $(BIN)/python -m pip install -q -c constraints.txt
+
+$(BUILD_STAMP): constraints.txt pyproject.toml
 	$(check_machine)
 	@test -x $(BIN)/python || { echo "Creating $(VENV)"; "$(PYTHON)" -m venv $(VENV); }
-	@echo "Installing build tools and $(TORCH) into $(VENV) (once; torch is a large download)"
-	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -c constraints.txt "$(TORCH)"
-	$(BIN)/python -m pip install -q --no-deps -c constraints.txt torchvision
-	$(BIN)/python -m pip install -q -c constraints.txt scikit-build-core pybind11 cmake ninja \
-	  ruff mypy clang-format
+	$(INSTALL) --upgrade pip scikit-build-core pybind11 cmake ninja
 	@touch $@
 
-# A plain install, not an editable one: the demo and the tests run what a user would get, and a
-# file that was forgotten in the package fails here. The build folder is kept, so that a changed
-# file recompiles alone; the C++ tests are built in it too and share its object files.
-$(PACKAGE_STAMP): $(TOOLS_STAMP) $(SOURCES)
+# A wheel, installed as a user would: the demo and the tests run what a user would get, and a file that
+# was forgotten in the package fails here. The build folder is kept, so that a changed file recompiles
+# alone. It is configured for the C++ tests, too, but only what the wheel holds is built.
+# Compiling needs no torch: that is downloaded meanwhile (and not left behind by an interrupted make:
+# what a shell starts in the background does not hear of it).
+WHEEL = $(BIN)/python -m pip wheel -q --no-deps --no-build-isolation --wheel-dir $(BUILD)/wheel \
+  --config-settings=build-dir=$(BUILD) \
+  --config-settings=build.targets=wheel_contents \
+  --config-settings=cmake.define.ADALAYER_BUILD_TESTS=ON .
+$(PACKAGE_STAMP): $(BUILD_STAMP) $(SOURCES)
 	$(check_machine)
-	@echo "Building and installing adalayer_native"
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation \
-	  --config-settings=build-dir=$(BUILD) \
-	  --config-settings=cmake.define.ADALAYER_BUILD_TESTS=ON \
-	  ".[dev,serve]"
+	@echo "Building adalayer_native; $(TORCH) and what else it needs are installed meanwhile (once; a large download)"
+	@rm -rf $(BUILD)/wheel
+	@$(INSTALL) "$(TORCH)" $(REQUIREMENTS) & installing=$$!; \
+	  trap 'kill $$installing' INT TERM; \
+	  $(WHEEL); built=$$?; \
+	  wait $$installing && exit $$built
+	@$(INSTALL) --no-deps --force-reinstall $(BUILD)/wheel/*.whl
 	@touch $@
 
-# The package is installed already, so that only what the extra asks for is added; torch satisfies
-# every requirement on it and stays. torchvision came with the tools.
-$(BENCH_STAMP): $(TOOLS_STAMP) | $(PACKAGE_STAMP)
+# The package is installed already, so that only what an extra asks for is added; torch satisfies
+# every requirement on it and stays. torchvision is for the networks that tests and benchmarks take from
+# it. Without its dependencies, because it would replace the CPU build of torch; its Python code works
+# beside any.
+$(LINT_STAMP): constraints.txt pyproject.toml | $(PACKAGE_STAMP)
+	@echo "Installing the tools of a developer"
+	$(INSTALL) "adalayer_native[dev]"
+	@touch $@
+
+$(TEST_STAMP): constraints.txt pyproject.toml | $(PACKAGE_STAMP)
+	@echo "Installing what the tests need"
+	$(INSTALL) --no-deps torchvision
+	$(INSTALL) "adalayer_native[dev,serve]"
+	@touch $@
+
+$(BENCH_STAMP): constraints.txt pyproject.toml | $(PACKAGE_STAMP)
 	@echo "Installing the runtimes that the benchmarks compare with"
-	$(BIN)/python -m pip install -q -c constraints.txt "adalayer_native[bench]"
+	$(INSTALL) --no-deps torchvision
+	$(INSTALL) "adalayer_native[bench,serve]"
 	@touch $@

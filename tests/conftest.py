@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,21 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An empty cache directory in place of the user's: no test reads or writes their tables."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def guesses_of_small_images(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Networks that come without an example are tried on images of 64 pixels first.
+
+    Users' are on 224, which takes ten times as long and was most of many tests' time. What is
+    guessed is the business of test_capture*.py, which guess as users do.
+    """
+    from adalayer_native.capture import example
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not request.module.__name__.startswith("test_capture"):
+            patch.setattr(example, "_IMAGES", (64, *example._IMAGES))
+        yield
 
 
 def _kernel_cases() -> dict[str, tuple[int, int]]:

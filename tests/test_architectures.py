@@ -1,20 +1,26 @@
-"""Well-known networks with random weights go through the whole stack, from prepare to export."""
+"""Well-known networks with random weights through the whole stack: from prepare to export, and as
+engines, natively and as the converted module tree computes."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
+from helpers_engine import node_differences
 from helpers_grids import GridWalk
 from helpers_torchvision import ARCHITECTURES, Architecture, build, images
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import adalayer_native as ada
+from adalayer_native.engine import Engine
 from adalayer_native.importance.flops import count_flops
 from adalayer_native.plan import LayerPlan, Plan, layer_kind, supported_layers
+
+NATIVE_LAYERS = (ada.nn.Conv2d, ada.nn.ConvTranspose2d, ada.nn.Linear)
 
 
 @dataclass
@@ -45,6 +51,25 @@ def converted(request: pytest.FixtureRequest) -> Converted:
     prepared = ada.prepare(model, plan, batch)
     ada.calibrate(prepared, [batch], observer="minmax", progress=False)
     return Converted(architecture, model, prepared, ada.convert(prepared))
+
+
+# Slow networks as engines take minutes.
+on_engines = pytest.mark.parametrize(
+    "converted",
+    [
+        pytest.param(
+            item, id=item.name, marks=[*item.marks, pytest.mark.heavy] if item.marks else []
+        )
+        for item in ARCHITECTURES
+    ],
+    indirect=True,
+)
+
+
+@pytest.fixture(scope="module")
+def engine(converted: Converted) -> Engine:
+    example = images(converted.architecture, 1, seed=6)
+    return ada.compile(converted.native, example, policy="native", strict=True)
 
 
 def output(value: Tensor | dict[str, Tensor]) -> Tensor:
@@ -116,6 +141,56 @@ def test_exports_with_a_dynamic_batch(converted: Converted) -> None:
     for batch in (1, 3):
         x = converted.images(batch, seed=batch)
         assert torch.equal(output(program.module()(x)), output(native(x)))
+
+
+@on_engines
+def test_nearly_all_arithmetic_is_native(converted: Converted, engine: Engine) -> None:
+    coverage = engine.coverage(rounds=0)
+    assert coverage.native_share >= 0.99
+    layers = [m for m in converted.native.modules() if type(m) in NATIVE_LAYERS]
+    assert sum(row.bits > 0 for row in coverage) == len(layers)
+
+
+@pytest.mark.slow
+@on_engines
+def test_every_value_follows_the_module_tree(converted: Converted) -> None:
+    """Law 2 on identical inputs."""
+    differences = node_differences(converted.native, converted.images(2, seed=6))
+    assert len(differences) > 5
+    for item in differences:
+        item.check()
+
+
+@torch.no_grad()
+@on_engines
+def test_batches_give_the_same_results(
+    converted: Converted, engine: Engine, tmp_path: Path
+) -> None:
+    x = converted.images(3, seed=8)
+    y = output(engine(x))
+    expected = output(converted.native(x))
+    assert y.shape == expected.shape
+    for k in range(3):
+        assert torch.equal(output(engine(x[k : k + 1])), y[k : k + 1])
+    assert torch.equal(output(engine(x.to(memory_format=torch.channels_last))), y)
+    engine.save(tmp_path / "model.ada")
+    assert torch.equal(output(ada.load(tmp_path / "model.ada")(x)), y)
+    assert torch.equal(y, expected)
+
+
+@torch.no_grad()
+@on_engines
+def test_executor_equals_the_interpreter(converted: Converted, engine: Engine) -> None:
+    (step,) = engine._steps
+    if converted.architecture.marks:
+        pytest.skip("takes long in the interpreter")
+    x = converted.images(1, seed=9)
+    y = output(engine(x))
+    expected = torch.empty(y.shape)
+    step.run.program.run_reference(  # type: ignore[union-attr]
+        [x.data_ptr()], [False], 1, [expected.data_ptr()]
+    )
+    torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_the_walk_over_the_grids_sees_a_missing_one() -> None:

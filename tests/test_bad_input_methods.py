@@ -221,6 +221,7 @@ def test_sparsity_one_by_every_pattern_is_refused(pattern: str) -> None:
         by_pattern(model, pattern, 1.0)
 
 
+@pytest.mark.slow
 def test_patterns_of_awkward_layers_are_options() -> None:
     model, data = grouped(), batches()
     with torch.no_grad():

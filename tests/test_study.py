@@ -101,7 +101,7 @@ def test_papers_agree_with_themselves() -> None:
      ("fixed-5", (5, 5, 5)), ("rising", (4, 4, 4)), ("falling", (2, 2, 2))],
 )  # fmt: skip
 def test_widths_of_stages(name: str, bits: tuple[int, ...]) -> None:
-    plan = plan_of(network(2, 10, 0), configuration(name, 3))
+    plan = plan_of(network(1, 10, 0), configuration(name, 3))
     assert plan is not None
     for layer in plan.layers.values():
         stage = layer.name.split(".")[0]
@@ -214,6 +214,7 @@ def test_output_that_cannot_be_written(small_green: GreenSettings, tmp_path) -> 
 # -- the green study ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_green_goes_on_where_it_stopped(small_green: GreenSettings, monkeypatch) -> None:
     whole = run_green(small_green)
     assert whole["missing"] == []
@@ -318,6 +319,7 @@ def test_missing_extra_is_named(small_green: GreenSettings, monkeypatch) -> None
 # -- the AdaLayerNet study ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_adalayernet_goes_on(small_adalayernet: AdalayernetSettings, monkeypatch) -> None:
     monkeypatch.setattr(adalayernet, "Clock", lambda _: Ticks(4))  # three steps of training
     found = run_adalayernet(small_adalayernet)

@@ -1,5 +1,4 @@
-// What the matrix products of the AVX2 row have in common: passes of rows, and loops that are
-// written out.
+// What the matrix products of the AVX2 row have in common: passes of rows.
 #pragma once
 
 #include <immintrin.h>
@@ -7,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cpu/isa/shared/unrolled.hpp"
 #include "cpu/kernel_table.hpp"
 
 // For files with instruction-set flags: nothing in here may be one function for the whole program.
@@ -22,20 +22,6 @@ constexpr int kTileCols = formats::kTileWidth;
 constexpr int kVectorCols = 8;  // columns of a vector of sums
 constexpr int kQuadBytes = kTileCols * 4;
 constexpr int kVectorBytes = 32;
-
-template <int kValue>
-struct Index {
-  static constexpr int value = kValue;
-};
-
-/// fn(Index<kBegin>{}), ..., fn(Index<kEnd - 1>{})
-template <int kBegin, int kEnd, class Fn>
-[[gnu::always_inline]] inline void unrolled(const Fn& fn) {
-  if constexpr (kBegin < kEnd) {
-    fn(Index<kBegin>{});
-    unrolled<kBegin + 1, kEnd>(fn);
-  }
-}
 
 inline __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline void store(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }

@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "cpu/isa/avx512/avx512.hpp"
+#include "cpu/isa/shared/unrolled.hpp"
 
 namespace adalayer::cpu::avx512 {
 namespace {

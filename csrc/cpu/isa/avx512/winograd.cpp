@@ -5,6 +5,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "cpu/isa/shared/unrolled.hpp"
 #include "cpu/winograd_kernels.hpp"
 
 namespace adalayer::cpu::avx512 {

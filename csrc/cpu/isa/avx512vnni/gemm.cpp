@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "cpu/isa/avx512vnni/avx512vnni.hpp"
+#include "cpu/isa/shared/unrolled.hpp"
 
 namespace adalayer::cpu::avx512vnni {
 namespace {

@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "cpu/isa/shared/unrolled.hpp"
 #include "cpu/kernel_table.hpp"
 
 namespace adalayer::cpu {

@@ -1,6 +1,6 @@
 // Planar tiles (FORMATS.md, "Panels") over any vector type: unpacking, and matrix times vector.
 // Included inside the unnamed namespace of one ISA file only, so that no instruction of it can
-// reach another machine through the linker.
+// reach another machine through the linker; that file includes cpu/isa/shared/unrolled.hpp.
 //
 // V offers:
 //   T, kBytes, load, store, bit_or
@@ -12,20 +12,6 @@
 //   product(a, w)     partial dot products of u8 and s8, and add_products(p, q), add_to(sum, p);
 //   dot(sum, a, w)    in place of those where kRun is 1: sum + products of four u8 and s8 each
 //   add(a, b), store_sums(p, v), zero()
-
-template <int kValue>
-struct Index {
-  static constexpr int value = kValue;
-};
-
-/// fn(Index<kFirst>{}), ..., fn(Index<kLast - 1>{}): a loop whose counter is a constant.
-template <int kFirst, int kLast, class Fn>
-inline __attribute__((always_inline)) void unrolled(const Fn& fn) {
-  if constexpr (kFirst < kLast) {
-    fn(Index<kFirst>{});
-    unrolled<kFirst + 1, kLast>(fn);
-  }
-}
 
 constexpr int kTileVectors = formats::kTileBytes / 64;  // vectors of 64 weights in a tile
 
@@ -113,42 +99,50 @@ void gemv_rows(const GemvArgs& g) {
   constexpr int kRun = V::template kRun<kBits>;
   const uint8_t* tile = g.packed;
   for (int64_t t = 0; t < g.column_tiles; ++t) {
-    typename V::T sums[kSplit][kRows][kParts];
-    unrolled<0, kSplit * kRows * kParts>([&](auto i) __attribute__((always_inline)) {
-      sums[i.value / kParts / kRows][i.value / kParts % kRows][i.value % kParts] = V::zero();
-    });
+    typename V::T sums[kSplit][kRows * kParts];
+#pragma GCC unroll 4
+    for (int k = 0; k < kSplit; ++k)
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows * kParts; ++i)
+        sums[k][i] = V::zero();
     for (int64_t s = 0; s < g.steps; ++s, tile += formats::kTileBytes / 8 * kBits) {
       const int64_t step = g.step_offsets[s];
-      [[maybe_unused]] typename V::T run[kRows][kParts];
+      [[maybe_unused]] typename V::T run[kRows * kParts];
       unrolled<0, kTileVectors>([&](auto v) __attribute__((always_inline)) {
         prefetch_line<kBits, v.value>(tile);
         typename V::T w[kParts];
-        unrolled<0, kParts>([&](auto p) __attribute__((always_inline)) {
-          w[p.value] = decode<V, kBits, v.value>(tile, p.value * V::kBytes);
-        });
-        unrolled<0, kRows>([&](auto r) __attribute__((always_inline)) {
-          const typename V::T levels = V::broadcast(g.activations[r.value] + step + v.value * 4);
-          unrolled<0, kParts>([&](auto p) __attribute__((always_inline)) {
-            auto& sum = sums[v.value % kSplit][r.value][p.value];
+#pragma GCC unroll 2
+        for (int p = 0; p < kParts; ++p)
+          w[p] = decode<V, kBits, v.value>(tile, p * V::kBytes);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+          const typename V::T levels = V::broadcast(g.activations[r] + step + v.value * 4);
+#pragma GCC unroll 2
+          for (int p = 0; p < kParts; ++p) {
+            auto& sum = sums[v.value % kSplit][r * kParts + p];
             if constexpr (kRun == 1) {
-              sum = V::dot(sum, levels, w[p.value]);
+              sum = V::dot(sum, levels, w[p]);
             } else {
-              auto& products = run[r.value][p.value];
-              const typename V::T product = V::product(levels, w[p.value]);
+              auto& products = run[r * kParts + p];
+              const typename V::T product = V::product(levels, w[p]);
               products = v.value % kRun == 0 ? product : V::add_products(products, product);
               if constexpr (v.value % kRun == kRun - 1) sum = V::add_to(sum, products);
             }
-          });
-        });
+          }
+        }
       });
     }
-    unrolled<0, kRows * kParts>([&](auto i) __attribute__((always_inline)) {
-      constexpr int r = i.value / kParts, p = i.value % kParts;
-      typename V::T sum = sums[0][r][p];
-      unrolled<1, kSplit>(
-          [&](auto k) __attribute__((always_inline)) { sum = V::add(sum, sums[k.value][r][p]); });
-      V::store_sums(g.sums + r * g.sums_stride + t * formats::kTileWidth + p * V::kBytes / 4, sum);
-    });
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+      for (int p = 0; p < kParts; ++p) {
+        typename V::T sum = sums[0][r * kParts + p];
+#pragma GCC unroll 4
+        for (int k = 1; k < kSplit; ++k)
+          sum = V::add(sum, sums[k][r * kParts + p]);
+        V::store_sums(g.sums + r * g.sums_stride + t * formats::kTileWidth + p * V::kBytes / 4,
+                      sum);
+      }
   }
 }
 

@@ -1,22 +1,8 @@
 // The steps of a Winograd convolution over vectors of any width. Included inside the unnamed
 // namespace of one ISA file only, after its struct Vec (avx2/winograd256.inl,
-// avx512/winograd512.inl).
+// avx512/winograd512.inl) and cpu/isa/shared/unrolled.hpp.
 
 using T = Vec::T;
-
-template <int kValue>
-struct Index {
-  static constexpr int value = kValue;
-};
-
-/// fn(Index<0>{}), ..., fn(Index<kEnd - 1>{})
-template <int kEnd, int kBegin = 0, class Fn>
-[[gnu::always_inline]] inline void unrolled(const Fn& fn) {
-  if constexpr (kBegin < kEnd) {
-    fn(Index<kBegin>{});
-    unrolled<kEnd, kBegin + 1>(fn);
-  }
-}
 
 /// The matrices of reference/winograd.hpp with what their rows have in common computed once.
 template <int kTile>
@@ -95,20 +81,20 @@ void transform_input(const WinogradInputArgs& a) {
   constexpr int n = A::kTaps;
   for (int64_t c = 0; c < a.channels; c += Vec::kLevels) {
     alignas(sizeof(T)) T half[n][n];
-    unrolled<n>([&](auto x) __attribute__((always_inline)) {
+    unrolled<0, n>([&](auto x) __attribute__((always_inline)) {
       T d[n], v[n];
-      unrolled<n>([&](auto y) __attribute__((always_inline)) {
+      unrolled<0, n>([&](auto y) __attribute__((always_inline)) {
         d[y.value] = Vec::load_levels(a.rows[y.value] + x.value * a.pitch + c);
       });
       A::input(d, v);
-      unrolled<n>([&](auto i)
+      unrolled<0, n>([&](auto i)
                       __attribute__((always_inline)) { half[i.value][x.value] = v[i.value]; });
     });
     int16_t* out = a.factors + c;
-    unrolled<n>([&](auto i) __attribute__((always_inline)) {
+    unrolled<0, n>([&](auto i) __attribute__((always_inline)) {
       T v[n];
       A::input(half[i.value], v);
-      unrolled<n>([&](auto j) __attribute__((always_inline)) {
+      unrolled<0, n>([&](auto j) __attribute__((always_inline)) {
         Vec::store(out, v[j.value]);
         out += a.tap_stride;
       });
@@ -123,20 +109,20 @@ void transform_taps(const WinogradTapsArgs& a) {
   const int64_t count = a.pairs * kWinogradGroup * 2;
   for (int64_t at = 0; at < count; at += Vec::kLevels) {
     T half[n][3];
-    unrolled<3>([&](auto x) __attribute__((always_inline)) {
+    unrolled<0, 3>([&](auto x) __attribute__((always_inline)) {
       T g[3], u[n];
-      unrolled<3>([&](auto y) __attribute__((always_inline)) {
+      unrolled<0, 3>([&](auto y) __attribute__((always_inline)) {
         const int8_t* weights = a.weights + (y.value * 3 + x.value) * count + at;
         g[y.value] = Vec::load_narrow(reinterpret_cast<const uint8_t*>(weights));
       });
       A::weight(g, u);
-      unrolled<n>([&](auto i)
+      unrolled<0, n>([&](auto i)
                       __attribute__((always_inline)) { half[i.value][x.value] = u[i.value]; });
     });
-    unrolled<n>([&](auto i) __attribute__((always_inline)) {
+    unrolled<0, n>([&](auto i) __attribute__((always_inline)) {
       T u[n];
       A::weight(half[i.value], u);
-      unrolled<n>([&](auto j) __attribute__((always_inline)) {
+      unrolled<0, n>([&](auto j) __attribute__((always_inline)) {
         constexpr int k = i.value * n + j.value;
         if (a.narrow[k])
           Vec::store_narrow(a.taps + a.offset[k] + at, u[j.value]);
@@ -167,13 +153,13 @@ void multiply_rows(const WinogradProductArgs& a, int row) {
   T sums[kRows][kVectors];
   const auto step = [&](auto first) __attribute__((always_inline)) {
     T w[kVectors];
-    unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
+    unrolled<0, kVectors>([&](auto v) __attribute__((always_inline)) {
       const uint8_t* at = taps + v.value / kParts * a.group_bytes + v.value % kParts * kPartBytes;
       w[v.value] = kNarrow ? Vec::load_narrow(at) : Vec::load(at);
     });
-    unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
+    unrolled<0, kRows>([&](auto r) __attribute__((always_inline)) {
       const T pair = Vec::broadcast(factors[r.value / 3] + r.value % 3 * stride);
-      unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
+      unrolled<0, kVectors>([&](auto v) __attribute__((always_inline)) {
         T& sum = sums[r.value][v.value];
         if constexpr (first.value)
           sum = Vec::product(pair, w[v.value]);
@@ -192,7 +178,7 @@ void multiply_rows(const WinogradProductArgs& a, int row) {
   for (int64_t p = 1; p < a.pairs; ++p)
     step(std::false_type());
   int32_t* products = a.products + row * kWinogradGroup * kGroups;
-  unrolled<kRows * kVectors>([&](auto i) __attribute__((always_inline)) {
+  unrolled<0, kRows * kVectors>([&](auto i) __attribute__((always_inline)) {
     Vec::store(products + i.value * Vec::kSums, sums[i.value / kVectors][i.value % kVectors]);
   });
 }
@@ -229,20 +215,20 @@ void transform_output(const WinogradOutputArgs& a) {
     for (int c = 0; c < a.width; c += Vec::kSums) {
       const int32_t* products = a.products + t * a.width + c;
       T half[kTile][n];
-      unrolled<n>([&](auto x) __attribute__((always_inline)) {
+      unrolled<0, n>([&](auto x) __attribute__((always_inline)) {
         T m[n], y[kTile];
-        unrolled<n>([&](auto i) __attribute__((always_inline)) {
+        unrolled<0, n>([&](auto i) __attribute__((always_inline)) {
           m[i.value] = Vec::load(products + (i.value * n + x.value) * a.tap_stride);
         });
         A::output(m, y);
-        unrolled<kTile>(
+        unrolled<0, kTile>(
             [&](auto i) __attribute__((always_inline)) { half[i.value][x.value] = y[i.value]; });
       });
       int32_t* sums = a.sums + t * a.tile_stride + c;
-      unrolled<kTile>([&](auto i) __attribute__((always_inline)) {
+      unrolled<0, kTile>([&](auto i) __attribute__((always_inline)) {
         T y[kTile];
         A::output(half[i.value], y);
-        unrolled<kTile>([&](auto j) __attribute__((always_inline)) {
+        unrolled<0, kTile>([&](auto j) __attribute__((always_inline)) {
           T sum = y[j.value];
           if constexpr (A::kOddInverse != 1) sum = Vec::mul32(sum, inverse);
           Vec::store(sums + i.value * a.row_stride + j.value * a.width,
