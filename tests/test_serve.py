@@ -7,6 +7,7 @@ import gzip
 import http.client
 import io
 import json
+import math
 import socket
 import threading
 import time
@@ -309,9 +310,9 @@ def test_classify(server: Running, engine: ada.Engine):
     ("data", "message"),
     [
         (b"", "got nothing"),
-        (b"no image", "expected a JPEG or PNG"),
-        (encoded(np.zeros((9, 9, 3), np.uint8))[:-30], "expected a JPEG or PNG"),
-        (encoded(np.zeros((9, 9, 3), np.uint8), "GIF"), "expected a JPEG or PNG"),
+        (b"no image", "cannot decode the image (as JPEG or PNG)"),
+        (encoded(np.zeros((9, 9, 3), np.uint8))[:-30], "cannot decode the image"),
+        (encoded(np.zeros((9, 9, 3), np.uint8), "GIF"), "cannot decode the image"),
     ],
 )
 def test_bad_images(server: Running, data: bytes, message: str):
@@ -333,6 +334,44 @@ def test_a_bad_image_spoils_no_other(model: Path):
         assert [status for status, _ in answers] == [200, 400, 400, 200]
         assert "at most 100 pixels" in answers[2][1]["error"]
         assert answers[0][1]["classes"] == answers[3][1]["classes"]
+
+
+def line_of_pixels(width: int, height: int) -> bytes:
+    """A picture of a few hundred bytes; its middle is 200, the rest 0."""
+    pixels = np.zeros((max(width, height), 3), np.uint8)
+    pixels[len(pixels) // 4 : -(len(pixels) // 4)] = 200
+    return encoded(pixels.reshape(height, width, 3))
+
+
+@pytest.mark.parametrize("size", [(100_000, 1), (1, 100_000)])
+def test_of_a_long_picture_only_the_shown_part_is_scaled(size, monkeypatch):
+    made: list[int] = []
+    resize = Image.Image.resize
+
+    def watched(image: Image.Image, *arguments: Any) -> Image.Image:
+        made.append(math.prod(image.size))
+        scaled = resize(image, *arguments)
+        made.append(math.prod(scaled.size))
+        return scaled
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    data = line_of_pixels(*size)
+    found = Preprocessing({"resize": 8}, (3, 8, 8))(data, 10_000_000)
+    np.testing.assert_array_equal(found, np.full((3, 8, 8), np.float32(200) / np.float32(255)))
+    assert len(data) < 1000 and made and max(made) < 1000
+
+
+@pytest.mark.parametrize("size", [(100_000, 1), (1, 100_000)])
+def test_a_long_picture_that_would_be_too_large(size, model: Path, tmp_path: Path):
+    path = write_model(tmp_path / "long.ada", preprocessing={"resize": 256})
+    with running([ModelSource("long", "1", path)]) as server:
+        begin = time.monotonic()
+        ask = "/v2/models/long/classify"
+        status, answer = server.request("POST", ask, line_of_pixels(*size))
+        scaled = "25600000x256" if size[0] > size[1] else "256x25600000"
+        assert status == 400 and f"with its shorter side at 256 {scaled}" in answer["error"]
+        assert time.monotonic() - begin < 5  # it was minutes, and 19 GB
+        assert server.request("POST", ask, encoded(np.zeros((10, 30, 3), np.uint8)))[0] == 200
 
 
 def test_preprocessing_as_torchvision_does_it():
