@@ -104,8 +104,8 @@ class Preprocessing:
         """One image as float32 ``[channels, height, width]``.
 
         Raises:
-            InputError: not a JPEG or PNG, damaged, more than ``max_pixels``, or more than those when
-                its shorter side is scaled to ``resize``.
+            InputError: not a JPEG or PNG, damaged, or more than ``max_pixels``, also when its
+                shorter side is scaled to ``resize``.
         """
         mode = "L" if self.channels == "L" else "RGB"
         try:
