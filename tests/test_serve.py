@@ -979,7 +979,11 @@ def test_a_waiting_worker_reports_that_it_is_alone(model: Path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["a.ada", "b.ada", "--name", "x"], "it needs one MODEL, got 2"),
+        (
+            ["a.ada", "b.ada", "--name", "x"],
+            "it is the name of one MODEL, got 2; give each its own, as NAME=model.ada",
+        ),
+        (["--name", "x"], "it is the name of one MODEL, got 0"),
         (["a b.ada"], "model name 'a b'"),
         (["x=a.ada", "x:1=b.ada"], "two models have one name and version"),
         (["--no-control"], "MODELS are needed"),

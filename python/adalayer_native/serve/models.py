@@ -200,13 +200,13 @@ class ModelTable:
             key=key,
             runner=self._settings.runner,
             threads=self._settings.engine_threads,
-            max_samples=max(self._settings.max_request_batch, self._settings.max_batch),
+            max_samples=self._settings.largest_request,
             max_pixels=self._settings.max_pixels,
             stuck_after=3 * self._settings.replica_timeout,
         )
         try:
             try:
-                await self._deployer.deploy(app, spec)
+                await self._deploy(app, spec)
                 await asyncio.wait_for(
                     asyncio.shield(successor.ready), self._settings.start_timeout
                 )
@@ -220,6 +220,15 @@ class ModelTable:
         entry.state, entry.reason = "READY", ""
         if previous is not None:
             self._background(previous)
+
+    async def _deploy(self, app: str, spec: WorkerSpec) -> None:
+        try:
+            await self._deployer.deploy(app, spec)
+        except Exception as error:  # Ray's errors
+            logger.warning("deploying %s", app, exc_info=error)
+            raise ServeError(
+                500, f"its replicas cannot be started: {type(error).__name__}: {error}"
+            ) from error
 
     async def unload(self, name: str, version: str | None = None) -> None:
         """Remove a version, or all; what they are answering is still answered.

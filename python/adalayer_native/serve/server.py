@@ -129,10 +129,10 @@ def run(
         StartError: see there.
         ClusterError: Ray does not come up.
     """
-    log_to_stderr()
     listener = bind(settings)
     try:
         check_start(settings, sources)
+        log_to_stderr()
         logger.info("%s", "starting Ray" if settings.address is None else "joining Ray's cluster")
         from .deploy import RayDeployer
 
