@@ -129,6 +129,9 @@ def connections(settings: Settings, log: StrangersLog, overloaded: Any) -> type[
                 raise _Refused(
                     400, "expected a request with a body to ask for no other protocol (Upgrade)"
                 )
+            for name, value in self.headers:
+                if name == b"transfer-encoding" and value.strip().lower() != b"chunked":
+                    raise _Refused(400, f"Transfer-Encoding: expected chunked, got {value[:40]!r}")
             many = len(self.connections) > settings.max_connections
             self.app = overloaded if many else self.config.loaded_app
             super().on_headers_complete()

@@ -96,7 +96,8 @@ class ModelTable:
         else:
             found = versions.get(version)
         if found is None or found.dispatcher is None:
-            asked = f"model {name!r}" + (f", version {version!r}," if version is not None else "")
+            asked = f"model {name[:80]!r}"
+            asked += f", version {version[:80]!r}," if version is not None else ""
             why = f": {found.reason}" if found is not None and found.reason else ""
             raise ServeError(404, f"{asked} is not loaded{why}")
         return found
@@ -129,8 +130,8 @@ class ModelTable:
         if not valid_name(name) or not valid_version(version):
             raise ServeError(
                 400,
-                f"model {name!r}, version {version!r}: expected letters, digits, '_', '.', '-' as "
-                "a name, and a whole number from 1 as a version",
+                f"model {name[:80]!r}, version {version[:80]!r}: expected letters, digits, '_', "
+                "'.', '-' as a name, and a whole number from 1 as a version",
             )
         if name not in self._entries and len(self._entries) >= MAX_NAMES:
             raise ServeError(400, f"this server knows {MAX_NAMES} names of models already")
