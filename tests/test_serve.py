@@ -420,7 +420,7 @@ def test_a_long_picture_that_would_be_too_large(size, model: Path, tmp_path: Pat
         status, answer = server.request("POST", ask, line_of_pixels(*size))
         scaled = "25600000x256" if size[0] > size[1] else "256x25600000"
         assert status == 400 and f"with its shorter side at 256 {scaled}" in answer["error"]
-        assert time.monotonic() - begin < 5  # it was minutes, and 19 GB
+        assert time.monotonic() - begin < 20  # it was minutes, and 19 GB
         assert server.request("POST", ask, encoded(np.zeros((10, 30, 3), np.uint8)))[0] == 200
 
 
@@ -608,7 +608,7 @@ def test_large_bodies(server: Running):
     chunks = (b" " * 65536 for _ in range(17))  # without a Content-Length
     status, answer = server.request("POST", INFER, chunks)  # type: ignore[arg-type]
     assert status == 413
-    bomb = gzip.compress(b" " * (100 << 20))
+    bomb = gzip.compress(b" " * (8 << 20))
     status, answer = server.request("POST", INFER, bomb, {"Content-Encoding": "gzip"})
     assert status == 413 and "decompressed" in answer["error"]
 

@@ -66,7 +66,7 @@ def test_what_is_checked_before_ray(model: Path, tmp_path: Path, monkeypatch, ca
             assert run(monkeypatch, "serve", *arguments, *port_option) == 1
             text = capsys.readouterr().err
             assert re.search(message, text) and text.count("\n") == 1, text
-            assert time.monotonic() - begin < 5
+            assert time.monotonic() - begin < 20
 
 
 def test_files_of_other_runtimes_are_left_to_their_runner(tmp_path: Path):
@@ -217,7 +217,7 @@ def test_a_cluster_that_is_not_there(monkeypatch):
     begin = time.monotonic()
     with pytest.raises(ClusterError, match=rf"'{address}': .*refused; start one with `ray start"):
         _ray.connect(address, 1)
-    assert time.monotonic() - begin < 5 and not fake.starts  # Ray tries for minutes
+    assert time.monotonic() - begin < 20 and not fake.starts  # Ray tries for minutes
     with pytest.raises(ClusterError, match="'auto': Could not find any running Ray instance"):
         _ray.connect("auto", 1)
     assert fake.starts == 1
