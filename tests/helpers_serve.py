@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from adalayer_native.serve.checks import bind
 from adalayer_native.serve.replica import Worker, WorkerSpec
 from adalayer_native.serve.runner import Description, EngineRunner, TensorInfo
 from adalayer_native.serve.server import serve_until
@@ -184,7 +185,7 @@ def running(
             ready.set()
 
         chosen = Settings(**{"port": 0, "threads": 1, "drain": 5.0, **settings})
-        await serve_until(stop, chosen, models, deployer, on_ready=on_ready)
+        await serve_until(stop, chosen, models, deployer, bind(chosen), on_ready=on_ready)
 
     def target() -> None:
         try:

@@ -7,6 +7,7 @@ import gzip
 import http.client
 import io
 import json
+import math
 import socket
 import threading
 import time
@@ -113,6 +114,9 @@ def test_tritonclient(server: Running, engine: ada.Engine):
     assert client.get_server_metadata()["name"] == "adalayer_native"
     assert client.get_model_metadata("tiny")["inputs"][0]["name"] == "x"
     assert client.get_model_repository_index()[0]["state"] == "READY"
+    assert client.get_model_config("tiny")["max_batch_size"] == 256
+    assert client.get_inference_statistics("tiny")["model_stats"][0]["version"] == "1"
+    assert client.get_inference_statistics()["model_stats"][0]["name"] == "tiny"
     x = image_batch(5)
     wanted = engine.run(x)
     for binary_in, binary_out, compression in (
@@ -143,6 +147,53 @@ def test_tritonclient(server: Running, engine: ada.Engine):
     with pytest.raises(client_module.InferenceServerException, match="expected shape"):
         client.infer("tiny", [wrong])
     client.close()
+
+
+def test_configuration_and_statistics(model: Path):
+    settings = {"max_batch": 8, "batch_wait_ms": 2.5, "max_queue": 7}
+    with running([ModelSource("tiny", "1", model)], **settings) as server:
+        status, found = server.request("GET", "/v2/models/tiny/config")
+        assert status == 200
+        assert found["input"] == [{"name": "x", "data_type": "TYPE_FP32", "dims": [3, 8, 8]}]
+        assert found["output"] == [{"name": "output", "data_type": "TYPE_FP32", "dims": [4]}]
+        assert (found["name"], found["max_batch_size"]) == ("tiny", 256)
+        assert found["dynamic_batching"] == {
+            "preferred_batch_size": [8],
+            "max_queue_delay_microseconds": 2500,
+            "default_queue_policy": {"max_queue_size": 7},
+        }
+        assert server.request("GET", "/v2/models/tiny/versions/1/config")[1] == found
+        before = 1000 * time.time()
+        for n in (1, 1, 3):
+            assert server.infer(image_batch(n))[0] == 200
+        assert server.request("POST", "/v2/models/tiny/classify", b"no image")[0] == 400
+        ((row,),) = server.request("GET", "/v2/models/tiny/stats")[1].values()
+        assert (row["name"], row["version"]) == ("tiny", "1")
+        assert (row["inference_count"], row["execution_count"]) == (5, 3)
+        assert before <= row["last_inference"] + 1 and row["last_inference"] <= 1000 * time.time()
+        parts = row["inference_stats"]
+        assert {key: part["count"] for key, part in parts.items()} == {
+            "success": 3,
+            "fail": 1,
+            "queue": 3,
+            "compute_input": 3,
+            "compute_infer": 3,
+            "compute_output": 3,
+        }
+        assert all(part["ns"] > 0 for part in parts.values())
+        assert parts["queue"]["ns"] + parts["compute_infer"]["ns"] <= parts["success"]["ns"]
+        assert [(b["batch_size"], b["compute_infer"]["count"]) for b in row["batch_stats"]] == [
+            (1, 2),
+            (3, 1),
+        ]
+        for path in ("models/stats", "models/tiny/versions/1/stats"):
+            assert server.request("GET", f"/v2/{path}")[1] == {"model_stats": [row]}
+        # Loaded again, a version goes on counting.
+        assert server.request("POST", "/v2/repository/models/tiny/load", b"")[0] == 200
+        assert server.request("GET", "/v2/models/stats")[1] == {"model_stats": [row]}
+        assert server.request("GET", "/v2/models/none/stats")[0] == 404
+        assert server.request("GET", "/v2/models/none/config")[0] == 404
+        assert server.request("POST", "/v2/models/tiny/config", b"")[0] == 405
 
 
 def test_several_inputs_and_outputs(model: Path):
@@ -309,9 +360,9 @@ def test_classify(server: Running, engine: ada.Engine):
     ("data", "message"),
     [
         (b"", "got nothing"),
-        (b"no image", "expected a JPEG or PNG"),
-        (encoded(np.zeros((9, 9, 3), np.uint8))[:-30], "expected a JPEG or PNG"),
-        (encoded(np.zeros((9, 9, 3), np.uint8), "GIF"), "expected a JPEG or PNG"),
+        (b"no image", "cannot decode the image (as JPEG or PNG)"),
+        (encoded(np.zeros((9, 9, 3), np.uint8))[:-30], "cannot decode the image"),
+        (encoded(np.zeros((9, 9, 3), np.uint8), "GIF"), "cannot decode the image"),
     ],
 )
 def test_bad_images(server: Running, data: bytes, message: str):
@@ -333,6 +384,44 @@ def test_a_bad_image_spoils_no_other(model: Path):
         assert [status for status, _ in answers] == [200, 400, 400, 200]
         assert "at most 100 pixels" in answers[2][1]["error"]
         assert answers[0][1]["classes"] == answers[3][1]["classes"]
+
+
+def line_of_pixels(width: int, height: int) -> bytes:
+    """A picture of a few hundred bytes; its middle is 200, the rest 0."""
+    pixels = np.zeros((max(width, height), 3), np.uint8)
+    pixels[len(pixels) // 4 : -(len(pixels) // 4)] = 200
+    return encoded(pixels.reshape(height, width, 3))
+
+
+@pytest.mark.parametrize("size", [(100_000, 1), (1, 100_000)])
+def test_of_a_long_picture_only_the_shown_part_is_scaled(size, monkeypatch):
+    made: list[int] = []
+    resize = Image.Image.resize
+
+    def watched(image: Image.Image, *arguments: Any) -> Image.Image:
+        made.append(math.prod(image.size))
+        scaled = resize(image, *arguments)
+        made.append(math.prod(scaled.size))
+        return scaled
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    data = line_of_pixels(*size)
+    found = Preprocessing({"resize": 8}, (3, 8, 8))(data, 10_000_000)
+    np.testing.assert_array_equal(found, np.full((3, 8, 8), np.float32(200) / np.float32(255)))
+    assert len(data) < 1000 and made and max(made) < 1000
+
+
+@pytest.mark.parametrize("size", [(100_000, 1), (1, 100_000)])
+def test_a_long_picture_that_would_be_too_large(size, model: Path, tmp_path: Path):
+    path = write_model(tmp_path / "long.ada", preprocessing={"resize": 256})
+    with running([ModelSource("long", "1", path)]) as server:
+        begin = time.monotonic()
+        ask = "/v2/models/long/classify"
+        status, answer = server.request("POST", ask, line_of_pixels(*size))
+        scaled = "25600000x256" if size[0] > size[1] else "256x25600000"
+        assert status == 400 and f"with its shorter side at 256 {scaled}" in answer["error"]
+        assert time.monotonic() - begin < 20  # it was minutes, and 19 GB
+        assert server.request("POST", ask, encoded(np.zeros((10, 30, 3), np.uint8)))[0] == 200
 
 
 def test_preprocessing_as_torchvision_does_it():
@@ -387,6 +476,9 @@ def tensor(**changes):
     return {key: value for key, value in {**base, **changes}.items() if value is not None}
 
 
+ONE = {"binary_data": 1}
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
@@ -396,25 +488,38 @@ def tensor(**changes):
         ({"inputs": 3}, "a list of tensors"),
         ({}, "a list of tensors"),
         ({"inputs": []}, "'x' is missing"),
-        ({"inputs": [tensor(name="y")]}, "expected 'x', got 'y'"),
+        ({"inputs": [tensor(name="y")]}, "expected 'x', got \"y\""),
         ({"inputs": [tensor(), tensor()]}, "comes twice"),
         ({"inputs": [tensor(shape=[1, 3, 8, 9])]}, "expected shape [batch, 3, 8, 8]"),
         ({"inputs": [tensor(shape=[0, 3, 8, 8])]}, "expected shape"),
         ({"inputs": [tensor(shape=[True, 3, 8, 8])]}, "expected shape"),
         ({"inputs": [tensor(shape=[-1, 3, 8, 8])]}, "expected shape"),
         ({"inputs": [tensor(shape="large")]}, "expected shape"),
+        ({"inputs": [tensor(shape=json.loads("[" * 900 + "]" * 900))]}, "expected shape"),
         ({"inputs": [tensor(shape=[257, 3, 8, 8])]}, "at most 256"),
-        ({"inputs": [tensor(datatype="INT8")]}, "FP32 or FP16, got 'INT8'"),
+        ({"inputs": [tensor(datatype="INT8")]}, 'FP32 or FP16, got "INT8"'),
         ({"inputs": [tensor(data=[0] * 191)]}, "expected 192 numbers, got 191"),
         ({"inputs": [tensor(data=["a"] * 192)]}, "expected numbers"),
         ({"inputs": [tensor(data=[[1], [2, 3]])]}, "inhomogeneous"),
         ({"inputs": [tensor(data=None)]}, "neither data nor"),
         ({"inputs": [tensor(parameters=3)]}, "expected an object"),
         ({"inputs": [tensor(parameters={"shared_memory_region": "r"})]}, "not supported"),
-        ({"inputs": [tensor(data=None, parameters={"binary_data_size": 768})]}, "body ends after"),
-        ({"inputs": [tensor(data=None, parameters={"binary_data_size": 767})]}, "768"),
-        ({"inputs": [tensor(data=None, parameters={"binary_data_size": -1})]}, "768"),
-        ({"inputs": [tensor()], "outputs": [{"name": "z"}]}, "expected 'output', got 'z'"),
+        (
+            {"inputs": [tensor(data=None, parameters={"binary_data_size": 768})]},
+            "needs the header Inference-Header-Content-Length",
+        ),
+        (
+            {"inputs": [tensor()], "parameters": {"binary_data_output": "yes"}},
+            'binary_data_output of the request: expected true or false, got "yes"',
+        ),
+        (
+            {
+                "inputs": [tensor()],
+                "outputs": [{"name": "output", "parameters": {"binary_data": 1}}],
+            },
+            "binary_data of output 'output': expected true or false, got 1",
+        ),
+        ({"inputs": [tensor()], "outputs": [{"name": "z"}]}, "expected 'output', got \"z\""),
         ({"inputs": [tensor()], "outputs": "all"}, "expected a list"),
         ({"inputs": [tensor()], "id": 7}, "expected a string"),
     ],
@@ -425,12 +530,69 @@ def test_bad_requests(server: Running, body, message):
     assert status == 400 and message in answer["error"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "expected 768 bytes behind the JSON and the inputs before it, the body ends after 3"),
+        ({"parameters": {"binary_data_size": 767}}, "(192 values of shape [1, 3, 8, 8], 4 bytes"),
+        ({"datatype": "FP16"}, "expected binary_data_size 384 (192 values"),
+        ({"parameters": {"binary_data_size": -1}}, "FP32 each), got -1"),
+        ({"parameters": {"binary_data_size": "768"}}, 'as a whole number (768), got "768"'),
+        ({"parameters": {"binary_data_size": True}}, "as a whole number (768), got true"),
+        ({"parameters": {"binary_data_size": 768.0}}, "as a whole number (768), got 768.0"),
+        ({"data": [0] * 192}, "has both data and binary_data_size"),
+        ({"parameters": None, "data": [0] * 192}, "3 bytes of the body belong to no input"),
+    ],
+)
+def test_bad_sizes_of_binary_data(server: Running, changes: dict, message: str):
+    row = {**tensor(data=None, parameters={"binary_data_size": 768}), **changes}
+    text = json.dumps({"inputs": [row]}).encode()
+    headers = {"Inference-Header-Content-Length": str(len(text))}
+    status, answer = server.request("POST", INFER, text + b"123", headers)
+    assert status == 400 and message in answer["error"]
+
+
+def test_a_null_is_as_good_as_nothing(server: Running, engine: ada.Engine):
+    x = image_batch(1)
+    row = tensor(data=x.ravel().tolist())
+    nulls = {"binary_data_size": None, "shared_memory_region": None, "classification": None}
+    for request in (
+        {"id": None, "parameters": None, "inputs": [row], "outputs": None},
+        {"inputs": [{**row, "parameters": None}], "parameters": {"binary_data_output": None}},
+        {"inputs": [{**row, "parameters": nulls}]},
+        {"inputs": [row], "outputs": [{"name": "output", "parameters": None}]},
+        {"inputs": [row], "outputs": [{"name": "output", "parameters": {"binary_data": None}}]},
+    ):
+        status, answer = server.request("POST", INFER, json.dumps(request))
+        assert status == 200, answer
+        np.testing.assert_array_equal(outputs(answer), engine.run(x))
+    # Bytes are the default of all outputs, and a null leaves one at that.
+    request = {
+        "inputs": [row],
+        "parameters": {"binary_data_output": True},
+        "outputs": [{"name": "output", "parameters": {"binary_data": None}}],
+    }
+    status, answer = server.request("POST", INFER, json.dumps(request))
+    assert status == 200 and answer.endswith(engine.run(x).tobytes())
+    for path in ("/v2/repository/index", "/v2/repository/models/none/unload"):
+        status, answer = server.request("POST", path, b'{"parameters": null}')
+        assert status in (200, 404), answer
+
+
 def test_bad_headers(server: Running):
     good = json.dumps({"inputs": [tensor()]}).encode()
-    for value, message in (("99999", "of"), ("-3", "a number"), ("many", "a number")):
+    digits = "9" * 5000
+    for value, message in (
+        ("99999", "the JSON has 99999 bytes, the body"),
+        ("-3", "expected the number of bytes of the JSON, got '-3'"),
+        ("many", "got 'many'"),
+        (digits, "expected the number of bytes"),
+    ):
         headers = {"Inference-Header-Content-Length": value}
         status, answer = server.request("POST", INFER, good, headers)
         assert status == 400 and message in answer["error"]
+    status, answer = server.request("POST", f"/v2/models/tiny/classify?top={digits}", b"")
+    assert status == 400 and "a number of classes" in answer["error"]
     headers = {"Inference-Header-Content-Length": str(len(good))}
     status, answer = server.request("POST", INFER, good + b"rest", headers)
     assert status == 400 and "4 bytes of the body belong to no input" in answer["error"]
@@ -446,7 +608,7 @@ def test_large_bodies(server: Running):
     chunks = (b" " * 65536 for _ in range(17))  # without a Content-Length
     status, answer = server.request("POST", INFER, chunks)  # type: ignore[arg-type]
     assert status == 413
-    bomb = gzip.compress(b" " * (100 << 20))
+    bomb = gzip.compress(b" " * (8 << 20))
     status, answer = server.request("POST", INFER, bomb, {"Content-Encoding": "gzip"})
     assert status == 413 and "decompressed" in answer["error"]
 
@@ -471,14 +633,16 @@ def test_slow_bodies(model: Path, engine: ada.Engine):
 
 def test_long_headers(server: Running):
     text = b"POST / HTTP/1.1\r\n" + b"X-Filler: " + b"a" * 100_000
-    assert exchange(server, text).startswith(b"HTTP/1.1 400")
+    assert exchange(server, text).startswith(b"HTTP/1.1 431")
 
 
 def test_slow_headers(model: Path):
     with running([ModelSource("tiny", "1", model)], header_timeout=0.3) as server:
         with socket.create_connection((server.host, server.port), timeout=20) as connection:
             connection.sendall(b"POST /v2 HTTP/1.1\r\nHost:")
-            assert connection.recv(100) == b""
+            assert connection.recv(100).startswith(b"HTTP/1.1 408")
+        with socket.create_connection((server.host, server.port), timeout=20) as connection:
+            assert connection.recv(100) == b""  # nothing was asked
         assert server.request("GET", "/v2/health/ready")[0] == 200
 
 
@@ -567,7 +731,7 @@ def test_repository_folder_and_no_control(model: Path, tmp_path: Path):
 
 def test_a_model_that_cannot_be_loaded_at_the_start(tmp_path: Path):
     (tmp_path / "bad.ada").write_bytes(b"nothing")
-    from adalayer_native.serve.server import StartError
+    from adalayer_native.serve.checks import StartError
 
     with (
         pytest.raises(
@@ -815,7 +979,11 @@ def test_a_waiting_worker_reports_that_it_is_alone(model: Path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["a.ada", "b.ada", "--name", "x"], "it needs one MODEL, got 2"),
+        (
+            ["a.ada", "b.ada", "--name", "x"],
+            "it is the name of one MODEL, got 2; give each its own, as NAME=model.ada",
+        ),
+        (["--name", "x"], "it is the name of one MODEL, got 0"),
         (["a b.ada"], "model name 'a b'"),
         (["x=a.ada", "x:1=b.ada"], "two models have one name and version"),
         (["--no-control"], "MODELS are needed"),

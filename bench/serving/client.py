@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+
+from adalayer_native.engine import Engine
+from bench.networks import Network
 
 Array = npt.NDArray[np.float32]
 
@@ -76,6 +80,15 @@ class Counts:
         """Milliseconds."""
         return 1e3 * float(np.quantile(self.seconds, share)) if self.seconds else float("nan")
 
+    def add(self, other: Counts) -> None:
+        """Add what another run did, but for its times."""
+        self.sent += other.sent
+        self.answered += other.answered
+        self.wrong += other.wrong
+        self.refused += other.refused
+        self.failed += other.failed
+        self.first = self.first or other.first
+
     @property
     def perfect(self) -> bool:
         """Something was asked, and everything was answered rightly."""
@@ -104,6 +117,15 @@ def question(x: Array, answer: Array, *, model: str = "net", tolerance: float = 
     return Question(top.encode() + text + x.tobytes(), answer, tolerance)
 
 
+def questions_of(compiled: Engine, source: Network) -> list[Question]:
+    """Sixteen questions to an engine, of one and of two images, with its answers."""
+    questions = []
+    for seed in range(16):
+        x = source.images(1 + seed % 2, seed).numpy()
+        questions.append(question(x, np.array(compiled.run(x))))
+    return questions
+
+
 async def read_answer(reader: asyncio.StreamReader) -> tuple[int, dict[str, str], bytes]:
     """Status, headers and body of the next answer."""
     head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
@@ -121,12 +143,22 @@ def tensor_of(headers: dict[str, str], body: bytes) -> Array:
 
 
 async def _client(
-    port: int, questions: Sequence[Question], first: int, until: float, counts: Counts
+    port: int,
+    questions: Sequence[Question],
+    first: int,
+    until: float,
+    counts: Counts,
+    due: float,
+    pause: float,
 ) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 22)
     turn = first
     try:
-        while time.monotonic() < until:
+        while True:
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            if time.monotonic() >= until:
+                return
+            due += pause
             asked = questions[turn % len(questions)]
             turn += 1
             start = time.perf_counter()
@@ -149,13 +181,26 @@ async def _client(
 
 
 async def load(
-    port: int, questions: Sequence[Question], clients: int, seconds: float
+    port: int,
+    questions: Sequence[Question],
+    clients: int,
+    seconds: float,
+    *,
+    rate: float = math.inf,
 ) -> tuple[Counts, float]:
-    """Ask from so many connections for a time; what happened, and how long it took."""
+    """Ask from so many connections for a time; what happened, and how long it took.
+
+    Args:
+        rate: requests per second of all connections together; by default each asks again as soon
+            as it has its answer.
+    """
     counts = Counts()
     start = time.monotonic()
-    until = start + seconds
+    pause = clients / rate
     await asyncio.gather(
-        *(_client(port, questions, first, until, counts) for first in range(clients))
+        *(
+            _client(port, questions, first, start + seconds, counts, start + first / rate, pause)
+            for first in range(clients)
+        )
     )
     return counts, time.monotonic() - start

@@ -2,7 +2,6 @@
 
     python -m bench.serving.faults                       # all, a few minutes
     python -m bench.serving.faults --only kill,upload --seconds 60
-    python -m bench.serving.faults --only steady --seconds 600
 
 Each prints requests sent, answered and wrong, and what it did; one that did nothing has failed.
 """
@@ -23,11 +22,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from bench.engines import engine
 from bench.networks import network
-from bench.serving.client import Counts, Question, load, question, read_answer, tensor_of
+from bench.serving.client import Counts, Question, load, questions_of, read_answer, tensor_of
 from bench.serving.process import Server, serving, upload
 
 MAX_BODY = 8 << 20
@@ -243,36 +240,6 @@ def connections(setting: Setting) -> bool:
     return report("connections", good, counts, f"connections {count}")
 
 
-def steady(setting: Setting) -> bool:
-    """Load without a pause; what the processes hold must not grow after the first fifth."""
-    server, total, samples = setting.server, Counts(), []
-    slices = 10
-    for _ in range(slices):
-        counts, _ = asyncio.run(
-            load(server.port, setting.questions, setting.clients, setting.seconds / slices)
-        )
-        total.sent += counts.sent
-        total.answered += counts.answered
-        total.wrong += counts.wrong
-        total.refused += counts.refused
-        total.failed += counts.failed
-        total.first = total.first or counts.first
-        memory = server.memory()
-        samples.append(memory)
-        print(
-            f"     {memory['front'] / 1e6:.1f} MB front, {memory['replicas'] / 1e6:.1f} replicas",
-            flush=True,
-        )
-    growth = {}
-    for part in ("front", "replicas"):
-        early = [sample[part] for sample in samples[2:5]]
-        late = [sample[part] for sample in samples[-3:]]
-        growth[part] = float(np.mean(late) / np.mean(early) - 1)
-    good = total.perfect and all(value < 0.03 for value in growth.values())
-    text = ", ".join(f"{part} {value:+.2%}" for part, value in growth.items())
-    return report("steady", good, total, f"memory of the last third over the second: {text}")
-
-
 def drain(setting: Setting) -> bool:
     """SIGTERM under load: what was taken is answered. It comes last."""
     server, counts = setting.server, Counts()
@@ -323,7 +290,6 @@ SCENARIOS: dict[str, Callable[[Setting], bool]] = {
     "slow": slow_clients,
     "bad": bad_requests,
     "connections": connections,
-    "steady": steady,
     "drain": drain,
 }
 
@@ -342,11 +308,8 @@ def main() -> int:
     unknown = [name for name in chosen if name not in SCENARIOS]
     if unknown:
         parser.error(f"unknown scenario {unknown[0]!r}, expected {', '.join(SCENARIOS)}")
-    compiled, source = engine(asked.network, asked.bits), network(asked.network)
-    questions = []
-    for seed in range(16):
-        x = source.images(1 + seed % 2, seed).numpy()
-        questions.append(question(x, np.array(compiled.run(x))))
+    compiled = engine(asked.network, asked.bits)
+    questions = questions_of(compiled, network(asked.network))
     good = []
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "net.ada"

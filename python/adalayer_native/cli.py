@@ -386,7 +386,10 @@ def serve(
 
     given = models or []
     if name is not None and len(given) != 1:
-        raise typer.BadParameter(f"it needs one MODEL, got {len(given)}", param_hint="--name")
+        hint = "; give each its own, as NAME=model.ada" if given else ""
+        raise typer.BadParameter(
+            f"it is the name of one MODEL, got {len(given)}{hint}", param_hint="--name"
+        )
     if not given and not control:
         raise typer.BadParameter("without --control, MODELS are needed", param_hint="MODELS")
     try:

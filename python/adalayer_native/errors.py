@@ -1,9 +1,10 @@
 """Every error that this package raises on purpose.
 
 All of them derive from :class:`AdaError`, so that ``except AdaError`` catches whatever the
-package refuses, and from ``ValueError`` (a missing extra: from ``ImportError``), so that code
-which does not know the package still behaves as it would with any other wrong value. Messages
-name the layer, tensor or file, what was expected and what came instead.
+package refuses, and from ``ValueError`` (a missing extra: from ``ImportError``, a cluster that does
+not come up: from ``RuntimeError``), so that code which does not know the package still behaves as
+it would with any other wrong value. Messages name the layer, tensor or file, what was expected and
+what came instead.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ __all__ = [
     "AdaError",
     "BudgetError",
     "CalibrationError",
+    "ClusterError",
     "DataError",
     "DeviceError",
     "EnergyError",
@@ -37,6 +39,10 @@ class UnsupportedModelError(AdaError, ValueError):
 
 class CalibrationError(AdaError, ValueError):
     """Calibration data that cannot be used: an empty loader, NaN, infinity, wrong shape."""
+
+
+class ClusterError(AdaError, RuntimeError):
+    """Ray cannot be started on this machine, or the cluster that was named cannot be joined."""
 
 
 class DataError(AdaError, ValueError):

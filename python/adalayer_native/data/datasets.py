@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import warnings
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from PIL import Image
 from .._files import replacing
 from .._progress import ProgressBar
 from ..errors import DataError
+from .pictures import MAX_PIXELS, decode, scaled_part
 from .sources import ImageList, list_images
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "ImageDataset", "open_dataset"]
@@ -23,9 +23,8 @@ __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "ImageDataset", "open_dataset"]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# Decoded pixels of one image; above it the header alone is enough to refuse (decompression bomb).
-MAX_PIXELS = 50_000_000
-FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
+# Counts what changed the pixels of a file, so that older caches are not taken for them.
+DECODING = 2
 # Splits up to this many decoded bytes stay in memory; larger ones are decoded when asked for.
 MEMORY_LIMIT = 4 << 30
 # Images one thread decodes per task: small enough for smooth progress, large enough to be cheap.
@@ -219,7 +218,7 @@ def open_dataset(
     cache_file = None
     if cache:
         folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
-        cache_file = folder / f"images-{source.fingerprint[:32]}-{split}-{size}.npy"
+        cache_file = folder / f"images-{DECODING}-{source.fingerprint[:32]}-{split}-{size}.npy"
     return ImageDataset(
         torch.tensor(source.labels, dtype=torch.int64),
         source.classes,
@@ -243,30 +242,14 @@ def default_cache_dir() -> Path:
 
 
 def decode_image(data: bytes, size: int, name: str) -> np.ndarray:
-    """Decode to uint8 ``[3, size, size]`` RGB.
+    """Decode to uint8 ``[3, size, size]`` RGB: the shorter side scaled to ``size``, the middle.
 
     Raises:
-        DataError: not an image of a known format, damaged, or with too many pixels.
+        DataError: as :func:`~adalayer_native.data.pictures.decode`.
     """
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise DataError(
-                    f"image {name!r} is {width}x{height}; at most {MAX_PIXELS:,} pixels "
-                    f"are accepted"
-                )
-            rgb = image.convert("RGB")
-    except DataError:
-        raise
-    except Exception as error:  # Pillow's decoders raise many types on damaged files
-        raise DataError(f"cannot decode the image {name!r}: {error}") from error
-    if rgb.size != (size, size):
-        scale = size / min(width, height)
-        rgb = rgb.resize(
-            (max(size, round(width * scale)), max(size, round(height * scale))),
-            Image.Resampling.BILINEAR,
-        )
-        left, top = (rgb.width - size) // 2, (rgb.height - size) // 2
-        rgb = rgb.crop((left, top, left + size, top + size))
-    return np.asarray(rgb).transpose(2, 0, 1)
+    image = decode(data, what=f"image {name!r}", max_pixels=MAX_PIXELS)
+    scale = size / min(image.size)
+    wide, high = (max(size, round(side * scale)) for side in image.size)
+    corner = ((wide - size) // 2, (high - size) // 2)
+    shown = scaled_part(image, (wide, high), corner, (size, size), Image.Resampling.BILINEAR)
+    return np.asarray(shown).transpose(2, 0, 1)

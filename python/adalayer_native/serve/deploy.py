@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import threading
 from typing import Any
 
 from .._ray import connect, import_ray
+from ..errors import ClusterError
 from .replica import Worker, WorkerSpec
 from .settings import Settings
 
@@ -55,7 +57,16 @@ class RayDeployer:
         host = "127.0.0.1" if settings.address is None else ray.util.get_node_ip_address()
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         self.data_host = settings.data_host or host
-        serve.start(proxy_location="Disabled")
+        # Ray Serve's client is one for the process, and two calls at a time have crashed it.
+        self._one_at_a_time = threading.Lock()
+        try:
+            serve.start(proxy_location="Disabled")
+        except Exception as error:  # Ray raises many kinds
+            self.close()
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ClusterError(
+                f"Ray Serve did not start: {reason}; try again when the machine is less busy"
+            ) from error
 
     async def deploy(self, app: str, spec: WorkerSpec) -> None:
         """See :class:`~adalayer_native.serve.models.Deployer`."""
@@ -64,28 +75,33 @@ class RayDeployer:
     def _deploy(self, app: str, spec: WorkerSpec) -> None:
         # On one machine the threads are what is shared out, and Ray's count of CPUs means nothing.
         cpus = 0 if self._settings.address is None else spec.threads
-        deployment = serve.deployment(Replica, name=DEPLOYMENT).options(
-            num_replicas=self._settings.replicas,
-            max_ongoing_requests=1,
-            ray_actor_options={"num_cpus": cpus},
-            health_check_period_s=1,
-            health_check_timeout_s=30,
-            graceful_shutdown_wait_loop_s=0.1,
-            graceful_shutdown_timeout_s=5,
-            max_constructor_retry_count=3,
-        )
-        target = serve.RunTarget(
-            target=deployment.bind(spec.as_dict(), app), name=app, route_prefix=None
-        )
-        serve.run_many(
-            [target],
-            wait_for_ingress_deployment_creation=False,
-            wait_for_applications_running=False,
-        )
+        with self._one_at_a_time:
+            deployment = serve.deployment(Replica, name=DEPLOYMENT).options(
+                num_replicas=self._settings.replicas,
+                max_ongoing_requests=1,
+                ray_actor_options={"num_cpus": cpus},
+                health_check_period_s=1,
+                health_check_timeout_s=30,
+                graceful_shutdown_wait_loop_s=0.1,
+                graceful_shutdown_timeout_s=5,
+                max_constructor_retry_count=3,
+            )
+            target = serve.RunTarget(
+                target=deployment.bind(spec.as_dict(), app), name=app, route_prefix=None
+            )
+            serve.run_many(
+                [target],
+                wait_for_ingress_deployment_creation=False,
+                wait_for_applications_running=False,
+            )
 
     async def remove(self, app: str) -> None:
         """See :class:`~adalayer_native.serve.models.Deployer`."""
-        await asyncio.to_thread(serve.delete, app, _blocking=False)
+        await asyncio.to_thread(self._remove, app)
+
+    def _remove(self, app: str) -> None:
+        with self._one_at_a_time:
+            serve.delete(app, _blocking=False)
 
     def close(self) -> None:
         """Leave the cluster; one of our own ends with that, and Ray Serve in it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -13,6 +14,7 @@ import orjson
 
 from . import wire
 from .errors import ServeError
+from .log import StrangersLog
 from .metrics import ModelMetrics
 from .runner import Description, TensorInfo
 from .settings import Settings
@@ -38,9 +40,20 @@ class Job:
         future: gets the bytes of every output.
         attempts: replicas that it was sent to.
         arrived: of the loop's clock.
+        queued, sent: of the clock in nanoseconds, for statistics.
     """
 
-    __slots__ = ("arrived", "attempts", "count", "future", "images", "inputs", "timer")
+    __slots__ = (
+        "arrived",
+        "attempts",
+        "count",
+        "future",
+        "images",
+        "inputs",
+        "queued",
+        "sent",
+        "timer",
+    )
 
     def __init__(
         self,
@@ -56,6 +69,8 @@ class Job:
         self.future: asyncio.Future[list[memoryview]] = loop.create_future()
         self.attempts = 0
         self.arrived = loop.time()
+        self.queued = time.perf_counter_ns()
+        self.sent = 0
         self.timer: asyncio.TimerHandle | None = None
 
     def fail(self, error: ServeError) -> None:
@@ -188,8 +203,10 @@ class Dispatcher:
 
     def _send(self, lane: Lane, batch: list[Job]) -> None:
         count = sum(job.count for job in batch)
+        now = time.perf_counter_ns()
         for job in batch:
             job.attempts += 1
+            job.sent = now
         self._busy[lane.replica] = self._busy.get(lane.replica, 0) + 1
         self.metrics.batch.observe(count)
         self.metrics.queue.set(len(self._jobs))
@@ -235,6 +252,7 @@ class Dispatcher:
                 job.fail(ServeError(400, message))
         outputs = self.description.outputs
         total = sum(job.count for job in good)
+        self._count(good, total)
         if len(data) != total * sum(info.bytes for info in outputs):
             for job in good:
                 job.fail(ServeError(500, "the replica's answer has another size than expected"))
@@ -249,6 +267,15 @@ class Dispatcher:
         for share, job in zip(shares, good, strict=True):
             if not job.future.done():
                 job.future.set_result(share)
+
+    def _count(self, jobs: list[Job], samples: int) -> None:
+        if not jobs:
+            return
+        now, statistics = time.perf_counter_ns(), self.metrics.statistics
+        statistics.batch(samples, now - jobs[0].sent)
+        for job in jobs:
+            statistics.queue.add(job.sent - job.queued)
+            statistics.compute_infer.add(now - job.sent)
 
     def left(self, lane: Lane) -> None:
         """A lane is gone; what its replica had not answered is sent again, first of all."""
@@ -384,7 +411,8 @@ class Lane(asyncio.Protocol):
             while self._take_frame():
                 pass
         except (ConnectionError, ValueError, KeyError, TypeError) as error:
-            logger.warning("data port: %s: %s", type(error).__name__, error)
+            address = self._transport.get_extra_info("peername")
+            self._hub.strangers.warning(address, f"data port: {type(error).__name__}: {error}")
             self.close()
 
     def _take_frame(self) -> bool:
@@ -469,9 +497,10 @@ class Hub:
         port: that it listens on, after :meth:`start`.
     """
 
-    def __init__(self, settings: Settings, token: str) -> None:
+    def __init__(self, settings: Settings, token: str, strangers: StrangersLog) -> None:
         self.settings = settings
         self.token = token
+        self.strangers = strangers
         self.loop = asyncio.get_running_loop()
         self.dispatchers: dict[str, Dispatcher] = {}
         self.port = 0

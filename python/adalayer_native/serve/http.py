@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import logging
 import re
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -16,12 +16,22 @@ import numpy as np
 import orjson
 
 from .bodies import Receive, read_body
+from .connection import BROKEN
 from .dispatch import Dispatcher, Job
 from .errors import ServeError
 from .images import probabilities
+from .log import StrangersLog
 from .metrics import Metrics
 from .models import Entry, ModelTable
-from .protocol import build_response, metadata, named_number, parse_object, parse_request
+from .protocol import (
+    build_response,
+    configuration,
+    metadata,
+    named_number,
+    parameters_of,
+    parse_object,
+    parse_request,
+)
 from .settings import Settings
 
 __all__ = ["Application"]
@@ -35,8 +45,6 @@ try:
 except PackageNotFoundError:  # a source tree that was never installed
     _VERSION = "0.0.0"
 _FILE = re.compile(r"file:([1-9][0-9]{0,8})/[^/]+")
-
-logger = logging.getLogger(__name__)
 
 
 class Answer:
@@ -62,24 +70,49 @@ class Application:
         draining: whether the server is about to end.
     """
 
-    def __init__(self, settings: Settings, table: ModelTable, metrics: Metrics) -> None:
+    def __init__(
+        self, settings: Settings, table: ModelTable, metrics: Metrics, strangers: StrangersLog
+    ) -> None:
         self.started = False
         self.draining = False
         self._settings = settings
         self._table = table
         self._metrics = metrics
+        self._strangers = strangers
 
     async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
         """ASGI."""
         if scope["type"] != "http":
             raise RuntimeError(f"expected an HTTP request, got {scope['type']}")
+        where = f"{scope['method']} {scope['path']}:"
+
+        async def checked() -> Mapping[str, Any]:
+            message = await receive()
+            if BROKEN in scope:
+                raise ServeError(400, scope[BROKEN], close=True)
+            return message
+
         try:
-            answer = await self._route(scope, receive)
+            answer = await self._route(scope, checked)
         except ServeError as error:
+            self._strangers.warning(scope["client"], f"{where} {error.status} {error.message}")
             answer = _error_answer(error)
-        except Exception:
-            logger.exception("%s %s", scope["method"], scope["path"])
+        except Exception as error:
+            self._strangers.warning(scope["client"], f"{where} 500", error)
             answer = Answer.json({"error": "internal error; the server's log says more"}, 500)
+        await self._answer(scope, send, answer)
+
+    async def overloaded(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
+        """ASGI, where there are more connections than allowed."""
+        limit = self._settings.max_connections
+        error = ServeError(
+            503, f"more than {limit} connections are open already", retry_after=1, close=True
+        )
+        self._strangers.warning(scope["client"], f"{error.status} {error.message}")
+        await self._answer(scope, send, _error_answer(error))
+
+    @staticmethod
+    async def _answer(scope: Mapping[str, Any], send: Send, answer: Answer) -> None:
         length = (b"content-length", str(len(answer.body)).encode())
         await send(
             {
@@ -107,6 +140,10 @@ class Application:
             _expect(method, "GET", "HEAD")
             if rest == ["ready"]:
                 return self._model_ready(name, version)
+            if rest == ["config"]:
+                return self._config(name, version)
+            if rest == ["stats"]:
+                return self._statistics(name, version)
             if rest == []:
                 return self._model(name, version)
         elif parts[:2] == ["v2", "repository"]:
@@ -127,7 +164,12 @@ class Application:
                 {
                     "name": "adalayer_native",
                     "version": _VERSION,
-                    "extensions": ["binary_tensor_data", "model_repository"],
+                    "extensions": [
+                        "binary_tensor_data",
+                        "model_configuration",
+                        "model_repository",
+                        "statistics",
+                    ],
                 }
             )
         if parts == ["v2", "health", "live"]:
@@ -135,6 +177,8 @@ class Application:
         if parts == ["v2", "health", "ready"]:
             ready = self.started and not self.draining and self._table.ready()
             return Answer.json({"ready": ready}, 200 if ready else 503)
+        if parts == ["v2", "models", "stats"]:
+            return self._statistics(None, None)
         if len(parts) == 3 and parts[:2] == ["v2", "models"]:
             return self._model(parts[2], None)
         if parts == ["metrics"]:
@@ -148,6 +192,21 @@ class Application:
         assert dispatcher.description is not None
         versions = self._table.versions(name) if version is None else [version]
         return Answer.json(metadata(name, versions, dispatcher.description))
+
+    def _config(self, name: str, version: str | None) -> Answer:
+        dispatcher = _dispatcher(self._table.find(name, version))
+        assert dispatcher.description is not None
+        return Answer.json(configuration(name, dispatcher.description, self._settings))
+
+    def _statistics(self, name: str | None, version: str | None) -> Answer:
+        if name is not None:
+            self._table.find(name, version)
+        rows = [
+            _dispatcher(e).metrics.statistics.as_dict(e.name, e.version)
+            for e in self._table.entries()
+            if e.dispatcher is not None and name in (None, e.name) and version in (None, e.version)
+        ]
+        return Answer.json({"model_stats": rows})
 
     def _model_ready(self, name: str, version: str | None) -> Answer:
         entry = self._table.find(name, version)
@@ -170,21 +229,32 @@ class Application:
             model = dispatcher.description
             assert model is not None
             size = headers.get(b"inference-header-content-length")
-            if size is not None and not size.isdigit():
-                raise ServeError(400, "Inference-Header-Content-Length: expected a number")
-            limit = max(settings.max_request_batch, settings.max_batch)
-            request = parse_request(body, None if size is None else int(size), model, limit)
+            if size is not None and not (size.isdigit() and len(size) < 19):
+                raise ServeError(
+                    400,
+                    "Inference-Header-Content-Length: expected the number of bytes of the JSON, "
+                    f"got {size[:40].decode('latin-1')!r}",
+                )
+            begin = time.perf_counter_ns()
+            request = parse_request(
+                body, None if size is None else int(size), model, settings.largest_request
+            )
+            parsed = time.perf_counter_ns()
             job = Job(request.inputs, request.count, dispatcher.loop)
             results = await self._run(dispatcher, job)
         except ServeError as error:
             dispatcher.metrics.error(error.status)
             raise
-        text, json_size = build_response(name, entry.version, request, model.outputs, results)
-        if json_size is None:
+        done = time.perf_counter_ns()
+        text, head_size = build_response(name, entry.version, request, model.outputs, results)
+        statistics = dispatcher.metrics.statistics
+        statistics.compute_input.add(parsed - begin)
+        statistics.compute_output.add(time.perf_counter_ns() - done)
+        if head_size is None:
             return Answer(text)
         kind = (b"content-type", b"application/octet-stream")
         return Answer(
-            text, headers=(kind, (b"inference-header-content-length", str(json_size).encode()))
+            text, headers=(kind, (b"inference-header-content-length", str(head_size).encode()))
         )
 
     async def _classify(
@@ -193,7 +263,7 @@ class Application:
         settings = self._settings
         query = parse_qs(scope["query_string"].decode("latin-1"))
         top = query.get("top", ["5"])[-1]
-        if not (top.isascii() and top.isdigit() and 0 < int(top) < 1_000_000):
+        if not (top.isascii() and top.isdigit() and len(top) < 7 and int(top) > 0):
             raise ServeError(400, f"top: expected a number of classes, got {top[:20]!r}")
         self._table.find(name, version)
         body = await read_body(
@@ -223,10 +293,16 @@ class Application:
         return Answer.json({"model_name": name, "model_version": entry.version, "classes": classes})
 
     async def _run(self, dispatcher: Dispatcher, job: Job) -> list[memoryview]:
+        begin = time.perf_counter_ns()
+        statistics = dispatcher.metrics.statistics
+        outcome = statistics.fail
         try:
-            return await dispatcher.submit(job)
+            results = await dispatcher.submit(job)
+            outcome = statistics.success
+            return results
         finally:
             dispatcher.metrics.latency.observe(dispatcher.loop.time() - job.arrived)
+            outcome.add(time.perf_counter_ns() - begin)
 
     # -- the model repository ---------------------------------------------------------------------
 
@@ -253,9 +329,7 @@ class Application:
         body = await read_body(dict(scope["headers"]), receive, limit, settings.body_timeout)
         asked = parse_object(body.joined(0, body.size) or b"{}", "a request")
         del body
-        parameters = asked.get("parameters", {})
-        if not isinstance(parameters, dict):
-            raise ServeError(400, "parameters: expected an object")
+        parameters = parameters_of(asked, "the request")
         if self.draining:
             raise ServeError(503, "this server is about to end")
         version = parameters.get("version")

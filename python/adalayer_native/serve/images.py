@@ -7,11 +7,12 @@
     interpolation  "bilinear" (default), "bicubic", "nearest"
     mean, std      one per channel, of values from 0 to 1; default 0 and 1
     channels       "RGB" (default for 3 channels), "BGR", "L" (default for 1)
+
+Decoding and scaling are those of data folders (``data/pictures.py``).
 """
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ..errors import FileFormatError, InputError
+from ..data.pictures import decode, scaled_part
+from ..errors import DataError, FileFormatError, InputError
 
 __all__ = ["Preprocessing", "probabilities"]
 
@@ -102,24 +104,17 @@ class Preprocessing:
         """One image as float32 ``[channels, height, width]``.
 
         Raises:
-            InputError: not a JPEG or PNG, damaged, or more than ``max_pixels``.
+            InputError: not a JPEG or PNG, damaged, or more than ``max_pixels``, also when its
+                shorter side is scaled to ``resize``.
         """
+        mode = "L" if self.channels == "L" else "RGB"
         try:
-            # The header alone is read here; a small file can claim a huge image.
-            image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
-            if image.width * image.height > max_pixels:
-                raise InputError(
-                    f"image: expected at most {max_pixels:,} pixels, got "
-                    f"{image.width} × {image.height}"
-                )
-            pixels = image.convert("L" if self.channels == "L" else "RGB")
-        except InputError:
-            raise
-        except Exception as error:  # PIL's decoders raise many kinds for damaged files
-            raise InputError(
-                f"image: expected a JPEG or PNG, {type(error).__name__}: {error}"
-            ) from (error)
-        array = np.asarray(self._fitted(pixels), dtype=np.float32) / np.float32(255)
+            pixels = decode(
+                data, what="image", mode=mode, formats=("JPEG", "PNG"), max_pixels=max_pixels
+            )
+        except DataError as error:
+            raise InputError(str(error)) from error
+        array = np.asarray(self._fitted(pixels, max_pixels), dtype=np.float32) / np.float32(255)
         if self.channels == "L":
             array = array[None]
         else:
@@ -128,21 +123,20 @@ class Preprocessing:
                 array = array[::-1]
         return np.ascontiguousarray((array - self._mean) / self._std)
 
-    def _fitted(self, image: Image.Image) -> Image.Image:
+    def _fitted(self, image: Image.Image, max_pixels: int) -> Image.Image:
+        size = self.width, self.height
         if self.resize is None:
-            if image.size == (self.width, self.height):
-                return image
-            return image.resize((self.width, self.height), self.filter)
-        # The part of the original that the centre crop will show, scaled in one step.
-        short = min(image.size)
-        scale = self.resize / short
-        wide, high = (
-            max(self.width, int(image.width * scale)),
-            max(self.height, int(image.height * scale)),
-        )
-        image = image.resize((wide, high), self.filter)
-        left, top = round((wide - self.width) / 2), round((high - self.height) / 2)
-        return image.crop((left, top, left + self.width, top + self.height))
+            return scaled_part(image, size, (0, 0), size, self.filter)
+        scale = self.resize / min(image.size)
+        wide = max(self.width, int(image.width * scale))
+        high = max(self.height, int(image.height * scale))
+        if wide * high > max_pixels:
+            raise InputError(
+                f"image is {image.width}x{image.height}, with its shorter side at {self.resize} "
+                f"{wide}x{high}; at most {max_pixels:,} pixels are accepted"
+            )
+        corner = round((wide - self.width) / 2), round((high - self.height) / 2)
+        return scaled_part(image, (wide, high), corner, size, self.filter)
 
 
 def probabilities(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:

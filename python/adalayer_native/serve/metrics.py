@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from .statistics import Statistics
+
 __all__ = ["Metrics", "ModelMetrics"]
 
 _LATENCY = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
@@ -22,6 +24,7 @@ class ModelMetrics:
         self.replicas = all_.replicas.labels(*self.labels)
         self.resent = all_.resent.labels(*self.labels)
         self.rejected = all_.rejected.labels(*self.labels)
+        self.statistics = all_.statistics.setdefault(self.labels, Statistics())
 
     def error(self, status: int) -> None:
         """Count an answer that is an error."""
@@ -38,6 +41,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.statistics: dict[tuple[str, str], Statistics] = {}  # by name and version
         model = ("model", "version")
         self.latency = Histogram(
             "adalayer_request_seconds",

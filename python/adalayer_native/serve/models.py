@@ -96,7 +96,8 @@ class ModelTable:
         else:
             found = versions.get(version)
         if found is None or found.dispatcher is None:
-            asked = f"model {name!r}" + (f", version {version!r}," if version is not None else "")
+            asked = f"model {name[:80]!r}"
+            asked += f", version {version[:80]!r}," if version is not None else ""
             why = f": {found.reason}" if found is not None and found.reason else ""
             raise ServeError(404, f"{asked} is not loaded{why}")
         return found
@@ -129,8 +130,8 @@ class ModelTable:
         if not valid_name(name) or not valid_version(version):
             raise ServeError(
                 400,
-                f"model {name!r}, version {version!r}: expected letters, digits, '_', '.', '-' as "
-                "a name, and a whole number from 1 as a version",
+                f"model {name[:80]!r}, version {version[:80]!r}: expected letters, digits, '_', "
+                "'.', '-' as a name, and a whole number from 1 as a version",
             )
         if name not in self._entries and len(self._entries) >= MAX_NAMES:
             raise ServeError(400, f"this server knows {MAX_NAMES} names of models already")
@@ -200,13 +201,13 @@ class ModelTable:
             key=key,
             runner=self._settings.runner,
             threads=self._settings.engine_threads,
-            max_samples=max(self._settings.max_request_batch, self._settings.max_batch),
+            max_samples=self._settings.largest_request,
             max_pixels=self._settings.max_pixels,
             stuck_after=3 * self._settings.replica_timeout,
         )
         try:
             try:
-                await self._deployer.deploy(app, spec)
+                await self._deploy(app, spec)
                 await asyncio.wait_for(
                     asyncio.shield(successor.ready), self._settings.start_timeout
                 )
@@ -220,6 +221,15 @@ class ModelTable:
         entry.state, entry.reason = "READY", ""
         if previous is not None:
             self._background(previous)
+
+    async def _deploy(self, app: str, spec: WorkerSpec) -> None:
+        try:
+            await self._deployer.deploy(app, spec)
+        except Exception as error:  # Ray's errors
+            logger.warning("deploying %s", app, exc_info=error)
+            raise ServeError(
+                500, f"its replicas cannot be started: {type(error).__name__}: {error}"
+            ) from error
 
     async def unload(self, name: str, version: str | None = None) -> None:
         """Remove a version, or all; what they are answering is still answered.

@@ -18,13 +18,16 @@ import orjson
 
 from .errors import ServeError
 from .runner import Description, TensorInfo
+from .settings import Settings
 
 __all__ = [
     "Body",
     "InferRequest",
     "build_response",
+    "configuration",
     "metadata",
     "named_number",
+    "parameters_of",
     "parse_object",
     "parse_request",
 ]
@@ -90,8 +93,12 @@ def parse_request(
     Raises:
         ServeError: 400, what was expected and what came.
     """
-    if json_size is not None and not 0 <= json_size <= body.size:
-        raise ServeError(400, f"Inference-Header-Content-Length: {json_size} of {body.size} bytes")
+    if json_size is not None and json_size > body.size:
+        raise ServeError(
+            400,
+            f"Inference-Header-Content-Length: the JSON has {json_size} bytes, the body "
+            f"{body.size}",
+        )
     end = body.size if json_size is None else json_size
     data = parse_object(body.joined(0, end), "an inference request", bare_names=True)
     request_id = data.get("id")
@@ -109,7 +116,7 @@ def parse_request(
         name = tensor.get("name") if isinstance(tensor, dict) else None
         if not isinstance(name, str) or name not in known:
             raise ServeError(
-                400, f"inputs: expected {', '.join(map(repr, known))}, got {str(name)[:80]!r}"
+                400, f"inputs: expected {', '.join(map(repr, known))}, got {_shown(name)}"
             )
         if name in found:
             raise ServeError(400, f"input {name!r} comes twice")
@@ -118,16 +125,26 @@ def parse_request(
         size = _parameters(tensor, f"input {name!r}").get("binary_data_size")
         if size is None:
             found[name] = [_from_json(tensor, known[name], count)]
-        else:
-            found[name], offset = _from_binary(tensor, known[name], count, body, offset, size)
+            continue
+        if json_size is None:
+            raise ServeError(
+                400,
+                f"input {name!r}: binary_data_size needs the header "
+                "Inference-Header-Content-Length, which says where the JSON ends",
+            )
+        found[name], offset = _from_binary(tensor, known[name], count, body, offset, size)
     missing = [name for name in known if name not in found]
     if missing:
         raise ServeError(400, f"inputs: {missing[0]!r} is missing")
     if len(counts) != 1:
         raise ServeError(400, f"expected one batch size for all inputs, got {sorted(counts)}")
     if offset != body.size:
-        raise ServeError(400, f"{body.size - offset} bytes of the body belong to no input")
-    binary = parameters.get("binary_data_output") is True
+        raise ServeError(
+            400,
+            f"{body.size - offset} bytes of the body belong to no input: expected a "
+            "binary_data_size for them",
+        )
+    binary = _flag(parameters, "binary_data_output", "the request", False)
     outputs = _outputs(data.get("outputs"), model.outputs, binary)
     return InferRequest(request_id, [found[name] for name in known], counts.pop(), outputs)
 
@@ -205,13 +222,41 @@ def _unnamed(data: Any) -> Any:
 
 
 def _parameters(data: Mapping[str, Any], where: str) -> dict[str, Any]:
-    found = data.get("parameters", {})
-    if not isinstance(found, dict):
-        raise ServeError(400, f"parameters of {where}: expected an object")
+    found = parameters_of(data, where)
     for key in ("shared_memory_region", "classification"):
         if key in found:
             raise ServeError(400, f"parameters of {where}: {key!r} is not supported")
     return found
+
+
+def parameters_of(data: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What is given under "parameters"; a null, there and in it, is as good as nothing.
+
+    Raises:
+        ServeError: 400, it is no object.
+    """
+    found = data.get("parameters")
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise ServeError(400, f"parameters of {where}: expected an object, got {_shown(found)}")
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _flag(parameters: Mapping[str, Any], key: str, where: str, default: bool) -> bool:
+    value = parameters.get(key, default)
+    if not isinstance(value, bool):
+        raise ServeError(400, f"{key} of {where}: expected true or false, got {_shown(value)}")
+    return value
+
+
+def _shown(value: Any) -> str:
+    """A value of a request as JSON writes it, for a message."""
+    try:
+        text = json.dumps(value[:20] if isinstance(value, list) else value)
+    except RecursionError:
+        return "lists in lists without end"
+    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 def _count(tensor: Mapping[str, Any], info: TensorInfo, max_samples: int) -> int:
@@ -219,13 +264,9 @@ def _count(tensor: Mapping[str, Any], info: TensorInfo, max_samples: int) -> int
     wanted = f"[batch, {', '.join(map(str, info.shape))}]"
     # bool is an int in Python, and true is no size.
     if not isinstance(shape, list) or not all(type(n) is int for n in shape):
-        raise ServeError(
-            400, f"input {info.name!r}: expected shape {wanted}, got {str(shape)[:80]}"
-        )
+        raise ServeError(400, f"input {info.name!r}: expected shape {wanted}, got {_shown(shape)}")
     if tuple(shape[1:]) != info.shape or len(shape) != len(info.shape) + 1 or shape[0] < 1:
-        raise ServeError(
-            400, f"input {info.name!r}: expected shape {wanted}, got {str(shape)[:80]}"
-        )
+        raise ServeError(400, f"input {info.name!r}: expected shape {wanted}, got {_shown(shape)}")
     if shape[0] > max_samples:
         raise ServeError(
             400, f"input {info.name!r}: expected a batch of at most {max_samples}, got {shape[0]}"
@@ -235,7 +276,7 @@ def _count(tensor: Mapping[str, Any], info: TensorInfo, max_samples: int) -> int
 
 def _from_json(tensor: Mapping[str, Any], info: TensorInfo, count: int) -> memoryview:
     _datatype(tensor, info)
-    if "data" not in tensor:
+    if tensor.get("data") is None:
         raise ServeError(400, f"input {info.name!r} has neither data nor binary_data_size")
     try:
         array = np.asarray(tensor["data"])
@@ -264,17 +305,27 @@ def _from_binary(
     tensor: Mapping[str, Any], info: TensorInfo, count: int, body: Body, offset: int, size: Any
 ) -> tuple[list[memoryview], int]:
     width = _datatype(tensor, info)
-    expected = count * math.prod(info.shape) * width
-    if type(size) is not int or size != expected:
+    values = count * math.prod(info.shape)
+    expected = values * width
+    if type(size) is not int:
         raise ServeError(
             400,
-            f"input {info.name!r}: expected binary_data_size {expected} for its shape and "
-            f"datatype, got {str(size)[:80]}",
+            f"input {info.name!r}: expected binary_data_size as a whole number ({expected}), got "
+            f"{_shown(size)}",
         )
+    if size != expected:
+        raise ServeError(
+            400,
+            f"input {info.name!r}: expected binary_data_size {expected} ({values} values of shape "
+            f"{tensor['shape']}, {width} bytes of {tensor['datatype']} each), got {size}",
+        )
+    if tensor.get("data") is not None:
+        raise ServeError(400, f"input {info.name!r} has both data and binary_data_size")
     if offset + size > body.size:
         raise ServeError(
             400,
-            f"input {info.name!r}: expected {size} bytes, the body ends after {body.size - offset}",
+            f"input {info.name!r}: expected {size} bytes behind the JSON and the inputs before it, "
+            f"the body ends after {body.size - offset}",
         )
     if width == 4:
         return body.take(offset, offset + size), offset + size
@@ -288,7 +339,7 @@ def _datatype(tensor: Mapping[str, Any], info: TensorInfo) -> int:
     if datatype not in ("FP32", "FP16"):
         raise ServeError(
             400,
-            f"input {info.name!r}: expected datatype FP32 or FP16, got {str(datatype)[:80]!r}",
+            f"input {info.name!r}: expected datatype FP32 or FP16, got {_shown(datatype)}",
         )
     return 4 if datatype == "FP32" else 2
 
@@ -304,13 +355,13 @@ def _outputs(asked: Any, infos: Sequence[TensorInfo], binary: bool) -> list[tupl
         name = item.get("name") if isinstance(item, dict) else None
         if not isinstance(name, str) or name not in names:
             raise ServeError(
-                400, f"outputs: expected {', '.join(map(repr, names))}, got {str(name)[:80]!r}"
+                400, f"outputs: expected {', '.join(map(repr, names))}, got {_shown(name)}"
             )
         number = names.index(name)
         if any(number == other for other, _ in found):
             raise ServeError(400, f"output {name!r} comes twice")
-        wanted = _parameters(item, f"output {name!r}").get("binary_data", binary)
-        found.append((number, wanted is True))
+        where = f"output {name!r}"
+        found.append((number, _flag(_parameters(item, where), "binary_data", where, binary)))
     return found
 
 
@@ -366,3 +417,27 @@ def metadata(name: str, versions: Sequence[str], model: Description) -> dict[str
     if extra:
         found["parameters"] = extra
     return found
+
+
+def configuration(name: str, model: Description, settings: Settings) -> dict[str, Any]:
+    """Triton's model configuration, of what this server has words for."""
+
+    def rows(infos: Sequence[TensorInfo]) -> list[dict[str, Any]]:
+        return [{"name": i.name, "data_type": "TYPE_FP32", "dims": list(i.shape)} for i in infos]
+
+    return {
+        "name": name,
+        "platform": model.platform,
+        "backend": "adalayer",
+        "max_batch_size": settings.largest_request,
+        "input": rows(model.inputs),
+        "output": rows(model.outputs),
+        "instance_group": [
+            {"name": name, "kind": "KIND_CPU", "count": settings.replicas},
+        ],
+        "dynamic_batching": {
+            "preferred_batch_size": [settings.max_batch],
+            "max_queue_delay_microseconds": round(settings.batch_wait_ms * 1000),
+            "default_queue_policy": {"max_queue_size": settings.max_queue},
+        },
+    }

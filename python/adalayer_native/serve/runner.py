@@ -7,12 +7,17 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Description", "EngineRunner", "Runner", "TensorInfo", "open_runner"]
+from ..errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from ..engine import Engine
+
+__all__ = ["Description", "EngineRunner", "Runner", "TensorInfo", "check_inputs", "open_runner"]
 
 Array = npt.NDArray[np.float32]
 
@@ -89,18 +94,12 @@ class EngineRunner:
 
     def __init__(self, path: str | os.PathLike[str], threads: int) -> None:
         import adalayer_native as ada
-        from adalayer_native.errors import UnsupportedModelError
 
         ada.set_num_threads(threads)
         self._engine = ada.load(path)
         engine = self._engine
         inputs = tuple(TensorInfo(port.name, tuple(port.shape)) for port in engine.inputs)
-        for port in engine.inputs:
-            if not (port.is_float and port.batched):
-                raise UnsupportedModelError(
-                    f"input {port.name!r}: the server takes batches of floats, the model "
-                    f"{port.dtype} {port}"
-                )
+        check_inputs(engine)
         zeros = [np.zeros((1, *info.shape), np.float32) for info in inputs]
         leaves = _leaves(engine.run_flat(zeros), "")  # also warms up
         outputs = tuple(
@@ -123,6 +122,20 @@ class EngineRunner:
         if self._single:
             return [np.ascontiguousarray(result)]
         return [np.ascontiguousarray(value) for _, value in _leaves(result, "")]
+
+
+def check_inputs(engine: Engine) -> None:
+    """Whether the server can serve it.
+
+    Raises:
+        UnsupportedModelError: an input that is no batch of floats.
+    """
+    for port in engine.inputs:
+        if not (port.is_float and port.batched):
+            raise UnsupportedModelError(
+                f"input {port.name!r}: the server takes batches of floats, the model "
+                f"{port.dtype} {port}"
+            )
 
 
 def _leaves(nested: Any, prefix: str) -> list[tuple[str, Array]]:

@@ -11,26 +11,22 @@ from contextlib import contextmanager
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from ..errors import AdaError
+from .checks import StartError, bind, check_start
+from .connection import connections
 from .dispatch import Hub
 from .errors import ServeError
 from .http import Application
+from .log import StrangersLog, log_to_stderr
 from .metrics import Metrics
 from .models import Deployer, ModelTable, new_token
 from .settings import ModelSource, Settings
 
 __all__ = ["StartError", "run", "serve_until"]
 
-_MAX_HEADER_BYTES = 64 << 10
 _BACKLOG = 2048
 
 logger = logging.getLogger(__name__)
-
-
-class StartError(AdaError):
-    """The server cannot start: its address is taken, or a model cannot be loaded."""
 
 
 class _Uvicorn(uvicorn.Server):
@@ -41,102 +37,46 @@ class _Uvicorn(uvicorn.Server):
         yield
 
 
-def _guarded(settings: Settings) -> Any:
-    """uvicorn's protocol with a limit on the time and bytes of a request's headers."""
-
-    class Guarded(HttpToolsProtocol):
-        _timer: asyncio.TimerHandle | None = None
-        _received = 0
-
-        def connection_made(self, transport: asyncio.BaseTransport) -> None:
-            super().connection_made(transport)
-            self._expect_headers()
-
-        def _expect_headers(self) -> None:
-            if self._timer is None:
-                self._received = 0
-                self._timer = self.loop.call_later(settings.header_timeout, self._too_late)
-
-        def _too_late(self) -> None:
-            self._timer = None
-            if not self.transport.is_closing():
-                self.transport.close()
-
-        def _have_headers(self) -> None:
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
-
-        def on_message_begin(self) -> None:
-            self._expect_headers()
-            super().on_message_begin()
-
-        def on_headers_complete(self) -> None:
-            self._have_headers()
-            super().on_headers_complete()
-
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            if self._timer is not None:
-                self._received += len(data)
-                if self._received > _MAX_HEADER_BYTES and not self.transport.is_closing():
-                    self.send_400_response("The headers are too long.")
-
-        def connection_lost(self, error: Exception | None) -> None:
-            self._have_headers()
-            super().connection_lost(error)
-
-    return Guarded
-
-
-def _listen(settings: Settings) -> socket.socket:
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((settings.host, settings.port))
-    except OSError as error:
-        listener.close()
-        raise StartError(f"{settings.host}:{settings.port}: {error.strerror}") from error
-    listener.listen(_BACKLOG)
-    listener.setblocking(False)
-    return listener
-
-
 async def serve_until(
     stop: asyncio.Event,
     settings: Settings,
     sources: Sequence[ModelSource],
     deployer: Deployer,
+    listener: socket.socket,
     *,
     on_ready: Callable[[str], None] | None = None,
 ) -> None:
     """Serve until ``stop`` is set, then answer what runs and remove the replicas.
 
     Args:
+        listener: bound to the server's address; closed at the end.
         sources: models to load before the server calls itself ready.
         on_ready: called with the server's address.
 
     Raises:
         StartError: see there.
     """
-    listener = _listen(settings)
+    try:
+        listener.listen(_BACKLOG)
+    except OSError as error:  # another process was faster
+        listener.close()
+        raise StartError(f"{settings.host}:{settings.port}: {error.strerror}") from error
     address = _address(settings, listener)
     metrics = Metrics()
-    hub = Hub(settings, new_token())
+    strangers = StrangersLog(logger)
+    hub = Hub(settings, new_token(), strangers)
     await hub.start(deployer.data_host)
     table = ModelTable(settings, hub, deployer, metrics)
-    application = Application(settings, table, metrics)
+    application = Application(settings, table, metrics, strangers)
     config = uvicorn.Config(
         application,
-        http=_guarded(settings),
+        http=connections(settings, strangers, application.overloaded),
         ws="none",
         lifespan="off",
         log_config=None,
         access_log=False,
         server_header=False,
         date_header=False,
-        limit_concurrency=settings.max_connections + 1,
         timeout_keep_alive=max(1, round(settings.keep_alive)),
         timeout_graceful_shutdown=max(1, round(settings.drain)),
         backlog=_BACKLOG,
@@ -182,19 +122,29 @@ def run(
 ) -> None:
     """Start Ray, serve until SIGTERM or SIGINT, and end what was started.
 
-    A second signal ends the process without waiting.
+    What can be checked without Ray is checked before. A second signal ends the process without
+    waiting.
 
     Raises:
         StartError: see there.
+        ClusterError: Ray does not come up.
     """
-    from .deploy import RayDeployer
+    listener = bind(settings)
+    try:
+        check_start(settings, sources)
+        log_to_stderr()
+        logger.info("%s", "starting Ray" if settings.address is None else "joining Ray's cluster")
+        from .deploy import RayDeployer
 
-    deployer = RayDeployer(settings)
+        deployer = RayDeployer(settings)
+    except BaseException:
+        listener.close()
+        raise
     try:
         loop = _new_loop()
         asyncio.set_event_loop(loop)
         try:
-            loop.run_until_complete(_main(settings, sources, deployer, on_ready))
+            loop.run_until_complete(_main(settings, sources, deployer, listener, on_ready))
         finally:
             loop.close()
     finally:
@@ -205,6 +155,7 @@ async def _main(
     settings: Settings,
     sources: Sequence[ModelSource],
     deployer: Deployer,
+    listener: socket.socket,
     on_ready: Callable[[str], None],
 ) -> None:
     loop = asyncio.get_running_loop()
@@ -219,7 +170,7 @@ async def _main(
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end, number)
-    await serve_until(stop, settings, sources, deployer, on_ready=on_ready)
+    await serve_until(stop, settings, sources, deployer, listener, on_ready=on_ready)
 
 
 def _new_loop() -> Any:

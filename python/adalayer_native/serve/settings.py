@@ -98,6 +98,11 @@ class Settings:
                 raise ValueError(f"{name}: expected seconds above 0, got {value}")
 
     @property
+    def largest_request(self) -> int:
+        """Samples of one request at most."""
+        return max(self.max_request_batch, self.max_batch)
+
+    @property
     def engine_threads(self) -> int:
         """Threads of one engine call on this machine."""
         if self.threads is not None:
