@@ -13,8 +13,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from adalayer_native import cli, jobs, measure
+from adalayer_native import cli, measure
 from adalayer_native.data import open_dataset
+from adalayer_native.jobs import compiling, compressing
 
 CLASSES = ("blue", "green", "grey", "red")
 COLOURS = {"blue": (0, 0, 1), "green": (0, 1, 0), "grey": (1, 1, 1), "red": (1, 0, 0)}
@@ -125,9 +126,10 @@ def save_weights(model: nn.Module, path: Path) -> Path:
 def make_quick(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     """Short timings (their values are not tested), wide tables, an own cache of images."""
     short = functools.partial(measure.model_milliseconds, seconds=0.01)
-    monkeypatch.setattr(jobs, "model_milliseconds", short)
+    for module in (compiling, compressing):
+        monkeypatch.setattr(module, "model_milliseconds", short)
     briefly = functools.partial(measure.inference_energy, seconds=0.01)
-    monkeypatch.setattr(jobs, "inference_energy", briefly)
+    monkeypatch.setattr(compressing, "inference_energy", briefly)
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("ADALAYER_CACHE", str(cache))
 

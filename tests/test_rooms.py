@@ -13,7 +13,10 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "python" / "adalayer_native"
 PYTHON_ROOMS = [
     *(
+        "_lazy",
+        "_version",
         "errors",
+        "_console",
         "_files",
         "_fingerprint",
         "_library",
@@ -21,6 +24,7 @@ PYTHON_ROOMS = [
         "_ray",
         "_C",
         "plan",
+        "_options",
         "cuda",
         "rounding",
         "padding",
@@ -42,7 +46,7 @@ PYTHON_ROOMS = [
         "data",
         "compress",
     ),
-    *("measure", "plot", "report", "study", "serve", "jobs", "demo", "cli"),
+    *("measure", "plot", "report", "study", "serve", "jobs", "demo", "infos", "cli"),
 ]
 CPP_ROOMS = ["core", "formats", "reference", "cpu", "engine", "capi", "bindings", "cuda"]
 # Folders of csrc/cpu; the kernel table and the interfaces of its kernels lie in none.

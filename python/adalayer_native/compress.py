@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from adalayer_native._fingerprint import fingerprint
-from adalayer_native.allocation import METHODS, Budget, allocate
+from adalayer_native.allocation import Budget, allocate, check_method, check_request
 from adalayer_native.allocation.rest import planned_rest, unsupported_rest
 from adalayer_native.capture.loading import captured_on, first_sample
 from adalayer_native.capture.work import FloatRest, work_of
-from adalayer_native.errors import BudgetError, PlanError, UnsupportedModelError
+from adalayer_native.errors import UnsupportedModelError
 from adalayer_native.importance import LayerScores, analyze
 from adalayer_native.importance.outputs import LossFn, Pick
 from adalayer_native.plan import Plan
@@ -123,8 +123,10 @@ def compress(
     def inside(name: str) -> Path | None:
         return work / name if work is not None else None
 
+    asked = dict(allocate_options or {})
     if plan is None:
-        _check_method(method, budget, criterion)
+        agreed = {key: asked.get(key) for key in ("bits", "stages", "options")}
+        check_method(method, budget, criterion=criterion, **agreed)
     model = captured_on(model, calibration)
     macs = work_of(model, first_sample(model, calibration))
     unsupported = unsupported_rest(model, plan, macs)
@@ -137,7 +139,10 @@ def compress(
             stacklevel=2,
         )
     scores = None
-    if plan is None:
+    if plan is None:  # what can be said now is not said after an analysis of an hour
+        known = ("bits", "stages", "activation_bits", "fixed", "exclude", "options")
+        wanted = {key: asked[key] for key in known if key in asked}
+        check_request(model, budget, method=method, **wanted)
         if method == "adalayer":  # the other methods do not look at scores
             scores = analyze(
                 model,
@@ -148,7 +153,7 @@ def compress(
                 cache=inside("analysis.json"),
                 progress=progress,
             )
-        options = dict(allocate_options or {})
+        options = asked
         if method == "optimal":
             if work is not None:
                 options.setdefault("tables", inside("tables"))
@@ -200,15 +205,6 @@ def compress(
         )
     kept = kept_float(model, plan)
     return Compressed(convert(prepared), plan, scores, kept, history, report, rest)
-
-
-def _check_method(method: str, budget: Budget | None, criterion: str | None) -> None:
-    if method not in METHODS:
-        raise PlanError(f"unknown method {method!r}: expected one of {METHODS}")
-    if budget is None and method in ("adalayer", "uniform", "optimal", "rl"):
-        raise BudgetError(f"method {method!r} needs a budget")
-    if criterion is not None and method not in ("adalayer", "optimal"):
-        raise PlanError(f"method {method!r} looks at no criterion, got {criterion!r}")
 
 
 def _refuse(rest: FloatRest) -> None:
