@@ -71,6 +71,37 @@ class SharedWeight(CalledTwice):
         return self.fc(torch.flatten(self.pool(torch.relu(self.again(x))), 1))
 
 
+def with_classes(classes: int = 7) -> SmallNet:
+    """A network whose number of classes has another name."""
+    return SmallNet(classes)
+
+
+def with_keywords(**options: int) -> SmallNet:
+    """A network that hands its arguments on, as torchvision's do."""
+    return SmallNet(**options)
+
+
+def without_classes() -> SmallNet:
+    """A network of four classes, always."""
+    return SmallNet(4)
+
+
+def failing(num_classes: int = 4) -> SmallNet:
+    """No network."""
+    raise KeyError(f"no {num_classes}")
+
+
+def configured(num_classes: int = 4) -> SmallNet:
+    """A network that says how its images are normalised, as timm's do."""
+    model = SmallNet(num_classes)
+    model.pretrained_cfg = {
+        "mean": (0.5, 0.4, 0.3),
+        "std": (0.2, 0.2, 0.2),
+        "input_size": (3, 9, 9),
+    }
+    return model
+
+
 class NoLayers(nn.Module):
     """Logits without any layer that could be quantized."""
 
