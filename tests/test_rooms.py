@@ -18,6 +18,7 @@ PYTHON_ROOMS = [
         "errors",
         "_console",
         "_files",
+        "_stages",
         "_fingerprint",
         "_library",
         "_progress",

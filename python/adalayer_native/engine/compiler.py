@@ -57,8 +57,8 @@ def compile(
             weights and the same fake-quantized activations, and keeps the faster (by what it is
             compiled for: the batch of ``example_inputs``), up to a network that is all in float;
             "native" keeps all layers native.
-        strict: nothing may run in torch: a node that cannot run natively is an error, and the policy
-            "fastest" leaves none in float.
+        strict: nothing may run in torch: a node that cannot run natively is an error, and
+            policy "fastest" leaves none in float.
         weights: weights below 8 bits are "streamed" (packed in memory, unpacked while they are
             used), "resident" (unpacked to bytes once), or, layer by layer, whichever is faster with
             the current number of threads: "measured". The order of every layer's loops and its

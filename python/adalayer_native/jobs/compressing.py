@@ -16,10 +16,13 @@ from torch import nn
 from .. import files
 from .._console import print_table, say
 from .._files import write_text_atomic
+from .._progress import stage
+from .._stages import Stage
+from .._stages import job as announced
 from ..allocation import check_method, check_request, float_bytes, pareto
 from ..capture import GraphModel
 from ..capture.loading import captured_on
-from ..compress import Compressed, compress
+from ..compress import Compressed, compress, stages_of
 from ..data import Loaders, loaders
 from ..energy import Meter
 from ..engine import Engine
@@ -33,6 +36,7 @@ from .settings import CompressJob, arguments
 
 __all__ = ["check_compress", "run_compress"]
 
+RESULTS = "tests and timings"
 OUTPUTS = ("plan.json", "model.safetensors", "model.ada", "report.json")
 
 
@@ -148,9 +152,19 @@ def run_compress(job: CompressJob) -> dict[str, Any]:
     if job.epochs > 0:
         opened.train.decode()
     warn_chance(opened, ready.data)
-    with ready.meter or nullcontext():
-        result = _compressed(job, ready)
-    return write_results(job, ready, result)
+    ahead = stages_of(
+        ready.captured,
+        ready.data.calibration,
+        method=job.method,
+        repair=job.repair,
+        train_loader=ready.data.train,
+        epochs=job.epochs,
+    )
+    with announced([*ahead, Stage(RESULTS, 3 * len(ready.data.test), 2)]):
+        with ready.meter or nullcontext():
+            result = _compressed(job, ready)
+        with stage(RESULTS, enabled=job.progress):
+            return write_results(job, ready, result)
 
 
 def _compressed(job: CompressJob, ready: _Ready) -> Compressed:
