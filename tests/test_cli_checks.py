@@ -431,6 +431,8 @@ def test_public_names_are_what_they_were() -> None:
         "        assert type(getattr(package, name)).__name__ != 'Package', name\n"
         "        assert type(getattr(package, name)).__name__ != 'module', name\n"
         "assert isinstance(ada.__version__, str)\n"
+        "ada.importance.CRITERIA, ada.training.Watch, ada.pruning.prune_channels\n"
+        "ada.energy.Meter, ada.errors.AdaError, ada.engine.Coverage, ada.plan.PATTERNS\n"
         "try: ada.nothing\n"
         "except AttributeError as error: assert 'nothing' in str(error)\n"
         "else: raise AssertionError\n"

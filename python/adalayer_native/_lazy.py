@@ -24,7 +24,7 @@ def lazy(
         package: its ``__name__``.
         names: public names by the submodule that they come from. A name that a submodule has, too
             (``compress``), means what is in it: as if it had been imported from there at once.
-        submodules: those that are public themselves.
+        submodules: those that are listed as well; any other is found, too, as after its import.
     """
     module = sys.modules[package]
     sources = {name: where for where, found in names.items() for name in found}
@@ -40,10 +40,8 @@ def lazy(
     module.__class__ = Package
 
     def get(name: str) -> Any:
-        if name in submodules:
-            return import_module(f"{package}.{name}")
         if name not in sources:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+            return _submodule(package, name)
         value = getattr(import_module(f"{package}.{sources[name]}"), name)
         setattr(module, name, value)
         return value
@@ -52,3 +50,16 @@ def lazy(
         return sorted({*vars(module), *sources, *submodules})
 
     return get, listed
+
+
+def _submodule(package: str, name: str) -> ModuleType:
+    path = f"{package}.{name}"
+    missing = AttributeError(f"module {package!r} has no attribute {name!r}", name=name)
+    if name.startswith("__"):  # what Python and others ask of any module
+        raise missing
+    try:
+        return import_module(path)
+    except ModuleNotFoundError as error:
+        if error.name != path:
+            raise
+        raise missing from None

@@ -228,7 +228,11 @@ Mean = Annotated[
     ),
 ]
 Std = Annotated[
-    str | None, typer.Option(callback=_deviations, help="Their standard deviation, likewise.")
+    str | None,
+    typer.Option(
+        callback=_deviations,
+        help="Their standard deviation, likewise. Given one of the two, the other is 0 or 1.",
+    ),
 ]
 Scale = Annotated[
     str | None,
