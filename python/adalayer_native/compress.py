@@ -238,8 +238,8 @@ def stages_of(
 ) -> list[Stage]:
     """The stages of :func:`compress`, with their work in batches that go through the network.
 
-    Only for an estimate of the time: what each stage does beside that (weights are rounded, options
-    are solved for) is counted as batches, too.
+    Only for an estimate of the time, which every finished stage corrects: what a stage does beside
+    that (weights are rounded, options are solved for) is counted as batches, too.
 
     Args:
         method: ``None`` where there is a plan.
@@ -247,19 +247,20 @@ def stages_of(
     layers, batches = len(supported_layers(model)), _length(calibration)
     found = []
     if method == "adalayer":
-        found.append(Stage(SCORES, layers * batches / 2))  # from the layer on
+        found.append(Stage(SCORES, layers * batches))
+    repairing = layers * (4 + batches)
     if method is not None:
-        # (plans, batches per layer, bars)
-        plans, tables, bars = {
-            "adalayer": (44, 0, 1), "uniform": (7, 0, 1), "rl": (300, 0, 1), "optimal": (80, 40, 4),
-        }.get(method, (0, 0, 1))  # fmt: skip
-        found.append(Stage(SEARCH, max(1, (plans + tables * layers) * batches), bars))
-    found.append(Stage(RANGES, 2 * batches))
+        plans = {"adalayer": 44, "uniform": 7, "rl": 300, "optimal": 50}.get(method, 1)
+        trials, bars = 2 * plans * batches, 1  # each of them quantized anew
+        if method == "optimal":  # a table of all options, and a few plans repaired on half of it
+            trials, bars = trials + 20 * layers + 4 * repairing, 4
+        found.append(Stage(SEARCH, trials, bars))
+    found.append(Stage(RANGES, 3 * batches))
     if repair:
-        found.append(Stage(REPAIR, (4 + layers) * batches, 2))
+        found.append(Stage(REPAIR, repairing, 2))
     if train_loader is not None and epochs > 0:
-        # Forwards and back, and the teacher.
-        found.append(Stage(TRAINING, 4 * epochs * _length(train_loader), epochs))
+        # Forwards and back, the teacher, and the average's batch norms in the end.
+        found.append(Stage(TRAINING, 6 * epochs * _length(train_loader), epochs))
     return found
 
 
