@@ -303,6 +303,8 @@ def test_compress_writes_an_engine_that_knows_its_images(
     code, said = compress(*more, model="without_classes")
     assert code == 0 and "model.ada" in said and "engine" in said
     assert "normalisation: mean 0.5" in said
+    assert said.startswith("checking model, weights and data\n")
+    assert "search for a plan (stage 1 of 4)" in said and "(stage 4 of 4" in said
     engine = ada.load(out / "model.ada")
     assert engine.class_names == ["blue", "green", "grey", "red"]
     assert engine.preprocessing == {

@@ -34,6 +34,7 @@ __all__ = ["ProgressBar", "duration", "stage"]
 
 # In a log file a bar is noise; a line this often (seconds) still shows that work goes on.
 LOG_INTERVAL = 10.0
+WIDE = 120  # columns of a terminal in which everything has room
 
 
 def duration(seconds: float) -> str:
@@ -101,14 +102,16 @@ class ProgressBar:
             return self
         console = Console(stderr=True)
         if console.is_terminal:
+            # Where there is little room, no number is cut: speed and time until now are left out.
+            wide = [_Rate(table_column=_one_line()), TimeElapsedColumn(table_column=_one_line())]
             bar = Progress(
                 TextColumn("{task.description}", table_column=_one_line()),
                 BarColumn(bar_width=None),  # what the texts leave
                 MofNCompleteColumn(table_column=_one_line()),
-                _Rate(table_column=_one_line()),
-                TimeElapsedColumn(table_column=_one_line()),
+                *(wide if console.width >= WIDE else ()),
                 TextColumn("left", table_column=_one_line()),
                 TimeRemainingColumn(table_column=_one_line()),
+                TextColumn("{task.fields[whole]}", table_column=_one_line()),
                 TextColumn("{task.fields[note]}", table_column=_one_line()),
                 console=console,
                 expand=True,
@@ -119,7 +122,12 @@ class ProgressBar:
                 self.enabled, self._job = False, None
                 return self
             self._bar = bar
-            self._task = bar.add_task(self._title(), total=self.total, unit=self.unit, note="")
+            title = self.title
+            if self._job is not None and self._job.number >= 0:
+                title = f"{self._job.number + 1}/{len(self._job.stages)} {title}"
+            self._task = bar.add_task(
+                title, total=self.total, unit=self.unit, note="", whole=self._whole()
+            )
         return self
 
     def advance(self, steps: int = 1, note: str | None = None) -> None:
@@ -130,7 +138,7 @@ class ProgressBar:
         if self._job is not None and self.total:
             self._job.bar = min(1.0, self.done / self.total)
         if self._bar is not None:
-            self._bar.update(self._task, description=self._title(), advance=steps, note=self._note)
+            self._bar.update(self._task, advance=steps, note=self._note, whole=self._whole())
         elif self.enabled and time.monotonic() - self._last >= LOG_INTERVAL:
             self._print()
 
@@ -151,13 +159,10 @@ class ProgressBar:
         elif self.enabled and self.done and self._printed != self.done:
             self._print()
 
-    def _title(self) -> str:
-        """The title, and where in the job this is."""
-        if self._job is None or self._job.number < 0:
-            return self.title
-        left = self._job.left()
-        whole = "" if left is None else f", in all {duration(left)} left"
-        return f"{self._job.number + 1}/{len(self._job.stages)} {self.title}{whole}"
+    def _whole(self) -> str:
+        """What is left of the job that this is a part of."""
+        left = None if self._job is None else self._job.left()
+        return "" if left is None else f"in all {duration(left)}"
 
     def _print(self) -> None:
         now = time.monotonic()
