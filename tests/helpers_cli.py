@@ -13,8 +13,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from adalayer_native import cli, jobs, measure
+from adalayer_native import cli, measure
 from adalayer_native.data import open_dataset
+from adalayer_native.jobs import compiling, compressing
 
 CLASSES = ("blue", "green", "grey", "red")
 COLOURS = {"blue": (0, 0, 1), "green": (0, 1, 0), "grey": (1, 1, 1), "red": (1, 0, 0)}
@@ -68,6 +69,37 @@ class SharedWeight(CalledTwice):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = torch.relu(self.conv(torch.relu(self.stem(x))))
         return self.fc(torch.flatten(self.pool(torch.relu(self.again(x))), 1))
+
+
+def with_classes(classes: int = 7) -> SmallNet:
+    """A network whose number of classes has another name."""
+    return SmallNet(classes)
+
+
+def with_keywords(**options: int) -> SmallNet:
+    """A network that hands its arguments on, as torchvision's do."""
+    return SmallNet(**options)
+
+
+def without_classes() -> SmallNet:
+    """A network of four classes, always."""
+    return SmallNet(4)
+
+
+def failing(num_classes: int = 4) -> SmallNet:
+    """No network."""
+    raise KeyError(f"no {num_classes}")
+
+
+def configured(num_classes: int = 4) -> SmallNet:
+    """A network that says how its images are normalised, as timm's do."""
+    model = SmallNet(num_classes)
+    model.pretrained_cfg = {
+        "mean": (0.5, 0.4, 0.3),
+        "std": (0.2, 0.2, 0.2),
+        "input_size": (3, 9, 9),
+    }
+    return model
 
 
 class NoLayers(nn.Module):
@@ -125,9 +157,10 @@ def save_weights(model: nn.Module, path: Path) -> Path:
 def make_quick(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     """Short timings (their values are not tested), wide tables, an own cache of images."""
     short = functools.partial(measure.model_milliseconds, seconds=0.01)
-    monkeypatch.setattr(jobs, "model_milliseconds", short)
+    for module in (compiling, compressing):
+        monkeypatch.setattr(module, "model_milliseconds", short)
     briefly = functools.partial(measure.inference_energy, seconds=0.01)
-    monkeypatch.setattr(jobs, "inference_energy", briefly)
+    monkeypatch.setattr(compressing, "inference_energy", briefly)
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("ADALAYER_CACHE", str(cache))
 

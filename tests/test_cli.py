@@ -133,7 +133,6 @@ def test_compress_optimal_with_overrides(monkeypatch, capsys, files, tmp_path) -
         (("--size", 0.2, "--latency", 1), "'adalayer' takes one limit"),
         (("--size", 0.2, "--exclude", "conv9"), "exclude: unknown layer 'conv9'"),
         (("--size", 0.2, "--fix", "conv9=4"), "fixed: unknown layer 'conv9'"),
-        (("--size", 0.2, "--fix", "conv1=9"), "'conv1': bits must be"),
     ],
 )
 def test_bad_limits_and_overrides(monkeypatch, capsys, files, tmp_path, more, message) -> None:
@@ -185,9 +184,15 @@ def test_missing_energy_extra_names_it(monkeypatch, capsys, files, tmp_path) -> 
 
 
 def test_a_malformed_fix_is_a_usage_error(monkeypatch, capsys, files, tmp_path) -> None:
-    for text in ("conv1", "conv1=four", "=4"):
+    for text, message in (
+        ("conv1", "LAYER=BITS"),
+        ("conv1=four", "LAYER=BITS"),
+        ("=4", "LAYER=BITS"),
+        ("conv1=9", "expected 2 to 8 bits"),
+        ("conv1=1", "expected 2 to 8 bits"),
+    ):
         assert compress(monkeypatch, files, tmp_path / "o", "--size", 0.2, "--fix", text) == 2
-        assert "LAYER=BITS" in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 def tensors(out: Path) -> dict[str, torch.Tensor]:
@@ -354,7 +359,6 @@ def test_help_and_usage(monkeypatch, capsys) -> None:
     assert run(monkeypatch, "compress", "adalayernet") == 2
     assert "--weights" in capsys.readouterr().err
     assert run(monkeypatch, "nothing") == 2
-    assert run(monkeypatch, "info") == 2
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import adalayer_native as ada
 from adalayer_native import ops
-from adalayer_native.engine import Coverage, Engine
+from adalayer_native.engine import Coverage, Engine, compiler
 from adalayer_native.engine.policy import Times
 from adalayer_native.engine.runtime import NativePart
 from adalayer_native.errors import (
@@ -387,6 +387,20 @@ def test_fallback_between_native_parts(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UnsupportedModelError, match=r"strict: .*aten\.cumsum\.default"):
         ada.compile(native, x[:1], strict=True)
+
+
+def test_strict_leaves_nothing_in_float_even_where_that_is_faster(monkeypatch, tmp_path):
+    x = torch.randn(8, 3, 8, 8)
+    native = native_of(tiny(), x)
+    # A clock by which float always wins.
+    monkeypatch.setattr(
+        compiler, "float_choices", lambda times: [dict.fromkeys(times.layers, "faster")]
+    )
+    monkeypatch.setattr(compiler, "fastest_of", lambda engines, batch: engines[-1])
+    assert ada.compile(native, x[:1]).native_share == 0
+    engine = ada.compile(native, x[:1], strict=True)
+    assert {row.kind for row in engine.coverage(rounds=0)} == {"native"}
+    assert engine.save(tmp_path / "tiny.ada") > 0
 
 
 @torch.no_grad()

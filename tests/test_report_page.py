@@ -147,7 +147,7 @@ def test_report_command(monkeypatch, capsys, made: Path, tmp_path: Path) -> None
     assert run(monkeypatch, "report", made, "--out", out) == 0
     assert out.read_text(encoding="utf-8").startswith("<!doctype html>")
     (tmp_path / "file").write_text("")
-    assert run(monkeypatch, "report", made, "--out", tmp_path / "file" / "r.html") == 1
+    assert run(monkeypatch, "report", made, "--out", tmp_path / "file" / "r.html") == 2
     assert "file" in capsys.readouterr().err
     assert run(monkeypatch, "report", tmp_path / "none", "--out", out) == 1
     assert "does not exist" in " ".join(capsys.readouterr().err.split())

@@ -13,14 +13,19 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "python" / "adalayer_native"
 PYTHON_ROOMS = [
     *(
+        "_lazy",
+        "_version",
         "errors",
+        "_console",
         "_files",
+        "_stages",
         "_fingerprint",
         "_library",
         "_progress",
         "_ray",
         "_C",
         "plan",
+        "_options",
         "cuda",
         "rounding",
         "padding",
@@ -42,7 +47,7 @@ PYTHON_ROOMS = [
         "data",
         "compress",
     ),
-    *("measure", "plot", "report", "study", "serve", "jobs", "demo", "cli"),
+    *("measure", "plot", "report", "study", "serve", "jobs", "demo", "infos", "cli"),
 ]
 CPP_ROOMS = ["core", "formats", "reference", "cpu", "engine", "capi", "bindings", "cuda"]
 # Folders of csrc/cpu; the kernel table and the interfaces of its kernels lie in none.

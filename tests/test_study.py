@@ -411,8 +411,8 @@ def run_command(*arguments: str) -> int:
     [
         (["green", "--seeds", "a"], "whole numbers separated by commas"),
         (["green", "--only", "compress"], "expected one of"),
-        (["green", "--minutes", "0"], "minutes must be above 0"),
-        (["adalayernet", "--size", "0"], "budget size must be a finite number above 0"),
+        (["green", "--minutes", "0"], "--minutes.*expected a finite number above 0"),
+        (["adalayernet", "--size", "0"], "--size.*expected a finite number above 0"),
         (["adalayernet", "--models", "none"], "weight file 'none' does not exist"),
         (["green"], "is neither a directory nor a readable zip|does not exist"),
     ],

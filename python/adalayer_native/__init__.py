@@ -5,21 +5,9 @@ The main job in one call is :func:`compress`; its steps are :func:`analyze`, :fu
 :func:`save`.
 """
 
-from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
-from adalayer_native import energy, nn, ops, plot
-from adalayer_native._library import get_cmake_dir, get_include, get_library_dir
-from adalayer_native.allocation import (
-    Budget,
-    Frontier,
-    allocate,
-    estimate_bytes,
-    pareto,
-    plan_energy,
-)
-from adalayer_native.capture import capture
-from adalayer_native.compress import Compressed, compress
-from adalayer_native.engine import Engine, compile, load
+from adalayer_native._lazy import lazy
 from adalayer_native.errors import (
     AdaError,
     BudgetError,
@@ -33,18 +21,33 @@ from adalayer_native.errors import (
     PlanError,
     UnsupportedModelError,
 )
-from adalayer_native.files import save
-from adalayer_native.importance import LayerScores, analyze
-from adalayer_native.ops import get_num_threads, set_num_threads
-from adalayer_native.plan import LayerPlan, Plan
-from adalayer_native.quantization import calibrate, convert, prepare, restore, simulate
-from adalayer_native.repair import LayerHessian, Repair, layer_hessians, repair
-from adalayer_native.training import finetune
 
-try:
-    __version__ = version("adalayer_native")
-except PackageNotFoundError:  # a source tree that was never installed
-    __version__ = "0.0.0"
+if TYPE_CHECKING:
+    from adalayer_native import energy, nn, ops, plot
+    from adalayer_native._library import get_cmake_dir, get_include, get_library_dir
+    from adalayer_native._version import __version__ as __version__
+    from adalayer_native.allocation import (
+        Budget,
+        Frontier,
+        allocate,
+        estimate_bytes,
+        pareto,
+        plan_energy,
+    )
+    from adalayer_native.capture import capture
+    from adalayer_native.compress import Compressed, compress
+    from adalayer_native.engine import Engine, compile, load
+    from adalayer_native.files import save
+    from adalayer_native.importance.analyze import analyze
+    from adalayer_native.importance.scores import LayerScores
+    from adalayer_native.ops import get_num_threads, set_num_threads
+    from adalayer_native.plan import LayerPlan, Plan
+    from adalayer_native.quantization.calibrate import calibrate
+    from adalayer_native.quantization.convert import convert, restore
+    from adalayer_native.quantization.exact import simulate
+    from adalayer_native.quantization.graph import prepare
+    from adalayer_native.repair import LayerHessian, Repair, layer_hessians, repair
+    from adalayer_native.training import finetune
 
 __all__ = [
     "AdaError",
@@ -95,3 +98,34 @@ __all__ = [
     "set_num_threads",
     "simulate",
 ]
+
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "_library": ["get_cmake_dir", "get_include", "get_library_dir"],
+        "_version": ["__version__"],
+        "allocation": [
+            "Budget",
+            "Frontier",
+            "allocate",
+            "estimate_bytes",
+            "pareto",
+            "plan_energy",
+        ],
+        "capture": ["capture"],
+        "compress": ["Compressed", "compress"],
+        "engine": ["Engine", "compile", "load"],
+        "files": ["save"],
+        "importance.analyze": ["analyze"],
+        "importance.scores": ["LayerScores"],
+        "ops": ["get_num_threads", "set_num_threads"],
+        "plan": ["LayerPlan", "Plan"],
+        "quantization.calibrate": ["calibrate"],
+        "quantization.convert": ["convert", "restore"],
+        "quantization.exact": ["simulate"],
+        "quantization.graph": ["prepare"],
+        "repair": ["LayerHessian", "Repair", "layer_hessians", "repair"],
+        "training": ["finetune"],
+    },
+    submodules=("energy", "nn", "ops", "plot"),
+)

@@ -16,19 +16,15 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | memoryview) -> None
 
     Readers see the old file or the new one, never a part; an interrupted write leaves the old.
     Missing parent directories are created.
+
+    Raises:
+        OSError: it cannot be written (no room, no permission); names ``path``.
     """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    # O_EXCL with mode 0o666 lets the umask decide the permissions, as for any other new file.
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
+    with replacing(path) as temporary:
+        # O_EXCL with mode 0o666 lets the umask decide the permissions, as for any other new file.
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         with os.fdopen(handle, "wb") as stream:
             stream.write(data)
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
@@ -38,13 +34,29 @@ def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success it is moved into place, else removed."""
+    """Yield a temporary path beside ``path``; on success it is moved into place, else removed.
+
+    Raises:
+        OSError: it cannot be written; names ``path``, where the system names the temporary file or,
+            as for a full disk, none.
+    """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        _removed(temporary)
+        if isinstance(error, OSError) and error.filename in (None, os.fspath(temporary)):
+            if error.errno is None:  # a library's own words
+                raise OSError(f"{os.fspath(path)}: {error}") from error
+            raise type(error)(error.errno, os.strerror(error.errno), os.fspath(path)) from error
         raise
+
+
+def _removed(temporary: Path) -> None:
+    try:
+        temporary.unlink(missing_ok=True)
+    except NotADirectoryError:  # what should be a folder is a file
+        return

@@ -1,8 +1,14 @@
-"""Progress with rate and remaining time: a bar on a terminal, a line now and then elsewhere."""
+"""Progress with rate and remaining time: a bar on a terminal, a line now and then elsewhere.
+
+Where a bar is part of a job of several stages (:mod:`._stages`) it says so, and how much time is
+left in all.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
@@ -20,10 +26,38 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
-__all__ = ["ProgressBar"]
+from ._console import say
+from ._stages import Job, current
+from ._stages import stage as enter
+
+__all__ = ["ProgressBar", "duration", "stage"]
 
 # In a log file a bar is noise; a line this often (seconds) still shows that work goes on.
 LOG_INTERVAL = 10.0
+WIDE = 120  # columns of a terminal in which everything has room
+
+
+def duration(seconds: float) -> str:
+    """``"40 s"``, ``"12 min"`` or ``"3 h 20 min"``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def in_all(job: Job) -> str:
+    """``"stage 2 of 5, about 12 min left in all"``."""
+    left = job.left()
+    return job.place + ("" if left is None else f", about {duration(left)} left in all")
+
+
+@contextmanager
+def stage(name: str, *, enabled: bool = True) -> Iterator[None]:
+    """A stage of the job that runs; one line says that it begins."""
+    with enter(name) as job:
+        if job is not None and enabled:
+            say(f"{name} ({in_all(job)})")
+        yield
 
 
 def _one_line() -> Column:
@@ -56,23 +90,28 @@ class ProgressBar:
     ) -> None:
         self.title, self.total, self.unit, self.enabled = title, total, unit, enabled
         self.done = 0
+        self._printed = -1
+        self._job: Job | None = None
         self._note = ""
         self._bar: Progress | None = None
 
     def __enter__(self) -> ProgressBar:
         self._start = self._last = time.monotonic()
+        self._job = current() if self.enabled else None
         if not self.enabled:
             return self
         console = Console(stderr=True)
         if console.is_terminal:
+            # Where there is little room, no number is cut: speed and time until now are left out.
+            wide = [_Rate(table_column=_one_line()), TimeElapsedColumn(table_column=_one_line())]
             bar = Progress(
                 TextColumn("{task.description}", table_column=_one_line()),
                 BarColumn(bar_width=None),  # what the texts leave
                 MofNCompleteColumn(table_column=_one_line()),
-                _Rate(table_column=_one_line()),
-                TimeElapsedColumn(table_column=_one_line()),
+                *(wide if console.width >= WIDE else ()),
                 TextColumn("left", table_column=_one_line()),
                 TimeRemainingColumn(table_column=_one_line()),
+                TextColumn("{task.fields[whole]}", table_column=_one_line()),
                 TextColumn("{task.fields[note]}", table_column=_one_line()),
                 console=console,
                 expand=True,
@@ -80,19 +119,26 @@ class ProgressBar:
             try:
                 bar.start()
             except LiveError:
-                self.enabled = False
+                self.enabled, self._job = False, None
                 return self
             self._bar = bar
-            self._task = bar.add_task(self.title, total=self.total, unit=self.unit, note="")
+            title = self.title
+            if self._job is not None and self._job.number >= 0:
+                title = f"{self._job.number + 1}/{len(self._job.stages)} {title}"
+            self._task = bar.add_task(
+                title, total=self.total, unit=self.unit, note="", whole=self._whole()
+            )
         return self
 
     def advance(self, steps: int = 1, note: str | None = None) -> None:
-        """Count ``steps`` more as done; ``note`` is shown behind the bar."""
+        """Count ``steps`` more as done, which may be none; ``note`` is shown behind the bar."""
         self.done += steps
         if note is not None:
             self._note = note
+        if self._job is not None and self.total:
+            self._job.bar = min(1.0, self.done / self.total)
         if self._bar is not None:
-            self._bar.update(self._task, advance=steps, note=self._note)
+            self._bar.update(self._task, advance=steps, note=self._note, whole=self._whole())
         elif self.enabled and time.monotonic() - self._last >= LOG_INTERVAL:
             self._print()
 
@@ -102,21 +148,32 @@ class ProgressBar:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if error is None and self.total is not None and self.done < self.total:
+            self.total = self.done  # what was left was not needed
+            if self._bar is not None:
+                self._bar.update(self._task, total=self.total)
+        if self._job is not None:
+            self._job.bars, self._job.bar = self._job.bars + 1, 0.0
         if self._bar is not None:
             self._bar.stop()
-        elif self.enabled and self.done:
+        elif self.enabled and self.done and self._printed != self.done:
             self._print()
+
+    def _whole(self) -> str:
+        """What is left of the job that this is a part of."""
+        left = None if self._job is None else self._job.left()
+        return "" if left is None else f"in all {duration(left)}"
 
     def _print(self) -> None:
         now = time.monotonic()
-        self._last = now
+        self._last, self._printed = now, self.done
         rate = self.done / max(now - self._start, 1e-9)
-        text = f"{self.title}: {self.done}"
+        text = f"{self.title}: {self.done:,}"
         if self.total is not None:
-            text += f"/{self.total}"
-        text += f", {rate:,.1f} {self.unit}/s, {now - self._start:.0f} s"
+            text += f"/{self.total:,}"
+        text += f", {rate:,.1f} {self.unit}/s, {duration(now - self._start)}"
         if self.total is not None and self.done < self.total and rate > 0:
-            text += f", {(self.total - self.done) / rate:.0f} s left"
-        Console(stderr=True, highlight=False, soft_wrap=True).print(
-            text + (f", {self._note}" if self._note else ""), markup=False
-        )
+            text += f", {duration((self.total - self.done) / rate)} left"
+        if self._job is not None and self._job.number >= 0:
+            text += f" ({in_all(self._job)})"
+        say(text + (f", {self._note}" if self._note else ""))

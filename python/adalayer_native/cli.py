@@ -1,76 +1,117 @@
-"""Command line: ``adalayer demo | train | compress | report | info | study | serve``."""
+"""Command line: ``adalayer demo | train | compress | compile | report | info | study | serve``.
+
+What stands here loads nothing but typer; each command imports what it runs.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
 import warnings
-from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from adalayer_native import files, ops
-from adalayer_native.allocation import METHODS, Budget
-from adalayer_native.errors import AdaError
-from adalayer_native.study.commands import app as study_app
+from . import _console
+from ._options import (
+    Batch,
+    Classes,
+    Country,
+    Data,
+    Group,
+    Mean,
+    Model,
+    Quiet,
+    Scale,
+    Seed,
+    Std,
+    Threads,
+    above_zero,
+    at_least_zero,
+    fixed_widths,
+    input_sizes,
+    numbers_of,
+    output_file,
+    output_folder,
+    share,
+    whole_numbers,
+    widths,
+)
+from .allocation.methods import BUDGETED, METHODS
+from .errors import AdaError
+from .study.commands import app as study_app
 
+# Without rich's markup and panels: those read [serve] as markup, and cut what is long.
 app = typer.Typer(
+    cls=Group,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     help="Compress PyTorch CNNs layer by layer and run them on native low-bit kernels.",
 )
 
-app.add_typer(study_app, name="study")
+app.add_typer(study_app, name="study", short_help="Repeat the two papers' experiments.")
 
 _INTERRUPTED = 130  # what shells report after Ctrl-C
 
 Method = Enum("Method", {name: name for name in METHODS}, type=str)  # type: ignore[misc]
 _ADALAYER = Method("adalayer")
+Weights = Enum(  # type: ignore[misc]
+    "Weights", {name: name for name in ("measured", "streamed", "resident")}, type=str
+)
+_MEASURED = Weights("measured")
 
 
-def _budget(**limits: Any) -> Budget | None:
-    if all(value is None for value in limits.values()):
-        return None
-    return Budget(**limits)
+def _version(wanted: bool) -> None:
+    if wanted:
+        from ._version import __version__
+
+        print(f"adalayer_native {__version__}")
+        raise typer.Exit
 
 
-def _fixed(texts: list[str]) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for text in texts:
-        name, _, bits = text.rpartition("=")
-        if not name or not bits.isdecimal():
-            raise typer.BadParameter(
-                f"expected LAYER=BITS, such as conv1=8, got {text!r}", param_hint="--fix"
-            )
-        found[name] = int(bits)
-    return found
+@app.callback()
+def adalayer(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it and exit.")
+    ] = False,
+) -> None:
+    """Compress PyTorch CNNs layer by layer and run them on native low-bit kernels."""
 
 
-def _whole_numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise typer.BadParameter(
-            f"expected whole numbers separated by commas, such as 2,3,4, got {text!r}",
-            param_hint="--layer-bits",
-        ) from None
+def _budget(method: str, limits: dict[str, float | None]) -> Any:
+    """The budget that the options give, if any."""
+    from .allocation import Budget
+    from .errors import BudgetError
+
+    if any(value is not None for value in limits.values()):
+        return Budget(**limits)  # type: ignore[arg-type]
+    if method in BUDGETED:
+        more = ", --latency, --bops, --energy or --loss" if method == "optimal" else ""
+        raise BudgetError(f"method {method!r} needs a budget: --size, --bytes or --bits{more}")
+    return None
 
 
-@app.command()
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",")]
+
+
+def _scale(text: str | None) -> float | None:
+    values = numbers_of(text)
+    return None if values is None else values[0]
+
+
+@app.command(short_help="Compress a network under a budget.")
 def compress(
-    model: Annotated[str, typer.Argument(help="Built-in name or package.module:callable.")],
+    model: Model,
     weights: Annotated[Path, typer.Option(help="Float weights, safetensors.")],
-    data: Annotated[
-        str, typer.Option(help="Image folder or zip with train/ and test/, or digits.")
-    ],
-    out: Annotated[Path, typer.Option(help="Directory for the results.")] = Path("compressed"),
+    data: Data,
+    out: Annotated[
+        Path, typer.Option(callback=output_folder, help="Directory for the results.")
+    ] = Path("compressed"),
     size: Annotated[float | None, typer.Option(help="Budget: fraction of the float file.")] = None,
     size_bytes: Annotated[int | None, typer.Option("--bytes", help="Budget: bytes.")] = None,
     bits: Annotated[float | None, typer.Option(help="Budget: average bits per weight.")] = None,
@@ -89,29 +130,34 @@ def compress(
     ] = None,
     method: Annotated[Method, typer.Option(help="How bits are chosen.")] = _ADALAYER,
     fix: Annotated[
-        list[str] | None, typer.Option(help="LAYER=BITS, decided already; may be repeated.")
+        list[str] | None,
+        typer.Option(callback=fixed_widths, help="LAYER=BITS, decided already; may be repeated."),
     ] = None,
     exclude: Annotated[
         list[str] | None, typer.Option(help="Layer or module to leave in float; repeatable.")
     ] = None,
     layer_bits: Annotated[
-        str | None, typer.Option(help="For fixed/ascending/descending, e.g. 2,3,4.")
+        str | None,
+        typer.Option(callback=widths, help="For fixed/ascending/descending, e.g. 2,3,4."),
     ] = None,
     stages: Annotated[
         str | None, typer.Option(help="Their stages, e.g. layer1,layer2,layer3.")
     ] = None,
     epochs: Annotated[int, typer.Option(min=0, help="Fine-tuning epochs.")] = 2,
-    lr: Annotated[float, typer.Option(help="Peak learning rate of the fine-tuning.")] = 0.01,
+    lr: Annotated[
+        float, typer.Option(callback=above_zero, help="Peak learning rate of the fine-tuning.")
+    ] = 0.01,
     distill: Annotated[bool, typer.Option(help="The float model teaches.")] = True,
     repair: Annotated[
         bool, typer.Option(help="Round and prune by the layers' output errors.")
     ] = True,
     calibration: Annotated[int, typer.Option(min=1, help="Training images to calibrate on.")] = 512,
-    image_size: Annotated[int, typer.Option(min=1, help="Pixels per side.")] = 32,
-    batch_size: Annotated[int, typer.Option(min=1)] = 128,
-    classes: Annotated[
-        int | None, typer.Option(help="Classes; default: what the data has.")
-    ] = None,
+    image_size: Annotated[int, typer.Option(min=1, max=4096, help="Pixels per side.")] = 32,
+    mean: Mean = None,
+    std: Std = None,
+    scale: Scale = None,
+    batch_size: Batch = 128,
+    classes: Classes = None,
     criterion: Annotated[
         str | None, typer.Option(help="What A of eq. (1), or optimal's error table, comes from.")
     ] = None,
@@ -125,38 +171,46 @@ def compress(
     energy_use: Annotated[
         bool, typer.Option("--energy-use", help="Meter energy of the run and of inference.")
     ] = False,
-    country: Annotated[
-        str | None, typer.Option(help="Whose electricity, for CO2: ISO alpha-3, e.g. ITA.")
-    ] = None,
-    seed: Annotated[int, typer.Option()] = 0,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads; default: torch's.")] = None,
+    country: Country = None,
+    seed: Seed = 0,
+    threads: Threads = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json at the end.")] = False,
-    quiet: Annotated[bool, typer.Option(help="No progress bars.")] = False,
+    quiet: Quiet = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only check everything, and say what would be done.")
+    ] = False,
 ) -> None:
-    """Compress MODEL under a budget; write plan.json, model.safetensors and report.json to OUT.
+    """Compress MODEL under a budget.
 
-    Interrupted? The same command goes on where it stopped.
+    OUT gets plan.json, model.safetensors, model.ada (the engine, for adalayer serve and programs in
+    C) and report.json. Interrupted? The same command goes on where it stopped.
     """
-    from adalayer_native.jobs import CompressJob, run_compress
+    budget = _budget(
+        method.value,
+        {
+            "size": size,
+            "bytes": size_bytes,
+            "bits": bits,
+            "latency": latency,
+            "bops": bops,
+            "energy": energy,
+            "loss": loss,
+        },
+    )
+    if not quiet:
+        _console.say("checking model, weights and data")
+    from .jobs import CompressJob, check_compress, run_compress
 
     job = CompressJob(
         model=model,
         weights=weights,
         data=data,
         out=out,
-        budget=_budget(
-            size=size,
-            bytes=size_bytes,
-            bits=bits,
-            latency=latency,
-            bops=bops,
-            energy=energy,
-            loss=loss,
-        ),
+        budget=budget,
         method=method.value,
-        layer_bits=_whole_numbers(layer_bits) if layer_bits else None,
-        stages=[name.strip() for name in stages.split(",")] if stages else None,
-        fixed=_fixed(fix or []),
+        layer_bits=whole_numbers(layer_bits),
+        stages=_names(stages),
+        fixed={name: int(width) for name, _, width in (text.rpartition("=") for text in fix or [])},
         exclude=exclude or [],
         epochs=epochs,
         lr=lr,
@@ -166,6 +220,9 @@ def compress(
         image_size=image_size,
         batch_size=batch_size,
         classes=classes,
+        mean=numbers_of(mean),
+        std=numbers_of(std),
+        scale=_scale(scale),
         criterion=criterion,
         frontier=frontier,
         energy=energy_use,
@@ -174,38 +231,41 @@ def compress(
         threads=threads,
         progress=not quiet,
     )
-    report = run_compress(job)
+    report = check_compress(job) if check else run_compress(job)
     if as_json:
         print(json.dumps(report, indent=2))
 
 
-@app.command()
+@app.command(short_help="Train a float network.")
 def train(
-    model: Annotated[str, typer.Argument(help="Built-in name or package.module:callable.")],
-    data: Annotated[
-        str, typer.Option(help="Image folder or zip with train/ and test/, or digits.")
-    ],
-    out: Annotated[Path, typer.Option(help="Weight file, safetensors.")],
-    epochs: Annotated[int, typer.Option(min=1)] = 60,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 0.1,
-    label_smoothing: Annotated[float, typer.Option(help="Share spread over all classes.")] = 0.1,
-    weight_decay: Annotated[float, typer.Option()] = 5e-4,
+    model: Model,
+    data: Data,
+    out: Annotated[Path, typer.Option(callback=output_file, help="Weight file, safetensors.")],
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 60,
+    lr: Annotated[float, typer.Option(callback=above_zero, help="Peak learning rate.")] = 0.1,
+    label_smoothing: Annotated[
+        float, typer.Option(callback=share, help="Share spread over all classes.")
+    ] = 0.1,
+    weight_decay: Annotated[
+        float, typer.Option(callback=at_least_zero, help="Of SGD, for weights.")
+    ] = 5e-4,
     augment: Annotated[bool, typer.Option(help="Random crops and mirroring.")] = True,
-    image_size: Annotated[int, typer.Option(min=1, help="Pixels per side.")] = 32,
-    batch_size: Annotated[int, typer.Option(min=1)] = 128,
-    classes: Annotated[
-        int | None, typer.Option(help="Classes; default: what the data has.")
-    ] = None,
-    seed: Annotated[int, typer.Option()] = 0,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads; default: torch's.")] = None,
+    image_size: Annotated[int, typer.Option(min=1, max=4096, help="Pixels per side.")] = 32,
+    mean: Mean = None,
+    std: Std = None,
+    scale: Scale = None,
+    batch_size: Batch = 128,
+    classes: Classes = None,
+    seed: Seed = 0,
+    threads: Threads = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report at the end.")] = False,
-    quiet: Annotated[bool, typer.Option(help="No progress bars.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Train the float network MODEL; write its weights to OUT and a report beside them.
 
     Interrupted? The same command goes on where it stopped.
     """
-    from adalayer_native.jobs import TrainJob, run_train
+    from .jobs import TrainJob, run_train
 
     job = TrainJob(
         model=model,
@@ -219,6 +279,9 @@ def train(
         image_size=image_size,
         batch_size=batch_size,
         classes=classes,
+        mean=numbers_of(mean),
+        std=numbers_of(std),
+        scale=_scale(scale),
         seed=seed,
         threads=threads,
         progress=not quiet,
@@ -228,122 +291,128 @@ def train(
         print(json.dumps(report, indent=2))
 
 
-@app.command()
+@app.command("compile", short_help="Compile a packed model to an .ada file.")
+def compile_packed(
+    source: Annotated[
+        Path, typer.Argument(help="Output directory of compress, or a packed model.safetensors.")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", callback=output_file, help="The file; default: model.ada beside it."
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Built-in name or package.module:callable; default: the run's."),
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Pixels per side; default: the run's.")
+    ] = None,
+    input_shape: Annotated[
+        str | None,
+        typer.Option(
+            callback=input_sizes, help="Channels, height and width instead, e.g. 3,32,64."
+        ),
+    ] = None,
+    classes: Annotated[int | None, typer.Option(min=1, help="Default: the run's.")] = None,
+    mean: Mean = None,
+    std: Std = None,
+    scale: Scale = None,
+    weights: Annotated[
+        Weights,
+        typer.Option(
+            help="Form in which they are timed here, and the choice of kernels is remembered; the "
+            "file is the same."
+        ),
+    ] = _MEASURED,
+    batch: Annotated[int, typer.Option(min=1, help="Images per call for the timing.")] = 1,
+    threads: Threads = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what came of it.")] = False,
+) -> None:
+    """Compile a packed model to an .ada file, which needs neither Python nor torch.
+
+    adalayer serve and libadalayer run it.
+    """
+    if image_size is not None and input_shape is not None:
+        raise typer.BadParameter("expected one of --image-size and --input-shape, got both")
+    from .jobs import CompileJob, run_compile
+
+    square = None if image_size is None else [3, image_size, image_size]
+    job = CompileJob(
+        source=source,
+        output=output,
+        model=model,
+        classes=classes,
+        input_shape=whole_numbers(input_shape) or square,
+        mean=numbers_of(mean),
+        std=numbers_of(std),
+        scale=_scale(scale),
+        weights=weights.value,
+        batch=batch,
+        threads=threads,
+    )
+    found = run_compile(job)
+    if as_json:
+        print(json.dumps(found, indent=2))
+
+
+@app.command(short_help="Write one HTML page about a finished run.")
 def report(
     run: Annotated[Path, typer.Argument(help="Output directory of compress or demo.")],
-    out: Annotated[Path, typer.Option(help="The HTML file.")] = Path("report.html"),
+    out: Annotated[Path, typer.Option(callback=output_file, help="The HTML file.")] = Path(
+        "report.html"
+    ),
 ) -> None:
     """Write one self-contained HTML page about a finished run: pictures and a table of layers."""
-    from adalayer_native.report import load_run, write_page
+    from .report import load_run, write_page
 
     write_page(load_run(run), out)
-    Console(stderr=True).print(f"written to {out}", markup=False, soft_wrap=True)
+    _console.say(f"written to {out}")
 
 
-@app.command()
+@app.command(short_help="Show a packed model, an engine, a run, or this machine.")
 def info(
     file: Annotated[
-        Path,
-        typer.Argument(help="Packed model (model.safetensors), engine (.ada) or a run directory."),
-    ],
+        Path | None,
+        typer.Argument(
+            help="Packed model (model.safetensors), engine (.ada) or a run directory; without: "
+            "this machine's instruction sets and threads."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
     """Show what a packed model, a compiled engine or a finished run holds, layer by layer."""
-    if file.is_dir():
-        _run_info(file, as_json)
-        return
-    if file.suffix == ".ada":
-        _engine_info(file, as_json)
-        return
-    entries = files.describe(file)
-    total = file.stat().st_size
-    if as_json:
-        print(json.dumps({"file": str(file), "bytes": total, "layers": entries}, indent=2))
-        return
-    layers = [e for e in entries if e["name"] is not None]
-    params = sum(e["params"] for e in layers)
-    weight_bits = 8 * sum(e["bytes"] for e in layers) / params
-    table = Table(title=f"{file.name} — {total:,} bytes, {weight_bits:.2f} bits per weight in all")
-    for column in ("layer", "shape"):
-        table.add_column(column)
-    for column in ("params", "bits", "nonzero", "encoding", "input bits", "bytes", "of float32"):
-        table.add_column(column, justify="right")
-    for e in layers:
-        table.add_row(
-            e["name"],
-            "×".join(str(v) for v in e["shape"]),
-            f"{e['params']:,}",
-            str(e["bits"]),
-            "all stored" if e["encoding"] == "dense" else f"{e['nonzero']:.1%}",
-            e["encoding"],
-            str(e["input_bits"]),
-            f"{e['bytes']:,}",
-            f"{e['bytes'] / (4 * e['params']):.1%}",
-        )
-    table.caption = (
-        f"other tensors: {entries[-1]['bytes']:,} bytes; this machine runs "
-        f"{', '.join(ops.isas())}, in use: {ops.active_isa()}"
-    )
-    Console().print(table)
+    from . import infos
 
-
-def _run_info(path: Path, as_json: bool) -> None:
-    from adalayer_native.report import load_run, run_table
-
-    run = load_run(path)
-    if as_json:
-        print(json.dumps(run.data, indent=2))
+    if file is None:
+        infos.show_machine(as_json)
+    elif file.is_dir():
+        infos.show_run(file, as_json)
+    elif file.suffix == ".ada":
+        infos.show_engine(file, as_json)
     else:
-        Console().print(run_table(run))
+        infos.show_packed(file, as_json)
 
 
-def _engine_info(file: Path, as_json: bool) -> None:
-    from adalayer_native.engine import load
-
-    engine = load(file)
-    coverage, total = engine.coverage(rounds=0), file.stat().st_size
-    if as_json:
-        report = {
-            "file": str(file),
-            "bytes": total,
-            "inputs": [{"name": port.name, "shape": list(port.shape)} for port in engine.inputs],
-            "preprocessing": engine.preprocessing,
-            "classes": engine.class_names,
-            "nodes": [asdict(row) for row in coverage],
-        }
-        print(json.dumps(report, indent=2))
-        return
-    table = Table(title=f"{file.name} — {total:,} bytes")
-    for column in ("node", "operation"):
-        table.add_column(column)
-    for column in ("bits", "input bits", "bytes", "MACs per image"):
-        table.add_column(column, justify="right")
-    table.add_column("runs here as")
-    for row in coverage:
-        numbers = (row.bits, row.input_bits, row.bytes, row.macs)
-        counts = (f"{n:,}" if n else "" for n in numbers)
-        table.add_row(escape(row.name), row.op, *counts, escape(row.kernel))
-    ports = "; ".join(f"{p.name} {p}" for p in engine.inputs)
-    classes = f"{len(engine.class_names)} classes" if engine.class_names else "no class names"
-    given = "with" if engine.preprocessing else "without"
-    table.caption = escape(f"input {ports}; {classes}; {given} preprocessing")
-    Console().print(table)
-
-
-@app.command()
+@app.command(short_help="Train, compress and compare a small network.")
 def demo(
-    out: Annotated[Path, typer.Option(help="Directory for the results.")] = Path("demo-output"),
-    size: Annotated[float, typer.Option(help="Budget: fraction of the float file.")] = 0.10,
+    out: Annotated[
+        Path, typer.Option(callback=output_folder, help="Directory for the results.")
+    ] = Path("demo-output"),
+    size: Annotated[
+        float, typer.Option(callback=above_zero, help="Budget: fraction of the float file.")
+    ] = 0.10,
     epochs: Annotated[int, typer.Option(min=1, help="Training epochs of the float network.")] = 5,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Seed = 0,
 ) -> None:
     """Train AdaLayerNet on handwritten digits, compress it two ways, run it natively, compare."""
-    from adalayer_native.demo import run_demo
+    from .demo import run_demo
 
     run_demo(out, size=size, epochs=epochs, seed=seed)
 
 
-@app.command()
+@app.command(short_help="Serve .ada files over HTTP.")
 def serve(
     models: Annotated[
         list[str] | None,
@@ -457,14 +526,9 @@ def _is_usage_error(error: Any) -> bool:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    _say("[bold red]error:[/]", message)
+    _console.fail(message)
     sys.exit(code)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    _say("[bold yellow]warning:[/]", str(message))
-
-
-def _say(label: str, message: str) -> None:
-    # Escaped: shapes such as [64, 3] are no markup.
-    Console(stderr=True, soft_wrap=True).print(f"{label} {escape(message)}", highlight=False)
+    _console.warn(str(message))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,21 +13,23 @@ import torch
 from torch import nn
 
 from adalayer_native._fingerprint import fingerprint
-from adalayer_native.allocation import METHODS, Budget, allocate
+from adalayer_native._progress import stage
+from adalayer_native._stages import Stage, job
+from adalayer_native.allocation import Budget, allocate, check_method, check_request
 from adalayer_native.allocation.rest import planned_rest, unsupported_rest
 from adalayer_native.capture.loading import captured_on, first_sample
 from adalayer_native.capture.work import FloatRest, work_of
-from adalayer_native.errors import BudgetError, PlanError, UnsupportedModelError
+from adalayer_native.errors import UnsupportedModelError
 from adalayer_native.importance import LayerScores, analyze
 from adalayer_native.importance.outputs import LossFn, Pick
-from adalayer_native.plan import Plan
+from adalayer_native.plan import Plan, supported_layers
 from adalayer_native.quantization import calibrate, convert, prepare
 from adalayer_native.quantization.layout import native_layout
 from adalayer_native.repair import Repair
 from adalayer_native.repair import repair as repair_layers
 from adalayer_native.training import finetune
 
-__all__ = ["Compressed", "compress"]
+__all__ = ["Compressed", "compress", "stages_of"]
 
 
 @dataclass
@@ -123,8 +125,10 @@ def compress(
     def inside(name: str) -> Path | None:
         return work / name if work is not None else None
 
+    asked = dict(allocate_options or {})
     if plan is None:
-        _check_method(method, budget, criterion)
+        agreed = {key: asked.get(key) for key in ("bits", "stages", "options")}
+        check_method(method, budget, criterion=criterion, **agreed)
     model = captured_on(model, calibration)
     macs = work_of(model, first_sample(model, calibration))
     unsupported = unsupported_rest(model, plan, macs)
@@ -136,79 +140,132 @@ def compress(
             f"{unsupported}",
             stacklevel=2,
         )
-    scores = None
-    if plan is None:
-        if method == "adalayer":  # the other methods do not look at scores
-            scores = analyze(
-                model,
-                calibration,
-                loss_fn,
-                output=output,
-                criterion=criterion,
-                cache=inside("analysis.json"),
-                progress=progress,
-            )
-        options = dict(allocate_options or {})
-        if method == "optimal":
-            if work is not None:
-                options.setdefault("tables", inside("tables"))
-            own: dict[str, Any] = {} if criterion is None else {"measure": criterion}
-            if not repair:  # tables of weights that there will not be would mislead
-                own["weight_of"] = "rounded"
-            options["options"] = {**own, **(options.get("options") or {})}
-        plan = allocate(
-            scores,
-            budget,
-            method=method,
-            model=model,
-            calibration=calibration,
-            cache=inside("search.json"),
-            progress=progress,
-            **{"loss_fn": loss_fn, "output": output, **options},
-        )
-    rest = planned_rest(model, plan, macs)
-    if strict:
-        _refuse(rest)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # which layers stay float was said
-        prepared = prepare(model, plan)
-    calibrate(prepared, calibration, observer=observer, progress=progress)
     training = train_loader is not None and epochs > 0
-    report = None
-    if repair:
-        checkpoint = None
-        if work is not None:
-            # Calibrated ranges are in it, and with them the data.
-            checkpoint = work / f"repair-{fingerprint(prepared, {'seed': seed})[:16]}.safetensors"
-        report = repair_layers(
-            prepared, calibration, seed=seed, checkpoint=checkpoint, progress=progress
-        )
-    history = None
-    if train_loader is not None and training:
-        history = finetune(
-            prepared,
-            train_loader,
-            epochs,
-            # I as eq. (1) gives it with the plan's own alpha and beta. Without scores the norm
-            # term of eq. (5) is off: nothing says which layers it should shrink.
-            scores=importance_of(plan),
-            teacher=model if distill else None,
-            checkpoint=inside("finetune.safetensors"),
-            seed=seed,
-            progress=progress,
-            **{"loss_fn": loss_fn, "output": output, **(finetune_options or {})},
-        )
+    if plan is None:  # what can be said now is not said after an analysis of an hour
+        known = ("bits", "stages", "activation_bits", "fixed", "exclude", "options")
+        wanted = {key: asked[key] for key in known if key in asked}
+        check_request(model, budget, method=method, **wanted)
+    ahead = stages_of(
+        model,
+        calibration,
+        method=None if plan is not None else method,
+        repair=repair,
+        train_loader=train_loader,
+        epochs=epochs,
+    )
+    scores, report, history = None, None, None
+    with job(ahead):
+        if plan is None:
+            if method == "adalayer":  # the other methods do not look at scores
+                with stage(SCORES, enabled=progress):
+                    scores = analyze(
+                        model,
+                        calibration,
+                        loss_fn,
+                        output=output,
+                        criterion=criterion,
+                        cache=inside("analysis.json"),
+                        progress=progress,
+                    )
+            options = asked
+            if method == "optimal":
+                if work is not None:
+                    options.setdefault("tables", inside("tables"))
+                own: dict[str, Any] = {} if criterion is None else {"measure": criterion}
+                if not repair:  # tables of weights that there will not be would mislead
+                    own["weight_of"] = "rounded"
+                options["options"] = {**own, **(options.get("options") or {})}
+            with stage(SEARCH, enabled=progress):
+                plan = allocate(
+                    scores,
+                    budget,
+                    method=method,
+                    model=model,
+                    calibration=calibration,
+                    cache=inside("search.json"),
+                    progress=progress,
+                    **{"loss_fn": loss_fn, "output": output, **options},
+                )
+        rest = planned_rest(model, plan, macs)
+        if strict:
+            _refuse(rest)
+        with stage(RANGES, enabled=progress):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # which layers stay float was said
+                prepared = prepare(model, plan)
+            calibrate(prepared, calibration, observer=observer, progress=progress)
+        if repair:
+            checkpoint = None
+            if work is not None:
+                # Calibrated ranges are in it, and with them the data.
+                name = f"repair-{fingerprint(prepared, {'seed': seed})[:16]}.safetensors"
+                checkpoint = work / name
+            with stage(REPAIR, enabled=progress):
+                report = repair_layers(
+                    prepared, calibration, seed=seed, checkpoint=checkpoint, progress=progress
+                )
+        if train_loader is not None and training:
+            with stage(TRAINING, enabled=progress):
+                history = finetune(
+                    prepared,
+                    train_loader,
+                    epochs,
+                    # I as eq. (1) gives it with the plan's own alpha and beta. Without scores the
+                    # norm term of eq. (5) is off: nothing says which layers it should shrink.
+                    scores=importance_of(plan),
+                    teacher=model if distill else None,
+                    checkpoint=inside("finetune.safetensors"),
+                    seed=seed,
+                    progress=progress,
+                    **{"loss_fn": loss_fn, "output": output, **(finetune_options or {})},
+                )
     kept = kept_float(model, plan)
     return Compressed(convert(prepared), plan, scores, kept, history, report, rest)
 
 
-def _check_method(method: str, budget: Budget | None, criterion: str | None) -> None:
-    if method not in METHODS:
-        raise PlanError(f"unknown method {method!r}: expected one of {METHODS}")
-    if budget is None and method in ("adalayer", "uniform", "optimal", "rl"):
-        raise BudgetError(f"method {method!r} needs a budget")
-    if criterion is not None and method not in ("adalayer", "optimal"):
-        raise PlanError(f"method {method!r} looks at no criterion, got {criterion!r}")
+SCORES, SEARCH = "importance of the layers", "search for a plan"
+RANGES, REPAIR, TRAINING = "ranges of the activations", "repair", "fine-tuning"
+
+
+def stages_of(
+    model: nn.Module,
+    calibration: Iterable[Any],
+    *,
+    method: str | None,
+    repair: bool,
+    train_loader: Iterable[Any] | None,
+    epochs: int,
+) -> list[Stage]:
+    """The stages of :func:`compress`, with their work in batches that go through the network.
+
+    Only for an estimate of the time, which every finished stage corrects: what a stage does beside
+    that (weights are rounded, options are solved for) is counted as batches, too.
+
+    Args:
+        method: ``None`` where there is a plan.
+    """
+    layers, batches = len(supported_layers(model)), _length(calibration)
+    found = []
+    if method == "adalayer":
+        found.append(Stage(SCORES, layers * batches))
+    repairing = layers * (4 + batches)
+    if method is not None:
+        plans = {"adalayer": 44, "uniform": 7, "rl": 300, "optimal": 50}.get(method, 1)
+        trials, bars = 2 * plans * batches, 1  # each of them quantized anew
+        if method == "optimal":  # a table of all options, and a few plans repaired on half of it
+            trials, bars = trials + 20 * layers + 4 * repairing, 4
+        found.append(Stage(SEARCH, trials, bars))
+    found.append(Stage(RANGES, 3 * batches))
+    if repair:
+        found.append(Stage(REPAIR, repairing, 2))
+    if train_loader is not None and epochs > 0:
+        # Forwards and back, the teacher, and the average's batch norms in the end.
+        found.append(Stage(TRAINING, 6 * epochs * _length(train_loader), epochs))
+    return found
+
+
+def _length(loader: Iterable[Any]) -> int:
+    return len(loader) if isinstance(loader, Sized) else 1
 
 
 def _refuse(rest: FloatRest) -> None:

@@ -100,19 +100,21 @@ def interleaved(
 
 
 def model_milliseconds(
-    models: Mapping[str, nn.Module], x: Any, *, seconds: float = 2.0
+    models: Mapping[str, Callable[..., Any]], x: Any, *, seconds: float = 2.0
 ) -> dict[str, float]:
-    """Median milliseconds per forward pass of each model on ``x`` (channels_last), interleaved.
+    """Median milliseconds per call of each model or engine on ``x`` (channels_last), interleaved.
 
     ``x`` is a tensor, a tuple or a dictionary of arguments.
     """
     inputs = _channels_last(Inputs.of(x))
     with torch.inference_mode():
 
-        def runner(model: nn.Module) -> Callable[[], Any]:
+        def runner(model: Callable[..., Any]) -> Callable[[], Any]:
+            if isinstance(model, nn.Module):
+                model.eval()
             return lambda: inputs(model)
 
-        times = interleaved({k: runner(m.eval()) for k, m in models.items()}, seconds=seconds)
+        times = interleaved({k: runner(m) for k, m in models.items()}, seconds=seconds)
     return {name: 1000 * t.median for name, t in times.items()}
 
 

@@ -1,13 +1,20 @@
 """From importance to bits and sparsity per layer, under a budget."""
 
-from .allocate import METHODS, allocate
-from .budget import Budget
-from .energy import plan_energy
-from .pareto import Frontier, pareto
-from .rl import RLSettings
-from .settings import Settings
-from .size import estimate_bytes, float_bytes, packed_bytes, safetensors_bytes
-from .tables import LayerTable
+from typing import TYPE_CHECKING
+
+from .._lazy import lazy
+
+if TYPE_CHECKING:
+    from .allocate import allocate
+    from .budget import Budget
+    from .energy import plan_energy
+    from .methods import METHODS
+    from .pareto import Frontier, pareto
+    from .request import check_method, check_request
+    from .rl import RLSettings
+    from .settings import Settings
+    from .size import estimate_bytes, float_bytes, packed_bytes, safetensors_bytes
+    from .tables import LayerTable
 
 __all__ = [
     "METHODS",
@@ -17,6 +24,8 @@ __all__ = [
     "RLSettings",
     "Settings",
     "allocate",
+    "check_method",
+    "check_request",
     "estimate_bytes",
     "float_bytes",
     "packed_bytes",
@@ -24,3 +33,19 @@ __all__ = [
     "plan_energy",
     "safetensors_bytes",
 ]
+
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "allocate": ["allocate"],
+        "budget": ["Budget"],
+        "energy": ["plan_energy"],
+        "methods": ["METHODS"],
+        "pareto": ["Frontier", "pareto"],
+        "request": ["check_method", "check_request"],
+        "rl": ["RLSettings"],
+        "settings": ["Settings"],
+        "size": ["estimate_bytes", "float_bytes", "packed_bytes", "safetensors_bytes"],
+        "tables": ["LayerTable"],
+    },
+)

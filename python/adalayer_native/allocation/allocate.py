@@ -12,7 +12,7 @@ from torch import nn
 from ..capture import GraphModel
 from ..capture.loading import captured_on, first_sample
 from ..capture.work import work_of
-from ..errors import BudgetError, CalibrationError, PlanError
+from ..errors import CalibrationError, PlanError
 from ..importance.outputs import LossFn, Pick
 from ..importance.scores import LayerScores
 from ..plan import Plan
@@ -20,19 +20,19 @@ from .adalayer import adalayer
 from .budget import Budget
 from .evaluate import Evaluator
 from .measuring import Data, loader_of
+from .methods import STAGE_METHODS
 from .optimal import optimal
 from .problem import Fixed, Problem
 from .repaired import REPAIR_VERSION, RepairedWeights
 from .repaired_check import RepairedCheck
+from .request import check_method
 from .rest import unsupported_rest
 from .rl import RLSettings, rl
 from .settings import settings_of
-from .stages import STAGE_METHODS, stage_plan
+from .stages import stage_plan
 from .uniform import uniform
 
-__all__ = ["METHODS", "allocate"]
-
-METHODS = ("adalayer", "uniform", "optimal", "rl", *STAGE_METHODS)
+__all__ = ["allocate"]
 
 
 def allocate(
@@ -113,14 +113,9 @@ def allocate(
         CalibrationError: unusable calibration data or weights.
         UnsupportedModelError: a model that cannot be captured, or without supported layers.
     """
-    if method not in METHODS:
-        raise PlanError(f"unknown method {method!r}: expected one of {METHODS}")
+    check_method(method, budget, bits=bits, stages=stages, options=options)
     if candidates < 1:
         raise PlanError(f"candidates must be at least 1, got {candidates}")
-    if options and method not in ("optimal", "rl"):
-        raise PlanError(
-            f"method {method!r} takes no options; they are for methods 'optimal' and 'rl'"
-        )
     model = captured_on(model, calibration)
     if method == "optimal":
         plan = _optimal(
@@ -132,19 +127,12 @@ def allocate(
             predicted = plan.scores or {}
             plan.scores = {n: {**known.get(n, {}), **predicted.get(n, {})} for n in plan}
         return _finished(plan, model, calibration)
-    if budget is not None and not budget.single:
-        raise BudgetError(
-            f"method {method!r} takes one limit of size, bytes and bits, got {budget}; method "
-            f"'optimal' takes several, and latency, bops and energy"
-        )
     problem = Problem(model, budget, activation_bits, fixed=fixed, exclude=exclude)
     if method in STAGE_METHODS:
         plan = stage_plan(problem, method, bits, stages)
         if scores is not None:
             plan.scores = scores.as_dict()
     else:
-        if budget is None:
-            raise BudgetError(f"method {method!r} needs a budget")
         evaluator, final = None, None
         if calibration is not None:
             key = f"repaired-{REPAIR_VERSION}" if repaired else ""
@@ -210,8 +198,7 @@ def _optimal(
     tables: str | os.PathLike[str] | None,
     **rest: Any,
 ) -> Plan:
-    if budget is None:
-        raise BudgetError("method 'optimal' needs a budget")
+    assert budget is not None  # checked with the method
     if calibration is None:
         raise CalibrationError("method 'optimal' needs calibration data: it measures its errors")
     return optimal(

@@ -22,8 +22,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, linprog, milp
-from scipy.sparse import coo_array, csr_array, vstack
 
 __all__ = ["Limit", "Link", "Pair", "monotone", "solve"]
 
@@ -145,6 +143,9 @@ class _Program:
         rows: np.ndarray,
         columns: np.ndarray,
     ) -> None:
+        # Imported where a problem is solved: the package and its other methods need no scipy.
+        from scipy.sparse import coo_array, csr_array, vstack
+
         self.rows, self.columns, self.count = rows, columns, len(rows)
         # Layers, and of linked ones layers and kinds, as numbers.
         self.sorts = rows * (1 + len({int(kind) for link in links for kind in link.kinds}))
@@ -193,6 +194,8 @@ class _Program:
         ``None`` if even that fits nothing. A table spans many orders of magnitude, so the scale
         of the objective is approached in steps.
         """
+        from scipy.optimize import linprog
+
         rough = float(np.abs(self.objective).max()) or 1.0
         self.scale = rough
         while True:
@@ -209,6 +212,8 @@ class _Program:
 
     def search(self, core: np.ndarray) -> tuple[np.ndarray, float] | None:
         """Options taken and the objective, with those of ``core`` alone; ``None``: none fits."""
+        from scipy.optimize import Bounds, LinearConstraint, milp
+
         chosen = np.flatnonzero(np.concatenate([core, np.ones(self.width - self.count, bool)]))
         equal = self.equal[:, chosen]
         constraints = [LinearConstraint(equal, self.right, self.right)]

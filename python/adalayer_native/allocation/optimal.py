@@ -47,7 +47,7 @@ from .rivals import Predictor, rivals
 from .selection import Selection, selection_of
 from .settings import Settings
 
-__all__ = ["optimal", "plan_of"]
+__all__ = ["optimal", "plan_of", "reachable"]
 
 CLOCK_ROUNDS = 3  # searches, where the plan that a search ends with is slower than predicted
 
@@ -72,7 +72,7 @@ def optimal(
         PlanError: settings out of range.
     """
     settings.check()
-    _reachable(problem, budget, settings)
+    reachable(problem, budget, settings)
     data = Data.split(problem.model, calibration, loss_fn, batches, output)
     weight_of = weights_of(problem, data, settings, progress=progress)
     inputs = inputs_of(problem, data)
@@ -205,8 +205,12 @@ def plan_of(
     return plan
 
 
-def _reachable(problem: Problem, budget: Budget, settings: Settings) -> None:
-    """Raise early, before anything is measured, where the file or the widths cannot be met."""
+def reachable(problem: Problem, budget: Budget, settings: Settings) -> None:
+    """Raise early, before anything is measured, where the file or the widths cannot be met.
+
+    Raises:
+        BudgetError: names the limits that bind and what is reachable.
+    """
     early = {k: v for k, v in budget.given.items() if k in ("size", "bytes", "bits")}
     if not early:
         return

@@ -11,9 +11,8 @@ from .closed_form import MAX_BITS, MIN_BITS
 from .options import Choice, Option
 from .problem import Problem
 
-__all__ = ["STAGE_METHODS", "stage_plan"]
+__all__ = ["stage_plan"]
 
-STAGE_METHODS = ("fixed", "ascending", "descending")
 DEFAULT_BITS = (2, 3, 4)
 
 

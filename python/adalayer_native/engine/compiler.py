@@ -57,7 +57,8 @@ def compile(
             weights and the same fake-quantized activations, and keeps the faster (by what it is
             compiled for: the batch of ``example_inputs``), up to a network that is all in float;
             "native" keeps all layers native.
-        strict: a node that cannot run natively is an error.
+        strict: nothing may run in torch: a node that cannot run natively is an error, and
+            policy "fastest" leaves none in float.
         weights: weights below 8 bits are "streamed" (packed in memory, unpacked while they are
             used), "resident" (unpacked to bytes once), or, layer by layer, whichever is faster with
             the current number of threads: "measured". The order of every layer's loops and its
@@ -171,7 +172,7 @@ def compile_exported(
         signature: of the model's ``forward``: names and defaults of the engine's arguments.
     """
     engine = _build(exported, {}, strict, weights, signature)
-    if policy == "native":
+    if policy == "native" or strict:
         return engine
     choices = float_choices(layer_times(exported, engine, batch))
     if not choices:

@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,8 +21,10 @@ from adalayer_native._files import replacing
 from adalayer_native.engine.call import Call
 from adalayer_native.engine.coverage import Coverage, Row
 from adalayer_native.engine.results import Leaf, Output, Port, described, skeleton
-from adalayer_native.engine.segments import TorchPart
 from adalayer_native.errors import InputError, UnsupportedModelError
+
+if TYPE_CHECKING:  # loading a file needs neither the compiler nor torch.export
+    from adalayer_native.engine.segments import TorchPart
 
 __all__ = ["WEIGHTS", "CudaPart", "Engine", "NativePart", "Step", "TorchStep"]
 

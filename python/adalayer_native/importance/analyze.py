@@ -265,7 +265,7 @@ def checked_layers(model: nn.Module) -> dict[str, Any]:
     layers = supported_layers(model)
     if not layers:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no supported layer "
+            f"{type(model).__name__} has no convolution or linear layer that is supported "
             "(nn.Conv2d, nn.ConvTranspose2d or nn.Linear)"
         )
     for name, layer in layers.items():

@@ -25,13 +25,19 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def get_model(name: str, num_classes: int = 10) -> nn.Module:
+# What callables name their number of classes.
+CLASSES = ("num_classes", "n_classes", "nclasses", "classes", "num_labels", "n_class", "nb_classes")
+
+
+def get_model(name: str, num_classes: int = 10, *, required: bool = False) -> nn.Module:
     """Build a model in eval mode.
 
     Args:
         name: a built-in name (``MODELS``), or ``"package.module:callable"``; the callable
-            returns an ``nn.Module`` and is given ``num_classes`` if it takes such an argument.
+            returns an ``nn.Module`` and is given the number of classes if it takes one (an
+            argument of a name in ``CLASSES``, or ``**kwargs``).
         num_classes: number of classes.
+        required: a callable that takes no number of classes is an error.
 
     Raises:
         UnsupportedModelError: unknown name, or the callable cannot be imported or called, or
@@ -48,11 +54,13 @@ def get_model(name: str, num_classes: int = 10) -> nn.Module:
         target: object = importlib.import_module(module_name)
         for part in attribute.split("."):
             target = getattr(target, part)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UnsupportedModelError(f"cannot import the model {name!r}: {error}") from error
+    except Exception as error:  # whatever a module of the user's own raises
+        raise UnsupportedModelError(
+            f"cannot import the model {name!r}: {_told(error, ImportError, AttributeError)}"
+        ) from error
     if not callable(target):
         raise UnsupportedModelError(f"model {name!r}: expected a callable, got {type(target)}")
-    model = target(num_classes=num_classes) if _takes_num_classes(target) else target()
+    model = _called(name, target, num_classes, required)
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
             f"model {name!r}: the callable must return a torch.nn.Module, got {type(model)}"
@@ -112,12 +120,39 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     return model
 
 
-def _takes_num_classes(target: Callable[..., object]) -> bool:
+def _called(name: str, target: Callable[..., object], num_classes: int, required: bool) -> object:
     try:
         parameters = inspect.signature(target).parameters
     except (TypeError, ValueError):
-        return False
-    return "num_classes" in parameters
+        parameters = {}  # type: ignore[assignment]
+    argument = next((each for each in CLASSES if each in parameters), None)
+    keywords = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    try:
+        if argument is not None:
+            return target(**{argument: num_classes})
+        if keywords:
+            try:
+                return target(num_classes=num_classes)
+            except TypeError as error:
+                if required or "num_classes" not in str(error):
+                    raise
+        elif required:
+            raise UnsupportedModelError(
+                f"model {name!r}: the callable takes no number of classes (expected an argument "
+                f"named one of {', '.join(CLASSES)}); leave --classes out, or name a callable "
+                "that takes it"
+            )
+        return target()
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # whatever a function of the user's own raises
+        raise UnsupportedModelError(f"model {name!r} cannot be built: {_told(error)}") from error
+
+
+def _told(error: Exception, *plain: type[Exception]) -> str:
+    """An error in one line; of the plain kinds the text says enough."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, plain) else f"{type(error).__name__}: {text}"
 
 
 def _some(keys: list[str], limit: int = 20) -> str:

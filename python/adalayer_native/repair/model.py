@@ -199,7 +199,7 @@ def repair(
     norms = {name: _norm_of(prepared, entries[name]) for name in order}
     before = {name: _state(layers[name], norms[name]) for name in order}
     others = {name: value.clone() for name, value in prepared.state_dict().items()}
-    bar = ProgressBar("Repairing", len(order) * data.batches, unit="batch", enabled=progress)
+    bar = ProgressBar("Repairing", len(order), unit="layer", enabled=progress)
     try:
         if equalize and pairs_of(prepared):  # always the same: a checkpoint need not hold it
             _check_shapes(prepared, layers[order[0]], order[0], data)
@@ -213,7 +213,7 @@ def repair(
                 layer, norm = layers[name], norms[name]
                 if name in states:
                     _load(layer, norm, states[name])
-                    bar.advance(data.batches, name)
+                    bar.advance(1, name)
                     continue
                 started = time.monotonic()
                 hessian = LayerHessian(
@@ -227,7 +227,7 @@ def repair(
                 for calls in streams.inputs(name):
                     for values in calls:
                         hessian.add(*values)
-                    bar.advance(note=name)
+                    bar.advance(0, name)
                 mask = None
                 if not choose_masks and layer.mask is not None:
                     mask = conv_form(layer, layer.mask)
@@ -248,6 +248,7 @@ def repair(
                     states[name] = _state(layer, norm)
                     rows = [asdict(row) for row in result.layers.values()]
                     store.save(checkpoint, identity, states, rows)
+                bar.advance(1, name)
             if bn_reestimate:
                 twin = models[1] if correct_inputs else float_twin(prepared)
                 result.reestimated = _reestimate(prepared, twin, data)

@@ -1,15 +1,21 @@
 """Tables of plans and results, what a run records, and the report of a run."""
 
-from .columns import run_table
-from .html import page, write_page
-from .record import record
-from .run import Run, load_run
-from .tables import Result, comparison_table, error_table, figure6_table
+from typing import TYPE_CHECKING
+
+from .._lazy import lazy
+
+if TYPE_CHECKING:
+    from .columns import run_table
+    from .html import page, write_page
+    from .record import compiled, record
+    from .run import Run, load_run
+    from .tables import Result, comparison_table, error_table, figure6_table
 
 __all__ = [
     "Result",
     "Run",
     "comparison_table",
+    "compiled",
     "error_table",
     "figure6_table",
     "load_run",
@@ -18,3 +24,14 @@ __all__ = [
     "run_table",
     "write_page",
 ]
+
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "columns": ["run_table"],
+        "html": ["page", "write_page"],
+        "record": ["compiled", "record"],
+        "run": ["Run", "load_run"],
+        "tables": ["Result", "comparison_table", "error_table", "figure6_table"],
+    },
+)

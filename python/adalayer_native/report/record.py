@@ -14,6 +14,7 @@ from ..allocation import float_bytes, plan_energy
 from ..allocation.rest import planned_rest
 from ..capture import GraphModel, Inputs, captured
 from ..compress import Compressed
+from ..engine import Engine
 from ..engine import compile as compile_engine
 from ..errors import AdaError
 from ..importance.analyze import eval_mode
@@ -21,7 +22,7 @@ from ..importance.batches import one_sample
 from ..importance.flops import layer_work
 from ..plan import Plan, supported_layers
 
-__all__ = ["RECORD_FORMAT", "RECORD_VERSION", "record"]
+__all__ = ["RECORD_FORMAT", "RECORD_VERSION", "compiled", "record"]
 
 RECORD_FORMAT = "adalayer-report"
 RECORD_VERSION = 1
@@ -35,6 +36,8 @@ def record(
     packed: str | os.PathLike[str],
     x: Any,
     more: Mapping[str, Any] | None = None,
+    *,
+    engine: Engine | str | None = None,
 ) -> dict[str, Any]:
     """JSON values about a compressed model; :func:`~adalayer_native.report.load_run` reads them.
 
@@ -48,12 +51,16 @@ def record(
         packed: the saved file.
         x: an input: a tensor, a tuple or a dictionary of arguments.
         more: what the caller measured (accuracies, milliseconds), added as it is.
+        engine: what :func:`compiled` gave, where the caller has asked it.
     """
     plan, size = result.plan, os.stat(packed).st_size
     front = captured(model, example=x)
     sample = one_sample(front, Inputs.of(x))
     original = float_bytes(model if isinstance(model, nn.Module) else front)
-    times, engine = _profile(result.model, sample)
+    if engine is None:
+        found, why = compiled(result.model, sample)
+        engine = why if found is None else found
+    times, timed = _profile(engine)
     layers = _layers(front, result, packed, sample, times)
     rest = planned_rest(front, plan) if result.float_rest is None else result.float_rest
     return {
@@ -71,7 +78,7 @@ def record(
         "kept_float": result.kept_float,
         "float_rest": [{"name": n, **entry} for n, entry in rest.as_dict().items()],
         "measured": plan.measured,
-        "engine": engine,
+        "engine": timed,
         "modelled_energy_uj": 1e-6 * sum(layer["energy_pj"] for layer in layers),
         "modelled_float_energy_uj": 1e-6 * sum(layer["float_energy_pj"] for layer in layers),
         **(more or {}),
@@ -79,13 +86,19 @@ def record(
     }
 
 
-def _profile(native: nn.Module, x: Inputs) -> tuple[dict[str, tuple[float, str]], dict[str, Any]]:
-    """Microseconds and kernel per layer, and what there is to say about the engine."""
+def compiled(native: nn.Module, x: Any) -> tuple[Engine | None, str]:
+    """The engine of a converted model for such inputs, or why there is none."""
     try:
-        engine = compile_engine(native, x, policy="native")
-        rows = engine.coverage(rounds=ROUNDS)
+        return compile_engine(native, x, policy="native"), ""
     except AdaError as error:
-        return {}, {"why": str(error)}
+        return None, str(error)
+
+
+def _profile(engine: Engine | str) -> tuple[dict[str, tuple[float, str]], dict[str, Any]]:
+    """Microseconds and kernel per layer, and what there is to say about the engine."""
+    if isinstance(engine, str):
+        return {}, {"why": engine}
+    rows = engine.coverage(rounds=ROUNDS)
     found: dict[str, tuple[float, str]] = {}
     for row in rows:
         name = row.name.split("#", 1)[0]  # the second call of a layer is "layer#2"

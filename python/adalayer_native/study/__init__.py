@@ -1,9 +1,14 @@
 """The two papers' experiments, repeated on real measurements."""
 
-from .adalayernet import AdalayernetSettings, run_adalayernet
-from .green import GreenSettings, run_green
-from .store import load_study
-from .text import section, write_report
+from typing import TYPE_CHECKING
+
+from .._lazy import lazy
+
+if TYPE_CHECKING:
+    from .adalayernet import AdalayernetSettings, run_adalayernet
+    from .green import GreenSettings, run_green
+    from .store import load_study
+    from .text import section, write_report
 
 __all__ = [
     "AdalayernetSettings",
@@ -14,3 +19,13 @@ __all__ = [
     "section",
     "write_report",
 ]
+
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "adalayernet": ["AdalayernetSettings", "run_adalayernet"],
+        "green": ["GreenSettings", "run_green"],
+        "store": ["load_study"],
+        "text": ["section", "write_report"],
+    },
+)

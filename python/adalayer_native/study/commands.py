@@ -6,34 +6,39 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+
+from .._console import say
+from .._options import Batch, Data, Group, Quiet, Threads, above_zero, output_folder, whole_numbers
 
 __all__ = ["app"]
 
 app = typer.Typer(
+    cls=Group,
     no_args_is_help=True,
+    rich_markup_mode=None,
     help="Repeat the two papers' experiments on real measurements; interrupted studies go on.",
 )
 
-Data = Annotated[str, typer.Option(help="Image folder or zip with train/ and test/, or digits.")]
-Out = Annotated[Path, typer.Option(help="Directory for study.json, study.md and pictures.")]
-Minutes = Annotated[float | None, typer.Option(help="Stop cleanly after so many minutes.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads; default: torch's.")]
+Out = Annotated[
+    Path,
+    typer.Option(callback=output_folder, help="Directory for study.json, study.md and pictures."),
+]
+Minutes = Annotated[
+    float | None, typer.Option(callback=above_zero, help="Stop cleanly after so many minutes.")
+]
 Country = Annotated[str, typer.Option(help="Whose electricity, for CO2: ISO alpha-3.")]
 Energy = Annotated[bool, typer.Option(help="Meter energy and CO2 (extra [energy]).")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 Dataset = Annotated[str, typer.Option(help="cifar10 or cifar100: what --data holds.")]
 Seconds = Annotated[float, typer.Option(min=0.01, help="Of measuring, per timing.")]
 
 
-def _numbers(text: str, name: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise typer.BadParameter(
-            f"expected whole numbers separated by commas, such as 0,1, got {text!r}",
-            param_hint=name,
-        ) from None
+def _seed_list(text: str) -> str:
+    if min(whole_numbers(text, "0,1") or [0]) < 0:
+        raise typer.BadParameter(f"expected seeds of 0 or more, got {text!r}")
+    return text
+
+
+Seeds = Annotated[str, typer.Option(callback=_seed_list, help="Seeds, separated by commas.")]
 
 
 def _names(text: str) -> list[str]:
@@ -50,17 +55,12 @@ def _finish(data: dict[str, Any], out: Path) -> None:
     from .text import write_report
 
     files = write_report(out)
-    console = Console(stderr=True)
     if data["missing"]:
-        console.print(
-            f"not done yet: {', '.join(data['missing'])}; the same command goes on",
-            markup=False, soft_wrap=True,
-        )  # fmt: skip
-    names = ", ".join(["study.json", *(file.name for file in files)])
-    console.print(f"written to {out}: {names}", markup=False, soft_wrap=True)
+        say(f"not done yet: {', '.join(data['missing'])}; the same command goes on")
+    say(f"written to {out}: {', '.join(['study.json', *(file.name for file in files)])}")
 
 
-@app.command()
+@app.command(short_help="The first paper: layer-wise compression.")
 def adalayernet(
     data: Data,
     out: Out,
@@ -69,10 +69,12 @@ def adalayernet(
         typer.Option(help="Float weights, or a folder of them; without, they are trained."),
     ] = None,
     dataset: Dataset = "cifar10",
-    size: Annotated[float, typer.Option(help="Budget: fraction of the float file.")] = 0.165,
+    size: Annotated[
+        float, typer.Option(callback=above_zero, help="Budget: fraction of the float file.")
+    ] = 0.165,
     epochs: Annotated[int, typer.Option(min=0, help="Of fine-tuning.")] = 0,
     float_epochs: Annotated[int, typer.Option(min=1, help="Of training float weights.")] = 11,
-    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "0,1",
+    seeds: Seeds = "0,1",
     methods: Annotated[
         str, typer.Option(help="Some of uniform, adalayer, optimal, uniform-paper.")
     ] = "uniform,adalayer,optimal,uniform-paper",
@@ -99,7 +101,7 @@ def adalayernet(
         size=size,
         epochs=epochs,
         float_epochs=float_epochs,
-        seeds=_numbers(seeds, "--seeds"),
+        seeds=whole_numbers(seeds) or [],
         methods=_names(methods),
         calibration=calibration,
         minutes=minutes,
@@ -114,7 +116,7 @@ def adalayernet(
     _finish(run_adalayernet(settings), out)
 
 
-@app.command()
+@app.command(short_help="The second paper: widths over depth and time.")
 def green(
     data: Data,
     out: Out,
@@ -123,9 +125,9 @@ def green(
     images: Annotated[
         int, typer.Option(min=1, help="Training images per epoch; the paper: all.")
     ] = 5000,
-    batch_size: Annotated[int, typer.Option(min=1)] = 128,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 0.1,
-    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "0,1",
+    batch_size: Batch = 128,
+    lr: Annotated[float, typer.Option(callback=above_zero, help="Peak learning rate.")] = 0.1,
+    seeds: Seeds = "0,1",
     configurations: Annotated[
         str, typer.Option(help="In the order of running; fixed-N: N bits everywhere.")
     ] = "full,ascending,descending,fixed,rising,falling",
@@ -159,7 +161,7 @@ def green(
         images=images,
         batch_size=batch_size,
         lr=lr,
-        seeds=_numbers(seeds, "--seeds"),
+        seeds=whole_numbers(seeds) or [],
         configurations=_names(configurations),
         fixed_bits=fixed_bits,
         blocks=blocks,

@@ -1,0 +1,134 @@
+"""``compile``: a packed model as an ``.ada`` file, which needs no Python."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .._console import say
+from ..engine import Engine
+from ..engine import compile as compile_engine
+from ..errors import DataError, FileFormatError, UnsupportedModelError
+from ..measure import model_milliseconds
+from ..ops import get_num_threads
+from ..quantization import restore
+from .normalise import CHANNELS, Normalisation, chosen, preset
+from .opening import build
+from .settings import CompileJob
+
+__all__ = ["run_compile", "save_engine"]
+
+
+def run_compile(job: CompileJob) -> dict[str, Any]:
+    """Compiles, saves and times; returns what it says about the file.
+
+    Raises:
+        AdaError: a file, model or shape that does not fit, or parts that run in torch, which an
+            ``.ada`` file cannot hold. OSError: the output cannot be written.
+    """
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
+    packed = job.source / "model.safetensors" if job.source.is_dir() else job.source
+    if not packed.is_file():
+        what = "holds no model.safetensors" if job.source.is_dir() else "does not exist"
+        raise FileFormatError(
+            f"{os.fspath(job.source)!r} {what}; expected the output directory of adalayer compress "
+            "or a packed model"
+        )
+    known = _report(packed)
+    name = job.model or known.get("model")
+    if name is None:
+        raise UnsupportedModelError(
+            f"{packed} does not say which network it is of, and there is no report.json beside it; "
+            "give --model"
+        )
+    shape = _shape(job, known)
+    given = chosen(job)
+    model = build(str(name), job.classes, known.get("model_classes") or 10)
+    normalisation = given or _known_normalisation(known) or preset(str(name), model)
+    x = torch.rand(job.batch, *shape)
+    native = restore(model, packed, x)
+    engine = compile_engine(native, x, policy="native", weights=job.weights)
+    output = packed.with_suffix(".ada") if job.output is None else job.output
+    size = save_engine(engine, output, normalisation, known.get("classes"))
+    milliseconds = model_milliseconds({"engine": engine}, x, seconds=1.0)["engine"]
+    threads = get_num_threads()
+    say(f"normalisation: {normalisation}")
+    say(
+        f"written to {output}: {size:,} bytes; {milliseconds:.3g} ms per call (batch {job.batch}, "
+        f"{threads} thread{'s' if threads != 1 else ''})"
+    )
+    return {
+        "file": str(output),
+        "bytes": size,
+        "milliseconds": milliseconds,
+        "batch": job.batch,
+        "threads": threads,
+        "input_shape": list(shape),
+        "normalisation": normalisation.as_dict(),
+    }
+
+
+def _report(packed: Path) -> dict[str, Any]:
+    """What the run that wrote a packed model says about it; nothing where there is no report."""
+    path = packed.with_name("report.json")
+    if packed.name != "model.safetensors" or not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FileFormatError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise FileFormatError(f"{path}: expected a JSON object")
+    return found
+
+
+def _shape(job: CompileJob, known: dict[str, Any]) -> tuple[int, ...]:
+    if job.input_shape is not None:
+        return tuple(job.input_shape)
+    if "image_size" not in known:
+        raise DataError(
+            "the size of the input is not known; give --image-size, or --input-shape "
+            "(channels, height and width)"
+        )
+    return CHANNELS, int(known["image_size"]), int(known["image_size"])
+
+
+def _known_normalisation(known: dict[str, Any]) -> Normalisation | None:
+    return Normalisation.of_dict(known["normalisation"]) if "normalisation" in known else None
+
+
+def save_engine(
+    engine: Engine,
+    path: Path,
+    normalisation: Normalisation,
+    class_names: Sequence[str] | None,
+) -> int:
+    """Writes an engine with what a server has to know about its images; the bytes of the file.
+
+    Class names are left out where the engine does not have one output for each.
+
+    Raises:
+        UnsupportedModelError: some parts run in torch.
+    """
+    shape = engine.inputs[0].shape
+    preprocessing: dict[str, Any] | None = None
+    if len(engine.inputs) == 1 and len(shape) == 3 and shape[0] == CHANNELS:
+        preprocessing = {
+            "size": list(shape[1:]),
+            "mean": list(normalisation.mean),
+            "std": list(normalisation.std),
+        }
+        if shape[1] == shape[2]:  # as the images of compress are: scaled, then cut at the centre
+            preprocessing["resize"] = shape[1]
+    names = None
+    if class_names is not None:
+        result = engine(*(port.sample(engine.least_batch) for port in engine.inputs))
+        if isinstance(result, torch.Tensor) and result.shape[1:] == (len(class_names),):
+            names = list(class_names)
+    return engine.save(path, preprocessing=preprocessing, class_names=names)

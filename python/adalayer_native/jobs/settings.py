@@ -1,0 +1,95 @@
+"""What the jobs are told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..allocation import Budget
+
+__all__ = ["CompileJob", "CompressJob", "TrainJob", "arguments"]
+
+
+@dataclass
+class CompressJob:
+    """Arguments of ``adalayer compress``; see its help."""
+
+    model: str
+    weights: Path
+    data: str
+    out: Path
+    budget: Budget | None
+    method: str = "adalayer"
+    layer_bits: Sequence[int] | None = None
+    stages: Sequence[str] | None = None
+    fixed: Mapping[str, int] | None = None
+    exclude: Sequence[str] = ()
+    epochs: int = 2
+    lr: float = 0.01
+    distill: bool = True
+    repair: bool = True
+    calibration: int = 512
+    image_size: int = 32
+    batch_size: int = 128
+    classes: int | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    scale: float | None = None
+    seed: int = 0
+    threads: int | None = None
+    criterion: str | None = None
+    frontier: bool | None = None
+    energy: bool = False
+    country: str | None = None
+    progress: bool = True
+
+
+@dataclass
+class TrainJob:
+    """Arguments of ``adalayer train``; see its help."""
+
+    model: str
+    data: str
+    out: Path
+    epochs: int
+    lr: float = 0.1
+    label_smoothing: float = 0.1
+    weight_decay: float = 5e-4
+    augment: bool = True
+    image_size: int = 32
+    batch_size: int = 128
+    classes: int | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    scale: float | None = None
+    seed: int = 0
+    threads: int | None = None
+    progress: bool = True
+
+
+@dataclass
+class CompileJob:
+    """Arguments of ``adalayer compile``; see its help."""
+
+    source: Path
+    output: Path | None = None
+    model: str | None = None
+    classes: int | None = None
+    input_shape: Sequence[int] | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    scale: float | None = None
+    weights: str = "measured"
+    batch: int = 1
+    threads: int | None = None
+
+
+def arguments(job: CompressJob | TrainJob) -> dict[str, Any]:
+    """The job as JSON values, for a reader of the work directory."""
+    return {key: value if _plain(value) else str(value) for key, value in vars(job).items()}
+
+
+def _plain(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str, list, dict))
