@@ -17,6 +17,7 @@ from rich.table import Table
 
 from adalayer_native import files, ops
 from adalayer_native.allocation import METHODS, Budget
+from adalayer_native.data.layout import DATA_HELP
 from adalayer_native.errors import AdaError
 from adalayer_native.study.commands import app as study_app
 
@@ -67,9 +68,7 @@ def _whole_numbers(text: str) -> list[int]:
 def compress(
     model: Annotated[str, typer.Argument(help="Built-in name or package.module:callable.")],
     weights: Annotated[Path, typer.Option(help="Float weights, safetensors.")],
-    data: Annotated[
-        str, typer.Option(help="Image folder or zip with train/ and test/, or digits.")
-    ],
+    data: Annotated[str, typer.Option(help=DATA_HELP)],
     out: Annotated[Path, typer.Option(help="Directory for the results.")] = Path("compressed"),
     size: Annotated[float | None, typer.Option(help="Budget: fraction of the float file.")] = None,
     size_bytes: Annotated[int | None, typer.Option("--bytes", help="Budget: bytes.")] = None,
@@ -182,9 +181,7 @@ def compress(
 @app.command()
 def train(
     model: Annotated[str, typer.Argument(help="Built-in name or package.module:callable.")],
-    data: Annotated[
-        str, typer.Option(help="Image folder or zip with train/ and test/, or digits.")
-    ],
+    data: Annotated[str, typer.Option(help=DATA_HELP)],
     out: Annotated[Path, typer.Option(help="Weight file, safetensors.")],
     epochs: Annotated[int, typer.Option(min=1)] = 60,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 0.1,

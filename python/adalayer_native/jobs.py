@@ -194,7 +194,7 @@ def check_fit(job: CompressJob | TrainJob, model: nn.Module, data: Batches) -> N
         ) from error
     classes = len(data.dataset.classes)
     out = logits_of(output) if has_logits(output) else output
-    if not isinstance(out, torch.Tensor) or out.dim() != 2 or out.shape[1] < classes:
+    if not isinstance(out, torch.Tensor) or out.dim() != 2 or out.shape[1] != classes:
         got = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
         raise UnsupportedModelError(
             f"model {job.model!r} must return logits of shape (N, {classes}) for the {classes} "

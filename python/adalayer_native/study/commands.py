@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from ..data.layout import DATA_HELP
+
 __all__ = ["app"]
 
 app = typer.Typer(
@@ -15,7 +17,7 @@ app = typer.Typer(
     help="Repeat the two papers' experiments on real measurements; interrupted studies go on.",
 )
 
-Data = Annotated[str, typer.Option(help="Image folder or zip with train/ and test/, or digits.")]
+Data = Annotated[str, typer.Option(help=DATA_HELP)]
 Out = Annotated[Path, typer.Option(help="Directory for study.json, study.md and pictures.")]
 Minutes = Annotated[float | None, typer.Option(help="Stop cleanly after so many minutes.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads; default: torch's.")]
