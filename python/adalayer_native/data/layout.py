@@ -10,7 +10,7 @@ The rule (:data:`DATA_HELP` is it in two sentences):
 - All of it may lie within folders that hold nothing else, however many. What is hidden (a name
   that begins with a dot, ``__MACOSX``) is not looked at.
 
-What contradicts itself is an error: a class of ``test`` that ``train`` has not, a picture in no class,
+What contradicts itself is an error: a class that ``test`` alone has, a picture in no class,
 parts below classes. What was left out is one warning: files of other kinds and how many, pictures
 outside of the parts, folders without pictures, classes without test pictures.
 """

@@ -132,8 +132,8 @@ def loaders(
         )
     if len(train.classes) == 1:
         raise DataError(
-            f"{train.name!r} has one class only, {train.classes[0]!r}: any model would be right about "
-            f"every image (expected a folder for each class)"
+            f"{train.name!r} has one class only, {train.classes[0]!r}: any model would be right "
+            f"about every image (expected a folder for each class)"
         )
     return Loaders(
         train=Batches(train, batch_size, shuffle=True, augment=augment, seed=seed),

@@ -79,6 +79,7 @@ class NativePart:
         """The inputs in one of the orders that the engine reads, and whether that is NHWC."""
         operands, nhwc = [], []
         for x, any_order in zip(inputs, self._any_order, strict=True):
+            x = x.resolve_neg()  # itself, but for a lazily negative view: memory holds the opposite
             last = (
                 any_order
                 and not x.is_contiguous()
