@@ -16,19 +16,15 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | memoryview) -> None
 
     Readers see the old file or the new one, never a part; an interrupted write leaves the old.
     Missing parent directories are created.
+
+    Raises:
+        OSError: as :func:`replacing`.
     """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    # O_EXCL with mode 0o666 lets the umask decide the permissions, as for any other new file.
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
+    with replacing(path) as temporary:
+        # O_EXCL with mode 0o666 lets the umask decide the permissions, as for any other new file.
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         with os.fdopen(handle, "wb") as stream:
             stream.write(data)
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
@@ -38,13 +34,21 @@ def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success it is moved into place, else removed."""
+    """Yield a temporary path beside ``path``; on success it is moved into place, else removed.
+
+    Raises:
+        OSError: it cannot be written; names ``path``. (A full disk shows in a write, whose error
+            knows no name, and nobody has asked for a file of the temporary one.)
+    """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
         os.replace(temporary, target)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, os.fspath(temporary), temporary):
+            words = (error.strerror or str(error)).replace(os.fspath(temporary), os.fspath(target))
+            raise OSError(error.errno or 0, words, os.fspath(target)) from error
         raise

@@ -13,10 +13,11 @@ from adalayer_native._files import write_text_atomic
 from adalayer_native.allocation import Budget, float_bytes, pareto
 from adalayer_native.compress import compress
 from adalayer_native.data import digits, loaders
-from adalayer_native.measure import accuracy, model_milliseconds
+from adalayer_native.measure import hits, model_milliseconds
 from adalayer_native.models import adalayernet
 from adalayer_native.plot import ribbon
 from adalayer_native.report import (
+    class_rows,
     comparison_table,
     figure6_table,
     load_run,
@@ -86,14 +87,18 @@ def run_demo(out: Path, *, size: float = 0.10, epochs: int = 5, seed: int = 0) -
     x, _ = next(iter(data.test))
     milliseconds = model_milliseconds(models, x[:1], seconds=4)
     titles = {"float": "float", "uniform": "uniform", "adalayer": "layer-wise"}
+    found = {
+        name: hits(each, data.test, title=f"testing {titles[name]}")
+        for name, each in models.items()
+    }
     rows = [
         {
             "name": titles[name],
-            "accuracy": accuracy(each, data.test, title=f"testing {titles[name]}"),
+            "accuracy": found[name].accuracy,
             "bytes": sizes.get(name, float_bytes(model)),
             "ms": milliseconds[name],
         }
-        for name, each in models.items()
+        for name in models
     ]
     console.print(figure6_table(plan))
     console.print(comparison_table(rows))
@@ -116,6 +121,7 @@ def run_demo(out: Path, *, size: float = 0.10, epochs: int = 5, seed: int = 0) -
             "epochs": FINETUNE_EPOCHS,
             "float_accuracy": rows[0]["accuracy"],
             "accuracy": rows[2]["accuracy"],
+            "classes": class_rows(test.classes, found["float"], found["adalayer"]),
             "test_images": len(test),
             "float_ms": milliseconds["float"],
             "native_ms": milliseconds["adalayer"],

@@ -23,9 +23,15 @@ from adalayer_native.data import Batches, ImageDataset, Loaders, digits, loaders
 from adalayer_native.energy import Meter
 from adalayer_native.errors import BudgetError, EnergyError, FileFormatError, UnsupportedModelError
 from adalayer_native.importance.outputs import has_logits, logits_of
-from adalayer_native.measure import accuracy, inference_energy, model_milliseconds
+from adalayer_native.measure import accuracy, hits, inference_energy, model_milliseconds
 from adalayer_native.models import get_model, load_weights
-from adalayer_native.report import comparison_table, error_table, figure6_table, record
+from adalayer_native.report import (
+    class_rows,
+    comparison_table,
+    error_table,
+    figure6_table,
+    record,
+)
 from adalayer_native.training import fit
 
 __all__ = ["CompressJob", "TrainJob", "run_compress", "run_train"]
@@ -221,17 +227,18 @@ def write_results(
     one, sixteen = (
         model_milliseconds({"float": model, "native": native}, sample[:count]) for count in (1, 16)
     )
+    before, after = (
+        hits(each, data.test, title=f"{name} test accuracy", progress=job.progress)
+        for name, each in (("float", model), ("native", native))
+    )
     more: dict[str, Any] = {
         "budget": str(job.budget) if job.budget else None,
         "criterion": job.criterion,
         "seed": job.seed,
         "epochs": job.epochs if result.history is not None else 0,
-        "float_accuracy": accuracy(
-            model, data.test, title="float test accuracy", progress=job.progress
-        ),
-        "accuracy": accuracy(
-            native, data.test, title="native test accuracy", progress=job.progress
-        ),
+        "float_accuracy": before.accuracy,
+        "accuracy": after.accuracy,
+        "classes": class_rows(data.test.dataset.classes, before, after),
         "test_images": len(data.test.dataset),
         "float_ms": one["float"],
         "native_ms": one["native"],
