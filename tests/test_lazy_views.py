@@ -38,12 +38,13 @@ RANGE = (-3.0, 3.0)
 
 @pytest.mark.parametrize("policy", ["native", "fastest"])
 def test_layers(policy: str) -> None:
+    up = nn.ConvTranspose2d(3, 4, 2)
     for layer, x in (
         (ada.nn.Conv2d.from_float(nn.Conv2d(3, 4, 3), 4, input_range=RANGE), IMAGES),
-        (ada.nn.ConvTranspose2d.from_float(nn.ConvTranspose2d(3, 4, 2), 4, input_range=RANGE), IMAGES),
+        (ada.nn.ConvTranspose2d.from_float(up, 4, input_range=RANGE), IMAGES),
         (ada.nn.Linear.from_float(nn.Linear(6, 5), 4, input_range=RANGE), ROWS),
         (ada.nn.FakeQuantize(0.05, 10, 8), IMAGES),
-    ):  # fmt: skip
+    ):
         ada.nn.set_policy(layer, policy)
         same_for_views(layer, x)
         same_for_views(lambda v, layer=layer: layer(v.bfloat16()), x)
