@@ -196,8 +196,8 @@ class Engine:
 
     It can be copied and pickled (with ``torch.save``, too; ``torch.load`` then needs
     ``weights_only=False``), gives the same bits and keeps what the clock has chosen, as long as it
-    is read by a machine and a number of threads like those that chose; unlike a ``.ada`` file a pickle also holds what
-    runs in torch, and should be read from trusted sources only.
+    is read by a machine and a number of threads like those that chose. Unlike a ``.ada`` file a
+    pickle also holds what runs in torch, and should be read from trusted sources only.
 
     Attributes:
         inputs: name, sizes and type of every tensor that a call takes, in the order of the model's
