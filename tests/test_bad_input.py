@@ -159,9 +159,19 @@ def test_folder_without_images(fails, tmp_path):
 def test_class_that_only_one_split_has(fails, images, tmp_path):
     copy = Path(shutil.copytree(images, tmp_path / "images"))
     (copy / "test" / "red").rename(copy / "test" / "violet")
-    torch.manual_seed(0)
+    assert "class 'violet' only in 'test'" in fails("--classes", 4, data=copy)
+
+
+def test_model_of_more_classes_than_the_data(fails, images, tmp_path):
+    copy = Path(shutil.copytree(images, tmp_path / "images"))
+    for split in ("train", "test"):
+        shutil.rmtree(copy / split / "red")
     message = fails("--classes", 4, data=copy)
-    assert "violet" in message or "5 classes" in message
+    assert "logits of shape (N, 3) for the 3 classes of the data, got (1, 4)" in message
+    for split in ("train", "test"):
+        for name in ("green", "grey"):
+            shutil.rmtree(copy / split / name)
+    assert "one class only, 'blue'" in fails("--classes", 4, data=copy)
 
 
 # -- budgets and options ------------------------------------------------------------------------

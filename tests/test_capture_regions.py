@@ -164,6 +164,8 @@ def test_an_excluded_submodule_stays_as_it_is(pair: bool) -> None:
     engine = ada.compile(native, x, policy="native", weights="resident")
     for batch in (x, more, more[:1]):
         torch.testing.assert_close(engine(batch), native(batch), rtol=0, atol=1e-6)
+    for same in (copy.deepcopy(engine), pickle.loads(pickle.dumps(engine))):
+        torch.testing.assert_close(same(more), engine(more), rtol=0, atol=0)
     assert engine.coverage(rounds=0).native_share < 1
     assert isinstance(graph, GraphModel) and not graph.training
 
@@ -441,3 +443,29 @@ def test_an_excluded_submodule_takes_a_tensor_and_may_be_of_no_use() -> None:
         assert torch.equal(ada.compile(native, x, policy="native")(x), native(x))
     with pytest.raises(UnsupportedModelError, match="a tensor among its arguments"):
         ada.capture(Adds().eval(), x, exclude=["source"])
+
+
+def _picky_that_no_pickle_holds() -> nn.Module:
+    class Local(nn.Module):
+        pair = False
+
+        def forward(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
+            return x * scale if x.sum() > 0 else x
+
+    return Local()
+
+
+def test_an_excluded_submodule_that_cannot_be_pickled_is_named() -> None:
+    x = torch.randn(4, 3, 8, 8)
+    model = WithPicky().eval()
+    model.picky = _picky_that_no_pickle_holds()
+    graph = ada.capture(model, x, exclude=("picky",))
+    prepared = ada.prepare(graph, plan_of(graph))
+    ada.calibrate(prepared, [x], progress=False)
+    native = ada.convert(prepared)
+    engine = ada.compile(native, x, policy="native", weights="resident")
+    for made in (graph, prepared, native, engine):
+        with pytest.raises(UnsupportedModelError, match=r"'picky' \(Local\) cannot be pickled"):
+            pickle.dumps(made)
+        with torch.no_grad():
+            assert torch.equal(copy.deepcopy(made)(x), made(x))

@@ -12,7 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_cli import SIZE, SmallNet, make_quick, run, save_weights, train_small, write_images
+from helpers_cli import (
+    CLASSES,
+    SIZE,
+    SmallNet,
+    make_quick,
+    run,
+    save_weights,
+    train_small,
+    write_images,
+)
 from helpers_engine import native_of
 from helpers_models import tiny
 from safetensors.torch import load_file
@@ -64,6 +73,9 @@ def test_compress_writes_plan_model_and_report(monkeypatch, capsys, files, tmp_p
     assert report["size_fraction"] == report["bytes"] / files[1].stat().st_size <= BUDGET
     assert report["float_ms"] > 0 and report["native_ms"] > 0
     assert report["test_images"] == 20 and report["epochs"] == 1
+    assert [row["name"] for row in report["classes"]] == list(CLASSES)
+    assert sum(row["images"] for row in report["classes"]) == 20
+    assert 5 * sum(row["right"] for row in report["classes"]) == report["accuracy"]
     plan = Plan.load(out / "plan.json")
     assert [layer["name"] for layer in report["layers"]] == list(plan)
     for layer in report["layers"]:

@@ -251,6 +251,9 @@ def test_loader_errors() -> None:
     test.classes = ["x"]
     with pytest.raises(DataError, match="different classes"):
         loaders(train, test)
+    train.classes = ["x"]
+    with pytest.raises(DataError, match=r"one class only, 'x'"):
+        loaders(train, test)
 
 
 def test_real_images_and_weights(shared_dir) -> None:

@@ -174,6 +174,29 @@ def test_forms_of_weights_and_limits_are_kept() -> None:
     assert (again.weights, again.max_memory) == ("resident", 1 << 30)
 
 
+def test_what_the_clock_has_chosen_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADALAYER_PLAN_CACHE", "off")  # nothing but the pickle knows it
+    native, _ = small_engine()
+    engine = ada.compile(native, torch.zeros(1, 3, 8, 8), policy="native")
+    part = engine._steps[0].run
+    assert isinstance(part, NativePart)
+    key, letters = part.engine.plan().split(" ")
+    found = set()
+    for wanted in "porx":  # packed or resident weights, the planned order of loops or the other
+        chosen = NativePart(part.program, part.outputs, plan=f"{key} {wanted * len(letters)}")
+        plan = chosen.engine.plan()
+        found.add(plan)
+        engine._steps[0].run = chosen
+        again = pickle.loads(pickle.dumps(engine))
+        assert again._steps[0].run.engine.plan() == plan
+        assert again.coverage(rounds=0).rows == engine.coverage(rounds=0).rows
+    assert len(found) > 1  # or nothing was there to choose
+    # Of another machine, or damaged: measured anew.
+    for line in (f"{key}0 {letters}", f"{key} {letters}a", f"{key} ?", "nonsense"):
+        other = NativePart(part.program, part.outputs, plan=line).engine.plan()
+        assert other.split(" ")[0] == key and len(other) == len(part.engine.plan())
+
+
 def test_an_operator_that_is_not_there(mixed: tuple[Engine, Tensor]) -> None:
     engine, _ = mixed
     part = engine._steps[1].run.part  # type: ignore[union-attr]

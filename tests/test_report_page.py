@@ -19,7 +19,8 @@ from torch import nn
 
 import adalayer_native as ada
 from adalayer_native import FileFormatError, PlanError, files
-from adalayer_native.report import load_run, page, record, run_table, write_page
+from adalayer_native.measure import Hits, accuracy, hits
+from adalayer_native.report import class_rows, load_run, page, record, run_table, write_page
 
 ROWS = [
     {"size": s, "predicted_loss": 0.01 / s**2, "average_bits": 30 * s, "bytes": int(1e4 * s)}
@@ -48,7 +49,9 @@ def made(tmp_path_factory) -> Path:
     plan = ada.allocate(None, ada.Budget(bits=4), method="uniform", model=model, progress=False)
     plan["conv1"] = (8, 0.25)
     plan["fc"] = None
+    before, after = Hits((40, 50), (50, 50, 0)), Hits((48, 40, 0), (50, 50, 0))
     more = {
+        "classes": class_rows(["ape", "bee <b>", "cow"], before, after),
         "budget": "4 bits per weight", "accuracy": 88.0, "float_accuracy": 90.0, "seed": 3,
         "epochs": 0, "test_images": 100, "float_ms": 2.0, "native_ms": 0.5, "frontier": ROWS,
         "energy": {"compression": USE, "float": USE, "native": USE},
@@ -79,6 +82,45 @@ def test_what_stays_float_is_shown(made: Path, copy: Path) -> None:
     report["kept_float"] = {"fc": "because"}
     (copy / "report.json").write_text(json.dumps(report))
     assert "fc stays float</dt><dd>because</dd>" in page(load_run(copy))
+
+
+def test_right_answers_by_class() -> None:
+    model = nn.Identity()
+    logits = torch.eye(4)[torch.tensor([0, 0, 1, 3, 1, 2])]
+    labels = torch.tensor([0, 1, 1, 3, -1, 3])
+    for size in (1, 2, 6):
+        data = list(zip(logits.split(size), labels.split(size), strict=True))
+        found = hits(model, data, progress=False)
+        assert found == Hits((1, 1, 0, 1), (1, 2, 0, 2))
+        assert found.accuracy == accuracy(model, data, progress=False) == 100 * 3 / 5
+
+
+def test_class_rows_of_a_run(made: Path, copy: Path) -> None:
+    rows = load_run(made).classes
+    assert [(row.name, row.images, row.before, row.after) for row in rows] == [
+        ("ape", 50, 80.0, 96.0), ("bee <b>", 50, 100.0, 80.0), ("cow", 0, None, None),
+    ]  # fmt: skip
+    text = page(load_run(made))
+    assert '<td class="text" data-value="bee &lt;b&gt;">bee &lt;b&gt;</td>' in text
+    assert ">+16.00</td>" in text and ">-20.00</td>" in text
+    # A run of an earlier version does not say it.
+    report = json.loads((copy / "report.json").read_text())
+    del report["classes"]
+    (copy / "report.json").write_text(json.dumps(report))
+    assert load_run(copy).classes == () and "Class by class" not in page(load_run(copy))
+    report["classes"] = [{"name": "ape"}]
+    (copy / "report.json").write_text(json.dumps(report))
+    with pytest.raises(FileFormatError, match="not a complete report: KeyError"):
+        load_run(copy)
+
+
+def test_the_filter_says_what_it_looks_at(made: Path, copy: Path) -> None:
+    assert 'placeholder="name, pattern of zeros or kernel"' in page(load_run(made))
+    report = json.loads((copy / "report.json").read_text())
+    for layer in report["layers"]:
+        layer["planned_sparsity"], layer["kernel"] = 0.0, ""
+    (copy / "report.json").write_text(json.dumps(report))
+    assert 'placeholder="name of the layer"' in page(load_run(copy))
 
 
 def test_rows_of_a_run(made: Path) -> None:
@@ -305,6 +347,53 @@ def test_light_dark_and_narrow(chromium: Browser) -> None:
             "return [document.documentElement.scrollWidth, window.innerWidth];"
         )
         assert page_width <= window  # tables and pictures scroll in themselves
+
+
+def test_what_is_cut_off_says_that_it_scrolls(chromium: Browser) -> None:
+    found = {}
+    for width in (400, 1400):
+        chromium.resize(width, 900)
+        found[width] = chromium.run(
+            """return Array.from(document.querySelectorAll(".wide")).map((box) => {
+              const hint = box.previousElementSibling;
+              box.focus();
+              return [box.getAttribute("aria-label"), box.scrollWidth > box.clientWidth,
+                      hint.textContent.includes("scroll") && hint.offsetHeight > 0,
+                      document.activeElement === box];
+            });"""
+        )
+        assert len(found[width]) == 6  # four pictures and two tables
+        for name, cut, said, reachable in found[width]:
+            assert cut == said and reachable, (width, name)
+    assert all(cut for name, cut, *_ in found[400] if name != "Class by class")
+    assert not any(cut for name, cut, *_ in found[1400] if name != "Layer by layer")
+
+
+def test_the_filter_shows_all_of_its_words(chromium: Browser) -> None:
+    for width in (400, 1280):
+        chromium.resize(width, 900)
+        room, needed = chromium.run(
+            """const input = document.getElementById("filter"), style = getComputedStyle(input);
+            const ruler = document.createElement("canvas").getContext("2d");
+            ruler.font = style.font;
+            const padding = parseFloat(style.paddingLeft) + parseFloat(style.paddingRight);
+            return [input.clientWidth - padding, ruler.measureText(input.placeholder).width];"""
+        )
+        assert needed < room
+
+
+def test_classes_are_sorted_like_layers(chromium: Browser) -> None:
+    def order() -> list[str]:
+        return chromium.run(
+            "return Array.from(document.querySelectorAll('#classes tbody tr'))"
+            ".map((row) => row.cells[0].textContent);"
+        )
+
+    chromium.resize(1280, 900)
+    chromium.click("#classes th:nth-child(5) button")
+    assert order() == ["bee <b>", "ape", "cow"]  # who lost most comes first, unknown last
+    chromium.click("#classes th:nth-child(5) button")
+    assert order() == ["ape", "bee <b>", "cow"]
 
 
 def test_console_is_clean_and_nothing_is_requested(chromium: Browser) -> None:

@@ -233,17 +233,18 @@ void bind_engine(py::module_& m) {
 
   py::class_<Engine>(m, "Engine")
       .def(py::init([](const Program& program, int64_t chunk, int64_t cache_bytes,
-                       const std::string& weights, int64_t memory_bytes) {
+                       const std::string& weights, int64_t memory_bytes, const std::string& plan) {
              EngineOptions options;
              options.chunk = chunk;
              options.cache_bytes = cache_bytes;
              options.weights = weight_form(weights);
              options.memory_bytes = memory_bytes;
+             options.plan = plan;
              const py::gil_scoped_release release;
              return Engine(Program(program), options);
            }),
            py::arg("program"), py::arg("chunk") = 0, py::arg("cache_bytes") = 0,
-           py::arg("weights") = "measured", py::arg("memory_bytes") = 0)
+           py::arg("weights") = "measured", py::arg("memory_bytes") = 0, py::arg("plan") = "")
       .def("run", &run)
       .def("any_order",
            [](const Engine& engine) {
@@ -254,6 +255,7 @@ void bind_engine(py::module_& m) {
            })
       .def("profile", &profile)
       .def("forms", &Engine::forms)
+      .def("plan", &Engine::plan)
       .def("weight_bytes", &Engine::weight_bytes)
       .def("workspace_bytes", &Engine::workspace_bytes)
       // A copy: the engine's own never changes.

@@ -89,6 +89,7 @@ struct Engine::Impl {
   std::vector<ValueLayout> layouts;
   std::vector<Step> steps;
   AlignedBuffer panels;
+  std::string plan;  // plan_line(); empty where nothing was measured
   // A thread takes `chunk` images at a time. The first `front` nodes run image by image, because
   // their tensors are large; the rest run on all images together, because their weights are.
   int64_t chunk = 1;
@@ -147,6 +148,11 @@ struct Engine::Impl {
     }
     const int threads = options.threads > 0 ? options.threads : default_threads();
     const uint64_t key = planning_key(steps, threads);
+    if (!apply_plan(options.plan, key, steps)) choose_by_measuring(threads, key);
+    plan = plan_line(key, steps);
+  }
+
+  void choose_by_measuring(int threads, uint64_t key) {
     const std::optional<PlanCache> cache = PlanCache::of_user();
     if (cache && cache->apply(key, steps)) return;
     std::vector<AlignedBuffer> packed;
@@ -638,6 +644,8 @@ std::vector<std::pair<std::string, uint64_t>> Engine::forms() const {
     if (step.conv) forms.emplace_back(step.node->name, step.conv->forms_key());
   return forms;
 }
+
+const std::string& Engine::plan() const { return impl_->plan; }
 
 size_t Engine::weight_bytes() const {
   size_t bytes = 0;

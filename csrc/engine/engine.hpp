@@ -26,6 +26,9 @@ struct EngineOptions {
   WeightForm weights = WeightForm::Measured;
   // Threads that are timed; 0 is default_threads().
   int threads = 0;
+  // Engine::plan() of the same program: followed where this machine, its kernels and the threads
+  // are those that it was measured with, instead of measuring again.
+  std::string plan;
   // What the program may take in all: its own bytes, the weights and tables of this machine, and
   // one call's tensors. More throws LimitExceeded before anything of that size is allocated. 0: no
   // limit.
@@ -82,6 +85,9 @@ class Engine {
   /// Name and ConvStep::forms_key() of every convolution: the same algorithms could run those of
   /// other weights or grids, and would take the same time, where the keys are equal.
   std::vector<std::pair<std::string, uint64_t>> forms() const;
+
+  /// What the clock has chosen, for EngineOptions::plan; empty where nothing was measured.
+  const std::string& plan() const;
 
   size_t weight_bytes() const;     // derived weights
   size_t workspace_bytes() const;  // one call's

@@ -180,34 +180,40 @@ std::optional<PlanCache> PlanCache::of_user() {
   return PlanCache(base / "adalayer_native" / "engine-plans");
 }
 
-bool PlanCache::apply(uint64_t key, std::vector<Step>& steps) const {
-  const std::string wanted = hex(key) + ' ';
-  const std::vector<std::string> lines = read_lines(file_);
-  for (auto line = lines.rbegin(); line != lines.rend(); ++line) {
-    if (line->compare(0, wanted.size(), wanted) != 0) continue;
-    const std::string letters = line->substr(wanted.size());
-    const auto convolutions =
-        std::count_if(steps.begin(), steps.end(), [](const Step& s) { return s.conv != nullptr; });
-    if (static_cast<int64_t>(letters.size()) != convolutions ||
-        letters.find_first_not_of(kLetters) != std::string::npos)
-      continue;
-    size_t at = 0;
-    for (Step& step : steps)
-      if (step.conv) step.conv->choose(choice_of(kLetters.find(letters[at++])));
-    return true;
-  }
-  return false;
-}
-
-void PlanCache::keep(uint64_t key, const std::vector<Step>& steps) const {
+std::string plan_line(uint64_t key, const std::vector<Step>& steps) {
   std::string line = hex(key) + ' ';
   for (const Step& step : steps) {
     if (!step.conv) continue;
     line += kLetters[letter_of(step.conv->choice())];
   }
+  return line;
+}
+
+bool apply_plan(std::string_view line, uint64_t key, std::vector<Step>& steps) {
+  const std::string wanted = hex(key) + ' ';
+  if (line.substr(0, wanted.size()) != wanted) return false;
+  const std::string_view letters = line.substr(wanted.size());
+  const auto convolutions =
+      std::count_if(steps.begin(), steps.end(), [](const Step& s) { return s.conv != nullptr; });
+  if (static_cast<int64_t>(letters.size()) != convolutions ||
+      letters.find_first_not_of(kLetters) != std::string_view::npos)
+    return false;
+  size_t at = 0;
+  for (Step& step : steps)
+    if (step.conv) step.conv->choose(choice_of(kLetters.find(letters[at++])));
+  return true;
+}
+
+bool PlanCache::apply(uint64_t key, std::vector<Step>& steps) const {
+  const std::vector<std::string> lines = read_lines(file_);
+  return std::any_of(lines.rbegin(), lines.rend(),
+                     [&](const std::string& line) { return apply_plan(line, key, steps); });
+}
+
+void PlanCache::keep(uint64_t key, const std::vector<Step>& steps) const {
   std::vector<std::string> lines = read_lines(file_);
   if (lines.size() >= kMostLines) lines.erase(lines.begin());
-  lines.push_back(std::move(line));
+  lines.push_back(plan_line(key, steps));
   std::error_code ignored;
   fs::create_directories(file_.parent_path(), ignored);
   // A reader finds the old file or the new one; of two writers at once, the last one's line.

@@ -6,6 +6,7 @@
 #include <functional>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "engine/steps.hpp"
@@ -31,6 +32,13 @@ uint64_t kernels_digest();
 /// convolution with the algorithms that it has.
 uint64_t planning_key(const std::vector<Step>& steps, int threads,
                       uint64_t kernels = kernels_digest());
+
+/// What the convolutions of a planned program have chosen, in a line of text.
+std::string plan_line(uint64_t key, const std::vector<Step>& steps);
+
+/// Gives every convolution its choice of such a line; false if it belongs to another key or makes
+/// no sense.
+bool apply_plan(std::string_view line, uint64_t key, std::vector<Step>& steps);
 
 /// Choices of former processes: a text file with a line per program. A file that cannot be read or
 /// written, or lines that make no sense, are as good as none: then the clock decides again.

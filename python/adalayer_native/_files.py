@@ -18,7 +18,7 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | memoryview) -> None
     Missing parent directories are created.
 
     Raises:
-        OSError: it cannot be written (no room, no permission); names ``path``.
+        OSError: as :func:`replacing`.
     """
     with replacing(path) as temporary:
         # O_EXCL with mode 0o666 lets the umask decide the permissions, as for any other new file.
@@ -37,8 +37,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it is moved into place, else removed.
 
     Raises:
-        OSError: it cannot be written; names ``path``, where the system names the temporary file or,
-            as for a full disk, none.
+        OSError: it cannot be written; names ``path``. (A full disk shows in a write, whose error
+            knows no name, and nobody has asked for a file of the temporary one.)
     """
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
@@ -48,10 +48,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, target)
     except BaseException as error:
         _removed(temporary)
-        if isinstance(error, OSError) and error.filename in (None, os.fspath(temporary)):
+        if isinstance(error, OSError) and error.filename in (None, os.fspath(temporary), temporary):
+            words = (error.strerror or str(error)).replace(os.fspath(temporary), os.fspath(target))
             if error.errno is None:  # a library's own words
-                raise OSError(f"{os.fspath(path)}: {error}") from error
-            raise type(error)(error.errno, os.strerror(error.errno), os.fspath(path)) from error
+                raise OSError(f"{os.fspath(target)}: {words}") from error
+            raise type(error)(error.errno, words, os.fspath(target)) from error
         raise
 
 

@@ -7,18 +7,25 @@ import json
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
-__all__ = ["fingerprint"]
+__all__ = ["fingerprint", "memory_of"]
 
 
 def fingerprint(model: nn.Module, options: dict[str, Any]) -> str:
     """Hash of the options and of every tensor of a model."""
-    import torch
-
     digest = hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode())
     for key, value in sorted(model.state_dict().items()):
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().tobytes())
+        digest.update(memory_of(value))
     return digest.hexdigest()
+
+
+def memory_of(tensor: Tensor) -> memoryview:
+    """The elements of a tensor as bytes, in order; what is negative or conjugate lazily, as it is
+    meant."""
+    import torch
+
+    values = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    found: memoryview = values.reshape(-1).view(torch.uint8).numpy().data
+    return found

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from .data.layout import DATA_HELP
 from .plan import MAX_BITS, MIN_BITS
 
 __all__ = [
@@ -216,7 +217,7 @@ def input_sizes(text: str | None) -> str | None:
 
 
 Model = Annotated[str, typer.Argument(help="Built-in name or package.module:callable.")]
-Data = Annotated[str, typer.Option(help="Image folder or zip with train/ and test/, or digits.")]
+Data = Annotated[str, typer.Option(help=DATA_HELP)]
 Classes = Annotated[int | None, typer.Option(min=1, help="Classes; default: what the data has.")]
 Mean = Annotated[
     str | None,

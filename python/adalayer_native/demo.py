@@ -15,10 +15,11 @@ from adalayer_native._files import write_text_atomic
 from adalayer_native.allocation import Budget, float_bytes, pareto
 from adalayer_native.compress import compress
 from adalayer_native.data import digits, loaders
-from adalayer_native.measure import accuracy, model_milliseconds
+from adalayer_native.measure import hits, model_milliseconds
 from adalayer_native.models import adalayernet
 from adalayer_native.plot import ribbon
 from adalayer_native.report import (
+    class_rows,
     comparison_table,
     figure6_table,
     load_run,
@@ -69,10 +70,11 @@ def run_demo(out: Path, *, size: float = 0.10, epochs: int = 5, seed: int = 0) -
     budget = Budget(size=size)
     x, _ = next(iter(data.test))
     models: dict[str, nn.Module] = {"float": model}
+    found = {"float": hits(model, data.test, title="testing float")}
     rows: list[dict[str, Any]] = [
         {
             "name": "float",
-            "accuracy": accuracy(model, data.test, title="testing float"),
+            "accuracy": found["float"].accuracy,
             "bytes": float_bytes(model),
         }
     ]
@@ -88,10 +90,11 @@ def run_demo(out: Path, *, size: float = 0.10, epochs: int = 5, seed: int = 0) -
             seed=seed,
         )
         models[name] = result.model
+        found[name] = hits(result.model, data.test, title=f"testing {name}")
         rows.append(
             {
                 "name": name,
-                "accuracy": accuracy(result.model, data.test, title=f"testing {name}"),
+                "accuracy": found[name].accuracy,
                 "bytes": files.save(result.model, out / f"{method}.safetensors"),
             }
         )
@@ -124,6 +127,7 @@ def run_demo(out: Path, *, size: float = 0.10, epochs: int = 5, seed: int = 0) -
             "epochs": FINETUNE_EPOCHS,
             "float_accuracy": rows[0]["accuracy"],
             "accuracy": rows[-1]["accuracy"],
+            "classes": class_rows(test.classes, found["float"], found["layer-wise"]),
             "test_images": len(test),
             "float_ms": times["float"],
             "native_ms": times["layer-wise"],

@@ -28,7 +28,7 @@ def save(native: nn.Module, path: str | os.PathLike[str]) -> int:
     Raises:
         OSError: the directory is not writable or the disk is full; nothing is left behind.
     """
-    data = serialize({k: v.contiguous() for k, v in native.state_dict().items()})
+    data = serialize({k: v.resolve_neg().contiguous() for k, v in native.state_dict().items()})
     write_atomic(path, data)
     return len(data)
 

@@ -18,7 +18,33 @@ from adalayer_native.errors import CalibrationError
 from adalayer_native.importance.batches import tokens_of
 from adalayer_native.importance.outputs import Pick, logits_of
 
-__all__ = ["Timing", "accuracy", "inference_energy", "interleaved", "model_milliseconds"]
+__all__ = [
+    "Hits",
+    "Timing",
+    "accuracy",
+    "hits",
+    "inference_energy",
+    "interleaved",
+    "model_milliseconds",
+]
+
+
+@dataclass(frozen=True)
+class Hits:
+    """Right answers, by the number of the class.
+
+    Attributes:
+        right: of the images of each class, those that the model named so.
+        seen: images of each class.
+    """
+
+    right: tuple[int, ...]
+    seen: tuple[int, ...]
+
+    @property
+    def accuracy(self) -> float:
+        """Top-1 accuracy over all of them in percent."""
+        return 100 * sum(self.right) / sum(self.seen)
 
 
 def accuracy(
@@ -42,9 +68,21 @@ def accuracy(
     Raises:
         CalibrationError: an empty loader, batches without labels, or no logits.
     """
+    return hits(model, loader, output=output, title=title, progress=progress).accuracy
+
+
+def hits(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    output: Pick = None,
+    title: str = "measuring",
+    progress: bool = True,
+) -> Hits:
+    """Right answers class by class; arguments and errors are those of :func:`accuracy`."""
     was_training = model.training
     model.eval()
-    right = total = 0
+    right = seen = torch.zeros(0, dtype=torch.int64)
     steps = len(loader) if hasattr(loader, "__len__") else None  # type: ignore[arg-type]
     try:
         with torch.inference_mode(), ProgressBar(title, steps, unit="batch", enabled=progress) as b:
@@ -53,14 +91,22 @@ def accuracy(
                 if not isinstance(y, Tensor):
                     raise CalibrationError("accuracy needs batches with class labels")
                 out = _channels_last(x)(model)
-                right += int((logits_of(out, output, tokens_of(x), y).argmax(1) == y).sum())
-                total += int((y >= 0).sum())
-                b.advance(note=f"{100 * right / total:.2f} %")
+                answers = logits_of(out, output, tokens_of(x), y).argmax(1)
+                right = _counted(right, y[(answers == y) & (y >= 0)])
+                seen = _counted(seen, y[y >= 0])
+                b.advance(note=f"{100 * int(right.sum()) / max(1, int(seen.sum())):.2f} %")
     finally:
         model.train(was_training)
-    if total == 0:
+    if not int(seen.sum()):
         raise CalibrationError("accuracy needs at least one image, the loader is empty")
-    return 100 * right / total
+    return Hits(tuple(_counted(right, seen[:0], len(seen)).tolist()), tuple(seen.tolist()))
+
+
+def _counted(counts: Tensor, labels: Tensor, least: int = 0) -> Tensor:
+    """Counts by class, and those of more labels added."""
+    more = torch.bincount(labels.flatten().cpu(), minlength=max(least, len(counts)))
+    more[: len(counts)] += counts
+    return more
 
 
 @dataclass(frozen=True)

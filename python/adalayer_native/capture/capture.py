@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adalayer_native._fingerprint import memory_of
 from adalayer_native.capture.assembling import assembled
 from adalayer_native.capture.comparing import difference, try_batches
 from adalayer_native.capture.example import (
@@ -173,8 +174,7 @@ def _state_of(model: nn.Module) -> str:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {tensor.device}".encode())
         if tensor.device.type != "meta":
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy().data)
+            digest.update(memory_of(tensor))
     return digest.hexdigest()
 
 

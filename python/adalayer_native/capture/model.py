@@ -16,11 +16,12 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen, _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
-from adalayer_native.errors import InputError
+from adalayer_native.errors import InputError, UnsupportedModelError
 
 __all__ = ["GraphModel", "Port", "Signature", "TensorInfo", "info_of"]
 
 SIGNATURE = "signature"
+OPAQUE = "opaque"  # in meta: the names of excluded submodules
 
 
 @dataclass(frozen=True)
@@ -312,19 +313,28 @@ class GraphModel(fx.GraphModule):
         assert isinstance(found, GraphModel)
         return found
 
+    def __copy__(self) -> GraphModel:
+        # fx would give a plain GraphModule over the same graph.
+        return _rebuilt(self._state())
+
     def __reduce__(self) -> tuple[Any, ...]:
+        for name in self.meta.get(OPAQUE, ()):
+            check_picklable(name, self.get_submodule(name))
+        return _rebuilt, (self._state(),)
+
+    def _state(self) -> dict[str, Any]:
         # fx would trace the generated code again and lose meta.
         modules = {name: child for name, child in self._modules.items() if child is not None}
-        state = {
+        return {
             "modules": modules,
             "parameters": dict(self._parameters),
             "buffers": dict(self._buffers),
+            "not saved": set(self._non_persistent_buffers_set),
             "nodes": _described(self.graph),
             "meta": dict(self.meta),
             "training": self.training,
             "name": type(self).__name__,
         }
-        return _rebuilt, (state,)
 
 
 def code_of(signature: Signature) -> CodeGen:
@@ -347,6 +357,17 @@ def _plain_output(spec: Any) -> bool:
 
 
 # -- pickling -------------------------------------------------------------------------------------
+
+
+def check_picklable(name: str, module: nn.Module) -> None:
+    """Raise :class:`UnsupportedModelError` if an excluded submodule cannot be pickled."""
+    try:
+        pickle.dumps(module)
+    except Exception as error:  # whatever the module's own attributes raise
+        raise UnsupportedModelError(
+            f"excluded module {name!r} ({type(module).__name__}) cannot be pickled, and so neither "
+            f"can what calls it: {error}"
+        ) from error
 
 
 def _described(graph: fx.Graph) -> list[tuple[Any, ...]]:
@@ -413,6 +434,15 @@ def _rebuilt(state: dict[str, Any]) -> GraphModel:
     if SIGNATURE in meta:
         graph.set_codegen(code_of(meta[SIGNATURE]))
     model = GraphModel(root, graph, class_name=state["name"])
+    # fx takes over what the graph calls, in that order; a repair and files go by the model's own.
+    for mine, held in (
+        (model._modules, root._modules),
+        (model._parameters, root._parameters),
+        (model._buffers, root._buffers),
+    ):
+        mine.clear()
+        mine.update(held)  # type: ignore[arg-type]
+    model._non_persistent_buffers_set = state["not saved"]
     model.meta.update(copy.copy(meta))
     model.training = state["training"]
     return model

@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 import itertools
 import operator
+import pickle
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,12 +24,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from adalayer_native.capture.example import Inputs
 from adalayer_native.capture.marks import standing_in
+from adalayer_native.capture.model import OPAQUE, check_picklable
 from adalayer_native.capture.vocabulary import op_name
 from adalayer_native.errors import InputError, UnsupportedModelError
 
 __all__ = ["OPAQUE", "OPERATOR", "Call", "OpaqueCall", "call_modules", "opaque_calls"]
 
-OPAQUE = "opaque"  # in a captured model's meta: the names of its excluded submodules
 OPERATOR = "adalayer.opaque.default"
 # nn.Module.__call__ calls this where it is not None; ``forward`` would leave the hooks outside.
 _CALL = "_compiled_call_impl"
@@ -118,6 +120,17 @@ class OpaqueCall(nn.Module):
         self.call = copy.copy(call)
         self.call.module = nn.Module()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> OpaqueCall:
+        call = copy.copy(self.call)  # of which nothing changes
+        call.module = copy.deepcopy(self.module, memo)
+        return OpaqueCall(call)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        check_picklable(self.call.name, self.module)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch about its own descriptions of nests
+            return _opaque_call, (pickle.dumps(self.call), self.module)
+
     def forward(self, tensors: list[Tensor]) -> list[Tensor]:
         versions = [tensor._version for tensor in tensors]
         args, kwargs = self.call.arguments(tensors)
@@ -140,6 +153,14 @@ class OpaqueCall(nn.Module):
                     f"{tensor.dtype} on {tensor.device}"
                 )
         return results
+
+
+def _opaque_call(held: bytes, module: nn.Module) -> OpaqueCall:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        call: Call = pickle.loads(held)
+    call.module = module
+    return OpaqueCall(call)
 
 
 _WRITES = (

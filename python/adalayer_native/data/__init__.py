@@ -1,8 +1,13 @@
 """Images: folders, zips, scikit-learn's digits, and the loaders over them."""
 
-from .datasets import IMAGENET_MEAN, IMAGENET_STD, ImageDataset, open_dataset
-from .digits import digits
-from .loaders import Batches, Loaders, calibration_indices, loaders
+from typing import TYPE_CHECKING
+
+from .._lazy import lazy
+
+if TYPE_CHECKING:
+    from .datasets import IMAGENET_MEAN, IMAGENET_STD, ImageDataset, open_dataset
+    from .digits import digits
+    from .loaders import Batches, Loaders, calibration_indices, loaders
 
 __all__ = [
     "IMAGENET_MEAN",
@@ -15,3 +20,12 @@ __all__ = [
     "loaders",
     "open_dataset",
 ]
+
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "datasets": ["IMAGENET_MEAN", "IMAGENET_STD", "ImageDataset", "open_dataset"],
+        "digits": ["digits"],
+        "loaders": ["Batches", "Loaders", "calibration_indices", "loaders"],
+    },
+)

@@ -121,7 +121,7 @@ def loaders(
     """Loaders over a train and a test split. Calibration images come from ``train`` only.
 
     Raises:
-        DataError: an empty split, or splits with different classes.
+        DataError: an empty split, splits with different classes, or a single class.
     """
     for name, dataset in (("train", train), ("test", test)):
         if len(dataset) == 0:
@@ -129,6 +129,11 @@ def loaders(
     if train.classes != test.classes:
         raise DataError(
             f"train and test have different classes: {train.classes} and {test.classes}"
+        )
+    if len(train.classes) == 1:
+        raise DataError(
+            f"{train.name!r} has one class only, {train.classes[0]!r}: any model would be right "
+            f"about every image (expected a folder for each class)"
         )
     return Loaders(
         train=Batches(train, batch_size, shuffle=True, augment=augment, seed=seed),

@@ -1,23 +1,25 @@
-"""Where images come from: a folder or a zip with one directory per class."""
+"""Where images come from: a folder or a zip, and what lies in it."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import stat
+import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ..errors import DataError
+from .layout import SPLITS, arrange, kinds
 
 __all__ = ["MAX_FILE_BYTES", "ImageList", "list_images"]
 
-EXTENSIONS = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".webp"})
-SPLITS = {
-    "train": ("train", "training"),
-    "test": ("test", "testing", "val", "valid", "validation"),
-}
+EXTENSIONS = frozenset(
+    {".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+)
 # A single encoded image above this is refused before it is read: no photograph needs it, and a
 # zip entry may claim kilobytes and inflate to gigabytes.
 MAX_FILE_BYTES = 64 << 20
@@ -31,7 +33,7 @@ class ImageList:
         path: the directory or zip file.
         names: file name of every image, relative to ``path``, in sorted order.
         labels: class number of every image.
-        classes: class names, alphabetical.
+        classes: class names, alphabetical; the same of every split.
         read: function from a name to the encoded bytes; safe to call from several threads.
         fingerprint: changes when the files change (names, sizes, modification times).
     """
@@ -44,104 +46,118 @@ class ImageList:
     fingerprint: str
 
 
-def list_images(path: str | os.PathLike[str], split: str) -> ImageList:
-    """Find the images of one split.
+@dataclass
+class _Found:
+    """What lies in a folder or zip and is not hidden.
 
-    Expected are ``train`` and ``test`` (or ``val``) directories with one directory per class in
-    each, optionally inside one top directory; or class directories alone, of which every fifth
-    image of each class is the test split.
+    Attributes:
+        files: what changes when the file does, for every regular file.
+        folders: names of all folders.
+        read: as in :class:`ImageList`.
+        stamp: of the data as a whole.
+    """
+
+    files: dict[str, str]
+    folders: set[str]
+    read: Callable[[str], bytes]
+    stamp: str
+
+
+def list_images(path: str | os.PathLike[str], split: str) -> ImageList:
+    """Find the images of one split, by the rule in :mod:`~adalayer_native.data.layout`.
+
+    What the rule leaves out is said in one warning.
 
     Args:
-        path: a directory or a zip file.
+        path: a directory or a zip file. Links are followed.
         split: ``"train"`` or ``"test"``.
 
     Raises:
-        DataError: nothing there, not a zip, no images, or no such split.
+        DataError: nothing there, not a zip, no images, no such split, a dangling link, or names
+            that contradict the rule.
     """
     if split not in SPLITS:
         raise DataError(f"split must be one of {sorted(SPLITS)}, got {split!r}")
-    root = Path(path)
+    root, where = Path(path), os.fspath(path)
     if root.is_dir():
-        files, read, stamp = _from_directory(root)
+        found = _from_directory(root)
     elif root.is_file():
-        files, read, stamp = _from_zip(root)
+        found = _from_zip(root)
     else:
-        raise DataError(f"data {os.fspath(path)!r} does not exist (expected a directory or a zip)")
-    images = sorted(name for name in files if _is_image(name))
+        raise DataError(f"data {where!r} does not exist (expected a directory or a zip)")
+    images = [name for name in found.files if _ending(name) in EXTENSIONS]
+    others = Counter(_ending(name) for name in found.files if _ending(name) not in EXTENSIONS)
     if not images:
+        there = f"; {kinds(others)}" if others else ""
         raise DataError(
-            f"data {os.fspath(path)!r}: no images found "
-            f"(looked for {', '.join(sorted(EXTENSIONS))})"
+            f"data {where!r}: no images found (looked for {', '.join(sorted(EXTENSIONS))}){there}"
         )
-    chosen, classes = _pick(images, split, os.fspath(path))
-    digest = hashlib.sha256(stamp.encode())
+    layout = arrange(images, found.folders, where)
+    if split not in layout.members:
+        raise DataError(
+            f"data {where!r}: no {split!r} directory (looked for {', '.join(SPLITS[split])}; "
+            f"found {', '.join(layout.folders.values())})"
+        )
+    notes = layout.notes + ([kinds(others)] if others else [])
+    if notes:
+        warnings.warn(f"data {where!r}: {'; '.join(notes)}", stacklevel=3)
+    chosen = layout.members[split]
+    if not chosen:
+        raise DataError(f"data {where!r}: too few images for a {split!r} split")
+    number = {label: index for index, label in enumerate(layout.classes)}
+    digest = hashlib.sha256(found.stamp.encode())
     for name, _ in chosen:
-        digest.update(f"\n{name}\t{files[name]}".encode("utf-8", "surrogateescape"))
+        digest.update(f"\n{name}\t{found.files[name]}".encode("utf-8", "surrogateescape"))
     return ImageList(
-        path=os.fspath(path),
+        path=where,
         names=[name for name, _ in chosen],
-        labels=[label for _, label in chosen],
-        classes=classes,
-        read=read,
+        labels=[number[label] for _, label in chosen],
+        classes=layout.classes,
+        read=found.read,
         fingerprint=digest.hexdigest(),
     )
 
 
-def _pick(images: list[str], split: str, where: str) -> tuple[list[tuple[str, int]], list[str]]:
-    parts = {name: PurePosixPath(name).parts for name in images}
-    every_split = {alias for aliases in SPLITS.values() for alias in aliases}
-    for depth in (0, 1):  # split directories at the top, or inside one top directory
-        if any(len(p) > depth + 2 and p[depth].lower() in every_split for p in parts.values()):
-            groups: dict[str, list[str]] = {}
-            for name in images:
-                if len(parts[name]) > depth + 2:
-                    groups.setdefault(parts[name][depth].lower(), []).append(name)
-            alias = next((a for a in SPLITS[split] if a in groups), None)
-            if alias is None:
-                raise DataError(
-                    f"data {where!r}: no {split!r} directory (looked for "
-                    f"{', '.join(SPLITS[split])}; found {', '.join(sorted(groups))})"
-                )
-            # Labels come from the classes of all splits, so that they agree between splits.
-            classes = sorted({parts[n][depth + 1] for a in every_split for n in groups.get(a, [])})
-            number = {name: index for index, name in enumerate(classes)}
-            return [(n, number[parts[n][depth + 1]]) for n in groups[alias]], classes
-    tops = {p[0] for p in parts.values()}
-    depth = 1 if len(tops) == 1 and all(len(p) > 2 for p in parts.values()) else 0
-    by_class: dict[str, list[str]] = {}
-    for name in images:
-        if len(parts[name]) < depth + 2:
-            raise DataError(
-                f"data {where!r}: image {name!r} is in no class directory (expected "
-                f"train/<class>/<image>, test/<class>/<image>, or <class>/<image>)"
-            )
-        by_class.setdefault(parts[name][depth], []).append(name)
-    classes = sorted(by_class)
-    chosen = [
-        (name, label)
-        for label, class_name in enumerate(classes)
-        for position, name in enumerate(by_class[class_name])
-        if (position % 5 == 4) == (split == "test")
-    ]
-    if not chosen:
-        raise DataError(f"data {where!r}: too few images for a {split!r} split")
-    return chosen, classes
+def _ending(name: str) -> str:
+    return PurePosixPath(name).suffix.lower()
 
 
-def _is_image(name: str) -> bool:
-    path = PurePosixPath(name)
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
-    return path.suffix.lower() in EXTENSIONS and not hidden
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
 
 
-def _from_directory(root: Path) -> tuple[dict[str, str], Callable[[str], bytes], str]:
+def _from_directory(root: Path) -> _Found:
     files: dict[str, str] = {}
-    for folder, _, names in os.walk(root):
-        for name in names:
-            if PurePosixPath(name).suffix.lower() in EXTENSIONS:
-                full = Path(folder, name)
-                info = full.stat()
-                files[full.relative_to(root).as_posix()] = f"{info.st_size} {info.st_mtime_ns}"
+    folders: set[str] = set()
+
+    def walk(folder: str, above: frozenset[tuple[int, int]]) -> None:
+        place = root / folder
+        try:
+            with os.scandir(place) as entries:
+                inside = [entry for entry in entries if not _hidden(entry.name)]
+        except OSError as error:
+            raise DataError(f"cannot read the folder {os.fspath(place)!r}: {error}") from error
+        for entry in inside:
+            name = f"{folder}/{entry.name}" if folder else entry.name
+            try:
+                info = entry.stat()
+            except OSError as error:
+                if entry.is_symlink():
+                    raise DataError(
+                        f"dangling link {entry.path!r}: it leads to {os.readlink(entry.path)!r}"
+                    ) from error
+                raise DataError(f"cannot read {entry.path!r}: {error}") from error
+            if stat.S_ISDIR(info.st_mode):
+                itself = (info.st_dev, info.st_ino)
+                if itself in above:
+                    raise DataError(f"link {entry.path!r} leads back to a folder that it lies in")
+                folders.add(name)
+                walk(name, above | {itself})
+            elif stat.S_ISREG(info.st_mode):
+                files[name] = f"{info.st_size} {info.st_mtime_ns}"
+
+    own = root.stat()
+    walk("", frozenset({(own.st_dev, own.st_ino)}))
 
     def read(name: str) -> bytes:
         file = root / name
@@ -152,10 +168,10 @@ def _from_directory(root: Path) -> tuple[dict[str, str], Callable[[str], bytes],
         except OSError as error:
             raise DataError(f"cannot read the image {os.fspath(file)!r}: {error}") from error
 
-    return files, read, os.fspath(root.resolve())
+    return _Found(files, folders, read, os.fspath(root.resolve()))
 
 
-def _from_zip(path: Path) -> tuple[dict[str, str], Callable[[str], bytes], str]:
+def _from_zip(path: Path) -> _Found:
     where = os.fspath(path)
     try:
         archive = zipfile.ZipFile(path)
@@ -163,8 +179,16 @@ def _from_zip(path: Path) -> tuple[dict[str, str], Callable[[str], bytes], str]:
         raise DataError(
             f"data {where!r} is neither a directory nor a readable zip: {error}"
         ) from error
-    infos = {info.filename: info for info in archive.infolist() if not info.is_dir()}
+    shown = [
+        info
+        for info in archive.infolist()
+        if not any(_hidden(part) for part in PurePosixPath(info.filename).parts)
+    ]
+    infos = {info.filename: info for info in shown if not info.is_dir()}
     files = {name: f"{info.file_size} {info.CRC:08x}" for name, info in infos.items()}
+    folders = {info.filename.rstrip("/") for info in shown if info.is_dir()}
+    for name in files:
+        folders.update(os.fspath(parent) for parent in PurePosixPath(name).parents[:-1])
 
     def read(name: str) -> bytes:
         info = infos[name]
@@ -181,7 +205,7 @@ def _from_zip(path: Path) -> tuple[dict[str, str], Callable[[str], bytes], str]:
         return data
 
     info = path.stat()
-    return files, read, f"{path.resolve()} {info.st_size} {info.st_mtime_ns}"
+    return _Found(files, folders, read, f"{path.resolve()} {info.st_size} {info.st_mtime_ns}")
 
 
 def _too_big(name: str, size: int) -> str:

@@ -50,10 +50,14 @@ class NativePart:
         outputs: Sequence[Output],
         weights: str = "measured",
         max_memory: int = 0,
+        plan: str = "",
     ) -> None:
-        """max_memory: bytes that it may take, else MemoryError; 0 for a program of one's own."""
+        """max_memory: bytes that it may take, else MemoryError; 0 for a program of one's own.
+        plan: what the clock chose for the same program before; measured anew where it no longer
+        fits this machine or the number of threads."""
         self.program = program
         self.weights, self.max_memory = weights, max_memory
+        self._plan = plan
         self.engine = self._make()
         self.outputs = tuple(outputs)
         values = program.values()
@@ -66,13 +70,15 @@ class NativePart:
 
     def __reduce__(self) -> tuple[Any, ...]:
         held = self.program.to_bytes(), self.outputs, self.weights, self.max_memory
-        return _native_part, held
+        return _native_part, (*held, self.engine.plan())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NativePart:
         return self  # nothing in it ever changes
 
     def _make(self) -> Any:
-        return _C.Engine(self.program, weights=self.weights, memory_bytes=self.max_memory)
+        return _C.Engine(
+            self.program, weights=self.weights, memory_bytes=self.max_memory, plan=self._plan
+        )
 
     def _is_single(self) -> bool:
         first = self.outputs[0]
@@ -82,6 +88,7 @@ class NativePart:
         """The inputs in one of the orders that the engine reads, and whether that is NHWC."""
         operands, nhwc = [], []
         for x, any_order in zip(inputs, self._any_order, strict=True):
+            x = x.resolve_neg()  # itself, but for a lazily negative view: memory holds the opposite
             last = (
                 any_order
                 and not x.is_contiguous()
@@ -154,10 +161,10 @@ def _program(data: bytes) -> _C.Program:
 
 
 def _native_part(
-    data: bytes, outputs: Sequence[Output], weights: str, max_memory: int
+    data: bytes, outputs: Sequence[Output], weights: str, max_memory: int, plan: str = ""
 ) -> NativePart:
     """A pickled part, made ready for the machine that reads it."""
-    return NativePart(_program(data), outputs, weights, max_memory)
+    return NativePart(_program(data), outputs, weights, max_memory, plan)
 
 
 def _cuda_part(
@@ -191,8 +198,9 @@ class Engine:
     lock. The number of threads of one call is :func:`adalayer_native.get_num_threads`.
 
     It can be copied and pickled (with ``torch.save``, too; ``torch.load`` then needs
-    ``weights_only=False``) and gives the same bits; unlike a ``.ada`` file a pickle also holds what
-    runs in torch, and should be read from trusted sources only.
+    ``weights_only=False``), gives the same bits and keeps what the clock has chosen, as long as it
+    is read by a machine and a number of threads like those that chose. Unlike a ``.ada`` file a
+    pickle also holds what runs in torch, and should be read from trusted sources only.
 
     Attributes:
         inputs: name, sizes and type of every tensor that a call takes, in the order of the model's

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .._fingerprint import memory_of
 from ..capture import GraphModel, Inputs
 from ..capture.loading import captured_on, checked_batches
 from .outputs import LossFn, kl_divergence, loss_of, metric_name
@@ -25,7 +25,6 @@ __all__ = [
     "metric_name",
     "model_digest",
     "one_sample",
-    "tensor_bytes",
 ]
 
 
@@ -76,10 +75,10 @@ class Batch:
             digest.update(f"{spec} {rest}".encode())
         for tensor in self.x.tensors():
             digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor_bytes(tensor))
+            digest.update(memory_of(tensor))
         for leaf in pytree.tree_leaves(self.target):
             if isinstance(leaf, Tensor):
-                digest.update(tensor_bytes(leaf))
+                digest.update(memory_of(leaf))
         return digest.hexdigest()
 
 
@@ -90,12 +89,6 @@ def tokens_of(x: Inputs) -> frozenset[int]:
     )
 
 
-def tensor_bytes(tensor: Tensor) -> bytes:
-    """The tensor's raw bytes, whatever its dtype and device."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes()
-
-
 def model_digest(model: nn.Module) -> str:
     """Hash of what a model computes: its graph where it is captured, and its whole state."""
     computed = model.code if isinstance(model, GraphModel) else type(model).__qualname__
@@ -103,7 +96,7 @@ def model_digest(model: nn.Module) -> str:
     for key, value in model.state_dict().items():
         if isinstance(value, Tensor):
             digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
-            digest.update(tensor_bytes(value))
+            digest.update(memory_of(value))
     return digest.hexdigest()
 
 

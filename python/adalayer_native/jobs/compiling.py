@@ -55,7 +55,7 @@ def run_compile(job: CompileJob) -> dict[str, Any]:
     native = restore(model, packed, x)
     engine = compile_engine(native, x, policy="native", weights=job.weights)
     output = packed.with_suffix(".ada") if job.output is None else job.output
-    size = save_engine(engine, output, normalisation, known.get("classes"))
+    size = save_engine(engine, output, normalisation, known.get("class_names"))
     milliseconds = model_milliseconds({"engine": engine}, x, seconds=1.0)["engine"]
     threads = get_num_threads()
     say(f"normalisation: {normalisation}")

@@ -27,9 +27,16 @@ from ..data import Loaders, loaders
 from ..energy import Meter
 from ..engine import Engine
 from ..errors import EnergyError, UnsupportedModelError
-from ..measure import accuracy, inference_energy, model_milliseconds
+from ..measure import hits, inference_energy, model_milliseconds
 from ..plan import supported_layers
-from ..report import comparison_table, compiled, error_table, figure6_table, record
+from ..report import (
+    class_rows,
+    comparison_table,
+    compiled,
+    error_table,
+    figure6_table,
+    record,
+)
 from .compiling import save_engine
 from .opening import Opened, check_fit, open_model, warn_chance
 from .settings import CompressJob, arguments
@@ -202,6 +209,10 @@ def write_results(job: CompressJob, ready: _Ready, result: Compressed) -> dict[s
     candidates: dict[str, Any] = {"float": model, "native": native}
     if engine is not None:
         candidates["engine"] = engine
+    before, after = (
+        hits(each, data.test, title=f"{name} test accuracy", progress=job.progress)
+        for name, each in (("float", model), ("native", native))
+    )
     more: dict[str, Any] = {
         "budget": str(job.budget) if job.budget else None,
         "criterion": job.criterion,
@@ -209,14 +220,11 @@ def write_results(job: CompressJob, ready: _Ready, result: Compressed) -> dict[s
         "epochs": job.epochs if result.history is not None else 0,
         "image_size": job.image_size,
         "model_classes": job.classes or len(ready.opened.train.classes),
-        "classes": ready.opened.train.classes,
+        "class_names": ready.opened.train.classes,
         "normalisation": ready.opened.normalisation.as_dict(),
-        "float_accuracy": accuracy(
-            model, data.test, title="float test accuracy", progress=job.progress
-        ),
-        "accuracy": accuracy(
-            native, data.test, title="native test accuracy", progress=job.progress
-        ),
+        "float_accuracy": before.accuracy,
+        "accuracy": after.accuracy,
+        "classes": class_rows(ready.opened.test.classes, before, after),
         "test_images": len(data.test.dataset),
     }
     fewest = 1 if engine is None else engine.least_batch  # some models take no single image

@@ -158,7 +158,10 @@ except AttributeError:  # private functions: where they are missing, always use 
 
 
 def plain_eager(x: Tensor) -> bool:
-    """Whether nobody watches the operators: no compiler, tracer, mode or tensor subclass."""
+    """Whether nobody watches the operators: no compiler, tracer, mode or tensor subclass.
+
+    Nor is ``x`` lazily negative: the dispatcher negates, and memory alone does not say it.
+    """
     return (
         _dispatch_modes is not None
         and type(x) is Tensor
@@ -167,4 +170,5 @@ def plain_eager(x: Tensor) -> bool:
         and not _functorch_active()
         and _dispatch_modes() == 0
         and not torch.autograd.profiler._is_profiler_enabled
+        and not x.is_neg()
     )

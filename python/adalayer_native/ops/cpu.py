@@ -86,7 +86,7 @@ def conv2d_direct(
             )
         if residual.dtype != torch.float32:
             residual = residual.float()
-        residual = residual.contiguous(memory_format=layout)
+        residual = residual.resolve_neg().contiguous(memory_format=layout)
     _C.conv2d(
         x.data_ptr(),
         False,

@@ -19,7 +19,7 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
         return fma_float32(a, b, c)
     # All three in the order in memory that the result has.
     out = torch.empty_like(a)
-    expanded = (item.expand(a.shape) for item in (a, b, c))
+    expanded = (item.resolve_neg().expand(a.shape) for item in (a, b, c))
     x, y, z = (
         item if item.stride() == out.stride() else torch.empty_like(out).copy_(item)
         for item in expanded
@@ -33,7 +33,7 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 def exact_softmax(input: Tensor) -> Tensor:
     """Softmax of ``[N, C, ...]`` over the channels, as the engine has it at a network's end
     (csrc/reference/image_spec.hpp)."""
-    x = input.float().cpu().contiguous()
+    x = input.float().cpu().resolve_neg().contiguous()
     out = torch.empty_like(x)
     images, channels = x.shape[:2]
     positions = x[:1, :1].numel()

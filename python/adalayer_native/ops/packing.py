@@ -32,7 +32,7 @@ def pack_weight(weight: Tensor, bits: int) -> Tensor:
         raise TypeError(f"pack_weight expects int8 weights, got {weight.dtype}")
     if weight.dim() not in (2, 4):
         raise ValueError(f"pack_weight expects [O, I] or [O, I, KH, KW], got {list(weight.shape)}")
-    w = weight.detach().cpu().contiguous()
+    w = weight.detach().cpu().resolve_neg().contiguous()
     shape = tuple(w.shape) if w.dim() == 4 else (w.shape[0], w.shape[1], 1, 1)
     packed = _C.pack(w.data_ptr(), w.numel(), bits, *shape)
     return torch.frombuffer(bytearray(packed), dtype=torch.uint8)
@@ -71,4 +71,4 @@ def _packed_bytes(packed: Tensor) -> Tensor:
         raise FileFormatError(
             f"packed weights are uint8 of one dimension, got {packed.dtype} {list(packed.shape)}"
         )
-    return packed.detach().cpu().contiguous()
+    return packed.detach().cpu().resolve_neg().contiguous()

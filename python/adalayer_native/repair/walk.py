@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
+from adalayer_native._fingerprint import memory_of
 from adalayer_native.capture import GraphModel, Inputs, batch_inputs
 from adalayer_native.capture import vocabulary as table
 from adalayer_native.errors import CalibrationError, InputError
@@ -53,8 +54,7 @@ class Data:
                 )
             for tensor in x.tensors():
                 digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-                flat = tensor.detach().cpu().contiguous().reshape(-1)
-                digest.update(flat.view(torch.uint8).numpy().tobytes())
+                digest.update(memory_of(tensor))
             self.images += x.count
             self.batches += 1
         if self.images == 0:

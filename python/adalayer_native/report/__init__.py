@@ -7,13 +7,14 @@ from .._lazy import lazy
 if TYPE_CHECKING:
     from .columns import run_table
     from .html import page, write_page
-    from .record import compiled, record
+    from .record import class_rows, compiled, record
     from .run import Run, load_run
     from .tables import Result, comparison_table, error_table, figure6_table
 
 __all__ = [
     "Result",
     "Run",
+    "class_rows",
     "comparison_table",
     "compiled",
     "error_table",
@@ -30,7 +31,7 @@ __getattr__, __dir__ = lazy(
     {
         "columns": ["run_table"],
         "html": ["page", "write_page"],
-        "record": ["compiled", "record"],
+        "record": ["class_rows", "compiled", "record"],
         "run": ["Run", "load_run"],
         "tables": ["Result", "comparison_table", "error_table", "figure6_table"],
     },

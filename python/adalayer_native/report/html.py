@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from html import escape
 from importlib.resources import files
 from typing import Any
@@ -16,7 +16,7 @@ from .. import plot
 from .._files import write_text_atomic
 from ..plot import style
 from .columns import COLUMNS, notes, summary, total_of
-from .run import Layer, Run
+from .run import ClassRow, Layer, Run
 
 __all__ = ["page", "write_page"]
 
@@ -56,6 +56,7 @@ def page(run: Run) -> str:
         _cards(run),
         *_pictures(run),
         _table(run),
+        *_classes(run),
         _facts(run),
         f"<script>{script}</script></body></html>",
     ]
@@ -104,9 +105,18 @@ def _pictures(run: Run) -> list[str]:
 def _picture(name: str, title: str, draw: Callable[[], Any], more: str = "") -> str:
     svg = _inline(draw(), name)
     return (
-        f'<section id="{name}"><h2>{title}</h2><div class="picture {more}" role="img" '
-        f'aria-label="{title}">{svg}</div></section>'
+        f'<section id="{name}"><h2>{title}</h2>{_wide("picture", title)}'
+        f'<div class="{more}" role="img" aria-label="{title}">{svg}</div></div></section>'
     )
+
+
+# The script hides it where nothing is cut off.
+_HINT = '<p class="hint muted">← scroll sideways for the rest →</p>'
+
+
+def _wide(kind: str, title: str) -> str:
+    """Begins a box that scrolls in itself, by keyboard as well, and says so."""
+    return f'{_HINT}<div class="wide {kind}" tabindex="0" role="region" aria-label="{title}">'
 
 
 def _inline(figure: Any, name: str) -> str:
@@ -128,15 +138,10 @@ def _inline(figure: Any, name: str) -> str:
 
 
 def _table(run: Run) -> str:
-    head = "".join(
-        f'<th scope="col" class="{_side(column)}" data-type="'
-        f'{"number" if column.number else "text"}"><button type="button">'
-        f"{escape(column.heading)}</button></th>"
-        for column in COLUMNS
-    )
+    head = _heads((column.heading, column.number) for column in COLUMNS)
     body = "".join(_row(place, layer) for place, layer in enumerate(run.layers))
     foot = "".join(
-        f'<td class="{_side(column)}">{escape(total_of(column, run)) if k else "total"}</td>'
+        f'<td class="{_side(column.number)}">{escape(total_of(column, run)) if k else "total"}</td>'
         for k, column in enumerate(COLUMNS)
     )
     widths = sorted({layer.bits for layer in run.layers if layer.bits is not None})
@@ -147,17 +152,81 @@ def _table(run: Run) -> str:
         options += '<option value="float">float</option>'
     return (
         '<section><h2>Layer by layer</h2><div class="tools">'
-        '<input id="filter" type="search" placeholder="filter: name, kernel, pattern …" '
-        f'aria-label="filter layers"><select id="bits" aria-label="bits">{options}</select>'
+        f'<input id="filter" type="search" placeholder="{_filtered(run)}" '
+        f'aria-label="show the layers with these words in {_filtered(run)}">'
+        f'<select id="bits" aria-label="bits">{options}</select>'
         '<span id="count" class="muted" aria-live="polite"></span></div>'
-        f'<div class="table"><table id="layers"><thead><tr>{head}</tr></thead>'
+        f'{_wide("table", "Layer by layer")}<table id="layers" class="sortable">'
+        f"<thead><tr>{head}</tr></thead>"
         f"<tbody>{body}</tbody><tfoot><tr>{foot}</tr></tfoot></table></div>"
         f'<p class="muted">{escape(notes(run))}.</p></section>'
     )
 
 
-def _side(column: Any) -> str:
-    return "number" if column.number else "text"
+def _filtered(run: Run) -> str:
+    """What the filter looks at in this run's layers."""
+    places = ["name"]
+    if any(layer.sparsity for layer in run.layers):
+        places.append("pattern of zeros")
+    if any(layer.kernel for layer in run.layers):
+        places.append("kernel")
+    *most, last = places
+    return f"{', '.join(most)} or {last}" if most else f"{last} of the layer"
+
+
+def _heads(columns: Iterable[tuple[str, bool]]) -> str:
+    """Buttons that sort, as numbers or as texts."""
+    return "".join(
+        f'<th scope="col" class="{_side(number)}" data-type="{_side(number)}">'
+        f'<button type="button">{escape(heading)}</button></th>'
+        for heading, number in columns
+    )
+
+
+def _side(number: bool) -> str:
+    return "number" if number else "text"
+
+
+_CLASS_HEADS = (
+    ("class", False),
+    ("test images", True),
+    ("float %", True),
+    ("compressed %", True),
+    ("change", True),
+)
+
+
+def _classes(run: Run) -> list[str]:
+    """Accuracy class by class, where the run knows it."""
+    if not run.classes:
+        return []
+    body = "".join(_class_row(place, row) for place, row in enumerate(run.classes))
+    tall = " tall" if len(run.classes) > 20 else ""
+    return [
+        f"<section><h2>Class by class</h2>{_wide('table' + tall, 'Class by class')}"
+        f'<table id="classes" class="sortable"><thead><tr>{_heads(_CLASS_HEADS)}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div></section>"
+    ]
+
+
+def _class_row(place: int, row: ClassRow) -> str:
+    known = row.before is not None and row.after is not None
+    change = row.after - row.before if known else None  # type: ignore[operator]
+    cells = [
+        (row.name, escape(row.name), False),
+        (row.images, f"{row.images:,}", True),
+        *(
+            (value, "" if value is None else f"{value:.2f}", True)
+            for value in (row.before, row.after)
+        ),
+        (change, "" if change is None else f"{change:+.2f}", True),
+    ]
+    shown = "".join(
+        f'<td class="{_side(number)}" data-value="'
+        f'{"" if value is None else escape(str(value), quote=True)}">{text}</td>'
+        for value, text, number in cells
+    )
+    return f'<tr data-place="{place}">{shown}</tr>'
 
 
 def _row(place: int, layer: Layer) -> str:
@@ -170,7 +239,7 @@ def _row(place: int, layer: Layer) -> str:
             colour = to_hex(style.colour_of(layer.bits))
             shown = f'<span class="bits" style="background:{colour};color:{ink}">{shown}</span>'
         sort = "" if value is None else escape(str(value), quote=True)
-        cells.append(f'<td class="{_side(column)}" data-value="{sort}">{shown}</td>')
+        cells.append(f'<td class="{_side(column.number)}" data-value="{sort}">{shown}</td>')
     # Not the kind: whoever looks for "conv2" does not mean every conv2d.
     search = escape(f"{layer.name} {layer.pattern if layer.sparsity else ''} {layer.kernel}")
     return (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,9 +20,10 @@ from ..errors import AdaError
 from ..importance.analyze import eval_mode
 from ..importance.batches import one_sample
 from ..importance.flops import layer_work
+from ..measure import Hits
 from ..plan import Plan, supported_layers
 
-__all__ = ["RECORD_FORMAT", "RECORD_VERSION", "compiled", "record"]
+__all__ = ["RECORD_FORMAT", "RECORD_VERSION", "class_rows", "compiled", "record"]
 
 RECORD_FORMAT = "adalayer-report"
 RECORD_VERSION = 1
@@ -50,7 +51,8 @@ def record(
         result: from ``compress``.
         packed: the saved file.
         x: an input: a tensor, a tuple or a dictionary of arguments.
-        more: what the caller measured (accuracies, milliseconds), added as it is.
+        more: what the caller measured (accuracies, :func:`class_rows`, milliseconds), added as it
+            is.
         engine: what :func:`compiled` gave, where the caller has asked it.
     """
     plan, size = result.plan, os.stat(packed).st_size
@@ -84,6 +86,18 @@ def record(
         **(more or {}),
         "layers": layers,
     }
+
+
+def class_rows(names: Sequence[str], before: Hits, after: Hits) -> list[dict[str, Any]]:
+    """What a record holds of every class: its test images, and right answers of both models."""
+    found = []
+    for number, name in enumerate(names):
+        seen, right, now = (
+            counts[number] if number < len(counts) else 0
+            for counts in (before.seen, before.right, after.right)
+        )
+        found.append({"name": name, "images": seen, "float_right": right, "right": now})
+    return found
 
 
 def compiled(native: nn.Module, x: Any) -> tuple[Engine | None, str]:

@@ -12,7 +12,7 @@ from ..errors import FileFormatError, PlanError
 from ..plan import Plan
 from .record import RECORD_FORMAT, RECORD_VERSION
 
-__all__ = ["Layer", "Run", "load_run"]
+__all__ = ["ClassRow", "Layer", "Run", "load_run"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,23 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class ClassRow:
+    """One class of the test images.
+
+    Attributes:
+        name: of the class.
+        images: test images of it.
+        before: right answers of the float model in percent; ``None`` without images.
+        after: of the compressed one.
+    """
+
+    name: str
+    images: int
+    before: float | None
+    after: float | None
+
+
+@dataclass(frozen=True)
 class Run:
     """A finished run.
 
@@ -63,6 +80,8 @@ class Run:
         plan: plan.json.
         layers: rows of the report.
         error_name: what ``error`` of the rows is, in words.
+        classes: accuracy class by class; empty where the run does not say (one of an earlier
+            version).
     """
 
     path: Path
@@ -70,6 +89,7 @@ class Run:
     plan: Plan
     layers: tuple[Layer, ...]
     error_name: str
+    classes: tuple[ClassRow, ...]
 
 
 def load_run(path: str | os.PathLike[str]) -> Run:
@@ -109,12 +129,13 @@ def load_run(path: str | os.PathLike[str]) -> Run:
         rows = data["layers"]
         error_name, key = _error_of(rows)
         layers = tuple(_layer(row, key) for row in rows)
+        classes = tuple(_class(row) for row in data.get("classes") or ())
         for name in ("model", "method", "bytes", "float_bytes", "average_bits", "isa", "threads"):
             data[name]
     except (KeyError, TypeError, ValueError) as error:
         raise FileFormatError(f"{source}: not a complete report: {error!r}") from None
     _check_plan(plan, layers, os.fspath(root / "plan.json"))
-    return Run(root, data, plan, layers, error_name)
+    return Run(root, data, plan, layers, error_name, classes)
 
 
 def _error_of(rows: list[dict[str, Any]]) -> tuple[str, str]:
@@ -141,6 +162,14 @@ def _layer(row: dict[str, Any], key: str) -> Layer:
         kernel=str(row.get("kernel", "torch (float)" if row["bits"] is None else "")),
         flops=float(row["flops"]),
     )
+
+
+def _class(row: dict[str, Any]) -> ClassRow:
+    images = int(row["images"])
+    before, after = (
+        100 * int(row[key]) / images if images else None for key in ("float_right", "right")
+    )
+    return ClassRow(str(row["name"]), images, before, after)
 
 
 def _check_plan(plan: Plan, layers: tuple[Layer, ...], source: str) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from adalayer_native._fingerprint import fingerprint
 from adalayer_native._progress import ProgressBar
 from adalayer_native.capture import Inputs
+from adalayer_native.capture.example import repeatable
 from adalayer_native.errors import CalibrationError, PlanError
 from adalayer_native.training import checkpoint as store
 from adalayer_native.training.average import Average
@@ -102,9 +103,12 @@ class Loop(ABC):
 
     Args:
         model: trained in place.
-        loader: re-iterable of batches.
+        loader: re-iterable of batches; for one epoch an iterator does, too.
         options: of the run.
         identity: everything else that a checkpoint must agree on, as JSON values.
+
+    Raises:
+        CalibrationError: an iterator for several epochs.
     """
 
     def __init__(
@@ -115,7 +119,8 @@ class Loop(ABC):
         identity: Mapping[str, Any],
     ) -> None:
         self.model = model
-        self.loader = loader
+        # Not after the first epoch, which may take hours.
+        self.loader = loader if options.epochs == 1 else repeatable(loader)
         self.options = options
         self.agreed = dict(identity)
         self.device = next(model.parameters()).device
@@ -299,10 +304,7 @@ class Loop(ABC):
                 self._save()
                 saved = time.monotonic()
         if state.samples == 0:
-            raise CalibrationError(
-                "the training loader is empty; expected at least one batch (a generator can be "
-                "read only once: pass a list or a DataLoader)"
-            )
+            raise CalibrationError("the training loader is empty; expected at least one batch")
         self.steps = state.step if not state.ended else self.steps
         self._finish_epoch()
 
