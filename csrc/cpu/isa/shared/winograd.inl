@@ -88,7 +88,7 @@ void transform_input(const WinogradInputArgs& a) {
       });
       A::input(d, v);
       unrolled<0, n>([&](auto i)
-                      __attribute__((always_inline)) { half[i.value][x.value] = v[i.value]; });
+                         __attribute__((always_inline)) { half[i.value][x.value] = v[i.value]; });
     });
     int16_t* out = a.factors + c;
     unrolled<0, n>([&](auto i) __attribute__((always_inline)) {
@@ -117,7 +117,7 @@ void transform_taps(const WinogradTapsArgs& a) {
       });
       A::weight(g, u);
       unrolled<0, n>([&](auto i)
-                      __attribute__((always_inline)) { half[i.value][x.value] = u[i.value]; });
+                         __attribute__((always_inline)) { half[i.value][x.value] = u[i.value]; });
     });
     unrolled<0, n>([&](auto i) __attribute__((always_inline)) {
       T u[n];
