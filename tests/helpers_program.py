@@ -442,7 +442,15 @@ class _Random:
             value = self.builder.value(x.shape)
             return self.builder.node("dequantize", [x], value)
         c, h, w = out.shape
-        kind = self.int(0, 3)
+        kind = self.int(0, 4)
+        if kind == 4:
+            function, bounds = self.int(0, 5), [self.scale(-2, 0), self.scale(0, 2)]
+            value = self.builder.value(out.shape)
+            value = self.builder.node("function", [out], value, [function], bounds)
+            both = [out, value] if self.int(0, 1) else [value, out]
+            return self.builder.node(
+                "combine", both, self.builder.value(out.shape), [self.int(0, 2)]
+            )
         if kind == 0:
             sizes = (self.int(1, 8), self.int(1, 8))
             value = self.builder.value((c, *sizes))

@@ -191,6 +191,13 @@ PYBIND11_MODULE(_C, m) {
     cpu::fma_values(reinterpret_cast<const float*>(a), reinterpret_cast<const float*>(b),
                     reinterpret_cast<const float*>(c), n, reinterpret_cast<float*>(y), threads);
   });
+  m.def("float_function", [](int function, uintptr_t x, int64_t n, uintptr_t y, int threads) {
+    if (function < 0 || function >= kFloatFunctions)
+      fail<InvalidArgument>("function must be 0 to ", kFloatFunctions - 1, ", got ", function);
+    const py::gil_scoped_release release;
+    cpu::function_values({static_cast<FloatFunction>(function)}, reinterpret_cast<const float*>(x),
+                         n, reinterpret_cast<float*>(y), threads);
+  });
   m.def("softmax", [](uintptr_t x, int64_t images, int64_t channels, int64_t positions, uintptr_t y,
                       int threads) {
     const py::gil_scoped_release release;

@@ -144,6 +144,9 @@ struct ImageKernels {
   void (*fma_values)(const float* a, const float* b, const float* c, int64_t n, float* out);
   /// Softmax over `channels` values `stride` apart, at `count` neighbouring positions.
   void (*softmax)(const float* in, int64_t channels, int64_t stride, int64_t count, float* out);
+  /// float_function() and float_pair() of n floats.
+  void (*function)(const FloatFunctionSpec& spec, const float* in, int64_t n, float* out);
+  void (*combine)(FloatPair pair, const float* a, const float* b, int64_t n, float* out);
 };
 
 /// The kernels of the active row of the kernel table, or the scalar ones where there is none.

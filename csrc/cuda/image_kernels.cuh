@@ -451,6 +451,20 @@ ADALAYER_KERNEL ADALAYER_THREADS(256) resize_floats(ADALAYER_PARAMS FloatResizeP
             load_constant(p.part_w + ox), load_constant(p.part_h + oy));
 }
 
+ADALAYER_KERNEL ADALAYER_THREADS(256) function_floats(ADALAYER_PARAMS FloatFunctionParams p) {
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
+  const int64_t index = global_thread();
+  if (index < p.count) p.out[index] = float_function(p.in[index], p.function, p.a, p.b);
+}
+
+ADALAYER_KERNEL ADALAYER_THREADS(256) combine_floats(ADALAYER_PARAMS FloatPairParams p) {
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
+  const int64_t index = global_thread();
+  if (index < p.count) p.out[index] = float_pair(p.a[index], p.b[index], p.pair);
+}
+
 /// One block per position. The sum runs channel after channel, as on the CPU.
 ADALAYER_KERNEL ADALAYER_THREADS(256) softmax(ADALAYER_PARAMS SoftmaxParams p) {
   let_next_kernel_start();

@@ -75,6 +75,10 @@ KernelInfo kernel_info(Kernel kernel) {
       return {ADALAYER_KERNEL_ADDRESS(resize_floats, FloatResizeParams), 256, 0};
     case Kernel::Softmax:
       return {ADALAYER_KERNEL_ADDRESS(softmax, SoftmaxParams), 256, 256 * 4};
+    case Kernel::FunctionFloats:
+      return {ADALAYER_KERNEL_ADDRESS(function_floats, FloatFunctionParams), 256, 0};
+    case Kernel::CombineFloats:
+      return {ADALAYER_KERNEL_ADDRESS(combine_floats, FloatPairParams), 256, 0};
     case Kernel::Depthwise:
       return {ADALAYER_KERNEL_ADDRESS(conv_depthwise, DepthwiseParams), 128, 0};
     case Kernel::Direct:

@@ -21,6 +21,8 @@ enum class Kernel : int {
   AverageFloats,
   ResizeFloats,
   Softmax,
+  FunctionFloats,
+  CombineFloats,
   Depthwise,
   Direct,
 };

@@ -59,7 +59,7 @@ ADALAYER_DEVICE float blend(float q00, float q01, float q10, float q11, float pa
   return fma_rn(part_h, sub_rn(bottom, top), top);
 }
 
-/// e^x for x <= 0, from fused multiply-adds alone.
+/// e^x for x <= 87, from fused multiply-adds alone.
 ADALAYER_DEVICE float softmax_exp(float x) {
   constexpr float kLog2e = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
   x = max_x86(x, -87.0f);
@@ -75,6 +75,38 @@ ADALAYER_DEVICE float softmax_exp(float x) {
   p = fma_rn(p, r, 1.0f);
   const auto power = static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23;
   return mul_rn(p, bits_to_float(power));
+}
+
+ADALAYER_DEVICE float sigmoid_value(float x) {
+  return div_rn(1.0f, add_rn(1.0f, softmax_exp(min_x86(-x, 87.0f))));
+}
+ADALAYER_DEVICE float float_function(float x, FloatFunction function, float a, float b) {
+  switch (function) {
+    case FloatFunction::Clamp:
+      return min_x86(max_x86(x, a), b);
+    case FloatFunction::Multiply:
+      return mul_rn(x, a);
+    case FloatFunction::Plus:
+      return add_rn(x, a);
+    case FloatFunction::Sigmoid:
+      return sigmoid_value(x);
+    case FloatFunction::Tanh:
+      return fma_rn(2.0f, sigmoid_value(mul_rn(2.0f, x)), -1.0f);
+    case FloatFunction::Silu:
+      return mul_rn(max_x86(x, -87.0f), sigmoid_value(x));
+  }
+  return x;
+}
+ADALAYER_DEVICE float float_pair(float a, float b, FloatPair pair) {
+  switch (pair) {
+    case FloatPair::Sum:
+      return add_rn(a, b);
+    case FloatPair::Difference:
+      return sub_rn(a, b);
+    case FloatPair::Product:
+      return mul_rn(a, b);
+  }
+  return a;
 }
 
 }  // namespace adalayer::cuda

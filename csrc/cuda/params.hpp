@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "reference/float_kinds.hpp"
+
 namespace adalayer::cuda {
 
 /// U8Finish of reference/image_spec.hpp.
@@ -242,6 +244,22 @@ struct FloatResizeParams {
   int32_t in_h, in_w, out_h, out_w;
   const int32_t *low_h, *high_h, *low_w, *high_w;
   const float *part_h, *part_w;
+};
+
+/// Element by element; a program's images follow each other without gaps.
+struct FloatFunctionParams {
+  const float* in;
+  float* out;
+  int64_t count;
+  FloatFunction function;
+  float a, b;
+};
+
+struct FloatPairParams {
+  const float *a, *b;
+  float* out;
+  int64_t count;
+  FloatPair pair;
 };
 
 struct SoftmaxParams {

@@ -285,6 +285,7 @@ class Planner {
   }
 
   int64_t words(int32_t v) const { return batch_ * device_bytes(value(v)) / 4; }
+  int64_t elements(int32_t v) const { return batch_ * value(v).c * value(v).h * value(v).w; }
 
   void add(const Node& n, const NodeData& d) {
     switch (n.op) {
@@ -344,6 +345,24 @@ class Planner {
         q.beta = constant<float>(d.constants[1]);
         q.finish = finish(n, -1);
         items(Kernel::LayerNorm, q, int64_t{q.pixels} * 32);
+        return;
+      }
+      case OpKind::Function: {
+        const FloatFunctionSpec s = engine::function_spec(n);
+        FloatFunctionParams q{
+            at<float>(n.inputs[0]), at<float>(n.output), elements(n.output), s.function, s.a, s.b};
+        Launch& l = items(Kernel::FunctionFloats, q, q.count);
+        bind(l, offsetof(FloatFunctionParams, in), n.inputs[0]);
+        bind(l, offsetof(FloatFunctionParams, out), n.output);
+        return;
+      }
+      case OpKind::Combine: {
+        FloatPairParams q{at<float>(n.inputs[0]), at<float>(n.inputs[1]), at<float>(n.output),
+                          elements(n.output), static_cast<FloatPair>(n.ints[0])};
+        Launch& l = items(Kernel::CombineFloats, q, q.count);
+        bind(l, offsetof(FloatPairParams, a), n.inputs[0]);
+        bind(l, offsetof(FloatPairParams, b), n.inputs[1]);
+        bind(l, offsetof(FloatPairParams, out), n.output);
         return;
       }
       case OpKind::Softmax: {

@@ -420,6 +420,20 @@ void Interpreter::run(const Node& n, int64_t image) {
       return softmax(n, image);
     case OpKind::Rearrange:
       return rearrange(n, image);
+    case OpKind::Function: {
+      const FloatFunctionSpec spec = function_spec(n);
+      const float* x = numbers(n.inputs[0], image);
+      for (int64_t i = 0; i < s.size(); ++i)
+        numbers(n.output, image)[i] = float_function(x[i], spec);
+      break;
+    }
+    case OpKind::Combine: {
+      const auto pair = static_cast<FloatPair>(n.ints[0]);
+      const float *a = numbers(n.inputs[0], image), *b = numbers(n.inputs[1], image);
+      for (int64_t i = 0; i < s.size(); ++i)
+        numbers(n.output, image)[i] = float_pair(a[i], b[i], pair);
+      break;
+    }
   }
 }
 

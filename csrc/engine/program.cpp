@@ -7,10 +7,10 @@ namespace adalayer::engine {
 namespace {
 
 constexpr const char* kNames[kOpKinds] = {
-    "quantize", "dequantize", "conv",   "conv_transpose", "lookup",     "add",
-    "mul",      "affine",     "concat", "max_pool",       "avg_pool",   "adaptive_avg_pool",
-    "slice",    "gather",     "pad",    "resize",         "layer_norm", "reshape",
-    "softmax",  "rearrange"};
+    "quantize", "dequantize", "conv",     "conv_transpose", "lookup",     "add",
+    "mul",      "affine",     "concat",   "max_pool",       "avg_pool",   "adaptive_avg_pool",
+    "slice",    "gather",     "pad",      "resize",         "layer_norm", "reshape",
+    "softmax",  "rearrange",  "function", "combine"};
 
 int32_t small(int64_t v) { return static_cast<int32_t>(v); }
 
@@ -186,6 +186,10 @@ ResizeSpec resize_spec(const Program& p, const Node& n) {
   s.offset = n.floats[2];
   s.finish = node_finish(p, n);
   return s;
+}
+
+FloatFunctionSpec function_spec(const Node& n) {
+  return {static_cast<FloatFunction>(n.ints[0]), n.floats[0], n.floats[1]};
 }
 
 LayerNormSpec layer_norm_spec(const Program& p, const Node& n) {

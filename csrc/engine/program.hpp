@@ -90,8 +90,11 @@ enum class OpKind : uint8_t {
   // NCHW order; no entry is negative. Permuted axes, windows, pixel shuffles, flips, rolls,
   // borders.
   Rearrange = 19,  // x      -                                    -      channel row column: i32
+  // f32 -> f32, behind the last quantized layer: a FloatFunction; a FloatPair of equal shapes.
+  Function = 20,  // x       function                             a b                -
+  Combine = 21,   // a b     pair                                 -                  -
 };
-constexpr int kOpKinds = 20;
+constexpr int kOpKinds = 22;
 
 /// "conv", "avg_pool", ...; and back, throwing InvalidArgument for an unknown name.
 const char* op_name(OpKind op);
@@ -190,5 +193,6 @@ AffineSpec affine_spec(const Program& program, const Node& node);
 PoolSpec pool_spec(const Program& program, const Node& node);
 ResizeSpec resize_spec(const Program& program, const Node& node);
 LayerNormSpec layer_norm_spec(const Program& program, const Node& node);
+FloatFunctionSpec function_spec(const Node& node);
 
 }  // namespace adalayer::engine

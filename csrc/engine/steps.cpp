@@ -161,6 +161,21 @@ RunImage run_image(const Program& program, const Node& node,
       const RearrangeSpec spec = rearrange_spec(program, node);
       return unary(node, [=](auto i, auto o, Part part) { cpu::rearrange(spec, i, o, part); });
     }
+    case OpKind::Function: {
+      const FloatFunctionSpec spec = function_spec(node);
+      const int64_t count = in.c * in.h * in.w;
+      return [=](const Frame& f, int64_t n, Part part) {
+        cpu::function_f32(spec, f.floats(x, n), count, f.floats(y, n), part);
+      };
+    }
+    case OpKind::Combine: {
+      const auto pair = static_cast<FloatPair>(node.ints[0]);
+      const int32_t other = node.inputs[1];
+      const int64_t count = in.c * in.h * in.w;
+      return [=](const Frame& f, int64_t n, Part part) {
+        cpu::combine_f32(pair, f.floats(x, n), f.floats(other, n), count, f.floats(y, n), part);
+      };
+    }
     case OpKind::Softmax:
       return [=](const Frame& f, int64_t n, Part part) {
         cpu::softmax_f32(f.floats(x, n), in.c, in.h * in.w, f.floats(y, n), part);

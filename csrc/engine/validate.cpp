@@ -39,6 +39,8 @@ constexpr Signature kSignatures[kOpKinds] = {
     {1, 1, 0, 0, 0},        // Reshape
     {1, 1, 0, 0, 0},        // Softmax
     {1, 1, 0, 0, 3},        // Rearrange
+    {1, 1, 1, 2, 0},        // Function
+    {2, 2, 1, 0, 0},        // Combine
 };
 
 bool is_utf8(std::string_view text) {
@@ -149,6 +151,7 @@ class NodeCheck {
   void slice() const;
   void gather() const;
   void rearrange() const;
+  void function() const;
   void pad() const;
   void resize() const;
   void resize_axis(const char* axis, size_t slot, int64_t size, int64_t outputs) const;
@@ -431,6 +434,17 @@ void NodeCheck::rearrange() const {
     bad("expected sums of entries up to ", elements - 1, ", the input's last element, got ", last);
 }
 
+void NodeCheck::function() const {
+  ranged(0, "the function", 0, kFloatFunctions - 1);
+  const FloatFunctionSpec s = function_spec(node_);
+  if (s.function == FloatFunction::Clamp) {
+    if (!(s.a <= s.b))
+      bad("a clamp's lower bound must not exceed the upper, got ", s.a, " and ", s.b);
+  } else if (!std::isfinite(s.a) || !std::isfinite(s.b)) {
+    bad("a and b must be finite, got ", s.a, " and ", s.b);
+  }
+}
+
 void NodeCheck::pad() const {
   kinds(ValueKind::U8, ValueKind::U8);
   same_grid();
@@ -565,6 +579,17 @@ void NodeCheck::run() {
       break;
     case OpKind::Rearrange:
       rearrange();
+      break;
+    case OpKind::Function:
+      kinds(f32, f32);
+      same_shape();
+      function();
+      break;
+    case OpKind::Combine:
+      kinds(f32, f32);
+      shape("second input", in(1), in().c, in().h, in().w);
+      same_shape();
+      ranged(0, "the pair", 0, kFloatPairs - 1);
       break;
   }
 }

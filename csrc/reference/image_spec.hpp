@@ -8,6 +8,7 @@
 #include <bit>
 #include <cstdint>
 
+#include "reference/float_kinds.hpp"
 #include "reference/spec.hpp"
 
 namespace adalayer {
@@ -153,8 +154,8 @@ inline uint8_t layer_norm_u8(uint8_t q, int64_t c, const LayerNormMoments& m,
 /// Softmax over the channels of one position, in float: e_c = softmax_exp(x_c - max x), the sum of
 /// all e_c in double, channel after channel, y_c = e_c * (float)(1 / sum). Inputs are finite.
 ///
-/// e^x for x <= 0 with an error below 2 units in the last place, from fused multiply-adds alone, so
-/// that every C library and instruction set gives the same bits. Below -87 it stays at e^-87.
+/// e^x for x <= 87 with an error below 2 units in the last place, from fused multiply-adds alone,
+/// so that every C library and instruction set gives the same bits. Below -87 it stays at e^-87.
 inline float softmax_exp(float x) {
   constexpr float kLog2e = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
   x = max_x86(x, -87.0f);
@@ -169,9 +170,43 @@ inline float softmax_exp(float x) {
   p = std::fmaf(p, r, 0.5f);
   p = std::fmaf(p, r, 1.0f);
   p = std::fmaf(p, r, 1.0f);
-  // Times 2^n, exactly: n is in -126 .. 0.
+  // Times 2^n, exactly: n is in -126 .. 126.
   const auto power = static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23;
   return p * std::bit_cast<float>(power);
+}
+
+/// A function of one float, behind the last quantized layer. Inputs are finite, but for Multiply
+/// and Plus.
+///   Clamp     min(max(x, a), b)          Sigmoid   1 / (1 + e^-x)
+///   Multiply  x * a                      Tanh      2 / (1 + e^-2x) - 1
+///   Plus      x + a                      Silu      max(x, -87) / (1 + e^-x)
+struct FloatFunctionSpec {
+  FloatFunction function = FloatFunction::Clamp;
+  float a = 0.0f, b = 0.0f;
+};
+/// Of -x the larger exponents are all as good as e^87: 1 + e^87 is e^87.
+inline float sigmoid_value(float x) { return 1.0f / (1.0f + softmax_exp(min_x86(-x, 87.0f))); }
+inline float float_function(float x, const FloatFunctionSpec& s) {
+  switch (s.function) {
+    case FloatFunction::Clamp:
+      return min_x86(max_x86(x, s.a), s.b);
+    case FloatFunction::Multiply:
+      return x * s.a;
+    case FloatFunction::Plus:
+      return x + s.a;
+    case FloatFunction::Sigmoid:
+      return sigmoid_value(x);
+    case FloatFunction::Tanh:
+      return std::fmaf(2.0f, sigmoid_value(2.0f * x), -1.0f);
+    case FloatFunction::Silu:
+      return max_x86(x, -87.0f) * sigmoid_value(x);
+  }
+  return x;
+}
+
+/// Two float tensors of one shape, element by element: one rounding, as everywhere.
+inline float float_pair(float a, float b, FloatPair pair) {
+  return pair == FloatPair::Sum ? a + b : pair == FloatPair::Difference ? a - b : a * b;
 }
 
 }  // namespace adalayer

@@ -134,7 +134,10 @@ inline Program every_operation() {
                              {1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 0, 255, 0}, {1.0f, -2.0f, kInf},
                              {b.weights(8, 8, 1, 1, 8), b.floats(std::vector<float>(8, 0.01f)),
                               b.floats(std::vector<float>(8, 0.0f)), -1});
-  const auto soft = b.node(OpKind::Softmax, {logits}, b.value("soft", 8, 2, 2, F32));
+  const auto gate = b.node(OpKind::Function, {logits}, b.value("gate", 8, 2, 2, F32), {3}, {0, 0});
+  const auto mixed_floats =
+      b.node(OpKind::Combine, {logits, gate}, b.value("product", 8, 2, 2, F32), {2});
+  const auto soft = b.node(OpKind::Softmax, {mixed_floats}, b.value("soft", 8, 2, 2, F32));
   const auto bigger = b.node(
       OpKind::Resize, {soft}, b.value("bigger", 8, 3, 3, F32), {1, 0, 255, 0}, {1.0f, 1.0f, 0.0f},
       {b.ints({0, 0, 1}), b.ints({1, 1, 1}), blend, b.ints({0, 0, 1}), b.ints({1, 1, 1}), blend});

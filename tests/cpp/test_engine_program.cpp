@@ -11,6 +11,7 @@
 #include <filesystem>
 #include <fstream>
 #include <functional>
+#include <limits>
 #include <new>
 #include <random>
 #include <set>
@@ -279,6 +280,20 @@ TEST(refusals_say_what_is_wrong) {
     for (const int32_t c : find(p, OpKind::Rearrange).constants)
       poke(p.constants[c].bytes, 0, int32_t{0x3FFFFFFF});
   });
+  check_refused("the function must be 0 to 5",
+                [](Program& p) { find(p, OpKind::Function).ints[0] = 6; });
+  check_refused("must not exceed the upper", [](Program& p) {
+    Node& n = find(p, OpKind::Function);
+    n.ints[0] = 0;
+    n.floats[1] = -1.0f;
+  });
+  check_refused("a and b must be finite", [](Program& p) {
+    find(p, OpKind::Function).floats[0] = std::numeric_limits<float>::infinity();
+  });
+  check_refused("the pair must be 0 to 2",
+                [](Program& p) { find(p, OpKind::Combine).ints[0] = 3; });
+  check_refused("expected second input of 8 x 2 x 2",
+                [](Program& p) { find(p, OpKind::Combine).inputs[1] = p.inputs[1]; });
   check_refused("expected positions 0 to 4", [](Program& p) {
     poke(p.constants[find(p, OpKind::Resize).constants[0]].bytes, 4, int32_t{-1});
   });
@@ -533,7 +548,7 @@ TEST(other_versions) {
   poke(future, section(file, "NODE").offset + 8, uint32_t{kOpKinds});
   repair_checksums(future);
   CHECK_THROWS(read_program(future), CorruptData,
-               "operation 20 is unknown to format 1.1; the file is of format 1.3");
+               "operation 22 is unknown to format 1.1; the file is of format 1.3");
 
   // A file has the least version that its operations need.
   CHECK_EQ(int{read_ada_header(file, file.size()).minor}, 1);

@@ -2,6 +2,7 @@
 // formulas: values, and which bytes each part writes. Inputs lie between unreadable pages, with
 // only the 3 bytes of slack behind them that the kernels may read.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <functional>
 #include <random>
@@ -826,6 +827,47 @@ TEST(softmax_f32) {
       CHECK_MSG(worst < 4e-7, std::to_string(worst));
       check_floats("softmax", expected,
                    [&](float* out, Part part) { softmax_f32(in.data(), c, positions, out, part); });
+    }
+  }
+}
+
+TEST(functions_and_pairs_of_floats) {
+  for (const int64_t n : {1, 7, 8, 15, 16, 17, 33, 1000}) {
+    const auto values = [&] {
+      auto v = random_floats(n, [] {
+        return static_cast<float>(uniform(-3000, 3000)) * pick<float>({0.01f, 0.0001f, 1.0f});
+      });
+      for (const float special : {0.0f, -0.0f, 3e38f, -3e38f, 88.0f, -88.0f, 1e-30f})
+        v[static_cast<size_t>(uniform(0, static_cast<int>(n) - 1))] = special;
+      return Exact<float>::of(v);
+    };
+    const auto a = values(), b = values();
+    for (int function = 0; function < kFloatFunctions; ++function) {
+      const FloatFunctionSpec spec{static_cast<FloatFunction>(function), -0.75f, 1.5f};
+      std::vector<float> expected;
+      double worst = 0.0;
+      for (int64_t i = 0; i < n; ++i) {
+        const auto x = static_cast<double>(a[static_cast<size_t>(i)]);
+        const float y = float_function(a[static_cast<size_t>(i)], spec);
+        expected.push_back(y);
+        const double sigmoid = 1.0 / (1.0 + std::exp(-x));
+        if (spec.function == FloatFunction::Sigmoid && x > -80.0)
+          worst = std::max(worst, std::fabs(static_cast<double>(y) - sigmoid) / sigmoid);
+        if (spec.function == FloatFunction::Tanh)
+          worst = std::max(worst, std::fabs(static_cast<double>(y) - std::tanh(x)));
+      }
+      CHECK_MSG(worst < 4e-7, std::to_string(worst));
+      check_floats("function " + std::to_string(function), expected,
+                   [&](float* out, Part part) { function_f32(spec, a.data(), n, out, part); });
+    }
+    for (int k = 0; k < kFloatPairs; ++k) {
+      const auto pair = static_cast<FloatPair>(k);
+      std::vector<float> expected;
+      for (int64_t i = 0; i < n; ++i)
+        expected.push_back(float_pair(a[static_cast<size_t>(i)], b[static_cast<size_t>(i)], pair));
+      check_floats("pair " + std::to_string(k), expected, [&](float* out, Part part) {
+        combine_f32(pair, a.data(), b.data(), n, out, part);
+      });
     }
   }
 }

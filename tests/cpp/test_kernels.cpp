@@ -620,7 +620,7 @@ TEST(every_row_is_whole) {
     CHECK(i.copy && i.lookup && i.gather && i.add && i.mul && i.line);
     CHECK(i.max_window && i.average_window && i.bilinear && i.moments && i.normalize);
     CHECK(i.quantize_planar && i.quantize_pixels && i.dequantize_planar && i.dequantize_row);
-    CHECK(i.blend_columns && i.blend_rows && i.fma_values && i.softmax);
+    CHECK(i.blend_columns && i.blend_rows && i.fma_values && i.softmax && i.function && i.combine);
   }
 }
 

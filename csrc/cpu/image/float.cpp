@@ -91,4 +91,16 @@ void softmax_f32(const float* in, int64_t channels, int64_t positions, float* ou
   if (count > 0) image_kernels().softmax(in + first, channels, positions, count, out + first);
 }
 
+void function_f32(const FloatFunctionSpec& spec, const float* in, int64_t count, float* out,
+                  Part part) {
+  const int64_t first = part.first(count);
+  image_kernels().function(spec, in + first, part.last(count) - first, out + first);
+}
+
+void combine_f32(FloatPair pair, const float* a, const float* b, int64_t count, float* out,
+                 Part part) {
+  const int64_t first = part.first(count);
+  image_kernels().combine(pair, a + first, b + first, part.last(count) - first, out + first);
+}
+
 }  // namespace adalayer::cpu

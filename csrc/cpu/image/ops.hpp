@@ -43,5 +43,9 @@ void rearrange(const RearrangeSpec& spec, ConstImageView in, ImageView out, Part
 void resize_f32(const ResizeSpec& spec, const float* in, int64_t c, int64_t in_h, int64_t in_w,
                 float* out, int64_t out_h, int64_t out_w, Part part);
 void softmax_f32(const float* in, int64_t channels, int64_t positions, float* out, Part part);
+void function_f32(const FloatFunctionSpec& spec, const float* in, int64_t count, float* out,
+                  Part part);
+void combine_f32(FloatPair pair, const float* a, const float* b, int64_t count, float* out,
+                 Part part);
 
 }  // namespace adalayer::cpu

@@ -266,6 +266,14 @@ void fma_values(const float* a, const float* b, const float* c, int64_t n, float
   });
 }
 
+void function_values(const FloatFunctionSpec& spec, const float* x, int64_t n, float* y,
+                     int threads) {
+  const ImageKernels& kernels = image_kernels();
+  split_elements(n, threads, [&](int64_t first, int64_t count) {
+    kernels.function(spec, x + first, count, y + first);
+  });
+}
+
 void softmax(const float* x, int64_t images, int64_t channels, int64_t positions, float* y,
              int threads) {
   const int64_t size = channels * positions;

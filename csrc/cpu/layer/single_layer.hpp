@@ -71,6 +71,9 @@ void fake_quantize(const float* x, int64_t n, const ActivationGrid& grid, float 
 
 /// y[i] = fma(a[i], b[i], c[i])
 void fma_values(const float* a, const float* b, const float* c, int64_t n, float* y, int threads);
+/// float_function() of n floats.
+void function_values(const FloatFunctionSpec& spec, const float* x, int64_t n, float* y,
+                     int threads);
 /// Softmax over the channels of images [channels][positions] (reference/image_spec.hpp).
 void softmax(const float* x, int64_t images, int64_t channels, int64_t positions, float* y,
              int threads);

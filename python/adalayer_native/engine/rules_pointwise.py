@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from adalayer_native.engine.grids import Want, compose_clamps
 from adalayer_native.engine.lower import RULES, CannotLower, Grids, Lowering, Rule
 from adalayer_native.engine.rules_layers import affine, arguments, check_grid
 from adalayer_native.engine.views import Ref, axes_of
+from adalayer_native.ops.fused import FLOAT_FUNCTIONS
 from adalayer_native.ops.norms import line_of
 
 # -- functions of one value -----------------------------------------------------------------------
@@ -55,23 +57,94 @@ def _pointwise(low: Lowering, node: fx.Node, want: Want) -> Ref:
     return low.retable(low.u8(operand, Want(grid)), node, grid, want, _function(node))
 
 
-def _clamp_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
+# Functions of one float that are lines: operator and whether the constant comes first.
+_LINES = ("add", "sub", "mul", "rsub")
+
+
+def _line_of(node: fx.Node, constant: Tensor, left: bool) -> list[tuple[str, float]]:
+    """A sum, difference or product with a number as steps that round as torch does."""
+    kind = op_name(node).split(".")[1]
+    target = node.target
+    assert callable(target)
+    # What torch makes of the number, with alpha: 0 + c, 0 - c, 1 * c.
+    start = torch.ones(()) if kind == "mul" else torch.zeros(())
+    if kind == "rsub":
+        left, value = True, constant.float()
+    elif left:
+        value = constant.float()
+    else:
+        number = constant if op_name(node).endswith(".Tensor") else constant.item()
+        value = target(start, number, **node.kwargs)
+    found = float(value)
+    if kind == "mul":
+        return [("multiply", found)]
+    if not left:
+        return [("plus", found)]
+    if float(node.kwargs.get("alpha", 1)) != 1.0:  # type: ignore[arg-type]
+        raise CannotLower(node, "a factor of its second operand, which is a float tensor")
+    return [("plus", found)] if kind == "add" else [("multiply", -1.0), ("plus", found)]
+
+
+def _float_steps(node: fx.Node) -> list[tuple[str, float]] | None:
+    """A function of one float as steps that the engine has; None if it has none."""
+    name = op_name(node)
+    if name == "adalayer.exact_function.default":
+        return [(str(node.args[1]), 0.0)]
+    if name == "aten.neg.default":
+        return [("multiply", -1.0)]
+    kind, _, overload = name.removeprefix("aten.").partition(".")
+    if overload == "Scalar" and kind in _LINES and isinstance(node.args[1], (int, float)):
+        return _line_of(node, torch.tensor(float(node.args[1])), False)
+    return None
+
+
+def float_function(
+    low: Lowering, node: fx.Node, ref: Ref, kind: str, a: float = 0.0, b: float = 0.0
+) -> Ref:
+    """A function of every float of a value."""
+    number = low.program.node(
+        "function",
+        low.name(node),
+        [ref.value],
+        low.size(ref),
+        None,
+        ints=[FLOAT_FUNCTIONS[kind]],
+        floats=[a, b],
+    )
+    return Ref(number, ref.dims)
+
+
+def _clamped(low: Lowering, node: fx.Node, ref: Ref, lo: float, hi: float) -> Ref:
+    bounds = (lo, hi)
+    return (
+        ref if bounds == (-math.inf, math.inf) else float_function(low, node, ref, "clamp", *bounds)
+    )
+
+
+def _function_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
     bounds = _clamp(node)
-    if bounds is None:
+    if bounds is not None:
+        return low.f32(node.args[0], *compose_clamps(bounds, (lo, hi)))
+    steps = _float_steps(node)
+    if steps is None:
         raise CannotLower(
             node,
             "its result is wanted in float32 (no quantized layer reads it), which the engine has "
             "no operation for",
         )
-    return low.f32(node.args[0], *compose_clamps(bounds, (lo, hi)))
+    ref = low.f32(node.args[0])
+    for kind, a in steps:
+        ref = float_function(low, node, ref, kind, a)
+    return _clamped(low, node, ref, lo, hi)
 
 
 for _name in FUNCTIONS:
-    RULES[f"aten.{_name}.default"] = Rule(_pointwise, _clamp_f32, folds=True)
+    RULES[f"aten.{_name}.default"] = Rule(_pointwise, _function_f32, folds=True)
 RULES["aten.pow.Tensor_Scalar"] = Rule(_pointwise, folds=True)
-RULES["aten.rsub.Scalar"] = Rule(_pointwise, folds=True)
+RULES["aten.rsub.Scalar"] = Rule(_pointwise, _function_f32, folds=True)
 for _name in ("add", "sub", "mul", "div"):
-    RULES[f"aten.{_name}.Scalar"] = Rule(_pointwise, folds=True)
+    RULES[f"aten.{_name}.Scalar"] = Rule(_pointwise, _function_f32, folds=True)
+RULES["adalayer.exact_function.default"] = Rule(_pointwise, _function_f32, folds=True)
 
 
 def _prelu(low: Lowering, node: fx.Node, want: Want) -> Ref:
@@ -206,9 +279,36 @@ def _binary(low: Lowering, node: fx.Node, want: Want) -> Ref:
     )
 
 
+_PAIRS = {"add": 0, "sub": 1, "mul": 2}  # FloatPair of csrc/reference/float_kinds.hpp
+
+
+def _binary_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
+    left, right = node.args[:2]
+    kind = op_name(node).split(".")[1]
+    for operand, other, is_left in ((right, left, False), (left, right, True)):
+        constant = low.parameter(operand)
+        if constant is None:
+            continue
+        if constant.numel() != 1 or kind not in _LINES:
+            raise CannotLower(node, f"{kind} of floats and a constant of {list(constant.shape)}")
+        ref = low.f32(other)
+        for step, a in _line_of(node, constant.reshape(()), is_left):
+            ref = float_function(low, node, ref, step, a)
+        return _clamped(low, node, ref, lo, hi)
+    if kind not in _PAIRS or float(node.kwargs.get("alpha", 1)) != 1.0:  # type: ignore[arg-type]
+        raise CannotLower(node, f"{kind} of two float tensors, {dict(node.kwargs)}")
+    a, b = low.f32(left), low.f32(right)
+    if low.size(a) != low.size(b) or a.dims != b.dims:
+        raise CannotLower(node, "float operands that differ in size or order")
+    number = low.program.node(
+        "combine", low.name(node), [a.value, b.value], low.size(a), None, ints=[_PAIRS[kind]]
+    )
+    return _clamped(low, node, Ref(number, a.dims), lo, hi)
+
+
 def _no_grid(grids: Grids, node: fx.Node) -> None:
     return None
 
 
 for _name in ("add", "sub", "mul", "div"):
-    RULES[f"aten.{_name}.Tensor"] = Rule(_binary, grid=_no_grid, folds=True)
+    RULES[f"aten.{_name}.Tensor"] = Rule(_binary, _binary_f32, _no_grid, folds=True)

@@ -106,6 +106,7 @@ _library.define(
     "float[]? scale_factors, Tensor? qparams) -> Tensor"
 )
 _library.define("exact_softmax(Tensor input) -> Tensor")
+_library.define("exact_function(Tensor input, str kind) -> Tensor")
 for _function, _fake in (
     (norms.grid_batch_norm, norms.norm_fake),
     (norms.grid_layer_norm, norms.norm_fake),
@@ -115,6 +116,7 @@ for _function, _fake in (
     (averages.exact_mean, averages.fake_mean),
     (resizing.exact_bilinear, resizing.fake_bilinear),
     (fused.exact_softmax, fused.fake_softmax),
+    (fused.exact_function, fused.fake_function),
 ):
     for _device in ("CPU", "CUDA"):
         _library.impl(_function.__name__, _function, _device)

@@ -1,4 +1,4 @@
-"""Float operations whose bits torch does not promise: fused multiply-add, and softmax."""
+"""Float operations whose bits torch does not promise: fused multiply-add, softmax, functions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from adalayer_native import _C
 from adalayer_native.ops.machine import get_num_threads
 from adalayer_native.rounding import fma_float32
 
-__all__ = ["exact_softmax", "fake_softmax", "fma"]
+__all__ = ["FLOAT_FUNCTIONS", "exact_function", "exact_softmax", "fake_softmax", "fma"]
+
+# Numbers of what the engine computes behind the last quantized layer (FloatFunction in
+# csrc/reference/float_kinds.hpp).
+FLOAT_FUNCTIONS = {"clamp": 0, "multiply": 1, "plus": 2, "sigmoid": 3, "tanh": 4, "silu": 5}
 
 
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -40,6 +44,22 @@ def exact_softmax(input: Tensor) -> Tensor:
     if x.numel():
         _C.softmax(x.data_ptr(), images, channels, positions, out.data_ptr(), get_num_threads())
     return out.to(input)
+
+
+@torch.no_grad()
+def exact_function(input: Tensor, kind: str) -> Tensor:
+    """ "sigmoid", "tanh" or "silu" of every element, as the engine has it at a network's end
+    (csrc/reference/image_spec.hpp)."""
+    x = input.float().cpu().contiguous()
+    out = torch.empty_like(x)
+    number = FLOAT_FUNCTIONS[kind]
+    _C.float_function(number, x.data_ptr(), x.numel(), out.data_ptr(), get_num_threads())
+    return out.to(input)
+
+
+def fake_function(input: Tensor, kind: str) -> Tensor:
+    """Shape of :func:`exact_function`."""
+    return input.new_empty(input.shape)
 
 
 def fake_softmax(input: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """Steps whose bits depend on how they are computed become operators that compute as the engine.
 
 torch adds up floats in an order of its own and rounds products and sums one by one. Norms, lines
-with a constant per channel, averages, bilinear resizing and a softmax at the end are therefore
-operators of ours (ops/norms.py, averages.py, resizing.py, fused.py) in the exact simulation and in
-converted models.
+with a constant per channel, averages, bilinear resizing, and a softmax or another function at the
+end are therefore operators of ours (ops/norms.py, averages.py, resizing.py, fused.py) in the exact
+simulation and in converted models.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from adalayer_native.capture import TensorInfo, info_of
 from adalayer_native.capture import vocabulary as table
-from adalayer_native.quantization.fake_quant import ActivationQuantizer
+from adalayer_native.quantization.fake_quant import ActivationQuantizer, QuantLayer
 
 __all__ = ["exact_steps", "undo_steps"]
 
@@ -177,6 +177,26 @@ class _Steps:
             return None
         return self._insert(node, _ops.exact_softmax.default, [node.args[0]])
 
+    def _function(self, node: fx.Node) -> fx.Node | None:
+        """Behind the last quantized layer; in front of it a table of levels does it."""
+        if self._reaches_levels(node):
+            return None
+        kind = table.op_name(node).split(".")[1]
+        return self._insert(node, _ops.exact_function.default, [node.args[0], kind])
+
+    def _reaches_levels(self, node: fx.Node) -> bool:
+        """Whether a quantizer or quantized layer depends on a value."""
+        pending, seen = [node], {node}
+        while pending:
+            for user in pending.pop().users:
+                module = table.module_of(user, self.modules)
+                if isinstance(module, (ActivationQuantizer, QuantLayer)):
+                    return True
+                if user not in seen:
+                    seen.add(user)
+                    pending.append(user)
+        return False
+
     def _average(self, node: fx.Node, target: Any, rest: list[Any]) -> fx.Node:
         """On levels where the result becomes levels, too, else on floats."""
         grid = self._grid_of(table.source(node)) if self._becomes_levels(node) else None
@@ -235,4 +255,7 @@ _MAKERS: dict[str, Callable[[_Steps, fx.Node], fx.Node | None]] = {
     "aten.upsample_bilinear2d.default": _Steps._bilinear,
     "aten.softmax.int": _Steps._softmax,
     "aten._softmax.default": _Steps._softmax,
+    "aten.sigmoid.default": _Steps._function,
+    "aten.tanh.default": _Steps._function,
+    "aten.silu.default": _Steps._function,
 }

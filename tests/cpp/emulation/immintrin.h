@@ -126,6 +126,7 @@ EMULATED_BINARY(add_ps, F512, _mm256_add_ps)
 EMULATED_BINARY(adds_epi16, I512, _mm256_adds_epi16)
 EMULATED_BINARY(and_si512, I512, _mm256_and_si256)
 EMULATED_BINARY(div_pd, D512, _mm256_div_pd)
+EMULATED_BINARY(div_ps, F512, _mm256_div_ps)
 EMULATED_BINARY(madd_epi16, I512, _mm256_madd_epi16)
 EMULATED_BINARY(maddubs_epi16, I512, _mm256_maddubs_epi16)
 EMULATED_BINARY(max_epi32, I512, _mm256_max_epi32)
@@ -520,6 +521,8 @@ EMULATED void mask_cvtepi32_storeu_epi8(void* p, __mmask16 mask, I512 v) {
 #define _mm512_cvtps_pd ::emulation::cvtps_pd
 #undef _mm512_div_pd
 #define _mm512_div_pd ::emulation::div_pd
+#undef _mm512_div_ps
+#define _mm512_div_ps ::emulation::div_ps
 #undef _mm512_dpbusd_epi32
 #define _mm512_dpbusd_epi32 ::emulation::dpbusd_epi32
 #undef _mm512_dpwssd_epi32

@@ -82,6 +82,7 @@ constexpr Instruction kAll[] = {
     INTS(Avx512, _mm512_unpacklo_epi8),
     INTS(Avx512, _mm512_xor_si512),
     FLOATS(_mm512_add_ps),
+    FLOATS(_mm512_div_ps),
     FLOATS(_mm512_max_ps),
     FLOATS(_mm512_min_ps),
     FLOATS(_mm512_mul_ps),

@@ -104,6 +104,7 @@ struct V {
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
   static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
   static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F div(F a, F b) { return _mm256_div_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static F max(F a, F b) { return _mm256_max_ps(a, b); }
   static F min(F a, F b) { return _mm256_min_ps(a, b); }
@@ -224,6 +225,8 @@ const ImageKernels kAvx2Image{
     .blend_rows = avx2::blend_rows,
     .fma_values = avx2::fma_values,
     .softmax = avx2::softmax,
+    .function = avx2::function,
+    .combine = avx2::combine,
 };
 
 }  // namespace adalayer::cpu

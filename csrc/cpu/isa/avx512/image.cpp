@@ -71,6 +71,7 @@ struct V {
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F div(F a, F b) { return _mm512_div_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
   static F min(F a, F b) { return _mm512_min_ps(a, b); }
@@ -194,6 +195,8 @@ const ImageKernels kAvx512Image{
     .blend_rows = avx512::blend_rows,
     .fma_values = avx512::fma_values,
     .softmax = avx512::softmax,
+    .function = avx512::function,
+    .combine = avx512::combine,
 };
 
 }  // namespace adalayer::cpu

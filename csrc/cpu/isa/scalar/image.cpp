@@ -199,6 +199,16 @@ void softmax(const float* in, int64_t channels, int64_t stride, int64_t count, f
   }
 }
 
+void function(const FloatFunctionSpec& spec, const float* in, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i)
+    out[i] = float_function(in[i], spec);
+}
+
+void combine(FloatPair pair, const float* a, const float* b, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i)
+    out[i] = float_pair(a[i], b[i], pair);
+}
+
 }  // namespace
 
 const ImageKernels kScalarImage{
@@ -221,6 +231,8 @@ const ImageKernels kScalarImage{
     .blend_rows = blend_rows,
     .fma_values = fma_values,
     .softmax = softmax,
+    .function = function,
+    .combine = combine,
 };
 
 }  // namespace adalayer::cpu

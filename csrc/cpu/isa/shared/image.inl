@@ -578,6 +578,57 @@ F exponential(F x) {
   return V::mul(p, V::power(n));
 }
 
+/// sigmoid_value
+F sigmoid(F x) {
+  const F one = V::set(1.0f);
+  return V::div(one, V::add(one, exponential(V::min(V::sub(V::set(0.0f), x), V::set(87.0f)))));
+}
+
+template <class Value>
+void map_floats(const float* in, int64_t n, float* out, const Value& value) {
+  each_vector(n, [&](int64_t i, auto left) {
+    V::store_floats(out + i, value(V::floats(in + i, left)), left);
+  });
+}
+
+void function(const FloatFunctionSpec& s, const float* in, int64_t n, float* out) {
+  const F a = V::set(s.a), b = V::set(s.b);
+  switch (s.function) {
+    case FloatFunction::Clamp:
+      return map_floats(in, n, out, [&](F x) { return V::min(V::max(x, a), b); });
+    case FloatFunction::Multiply:
+      return map_floats(in, n, out, [&](F x) { return V::mul(x, a); });
+    case FloatFunction::Plus:
+      return map_floats(in, n, out, [&](F x) { return V::add(x, a); });
+    case FloatFunction::Sigmoid:
+      return map_floats(in, n, out, [](F x) { return sigmoid(x); });
+    case FloatFunction::Tanh:
+      return map_floats(in, n, out, [](F x) {
+        const F two = V::set(2.0f);
+        return V::fma(two, sigmoid(V::mul(two, x)), V::set(-1.0f));
+      });
+    case FloatFunction::Silu:
+      return map_floats(in, n, out,
+                        [](F x) { return V::mul(V::max(x, V::set(-87.0f)), sigmoid(x)); });
+  }
+}
+
+void combine(FloatPair pair, const float* a, const float* b, int64_t n, float* out) {
+  const auto by = [&](auto value) {
+    each_vector(n, [&](int64_t i, auto left) {
+      V::store_floats(out + i, value(V::floats(a + i, left), V::floats(b + i, left)), left);
+    });
+  };
+  switch (pair) {
+    case FloatPair::Sum:
+      return by([](F x, F y) { return V::add(x, y); });
+    case FloatPair::Difference:
+      return by([](F x, F y) { return V::sub(x, y); });
+    case FloatPair::Product:
+      return by([](F x, F y) { return V::mul(x, y); });
+  }
+}
+
 /// One position: vectors run along the channels; only the sum goes one by one.
 void softmax_one(const float* in, int64_t n, float* out) {
   float top = in[0];

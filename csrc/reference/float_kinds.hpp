@@ -1,0 +1,16 @@
+// Operations over floats by number, as programs and kernels of any device name them.
+#pragma once
+
+#include <cstdint>
+
+namespace adalayer {
+
+/// Of one float; reference/image_spec.hpp has the formulas.
+enum class FloatFunction : int32_t { Clamp, Multiply, Plus, Sigmoid, Tanh, Silu };
+constexpr int kFloatFunctions = 6;
+
+/// Of two.
+enum class FloatPair : int32_t { Sum, Difference, Product };
+constexpr int kFloatPairs = 3;
+
+}  // namespace adalayer
