@@ -28,7 +28,7 @@ struct EngineOptions {
   int threads = 0;
   // Engine::plan() of the same program: followed where this machine, its kernels and the threads
   // are those that it was measured with, instead of measuring again.
-  std::string plan;
+  std::string plan = {};
   // What the program may take in all: its own bytes, the weights and tables of this machine, and
   // one call's tensors. More throws LimitExceeded before anything of that size is allocated. 0: no
   // limit.
