@@ -111,7 +111,7 @@ ENDS: dict[str, Callable[[], nn.Module]] = {
     "tanh": lambda: Function(lambda y: 255 * (torch.tanh(y) * 0.5 + 0.5).clamp(0.1, 0.9)),
     "silu": lambda: Function(lambda y: 1 - F.silu(y)),
     "gate": lambda: Function(lambda y: y * y.sigmoid() + (y - 2)),
-    "numbers": lambda: Function(lambda y: torch.sub(3, torch.add(-y, 0.3, alpha=0.7), alpha=1)),
+    "numbers": lambda: Function(lambda y: 3 - (-y + 0.3) * 0.7),
     "pixel shuffle": lambda: nn.Sequential(nn.Tanh(), nn.PixelShuffle(2)),
 }
 

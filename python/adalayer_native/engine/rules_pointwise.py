@@ -64,25 +64,16 @@ _LINES = ("add", "sub", "mul", "rsub")
 def _line_of(node: fx.Node, constant: Tensor, left: bool) -> list[tuple[str, float]]:
     """A sum, difference or product with a number as steps that round as torch does."""
     kind = op_name(node).split(".")[1]
-    target = node.target
-    assert callable(target)
-    # What torch makes of the number, with alpha: 0 + c, 0 - c, 1 * c.
-    start = torch.ones(()) if kind == "mul" else torch.zeros(())
-    if kind == "rsub":
-        left, value = True, constant.float()
-    elif left:
-        value = constant.float()
-    else:
-        number = constant if op_name(node).endswith(".Tensor") else constant.item()
-        value = target(start, number, **node.kwargs)
-    found = float(value)
+    if float(arguments(node).get("alpha", 1)) != 1.0:
+        raise CannotLower(node, "a factor of its second operand, which torch rounds with the sum")
+    number = float(constant.float())
     if kind == "mul":
-        return [("multiply", found)]
-    if not left:
-        return [("plus", found)]
-    if float(node.kwargs.get("alpha", 1)) != 1.0:  # type: ignore[arg-type]
-        raise CannotLower(node, "a factor of its second operand, which is a float tensor")
-    return [("plus", found)] if kind == "add" else [("multiply", -1.0), ("plus", found)]
+        return [("multiply", number)]
+    if kind == "add":
+        return [("plus", number)]
+    if left or kind == "rsub":
+        return [("multiply", -1.0), ("plus", number)]
+    return [("plus", -number)]
 
 
 def _float_steps(node: fx.Node) -> list[tuple[str, float]] | None:
@@ -292,18 +283,18 @@ def _binary_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
         if constant.numel() != 1 or kind not in _LINES:
             raise CannotLower(node, f"{kind} of floats and a constant of {list(constant.shape)}")
         ref = low.f32(other)
-        for step, a in _line_of(node, constant.reshape(()), is_left):
-            ref = float_function(low, node, ref, step, a)
+        for step, number in _line_of(node, constant.reshape(()), is_left):
+            ref = float_function(low, node, ref, step, number)
         return _clamped(low, node, ref, lo, hi)
-    if kind not in _PAIRS or float(node.kwargs.get("alpha", 1)) != 1.0:  # type: ignore[arg-type]
+    if kind not in _PAIRS or float(arguments(node).get("alpha", 1)) != 1.0:
         raise CannotLower(node, f"{kind} of two float tensors, {dict(node.kwargs)}")
     a, b = low.f32(left), low.f32(right)
     if low.size(a) != low.size(b) or a.dims != b.dims:
         raise CannotLower(node, "float operands that differ in size or order")
-    number = low.program.node(
+    value = low.program.node(
         "combine", low.name(node), [a.value, b.value], low.size(a), None, ints=[_PAIRS[kind]]
     )
-    return _clamped(low, node, Ref(number, a.dims), lo, hi)
+    return _clamped(low, node, Ref(value, a.dims), lo, hi)
 
 
 def _no_grid(grids: Grids, node: fx.Node) -> None:
