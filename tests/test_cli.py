@@ -385,6 +385,7 @@ def test_demo(monkeypatch, capsys, tmp_path) -> None:
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "AdaLayerNet on digits: adalayer" in page and 'id="frontier"' in page
     assert load(tmp_path / "report.json")["frontier"]
+    assert len(ada.load(tmp_path / "adalayer.ada").class_names or ()) == 10
     assert max(sizes) <= 0.1 * 5_579_816
 
 

@@ -15,6 +15,7 @@ from adalayer_native._files import write_text_atomic
 from adalayer_native.allocation import Budget, float_bytes, pareto
 from adalayer_native.compress import compress
 from adalayer_native.data import digits, loaders
+from adalayer_native.engine import Engine, compile
 from adalayer_native.measure import hits, model_milliseconds
 from adalayer_native.models import adalayernet
 from adalayer_native.plot import ribbon
@@ -43,8 +44,8 @@ SPARSITIES = (0.0, 0.45, 0.75)
 def run_demo(out: Path, *, size: float = 0.10, epochs: int = 5, seed: int = 0) -> None:
     """Trains, compresses uniformly and layer by layer under the same budget, converts, compares.
 
-    Writes plan.json, uniform.safetensors, adalayer.safetensors, ribbon.png, report.json and
-    report.html to ``out``.
+    Writes plan.json, uniform.safetensors, adalayer.safetensors, adalayer.ada, ribbon.png,
+    report.json and report.html to ``out``. Times are those of the engines.
 
     Args:
         out: directory for the results.
@@ -69,7 +70,7 @@ def run_demo(out: Path, *, size: float = 0.10, epochs: int = 5, seed: int = 0) -
 
     budget = Budget(size=size)
     x, _ = next(iter(data.test))
-    models: dict[str, nn.Module] = {"float": model}
+    timed: dict[str, nn.Module | Engine] = {"float": model}
     found = {"float": hits(model, data.test, title="testing float")}
     rows: list[dict[str, Any]] = [
         {
@@ -89,7 +90,8 @@ def run_demo(out: Path, *, size: float = 0.10, epochs: int = 5, seed: int = 0) -
             epochs=FINETUNE_EPOCHS,
             seed=seed,
         )
-        models[name] = result.model
+        engine = compile(result.model, x[:1], policy="native")
+        timed[name] = engine
         found[name] = hits(result.model, data.test, title=f"testing {name}")
         rows.append(
             {
@@ -101,12 +103,22 @@ def run_demo(out: Path, *, size: float = 0.10, epochs: int = 5, seed: int = 0) -
         if method == "adalayer":
             console.print(figure6_table(result.plan))
         # All of them anew: times belong together only where they were taken in turn.
-        times = model_milliseconds(models, x[:1], seconds=TIMING_SECONDS)
+        times = model_milliseconds(timed, x[:1], seconds=TIMING_SECONDS)
         for row in rows:
             row["ms"] = times[row["name"]]
         # The first table comes early: most of the time is spent behind it.
         console.print(comparison_table(rows))
     result.plan.save(out / "plan.json")
+    engine.save(
+        out / "adalayer.ada",
+        preprocessing={
+            "size": [PIXELS, PIXELS],
+            "resize": PIXELS,
+            "mean": list(train.mean),
+            "std": list(train.std),
+        },
+        class_names=train.classes,
+    )
     ribbon(result.plan, out / "ribbon.png")
     frontier = pareto(
         model,
@@ -130,12 +142,13 @@ def run_demo(out: Path, *, size: float = 0.10, epochs: int = 5, seed: int = 0) -
             "classes": class_rows(test.classes, found["float"], found["layer-wise"]),
             "test_images": len(test),
             "float_ms": times["float"],
-            "native_ms": times["layer-wise"],
+            "engine_ms": times["layer-wise"],
             "frontier": [
                 {key: value for key, value in point.items() if key != "layers"}
                 for point in frontier.as_dicts()
             ],
         },
+        engine=engine,
     )
     write_text_atomic(out / "report.json", json.dumps(report, indent=2) + "\n")
     write_page(load_run(out), out / "report.html")
@@ -143,5 +156,6 @@ def run_demo(out: Path, *, size: float = 0.10, epochs: int = 5, seed: int = 0) -
         f"architecture ribbon: {out / 'ribbon.png'}",
         f"report: {out / 'report.html'}, one page with all pictures and layers",
         f"packed model: {out / 'adalayer.safetensors'} (adalayer info shows it)",
+        f"engine: {out / 'adalayer.ada'} (adalayer serve and libadalayer run it)",
     ):
         console.print(line, markup=False, soft_wrap=True)  # a path that is cut cannot be copied
