@@ -167,7 +167,7 @@ def test_integers_for_a_model_of_floats() -> None:
 
 
 def test_bad_models() -> None:
-    with pytest.raises(UnsupportedModelError, match="no supported layer"):
+    with pytest.raises(UnsupportedModelError, match="no convolution or linear layer"):
         analyze(nn.Sequential(nn.ReLU()), batches(), progress=False)
     model = tiny()
     with torch.no_grad():

@@ -49,10 +49,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException as error:
         _removed(temporary)
         if isinstance(error, OSError) and error.filename in (None, os.fspath(temporary), temporary):
-            words = (error.strerror or str(error)).replace(os.fspath(temporary), os.fspath(target))
             if error.errno is None:  # a library's own words
+                words = str(error).replace(os.fspath(temporary), os.fspath(target))
                 raise OSError(f"{os.fspath(target)}: {words}") from error
-            raise type(error)(error.errno, words, os.fspath(target)) from error
+            raise type(error)(error.errno, os.strerror(error.errno), os.fspath(target)) from error
         raise
 
 

@@ -93,14 +93,12 @@ def check_fit(job: CompressJob | TrainJob, model: nn.Module, data: Batches) -> N
             f"{job.image_size}): {error}"
         ) from error
     classes = len(data.dataset.classes)
-    wanted = classes if job.classes is None else job.classes
     out = logits_of(output) if has_logits(output) else output
-    fits = isinstance(out, torch.Tensor) and out.dim() == 2 and out.shape[1] == wanted >= classes
-    if not fits:
+    if not isinstance(out, torch.Tensor) or out.dim() != 2 or out.shape[1] != classes:
         got = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
         raise UnsupportedModelError(
-            f"model {job.model!r} must return logits of shape (N, {max(wanted, classes)}) for the "
-            f"{classes} classes of the data, got {got}"
+            f"model {job.model!r} must return logits of shape (N, {classes}) for the {classes} "
+            f"classes of the data, got {got}"
         )
 
 
