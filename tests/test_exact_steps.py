@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers_engine import native_of
 from test_capture import plan_of
 from test_input_norms import settled
 from torch import Tensor, nn
@@ -179,6 +181,22 @@ def test_float_results_have_the_bits_of_the_modules(kind: str, tmp_path: Path) -
     engine.save(tmp_path / "m.ada")
     assert torch.equal(ada.load(tmp_path / "m.ada")(x[:1]), engine(x[:1]))
     assert float((native(x) - model(x)).norm() / model(x).norm()) < 0.05
+
+
+@torch.no_grad()
+def test_floats_that_a_program_cannot_hold_stay_in_torch() -> None:
+    """A constant that is not finite, and a factor that torch rounds together with the sum."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 20, 20)
+    for end in (
+        lambda y: torch.minimum(y + math.inf, y),
+        lambda y: torch.add(y, 0.3, alpha=0.7),
+        lambda y: torch.sub(3, y, alpha=0.3),
+    ):
+        native = native_of(nn.Sequential(around(), Function(end)), x)
+        engine = ada.compile(native, x, policy="native", weights="resident")
+        assert "torch" in {row.kind for row in engine.coverage(rounds=0)}
+        assert torch.equal(engine(x), native(x))
 
 
 POOLS: list[dict[str, object]] = [

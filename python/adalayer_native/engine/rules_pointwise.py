@@ -67,6 +67,8 @@ def _line_of(node: fx.Node, constant: Tensor, left: bool) -> list[tuple[str, flo
     if float(arguments(node).get("alpha", 1)) != 1.0:
         raise CannotLower(node, "a factor of its second operand, which torch rounds with the sum")
     number = float(constant.float())
+    if not math.isfinite(number):
+        raise CannotLower(node, f"a constant operand of {number}")
     if kind == "mul":
         return [("multiply", number)]
     if kind == "add":
