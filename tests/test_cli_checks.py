@@ -225,6 +225,14 @@ def test_a_full_disk_while_an_engine_is_saved_names_the_file(tmp_path) -> None:
     assert caught.value.filename == str(target) and ".tmp" not in str(caught.value)
 
 
+def test_the_package_runs_as_a_module() -> None:
+    for module in ("adalayer_native", "adalayer_native.cli"):
+        done = subprocess.run(
+            [sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True
+        )
+        assert done.stdout.startswith("adalayer_native ")
+
+
 # -- normalisation --------------------------------------------------------------------------------
 
 

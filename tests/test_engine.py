@@ -575,3 +575,40 @@ def test_pooling_of_tokens_runs_in_torch() -> None:
     native = native_of(Tokens().eval(), x)
     engine = ada.compile(native, x, policy="native", weights="resident")
     assert torch.equal(engine(x), native(x))
+
+
+@pytest.mark.parametrize(
+    ("shape", "make"),
+    [
+        ((4, 12, 16), lambda: _Cut(20)),  # no token is left
+        ((1, (1 << 20) + 5, 2), lambda: nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))),
+    ],
+)
+@torch.no_grad()
+def test_axes_that_no_program_has_stay_in_torch(shape: tuple[int, ...], make: Any) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    native = native_of(make(), x)
+    engine = ada.compile(native, x, policy="native")
+    assert torch.equal(engine(x), native(x))
+
+
+class _Cut(nn.Module):
+    """Two linear layers, with some of the tokens in between."""
+
+    def __init__(self, first: int) -> None:
+        super().__init__()
+        self.first, self.a, self.b = first, nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x)[:, self.first :])
+
+
+@torch.no_grad()
+def test_results_are_contiguous() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 12, 16)
+    native = native_of(_Cut(3), x)
+    engine = ada.compile(native, x, policy="native", strict=True)
+    assert engine(x).is_contiguous()
+    assert torch.equal(engine(x).view(-1, 3), native(x).view(-1, 3))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers_engine import native_of
 from helpers_patterns import PATTERNS, Net, small_engine, smooth
-from torch import nn
+from torch import Tensor, nn
 
 import adalayer_native as ada
 from adalayer_native import _C, ops
@@ -16,9 +16,7 @@ from adalayer_native.engine import Engine
 from adalayer_native.engine.emit import emit
 from adalayer_native.engine.export import export
 from adalayer_native.engine.segments import divide
-from adalayer_native.errors import (
-    FileFormatError,
-)
+from adalayer_native.errors import FileFormatError, UnsupportedModelError
 
 
 @pytest.fixture(scope="module")
@@ -164,3 +162,20 @@ def test_forms_of_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ada.compile(native, x[:1], weights="packed")
     with pytest.raises(ValueError, match="weights must be one of"):
         ada.load(tmp_path / "streamed.ada", weights="packed")
+
+
+def test_an_input_among_the_results_cannot_be_saved(tmp_path: Path) -> None:
+    class Echo(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x, self.conv(x)
+
+    x = smooth(2, seed=1)
+    engine = ada.compile(native_of(Echo(), x), x, policy="native")
+    assert torch.equal(engine(x)[0], x)
+    with pytest.raises(UnsupportedModelError, match="returns its input 'x' as it is"):
+        engine.save(tmp_path / "m.ada")
+    assert not list(tmp_path.iterdir())

@@ -532,3 +532,7 @@ def _fail(message: str, code: int) -> NoReturn:
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     _console.warn(str(message))
+
+
+if __name__ == "__main__":
+    main()

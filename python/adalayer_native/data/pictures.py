@@ -7,7 +7,7 @@ import math
 from collections.abc import Collection
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ..errors import DataError
 
@@ -72,6 +72,8 @@ def decode(
             pixels = _eight_bits(image, what).convert(mode)
     except DataError:
         raise
+    except UnidentifiedImageError as error:  # whose text has an address in memory
+        raise DataError(f"cannot decode the {what} (as {_kinds(formats)}): it is none") from error
     except Exception as error:  # Pillow's decoders raise many types on damaged files
         raise DataError(f"cannot decode the {what} (as {_kinds(formats)}): {error}") from error
     return pixels if upright is None else pixels.transpose(upright)

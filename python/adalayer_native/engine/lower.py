@@ -388,6 +388,21 @@ class Lowering:
         return torch.tensor(float(node)) if isinstance(node, (int, float)) else None
 
 
+MAX_AXIS = 1 << 20  # kMaxAxis of csrc/engine/program.hpp
+
+
+def _holder(low: Lowering, inside: list[fx.Node], value: Value) -> fx.Node:
+    """The node whose tensor a value is, or that reads it or asked for it."""
+    found = low.origins.get(value.name)
+    if found is not None and found[0] in low.inside:
+        return found[0]
+    for node in inside:
+        names = [item.name for item in node.all_input_nodes]
+        if value.name in names or value.name.startswith(layer_name(node)):
+            return node
+    return inside[0]
+
+
 @dataclass
 class Lowered:
     """A program and how its boundary is connected.
@@ -428,6 +443,9 @@ def lower(
             low.prepare_input(node)
     refs = [low.f32(node) for node in outputs]
     program = low.program
+    for value in program.values:
+        if not all(1 <= n <= MAX_AXIS for n in value.size):
+            raise CannotLower(_holder(low, inside, value), f"a tensor of {value.size} per sample")
     for node, ref in zip(outputs, refs, strict=True):
         if ref.value in program.inputs:
             raise CannotLower(node, "it hands an input of the program on as it is")

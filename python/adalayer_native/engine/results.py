@@ -88,12 +88,12 @@ class Output:
         return cls(source, tuple(shape), None if plain else flat, folded)
 
     def view(self, memory: Tensor) -> Tensor:
-        """The tensor over ``memory``, [batch, elements]."""
+        """The tensor over ``memory``, [batch, elements]: contiguous, as a linear layer's is."""
         n, elements = memory.shape
         if self.atoms is not None:
             sizes = [n, *(size for size, _ in self.atoms)]
             strides = [elements, *(stride for _, stride in self.atoms)]
-            memory = memory.as_strided(sizes, strides)
+            memory = memory.as_strided(sizes, strides).contiguous()
         shown = memory.reshape(n, *self.shape)
         return shown.flatten(0, 1) if self.folded else shown
 

@@ -563,6 +563,13 @@ class Engine:
                 "the model returns a tensor that is the same in every call, which a file cannot "
                 "hold; leave it out of the results"
             )
+        computed = self._steps[0].outputs
+        for leaf in leaves:
+            if isinstance(leaf, Leaf) and leaf.number not in computed:
+                raise UnsupportedModelError(
+                    f"the model returns its input {self.inputs[leaf.number].name!r} as it is, "
+                    "which a file cannot hold; leave it out of the results"
+                )
         metadata = {
             "adalayer.inputs": [_port_row(port) for port in self.inputs],
             "adalayer.outputs": [
@@ -570,7 +577,7 @@ class Engine:
             ],
             "adalayer.order": self._steps[0].inputs,
             "adalayer.leaves": [
-                {"tensor": self._steps[0].outputs.index(leaf.number)}
+                {"tensor": computed.index(leaf.number)}
                 if isinstance(leaf, Leaf)
                 else {"constant": leaf}
                 for leaf in leaves

@@ -95,6 +95,9 @@ def _ready(job: CompressJob) -> _Ready:
         seed=job.seed,
     )
     check_fit(job, opened.model, data.calibration)
+    opened.test.decode()  # an unreadable image shows before the work, not after it
+    if job.epochs > 0:
+        opened.train.decode()
     captured = captured_on(opened.model, data.calibration)
     problem = check_request(captured, job.budget, method=job.method, **options)
     return _Ready(opened, data, captured, meter, problem.free)
@@ -155,9 +158,6 @@ def run_compress(job: CompressJob) -> dict[str, Any]:
         say(f"normalisation: {opened.normalisation}")
     # Shows now, not at the end, whether the directory can be written.
     write_text_atomic(job.out / "work" / "command.json", json.dumps(arguments(job), indent=2))
-    opened.test.decode()  # an unreadable image shows before the work, not after it
-    if job.epochs > 0:
-        opened.train.decode()
     warn_chance(opened, ready.data)
     ahead = stages_of(
         ready.captured,
