@@ -16,6 +16,8 @@ from adalayer_native.allocation import Budget, float_bytes, pareto
 from adalayer_native.compress import compress
 from adalayer_native.data import digits, loaders
 from adalayer_native.engine import Engine, compile
+from adalayer_native.jobs.compiling import save_engine
+from adalayer_native.jobs.normalise import Normalisation
 from adalayer_native.measure import hits, model_milliseconds
 from adalayer_native.models import adalayernet
 from adalayer_native.plot import ribbon
@@ -109,16 +111,8 @@ def run_demo(out: Path, *, size: float = 0.10, epochs: int = 5, seed: int = 0) -
         # The first table comes early: most of the time is spent behind it.
         console.print(comparison_table(rows))
     result.plan.save(out / "plan.json")
-    engine.save(
-        out / "adalayer.ada",
-        preprocessing={
-            "size": [PIXELS, PIXELS],
-            "resize": PIXELS,
-            "mean": list(train.mean),
-            "std": list(train.std),
-        },
-        class_names=train.classes,
-    )
+    normalisation = Normalisation(train.mean, train.std, "digits")
+    save_engine(engine, out / "adalayer.ada", normalisation, train.classes)
     ribbon(result.plan, out / "ribbon.png")
     frontier = pareto(
         model,

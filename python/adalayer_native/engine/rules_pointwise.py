@@ -57,7 +57,7 @@ def _pointwise(low: Lowering, node: fx.Node, want: Want) -> Ref:
     return low.retable(low.u8(operand, Want(grid)), node, grid, want, _function(node))
 
 
-# Functions of one float that are lines: operator and whether the constant comes first.
+# Sums, differences and products with a number.
 _LINES = ("add", "sub", "mul", "rsub")
 
 
@@ -108,10 +108,9 @@ def float_function(
 
 
 def _clamped(low: Lowering, node: fx.Node, ref: Ref, lo: float, hi: float) -> Ref:
-    bounds = (lo, hi)
-    return (
-        ref if bounds == (-math.inf, math.inf) else float_function(low, node, ref, "clamp", *bounds)
-    )
+    if (lo, hi) == (-math.inf, math.inf):
+        return ref
+    return float_function(low, node, ref, "clamp", lo, hi)
 
 
 def _function_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
