@@ -16,6 +16,7 @@
 #include <string_view>
 #include <vector>
 
+#include "reference/attention.hpp"
 #include "reference/image_spec.hpp"
 #include "reference/spec.hpp"
 
@@ -93,8 +94,13 @@ enum class OpKind : uint8_t {
   // f32 -> f32, behind the last quantized layer: a FloatFunction; a FloatPair of equal shapes.
   Function = 20,  // x       function                             a b                -
   Combine = 21,   // a b     pair                                 -                  -
+  // softmax(scale q k^T + mask) v for every head (reference/attention.hpp); scale with those of the
+  // grids of q and k. Channels are [head][..]; positions are tokens, of one sequence, or of one per
+  // row of the image. The mask is f32 [rows or 1][heads or 1][queries][keys].
+  Attention = 22,  // q k v  heads key_heads rows causal mask_rows mask_heads finish
+                   //                                             inv scale          [mask]
 };
-constexpr int kOpKinds = 22;
+constexpr int kOpKinds = 23;
 
 /// "conv", "avg_pool", ...; and back, throwing InvalidArgument for an unknown name.
 const char* op_name(OpKind op);
@@ -194,5 +200,7 @@ PoolSpec pool_spec(const Program& program, const Node& node);
 ResizeSpec resize_spec(const Program& program, const Node& node);
 LayerNormSpec layer_norm_spec(const Program& program, const Node& node);
 FloatFunctionSpec function_spec(const Node& node);
+AttentionShape attention_shape(const Program& program, const Node& node);
+AttentionSpec attention_spec(const Program& program, const Node& node);
 
 }  // namespace adalayer::engine

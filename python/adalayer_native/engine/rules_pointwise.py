@@ -14,7 +14,7 @@ from adalayer_native.capture.vocabulary import FUNCTIONS, clamp_bounds, op_name
 from adalayer_native.engine.grids import Want, compose_clamps
 from adalayer_native.engine.lower import RULES, CannotLower, Grids, Lowering, Rule
 from adalayer_native.engine.rules_layers import affine, arguments, check_grid
-from adalayer_native.engine.views import Ref, axes_of
+from adalayer_native.engine.views import Atom, Ref, axes_of, axis_atoms, merged
 from adalayer_native.ops.fused import FLOAT_FUNCTIONS
 from adalayer_native.ops.norms import line_of
 
@@ -131,7 +131,7 @@ def _function_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
 
 
 for _name in FUNCTIONS:
-    RULES[f"aten.{_name}.default"] = Rule(_pointwise, _function_f32, folds=True)
+    RULES[f"aten.{_name}.default"] = Rule(_pointwise, _function_f32, folds=True, scatters=True)
 RULES["aten.pow.Tensor_Scalar"] = Rule(_pointwise, folds=True)
 RULES["aten.rsub.Scalar"] = Rule(_pointwise, _function_f32, folds=True)
 for _name in ("add", "sub", "mul", "div"):
@@ -220,12 +220,24 @@ def _grid_line(low: Lowering, node: fx.Node, want: Want) -> Ref:
 RULES["adalayer.grid_line.default"] = Rule(_grid_line, folds=True)
 
 
+def _length(atoms: tuple[Atom, ...]) -> int:
+    return math.prod(n for n, _ in atoms)
+
+
 def _pair(low: Lowering, node: fx.Node, a: Ref, b: Ref) -> tuple[Ref, Ref, bool]:
     """Two operands in one layout, the full one first; whether they were exchanged."""
     if low.size(a) == low.size(b) and a.dims == b.dims:
         return a, b, False
     if len(a.dims) != len(b.dims):
         raise CannotLower(node, f"operands of {len(a.dims) + 1} and {len(b.dims) + 1} axes")
+    if list(map(_length, a.dims)) == list(map(_length, b.dims)):
+        # In the order of the one whose channels lie together, if not of both.
+        name = low.name(node, "reorder")
+        for target, other in ((a, b), (b, a)):
+            if target.dims[-1] == merged([axis_atoms(low.size(target))["c"]]):
+                found = low.alike(other, target, name)
+                if found is not None:
+                    return (target, found, False) if target is a else (found, target, False)
     image = len(a.dims) in (1, 3)
     for order in (low.plain,) if image else (low.rows, low.in_rows):
         a, b = (order(item, low.name(node, "reorder")) for item in (a, b))
