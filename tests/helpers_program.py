@@ -385,6 +385,26 @@ class _Random:
         constants = [self.builder.constant(table.astype(np.int32)) for table in tables]
         self.put("rearrange", [x], tuple(shape), x.grid, constants=constants)
 
+    def op_attention(self, x: Value) -> None:
+        c, h, w = x.shape
+        heads = self.pick([n for n in range(1, c + 1) if c % n == 0])
+        rows = self.int(0, 1)
+        flags = [rows, self.int(0, 1), self.int(0, 1) and rows, self.int(0, 1)]
+        tokens = w if rows else h * w
+        if tokens * tokens * heads * h > 20000:
+            return
+        mask = -1
+        if self.int(0, 1):
+            sizes = (h if flags[2] else 1, heads if flags[3] else 1, tokens, tokens)
+            values = self.rng.choice([0.0, -1.5, 2.0, -np.inf], sizes).astype(np.float32)
+            mask = self.builder.constant(values)
+        else:
+            flags[2:] = [0, 0]
+        grid = self.grid()
+        ints = [heads, heads, *flags, 0, grid.qmax, grid.zero_point]
+        factors = [inverse(grid), self.scale(-20, 0)]
+        self.put("attention", [x, x, x], x.shape, grid, ints, factors, [mask])
+
     def op_pad(self, x: Value) -> None:
         top, left, bottom, right = (self.int(0, 2) for _ in range(4))
         shape = (x.shape[0], x.shape[1] + top + bottom, x.shape[2] + left + right)

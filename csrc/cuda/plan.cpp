@@ -347,6 +347,8 @@ class Planner {
         items(Kernel::LayerNorm, q, int64_t{q.pixels} * 32);
         return;
       }
+      case OpKind::Attention:
+        return attention(n, d);
       case OpKind::Function: {
         const FloatFunctionSpec s = engine::function_spec(n);
         FloatFunctionParams q{
@@ -378,6 +380,41 @@ class Planner {
     }
     fail<InvalidArgument>("node '", n.name, "': the CUDA engine has no operation ",
                           engine::op_name(n.op));
+  }
+
+  void attention(const Node& n, const NodeData& d) {
+    const AttentionShape shape = engine::attention_shape(p_, n);
+    const AttentionSpec s = engine::attention_spec(p_, n);
+    const auto pitch = [&](int32_t v) { return image_size(value(v)).pitch; };
+    AttentionParams q{};
+    q.q = at<uint8_t>(n.inputs[0]);
+    q.k = at<uint8_t>(n.inputs[1]);
+    q.v = at<uint8_t>(n.inputs[2]);
+    q.out = at<uint8_t>(n.output);
+    q.sequences = static_cast<int32_t>(shape.sequences);
+    q.queries = static_cast<int32_t>(shape.queries);
+    q.keys = static_cast<int32_t>(shape.keys);
+    q.heads = static_cast<int32_t>(shape.heads);
+    q.key_heads = static_cast<int32_t>(shape.key_heads);
+    q.depth = static_cast<int32_t>(shape.depth);
+    q.width = static_cast<int32_t>(shape.width);
+    q.q_pitch = pitch(n.inputs[0]);
+    q.k_pitch = pitch(n.inputs[1]);
+    q.v_pitch = pitch(n.inputs[2]);
+    q.out_pitch = pitch(n.output);
+    q.zero_q = s.zero_q;
+    q.zero_k = s.zero_k;
+    q.zero_v = s.zero_v;
+    q.scale = s.scale;
+    q.value_scale = s.value_scale;
+    q.causal = s.causal ? 1 : 0;
+    q.mask = constant<float>(d.constants[0]);
+    q.mask_sequence = s.mask_sequence;
+    q.mask_head = s.mask_head;
+    q.finish = finish(n, -1);
+    const int64_t rows = int64_t{batch_} * q.sequences * q.heads * q.queries;
+    Launch& l = items(Kernel::Attention, q, rows * kAttentionThreads);
+    l.kernel.shared_bytes += (q.keys + 3) / 4 * 4;
   }
 
   void quantize(const Node& n) {

@@ -128,7 +128,14 @@ inline Program every_operation() {
   // Width and channels change places, and rows are flipped.
   const auto turned = b.node(OpKind::Rearrange, {normed}, b.value("turned", 2, 2, 4), {}, {},
                              {b.ints({0, 1}), b.ints({2, 0}), b.ints({0, 4, 8, 12})});
-  const auto flat = b.node(OpKind::Reshape, {turned}, b.value("flat", 16, 1, 1));
+  // Two heads of eight positions, two keys hidden from each query of the first.
+  std::vector<float> mask(128, 0.25f);
+  for (size_t i = 0; i < 64; i += 4)
+    mask[i] = -std::numeric_limits<float>::infinity();
+  const auto attended =
+      b.node(OpKind::Attention, {turned, turned, turned}, b.value("attended", 2, 2, 4),
+             {2, 2, 0, 0, 0, 1, 0, 255, 10}, {kInverse, 0.01f}, {b.floats(mask)});
+  const auto flat = b.node(OpKind::Reshape, {attended}, b.value("flat", 16, 1, 1));
   // Float outputs: a convolution with a residual, its softmax and its average.
   const auto logits = b.node(OpKind::Conv, {pooled, pooled}, b.value("logits", 8, 2, 2, F32),
                              {1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 0, 255, 0}, {1.0f, -2.0f, kInf},

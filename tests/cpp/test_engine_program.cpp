@@ -294,6 +294,34 @@ TEST(refusals_say_what_is_wrong) {
                 [](Program& p) { find(p, OpKind::Combine).ints[0] = 3; });
   check_refused("expected second input of 8 x 2 x 2",
                 [](Program& p) { find(p, OpKind::Combine).inputs[1] = p.inputs[1]; });
+  const auto attention = [](size_t at, int64_t number) {
+    return [=](Program& p) { find(p, OpKind::Attention).ints[at] = number; };
+  };
+  check_refused("heads must be 1 to", attention(0, 0));
+  check_refused("key_heads must be 1 to 2", attention(1, 3));
+  check_refused("queries: expected a multiple of 3 channels, got 2", [&](Program& p) {
+    attention(0, 3)(p);
+    attention(1, 3)(p);
+  });
+  check_refused("expected keys of 1 x", attention(1, 1));
+  check_refused("mask: expected 64 entries, got 128", attention(5, 0));
+  check_refused("mask: expected 128 entries, got 127", [](Program& p) {
+    p.constants[find(p, OpKind::Attention).constants[0]].bytes.resize(127 * 4);
+  });
+  check_refused("mask: expected finite entries or -infinity, got nan", [](Program& p) {
+    poke(p.constants[find(p, OpKind::Attention).constants[0]].bytes, 4,
+         std::numeric_limits<float>::quiet_NaN());
+  });
+  check_refused("expected finite entries or -infinity, got inf", [](Program& p) {
+    poke(p.constants[find(p, OpKind::Attention).constants[0]].bytes, 4,
+         std::numeric_limits<float>::infinity());
+  });
+  check_refused("the scale must be finite", [](Program& p) {
+    find(p, OpKind::Attention).floats[1] = std::numeric_limits<float>::infinity();
+  });
+  check_refused("expected as many values as keys", [](Program& p) {
+    find(p, OpKind::Attention).inputs[2] = find(p, OpKind::LayerNorm).output;
+  });
   check_refused("expected positions 0 to 4", [](Program& p) {
     poke(p.constants[find(p, OpKind::Resize).constants[0]].bytes, 4, int32_t{-1});
   });
@@ -503,9 +531,9 @@ TEST(other_versions) {
   auto major = file;
   poke(major, offsetof(AdaHeader, major), uint16_t{2});
   CHECK_THROWS(read_program(major), CorruptData,
-               "format version 2.1 is not supported; this library reads 1.x");
+               "format version 2.2 is not supported; this library reads 1.x");
   poke(major, offsetof(AdaHeader, major), uint16_t{0});
-  CHECK_THROWS(read_program(major), CorruptData, "format version 0.1 is not supported");
+  CHECK_THROWS(read_program(major), CorruptData, "format version 0.2 is not supported");
 
   // A later minor version: reserved bytes in use, a new section behind the others, and new fields
   // at the end of the section META.
@@ -548,10 +576,10 @@ TEST(other_versions) {
   poke(future, section(file, "NODE").offset + 8, uint32_t{kOpKinds});
   repair_checksums(future);
   CHECK_THROWS(read_program(future), CorruptData,
-               "operation 22 is unknown to format 1.1; the file is of format 1.3");
+               "operation 23 is unknown to format 1.2; the file is of format 1.3");
 
   // A file has the least version that its operations need.
-  CHECK_EQ(int{read_ada_header(file, file.size()).minor}, 1);
+  CHECK_EQ(int{read_ada_header(file, file.size()).minor}, 2);
   const auto small = write_program(small_program());
   CHECK_EQ(int{read_ada_header(small, small.size()).minor}, 0);
 }

@@ -20,6 +20,7 @@ CASTS = (
     "aten.to.dtype", "aten.to.dtype_layout", "aten.to.device", "aten.to.other",
     "aten._to_copy.default", "aten.type_as.default",
 )  # fmt: skip
+_PADS = ("aten.pad.default", "aten.constant_pad_nd.default")
 # Functions of single values, and of pairs of them.
 _POINTWISE = frozenset(
     f"aten.{name}.default"
@@ -51,7 +52,7 @@ def drop_dead(graph: fx.Graph) -> None:
 
 
 def merge_reshapes(graph: fx.Graph) -> None:
-    """``view`` of ``view`` is one; none is left where the shape stays.
+    """``view`` of ``view`` is one; none is left where the shape stays, nor padding by nothing.
 
     Views were made for the strides of the export; a reshape does for any.
     """
@@ -61,6 +62,9 @@ def merge_reshapes(graph: fx.Graph) -> None:
         name = op_name(node)
         if name in ("aten.lift_fresh_copy.default", "aten.lift_fresh.default"):
             node.target = torch.ops.aten.clone.default
+        if name in _PADS and not any(node.args[1]):  # type: ignore[arg-type]
+            node.replace_all_uses_with(node.args[0])
+            continue
         if name in CASTS and _same_type(node):
             node.replace_all_uses_with(node.args[0])
             continue

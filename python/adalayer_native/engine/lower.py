@@ -100,12 +100,24 @@ def _in_order(atoms: tuple[Atom, ...], size: int, stride: int) -> tuple[Atom, ..
 
 
 def letters_of(dims: Dims, size: Size) -> str:
-    """Axes of a copy that leaves them where they are, as far as each of them is one in memory."""
-    found = axes_of(dims, size)
-    if found is not None and len(dims) <= 3 and all(len(axis) < 2 for axis in found):
-        spare = [axis for axis in "chw" if axis not in found]
-        return "".join(axis or spare.pop(0) for axis in found)
-    return "chw" if len(dims) == 3 else rows_of(dims)
+    """Axes of a copy that leaves them where they are, as far as parts of one follow each other."""
+    _, h, w = size
+    letters, last = "", {"c": math.inf, "h": math.inf, "w": math.inf}
+    for atoms in dims:
+        if not atoms or atoms[-1] == BATCH:
+            letters += " "
+            continue
+        stride = atoms[-1][1]
+        letter = "c" if stride >= h * w else "h" if stride >= w else "w"
+        if stride > last[letter]:
+            return rows_of(dims)
+        last[letter] = stride
+        letters += letter
+    # Axes of size 1 are anywhere.
+    for letter in "chw":
+        if letter not in letters:
+            letters = letters.replace(" ", letter, 1)
+    return letters.replace(" ", "c")
 
 
 def rows_of(dims: Dims) -> str:

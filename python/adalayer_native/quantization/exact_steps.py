@@ -197,15 +197,29 @@ class _Steps:
         turned = (False, found.key_turned, found.result_turned)
         with self.graph.inserting_before(node):
             query, key, value = (
-                self._exchanged(item) if turn else item
+                self._reshaped(self._exchanged(item) if turn else item, item, turn, found.split)
                 for item, turn in zip(operands, turned, strict=True)
             )
-        rest = [found.mask, found.causal, found.scale, *qparams]
+            mask = None
+            for item in found.masks:
+                add = torch.ops.aten.add.Tensor
+                mask = item if mask is None else self.graph.call_function(add, (mask, item))
+        rest = [mask, found.causal, found.scale, *qparams]
         new = self._insert(node, _ops.grid_attention.default, [query, key, value, *rest])
-        if not found.result_turned:
-            return new
         with self.graph.inserting_before(node):
-            return self._exchanged(new)
+            new = self._reshaped(new, node, found.result_turned, found.joined)
+            return self._exchanged(new) if found.result_turned else new
+
+    def _reshaped(
+        self, node: fx.Node, like: fx.Node, turned: bool, sizes: tuple[Any, ...]
+    ) -> fx.Node:
+        """With other sizes of the first axes; the last two are those of ``like``."""
+        if not sizes:
+            return node
+        info = info_of(like)
+        assert isinstance(info, TensorInfo)
+        last = info.shape[-2:][:: -1 if turned else 1]
+        return self.graph.call_function(torch.ops.aten.reshape.default, (node, [*sizes, *last]))
 
     def _exchanged(self, node: fx.Node) -> fx.Node:
         return self.graph.call_function(torch.ops.aten.transpose.int, (node, -2, -1))
