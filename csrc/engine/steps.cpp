@@ -151,7 +151,8 @@ RunImage run_image(const Program& program, const Node& node,
     }
     case OpKind::Resize:
       return resize(program, node);
-    case OpKind::LayerNorm: {
+    case OpKind::LayerNorm:
+    case OpKind::RmsNorm: {
       const LayerNormSpec spec = layer_norm_spec(program, node);
       return unary(node, [=](auto i, auto o, Part part) { cpu::layer_norm(spec, i, o, part); });
     }
@@ -174,6 +175,12 @@ RunImage run_image(const Program& program, const Node& node,
       const int64_t count = in.c * in.h * in.w;
       return [=](const Frame& f, int64_t n, Part part) {
         cpu::combine_f32(pair, f.floats(x, n), f.floats(other, n), count, f.floats(y, n), part);
+      };
+    }
+    case OpKind::Embedding: {
+      const EmbeddingSpec spec = embedding_spec(program, node);
+      return [=](const Frame& f, int64_t n, Part part) {
+        cpu::embedding(spec, f.ids(x, n), f.image(y, n), part);
       };
     }
     case OpKind::Softmax:

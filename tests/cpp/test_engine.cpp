@@ -87,15 +87,7 @@ Program network() {
 }
 
 std::vector<std::vector<float>> noise(const Program& p, int64_t batch) {
-  std::vector<std::vector<float>> images;
-  for (const int32_t v : p.inputs) {
-    const Value& value = p.values[static_cast<size_t>(v)];
-    std::vector<float> image(static_cast<size_t>(batch * value.c * value.h * value.w));
-    for (auto& pixel : image)
-      pixel = static_cast<float>(pick(-20, 140));
-    images.push_back(std::move(image));
-  }
-  return images;
+  return input_noise(p, batch, [] { return static_cast<float>(pick(-20, 140)); });
 }
 
 void check_program(const Program& p, int64_t batch) {
@@ -139,6 +131,11 @@ TEST(every_operation_is_bit_equal_to_the_interpreter) {
   p.outputs.erase(p.outputs.begin());
   for (const int64_t batch : {1, 2, 5})
     check_program(p, batch);
+}
+
+TEST(tokens_are_bit_equal_to_the_interpreter) {
+  for (const int64_t batch : {1, 2, 5})
+    check_program(token_program(), batch);
 }
 
 TEST(convolutions_are_bit_equal_to_the_interpreter) {
