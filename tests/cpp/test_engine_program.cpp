@@ -331,7 +331,7 @@ TEST(token_ids_are_what_they_must_be) {
   refused_with("expected u8 output, got f32",
                [](Program& p) { output_of(p, OpKind::Embedding).kind = ValueKind::F32; });
   refused_with("only program inputs are token ids", [](Program& p) {
-    Value& v = output_of(p, OpKind::Conv);
+    Value& v = output_of(p, OpKind::Add);
     v.kind = ValueKind::I32;
     v.c = 1;
   });
@@ -559,9 +559,9 @@ TEST(other_versions) {
   auto major = file;
   poke(major, offsetof(AdaHeader, major), uint16_t{2});
   CHECK_THROWS(read_program(major), CorruptData,
-               "format version 2.1 is not supported; this library reads 1.x");
+               "format version 2.2 is not supported; this library reads 1.x");
   poke(major, offsetof(AdaHeader, major), uint16_t{0});
-  CHECK_THROWS(read_program(major), CorruptData, "format version 0.1 is not supported");
+  CHECK_THROWS(read_program(major), CorruptData, "format version 0.2 is not supported");
 
   // A later minor version: reserved bytes in use, a new section behind the others, and new fields
   // at the end of the section META.

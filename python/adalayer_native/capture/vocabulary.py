@@ -43,7 +43,7 @@ _MOVES = (
     "index_select.default", "flip.default", "roll.default", "as_strided.default",
     "max_pool1d.default", "max_pool2d.default", "max_pool3d.default",
     "max_pool2d_with_indices.default", "adaptive_max_pool1d.default",
-    "adaptive_max_pool2d.default", "adaptive_max_pool3d.default",
+    "adaptive_max_pool2d.default", "adaptive_max_pool3d.default", "amax.default", "max.dim",
     "upsample_nearest1d.vec", "upsample_nearest2d.vec", "upsample_nearest3d.vec",
     "_upsample_nearest_exact2d.vec", "_upsample_nearest_exact2d.default",
     "upsample_nearest1d.default", "upsample_nearest2d.default", "upsample_nearest3d.default",
@@ -57,9 +57,12 @@ RESHAPES = frozenset(
     for name in ("reshape.default", "view.default", "flatten.using_ints", "unflatten.int")
 )
 _MAX_POOLS = frozenset(
-    f"aten.{name}.default"
-    for name in ("max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices")
-)
+    f"aten.{name}"
+    for name in (
+        *(f"max_pool{n}d.default" for n in (1, 2, 3)), "max_pool2d_with_indices.default",
+        "amax.default", "max.dim",
+    )
+)  # fmt: skip
 # Identities outside training.
 _DROPOUT_OPERATORS = frozenset(
     f"aten.{name}.default"
@@ -96,7 +99,7 @@ INTEGER_OPERATORS = frozenset(
         *(f"{name}.Scalar" for name in ("add", "sub", "mul", "div")),
         *(f"{name}.Tensor" for name in ("add", "sub", "mul", "div")),
         "pow.Tensor_Scalar", "rsub.Scalar", "prelu.default", "batch_norm.default",
-        "layer_norm.default", "cat.default", "concat.default", "pad.default",
+        "layer_norm.default", "rms_norm.default", "embedding.default", "cat.default", "concat.default", "pad.default",
         "constant_pad_nd.default", "avg_pool2d.default", "adaptive_avg_pool2d.default", "mean.dim",
         "upsample_bilinear2d.vec", "upsample_bilinear2d.default", "softmax.int",
         "_softmax.default",

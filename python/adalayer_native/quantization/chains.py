@@ -27,6 +27,7 @@ from torch import fx, nn
 from adalayer_native.capture import GraphModel, TensorInfo, info_of
 from adalayer_native.capture import vocabulary as table
 from adalayer_native.capture.float_values import float_values
+from adalayer_native.capture.rms_norms import rms_norms
 from adalayer_native.capture.vocabulary import LAYERS
 from adalayer_native.errors import UnsupportedModelError
 from adalayer_native.padding import four_paddings
@@ -172,7 +173,7 @@ class _Analysis:
             if node.op == "get_attr" or held:
                 self.constant.add(node)
         self.floats = float_values(model)
-        self.internal: set[fx.Node] = set()
+        self.internal = {s for norm in rms_norms(model.graph).values() for s in norm.inside}
         self.batch_norms: dict[str, str] = {}
         self.input_norms: dict[str, str] = {}
         self.gone: set[fx.Node] = set()  # calls of those
