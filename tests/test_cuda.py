@@ -64,7 +64,7 @@ def run(engine, program, inputs, nhwc=False):
 def test_random_programs_on_a_gpu_in_software(emulated):
     @settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
     @given(
-        program=programs(),
+        program=programs(ids=False),
         batch=st.integers(1, 3),
         choice=st.integers(-1, 5),
         part=st.integers(0, 2),

@@ -558,6 +558,29 @@ class Engine:
         return self.coverage(rounds=0).native_share
 
     @property
+    def tables(self) -> dict[str, int]:
+        """By name of an input of token ids, the rows of the smallest table that they index.
+
+        Ids from 0 on, below that number, are in every table. Tables in torch are not among them.
+        """
+        found: dict[str, int] = {}
+        for step in self._steps:
+            if not isinstance(step.run, NativePart):
+                continue
+            program, sizes = step.run.program, step.run.program.constants()
+            names = {
+                value: self.inputs[number].name
+                for value, number in zip(program.inputs(), step.inputs, strict=True)
+                if number < len(self.inputs)
+            }
+            for op, _, inputs, output, _, _, constants in program.nodes():
+                if op == "embedding" and inputs[0] in names:
+                    rows = sizes[constants[0]][1] // program.values()[output][2]
+                    name = names[inputs[0]]
+                    found[name] = min(rows, found.get(name, rows))
+        return found
+
+    @property
     def weight_bytes(self) -> int:
         """Memory of the weights as this machine holds them, shared by all threads."""
         return sum(

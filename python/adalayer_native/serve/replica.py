@@ -180,8 +180,8 @@ class Worker:
                 raise type(error)(text) from error
         description = self._runner.description
         try:
-            if len(description.inputs) != 1:
-                raise InputError("images need a model with one input")
+            if len(description.inputs) != 1 or description.inputs[0].is_ids:
+                raise InputError("images need a model with one input, which takes floats")
             self._preprocessing = Preprocessing(
                 description.preprocessing, description.inputs[0].shape
             )
@@ -277,7 +277,7 @@ class Worker:
         inputs, start = [], 0
         for info in infos:
             end = start + header.count * info.bytes
-            inputs.append(memory[start:end].view(np.float32).reshape(header.count, *info.shape))
+            inputs.append(memory[start:end].view(info.dtype).reshape(header.count, *info.shape))
             start = end
         return inputs
 
