@@ -132,7 +132,9 @@ def run_engine(
 ) -> list[np.ndarray]:
     orders = [nhwc and any_order for any_order in engine.any_order()]
     program = engine.program()
-    turned = [x.transpose(0, 2, 3, 1) if last else x for x, last in zip(inputs, orders, strict=True)]
+    turned = [
+        x.transpose(0, 2, 3, 1) if last else x for x, last in zip(inputs, orders, strict=True)
+    ]
     arrays = held(program, turned)
     batch = arrays[0].shape[0]
     outputs = [
@@ -152,7 +154,7 @@ def run_engine(
 def noise(program: _C.Program, batch: int, seed: int, spread: float = 60.0) -> list[np.ndarray]:
     """Random images, of which some values lie outside every grid; and ids that all tables have."""
     rng = np.random.default_rng(seed)
-    rows = {number: ROWS for number in program.inputs()}
+    rows = dict.fromkeys(program.inputs(), ROWS)
     values, constants = program.values(), program.constants()
     for op, _, inputs, output, _, _, used in program.nodes():
         if op == "embedding":

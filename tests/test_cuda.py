@@ -84,6 +84,16 @@ def test_random_programs_on_a_gpu_in_software(emulated):
     check()
 
 
+def test_token_ids_stay_on_the_cpu(emulated):
+    b, grid = Builder(), Grid()
+    ids = b.input((1, 1, 4), "i32")
+    table = b.constant(np.zeros((5, 3), np.uint8))
+    x = b.node("embedding", [ids], b.value((3, 1, 4), grid), constants=[table])
+    program = b.finish([b.node("dequantize", [x], b.value((3, 1, 4)))])
+    with pytest.raises(InputError, match="'v1' is token ids, which programs read on the CPU alone"):
+        cuda.CudaEngine(program, 0)
+
+
 def weights(shape, bits):
     half = 2 ** (bits - 1)
     return torch.randint(-half, half, shape, dtype=torch.int8)

@@ -167,7 +167,7 @@ class Positions(nn.Module):
 
 @torch.no_grad()
 def test_what_is_looked_up_for_every_text_is_a_constant() -> None:
-    native, engine = compiled(Positions(), ids_of(3, LENGTH))
+    native, _ = compiled(Positions(), ids_of(3, LENGTH))
     exported = export(native, (ids_of(3, LENGTH),))
     operators = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
     assert operators.count("aten.embedding.default") == 1

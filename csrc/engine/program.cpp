@@ -7,10 +7,10 @@ namespace adalayer::engine {
 namespace {
 
 constexpr const char* kNames[kOpKinds] = {
-    "quantize", "dequantize", "conv",     "conv_transpose", "lookup",     "add",
-    "mul",      "affine",     "concat",   "max_pool",       "avg_pool",   "adaptive_avg_pool",
-    "slice",    "gather",     "pad",      "resize",         "layer_norm", "reshape",
-    "softmax",  "rearrange",  "function", "combine",        nullptr,      nullptr,
+    "quantize", "dequantize", "conv",      "conv_transpose", "lookup",     "add",
+    "mul",      "affine",     "concat",    "max_pool",       "avg_pool",   "adaptive_avg_pool",
+    "slice",    "gather",     "pad",       "resize",         "layer_norm", "reshape",
+    "softmax",  "rearrange",  "function",  "combine",        nullptr,      nullptr,
     nullptr,    nullptr,      "embedding", "rms_norm"};
 
 int32_t small(int64_t v) { return static_cast<int32_t>(v); }

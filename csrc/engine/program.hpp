@@ -96,7 +96,8 @@ enum class OpKind : uint8_t {
   Combine = 21,   // a b     pair                                 -                  -
   // i32 -> u8: position (y, x) gets the features of the row of the table that its id names, levels
   // on the output's grid. The table is [rows][C]; an id is 0 .. rows - 1 (token_ids.hpp).
-  Embedding = 26,  // ids    -                                    -                  table [rows * C]
+  Embedding =
+      26,  // ids    -                                    -                  table [rows * C]
   // As LayerNorm, with the input's zero point in the place of the mean.
   RmsNorm = 27,  // x        finish                        inv eps               gamma beta
 };

@@ -41,7 +41,10 @@ constexpr Signature kSignatures[kOpKinds] = {
     {1, 1, 0, 0, 3},        // Rearrange
     {1, 1, 1, 2, 0},        // Function
     {2, 2, 1, 0, 0},        // Combine
-    {}, {}, {}, {},         // 22 to 25
+    {0, 0, 0, 0, 0},        // 22, not taken
+    {0, 0, 0, 0, 0},        // 23
+    {0, 0, 0, 0, 0},        // 24
+    {0, 0, 0, 0, 0},        // 25
     {1, 1, 0, 0, 1},        // Embedding
     {1, 1, 3, 2, 2},        // RmsNorm
 };

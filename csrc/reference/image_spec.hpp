@@ -152,9 +152,8 @@ inline LayerNormMoments layer_norm_moments(int64_t s1, int64_t s2, int64_t chann
                                            const LayerNormSpec& s) {
   const auto count = static_cast<double>(channels);
   const int64_t z = s.zero_point;
-  const double var =
-      s.about_zero ? static_cast<double>(s2 - 2 * z * s1 + channels * z * z) / count
-                   : static_cast<double>(channels * s2 - s1 * s1) / (count * count);
+  const double var = s.about_zero ? static_cast<double>(s2 - 2 * z * s1 + channels * z * z) / count
+                                  : static_cast<double>(channels * s2 - s1 * s1) / (count * count);
   const double mean = s.about_zero ? static_cast<double>(z) : static_cast<double>(s1) / count;
   const double rstd = 1.0 / std::sqrt(var * (s.step * s.step) + s.eps);
   return {mean, static_cast<float>(rstd * s.step)};

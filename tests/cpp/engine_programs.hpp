@@ -171,10 +171,10 @@ inline Program token_program() {
   const auto y = b.node(OpKind::Embedding, {ids}, b.value("y", 8, 1, 6), {}, {}, {table(5, 91)});
   const auto sum = b.node(OpKind::Add, {x, y}, b.value("sum", 8, 1, 6), {0, 255, 10},
                           {kInverse, kScale, kScale}, {-1});
-  const auto out = b.node(OpKind::Conv, {sum}, b.value("out", 3, 1, 6, ValueKind::F32),
-                          {1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 0, 255, 0}, {1, -1e9f, 1e9f},
-                          {b.weights(3, 8, 1, 1, 4), b.floats({0.1f, 0.2f, 0.3f}),
-                           b.floats({0, 1, 2}), -1});
+  const auto out =
+      b.node(OpKind::Conv, {sum}, b.value("out", 3, 1, 6, ValueKind::F32),
+             {1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 0, 255, 0}, {1, -1e9f, 1e9f},
+             {b.weights(3, 8, 1, 1, 4), b.floats({0.1f, 0.2f, 0.3f}), b.floats({0, 1, 2}), -1});
   b.p.inputs = {ids};
   b.p.outputs = {out};
   return b.p;
@@ -192,8 +192,8 @@ inline std::vector<std::vector<float>> input_noise(const Program& p, int64_t bat
     for (size_t i = 0; i < x.size(); ++i)
       x[i] = value.kind == ValueKind::F32
                  ? number()
-                 : std::bit_cast<float>(static_cast<int32_t>(
-                       static_cast<int64_t>(i * 5 + k) % std::max<int64_t>(rows[k], 1)));
+                 : std::bit_cast<float>(static_cast<int32_t>(static_cast<int64_t>(i * 5 + k) %
+                                                             std::max<int64_t>(rows[k], 1)));
   }
   return data;
 }

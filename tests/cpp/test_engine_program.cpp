@@ -182,7 +182,8 @@ TEST(levels_stay_below_qmax) {
 
 TEST(operation_names_go_back_and_forth) {
   for (uint32_t k = 0; k < kOpKinds; ++k)
-    if (is_operation(k)) CHECK_EQ(op_from_name(op_name(static_cast<OpKind>(k))), static_cast<OpKind>(k));
+    if (is_operation(k))
+      CHECK_EQ(op_from_name(op_name(static_cast<OpKind>(k))), static_cast<OpKind>(k));
   CHECK_THROWS(op_from_name("convolve"), InvalidArgument, "unknown operation \"convolve\"");
   CHECK_EQ(std::string(op_name(static_cast<OpKind>(200))), std::string("unknown"));
 }
@@ -339,12 +340,10 @@ TEST(token_ids_are_what_they_must_be) {
                [](Program& p) { find(p, OpKind::Add).inputs[1] = p.inputs[0]; });
   refused_with("expected output of 8 x 1 x 6",
                [](Program& p) { output_of(p, OpKind::Embedding).w = 5; });
-  refused_with("expected rows of 8 levels, got 55",
-               [&](Program& p) { table(p).resize(55); });
+  refused_with("expected rows of 8 levels, got 55", [&](Program& p) { table(p).resize(55); });
   refused_with("expected rows of 8 levels, got 0", [&](Program& p) { table(p).clear(); });
-  refused_with("up to the output's qmax 100, got", [](Program& p) {
-    output_of(p, OpKind::Embedding).qmax = 100;
-  });
+  refused_with("up to the output's qmax 100, got",
+               [](Program& p) { output_of(p, OpKind::Embedding).qmax = 100; });
   refused_with("of kind u8", [](Program& p) {
     find(p, OpKind::Embedding).constants[0] = find(p, OpKind::Conv).constants[1];
   });
@@ -425,17 +424,17 @@ TEST(no_parameter_may_be_absurd) {
 }
 
 TEST(every_shape_is_checked) {
-  const Program good = every_operation();
-  for (size_t v = 0; v < good.values.size(); ++v)
-    for (int axis = 0; axis < 3; ++axis)
-      for (const int by : {-1, 1, 1000}) {
-        Program p = good;
-        Value& value = p.values[v];
-        // Averages may round up, and adaptive ones may have any size.
-        if (axis > 0 && by > 0 && (value.name == "mean" || value.name == "average")) continue;
-        (axis == 0 ? value.c : axis == 1 ? value.h : value.w) += by;
-        CHECK_MSG(refused(p), value.name + " axis " + std::to_string(axis));
-      }
+  for (const Program& good : {every_operation(), token_program()})
+    for (size_t v = 0; v < good.values.size(); ++v)
+      for (int axis = 0; axis < 3; ++axis)
+        for (const int by : {-1, 1, 1000}) {
+          Program p = good;
+          Value& value = p.values[v];
+          // Averages may round up, and adaptive ones may have any size.
+          if (axis > 0 && by > 0 && (value.name == "mean" || value.name == "average")) continue;
+          (axis == 0 ? value.c : axis == 1 ? value.h : value.w) += by;
+          CHECK_MSG(refused(p), value.name + " axis " + std::to_string(axis));
+        }
 }
 
 TEST(changed_programs_are_refused_or_run) {
@@ -476,7 +475,7 @@ TEST(changed_programs_are_refused_or_run) {
 // ---- the file -----------------------------------------------------------------------------------
 
 TEST(round_trip) {
-  for (const Program& p : {every_operation(), small_program()}) {
+  for (const Program& p : {every_operation(), small_program(), token_program()}) {
     const auto file = write_program(p);
     const Program back = read_program(file);
     CHECK(write_program(back) == file);

@@ -47,7 +47,9 @@ def _operator(node: fx.Node) -> RmsNorm | None:
     if not _is(node, "aten.rms_norm.default"):
         return None
     a = arguments(node)
-    if len(a["normalized_shape"]) != 1 or not _is_weight(a["weight"], int(a["normalized_shape"][0])):
+    if len(a["normalized_shape"]) != 1 or not _is_weight(
+        a["weight"], int(a["normalized_shape"][0])
+    ):
         return None
     eps = torch.finfo(torch.float32).eps if a["eps"] is None else float(a["eps"])
     return RmsNorm(node, a["input"], a["weight"], eps, frozenset())
@@ -68,17 +70,16 @@ def _written_out(inverse: fx.Node) -> RmsNorm | None:
     steps = list(_steps_to(operand, root))
     if not steps or any(len(step.users) != 1 for step in (*steps, inverse)):
         return None
-    mean_and_eps = _eps(root)
-    info = info_of(operand)
-    if mean_and_eps is None or not isinstance(info, TensorInfo) or info_of(scaled) != info:
+    eps, info = _eps(root), info_of(operand)
+    if eps is None or not isinstance(info, TensorInfo) or info_of(scaled) != info:
         return None
     channels, inside = info.shape[-1], {*steps, inverse}
-    (reader, *others) = [*scaled.users] or [None]
-    if reader is not None and not others and _is(reader, "aten.mul.Tensor"):
-        weight = next((item for item in _pair(reader) if item is not scaled), None)
+    readers = list(scaled.users)
+    if len(readers) == 1 and _is(readers[0], "aten.mul.Tensor"):
+        weight = next((item for item in _pair(readers[0]) if item is not scaled), None)
         if isinstance(weight, fx.Node) and _is_weight(weight, channels):
-            return RmsNorm(reader, operand, weight, mean_and_eps, frozenset({*inside, scaled}))
-    return RmsNorm(scaled, operand, None, mean_and_eps, frozenset(inside))
+            return RmsNorm(readers[0], operand, weight, eps, frozenset({*inside, scaled}))
+    return RmsNorm(scaled, operand, None, eps, frozenset(inside))
 
 
 def _pair(node: fx.Node) -> tuple[object, ...]:

@@ -99,10 +99,10 @@ INTEGER_OPERATORS = frozenset(
         *(f"{name}.Scalar" for name in ("add", "sub", "mul", "div")),
         *(f"{name}.Tensor" for name in ("add", "sub", "mul", "div")),
         "pow.Tensor_Scalar", "rsub.Scalar", "prelu.default", "batch_norm.default",
-        "layer_norm.default", "rms_norm.default", "embedding.default", "cat.default", "concat.default", "pad.default",
+        "layer_norm.default", "cat.default", "concat.default", "pad.default",
         "constant_pad_nd.default", "avg_pool2d.default", "adaptive_avg_pool2d.default", "mean.dim",
         "upsample_bilinear2d.vec", "upsample_bilinear2d.default", "softmax.int",
-        "_softmax.default",
+        "_softmax.default", "embedding.default", "rms_norm.default",
     )
 )  # fmt: skip
 

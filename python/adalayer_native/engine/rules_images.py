@@ -14,7 +14,7 @@ from adalayer_native import ops
 from adalayer_native.engine.grids import Grid, Want
 from adalayer_native.engine.lower import RULES, CannotLower, Grids, Lowering, Rule
 from adalayer_native.engine.rules_layers import arguments
-from adalayer_native.engine.rules_views import axis_of, bordered, operand_grid, pieces
+from adalayer_native.engine.rules_views import axis_of, bordered, only_pieces, operand_grid
 from adalayer_native.engine.views import (
     Dims,
     Ref,
@@ -246,7 +246,7 @@ def _max_of(low: Lowering, node: fx.Node, want: Want) -> Ref:
 
 
 RULES["aten.amax.default"] = Rule(_amax, None, operand_grid, folds=True)
-RULES["aten.max.dim"] = Rule(pieces, None, operand_grid, folds=True, piece=_max_of)
+RULES["aten.max.dim"] = Rule(only_pieces, None, operand_grid, folds=True, piece=_max_of)
 
 
 def _average(low: Lowering, node: fx.Node, op: str, size: Size, ints: list[int], want: Want) -> Ref:

@@ -250,7 +250,7 @@ def _select(low: Lowering, node: fx.Node, want: Want) -> Ref:
 RULES["aten.select.int"] = Rule(_select, None, operand_grid, folds=True)
 
 
-def pieces(low: Lowering, node: fx.Node, want: Want) -> Ref:
+def only_pieces(low: Lowering, node: fx.Node, want: Want) -> Ref:
     raise CannotLower(node, "its pieces are only known one by one")
 
 
@@ -258,14 +258,14 @@ def _getitem(low: Lowering, node: fx.Node, want: Want) -> Ref:
     source, index = node.args[:2]
     assert isinstance(source, fx.Node) and isinstance(index, int)
     rule = RULES.get(str(source.target))
-    if rule is not None and rule.piece is not None:
-        return rule.piece(low, node, want)
-    if rule is None or rule.u8 is not pieces:
+    if rule is None or rule.u8 is not only_pieces:
         raise CannotLower(source, "the engine has no such operation")
     operand = source.args[0]
     assert isinstance(operand, fx.Node)
     if low.exported.folds(operand) == 0:
         raise CannotLower(source, "its first axis is not the batch alone")
+    if rule.piece is not None:
+        return rule.piece(low, node, want)
     pieces: Sequence[Tensor] = source.meta["val"]
     index = index % len(pieces)
     dim = int(arguments(source)["dim"])
@@ -278,7 +278,7 @@ def _getitem(low: Lowering, node: fx.Node, want: Want) -> Ref:
 
 
 for _name in ("chunk.default", "split.Tensor", "split_with_sizes.default", "unbind.int"):
-    RULES[f"aten.{_name}"] = Rule(pieces, None, operand_grid, folds=True)
+    RULES[f"aten.{_name}"] = Rule(only_pieces, None, operand_grid, folds=True)
 RULES["getitem"] = Rule(_getitem, None, operand_grid, folds=True)
 
 

@@ -711,6 +711,8 @@ def _native_rows(part: NativePart, batch: int, threads: int, rounds: int) -> lis
             pixels = values[output if op == "conv" else inputs[0]][3:5]
             macs = math.prod(header["shape"]) * math.prod(pixels)
             input_bits = int(values[inputs[0]][7]).bit_length()
+        elif op == "embedding":
+            bits, packed = int(values[output][7]).bit_length(), sizes[constants[0]][1]
         kernel, microseconds, why = found.get(name, ("", 0.0, ""))
         rows.append(
             Row(name, op, "native", kernel, bits, microseconds, packed, macs, why, input_bits)

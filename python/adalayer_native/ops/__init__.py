@@ -89,9 +89,7 @@ _library.define(
     "grid_layer_norm(Tensor input, Tensor? weight, Tensor? bias, float eps, Tensor qparams)"
     " -> Tensor"
 )
-_library.define(
-    "grid_rms_norm(Tensor input, Tensor? weight, float eps, Tensor qparams) -> Tensor"
-)
+_library.define("grid_rms_norm(Tensor input, Tensor? weight, float eps, Tensor qparams) -> Tensor")
 _library.define(
     "grid_line(Tensor input, Tensor constant, str kind, float alpha, bool left, Tensor qparams)"
     " -> Tensor"

@@ -280,7 +280,7 @@ def _from_json(tensor: Mapping[str, Any], info: TensorInfo, count: int) -> memor
         raise ServeError(400, f"input {info.name!r} has neither data nor binary_data_size")
     try:
         array = np.asarray(tensor["data"])
-        if array.dtype.kind == "U":
+        if array.dtype.kind == "U" and not info.is_ids:
             array = np.asarray(_unnamed(tensor["data"]))
     except ValueError as error:  # lists of different lengths, or nested too deep
         raise ServeError(400, f"input {info.name!r}: {error}") from None
@@ -350,8 +350,8 @@ def _ids(array: npt.NDArray[Any], info: TensorInfo) -> memoryview:
         each = math.prod(info.shape)
         raise ServeError(
             400,
-            f"input {info.name!r}: expected ids of {least} to {most}, got {flat[position]} in sample "
-            f"{position // each}, position {position % each}",
+            f"input {info.name!r}: expected ids of {least} to {most}, got {flat[position]} in "
+            f"sample {position // each}, position {position % each}",
         )
     return np.ascontiguousarray(flat, dtype=np.int32).view(np.uint8).data
 

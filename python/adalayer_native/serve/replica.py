@@ -25,7 +25,7 @@ import numpy.typing as npt
 from ..errors import AdaError, InputError
 from . import wire
 from .images import Preprocessing
-from .runner import Runner, open_runner
+from .runner import Input, Runner, open_runner
 from .wire import Header, Kind
 
 __all__ = ["Worker", "WorkerSpec"]
@@ -265,9 +265,7 @@ class Worker:
         meta = {"errors": errors} if errors else None  # type: ignore[assignment]
         wire.send_frame(connection, Kind.RESULT, parts, count=header.count, meta=meta)
 
-    def _tensors(
-        self, connection: socket.socket, header: Header, buffer: _Buffer
-    ) -> list[npt.NDArray[np.float32]]:
+    def _tensors(self, connection: socket.socket, header: Header, buffer: _Buffer) -> list[Input]:
         infos = self._runner.description.inputs
         expected = header.count * sum(info.bytes for info in infos)
         if header.payload != expected:

@@ -17,10 +17,18 @@ from ..errors import UnsupportedModelError
 if TYPE_CHECKING:
     from ..engine import Engine
 
-__all__ = ["Description", "EngineRunner", "Runner", "TensorInfo", "check_inputs", "open_runner"]
+__all__ = [
+    "Description",
+    "EngineRunner",
+    "Input",
+    "Runner",
+    "TensorInfo",
+    "check_inputs",
+    "open_runner",
+]
 
 Array = npt.NDArray[np.float32]
-Input = npt.NDArray[np.float32 | np.int32]
+Input = npt.NDArray[Any]  # float32 or int32, see TensorInfo.dtype
 
 
 # Of token ids, by the name of torch's type: the front loads no torch.
@@ -136,7 +144,10 @@ class EngineRunner:
             TensorInfo(port.name, tuple(port.shape))
             if port.is_float
             else TensorInfo(
-                port.name, tuple(port.shape), _DATATYPES[str(port.dtype)], engine.tables.get(port.name)
+                port.name,
+                tuple(port.shape),
+                _DATATYPES[str(port.dtype)],
+                engine.tables.get(port.name),
             )
             for port in engine.inputs
         )
