@@ -146,4 +146,20 @@ TEST(convolutions_are_bit_equal_to_the_interpreter) {
   }
 }
 
+TEST(float_output_beside_a_reader_of_stride_2) {
+  // Two columns of four are outputs, and two rows make a run: the tile unit's positions 0, 1, -, -,
+  // 4, 5 end where six neighbours would.
+  for (const int64_t w : {2, 3, 9}) {
+    Builder b;
+    const auto x = b.value("image", 32, 5, w, ValueKind::F32);
+    auto y = b.node(OpKind::Quantize, {x}, b.value("levels", 32, 5, w));
+    y = add_conv(b, y, {.out_channels = 32, .kernel = 1});
+    const auto each = add_conv(b, y, {.out_channels = 32, .kind = ValueKind::F32});
+    y = add_conv(b, y, {.out_channels = 32, .stride = 2, .kind = ValueKind::F32});
+    b.p.inputs = {x};
+    b.p.outputs = {each, y};
+    check_program(b.p, 2);
+  }
+}
+
 int main(int argc, char** argv) { return check::run_all(argc, argv); }
