@@ -218,6 +218,7 @@ struct LayerNormParams {
   uint8_t* out;
   int32_t pixels;
   int32_t channels, pitch;
+  int32_t about_zero, zero_point;  // an RMS norm
   double step, eps;
   const float* gamma;
   const float* beta;

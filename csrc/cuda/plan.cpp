@@ -101,6 +101,11 @@ Model::Model(Program program, const Machine& machine)
     : program_(std::move(program)), machine_(machine), prepared_(std::make_unique<Prepared>()) {
   engine::validate(program_);
   const Program& p = program_;
+  // An id that is no row is an error of the call, which a launch could not return.
+  for (const int32_t v : p.inputs)
+    if (p.values[v].kind == ValueKind::I32)
+      fail<InvalidArgument>("input '", p.values[v].name,
+                            "' is token ids, which programs read on the CPU alone");
   Prepared& d = *prepared_;
   ImageBuilder image;
   for (const Node& n : p.nodes) {
@@ -331,7 +336,8 @@ class Planner {
         return move(n, d);
       case OpKind::Resize:
         return resize(n, d);
-      case OpKind::LayerNorm: {
+      case OpKind::LayerNorm:
+      case OpKind::RmsNorm: {
         const LayerNormSpec s = engine::layer_norm_spec(p_, n);
         LayerNormParams q{};
         q.in = at<uint8_t>(n.inputs[0]);
@@ -339,6 +345,8 @@ class Planner {
         q.pixels = static_cast<int32_t>(batch_ * value(n.output).h * value(n.output).w);
         q.channels = static_cast<int32_t>(value(n.output).c);
         q.pitch = image_size(value(n.output)).pitch;
+        q.about_zero = s.about_zero;
+        q.zero_point = s.zero_point;
         q.step = s.step;
         q.eps = s.eps;
         q.gamma = constant<float>(d.constants[0]);
@@ -367,6 +375,8 @@ class Planner {
         bind(l, offsetof(FloatPairParams, out), n.output);
         return;
       }
+      case OpKind::Embedding:  // refused with its ids
+        break;
       case OpKind::Softmax: {
         SoftmaxParams q{at<float>(n.inputs[0]), at<float>(n.output),
                         static_cast<int32_t>(value(n.output).c),

@@ -709,6 +709,63 @@ TEST(resize) {
   }
 }
 
+TEST(rms_norm) {
+  for (const int64_t c : channel_counts()) {
+    const Size s(c);
+    const Image in(c, s.h, s.w);
+    const RandomFinish f;
+    const auto gamma = Exact<float>::of(random_floats(c, random_scale));
+    const auto beta = Exact<float>::of(random_floats(c, random_offset));
+    LayerNormSpec spec;
+    spec.about_zero = true;
+    spec.zero_point = uniform(0, 255);
+    spec.step = uniform(1, 100) * 0.0137;
+    spec.eps = pick<double>({1e-5, 1e-6, 1e-12});
+    spec.gamma = gamma.data();
+    spec.beta = beta.data();
+    spec.finish = f.finish;
+    check_operation(
+        "rms_norm", random_layout(c, s.h, s.w),
+        [&](int64_t k, int64_t y, int64_t x) -> int {
+          int64_t sum = 0;
+          for (int64_t i = 0; i < c; ++i) {
+            const int64_t q = in(i, y, x) - spec.zero_point;
+            sum += q * q;
+          }
+          const double mean = static_cast<double>(sum) / static_cast<double>(c);
+          const double rms = 1.0 / std::sqrt(mean * (spec.step * spec.step) + spec.eps);
+          const auto q = static_cast<float>(in(k, y, x) - spec.zero_point);
+          const float value =
+              std::fmaf(q * static_cast<float>(rms * spec.step), spec.gamma[k], spec.beta[k]);
+          return finish_u8(value, spec.finish);
+        },
+        [&](ImageView out, Part part) { layer_norm(spec, in.view(), out, part); });
+  }
+}
+
+TEST(embedding) {
+  for (const int64_t c : channel_counts()) {
+    const Size s(c);
+    const int64_t rows = pick<int64_t>({1, 2, 30});
+    auto table = Exact<uint8_t>(static_cast<size_t>(rows * c));
+    for (size_t i = 0; i < table.size(); ++i)
+      table[i] = random_level();
+    auto ids = Exact<int32_t>(static_cast<size_t>(s.h * s.w));
+    for (size_t i = 0; i < ids.size(); ++i)
+      ids[i] = uniform(0, static_cast<int>(rows) - 1);
+    // Somebody wrote into the memory after it was checked: another row, and nothing outside.
+    if (c % 3 == 0) ids[0] = pick<int32_t>({INT32_MIN, -1, static_cast<int32_t>(rows), INT32_MAX});
+    const EmbeddingSpec spec{table.data(), rows, c};
+    check_operation(
+        "embedding", random_layout(c, s.h, s.w),
+        [&](int64_t k, int64_t y, int64_t x) -> int {
+          const int64_t id = ids[static_cast<size_t>(y * s.w + x)];
+          return table[static_cast<size_t>(std::clamp<int64_t>(id, 0, rows - 1) * c + k)];
+        },
+        [&](ImageView out, Part part) { embedding(spec, ids.data(), out, part); });
+  }
+}
+
 TEST(layer_norm) {
   for (const int64_t c : channel_counts()) {
     const Size s(c);

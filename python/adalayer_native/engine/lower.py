@@ -26,6 +26,7 @@ from torch import Tensor, fx
 from adalayer_native.engine.export import Exported, layer_name, op_name
 from adalayer_native.engine.grids import Grid, Want
 from adalayer_native.engine.program import Program, Value, shorten
+from adalayer_native.engine.results import ID_TYPES
 from adalayer_native.engine.views import (
     BATCH,
     Atom,
@@ -79,6 +80,8 @@ class Rule:
         folds: it works on tensors, too, that have other axes merged into their batch. Their views
             have these as a first axis.
         scatters: it works on tensors, too, whose batch is not the first axis (``views.BATCH``).
+        piece: of an operator of several results that are no parts of its operand: one of them, by
+            the node that takes it.
     """
 
     u8: U8Rule
@@ -86,6 +89,7 @@ class Rule:
     grid: Callable[[Grids, fx.Node], Grid | None] = lambda grids, node: None
     folds: bool = False
     scatters: bool = False
+    piece: U8Rule | None = None
 
 
 RULES: dict[str, Rule] = {}
@@ -272,22 +276,25 @@ class Lowering:
         """Lower what a layer reads."""
         self._apply(node, lambda rule: LAYER_INPUTS[op_name(node)](self, node))
 
-    def external(self, node: fx.Node) -> Ref:
-        """A float32 tensor that comes from outside the program."""
+    def external(self, node: fx.Node, ids: bool = False) -> Ref:
+        """A tensor that comes from outside the program: float32, or token ids."""
         if node not in self._external:
             sizes = self.exported.sizes(node)
             value = node.meta.get("val")
             dtype = value.dtype if isinstance(value, Tensor) else None
-            if not sizes or dtype != torch.float32:
+            if ids and (sizes is None or dtype not in ID_TYPES):
+                raise CannotLower(None, f"operand {node} is no batch of token ids ({value})")
+            if not ids and (not sizes or dtype != torch.float32):
                 raise CannotLower(
                     None, f"operand {node} is no batch of float32 images or vectors ({value})"
                 )
-            c, h, *rest = (*sizes, 1, 1)
+            # A text is one row of pixels.
+            c, h, *rest = (1, 1, *sizes) if ids else (*sizes, 1, 1)  # type: ignore[misc]
             size: Size = (c, h, math.prod(rest))
-            number = self.program.value(node.name, size, None)
+            number = self.program.value(node.name, size, None, ids)
             self.program.inputs.append(number)
             self.inputs.append(node)
-            dims = reshaped(image_dims(size), sizes)
+            dims = reshaped(image_dims(size), sizes)  # type: ignore[arg-type]
             assert dims is not None
             self._external[node] = Ref(number, dims)
         return self._external[node]

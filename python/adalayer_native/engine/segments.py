@@ -163,7 +163,11 @@ def float_layer(exported: Exported, node: fx.Node, on_grid: bool) -> FloatLayer:
     return FloatLayer(str(node.target).split(".")[1], given, on_grid)
 
 
-_PLAIN_NORMS = ("adalayer.grid_batch_norm.default", "adalayer.grid_layer_norm.default")
+_PLAIN_NORMS = (
+    "adalayer.grid_batch_norm.default",
+    "adalayer.grid_layer_norm.default",
+    "adalayer.grid_rms_norm.default",
+)
 
 
 def _plain_norm(graph: fx.Graph, node: fx.Node, find: Callable[[fx.Node], Any]) -> fx.Node:
@@ -178,6 +182,9 @@ def _plain_norm(graph: fx.Graph, node: fx.Node, find: Callable[[fx.Node], Any]) 
             (a["input"], a["weight"], a["bias"], mean, var, False, 0.1, a["eps"], False),
         )
     channels = node.meta["val"].shape[-1]
+    if "bias" not in a:
+        rest = ([channels], a["weight"], a["eps"])
+        return graph.call_function(torch.ops.aten.rms_norm.default, (a["input"], *rest))
     return graph.call_function(
         torch.ops.aten.layer_norm.default,
         (a["input"], [channels], a["weight"], a["bias"], a["eps"]),

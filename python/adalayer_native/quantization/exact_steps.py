@@ -18,6 +18,7 @@ from torch import fx, nn
 from adalayer_native.capture import TensorInfo, info_of
 from adalayer_native.capture import vocabulary as table
 from adalayer_native.capture.attention import Attention, attentions
+from adalayer_native.capture.rms_norms import RmsNorm, rms_norms
 from adalayer_native.quantization.fake_quant import ActivationQuantizer, QuantLayer
 
 __all__ = ["exact_steps", "undo_steps"]
@@ -79,6 +80,9 @@ class _Steps:
         self.folded = folded
         self.constants: set[fx.Node] = set()
         self.attentions = {item.result: item for item in attentions(model)}
+        norms = rms_norms(self.graph).items()
+        self.norms = {node: norm for node, norm in norms if self._is_on_grids(norm)}
+        self.inside = {step for norm in self.norms.values() for step in norm.inside}
 
     def of(self, node: fx.Node) -> fx.Node | None:
         """The new node, in front of the old one; None for other steps."""
@@ -95,6 +99,12 @@ class _Steps:
         if inputs and all(item in self.constants for item in inputs):
             self.constants.add(node)
             return None
+        if node in self.inside:
+            return None
+        if node in self.norms:
+            norm = self.norms[node]
+            rest = [norm.weight, norm.eps]
+            return self._on_grid(node, _ops.grid_rms_norm.default, rest, norm.operand)
         if name == "aten.layer_norm.default":
             return self._layer_norm(node)
         if name in _LINES:
@@ -122,6 +132,9 @@ class _Steps:
             return None
         rest = [a["weight"], a["bias"], a["eps"]]
         return self._on_grid(node, _ops.grid_layer_norm.default, rest)
+
+    def _is_on_grids(self, norm: RmsNorm) -> bool:
+        return self._grid_of(norm.operand) is not None and self._becomes_levels(norm.node)
 
     def _line(self, node: fx.Node, kind: str) -> fx.Node | None:
         """A value on a grid and a constant with one axis, which the engine takes per channel."""
