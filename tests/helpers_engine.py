@@ -12,13 +12,16 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from adalayer_native import ops
+from adalayer_native.capture import capture
+from adalayer_native.engine import Engine, compile
 from adalayer_native.engine.emit import emit
 from adalayer_native.engine.export import Exported, export
 from adalayer_native.engine.grids import Want
 from adalayer_native.engine.lower import Grids
 from adalayer_native.engine.segments import Part, divide
+from adalayer_native.engine.views import BATCH, is_scattered
 from adalayer_native.plan import LayerPlan, Plan, layer_kind, supported_layers
-from adalayer_native.quantization import calibrate, convert, prepare
+from adalayer_native.quantization import calibrate, convert, prepare, simulate
 
 
 @dataclass(frozen=True)
@@ -75,10 +78,12 @@ def _forced(
             continue
         node, dims, want = part.lowered.origins[name]
         flat = torch.from_numpy(np.frombuffer(raw[number], dtype=np.uint8).copy())
-        atoms = [atom for item in dims for atom in item]
-        shown = flat.as_strided(
-            [batch, *(n for n, _ in atoms)], [c * h * w, *(step for _, step in atoms)]
-        ).reshape(batch, *(math.prod(n for n, _ in item) for item in dims))
+        axes = dims if is_scattered(dims) else ((BATCH,), *dims)
+        axes = [[(batch, c * h * w) if atom == BATCH else atom for atom in item] for item in axes]
+        atoms = [atom for item in axes for atom in item]
+        shown = flat.as_strided([n for n, _ in atoms], [step for _, step in atoms]).reshape(
+            [math.prod(n for n, _ in item) for item in axes]
+        )
         grid = scale, zero_point, int(math.log2(qmax + 1))
         forced.setdefault(node, []).append((name, operations.get(number, ""), shown, grid, want))
     return forced
@@ -142,3 +147,20 @@ def native_of(
     prepared = prepare(model.eval(), plan_of(model, bits, activation_bits), calibration)
     calibrate(prepared, [calibration], observer="minmax", progress=False)
     return convert(prepared)
+
+
+def compiled(model: nn.Module, *example: Tensor, bits: int = 8) -> tuple[nn.Module, Engine]:
+    """Native modules, whose bits are those of the simulation and the engine."""
+    torch.manual_seed(3)
+    graph = capture(model.eval(), example)
+    prepared = prepare(graph, plan_of(graph, bits))
+    calibrate(prepared, [example], observer="minmax", progress=False)
+    native = convert(prepared)
+    engine = compile(native, example, policy="native", weights="resident")
+    with torch.no_grad(), simulate(prepared) as exact:
+        wanted = native(*example)
+        assert torch.equal(exact(*example), wanted)
+    assert torch.equal(engine(*example), wanted)
+    for difference in node_differences(native, example):
+        difference.check()
+    return native, engine

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers_engine import node_differences, plan_of
+from helpers_engine import compiled, node_differences, plan_of
 from torch import Tensor, nn
 
 import adalayer_native as ada
@@ -39,23 +39,6 @@ class Texts(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.last(self.activation(self.first(self.embedding(ids))).mean(1))
-
-
-def compiled(model: nn.Module, *example: Tensor, bits: int = 8) -> tuple[nn.Module, Engine]:
-    """Native modules, whose bits are those of the simulation and the engine."""
-    torch.manual_seed(3)
-    graph = ada.capture(model.eval(), example)
-    prepared = ada.prepare(graph, plan_of(graph, bits))
-    ada.calibrate(prepared, [example], observer="minmax", progress=False)
-    native = ada.convert(prepared)
-    engine = ada.compile(native, example, policy="native", weights="resident")
-    with torch.no_grad(), ada.simulate(prepared) as exact:
-        wanted = native(*example)
-        assert torch.equal(exact(*example), wanted)
-    assert torch.equal(engine(*example), wanted)
-    for difference in node_differences(native, example):
-        difference.check()
-    return native, engine
 
 
 def in_torch(engine: Engine) -> list[str]:

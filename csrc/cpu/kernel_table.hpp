@@ -210,6 +210,8 @@ extern const TileArrangement kAvx2Arrangement;
 void gemm_avx2(const GemmArgs& g);
 void gemm_requantize_avx2(const GemmArgs& g, const RequantizeArgs& q, Requantize requantize);
 void requantize_avx2(const RequantizeArgs& args);
+/// The table of a finish, for the levels that stand in the output.
+void look_up_avx2(const RequantizeArgs& args);
 #endif
 #ifdef ADALAYER_HAVE_AVXVNNI
 extern const KernelRow kAvxVnniRow;

@@ -36,6 +36,37 @@ struct Tokens {
   }
 };
 
+/// The pairs of one column of a panel, from a row of levels; zeros for none.
+void spread_pairs(const uint8_t* from, int64_t count, int32_t zero, int16_t* to) {
+  const int64_t whole = from == nullptr ? 0 : count / 2;
+  for (int64_t p = 0; p < whole; ++p) {
+    to[p * kGroup * 2] = static_cast<int16_t>(from[2 * p] - zero);
+    to[p * kGroup * 2 + 1] = static_cast<int16_t>(from[2 * p + 1] - zero);
+  }
+  for (int64_t p = whole; p < pairs_of(count); ++p) {
+    to[p * kGroup * 2] =
+        from == nullptr ? int16_t{0} : static_cast<int16_t>(from[count - 1] - zero);
+    to[p * kGroup * 2 + 1] = 0;
+  }
+}
+
+/// One pair of every column of a panel, from two rows of levels, of which the second may be none.
+void interleave(const uint8_t* first, const uint8_t* second, int64_t count, int32_t zero,
+                int16_t* to) {
+  if (count == kGroup && second != nullptr) {
+    for (int64_t c = 0; c < kGroup; ++c) {
+      to[2 * c] = static_cast<int16_t>(first[c] - zero);
+      to[2 * c + 1] = static_cast<int16_t>(second[c] - zero);
+    }
+    return;
+  }
+  for (int64_t c = 0; c < kGroup; ++c) {
+    to[2 * c] = c < count ? static_cast<int16_t>(first[c] - zero) : int16_t{0};
+    const bool both = c < count && second != nullptr;
+    to[2 * c + 1] = both ? static_cast<int16_t>(second[c] - zero) : int16_t{0};
+  }
+}
+
 /// Products of [rows][pairs][2] with [pairs][16][2], the sums [rows][16].
 void multiply(const WinogradProductArgs& a) {
   if (const KernelRow* row = active_kernels()) return row->winograd->multiply(a);
@@ -78,34 +109,28 @@ class Head {
         keys_(thread_scratch<int16_t, ForKeys>(groups_of(n.keys) * kGroup * key_stride())),
         values_(thread_scratch<int16_t, ForValues>(groups_of(n.width) * kGroup * value_stride())),
         queries_(thread_scratch<int16_t, ForQueries>(kQueries * key_stride())),
-        sums_(thread_scratch<int32_t, ForSums>(
-            kQueries * kGroup * std::max(groups_of(n.keys), groups_of(n.width)))),
+        sums_(thread_scratch<int32_t, ForSums>(kQueries * kGroup *
+                                               std::max(groups_of(n.keys), groups_of(n.width)))),
         scores_(thread_scratch<float, ForScores>(groups_of(n.keys) * kGroup)),
         levels_(thread_scratch<int16_t, ForLevels>(kQueries * level_stride())) {}
 
   void load(int64_t sequence, int64_t head) {
     sequence_ = sequence;
     head_ = head;
-    const int64_t shared = n_.key_head(head), pairs = pairs_of(n_.depth);
+    const int64_t shared = n_.key_head(head);
     for (int64_t j = 0; j < groups_of(n_.keys) * kGroup; ++j) {
       int16_t* to = keys_ + j / kGroup * kGroup * key_stride() + j % kGroup * 2;
-      if (j >= n_.keys) {
-        for (int64_t p = 0; p < pairs; ++p)
-          to[p * kGroup * 2] = to[p * kGroup * 2 + 1] = 0;
-        continue;
-      }
-      const uint8_t* from = k_.at(sequence, j) + shared * n_.depth;
-      for (int64_t c = 0; c < 2 * pairs; ++c)
-        to[c / 2 * kGroup * 2 + c % 2] =
-            c < n_.depth ? static_cast<int16_t>(from[c] - s_.zero_k) : int16_t{0};
+      const uint8_t* from = j < n_.keys ? k_.at(sequence, j) + shared * n_.depth : nullptr;
+      spread_pairs(from, n_.depth, s_.zero_k, to);
     }
-    for (int64_t j = 0; j < value_stride(); ++j) {
-      const uint8_t* from =
-          j < n_.keys ? v_.at(sequence, j) + shared * n_.width : nullptr;
-      for (int64_t c = 0; c < groups_of(n_.width) * kGroup; ++c)
-        values_[c / kGroup * kGroup * value_stride() + (j / 2 * kGroup + c % kGroup) * 2 + j % 2] =
-            from != nullptr && c < n_.width ? static_cast<int16_t>(from[c] - s_.zero_v)
-                                            : int16_t{0};
+    for (int64_t j = 0; j < n_.keys; j += 2) {
+      const uint8_t* first = v_.at(sequence, j) + shared * n_.width;
+      const uint8_t* second =
+          j + 1 < n_.keys ? v_.at(sequence, j + 1) + shared * n_.width : nullptr;
+      for (int64_t c = 0; c < n_.width; c += kGroup)
+        interleave(first + c, second == nullptr ? nullptr : second + c,
+                   std::min(kGroup, n_.width - c), s_.zero_v,
+                   values_ + c * value_stride() + j * kGroup);
     }
   }
 
@@ -114,9 +139,10 @@ class Head {
   void run(int64_t first, int64_t rows, const Store& store) {
     for (int64_t r = 0; r < rows; ++r) {
       const uint8_t* from = q_.at(sequence_, first + r) + head_ * n_.depth;
-      for (int64_t c = 0; c < key_stride(); ++c)
-        queries_[r * key_stride() + c] =
-            c < n_.depth ? static_cast<int16_t>(from[c] - s_.zero_q) : int16_t{0};
+      int16_t* to = queries_ + r * key_stride();
+      for (int64_t c = 0; c < n_.depth; ++c)
+        to[c] = static_cast<int16_t>(from[c] - s_.zero_q);
+      if (n_.depth % 2 == 1) to[n_.depth] = 0;
     }
     const int64_t met = attended_keys(n_, s_, first + rows - 1);  // by the last of them
     multiply_groups(queries_, key_stride(), keys_, pairs_of(n_.depth), pairs_of(n_.depth), rows,
@@ -126,12 +152,11 @@ class Head {
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t own = attended_keys(n_, s_, first + r);
       int16_t* levels = levels_ + r * level_stride();
-      const int32_t total =
-          kernels.softmax_levels({{sums_ + r * kGroup, rows * kGroup, own},
-                                  s_.scale,
-                                  mask_row(n_, s_, sequence_, head_, first + r),
-                                  scores_,
-                                  levels});
+      const int32_t total = kernels.softmax_levels({{sums_ + r * kGroup, rows * kGroup, own},
+                                                    s_.scale,
+                                                    mask_row(n_, s_, sequence_, head_, first + r),
+                                                    scores_,
+                                                    levels});
       std::fill(levels + groups_of(own) * kGroup, levels + groups_of(met) * kGroup, int16_t{0});
       factors[r] = attention_factor(total, s_.value_scale);
     }
@@ -198,8 +223,8 @@ void attention(const AttentionShape& n, const AttentionSpec& s, ConstImageView q
   const bool bounded = is_bounded(256.0 * std::fabs(static_cast<double>(s.value_scale)), s.finish);
   each_query(n, s, q, k, v, part,
              [&](int64_t sequence, int64_t head, int64_t query, const BlockedSums& sums, float f) {
-               uint8_t* pixel = n.sequences > 1 ? out.pixel(sequence, query)
-                                                : out.pixel(query / w, query % w);
+               uint8_t* pixel =
+                   n.sequences > 1 ? out.pixel(sequence, query) : out.pixel(query / w, query % w);
                kernels.scale_sums(sums, f, bounded, s.finish, pixel + head * n.width);
              });
 }

@@ -39,7 +39,7 @@ class Attention:
         scale: of the scores.
         key_turned: as a matrix product has it.
         result_turned: the result is ``[..., heads, width, queries]``.
-        split: sizes of the scores' first axes where a mask is added, if these are split for it.
+        split: sizes of the scores where a mask is added, if their first axes are split for it.
         joined: sizes that they have again behind it.
         entries: nodes that read query, key or value.
         inner: all nodes from there on, the result among them.
@@ -124,7 +124,9 @@ class _Spelled:
             query, key = (self._scaled(item, product, entries) for item in (query, key))
             inner = frozenset([*self.inner, *entries])
             closed = all(inner.issuperset(node.users) for node in inner - {self.node})
-            if closed and _ranks_agree((query, key, value)):
+            known = not self.split or isinstance(_size(value, -2 if turned else -1), int)
+            known = known and (not self.split or isinstance(_size(query, -1), int))
+            if closed and known and _ranks_agree((query, key, value)):
                 return Attention(
                     self.node, query, key, value, tuple(self.masks), False, self.scale,
                     True, turned, self.split, self.joined, frozenset(entries), inner,
@@ -192,15 +194,13 @@ class _Spelled:
         before, after = info_of(node.args[0]), info_of(node)
         if not isinstance(before, TensorInfo) or not isinstance(after, TensorInfo):
             return False
-        sizes, lengths = node.args[1], after.shape[-2:]
-        if before.shape[-2:] != lengths or not all(isinstance(n, int) for n in lengths):
-            return False
-        if not isinstance(sizes, (list, tuple)):
+        sizes = node.args[1]
+        if before.shape[-2:] != after.shape[-2:] or not isinstance(sizes, (list, tuple)):
             return False
         if not self.joined:
-            self.joined = tuple(sizes[:-2])
+            self.joined = tuple(sizes)
             return not self.masks
-        self.split = tuple(sizes[:-2])
+        self.split = tuple(sizes)
         return len(self.masks) == 1
 
     def _masked(self, node: fx.Node) -> fx.Node | None:
@@ -268,6 +268,11 @@ class _Spelled:
         operand = node.args[0]
         assert isinstance(operand, fx.Node)
         return operand
+
+
+def _size(node: fx.Node, axis: int) -> int | str | None:
+    info = info_of(node)
+    return info.shape[axis] if isinstance(info, TensorInfo) else None
 
 
 def _exchanges(node: fx.Node) -> bool:

@@ -69,6 +69,8 @@ def merge_reshapes(graph: fx.Graph) -> None:
         name = op_name(node)
         if name in ("aten.lift_fresh_copy.default", "aten.lift_fresh.default"):
             node.target = torch.ops.aten.clone.default
+        if name == "aten.mT.default":
+            node.target, node.args = torch.ops.aten.transpose.int, (node.args[0], -2, -1)
         if name in _PADS and not any(node.args[1]):  # type: ignore[arg-type]
             node.replace_all_uses_with(node.args[0])
             continue

@@ -210,9 +210,16 @@ class _Steps:
         turned = (False, found.key_turned, found.result_turned)
         with self.graph.inserting_before(node):
             query, key, value = (
-                self._reshaped(self._exchanged(item) if turn else item, item, turn, found.split)
+                self._exchanged(item) if turn else item
                 for item, turn in zip(operands, turned, strict=True)
             )
+            width = self._size(found.value, -2 if found.result_turned else -1)
+            if found.split:
+                *lead, queries, keys = found.split
+                depth = self._size(found.query, -1)
+                query = self._reshaped(query, [*lead, queries, depth])
+                key = self._reshaped(key, [*lead, keys, depth])
+                value = self._reshaped(value, [*lead, keys, width])
             mask = None
             for item in found.masks:
                 add = torch.ops.aten.add.Tensor
@@ -220,19 +227,17 @@ class _Steps:
         rest = [mask, found.causal, found.scale, *qparams]
         new = self._insert(node, _ops.grid_attention.default, [query, key, value, *rest])
         with self.graph.inserting_before(node):
-            new = self._reshaped(new, node, found.result_turned, found.joined)
+            if found.joined:
+                new = self._reshaped(new, [*found.joined[:-1], width])
             return self._exchanged(new) if found.result_turned else new
 
-    def _reshaped(
-        self, node: fx.Node, like: fx.Node, turned: bool, sizes: tuple[Any, ...]
-    ) -> fx.Node:
-        """With other sizes of the first axes; the last two are those of ``like``."""
-        if not sizes:
-            return node
-        info = info_of(like)
+    def _size(self, node: fx.Node, axis: int) -> int | str:
+        info = info_of(node)
         assert isinstance(info, TensorInfo)
-        last = info.shape[-2:][:: -1 if turned else 1]
-        return self.graph.call_function(torch.ops.aten.reshape.default, (node, [*sizes, *last]))
+        return info.shape[axis]
+
+    def _reshaped(self, node: fx.Node, sizes: list[Any]) -> fx.Node:
+        return self.graph.call_function(torch.ops.aten.reshape.default, (node, sizes))
 
     def _exchanged(self, node: fx.Node) -> fx.Node:
         return self.graph.call_function(torch.ops.aten.transpose.int, (node, -2, -1))

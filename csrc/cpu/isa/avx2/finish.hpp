@@ -9,6 +9,18 @@
 namespace adalayer::cpu {
 namespace {
 
+/// A requantization whose table is looked up for all rows together, behind the levels: in
+/// registers, where byte by byte would cost more than the rest of it.
+template <class Run>
+void with_table_behind(const RequantizeArgs& a, const Run& run) {
+  ConvEpilogue levels = *a.epilogue;
+  levels.finish.table = nullptr;
+  RequantizeArgs plain = a;
+  plain.epilogue = &levels;
+  run(plain);
+  look_up_avx2(a);
+}
+
 struct FinishColumns {
   __m256 scale[2], bias[2], lo, hi, inv_scale, residual_scale;
   __m256i correction[2], residual_zero, zero;

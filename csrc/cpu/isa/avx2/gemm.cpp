@@ -137,6 +137,13 @@ void gemm_avx2(const GemmArgs& g) {
 }
 
 void gemm_requantize_avx2(const GemmArgs& g, const RequantizeArgs& q, Requantize requantize) {
+  if (q.epilogue->finish.table != nullptr) {
+    RequantizeArgs all = q;
+    all.rows = g.rows;
+    all.tiles = g.tile1 == nullptr ? 1 : 2;
+    return with_table_behind(
+        all, [&](const RequantizeArgs& plain) { gemm_requantize_avx2(g, plain, requantize); });
+  }
   if (!g.arranged) return with_form(g, [&](auto form) { gemm_requantize(g, q, requantize, form); });
   if (!gemm_requantize_short_avx2(g, q, requantize))
     gemm_requantize_arranged_avx2(g, q, requantize);

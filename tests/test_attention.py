@@ -1,0 +1,363 @@
+"""Attention: found in graphs, the operator's law, and modules, simulation and engine alike."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers_engine import compiled
+from torch import Tensor, nn
+
+import adalayer_native as ada
+from adalayer_native.capture.attention import attentions
+from adalayer_native.engine import Engine
+from adalayer_native.errors import FileFormatError
+from adalayer_native.files import save
+from adalayer_native.quantization import restore
+
+LENGTH, WIDTH, HEADS = 9, 16, 4
+INFINITY = math.inf
+
+grid_attention = torch.ops.adalayer.grid_attention.default
+
+
+def tokens(batch: int = 2, length: int = LENGTH, width: int = WIDTH, seed: int = 0) -> Tensor:
+    return torch.randn(batch, length, width, generator=torch.Generator().manual_seed(seed))
+
+
+def torch_operators(engine: Engine) -> list[str]:
+    """What the engine leaves to torch."""
+    return [row.op for row in engine.coverage().rows if row.kind == "torch"]
+
+
+# -- the operator ---------------------------------------------------------------------------------
+
+GRIDS = ((0.03, 128), (0.02, 100), (0.05, 3))
+
+
+def on_grid(shape: tuple[int, ...], grid: tuple[float, int], seed: int) -> tuple[Tensor, Tensor]:
+    """Random values on a grid, and their levels relative to its zero point in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    levels = torch.randint(0, 256, shape, generator=generator) - grid[1]
+    return levels.float() * torch.tensor(grid[0]), levels.double()
+
+
+@pytest.mark.parametrize("lead", [(2, 3), (1, 1), (2, 2, 3)])
+@pytest.mark.parametrize("sizes", [(7, 7, 8, 8), (25, 33, 5, 17), (1, 40, 16, 1)])
+@pytest.mark.parametrize("masked", ["no", "causal", "bool", "heads"])
+def test_the_law(lead: tuple[int, ...], sizes: tuple[int, ...], masked: str) -> None:
+    queries, keys, depth, width = sizes
+    shapes = (queries, depth), (keys, depth), (keys, width)
+    items = [on_grid((*lead, *shape), grid, i) for i, (shape, grid) in enumerate(zip(shapes, GRIDS, strict=True))]
+    qparams = [torch.tensor([scale, float(zero), 8.0]) for scale, zero in GRIDS]
+    scale = 0.4 / math.sqrt(depth)
+    q, k, v = (levels for _, levels in items)
+    scores = q @ k.mT * float(torch.tensor(GRIDS[0][0] * GRIDS[1][0] * scale))
+    mask = None
+    if masked == "bool":
+        mask = torch.rand(queries, keys) > 0.4
+        scores = scores.masked_fill(~mask, -INFINITY)
+    elif masked == "heads":
+        mask = torch.randn(1, lead[-1], queries, keys)
+        scores = scores + mask
+    elif masked == "causal":
+        scores = scores.masked_fill(torch.ones(queries, keys).triu(1) > 0, -INFINITY)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp().nan_to_num()
+    weights = (255 * weights).round()
+    wanted = (weights @ v * GRIDS[2][0] / weights.sum(-1, keepdim=True)).nan_to_num()
+    got = grid_attention(*(x for x, _ in items), mask, masked == "causal", scale, *qparams)
+    assert got.shape == wanted.shape
+    # Where a weight lies half way between two levels, float32 may round it otherwise.
+    assert torch.allclose(got.double(), wanted, atol=0.05 * 255 / 200)
+    assert float((got.double() - wanted).abs().mean()) < 1e-3
+
+
+def test_weights_that_are_all_alike_keep_their_bits() -> None:
+    # A fixed grid of 1 / 255 would round 300 weights of 1 / 300 to one level, or to none.
+    q, k = torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 300, 4)
+    v = torch.arange(300.0).remainder(256).reshape(1, 1, 300, 1)
+    qparams = torch.tensor([1.0, 0.0, 8.0])
+    got = grid_attention(q, k, v, None, False, 1.0, qparams, qparams, qparams)
+    assert float(got) == pytest.approx(float(v.mean()), rel=1e-6)
+
+
+def test_a_query_that_meets_no_key_is_zero() -> None:
+    x, _ = on_grid((1, 1, 3, 4), GRIDS[0], 0)
+    qparams = torch.tensor([*map(float, GRIDS[0]), 8.0])
+    mask = torch.tensor([[True, True, False], [False, False, False], [True, False, True]])
+    got = grid_attention(x, x, x, mask, False, 1.0, qparams, qparams, qparams)
+    assert not got[0, 0, 1].any()
+    assert got[0, 0, 0].any()
+
+
+def test_opcheck() -> None:
+    x, _ = on_grid((2, 2, 5, 4), GRIDS[0], 0)
+    qparams = torch.tensor([*map(float, GRIDS[0]), 8.0])
+    for mask in (None, torch.zeros(5, 5)):
+        torch.library.opcheck(
+            grid_attention, (x, x, x, mask, mask is None, 0.5, qparams, qparams, qparams)
+        )
+
+
+# -- in networks ----------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """Queries, keys and values of one layer, attention, another layer."""
+
+    def __init__(self, heads: int = HEADS, key_heads: int | None = None) -> None:
+        super().__init__()
+        self.heads, self.key_heads = heads, key_heads or heads
+        depth = WIDTH // heads
+        self.q = nn.Linear(WIDTH, WIDTH)
+        self.kv = nn.Linear(WIDTH, 2 * self.key_heads * depth)
+        self.out = nn.Linear(WIDTH, 5)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        batch, length, _ = x.shape
+        q = self.q(x).view(batch, length, self.heads, -1).transpose(1, 2)
+        k, v = self.kv(x).view(batch, length, 2, self.key_heads, -1).permute(2, 0, 3, 1, 4)
+        return q, k, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.attend(*self.split(x))
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class Spelled(Block):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+        return F.dropout(scores.softmax(-1), 0.1, self.training) @ v
+
+
+class ScaledQueries(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(HEADS, LENGTH, LENGTH))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = torch.matmul(q * 0.5, k.permute(0, 1, 3, 2)) + self.bias
+        return torch.softmax(scores, dim=-1).matmul(v)
+
+
+class Turned(Block):
+    """As in detectors: values times transposed weights."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = (q @ k.mT * 0.5).softmax(-1)
+        return (v.mT @ weights.mT).mT
+
+
+class Causal(Block):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3)
+
+
+class Masked(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.rand(1, 1, LENGTH, LENGTH) > 0.3)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, self.mask)
+
+
+class FewKeys(Block):
+    def __init__(self) -> None:
+        super().__init__(4, 2)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+class Across(nn.Module):
+    """Two sequences of different lengths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.out = nn.Linear(WIDTH, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        short = x[:, :4]
+        q, k, v = self.q(short), self.k(x), self.v(x)
+        return self.out(F.scaled_dot_product_attention(q, k, v))
+
+
+class Windows(nn.Module):
+    """Pixels in windows of 2 x 2, one of which hides a key, as in shifted windows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, 5)
+        self.bias = nn.Parameter(torch.randn(1, HEADS, 4, 4))
+        mask = torch.zeros(6, 1, 4, 4)
+        mask[2, :, :, 1] = -100.0
+        self.register_buffer("mask", mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, h, w, c = x.shape
+        x = x.view(batch, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 2, 4, 5).reshape(-1, 4, c)
+        qkv = self.qkv(x).reshape(-1, 4, 3, HEADS, c // HEADS).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        scores = (q * 0.5) @ k.transpose(-2, -1) + self.bias
+        scores = scores.view(batch, 6, HEADS, 4, 4) + self.mask
+        weights = scores.view(-1, HEADS, 4, 4).softmax(-1)
+        y = (weights @ v).transpose(1, 2).reshape(-1, 4, c)
+        y = self.out(y).view(batch, h // 2, w // 2, 2, 2, 5).permute(0, 1, 3, 2, 4, 5)
+        return y.reshape(batch, h, w, 5)
+
+
+class Pixels(nn.Module):
+    """Attention over the pixels of an image, channels first, heads outermost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Conv2d(3, 2 * 20, 1), nn.Conv2d(16, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, _, h, w = x.shape
+        q, k, v = self.qkv(x).view(batch, 2, 20, h * w).split([6, 6, 8], 2)
+        weights = (q.transpose(-2, -1) @ k * 0.4).softmax(-1)
+        y = (v @ weights.transpose(-2, -1)).view(batch, 16, h, w)
+        return self.out(y)
+
+
+NETWORKS: dict[str, Any] = {
+    "operator": (Block, tokens),
+    "one head": (lambda: Block(1), tokens),
+    "spelled out": (Spelled, tokens),
+    "scaled queries": (ScaledQueries, tokens),
+    "turned": (Turned, tokens),
+    "causal": (Causal, tokens),
+    "bool mask": (Masked, tokens),
+    "few heads of keys": (FewKeys, tokens),
+    "across": (Across, tokens),
+    "windows": (Windows, lambda: torch.randn(2, 4, 6, WIDTH)),
+    "pixels": (Pixels, lambda: torch.randn(2, 3, 3, 4)),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_modules_simulation_and_engine_agree(name: str) -> None:
+    torch.manual_seed(1)
+    make, example = NETWORKS[name]
+    model, x = make().eval(), example()
+    native, engine = compiled(model, x)
+    assert not torch_operators(engine)
+    assert any(row.op == "attention" for row in engine.coverage().rows)
+    with torch.no_grad():
+        wanted = model(x)
+        more = torch.cat([x, x.flip(0), 2 * x])
+        assert torch.equal(engine(more), native(more))
+        assert F.cosine_similarity(native(x).flatten(), wanted.flatten(), 0) > 0.99
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_torchs_own_module(need_weights: bool, batch_first: bool) -> None:
+    """Its tokens come before the batch for a while, or all the time."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(WIDTH, WIDTH)
+            self.attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=batch_first)
+            self.last = nn.Linear(WIDTH, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            y = y if batch_first else y.transpose(0, 1)
+            y, _ = self.attention(y, y, y, need_weights=need_weights)
+            return self.last(y if batch_first else y.transpose(0, 1))
+
+    torch.manual_seed(2)
+    x = tokens()
+    native, engine = compiled(Net().eval(), x)
+    if not need_weights:  # (their mean over the heads is computed, read or not)
+        assert not torch_operators(engine)
+    assert torch.equal(engine(x[:1]), native(x[:1]))
+
+
+def test_a_transformer_layer_is_one_program(tmp_path: Any) -> None:
+    torch.manual_seed(3)
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 24, batch_first=True, norm_first=True)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(WIDTH, 3))
+    x = tokens(length=33)
+    native, engine = compiled(model.eval(), x)
+    assert not torch_operators(engine)
+    engine.save(tmp_path / "model.ada")
+    loaded = ada.load(tmp_path / "model.ada")
+    assert torch.equal(loaded(x), native(x))
+    assert (tmp_path / "model.ada").read_bytes()[10:12] == b"\2\0"  # format 1.2
+
+
+def test_scores_that_somebody_reads_are_no_attention() -> None:
+    class Shown(Block):
+        def forward(self, x: Tensor) -> Any:
+            q, k, v = self.split(x)
+            weights = (q @ k.mT).softmax(-1)
+            return self.out((weights @ v).transpose(1, 2).flatten(2)), weights
+
+    torch.manual_seed(4)
+    graph = ada.capture(Shown().eval(), tokens())
+    assert not attentions(graph)
+
+
+@pytest.mark.parametrize(
+    "attend",
+    [
+        lambda q, k, v: (q @ k.mT).softmax(-2) @ v,  # over the queries
+        lambda q, k, v: ((q @ k.mT + 1.5) * 2).softmax(-1) @ v,
+        lambda q, k, v: (q @ k.mT).sigmoid() @ v,
+        lambda q, k, v: (q @ k.mT + q.sum(-1, keepdim=True)).softmax(-1) @ v,
+    ],
+)
+def test_what_is_spelled_otherwise_is_computed_as_it_says(attend: Any) -> None:
+    class Other(Block):
+        def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            result: Tensor = attend(q, k, v)
+            return result
+
+    torch.manual_seed(5)
+    model, x = Other().eval(), tokens()
+    native, engine = compiled(model, x)
+    with torch.no_grad():
+        assert F.cosine_similarity(native(x).flatten(), model(x).flatten(), 0) > 0.97
+        assert torch.equal(engine(x), native(x))
+
+
+def test_a_mask_that_is_computed_stays_in_torch() -> None:
+    class Padded(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.split(x)
+            seen = (x.abs().sum(-1) > 12)[:, None, None, :]
+            y = F.scaled_dot_product_attention(q, k, v, seen)
+            return self.out(y.transpose(1, 2).flatten(2))
+
+    torch.manual_seed(6)
+    x = tokens()
+    native, engine = compiled(Padded().eval(), x)
+    assert "adalayer.grid_attention.default" in torch_operators(engine)
+    assert torch.equal(engine(x), native(x))
+
+
+def test_files_of_attention(tmp_path: Any) -> None:
+    torch.manual_seed(7)
+    model, x = Block().eval(), tokens()
+    native, engine = compiled(model, x)
+    save(native, tmp_path / "model.safetensors")
+    restored = restore(model, tmp_path / "model.safetensors", x)
+    assert torch.equal(restored(x), native(x))
+    engine.save(tmp_path / "model.ada")
+    data = bytearray((tmp_path / "model.ada").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "model.ada").write_bytes(data)
+    with pytest.raises(FileFormatError):
+        ada.load(tmp_path / "model.ada")
