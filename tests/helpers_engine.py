@@ -98,6 +98,9 @@ def _interpret(
             return batch
         if node not in values and isinstance(size, (int, torch.SymInt)):
             return node.target(*fx.map_arg(node.args, value))  # type: ignore[operator]
+        if node not in values and exported.constant(node) is not None:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return values[node]
 
     for node in part.nodes:

@@ -23,6 +23,8 @@ enum class Kernel : int {
   Softmax,
   FunctionFloats,
   CombineFloats,
+  AffineImage,
+  GroupNorm,
   Depthwise,
   Direct,
 };

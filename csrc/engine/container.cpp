@@ -241,7 +241,7 @@ void read_nodes(const Sections& sections, Program& p) {
     Reader f = r.record("a node");
     Node node;
     const auto op = f.get<uint32_t>("a node's operation");
-    if (op >= kOpKinds)
+    if (op >= kOpKinds || !is_operation(static_cast<OpKind>(op)))
       f.bad("node ", k, ": operation ", op, " is unknown to format ",
             version_text(kAdaMajor, kAdaMinor), "; the file is of format ", sections.version);
     node.op = static_cast<OpKind>(op);
@@ -414,9 +414,9 @@ namespace {
 /// The first minor version that has all operations of a program, so that older libraries read
 /// what they can run.
 uint16_t needed_minor(const Program& p) {
-  const bool later = std::any_of(p.nodes.begin(), p.nodes.end(),
-                                 [](const Node& n) { return n.op >= OpKind::Rearrange; });
-  return later ? 1 : 0;
+  const auto has = [&](const auto& of) { return std::any_of(p.nodes.begin(), p.nodes.end(), of); };
+  if (has([](const Node& n) { return n.op > OpKind::Combine; })) return 2;
+  return has([](const Node& n) { return n.op >= OpKind::Rearrange; }) ? 1 : 0;
 }
 
 }  // namespace

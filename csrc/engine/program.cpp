@@ -10,7 +10,8 @@ constexpr const char* kNames[kOpKinds] = {
     "quantize", "dequantize", "conv",     "conv_transpose", "lookup",     "add",
     "mul",      "affine",     "concat",   "max_pool",       "avg_pool",   "adaptive_avg_pool",
     "slice",    "gather",     "pad",      "resize",         "layer_norm", "reshape",
-    "softmax",  "rearrange",  "function", "combine"};
+    "softmax",  "rearrange",  "function", "combine",        "",           "affine_image",
+    "constant", "join",       "",         "group_norm"};
 
 int32_t small(int64_t v) { return static_cast<int32_t>(v); }
 
@@ -38,14 +39,18 @@ U8Finish finish_from(const Program& p, const Node& n, size_t at, int32_t table) 
 
 }  // namespace
 
-const char* op_name(OpKind op) {
+bool is_operation(OpKind op) {
   const auto k = static_cast<size_t>(op);
-  return k < kOpKinds ? kNames[k] : "unknown";
+  return k < kOpKinds && kNames[k][0] != '\0';
+}
+
+const char* op_name(OpKind op) {
+  return is_operation(op) ? kNames[static_cast<size_t>(op)] : "unknown";
 }
 
 OpKind op_from_name(std::string_view name) {
   for (int k = 0; k < kOpKinds; ++k)
-    if (name == kNames[k]) return static_cast<OpKind>(k);
+    if (is_operation(static_cast<OpKind>(k)) && name == kNames[k]) return static_cast<OpKind>(k);
   fail<InvalidArgument>("unknown operation \"", name, "\"");
 }
 
@@ -130,6 +135,10 @@ U8Finish node_finish(const Program& p, const Node& n) {
       return finish_from(p, n, 1, -1);
     case OpKind::LayerNorm:
       return finish_from(p, n, 0, -1);
+    case OpKind::AffineImage:
+      return finish_from(p, n, 0, n.constants[2]);
+    case OpKind::GroupNorm:
+      return finish_from(p, n, 1, -1);
     default:
       fail<InvalidArgument>(op_name(n.op), " has no finish");
   }
@@ -146,6 +155,13 @@ PairSpec pair_spec(const Program& p, const Node& n) {
 
 AffineSpec affine_spec(const Program& p, const Node& n) {
   return {floats(p, n.constants[0]), floats(p, n.constants[1]), node_finish(p, n)};
+}
+
+AffineImageSpec affine_image_spec(const Program& p, const Node& n) {
+  const auto channels = static_cast<size_t>(first_input(p, n).c);
+  const auto scale = p.constants[n.constants[0]].f32(), bias = p.constants[n.constants[1]].f32();
+  return {scale.data(), bias.data(), scale.size() != channels, bias.size() != channels,
+          node_finish(p, n)};
 }
 
 PoolSpec pool_spec(const Program& p, const Node& n) {
@@ -200,6 +216,10 @@ LayerNormSpec layer_norm_spec(const Program& p, const Node& n) {
   s.beta = floats(p, n.constants[1]);
   s.finish = node_finish(p, n);
   return s;
+}
+
+GroupNormSpec group_norm_spec(const Program& p, const Node& n) {
+  return {n.ints[0], layer_norm_spec(p, n)};
 }
 
 }  // namespace adalayer::engine

@@ -42,8 +42,11 @@ struct Value {
 /// operation does not use are present all the same and in range.
 ///
 /// Operations that move levels (Slice, Gather, Pad, MaxPool, Reshape, Rearrange, nearest Resize,
-/// and Concat where it has no table) have the grid of their input as the grid of their output. No
-/// level that a program computes exceeds the qmax of its value.
+/// and Concat and Join where they have no table) have the grid of their input as the grid of their
+/// output. No level that a program computes exceeds the qmax of its value.
+///
+/// Constants as large as an image are in the order in which images lie in memory: rows, columns,
+/// channels.
 ///
 /// operation   inputs      ints                                  floats             constants
 enum class OpKind : uint8_t {
@@ -93,9 +96,20 @@ enum class OpKind : uint8_t {
   // f32 -> f32, behind the last quantized layer: a FloatFunction; a FloatPair of equal shapes.
   Function = 20,  // x       function                             a b                -
   Combine = 21,   // a b     pair                                 -                  -
+  // 22 and 26 are taken.
+  // As Affine; scale and bias have an entry per channel or per element of the image.
+  AffineImage = 23,  // x    finish                              inv            scale bias [table]
+  // The same levels for every image: no inputs.
+  Constant = 24,  // -       -                                    -             levels u8 [H*W*C]
+  // As Concat, along an axis (1 = h, 2 = w).
+  Join = 25,  //     x ...   axis                                 -        one [table] per input
+  // Over h x w and the channels of each group.
+  GroupNorm = 27,  // x      groups finish                       inv eps            gamma beta
 };
-constexpr int kOpKinds = 22;
+constexpr int kOpKinds = 28;
 
+/// Whether an operation has that number: not all of them are in use.
+bool is_operation(OpKind op);
 /// "conv", "avg_pool", ...; and back, throwing InvalidArgument for an unknown name.
 const char* op_name(OpKind op);
 OpKind op_from_name(std::string_view name);
@@ -189,10 +203,12 @@ RearrangeSpec rearrange_spec(const Program& program, const Node& node);
 /// Add and Mul.
 PairSpec pair_spec(const Program& program, const Node& node);
 AffineSpec affine_spec(const Program& program, const Node& node);
+AffineImageSpec affine_image_spec(const Program& program, const Node& node);
 /// MaxPool, AvgPool, AdaptiveAvgPool.
 PoolSpec pool_spec(const Program& program, const Node& node);
 ResizeSpec resize_spec(const Program& program, const Node& node);
 LayerNormSpec layer_norm_spec(const Program& program, const Node& node);
+GroupNormSpec group_norm_spec(const Program& program, const Node& node);
 FloatFunctionSpec function_spec(const Node& node);
 
 }  // namespace adalayer::engine

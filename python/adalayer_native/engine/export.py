@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from adalayer_native.capture.exporting import Export
 from adalayer_native.capture.exporting import export as export_model
 from adalayer_native.capture.opaque import OPAQUE, Call
 from adalayer_native.capture.tidying import drop_checks, drop_dead, merge_reshapes, plain_norms
-from adalayer_native.capture.vocabulary import attribute, op_name
+from adalayer_native.capture.vocabulary import RESHAPES, arguments, attribute, op_name
 from adalayer_native.errors import InputError, UnsupportedModelError
 
 __all__ = ["Exported", "export", "layer_name", "op_name"]
@@ -42,10 +42,49 @@ class Exported:
     in_spec: Any
     out_spec: Any
     calls: dict[str, Call]
+    _constants: dict[fx.Node, Tensor | None] = field(default_factory=dict, repr=False)
 
     def tensor(self, node: fx.Node) -> Tensor:
         """The parameter or buffer of a ``get_attr`` node."""
         return attribute(self.module, str(node.target))
+
+    def constant(self, node: Any) -> Tensor | None:
+        """A tensor that is the same for all samples; None for all others.
+
+        Parameters are, and what follows from them and the size of the batch alone: then its first
+        axis is the batch, which has size 1 here.
+        """
+        if not isinstance(node, fx.Node):
+            return None
+        if node.op == "get_attr":
+            return self.tensor(node)
+        if node not in self._constants:
+            self._constants[node] = self._fixed(node)
+        return self._constants[node]
+
+    def _fixed(self, node: fx.Node) -> Tensor | None:
+        if node.op != "call_function" or self.folds(node) != 1:
+            return None
+        name, sizes = op_name(node), self.sizes(node)
+        value = node.meta["val"]
+        if sizes is None or value.dtype != torch.float32:
+            return None
+        if name in _FILLS:
+            fill = _FILLS[name]
+            number = fill if isinstance(fill, float) else arguments(node)["fill_value"]
+            return torch.full((1, *sizes), float(number)) if _is_number(number) else None
+        if name not in _FIXED:
+            return None
+        known: dict[fx.Node, Any] = {}
+        for item in node.all_input_nodes:
+            known[item] = 1 if self.is_batch(item.meta.get("val")) else self.constant(item)
+            if known[item] is None:
+                return None
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda item: known[item])
+        with torch.no_grad():
+            result = node.target(*args, **kwargs)  # type: ignore[operator]
+        assert isinstance(result, Tensor)
+        return result if tuple(result.shape) == (1, *sizes) else None
 
     def is_batch(self, value: Any) -> bool:
         """Whether a size is the batch's."""
@@ -173,7 +212,32 @@ _FACTORIES = frozenset(
         "arange.start_step", "eye.default", "scalar_tensor.default", "linspace.default",
     )
 )  # fmt: skip
+# Operators that fill a tensor with a number, whatever they read.
+_FILLS: dict[str, float | None] = {
+    f"aten.{name}.default": fill
+    for names, fill in (
+        (("zeros", "zeros_like", "new_zeros"), 0.0),
+        (("ones", "ones_like", "new_ones"), 1.0),
+        (("full", "full_like", "new_full"), None),
+    )
+    for name in names
+}
+# Operators that give constants the axis of the batch, and those whose result then has the same bits
+# for every sample and every size of the batch.
+_FIXED = RESHAPES | frozenset(
+    f"aten.{name}"
+    for name in (
+        "expand.default", "repeat.default", "unsqueeze.default", "squeeze.dim", "squeeze.dims",
+        "permute.default", "transpose.int", "slice.Tensor", "select.int", "flip.default",
+        "clone.default", "contiguous.default", "alias.default", "detach.default",
+        "cat.default", "neg.default", "add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor",
+    )
+) | {"adalayer.fake_quantize.default"}  # fmt: skip
 _SCALARS = (torch.SymFloat, torch.SymInt, torch.SymBool, int, float, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float))
 
 
 def fold_constants(module: fx.GraphModule) -> None:

@@ -23,18 +23,20 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from adalayer_native import ops
 from adalayer_native.engine.export import Exported, layer_name, op_name
 from adalayer_native.engine.grids import Grid, Want
 from adalayer_native.engine.program import Program, Value, shorten
 from adalayer_native.engine.views import (
-    Atom,
     Dims,
     Positions,
     Ref,
     Size,
+    arranged_as,
     axes_of,
     channel_order,
     image_dims,
+    in_order,
     merged,
     offsets,
     outer_sum,
@@ -153,6 +155,9 @@ class Lowering:
             raise CannotLower(None, f"expected a tensor operand, got {node!r}")
         key = (node, want)
         if key not in self._u8:
+            constant = self.parameter(node)
+            if constant is not None:
+                return self.levels(node, constant, want)
             ref = self._find_u8(node, want)
             self._u8[key] = ref
             self.origins.setdefault(self.value(ref).name, (node, ref.dims, want))
@@ -299,6 +304,30 @@ class Lowering:
         constants = [self.program.table(table)]
         return self.emit("lookup", name, [ref.value], ref, want, constants=constants)
 
+    def levels(
+        self, node: fx.Node, constant: Tensor, want: Want, like: tuple[Size, Dims] | None = None
+    ) -> Ref:
+        """A constant of one sample, ``[1, ...]``, on the wanted grid.
+
+        Args:
+            like: size and view that it gets; by default those of a copy.
+        """
+        if not constant.dim() or constant.shape[0] != 1 or constant.dtype != torch.float32:
+            raise CannotLower(None, f"a constant of {list(constant.shape)} among its operands")
+        sizes = constant.shape[1:]
+        if like is None:
+            axes = "chw" if len(sizes) == 3 else rows_of(((),) * len(sizes))
+            like = arranged_as(axes, sizes)
+        size, dims = like
+        grid = want.grid
+        values = constant.clamp(want.lo, want.hi).contiguous()
+        found = ops.quantize(values, grid.scale, grid.zero_point, grid.bits).numpy()
+        in_memory = self.program.u8(in_order(found, dims, size))
+        number = self.program.node(
+            "constant", self.name(node), [], size, grid, constants=[in_memory]
+        )
+        return Ref(number, dims)
+
     # -- layouts ------------------------------------------------------------------------------
 
     def plain(self, ref: Ref, name: str) -> Ref:
@@ -364,15 +393,10 @@ class Lowering:
         groups = [[k for k, axis in enumerate(axes) if axis == part] for part in "chw"]
         places = [offsets(atoms)[picked.get(k, slice(None))] for k, atoms in enumerate(ref.dims)]
         tables = [outer_sum(places[k] for k in group) for group in groups]
-        size: Size = tuple(len(table) for table in tables)  # type: ignore[assignment]
+        size, dims = arranged_as(axes, [len(item) for item in places])
         constants = [self.program.i32(table) for table in tables]
         number = self.program.node("rearrange", name, [ref.value], size, grid, constants=constants)
-        dims: list[tuple[Atom, ...]] = [()] * len(axes)
-        for group, stride in zip(groups, (size[1] * size[2], size[2], 1), strict=True):
-            for axis in reversed(group):
-                dims[axis] = merged([(len(places[axis]), stride)])
-                stride *= len(places[axis])
-        return Ref(number, tuple(dims))
+        return Ref(number, dims)
 
     def sizes(self, node: fx.Node) -> tuple[int, ...]:
         """Sizes of a node's tensor without the batch."""
@@ -382,9 +406,9 @@ class Lowering:
         return sizes
 
     def parameter(self, node: Any) -> Tensor | None:
-        """A parameter, buffer or number operand as a tensor; None for computed ones."""
+        """A number operand or one that is the same for all samples as a tensor; None for others."""
         if isinstance(node, fx.Node):
-            return self.exported.tensor(node) if node.op == "get_attr" else None
+            return self.exported.constant(node)
         return torch.tensor(float(node)) if isinstance(node, (int, float)) else None
 
 

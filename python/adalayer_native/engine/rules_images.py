@@ -29,44 +29,116 @@ from adalayer_native.ops.resizing import linear_tables, nearest_tables
 # -- concatenation and padding --------------------------------------------------------------------
 
 
+def _axes_to_join(dims: Dims, size: Size, place: int) -> list[str] | None:
+    """Axes of a value that the axes of its view are, the one at ``place`` alone; None if not so."""
+    axes = axes_of(dims, size)
+    if axes is None or len(axes[place]) > 1:
+        return None
+    if not axes[place]:  # any axis of size 1
+        spare = [axis for axis in "chw" if axis not in "".join(axes)]
+        axes[place] = spare[0] if spare else ""
+    return axes if axes[place] else None
+
+
+def _copied_axes(rank: int, place: int) -> list[str]:
+    """Axes of copies for tensors whose views have nothing in common."""
+    if rank <= 3:
+        return list("chw" if rank == 3 else "hc"[-rank:])
+    axes = ["w"] * rank
+    axes[-1] = "c"
+    axes[place] = "h" if place < rank - 1 else "c"
+    return axes
+
+
+def _joined(
+    low: Lowering, node: fx.Node, items: Sequence[Any], refs: dict[int, Ref], place: int, want: Want
+) -> Ref:
+    """Values and constants along one axis of their views.
+
+    Args:
+        items: operands.
+        refs: those of them that are computed, by position, on the wanted grid.
+        place: number of the axis.
+    """
+    largest = max(refs.values(), key=lambda ref: math.prod(low.size(ref)))
+    rank = len(largest.dims)
+    if any(len(ref.dims) != rank for ref in refs.values()):
+        raise CannotLower(node, "its operands differ in their number of axes")
+    axes = _axes_to_join(largest.dims, low.size(largest), place)
+    like = None if axes is None else low.size(largest)
+
+    def fits(ref: Ref, axes: list[str], like: Size) -> bool:
+        size = low.size(ref)
+        others = [k for k in range(3) if "chw"[k] != axes[place]]
+        return ref.dims == built(axes, size) and all(size[k] == like[k] for k in others)
+
+    if axes is None or not all(fits(ref, axes, low.size(largest)) for ref in refs.values()):
+        if axes is None or any(len(name) > 1 for name in axes):
+            axes, like = _copied_axes(rank, place), None
+        spare = [axis for axis in "chw" if axis not in axes]
+        letters = "".join(name or spare.pop(0) for name in axes)
+        for position, ref in refs.items():
+            if like is None or not fits(ref, axes, like):
+                refs[position] = low.arranged(ref, low.name(node, "reorder"), letters)
+        like = low.size(next(iter(refs.values())))
+    assert like is not None
+    along = "chw".index(axes[place])
+    for position, item in enumerate(items):
+        constant = None if position in refs else low.parameter(item)
+        if constant is not None:
+            size = list(like)
+            size[along] = int(constant.shape[place + 1])
+            form: Size = (size[0], size[1], size[2])
+            if math.prod(form) != constant.numel():
+                raise CannotLower(node, f"a constant of {list(constant.shape)} among its operands")
+            refs[position] = low.levels(item, constant, want, (form, built(axes, form)))
+    parts = [refs[position] for position in range(len(items))]
+    total = list(like)
+    total[along] = sum(low.size(ref)[along] for ref in parts)
+    whole: Size = (total[0], total[1], total[2])
+    number = low.program.node(
+        "join" if along else "concat",
+        low.name(node),
+        [ref.value for ref in parts],
+        whole,
+        want.grid,
+        ints=[along] if along else [],
+        constants=[-1] * len(parts),
+    )
+    return Ref(number, built(axes, whole))
+
+
 def _cat(low: Lowering, node: fx.Node, want: Want) -> Ref:
     items, axis = node.args[0], int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
     assert isinstance(items, (list, tuple))
-    axis = axis_of(low, node, axis)
-    refs: list[Ref] = []
-    layouts = set()
-    for item in items:
-        ref = low.u8(item, want)
-        if (
-            channel_axis(ref.dims, low.size(ref)) != axis
-            or axes_of(ref.dims, low.size(ref)) is None
-        ):
-            ref = low.plain(ref, low.name(node, "reorder"))
-        refs.append(ref)
-        if axis != 0 or len(ref.dims) not in (1, 3):
-            layouts.add(tuple(axes_of(ref.dims, low.size(ref)) or ()))
-        if channel_axis(ref.dims, low.size(ref)) != axis:
-            raise CannotLower(node, "a concatenation along an axis that is not the channels")
-    if len(layouts) > 1 or len({low.size(ref)[1:] for ref in refs}) != 1:
-        raise CannotLower(node, "a concatenation of tensors whose axes differ in order or size")
-    size = (sum(low.size(ref)[0] for ref in refs), *low.size(refs[0])[1:])
-    number = low.program.node(
-        "concat",
-        low.name(node),
-        [ref.value for ref in refs],
-        size,
-        want.grid,
-        constants=[-1] * len(refs),
-    )
-    if layouts:
-        axes = list(layouts.pop())
-        axes[axis] = "c"
-        return Ref(number, built(axes, size))
-    return Ref(number, image_dims(size)[: len(refs[0].dims)])
+    computed = [k for k, item in enumerate(items) if low.parameter(item) is None]
+    rank = node.meta["val"].dim()
+    if axis % rank == 0:
+        raise CannotLower(node, "it works along the batch")
+    refs = {k: low.u8(items[k], want) for k in computed}
+    return _joined(low, node, items, refs, axis % rank - 1, want)
 
 
 RULES["aten.cat.default"] = Rule(_cat)
 RULES["aten.concat.default"] = Rule(_cat)
+
+
+def _stack(low: Lowering, node: fx.Node, want: Want) -> Ref:
+    items, axis = node.args[0], int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
+    assert isinstance(items, (list, tuple))
+    place = axis % node.meta["val"].dim() - 1
+    if place < 0:
+        raise CannotLower(node, "it works along the batch")
+    if any(low.parameter(item) is not None for item in items):
+        raise CannotLower(node, "a constant among what it stacks")
+    refs = {}
+    for position, item in enumerate(items):
+        ref = low.u8(item, want)
+        refs[position] = Ref(ref.value, (*ref.dims[:place], (), *ref.dims[place:]))
+    return _joined(low, node, items, refs, place, want)
+
+
+RULES["aten.stack.default"] = Rule(_stack)
 
 
 def _pad_grid(grids: Grids, node: fx.Node) -> Grid | None:

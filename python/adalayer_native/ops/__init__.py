@@ -90,6 +90,10 @@ _library.define(
     " -> Tensor"
 )
 _library.define(
+    "grid_group_norm(Tensor input, int num_groups, Tensor? weight, Tensor? bias, float eps, "
+    "Tensor qparams) -> Tensor"
+)
+_library.define(
     "grid_line(Tensor input, Tensor constant, str kind, float alpha, bool left, Tensor qparams)"
     " -> Tensor"
 )
@@ -110,6 +114,7 @@ _library.define("exact_function(Tensor input, str kind) -> Tensor")
 for _function, _fake in (
     (norms.grid_batch_norm, norms.norm_fake),
     (norms.grid_layer_norm, norms.norm_fake),
+    (norms.grid_group_norm, norms.norm_fake),
     (norms.grid_line, norms.norm_fake),
     (averages.exact_avg_pool2d, averages.fake_avg_pool2d),
     (averages.exact_adaptive_avg_pool2d, averages.fake_adaptive_avg_pool2d),

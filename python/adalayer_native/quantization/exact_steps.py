@@ -113,8 +113,15 @@ class _Steps:
         rest = [a["weight"], a["bias"], a["eps"]]
         return self._on_grid(node, _ops.grid_layer_norm.default, rest)
 
+    def _group_norm(self, node: fx.Node) -> fx.Node | None:
+        a = table.arguments(node)
+        if not self._becomes_levels(node):
+            return None
+        rest = [a["num_groups"], a["weight"], a["bias"], a["eps"]]
+        return self._on_grid(node, _ops.grid_group_norm.default, rest)
+
     def _line(self, node: fx.Node, kind: str) -> fx.Node | None:
-        """A value on a grid and a constant with one axis, which the engine takes per channel."""
+        """A value on a grid and a constant with more than one element."""
         a = table.arguments(node)
         left = a["self"] in self.constants
         operand, constant = (a["other"], a["self"]) if left else (a["self"], a["other"])
@@ -122,7 +129,7 @@ class _Steps:
         if (
             constant not in self.constants
             or not isinstance(info, TensorInfo)
-            or sum(size != 1 for size in info.shape) != 1
+            or all(size == 1 for size in info.shape)
             or (kind == "div" and left)
             or info_of(operand) != info_of(node)
             or not self._becomes_levels(node)
@@ -251,6 +258,7 @@ _MAKERS: dict[str, Callable[[_Steps, fx.Node], fx.Node | None]] = {
     "aten.avg_pool2d.default": _Steps._avg_pool,
     "aten.adaptive_avg_pool2d.default": _Steps._adaptive,
     "aten.mean.dim": _Steps._mean,
+    "aten.group_norm.default": _Steps._group_norm,
     "aten.upsample_bilinear2d.vec": _Steps._bilinear,
     "aten.upsample_bilinear2d.default": _Steps._bilinear,
     "aten.softmax.int": _Steps._softmax,
