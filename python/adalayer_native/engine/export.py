@@ -67,20 +67,21 @@ class Exported:
             return None
         name, sizes = op_name(node), self.sizes(node)
         value = node.meta["val"]
-        if sizes is None or value.dtype != torch.float32:
+        if sizes is None:
             return None
         if name in _FILLS:
             fill = _FILLS[name]
             number = fill if isinstance(fill, float) else arguments(node)["fill_value"]
-            return torch.full((1, *sizes), float(number)) if _is_number(number) else None
+            known = _is_number(number)
+            return torch.full((1, *sizes), number, dtype=value.dtype) if known else None
         if name not in _FIXED:
             return None
-        known: dict[fx.Node, Any] = {}
+        operands: dict[fx.Node, Any] = {}
         for item in node.all_input_nodes:
-            known[item] = 1 if self.is_batch(item.meta.get("val")) else self.constant(item)
-            if known[item] is None:
+            operands[item] = 1 if self.is_batch(item.meta.get("val")) else self.constant(item)
+            if operands[item] is None:
                 return None
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda item: known[item])
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda item: operands[item])
         with torch.no_grad():
             result = node.target(*args, **kwargs)  # type: ignore[operator]
         assert isinstance(result, Tensor)

@@ -1,7 +1,7 @@
 """Steps whose bits depend on how they are computed become operators that compute as the engine.
 
 torch adds up floats in an order of its own and rounds products and sums one by one. Norms, lines
-with a constant per channel, averages, bilinear resizing, and a softmax or another function at the
+with a constant, averages, bilinear resizing, and a softmax or another function at the
 end are therefore operators of ours (ops/norms.py, averages.py, resizing.py, fused.py) in the exact
 simulation and in converted models.
 """
@@ -131,7 +131,7 @@ class _Steps:
             or not isinstance(info, TensorInfo)
             or all(size == 1 for size in info.shape)
             or (kind == "div" and left)
-            or info_of(operand) != info_of(node)
+            or not _same_shape(operand, node)
             or not self._becomes_levels(node)
         ):
             return None
@@ -247,6 +247,15 @@ class _Steps:
             )
 
         return any(self._is_quantizer(reader) for reader in table.readers([node], passes))
+
+
+def _same_shape(left: fx.Node, right: fx.Node) -> bool:
+    """Whether two values have the same sizes in every call."""
+    a, b = info_of(left), info_of(right)
+    if not isinstance(a, TensorInfo) or not isinstance(b, TensorInfo) or a.dtype != b.dtype:
+        return False
+    # (A size may be a number in one and its text in the other.)
+    return list(map(str, a.shape)) == list(map(str, b.shape))
 
 
 def _pair(value: Any) -> list[int]:
