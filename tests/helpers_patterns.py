@@ -200,6 +200,26 @@ class ClassTokens(nn.Module):
         return y[:, 1:145].transpose(1, 2).reshape(x.shape) + y[:, 145:].mean(1)[..., None, None]
 
 
+class TokensFirst(nn.Module):
+    """The batch is the second axis, and once the inner part of the first, as in torch's attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.out, self.norm = nn.Linear(8, 24), nn.Linear(8, 8), nn.LayerNorm(8)
+        self.positions = nn.Parameter(torch.randn(144, 1, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        y = self.norm(x.flatten(2).permute(2, 0, 1) + self.positions)
+        first, second, third = (
+            self.mix(y).unflatten(-1, (3, 8)).unsqueeze(0).transpose(0, -2)[..., 0, :]
+        )
+        z = F.relu(first) * second + third.flip(0)
+        z = z.reshape(h * w, n * 2, 4).transpose(0, 1).reshape(n, 2, h * w, 4)
+        z = self.out(z.permute(2, 0, 1, 3).reshape(h * w * n, c)).reshape(h * w, n, c)
+        return z.permute(1, 2, 0).reshape(n, c, h, w)
+
+
 class Positions(nn.Module):
     """A constant per element, per pixel, per row and channel; and one behind a permutation."""
 
@@ -244,6 +264,7 @@ PATTERNS: dict[str, tuple[Callable[[], Any], int]] = {
     "windows": (Windows, 8),
     "picked": (Picked, 6),
     "class tokens": (ClassTokens, 8),
+    "tokens first": (TokensFirst, 8),
     "positions": (Positions, 8),
     "joins": (lambda: joins, 8),
     "borders": (lambda: borders, 8),
