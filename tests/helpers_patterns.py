@@ -201,7 +201,7 @@ class ClassTokens(nn.Module):
 
 
 class TokensFirst(nn.Module):
-    """The batch is the second axis, and once the inner part of the first, as in torch's attention."""
+    """The batch is the second axis, and once the inner part of the first: torch's attention."""
 
     def __init__(self) -> None:
         super().__init__()
