@@ -98,9 +98,8 @@ def _interpret(
             return batch
         if node not in values and isinstance(size, (int, torch.SymInt)):
             return node.target(*fx.map_arg(node.args, value))  # type: ignore[operator]
-        if node not in values and exported.constant(node) is not None:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), value)
-            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        if node not in values and (constant := exported.constant(node)) is not None:
+            values[node] = constant.expand(batch, *constant.shape[1:])
         return values[node]
 
     for node in part.nodes:

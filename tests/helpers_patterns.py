@@ -242,6 +242,11 @@ def joins(x: Tensor) -> Tensor:
     y = torch.cat([y, -x[..., :3]], dim=3)
     tokens = torch.cat([y.flatten(2), x.flatten(2)], dim=2)
     heads = torch.cat([tokens.reshape(-1, 2, 4, 324), tokens.reshape(-1, 2, 4, 324).flip(1)], 1)
+    deep = heads[..., :144].reshape(-1, 4, 4, 12, 12).transpose(2, 3)
+    deep = torch.cat([deep[:, :2], deep.flip(1), deep[:, 1:2]], dim=1)  # five axes
+    deep = torch.cat([deep[..., :5], deep[..., 5:]], dim=4)
+    deep = torch.cat([deep, deep[:, :, :3]], dim=2)[:, 2:6, 1:13].transpose(2, 3)
+    heads = torch.cat([deep.reshape(-1, 4, 4, 144), heads[..., 100:]], dim=3)
     both = torch.stack([heads[:, 0, :, :144], heads[:, 3, :, :144]], dim=2)  # N, 4, 2, 144
     return torch.stack([both[:, :, 0], both[:, :, 1]], dim=1).reshape(-1, 8, 12, 12)
 

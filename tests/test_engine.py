@@ -57,6 +57,32 @@ def test_pattern(name: str) -> None:
     assert float((got - expected).abs().max()) <= 0.02 * float(expected.abs().max())
 
 
+class Fixed(nn.Module):
+    """Constants along the batch in torch, among results, and beside the size of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.row = nn.Conv2d(3, 4, 1), nn.Parameter(torch.randn(1, 4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = F.relu(self.conv(x)).mean((2, 3))
+        rows = self.row.expand(x.shape[0], -1)
+        both = torch.cat([torch.zeros_like(y), rows, y], 1)
+        sorted_, _ = torch.cat([y, rows, torch.zeros_like(y)], 1).sort(1)
+        return both @ both.T.detach()[:, :1], sorted_, rows.unsqueeze(2).permute(0, 2, 1), rows * 2
+
+
+@torch.no_grad()
+def test_constants_outside_of_programs() -> None:
+    torch.manual_seed(7)
+    x = smooth(3, seed=2)
+    native = native_of(Fixed(), smooth(16, seed=1))
+    engine = ada.compile(native, x, policy="native")
+    for images in (x, x[:1]):
+        for got, expected in zip(engine(images), native(images), strict=True):
+            torch.testing.assert_close(got, expected)
+
+
 class PatchEncoder(nn.Module):
     """torch's own encoder on patches and a class token: its attention has the batch second."""
 

@@ -75,11 +75,12 @@ class Exported:
             number = fill if isinstance(fill, float) else arguments(node)["fill_value"]
             known = _is_number(number)
             return torch.full((1, *sizes), number, dtype=value.dtype) if known else None
-        if name not in _FIXED:
+        if name not in _SIZED and name not in _FIXED:
             return None
         operands: dict[fx.Node, Any] = {}
         for item in node.all_input_nodes:
-            operands[item] = 1 if self.is_batch(item.meta.get("val")) else self.constant(item)
+            is_size = name in _SIZED and self.is_batch(item.meta.get("val"))
+            operands[item] = 1 if is_size else self.constant(item)
             if operands[item] is None:
                 return None
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda item: operands[item])
@@ -232,12 +233,13 @@ _FILLS: dict[str, float | None] = {
     )
     for name in names
 }
-# Operators that give constants the axis of the batch, and those whose result then has the same bits
-# for every sample and every size of the batch.
-_FIXED = RESHAPES | frozenset(
+# Operators that give constants the axis of the batch, by its size, and those whose result then has
+# the same bits for every sample and every size of the batch.
+_SIZED = RESHAPES | {"aten.expand.default", "aten.repeat.default"}
+_FIXED = frozenset(
     f"aten.{name}"
     for name in (
-        "expand.default", "repeat.default", "unsqueeze.default", "squeeze.dim", "squeeze.dims",
+        "unsqueeze.default", "squeeze.dim", "squeeze.dims",
         "permute.default", "transpose.int", "slice.Tensor", "select.int", "flip.default",
         "clone.default", "contiguous.default", "alias.default", "detach.default",
         "cat.default", "neg.default", "add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor",

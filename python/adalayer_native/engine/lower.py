@@ -176,6 +176,8 @@ class Lowering:
         """A node's value in float32, clamped."""
         if not isinstance(node, fx.Node):
             raise CannotLower(None, f"expected a tensor operand, got {node!r}")
+        if self.parameter(node) is not None:
+            raise CannotLower(None, f"operand {node} is a constant among floats")
         key = (node, lo, hi)
         if key not in self._f32:
             self._f32[key] = self._find_f32(node, lo, hi)
@@ -472,6 +474,9 @@ def lower(
                 low.u8(node, Want(own))
         elif op_name(node) in LAYER_INPUTS:
             low.prepare_input(node)
+    for node in outputs:
+        if exported.constant(node) is not None:
+            raise CannotLower(node, "its result is the same for all samples")
     refs = [low.f32(node) for node in outputs]
     program = low.program
     for value in program.values:

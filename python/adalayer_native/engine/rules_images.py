@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from adalayer_native.engine.views import (
     Dims,
     Ref,
     Size,
+    arranged_as,
     axes_of,
     built,
     channel_axis,
@@ -40,14 +41,35 @@ def _axes_to_join(dims: Dims, size: Size, place: int) -> list[str] | None:
     return axes if axes[place] else None
 
 
-def _copied_axes(rank: int, place: int) -> list[str]:
-    """Axes of copies for tensors whose views have nothing in common."""
+def _copied_axes(rank: int, place: int) -> str:
+    """Axes of copies for tensors whose views have nothing in common; that at ``place`` is alone."""
     if rank <= 3:
-        return list("chw" if rank == 3 else "hc"[-rank:])
-    axes = ["w"] * rank
-    axes[-1] = "c"
-    axes[place] = "h" if place < rank - 1 else "c"
-    return axes
+        return "chw" if rank == 3 else "hc"[-rank:]
+    axes = ["w"] * (rank - 1) + ["c"]
+    if place < rank - 1:
+        axes[place] = "h"
+    return "".join(axes)
+
+
+Form = Callable[[int], tuple[Size, Dims]]
+"""Size and view of a value with so many elements along the axis that grows."""
+
+
+def _form_of(axes: list[str], size: Size, place: int) -> Form:
+    """Values that lie as one whose axes are these."""
+
+    def form(count: int) -> tuple[Size, Dims]:
+        c, h, w = (
+            count if letter == axes[place] else n for letter, n in zip("chw", size, strict=True)
+        )
+        return (c, h, w), built(axes, (c, h, w))
+
+    return form
+
+
+def _form_of_copies(letters: str, sizes: Sequence[int], place: int) -> Form:
+    """Copies whose axes are at these letters."""
+    return lambda count: arranged_as(letters, [*sizes[:place], count, *sizes[place + 1 :]])
 
 
 def _joined(
@@ -61,51 +83,46 @@ def _joined(
         place: number of the axis.
     """
     largest = max(refs.values(), key=lambda ref: math.prod(low.size(ref)))
-    rank = len(largest.dims)
-    if any(len(ref.dims) != rank for ref in refs.values()):
+    sizes = [math.prod(n for n, _ in atoms) for atoms in largest.dims]
+    if any(len(ref.dims) != len(sizes) for ref in refs.values()):
         raise CannotLower(node, "its operands differ in their number of axes")
+
+    def fits(ref: Ref, form: Form) -> bool:
+        return (low.size(ref), ref.dims) == form(math.prod(n for n, _ in ref.dims[place]))
+
     axes = _axes_to_join(largest.dims, low.size(largest), place)
-    like = None if axes is None else low.size(largest)
-
-    def fits(ref: Ref, axes: list[str], like: Size) -> bool:
-        size = low.size(ref)
-        others = [k for k in range(3) if "chw"[k] != axes[place]]
-        return ref.dims == built(axes, size) and all(size[k] == like[k] for k in others)
-
-    if axes is None or not all(fits(ref, axes, low.size(largest)) for ref in refs.values()):
-        if axes is None or any(len(name) > 1 for name in axes):
-            axes, like = _copied_axes(rank, place), None
-        spare = [axis for axis in "chw" if axis not in axes]
-        letters = "".join(name or spare.pop(0) for name in axes)
-        for position, ref in refs.items():
-            if like is None or not fits(ref, axes, like):
-                refs[position] = low.arranged(ref, low.name(node, "reorder"), letters)
-        like = low.size(next(iter(refs.values())))
-    assert like is not None
-    along = "chw".index(axes[place])
+    letters = _copied_axes(len(sizes), place)
+    if axes is None or (
+        any(len(name) > 1 for name in axes)
+        and not all(fits(ref, _form_of(axes, low.size(largest), place)) for ref in refs.values())
+    ):
+        form, letter = _form_of_copies(letters, sizes, place), letters[place]
+    else:
+        letters = "".join(name or "w" for name in axes)  # axes of size 1 are anywhere
+        form, letter = _form_of(axes, low.size(largest), place), axes[place]
+    for position, ref in refs.items():
+        if not fits(ref, form):
+            refs[position] = low.arranged(ref, low.name(node, "reorder"), letters)
     for position, item in enumerate(items):
         constant = None if position in refs else low.parameter(item)
         if constant is not None:
-            size = list(like)
-            size[along] = int(constant.shape[place + 1])
-            form: Size = (size[0], size[1], size[2])
-            if math.prod(form) != constant.numel():
+            like = form(int(constant.shape[place + 1]))
+            if math.prod(like[0]) != constant.numel():
                 raise CannotLower(node, f"a constant of {list(constant.shape)} among its operands")
-            refs[position] = low.levels(item, constant, want, (form, built(axes, form)))
+            refs[position] = low.levels(item, constant, want, like)
     parts = [refs[position] for position in range(len(items))]
-    total = list(like)
-    total[along] = sum(low.size(ref)[along] for ref in parts)
-    whole: Size = (total[0], total[1], total[2])
+    along = "chw".index(letter)
+    size, dims = form(sum(low.size(ref)[along] for ref in parts))
     number = low.program.node(
         "join" if along else "concat",
         low.name(node),
         [ref.value for ref in parts],
-        whole,
+        size,
         want.grid,
         ints=[along] if along else [],
         constants=[-1] * len(parts),
     )
-    return Ref(number, built(axes, whole))
+    return Ref(number, dims)
 
 
 def _cat(low: Lowering, node: fx.Node, want: Want) -> Ref:

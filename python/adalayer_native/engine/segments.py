@@ -212,15 +212,19 @@ class TorchPart:
             if node in known:
                 return known[node]
             value = node.meta.get("val")
-            if node.op == "get_attr":
+            constant = exported.constant(node)
+            if constant is not None:
                 name = f"constant_{len(known)}"
-                root.register_buffer(name, exported.tensor(node))
+                root.register_buffer(name, constant)
                 known[node] = graph.get_attr(name)
+                if node.op != "get_attr":
+                    sizes = (batch, *constant.shape[1:])
+                    known[node] = graph.call_function(
+                        torch.ops.aten.expand.default, (known[node], sizes)
+                    )
             elif exported.is_batch(value):
                 known[node] = batch
-            elif isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) or (
-                exported.constant(node) is not None
-            ):
+            elif isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
                 known[node] = graph.node_copy(node, find)
             elif isinstance(value, (int, float)):
                 known[node] = value
