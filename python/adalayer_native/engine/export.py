@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -256,7 +257,10 @@ def fold_constants(module: fx.GraphModule) -> None:
     """Replace what depends on parameters alone by its value."""
     for node in list(module.graph.nodes):
         sources = node.all_input_nodes
-        if not isinstance(node.target, torch._ops.OpOverload):
+        piece = node.target is operator.getitem and isinstance(node.args[0], fx.Node)
+        if piece:  # of a parameter that is split
+            sources = sources[0].all_input_nodes
+        elif not isinstance(node.target, torch._ops.OpOverload):
             continue
         if not (sources or op_name(node) in _FACTORIES):
             continue
@@ -265,11 +269,7 @@ def fold_constants(module: fx.GraphModule) -> None:
         known = node.meta.get("val")
         if not isinstance(known, (Tensor, *_SCALARS)):
             continue
-        args, kwargs = fx.node.map_arg(
-            (node.args, node.kwargs), lambda item: attribute(module, str(item.target))
-        )
-        with torch.no_grad():
-            value = node.target(*args, **kwargs)
+        value = _computed(module, node.args[0])[node.args[1]] if piece else _computed(module, node)
         if not isinstance(value, Tensor):
             _write_out(node, value)
             continue
@@ -280,6 +280,15 @@ def fold_constants(module: fx.GraphModule) -> None:
         constant.meta = dict(node.meta)
         node.replace_all_uses_with(constant)
         module.graph.erase_node(node)
+
+
+def _computed(module: fx.GraphModule, node: Any) -> Any:
+    """The result of an operator on parameters."""
+    args, kwargs = fx.node.map_arg(
+        (node.args, node.kwargs), lambda item: attribute(module, str(item.target))
+    )
+    with torch.no_grad():
+        return node.target(*args, **kwargs)
 
 
 def _write_out(node: fx.Node, value: Any) -> None:
