@@ -557,21 +557,21 @@ def test_the_fastest_engine_is_the_clocks(monkeypatch: pytest.MonkeyPatch) -> No
     assert policy.fastest_of(["native", "mixed", "float"], 1) == "mixed"
 
 
-class RowsFirst(nn.Module):
-    """A layer that sees the batch second."""
+class Frames(nn.Module):
+    """A convolution that sees the frames of all samples as its batch."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.fc = nn.Linear(8, 6)
+        self.conv = nn.Conv2d(3, 4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(x.transpose(0, 1)).transpose(0, 1)
+        return self.conv(x.flatten(0, 1)).reshape(-1, 2, 4, 6, 6)
 
 
 @torch.no_grad()
 def test_fastest_does_not_time_layers_that_run_in_torch() -> None:
-    x = torch.randn(3, 5, 8)
-    native = native_of(RowsFirst(), x)
+    x = torch.randn(3, 2, 3, 8, 8)
+    native = native_of(Frames(), x)
     engine = ada.compile(native, x[:1])
     assert {row.kind for row in engine.coverage(rounds=0)} == {"torch"}
     assert torch.equal(engine(x), native(x))

@@ -360,6 +360,7 @@ def _group_norm(low: Lowering, node: fx.Node, want: Want) -> Ref:
 
 
 MAX_GROUP_NORM = 1 << 23  # kMaxGroupNorm of csrc/reference/image_spec.hpp
+RULES["aten.group_norm.default"] = Rule(_group_norm)
 RULES["adalayer.grid_group_norm.default"] = Rule(_group_norm)
 
 __all__ = ["affine", "arguments", "check_grid", "image_dims"]
