@@ -98,7 +98,11 @@ def _partition(exported: Exported, native: set[fx.Node]) -> list[Part]:
         leaving = [
             node
             for node in nodes
-            if node in outputs or any(u not in inside and u.op != "output" for u in node.users)
+            if node in outputs
+            or any(
+                u not in inside and u.op != "output" and exported.constant(u) is None
+                for u in node.users
+            )
         ]
         parts.append(Part(level % 2 == 0, nodes, list(dict.fromkeys(inputs)), leaving))
     return parts
