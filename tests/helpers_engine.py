@@ -110,8 +110,7 @@ def _interpret(
         stored = forced.get(node, [])
         # The value on the node's own grid first: tables to other grids start from it.
         for name, op, shown, grid, want in sorted(stored, key=lambda item: item[4] != Want(own)):
-            # (It may be another axis than the first, and have others merged into it.)
-            levels = shown.movedim(0, exported.batch_axis(node)).reshape(result.shape)
+            levels = shown.reshape(result.shape)  # (axes may be merged into the batch)
             expected = ops.quantize(result.clamp(want.lo, want.hi).contiguous(), *grid)
             gap = (expected.int() - levels.int()).abs()
             found.append(

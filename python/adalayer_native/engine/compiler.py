@@ -274,8 +274,7 @@ def _native_step(exported: Exported, part: Part, numbers: dict[fx.Node, int], we
     for node, source, dims in zip(lowered.outputs, lowered.sources, lowered.views, strict=True):
         sizes = exported.sizes(node)
         assert sizes is not None
-        folded, axis = exported.folds(node) > 1, exported.batch_axis(node)
-        outputs.append(Output.of(source, sizes, dims, folded, axis))
+        outputs.append(Output.of(source, sizes, dims, folded=exported.folds(node) > 1))
     program = emit(lowered.program)
     inputs = [numbers[node] for node in lowered.inputs]
     run = NativePart(program, outputs, weights)

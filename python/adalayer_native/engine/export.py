@@ -17,7 +17,6 @@ from adalayer_native.capture.exporting import export as export_model
 from adalayer_native.capture.opaque import OPAQUE, Call
 from adalayer_native.capture.tidying import drop_checks, drop_dead, merge_reshapes, plain_norms
 from adalayer_native.capture.vocabulary import RESHAPES, arguments, attribute, op_name
-from adalayer_native.engine.rows import unfold_rows
 from adalayer_native.errors import InputError, UnsupportedModelError
 
 __all__ = ["Exported", "export", "layer_name", "op_name"]
@@ -65,7 +64,7 @@ class Exported:
         return self._constants[node]
 
     def _fixed(self, node: fx.Node) -> Tensor | None:
-        if node.op != "call_function" or self.folds(node) != 1 or self.batch_axis(node) != 0:
+        if node.op != "call_function" or self.folds(node) != 1:
             return None
         name, sizes = op_name(node), self.sizes(node)
         value = node.meta["val"]
@@ -106,42 +105,35 @@ class Exported:
         firsts = [n.meta["val"].shape[0] for n in self.inputs if n.meta["val"].dim()]
         return [size for size in firsts if isinstance(size, torch.SymInt)]
 
-    def batch_axis(self, node: fx.Node) -> int:
-        """Which axis of a tensor the batch is, alone or with others merged into it; -1: none is."""
-        value = node.meta.get("val")
-        if not isinstance(value, Tensor):
-            return -1
-        free = [axis for axis, size in enumerate(value.shape) if type(size) is not int]
-        return free[0] if len(free) == 1 and self._share(value.shape[free[0]]) else -1
-
-    def _share(self, size: Any) -> int:
-        """How many of so many rows belong to one sample; 0 if the batch does not divide them."""
-        if self.is_batch(size):
-            return 1
-        if not isinstance(size, torch.SymInt):
-            return 0
-        shares = (size.node.expr / batch.node.expr for batch in self._batches)
-        return next((int(share) for share in shares if share.is_Integer), 0)
-
     def folds(self, node: fx.Node) -> int:
-        """How many rows of a tensor belong to one sample, all of them in one axis.
+        """How many rows of a tensor belong to one sample, all of them in the first axis.
 
         1 where that axis is the batch; more where other axes were merged into it (tokens, windows);
         0 for other tensors.
         """
-        axis = self.batch_axis(node)
-        return 0 if axis < 0 else self._share(node.meta["val"].shape[axis])
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            return 0
+        first: Any = value.shape[0]
+        if self.is_batch(first):
+            return 1
+        if not isinstance(first, torch.SymInt):
+            return 0
+        shares = (first.node.expr / size.node.expr for size in self._batches)
+        return next((int(share) for share in shares if share.is_Integer), 0)
 
     def sizes(self, node: fx.Node) -> tuple[int, ...] | None:
-        """Sizes of one sample's share of a tensor; None if no axis is the batch.
+        """Sizes of one sample's share of a tensor; None if the first axis is not the batch.
 
-        Where other axes were merged into the batch (:meth:`folds`), they are one in its place.
+        Where other axes were merged into the batch (:meth:`folds`), they come first, as one.
         """
-        axis = self.batch_axis(node)
-        if axis < 0:
+        rows = self.folds(node)
+        if rows == 0:
             return None
-        shape, rows = tuple(node.meta["val"].shape), self.folds(node)
-        return (*shape[:axis], *([rows] if rows > 1 else []), *shape[axis + 1 :])
+        rest = tuple(node.meta["val"].shape[1:])
+        if not all(type(size) is int for size in rest):
+            return None
+        return rest if rows == 1 else (rows, *rest)
 
 
 def layer_name(node: fx.Node) -> str:
@@ -196,7 +188,6 @@ def flattened(model: nn.Module, exported: Export) -> Exported:
     plain_norms(graph)
     merge_reshapes(graph)
     fold_constants(module)
-    unfold_rows(graph)
     drop_dead(graph)
     outputs = next(node for node in graph.nodes if node.op == "output")
     flat = pytree.tree_leaves(outputs.args[0])

@@ -76,8 +76,8 @@ class Rule:
         u8: its result on a grid.
         f32: its result in float32, where the program can do that.
         grid: the grid that its result lies on by itself: of the node, or None.
-        folds: it works on tensors, too, whose batch is not the first axis, or has other axes merged
-            into it. Their views have these as an axis in its place.
+        folds: it works on tensors, too, that have other axes merged into their batch. Their views
+            have these as a first axis.
     """
 
     u8: U8Rule
@@ -227,10 +227,8 @@ class Lowering:
             if rule is None:
                 raise CannotLower(None, "the engine has no such operation")
             if isinstance(node.meta.get("val"), Tensor):
-                tensors = (node, *self.tensors(node))
-                found = {self.exported.folds(n) for n in tensors}
-                first = all(self.exported.batch_axis(n) == 0 for n in tensors)
-                if 0 in found or not (rule.folds or (first and found == {1})):
+                found = {self.exported.folds(n) for n in (node, *self.tensors(node))}
+                if 0 in found or (found != {1} and not rule.folds):
                     raise CannotLower(None, "its first axis is not the batch alone")
             return run(rule)
         except CannotLower as error:
@@ -240,11 +238,6 @@ class Lowering:
         """The computed tensors that a node reads."""
         operands = (n for n in node.all_input_nodes if n.op != "get_attr")
         return [n for n in operands if isinstance(n.meta.get("val"), Tensor)]
-
-    def last_axis(self, node: fx.Node) -> None:
-        """Raise :class:`CannotLower` where the batch is the last axis, along which a rule works."""
-        if self.exported.batch_axis(node) == node.meta["val"].dim() - 1:
-            raise CannotLower(None, "it works along the batch")
 
     def prepare_input(self, node: fx.Node) -> None:
         """Lower what a layer reads."""
@@ -256,7 +249,7 @@ class Lowering:
             sizes = self.exported.sizes(node)
             value = node.meta.get("val")
             dtype = value.dtype if isinstance(value, Tensor) else None
-            if not sizes or dtype != torch.float32 or self.exported.batch_axis(node) != 0:
+            if not sizes or dtype != torch.float32:
                 raise CannotLower(
                     None, f"operand {node} is no batch of float32 images or vectors ({value})"
                 )
@@ -485,8 +478,7 @@ def lower(
     for node, ref in zip(outputs, refs, strict=True):
         if ref.value in program.inputs:
             raise CannotLower(node, "it hands an input of the program on as it is")
-        plain = exported.folds(node) == 1 and exported.batch_axis(node) == 0
-        if node in exported.outputs and not plain:
+        if exported.folds(node) > 1 and node in exported.outputs:
             raise CannotLower(node, "its first axis is not the batch alone")
     numbers = list(dict.fromkeys(ref.value for ref in refs))
     program.outputs = numbers

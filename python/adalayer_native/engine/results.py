@@ -72,24 +72,20 @@ class Output:
         source: which of the program's outputs.
         shape: sizes of the tensor without the batch.
         atoms: sizes and strides that give the tensor its order; None if it is that of memory.
-        folded: one of ``shape`` is merged into the batch. Only between parts of an engine.
-        axis: which axis of the tensor the batch is. The first, but between parts of an engine.
+        folded: the first of ``shape`` is merged into the batch. Only between parts of an engine.
     """
 
     source: int
     shape: tuple[int, ...]
     atoms: tuple[tuple[int, int], ...] | None
     folded: bool = False
-    axis: int = 0
 
     @classmethod
-    def of(
-        cls, source: int, shape: Sequence[int], dims: Dims, folded: bool = False, axis: int = 0
-    ) -> Output:
+    def of(cls, source: int, shape: Sequence[int], dims: Dims, folded: bool = False) -> Output:
         """From a view, see ``views.py``."""
         flat = tuple(atom for atoms in dims for atom in atoms)
         plain = merged(flat) == merged([(math.prod(shape), 1)])
-        return cls(source, tuple(shape), None if plain else flat, folded, axis)
+        return cls(source, tuple(shape), None if plain else flat, folded)
 
     def view(self, memory: Tensor) -> Tensor:
         """The tensor over ``memory``, [batch, elements]: contiguous, as a linear layer's is."""
@@ -99,8 +95,7 @@ class Output:
             strides = [elements, *(stride for _, stride in self.atoms)]
             memory = memory.as_strided(sizes, strides).contiguous()
         shown = memory.reshape(n, *self.shape)
-        shown = shown.movedim(0, self.axis)
-        return shown.flatten(self.axis, self.axis + 1) if self.folded else shown.contiguous()
+        return shown.flatten(0, 1) if self.folded else shown
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,6 @@ def _in_channels(packed: Tensor, groups: int) -> int:
 
 def _linear(low: Lowering, node: fx.Node) -> _Layer:
     packed, multiplier, bias = _constants(low, node)
-    low.last_axis(node)
     source = _source(low, node)
     size = low.size(source)
     features = low.sizes(node)[-1]
@@ -305,7 +304,6 @@ def _layer_norm(low: Lowering, node: fx.Node, want: Want) -> Ref:
     a = arguments(node)
     ref, grid = low.on_own_grid(a["input"])
     check_grid(low, node, a, grid)
-    low.last_axis(node)
     axes = list(a.get("normalized_shape", node.meta["val"].shape[-1:]))
     if len(axes) != 1 or not ref.dims:
         raise CannotLower(node, f"it normalises {axes}, which is not the last axis alone")

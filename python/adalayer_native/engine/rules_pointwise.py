@@ -160,10 +160,9 @@ RULES["aten.prelu.default"] = Rule(_prelu)
 def _of_elements(low: Lowering, node: fx.Node, ref: Ref, value: Tensor) -> Doubles:
     """A constant operand as one value per channel of ``ref``, or per element, ``[h, w, c]``."""
     sizes = [math.prod(n for n, _ in atoms) for atoms in ref.dims]
-    shape = [*[1] * (node.meta["val"].dim() - value.dim()), *value.shape]
-    batch = low.exported.batch_axis(node)
-    if low.exported.folds(node) == 1 and shape[batch] == 1:
-        del shape[batch]
+    shape = list(value.shape)
+    if len(shape) > len(sizes) and shape[0] == 1:
+        shape = shape[1:]  # the batch
     try:
         spread = value.reshape(shape).expand(sizes).numpy()
     except RuntimeError:
@@ -247,23 +246,12 @@ def _pair(low: Lowering, node: fx.Node, a: Ref, b: Ref) -> tuple[Ref, Ref, bool]
     )
 
 
-def _same_batch(low: Lowering, node: fx.Node, left: Any, right: Any) -> None:
-    found = {
-        item.meta["val"].dim() - low.exported.batch_axis(item)
-        for item in (left, right)
-        if isinstance(item, fx.Node)
-    }
-    if len(found) > 1:
-        raise CannotLower(node, "operands whose batch is another axis each")
-
-
 def _binary(low: Lowering, node: fx.Node, want: Want) -> Ref:
     left, right = node.args[:2]
     for operand, other, is_left in ((right, left, False), (left, right, True)):
         constant = low.parameter(operand)
         if constant is not None:
             return _with_constant(low, node, other, constant, is_left, want)
-    _same_batch(low, node, left, right)
     (a, grid_a), (b, grid_b) = low.on_own_grid(left), low.on_own_grid(right)
     a, b, exchanged = _pair(low, node, a, b)
     if exchanged:
@@ -308,7 +296,6 @@ def _binary_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
         return _clamped(low, node, ref, lo, hi)
     if kind not in _PAIRS or float(arguments(node).get("alpha", 1)) != 1.0:
         raise CannotLower(node, f"{kind} of two float tensors, {dict(node.kwargs)}")
-    _same_batch(low, node, left, right)
     a, b = low.f32(left), low.f32(right)
     if low.size(a) != low.size(b) or a.dims != b.dims:
         raise CannotLower(node, "float operands that differ in size or order")

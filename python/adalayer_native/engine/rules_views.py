@@ -74,36 +74,31 @@ def axis_of(low: Lowering, node: fx.Node, axis: Any) -> int:
     operand = operand[0] if isinstance(operand, (list, tuple)) else operand
     assert isinstance(operand, fx.Node)
     axis = int(axis) % operand.meta["val"].dim()
-    batch = low.exported.batch_axis(operand)
-    if axis == batch:
+    if axis == 0:
         raise CannotLower(node, "it works along the batch")
-    # Axes that were merged into the batch are in its place in the view.
-    return axis if axis < batch or low.exported.folds(operand) > 1 else axis - 1
+    # Axes that were merged into the batch are the first of the view.
+    return axis if low.exported.folds(operand) > 1 else axis - 1
 
 
 def _viewed(low: Lowering, node: fx.Node, ref: Ref) -> Ref:
     """The operand's value under the view that the node makes of it."""
     name = str(node.target).split(".")[1]
-    operand = node.args[0]
-    assert isinstance(operand, fx.Node)
-    batch, rank = low.exported.batch_axis(operand), node.meta["val"].dim()
-    if name in ("permute", "transpose", "swapaxes"):
-        order = list(range(rank))
-        if name == "permute":
-            order = [item % rank for item in node.args[1]]  # type: ignore[union-attr]
-        else:
-            first, second = (int(item) % rank for item in node.args[1:3])  # type: ignore[arg-type]
-            order[first], order[second] = second, first
-        if low.exported.folds(operand) == 1:
-            order = [item - (item > batch) for item in order if item != batch]
-        return Ref(ref.value, tuple(ref.dims[item] for item in order))
-    sizes, before = low.sizes(node), low.sizes(operand)
-    if math.prod(before[:batch]) != math.prod(sizes[: low.exported.batch_axis(node)]):
-        raise CannotLower(node, "a reshape that merges the batch into what is in front of it")
-    dims = reshaped(ref.dims, sizes)
+    if name == "permute":
+        rank = node.meta["val"].dim()
+        order = [item % rank for item in node.args[1]]  # type: ignore[union-attr]
+        if order[0] != 0:
+            raise CannotLower(node, "it moves the batch")
+        moved = [axis_of(low, node, item) for item in order[1:]]
+        return Ref(ref.value, tuple(ref.dims[k] for k in (*range(min(moved, default=0)), *moved)))
+    if name in ("transpose", "swapaxes"):
+        first, second = (axis_of(low, node, item) for item in node.args[1:3])
+        dims = list(ref.dims)
+        dims[first], dims[second] = dims[second], dims[first]
+        return Ref(ref.value, tuple(dims))
+    dims = reshaped(ref.dims, low.sizes(node))  # type: ignore[assignment]
     if dims is None:
         raise CannotLower(node, "a reshape that would need a copy")
-    return Ref(ref.value, dims)
+    return Ref(ref.value, dims)  # type: ignore[arg-type]
 
 
 def _rule_of_view(view: Callable[[Lowering, fx.Node, Ref], Ref], folds: bool = False) -> Rule:
@@ -212,8 +207,7 @@ def _slice(low: Lowering, node: fx.Node, want: Want) -> Ref:
     assert isinstance(operand, fx.Node)
     value = operand.meta["val"]
     axis = int(a["dim"]) % value.dim()
-    whole = a["start"] in (None, 0) and node.meta["val"].shape[axis] == value.shape[axis]
-    if axis == low.exported.batch_axis(operand) and whole:
+    if axis == 0 and a["start"] in (None, 0) and node.meta["val"].shape[0] == value.shape[0]:
         return low.u8(operand, want)
     place = axis_of(low, node, axis)
     n = int(value.shape[axis])
@@ -330,12 +324,10 @@ _BORDERS = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}  # to
 
 
 def _bordered(
-    low: Lowering, node: fx.Node, amounts: Sequence[int], mode: str, sizes: list[int]
+    node: fx.Node, amounts: Sequence[int], mode: str, sizes: list[int]
 ) -> dict[int, Positions]:
     """Amounts in front of and behind the last axis, the one before it, and so on."""
     found: dict[int, Positions] = {}
-    if low.exported.batch_axis(node) != 0:
-        raise CannotLower(node, "its first axis is not the batch")
     for k in range(len(amounts) // 2):
         axis, pair = len(sizes) - 1 - k, tuple(amounts[2 * k : 2 * k + 2])
         if axis < 0 or min(pair) < 0:
@@ -350,14 +342,14 @@ def bordered(low: Lowering, node: fx.Node, want: Want) -> Ref:
     mode = str(arguments(node)["mode"])
 
     def positions(low: Lowering, node: fx.Node, sizes: list[int]) -> dict[int, Positions]:
-        return _bordered(low, node, [int(n) for n in arguments(node)["pad"]], mode, sizes)
+        return _bordered(node, [int(n) for n in arguments(node)["pad"]], mode, sizes)
 
     return _moved(positions).u8(low, node, want)
 
 
 def _border(mode: str) -> Rule:
     def positions(low: Lowering, node: fx.Node, sizes: list[int]) -> dict[int, Positions]:
-        return _bordered(low, node, [int(n) for n in arguments(node)["padding"]], mode, sizes)
+        return _bordered(node, [int(n) for n in arguments(node)["padding"]], mode, sizes)
 
     return _moved(positions)
 

@@ -82,7 +82,7 @@ class NativePart:
 
     def _is_single(self) -> bool:
         first = self.outputs[0]
-        return len(self.outputs) == 1 and first.atoms is None and not (first.folded or first.axis)
+        return len(self.outputs) == 1 and first.atoms is None and not first.folded
 
     def _in_order(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], list[bool]]:
         """The inputs in one of the orders that the engine reads, and whether that is NHWC."""
