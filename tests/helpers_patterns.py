@@ -214,7 +214,8 @@ class TokensFirst(nn.Module):
         first, second, third = (
             self.mix(y).unflatten(-1, (3, 8)).unsqueeze(0).transpose(0, -2)[..., 0, :]
         )
-        z = F.relu(first) * second + third.flip(0)
+        first, second, third = (item.transpose(0, 1) for item in (first, second, third))
+        z = (F.relu(first) * second + third.flip(1)).transpose(0, 1)
         z = z.reshape(h * w, n * 2, 4).transpose(0, 1).reshape(n, 2, h * w, 4)
         z = self.out(z.permute(2, 0, 1, 3).reshape(h * w * n, c)).reshape(h * w, n, c)
         return z.permute(1, 2, 0).reshape(n, c, h, w)

@@ -4,6 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
 #include <chrono>
 #include <cstring>
 #include <sstream>
@@ -30,6 +32,33 @@ namespace {
 
 std::span<const uint8_t> bytes_at(uintptr_t address, size_t size) {
   return {reinterpret_cast<const uint8_t*>(address), size};
+}
+
+/// sizes: images, queries, keys, heads, key_heads, depth, width. The mask is [images or 1][heads or
+/// 1][queries][keys], its strides 0 where there is one for all.
+void attention(const std::array<int64_t, 7>& sizes, const std::array<int32_t, 3>& zeros,
+               float scale, float value_scale, bool causal, uintptr_t mask, int64_t mask_image,
+               int64_t mask_head, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t y, int threads) {
+  const auto [images, queries, keys, heads, key_heads, depth, width] = sizes;
+  if (*std::min_element(sizes.begin(), sizes.end()) < 1 || heads % key_heads != 0)
+    throw InvalidArgument("attention: expected positive sizes, and heads a multiple of key_heads");
+  if (depth > kMostAttentionTerms || keys > kMostAttentionTerms)
+    fail<InvalidArgument>("attention: expected at most ", kMostAttentionTerms,
+                          " keys, and channels per head, got ", keys, " and ", depth);
+  AttentionSpec spec;
+  spec.zero_q = zeros[0];
+  spec.zero_k = zeros[1];
+  spec.zero_v = zeros[2];
+  spec.scale = scale;
+  spec.value_scale = value_scale;
+  spec.causal = causal;
+  spec.mask = reinterpret_cast<const float*>(mask);
+  spec.mask_sequence = mask_image;
+  spec.mask_head = mask_head;
+  const py::gil_scoped_release release;
+  cpu::attention({1, queries, keys, heads, key_heads, depth, width}, spec, images,
+                 reinterpret_cast<const uint8_t*>(q), reinterpret_cast<const uint8_t*>(k),
+                 reinterpret_cast<const uint8_t*>(v), reinterpret_cast<float*>(y), threads);
 }
 
 /// (C, O, KH, KW, SH, SW, PT, PL, PB, PR, DH, DW, groups), as ops.py builds it once per layer.
@@ -204,6 +233,8 @@ PYBIND11_MODULE(_C, m) {
     cpu::softmax(reinterpret_cast<const float*>(x), images, channels, positions,
                  reinterpret_cast<float*>(y), threads);
   });
+
+  m.def("attention", &attention);
 
   m.def("pack", &pack);
   m.def("unpack", &unpack);

@@ -9,6 +9,7 @@
 
 #include <cstdint>
 
+#include "reference/attention.hpp"
 #include "reference/image_spec.hpp"
 
 namespace adalayer::cpu {
@@ -104,6 +105,23 @@ struct DequantizeRow {
   int64_t plane;
 };
 
+/// Sums of products in blocks of 16: sum i lies at sums[i / 16 * block + i % 16], and whole blocks
+/// may be read.
+struct BlockedSums {
+  const int32_t* sums;
+  int64_t block;  // elements
+  int64_t count;
+};
+
+/// One row of attention's weights.
+struct SoftmaxLevels {
+  BlockedSums sums;   // of the keys
+  float scale;        // of a score
+  const float* mask;  // [count], or null
+  float* scores;      // scratch: [count], up to whole blocks
+  int16_t* levels;    // the same; zeros behind the count
+};
+
 /// `bounded` promises |y * inv_scale| < 2^30 for all possible inputs: the kernel may then convert
 /// first and clamp integers. lo and hi are whole numbers and rounding is monotone, so that the
 /// level is the same.
@@ -144,6 +162,11 @@ struct ImageKernels {
   void (*fma_values)(const float* a, const float* b, const float* c, int64_t n, float* out);
   /// Softmax over `channels` values `stride` apart, at `count` neighbouring positions.
   void (*softmax)(const float* in, int64_t channels, int64_t stride, int64_t count, float* out);
+  /// attention_score(), then attention_level() of every key; returns the sum of the levels.
+  int32_t (*softmax_levels)(const SoftmaxLevels& row);
+  /// y = (float)sum * factor
+  void (*scale_sums)(const BlockedSums& sums, float factor, bool bounded, const U8Finish& finish,
+                     uint8_t* out);
   /// float_function() and float_pair() of n floats.
   void (*function)(const FloatFunctionSpec& spec, const float* in, int64_t n, float* out);
   void (*combine)(FloatPair pair, const float* a, const float* b, int64_t n, float* out);

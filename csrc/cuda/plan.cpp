@@ -391,6 +391,8 @@ class Planner {
         return join(n, d);
       case OpKind::GroupNorm:
         return group_norm(n, d);
+      case OpKind::Attention:
+        break;
     }
     fail<InvalidArgument>("node '", n.name, "': the CUDA engine has no operation ",
                           engine::op_name(n.op));

@@ -414,9 +414,12 @@ namespace {
 /// The first minor version that has all operations of a program, so that older libraries read
 /// what they can run.
 uint16_t needed_minor(const Program& p) {
-  const auto has = [&](const auto& of) { return std::any_of(p.nodes.begin(), p.nodes.end(), of); };
-  if (has([](const Node& n) { return n.op > OpKind::Combine; })) return 2;
-  return has([](const Node& n) { return n.op >= OpKind::Rearrange; }) ? 1 : 0;
+  uint16_t minor = 0;
+  for (const Node& n : p.nodes) {
+    const bool first = n.op < OpKind::Rearrange, second = n.op < OpKind::Attention;
+    minor = std::max<uint16_t>(minor, first ? 0 : second ? 1 : 2);
+  }
+  return minor;
 }
 
 }  // namespace

@@ -93,6 +93,7 @@ class Interpreter {
   void resize(const Node& n, int64_t image);
   void layer_norm(const Node& n, int64_t image);
   void softmax(const Node& n, int64_t image);
+  void attention(const Node& n, int64_t image);
 
   const Program& program_;
   std::vector<Tensor> tensors_;
@@ -411,6 +412,17 @@ void Interpreter::softmax(const Node& n, int64_t image) {
     }
 }
 
+void Interpreter::attention(const Node& n, int64_t image) {
+  const AttentionShape shape = attention_shape(program_, n);
+  const AttentionSpec spec = attention_spec(program_, n);
+  const Shape out(value(n.output));
+  std::vector<float> reals(static_cast<size_t>(out.size()));
+  reference::attention(shape, spec, levels(n.inputs[0], image), levels(n.inputs[1], image),
+                       levels(n.inputs[2], image), reals.data());
+  for (int64_t i = 0; i < out.size(); ++i)
+    levels(n.output, image)[i] = finish_u8(reals[i], spec.finish);
+}
+
 void Interpreter::run(const Node& n, int64_t image) {
   const Value& out = value(n.output);
   const Shape s(out);
@@ -479,6 +491,8 @@ void Interpreter::run(const Node& n, int64_t image) {
       return softmax(n, image);
     case OpKind::Rearrange:
       return rearrange(n, image);
+    case OpKind::Attention:
+      return attention(n, image);
     case OpKind::Function: {
       const FloatFunctionSpec spec = function_spec(n);
       const float* x = numbers(n.inputs[0], image);

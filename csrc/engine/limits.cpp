@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "core/status.hpp"
+#include "cpu/image/attention.hpp"
 #include "engine/conv_step.hpp"
 #include "formats/canonical.hpp"
 
@@ -55,6 +56,8 @@ double planned_memory(const Program& program, const std::vector<ValueLayout>& la
   double bytes = stored_bytes(program);
   double scratch = 0.0;
   for (const Node& node : program.nodes) {
+    if (node.op == OpKind::Attention)
+      scratch = std::max(scratch, cpu::attention_scratch(attention_shape(program, node)));
     if (!is_convolution(node)) continue;
     bytes += convolution_bytes(program, node, layouts, room);
     scratch = std::max(scratch, most_scratch(program, node, layouts, room));

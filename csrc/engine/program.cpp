@@ -10,7 +10,7 @@ constexpr const char* kNames[kOpKinds] = {
     "quantize", "dequantize", "conv",     "conv_transpose", "lookup",     "add",
     "mul",      "affine",     "concat",   "max_pool",       "avg_pool",   "adaptive_avg_pool",
     "slice",    "gather",     "pad",      "resize",         "layer_norm", "reshape",
-    "softmax",  "rearrange",  "function", "combine",        "",           "affine_image",
+    "softmax",  "rearrange",  "function", "combine",        "attention",  "affine_image",
     "constant", "join",       "",         "group_norm"};
 
 int32_t small(int64_t v) { return static_cast<int32_t>(v); }
@@ -135,6 +135,8 @@ U8Finish node_finish(const Program& p, const Node& n) {
       return finish_from(p, n, 1, -1);
     case OpKind::LayerNorm:
       return finish_from(p, n, 0, -1);
+    case OpKind::Attention:
+      return finish_from(p, n, 6, -1);
     case OpKind::AffineImage:
       return finish_from(p, n, 0, n.constants[2]);
     case OpKind::GroupNorm:
@@ -220,6 +222,39 @@ LayerNormSpec layer_norm_spec(const Program& p, const Node& n) {
 
 GroupNormSpec group_norm_spec(const Program& p, const Node& n) {
   return {n.ints[0], layer_norm_spec(p, n)};
+}
+
+AttentionShape attention_shape(const Program& p, const Node& n) {
+  const Value &q = p.values[n.inputs[0]], &k = p.values[n.inputs[1]], &v = p.values[n.inputs[2]];
+  AttentionShape s;
+  s.sequences = n.ints[2] != 0 ? q.h : 1;
+  s.queries = q.h * q.w / s.sequences;
+  s.keys = k.h * k.w / s.sequences;
+  s.heads = n.ints[0];
+  s.key_heads = n.ints[1];
+  s.depth = q.c / s.heads;
+  s.width = v.c / s.key_heads;
+  return s;
+}
+
+AttentionSpec attention_spec(const Program& p, const Node& n) {
+  const AttentionShape shape = attention_shape(p, n);
+  const int64_t matrix = shape.queries * shape.keys;
+  AttentionSpec s;
+  s.zero_q = p.values[n.inputs[0]].zero_point;
+  s.zero_k = p.values[n.inputs[1]].zero_point;
+  s.zero_v = p.values[n.inputs[2]].zero_point;
+  s.scale = n.floats[1];
+  s.value_scale = p.values[n.inputs[2]].scale;
+  s.causal = n.ints[3] != 0;
+  if (n.constants[0] >= 0) {
+    s.mask = floats(p, n.constants[0]);
+    const bool rows = n.ints[4] != 0, heads = n.ints[5] != 0;
+    s.mask_head = heads ? matrix : 0;
+    s.mask_sequence = rows ? (heads ? shape.heads : 1) * matrix : 0;
+  }
+  s.finish = node_finish(p, n);
+  return s;
 }
 
 }  // namespace adalayer::engine

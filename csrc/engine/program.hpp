@@ -16,6 +16,7 @@
 #include <string_view>
 #include <vector>
 
+#include "reference/attention.hpp"
 #include "reference/image_spec.hpp"
 #include "reference/spec.hpp"
 
@@ -96,7 +97,11 @@ enum class OpKind : uint8_t {
   // f32 -> f32, behind the last quantized layer: a FloatFunction; a FloatPair of equal shapes.
   Function = 20,  // x       function                             a b                -
   Combine = 21,   // a b     pair                                 -                  -
-  // 22 and 26 are taken.
+  // softmax(scale q k^T + mask) v for every head (reference/attention.hpp); scale with those of the
+  // grids of q and k. Channels are [head][..]; positions are tokens, of one sequence, or of one per
+  // row of the image. The mask is f32 [rows or 1][heads or 1][queries][keys].
+  Attention = 22,  // q k v  heads key_heads rows causal mask_rows mask_heads finish
+                   //                                             inv scale          [mask]
   // As Affine; scale and bias have an entry per channel or per element of the image.
   AffineImage = 23,  // x    finish                              inv            scale bias [table]
   // The same levels for every image: no inputs.
@@ -210,5 +215,7 @@ ResizeSpec resize_spec(const Program& program, const Node& node);
 LayerNormSpec layer_norm_spec(const Program& program, const Node& node);
 GroupNormSpec group_norm_spec(const Program& program, const Node& node);
 FloatFunctionSpec function_spec(const Node& node);
+AttentionShape attention_shape(const Program& program, const Node& node);
+AttentionSpec attention_spec(const Program& program, const Node& node);
 
 }  // namespace adalayer::engine

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "core/status.hpp"
+#include "cpu/image/attention.hpp"
 #include "cpu/image/ops.hpp"
 #include "engine/float_tail.hpp"
 
@@ -110,6 +111,15 @@ RunImage resize(const Program& program, const Node& node) {
   };
 }
 
+RunImage attention(const Program& program, const Node& node) {
+  const AttentionShape shape = attention_shape(program, node);
+  const AttentionSpec spec = attention_spec(program, node);
+  const int32_t q = node.inputs[0], k = node.inputs[1], v = node.inputs[2], y = node.output;
+  return [=](const Frame& f, int64_t n, Part part) {
+    cpu::attention(shape, spec, f.image(q, n), f.image(k, n), f.image(v, n), f.image(y, n), part);
+  };
+}
+
 /// AvgPool and AdaptiveAvgPool behind the last quantized layer.
 RunImage float_average(const Program& program, const Node& node) {
   const bool adaptive = node.op == OpKind::AdaptiveAvgPool;
@@ -212,6 +222,8 @@ RunImage run_image(const Program& program, const Node& node,
         cpu::combine_f32(pair, f.floats(x, n), f.floats(other, n), count, f.floats(y, n), part);
       };
     }
+    case OpKind::Attention:
+      return attention(program, node);
     case OpKind::Softmax:
       return [=](const Frame& f, int64_t n, Part part) {
         cpu::softmax_f32(f.floats(x, n), in.c, in.h * in.w, f.floats(y, n), part);
@@ -259,6 +271,8 @@ std::vector<Step> build_steps(const Program& program, const std::vector<ValueLay
       add(node.output);
       if (!node.inputs.empty()) add(node.inputs[0]);
       step.max_parts = std::max<int64_t>(1, bytes / kBytesPerPart);
+      if (node.op == OpKind::Attention)
+        step.max_parts = cpu::attention_parts(attention_shape(program, node));
     }
     steps.push_back(std::move(step));
   }

@@ -2,6 +2,7 @@
 // multiplied, so no sum or product below leaves int64.
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <string>
 
 #include "core/status.hpp"
@@ -41,7 +42,7 @@ constexpr Signature kSignatures[kOpKinds] = {
     {1, 1, 0, 0, 3},        // Rearrange
     {1, 1, 1, 2, 0},        // Function
     {2, 2, 1, 0, 0},        // Combine
-    {},                     // (none)
+    {3, 3, 9, 2, 1},        // Attention
     {1, 1, 3, 1, 3},        // AffineImage
     {0, 0, 0, 0, 1},        // Constant
     {1, kAny, 1, 0, kAny},  // Join
@@ -162,6 +163,7 @@ class NodeCheck {
   void gather() const;
   void rearrange() const;
   void function() const;
+  void attention() const;
   void pad() const;
   void resize() const;
   void resize_axis(const char* axis, size_t slot, int64_t size, int64_t outputs) const;
@@ -509,6 +511,47 @@ void NodeCheck::function() const {
   }
 }
 
+void NodeCheck::attention() const {
+  kinds(ValueKind::U8, ValueKind::U8);
+  constexpr const char* kFlags[] = {"rows", "causal", "mask_rows", "mask_heads"};
+  const int64_t heads = ranged(0, "heads", 1, kMaxAxis);
+  const int64_t key_heads = ranged(1, "key_heads", 1, heads);
+  for (size_t k = 0; k < 4; ++k)
+    ranged(2 + k, kFlags[k], 0, 1);
+  finish(6, true);
+  if (heads % key_heads != 0)
+    bad("expected heads to be a multiple of key_heads, got ", heads, " and ", key_heads);
+  const auto divisible = [&](const char* what, const Value& v, int64_t by) {
+    if (v.c % by != 0) bad(what, ": expected a multiple of ", by, " channels, got ", v.c);
+  };
+  divisible("queries", in(0), heads);
+  divisible("keys", in(1), key_heads);
+  divisible("values", in(2), key_heads);
+  const bool rows = node_.ints[2] != 0;
+  const int64_t depth = in(0).c / heads, width = in(2).c / key_heads;
+  shape("keys", in(1), depth * key_heads, rows ? in(0).h : in(1).h, in(1).w);
+  if (rows) shape("values", in(2), in(2).c, in(1).h, in(1).w);
+  if (in(1).h * in(1).w != in(2).h * in(2).w)
+    bad("expected as many values as keys, got ", in(2).h * in(2).w, " and ", in(1).h * in(1).w);
+  shape("output", out(), heads * width, in(0).h, in(0).w);
+  const AttentionShape s = attention_shape(program_, node_);
+  if (depth > kMostAttentionTerms || s.keys > kMostAttentionTerms)
+    bad("expected at most ", kMostAttentionTerms, " channels per head, and keys, got ", depth,
+        " and ", s.keys);
+  if (!std::isfinite(node_.floats[1])) bad("the scale must be finite, got ", node_.floats[1]);
+  if (node_.constants[0] == -1) return;
+  // At most 2^31 / 2^20 times each other: sizes of values are bounded.
+  const double entries = (node_.ints[4] != 0 ? static_cast<double>(s.sequences) : 1.0) *
+                         (node_.ints[5] != 0 ? static_cast<double>(heads) : 1.0) *
+                         static_cast<double>(s.queries) * static_cast<double>(s.keys);
+  const auto mask = constant(0, "mask", ConstantKind::F32).f32();
+  if (static_cast<double>(mask.size()) != entries)
+    bad("mask: expected ", entries, " entries, got ", mask.size());
+  for (const float v : mask)
+    if (!(v < std::numeric_limits<float>::infinity()))
+      bad("mask: expected finite entries or -infinity, got ", v);
+}
+
 void NodeCheck::pad() const {
   kinds(ValueKind::U8, ValueKind::U8);
   same_grid();
@@ -648,6 +691,9 @@ void NodeCheck::run() {
       kinds(f32, f32);
       same_shape();
       function();
+      break;
+    case OpKind::Attention:
+      attention();
       break;
     case OpKind::Combine:
       kinds(f32, f32);

@@ -41,6 +41,22 @@ def float_function(function: int, x: int, n: int, y: int, threads: int, /) -> No
 def softmax(
     x: int, images: int, channels: int, positions: int, y: int, threads: int, /
 ) -> None: ...
+def attention(
+    sizes: tuple[int, int, int, int, int, int, int],
+    zero_points: tuple[int, int, int],
+    scale: float,
+    value_scale: float,
+    causal: bool,
+    mask: int,
+    mask_image: int,
+    mask_head: int,
+    q: int,
+    k: int,
+    v: int,
+    y: int,
+    threads: int,
+    /,
+) -> None: ...
 def pack(weights: int, count: int, bits: int, o: int, i: int, kh: int, kw: int, /) -> bytes: ...
 def unpack(packed: int, size: int, /) -> bytes: ...
 def header(packed: int, size: int, /) -> dict[str, int | str | tuple[int, int, int, int]]: ...

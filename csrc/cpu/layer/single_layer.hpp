@@ -8,6 +8,7 @@
 #include "core/aligned_buffer.hpp"
 #include "cpu/conv/algorithm.hpp"
 #include "formats/canonical.hpp"
+#include "reference/attention.hpp"
 #include "reference/spec.hpp"
 
 namespace adalayer::cpu {
@@ -77,5 +78,9 @@ void function_values(const FloatFunctionSpec& spec, const float* x, int64_t n, f
 /// Softmax over the channels of images [channels][positions] (reference/image_spec.hpp).
 void softmax(const float* x, int64_t images, int64_t channels, int64_t positions, float* y,
              int threads);
+/// Attention over levels [images][tokens][channels], every image one sequence; the mask's
+/// `mask_sequence` is from image to image. y is [images][queries][heads * width].
+void attention(const AttentionShape& shape, const AttentionSpec& spec, int64_t images,
+               const uint8_t* q, const uint8_t* k, const uint8_t* v, float* y, int threads);
 
 }  // namespace adalayer::cpu

@@ -160,6 +160,7 @@ COUNTS: dict[str, Callable[[Shapes], int]] = {
     "aten.einsum": _einsum,
     **dict.fromkeys(
         (
+            "adalayer.grid_attention",
             "aten.scaled_dot_product_attention",
             "aten._scaled_dot_product_flash_attention_for_cpu",
             "aten._scaled_dot_product_flash_attention",

@@ -54,8 +54,12 @@ _MOVES = (
 MOVES = frozenset(f"aten.{name}" for name in _MOVES)
 RESHAPES = frozenset(
     f"aten.{name}"
-    for name in ("reshape.default", "view.default", "flatten.using_ints", "unflatten.int")
-)
+    for name in (
+        "reshape.default", "view.default", "flatten.using_ints", "unflatten.int",
+        "reshape_as.default", "view_as.default",
+    )
+)  # fmt: skip
+_LIKE = frozenset(f"aten.{name}.default" for name in ("reshape_as", "view_as", "expand_as"))
 _MAX_POOLS = frozenset(
     f"aten.{name}.default"
     for name in ("max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices")
@@ -147,6 +151,15 @@ def readers(nodes: Iterable[fx.Node], passes: Callable[[fx.Node], bool]) -> list
             elif user not in found:
                 found.append(user)
     return found
+
+
+def reads_values(user: fx.Node, node: fx.Node) -> bool:
+    """Whether a user of a node reads more than its sizes."""
+    if user.op == "output":
+        return True
+    if info_of(user) is None:
+        return False
+    return not (user.op == "call_function" and op_name(user) in _LIKE and user.args[0] is not node)
 
 
 def module_of(node: fx.Node, modules: dict[str, nn.Module]) -> nn.Module | None:

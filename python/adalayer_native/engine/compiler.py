@@ -13,6 +13,7 @@ from adalayer_native import ops
 from adalayer_native.capture import GraphModel, Inputs
 from adalayer_native.capture.exporting import untouched
 from adalayer_native.engine import (  # noqa: F401  (they fill the table of rules)
+    rules_attention,
     rules_images,
     rules_layers,
     rules_pointwise,

@@ -17,6 +17,7 @@ from adalayer_native.capture.exporting import export as export_model
 from adalayer_native.capture.opaque import OPAQUE, Call
 from adalayer_native.capture.tidying import drop_checks, drop_dead, merge_reshapes, plain_norms
 from adalayer_native.capture.vocabulary import RESHAPES, arguments, attribute, op_name
+from adalayer_native.engine.views import BATCH
 from adalayer_native.errors import InputError, UnsupportedModelError
 
 __all__ = ["Exported", "export", "layer_name", "op_name"]
@@ -121,6 +122,32 @@ class Exported:
             return 0
         shares = (first.node.expr / size.node.expr for size in self._batches)
         return next((int(share) for share in shares if share.is_Integer), 0)
+
+    def all_sizes(self, node: fx.Node) -> tuple[int, ...] | None:
+        """Sizes of a whole tensor, with :data:`BATCH` for the batch's; None if another one varies.
+
+        It must be a multiple of the batch in one axis, wherever that is.
+        """
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor):
+            return None
+        found = []
+        for size in value.shape:
+            if isinstance(size, torch.SymInt):
+                shares = (size.node.expr / batch.node.expr for batch in self._batches)
+                share = next((int(item) for item in shares if item.is_Integer), 0)
+                found.append(share * BATCH[0])
+            else:
+                found.append(int(size))
+        batches = [size for size in found if size % BATCH[0] == 0]
+        return tuple(found) if len(batches) == 1 and 0 not in batches else None
+
+    def shape(self, node: fx.Node, batch: int) -> tuple[int, ...]:
+        """Sizes of a whole tensor for so many samples."""
+        sizes = self.all_sizes(node)
+        assert sizes is not None
+        prime = BATCH[0]
+        return tuple(n // prime * batch if n % prime == 0 else n for n in sizes)
 
     def sizes(self, node: fx.Node) -> tuple[int, ...] | None:
         """Sizes of one sample's share of a tensor; None if the first axis is not the batch.

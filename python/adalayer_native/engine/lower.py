@@ -28,6 +28,8 @@ from adalayer_native.engine.export import Exported, layer_name, op_name
 from adalayer_native.engine.grids import Grid, Want
 from adalayer_native.engine.program import Program, Value, shorten
 from adalayer_native.engine.views import (
+    BATCH,
+    Atom,
     Dims,
     Positions,
     Ref,
@@ -37,6 +39,7 @@ from adalayer_native.engine.views import (
     channel_order,
     image_dims,
     in_order,
+    is_scattered,
     merged,
     offsets,
     outer_sum,
@@ -78,15 +81,25 @@ class Rule:
         grid: the grid that its result lies on by itself: of the node, or None.
         folds: it works on tensors, too, that have other axes merged into their batch. Their views
             have these as a first axis.
+        scatters: it works on tensors, too, whose batch is not the first axis (``views.BATCH``).
     """
 
     u8: U8Rule
     f32: F32Rule | None = None
     grid: Callable[[Grids, fx.Node], Grid | None] = lambda grids, node: None
     folds: bool = False
+    scatters: bool = False
 
 
 RULES: dict[str, Rule] = {}
+
+
+def _in_order(atoms: tuple[Atom, ...], size: int, stride: int) -> tuple[Atom, ...]:
+    """An axis of a view whose elements now lie in its order, ``stride`` apart."""
+    if BATCH not in atoms:
+        return merged([(size, stride)])
+    inner = math.prod(n for n, _ in atoms[atoms.index(BATCH) + 1 :])
+    return merged([(size // inner, inner * stride), BATCH, (inner, stride)])
 
 
 def letters_of(dims: Dims, size: Size) -> str:
@@ -146,6 +159,8 @@ class Lowering:
         self._f32: dict[tuple[fx.Node, float, float], Ref] = {}
         self._external: dict[fx.Node, Ref] = {}
         self._names: dict[str, int] = {}
+        self._asking: list[Rule] = []
+        self._copies: dict[tuple[int, Dims, str], Ref] = {}
 
     # -- what rules ask for -------------------------------------------------------------------
 
@@ -161,7 +176,13 @@ class Lowering:
             ref = self._find_u8(node, want)
             self._u8[key] = ref
             self.origins.setdefault(self.value(ref).name, (node, ref.dims, want))
-        return self._u8[key]
+        return self._seen(self._u8[key])
+
+    def _seen(self, ref: Ref) -> Ref:
+        """What the rule that asked can work with."""
+        if self._asking and not self._asking[-1].scatters and is_scattered(ref.dims):
+            raise CannotLower(None, "its first axis is not the batch alone")
+        return ref
 
     def on_own_grid(self, node: Any) -> tuple[Ref, Grid]:
         """A node's value on its own grid."""
@@ -181,7 +202,7 @@ class Lowering:
         key = (node, lo, hi)
         if key not in self._f32:
             self._f32[key] = self._find_f32(node, lo, hi)
-        return self._f32[key]
+        return self._seen(self._f32[key])
 
     def _find_u8(self, node: fx.Node, want: Want) -> Ref:
         if node not in self.inside:
@@ -226,11 +247,15 @@ class Lowering:
             rule = rule_for(node)
             if rule is None:
                 raise CannotLower(None, "the engine has no such operation")
-            if isinstance(node.meta.get("val"), Tensor):
+            if isinstance(node.meta.get("val"), Tensor) and not rule.scatters:
                 found = {self.exported.folds(n) for n in (node, *self.tensors(node))}
                 if 0 in found or (found != {1} and not rule.folds):
                     raise CannotLower(None, "its first axis is not the batch alone")
-            return run(rule)
+            self._asking.append(rule)
+            try:
+                return run(rule)
+            finally:
+                self._asking.pop()
         except CannotLower as error:
             raise CannotLower(error.node or node, error.reason) from None
 
@@ -378,6 +403,27 @@ class Lowering:
         """A copy for who works along its last axis: rows of pixels."""
         return self.arranged(ref, name, rows_of(ref.dims))
 
+    def alike(self, ref: Ref, target: Ref, name: str) -> Ref | None:
+        """The same tensor as ``ref`` in the order in which ``target``, of the same sizes, lies.
+
+        None where that splits an axis of its value.
+        """
+        if ref.dims == target.dims and self.size(ref) == self.size(target):
+            return ref
+        size = self.size(target)
+        axes = axes_of(target.dims, size)
+        if axes is None:
+            return None
+        lengths = dict(zip("chw", size, strict=True))
+        letters = "".join(axes)
+        split = reshaped(ref.dims, [lengths[letter] for letter in letters])
+        if split is None:
+            return None
+        # Axes of size 1 are nowhere.
+        ones = "".join(axis for axis in "chw" if axis not in letters)
+        whole = (*split, *((),) * len(ones))
+        return Ref(self.arranged(Ref(ref.value, whole), name, letters + ones).value, target.dims)
+
     def arranged(
         self, ref: Ref, name: str, axes: str, picked: Mapping[int, Positions] | None = None
     ) -> Ref:
@@ -388,17 +434,30 @@ class Lowering:
         Args:
             picked: by number of an axis the positions along it that are copied, in their order.
         """
-        picked = {} if picked is None else picked
+        known = (ref.value, ref.dims, axes)
+        if picked is None and known in self._copies:
+            return self._copies[known]
+        copy = self._arranged(ref, name, axes, {} if picked is None else picked)
+        if picked is None:
+            self._copies[known] = copy
+        return copy
+
+    def _arranged(self, ref: Ref, name: str, axes: str, picked: Mapping[int, Positions]) -> Ref:
         grid = self.value(ref).grid
         if grid is None:
             raise CannotLower(None, "its operand's axes are in an order that would need a copy")
         groups = [[k for k, axis in enumerate(axes) if axis == part] for part in "chw"]
         places = [offsets(atoms)[picked.get(k, slice(None))] for k, atoms in enumerate(ref.dims)]
         tables = [outer_sum(places[k] for k in group) for group in groups]
-        size, dims = arranged_as(axes, [len(item) for item in places])
+        size: Size = tuple(len(table) for table in tables)  # type: ignore[assignment]
         constants = [self.program.i32(table) for table in tables]
         number = self.program.node("rearrange", name, [ref.value], size, grid, constants=constants)
-        return Ref(number, dims)
+        dims: list[tuple[Atom, ...]] = [()] * len(axes)
+        for group, stride in zip(groups, (size[1] * size[2], size[2], 1), strict=True):
+            for axis in reversed(group):
+                dims[axis] = _in_order(ref.dims[axis], len(places[axis]), stride)
+                stride *= len(places[axis])
+        return Ref(number, tuple(dims))
 
     def sizes(self, node: fx.Node) -> tuple[int, ...]:
         """Sizes of a node's tensor without the batch."""
@@ -476,6 +535,8 @@ def lower(
         if not all(1 <= n <= MAX_AXIS for n in value.size):
             raise CannotLower(_holder(low, inside, value), f"a tensor of {value.size} per sample")
     for node, ref in zip(outputs, refs, strict=True):
+        if is_scattered(ref.dims):
+            raise CannotLower(node, "its first axis is not the batch alone")
         if ref.value in program.inputs:
             raise CannotLower(node, "it hands an input of the program on as it is")
         if exported.folds(node) > 1 and node in exported.outputs:

@@ -55,8 +55,7 @@ def _float_us(exported: Exported, node: fx.Node, batch: int) -> float:
     assert isinstance(source, fx.Node)
     layer = float_layer(exported, node, on_grid=True)
     layer.output_grid = None
-    sizes = [exported.sizes(item) for item in (source, node)]
-    x, y = (torch.rand(batch, *(size or ())) for size in sizes)
+    x, y = (torch.rand(exported.shape(item, batch)) for item in (source, node))
     if x.dim() == 4:
         x = x.contiguous(memory_format=torch.channels_last)
     q = ops.quantize(y, 1.0 / 255, 0, 8)

@@ -24,6 +24,7 @@ from adalayer_native.engine.views import (
     built,
     channel_axis,
     image_dims,
+    merged,
 )
 from adalayer_native.ops.resizing import linear_tables, nearest_tables
 
@@ -369,7 +370,12 @@ def _mean_axes(low: Lowering, node: fx.Node, ref: Ref) -> tuple[Ref, Dims, int]:
     a = arguments(node)
     over = [axis_of(low, node, item) for item in a["dim"] or ()]
     if sorted(over) == list(range(len(ref.dims) - 1)) and low.value(ref).grid is not None:
-        ref = low.rows(ref, low.name(node, "reorder"))  # over all tokens
+        if a.get("dtype") is not None:
+            raise CannotLower(node, "a mean in another type")
+        ref = low.rows(ref, low.name(node, "reorder"))  # over all tokens, in whatever order
+        c = low.size(ref)[0]
+        kept: Dims = ((),) * len(over) if a["keepdim"] else ()
+        return ref, (*kept, merged([(c, 1)])), c
     size = low.size(ref)
     axes = axes_of(ref.dims, size)
     if axes is None or a.get("dtype") is not None:

@@ -23,6 +23,7 @@ from adalayer_native.engine.lower import (
     Rule,
 )
 from adalayer_native.engine.views import (
+    BATCH,
     Dims,
     Ref,
     Size,
@@ -55,7 +56,9 @@ def _fake_quantize(low: Lowering, node: fx.Node, want: Want) -> Ref:
     return low.u8(node.args[0], want)
 
 
-RULES["adalayer.fake_quantize.default"] = Rule(_fake_quantize, grid=_fake_quantize_grid, folds=True)
+RULES["adalayer.fake_quantize.default"] = Rule(
+    _fake_quantize, grid=_fake_quantize_grid, folds=True, scatters=True
+)
 
 
 # -- convolutions and linear layers ---------------------------------------------------------------
@@ -136,8 +139,10 @@ def _in_channels(packed: Tensor, groups: int) -> int:
 def _linear(low: Lowering, node: fx.Node) -> _Layer:
     packed, multiplier, bias = _constants(low, node)
     source = _source(low, node)
+    if BATCH in source.dims[-1]:
+        raise CannotLower(node, "it works along the batch")
     size = low.size(source)
-    features = low.sizes(node)[-1]
+    features = int(node.meta["val"].shape[-1])
     c, h, w = size
     kernel = (1, 1)
     if source.dims == ((merged([(c * h * w, 1)])),):
@@ -225,12 +230,12 @@ def _no_grid(grids: Grids, node: fx.Node) -> None:
     return None
 
 
-for _name, _grid, _folds in (
+for _name, _grid, _rows in (
     ("adalayer.conv2d.default", _output_grid, False),
     ("adalayer.conv_transpose2d.default", _output_grid, False),
     ("adalayer.linear.default", _no_grid, True),
 ):
-    RULES[_name] = Rule(_layer_u8, _layer_f32, _grid, _folds)
+    RULES[_name] = Rule(_layer_u8, _layer_f32, _grid, _rows, _rows)
     LAYER_INPUTS[_name] = _source
 
 
@@ -305,7 +310,7 @@ def _layer_norm(low: Lowering, node: fx.Node, want: Want) -> Ref:
     ref, grid = low.on_own_grid(a["input"])
     check_grid(low, node, a, grid)
     axes = list(a.get("normalized_shape", node.meta["val"].shape[-1:]))
-    if len(axes) != 1 or not ref.dims:
+    if len(axes) != 1 or not ref.dims or BATCH in ref.dims[-1]:
         raise CannotLower(node, f"it normalises {axes}, which is not the last axis alone")
     ref = low.rows(ref, low.name(node, "reorder"))
     size = low.size(ref)
@@ -326,8 +331,8 @@ def _layer_norm(low: Lowering, node: fx.Node, want: Want) -> Ref:
     )
 
 
-RULES["aten.layer_norm.default"] = Rule(_layer_norm, folds=True)
-RULES["adalayer.grid_layer_norm.default"] = Rule(_layer_norm, folds=True)
+RULES["aten.layer_norm.default"] = Rule(_layer_norm, folds=True, scatters=True)
+RULES["adalayer.grid_layer_norm.default"] = Rule(_layer_norm, folds=True, scatters=True)
 
 
 def _group_norm(low: Lowering, node: fx.Node, want: Want) -> Ref:

@@ -14,7 +14,14 @@ from adalayer_native.capture.vocabulary import FUNCTIONS, clamp_bounds, op_name
 from adalayer_native.engine.grids import Want, compose_clamps
 from adalayer_native.engine.lower import RULES, CannotLower, Grids, Lowering, Rule
 from adalayer_native.engine.rules_layers import Doubles, affine, arguments, check_grid
-from adalayer_native.engine.views import Ref, in_order
+from adalayer_native.engine.views import (
+    BATCH,
+    Atom,
+    Ref,
+    axis_atoms,
+    in_order,
+    merged,
+)
 from adalayer_native.ops.fused import FLOAT_FUNCTIONS
 from adalayer_native.ops.norms import line_of
 
@@ -135,7 +142,7 @@ def _function_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
 
 
 for _name in FUNCTIONS:
-    RULES[f"aten.{_name}.default"] = Rule(_pointwise, _function_f32, folds=True)
+    RULES[f"aten.{_name}.default"] = Rule(_pointwise, _function_f32, folds=True, scatters=True)
 RULES["aten.pow.Tensor_Scalar"] = Rule(_pointwise, folds=True)
 RULES["aten.rsub.Scalar"] = Rule(_pointwise, _function_f32, folds=True)
 for _name in ("add", "sub", "mul", "div"):
@@ -159,7 +166,7 @@ RULES["aten.prelu.default"] = Rule(_prelu)
 
 def _of_elements(low: Lowering, node: fx.Node, ref: Ref, value: Tensor) -> Doubles:
     """A constant operand as one value per channel of ``ref``, or per element, ``[h, w, c]``."""
-    sizes = [math.prod(n for n, _ in atoms) for atoms in ref.dims]
+    sizes = [math.prod(n for n, _ in atoms if n != BATCH[0]) for atoms in ref.dims]
     shape = list(value.shape)
     if len(shape) > len(sizes) and shape[0] == 1:
         shape = shape[1:]  # the batch
@@ -224,7 +231,11 @@ def _grid_line(low: Lowering, node: fx.Node, want: Want) -> Ref:
     return _line(low, node, a["input"], constant, a["kind"], a["alpha"], a["left"], want)
 
 
-RULES["adalayer.grid_line.default"] = Rule(_grid_line, folds=True)
+RULES["adalayer.grid_line.default"] = Rule(_grid_line, folds=True, scatters=True)
+
+
+def _length(atoms: tuple[Atom, ...]) -> int:
+    return math.prod(n for n, _ in atoms)
 
 
 def _pair(low: Lowering, node: fx.Node, a: Ref, b: Ref) -> tuple[Ref, Ref, bool]:
@@ -233,6 +244,14 @@ def _pair(low: Lowering, node: fx.Node, a: Ref, b: Ref) -> tuple[Ref, Ref, bool]
         return a, b, False
     if len(a.dims) != len(b.dims):
         raise CannotLower(node, f"operands of {len(a.dims) + 1} and {len(b.dims) + 1} axes")
+    if list(map(_length, a.dims)) == list(map(_length, b.dims)):
+        # In the order of the one whose channels lie together, if not of both.
+        name = low.name(node, "reorder")
+        for target, other in ((a, b), (b, a)):
+            if target.dims[-1] == merged([axis_atoms(low.size(target))["c"]]):
+                found = low.alike(other, target, name)
+                if found is not None:
+                    return (target, found, False) if target is a else (found, target, False)
     image = len(a.dims) in (1, 3)
     for order in (low.plain,) if image else (low.rows, low.in_rows):
         a, b = (order(item, low.name(node, "reorder")) for item in (a, b))

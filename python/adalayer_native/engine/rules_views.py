@@ -24,12 +24,17 @@ from adalayer_native.engine.lower import (
 )
 from adalayer_native.engine.rules_layers import arguments
 from adalayer_native.engine.views import (
+    BATCH,
     Positions,
     Ref,
     Size,
     axes_of,
     built,
+    is_scattered,
+    merged,
     reshaped,
+    with_batch,
+    without_batch,
 )
 
 # -- views ----------------------------------------------------------------------------------------
@@ -61,19 +66,24 @@ def _cast(low: Lowering, node: fx.Node, want: Want) -> Ref:
 
 
 for _name in ("alias", "contiguous", "clone", "detach", "lift_fresh_copy"):
-    RULES[f"aten.{_name}.default"] = Rule(_same_u8, _same_f32, operand_grid, folds=True)
-RULES["aten.dropout.default"] = Rule(_dropout, _same_f32, operand_grid, folds=True)
+    RULES[f"aten.{_name}.default"] = Rule(_same_u8, _same_f32, operand_grid, True, True)
+RULES["aten.dropout.default"] = Rule(_dropout, _same_f32, operand_grid, True, True)
 RULES["aten.feature_dropout.default"] = Rule(_dropout, _same_f32, operand_grid)
 for _name in ("to.dtype", "to.dtype_layout", "_to_copy.default"):
     RULES[f"aten.{_name}"] = Rule(_cast, None, operand_grid, folds=True)
 
 
-def axis_of(low: Lowering, node: fx.Node, axis: Any) -> int:
-    """An axis of a node's first operand as an axis of its view."""
+def axis_of(low: Lowering, node: fx.Node, axis: Any, ref: Ref | None = None) -> int:
+    """An axis of a node's first operand as an axis of its view; of ``ref``, which may list the
+    batch."""
     operand = node.args[0]
     operand = operand[0] if isinstance(operand, (list, tuple)) else operand
     assert isinstance(operand, fx.Node)
     axis = int(axis) % operand.meta["val"].dim()
+    if ref is not None and is_scattered(ref.dims):
+        if BATCH in ref.dims[axis]:
+            raise CannotLower(node, "it works along the batch")
+        return axis
     if axis == 0:
         raise CannotLower(node, "it works along the batch")
     # Axes that were merged into the batch are the first of the view.
@@ -82,26 +92,27 @@ def axis_of(low: Lowering, node: fx.Node, axis: Any) -> int:
 
 def _viewed(low: Lowering, node: fx.Node, ref: Ref) -> Ref:
     """The operand's value under the view that the node makes of it."""
-    name = str(node.target).split(".")[1]
+    operand = node.args[0]
+    assert isinstance(operand, fx.Node)
+    dims = with_batch(ref.dims, low.exported.folds(operand))
+    name, rank = str(node.target).split(".")[1], len(dims)
     if name == "permute":
-        rank = node.meta["val"].dim()
-        order = [item % rank for item in node.args[1]]  # type: ignore[union-attr]
-        if order[0] != 0:
-            raise CannotLower(node, "it moves the batch")
-        moved = [axis_of(low, node, item) for item in order[1:]]
-        return Ref(ref.value, tuple(ref.dims[k] for k in (*range(min(moved, default=0)), *moved)))
-    if name in ("transpose", "swapaxes"):
-        first, second = (axis_of(low, node, item) for item in node.args[1:3])
-        dims = list(ref.dims)
-        dims[first], dims[second] = dims[second], dims[first]
-        return Ref(ref.value, tuple(dims))
-    dims = reshaped(ref.dims, low.sizes(node))  # type: ignore[assignment]
-    if dims is None:
-        raise CannotLower(node, "a reshape that would need a copy")
-    return Ref(ref.value, dims)  # type: ignore[arg-type]
+        dims = tuple(dims[item % rank] for item in node.args[1])  # type: ignore[union-attr]
+    elif name in ("transpose", "swapaxes"):
+        order = list(range(rank))
+        first, second = (int(item) % rank for item in node.args[1:3])  # type: ignore[arg-type]
+        order[first], order[second] = second, first
+        dims = tuple(dims[item] for item in order)
+    else:
+        sizes = low.exported.all_sizes(node)
+        found = None if sizes is None else reshaped(dims, sizes)
+        if found is None:
+            raise CannotLower(node, "a reshape that would need a copy")
+        dims = found
+    return Ref(ref.value, without_batch(dims))
 
 
-def _rule_of_view(view: Callable[[Lowering, fx.Node, Ref], Ref], folds: bool = False) -> Rule:
+def _rule_of_view(view: Callable[[Lowering, fx.Node, Ref], Ref], any_batch: bool = False) -> Rule:
     """A view that is there in levels and in float32."""
 
     def u8(low: Lowering, node: fx.Node, want: Want) -> Ref:
@@ -110,7 +121,7 @@ def _rule_of_view(view: Callable[[Lowering, fx.Node, Ref], Ref], folds: bool = F
     def f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
         return view(low, node, low.f32(node.args[0], lo, hi))
 
-    return Rule(u8, f32, operand_grid, folds)
+    return Rule(u8, f32, operand_grid, any_batch, any_batch)
 
 
 _VIEWS = (
@@ -119,7 +130,7 @@ _VIEWS = (
     "swapaxes.default", "_unsafe_view.default", "view_as.default",
 )  # fmt: skip
 for _name in _VIEWS:
-    RULES[f"aten.{_name}"] = _rule_of_view(_viewed, folds=True)
+    RULES[f"aten.{_name}"] = _rule_of_view(_viewed, any_batch=True)
 
 
 def _split_and_joined(
@@ -170,6 +181,16 @@ RULES["aten.channel_shuffle.default"] = _rule_of_view(_channel_shuffled)
 # -- slices ---------------------------------------------------------------------------------------
 
 
+def _outermost(ref: Ref, size: Size, axis: int) -> int:
+    """Channels of every part where an axis of the view splits them into equal ones; else 0."""
+    c, h, w = size
+    atoms = ref.dims[axis]
+    if len(atoms) != 1 or atoms[0][0] * atoms[0][1] != c * h * w or atoms[0][1] % (h * w):
+        return 0
+    parts = atoms[0][1] // (h * w)
+    return parts if parts > 1 else 0
+
+
 def _sliced(
     low: Lowering, node: fx.Node, ref: Ref, axis: int, begin: int, step: int, count: int
 ) -> Ref:
@@ -178,6 +199,15 @@ def _sliced(
     axes = axes_of(ref.dims, size)
     if (begin, step, count) == (0, 1, math.prod(n for n, _ in ref.dims[axis])):
         return ref
+    outermost = _outermost(ref, size, axis)
+    if outermost and step == 1:
+        wide = outermost * count
+        number = low.program.node(
+            "slice", low.name(node), [ref.value], (wide, *size[1:]), low.value(ref).grid,
+            ints=[0, begin * outermost, 1],
+        )  # fmt: skip
+        parts = merged([(count, ref.dims[axis][0][1])])
+        return Ref(number, (*ref.dims[:axis], parts, *ref.dims[axis + 1 :]))
     if axes is None or axes[axis] not in ("c", "h", "w"):
         return low.arranged(
             ref,
@@ -235,18 +265,18 @@ RULES["aten.narrow.default"] = Rule(_narrow, None, operand_grid, folds=True)
 def _taken(low: Lowering, node: fx.Node, ref: Ref, axis: int, index: int) -> Ref:
     """One element along an axis, which disappears."""
     one = _sliced(low, node, ref, axis, index, 1, 1)
-    return Ref(one.value, one.dims[:axis] + one.dims[axis + 1 :])
+    return Ref(one.value, without_batch(one.dims[:axis] + one.dims[axis + 1 :]))
 
 
 def _select(low: Lowering, node: fx.Node, want: Want) -> Ref:
     a = arguments(node)
-    axis = axis_of(low, node, a["dim"])
     ref = low.u8(node.args[0], want)
+    axis = axis_of(low, node, a["dim"], ref)
     count = math.prod(n for n, _ in ref.dims[axis])
     return _taken(low, node, ref, axis, int(a["index"]) % count)
 
 
-RULES["aten.select.int"] = Rule(_select, None, operand_grid, folds=True)
+RULES["aten.select.int"] = Rule(_select, None, operand_grid, True, True)
 
 
 def _pieces(low: Lowering, node: fx.Node, want: Want) -> Ref:
@@ -261,13 +291,11 @@ def _getitem(low: Lowering, node: fx.Node, want: Want) -> Ref:
         raise CannotLower(source, "the engine has no such operation")
     operand = source.args[0]
     assert isinstance(operand, fx.Node)
-    if low.exported.folds(operand) == 0:
-        raise CannotLower(source, "its first axis is not the batch alone")
     pieces: Sequence[Tensor] = source.meta["val"]
     index = index % len(pieces)
     dim = int(arguments(source)["dim"])
-    axis = axis_of(low, source, dim)
     ref = low.u8(operand, want)
+    axis = axis_of(low, source, dim, ref)
     if str(source.target) == "aten.unbind.int":
         return _taken(low, node, ref, axis, index)
     widths = [int(piece.shape[dim]) for piece in pieces]
@@ -275,8 +303,8 @@ def _getitem(low: Lowering, node: fx.Node, want: Want) -> Ref:
 
 
 for _name in ("chunk.default", "split.Tensor", "split_with_sizes.default", "unbind.int"):
-    RULES[f"aten.{_name}"] = Rule(_pieces, None, operand_grid, folds=True)
-RULES["getitem"] = Rule(_getitem, None, operand_grid, folds=True)
+    RULES[f"aten.{_name}"] = Rule(_pieces, None, operand_grid, True, True)
+RULES["getitem"] = Rule(_getitem, None, operand_grid, True, True)
 
 
 # -- any positions along axes ---------------------------------------------------------------------

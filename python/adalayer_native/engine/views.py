@@ -7,6 +7,10 @@ Such operations cost nothing until a reader needs another order in memory; most 
 A view lists, for every axis of the tensor but the batch, its *atoms* ``(size, stride)`` from the
 outermost to the innermost, with strides in elements of the flat c x h x w image. Atoms of size 1
 are left out and neighbours that continue each other are merged, so that equal views compare equal.
+
+In most tensors the batch is the first axis and no view mentions it; with other axes merged into it,
+these are the view's first. Where it lies elsewhere for a while (``[tokens, batch, features]``), all
+axes are listed and the batch is an atom like others, :data:`BATCH`: a prime that divides no size.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ Atom = tuple[int, int]
 Dims = tuple[tuple[Atom, ...], ...]
 Size = tuple[int, int, int]  # c, h, w
 Positions = npt.NDArray[np.int64]
+BATCH: Atom = ((1 << 61) - 1, -1)
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,26 @@ class Ref:
 
     value: int
     dims: Dims
+
+
+def is_scattered(dims: Dims) -> bool:
+    """Whether the view lists the batch, which then is not the tensor's first axis."""
+    return any(BATCH in atoms for atoms in dims)
+
+
+def with_batch(dims: Dims, folds: int) -> Dims:
+    """A view with the batch among its axes; ``folds`` as of :meth:`Exported.folds`."""
+    if is_scattered(dims):
+        return dims
+    return ((BATCH, *dims[0]), *dims[1:]) if folds > 1 else ((BATCH,), *dims)
+
+
+def without_batch(dims: Dims) -> Dims:
+    """The same view without the batch, where that comes first; the inverse of the above."""
+    first = dims[0]
+    if first[:1] != (BATCH,):
+        return dims
+    return dims[1:] if len(first) == 1 else (first[1:], *dims[1:])
 
 
 def merged(atoms: Iterable[Atom]) -> tuple[Atom, ...]:
@@ -129,8 +154,8 @@ def outer_sum(tables: Iterable[Positions]) -> Positions:
 
 
 def offsets(atoms: Sequence[Atom]) -> Positions:
-    """The number in the flat image of every position along one axis of a view."""
-    return outer_sum(np.arange(n) * stride for n, stride in atoms)
+    """The number in the flat image of every position along one axis of a view; of one sample."""
+    return outer_sum(np.arange(n) * stride for n, stride in atoms if (n, stride) != BATCH)
 
 
 def arranged_as(axes: str, sizes: Sequence[int]) -> tuple[Size, Dims]:

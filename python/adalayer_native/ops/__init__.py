@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from adalayer_native.ops import averages, cpu, cuda, fake, fused, norms, resizing
+from adalayer_native.ops import attention, averages, cpu, cuda, fake, fused, norms, resizing
 from adalayer_native.ops.checks import plain_eager
 from adalayer_native.ops.cpu import conv2d_direct, linear_direct
 from adalayer_native.ops.machine import (
@@ -109,6 +109,10 @@ _library.define(
     "exact_bilinear(Tensor input, SymInt[]? output_size, bool align_corners, "
     "float[]? scale_factors, Tensor? qparams) -> Tensor"
 )
+_library.define(
+    "grid_attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, "
+    "float scale, Tensor query_qparams, Tensor key_qparams, Tensor value_qparams) -> Tensor"
+)
 _library.define("exact_softmax(Tensor input) -> Tensor")
 _library.define("exact_function(Tensor input, str kind) -> Tensor")
 for _function, _fake in (
@@ -120,6 +124,7 @@ for _function, _fake in (
     (averages.exact_adaptive_avg_pool2d, averages.fake_adaptive_avg_pool2d),
     (averages.exact_mean, averages.fake_mean),
     (resizing.exact_bilinear, resizing.fake_bilinear),
+    (attention.grid_attention, attention.fake_attention),
     (fused.exact_softmax, fused.fake_softmax),
     (fused.exact_function, fused.fake_function),
 ):

@@ -12,8 +12,8 @@ Everything inside a chain stays in high precision, so an :class:`ActivationQuant
 
 and not where it would do nothing or nothing would profit: after operations that keep the grid (max
 pooling, reshaping, slicing, zero padding), after values from which no quantized layer is reachable
-(the logits), after values that only float layers or operations read which need floats (attention's
-products, a recurrent layer), and after what holds the large constants of a mask.
+(the logits), after values that only float layers or operations read which need floats (a recurrent
+layer), between the products of an attention, and after what holds the large constants of a mask.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import fx, nn
 
 from adalayer_native.capture import GraphModel, TensorInfo, info_of
 from adalayer_native.capture import vocabulary as table
+from adalayer_native.capture.attention import attentions
 from adalayer_native.capture.float_values import float_values
 from adalayer_native.capture.vocabulary import LAYERS
 from adalayer_native.errors import UnsupportedModelError
@@ -172,6 +173,9 @@ class _Analysis:
             if node.op == "get_attr" or held:
                 self.constant.add(node)
         self.floats = float_values(model)
+        found = attentions(model)
+        self.attending = {node for item in found for node in item.entries}
+        self.scores = {node for item in found for node in item.inner - {item.result}}
         self.internal: set[fx.Node] = set()
         self.batch_norms: dict[str, str] = {}
         self.input_norms: dict[str, str] = {}
@@ -268,7 +272,7 @@ class _Analysis:
         batch norm of its rows do not notice.
         """
         while True:
-            users = list(node.users)
+            users = [user for user in node.users if table.reads_values(user, node)]
             if len(users) != 1 or users[0].op == "output":
                 return None
             if not (self.is_identity(users[0]) or (rows and table.keeps_rows(users[0]))):
@@ -366,7 +370,7 @@ class _Analysis:
     def wants_quantizer(self, node: fx.Node, reaching: set[fx.Node]) -> bool:
         if not table.is_value(node) or node in self.internal or node not in reaching:
             return False
-        if self.passes_grid(node) or node in self.floats.values:
+        if self.passes_grid(node) or node in self.floats.values or node in self.scores:
             return False
         readers = self.consumers(node)
         if any(self.layer(reader) in self.quantized for reader in readers):
@@ -376,7 +380,9 @@ class _Analysis:
 
     def reads_levels(self, reader: fx.Node) -> bool:
         """Whether an operation between layers can work on u8 levels at all."""
-        if reader in self.floats.readers:
+        if reader in self.attending:
+            return True
+        if reader in self.floats.readers or reader in self.scores:
             return False
         if reader.op == "call_module":
             return table.is_batch_norm(reader, self.modules)

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from adalayer_native.capture import GraphModel, captured
 from adalayer_native.capture import vocabulary as table
+from adalayer_native.capture.tidying import drop_dead
 from adalayer_native.errors import FileFormatError
 from adalayer_native.plan import LayerPlan, Plan, layer_kind, supported_layers
 from adalayer_native.quantization.chains import ACT_ROOT
@@ -63,6 +64,7 @@ def convert(prepared: GraphModel) -> GraphModel:
     exact_steps(native, {entry["batch_norm"] for entry in entries.values()}, replaced)
     for step in reversed(replaced):
         native.graph.erase_node(step)
+    drop_dead(native.graph)  # the scores of attentions
     _drop_identities(native)
     clamps = _fuse(native, entries)
     for name in entries:

@@ -3,7 +3,8 @@
 torch adds up floats in an order of its own and rounds products and sums one by one. Norms, lines
 with a constant, averages, bilinear resizing, and a softmax or another function at the
 end are therefore operators of ours (ops/norms.py, averages.py, resizing.py, fused.py) in the exact
-simulation and in converted models.
+simulation and in converted models. So is attention between values on grids: the engine rounds the
+weights of a softmax (ops/attention.py), which a simulation in float32 leaves as they are.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import fx, nn
 
 from adalayer_native.capture import TensorInfo, info_of
 from adalayer_native.capture import vocabulary as table
+from adalayer_native.capture.attention import Attention, attentions
 from adalayer_native.quantization.fake_quant import ActivationQuantizer, QuantLayer
 
 __all__ = ["exact_steps", "undo_steps"]
@@ -54,13 +56,18 @@ def undo_steps(model: nn.Module, replaced: dict[fx.Node, fx.Node]) -> None:
     assert isinstance(model, fx.GraphModule)
     for old, new in reversed(replaced.items()):
         new.replace_all_uses_with(old)
-        operands = [node for node in new.all_input_nodes if node.op == "get_attr"]
-        model.graph.erase_node(new)
-        for node in operands:
-            if not node.users:
-                model.graph.erase_node(node)
+        _erase(model.graph, new)
     if replaced:
         model.recompile()
+
+
+def _erase(graph: fx.Graph, node: fx.Node) -> None:
+    """Take out a new node with what is there for it alone; what it replaced reads all else."""
+    operands = node.all_input_nodes
+    graph.erase_node(node)
+    for operand in operands:
+        if not operand.users:
+            _erase(graph, operand)
 
 
 class _Steps:
@@ -71,6 +78,7 @@ class _Steps:
         self.modules = dict(model.named_modules())
         self.folded = folded
         self.constants: set[fx.Node] = set()
+        self.attentions = {item.result: item for item in attentions(model)}
 
     def of(self, node: fx.Node) -> fx.Node | None:
         """The new node, in front of the old one; None for other steps."""
@@ -80,6 +88,8 @@ class _Steps:
             self.constants.add(node)
         if node.op != "call_function":
             return None
+        if node in self.attentions:
+            return self._attention(self.attentions[node])
         name = table.op_name(node)
         inputs = node.all_input_nodes
         if inputs and all(item in self.constants for item in inputs):
@@ -183,6 +193,29 @@ class _Steps:
         if any(user.op != "output" for user in node.users):
             return None
         return self._insert(node, _ops.exact_softmax.default, [node.args[0]])
+
+    def _attention(self, found: Attention) -> fx.Node | None:
+        operands = (found.query, found.key, found.value)
+        grids = [self._grid_of(operand) for operand in operands]
+        if None in grids:
+            return None
+        node = found.result
+        qparams = [self._qparams(node, grid) for grid in grids]
+        turned = (False, found.key_turned, found.result_turned)
+        with self.graph.inserting_before(node):
+            query, key, value = (
+                self._exchanged(item) if turn else item
+                for item, turn in zip(operands, turned, strict=True)
+            )
+        rest = [found.mask, found.causal, found.scale, *qparams]
+        new = self._insert(node, _ops.grid_attention.default, [query, key, value, *rest])
+        if not found.result_turned:
+            return new
+        with self.graph.inserting_before(node):
+            return self._exchanged(new)
+
+    def _exchanged(self, node: fx.Node) -> fx.Node:
+        return self.graph.call_function(torch.ops.aten.transpose.int, (node, -2, -1))
 
     def _function(self, node: fx.Node) -> fx.Node | None:
         """Behind the last quantized layer; in front of it a table of levels does it."""

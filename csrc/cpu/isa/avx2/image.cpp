@@ -126,6 +126,12 @@ struct V {
   static I adds16(I a, I b) { return _mm256_adds_epi16(a, b); }
   static I add16(I a, I b) { return _mm256_add_epi16(a, b); }
   static I sub16(I a, I b) { return _mm256_sub_epi16(a, b); }
+  /// Whole numbers that fit int16.
+  static void store_shorts(int16_t* p, I v) {
+    const __m128i shorts =
+        _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), shorts);
+  }
   static I add32(I a, I b) { return _mm256_add_epi32(a, b); }
   static I sub32(I a, I b) { return _mm256_sub_epi32(a, b); }
   static I mul32(I a, I b) { return _mm256_mullo_epi32(a, b); }
@@ -201,6 +207,8 @@ struct V {
 };
 
 #include "cpu/isa/shared/image.inl"
+// The rest of it.
+#include "cpu/isa/shared/attention.inl"
 
 }  // namespace
 }  // namespace avx2
@@ -225,6 +233,8 @@ const ImageKernels kAvx2Image{
     .blend_rows = avx2::blend_rows,
     .fma_values = avx2::fma_values,
     .softmax = avx2::softmax,
+    .softmax_levels = avx2::softmax_levels,
+    .scale_sums = avx2::scale_sums,
     .function = avx2::function,
     .combine = avx2::combine,
 };

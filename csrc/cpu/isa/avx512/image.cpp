@@ -96,6 +96,10 @@ struct V {
   static I adds16(I a, I b) { return _mm512_adds_epi16(a, b); }
   static I add16(I a, I b) { return _mm512_add_epi16(a, b); }
   static I sub16(I a, I b) { return _mm512_sub_epi16(a, b); }
+  /// Whole numbers that fit int16.
+  static void store_shorts(int16_t* p, I v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(v));
+  }
   static I add32(I a, I b) { return _mm512_add_epi32(a, b); }
   static I sub32(I a, I b) { return _mm512_sub_epi32(a, b); }
   static I mul32(I a, I b) { return _mm512_mullo_epi32(a, b); }
@@ -171,6 +175,8 @@ struct V {
 };
 
 #include "cpu/isa/shared/image.inl"
+// The rest of it.
+#include "cpu/isa/shared/attention.inl"
 
 }  // namespace
 }  // namespace avx512
@@ -195,6 +201,8 @@ const ImageKernels kAvx512Image{
     .blend_rows = avx512::blend_rows,
     .fma_values = avx512::fma_values,
     .softmax = avx512::softmax,
+    .softmax_levels = avx512::softmax_levels,
+    .scale_sums = avx512::scale_sums,
     .function = avx512::function,
     .combine = avx512::combine,
 };

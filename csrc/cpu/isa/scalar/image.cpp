@@ -1,5 +1,6 @@
 // The inner loops in plain C++, straight from the formulas: what other machines run.
 #include <cstring>
+#include <limits>
 
 #include "cpu/image_kernels.hpp"
 
@@ -199,6 +200,29 @@ void softmax(const float* in, int64_t channels, int64_t stride, int64_t count, f
   }
 }
 
+int32_t at(const BlockedSums& s, int64_t i) { return s.sums[i / 16 * s.block + i % 16]; }
+
+int32_t softmax_levels(const SoftmaxLevels& row) {
+  float top = -std::numeric_limits<float>::infinity();
+  for (int64_t j = 0; j < row.sums.count; ++j) {
+    const float mask = row.mask == nullptr ? 0.0f : row.mask[j];
+    row.scores[j] = attention_score(at(row.sums, j), row.scale, mask);
+    top = max_x86(row.scores[j], top);
+  }
+  int32_t total = 0;
+  for (int64_t j = 0; j < (row.sums.count + 15) / 16 * 16; ++j) {
+    const int32_t value = j < row.sums.count ? attention_level(row.scores[j], top) : 0;
+    row.levels[j] = static_cast<int16_t>(value);
+    total += value;
+  }
+  return total;
+}
+
+void scale_sums(const BlockedSums& sums, float factor, bool, const U8Finish& finish, uint8_t* out) {
+  for (int64_t i = 0; i < sums.count; ++i)
+    out[i] = level(static_cast<float>(at(sums, i)) * factor, finish);
+}
+
 void function(const FloatFunctionSpec& spec, const float* in, int64_t n, float* out) {
   for (int64_t i = 0; i < n; ++i)
     out[i] = float_function(in[i], spec);
@@ -231,6 +255,8 @@ const ImageKernels kScalarImage{
     .blend_rows = blend_rows,
     .fma_values = fma_values,
     .softmax = softmax,
+    .softmax_levels = softmax_levels,
+    .scale_sums = scale_sums,
     .function = function,
     .combine = combine,
 };

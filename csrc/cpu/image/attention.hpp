@@ -1,0 +1,23 @@
+// Attention over images of levels, on the active instruction set (reference/attention.hpp).
+#pragma once
+
+#include "cpu/image/layout.hpp"
+#include "reference/attention.hpp"
+
+namespace adalayer::cpu {
+
+/// Parts that a call can be cut into.
+int64_t attention_parts(const AttentionShape& shape);
+/// Bytes of scratch memory that a thread needs.
+double attention_scratch(const AttentionShape& shape);
+
+/// One image. Token t of sequence s is pixel (s, t) where rows are sequences (shape.sequences > 1),
+/// else the t-th pixel in the order of rows.
+void attention(const AttentionShape& shape, const AttentionSpec& spec, ConstImageView q,
+               ConstImageView k, ConstImageView v, ImageView out, Part part);
+
+/// The same with real values as its result, [sequences * queries][heads * width].
+void attention_f32(const AttentionShape& shape, const AttentionSpec& spec, ConstImageView q,
+                   ConstImageView k, ConstImageView v, float* out, Part part);
+
+}  // namespace adalayer::cpu

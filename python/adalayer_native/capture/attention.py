@@ -1,0 +1,243 @@
+"""Attention in a captured graph: torch's own operator, or the products that spell it out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor, fx, nn
+
+from adalayer_native.capture.model import TensorInfo, info_of
+from adalayer_native.capture.vocabulary import (
+    arguments,
+    attribute,
+    is_identity,
+    is_value,
+    op_name,
+)
+
+__all__ = ["Attention", "attentions"]
+
+_PRODUCTS = ("aten.matmul.default", "aten.bmm.default")
+_SOFTMAXES = ("aten.softmax.int", "aten._softmax.default")
+_SAME = ("aten.contiguous.default", "aten.clone.default", "aten.alias.default")
+
+
+@dataclass(frozen=True)
+class Attention:
+    """``softmax(scale * query key^T + mask) value``.
+
+    Attributes:
+        result: the node that has its value.
+        query: ``[..., heads, queries, depth]``.
+        key: ``[..., heads, keys, depth]``, its last two axes exchanged where ``key_turned``.
+        value: ``[..., heads, keys, width]``, exchanged where ``result_turned``.
+        mask: what is added to the scores, or a bool tensor; None for none.
+        causal: a query meets the keys up to its own place.
+        scale: of the scores.
+        key_turned: as a matrix product has it.
+        result_turned: the result is ``[..., heads, width, queries]``.
+        entries: nodes that read query, key or value.
+        inner: all nodes from there on, the result among them.
+    """
+
+    result: fx.Node
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    mask: fx.Node | None
+    causal: bool
+    scale: float
+    key_turned: bool
+    result_turned: bool
+    entries: frozenset[fx.Node]
+    inner: frozenset[fx.Node]
+
+
+def attentions(model: fx.GraphModule) -> list[Attention]:
+    """Every attention of a graph whose scores nobody else reads."""
+    modules = dict(model.named_modules())
+    found = []
+    for node in model.graph.nodes:
+        if node.op != "call_function":
+            continue
+        name = op_name(node)
+        match: Attention | None = None
+        if name == "aten.scaled_dot_product_attention.default":
+            match = _operator(node)
+        elif name in _PRODUCTS:
+            match = _Spelled(model, modules, node).match()
+        if match is not None and all(map(is_value, (match.query, match.key, match.value))):
+            found.append(match)
+    return found
+
+
+def _operator(node: fx.Node) -> Attention | None:
+    a = arguments(node)
+    query, key, value = a["query"], a["key"], a["value"]
+    info = info_of(query)
+    if a["dropout_p"] or not isinstance(info, TensorInfo) or len(info.shape) < 2:
+        return None
+    scale = a["scale"]
+    if scale is None:
+        scale = 1.0 / math.sqrt(info.shape[-1])
+    inner = frozenset([node])
+    mask, causal = a["attn_mask"], bool(a["is_causal"])
+    return Attention(
+        node, query, key, value, mask, causal, float(scale), False, False, inner, inner
+    )
+
+
+class _Spelled:
+    """Looks backward from the second product to the first."""
+
+    def __init__(self, model: fx.GraphModule, modules: dict[str, nn.Module], node: fx.Node) -> None:
+        self.model = model
+        self.modules = modules
+        self.node = node
+        self.inner = [node]
+        self.scale = 1.0
+        self.mask: fx.Node | None = None
+
+    def match(self) -> Attention | None:
+        left, right = self.node.args[:2]
+        assert isinstance(left, fx.Node)
+        assert isinstance(right, fx.Node)
+        for weights, value, turned in ((left, right, False), (right, left, True)):
+            self.inner, self.scale, self.mask = [self.node], 1.0, None
+            softmax = self._softmax(weights, turned)
+            product = None if softmax is None else self._scores(softmax)
+            if product is None:
+                continue
+            query, key = product.args[:2]
+            entries = {self.node, product}
+            query, key = (self._scaled(item, product, entries) for item in (query, key))
+            inner = frozenset([*self.inner, *entries])
+            closed = all(inner.issuperset(node.users) for node in inner - {self.node})
+            if closed and _ranks_agree((query, key, value)):
+                return Attention(
+                    self.node, query, key, value, self.mask, False, self.scale, True, turned,
+                    frozenset(entries), inner,
+                )  # fmt: skip
+        return None
+
+    def _step(self, node: fx.Node) -> fx.Node:
+        """Past what leaves a value as it is."""
+        while is_identity(node, self.modules) or (
+            node.op == "call_function" and op_name(node) in _SAME
+        ):
+            self.inner.append(node)
+            operand = node.args[0]
+            assert isinstance(operand, fx.Node)
+            node = operand
+        return node
+
+    def _softmax(self, node: fx.Node, turned: bool) -> fx.Node | None:
+        """What the softmax reads whose result a product multiplies with."""
+        node = self._step(node)
+        if turned:
+            if node.op != "call_function" or not _exchanges(node):
+                return None
+            self.inner.append(node)
+            node = self._step(node.args[0])  # type: ignore[arg-type]
+        if node.op != "call_function" or op_name(node) not in _SOFTMAXES:
+            return None
+        a, info = arguments(node), info_of(node)
+        if not isinstance(info, TensorInfo) or a["dim"] not in (-1, len(info.shape) - 1):
+            return None
+        self.inner.append(node)
+        operand = node.args[0]
+        return operand if isinstance(operand, fx.Node) else None
+
+    def _scores(self, node: fx.Node) -> fx.Node | None:
+        """The product of queries and keys, behind a scale and a mask."""
+        while True:
+            node = self._step(node)
+            if node.op != "call_function":
+                return None
+            name = op_name(node)
+            if name in _PRODUCTS:
+                return node
+            number = self._number(node)
+            if number is not None:
+                self.scale *= number
+                self.inner.append(node)
+                node = node.args[0]  # type: ignore[assignment]
+                continue
+            operands = node.args[:2]
+            # A factor of the sum would be one of the mask, too.
+            if name != "aten.add.Tensor" or node.kwargs or self.mask or self.scale != 1.0:
+                return None
+            scores = [item for item in operands if self._is_score(item)]
+            if len(scores) != 1:
+                return None
+            self.mask = next(item for item in operands if item is not scores[0])  # type: ignore[assignment]
+            if not isinstance(self.mask, fx.Node):
+                return None
+            self.inner.append(node)
+            node = scores[0]
+
+    def _is_score(self, node: object) -> bool:
+        """Whether an operand of a sum leads to a product of two tensors."""
+        while isinstance(node, fx.Node) and node.op == "call_function":
+            if op_name(node) in _PRODUCTS:
+                return True
+            if self._number(node) is None and op_name(node) not in _SAME:
+                return False
+            node = node.args[0]
+        return False
+
+    def _number(self, node: fx.Node) -> float | None:
+        """The constant that a node multiplies its first operand with."""
+        if node.op != "call_function" or node.kwargs:
+            return None
+        kind, _, overload = op_name(node).removeprefix("aten.").partition(".")
+        if kind not in ("mul", "div") or overload not in ("Tensor", "Scalar"):
+            return None
+        other = node.args[1]
+        if isinstance(other, fx.Node):
+            if other.op != "get_attr":
+                return None
+            tensor: Tensor = attribute(self.model, str(other.target))
+            if tensor.numel() != 1 or tensor.device.type == "meta":
+                return None
+            other = float(tensor)
+        if not isinstance(other, (int, float)) or not isinstance(node.args[0], fx.Node):
+            return None
+        number = float(other)
+        if kind == "div":
+            return 1.0 / number if number else None
+        return number
+
+    def _scaled(self, node: object, reader: fx.Node, entries: set[fx.Node]) -> fx.Node:
+        """An operand in front of a scale that only this product reads."""
+        assert isinstance(node, fx.Node)
+        number = self._number(node)
+        if number is None or set(node.users) != {reader}:
+            return node
+        self.scale *= number
+        entries.add(node)
+        operand = node.args[0]
+        assert isinstance(operand, fx.Node)
+        return operand
+
+
+def _exchanges(node: fx.Node) -> bool:
+    """Whether a node exchanges the last two axes."""
+    info = info_of(node)
+    if op_name(node) != "aten.transpose.int" or not isinstance(info, TensorInfo):
+        return False
+    rank = len(info.shape)
+    return {int(axis) % rank for axis in node.args[1:3]} == {rank - 2, rank - 1}  # type: ignore[arg-type]
+
+
+def _ranks_agree(nodes: Iterable[fx.Node]) -> bool:
+    """Whether all have the same axes in front of the last two; products broadcast others."""
+    found = set()
+    for node in nodes:
+        info = info_of(node)
+        if not isinstance(info, TensorInfo) or len(info.shape) < 3:
+            return False
+        found.add(tuple(map(str, info.shape[:-2])))
+    return len(found) == 1

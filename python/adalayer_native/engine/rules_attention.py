@@ -1,0 +1,119 @@
+"""The rule for attention: heads in the channels, tokens in the positions."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from adalayer_native.capture.vocabulary import arguments
+from adalayer_native.engine.grids import Grid, Want
+from adalayer_native.engine.lower import RULES, CannotLower, Lowering, Rule
+from adalayer_native.engine.views import Dims, Ref, Size, merged
+from adalayer_native.ops.attention import additive_mask, score_scale
+
+
+def _in_place(ref: Ref, size: Size, letters: str) -> bool:
+    """Whether a value lies as attention reads it: [heads x depth] channels, tokens in order."""
+    c, h, w = size
+    lead = dict(zip(letters[:-2], ref.dims[:-2], strict=True))
+    tokens, depth = ref.dims[-2:]
+    if merged([*lead.get("c", ()), *depth]) != merged([(c, h * w)]):
+        return False
+    if "h" in lead:
+        return lead["h"] == merged([(h, w)]) and tokens == merged([(w, 1)])
+    return tokens == merged([(h * w, 1)])
+
+
+def _operand(low: Lowering, node: fx.Node, ref: Ref, letters: str) -> Ref:
+    if _in_place(ref, low.size(ref), letters):
+        return ref
+    return low.arranged(ref, low.name(node, "reorder"), letters)
+
+
+def _letters(low: Lowering, node: fx.Node, ref: Ref) -> str:
+    """Where the axes of queries go: sequences to rows, heads to channels."""
+    lead = len(ref.dims) - 2
+    if lead < 0 or lead > 2:
+        raise CannotLower(node, f"attention of {len(ref.dims) + 1} axes")
+    if lead == 1 and _in_place(ref, low.size(ref), "hwc"):
+        return "hwc"
+    return ("wc", "cwc", "hcwc")[lead]
+
+
+def _mask(low: Lowering, node: fx.Node, operand: Any, letters: str, folds: int) -> Tensor | None:
+    """float32 [sequences or 1, heads or 1, queries, keys]; None for none."""
+    if operand is None:
+        return None
+    given = low.parameter(operand)
+    if given is None:
+        raise CannotLower(node, "its mask is computed by the graph")
+    mask = additive_mask(given)
+    if bool(mask.isnan().any()) or bool((mask == math.inf).any()):
+        raise CannotLower(node, "its mask contains NaN or infinity")
+    rank = node.meta["val"].dim()
+    mask = mask.reshape((1,) * (rank - mask.dim()) + mask.shape)
+    if mask.shape[0] != 1:
+        raise CannotLower(node, "its mask differs between samples")
+    # Axes that are merged into the batch are the view's first.
+    lead = [*([1] if folds > 1 else []), *mask.shape[1:-2]]
+    sizes = dict(zip(letters[:-2], lead, strict=True))
+    queries, keys = node.meta["val"].shape[-2], arguments(node)["key"].meta["val"].shape[-2]
+    mask = mask.reshape(sizes.get("h", 1), sizes.get("c", 1), *mask.shape[-2:])
+    mask = mask.expand(-1, -1, queries, keys)
+    return None if not bool(mask.any()) else mask
+
+
+def _own_grid(low: Lowering, node: fx.Node, name: str) -> tuple[Ref, Grid]:
+    a = arguments(node)
+    ref, grid = low.on_own_grid(a[name])
+    said = low.parameter(a[f"{name}_qparams"])
+    if said is None or said.tolist()[:2] != [grid.scale, grid.zero_point]:
+        raise CannotLower(node, f"it expects a {name} on another grid than {grid}")
+    return ref, grid
+
+
+def _product(dims: Dims) -> int:
+    return math.prod(n for atoms in dims for n, _ in atoms)
+
+
+def _attention(low: Lowering, node: fx.Node, want: Want) -> Ref:
+    a = arguments(node)
+    query, query_grid = _own_grid(low, node, "query")
+    key, key_grid = _own_grid(low, node, "key")
+    value, _ = _own_grid(low, node, "value")
+    letters = _letters(low, node, query)
+    mask = _mask(low, node, a["attn_mask"], letters, low.exported.folds(a["query"]))
+    heads, key_heads = (
+        _product(ref.dims[letters.index("c") :][:1]) if "c" in letters[:-2] else 1
+        for ref in (query, key)
+    )
+    width = _product(value.dims[-1:])
+    query, key, value = (_operand(low, node, ref, letters) for ref in (query, key, value))
+    _, h, w = low.size(query)
+    rows = "h" in letters and h > 1
+    size: Size = (heads * width, h, w)
+    places = {"c": (heads, width * h * w), "h": (h, w)}
+    dims = (
+        *(merged([places[letter]]) for letter in letters[:-2]),
+        merged([(w, 1)] if "h" in letters else [(h * w, 1)]),
+        merged([(width, h * w)]),
+    )
+    flags = [rows, bool(a["is_causal"])]
+    flags += [mask is not None and mask.shape[axis] > 1 for axis in (0, 1)]
+    number = low.program.node(
+        "attention",
+        low.name(node),
+        [query.value, key.value, value.value],
+        size,
+        want.grid,
+        ints=[heads, key_heads, *map(int, flags), *want.finish()],
+        floats=[want.grid.inverse, score_scale(query_grid.scale, key_grid.scale, a["scale"])],
+        constants=[-1 if mask is None else low.program.f32(mask.to(torch.float32).numpy())],
+    )
+    return Ref(number, dims)
+
+
+RULES["adalayer.grid_attention.default"] = Rule(_attention, folds=True)

@@ -1,0 +1,114 @@
+"""Attention between values on grids, by the engine's own steps (csrc/reference/attention.hpp)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from adalayer_native import _C
+from adalayer_native.ops.machine import get_num_threads
+
+__all__ = ["additive_mask", "fake_attention", "grid_attention", "score_scale"]
+
+
+def score_scale(query_scale: float, key_scale: float, scale: float) -> float:
+    """What a sum of products of levels is multiplied with: rounded to float32 once."""
+    return float(torch.tensor(query_scale * key_scale * scale, dtype=torch.float32))
+
+
+def additive_mask(mask: Tensor) -> Tensor:
+    """A mask as float32 numbers that are added to scores; of a bool one, False hides a key."""
+    if mask.dtype == torch.bool:
+        return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -math.inf)
+    return mask.float()
+
+
+def _levels(x: Tensor, qparams: Tensor) -> Tensor:
+    """uint8 ``[images, tokens, heads * depth]`` of a tensor ``[..., heads, tokens, depth]``."""
+    scale, zero_point, bits = qparams.tolist()
+    x = x.flatten(0, -4) if x.dim() > 3 else x.unsqueeze(0)
+    rows = x.float().cpu().transpose(1, 2).flatten(2).contiguous()
+    levels: Tensor = torch.ops.adalayer.quantize(rows, scale, int(zero_point), int(bits))
+    return levels
+
+
+@torch.no_grad()
+def grid_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    query_qparams: Tensor,
+    key_qparams: Tensor,
+    value_qparams: Tensor,
+) -> Tensor:
+    """``F.scaled_dot_product_attention`` with weights that are levels beside their row's largest.
+
+    Args:
+        query: float ``[..., heads, tokens, depth]`` on a grid, as the other two.
+        key, value: of the same leading sizes; they may have fewer heads (``enable_gqa``).
+        attn_mask: broadcasts to ``[..., heads, queries, keys]``; bool, or added to scores.
+        query_qparams, key_qparams, value_qparams: float32 ``[3]``: scale, zero point and bits.
+    """
+    tokens, depth = query.shape[-2:]
+    keys, width = value.shape[-2:]
+    heads, key_heads = (1, 1) if query.dim() < 3 else (query.shape[-3], key.shape[-3])
+    lead = query.shape[:-3]
+    images = math.prod(lead)
+    out = torch.empty(images, tokens, heads, width)
+    if out.numel():
+        grids = [item.tolist() for item in (query_qparams, key_qparams, value_qparams)]
+        operands = [
+            _levels(item if item.dim() > 2 else item.unsqueeze(0), grid)
+            for item, grid in zip(
+                (query, key, value), (query_qparams, key_qparams, value_qparams), strict=True
+            )
+        ]
+        mask, mask_image, mask_head = None, 0, 0
+        if attn_mask is not None:
+            mask = additive_mask(attn_mask).cpu()
+            mask = mask.reshape((1,) * (query.dim() - mask.dim()) + mask.shape)
+            if mask.dim() > 4:
+                shared = all(size == 1 for size in mask.shape[:-3])
+                mask = mask.expand(*(mask.shape[:-3] if shared else lead), *mask.shape[-3:])
+                mask = mask.flatten(0, -4)
+            mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
+            mask = mask.expand(-1, -1, tokens, keys).contiguous()
+            mask_head = tokens * keys if mask.shape[1] > 1 else 0
+            mask_image = mask.shape[1] * tokens * keys if mask.shape[0] > 1 else 0
+        _C.attention(
+            (images, tokens, keys, heads, key_heads, depth, width),
+            (int(grids[0][1]), int(grids[1][1]), int(grids[2][1])),
+            score_scale(grids[0][0], grids[1][0], scale),
+            grids[2][0],
+            is_causal,
+            0 if mask is None else mask.data_ptr(),
+            mask_image,
+            mask_head,
+            *(item.data_ptr() for item in operands),
+            out.data_ptr(),
+            get_num_threads(),
+        )
+    out = out.reshape(*lead, tokens, heads, width).transpose(-3, -2)
+    return out.reshape(*query.shape[:-1], width).to(value)
+
+
+def fake_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    query_qparams: Tensor,
+    key_qparams: Tensor,
+    value_qparams: Tensor,
+) -> Tensor:
+    """Shape of :func:`grid_attention`."""
+    heads = query.shape[-3] if query.dim() > 2 else 1
+    out = value.new_empty(*query.shape[:-3], query.shape[-2], heads, value.shape[-1])
+    return out.transpose(-3, -2).reshape(*query.shape[:-1], value.shape[-1])
