@@ -63,7 +63,11 @@ def _forced(
 ) -> dict[fx.Node, list[Any]]:
     assert part.lowered is not None
     program = emit(part.lowered.program)
-    inputs = [values[node].contiguous() for node in part.lowered.inputs]
+    # (Token ids have 32 bits in a program.)
+    inputs = [
+        values[node].contiguous() if values[node].is_floating_point() else values[node].int()
+        for node in part.lowered.inputs
+    ]
     raw = program.reference_values([t.data_ptr() for t in inputs], [False] * len(inputs), batch)
     operations = {node[3]: node[0] for node in program.nodes()}
     forced: dict[fx.Node, list[Any]] = {}

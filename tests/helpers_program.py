@@ -20,7 +20,7 @@ class Grid(NamedTuple):
 
 
 class Value(NamedTuple):
-    """A u8 or f32 value of a program; grid is None for f32."""
+    """A u8, f32 or i32 value of a program; grid is None for the others."""
 
     number: int
     shape: tuple[int, int, int]
@@ -35,16 +35,16 @@ class Builder:
         self.inputs: list[Value] = []
         self.count = 0
 
-    def value(self, shape: Sequence[int], grid: Grid | None = None) -> Value:
+    def value(self, shape: Sequence[int], grid: Grid | None = None, kind: str = "f32") -> Value:
         c, h, w = (int(size) for size in shape)
         self.count += 1
         number = self.program.add_value(
-            f"v{self.count}", "f32" if grid is None else "u8", c, h, w, *(grid or ())
+            f"v{self.count}", kind if grid is None else "u8", c, h, w, *(grid or ())
         )
         return Value(number, (c, h, w), grid)
 
-    def input(self, shape: Sequence[int]) -> Value:
-        value = self.value(shape)
+    def input(self, shape: Sequence[int], kind: str = "f32") -> Value:
+        value = self.value(shape, kind=kind)
         self.inputs.append(value)
         return value
 
@@ -91,18 +91,33 @@ class Builder:
         return self.program
 
 
+_KINDS = {"u8": np.uint8, "f32": np.float32, "i32": np.int32}
+
+
 def shapes_of(program: _C.Program, numbers: Sequence[int]) -> list[tuple[int, int, int]]:
     values = program.values()
     return [values[number][2:5] for number in numbers]
 
 
+def is_ids(program: _C.Program) -> list[bool]:
+    """Per input."""
+    values = program.values()
+    return [values[number][1] == "i32" for number in program.inputs()]
+
+
+def held(program: _C.Program, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Arrays as the program reads them."""
+    types = [np.int32 if ids else np.float32 for ids in is_ids(program)]
+    return [np.ascontiguousarray(x, dtype=t) for x, t in zip(inputs, types, strict=True)]
+
+
 def reference_values(program: _C.Program, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Every value of a run of the interpreter, [batch, c, h, w]."""
-    arrays = [np.ascontiguousarray(x, dtype=np.float32) for x in inputs]
+    arrays = held(program, inputs)
     batch = arrays[0].shape[0]
     raw = program.reference_values([x.ctypes.data for x in arrays], [False] * len(arrays), batch)
     return [
-        np.frombuffer(data, np.uint8 if kind == "u8" else np.float32).reshape(batch, c, h, w)
+        np.frombuffer(data, _KINDS[kind]).reshape(batch, c, h, w)
         for data, (_, kind, c, h, w, *_) in zip(raw, program.values(), strict=True)
     ]
 
@@ -116,12 +131,12 @@ def run_engine(
     engine: _C.Engine, inputs: Sequence[np.ndarray], *, nhwc: bool = False, threads: int = 1
 ) -> list[np.ndarray]:
     orders = [nhwc and any_order for any_order in engine.any_order()]
-    arrays = [
-        np.ascontiguousarray(x.transpose(0, 2, 3, 1) if last else x, dtype=np.float32)
-        for x, last in zip(inputs, orders, strict=True)
-    ]
-    batch = arrays[0].shape[0]
     program = engine.program()
+    turned = [
+        x.transpose(0, 2, 3, 1) if last else x for x, last in zip(inputs, orders, strict=True)
+    ]
+    arrays = held(program, turned)
+    batch = arrays[0].shape[0]
     outputs = [
         np.full((batch, *shape), np.nan, np.float32)
         for shape in shapes_of(program, program.outputs())
@@ -137,13 +152,28 @@ def run_engine(
 
 
 def noise(program: _C.Program, batch: int, seed: int, spread: float = 60.0) -> list[np.ndarray]:
-    """Random images; some values lie outside every grid."""
+    """Random images, of which some values lie outside every grid; and ids that all tables have."""
     rng = np.random.default_rng(seed)
+    rows = dict.fromkeys(program.inputs(), ROWS)
+    values, constants = program.values(), program.constants()
+    for op, _, inputs, output, _, _, used in program.nodes():
+        if op == "embedding":
+            found = constants[used[0]][1] // values[output][2]
+            rows[inputs[0]] = min(rows[inputs[0]], found)
     return [
-        (rng.standard_normal((batch, *shape)) * spread).astype(np.float32)
-        for shape in shapes_of(program, program.inputs())
+        rng.integers(0, rows[number], (batch, *shape)).astype(np.int32)
+        if ids
+        else (rng.standard_normal((batch, *shape)) * spread).astype(np.float32)
+        for number, ids, shape in zip(
+            program.inputs(),
+            is_ids(program),
+            shapes_of(program, program.inputs()),
+            strict=True,
+        )
     ]
 
+
+ROWS = 40  # of the largest table of random programs
 
 # -- random programs ------------------------------------------------------------------------------
 
@@ -420,6 +450,26 @@ class _Random:
         constants = [self.builder.constant(table.astype(np.int32)) for table in tables]
         self.put("rearrange", [x], tuple(shape), x.grid, constants=constants)
 
+    def op_attention(self, x: Value) -> None:
+        c, h, w = x.shape
+        heads = self.pick([n for n in range(1, c + 1) if c % n == 0])
+        rows = self.int(0, 1)
+        flags = [rows, self.int(0, 1), self.int(0, 1) and rows, self.int(0, 1)]
+        tokens = w if rows else h * w
+        if tokens * tokens * heads * h > 20000:
+            return
+        mask = -1
+        if self.int(0, 1):
+            sizes = (h if flags[2] else 1, heads if flags[3] else 1, tokens, tokens)
+            values = self.rng.choice([0.0, -1.5, 2.0, -np.inf], sizes).astype(np.float32)
+            mask = self.builder.constant(values)
+        else:
+            flags[2:] = [0, 0]
+        grid = self.grid()
+        ints = [heads, heads, *flags, 0, grid.qmax, grid.zero_point]
+        factors = [inverse(grid), self.scale(-20, 0)]
+        self.put("attention", [x, x, x], x.shape, grid, ints, factors, [mask])
+
     def op_pad(self, x: Value) -> None:
         top, left, bottom, right = (self.int(0, 2) for _ in range(4))
         shape = (x.shape[0], x.shape[1] + top + bottom, x.shape[2] + left + right)
@@ -458,6 +508,20 @@ class _Random:
         constants = [self.floats(c, -30, 30), self.floats(c, -10, 40)]
         finish = [0, grid.qmax, grid.zero_point]
         self.put("layer_norm", [x], x.shape, grid, finish, [inverse(grid), 1e-5], constants)
+
+    def op_rms_norm(self, x: Value) -> None:
+        grid = self.grid()
+        c = x.shape[0]
+        constants = [self.floats(c, -30, 30), self.floats(c, -10, 40)]
+        finish = [0, grid.qmax, grid.zero_point]
+        self.put("rms_norm", [x], x.shape, grid, finish, [inverse(grid), 1e-5], constants)
+
+    def embed(self, ids: Value) -> None:
+        """Another embedding of the same ids."""
+        grid, c, rows = self.grid(), self.int(1, 20), self.pick([1, 2, ROWS])
+        table = self.rng.integers(0, grid.qmax + 1, (rows, c)).astype(np.uint8)
+        shape = (c, *ids.shape[1:])
+        self.put("embedding", [ids], shape, grid, constants=[self.builder.constant(table)])
 
     def op_reshape(self, x: Value) -> None:
         elements = int(np.prod(x.shape))
@@ -499,17 +563,23 @@ class _Random:
 
 
 @st.composite
-def programs(draw: st.DrawFn, most_nodes: int = 10, everything: bool = True) -> _C.Program:
+def programs(
+    draw: st.DrawFn, most_nodes: int = 10, everything: bool = True, ids: bool = True
+) -> _C.Program:
     """A valid program of up to `most_nodes` random nodes between its quantizers and its tails.
 
     Without `everything` transposed convolutions have no dilation and no float output, which the
-    engine refuses.
+    engine refuses. Without `ids` no input is token ids, which the CUDA engine refuses.
     """
     r = _Random(draw, everything)
     for _ in range(draw(st.integers(1, 2))):
         shape = (r.int(1, 20), r.int(1, 9), r.int(1, 9))
         x = r.builder.input(shape)
         r.put("quantize", [x], shape, r.grid())
+    if ids and r.int(0, 3) == 0:
+        x = r.builder.input((1, r.int(1, 3), r.int(1, 12)), "i32")
+        for _ in range(r.int(1, 2)):
+            r.embed(x)
     for _ in range(draw(st.integers(1, most_nodes))):
         r.add()
     return r.builder.finish([r.tail(r.value()) for _ in range(draw(st.integers(1, 2)))])

@@ -64,7 +64,7 @@ def run(engine, program, inputs, nhwc=False):
 def test_random_programs_on_a_gpu_in_software(emulated):
     @settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
     @given(
-        program=programs(),
+        program=programs(ids=False),
         batch=st.integers(1, 3),
         choice=st.integers(-1, 5),
         part=st.integers(0, 2),
@@ -82,6 +82,16 @@ def test_random_programs_on_a_gpu_in_software(emulated):
             np.testing.assert_array_equal(a, b)
 
     check()
+
+
+def test_token_ids_stay_on_the_cpu(emulated):
+    b, grid = Builder(), Grid()
+    ids = b.input((1, 1, 4), "i32")
+    table = b.constant(np.zeros((5, 3), np.uint8))
+    x = b.node("embedding", [ids], b.value((3, 1, 4), grid), constants=[table])
+    program = b.finish([b.node("dequantize", [x], b.value((3, 1, 4)))])
+    with pytest.raises(InputError, match="'v1' is token ids, which programs read on the CPU alone"):
+        cuda.CudaEngine(program, 0)
 
 
 def weights(shape, bits):

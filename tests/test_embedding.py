@@ -105,6 +105,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         )
         _run(cmake, "--build", folder)
         built[program] = folder / program
+    built["tokens"] = built["classify"].parent / "tokens"
     return built
 
 
@@ -123,6 +124,35 @@ def test_c_example_gives_the_bits_of_python(programs, saved, engine, photograph,
         assert scores.tobytes() == want.tobytes()
         assert CLASSES[int(want.argmax())] in out.splitlines()[0]
         assert len(out.splitlines()) == 5
+
+
+@needs_library
+def test_token_ids_in_c(programs, tmp_path):
+    class Texts(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.last = torch.nn.Embedding(50, 12), torch.nn.Linear(12, 5)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.last(self.embedding(ids).relu())
+
+    torch.manual_seed(0)
+    ids = torch.randint(0, 50, (4, 7))
+    engine = _compiled(Texts().eval(), ids)
+    engine.save(tmp_path / "text.ada")
+    command = programs["tokens"], tmp_path / "text.ada", tmp_path / "ids.txt"
+    (tmp_path / "ids.txt").write_text(" ".join(map(str, ids[0].tolist())))
+    _run(*command, tmp_path / "results.f32")
+    got = np.fromfile(tmp_path / "results.f32", np.float32)
+    assert got.tobytes() == engine(ids[:1]).numpy().tobytes()
+    for text, message in (
+        ("1 2 3 4 5 6 50", "expected ids of 0 to 49, got 50 in sample 0, position 6"),
+        ("1 2 3", "expected 7 whole numbers, found 3"),
+        ("1 2 3 4 5 6 x", "expected 7 whole numbers, found 6"),
+    ):
+        (tmp_path / "ids.txt").write_text(text)
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+        assert done.returncode == 1 and message in done.stderr
 
 
 @needs_library

@@ -98,7 +98,7 @@ def test_ways_to_write_one_call(tokens: tuple[nn.Module, Engine]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda a: {**a, "ids": a["ids"].int()}, r"'ids': expected torch.int64, got torch.int32"),
+        (lambda a: {**a, "ids": a["ids"].short()}, r"'ids': expected torch.int64, got torch.int16"),
         (lambda a: {**a, "ids": a["ids"].float()}, r"'ids': expected torch.int64, got .*float32"),
         (lambda a: {**a, "mask": a["mask"].long()}, r"'mask': expected torch.bool, got .*int64"),
         (lambda a: {**a, "mask": None}, r"'mask': expected a torch.Tensor, got NoneType"),
@@ -220,8 +220,8 @@ def test_numpy_in_and_out(tokens: tuple[nn.Module, Engine]) -> None:
     assert got["best"][0].dtype == np.bool_
     flat = [arrays["ids"], arrays["mask"], arrays["images"]["pixels"], arrays["images"]["more"][0]]
     assert np.array_equal(engine.run_flat(flat).logits, got.logits)
-    with pytest.raises(InputError, match="'ids': expected an array of int64, got int32"):
-        engine.run(**{**arrays, "ids": arrays["ids"].astype(np.int32)})
+    with pytest.raises(InputError, match="'ids': expected an array of int64, got int16"):
+        engine.run(**{**arrays, "ids": arrays["ids"].astype(np.int16)})
     with pytest.raises(InputError, match="'images_more_0': expected an array of float32, got int8"):
         engine.run_flat([*flat[:3], flat[3].astype(np.int8)])
 
@@ -345,8 +345,12 @@ def test_a_file_keeps_the_call_and_the_result(tmp_path: Path) -> None:
     assert torch.equal(ada.load(again)(call, skip=skip)["logits"], expected.logits)
     with pytest.raises(InputError, match="'flag': the engine was compiled for True, got False"):
         loaded(call, False, skip=skip)
-    with pytest.raises(InputError, match=r"'batch_kinds': expected torch.int32, got torch.int64"):
-        loaded({"images": [x, None], "kinds": kinds.long()}, skip=skip)
+    longer = {"images": [x, None], "kinds": kinds.long()}
+    assert torch.equal(loaded(longer, skip=skip)["logits"], expected.logits)
+    with pytest.raises(InputError, match=r"'batch_kinds': expected torch.int32, got torch.int16"):
+        loaded({"images": [x, None], "kinds": kinds.short()}, skip=skip)
+    with pytest.raises(InputError, match=r"'batch_kinds': .* that int32 holds, got 2147483648"):
+        loaded({"images": [x, None], "kinds": kinds.long() + 2**31}, skip=skip)
     with pytest.raises(InputError, match=r"expected 2 inputs \(batch, skip\), got 1"):
         loaded(call)
 
@@ -368,10 +372,10 @@ def test_a_file_is_served_by_the_names_of_its_tensors(tmp_path: Path) -> None:
     assert np.array_equal(got[0], expected.logits) and np.array_equal(
         got[2], expected.record.scores
     )
-    kinds = torch.zeros(2, 7, dtype=torch.int32)
+    kinds = torch.zeros(2, 7, dtype=torch.int16)
     call = {"batch": {"images": [x], "kinds": kinds}, "skip": skip}
     ada.compile(model, call, policy="native").save(tmp_path / "model.ada")
-    with pytest.raises(UnsupportedModelError, match=r"'batch_kinds': .* torch.int32 \[batch, 7\]"):
+    with pytest.raises(UnsupportedModelError, match=r"'batch_kinds': .* torch.int16 \[batch, 7\]"):
         EngineRunner(tmp_path / "model.ada", ada.get_num_threads())
 
 

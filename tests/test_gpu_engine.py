@@ -24,7 +24,7 @@ pytestmark = MARKS
 
 @settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
 @given(
-    program=programs(),
+    program=programs(ids=False),
     batch=st.integers(1, 5),
     choice=st.integers(-1, 8),
     part=st.integers(0, 3),

@@ -26,7 +26,9 @@ namespace {
 
 using Addresses = std::vector<uintptr_t>;
 
-const char* kind_name(ValueKind kind) { return kind == ValueKind::U8 ? "u8" : "f32"; }
+const char* kind_name(ValueKind kind) {
+  return kind == ValueKind::U8 ? "u8" : kind == ValueKind::F32 ? "f32" : "i32";
+}
 
 const char* kind_name(ConstantKind kind) {
   switch (kind) {
@@ -51,10 +53,12 @@ WeightForm weight_form(const std::string& name) {
 
 int32_t add_value(Program& p, std::string name, const std::string& kind, int64_t c, int64_t h,
                   int64_t w, float scale, int32_t zero_point, int32_t qmax) {
-  if (kind != "u8" && kind != "f32")
-    fail<InvalidArgument>("value \"", name, "\": expected kind u8 or f32, got ", kind);
-  p.values.push_back({std::move(name), kind == "u8" ? ValueKind::U8 : ValueKind::F32, c, h, w,
-                      scale, zero_point, qmax});
+  if (kind != "u8" && kind != "f32" && kind != "i32")
+    fail<InvalidArgument>("value \"", name, "\": expected kind u8, f32 or i32, got ", kind);
+  const ValueKind number = kind == "u8"    ? ValueKind::U8
+                           : kind == "f32" ? ValueKind::F32
+                                           : ValueKind::I32;
+  p.values.push_back({std::move(name), number, c, h, w, scale, zero_point, qmax});
   return static_cast<int32_t>(p.values.size()) - 1;
 }
 
@@ -126,7 +130,7 @@ struct Call {
       fail<InvalidArgument>("expected ", p.outputs.size(), " outputs, got ", out.size());
     for (size_t k = 0; k < in.size(); ++k)
       inputs.push_back(
-          {reinterpret_cast<const float*>(in[k]), nhwc[k] ? Layout::NHWC : Layout::NCHW});
+          {reinterpret_cast<const void*>(in[k]), nhwc[k] ? Layout::NHWC : Layout::NCHW});
     for (const uintptr_t address : out)
       outputs.push_back(reinterpret_cast<float*>(address));
   }
@@ -141,7 +145,7 @@ void run_reference(const Program& p, const Addresses& in, const std::vector<bool
     std::copy(results[k].begin(), results[k].end(), call.outputs[k]);
 }
 
-/// Every value of a reference run as bytes: u8 levels or float32 numbers.
+/// Every value of a reference run as bytes: u8 levels, float32 numbers or int32 ids.
 py::list reference_values(const Program& p, const Addresses& in, const std::vector<bool>& nhwc,
                           int64_t batch) {
   const Call call(p, in, nhwc, Addresses(p.outputs.size()));
@@ -152,11 +156,14 @@ py::list reference_values(const Program& p, const Addresses& in, const std::vect
   }
   py::list out;
   for (size_t v = 0; v < tensors.size(); ++v) {
+    const auto bytes = [](const auto& held) {
+      return py::bytes(reinterpret_cast<const char*>(held.data()), held.size() * sizeof held[0]);
+    };
     const Tensor& t = tensors[v];
-    const bool levels = p.values[v].kind == ValueKind::U8;
-    out.append(levels ? py::bytes(reinterpret_cast<const char*>(t.levels.data()), t.levels.size())
-                      : py::bytes(reinterpret_cast<const char*>(t.numbers.data()),
-                                  t.numbers.size() * sizeof(float)));
+    const ValueKind kind = p.values[v].kind;
+    out.append(kind == ValueKind::U8    ? bytes(t.levels)
+               : kind == ValueKind::F32 ? bytes(t.numbers)
+                                        : bytes(t.ids));
   }
   return out;
 }

@@ -130,13 +130,20 @@ adalayer_status load(adalayer_model** model, const adalayer_load_options* given,
   });
 }
 
+adalayer_type type_of(const capi::Port& port) {
+  return port.ids ? ADALAYER_INT32 : ADALAYER_FLOAT32;
+}
+adalayer_type type_of(const capi::OutputView&) { return ADALAYER_FLOAT32; }
+
 template <class Tensor>
 adalayer_status describe(const std::vector<Tensor>& tensors, size_t index, const char* what,
                          adalayer_tensor_info* info) {
   return guarded([&] {
     not_null(info, "info");
-    if (info->struct_size < sizeof *info)
-      fail<InvalidArgument>("info: expected a struct_size of at least ", sizeof *info, ", got ",
+    // The struct of earlier headers ends here.
+    constexpr size_t kFirst = offsetof(adalayer_tensor_info, type);
+    if (info->struct_size < kFirst)
+      fail<InvalidArgument>("info: expected a struct_size of at least ", kFirst, ", got ",
                             info->struct_size);
     if (index >= tensors.size())
       fail<InvalidArgument>(what, ' ', index, " does not exist (there are ", tensors.size(), ")");
@@ -146,6 +153,9 @@ adalayer_status describe(const std::vector<Tensor>& tensors, size_t index, const
     std::fill(std::begin(info->shape), std::end(info->shape), 0);
     std::copy(t.shape.begin(), t.shape.end(), info->shape);
     info->elements = static_cast<uint64_t>(t.elements);
+    if (info->struct_size < sizeof *info) return;
+    info->type = type_of(t);
+    info->reserved = 0;
   });
 }
 

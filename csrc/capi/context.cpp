@@ -118,11 +118,13 @@ void Context::check_input(size_t k, int64_t batch, const adalayer_input& in) con
   const auto bad = [&](const auto&... pieces) {
     fail<InvalidArgument>("input ", k, " ('", port.name, "'): ", pieces...);
   };
-  if (in.type != ADALAYER_FLOAT32 && in.type != ADALAYER_UINT8)
+  if (port.ids && in.type != ADALAYER_INT32)
+    bad("it is token ids: expected type ADALAYER_INT32, got ", in.type);
+  if (!port.ids && in.type != ADALAYER_FLOAT32 && in.type != ADALAYER_UINT8)
     bad("expected type ADALAYER_FLOAT32 or ADALAYER_UINT8, got ", in.type);
   if (in.layout != ADALAYER_NCHW && in.layout != ADALAYER_NHWC)
     bad("expected layout ADALAYER_NCHW or ADALAYER_NHWC, got ", in.layout);
-  if (in.layout == ADALAYER_NHWC && !model_->is_image(k))
+  if (in.layout == ADALAYER_NHWC && (port.ids || !model_->is_image(k)))
     bad("it is not an image of channels, height and width: expected layout ADALAYER_NCHW");
   const size_t bytes =
       bytes_of("input", k, batch, port.elements, in.type == ADALAYER_UINT8 ? 1 : 4);
@@ -130,7 +132,7 @@ void Context::check_input(size_t k, int64_t batch, const adalayer_input& in) con
     bad("expected ", bytes, " bytes for a batch of ", batch, ", got ", in.bytes);
   if (batch == 0) return;
   if (in.data == nullptr) bad("the data are null");
-  if (in.type == ADALAYER_FLOAT32 && reinterpret_cast<uintptr_t>(in.data) % alignof(float) != 0)
+  if (in.type != ADALAYER_UINT8 && reinterpret_cast<uintptr_t>(in.data) % alignof(float) != 0)
     bad("the data are not aligned to 4 bytes");
   if (in.type == ADALAYER_UINT8 && tables_[k].empty())
     bad("u8 pixels need a mean and a std per channel, and the model has none for it; call "
@@ -146,8 +148,7 @@ engine::InputTensor Context::prepared(size_t k, int64_t batch, const adalayer_in
   const bool last = in.layout == ADALAYER_NHWC;
   const bool to_planes = last && !any_order;
   const Layout layout = last && any_order ? Layout::NHWC : Layout::NCHW;
-  if (in.type == ADALAYER_FLOAT32 && !to_planes)
-    return {static_cast<const float*>(in.data), layout};
+  if (in.type != ADALAYER_UINT8 && !to_planes) return {in.data, layout};
 
   std::vector<float>& out = converted_[k];
   const auto total = static_cast<size_t>(batch * port.elements);

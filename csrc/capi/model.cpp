@@ -135,7 +135,8 @@ void Model::describe_inputs() {
     for (const int32_t v : p.inputs) {
       const Value& value = p.values[v];
       order_.push_back(inputs_.size());
-      inputs_.push_back({value.name, {value.c, value.h, value.w}, elements_of(value)});
+      const bool ids = value.kind == engine::ValueKind::I32;
+      inputs_.push_back({value.name, {value.c, value.h, value.w}, elements_of(value), ids});
     }
     return;
   }
@@ -160,6 +161,12 @@ void Model::describe_inputs() {
     if (inputs_[input].elements != wanted)
       fail<CorruptData>(kInputs, ": input \"", inputs_[input].name, "\" has ",
                         inputs_[input].elements, " elements, the program reads ", wanted);
+    const bool ids = p.values[p.inputs[k]].kind == engine::ValueKind::I32;
+    const bool known = std::find(order_.begin(), order_.end(), input) != order_.end();
+    if (known && inputs_[input].ids != ids)
+      fail<CorruptData>(kInputs, ": input \"", inputs_[input].name,
+                        "\" is read as floats and as token ids");
+    inputs_[input].ids = ids;
     order_.push_back(static_cast<size_t>(input));
   }
 }

@@ -20,6 +20,7 @@ struct Port {
   std::string name;
   std::vector<int64_t> shape;
   int64_t elements = 1;
+  bool ids = false;  // int32 token ids
 };
 
 /// One tensor of the network's result: a view of what the program writes.

@@ -409,8 +409,12 @@ ADALAYER_KERNEL ADALAYER_THREADS(128) layer_norm(ADALAYER_PARAMS LayerNormParams
     s2 += shuffle_xor(s2, other);
   }
   const double count = to_double_rn(p.channels);
-  const double mean = div_rn(to_double_rn(s1), count);
-  const double var = div_rn(to_double_rn(p.channels * s2 - s1 * s1), mul_rn(count, count));
+  const int64_t z = p.zero_point;
+  const double mean =
+      p.about_zero != 0 ? to_double_rn(p.zero_point) : div_rn(to_double_rn(s1), count);
+  const double var = p.about_zero != 0
+                         ? div_rn(to_double_rn(s2 - 2 * z * s1 + p.channels * z * z), count)
+                         : div_rn(to_double_rn(p.channels * s2 - s1 * s1), mul_rn(count, count));
   const double rstd = div_rn(1.0, sqrt_rn(add_rn(mul_rn(var, mul_rn(p.step, p.step)), p.eps)));
   const float factor = to_float_rn(mul_rn(rstd, p.step));
   uint8_t* out = p.out + pixel * p.pitch;

@@ -1,6 +1,7 @@
 // The table of kernels.
 #include "cuda/kernels.hpp"
 
+#include "cuda/attention.cuh"
 #include "cuda/conv_simple.cuh"
 #include "cuda/image_kernels.cuh"
 
@@ -74,6 +75,9 @@ KernelInfo kernel_info(Kernel kernel) {
       return {ADALAYER_KERNEL_ADDRESS(bilinear, BilinearParams), 256, 0};
     case Kernel::LayerNorm:
       return {ADALAYER_KERNEL_ADDRESS(layer_norm, LayerNormParams), 128, 0};
+    case Kernel::Attention:
+      return {ADALAYER_KERNEL_ADDRESS(attention, AttentionParams), kAttentionThreads,
+              4 * kAttentionThreads};
     case Kernel::AverageFloats:
       return {ADALAYER_KERNEL_ADDRESS(average_floats, FloatAverageParams), 256, 0};
     case Kernel::ResizeFloats:

@@ -18,6 +18,7 @@ enum class Kernel : int {
   PoolLarge,
   Bilinear,
   LayerNorm,
+  Attention,
   AverageFloats,
   ResizeFloats,
   Softmax,

@@ -241,6 +241,7 @@ struct LayerNormParams {
   uint8_t* out;
   int32_t pixels;
   int32_t channels, pitch;
+  int32_t about_zero, zero_point;  // an RMS norm
   double step, eps;
   const float* gamma;
   const float* beta;
@@ -257,6 +258,21 @@ struct GroupNormParams {
   const float* beta;
   Finish finish;
 };
+
+struct AttentionParams {
+  const uint8_t *q, *k, *v;
+  uint8_t* out;
+  int32_t sequences;  // of one image
+  int32_t queries, keys, heads, key_heads, depth, width;
+  int32_t q_pitch, k_pitch, v_pitch, out_pitch;
+  int32_t zero_q, zero_k, zero_v;
+  float scale, value_scale;
+  int32_t causal;
+  const float* mask;  // or null
+  int64_t mask_sequence, mask_head;
+  Finish finish;
+};
+constexpr int kAttentionThreads = 128;
 
 // ---- floats -----------------------------------------------------------------------------------
 

@@ -101,6 +101,11 @@ Model::Model(Program program, const Machine& machine)
     : program_(std::move(program)), machine_(machine), prepared_(std::make_unique<Prepared>()) {
   engine::validate(program_);
   const Program& p = program_;
+  // An id that is no row is an error of the call, which a launch could not return.
+  for (const int32_t v : p.inputs)
+    if (p.values[v].kind == ValueKind::I32)
+      fail<InvalidArgument>("input '", p.values[v].name,
+                            "' is token ids, which programs read on the CPU alone");
   Prepared& d = *prepared_;
   ImageBuilder image;
   for (const Node& n : p.nodes) {
@@ -331,7 +336,8 @@ class Planner {
         return move(n, d);
       case OpKind::Resize:
         return resize(n, d);
-      case OpKind::LayerNorm: {
+      case OpKind::LayerNorm:
+      case OpKind::RmsNorm: {
         const LayerNormSpec s = engine::layer_norm_spec(p_, n);
         LayerNormParams q{};
         q.in = at<uint8_t>(n.inputs[0]);
@@ -339,6 +345,8 @@ class Planner {
         q.pixels = static_cast<int32_t>(batch_ * value(n.output).h * value(n.output).w);
         q.channels = static_cast<int32_t>(value(n.output).c);
         q.pitch = image_size(value(n.output)).pitch;
+        q.about_zero = s.about_zero;
+        q.zero_point = s.zero_point;
         q.step = s.step;
         q.eps = s.eps;
         q.gamma = constant<float>(d.constants[0]);
@@ -347,6 +355,8 @@ class Planner {
         items(Kernel::LayerNorm, q, int64_t{q.pixels} * 32);
         return;
       }
+      case OpKind::Attention:
+        return attention(n, d);
       case OpKind::Function: {
         const FloatFunctionSpec s = engine::function_spec(n);
         FloatFunctionParams q{
@@ -365,6 +375,8 @@ class Planner {
         bind(l, offsetof(FloatPairParams, out), n.output);
         return;
       }
+      case OpKind::Embedding:  // refused with its ids
+        break;
       case OpKind::Softmax: {
         SoftmaxParams q{at<float>(n.inputs[0]), at<float>(n.output),
                         static_cast<int32_t>(value(n.output).c),
@@ -391,11 +403,44 @@ class Planner {
         return join(n, d);
       case OpKind::GroupNorm:
         return group_norm(n, d);
-      case OpKind::Attention:
-        break;
     }
     fail<InvalidArgument>("node '", n.name, "': the CUDA engine has no operation ",
                           engine::op_name(n.op));
+  }
+
+  void attention(const Node& n, const NodeData& d) {
+    const AttentionShape shape = engine::attention_shape(p_, n);
+    const AttentionSpec s = engine::attention_spec(p_, n);
+    const auto pitch = [&](int32_t v) { return image_size(value(v)).pitch; };
+    AttentionParams q{};
+    q.q = at<uint8_t>(n.inputs[0]);
+    q.k = at<uint8_t>(n.inputs[1]);
+    q.v = at<uint8_t>(n.inputs[2]);
+    q.out = at<uint8_t>(n.output);
+    q.sequences = static_cast<int32_t>(shape.sequences);
+    q.queries = static_cast<int32_t>(shape.queries);
+    q.keys = static_cast<int32_t>(shape.keys);
+    q.heads = static_cast<int32_t>(shape.heads);
+    q.key_heads = static_cast<int32_t>(shape.key_heads);
+    q.depth = static_cast<int32_t>(shape.depth);
+    q.width = static_cast<int32_t>(shape.width);
+    q.q_pitch = pitch(n.inputs[0]);
+    q.k_pitch = pitch(n.inputs[1]);
+    q.v_pitch = pitch(n.inputs[2]);
+    q.out_pitch = pitch(n.output);
+    q.zero_q = s.zero_q;
+    q.zero_k = s.zero_k;
+    q.zero_v = s.zero_v;
+    q.scale = s.scale;
+    q.value_scale = s.value_scale;
+    q.causal = s.causal ? 1 : 0;
+    q.mask = constant<float>(d.constants[0]);
+    q.mask_sequence = s.mask_sequence;
+    q.mask_head = s.mask_head;
+    q.finish = finish(n, -1);
+    const int64_t rows = int64_t{batch_} * q.sequences * q.heads * q.queries;
+    Launch& l = items(Kernel::Attention, q, rows * kAttentionThreads);
+    l.kernel.shared_bytes += (q.keys + 3) / 4 * 4;
   }
 
   void quantize(const Node& n) {

@@ -218,7 +218,7 @@ void read_values(const Sections& sections, Program& p) {
     Reader f = r.record("a value");
     Value v;
     const auto kind = f.get<uint32_t>("a value's kind");
-    if (kind > static_cast<uint32_t>(ValueKind::F32)) f.bad("value ", k, ": unknown kind ", kind);
+    if (kind > static_cast<uint32_t>(ValueKind::I32)) f.bad("value ", k, ": unknown kind ", kind);
     v.kind = static_cast<ValueKind>(kind);
     v.c = f.get<uint32_t>("a value's channels");
     v.h = f.get<uint32_t>("a value's height");
@@ -241,7 +241,7 @@ void read_nodes(const Sections& sections, Program& p) {
     Reader f = r.record("a node");
     Node node;
     const auto op = f.get<uint32_t>("a node's operation");
-    if (op >= kOpKinds || !is_operation(static_cast<OpKind>(op)))
+    if (!is_operation(op))
       f.bad("node ", k, ": operation ", op, " is unknown to format ",
             version_text(kAdaMajor, kAdaMinor), "; the file is of format ", sections.version);
     node.op = static_cast<OpKind>(op);
@@ -414,12 +414,12 @@ namespace {
 /// The first minor version that has all operations of a program, so that older libraries read
 /// what they can run.
 uint16_t needed_minor(const Program& p) {
-  uint16_t minor = 0;
-  for (const Node& n : p.nodes) {
-    const bool first = n.op < OpKind::Rearrange, second = n.op < OpKind::Attention;
-    minor = std::max<uint16_t>(minor, first ? 0 : second ? 1 : 2);
-  }
-  return minor;
+  auto last = OpKind::Quantize;
+  for (const Node& n : p.nodes)
+    last = std::max(last, n.op);
+  const bool ids = std::any_of(p.values.begin(), p.values.end(),
+                               [](const Value& v) { return v.kind == ValueKind::I32; });
+  return ids || last > OpKind::Combine ? 2 : last >= OpKind::Rearrange ? 1 : 0;
 }
 
 }  // namespace

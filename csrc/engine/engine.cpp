@@ -16,6 +16,7 @@
 #include "engine/memory.hpp"
 #include "engine/planner.hpp"
 #include "engine/steps.hpp"
+#include "engine/token_ids.hpp"
 
 namespace adalayer::engine {
 namespace {
@@ -54,9 +55,10 @@ struct Workspace {
   std::vector<std::vector<cpu::WeightStream::Segment>> segments;  // [member][nodes]
 };
 
-int64_t f32_bytes(const Value& v) { return v.c * v.h * v.w * 4; }
+/// Of floats and of ids.
+int64_t port_bytes(const Value& v) { return v.c * v.h * v.w * 4; }
 
-/// Images of noise for every input, and room for the outputs.
+/// Images of noise for every input, zeros as ids, and room for the outputs.
 struct Noise {
   std::vector<InputTensor> inputs;
   std::vector<float*> outputs;
@@ -65,13 +67,14 @@ struct Noise {
     std::mt19937 random(0);
     std::normal_distribution<float> normal;
     for (const int32_t v : program.inputs) {
-      memory_.emplace_back(static_cast<size_t>(batch * f32_bytes(program.values[v]) / 4));
-      for (float& x : memory_.back())
-        x = normal(random);
+      memory_.emplace_back(static_cast<size_t>(batch * port_bytes(program.values[v]) / 4));
+      if (program.values[v].kind == ValueKind::F32)
+        for (float& x : memory_.back())
+          x = normal(random);
       inputs.push_back({memory_.back().data(), Layout::NCHW});
     }
     for (const int32_t v : program.outputs) {
-      memory_.emplace_back(static_cast<size_t>(batch * f32_bytes(program.values[v]) / 4));
+      memory_.emplace_back(static_cast<size_t>(batch * port_bytes(program.values[v]) / 4));
       outputs.push_back(memory_.back().data());
     }
   }
@@ -99,12 +102,14 @@ struct Engine::Impl {
   std::vector<bool> is_output;
   std::vector<bool> any_order;  // [values] only read by quantization, which takes NHWC as well
   std::vector<bool> in_front;   // [values] memory of one image only
+  std::vector<int64_t> rows;    // [program inputs] table_rows()
 
   mutable std::mutex mutex;
   mutable std::vector<std::unique_ptr<Workspace>> idle;
 
   Impl(Program p, const EngineOptions& options) : program(std::move(p)) {
     validate(program);
+    rows = table_rows(program);
     isa = active_isa();
     kernels = cpu::active_kernels();
     if (kernels == nullptr) {
@@ -255,7 +260,7 @@ struct Engine::Impl {
   int64_t image_bytes(size_t v) const {
     const Value& value = program.values[v];
     if (port[v] >= 0) return 0;
-    return value.kind == ValueKind::F32 ? f32_bytes(value) : layouts[v].layout.image_bytes;
+    return value.kind == ValueKind::U8 ? layouts[v].layout.image_bytes : port_bytes(value);
   }
 
   template <class Bytes>
@@ -338,14 +343,12 @@ struct Engine::Impl {
     frame.images = count;
     for (size_t v = 0; v < port.size(); ++v) {
       if (port[v] < 0) continue;
-      const int64_t offset =
-          first * program.values[v].c * program.values[v].h * program.values[v].w;
+      const int64_t offset = first * port_bytes(program.values[v]);
       if (is_output[v]) {
-        frame.data[v] = reinterpret_cast<uint8_t*>(outputs[port[v]] + offset);
+        frame.data[v] = reinterpret_cast<uint8_t*>(outputs[port[v]]) + offset;
       } else {
         // Program inputs are only read.
-        frame.data[v] =
-            reinterpret_cast<uint8_t*>(const_cast<float*>(inputs[port[v]].data + offset));
+        frame.data[v] = static_cast<uint8_t*>(const_cast<void*>(inputs[port[v]].data)) + offset;
         frame.order[v] = inputs[port[v]].layout;
       }
     }
@@ -436,9 +439,9 @@ struct Engine::Impl {
     w.single.order = w.frame.order;
     for (size_t v = 0; v < port.size(); ++v) {
       const Value& value = program.values[v];
-      const int64_t bytes = in_front[v]                    ? 0
-                            : value.kind == ValueKind::F32 ? f32_bytes(value)
-                                                           : layouts[v].layout.image_bytes;
+      const int64_t bytes = in_front[v]                   ? 0
+                            : value.kind == ValueKind::U8 ? layouts[v].layout.image_bytes
+                                                          : port_bytes(value);
       w.single.data[v] = w.frame.data[v] + i * bytes;
     }
   }
@@ -501,13 +504,11 @@ struct Engine::Impl {
   /// Image by image, so that memory does not grow with the batch.
   void interpret_images(std::span<const InputTensor> inputs, int64_t batch,
                         std::span<float* const> outputs) const {
-    const auto elements = [&](int32_t v) {
-      return program.values[v].c * program.values[v].h * program.values[v].w;
-    };
+    const auto elements = [&](int32_t v) { return port_bytes(program.values[v]) / 4; };
     std::vector<InputTensor> image(inputs.begin(), inputs.end());
     for (int64_t n = 0; n < batch; ++n) {
       for (size_t k = 0; k < image.size(); ++k)
-        image[k].data = inputs[k].data + n * elements(program.inputs[k]);
+        image[k].data = inputs[k].floats() + n * elements(program.inputs[k]);
       const auto results = interpret(program, image, 1);
       for (size_t k = 0; k < results.size(); ++k)
         std::copy(results[k].begin(), results[k].end(),
@@ -532,6 +533,7 @@ struct Engine::Impl {
     if (kernels != nullptr && active_isa() != isa)
       fail<InvalidArgument>("the engine was compiled for ", isa_name(isa), ", but ",
                             isa_name(active_isa()), " is in use now; compile it again");
+    check_ids(program, rows, inputs, batch);
   }
 };
 
@@ -579,7 +581,7 @@ void Engine::run(std::span<const InputTensor> inputs, int64_t batch,
   for (size_t k = 0; k < e.program.outputs.size(); ++k) {
     const int32_t v = e.program.outputs[k];
     const Value& value = e.program.values[v];
-    const auto bytes = static_cast<size_t>(batch * f32_bytes(value));
+    const auto bytes = static_cast<size_t>(batch * port_bytes(value));
     if (!e.is_output[v])
       std::memcpy(outputs[k], inputs[e.port[v]].data, bytes);
     else if (e.port[v] != static_cast<int>(k))

@@ -35,10 +35,13 @@ struct EngineOptions {
   int64_t memory_bytes = 0;
 };
 
-/// One input batch, float32, [batch][c][h][w] or [batch][h][w][c].
+/// One input batch, [batch][c][h][w] or [batch][h][w][c]: float32 or int32, as the program says.
 struct InputTensor {
-  const float* data = nullptr;
+  const void* data = nullptr;
   Layout layout = Layout::NCHW;
+
+  const float* floats() const { return static_cast<const float*>(data); }
+  const int32_t* ids() const { return static_cast<const int32_t*>(data); }
 };
 
 /// What one node costs, for coverage().

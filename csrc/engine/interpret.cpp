@@ -6,6 +6,7 @@
 
 #include "core/status.hpp"
 #include "engine/float_tail.hpp"
+#include "engine/token_ids.hpp"
 #include "formats/canonical.hpp"
 
 namespace adalayer::engine {
@@ -36,7 +37,7 @@ class Interpreter {
       const auto count = static_cast<size_t>(batch * Shape(program.values[v]).size());
       if (program.values[v].kind == ValueKind::U8)
         tensors_[v].levels.resize(count);
-      else
+      else if (program.values[v].kind == ValueKind::F32)
         tensors_[v].numbers.resize(count);
     }
     for (size_t k = 0; k < inputs.size(); ++k)
@@ -55,11 +56,15 @@ class Interpreter {
  private:
   void read_input(int32_t value, const InputTensor& in, int64_t batch) {
     const Shape s(program_.values[value]);
+    if (program_.values[value].kind == ValueKind::I32) {  // of one channel: any layout is the same
+      tensors_[value].ids.assign(in.ids(), in.ids() + batch * s.size());
+      return;
+    }
     float* out = tensors_[value].numbers.data();
     for (int64_t n = 0; n < batch; ++n)
       for_each(s, [&](int64_t c, int64_t y, int64_t x) {
         const int64_t from = in.layout == Layout::NCHW ? s.at(c, y, x) : (y * s.w + x) * s.c + c;
-        out[n * s.size() + s.at(c, y, x)] = in.data[n * s.size() + from];
+        out[n * s.size() + s.at(c, y, x)] = in.floats()[n * s.size() + from];
       });
   }
 
@@ -94,6 +99,7 @@ class Interpreter {
   void layer_norm(const Node& n, int64_t image);
   void softmax(const Node& n, int64_t image);
   void attention(const Node& n, int64_t image);
+  void embedding(const Node& n, int64_t image);
 
   const Program& program_;
   std::vector<Tensor> tensors_;
@@ -392,6 +398,15 @@ void Interpreter::group_norm(const Node& n, int64_t image) {
   }
 }
 
+void Interpreter::embedding(const Node& n, int64_t image) {
+  const EmbeddingSpec spec = embedding_spec(program_, n);
+  const Shape s(value(n.output));
+  const int32_t* ids = tensors_[n.inputs[0]].ids.data() + image * s.h * s.w;
+  for_each(s, [&](int64_t c, int64_t y, int64_t x) {
+    levels(n.output, image)[s.at(c, y, x)] = spec.table[ids[y * s.w + x] * spec.channels + c];
+  });
+}
+
 void Interpreter::softmax(const Node& n, int64_t image) {
   const Shape s(value(n.output));
   const float* a = numbers(n.inputs[0], image);
@@ -483,6 +498,7 @@ void Interpreter::run(const Node& n, int64_t image) {
     case OpKind::Resize:
       return resize(n, image);
     case OpKind::LayerNorm:
+    case OpKind::RmsNorm:
       return layer_norm(n, image);
     case OpKind::Reshape:  // both sides are in NCHW order
       std::copy_n(levels(n.inputs[0], image), s.size(), levels(n.output, image));
@@ -515,6 +531,8 @@ void Interpreter::run(const Node& n, int64_t image) {
       return join(n, image);
     case OpKind::GroupNorm:
       return group_norm(n, image);
+    case OpKind::Embedding:
+      return embedding(n, image);
   }
 }
 
@@ -527,6 +545,7 @@ std::vector<Tensor> interpret_values(const Program& program, std::span<const Inp
     fail<InvalidArgument>("expected ", program.inputs.size(), " inputs, got ", inputs.size());
   if (batch < 0 || batch > kMaxAxis)
     fail<InvalidArgument>("batch must be 0 to ", kMaxAxis, ", got ", batch);
+  check_ids(program, table_rows(program), inputs, batch);
   return Interpreter(program, inputs, batch).take();
 }
 

@@ -12,10 +12,11 @@
 
 namespace adalayer::engine {
 
-/// One value of a run, [batch][c][h][w]; levels for U8 values, numbers for F32 values.
+/// One value of a run, [batch][c][h][w]; levels for U8 values, numbers for F32 values, ids for I32.
 struct Tensor {
   std::vector<uint8_t> levels;
   std::vector<float> numbers;
+  std::vector<int32_t> ids;
 };
 
 /// Every value of the program. Validates it first; memory for all of them at once.

@@ -75,7 +75,7 @@ double planned_memory(const Program& program, const std::vector<ValueLayout>& la
 double interpreter_memory(const Program& program) {
   double bytes = stored_bytes(program);
   for (const Value& v : program.values)
-    bytes += static_cast<double>(v.c * v.h * v.w) * (v.kind == ValueKind::F32 ? 4.0 : 1.0);
+    bytes += static_cast<double>(v.c * v.h * v.w) * (v.kind == ValueKind::U8 ? 1.0 : 4.0);
   for (const Node& node : program.nodes) {
     if (!is_convolution(node)) continue;
     const Constant& weights = program.constants[conv_attributes(node).weights];

@@ -7,11 +7,11 @@ namespace adalayer::engine {
 namespace {
 
 constexpr const char* kNames[kOpKinds] = {
-    "quantize", "dequantize", "conv",     "conv_transpose", "lookup",     "add",
-    "mul",      "affine",     "concat",   "max_pool",       "avg_pool",   "adaptive_avg_pool",
-    "slice",    "gather",     "pad",      "resize",         "layer_norm", "reshape",
-    "softmax",  "rearrange",  "function", "combine",        "attention",  "affine_image",
-    "constant", "join",       "",         "group_norm"};
+    "quantize", "dequantize", "conv",      "conv_transpose", "lookup",     "add",
+    "mul",      "affine",     "concat",    "max_pool",       "avg_pool",   "adaptive_avg_pool",
+    "slice",    "gather",     "pad",       "resize",         "layer_norm", "reshape",
+    "softmax",  "rearrange",  "function",  "combine",        "attention",  "affine_image",
+    "constant", "join",       "embedding", "rms_norm",       "group_norm"};
 
 int32_t small(int64_t v) { return static_cast<int32_t>(v); }
 
@@ -39,18 +39,16 @@ U8Finish finish_from(const Program& p, const Node& n, size_t at, int32_t table) 
 
 }  // namespace
 
-bool is_operation(OpKind op) {
+const char* op_name(OpKind op) {
   const auto k = static_cast<size_t>(op);
-  return k < kOpKinds && kNames[k][0] != '\0';
+  return is_operation(static_cast<uint32_t>(k)) ? kNames[k] : "unknown";
 }
 
-const char* op_name(OpKind op) {
-  return is_operation(op) ? kNames[static_cast<size_t>(op)] : "unknown";
-}
+bool is_operation(uint32_t number) { return number < kOpKinds && kNames[number] != nullptr; }
 
 OpKind op_from_name(std::string_view name) {
   for (int k = 0; k < kOpKinds; ++k)
-    if (is_operation(static_cast<OpKind>(k)) && name == kNames[k]) return static_cast<OpKind>(k);
+    if (kNames[k] != nullptr && name == kNames[k]) return static_cast<OpKind>(k);
   fail<InvalidArgument>("unknown operation \"", name, "\"");
 }
 
@@ -134,6 +132,7 @@ U8Finish node_finish(const Program& p, const Node& n) {
     case OpKind::Resize:
       return finish_from(p, n, 1, -1);
     case OpKind::LayerNorm:
+    case OpKind::RmsNorm:
       return finish_from(p, n, 0, -1);
     case OpKind::Attention:
       return finish_from(p, n, 6, -1);
@@ -210,8 +209,16 @@ FloatFunctionSpec function_spec(const Node& n) {
   return {static_cast<FloatFunction>(n.ints[0]), n.floats[0], n.floats[1]};
 }
 
+EmbeddingSpec embedding_spec(const Program& p, const Node& n) {
+  const auto& table = p.constants[n.constants[0]].bytes;
+  const int64_t channels = p.values[n.output].c;
+  return {table.data(), static_cast<int64_t>(table.size()) / channels, channels};
+}
+
 LayerNormSpec layer_norm_spec(const Program& p, const Node& n) {
   LayerNormSpec s;
+  s.about_zero = n.op == OpKind::RmsNorm;
+  s.zero_point = first_input(p, n).zero_point;
   s.step = static_cast<double>(first_input(p, n).scale);
   s.eps = static_cast<double>(n.floats[1]);
   s.gamma = floats(p, n.constants[0]);

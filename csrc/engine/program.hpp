@@ -22,10 +22,11 @@
 
 namespace adalayer::engine {
 
-enum class ValueKind : uint8_t { U8 = 0, F32 = 1 };
+enum class ValueKind : uint8_t { U8 = 0, F32 = 1, I32 = 2 };
 
 /// One tensor. For U8, real = (q - zero_point) * scale with q in 0 .. qmax. F32 values are NCHW at
-/// the program's boundary (inputs and outputs).
+/// the program's boundary (inputs and outputs). I32 values are token ids: program inputs of one
+/// channel, which Embedding alone reads.
 struct Value {
   std::string name;
   ValueKind kind = ValueKind::U8;
@@ -108,13 +109,20 @@ enum class OpKind : uint8_t {
   Constant = 24,  // -       -                                    -             levels u8 [H*W*C]
   // As Concat, along an axis (1 = h, 2 = w).
   Join = 25,  //     x ...   axis                                 -        one [table] per input
+  // i32 -> u8: position (y, x) gets the features of the row of the table that its id names, levels
+  // on the output's grid. The table is [rows][C]; an id is 0 .. rows - 1 (token_ids.hpp).
+  Embedding =
+      26,  // ids    -                                    -                  table [rows * C]
+  // As LayerNorm, with the input's zero point in the place of the mean.
+  RmsNorm = 27,  // x        finish                        inv eps               gamma beta
   // Over h x w and the channels of each group.
-  GroupNorm = 27,  // x      groups finish                       inv eps            gamma beta
+  GroupNorm = 28,  // x      groups finish                       inv eps            gamma beta
 };
-constexpr int kOpKinds = 28;
+constexpr int kOpKinds = 29;
 
-/// Whether an operation has that number: not all of them are in use.
-bool is_operation(OpKind op);
+/// Whether an operation has that number: some below kOpKinds are not taken.
+bool is_operation(uint32_t number);
+
 /// "conv", "avg_pool", ...; and back, throwing InvalidArgument for an unknown name.
 const char* op_name(OpKind op);
 OpKind op_from_name(std::string_view name);
@@ -148,7 +156,7 @@ struct Program {
   std::vector<Value> values;
   std::vector<Node> nodes;
   std::vector<Constant> constants;
-  std::vector<int32_t> inputs;   // F32 values
+  std::vector<int32_t> inputs;   // F32 and I32 values
   std::vector<int32_t> outputs;  // F32 values
   // "classes" and "preprocessing" (JSON texts) and whatever else the writer adds.
   std::map<std::string, std::string> metadata;
@@ -212,10 +220,12 @@ AffineImageSpec affine_image_spec(const Program& program, const Node& node);
 /// MaxPool, AvgPool, AdaptiveAvgPool.
 PoolSpec pool_spec(const Program& program, const Node& node);
 ResizeSpec resize_spec(const Program& program, const Node& node);
+/// LayerNorm and RmsNorm.
 LayerNormSpec layer_norm_spec(const Program& program, const Node& node);
 GroupNormSpec group_norm_spec(const Program& program, const Node& node);
 FloatFunctionSpec function_spec(const Node& node);
 AttentionShape attention_shape(const Program& program, const Node& node);
 AttentionSpec attention_spec(const Program& program, const Node& node);
+EmbeddingSpec embedding_spec(const Program& program, const Node& node);
 
 }  // namespace adalayer::engine

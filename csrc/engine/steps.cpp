@@ -197,7 +197,8 @@ RunImage run_image(const Program& program, const Node& node,
     }
     case OpKind::Resize:
       return resize(program, node);
-    case OpKind::LayerNorm: {
+    case OpKind::LayerNorm:
+    case OpKind::RmsNorm: {
       const LayerNormSpec spec = layer_norm_spec(program, node);
       return unary(node, [=](auto i, auto o, Part part) { cpu::layer_norm(spec, i, o, part); });
     }
@@ -224,6 +225,12 @@ RunImage run_image(const Program& program, const Node& node,
     }
     case OpKind::Attention:
       return attention(program, node);
+    case OpKind::Embedding: {
+      const EmbeddingSpec spec = embedding_spec(program, node);
+      return [=](const Frame& f, int64_t n, Part part) {
+        cpu::embedding(spec, f.ids(x, n), f.image(y, n), part);
+      };
+    }
     case OpKind::Softmax:
       return [=](const Frame& f, int64_t n, Part part) {
         cpu::softmax_f32(f.floats(x, n), in.c, in.h * in.w, f.floats(y, n), part);

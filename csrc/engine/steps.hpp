@@ -29,6 +29,9 @@ struct Frame {
     const Value& value = program->values[v];
     return reinterpret_cast<float*>(data[v]) + n * value.c * value.h * value.w;
   }
+  const int32_t* ids(int32_t v, int64_t n) const {
+    return reinterpret_cast<const int32_t*>(floats(v, n));
+  }
 };
 
 struct Step {

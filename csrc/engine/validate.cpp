@@ -46,7 +46,8 @@ constexpr Signature kSignatures[kOpKinds] = {
     {1, 1, 3, 1, 3},        // AffineImage
     {0, 0, 0, 0, 1},        // Constant
     {1, kAny, 1, 0, kAny},  // Join
-    {},                     // (none)
+    {1, 1, 0, 0, 1},        // Embedding
+    {1, 1, 3, 2, 2},        // RmsNorm
     {1, 1, 4, 2, 2},        // GroupNorm
 };
 
@@ -86,19 +87,25 @@ void check_value(size_t index, const Value& v) {
   const auto bad = [&](const auto&... pieces) {
     fail<InvalidArgument>("value ", index, " (\"", v.name, "\"): ", pieces...);
   };
-  if (v.kind != ValueKind::U8 && v.kind != ValueKind::F32)
+  if (static_cast<uint8_t>(v.kind) > static_cast<uint8_t>(ValueKind::I32))
     bad("unknown kind ", static_cast<uint8_t>(v.kind));
   for (const int64_t axis : {v.c, v.h, v.w})
     if (axis < 1 || axis > kMaxAxis)
       bad("each axis must be 1 to ", kMaxAxis, ", got ", v.c, " x ", v.h, " x ", v.w);
   if (v.c * v.h * v.w > kMaxElements)
     bad("expected at most ", kMaxElements, " elements, got ", v.c * v.h * v.w);
-  if (v.kind == ValueKind::F32) return;
+  if (v.kind == ValueKind::I32 && v.c != 1) bad("expected token ids of one channel, got ", v.c);
+  if (v.kind != ValueKind::U8) return;
   if (!std::isnormal(v.scale) || v.scale < 0.0f || !std::isnormal(1.0f / v.scale))
     bad("the scale must be positive, finite and have a finite inverse, got ", v.scale);
   if (v.qmax < 1 || v.qmax > 255) bad("qmax must be 1 to 255, got ", v.qmax);
   if (v.zero_point < 0 || v.zero_point > v.qmax)
     bad("the zero point must be 0 to ", v.qmax, ", got ", v.zero_point);
+}
+
+const char* value_kind_name(ValueKind kind) {
+  constexpr const char* kKinds[] = {"u8", "f32", "i32"};
+  return kKinds[static_cast<size_t>(kind)];
 }
 
 const char* constant_kind_name(ConstantKind kind) {
@@ -164,6 +171,8 @@ class NodeCheck {
   void rearrange() const;
   void function() const;
   void attention() const;
+  void norm() const;
+  void embedding() const;
   void pad() const;
   void resize() const;
   void resize_axis(const char* axis, size_t slot, int64_t size, int64_t outputs) const;
@@ -220,7 +229,7 @@ void NodeCheck::finish(size_t at, bool used, int32_t table_slot) const {
 }
 
 void NodeCheck::kinds(ValueKind inputs, ValueKind output) const {
-  const auto name = [](ValueKind kind) { return kind == ValueKind::U8 ? "u8" : "f32"; };
+  const auto name = value_kind_name;
   for (size_t k = 0; k < node_.inputs.size(); ++k)
     if (in(k).kind != inputs)
       bad("expected ", name(inputs), " input ", k, ", got ", name(in(k).kind));
@@ -552,6 +561,31 @@ void NodeCheck::attention() const {
       bad("mask: expected finite entries or -infinity, got ", v);
 }
 
+/// LayerNorm and RmsNorm.
+void NodeCheck::norm() const {
+  kinds(ValueKind::U8, ValueKind::U8);
+  same_shape();
+  finish(0, true);
+  if (!std::isfinite(node_.floats[1]) || node_.floats[1] <= 0.0f)
+    bad("eps must be positive and finite, got ", node_.floats[1]);
+  floats_constant(0, "gamma", in().c);
+  floats_constant(1, "beta", in().c);
+}
+
+void NodeCheck::embedding() const {
+  kinds(ValueKind::I32, ValueKind::U8);
+  shape("output", out(), out().c, in().h, in().w);
+  const std::vector<uint8_t>& table = constant(0, "table", ConstantKind::U8).bytes;
+  const auto channels = static_cast<size_t>(out().c);
+  if (table.empty() || table.size() % channels != 0)
+    bad("table: expected rows of ", channels, " levels, got ", table.size(), " levels");
+  const size_t rows = table.size() / channels;
+  if (rows > size_t{1} << 31) bad("table: expected at most 2^31 rows, got ", rows);
+  const uint8_t most = *std::max_element(table.begin(), table.end());
+  if (most > out().qmax)
+    bad("table: expected levels up to the output's qmax ", out().qmax, ", got ", most);
+}
+
 void NodeCheck::pad() const {
   kinds(ValueKind::U8, ValueKind::U8);
   same_grid();
@@ -600,6 +634,10 @@ void NodeCheck::run() {
         s.constants == kAny ? static_cast<int>(inputs) : s.constants);
 
   constexpr ValueKind u8 = ValueKind::U8, f32 = ValueKind::F32;
+  for (size_t k = 0; k < node_.inputs.size(); ++k)
+    if (in(k).kind == ValueKind::I32 && node_.op != OpKind::Embedding)
+      bad("expected levels or floats as input ", k, ", got token ids, which only embedding reads");
+  if (out().kind == ValueKind::I32) bad("its output is i32: only program inputs are token ids");
   switch (node_.op) {
     case OpKind::Quantize:
       kinds(f32, u8);
@@ -663,13 +701,7 @@ void NodeCheck::run() {
       resize();
       break;
     case OpKind::LayerNorm:
-      kinds(u8, u8);
-      same_shape();
-      finish(0, true);
-      if (!std::isfinite(node_.floats[1]) || node_.floats[1] <= 0.0f)
-        bad("eps must be positive and finite, got ", node_.floats[1]);
-      floats_constant(0, "gamma", in().c);
-      floats_constant(1, "beta", in().c);
+      norm();
       break;
     case OpKind::Reshape:
       kinds(u8, u8);
@@ -713,6 +745,12 @@ void NodeCheck::run() {
     case OpKind::GroupNorm:
       group_norm();
       break;
+    case OpKind::Embedding:
+      embedding();
+      break;
+    case OpKind::RmsNorm:
+      norm();
+      break;
   }
 }
 
@@ -722,8 +760,8 @@ void check_order(const Program& p) {
   std::vector<uint8_t> written(p.values.size(), 0);
   for (const int32_t v : p.inputs) {
     if (!exists(v)) fail<InvalidArgument>("program input: value ", v, " does not exist");
-    if (p.values[v].kind != ValueKind::F32)
-      fail<InvalidArgument>("program input \"", p.values[v].name, "\" must be f32");
+    if (p.values[v].kind == ValueKind::U8)
+      fail<InvalidArgument>("program input \"", p.values[v].name, "\" must be f32 or i32");
     if (written[v]++)
       fail<InvalidArgument>("program input \"", p.values[v].name, "\" is listed twice");
   }
@@ -732,7 +770,7 @@ void check_order(const Program& p) {
     const auto bad = [&](const auto&... pieces) {
       fail<InvalidArgument>("node ", k, " (", op_name(n.op), " \"", n.name, "\"): ", pieces...);
     };
-    if (!is_operation(n.op))
+    if (!is_operation(static_cast<uint32_t>(n.op)))
       bad("operation ", static_cast<uint8_t>(n.op), " is unknown to this version");
     for (const int32_t v : n.inputs) {
       if (!exists(v)) bad("input value ", v, " does not exist");

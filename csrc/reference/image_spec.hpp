@@ -137,13 +137,23 @@ struct RearrangeSpec {
   const int32_t* column = nullptr;   // [W]
 };
 
+/// Levels of token t: table[ids[t] * channels + c] for every channel c. Ids are 0 .. rows - 1.
+struct EmbeddingSpec {
+  const uint8_t* table = nullptr;  // [rows][channels]
+  int64_t rows = 0, channels = 0;
+};
+
 /// Layer norm over the channels of one position, from exact integer sums s1 = sum q, s2 = sum q^2:
 ///   mean = s1 / C, var = (C * s2 - s1^2) / C^2     (double; the numerator is an exact int64)
 ///   rstd = 1 / sqrt(var * step^2 + eps)            (double), step = scale of the input's grid
 ///   y_c  = fma((float)(q_c - mean) * (float)(rstd * step), gamma[c], beta[c])
 /// q_c - mean is taken in double and rounded once.
+/// RMS norm is the same about zero instead of the mean, with the zero point z of the input's grid:
+///   mean = z, var = (s2 - 2 z s1 + C z^2) / C
 /// The inline functions below fix the order of the double operations.
 struct LayerNormSpec {
+  bool about_zero = false;  // an RMS norm
+  int32_t zero_point = 0;   // of the input's grid
   double step = 1.0, eps = 1e-5;
   const float* gamma = nullptr;  // [C]
   const float* beta = nullptr;   // [C]
@@ -156,9 +166,12 @@ struct LayerNormMoments {
 inline LayerNormMoments layer_norm_moments(int64_t s1, int64_t s2, int64_t channels,
                                            const LayerNormSpec& s) {
   const auto count = static_cast<double>(channels);
-  const double var = static_cast<double>(channels * s2 - s1 * s1) / (count * count);
+  const int64_t z = s.zero_point;
+  const double var = s.about_zero ? static_cast<double>(s2 - 2 * z * s1 + channels * z * z) / count
+                                  : static_cast<double>(channels * s2 - s1 * s1) / (count * count);
+  const double mean = s.about_zero ? static_cast<double>(z) : static_cast<double>(s1) / count;
   const double rstd = 1.0 / std::sqrt(var * (s.step * s.step) + s.eps);
-  return {static_cast<double>(s1) / count, static_cast<float>(rstd * s.step)};
+  return {mean, static_cast<float>(rstd * s.step)};
 }
 inline uint8_t layer_norm_u8(uint8_t q, int64_t c, const LayerNormMoments& m,
                              const LayerNormSpec& s) {

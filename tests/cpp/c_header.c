@@ -3,7 +3,8 @@
 
 /* The layout of structs is part of the interface. */
 typedef char options_size[sizeof(adalayer_load_options) == 24 ? 1 : -1];
-typedef char info_size[sizeof(adalayer_tensor_info) == 96 ? 1 : -1];
+typedef char info_size[sizeof(adalayer_tensor_info) == 104 ? 1 : -1];
+typedef char first_info_size[offsetof(adalayer_tensor_info, type) == 96 ? 1 : -1];
 typedef char input_size[sizeof(adalayer_input) == 24 ? 1 : -1];
 typedef char output_size[sizeof(adalayer_output) == 16 ? 1 : -1];
 

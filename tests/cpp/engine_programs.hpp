@@ -1,9 +1,12 @@
 // Programs for the tests of the engine, and .ada files that were changed on purpose.
 #pragma once
 
+#include <algorithm>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <string>
 #include <utility>
@@ -11,6 +14,7 @@
 
 #include "engine/container.hpp"
 #include "engine/program.hpp"
+#include "engine/token_ids.hpp"
 #include "formats/canonical.hpp"
 
 namespace programs {
@@ -73,7 +77,8 @@ struct Builder {
   }
 };
 
-/// Every operation once at least, convolutions in all their forms; two inputs, three outputs.
+/// Every operation once at least but those of token_program(), convolutions in all their forms; two
+/// inputs, three outputs.
 inline Program every_operation() {
   constexpr float kInf = std::numeric_limits<float>::infinity();
   constexpr ValueKind F32 = ValueKind::F32;
@@ -140,10 +145,19 @@ inline Program every_operation() {
                                b.ints({1, 2}), b.floats({0, 0})});
   const auto normed = b.node(OpKind::LayerNorm, {nearest}, b.value("normed", 4, 2, 2), {0, 255, 10},
                              {kInverse, 1e-5f}, {b.floats({2, 3, 4, 5}), b.floats({0, 1, 0, -1})});
+  const auto scaled = b.node(OpKind::RmsNorm, {normed}, b.value("scaled", 4, 2, 2), {0, 255, 10},
+                             {kInverse, 1e-6f}, {b.floats({5, 4, 3, 2}), b.floats({0, 0, 1, 0})});
   // Width and channels change places, and rows are flipped.
-  const auto turned = b.node(OpKind::Rearrange, {normed}, b.value("turned", 2, 2, 4), {}, {},
+  const auto turned = b.node(OpKind::Rearrange, {scaled}, b.value("turned", 2, 2, 4), {}, {},
                              {b.ints({0, 1}), b.ints({2, 0}), b.ints({0, 4, 8, 12})});
-  const auto flat = b.node(OpKind::Reshape, {turned}, b.value("flat", 16, 1, 1));
+  // Two heads of eight positions, two keys hidden from each query of the first.
+  std::vector<float> mask(128, 0.25f);
+  for (size_t i = 0; i < 64; i += 4)
+    mask[i] = -std::numeric_limits<float>::infinity();
+  const auto attended =
+      b.node(OpKind::Attention, {turned, turned, turned}, b.value("attended", 2, 2, 4),
+             {2, 2, 0, 0, 0, 1, 0, 255, 10}, {kInverse, 0.01f}, {b.floats(mask)});
+  const auto flat = b.node(OpKind::Reshape, {attended}, b.value("flat", 16, 1, 1));
   // Float outputs: a convolution with a residual, its softmax and its average.
   const auto logits = b.node(OpKind::Conv, {pooled, pooled}, b.value("logits", 8, 2, 2, F32),
                              {1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 0, 255, 0}, {1.0f, -2.0f, kInf},
@@ -163,6 +177,47 @@ inline Program every_operation() {
   b.p.outputs = {bigger, average, levels};
   b.p.metadata = {{"classes", "[\"caf\xC3\xA9\", \"b\"]"}, {"preprocessing", "{}"}, {"", ""}};
   return b.p;
+}
+
+/// Token ids, two embeddings of them, of 7 and of 5 rows, and a linear layer over the tokens.
+inline Program token_program() {
+  Builder b;
+  const auto ids = b.value("ids", 1, 1, 6, ValueKind::I32);
+  const auto table = [&](int rows, int step) {
+    std::vector<uint8_t> levels(static_cast<size_t>(rows) * 8);
+    for (size_t k = 0; k < levels.size(); ++k)
+      levels[k] = static_cast<uint8_t>(k * static_cast<size_t>(step));
+    return b.constant(ConstantKind::U8, levels);
+  };
+  const auto x = b.node(OpKind::Embedding, {ids}, b.value("x", 8, 1, 6), {}, {}, {table(7, 37)});
+  const auto y = b.node(OpKind::Embedding, {ids}, b.value("y", 8, 1, 6), {}, {}, {table(5, 91)});
+  const auto sum = b.node(OpKind::Add, {x, y}, b.value("sum", 8, 1, 6), {0, 255, 10},
+                          {kInverse, kScale, kScale}, {-1});
+  const auto out =
+      b.node(OpKind::Conv, {sum}, b.value("out", 3, 1, 6, ValueKind::F32),
+             {1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 0, 255, 0}, {1, -1e9f, 1e9f},
+             {b.weights(3, 8, 1, 1, 4), b.floats({0.1f, 0.2f, 0.3f}), b.floats({0, 1, 2}), -1});
+  b.p.inputs = {ids};
+  b.p.outputs = {out};
+  return b.p;
+}
+
+/// Noise for every input of a program: ids that all its tables have, as the bits of floats.
+inline std::vector<std::vector<float>> input_noise(const Program& p, int64_t batch,
+                                                   const std::function<float()>& number) {
+  const std::vector<int64_t> rows = table_rows(p);
+  std::vector<std::vector<float>> data;
+  for (size_t k = 0; k < p.inputs.size(); ++k) {
+    const Value& value = p.values[static_cast<size_t>(p.inputs[k])];
+    std::vector<float>& x =
+        data.emplace_back(static_cast<size_t>(batch * value.c * value.h * value.w));
+    for (size_t i = 0; i < x.size(); ++i)
+      x[i] = value.kind == ValueKind::F32
+                 ? number()
+                 : std::bit_cast<float>(static_cast<int32_t>(static_cast<int64_t>(i * 5 + k) %
+                                                             std::max<int64_t>(rows[k], 1)));
+  }
+  return data;
 }
 
 /// The smallest useful program: its file is short enough to damage it at every bit.

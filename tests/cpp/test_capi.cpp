@@ -222,6 +222,79 @@ TEST(several_inputs_and_outputs) {
     CHECK_MSG(same(got[k], want[k]), std::to_string(k));
 }
 
+TEST(token_ids) {
+  const Program program = token_program();
+  const adalayer::Model model = shared(program);
+  CHECK_EQ(model.input().type, ADALAYER_INT32);
+  CHECK_EQ(model.output().type, ADALAYER_FLOAT32);
+  CHECK_EQ(model.input().elements, size_t{6});
+  adalayer::Context context(model);
+  const std::vector<int32_t> ids = {0, 1, 2, 3, 4, 0, 4, 4, 2, 2, 1, 3};
+  std::vector<std::vector<float>> bits = {Floats(12)};
+  std::memcpy(bits[0].data(), ids.data(), 48);
+  CHECK(same(context.run(2, ids), engine_run(program, 2, bits)[0]));
+
+  const auto refused = [&](int64_t batch, adalayer_input in, const char* text) {
+    Floats out(static_cast<size_t>(batch) * 18);
+    std::string message;
+    try {
+      context.run(batch, {in}, {{out.data(), out.size() * 4}});
+    } catch (const adalayer::Failure& e) {
+      CHECK_EQ(e.status(), ADALAYER_INVALID_ARGUMENT);
+      message = e.what();
+    }
+    CHECK_MSG(message.find(text) != std::string::npos, message);
+  };
+  const std::vector<int32_t> wrong = {0, 1, 2, 3, 5, 0};
+  refused(1, {wrong.data(), 24, ADALAYER_INT32, ADALAYER_NCHW},
+          "input 0 ('ids'): expected ids of 0 to 4, got 5 in sample 0, position 4");
+  refused(1, {bits[0].data(), 24, ADALAYER_FLOAT32, ADALAYER_NCHW},
+          "it is token ids: expected type ADALAYER_INT32, got 0");
+  refused(1, {ids.data(), 6, ADALAYER_UINT8, ADALAYER_NCHW}, "expected type ADALAYER_INT32");
+  refused(1, {ids.data(), 24, ADALAYER_INT32, ADALAYER_NHWC}, "expected layout ADALAYER_NCHW");
+  refused(1, {ids.data(), 20, ADALAYER_INT32, ADALAYER_NCHW}, "expected 24 bytes");
+  refused(1, {reinterpret_cast<const char*>(ids.data()) + 1, 24, ADALAYER_INT32, ADALAYER_NCHW},
+          "not aligned");
+  adalayer::Context images(shared(classifier()));
+  bool threw = false;
+  try {
+    images.run(1, std::vector<int32_t>(60));
+  } catch (const adalayer::Failure& e) {
+    threw = std::string(e.what()).find("expected type ADALAYER_FLOAT32") != std::string::npos;
+  }
+  CHECK(threw);
+}
+
+TEST(a_program_of_an_earlier_header_gets_what_it_knows) {
+  adalayer_model* model = loaded(token_program());
+  adalayer_tensor_info info = {};
+  info.struct_size = offsetof(adalayer_tensor_info, type);
+  info.type = 77;
+  CHECK_EQ(adalayer_model_input_info(model, 0, &info), ADALAYER_OK);
+  CHECK(info.elements == 6 && info.type == 77);
+  info.struct_size -= 1;
+  CHECK_EQ(adalayer_model_input_info(model, 0, &info), ADALAYER_INVALID_ARGUMENT);
+  adalayer_model_free(model);
+}
+
+TEST(one_input_is_floats_or_ids) {
+  Builder b;
+  b.p = token_program();
+  const auto x = b.value("numbers", 1, 1, 6, ValueKind::F32);
+  const auto y = b.node(OpKind::Softmax, {x}, b.value("copy", 1, 1, 6, ValueKind::F32));
+  b.p.inputs.push_back(x);
+  b.p.outputs.push_back(y);
+  b.p.metadata["adalayer.inputs"] = R"([["both", [6], "int64"]])";
+  b.p.metadata["adalayer.order"] = "[0, 0]";
+  b.p.metadata["adalayer.outputs"] = "[[0, [18], null], [1, [6], null]]";
+  b.p.metadata["adalayer.leaves"] = R"([{"tensor": 0}, {"tensor": 1}])";
+  const std::vector<uint8_t> file = write_program(b.p);
+  adalayer_model* model = nullptr;
+  CHECK_EQ(adalayer_model_load_memory(file.data(), file.size(), nullptr, &model),
+           ADALAYER_CORRUPT_DATA);
+  CHECK_MSG(says("read as floats and as token ids"), adalayer_last_error());
+}
+
 TEST(views_and_names_of_the_result) {
   // As the Python package describes a dictionary of a transposed tensor, a constant and the tensor
   // as it is, of a network whose one input has another shape than the program's.

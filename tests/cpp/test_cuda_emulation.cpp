@@ -18,7 +18,7 @@ namespace cuda = adalayer::cuda;
 
 namespace {
 
-Floats reference(const Program& p, const Floats& inputs, int64_t batch) {
+Floats interpreted(const Program& p, const Floats& inputs, int64_t batch) {
   std::vector<InputTensor> tensors;
   for (const auto& x : inputs)
     tensors.push_back({x.data(), Layout::NCHW});
@@ -121,7 +121,8 @@ void check_runs(const std::vector<Run>& runs) {
   for (const Run& r : runs) {
     const Program p = program_of(r.conv, ++seed);
     const Floats inputs = noise(p, r.batch, seed);
-    const bool equal = same(run(p, inputs, r.batch, seed, r.choice), reference(p, inputs, r.batch));
+    const bool equal =
+        same(run(p, inputs, r.batch, seed, r.choice), interpreted(p, inputs, r.batch));
     check::report(equal, __FILE__, __LINE__, show(r.conv, r.batch, r.choice));
   }
 }
@@ -199,7 +200,7 @@ TEST(products_of_four_warps) {
       const cuda::Plan sizes = cuda::make_plan(model, 2, {});
       const auto all = cuda::choices(sizes.products.at(0), model.machine());
       const Floats inputs = noise(p, 2, seed);
-      const Floats expected = reference(p, inputs, 2);
+      const Floats expected = interpreted(p, inputs, 2);
       int tried = 0;
       for (int number = 0; number < static_cast<int>(all.size()); ++number) {
         const cuda::Choice& c = all[static_cast<size_t>(number)];
@@ -220,7 +221,7 @@ TEST(sparse_weights_in_every_form) {
   int ran[cuda::kForms] = {};
   for (const Run& r : sparse_weights({2, 3, 4, 5, 6, 7, 8})) {
     const Program p = program_of(r.conv, ++seed);
-    const Floats inputs = noise(p, r.batch, seed), expected = reference(p, inputs, r.batch);
+    const Floats inputs = noise(p, r.batch, seed), expected = interpreted(p, inputs, r.batch);
     const cuda::Model model(p, {});
     const cuda::Product product = cuda::make_plan(model, r.batch, {}).products.at(0);
     const auto all = cuda::choices(product, {});
@@ -243,7 +244,7 @@ TEST(every_choice_of_sparse_weights) {
   for (const Zeros zeros : {Zeros::Blocks32, Zeros::Both}) {
     const ConvCase k{.c = 128, .h = 3, .w = 3, .o = 130, .bits = 4, .zeros = zeros};
     const Program p = program_of(k, 5);
-    const Floats inputs = noise(p, 1, 5), expected = reference(p, inputs, 1);
+    const Floats inputs = noise(p, 1, 5), expected = interpreted(p, inputs, 1);
     const cuda::Model model(p, {});
     const auto all = cuda::choices(cuda::make_plan(model, 1, {}).products.at(0), {});
     for (size_t c = 0; c < all.size(); ++c) {
@@ -281,7 +282,7 @@ TEST(every_operation_of_a_program) {
   const Program p = programs::every_operation();
   for (const int64_t batch : {1, 3}) {
     const Floats inputs = noise(p, batch, 7);
-    const Floats got = run(p, inputs, batch), expected = reference(p, inputs, batch);
+    const Floats got = run(p, inputs, batch), expected = interpreted(p, inputs, batch);
     CHECK_EQ(got.size(), expected.size());
     for (size_t k = 0; k < got.size(); ++k) {
       // Behind the softmax, which the interpreter computes in double, values are close; the others

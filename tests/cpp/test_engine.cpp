@@ -87,15 +87,7 @@ Program network() {
 }
 
 std::vector<std::vector<float>> noise(const Program& p, int64_t batch) {
-  std::vector<std::vector<float>> images;
-  for (const int32_t v : p.inputs) {
-    const Value& value = p.values[static_cast<size_t>(v)];
-    std::vector<float> image(static_cast<size_t>(batch * value.c * value.h * value.w));
-    for (auto& pixel : image)
-      pixel = static_cast<float>(pick(-20, 140));
-    images.push_back(std::move(image));
-  }
-  return images;
+  return input_noise(p, batch, [] { return static_cast<float>(pick(-20, 140)); });
 }
 
 void check_program(const Program& p, int64_t batch) {
@@ -141,11 +133,32 @@ TEST(every_operation_is_bit_equal_to_the_interpreter) {
     check_program(p, batch);
 }
 
+TEST(tokens_are_bit_equal_to_the_interpreter) {
+  for (const int64_t batch : {1, 2, 5})
+    check_program(token_program(), batch);
+}
+
 TEST(convolutions_are_bit_equal_to_the_interpreter) {
   for (int i = 0; i < 8; ++i) {
     const Program p = network();
     for (const int64_t batch : {1, 2, 5})
       check_program(p, batch);
+  }
+}
+
+TEST(float_output_beside_a_reader_of_stride_2) {
+  // Two columns of four are outputs, and two rows make a run: the tile unit's positions 0, 1, -, -,
+  // 4, 5 end where six neighbours would.
+  for (const int64_t w : {2, 3, 9}) {
+    Builder b;
+    const auto x = b.value("image", 32, 5, w, ValueKind::F32);
+    auto y = b.node(OpKind::Quantize, {x}, b.value("levels", 32, 5, w));
+    y = add_conv(b, y, {.out_channels = 32, .kernel = 1});
+    const auto each = add_conv(b, y, {.out_channels = 32, .kind = ValueKind::F32});
+    y = add_conv(b, y, {.out_channels = 32, .stride = 2, .kind = ValueKind::F32});
+    b.p.inputs = {x};
+    b.p.outputs = {each, y};
+    check_program(b.p, 2);
   }
 }
 

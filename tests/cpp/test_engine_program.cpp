@@ -74,15 +74,10 @@ bool refused(const std::vector<uint8_t>& file) {
 
 /// Runs a valid program on noise if it is small enough for a test.
 std::vector<std::vector<float>> run(const Program& p, int64_t batch) {
-  std::vector<std::vector<float>> data;
+  int64_t i = 0;
+  const auto data =
+      input_noise(p, batch, [&] { return static_cast<float>(i++ * 37 % 101) - 50.0f; });
   std::vector<InputTensor> inputs;
-  for (const int32_t v : p.inputs) {
-    const Value& value = p.values[v];
-    std::vector<float> x(static_cast<size_t>(batch * value.c * value.h * value.w));
-    for (size_t i = 0; i < x.size(); ++i)
-      x[i] = static_cast<float>(i * 37 % 101) - 50.0f;
-    data.push_back(std::move(x));
-  }
   for (const auto& x : data)
     inputs.push_back({x.data(), Layout::NCHW});
   return interpret(p, inputs, batch);
@@ -154,11 +149,14 @@ TEST(every_operation_is_valid_and_runs) {
   const Program p = every_operation();
   validate(p);
   std::set<OpKind> kinds;
-  for (const Node& n : p.nodes)
-    kinds.insert(n.op);
-  kinds.insert(OpKind::Attention);
-  for (int k = 0; k < kOpKinds; ++k)
-    CHECK_EQ(kinds.contains(static_cast<OpKind>(k)), is_operation(static_cast<OpKind>(k)));
+  const Program tokens = token_program();
+  for (const Program* all : {&p, &tokens})
+    for (const Node& n : all->nodes)
+      kinds.insert(n.op);
+  size_t operations = 0;
+  for (uint32_t k = 0; k < kOpKinds; ++k)
+    operations += is_operation(k) ? 1 : 0;
+  CHECK_EQ(kinds.size(), operations);
   const auto outputs = run(p, 2);
   CHECK_EQ(outputs.size(), p.outputs.size());
   CHECK_EQ(outputs[0].size(), size_t{2 * 8 * 3 * 3});
@@ -183,10 +181,9 @@ TEST(levels_stay_below_qmax) {
 }
 
 TEST(operation_names_go_back_and_forth) {
-  for (int k = 0; k < kOpKinds; ++k)
-    if (is_operation(static_cast<OpKind>(k)))
+  for (uint32_t k = 0; k < kOpKinds; ++k)
+    if (is_operation(k))
       CHECK_EQ(op_from_name(op_name(static_cast<OpKind>(k))), static_cast<OpKind>(k));
-  CHECK_THROWS(op_from_name(""), InvalidArgument, "unknown operation");
   CHECK_THROWS(op_from_name("convolve"), InvalidArgument, "unknown operation \"convolve\"");
   CHECK_EQ(std::string(op_name(static_cast<OpKind>(200))), std::string("unknown"));
 }
@@ -328,6 +325,34 @@ TEST(refusals_say_what_is_wrong) {
   check_refused("groups must be 1 to 4",
                 [](Program& p) { find(p, OpKind::GroupNorm).ints[0] = 0; });
   check_refused("eps must be", [](Program& p) { find(p, OpKind::GroupNorm).floats[1] = -1.0f; });
+  const auto attention = [](size_t at, int64_t number) {
+    return [=](Program& p) { find(p, OpKind::Attention).ints[at] = number; };
+  };
+  check_refused("heads must be 1 to", attention(0, 0));
+  check_refused("key_heads must be 1 to 2", attention(1, 3));
+  check_refused("queries: expected a multiple of 3 channels, got 2", [&](Program& p) {
+    attention(0, 3)(p);
+    attention(1, 3)(p);
+  });
+  check_refused("expected keys of 1 x", attention(1, 1));
+  check_refused("mask: expected 64 entries, got 128", attention(5, 0));
+  check_refused("mask: expected 128 entries, got 127", [](Program& p) {
+    p.constants[find(p, OpKind::Attention).constants[0]].bytes.resize(127 * 4);
+  });
+  check_refused("mask: expected finite entries or -infinity, got nan", [](Program& p) {
+    poke(p.constants[find(p, OpKind::Attention).constants[0]].bytes, 4,
+         std::numeric_limits<float>::quiet_NaN());
+  });
+  check_refused("expected finite entries or -infinity, got inf", [](Program& p) {
+    poke(p.constants[find(p, OpKind::Attention).constants[0]].bytes, 4,
+         std::numeric_limits<float>::infinity());
+  });
+  check_refused("the scale must be finite", [](Program& p) {
+    find(p, OpKind::Attention).floats[1] = std::numeric_limits<float>::infinity();
+  });
+  check_refused("expected as many values as keys", [](Program& p) {
+    find(p, OpKind::Attention).inputs[2] = find(p, OpKind::LayerNorm).output;
+  });
   check_refused("expected positions 0 to 6", [](Program& p) {
     poke(p.constants[find(p, OpKind::Resize).constants[0]].bytes, 4, int32_t{-1});
   });
@@ -335,6 +360,7 @@ TEST(refusals_say_what_is_wrong) {
     poke(p.constants[find(p, OpKind::Resize).constants[2]].bytes, 4, 1.5f);
   });
   check_refused("eps must be", [](Program& p) { find(p, OpKind::LayerNorm).floats[1] = 0.0f; });
+  check_refused("eps must be", [](Program& p) { find(p, OpKind::RmsNorm).floats[1] = -1.0f; });
   check_refused("the inverse scale before the table",
                 [](Program& p) { find(p, OpKind::Mul).floats[0] = 0.0f; });
   check_refused("without a table the inverse scale",
@@ -344,6 +370,59 @@ TEST(refusals_say_what_is_wrong) {
   check_refused("not valid UTF-8", [](Program& p) { p.values[0].name = "a\xED\xA0\x80"; });
   check_refused("not valid UTF-8", [](Program& p) { p.metadata["k"] = "\xE2\x82"; });
   check_refused("bytes of text", [](Program& p) { p.nodes[0].name.assign(kMaxName + 1, 'x'); });
+}
+
+TEST(token_ids_are_what_they_must_be) {
+  const auto refused_with = [](const char* text, const std::function<void(Program&)>& change) {
+    Program p = token_program();
+    change(p);
+    CHECK_THROWS(validate(p), InvalidArgument, text);
+  };
+  validate(token_program());
+  const auto table = [](Program& p) -> std::vector<uint8_t>& {
+    return p.constants[find(p, OpKind::Embedding).constants[0]].bytes;
+  };
+  refused_with("expected token ids of one channel, got 6",
+               [](Program& p) { std::swap(p.values[0].c, p.values[0].w); });
+  refused_with("expected i32 input 0, got f32",
+               [](Program& p) { p.values[0].kind = ValueKind::F32; });
+  refused_with("must be f32 or i32", [](Program& p) { p.values[0].kind = ValueKind::U8; });
+  refused_with("expected u8 output, got f32",
+               [](Program& p) { output_of(p, OpKind::Embedding).kind = ValueKind::F32; });
+  refused_with("only program inputs are token ids", [](Program& p) {
+    Value& v = output_of(p, OpKind::Add);
+    v.kind = ValueKind::I32;
+    v.c = 1;
+  });
+  refused_with("got token ids, which only embedding reads",
+               [](Program& p) { find(p, OpKind::Add).inputs[1] = p.inputs[0]; });
+  refused_with("expected output of 8 x 1 x 6",
+               [](Program& p) { output_of(p, OpKind::Embedding).w = 5; });
+  refused_with("expected rows of 8 levels, got 55", [&](Program& p) { table(p).resize(55); });
+  refused_with("expected rows of 8 levels, got 0", [&](Program& p) { table(p).clear(); });
+  refused_with("up to the output's qmax 100, got",
+               [](Program& p) { output_of(p, OpKind::Embedding).qmax = 100; });
+  refused_with("of kind u8", [](Program& p) {
+    find(p, OpKind::Embedding).constants[0] = find(p, OpKind::Conv).constants[1];
+  });
+}
+
+TEST(ids_that_no_table_has_are_an_error_of_the_call) {
+  const Program p = token_program();
+  for (const auto& [id, text] :
+       {std::pair{5, "input 0 ('ids'): expected ids of 0 to 4, got 5 in sample 1, position 3"},
+        std::pair{-1, "got -1 in sample 1"}, std::pair{INT32_MIN, "got -2147483648"}}) {
+    std::vector<int32_t> ids(12, 4);
+    const InputTensor inputs[] = {{ids.data(), Layout::NCHW}};
+    const size_t outputs = interpret(p, inputs, 2)[0].size();
+    ids[9] = id;
+    CHECK_THROWS(interpret(p, inputs, 2), InvalidArgument, text);
+    std::vector<float> out(outputs);
+    float* const results[] = {out.data()};
+    const Engine engine{Program(p)};
+    CHECK_THROWS(engine.run(inputs, 2, results, 1), InvalidArgument, text);
+    engine.run(inputs, 1, results, 2);
+  }
 }
 
 TEST(accumulator_bound) {
@@ -403,17 +482,17 @@ TEST(no_parameter_may_be_absurd) {
 }
 
 TEST(every_shape_is_checked) {
-  const Program good = every_operation();
-  for (size_t v = 0; v < good.values.size(); ++v)
-    for (int axis = 0; axis < 3; ++axis)
-      for (const int by : {-1, 1, 1000}) {
-        Program p = good;
-        Value& value = p.values[v];
-        // Averages may round up, and adaptive ones may have any size.
-        if (axis > 0 && by > 0 && (value.name == "mean" || value.name == "average")) continue;
-        (axis == 0 ? value.c : axis == 1 ? value.h : value.w) += by;
-        CHECK_MSG(refused(p), value.name + " axis " + std::to_string(axis));
-      }
+  for (const Program& good : {every_operation(), token_program()})
+    for (size_t v = 0; v < good.values.size(); ++v)
+      for (int axis = 0; axis < 3; ++axis)
+        for (const int by : {-1, 1, 1000}) {
+          Program p = good;
+          Value& value = p.values[v];
+          // Averages may round up, and adaptive ones may have any size.
+          if (axis > 0 && by > 0 && (value.name == "mean" || value.name == "average")) continue;
+          (axis == 0 ? value.c : axis == 1 ? value.h : value.w) += by;
+          CHECK_MSG(refused(p), value.name + " axis " + std::to_string(axis));
+        }
 }
 
 TEST(changed_programs_are_refused_or_run) {
@@ -454,7 +533,7 @@ TEST(changed_programs_are_refused_or_run) {
 // ---- the file -----------------------------------------------------------------------------------
 
 TEST(round_trip) {
-  for (const Program& p : {every_operation(), small_program()}) {
+  for (const Program& p : {every_operation(), small_program(), token_program()}) {
     const auto file = write_program(p);
     const Program back = read_program(file);
     CHECK(write_program(back) == file);
@@ -578,14 +657,16 @@ TEST(other_versions) {
 
   // An operation of the future.
   auto future = file;
-  poke(future, offsetof(AdaHeader, minor), uint16_t{3});
+  poke(future, offsetof(AdaHeader, minor), uint16_t{4});
   poke(future, section(file, "NODE").offset + 8, uint32_t{kOpKinds});
   repair_checksums(future);
   CHECK_THROWS(read_program(future), CorruptData,
-               "operation 28 is unknown to format 1.2; the file is of format 1.3");
+               "operation 29 is unknown to format 1.2; the file is of format 1.4");
 
   // A file has the least version that its operations need.
   CHECK_EQ(int{read_ada_header(file, file.size()).minor}, 2);
+  const auto tokens = write_program(token_program());
+  CHECK_EQ(int{read_ada_header(tokens, tokens.size()).minor}, 2);
   Builder b;
   const auto x = b.value("x", 2, 1, 1, ValueKind::F32);
   const auto y = b.value("y", 2, 1, 1, ValueKind::F32);

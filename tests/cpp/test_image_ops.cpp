@@ -5,12 +5,14 @@
 #include <cmath>
 #include <cstring>
 #include <functional>
+#include <limits>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "check.hpp"
 #include "core/cpu_features.hpp"
+#include "cpu/image/attention.hpp"
 #include "cpu/image/ops.hpp"
 #include "cpu/image_kernels.hpp"
 #include "exact.hpp"
@@ -604,6 +606,75 @@ TEST(rearrange) {
   }
 }
 
+/// Sizes around a block of queries, a group of keys or channels, and their halves.
+AttentionShape random_attention() {
+  AttentionShape n;
+  n.sequences = uniform(0, 2) == 0 ? uniform(2, 3) : 1;
+  n.queries = pick<int64_t>({1, 2, 5, 23, 24, 25, 49});
+  n.keys = uniform(0, 2) == 0 ? n.queries : pick<int64_t>({1, 2, 15, 16, 17, 33, 64});
+  n.key_heads = uniform(1, 3);
+  n.heads = n.key_heads * uniform(1, 2);
+  n.depth = pick<int64_t>({1, 2, 3, 8, 17, 32});
+  n.width = pick<int64_t>({1, 7, 15, 16, 17, 33, 64});
+  return n;
+}
+
+TEST(attention) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  for (int round = 0; round < 80; ++round) {
+    const AttentionShape n = random_attention();
+    AttentionSpec s;
+    s.zero_q = pick<int32_t>({0, 127, 255});
+    s.zero_k = pick<int32_t>({0, 127, 255});
+    s.zero_v = pick<int32_t>({0, 127, 255});
+    s.scale = pick<float>({0.0f, 1e-5f, 1e-3f, -0.01f, 1e30f});
+    s.value_scale = 0.05f;
+    s.causal = uniform(0, 3) == 0;
+    s.finish = {-20.0f, 220.0f, 30, nullptr, pick<float>({20.0f, 1e30f})};
+    const int64_t matrix = n.queries * n.keys;
+    const bool rows = n.sequences > 1 && uniform(0, 1) == 1, heads = uniform(0, 1) == 1;
+    Exact<float> mask(
+        static_cast<size_t>((rows ? n.sequences : 1) * (heads ? n.heads : 1) * matrix));
+    for (size_t i = 0; i < mask.size(); ++i)
+      mask[i] = uniform(0, 3) == 0 ? -kInfinity : static_cast<float>(uniform(-30, 30)) / 8.0f;
+    if (round % 2 == 1) {
+      if (uniform(0, 1) == 1)
+        for (int64_t j = 0; j < n.keys; ++j)  // a query that meets no key
+          mask[static_cast<size_t>(j)] = -kInfinity;
+      s.mask = mask.data();
+      s.mask_head = heads ? matrix : 0;
+      s.mask_sequence = rows ? (heads ? n.heads : 1) * matrix : 0;
+    }
+    // One sequence may lie in several rows, and keys and values in others.
+    const auto image = [&](int64_t channels, int64_t tokens) {
+      int64_t h = n.sequences;
+      if (h == 1 && tokens % 5 == 0) h = 5;
+      return Image(channels, h, n.sequences > 1 ? tokens : tokens / h);
+    };
+    const Image q = image(n.heads * n.depth, n.queries), k = image(n.key_heads * n.depth, n.keys),
+                v = image(n.key_heads * n.width, n.keys);
+    const auto planar = [&](const Image& from) {
+      std::vector<uint8_t> levels;
+      for (int64_t c = 0; c < from.layout.channels; ++c)
+        for (int64_t y = 0; y < from.layout.h; ++y)
+          for (int64_t x = 0; x < from.layout.w; ++x)
+            levels.push_back(static_cast<uint8_t>(from(c, y, x)));
+      return levels;
+    };
+    const int64_t h = q.layout.h, w = q.layout.w;
+    std::vector<float> reals(static_cast<size_t>(n.heads * n.width * h * w));
+    reference::attention(n, s, planar(q).data(), planar(k).data(), planar(v).data(), reals.data());
+    check_operation(
+        "attention of " + describe(q.layout) + " with " + describe(k.layout),
+        random_layout(n.heads * n.width, h, w),
+        [&](int64_t c, int64_t y, int64_t x) {
+          return finish_u8(reals[static_cast<size_t>((c * h + y) * w + x)], s.finish);
+        },
+        [&](ImageView out, Part part) { attention(n, s, q.view(), k.view(), v.view(), out, part); },
+        0, -1, true);
+  }
+}
+
 TEST(gather_channels) {
   for (const int64_t c : channel_counts()) {
     for (int kind = 0; kind < 3; ++kind) {
@@ -710,6 +781,63 @@ TEST(resize) {
           },
           [&](ImageView out, Part part) { resize(spec, in.view(), out, part); });
     }
+  }
+}
+
+TEST(rms_norm) {
+  for (const int64_t c : channel_counts()) {
+    const Size s(c);
+    const Image in(c, s.h, s.w);
+    const RandomFinish f;
+    const auto gamma = Exact<float>::of(random_floats(c, random_scale));
+    const auto beta = Exact<float>::of(random_floats(c, random_offset));
+    LayerNormSpec spec;
+    spec.about_zero = true;
+    spec.zero_point = uniform(0, 255);
+    spec.step = uniform(1, 100) * 0.0137;
+    spec.eps = pick<double>({1e-5, 1e-6, 1e-12});
+    spec.gamma = gamma.data();
+    spec.beta = beta.data();
+    spec.finish = f.finish;
+    check_operation(
+        "rms_norm", random_layout(c, s.h, s.w),
+        [&](int64_t k, int64_t y, int64_t x) -> int {
+          int64_t sum = 0;
+          for (int64_t i = 0; i < c; ++i) {
+            const int64_t q = in(i, y, x) - spec.zero_point;
+            sum += q * q;
+          }
+          const double mean = static_cast<double>(sum) / static_cast<double>(c);
+          const double rms = 1.0 / std::sqrt(mean * (spec.step * spec.step) + spec.eps);
+          const auto q = static_cast<float>(in(k, y, x) - spec.zero_point);
+          const float value =
+              std::fmaf(q * static_cast<float>(rms * spec.step), spec.gamma[k], spec.beta[k]);
+          return finish_u8(value, spec.finish);
+        },
+        [&](ImageView out, Part part) { layer_norm(spec, in.view(), out, part); });
+  }
+}
+
+TEST(embedding) {
+  for (const int64_t c : channel_counts()) {
+    const Size s(c);
+    const int64_t rows = pick<int64_t>({1, 2, 30});
+    auto table = Exact<uint8_t>(static_cast<size_t>(rows * c));
+    for (size_t i = 0; i < table.size(); ++i)
+      table[i] = random_level();
+    auto ids = Exact<int32_t>(static_cast<size_t>(s.h * s.w));
+    for (size_t i = 0; i < ids.size(); ++i)
+      ids[i] = uniform(0, static_cast<int>(rows) - 1);
+    // Somebody wrote into the memory after it was checked: another row, and nothing outside.
+    if (c % 3 == 0) ids[0] = pick<int32_t>({INT32_MIN, -1, static_cast<int32_t>(rows), INT32_MAX});
+    const EmbeddingSpec spec{table.data(), rows, c};
+    check_operation(
+        "embedding", random_layout(c, s.h, s.w),
+        [&](int64_t k, int64_t y, int64_t x) -> int {
+          const int64_t id = ids[static_cast<size_t>(y * s.w + x)];
+          return table[static_cast<size_t>(std::clamp<int64_t>(id, 0, rows - 1) * c + k)];
+        },
+        [&](ImageView out, Part part) { embedding(spec, ids.data(), out, part); });
   }
 }
 

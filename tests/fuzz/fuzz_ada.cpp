@@ -67,6 +67,7 @@ std::vector<std::vector<float>> noise(const Program& p, int64_t batch) {
   for (const int32_t v : p.inputs) {
     const Value& value = p.values[v];
     auto& image = images.emplace_back(static_cast<size_t>(batch * value.c * value.h * value.w));
+    if (value.kind == ValueKind::I32) continue;  // the ids that every table has
     for (float& x : image) {
       state = state * 1664525u + 1013904223u;
       x = static_cast<float>(static_cast<int32_t>(state >> 16) - 32768) / 256.0f;
@@ -87,8 +88,9 @@ void run_through_c(adalayer_context* context, const adalayer_model* model, int64
     if (adalayer_model_input_info(model, k, &info) != ADALAYER_OK) broken("input_info");
     total += static_cast<double>(info.elements);
     if (total > kWork) return;
-    auto& x = memory.emplace_back(info.elements * static_cast<size_t>(batch), 0.5f);
-    inputs.push_back({x.data(), x.size() * 4, ADALAYER_FLOAT32, ADALAYER_NCHW});
+    const float filling = info.type == ADALAYER_INT32 ? 0.0f : 0.5f;  // ids are bits of zero
+    auto& x = memory.emplace_back(info.elements * static_cast<size_t>(batch), filling);
+    inputs.push_back({x.data(), x.size() * 4, info.type, ADALAYER_NCHW});
   }
   for (size_t k = 0; k < adalayer_model_output_count(model); ++k) {
     if (adalayer_model_output_info(model, k, &info) != ADALAYER_OK) broken("output_info");

@@ -128,7 +128,7 @@ class Mutator {
         v.qmax = small(v.qmax);
         return;
       default:
-        v.kind = v.kind == ValueKind::U8 ? ValueKind::F32 : ValueKind::U8;
+        v.kind = static_cast<ValueKind>(pick(0, 2));
     }
   }
 

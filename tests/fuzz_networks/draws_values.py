@@ -67,15 +67,18 @@ def function_norm(d: Draft) -> None:
     if not (x := d.any()):
         return
     shape = d.shape(x)
-    kinds = ("batch_norm", "batch_norm", "group_norm", "layer_norm")
+    kinds = ("batch_norm", "batch_norm", "group_norm", "layer_norm", "rms_norm")
     kind = d.one_of(kinds if shape[-1] > 3 else kinds[:3])
-    size = shape[-1] if kind == "layer_norm" else shape[0]
+    size = shape[-1] if kind in ("layer_norm", "rms_norm") else shape[0]
     weight, bias = d.parameter(size, fill="scale"), d.parameter(size, fill="bias")
     if kind == "batch_norm":
         mean, var = d.parameter(size, fill="bias"), d.parameter(size, fill="scale")
         d.step("batch_norm", x, mean, var, weight, bias)
     elif kind == "layer_norm":
         d.step("layer_norm", x, weight, bias)
+    elif kind == "rms_norm":
+        form = d.one_of(("operator", "weight first", "weight behind"))
+        d.step("rms_norm", x, weight, form=form)
     else:
         # (One value per group is an error of torch's.)
         groups = d.one_of((1, size)) if len(shape) > 1 and math.prod(shape[1:]) > 1 else 1

@@ -127,6 +127,14 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 @op
+def rms_norm(x: Tensor, weight: Tensor, *, form: str) -> Tensor:
+    if form == "operator":
+        return F.rms_norm(x, x.shape[-1:], weight, 1e-5)
+    scaled = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+    return weight * scaled if form == "weight first" else scaled * weight
+
+
+@op
 def add_positions(x: Tensor, table: Tensor) -> Tensor:
     return x + table[:, : x.shape[1]]
 

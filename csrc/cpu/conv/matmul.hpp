@@ -28,6 +28,7 @@ struct ConvRun {
   std::vector<int32_t> out_offset;       // [positions] byte in the output image, or -1: dropped
   std::vector<int32_t> residual_offset;  // [positions], empty without a residual
   std::vector<int32_t> position;         // [positions] in the output image, or -1; float output
+  bool dropped = false;                  // whether any position is
 };
 
 struct ConvPlan {

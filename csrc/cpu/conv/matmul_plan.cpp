@@ -181,6 +181,7 @@ ConvPlan plan_conv(const ConvShape& shape, const ImageLayout& in, const ImageLay
       run.position = table_of(rows, out_w, [&](int64_t y, int64_t x) {
         return (map.first_y + y * map.step_y) * image_w + map.first_x + x * map.step_x;
       });
+    run.dropped = rows.count > 1 && rows.per_row > out_w;
     if (residual != nullptr) run.residual_offset = offset_in(*residual);
     plan.runs.push_back(std::move(run));
   }

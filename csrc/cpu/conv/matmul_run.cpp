@@ -262,7 +262,7 @@ struct Loop {
       s.channel_stride = plan.out_area;
       // A store takes positions that are neighbours but for dropped ones in between. They rise.
       const int32_t* position = run.position.data() + first;
-      const bool neighbours = position[0] >= 0 && position[rows - 1] == position[0] + rows - 1;
+      const bool neighbours = !run.dropped && position[rows - 1] == position[0] + rows - 1;
       for (int begin = 0, end = 0; begin < rows; begin = end) {
         int32_t next = -1;
         for (end = neighbours ? rows : begin;

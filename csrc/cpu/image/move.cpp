@@ -91,6 +91,16 @@ void copy_piece(ConstImageView in, const uint8_t* table, ImageView out, int64_t 
   }
 }
 
+void embedding(const EmbeddingSpec& spec, const int32_t* ids, ImageView out, Part part) {
+  const ImageLayout& b = *out.layout;
+  const auto bytes = static_cast<size_t>(spec.channels);
+  // By pixels: a text is one row.
+  for (int64_t i = part.first(b.h * b.w); i < part.last(b.h * b.w); ++i) {
+    const int64_t row = std::clamp<int64_t>(ids[i], 0, spec.rows - 1);
+    std::memcpy(out.pixel(i / b.w, i % b.w), spec.table + row * spec.channels, bytes);
+  }
+}
+
 void gather_channels(const int32_t* index, ConstImageView in, ImageView out, Part part) {
   const ImageKernels& kernels = image_kernels();
   const ImageLayout &a = *in.layout, &b = *out.layout;

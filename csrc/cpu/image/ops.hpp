@@ -45,6 +45,9 @@ void pad(int64_t top, int64_t left, uint8_t level, ConstImageView in, ImageView 
 void resize(const ResizeSpec& spec, ConstImageView in, ImageView out, Part part);
 void layer_norm(const LayerNormSpec& spec, ConstImageView in, ImageView out, Part part);
 void group_norm(const GroupNormSpec& spec, ConstImageView in, ImageView out, Part part);
+/// ids[y * w + x] for every pixel. An id that is no row reads another row, but nothing outside:
+/// callers check ids, in memory that somebody else may write to meanwhile.
+void embedding(const EmbeddingSpec& spec, const int32_t* ids, ImageView out, Part part);
 /// Between c x h x w and its features in NCHW order; either side may be the flat one.
 void reshape(ConstImageView in, ImageView out, Part part);
 

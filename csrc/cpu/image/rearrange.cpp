@@ -20,6 +20,8 @@ struct ForColumns {};
 /// Pixels that are written together, so that their levels are read from the same cache lines where
 /// the channels of the output lie far apart in the input.
 constexpr int64_t kBlock = 16;
+/// Channels that are worth a copy of their own.
+constexpr int64_t kShortRun = 8;
 
 /// One table of a spec, and the places of its entries.
 struct Table {
@@ -38,10 +40,12 @@ struct Table {
       place[i] = l.offset(y, x) + c - origin;
     }
   }
-  bool follow() const {
-    for (int64_t i = 1; i < count; ++i)
-      if (place[i] != place[0] + i) return false;
-    return true;
+  /// The end of the entries from `first` on whose places follow each other.
+  int64_t run(int64_t first) const {
+    int64_t end = first + 1;
+    while (end < count && place[end] == place[first] + end - first)
+      ++end;
+    return end;
   }
 };
 
@@ -76,7 +80,10 @@ void rearrange(const RearrangeSpec& s, ConstImageView in, ImageView out, Part pa
   if (!add_up(a, channels, rows, columns)) return one_by_one(s, in, out, part);
 
   const uint8_t* origin = in.pixel(0, 0);
-  const bool whole_pixels = channels.follow();
+  int64_t runs = 0;
+  for (int64_t c = 0; c < b.channels; c = channels.run(c))
+    ++runs;
+  const bool in_runs = runs * kShortRun <= b.channels;
   const int64_t last = part.last(b.h) * b.w;
   for (int64_t first = part.first(b.h) * b.w; first < last; first += kBlock) {
     const int64_t count = std::min(kBlock, last - first);
@@ -87,9 +94,12 @@ void rearrange(const RearrangeSpec& s, ConstImageView in, ImageView out, Part pa
       from[k] = origin + rows.place[y] + columns.place[x];
       to[k] = out.pixel(y, x);
     }
-    if (whole_pixels) {
-      for (int64_t k = 0; k < count; ++k)
-        std::memcpy(to[k], from[k] + channels.place[0], static_cast<size_t>(b.channels));
+    if (in_runs) {
+      for (int64_t c = 0, end = 0; c < b.channels; c = end) {
+        end = channels.run(c);
+        for (int64_t k = 0; k < count; ++k)
+          std::memcpy(to[k] + c, from[k] + channels.place[c], static_cast<size_t>(end - c));
+      }
       continue;
     }
     for (int64_t c = 0; c < b.channels; ++c) {

@@ -93,6 +93,13 @@ ADALAYER_API void adalayer_model_free(adalayer_model* model);
 
 #define ADALAYER_MAX_RANK 8
 
+typedef int32_t adalayer_type;
+enum {
+  ADALAYER_FLOAT32 = 0, /* what the network takes, preprocessed already */
+  ADALAYER_UINT8 = 1,   /* pixels, which are normalized, see adalayer_context_set_normalization */
+  ADALAYER_INT32 = 2    /* token ids, where the network takes those */
+};
+
 /* One input or output, without its batch axis, which comes first and has any size. */
 typedef struct adalayer_tensor_info {
   size_t struct_size; /* sizeof(adalayer_tensor_info) */
@@ -100,6 +107,10 @@ typedef struct adalayer_tensor_info {
   size_t rank;
   int64_t shape[ADALAYER_MAX_RANK]; /* channels, height, width for an image */
   uint64_t elements;                /* the product of `shape` */
+  /* ADALAYER_FLOAT32, or ADALAYER_INT32 for an input of token ids. Not touched where struct_size
+   * ends before it. */
+  adalayer_type type;
+  int32_t reserved; /* 0 */
 } adalayer_tensor_info;
 
 /* 0 for a null model. */
@@ -155,19 +166,15 @@ ADALAYER_API adalayer_status adalayer_context_set_normalization(adalayer_context
                                                                 size_t index, const float* mean,
                                                                 const float* std, size_t channels);
 
-typedef int32_t adalayer_type;
-enum {
-  ADALAYER_FLOAT32 = 0, /* what the network takes, preprocessed already */
-  ADALAYER_UINT8 = 1    /* pixels, which are normalized, see above */
-};
-
 typedef int32_t adalayer_layout;
 enum {
   ADALAYER_NCHW = 0, /* the order of adalayer_tensor_info.shape */
   ADALAYER_NHWC = 1  /* images: channels last, as decoders of JPEG and PNG give them */
 };
 
-/* `bytes` must be exactly batch x elements x (4 or 1). Floats are aligned to 4 bytes. */
+/* `bytes` must be exactly batch x elements x (4 or 1). Floats and ids are aligned to 4 bytes. An
+ * input of token ids (adalayer_tensor_info.type) comes as ADALAYER_INT32, all others as one of the
+ * other two. */
 typedef struct adalayer_input {
   const void* data;
   size_t bytes;
@@ -182,7 +189,8 @@ typedef struct adalayer_output {
 } adalayer_output;
 
 /* Runs a batch of any size, 0 included. Buffers must not overlap. A NaN among the inputs becomes
- * the lowest level of the input's grid, infinities saturate. After an error the outputs hold
+ * the lowest level of the input's grid, infinities saturate. A token id that the network has no
+ * embedding for is INVALID_ARGUMENT, before anything is computed. After an error the outputs hold
  * nothing of use. Once a context has run a batch of some size it allocates nothing for that size or
  * less. */
 ADALAYER_API adalayer_status adalayer_run(adalayer_context* context, int64_t batch,

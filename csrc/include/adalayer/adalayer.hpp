@@ -40,6 +40,7 @@ struct TensorInfo {
   std::string name;
   std::vector<std::int64_t> shape;
   std::size_t elements = 0;
+  adalayer_type type = ADALAYER_FLOAT32;  // ADALAYER_INT32: an input of token ids
 };
 
 /// A network. Copies share it; safe to use from many threads.
@@ -101,7 +102,7 @@ class Model {
     c.struct_size = sizeof c;
     detail::check(function(get(), index, &c));
     return {c.name, std::vector<std::int64_t>(c.shape, c.shape + c.rank),
-            static_cast<std::size_t>(c.elements)};
+            static_cast<std::size_t>(c.elements), c.type};
   }
 
   std::shared_ptr<adalayer_model> model_;
@@ -141,6 +142,10 @@ class Context {
   std::vector<float> run(std::int64_t batch, const std::vector<std::uint8_t>& pixels,
                          adalayer_layout layout = ADALAYER_NHWC) {
     return run_one(batch, {pixels.data(), pixels.size(), ADALAYER_UINT8, layout});
+  }
+  /// The same of token ids.
+  std::vector<float> run(std::int64_t batch, const std::vector<std::int32_t>& ids) {
+    return run_one(batch, {ids.data(), ids.size() * 4, ADALAYER_INT32, ADALAYER_NCHW});
   }
   /// Any number of inputs and outputs, in memory of the caller's.
   void run(std::int64_t batch, const std::vector<adalayer_input>& inputs,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, fx, nn
 
@@ -33,11 +34,13 @@ class Attention:
         query: ``[..., heads, queries, depth]``.
         key: ``[..., heads, keys, depth]``, its last two axes exchanged where ``key_turned``.
         value: ``[..., heads, keys, width]``, exchanged where ``result_turned``.
-        mask: what is added to the scores, or a bool tensor; None for none.
+        masks: what is added to the scores, or one bool tensor.
         causal: a query meets the keys up to its own place.
         scale: of the scores.
         key_turned: as a matrix product has it.
         result_turned: the result is ``[..., heads, width, queries]``.
+        split: sizes of the scores' first axes where a mask is added, if these are split for it.
+        joined: sizes that they have again behind it.
         entries: nodes that read query, key or value.
         inner: all nodes from there on, the result among them.
     """
@@ -46,13 +49,15 @@ class Attention:
     query: fx.Node
     key: fx.Node
     value: fx.Node
-    mask: fx.Node | None
+    masks: tuple[fx.Node, ...]
     causal: bool
     scale: float
-    key_turned: bool
-    result_turned: bool
-    entries: frozenset[fx.Node]
-    inner: frozenset[fx.Node]
+    key_turned: bool = False
+    result_turned: bool = False
+    split: tuple[Any, ...] = ()
+    joined: tuple[Any, ...] = ()
+    entries: frozenset[fx.Node] = frozenset()
+    inner: frozenset[fx.Node] = frozenset()
 
 
 def attentions(model: fx.GraphModule) -> list[Attention]:
@@ -83,10 +88,9 @@ def _operator(node: fx.Node) -> Attention | None:
     if scale is None:
         scale = 1.0 / math.sqrt(info.shape[-1])
     inner = frozenset([node])
-    mask, causal = a["attn_mask"], bool(a["is_causal"])
-    return Attention(
-        node, query, key, value, mask, causal, float(scale), False, False, inner, inner
-    )
+    masks = () if a["attn_mask"] is None else (a["attn_mask"],)
+    causal, scale = bool(a["is_causal"]), float(scale)
+    return Attention(node, query, key, value, masks, causal, scale, entries=inner, inner=inner)
 
 
 class _Spelled:
@@ -98,14 +102,17 @@ class _Spelled:
         self.node = node
         self.inner = [node]
         self.scale = 1.0
-        self.mask: fx.Node | None = None
+        self.masks: list[fx.Node] = []
+        self.split: tuple[Any, ...] = ()
+        self.joined: tuple[Any, ...] = ()
 
     def match(self) -> Attention | None:
         left, right = self.node.args[:2]
         assert isinstance(left, fx.Node)
         assert isinstance(right, fx.Node)
         for weights, value, turned in ((left, right, False), (right, left, True)):
-            self.inner, self.scale, self.mask = [self.node], 1.0, None
+            self.inner, self.scale, self.masks = [self.node], 1.0, []
+            self.split = self.joined = ()
             softmax = self._softmax(weights, turned)
             product = None if softmax is None else self._scores(softmax)
             if product is None:
@@ -117,8 +124,8 @@ class _Spelled:
             closed = all(inner.issuperset(node.users) for node in inner - {self.node})
             if closed and _ranks_agree((query, key, value)):
                 return Attention(
-                    self.node, query, key, value, self.mask, False, self.scale, True, turned,
-                    frozenset(entries), inner,
+                    self.node, query, key, value, tuple(self.masks), False, self.scale,
+                    True, turned, self.split, self.joined, frozenset(entries), inner,
                 )  # fmt: skip
         return None
 
@@ -158,32 +165,70 @@ class _Spelled:
                 return None
             name = op_name(node)
             if name in _PRODUCTS:
-                return node
+                return node if bool(self.joined) == bool(self.split) else None
             number = self._number(node)
             if number is not None:
                 self.scale *= number
                 self.inner.append(node)
                 node = node.args[0]  # type: ignore[assignment]
                 continue
-            operands = node.args[:2]
+            if name == "aten.reshape.default":
+                # Windows and heads apart, for a mask that differs between windows.
+                if not self._splits(node):
+                    return None
             # A factor of the sum would be one of the mask, too.
-            if name != "aten.add.Tensor" or node.kwargs or self.mask or self.scale != 1.0:
-                return None
-            scores = [item for item in operands if self._is_score(item)]
-            if len(scores) != 1:
-                return None
-            self.mask = next(item for item in operands if item is not scores[0])  # type: ignore[assignment]
-            if not isinstance(self.mask, fx.Node):
+            elif name != "aten.add.Tensor" or node.kwargs or self.scale != 1.0:
                 return None
             self.inner.append(node)
-            node = scores[0]
+            operand = node.args[0] if name == "aten.reshape.default" else self._masked(node)
+            if not isinstance(operand, fx.Node):
+                return None
+            node = operand
+
+    def _splits(self, node: fx.Node) -> bool:
+        """Note a reshape of the scores' first axes: first the one behind a mask, then its inverse."""
+        before, after = info_of(node.args[0]), info_of(node)
+        if not isinstance(before, TensorInfo) or not isinstance(after, TensorInfo):
+            return False
+        sizes, lengths = node.args[1], after.shape[-2:]
+        if before.shape[-2:] != lengths or not all(isinstance(n, int) for n in lengths):
+            return False
+        if not isinstance(sizes, (list, tuple)):
+            return False
+        if not self.joined:
+            self.joined = tuple(sizes[:-2])
+            return not self.masks
+        self.split = tuple(sizes[:-2])
+        return len(self.masks) == 1
+
+    def _masked(self, node: fx.Node) -> fx.Node | None:
+        """The scores of a sum whose other operand is a mask."""
+        operands = [item for item in node.args[:2] if isinstance(item, fx.Node)]
+        scores = [item for item in operands if self._is_score(item)]
+        masks = [item for item in operands if item not in scores]
+        if len(scores) != 1 or len(masks) != 1:
+            return None
+        info = info_of(masks[0])
+        if not isinstance(info, TensorInfo):
+            return None
+        # With other axes than those of the mask before it: none that both have but the heads.
+        if self.split and len(info.shape) > 3 and set(info.shape[:-3]) != {1}:
+            return None
+        if bool(self.joined) != bool(self.split) and self.masks:
+            return None
+        self.masks.append(masks[0])
+        return scores[0]
 
     def _is_score(self, node: object) -> bool:
         """Whether an operand of a sum leads to a product of two tensors."""
         while isinstance(node, fx.Node) and node.op == "call_function":
-            if op_name(node) in _PRODUCTS:
+            name = op_name(node)
+            if name in _PRODUCTS:
                 return True
-            if self._number(node) is None and op_name(node) not in _SAME:
+            passes = name in _SAME or name == "aten.reshape.default"
+            if name == "aten.add.Tensor":
+                return any(map(self._is_score, node.args[:2]))
+            if self._number(node) is None and not passes:
                 return False
             node = node.args[0]
         return False

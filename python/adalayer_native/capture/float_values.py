@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor, fx
 
 from adalayer_native.capture.model import GraphModel, info_of
+from adalayer_native.capture.rms_norms import rms_norms
 from adalayer_native.capture.vocabulary import (
     FUNCTIONS,
     MOVES,
@@ -67,8 +68,10 @@ def float_values(model: GraphModel) -> FloatValues:
     what they alone are computed from."""
     masked = _masked(model)
     found = FloatValues(set(masked), set(masked))
+    # One operation, which sums levels up exactly.
+    norms = {step for norm in rms_norms(model.graph).values() for step in (norm.node, *norm.inside)}
     for node in reversed(list(model.graph.nodes)):
-        if node.op != "call_function" or not _divides(node):
+        if node.op != "call_function" or node in norms or not _divides(node):
             continue
         quotients = [node]
         inverse = not op_name(node).startswith("aten.div.")

@@ -43,7 +43,7 @@ _MOVES = (
     "index_select.default", "flip.default", "roll.default", "as_strided.default",
     "max_pool1d.default", "max_pool2d.default", "max_pool3d.default",
     "max_pool2d_with_indices.default", "adaptive_max_pool1d.default",
-    "adaptive_max_pool2d.default", "adaptive_max_pool3d.default",
+    "adaptive_max_pool2d.default", "adaptive_max_pool3d.default", "amax.default", "max.dim",
     "upsample_nearest1d.vec", "upsample_nearest2d.vec", "upsample_nearest3d.vec",
     "_upsample_nearest_exact2d.vec", "_upsample_nearest_exact2d.default",
     "upsample_nearest1d.default", "upsample_nearest2d.default", "upsample_nearest3d.default",
@@ -61,9 +61,12 @@ RESHAPES = frozenset(
 )  # fmt: skip
 _LIKE = frozenset(f"aten.{name}.default" for name in ("reshape_as", "view_as", "expand_as"))
 _MAX_POOLS = frozenset(
-    f"aten.{name}.default"
-    for name in ("max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices")
-)
+    f"aten.{name}"
+    for name in (
+        *(f"max_pool{n}d.default" for n in (1, 2, 3)), "max_pool2d_with_indices.default",
+        "amax.default", "max.dim",
+    )
+)  # fmt: skip
 # Identities outside training.
 _DROPOUT_OPERATORS = frozenset(
     f"aten.{name}.default"
@@ -104,7 +107,7 @@ INTEGER_OPERATORS = frozenset(
         "stack.default", "pad.default",
         "constant_pad_nd.default", "avg_pool2d.default", "adaptive_avg_pool2d.default", "mean.dim",
         "upsample_bilinear2d.vec", "upsample_bilinear2d.default", "softmax.int",
-        "_softmax.default",
+        "_softmax.default", "embedding.default", "rms_norm.default",
     )
 )  # fmt: skip
 

@@ -36,7 +36,7 @@ def emit(program: Program) -> _C.Program:
         add(data.ctypes.data, data.size // width)
     for value in program.values:
         if value.grid is None:
-            out.add_value(value.name, "f32", *value.size)
+            out.add_value(value.name, "i32" if value.ids else "f32", *value.size)
         else:
             grid = value.grid
             out.add_value(value.name, "u8", *value.size, grid.scale, grid.zero_point, grid.qmax)

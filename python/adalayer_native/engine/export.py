@@ -15,7 +15,13 @@ from adalayer_native.capture.example import at_least_two
 from adalayer_native.capture.exporting import Export
 from adalayer_native.capture.exporting import export as export_model
 from adalayer_native.capture.opaque import OPAQUE, Call
-from adalayer_native.capture.tidying import drop_checks, drop_dead, merge_reshapes, plain_norms
+from adalayer_native.capture.tidying import (
+    drop_checks,
+    drop_dead,
+    merge_reshapes,
+    plain_norms,
+    sink_expansions,
+)
 from adalayer_native.capture.vocabulary import RESHAPES, arguments, attribute, op_name
 from adalayer_native.engine.views import BATCH
 from adalayer_native.errors import InputError, UnsupportedModelError
@@ -214,6 +220,8 @@ def flattened(model: nn.Module, exported: Export) -> Exported:
     drop_checks(graph)
     plain_norms(graph)
     merge_reshapes(graph)
+    fold_constants(module)
+    sink_expansions(graph)
     fold_constants(module)
     drop_dead(graph)
     outputs = next(node for node in graph.nodes if node.op == "output")

@@ -27,6 +27,7 @@ from adalayer_native import ops
 from adalayer_native.engine.export import Exported, layer_name, op_name
 from adalayer_native.engine.grids import Grid, Want
 from adalayer_native.engine.program import Program, Value, shorten
+from adalayer_native.engine.results import ID_TYPES
 from adalayer_native.engine.views import (
     BATCH,
     Atom,
@@ -82,6 +83,8 @@ class Rule:
         folds: it works on tensors, too, that have other axes merged into their batch. Their views
             have these as a first axis.
         scatters: it works on tensors, too, whose batch is not the first axis (``views.BATCH``).
+        piece: of an operator of several results that are no parts of its operand: one of them, by
+            the node that takes it.
     """
 
     u8: U8Rule
@@ -89,6 +92,7 @@ class Rule:
     grid: Callable[[Grids, fx.Node], Grid | None] = lambda grids, node: None
     folds: bool = False
     scatters: bool = False
+    piece: U8Rule | None = None
 
 
 RULES: dict[str, Rule] = {}
@@ -103,12 +107,24 @@ def _in_order(atoms: tuple[Atom, ...], size: int, stride: int) -> tuple[Atom, ..
 
 
 def letters_of(dims: Dims, size: Size) -> str:
-    """Axes of a copy that leaves them where they are, as far as each of them is one in memory."""
-    found = axes_of(dims, size)
-    if found is not None and len(dims) <= 3 and all(len(axis) < 2 for axis in found):
-        spare = [axis for axis in "chw" if axis not in found]
-        return "".join(axis or spare.pop(0) for axis in found)
-    return "chw" if len(dims) == 3 else rows_of(dims)
+    """Axes of a copy that leaves them where they are, as far as parts of one follow each other."""
+    _, h, w = size
+    letters, last = "", {"c": math.inf, "h": math.inf, "w": math.inf}
+    for atoms in dims:
+        if not atoms or atoms[-1] == BATCH:
+            letters += " "
+            continue
+        stride = atoms[-1][1]
+        letter = "c" if stride >= h * w else "h" if stride >= w else "w"
+        if stride > last[letter]:
+            return rows_of(dims)
+        last[letter] = stride
+        letters += letter
+    # Axes of size 1 are anywhere.
+    for letter in "chw":
+        if letter not in letters:
+            letters = letters.replace(" ", letter, 1)
+    return letters.replace(" ", "c")
 
 
 def rows_of(dims: Dims) -> str:
@@ -268,22 +284,25 @@ class Lowering:
         """Lower what a layer reads."""
         self._apply(node, lambda rule: LAYER_INPUTS[op_name(node)](self, node))
 
-    def external(self, node: fx.Node) -> Ref:
-        """A float32 tensor that comes from outside the program."""
+    def external(self, node: fx.Node, ids: bool = False) -> Ref:
+        """A tensor that comes from outside the program: float32, or token ids."""
         if node not in self._external:
             sizes = self.exported.sizes(node)
             value = node.meta.get("val")
             dtype = value.dtype if isinstance(value, Tensor) else None
-            if not sizes or dtype != torch.float32:
+            if ids and (sizes is None or dtype not in ID_TYPES):
+                raise CannotLower(None, f"operand {node} is no batch of token ids ({value})")
+            if not ids and (not sizes or dtype != torch.float32):
                 raise CannotLower(
                     None, f"operand {node} is no batch of float32 images or vectors ({value})"
                 )
-            c, h, *rest = (*sizes, 1, 1)
+            # A text is one row of pixels.
+            c, h, *rest = (1, 1, *sizes) if ids else (*sizes, 1, 1)  # type: ignore[misc]
             size: Size = (c, h, math.prod(rest))
-            number = self.program.value(node.name, size, None)
+            number = self.program.value(node.name, size, None, ids)
             self.program.inputs.append(number)
             self.inputs.append(node)
-            dims = reshaped(image_dims(size), sizes)
+            dims = reshaped(image_dims(size), sizes)  # type: ignore[arg-type]
             assert dims is not None
             self._external[node] = Ref(number, dims)
         return self._external[node]

@@ -29,16 +29,18 @@ _TABLE_SLOT = {
     "affine_image": 2,
     "avg_pool": 0,
     "adaptive_avg_pool": 0,
+    "embedding": 0,  # the table itself
 }
 
 
 @dataclass
 class Value:
-    """A tensor between nodes. ``grid`` is None for float32."""
+    """A tensor between nodes. ``grid`` is None for float32, and for token ids."""
 
     name: str
     size: Size
     grid: Grid | None
+    ids: bool = False
 
 
 @dataclass
@@ -74,9 +76,9 @@ class Program:
     metadata: dict[str, str] = field(default_factory=dict)
     _known: dict[Constant, int] = field(default_factory=dict, repr=False)
 
-    def value(self, name: str, size: Size, grid: Grid | None) -> int:
+    def value(self, name: str, size: Size, grid: Grid | None, ids: bool = False) -> int:
         """A new value's number."""
-        self.values.append(Value(name, size, grid))
+        self.values.append(Value(name, size, grid, ids))
         return len(self.values) - 1
 
     def node(
@@ -118,7 +120,7 @@ class Program:
         return self.constant("u8", np.ascontiguousarray(levels, dtype=np.uint8).tobytes())
 
     def table(self, table: Table) -> int:
-        """A table of 256 levels."""
+        """A table of levels: 256, or those of an embedding."""
         return self.u8(table)
 
     def levels(self, number: int) -> Table:

@@ -16,8 +16,20 @@ from torch.utils import _pytree as pytree
 from adalayer_native.engine.views import Dims, merged
 from adalayer_native.errors import UnsupportedModelError
 
-__all__ = ["INTEGERS", "Leaf", "Output", "Port", "described", "nest", "skeleton", "thawed"]
+__all__ = [
+    "ID_TYPES",
+    "INTEGERS",
+    "Leaf",
+    "Output",
+    "Port",
+    "described",
+    "nest",
+    "skeleton",
+    "thawed",
+]
 
+# Of token ids: one and the same to callers, since tokenizers give either.
+ID_TYPES = (torch.int64, torch.int32)
 # Types of tensors that reach the parts in torch as they are: token ids, pixels, masks.
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 

@@ -14,7 +14,7 @@ from adalayer_native import ops
 from adalayer_native.engine.grids import Grid, Want
 from adalayer_native.engine.lower import RULES, CannotLower, Grids, Lowering, Rule
 from adalayer_native.engine.rules_layers import arguments
-from adalayer_native.engine.rules_views import axis_of, bordered, operand_grid
+from adalayer_native.engine.rules_views import axis_of, bordered, only_pieces, operand_grid
 from adalayer_native.engine.views import (
     Dims,
     Ref,
@@ -284,6 +284,59 @@ def _max_pool(low: Lowering, node: fx.Node, want: Want) -> Ref:
 
 
 RULES["aten.max_pool2d.default"] = Rule(_max_pool, None, operand_grid)
+
+
+def _maxima(low: Lowering, node: fx.Node, source: fx.Node, want: Want) -> Ref:
+    """The largest values along whole axes: a window as large as the image."""
+    a = arguments(source)
+    dim = a["dim"]
+    over = [axis_of(low, source, item) for item in ([dim] if isinstance(dim, int) else dim)]
+    ref = low.u8(source.args[0], want)
+    if not over:
+        raise CannotLower(source, "a maximum over everything")
+    axes = axes_of(ref.dims, low.size(ref))
+    if axes is None or any("c" in axes[k] for k in over) or max(map(len, axes)) > 1:
+        letters = "".join("w" if k in over else "c" for k in range(len(ref.dims)))
+        ref = low.arranged(ref, low.name(node, "reorder"), letters)
+        kernel, left = low.size(ref)[1:], [k not in over for k in range(len(ref.dims))]
+        dims = [item if stays else () for item, stays in zip(ref.dims, left, strict=True)]
+        c = low.size(ref)[0]
+        plane = math.prod(kernel)
+        # Channels are neighbours in the result.
+        dims = [tuple((n, stride // plane) for n, stride in item) for item in dims]
+        size: Size = (c, 1, 1)
+    else:
+        gone = {axes[k] for k in over}
+        c, h, w = low.size(ref)
+        kernel = (h if "h" in gone else 1, w if "w" in gone else 1)
+        size = (c, h // kernel[0], w // kernel[1])
+        dims = list(built(["" if k in over else axis for k, axis in enumerate(axes)], size))
+    number = low.program.node(
+        "max_pool",
+        low.name(node),
+        [ref.value],
+        size,
+        want.grid,
+        ints=[*kernel, *kernel, 0, 0, 1, 1],
+    )
+    kept = [item for k, item in enumerate(dims) if k not in over or a["keepdim"]]
+    return Ref(number, tuple(kept))
+
+
+def _amax(low: Lowering, node: fx.Node, want: Want) -> Ref:
+    return _maxima(low, node, node, want)
+
+
+def _max_of(low: Lowering, node: fx.Node, want: Want) -> Ref:
+    source, index = node.args[:2]
+    assert isinstance(source, fx.Node)
+    if index != 0:
+        raise CannotLower(source, "the places of its maxima are wanted")
+    return _maxima(low, node, source, want)
+
+
+RULES["aten.amax.default"] = Rule(_amax, None, operand_grid, folds=True)
+RULES["aten.max.dim"] = Rule(only_pieces, None, operand_grid, folds=True, piece=_max_of)
 
 
 def _average(low: Lowering, node: fx.Node, op: str, size: Size, ints: list[int], want: Want) -> Ref:

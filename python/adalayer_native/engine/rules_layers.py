@@ -335,6 +335,36 @@ RULES["aten.layer_norm.default"] = Rule(_layer_norm, folds=True, scatters=True)
 RULES["adalayer.grid_layer_norm.default"] = Rule(_layer_norm, folds=True, scatters=True)
 
 
+def _rms_norm(low: Lowering, node: fx.Node, want: Want) -> Ref:
+    a = arguments(node)
+    ref, grid = low.on_own_grid(a["input"])
+    check_grid(low, node, a, grid)
+    axes = list(a.get("normalized_shape", node.meta["val"].shape[-1:]))
+    if len(axes) != 1 or not ref.dims:
+        raise CannotLower(node, f"it normalises {axes}, which is not the last axis alone")
+    ref = low.rows(ref, low.name(node, "reorder"))
+    channels = low.size(ref)[0]
+    weight = low.parameter(a["weight"]) if a["weight"] is not None else torch.ones(channels)
+    if weight is None:
+        raise CannotLower(node, "its parameters are computed by the graph")
+    eps = torch.finfo(torch.float32).eps if a["eps"] is None else float(a["eps"])
+    program = low.program
+    return low.emit(
+        "rms_norm",
+        low.name(node),
+        [ref.value],
+        ref,
+        want,
+        ints=want.finish(),
+        floats=[want.grid.inverse, eps],
+        constants=[program.f32(_double(weight.reshape(-1))), program.f32(np.zeros(channels))],
+    )
+
+
+RULES["aten.rms_norm.default"] = Rule(_rms_norm, folds=True)
+RULES["adalayer.grid_rms_norm.default"] = Rule(_rms_norm, folds=True)
+
+
 def _group_norm(low: Lowering, node: fx.Node, want: Want) -> Ref:
     a = arguments(node)
     ref, grid = low.on_own_grid(a["input"])

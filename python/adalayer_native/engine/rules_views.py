@@ -90,7 +90,7 @@ def axis_of(low: Lowering, node: fx.Node, axis: Any, ref: Ref | None = None) -> 
     return axis if low.exported.folds(operand) > 1 else axis - 1
 
 
-def _viewed(low: Lowering, node: fx.Node, ref: Ref) -> Ref:
+def viewed(low: Lowering, node: fx.Node, ref: Ref) -> Ref:
     """The operand's value under the view that the node makes of it."""
     operand = node.args[0]
     assert isinstance(operand, fx.Node)
@@ -129,8 +129,9 @@ _VIEWS = (
     "squeeze.dim", "squeeze.dims", "unsqueeze.default", "permute.default", "transpose.int",
     "swapaxes.default", "_unsafe_view.default", "view_as.default",
 )  # fmt: skip
-for _name in _VIEWS:
-    RULES[f"aten.{_name}"] = _rule_of_view(_viewed, any_batch=True)
+VIEWS = frozenset(f"aten.{_name}" for _name in _VIEWS)
+for _name in VIEWS:
+    RULES[_name] = _rule_of_view(viewed, any_batch=True)
 
 
 def _split_and_joined(
@@ -279,7 +280,7 @@ def _select(low: Lowering, node: fx.Node, want: Want) -> Ref:
 RULES["aten.select.int"] = Rule(_select, None, operand_grid, True, True)
 
 
-def _pieces(low: Lowering, node: fx.Node, want: Want) -> Ref:
+def only_pieces(low: Lowering, node: fx.Node, want: Want) -> Ref:
     raise CannotLower(node, "its pieces are only known one by one")
 
 
@@ -287,10 +288,12 @@ def _getitem(low: Lowering, node: fx.Node, want: Want) -> Ref:
     source, index = node.args[:2]
     assert isinstance(source, fx.Node) and isinstance(index, int)
     rule = RULES.get(str(source.target))
-    if rule is None or rule.u8 is not _pieces:
+    if rule is None or rule.u8 is not only_pieces:
         raise CannotLower(source, "the engine has no such operation")
     operand = source.args[0]
     assert isinstance(operand, fx.Node)
+    if rule.piece is not None:
+        return rule.piece(low, node, want)
     pieces: Sequence[Tensor] = source.meta["val"]
     index = index % len(pieces)
     dim = int(arguments(source)["dim"])
@@ -303,7 +306,7 @@ def _getitem(low: Lowering, node: fx.Node, want: Want) -> Ref:
 
 
 for _name in ("chunk.default", "split.Tensor", "split_with_sizes.default", "unbind.int"):
-    RULES[f"aten.{_name}"] = Rule(_pieces, None, operand_grid, True, True)
+    RULES[f"aten.{_name}"] = Rule(only_pieces, None, operand_grid, True, True)
 RULES["getitem"] = Rule(_getitem, None, operand_grid, True, True)
 
 

@@ -20,7 +20,7 @@ from adalayer_native import _C, cuda, ops
 from adalayer_native._files import replacing
 from adalayer_native.engine.call import Call
 from adalayer_native.engine.coverage import Coverage, Row
-from adalayer_native.engine.results import Leaf, Output, Port, described, skeleton
+from adalayer_native.engine.results import ID_TYPES, Leaf, Output, Port, described, skeleton
 from adalayer_native.errors import InputError, UnsupportedModelError
 
 if TYPE_CHECKING:  # loading a file needs neither the compiler nor torch.export
@@ -67,6 +67,11 @@ class NativePart:
         self._run = self.engine.run
         # Inputs that may come in channels_last order as they are.
         self._any_order = self.engine.any_order()
+        # Names of inputs that are token ids, which programs hold in 32 bits.
+        inputs = [values[number] for number in program.inputs()]
+        self._ids = {k: value[0] for k, value in enumerate(inputs) if value[1] == "i32"}
+        if self._ids:
+            self._run = self._run_ids
 
     def __reduce__(self) -> tuple[Any, ...]:
         held = self.program.to_bytes(), self.outputs, self.weights, self.max_memory
@@ -84,9 +89,20 @@ class NativePart:
         first = self.outputs[0]
         return len(self.outputs) == 1 and first.atoms is None and not first.folded
 
+    def _run_ids(self, *args: Any) -> None:
+        try:
+            self.engine.run(*args)
+        except ValueError as error:  # an id that a table has no row for
+            raise InputError(str(error)) from None
+
     def _in_order(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], list[bool]]:
         """The inputs in one of the orders that the engine reads, and whether that is NHWC."""
         operands, nhwc = [], []
+        if self._ids:
+            inputs = [
+                _whole(x, torch.int32, f"input {self._ids[k]!r}") if k in self._ids else x
+                for k, x in enumerate(inputs)
+            ]
         for x, any_order in zip(inputs, self._any_order, strict=True):
             x = x.resolve_neg()  # itself, but for a lazily negative view: memory holds the opposite
             last = (
@@ -100,7 +116,11 @@ class NativePart:
         return operands, nhwc
 
     def __call__(self, batch: int, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Float32 CPU tensors of checked shapes in, new tensors out."""
+        """CPU tensors of checked shapes in, float32 or whole numbers as token ids; new ones out.
+
+        Raises:
+            InputError: an id that is in no table.
+        """
         operands, nhwc = self._in_order(inputs)
         addresses = [x.data_ptr() for x in operands]
         if self.single is not None:
@@ -153,6 +173,23 @@ class CudaPart(NativePart):
         memory = [torch.empty((batch, elements), device=where) for elements in self.elements]
         self._run(addresses, nhwc, batch, [m.data_ptr() for m in memory])
         return [output.view(memory[output.source]) for output in self.outputs]
+
+
+def _whole(x: Tensor, dtype: torch.dtype, label: str) -> Tensor:
+    """Whole numbers as another integer type.
+
+    Raises:
+        InputError: it does not hold them.
+    """
+    if x.dtype == dtype:
+        return x
+    found = x.to(dtype)
+    wrong = found != x
+    if bool(wrong.any()):
+        raise InputError(
+            f"{label}: expected whole numbers that {_name(dtype)} holds, got {int(x[wrong][0])}"
+        )
+    return found
 
 
 def _program(data: bytes) -> _C.Program:
@@ -237,7 +274,8 @@ class Engine:
         if len(steps) == 1 and isinstance(steps[0].run, NativePart) and len(self.inputs) == 1:
             part = steps[0].run
             alone = out_spec.is_leaf() and isinstance(self._leaves[0], Leaf)
-            if part.single is not None and alone and steps[0].inputs == [0] and self._call.plain:
+            plain = self._call.plain and self.inputs[0].is_float
+            if part.single is not None and alone and steps[0].inputs == [0] and plain:
                 self._single = part
         gpus = {step.run.device for step in steps if isinstance(step.run, CudaPart)}
         self.device = torch.device("cuda", gpus.pop()) if gpus else torch.device("cpu")
@@ -266,8 +304,8 @@ class Engine:
                 bfloat16 and half, all of one type, which are computed in the same way and give
                 results of their own type. A NaN becomes the lowest level of the input's grid, as
                 in the module tree; infinities saturate. Where it had integers or bools: the same
-                type. None, numbers and texts are what they were in the example, and may be left
-                out where that is their default.
+                type, where int64 and int32 stand for each other. None, numbers and texts are what
+                they were in the example, and may be left out where that is their default.
 
         Returns:
             What the model returns: a tensor, or tensors in the model's own containers. They carry
@@ -338,7 +376,7 @@ class Engine:
         for position, item in enumerate(inputs):
             array = np.asarray(item)
             floats = position >= len(self.inputs) or self.inputs[position].is_float
-            known = ("float32", "float16") if floats else (_name(self.inputs[position].dtype),)
+            known = ("float32", "float16") if floats else _alike(self.inputs[position].dtype)
             if array.dtype.name not in known:
                 raise InputError(
                     f"{self._label(position)}: expected an array of {known[0]}, got {array.dtype}"
@@ -409,7 +447,8 @@ class Engine:
                 raise InputError(
                     f"{label}: expected torch.float32 (or bfloat16, float16), got {x.dtype}"
                 )
-            if not port.is_float and x.dtype != port.dtype:
+            ids = port.dtype in ID_TYPES
+            if not port.is_float and x.dtype != port.dtype and not (ids and x.dtype in ID_TYPES):
                 raise InputError(f"{label}: expected {port.dtype}, got {x.dtype}")
             if x.device != self.device:
                 raise InputError(
@@ -433,7 +472,7 @@ class Engine:
                         f"{label}: expected {floats} as in the first input, got {x.dtype}"
                     )
                 floats = x.dtype
-            found.append(x)
+            found.append(_whole(x, port.dtype, label) if ids else x)
         if batch is not None and 0 < batch < self.least_batch:
             raise InputError(
                 f"{self._label(0)}: expected a batch of {self.least_batch} or more, got {batch}; "
@@ -517,6 +556,29 @@ class Engine:
     def native_share(self) -> float:
         """Share of the multiply-accumulates that run natively, 0 to 1."""
         return self.coverage(rounds=0).native_share
+
+    @property
+    def tables(self) -> dict[str, int]:
+        """By name of an input of token ids, the rows of the smallest table that they index.
+
+        Ids from 0 on, below that number, are in every table. Tables in torch are not among them.
+        """
+        found: dict[str, int] = {}
+        for step in self._steps:
+            if not isinstance(step.run, NativePart):
+                continue
+            program, sizes = step.run.program, step.run.program.constants()
+            names = {
+                value: self.inputs[number].name
+                for value, number in zip(program.inputs(), step.inputs, strict=True)
+                if number < len(self.inputs)
+            }
+            for op, _, inputs, output, _, _, constants in program.nodes():
+                if op == "embedding" and inputs[0] in names:
+                    rows = sizes[constants[0]][1] // program.values()[output][2]
+                    name = names[inputs[0]]
+                    found[name] = min(rows, found.get(name, rows))
+        return found
 
     @property
     def weight_bytes(self) -> int:
@@ -615,6 +677,12 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _alike(dtype: torch.dtype) -> tuple[str, ...]:
+    """Names of the types that an input of whole numbers may have, its own first."""
+    others = [item for item in ID_TYPES if item != dtype] if dtype in ID_TYPES else []
+    return tuple(map(_name, (dtype, *others)))
+
+
 def _port_row(port: Port) -> list[Any]:
     """For a file; batches of floats are name and sizes, as they have always been."""
     row: list[Any] = [port.name, list(port.shape)]
@@ -643,6 +711,8 @@ def _native_rows(part: NativePart, batch: int, threads: int, rounds: int) -> lis
             pixels = values[output if op == "conv" else inputs[0]][3:5]
             macs = math.prod(header["shape"]) * math.prod(pixels)
             input_bits = int(values[inputs[0]][7]).bit_length()
+        elif op == "embedding":
+            bits, packed = int(values[output][7]).bit_length(), sizes[constants[0]][1]
         kernel, microseconds, why = found.get(name, ("", 0.0, ""))
         rows.append(
             Row(name, op, "native", kernel, bits, microseconds, packed, macs, why, input_bits)

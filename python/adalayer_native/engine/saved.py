@@ -12,7 +12,7 @@ import torch
 
 from adalayer_native import _C
 from adalayer_native.engine.call import Call
-from adalayer_native.engine.results import INTEGERS, Leaf, Output, Port, nest
+from adalayer_native.engine.results import ID_TYPES, INTEGERS, Leaf, Output, Port, nest
 from adalayer_native.engine.runtime import WEIGHTS, Engine, NativePart, Step
 from adalayer_native.errors import FileFormatError
 
@@ -123,14 +123,17 @@ def _rebuilt(
     max_memory: int,
 ) -> Engine:
     sizes = [values[number][2:5] for number in program.inputs()]
+    ids = [values[number][1] == "i32" for number in program.inputs()]
     results = [values[number][2:5] for number in program.outputs()]
     if "adalayer.inputs" in metadata:
         ports = [_port(*row) for row in metadata["adalayer.inputs"]]
         order = [_place(number, len(ports)) for number in metadata["adalayer.order"]]
         for position, number in enumerate(order):
-            fits = math.prod(ports[number].shape) == math.prod(sizes[position])
-            if not (fits and ports[number].is_float and ports[number].batched):
-                raise ValueError(f"input {ports[number].name!r} does not fit {sizes[position]}")
+            port = ports[number]
+            fits = math.prod(port.shape) == math.prod(sizes[position])
+            known = port.dtype in ID_TYPES if ids[position] else port.is_float
+            if not (fits and known and port.batched):
+                raise ValueError(f"input {port.name!r} does not fit {sizes[position]}")
         if len(order) != len(sizes):
             raise ValueError(f"{len(order)} inputs are described, the program has {len(sizes)}")
         outputs = []
@@ -157,7 +160,10 @@ def _rebuilt(
         ]
         structure = metadata["adalayer.structure"]
     else:  # written by something else
-        ports = [Port(values[n][0], tuple(values[n][2:5])) for n in program.inputs()]
+        ports = [
+            Port(values[n][0], tuple(values[n][2:5]), torch.int32 if whole else torch.float32)
+            for n, whole in zip(program.inputs(), ids, strict=True)
+        ]
         order = list(range(len(ports)))
         outputs = [Output(k, tuple(size), None) for k, size in enumerate(results)]
         first = len(ports)

@@ -174,7 +174,9 @@ def float_layer(exported: Exported, node: fx.Node, on_grid: bool) -> FloatLayer:
     return FloatLayer(str(node.target).split(".")[1], given, on_grid)
 
 
-_PLAIN_NORMS = tuple(f"adalayer.grid_{kind}_norm.default" for kind in ("batch", "layer", "group"))
+_PLAIN_NORMS = tuple(
+    f"adalayer.grid_{kind}_norm.default" for kind in ("batch", "layer", "rms", "group")
+)
 
 
 def _plain_norm(graph: fx.Graph, node: fx.Node, find: Callable[[fx.Node], Any]) -> fx.Node:
@@ -194,6 +196,9 @@ def _plain_norm(graph: fx.Graph, node: fx.Node, find: Callable[[fx.Node], Any]) 
             (a["input"], a["num_groups"], a["weight"], a["bias"], a["eps"]),
         )
     channels = node.meta["val"].shape[-1]
+    if "bias" not in a:
+        rest = ([channels], a["weight"], a["eps"])
+        return graph.call_function(torch.ops.aten.rms_norm.default, (a["input"], *rest))
     return graph.call_function(
         torch.ops.aten.layer_norm.default,
         (a["input"], [channels], a["weight"], a["bias"], a["eps"]),

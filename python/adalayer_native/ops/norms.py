@@ -18,6 +18,7 @@ __all__ = [
     "grid_group_norm",
     "grid_layer_norm",
     "grid_line",
+    "grid_rms_norm",
     "line_of",
     "norm_fake",
 ]
@@ -107,6 +108,26 @@ def grid_group_norm(
     gamma = y.new_ones(()) if weight is None else weight.float().view(shape)
     beta = y.new_zeros(()) if bias is None else bias.float().view(shape)
     return fma(y, gamma, beta).to(input.dtype)
+
+
+@torch.no_grad()
+def grid_rms_norm(input: Tensor, weight: Tensor | None, eps: float, qparams: Tensor) -> Tensor:
+    """The root mean square from a sum of the levels' squares, over the last axis.
+
+    Args:
+        input: float ``[..., C]`` on a grid.
+        weight: of one axis, whatever axes of size 1 stand before it.
+        qparams: float32 ``[3]``: the grid's scale, zero point and bits.
+    """
+    scale, zero_point = qparams[:2].tolist()
+    q = levels(input, qparams).double() - zero_point
+    mean = q.square().sum(-1, keepdim=True) / q.shape[-1]
+    least = float(torch.tensor(eps, dtype=torch.float32))
+    factor = (1.0 / (mean * (scale * scale) + least).sqrt() * scale).float()
+    y = q.float() * factor
+    gamma = y.new_ones(()) if weight is None else weight.float().reshape(-1)
+    # (The sum turns -0 into 0, as the engine's does.)
+    return (y * gamma + 0.0).to(input.dtype)
 
 
 def line_of(kind: str, constant: Tensor, alpha: float, left: bool) -> tuple[Tensor, Tensor]:

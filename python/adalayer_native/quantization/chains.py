@@ -28,6 +28,7 @@ from adalayer_native.capture import GraphModel, TensorInfo, info_of
 from adalayer_native.capture import vocabulary as table
 from adalayer_native.capture.attention import attentions
 from adalayer_native.capture.float_values import float_values
+from adalayer_native.capture.rms_norms import rms_norms
 from adalayer_native.capture.vocabulary import LAYERS
 from adalayer_native.errors import UnsupportedModelError
 from adalayer_native.padding import four_paddings
@@ -176,7 +177,7 @@ class _Analysis:
         found = attentions(model)
         self.attending = {node for item in found for node in item.entries}
         self.scores = {node for item in found for node in item.inner - {item.result}}
-        self.internal: set[fx.Node] = set()
+        self.internal = {s for norm in rms_norms(model.graph).values() for s in norm.inside}
         self.batch_norms: dict[str, str] = {}
         self.input_norms: dict[str, str] = {}
         self.gone: set[fx.Node] = set()  # calls of those

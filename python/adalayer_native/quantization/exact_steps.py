@@ -18,6 +18,7 @@ from torch import fx, nn
 from adalayer_native.capture import TensorInfo, info_of
 from adalayer_native.capture import vocabulary as table
 from adalayer_native.capture.attention import Attention, attentions
+from adalayer_native.capture.rms_norms import RmsNorm, rms_norms
 from adalayer_native.quantization.fake_quant import ActivationQuantizer, QuantLayer
 
 __all__ = ["exact_steps", "undo_steps"]
@@ -79,6 +80,9 @@ class _Steps:
         self.folded = folded
         self.constants: set[fx.Node] = set()
         self.attentions = {item.result: item for item in attentions(model)}
+        norms = rms_norms(self.graph).items()
+        self.norms = {node: norm for node, norm in norms if self._is_on_grids(norm)}
+        self.inside = {step for norm in self.norms.values() for step in norm.inside}
 
     def of(self, node: fx.Node) -> fx.Node | None:
         """The new node, in front of the old one; None for other steps."""
@@ -95,6 +99,12 @@ class _Steps:
         if inputs and all(item in self.constants for item in inputs):
             self.constants.add(node)
             return None
+        if node in self.inside:
+            return None
+        if node in self.norms:
+            norm = self.norms[node]
+            rest = [norm.weight, norm.eps]
+            return self._on_grid(node, _ops.grid_rms_norm.default, rest, norm.operand)
         if name == "aten.layer_norm.default":
             return self._layer_norm(node)
         if name in _LINES:
@@ -129,6 +139,9 @@ class _Steps:
             return None
         rest = [a["num_groups"], a["weight"], a["bias"], a["eps"]]
         return self._on_grid(node, _ops.grid_group_norm.default, rest)
+
+    def _is_on_grids(self, norm: RmsNorm) -> bool:
+        return self._grid_of(norm.operand) is not None and self._becomes_levels(norm.node)
 
     def _line(self, node: fx.Node, kind: str) -> fx.Node | None:
         """A value on a grid and a constant with more than one element."""
@@ -204,15 +217,29 @@ class _Steps:
         turned = (False, found.key_turned, found.result_turned)
         with self.graph.inserting_before(node):
             query, key, value = (
-                self._exchanged(item) if turn else item
+                self._reshaped(self._exchanged(item) if turn else item, item, turn, found.split)
                 for item, turn in zip(operands, turned, strict=True)
             )
-        rest = [found.mask, found.causal, found.scale, *qparams]
+            mask = None
+            for item in found.masks:
+                add = torch.ops.aten.add.Tensor
+                mask = item if mask is None else self.graph.call_function(add, (mask, item))
+        rest = [mask, found.causal, found.scale, *qparams]
         new = self._insert(node, _ops.grid_attention.default, [query, key, value, *rest])
-        if not found.result_turned:
-            return new
         with self.graph.inserting_before(node):
-            return self._exchanged(new)
+            new = self._reshaped(new, node, found.result_turned, found.joined)
+            return self._exchanged(new) if found.result_turned else new
+
+    def _reshaped(
+        self, node: fx.Node, like: fx.Node, turned: bool, sizes: tuple[Any, ...]
+    ) -> fx.Node:
+        """With other sizes of the first axes; the last two are those of ``like``."""
+        if not sizes:
+            return node
+        info = info_of(like)
+        assert isinstance(info, TensorInfo)
+        last = info.shape[-2:][:: -1 if turned else 1]
+        return self.graph.call_function(torch.ops.aten.reshape.default, (node, [*sizes, *last]))
 
     def _exchanged(self, node: fx.Node) -> fx.Node:
         return self.graph.call_function(torch.ops.aten.transpose.int, (node, -2, -1))

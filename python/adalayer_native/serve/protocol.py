@@ -69,7 +69,7 @@ class InferRequest:
 
     Attributes:
         id: to be repeated in the answer; None without.
-        inputs: per input of the model, float32 bytes in pieces.
+        inputs: per input of the model, bytes of float32, or of int32 token ids, in pieces.
         count: samples.
         outputs: number of an output, and whether it is wanted as bytes.
     """
@@ -275,12 +275,12 @@ def _count(tensor: Mapping[str, Any], info: TensorInfo, max_samples: int) -> int
 
 
 def _from_json(tensor: Mapping[str, Any], info: TensorInfo, count: int) -> memoryview:
-    _datatype(tensor, info)
+    _width(tensor, info)
     if tensor.get("data") is None:
         raise ServeError(400, f"input {info.name!r} has neither data nor binary_data_size")
     try:
         array = np.asarray(tensor["data"])
-        if array.dtype.kind == "U":
+        if array.dtype.kind == "U" and not info.is_ids:
             array = np.asarray(_unnamed(tensor["data"]))
     except ValueError as error:  # lists of different lengths, or nested too deep
         raise ServeError(400, f"input {info.name!r}: {error}") from None
@@ -288,14 +288,17 @@ def _from_json(tensor: Mapping[str, Any], info: TensorInfo, count: int) -> memor
         raise ServeError(
             400, f"input {info.name!r}: expected numbers as data, or {', '.join(_NAMED)}"
         ) from None
-    if array.dtype.kind not in "iuf":
-        raise ServeError(400, f"input {info.name!r}: expected numbers as data")
+    if array.dtype.kind not in ("iu" if info.is_ids else "iuf"):
+        kind = "whole numbers" if info.is_ids else "numbers"
+        raise ServeError(400, f"input {info.name!r}: expected {kind} as data")
     if array.size != count * math.prod(info.shape):
         raise ServeError(
             400,
             f"input {info.name!r}: expected {count * math.prod(info.shape)} numbers, got "
             f"{array.size}",
         )
+    if info.is_ids:
+        return _ids(array, info)
     with np.errstate(over="ignore"):  # to infinity, at which the input's grid saturates
         values = np.ascontiguousarray(array.reshape(-1), dtype=np.float32)
     return values.view(np.uint8).data
@@ -304,7 +307,7 @@ def _from_json(tensor: Mapping[str, Any], info: TensorInfo, count: int) -> memor
 def _from_binary(
     tensor: Mapping[str, Any], info: TensorInfo, count: int, body: Body, offset: int, size: Any
 ) -> tuple[list[memoryview], int]:
-    width = _datatype(tensor, info)
+    width = _width(tensor, info)
     values = count * math.prod(info.shape)
     expected = values * width
     if type(size) is not int:
@@ -327,21 +330,46 @@ def _from_binary(
             f"input {info.name!r}: expected {size} bytes behind the JSON and the inputs before it, "
             f"the body ends after {body.size - offset}",
         )
+    if info.is_ids:
+        whole = np.frombuffer(body.joined(offset, offset + size), f"<i{width}")
+        return [_ids(whole, info)], offset + size
     if width == 4:
         return body.take(offset, offset + size), offset + size
     half = np.frombuffer(body.joined(offset, offset + size), np.float16)
     return [half.astype(np.float32).view(np.uint8).data], offset + size
 
 
-def _datatype(tensor: Mapping[str, Any], info: TensorInfo) -> int:
-    """Bytes per value."""
-    datatype = tensor.get("datatype")
-    if datatype not in ("FP32", "FP16"):
+def _ids(array: npt.NDArray[Any], info: TensorInfo) -> memoryview:
+    """Token ids as int32; each in the model's tables, so that it fails no other's request."""
+    flat = array.reshape(-1)
+    rows = info.rows
+    least, most = (0, rows - 1) if rows is not None else (-(2**31), 2**31 - 1)
+    wrong = (flat < least) | (flat > most)
+    if wrong.any():
+        position = int(wrong.argmax())
+        each = math.prod(info.shape)
         raise ServeError(
             400,
-            f"input {info.name!r}: expected datatype FP32 or FP16, got {_shown(datatype)}",
+            f"input {info.name!r}: expected ids of {least} to {most}, got {flat[position]} in "
+            f"sample {position // each}, position {position % each}",
         )
-    return 4 if datatype == "FP32" else 2
+    return np.ascontiguousarray(flat, dtype=np.int32).view(np.uint8).data
+
+
+_WIDTHS = {"FP32": 4, "FP16": 2, "INT64": 8, "INT32": 4}  # bytes per value
+
+
+def _width(tensor: Mapping[str, Any], info: TensorInfo) -> int:
+    """Bytes per value."""
+    datatype = tensor.get("datatype")
+    known = ("INT64", "INT32") if info.is_ids else ("FP32", "FP16")
+    if datatype not in known:
+        raise ServeError(
+            400,
+            f"input {info.name!r}: expected datatype {known[0]} or {known[1]}, got "
+            f"{_shown(datatype)}",
+        )
+    return _WIDTHS[datatype]
 
 
 def _outputs(asked: Any, infos: Sequence[TensorInfo], binary: bool) -> list[tuple[int, bool]]:
@@ -400,7 +428,7 @@ def metadata(name: str, versions: Sequence[str], model: Description) -> dict[str
     """The model metadata of the protocol; class names and preprocessing as parameters."""
 
     def rows(infos: Sequence[TensorInfo]) -> list[dict[str, Any]]:
-        return [{"name": i.name, "datatype": "FP32", "shape": [-1, *i.shape]} for i in infos]
+        return [{"name": i.name, "datatype": i.datatype, "shape": [-1, *i.shape]} for i in infos]
 
     found: dict[str, Any] = {
         "name": name,
@@ -423,7 +451,10 @@ def configuration(name: str, model: Description, settings: Settings) -> dict[str
     """Triton's model configuration, of what this server has words for."""
 
     def rows(infos: Sequence[TensorInfo]) -> list[dict[str, Any]]:
-        return [{"name": i.name, "data_type": "TYPE_FP32", "dims": list(i.shape)} for i in infos]
+        return [
+            {"name": i.name, "data_type": f"TYPE_{i.datatype}", "dims": list(i.shape)}
+            for i in infos
+        ]
 
     return {
         "name": name,

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from ..errors import AdaError, InputError
 from . import wire
 from .images import Preprocessing
-from .runner import Runner, open_runner
+from .runner import Input, Runner, open_runner
 from .wire import Header, Kind
 
 __all__ = ["Worker", "WorkerSpec"]
@@ -180,8 +180,8 @@ class Worker:
                 raise type(error)(text) from error
         description = self._runner.description
         try:
-            if len(description.inputs) != 1:
-                raise InputError("images need a model with one input")
+            if len(description.inputs) != 1 or description.inputs[0].is_ids:
+                raise InputError("images need a model with one input, which takes floats")
             self._preprocessing = Preprocessing(
                 description.preprocessing, description.inputs[0].shape
             )
@@ -265,9 +265,7 @@ class Worker:
         meta = {"errors": errors} if errors else None  # type: ignore[assignment]
         wire.send_frame(connection, Kind.RESULT, parts, count=header.count, meta=meta)
 
-    def _tensors(
-        self, connection: socket.socket, header: Header, buffer: _Buffer
-    ) -> list[npt.NDArray[np.float32]]:
+    def _tensors(self, connection: socket.socket, header: Header, buffer: _Buffer) -> list[Input]:
         infos = self._runner.description.inputs
         expected = header.count * sum(info.bytes for info in infos)
         if header.payload != expected:
@@ -277,7 +275,7 @@ class Worker:
         inputs, start = [], 0
         for info in infos:
             end = start + header.count * info.bytes
-            inputs.append(memory[start:end].view(np.float32).reshape(header.count, *info.shape))
+            inputs.append(memory[start:end].view(info.dtype).reshape(header.count, *info.shape))
             start = end
         return inputs
 

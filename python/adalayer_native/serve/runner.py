@@ -17,17 +17,49 @@ from ..errors import UnsupportedModelError
 if TYPE_CHECKING:
     from ..engine import Engine
 
-__all__ = ["Description", "EngineRunner", "Runner", "TensorInfo", "check_inputs", "open_runner"]
+__all__ = [
+    "Description",
+    "EngineRunner",
+    "Input",
+    "Runner",
+    "TensorInfo",
+    "check_inputs",
+    "open_runner",
+]
 
 Array = npt.NDArray[np.float32]
+Input = npt.NDArray[Any]  # float32 or int32, see TensorInfo.dtype
+
+
+# Of token ids, by the name of torch's type: the front loads no torch.
+_DATATYPES = {"torch.int64": "INT64", "torch.int32": "INT32"}
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Name and sizes without the batch of a float32 input or output."""
+    """An input or output.
+
+    Attributes:
+        name: as the model calls it.
+        shape: sizes without the batch.
+        datatype: of the protocol: FP32, or INT64 or INT32 for an input of token ids.
+        rows: how many ids there are, where that is known.
+    """
 
     name: str
     shape: tuple[int, ...]
+    datatype: str = "FP32"
+    rows: int | None = None
+
+    @property
+    def is_ids(self) -> bool:
+        """Whether it holds token ids, int32 on the way to the replica, and not float32."""
+        return self.datatype != "FP32"
+
+    @property
+    def dtype(self) -> type[np.float32] | type[np.int32]:
+        """Of an array for the replica."""
+        return np.int32 if self.is_ids else np.float32
 
     @property
     def bytes(self) -> int:
@@ -63,7 +95,15 @@ class Description:
         """From :meth:`as_dict`."""
 
         def infos(rows: Sequence[Mapping[str, Any]]) -> tuple[TensorInfo, ...]:
-            return tuple(TensorInfo(str(r["name"]), tuple(map(int, r["shape"]))) for r in rows)
+            return tuple(
+                TensorInfo(
+                    str(r["name"]),
+                    tuple(map(int, r["shape"])),
+                    str(r["datatype"]),
+                    None if r["rows"] is None else int(r["rows"]),
+                )
+                for r in rows
+            )
 
         names = data["class_names"]
         return cls(
@@ -81,8 +121,9 @@ class Runner(Protocol):
 
     description: Description
 
-    def run(self, inputs: Sequence[Array]) -> list[Array]:
-        """A batch: float32 ``[n, ...]`` per input in, contiguous float32 ``[n, ...]`` out.
+    def run(self, inputs: Sequence[Input]) -> list[Array]:
+        """A batch: ``[n, ...]`` per input in, float32 or int32 as :attr:`TensorInfo.dtype` says;
+        contiguous float32 ``[n, ...]`` out.
 
         The inputs' memory is used again after the call.
         """
@@ -98,9 +139,19 @@ class EngineRunner:
         ada.set_num_threads(threads)
         self._engine = ada.load(path)
         engine = self._engine
-        inputs = tuple(TensorInfo(port.name, tuple(port.shape)) for port in engine.inputs)
         check_inputs(engine)
-        zeros = [np.zeros((1, *info.shape), np.float32) for info in inputs]
+        inputs = tuple(
+            TensorInfo(port.name, tuple(port.shape))
+            if port.is_float
+            else TensorInfo(
+                port.name,
+                tuple(port.shape),
+                _DATATYPES[str(port.dtype)],
+                engine.tables.get(port.name),
+            )
+            for port in engine.inputs
+        )
+        zeros = [np.zeros((1, *info.shape), info.dtype) for info in inputs]
         leaves = _leaves(engine.run_flat(zeros), "")  # also warms up
         outputs = tuple(
             TensorInfo(name.lstrip(".") or "output", tuple(value.shape[1:]))
@@ -116,7 +167,7 @@ class EngineRunner:
             self._single and engine.coverage(rounds=0).rows[-1].op == "softmax",
         )
 
-    def run(self, inputs: Sequence[Array]) -> list[Array]:
+    def run(self, inputs: Sequence[Input]) -> list[Array]:
         """See :class:`Runner`."""
         result = self._engine.run_flat(inputs)
         if self._single:
@@ -128,13 +179,13 @@ def check_inputs(engine: Engine) -> None:
     """Whether the server can serve it.
 
     Raises:
-        UnsupportedModelError: an input that is no batch of floats.
+        UnsupportedModelError: an input that is no batch of floats or of token ids.
     """
     for port in engine.inputs:
-        if not (port.is_float and port.batched):
+        if not ((port.is_float or str(port.dtype) in _DATATYPES) and port.batched):
             raise UnsupportedModelError(
-                f"input {port.name!r}: the server takes batches of floats, the model "
-                f"{port.dtype} {port}"
+                f"input {port.name!r}: the server takes batches of floats and of token ids (int64 "
+                f"or int32), the model {port.dtype} {port}"
             )
 
 

@@ -51,7 +51,7 @@ class Kind(IntEnum):
     MODEL = 2  # front: the model file, answer to a HELLO with fetch
     READY = 3  # replica: the model is loaded; {inputs, outputs, ...}
     FAILED = 4  # replica: it cannot be loaded; {message}
-    TENSORS = 5  # front: a batch; per input [count, ...] float32
+    TENSORS = 5  # front: a batch; per input [count, ...] float32, or int32 token ids
     IMAGES = 6  # front: count encoded images; {sizes}
     RESULT = 7  # replica: per output [count, ...] float32; {errors: {index: message}}
     ERROR = 8  # replica: nothing of this batch could be computed; {message, input}

@@ -407,6 +407,13 @@ EMULATED_LOOP __m256i cvtepi16_epi8(I512 a) {
     bytes[i] = static_cast<uint8_t>(from.lane[i]);
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
 }
+EMULATED_LOOP __m256i cvtepi32_epi16(I512 a) {
+  const Ints<uint32_t> from(a);
+  uint16_t words[16];
+  for (int i = 0; i < 16; ++i)
+    words[i] = static_cast<uint16_t>(from.lane[i]);
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words));
+}
 EMULATED_LOOP __m128i cvtepi32_epi8(I512 a) {
   const Ints<uint32_t> from(a);
   uint8_t bytes[16];
@@ -501,6 +508,8 @@ EMULATED void mask_cvtepi32_storeu_epi8(void* p, __mmask16 mask, I512 v) {
 #define _mm512_cvtepi16_epi8 ::emulation::cvtepi16_epi8
 #undef _mm512_cvtepi32_epi64
 #define _mm512_cvtepi32_epi64 ::emulation::cvtepi32_epi64
+#undef _mm512_cvtepi32_epi16
+#define _mm512_cvtepi32_epi16 ::emulation::cvtepi32_epi16
 #undef _mm512_cvtepi32_epi8
 #define _mm512_cvtepi32_epi8 ::emulation::cvtepi32_epi8
 #undef _mm512_cvtepi32_pd

@@ -120,6 +120,7 @@ constexpr Instruction kAll[] = {
     CASE(Avx512, _mm512_cvtepu8_epi16, put(out, _mm512_cvtepu8_epi16(half(in, 0)))),
     CASE(Avx512, _mm512_cvtepu8_epi32, put(out, _mm512_cvtepu8_epi32(quarter(in, 0)))),
     CASE(Avx512, _mm512_cvtepi16_epi8, put(out, _mm512_cvtepi16_epi8(ints(in, 0)))),
+    CASE(Avx512, _mm512_cvtepi32_epi16, put(out, _mm512_cvtepi32_epi16(ints(in, 0)))),
     CASE(Avx512, _mm512_cvtepi32_epi8, put(out, _mm512_cvtepi32_epi8(ints(in, 0)))),
     CASE(Avx512, _mm512_cvtps_pd and _mm512_cvtpd_ps,
          put(out, _mm512_cvtpd_ps(_mm512_cvtps_pd(half_floats(in, 0))))),
