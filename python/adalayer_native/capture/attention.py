@@ -90,9 +90,7 @@ def _operator(node: fx.Node) -> Attention | None:
     inner = frozenset([node])
     masks = () if a["attn_mask"] is None else (a["attn_mask"],)
     causal, scale = bool(a["is_causal"]), float(scale)
-    return Attention(
-        node, query, key, value, masks, causal, scale, entries=inner, inner=inner
-    )
+    return Attention(node, query, key, value, masks, causal, scale, entries=inner, inner=inner)
 
 
 class _Spelled:

@@ -59,9 +59,7 @@ RESHAPES = frozenset(
         "reshape_as.default", "view_as.default",
     )
 )  # fmt: skip
-_LIKE = frozenset(
-    f"aten.{name}.default" for name in ("reshape_as", "view_as", "expand_as")
-)
+_LIKE = frozenset(f"aten.{name}.default" for name in ("reshape_as", "view_as", "expand_as"))
 _MAX_POOLS = frozenset(
     f"aten.{name}"
     for name in (
@@ -105,7 +103,8 @@ INTEGER_OPERATORS = frozenset(
         *(f"{name}.Scalar" for name in ("add", "sub", "mul", "div")),
         *(f"{name}.Tensor" for name in ("add", "sub", "mul", "div")),
         "pow.Tensor_Scalar", "rsub.Scalar", "prelu.default", "batch_norm.default",
-        "layer_norm.default", "cat.default", "concat.default", "pad.default",
+        "layer_norm.default", "group_norm.default", "cat.default", "concat.default",
+        "stack.default", "pad.default",
         "constant_pad_nd.default", "avg_pool2d.default", "adaptive_avg_pool2d.default", "mean.dim",
         "upsample_bilinear2d.vec", "upsample_bilinear2d.default", "softmax.int",
         "_softmax.default", "embedding.default", "rms_norm.default",
