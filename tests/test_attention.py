@@ -51,7 +51,10 @@ def on_grid(shape: tuple[int, ...], grid: tuple[float, int], seed: int) -> tuple
 def test_the_law(lead: tuple[int, ...], sizes: tuple[int, ...], masked: str) -> None:
     queries, keys, depth, width = sizes
     shapes = (queries, depth), (keys, depth), (keys, width)
-    items = [on_grid((*lead, *shape), grid, i) for i, (shape, grid) in enumerate(zip(shapes, GRIDS, strict=True))]
+    items = [
+        on_grid((*lead, *shape), grid, i)
+        for i, (shape, grid) in enumerate(zip(shapes, GRIDS, strict=True))
+    ]
     qparams = [torch.tensor([scale, float(zero), 8.0]) for scale, zero in GRIDS]
     scale = 0.4 / math.sqrt(depth)
     q, k, v = (levels for _, levels in items)
@@ -288,7 +291,11 @@ def test_torchs_own_module(need_weights: bool, batch_first: bool) -> None:
 def test_a_transformer_layer_is_one_program(tmp_path: Any) -> None:
     torch.manual_seed(3)
     layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 24, batch_first=True, norm_first=True)
-    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(WIDTH, 3))
+    model = nn.Sequential(
+        nn.Linear(WIDTH, WIDTH),
+        nn.TransformerEncoder(layer, 2, enable_nested_tensor=False),
+        nn.Linear(WIDTH, 3),
+    )
     x = tokens(length=33)
     native, engine = compiled(model.eval(), x)
     assert not torch_operators(engine)

@@ -86,7 +86,10 @@ def _operator(node: fx.Node) -> Attention | None:
         return None
     scale = a["scale"]
     if scale is None:
-        scale = 1.0 / math.sqrt(info.shape[-1])
+        depth = info.shape[-1]
+        if not isinstance(depth, int):
+            return None
+        scale = 1.0 / math.sqrt(depth)
     inner = frozenset([node])
     masks = () if a["attn_mask"] is None else (a["attn_mask"],)
     causal, scale = bool(a["is_causal"]), float(scale)
@@ -118,13 +121,14 @@ class _Spelled:
             if product is None:
                 continue
             query, key = product.args[:2]
+            split = bool(self.split)
             entries = {self.node, product}
             query, key = (self._scaled(item, product, entries) for item in (query, key))
             inner = frozenset([*self.inner, *entries])
             closed = all(inner.issuperset(node.users) for node in inner - {self.node})
-            known = not self.split or isinstance(_size(value, -2 if turned else -1), int)
-            known = known and (not self.split or isinstance(_size(query, -1), int))
-            if closed and known and _ranks_agree((query, key, value)):
+            sizes = (_size(query, -1), _size(value, -2 if turned else -1))
+            known = all(isinstance(size, int) for size in sizes)
+            if closed and (known or not split) and _ranks_agree((query, key, value)):
                 return Attention(
                     self.node, query, key, value, tuple(self.masks), False, self.scale,
                     True, turned, self.split, self.joined, frozenset(entries), inner,
@@ -188,7 +192,7 @@ class _Spelled:
             node = operand
 
     def _splits(self, node: fx.Node) -> bool:
-        """Note a reshape of the scores' first axes: first the one behind a mask, then its inverse."""
+        """Note a reshape of the scores' first axes: that behind a mask, then its inverse."""
         before, after = info_of(node.args[0]), info_of(node)
         if not isinstance(before, TensorInfo) or not isinstance(after, TensorInfo):
             return False

@@ -137,8 +137,9 @@ class Exported:
         value = node.meta.get("val")
         if not isinstance(value, Tensor):
             return None
-        found = []
-        for size in value.shape:
+        shape: list[Any] = list(value.shape)
+        found: list[int] = []
+        for size in shape:
             if isinstance(size, torch.SymInt):
                 shares = (size.node.expr / batch.node.expr for batch in self._batches)
                 share = next((int(item) for item in shares if item.is_Integer), 0)
