@@ -317,6 +317,7 @@ def test_scores_that_somebody_reads_are_no_attention() -> None:
         lambda q, k, v: ((q @ k.mT + 1.5) * 2).softmax(-1) @ v,
         lambda q, k, v: (q @ k.mT).sigmoid() @ v,
         lambda q, k, v: (q @ k.mT + q.sum(-1, keepdim=True)).softmax(-1) @ v,
+        lambda q, k, v: (q @ k.mT + (torch.arange(LENGTH) > 3)).softmax(-1) @ v,  # one, no mask
     ],
 )
 def test_what_is_spelled_otherwise_is_computed_as_it_says(attend: Any) -> None:
@@ -331,6 +332,37 @@ def test_what_is_spelled_otherwise_is_computed_as_it_says(attend: Any) -> None:
     with torch.no_grad():
         assert F.cosine_similarity(native(x).flatten(), model(x).flatten(), 0) > 0.97
         assert torch.equal(engine(x), native(x))
+
+
+REPEATED: list[Any] = [
+    # A bias for every head, of scores that have one; for every query, and for every key.
+    lambda q, k, v, b: ((q[:, :1] @ k[:, :1].mT + b).softmax(-1) @ v[:, :1]),
+    lambda q, k, v, b: (q[:, :, :1] @ k.mT + b).softmax(-1) @ v,
+    lambda q, k, v, b: (q @ k[:, :, :1].mT + b).softmax(-1) @ v,
+    lambda q, k, v, b: F.scaled_dot_product_attention(q, k[:, :1], v),
+    lambda q, k, v, b: F.scaled_dot_product_attention(q, k, v[:, :1]),
+    lambda q, k, v, b: F.scaled_dot_product_attention(q, k[:, :2], v[:, :1], enable_gqa=True),
+    lambda q, k, v, b: F.scaled_dot_product_attention(q[:, :1], k, v),
+]
+
+
+@pytest.mark.parametrize("attend", REPEATED)
+def test_scores_that_are_repeated_stay_in_torch(attend: Any) -> None:
+    class Repeated(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.randn(1, HEADS, LENGTH, LENGTH))
+
+        def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            result: Tensor = attend(q, k, v, self.bias)
+            return result
+
+    torch.manual_seed(5)
+    model, x = Repeated().eval(), tokens()
+    native, engine = compiled(model, x)
+    with torch.no_grad():
+        assert F.cosine_similarity(native(x).flatten(), model(x).flatten(), 0) > 0.97
+        assert torch.equal(engine(x[:1]), native(x[:1]))
 
 
 def test_a_mask_that_is_computed_stays_in_torch() -> None:

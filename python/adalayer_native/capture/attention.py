@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from adalayer_native.capture.model import TensorInfo, info_of
@@ -81,12 +82,11 @@ def attentions(model: fx.GraphModule) -> list[Attention]:
 def _operator(node: fx.Node) -> Attention | None:
     a = arguments(node)
     query, key, value = a["query"], a["key"], a["value"]
-    info = info_of(query)
-    if a["dropout_p"] or not isinstance(info, TensorInfo) or len(info.shape) < 2:
+    if a["dropout_p"] or not _heads_agree(query, key, value, node):
         return None
     scale = a["scale"]
     if scale is None:
-        scale = 1.0 / math.sqrt(info.shape[-1])
+        scale = 1.0 / math.sqrt(info_of(query).shape[-1])  # type: ignore[arg-type, union-attr]
     inner = frozenset([node])
     masks = () if a["attn_mask"] is None else (a["attn_mask"],)
     causal, scale = bool(a["is_causal"]), float(scale)
@@ -210,8 +210,12 @@ class _Spelled:
         masks = [item for item in operands if item not in scores]
         if len(scores) != 1 or len(masks) != 1:
             return None
-        info = info_of(masks[0])
-        if not isinstance(info, TensorInfo):
+        info, found, before = info_of(masks[0]), info_of(node), info_of(scores[0])
+        if not isinstance(info, TensorInfo) or info.dtype == torch.bool:  # (adds one)
+            return None
+        if not isinstance(found, TensorInfo) or not isinstance(before, TensorInfo):
+            return None
+        if found.sizes != before.sizes:  # (repeats the scores)
             return None
         # With other axes than those of the mask before it: none that both have but the heads.
         if self.split and len(info.shape) > 3 and set(info.shape[:-3]) != {1}:
@@ -282,6 +286,20 @@ def _exchanges(node: fx.Node) -> bool:
         return False
     rank = len(info.shape)
     return {int(axis) % rank for axis in node.args[1:3]} == {rank - 2, rank - 1}  # type: ignore[arg-type]
+
+
+def _heads_agree(query: fx.Node, key: fx.Node, value: fx.Node, result: fx.Node) -> bool:
+    """Whether keys and values have the axes of queries, perhaps with fewer heads.
+
+    The operator repeats whatever has one of something, queries too.
+    """
+    infos = [info_of(node) for node in (query, key, value, result)]
+    sizes = [info.sizes for info in infos if isinstance(info, TensorInfo)]
+    if len(sizes) != 4 or min(map(len, sizes)) < 2:
+        return False
+    q, k, v, y = sizes
+    heads = len(q) < 3 or q[-3] % k[-3] == 0
+    return heads and q[:-3] == k[:-3] and k[:-2] == v[:-2] and y[:-1] == q[:-1]
 
 
 def _ranks_agree(nodes: Iterable[fx.Node]) -> bool:
