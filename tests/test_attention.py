@@ -298,6 +298,30 @@ def test_a_transformer_layer_is_one_program(tmp_path: Any) -> None:
     assert (tmp_path / "model.ada").read_bytes()[10:12] == b"\2\0"  # format 1.2
 
 
+def test_distances_are_computed_in_float() -> None:
+    """Buckets of distances, as T5 has them: the logarithm of no distance is no activation."""
+
+    class Buckets(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(8, HEADS)
+
+        def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            places = torch.arange(q.shape[2])
+            distance = (places[None] - places[:, None]).abs()
+            far = 4 + (torch.log(distance.float() / 4) * 2).to(torch.int64)
+            far = torch.min(far, torch.full_like(far, 7))
+            bias = self.table(torch.where(distance < 4, distance, far)).permute(2, 0, 1)
+            return F.scaled_dot_product_attention(q, k, v, bias[None])
+
+    torch.manual_seed(4)
+    model, x = Buckets().eval(), tokens()
+    native, engine = compiled(model, x)
+    assert not torch_operators(engine)
+    with torch.no_grad():
+        assert F.cosine_similarity(native(x).flatten(), model(x).flatten(), 0) > 0.99
+
+
 def test_scores_that_somebody_reads_are_no_attention() -> None:
     class Shown(Block):
         def forward(self, x: Tensor) -> Any:

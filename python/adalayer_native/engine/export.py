@@ -21,7 +21,7 @@ from adalayer_native.capture.tidying import (
     plain_norms,
     sink_expansions,
 )
-from adalayer_native.capture.vocabulary import attribute, op_name
+from adalayer_native.capture.vocabulary import FACTORIES, attribute, op_name
 from adalayer_native.engine.views import BATCH
 from adalayer_native.errors import InputError, UnsupportedModelError
 
@@ -200,14 +200,6 @@ def flattened(model: nn.Module, exported: Export) -> Exported:
     return found
 
 
-# Operators that make a tensor of nothing but numbers.
-_FACTORIES = frozenset(
-    f"aten.{name}"
-    for name in (
-        "full.default", "zeros.default", "ones.default", "arange.default", "arange.start",
-        "arange.start_step", "eye.default", "scalar_tensor.default", "linspace.default",
-    )
-)  # fmt: skip
 _SCALARS = (torch.SymFloat, torch.SymInt, torch.SymBool, int, float, bool)
 
 
@@ -217,7 +209,7 @@ def fold_constants(module: fx.GraphModule) -> None:
         sources = node.all_input_nodes
         if not isinstance(node.target, torch._ops.OpOverload):
             continue
-        if not (sources or op_name(node) in _FACTORIES):
+        if not (sources or op_name(node) in FACTORIES):
             continue
         if any(item.op != "get_attr" for item in sources):
             continue
