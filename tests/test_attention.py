@@ -146,6 +146,18 @@ class ScaledQueries(Block):
         return torch.softmax(scores, dim=-1).matmul(v)
 
 
+class Tempered(Block):
+    """Scales that are parameters, and constants of the code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature, self.width = nn.Parameter(torch.rand(1) + 0.5), nn.Parameter(torch.rand(()) + 1)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = (q / self.width) @ k.mT / torch.sqrt(torch.tensor(4.0)) * self.temperature.exp()
+        return scores.softmax(-1) @ v
+
+
 class Turned(Block):
     """As in detectors: values times transposed weights."""
 
@@ -234,6 +246,7 @@ NETWORKS: dict[str, Any] = {
     "one head": (lambda: Block(1), tokens),
     "spelled out": (Spelled, tokens),
     "scaled queries": (ScaledQueries, tokens),
+    "tempered": (Tempered, tokens),
     "turned": (Turned, tokens),
     "causal": (Causal, tokens),
     "bool mask": (Masked, tokens),
@@ -404,12 +417,13 @@ def test_a_mask_that_is_computed_stays_in_torch() -> None:
     assert torch.equal(engine(x), native(x))
 
 
-def test_files_of_attention(tmp_path: Any) -> None:
+@pytest.mark.parametrize("make", [Block, Tempered])
+def test_files_of_attention(make: type[Block], tmp_path: Any) -> None:
     torch.manual_seed(7)
-    model, x = Block().eval(), tokens()
+    model, x = make().eval(), tokens()
     native, engine = compiled(model, x)
     save(native, tmp_path / "model.safetensors")
-    restored = restore(model, tmp_path / "model.safetensors", x)
+    restored = restore(make(), tmp_path / "model.safetensors", x)
     assert torch.equal(restored(x), native(x))
     engine.save(tmp_path / "model.ada")
     data = bytearray((tmp_path / "model.ada").read_bytes())

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from adalayer_native.capture.model import TensorInfo, info_of
 from adalayer_native.capture.vocabulary import (
@@ -38,6 +38,7 @@ class Attention:
         masks: what is added to the scores, or one bool tensor.
         causal: a query meets the keys up to its own place.
         scale: of the scores.
+        factors: constants of one number that they are multiplied with, too, or divided by (True).
         key_turned: as a matrix product has it.
         result_turned: the result is ``[..., heads, width, queries]``.
         split: sizes of the scores where a mask is added, if their first axes are split for it.
@@ -53,6 +54,7 @@ class Attention:
     masks: tuple[fx.Node, ...]
     causal: bool
     scale: float
+    factors: tuple[tuple[fx.Node, bool], ...] = ()
     key_turned: bool = False
     result_turned: bool = False
     split: tuple[Any, ...] = ()
@@ -104,6 +106,7 @@ class _Spelled:
         self.node = node
         self.inner = [node]
         self.scale = 1.0
+        self.factors: list[tuple[fx.Node, bool]] = []
         self.masks: list[fx.Node] = []
         self.split: tuple[Any, ...] = ()
         self.joined: tuple[Any, ...] = ()
@@ -113,7 +116,7 @@ class _Spelled:
         assert isinstance(left, fx.Node)
         assert isinstance(right, fx.Node)
         for weights, value, turned in ((left, right, False), (right, left, True)):
-            self.inner, self.scale, self.masks = [self.node], 1.0, []
+            self.inner, self.scale, self.factors, self.masks = [self.node], 1.0, [], []
             self.split = self.joined = ()
             softmax = self._softmax(weights, turned)
             product = None if softmax is None else self._scores(softmax)
@@ -129,7 +132,8 @@ class _Spelled:
             if closed and known and _ranks_agree((query, key, value)):
                 return Attention(
                     self.node, query, key, value, tuple(self.masks), False, self.scale,
-                    True, turned, self.split, self.joined, frozenset(entries), inner,
+                    tuple(self.factors), True, turned, self.split, self.joined,
+                    frozenset(entries), inner,
                 )  # fmt: skip
         return None
 
@@ -170,9 +174,7 @@ class _Spelled:
             name = op_name(node)
             if name in _PRODUCTS:
                 return node if bool(self.joined) == bool(self.split) else None
-            number = self._number(node)
-            if number is not None:
-                self.scale *= number
+            if self._multiplied(node):
                 self.inner.append(node)
                 node = node.args[0]  # type: ignore[assignment]
                 continue
@@ -181,7 +183,7 @@ class _Spelled:
                 if not self._splits(node):
                     return None
             # A factor of the sum would be one of the mask, too.
-            elif name != "aten.add.Tensor" or node.kwargs or self.scale != 1.0:
+            elif name != "aten.add.Tensor" or node.kwargs or self.factors or self.scale != 1.0:
                 return None
             self.inner.append(node)
             operand = node.args[0] if name == "aten.reshape.default" else self._masked(node)
@@ -234,40 +236,56 @@ class _Spelled:
             passes = name in _SAME or name == "aten.reshape.default"
             if name == "aten.add.Tensor":
                 return any(map(self._is_score, node.args[:2]))
-            if self._number(node) is None and not passes:
+            if self._factor(node) is None and not passes:
                 return False
             node = node.args[0]
         return False
 
-    def _number(self, node: fx.Node) -> float | None:
-        """The constant that a node multiplies its first operand with."""
+    def _factor(self, node: fx.Node) -> tuple[float | fx.Node, bool] | None:
+        """The constant that a node multiplies its first operand with, or divides it by (True)."""
         if node.op != "call_function" or node.kwargs:
             return None
         kind, _, overload = op_name(node).removeprefix("aten.").partition(".")
         if kind not in ("mul", "div") or overload not in ("Tensor", "Scalar"):
             return None
-        other = node.args[1]
-        if isinstance(other, fx.Node):
-            if other.op != "get_attr":
-                return None
-            tensor: Tensor = attribute(self.model, str(other.target))
-            if tensor.numel() != 1 or tensor.device.type == "meta":
-                return None
-            other = float(tensor)
-        if not isinstance(other, (int, float)) or not isinstance(node.args[0], fx.Node):
+        operand, other = node.args[:2]
+        if not isinstance(operand, fx.Node):
             return None
-        number = float(other)
-        if kind == "div":
-            return 1.0 / number if number else None
-        return number
+        if isinstance(other, fx.Node):
+            # A file may bring another value: it is read when the attention is computed.
+            before, info = info_of(operand), info_of(other)
+            if not isinstance(before, TensorInfo) or not isinstance(info, TensorInfo):
+                return None
+            one = set(info.shape) <= {1} and len(info.shape) <= len(before.shape)
+            return (other, kind == "div") if one and self._is_constant(other) else None
+        if not isinstance(other, (int, float)) or (kind == "div" and not other):
+            return None
+        return float(other), kind == "div"
+
+    def _is_constant(self, node: fx.Node) -> bool:
+        """Whether a float32 number depends on parameters and numbers alone."""
+        if node.op == "get_attr":
+            return attribute(self.model, str(node.target)).device.type != "meta"
+        inputs = node.all_input_nodes
+        return node.op == "call_function" and bool(inputs) and all(map(self._is_constant, inputs))
+
+    def _multiplied(self, node: fx.Node) -> bool:
+        """Note the factor that a node has; False where it has none."""
+        found = self._factor(node)
+        if found is None:
+            return False
+        factor, divides = found
+        if isinstance(factor, fx.Node):
+            self.factors.append((factor, divides))
+        else:
+            self.scale = self.scale / factor if divides else self.scale * factor
+        return True
 
     def _scaled(self, node: object, reader: fx.Node, entries: set[fx.Node]) -> fx.Node:
         """An operand in front of a scale that only this product reads."""
         assert isinstance(node, fx.Node)
-        number = self._number(node)
-        if number is None or set(node.users) != {reader}:
+        if set(node.users) != {reader} or not self._multiplied(node):
             return node
-        self.scale *= number
         entries.add(node)
         operand = node.args[0]
         assert isinstance(operand, fx.Node)
