@@ -51,7 +51,10 @@ def on_grid(shape: tuple[int, ...], grid: tuple[float, int], seed: int) -> tuple
 def test_the_law(lead: tuple[int, ...], sizes: tuple[int, ...], masked: str) -> None:
     queries, keys, depth, width = sizes
     shapes = (queries, depth), (keys, depth), (keys, width)
-    items = [on_grid((*lead, *shape), grid, i) for i, (shape, grid) in enumerate(zip(shapes, GRIDS, strict=True))]
+    items = [
+        on_grid((*lead, *shape), grid, i)
+        for i, (shape, grid) in enumerate(zip(shapes, GRIDS, strict=True))
+    ]
     qparams = [torch.tensor([scale, float(zero), 8.0]) for scale, zero in GRIDS]
     scale = 0.4 / math.sqrt(depth)
     q, k, v = (levels for _, levels in items)
@@ -151,7 +154,10 @@ class Tempered(Block):
 
     def __init__(self) -> None:
         super().__init__()
-        self.temperature, self.width = nn.Parameter(torch.rand(1) + 0.5), nn.Parameter(torch.rand(()) + 1)
+        self.temperature, self.width = (
+            nn.Parameter(torch.rand(1) + 0.5),
+            nn.Parameter(torch.rand(()) + 1),
+        )
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = (q / self.width) @ k.mT / torch.sqrt(torch.tensor(4.0)) * self.temperature.exp()
@@ -301,7 +307,11 @@ def test_torchs_own_module(need_weights: bool, batch_first: bool) -> None:
 def test_a_transformer_layer_is_one_program(tmp_path: Any) -> None:
     torch.manual_seed(3)
     layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 24, batch_first=True, norm_first=True)
-    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(WIDTH, 3))
+    model = nn.Sequential(
+        nn.Linear(WIDTH, WIDTH),
+        nn.TransformerEncoder(layer, 2, enable_nested_tensor=False),
+        nn.Linear(WIDTH, 3),
+    )
     x = tokens(length=33)
     native, engine = compiled(model.eval(), x)
     assert not torch_operators(engine)
@@ -373,7 +383,7 @@ def test_what_is_spelled_otherwise_is_computed_as_it_says(attend: Any) -> None:
 
 REPEATED: list[Any] = [
     # A bias for every head, of scores that have one; for every query, and for every key.
-    lambda q, k, v, b: ((q[:, :1] @ k[:, :1].mT + b).softmax(-1) @ v[:, :1]),
+    lambda q, k, v, b: (q[:, :1] @ k[:, :1].mT + b).softmax(-1) @ v[:, :1],
     lambda q, k, v, b: (q[:, :, :1] @ k.mT + b).softmax(-1) @ v,
     lambda q, k, v, b: (q @ k[:, :, :1].mT + b).softmax(-1) @ v,
     lambda q, k, v, b: F.scaled_dot_product_attention(q, k[:, :1], v),
@@ -400,6 +410,59 @@ def test_scores_that_are_repeated_stay_in_torch(attend: Any) -> None:
     with torch.no_grad():
         assert F.cosine_similarity(native(x).flatten(), model(x).flatten(), 0) > 0.97
         assert torch.equal(engine(x[:1]), native(x[:1]))
+
+
+class Batched(Block):
+    """A mask that is made for the batch, as transformers makes it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        seen = torch.ones(batch, length).cumsum(-1).le(7)[:, None, None, :]
+        seen = seen & torch.ones(length, length, dtype=torch.bool).tril()
+        mask = torch.where(seen, torch.tensor(0.0), torch.finfo(torch.float32).min)
+        y = F.scaled_dot_product_attention(*self.split(x), mask)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class BatchedWindows(Windows):
+    """Shifted windows whose mask and bias are one sum."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, h, w, c = x.shape
+        x = x.view(batch, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 2, 4, 5).reshape(-1, 4, c)
+        q, k, v = self.qkv(x).reshape(-1, 4, 3, HEADS, c // HEADS).permute(2, 0, 3, 1, 4)
+        mask = self.bias + self.mask[None].expand(batch, -1, -1, -1, -1).reshape(-1, 1, 4, 4)
+        y = F.scaled_dot_product_attention(q, k, v, mask)
+        return self.out(y.transpose(1, 2).reshape(-1, 4, c)).view(batch, 6, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("make", "x"), [(Batched, tokens(3)), (BatchedWindows, torch.randn(2, 4, 6, WIDTH))]
+)
+def test_masks_that_are_made_for_the_batch(make: type[nn.Module], x: Tensor) -> None:
+    torch.manual_seed(6)
+    model = make().eval()
+    native, engine = compiled(model, x)
+    assert not torch_operators(engine)
+    with torch.no_grad():
+        for given in (x[:1], torch.cat([x, x])):
+            assert torch.equal(engine(given), native(given))
+        assert F.cosine_similarity(native(x).flatten(), model(x).flatten(), 0) > 0.99
+
+
+def test_what_differs_between_samples_is_no_repeated_constant() -> None:
+    class Numbered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            places = torch.arange(x.shape[0]) // 3 + torch.ones(x.shape[0]) / x.shape[0]
+            return self.last(self.first(x) + places[:, None])
+
+    x = torch.randn(7, WIDTH)
+    native, engine = compiled(Numbered().eval(), x)
+    assert torch.equal(engine(x[:5]), native(x[:5]))
 
 
 def test_a_mask_that_is_computed_stays_in_torch() -> None:

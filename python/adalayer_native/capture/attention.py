@@ -92,9 +92,7 @@ def _operator(node: fx.Node) -> Attention | None:
     inner = frozenset([node])
     masks = () if a["attn_mask"] is None else (a["attn_mask"],)
     causal, scale = bool(a["is_causal"]), float(scale)
-    return Attention(
-        node, query, key, value, masks, causal, scale, entries=inner, inner=inner
-    )
+    return Attention(node, query, key, value, masks, causal, scale, entries=inner, inner=inner)
 
 
 class _Spelled:
@@ -192,7 +190,7 @@ class _Spelled:
             node = operand
 
     def _splits(self, node: fx.Node) -> bool:
-        """Note a reshape of the scores' first axes: first the one behind a mask, then its inverse."""
+        """Note a reshape of the scores' first axes: the one behind a mask, then its inverse."""
         before, after = info_of(node.args[0]), info_of(node)
         if not isinstance(before, TensorInfo) or not isinstance(after, TensorInfo):
             return False

@@ -59,9 +59,7 @@ RESHAPES = frozenset(
         "reshape_as.default", "view_as.default",
     )
 )  # fmt: skip
-_LIKE = frozenset(
-    f"aten.{name}.default" for name in ("reshape_as", "view_as", "expand_as")
-)
+_LIKE = frozenset(f"aten.{name}.default" for name in ("reshape_as", "view_as", "expand_as"))
 _MAX_POOLS = frozenset(
     f"aten.{name}"
     for name in (

@@ -22,6 +22,7 @@ from adalayer_native.capture.tidying import (
     sink_expansions,
 )
 from adalayer_native.capture.vocabulary import FACTORIES, attribute, op_name
+from adalayer_native.engine.repeats import Repeats
 from adalayer_native.engine.views import BATCH
 from adalayer_native.errors import InputError, UnsupportedModelError
 
@@ -179,6 +180,7 @@ def flattened(model: nn.Module, exported: Export) -> Exported:
     plain_norms(graph)
     merge_reshapes(graph)
     fold_constants(module)
+    _fold_repeats(module)
     sink_expansions(graph)
     fold_constants(module)
     drop_dead(graph)
@@ -198,6 +200,18 @@ def flattened(model: nn.Module, exported: Export) -> Exported:
             "images alike"
         )
     return found
+
+
+def _fold_repeats(module: fx.GraphModule) -> None:
+    """Write what depends on parameters and the batch's size as constants, if one size is free."""
+    values = {node: node.meta.get("val") for node in module.graph.find_nodes(op="placeholder")}
+    sizes = {
+        node: value.shape[0]
+        for node, value in values.items()
+        if isinstance(value, Tensor) and value.dim() and isinstance(value.shape[0], torch.SymInt)
+    }
+    if len(set(map(str, sizes.values()))) == 1:
+        Repeats(module, *next(iter(sizes.items()))).fold()
 
 
 _SCALARS = (torch.SymFloat, torch.SymInt, torch.SymBool, int, float, bool)
