@@ -204,12 +204,11 @@ def flattened(model: nn.Module, exported: Export) -> Exported:
 
 def _fold_repeats(module: fx.GraphModule) -> None:
     """Write what depends on parameters and the batch's size as constants, if one size is free."""
-    values = {node: node.meta.get("val") for node in module.graph.find_nodes(op="placeholder")}
-    sizes = {
-        node: value.shape[0]
-        for node, value in values.items()
-        if isinstance(value, Tensor) and value.dim() and isinstance(value.shape[0], torch.SymInt)
-    }
+    sizes: dict[fx.Node, Any] = {}
+    for node in module.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and value.dim() and type(value.shape[0]) is not int:
+            sizes[node] = value.shape[0]
     if len(set(map(str, sizes.values()))) == 1:
         Repeats(module, *next(iter(sizes.items()))).fold()
 

@@ -131,12 +131,14 @@ class Repeats:
         shapes = [item.meta["val"].shape for item in node.args[:3]]  # type: ignore[union-attr]
         if any(len(shape) != 4 for shape in shapes):
             return
+        operands: Any = node.args[:3]
+        target: Any = node.target
         with self.graph.inserting_before(node):
             split = [
                 self._reshaped(item, [rows, *shape[1:]])
-                for item, shape in zip(node.args, shapes, strict=False)
+                for item, shape in zip(operands, shapes, strict=True)
             ]
-            new = self.graph.call_function(node.target, (*split, mask, *node.args[4:]))
+            new = self.graph.call_function(target, (*split, mask, *node.args[4:]))
             rest = list(map(int, node.meta["val"].shape[1:]))
             new.meta.update(node.meta)
             new.meta["val"] = node.meta["val"].new_empty((self.batch, rows, *rest))
