@@ -247,7 +247,41 @@ class Pixels(nn.Module):
         return self.out(y)
 
 
+class Letters(Block):
+    """Sums over letters; tokens before heads."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = torch.einsum("bihd, bjhd -> bhij", q.transpose(1, 2), k.transpose(1, 2))
+        weights = (weights * 0.5).softmax(-1)
+        return torch.einsum("bhij,bhjd->bihd", weights, v).transpose(1, 2)
+
+
+class Folded(Block):
+    """Heads in the batch, a product with a sum."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        folded, size = [item.flatten(0, 1) for item in (q, k, v)], (LENGTH, LENGTH)
+        mask = torch.zeros(size).masked_fill(torch.ones(size).triu(1) > 0, -INFINITY)
+        mask = mask.expand(folded[0].shape[0], -1, -1)
+        weights = torch.baddbmm(mask, folded[0], folded[1].mT, alpha=0.5).softmax(-1)
+        return torch.bmm(weights, folded[2]).view_as(q)
+
+
+class Slopes(Folded):
+    """A bias that grows with the distance, by heads, as BLOOM adds it."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        slopes = torch.arange(LENGTH).float() * torch.tensor([0.5, 0.25, 0.1, 0.0])[:, None, None]
+        bias = slopes[None].expand(q.shape[0], -1, -1, -1).reshape(-1, 1, LENGTH)
+        folded = [item.flatten(0, 1) for item in (q, k, v)]
+        weights = torch.baddbmm(bias, folded[0], folded[1].mT, alpha=0.5).softmax(-1)
+        return torch.bmm(weights, folded[2]).view_as(q)
+
+
 NETWORKS: dict[str, Any] = {
+    "letters": (Letters, tokens),
+    "folded": (Folded, tokens),
+    "slopes": (Slopes, tokens),
     "operator": (Block, tokens),
     "one head": (lambda: Block(1), tokens),
     "spelled out": (Spelled, tokens),
@@ -280,7 +314,8 @@ def test_modules_simulation_and_engine_agree(name: str) -> None:
 
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_torchs_own_module(need_weights: bool, batch_first: bool) -> None:
+@pytest.mark.parametrize("masked", [False, True])
+def test_torchs_own_module(need_weights: bool, batch_first: bool, masked: bool) -> None:
     """Its tokens come before the batch for a while, or all the time."""
 
     class Net(nn.Module):
@@ -293,7 +328,8 @@ def test_torchs_own_module(need_weights: bool, batch_first: bool) -> None:
         def forward(self, x: Tensor) -> Tensor:
             y = self.first(x)
             y = y if batch_first else y.transpose(0, 1)
-            y, _ = self.attention(y, y, y, need_weights=need_weights)
+            mask = torch.ones(LENGTH, LENGTH).triu(1) > 0 if masked else None
+            y, _ = self.attention(y, y, y, need_weights=need_weights, attn_mask=mask)
             return self.last(y if batch_first else y.transpose(0, 1))
 
     torch.manual_seed(2)

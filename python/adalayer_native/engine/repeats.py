@@ -6,6 +6,7 @@ they are given. What is made is computed for one sample and for several, and com
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class Repeats:
             for node in self.graph.nodes
             if node in self.known
             and node.op == "call_function"
-            and isinstance(node.meta["val"], Tensor)
+            and isinstance(node.meta.get("val"), Tensor)
             and any(user not in self.known and user.op != "output" for user in node.users)
         ]
         if not read:
@@ -56,20 +57,25 @@ class Repeats:
             found = one[node]
             wanted = found.repeat(_SEVERAL, *[1] * (found.dim() - 1)) if rows else found
             if torch.equal(wanted, several[node]):
-                self._replace(node, found, rows)
+                alike = rows > 1 and torch.equal(found, found[:1].expand_as(found))
+                masks = all(op_name(user) == _ATTENTION for user in node.users)
+                self._replace(node, found[:1] if alike and masks else found, rows)
 
     def _is_known(self, node: fx.Node) -> bool:
         value = node.meta.get("val")
         if node.op == "get_attr":
             return True
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        if node.op != "call_function":
             return False
         if isinstance(value, torch.SymInt):
             return {str(n) for n in value.node.expr.free_symbols} == {str(self.batch)}
-        if not isinstance(value, Tensor) or torch.Tag.nondeterministic_seeded in node.target.tags:
-            return False
         sources = node.all_input_nodes
-        return self.known.issuperset(sources) and bool(sources or op_name(node) in FACTORIES)
+        if not self.known.issuperset(sources) or not (sources or op_name(node) in FACTORIES):
+            return False
+        if node.target is operator.getitem:
+            return True
+        made = isinstance(node.target, torch._ops.OpOverload)
+        return made and torch.Tag.nondeterministic_seeded not in node.target.tags  # type: ignore[union-attr]
 
     def _size(self, size: Any, batch: int) -> int:
         """A size for so many samples."""
@@ -109,7 +115,7 @@ class Repeats:
             found.meta["val"] = node.meta["val"].new_empty(value.shape)
         for user in [user for user in node.users if user not in self.known]:
             masked = op_name(user) == _ATTENTION and user.args[3] is node
-            if not rows or (rows == 1 and masked):
+            if not rows or (masked and len(value) == 1):
                 user.replace_input_with(node, found)
             elif rows == 1:
                 user.replace_input_with(node, self._repeated(node, found))
@@ -127,9 +133,9 @@ class Repeats:
         return found
 
     def _of_windows(self, node: fx.Node, mask: fx.Node, rows: int) -> None:
-        """Give windows an axis of their own, for a mask that differs between them."""
+        """Give windows, or heads, an axis of their own, for a mask that differs between them."""
         shapes = [item.meta["val"].shape for item in node.args[:3]]  # type: ignore[union-attr]
-        if any(len(shape) != 4 for shape in shapes):
+        if any(len(shape) not in (3, 4) for shape in shapes):
             return
         operands: Any = node.args[:3]
         target: Any = node.target
