@@ -149,6 +149,21 @@ class ScaledQueries(Block):
         return torch.softmax(scores, dim=-1).matmul(v)
 
 
+class Tempered(Block):
+    """Scales that are parameters, and constants of the code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature, self.width = (
+            nn.Parameter(torch.rand(1) + 0.5),
+            nn.Parameter(torch.rand(()) + 1),
+        )
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = (q / self.width) @ k.mT / torch.sqrt(torch.tensor(4.0)) * self.temperature.exp()
+        return scores.softmax(-1) @ v
+
+
 class Turned(Block):
     """As in detectors: values times transposed weights."""
 
@@ -232,11 +247,46 @@ class Pixels(nn.Module):
         return self.out(y)
 
 
+class Letters(Block):
+    """Sums over letters; tokens before heads."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = torch.einsum("bihd, bjhd -> bhij", q.transpose(1, 2), k.transpose(1, 2))
+        weights = (weights * 0.5).softmax(-1)
+        return torch.einsum("bhij,bhjd->bihd", weights, v).transpose(1, 2)
+
+
+class Folded(Block):
+    """Heads in the batch, a product with a sum."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        folded, size = [item.flatten(0, 1) for item in (q, k, v)], (LENGTH, LENGTH)
+        mask = torch.zeros(size).masked_fill(torch.ones(size).triu(1) > 0, -INFINITY)
+        mask = mask.expand(folded[0].shape[0], -1, -1)
+        weights = torch.baddbmm(mask, folded[0], folded[1].mT, alpha=0.5).softmax(-1)
+        return torch.bmm(weights, folded[2]).view_as(q)
+
+
+class Slopes(Folded):
+    """A bias that grows with the distance, by heads, as BLOOM adds it."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        slopes = torch.arange(LENGTH).float() * torch.tensor([0.5, 0.25, 0.1, 0.0])[:, None, None]
+        bias = slopes[None].expand(q.shape[0], -1, -1, -1).reshape(-1, 1, LENGTH)
+        folded = [item.flatten(0, 1) for item in (q, k, v)]
+        weights = torch.baddbmm(bias, folded[0], folded[1].mT, alpha=0.5).softmax(-1)
+        return torch.bmm(weights, folded[2]).view_as(q)
+
+
 NETWORKS: dict[str, Any] = {
+    "letters": (Letters, tokens),
+    "folded": (Folded, tokens),
+    "slopes": (Slopes, tokens),
     "operator": (Block, tokens),
     "one head": (lambda: Block(1), tokens),
     "spelled out": (Spelled, tokens),
     "scaled queries": (ScaledQueries, tokens),
+    "tempered": (Tempered, tokens),
     "turned": (Turned, tokens),
     "causal": (Causal, tokens),
     "bool mask": (Masked, tokens),
@@ -264,7 +314,8 @@ def test_modules_simulation_and_engine_agree(name: str) -> None:
 
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_torchs_own_module(need_weights: bool, batch_first: bool) -> None:
+@pytest.mark.parametrize("masked", [False, True])
+def test_torchs_own_module(need_weights: bool, batch_first: bool, masked: bool) -> None:
     """Its tokens come before the batch for a while, or all the time."""
 
     class Net(nn.Module):
@@ -277,7 +328,8 @@ def test_torchs_own_module(need_weights: bool, batch_first: bool) -> None:
         def forward(self, x: Tensor) -> Tensor:
             y = self.first(x)
             y = y if batch_first else y.transpose(0, 1)
-            y, _ = self.attention(y, y, y, need_weights=need_weights)
+            mask = torch.ones(LENGTH, LENGTH).triu(1) > 0 if masked else None
+            y, _ = self.attention(y, y, y, need_weights=need_weights, attn_mask=mask)
             return self.last(y if batch_first else y.transpose(0, 1))
 
     torch.manual_seed(2)
@@ -305,6 +357,30 @@ def test_a_transformer_layer_is_one_program(tmp_path: Any) -> None:
     assert (tmp_path / "model.ada").read_bytes()[10:12] == b"\2\0"  # format 1.2
 
 
+def test_distances_are_computed_in_float() -> None:
+    """Buckets of distances, as T5 has them: the logarithm of no distance is no activation."""
+
+    class Buckets(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(8, HEADS)
+
+        def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            places = torch.arange(q.shape[2])
+            distance = (places[None] - places[:, None]).abs()
+            far = 4 + (torch.log(distance.float() / 4) * 2).to(torch.int64)
+            far = torch.min(far, torch.full_like(far, 7))
+            bias = self.table(torch.where(distance < 4, distance, far)).permute(2, 0, 1)
+            return F.scaled_dot_product_attention(q, k, v, bias[None])
+
+    torch.manual_seed(4)
+    model, x = Buckets().eval(), tokens()
+    native, engine = compiled(model, x)
+    assert not torch_operators(engine)
+    with torch.no_grad():
+        assert F.cosine_similarity(native(x).flatten(), model(x).flatten(), 0) > 0.99
+
+
 def test_scores_that_somebody_reads_are_no_attention() -> None:
     class Shown(Block):
         def forward(self, x: Tensor) -> Any:
@@ -324,6 +400,7 @@ def test_scores_that_somebody_reads_are_no_attention() -> None:
         lambda q, k, v: ((q @ k.mT + 1.5) * 2).softmax(-1) @ v,
         lambda q, k, v: (q @ k.mT).sigmoid() @ v,
         lambda q, k, v: (q @ k.mT + q.sum(-1, keepdim=True)).softmax(-1) @ v,
+        lambda q, k, v: (q @ k.mT + (torch.arange(LENGTH) > 3)).softmax(-1) @ v,  # one, no mask
     ],
 )
 def test_what_is_spelled_otherwise_is_computed_as_it_says(attend: Any) -> None:
@@ -338,6 +415,90 @@ def test_what_is_spelled_otherwise_is_computed_as_it_says(attend: Any) -> None:
     with torch.no_grad():
         assert F.cosine_similarity(native(x).flatten(), model(x).flatten(), 0) > 0.97
         assert torch.equal(engine(x), native(x))
+
+
+REPEATED: list[Any] = [
+    # A bias for every head, of scores that have one; for every query, and for every key.
+    lambda q, k, v, b: (q[:, :1] @ k[:, :1].mT + b).softmax(-1) @ v[:, :1],
+    lambda q, k, v, b: (q[:, :, :1] @ k.mT + b).softmax(-1) @ v,
+    lambda q, k, v, b: (q @ k[:, :, :1].mT + b).softmax(-1) @ v,
+    lambda q, k, v, b: F.scaled_dot_product_attention(q, k[:, :1], v),
+    lambda q, k, v, b: F.scaled_dot_product_attention(q, k, v[:, :1]),
+    lambda q, k, v, b: F.scaled_dot_product_attention(q, k[:, :2], v[:, :1], enable_gqa=True),
+    lambda q, k, v, b: F.scaled_dot_product_attention(q[:, :1], k, v),
+]
+
+
+@pytest.mark.parametrize("attend", REPEATED)
+def test_scores_that_are_repeated_stay_in_torch(attend: Any) -> None:
+    class Repeated(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.randn(1, HEADS, LENGTH, LENGTH))
+
+        def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            result: Tensor = attend(q, k, v, self.bias)
+            return result
+
+    torch.manual_seed(5)
+    model, x = Repeated().eval(), tokens()
+    native, engine = compiled(model, x)
+    with torch.no_grad():
+        assert F.cosine_similarity(native(x).flatten(), model(x).flatten(), 0) > 0.97
+        assert torch.equal(engine(x[:1]), native(x[:1]))
+
+
+class Batched(Block):
+    """A mask that is made for the batch, as transformers makes it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        seen = torch.ones(batch, length).cumsum(-1).le(7)[:, None, None, :]
+        seen = seen & torch.ones(length, length, dtype=torch.bool).tril()
+        mask = torch.where(seen, torch.tensor(0.0), torch.finfo(torch.float32).min)
+        y = F.scaled_dot_product_attention(*self.split(x), mask)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class BatchedWindows(Windows):
+    """Shifted windows whose mask and bias are one sum."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, h, w, c = x.shape
+        x = x.view(batch, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 2, 4, 5).reshape(-1, 4, c)
+        q, k, v = self.qkv(x).reshape(-1, 4, 3, HEADS, c // HEADS).permute(2, 0, 3, 1, 4)
+        mask = self.bias + self.mask[None].expand(batch, -1, -1, -1, -1).reshape(-1, 1, 4, 4)
+        y = F.scaled_dot_product_attention(q, k, v, mask)
+        return self.out(y.transpose(1, 2).reshape(-1, 4, c)).view(batch, 6, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("make", "x"), [(Batched, tokens(3)), (BatchedWindows, torch.randn(2, 4, 6, WIDTH))]
+)
+def test_masks_that_are_made_for_the_batch(make: type[nn.Module], x: Tensor) -> None:
+    torch.manual_seed(6)
+    model = make().eval()
+    native, engine = compiled(model, x)
+    assert not torch_operators(engine)
+    with torch.no_grad():
+        for given in (x[:1], torch.cat([x, x])):
+            assert torch.equal(engine(given), native(given))
+        assert F.cosine_similarity(native(x).flatten(), model(x).flatten(), 0) > 0.99
+
+
+def test_what_differs_between_samples_is_no_repeated_constant() -> None:
+    class Numbered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            places = torch.arange(x.shape[0]) // 3 + torch.ones(x.shape[0]) / x.shape[0]
+            return self.last(self.first(x) + places[:, None])
+
+    x = torch.randn(7, WIDTH)
+    native, engine = compiled(Numbered().eval(), x)
+    assert torch.equal(engine(x[:5]), native(x[:5]))
 
 
 def test_a_mask_that_is_computed_stays_in_torch() -> None:
@@ -355,12 +516,13 @@ def test_a_mask_that_is_computed_stays_in_torch() -> None:
     assert torch.equal(engine(x), native(x))
 
 
-def test_files_of_attention(tmp_path: Any) -> None:
+@pytest.mark.parametrize("make", [Block, Tempered])
+def test_files_of_attention(make: type[Block], tmp_path: Any) -> None:
     torch.manual_seed(7)
-    model, x = Block().eval(), tokens()
+    model, x = make().eval(), tokens()
     native, engine = compiled(model, x)
     save(native, tmp_path / "model.safetensors")
-    restored = restore(model, tmp_path / "model.safetensors", x)
+    restored = restore(make(), tmp_path / "model.safetensors", x)
     assert torch.equal(restored(x), native(x))
     engine.save(tmp_path / "model.ada")
     data = bytearray((tmp_path / "model.ada").read_bytes())

@@ -23,6 +23,7 @@ from adalayer_native.capture.model import (
     TensorInfo,
     code_of,
 )
+from adalayer_native.capture.spellings import plain_products
 from adalayer_native.errors import UnsupportedModelError
 
 __all__ = ["assembled"]
@@ -43,6 +44,7 @@ def assembled(
         _place(node, model)
     _drop_writes(graph)
     tidying.merge_reshapes(graph)
+    plain_products(graph)
     lifter = Lifter(module, model, marks)
     modules = lifter.run() | opaque.call_modules(graph, exported.calls)
     tidying.drop_dead(graph)

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, fx, nn
+import torch
+from torch import fx, nn
 
 from adalayer_native.capture.model import TensorInfo, info_of
 from adalayer_native.capture.vocabulary import (
@@ -37,6 +38,7 @@ class Attention:
         masks: what is added to the scores, or one bool tensor.
         causal: a query meets the keys up to its own place.
         scale: of the scores.
+        factors: constants of one number that they are multiplied with, too, or divided by (True).
         key_turned: as a matrix product has it.
         result_turned: the result is ``[..., heads, width, queries]``.
         split: sizes of the scores where a mask is added, if their first axes are split for it.
@@ -52,6 +54,7 @@ class Attention:
     masks: tuple[fx.Node, ...]
     causal: bool
     scale: float
+    factors: tuple[tuple[fx.Node, bool], ...] = ()
     key_turned: bool = False
     result_turned: bool = False
     split: tuple[Any, ...] = ()
@@ -81,12 +84,11 @@ def attentions(model: fx.GraphModule) -> list[Attention]:
 def _operator(node: fx.Node) -> Attention | None:
     a = arguments(node)
     query, key, value = a["query"], a["key"], a["value"]
-    info = info_of(query)
-    if a["dropout_p"] or not isinstance(info, TensorInfo) or len(info.shape) < 2:
+    if a["dropout_p"] or not _heads_agree(query, key, value, node):
         return None
     scale = a["scale"]
     if scale is None:
-        depth = info.shape[-1]
+        depth = _size(query, -1)
         if not isinstance(depth, int):
             return None
         scale = 1.0 / math.sqrt(depth)
@@ -105,6 +107,7 @@ class _Spelled:
         self.node = node
         self.inner = [node]
         self.scale = 1.0
+        self.factors: list[tuple[fx.Node, bool]] = []
         self.masks: list[fx.Node] = []
         self.split: tuple[Any, ...] = ()
         self.joined: tuple[Any, ...] = ()
@@ -114,7 +117,7 @@ class _Spelled:
         assert isinstance(left, fx.Node)
         assert isinstance(right, fx.Node)
         for weights, value, turned in ((left, right, False), (right, left, True)):
-            self.inner, self.scale, self.masks = [self.node], 1.0, []
+            self.inner, self.scale, self.factors, self.masks = [self.node], 1.0, [], []
             self.split = self.joined = ()
             softmax = self._softmax(weights, turned)
             product = None if softmax is None else self._scores(softmax)
@@ -131,7 +134,8 @@ class _Spelled:
             if closed and (known or not split) and _ranks_agree((query, key, value)):
                 return Attention(
                     self.node, query, key, value, tuple(self.masks), False, self.scale,
-                    True, turned, self.split, self.joined, frozenset(entries), inner,
+                    tuple(self.factors), True, turned, self.split, self.joined,
+                    frozenset(entries), inner,
                 )  # fmt: skip
         return None
 
@@ -172,9 +176,7 @@ class _Spelled:
             name = op_name(node)
             if name in _PRODUCTS:
                 return node if bool(self.joined) == bool(self.split) else None
-            number = self._number(node)
-            if number is not None:
-                self.scale *= number
+            if self._multiplied(node):
                 self.inner.append(node)
                 node = node.args[0]  # type: ignore[assignment]
                 continue
@@ -183,7 +185,7 @@ class _Spelled:
                 if not self._splits(node):
                     return None
             # A factor of the sum would be one of the mask, too.
-            elif name != "aten.add.Tensor" or node.kwargs or self.scale != 1.0:
+            elif name != "aten.add.Tensor" or node.kwargs or self.factors or self.scale != 1.0:
                 return None
             self.inner.append(node)
             operand = node.args[0] if name == "aten.reshape.default" else self._masked(node)
@@ -192,7 +194,7 @@ class _Spelled:
             node = operand
 
     def _splits(self, node: fx.Node) -> bool:
-        """Note a reshape of the scores' first axes: that behind a mask, then its inverse."""
+        """Note a reshape of the scores' first axes: the one behind a mask, then its inverse."""
         before, after = info_of(node.args[0]), info_of(node)
         if not isinstance(before, TensorInfo) or not isinstance(after, TensorInfo):
             return False
@@ -212,8 +214,12 @@ class _Spelled:
         masks = [item for item in operands if item not in scores]
         if len(scores) != 1 or len(masks) != 1:
             return None
-        info = info_of(masks[0])
-        if not isinstance(info, TensorInfo):
+        info, found, before = info_of(masks[0]), info_of(node), info_of(scores[0])
+        if not isinstance(info, TensorInfo) or info.dtype == torch.bool:  # (adds one)
+            return None
+        if not isinstance(found, TensorInfo) or not isinstance(before, TensorInfo):
+            return None
+        if found.sizes != before.sizes:  # (repeats the scores)
             return None
         # With other axes than those of the mask before it: none that both have but the heads.
         if self.split and len(info.shape) > 3 and set(info.shape[:-3]) != {1}:
@@ -232,40 +238,56 @@ class _Spelled:
             passes = name in _SAME or name == "aten.reshape.default"
             if name == "aten.add.Tensor":
                 return any(map(self._is_score, node.args[:2]))
-            if self._number(node) is None and not passes:
+            if self._factor(node) is None and not passes:
                 return False
             node = node.args[0]
         return False
 
-    def _number(self, node: fx.Node) -> float | None:
-        """The constant that a node multiplies its first operand with."""
+    def _factor(self, node: fx.Node) -> tuple[float | fx.Node, bool] | None:
+        """The constant that a node multiplies its first operand with, or divides it by (True)."""
         if node.op != "call_function" or node.kwargs:
             return None
         kind, _, overload = op_name(node).removeprefix("aten.").partition(".")
         if kind not in ("mul", "div") or overload not in ("Tensor", "Scalar"):
             return None
-        other = node.args[1]
-        if isinstance(other, fx.Node):
-            if other.op != "get_attr":
-                return None
-            tensor: Tensor = attribute(self.model, str(other.target))
-            if tensor.numel() != 1 or tensor.device.type == "meta":
-                return None
-            other = float(tensor)
-        if not isinstance(other, (int, float)) or not isinstance(node.args[0], fx.Node):
+        operand, other = node.args[:2]
+        if not isinstance(operand, fx.Node):
             return None
-        number = float(other)
-        if kind == "div":
-            return 1.0 / number if number else None
-        return number
+        if isinstance(other, fx.Node):
+            # A file may bring another value: it is read when the attention is computed.
+            before, info = info_of(operand), info_of(other)
+            if not isinstance(before, TensorInfo) or not isinstance(info, TensorInfo):
+                return None
+            one = set(info.shape) <= {1} and len(info.shape) <= len(before.shape)
+            return (other, kind == "div") if one and self._is_constant(other) else None
+        if not isinstance(other, (int, float)) or (kind == "div" and not other):
+            return None
+        return float(other), kind == "div"
+
+    def _is_constant(self, node: fx.Node) -> bool:
+        """Whether a float32 number depends on parameters and numbers alone."""
+        if node.op == "get_attr":
+            return attribute(self.model, str(node.target)).device.type != "meta"
+        inputs = node.all_input_nodes
+        return node.op == "call_function" and bool(inputs) and all(map(self._is_constant, inputs))
+
+    def _multiplied(self, node: fx.Node) -> bool:
+        """Note the factor that a node has; False where it has none."""
+        found = self._factor(node)
+        if found is None:
+            return False
+        factor, divides = found
+        if isinstance(factor, fx.Node):
+            self.factors.append((factor, divides))
+        else:
+            self.scale = self.scale / factor if divides else self.scale * factor
+        return True
 
     def _scaled(self, node: object, reader: fx.Node, entries: set[fx.Node]) -> fx.Node:
         """An operand in front of a scale that only this product reads."""
         assert isinstance(node, fx.Node)
-        number = self._number(node)
-        if number is None or set(node.users) != {reader}:
+        if set(node.users) != {reader} or not self._multiplied(node):
             return node
-        self.scale *= number
         entries.add(node)
         operand = node.args[0]
         assert isinstance(operand, fx.Node)
@@ -284,6 +306,20 @@ def _exchanges(node: fx.Node) -> bool:
         return False
     rank = len(info.shape)
     return {int(axis) % rank for axis in node.args[1:3]} == {rank - 2, rank - 1}  # type: ignore[arg-type]
+
+
+def _heads_agree(query: fx.Node, key: fx.Node, value: fx.Node, result: fx.Node) -> bool:
+    """Whether keys and values have the axes of queries, perhaps with fewer heads.
+
+    The operator repeats whatever has one of something, queries too.
+    """
+    infos = [info_of(node) for node in (query, key, value, result)]
+    sizes = [info.sizes for info in infos if isinstance(info, TensorInfo)]
+    if len(sizes) != 4 or min(map(len, sizes)) < 2:
+        return False
+    q, k, v, y = sizes
+    heads = len(q) < 3 or q[-3] % k[-3] == 0
+    return heads and q[:-3] == k[:-3] and k[:-2] == v[:-2] and y[:-1] == q[:-1]
 
 
 def _ranks_agree(nodes: Iterable[fx.Node]) -> bool:

@@ -88,6 +88,14 @@ LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 _INFINITY = math.inf
 
 
+# Operators that make a tensor of nothing but numbers and sizes.
+FACTORIES = frozenset(
+    f"aten.{name}"
+    for name in (
+        "full.default", "zeros.default", "ones.default", "arange.default", "arange.start",
+        "arange.start_step", "eye.default", "scalar_tensor.default", "linspace.default",
+    )
+)  # fmt: skip
 # Functions of one value.
 FUNCTIONS = (
     "relu", "relu6", "hardtanh", "clamp", "clip", "clamp_min", "clamp_max", "hardswish",

@@ -22,7 +22,8 @@ from adalayer_native.capture.tidying import (
     plain_norms,
     sink_expansions,
 )
-from adalayer_native.capture.vocabulary import RESHAPES, arguments, attribute, op_name
+from adalayer_native.capture.vocabulary import FACTORIES, RESHAPES, arguments, attribute, op_name
+from adalayer_native.engine.repeats import Repeats
 from adalayer_native.engine.views import BATCH
 from adalayer_native.errors import InputError, UnsupportedModelError
 
@@ -222,6 +223,7 @@ def flattened(model: nn.Module, exported: Export) -> Exported:
     plain_norms(graph)
     merge_reshapes(graph)
     fold_constants(module)
+    _fold_repeats(module)
     sink_expansions(graph)
     fold_constants(module)
     drop_dead(graph)
@@ -243,14 +245,6 @@ def flattened(model: nn.Module, exported: Export) -> Exported:
     return found
 
 
-# Operators that make a tensor of nothing but numbers.
-_FACTORIES = frozenset(
-    f"aten.{name}"
-    for name in (
-        "full.default", "zeros.default", "ones.default", "arange.default", "arange.start",
-        "arange.start_step", "eye.default", "scalar_tensor.default", "linspace.default",
-    )
-)  # fmt: skip
 # Operators that fill a tensor with a number, whatever they read.
 _FILLS: dict[str, float | None] = {
     f"aten.{name}.default": fill
@@ -273,6 +267,19 @@ _FIXED = frozenset(
         "cat.default", "neg.default", "add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor",
     )
 ) | {"adalayer.fake_quantize.default"}  # fmt: skip
+
+
+def _fold_repeats(module: fx.GraphModule) -> None:
+    """Write what depends on parameters and the batch's size as constants, if one size is free."""
+    sizes: dict[fx.Node, Any] = {}
+    for node in module.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and value.dim() and type(value.shape[0]) is not int:
+            sizes[node] = value.shape[0]
+    if len(set(map(str, sizes.values()))) == 1:
+        Repeats(module, *next(iter(sizes.items()))).fold()
+
+
 _SCALARS = (torch.SymFloat, torch.SymInt, torch.SymBool, int, float, bool)
 
 
@@ -289,7 +296,7 @@ def fold_constants(module: fx.GraphModule) -> None:
             sources = sources[0].all_input_nodes
         elif not isinstance(node.target, torch._ops.OpOverload):
             continue
-        if not (sources or op_name(node) in _FACTORIES):
+        if not (sources or op_name(node) in FACTORIES):
             continue
         if any(item.op != "get_attr" for item in sources):
             continue

@@ -12,7 +12,7 @@ from adalayer_native.capture.vocabulary import arguments
 from adalayer_native.engine.grids import Grid, Want
 from adalayer_native.engine.lower import RULES, CannotLower, Lowering, Rule
 from adalayer_native.engine.views import Dims, Ref, Size, merged
-from adalayer_native.ops.attention import additive_mask, score_scale
+from adalayer_native.ops.attention import additive_mask, score_scale, total_scale
 
 
 def _in_place(ref: Ref, size: Size, letters: str) -> bool:
@@ -101,6 +101,10 @@ def _attention(low: Lowering, node: fx.Node, want: Want) -> Ref:
         merged([(w, 1)] if "h" in letters else [(h * w, 1)]),
         merged([(width, h * w)]),
     )
+    factor = low.parameter(a["factor"])
+    if factor is None and a["factor"] is not None:
+        raise CannotLower(node, "its scale is computed by the graph")
+    scale = total_scale(a["scale"], factor)
     flags = [rows, bool(a["is_causal"])]
     flags += [mask is not None and mask.shape[axis] > 1 for axis in (0, 1)]
     number = low.program.node(
@@ -110,7 +114,7 @@ def _attention(low: Lowering, node: fx.Node, want: Want) -> Ref:
         size,
         want.grid,
         ints=[heads, key_heads, *map(int, flags), *want.finish()],
-        floats=[want.grid.inverse, score_scale(query_grid.scale, key_grid.scale, a["scale"])],
+        floats=[want.grid.inverse, score_scale(query_grid.scale, key_grid.scale, scale)],
         constants=[-1 if mask is None else low.program.f32(mask.to(torch.float32).numpy())],
     )
     return Ref(number, dims)

@@ -112,7 +112,8 @@ _library.define(
 )
 _library.define(
     "grid_attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, "
-    "float scale, Tensor query_qparams, Tensor key_qparams, Tensor value_qparams) -> Tensor"
+    "float scale, Tensor query_qparams, Tensor key_qparams, Tensor value_qparams, "
+    "Tensor? factor=None) -> Tensor"
 )
 _library.define("exact_softmax(Tensor input) -> Tensor")
 _library.define("exact_function(Tensor input, str kind) -> Tensor")

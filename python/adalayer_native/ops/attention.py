@@ -10,12 +10,17 @@ from torch import Tensor
 from adalayer_native import _C
 from adalayer_native.ops.machine import get_num_threads
 
-__all__ = ["additive_mask", "fake_attention", "grid_attention", "score_scale"]
+__all__ = ["additive_mask", "fake_attention", "grid_attention", "score_scale", "total_scale"]
 
 
 def score_scale(query_scale: float, key_scale: float, scale: float) -> float:
     """What a sum of products of levels is multiplied with: rounded to float32 once."""
     return float(torch.tensor(query_scale * key_scale * scale, dtype=torch.float32))
+
+
+def total_scale(scale: float, factor: Tensor | None) -> float:
+    """Of a score: a number, and one that a parameter of the model decides."""
+    return scale if factor is None else scale * float(factor)
 
 
 def additive_mask(mask: Tensor) -> Tensor:
@@ -64,6 +69,7 @@ def grid_attention(
     query_qparams: Tensor,
     key_qparams: Tensor,
     value_qparams: Tensor,
+    factor: Tensor | None = None,
 ) -> Tensor:
     """``F.scaled_dot_product_attention`` with weights that are levels beside their row's largest.
 
@@ -72,6 +78,7 @@ def grid_attention(
         key, value: of the same leading sizes; they may have fewer heads (``enable_gqa``).
         attn_mask: broadcasts to ``[..., heads, queries, keys]``; bool, or added to scores.
         query_qparams, key_qparams, value_qparams: float32 ``[3]``: scale, zero point and bits.
+        factor: one number that multiplies the scale.
     """
     tokens, depth = query.shape[-2:]
     keys, width = value.shape[-2:]
@@ -92,7 +99,7 @@ def grid_attention(
         _C.attention(
             (images, tokens, keys, heads, key_heads, depth, width),
             (int(grids[0][1]), int(grids[1][1]), int(grids[2][1])),
-            score_scale(grids[0][0], grids[1][0], scale),
+            score_scale(grids[0][0], grids[1][0], total_scale(scale, factor)),
             grids[2][0],
             is_causal,
             0 if mask is None else mask.data_ptr(),
@@ -118,6 +125,7 @@ def fake_attention(
     query_qparams: Tensor,
     key_qparams: Tensor,
     value_qparams: Tensor,
+    factor: Tensor | None = None,
 ) -> Tensor:
     """Shape of :func:`grid_attention`."""
     heads = query.shape[-3] if query.dim() > 2 else 1

@@ -9,7 +9,7 @@ weights of a softmax (ops/attention.py), which a simulation in float32 leaves as
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -231,12 +231,23 @@ class _Steps:
             for item in found.masks:
                 add = torch.ops.aten.add.Tensor
                 mask = item if mask is None else self.graph.call_function(add, (mask, item))
-        rest = [mask, found.causal, found.scale, *qparams]
+            factor = self._product(found.factors)
+        rest = [mask, found.causal, found.scale, *qparams, factor]
         new = self._insert(node, _ops.grid_attention.default, [query, key, value, *rest])
         with self.graph.inserting_before(node):
             if found.joined:
                 new = self._reshaped(new, [*found.joined[:-1], width])
             return self._exchanged(new) if found.result_turned else new
+
+    def _product(self, factors: Iterable[tuple[fx.Node, bool]]) -> fx.Node | None:
+        """Constants, and inverses of those that divide (True), multiplied."""
+        found = None
+        for item, divides in factors:
+            if divides:
+                item = self.graph.call_function(torch.ops.aten.reciprocal.default, (item,))
+            mul = torch.ops.aten.mul.Tensor
+            found = item if found is None else self.graph.call_function(mul, (found, item))
+        return found
 
     def _size(self, node: fx.Node, axis: int) -> int | str:
         info = info_of(node)
