@@ -44,11 +44,11 @@ const char* op_name(OpKind op) {
   return is_operation(static_cast<uint32_t>(k)) ? kNames[k] : "unknown";
 }
 
-bool is_operation(uint32_t number) { return number < kOpKinds && kNames[number] != nullptr; }
+bool is_operation(uint32_t number) { return number < kOpKinds; }
 
 OpKind op_from_name(std::string_view name) {
   for (int k = 0; k < kOpKinds; ++k)
-    if (kNames[k] != nullptr && name == kNames[k]) return static_cast<OpKind>(k);
+    if (name == kNames[k]) return static_cast<OpKind>(k);
   fail<InvalidArgument>("unknown operation \"", name, "\"");
 }
 

@@ -120,7 +120,7 @@ enum class OpKind : uint8_t {
 };
 constexpr int kOpKinds = 29;
 
-/// Whether an operation has that number: some below kOpKinds are not taken.
+/// Whether an operation has that number.
 bool is_operation(uint32_t number);
 
 /// "conv", "avg_pool", ...; and back, throwing InvalidArgument for an unknown name.

@@ -164,13 +164,9 @@ def readers(nodes: Iterable[fx.Node], passes: Callable[[fx.Node], bool]) -> list
     return found
 
 
-def reads_values(user: fx.Node, node: fx.Node) -> bool:
-    """Whether a user of a node reads more than its sizes."""
-    if user.op == "output":
-        return True
-    if info_of(user) is None:
-        return False
-    return not (user.op == "call_function" and op_name(user) in _LIKE and user.args[0] is not node)
+def only_shapes(user: fx.Node, node: fx.Node) -> bool:
+    """Whether an operator gives another value the shape of a node, and reads no more of it."""
+    return user.op == "call_function" and op_name(user) in _LIKE and user.args[0] is not node
 
 
 def module_of(node: fx.Node, modules: dict[str, nn.Module]) -> nn.Module | None:
