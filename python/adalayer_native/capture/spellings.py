@@ -23,7 +23,7 @@ def plain_products(graph: fx.Graph) -> None:
             if name == "aten.baddbmm.default":
                 new = _sum(graph, arguments(node))
             elif name == "aten.einsum.default":
-                new = _letters(graph, str(node.args[0]), list(node.args[1]))  # type: ignore[arg-type]
+                new = _letters(graph, str(node.args[0]), list(node.args[1]))
         if new is not None:
             new.meta.update(node.meta)
             node.replace_all_uses_with(new)
