@@ -194,6 +194,37 @@ class FewKeys(Block):
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
 
+class SharedKeys(Block):
+    """The same without the operator's option: keys are repeated."""
+
+    @staticmethod
+    def repeat(x: Tensor) -> Tensor:
+        return x.repeat_interleave(2, 1)
+
+    def __init__(self) -> None:
+        super().__init__(4, 2)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = type(self).repeat(k), type(self).repeat(v)
+        return (q @ k.mT * 0.5).softmax(-1) @ v
+
+
+class ExpandedKeys(SharedKeys):
+    @staticmethod
+    def repeat(x: Tensor) -> Tensor:
+        batch, heads, length, depth = x.shape
+        x = x[:, :, None, :, :].expand(batch, heads, 2, length, depth)
+        return x.reshape(batch, 2 * heads, length, depth)
+
+
+class TiledKeys(SharedKeys):
+    """One head for all, as often as there are heads of queries."""
+
+    @staticmethod
+    def repeat(x: Tensor) -> Tensor:
+        return x[:, :1].repeat(1, HEADS, 1, 1)
+
+
 class Across(nn.Module):
     """Two sequences of different lengths."""
 
@@ -343,6 +374,9 @@ NETWORKS: dict[str, Any] = {
     "causal": (Causal, tokens),
     "bool mask": (Masked, tokens),
     "few heads of keys": (FewKeys, tokens),
+    "shared keys": (SharedKeys, tokens),
+    "expanded keys": (ExpandedKeys, tokens),
+    "tiled keys": (TiledKeys, tokens),
     "across": (Across, tokens),
     "windows": (Windows, lambda: torch.randn(2, 4, 6, WIDTH)),
     "pixels": (Pixels, lambda: torch.randn(2, 3, 3, 4)),
