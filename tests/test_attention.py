@@ -194,6 +194,37 @@ class FewKeys(Block):
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
 
+class SharedKeys(Block):
+    """The same without the operator's option: keys are repeated."""
+
+    @staticmethod
+    def repeat(x: Tensor) -> Tensor:
+        return x.repeat_interleave(2, 1)
+
+    def __init__(self) -> None:
+        super().__init__(4, 2)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = type(self).repeat(k), type(self).repeat(v)
+        return (q @ k.mT * 0.5).softmax(-1) @ v
+
+
+class ExpandedKeys(SharedKeys):
+    @staticmethod
+    def repeat(x: Tensor) -> Tensor:
+        batch, heads, length, depth = x.shape
+        x = x[:, :, None, :, :].expand(batch, heads, 2, length, depth)
+        return x.reshape(batch, 2 * heads, length, depth)
+
+
+class TiledKeys(SharedKeys):
+    """One head for all, as often as there are heads of queries."""
+
+    @staticmethod
+    def repeat(x: Tensor) -> Tensor:
+        return x[:, :1].repeat(1, HEADS, 1, 1)
+
+
 class Across(nn.Module):
     """Two sequences of different lengths."""
 
@@ -267,6 +298,58 @@ class Folded(Block):
         return torch.bmm(weights, folded[2]).view_as(q)
 
 
+SMALLEST = torch.finfo(torch.float32).min
+
+
+class Hidden(Block):
+    """Scores that others take the place of; a row may see nothing at all."""
+
+    hide: Any
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.ones(LENGTH, LENGTH).tril()[None, None])
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = type(self).hide(q @ k.mT * 0.5, self.seen).softmax(-1)
+        return weights @ v
+
+
+# (Torch gives NaN for a row of nothing but infinities.)
+HIDING: list[Any] = [
+    (lambda scores, seen: scores.masked_fill(seen == 0, -INFINITY), False),
+    (lambda scores, seen: scores.masked_fill(~(seen > 0), SMALLEST), True),
+    (lambda scores, seen: torch.where(seen > 0, scores, torch.tensor(-1e9)), True),
+    (lambda scores, seen: torch.where(seen > 0, scores, torch.full([], SMALLEST)), False),
+    (lambda scores, seen: torch.where(seen == 0, SMALLEST, scores), False),
+    (lambda scores, seen: (scores + seen).masked_fill(seen == 0, torch.tensor(-1e12)), False),
+]
+
+
+def hidden(hide: Any) -> Hidden:
+    made: Hidden = type("Net", (Hidden,), {"hide": staticmethod(hide)})().eval()
+    return made
+
+
+@pytest.mark.parametrize(("hide", "blind"), HIDING)
+def test_hidden_scores(hide: Any, blind: bool) -> None:
+    torch.manual_seed(8)
+    model, x = hidden(hide), tokens(3)
+    if blind:
+        model.seen[..., 2, :] = 0
+    native, engine = compiled(model, x)
+    assert not torch_operators(engine)
+    with torch.no_grad():
+        assert F.cosine_similarity(native(x).flatten(), model(x).flatten(), 0) > 0.99
+
+
+def test_what_takes_the_place_of_scores_may_be_seen_itself() -> None:
+    # Where all are hidden, weights are alike; a sum with -10,000 would keep their differences.
+    model = hidden(lambda scores, seen: scores.masked_fill(seen == 0, -1e4))
+    assert not attentions(ada.capture(model, tokens()))
+
+
 class Slopes(Folded):
     """A bias that grows with the distance, by heads, as BLOOM adds it."""
 
@@ -291,6 +374,9 @@ NETWORKS: dict[str, Any] = {
     "causal": (Causal, tokens),
     "bool mask": (Masked, tokens),
     "few heads of keys": (FewKeys, tokens),
+    "shared keys": (SharedKeys, tokens),
+    "expanded keys": (ExpandedKeys, tokens),
+    "tiled keys": (TiledKeys, tokens),
     "across": (Across, tokens),
     "windows": (Windows, lambda: torch.randn(2, 4, 6, WIDTH)),
     "pixels": (Pixels, lambda: torch.randn(2, 3, 3, 4)),

@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from adalayer_native.capture.model import TensorInfo, info_of
+from adalayer_native.capture.tidying import CASTS
 from adalayer_native.capture.vocabulary import (
     arguments,
     attribute,
@@ -23,7 +24,25 @@ __all__ = ["Attention", "attentions"]
 
 _PRODUCTS = ("aten.matmul.default", "aten.bmm.default")
 _SOFTMAXES = ("aten.softmax.int", "aten._softmax.default")
-_SAME = ("aten.contiguous.default", "aten.clone.default", "aten.alias.default")
+_MASKING = (
+    "aten.add.Tensor", "aten.masked_fill.Scalar", "aten.masked_fill.Tensor", "aten.where.self",
+    "aten.where.ScalarOther", "aten.where.ScalarSelf",
+)  # fmt: skip
+_SAME = tuple(f"aten.{name}.default" for name in ("contiguous", "clone", "alias", "detach"))
+
+
+# What stands in the place of a score is as good as added to it from here on: weights are zero, and
+# where all scores of a row are hidden, they are alike, since float32 keeps no digit of what was.
+_HIDING = -1e9
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A mask of two values: tensors of one number, or numbers."""
+
+    condition: fx.Node
+    if_true: fx.Node | float
+    if_false: fx.Node | float
 
 
 @dataclass(frozen=True)
@@ -51,7 +70,7 @@ class Attention:
     query: fx.Node
     key: fx.Node
     value: fx.Node
-    masks: tuple[fx.Node, ...]
+    masks: tuple[fx.Node | Choice, ...]
     causal: bool
     scale: float
     factors: tuple[tuple[fx.Node, bool], ...] = ()
@@ -108,7 +127,7 @@ class _Spelled:
         self.inner = [node]
         self.scale = 1.0
         self.factors: list[tuple[fx.Node, bool]] = []
-        self.masks: list[fx.Node] = []
+        self.masks: list[fx.Node | Choice] = []
         self.split: tuple[Any, ...] = ()
         self.joined: tuple[Any, ...] = ()
 
@@ -185,7 +204,7 @@ class _Spelled:
                 if not self._splits(node):
                     return None
             # A factor of the sum would be one of the mask, too.
-            elif name != "aten.add.Tensor" or node.kwargs or self.factors or self.scale != 1.0:
+            elif name not in _MASKING or node.kwargs or self.factors or self.scale != 1.0:
                 return None
             self.inner.append(node)
             operand = node.args[0] if name == "aten.reshape.default" else self._masked(node)
@@ -208,14 +227,22 @@ class _Spelled:
         return len(self.masks) == 1
 
     def _masked(self, node: fx.Node) -> fx.Node | None:
-        """The scores of a sum whose other operand is a mask."""
-        operands = [item for item in node.args[:2] if isinstance(item, fx.Node)]
+        """The scores that a node adds a mask to, or hides parts of."""
+        operands = [item for item in node.args if isinstance(item, fx.Node)]
         scores = [item for item in operands if self._is_score(item)]
-        masks = [item for item in operands if item not in scores]
-        if len(scores) != 1 or len(masks) != 1:
+        if len(scores) != 1:
             return None
-        info, found, before = info_of(masks[0]), info_of(node), info_of(scores[0])
-        if not isinstance(info, TensorInfo) or info.dtype == torch.bool:  # (adds one)
+        added = op_name(node) == "aten.add.Tensor"
+        mask: fx.Node | Choice | None = None
+        if not added:
+            mask = self._choice(node, scores[0])
+        elif len(operands) == 2:
+            mask = operands[1 - operands.index(scores[0])]
+        info = info_of(mask.condition if isinstance(mask, Choice) else mask)
+        found, before = info_of(node), info_of(scores[0])
+        if mask is None or not isinstance(info, TensorInfo):
+            return None
+        if added and info.dtype == torch.bool:  # (it adds one)
             return None
         if not isinstance(found, TensorInfo) or not isinstance(before, TensorInfo):
             return None
@@ -226,8 +253,37 @@ class _Spelled:
             return None
         if bool(self.joined) != bool(self.split) and self.masks:
             return None
-        self.masks.append(masks[0])
+        self.masks.append(mask)
         return scores[0]
+
+    def _choice(self, node: fx.Node, scores: fx.Node) -> Choice | None:
+        """What a node puts in the place of hidden scores, and zero elsewhere."""
+        if op_name(node).startswith("aten.masked_fill."):
+            scored, condition, number = node.args
+            places = [number, scored]
+        else:
+            condition, *places = node.args
+        if not isinstance(condition, fx.Node):
+            return None
+        left, right = (0.0 if item is scores else self._hiding(item) for item in places)
+        return None if left is None or right is None else Choice(condition, left, right)
+
+    def _hiding(self, item: object) -> fx.Node | float | None:
+        """A number that hides what it replaces, or a tensor of one such number."""
+        number = item
+        if isinstance(item, fx.Node):
+            info, source = info_of(item), item
+            while source.op == "call_function" and op_name(source) in (*_SAME, *CASTS):
+                source = source.args[0]  # type: ignore[assignment]
+            if not isinstance(info, TensorInfo) or info.shape or not info.is_float32:
+                return None
+            if source.op == "get_attr":
+                tensor = attribute(self.model, str(source.target))
+                number = None if tensor.device.type == "meta" else float(tensor)
+            elif op_name(source) == "aten.full.default":
+                number = source.args[1]
+        hides = isinstance(number, (int, float)) and number <= _HIDING
+        return item if hides else None  # type: ignore[return-value]
 
     def _is_score(self, node: object) -> bool:
         """Whether an operand of a sum leads to a product of two tensors."""
@@ -236,8 +292,8 @@ class _Spelled:
             if name in _PRODUCTS:
                 return True
             passes = name in _SAME or name == "aten.reshape.default"
-            if name == "aten.add.Tensor":
-                return any(map(self._is_score, node.args[:2]))
+            if name in _MASKING:
+                return any(map(self._is_score, node.args))
             if self._factor(node) is None and not passes:
                 return False
             node = node.args[0]

@@ -38,7 +38,7 @@ _MOVES = (
     "flatten.using_ints", "unflatten.int", "squeeze.default", "squeeze.dim", "squeeze.dims",
     "unsqueeze.default", "permute.default", "transpose.int", "swapaxes.default", "t.default",
     "numpy_T.default", "movedim.int", "movedim.intlist", "expand.default", "expand_as.default",
-    "repeat.default", "tile.default", "slice.Tensor", "select.int", "narrow.default",
+    "repeat.default", "tile.default", "repeat_interleave.self_int", "slice.Tensor", "select.int", "narrow.default",
     "chunk.default", "split.Tensor", "split_with_sizes.default", "unbind.int",
     "index_select.default", "flip.default", "roll.default", "as_strided.default",
     "max_pool1d.default", "max_pool2d.default", "max_pool3d.default",

@@ -352,6 +352,27 @@ def _selected(low: Lowering, node: fx.Node, sizes: list[int]) -> dict[int, Posit
     return {axis: index.reshape(-1).numpy() % sizes[axis]}
 
 
+def _repeated(low: Lowering, node: fx.Node, sizes: list[int]) -> dict[int, Positions]:
+    """Heads of keys that several heads of queries share: what has one of something has more."""
+    a, operand = arguments(node), node.args[0]
+    assert isinstance(operand, fx.Node)
+    before, after = operand.meta["val"].shape, node.meta["val"].shape
+    if "repeats" in a and not isinstance(a["repeats"], (list, tuple)):  # repeat_interleave
+        if a["dim"] is None:
+            raise CannotLower(node, "it repeats elements of the whole tensor")
+        axis = axis_of(low, node, a["dim"])
+        return {axis: np.arange(sizes[axis]).repeat(int(a["repeats"]))}
+    if len(before) != len(after) or str(before[0]) != str(after[0]):
+        raise CannotLower(node, "it repeats the whole tensor")
+    first = len(sizes) - len(before) + 1
+    counts = {k: int(after[k]) // int(before[k]) for k in range(1, len(before))}
+    return {
+        first + k - 1: np.tile(np.arange(int(before[k])), count)
+        for k, count in counts.items()
+        if count != 1
+    }
+
+
 _BORDERS = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}  # torch, numpy
 
 
@@ -389,6 +410,8 @@ def _border(mode: str) -> Rule:
 RULES["aten.flip.default"] = _moved(_flipped)
 RULES["aten.roll.default"] = _moved(_rolled)
 RULES["aten.index_select.default"] = _moved(_selected)
+for _name in ("expand.default", "repeat.default", "tile.default", "repeat_interleave.self_int"):
+    RULES[f"aten.{_name}"] = _moved(_repeated)
 for _axes in (1, 2):
     RULES[f"aten.reflection_pad{_axes}d.default"] = _border("reflect")
     RULES[f"aten.replication_pad{_axes}d.default"] = _border("replicate")

@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from adalayer_native.capture import TensorInfo, info_of
 from adalayer_native.capture import vocabulary as table
-from adalayer_native.capture.attention import Attention, attentions
+from adalayer_native.capture.attention import Attention, Choice, attentions
 from adalayer_native.capture.rms_norms import RmsNorm, rms_norms
 from adalayer_native.quantization.fake_quant import ActivationQuantizer, QuantLayer
 
@@ -228,7 +228,7 @@ class _Steps:
                 key = self._reshaped(key, [*lead, keys, depth])
                 value = self._reshaped(value, [*lead, keys, width])
             mask = None
-            for item in found.masks:
+            for item in map(self._mask, found.masks):
                 add = torch.ops.aten.add.Tensor
                 mask = item if mask is None else self.graph.call_function(add, (mask, item))
             factor = self._product(found.factors)
@@ -238,6 +238,15 @@ class _Steps:
             if found.joined:
                 new = self._reshaped(new, [*found.joined[:-1], width])
             return self._exchanged(new) if found.result_turned else new
+
+    def _mask(self, mask: fx.Node | Choice) -> fx.Node:
+        """What is added to scores."""
+        if isinstance(mask, fx.Node):
+            return mask
+        where, (left, right) = torch.ops.aten.where, (mask.if_true, mask.if_false)
+        overload = where.ScalarOther if isinstance(left, fx.Node) else where.Scalar
+        overload = where.ScalarSelf if isinstance(right, fx.Node) else overload
+        return self.graph.call_function(overload, (mask.condition, left, right))
 
     def _product(self, factors: Iterable[tuple[fx.Node, bool]]) -> fx.Node | None:
         """Constants, and inverses of those that divide (True), multiplied."""
