@@ -75,3 +75,15 @@ def test_entry_point() -> None:
     section = text.partition("[project.entry-points.torch_dynamo_backends]")[2]
     module, _, name = section.partition('adalayer = "')[2].partition('"')[0].partition(":")
     assert callable(getattr(importlib.import_module(module), name))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_broken_graph_keeps_the_bits() -> None:
+    """With gradients layers break the graph, and the compiler runs operators one by one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 5))
+    x = torch.randn(2, 9, 16)
+    native = native_of(model, x)
+    for chosen in ("eager", backend):
+        assert torch.equal(torch.compile(native, backend=chosen)(x), native(x))
+        torch._dynamo.reset()

@@ -96,8 +96,12 @@ _exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda:
 
 
 def refuse_backward(out: Tensor, x: Tensor, label: Callable[[], str]) -> Tensor:
-    """``out``, whose backward is an error that names the layer; an export has no backward."""
-    if torch.is_grad_enabled() and x.requires_grad and not _exporting():
+    """``out``, whose backward is an error that names the layer.
+
+    An export has no backward, and a compiler would have to break its graph at every layer.
+    """
+    compiling = torch.compiler.is_compiling() or _exporting()
+    if torch.is_grad_enabled() and x.requires_grad and not compiling:
         return _RefuseBackward.apply(out, x, label())
     return out
 

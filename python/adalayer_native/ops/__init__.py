@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from adalayer_native.ops import attention, averages, cpu, cuda, fake, fused, norms, resizing
-from adalayer_native.ops.checks import plain_eager
+from adalayer_native.ops.checks import plain_eager, untraced
 from adalayer_native.ops.cpu import conv2d_direct, linear_direct
 from adalayer_native.ops.machine import (
     active_isa,
@@ -127,7 +127,7 @@ for _function, _fake in (
     (fused.exact_function, fused.fake_function),
 ):
     for _device in ("CPU", "CUDA"):
-        _library.impl(_function.__name__, _function, _device)
+        _library.impl(_function.__name__, untraced(_function), _device)
     torch.library.register_fake(f"adalayer::{_function.__name__}", _fake, lib=_library)
 
 for _name in (
@@ -139,8 +139,8 @@ for _name in (
     "quantize",
     "fake_quantize",
 ):
-    _library.impl(_name, getattr(cpu, f"{_name}_cpu"), "CPU")
-    _library.impl(_name, getattr(cuda, f"{_name}_cuda"), "CUDA")
+    _library.impl(_name, untraced(getattr(cpu, f"{_name}_cpu")), "CPU")
+    _library.impl(_name, untraced(getattr(cuda, f"{_name}_cuda")), "CUDA")
     torch.library.register_fake(f"adalayer::{_name}", getattr(fake, f"{_name}_fake"), lib=_library)
 
 conv2d = torch.ops.adalayer.conv2d.default

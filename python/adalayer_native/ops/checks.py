@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +20,7 @@ __all__ = [
     "dense",
     "geometry_of",
     "plain_eager",
+    "untraced",
     "weight_only_shape",
 ]
 
@@ -155,6 +159,26 @@ try:
     _functorch_active = torch._C._are_functorch_transforms_active
 except AttributeError:  # private functions: where they are missing, always use the dispatcher
     _dispatch_modes = _functorch_active = None  # type: ignore[assignment]
+
+
+def untraced(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A kernel that ``torch.compile`` calls as it is.
+
+    Behind a break of the graph operators run one by one, and the compiler looks into their Python,
+    too: it would keep addresses of tensors that it no longer holds.
+    """
+    closed: Callable[..., Tensor] | None = None
+
+    @functools.wraps(kernel)
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        nonlocal closed
+        if "torch._dynamo" not in sys.modules:  # (loading it takes a second)
+            return kernel(*args, **kwargs)
+        if closed is None:
+            closed = torch.compiler.disable(kernel)
+        return closed(*args, **kwargs)
+
+    return run
 
 
 def plain_eager(x: Tensor) -> bool:
