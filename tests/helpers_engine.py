@@ -19,7 +19,7 @@ from adalayer_native.engine.export import Exported, export
 from adalayer_native.engine.grids import Want
 from adalayer_native.engine.lower import Grids
 from adalayer_native.engine.segments import Part, divide
-from adalayer_native.engine.views import BATCH, is_scattered
+from adalayer_native.engine.views import BATCH, with_batch
 from adalayer_native.plan import LayerPlan, Plan, layer_kind, supported_layers
 from adalayer_native.quantization import calibrate, convert, prepare, simulate
 
@@ -78,11 +78,11 @@ def _forced(
             continue
         node, dims, want = part.lowered.origins[name]
         flat = torch.from_numpy(np.frombuffer(raw[number], dtype=np.uint8).copy())
-        axes = dims if is_scattered(dims) else ((BATCH,), *dims)
-        axes = [[(batch, c * h * w) if atom == BATCH else atom for atom in item] for item in axes]
-        atoms = [atom for item in axes for atom in item]
-        shown = flat.as_strided([n for n, _ in atoms], [step for _, step in atoms]).reshape(
-            [math.prod(n for n, _ in item) for item in axes]
+        whole = with_batch(dims, exported.folds(node)) if exported.folds(node) else dims
+        atoms = [atom for item in whole for atom in item]
+        shown = flat.as_strided(
+            [batch if atom == BATCH else atom[0] for atom in atoms],
+            [c * h * w if atom == BATCH else atom[1] for atom in atoms],
         )
         grid = scale, zero_point, int(math.log2(qmax + 1))
         forced.setdefault(node, []).append((name, operations.get(number, ""), shown, grid, want))
@@ -107,6 +107,8 @@ def _interpret(
             return batch
         if node not in values and isinstance(size, (int, torch.SymInt)):
             return node.target(*fx.map_arg(node.args, value))  # type: ignore[operator]
+        if node not in values and (constant := exported.constant(node)) is not None:
+            values[node] = constant.expand(batch, *constant.shape[1:])
         return values[node]
 
     for node in part.nodes:
@@ -117,7 +119,7 @@ def _interpret(
         stored = forced.get(node, [])
         # The value on the node's own grid first: tables to other grids start from it.
         for name, op, shown, grid, want in sorted(stored, key=lambda item: item[4] != Want(own)):
-            levels = shown.reshape(result.shape)  # (axes may be merged into the batch)
+            levels = shown.reshape(result.shape)
             expected = ops.quantize(result.clamp(want.lo, want.hi).contiguous(), *grid)
             gap = (expected.int() - levels.int()).abs()
             found.append(

@@ -181,6 +181,77 @@ class Picked(nn.Module):
         return x.index_select(1, self.order).flip(1, 3)
 
 
+class ClassTokens(nn.Module):
+    """As a vision transformer begins: tokens of its own around those of the image, positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = (nn.Parameter(torch.randn(1, n, 8)) for n in (1, 2))
+        self.positions = nn.Parameter(torch.randn(1, 147, 8))
+        self.factors = nn.Parameter(torch.rand(147, 1) + 0.5)
+        self.norm, self.wide = nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        first = self.first.expand(x.shape[0], -1, -1)
+        y = torch.cat([first, tokens, self.last.repeat(x.shape[0], 1, 1)], dim=1) + self.positions
+        y = self.wide(self.norm(y)) * self.factors
+        y = torch.cat([y[:, :145], y.new_zeros(x.shape[0], 1, 8), y[:, 146:] * y[:, :1]], 1)
+        return y[:, 1:145].transpose(1, 2).reshape(x.shape) + y[:, 145:].mean(1)[..., None, None]
+
+
+class TokensFirst(nn.Module):
+    """The batch is the second axis, and once the inner part of the first: torch's attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.out, self.norm = nn.Linear(8, 24), nn.Linear(8, 8), nn.LayerNorm(8)
+        self.positions = nn.Parameter(torch.randn(144, 1, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        y = self.norm(x.flatten(2).permute(2, 0, 1) + self.positions)
+        first, second, third = (
+            self.mix(y).unflatten(-1, (3, 8)).unsqueeze(0).transpose(0, -2)[..., 0, :]
+        )
+        first, second, third = (item.transpose(0, 1) for item in (first, second, third))
+        z = (F.relu(first) * second + third.flip(1)).transpose(0, 1)
+        z = z.reshape(h * w, n * 2, 4).transpose(0, 1).reshape(n, 2, h * w, 4)
+        z = self.out(z.permute(2, 0, 1, 3).reshape(h * w * n, c)).reshape(h * w, n, c)
+        return z.permute(1, 2, 0).reshape(n, c, h, w)
+
+
+class Positions(nn.Module):
+    """A constant per element, per pixel, per row and channel; and one behind a permutation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shapes = ((8, 12, 12), (1, 1, 12, 12), (8, 12, 1), (12, 8, 12))
+        self.fields = nn.ParameterList(torch.randn(shape) for shape in shapes)
+        self.divisors = nn.Parameter(torch.rand(8, 12, 12) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole, pixels, rows, turned = self.fields
+        y = (F.relu(x) + whole) * pixels - rows
+        return torch.sub(turned, y.transpose(1, 2)).transpose(1, 2) / self.divisors
+
+
+def joins(x: Tensor) -> Tensor:
+    """Along rows, columns, axes of a view; values stacked."""
+    x = F.relu(x)
+    y = torch.cat([x[:, :, :5], x.flip(2), x[:, :, 1:2] * 0.5], dim=2)[:, :, 2:14]
+    y = torch.cat([y, -x[..., :3]], dim=3)
+    tokens = torch.cat([y.flatten(2), x.flatten(2)], dim=2)
+    heads = torch.cat([tokens.reshape(-1, 2, 4, 324), tokens.reshape(-1, 2, 4, 324).flip(1)], 1)
+    deep = heads[..., :144].reshape(-1, 4, 4, 12, 12).transpose(2, 3)
+    deep = torch.cat([deep[:, :2], deep.flip(1), deep[:, 1:2]], dim=1)  # five axes
+    deep = torch.cat([deep[..., :5], deep[..., 5:]], dim=4)
+    deep = torch.cat([deep, deep[:, :, :3]], dim=2)[:, 2:6, 1:13].transpose(2, 3)
+    heads = torch.cat([deep.reshape(-1, 4, 4, 144), heads[..., 100:]], dim=3)
+    both = torch.stack([heads[:, 0, :, :144], heads[:, 3, :, :144]], dim=2)  # N, 4, 2, 144
+    return torch.stack([both[:, :, 0], both[:, :, 1]], dim=1).reshape(-1, 8, 12, 12)
+
+
 def borders(x: Tensor) -> Tensor:
     x = F.pad(F.relu(x), (2, 1, 0, 3), mode="reflect")
     x = F.pad(x, (0, 2, 1, 0), mode="replicate")
@@ -198,6 +269,10 @@ PATTERNS: dict[str, tuple[Callable[[], Any], int]] = {
     "tokens": (Tokens, 8),
     "windows": (Windows, 8),
     "picked": (Picked, 6),
+    "class tokens": (ClassTokens, 8),
+    "tokens first": (TokensFirst, 8),
+    "positions": (Positions, 8),
+    "joins": (lambda: joins, 8),
     "borders": (lambda: borders, 8),
     "pixel shuffle": (lambda: lambda x: F.pixel_shuffle(F.relu(x), 2), 2),
     "pixel unshuffle": (lambda: lambda x: F.pixel_unshuffle(x, 3), 72),

@@ -320,6 +320,41 @@ class _Random:
         constants = [self.floats(c, -1, 1), self.floats(c, -40, 40), table]
         self.put("affine", [x], x.shape, grid, finish, [inv], constants)
 
+    def op_affine_image(self, x: Value) -> None:
+        grid = self.grid()
+        finish, inv, table = self.finish(grid)
+        sizes = [self.pick([x.shape[0], int(np.prod(x.shape))]) for _ in range(2)]
+        constants = [self.floats(sizes[0], -1, 1), self.floats(sizes[1], -40, 40), table]
+        self.put("affine_image", [x], x.shape, grid, finish, [inv], constants)
+
+    def op_constant(self, x: Value) -> None:
+        grid = self.grid()
+        levels = self.rng.integers(0, grid.qmax + 1, int(np.prod(x.shape))).astype(np.uint8)
+        self.put("constant", [], x.shape, grid, constants=[self.builder.constant(levels)])
+
+    def op_join(self, x: Value) -> None:
+        axis = self.int(1, 2)
+        others = [k for k in range(3) if k != axis]
+        fits = [v for v in self.pool if all(v.shape[k] == x.shape[k] for k in others)]
+        inputs = [x, *(self.pick(fits) for _ in range(self.int(0, 3)))]
+        shape = list(x.shape)
+        shape[axis] = sum(v.shape[axis] for v in inputs)
+        if np.prod(shape) > 4000:
+            return
+        grid = x.grid
+        tables = [
+            -1 if v.grid == grid and self.int(0, 1) else self.table(grid.qmax) for v in inputs
+        ]
+        self.put("join", inputs, shape, grid, [axis], constants=tables)
+
+    def op_group_norm(self, x: Value) -> None:
+        grid = self.grid()
+        c = x.shape[0]
+        groups = self.pick([g for g in range(1, c + 1) if c % g == 0])
+        constants = [self.floats(c, -30, 30), self.floats(c, -10, 40)]
+        ints = [groups, 0, grid.qmax, grid.zero_point]
+        self.put("group_norm", [x], x.shape, grid, ints, [inverse(grid), 1e-5], constants)
+
     def op_concat(self, x: Value) -> None:
         fits = [v for v in self.pool if v.shape[1:] == x.shape[1:]]
         inputs = [x, *(self.pick(fits) for _ in range(self.int(0, 2)))]

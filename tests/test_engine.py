@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,67 @@ def test_pattern(name: str) -> None:
         assert torch.equal(got, expected)
     assert got.shape == expected.shape
     assert float((got - expected).abs().max()) <= 0.02 * float(expected.abs().max())
+
+
+class Fixed(nn.Module):
+    """Constants along the batch in torch, among results, and beside the size of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.row = nn.Conv2d(3, 4, 1), nn.Parameter(torch.randn(1, 4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = F.relu(self.conv(x)).mean((2, 3))
+        rows = self.row.expand(x.shape[0], -1)
+        both = torch.cat([torch.zeros_like(y), rows, y], 1)
+        sorted_, _ = torch.cat([y, rows, torch.zeros_like(y)], 1).sort(1)
+        return both @ both.T.detach()[:, :1], sorted_, rows.unsqueeze(2).permute(0, 2, 1), rows * 2
+
+
+@torch.no_grad()
+def test_constants_outside_of_programs() -> None:
+    torch.manual_seed(7)
+    x = smooth(3, seed=2)
+    native = native_of(Fixed(), smooth(16, seed=1))
+    engine = ada.compile(native, x, policy="native")
+    for images in (x, x[:1]):
+        for got, expected in zip(engine(images), native(images), strict=True):
+            torch.testing.assert_close(got, expected)
+
+
+class PatchEncoder(nn.Module):
+    """torch's own encoder on patches and a class token: its attention has the batch second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 16, 4, stride=4)
+        self.token, self.positions = (nn.Parameter(torch.randn(1, n, 16)) for n in (1, 10))
+        layer = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.patches(x).flatten(2).transpose(1, 2)
+        y = torch.cat([self.token.expand(x.shape[0], -1, -1), y], 1) + self.positions
+        return self.head(self.encoder(y)[:, 0])
+
+
+@torch.no_grad()
+def test_transformer_encoder_on_patches() -> None:
+    """All of its layers are native; between them values go out to torch and come back."""
+    torch.manual_seed(6)
+    x = smooth(3, seed=2)
+    native = native_of(ada.capture(PatchEncoder().eval(), x), smooth(16, seed=1))
+    for item in node_differences(native, x):
+        item.check()
+    engine = ada.compile(native, x[:1], policy="native")
+    rows = engine.coverage(rounds=0)
+    assert sum(row.op == "conv" and row.kind == "native" for row in rows) == 6
+    assert {row.op for row in rows if row.kind == "torch" and "linear" in row.op} == set()
+    for images in (x, x[:1]):
+        torch.testing.assert_close(engine(images), native(images), rtol=0.02, atol=0.02)
+    again = pickle.loads(pickle.dumps(engine))
+    assert torch.equal(again(x), engine(x))
 
 
 @pytest.mark.parametrize("kernel", [5, (5, 1)])
@@ -495,21 +557,21 @@ def test_the_fastest_engine_is_the_clocks(monkeypatch: pytest.MonkeyPatch) -> No
     assert policy.fastest_of(["native", "mixed", "float"], 1) == "mixed"
 
 
-class RowsFirst(nn.Module):
-    """A layer that sees the batch second."""
+class Frames(nn.Module):
+    """A convolution that sees the frames of all samples as its batch."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.fc = nn.Linear(8, 6)
+        self.conv = nn.Conv2d(3, 4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(x.transpose(0, 1)).transpose(0, 1)
+        return self.conv(x.flatten(0, 1)).reshape(-1, 2, 4, 6, 6)
 
 
 @torch.no_grad()
 def test_fastest_does_not_time_layers_that_run_in_torch() -> None:
-    x = torch.randn(3, 5, 8)
-    native = native_of(RowsFirst(), x)
+    x = torch.randn(3, 2, 3, 8, 8)
+    native = native_of(Frames(), x)
     engine = ada.compile(native, x[:1])
     assert {row.kind for row in engine.coverage(rounds=0)} == {"torch"}
     assert torch.equal(engine(x), native(x))

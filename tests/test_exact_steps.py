@@ -58,6 +58,27 @@ class Line(nn.Module):
         return results[self.kind]()
 
 
+class Field(nn.Module):
+    """A sum and a product with a constant per element."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.sum = nn.Parameter(torch.randn(1, 24, size, size))
+        self.factor = nn.Parameter(torch.rand(size, size) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = (x + self.sum) * self.factor
+        return y
+
+
+def grouped(groups: int, affine: bool = True) -> nn.GroupNorm:
+    norm = nn.GroupNorm(groups, 24, affine=affine)
+    if affine:
+        nn.init.uniform_(norm.weight, -1, 1)
+        nn.init.uniform_(norm.bias, -1, 1)
+    return norm
+
+
 class Bilinear(nn.Module):
     def __init__(self, **how: object) -> None:
         super().__init__()
@@ -89,6 +110,9 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "batch norm without parameters": lambda: around(nn.BatchNorm2d(24, affine=False)),
     "lines": lambda: around(*map(Line, ("mul", "div", "add", "sub", "rsub"))),
     "line of the last axis": lambda: around(Line("mul", last=True)),
+    "field": lambda: around(Field(38)),
+    "group norm": lambda: around(grouped(1), grouped(6), grouped(24)),
+    "group norm without parameters": lambda: around(grouped(2, affine=False)),
     "avg pool": lambda: around(nn.AvgPool2d(3, 1, 1), nn.AvgPool2d(2, ceil_mode=True)),
     "avg pool without padding": lambda: around(
         nn.AvgPool2d((3, 2), (2, 1), (1, 0), ceil_mode=True, count_include_pad=False)
@@ -114,6 +138,7 @@ ENDS: dict[str, Callable[[], nn.Module]] = {
     "silu": lambda: Function(lambda y: 1 - F.silu(y)),
     "gate": lambda: Function(lambda y: y * y.sigmoid() + (y - 2)),
     "numbers": lambda: Function(lambda y: 3 - (-y + 0.3) * 0.7),
+    "mean of two": lambda: Function(lambda y: (y + y.sigmoid()) / 2),
     "pixel shuffle": lambda: nn.Sequential(nn.Tanh(), nn.PixelShuffle(2)),
 }
 
@@ -192,6 +217,7 @@ def test_floats_that_a_program_cannot_hold_stay_in_torch() -> None:
         lambda y: torch.minimum(y + math.inf, y),
         lambda y: torch.add(y, 0.3, alpha=0.7),
         lambda y: torch.sub(3, y, alpha=0.3),
+        lambda y: y / 3,
     ):
         native = native_of(nn.Sequential(around(), Function(end)), x)
         engine = ada.compile(native, x, policy="native", weights="resident")
@@ -302,12 +328,40 @@ def test_layer_norm_adds_whole_numbers(channels: int) -> None:
     assert torch.equal(again, found[5:9, order])
 
 
-@pytest.mark.parametrize("name", ["grid_batch_norm", "grid_layer_norm", "grid_line"])
+@pytest.mark.parametrize("shape", [(3, 8), (2, 8, 5), (2, 8, 7, 3)])
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_group_norm_adds_whole_numbers(shape: tuple[int, ...], groups: int) -> None:
+    generator = torch.Generator().manual_seed(groups)
+    scale, zero_point = float(np.float32(0.01)), 3
+    q = torch.randint(0, 256, shape, generator=generator)
+    q[0] = 7
+    x = (q - zero_point).float() * scale
+    weight, bias = torch.randn(8), torch.randn(8)
+    qparams = torch.tensor([scale, zero_point, 8])
+    found = torch.ops.adalayer.grid_group_norm(x, groups, weight, bias, 1e-5, qparams)
+    flat = x.double().reshape(shape[0], groups, -1)
+    centred = flat - flat.mean(-1, keepdim=True)
+    rest = [1, 8, *[1] * (len(shape) - 2)]
+    wanted = (centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()).reshape(shape)
+    wanted = wanted * weight.double().view(rest) + bias.double().view(rest)
+    torch.testing.assert_close(found, wanted.float(), rtol=1e-5, atol=1e-5)
+    if len(shape) == 4:  # the order of the positions does not matter
+        again = torch.ops.adalayer.grid_group_norm(
+            x.flip(2, 3), groups, weight, bias, 1e-5, qparams
+        )
+        assert torch.equal(again.flip(2, 3), found)
+
+
+@pytest.mark.parametrize(
+    "name", ["grid_batch_norm", "grid_layer_norm", "grid_group_norm", "grid_line"]
+)
 def test_operators_follow_the_rules_of_torch(name: str) -> None:
     x = (torch.randint(0, 256, (2, 4, 3, 4)) - 3).float() * 0.5
     rest: list[object] = [torch.ones(4), torch.zeros(4), 1e-5, torch.tensor([0.5, 3, 8])]
     if name == "grid_batch_norm":
         rest = [torch.zeros(4), torch.ones(4), *rest]
+    if name == "grid_group_norm":
+        rest = [2, *rest]
     if name == "grid_line":
         rest = [torch.ones(4), "add", 2.0, True, rest[-1]]
     torch.library.opcheck(getattr(torch.ops.adalayer, name).default, (x, *rest))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers_engine import compiled, node_differences, plan_of
+from helpers_engine import compiled
 from torch import Tensor, nn
 
 import adalayer_native as ada

@@ -28,10 +28,10 @@ ADALAYER_KERNEL ADALAYER_THREADS(kAttentionThreads) attention(ADALAYER_PARAMS At
   const uint8_t* q = p.q + row * p.q_pitch + head * p.depth;
   const uint8_t* k = p.k + sequence * p.keys * p.k_pitch + shared_head * p.depth;
   const uint8_t* v = p.v + sequence * p.keys * p.v_pitch + shared_head * p.width;
-  const float* mask =
-      p.mask == nullptr ? nullptr
-                        : p.mask + sequence % p.sequences * p.mask_sequence + head * p.mask_head +
-                              static_cast<int64_t>(query) * p.keys;
+  const float* mask = p.mask == nullptr
+                          ? nullptr
+                          : p.mask + sequence % p.sequences * p.mask_sequence + head * p.mask_head +
+                                static_cast<int64_t>(query) * p.keys;
   const int32_t met = p.causal && query + 1 < p.keys ? query + 1 : p.keys;
   auto* numbers = reinterpret_cast<float*>(shared_memory());
   auto* sums = reinterpret_cast<int32_t*>(shared_memory());
@@ -48,8 +48,8 @@ ADALAYER_KERNEL ADALAYER_THREADS(kAttentionThreads) attention(ADALAYER_PARAMS At
   int32_t total = 0;
   for (int32_t j = thread_index(); j < met; j += block_threads()) {
     const float score = attention_score(p, q, k + j * p.k_pitch, mask, j);
-    const auto level = static_cast<int32_t>(
-        round_even_float(mul_rn(softmax_exp(sub_rn(score, top)), 255.0f)));
+    const auto level =
+        static_cast<int32_t>(round_even_float(mul_rn(softmax_exp(sub_rn(score, top)), 255.0f)));
     levels[j] = static_cast<uint8_t>(level);
     total += level;
   }

@@ -142,6 +142,26 @@ ADALAYER_KERNEL ADALAYER_THREADS(256) affine(ADALAYER_PARAMS AffineParams p) {
   store_word(p.out + index * 4, q);
 }
 
+ADALAYER_KERNEL ADALAYER_THREADS(256) affine_image(ADALAYER_PARAMS AffineImageParams p) {
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
+  const int64_t index = global_thread();
+  if (index >= words_of(p.size, p.batch)) return;
+  const WordPlace at(index, p.size);
+  const int32_t first = at.word * 4;
+  const int64_t element = (static_cast<int64_t>(at.y) * p.size.w + at.x) * p.size.c;
+  const uint32_t a = load_word(p.in + index * 4);
+  uint32_t q = 0;
+  for (int c = 0; c < 4 && first + c < p.size.c; ++c) {
+    const int64_t channel = first + c, place = element + channel;
+    const float x = to_float_rn(static_cast<int32_t>(byte_of(a, c)));
+    const float y = fma_rn(x, load_constant(p.scale + (p.scale_of_image ? place : channel)),
+                           load_constant(p.bias + (p.bias_of_image ? place : channel)));
+    q |= static_cast<uint32_t>(finish_u8(y, p.finish)) << (8 * c);
+  }
+  store_word(p.out + index * 4, q);
+}
+
 // ---- moves
 // ----------------------------------------------------------------------------------------
 
@@ -174,6 +194,8 @@ ADALAYER_DEVICE uint8_t moved_level(const MoveParams& p, int32_t n, int32_t y, i
       const int32_t plane = p.from.h * p.from.w, rest = c % plane;
       return p.in[level_at(p.from, n, rest / p.from.w, rest % p.from.w) + c / plane];
     }
+    case MoveParams::kConstant:
+      return load_constant(p.in + (static_cast<int64_t>(y) * p.to.w + x) * p.to.c + c);
     default:  // kUnflatten
       return p.in[level_at(p.from, n, 0, 0) + (c * p.to.h + y) * p.to.w + x];
   }
@@ -204,7 +226,8 @@ ADALAYER_KERNEL ADALAYER_THREADS(256) move(ADALAYER_PARAMS MoveParams p) {
       looked |= static_cast<uint32_t>(load_constant(p.table + byte_of(q, c))) << (8 * c);
     q = looked;
   }
-  uint8_t* out = p.out + level_at(p.to, at.n, at.y, at.x) + p.first_channel + first;
+  uint8_t* out =
+      p.out + level_at(p.to, at.n, at.y + p.top, at.x + p.left) + p.first_channel + first;
   if (p.first_channel % 4 == 0 && first + 4 <= size.c) {
     store_word(out, q);
     return;
@@ -404,6 +427,56 @@ ADALAYER_KERNEL ADALAYER_THREADS(128) layer_norm(ADALAYER_PARAMS LayerNormParams
     out[c] = finish_u8(
         fma_rn(mul_rn(centred, factor), load_constant(p.gamma + c), load_constant(p.beta + c)),
         p.finish);
+  }
+}
+
+constexpr int kNormWarps = 8;
+
+/// One block per image and group.
+ADALAYER_KERNEL ADALAYER_THREADS(32 * kNormWarps) group_norm(ADALAYER_PARAMS GroupNormParams p) {
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
+  const auto image = static_cast<int64_t>(block_x()) / p.groups;
+  const auto group = static_cast<int32_t>(block_x()) % p.groups;
+  const int32_t channels = p.size.c / p.groups, pixels = p.size.h * p.size.w;
+  const int32_t count = channels * pixels;  // at most kMaxGroupNorm
+  const int64_t first = image * pixels * p.size.pitch + group * channels;
+  const int lane = thread_index() % 32, warp = thread_index() / 32;
+  int64_t s1 = 0, s2 = 0;
+  for (int32_t i = thread_index(); i < count; i += block_threads()) {
+    const int64_t level =
+        p.in[first + static_cast<int64_t>(i / channels) * p.size.pitch + i % channels];
+    s1 += level;
+    s2 += level * level;
+  }
+  ADALAYER_UNROLL
+  for (int other = 16; other > 0; other /= 2) {
+    s1 += shuffle_xor(s1, other);
+    s2 += shuffle_xor(s2, other);
+  }
+  auto* shared = reinterpret_cast<int64_t*>(shared_memory());  // [warps][2]
+  if (lane == 0) {
+    shared[2 * warp] = s1;
+    shared[2 * warp + 1] = s2;
+  }
+  sync_threads();
+  s1 = s2 = 0;
+  for (int k = 0; k < kNormWarps; ++k) {
+    s1 += shared[2 * k];
+    s2 += shared[2 * k + 1];
+  }
+  const double number = to_double_rn(count);
+  const double mean = div_rn(to_double_rn(s1), number);
+  const double var = div_rn(to_double_rn(count * s2 - s1 * s1), mul_rn(number, number));
+  const double rstd = div_rn(1.0, sqrt_rn(add_rn(mul_rn(var, mul_rn(p.step, p.step)), p.eps)));
+  const float factor = to_float_rn(mul_rn(rstd, p.step));
+  for (int32_t i = thread_index(); i < count; i += block_threads()) {
+    const int32_t c = i % channels;
+    const int64_t at = first + static_cast<int64_t>(i / channels) * p.size.pitch + c;
+    const float centred = to_float_rn(sub_rn(to_double_rn(p.in[at]), mean));
+    const float gamma = load_constant(p.gamma + group * channels + c);
+    const float beta = load_constant(p.beta + group * channels + c);
+    p.out[at] = finish_u8(fma_rn(mul_rn(centred, factor), gamma, beta), p.finish);
   }
 }
 

@@ -57,6 +57,11 @@ KernelInfo kernel_info(Kernel kernel) {
       return {ADALAYER_KERNEL_ADDRESS(lookup, LookupParams), 256, 256};
     case Kernel::Pair:
       return {ADALAYER_KERNEL_ADDRESS(pair, PairParams), 256, 0};
+    case Kernel::AffineImage:
+      return {ADALAYER_KERNEL_ADDRESS(affine_image, AffineImageParams), 256, 0};
+    case Kernel::GroupNorm:
+      return {ADALAYER_KERNEL_ADDRESS(group_norm, GroupNormParams), 32 * kNormWarps,
+              16 * kNormWarps};
     case Kernel::Affine:
       return {ADALAYER_KERNEL_ADDRESS(affine, AffineParams), 256, 0};
     case Kernel::Move:

@@ -24,6 +24,8 @@ enum class Kernel : int {
   Softmax,
   FunctionFloats,
   CombineFloats,
+  AffineImage,
+  GroupNorm,
   Depthwise,
   Direct,
 };

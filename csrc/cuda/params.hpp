@@ -171,9 +171,32 @@ struct AffineParams {
   Finish finish;
 };
 
+/// Constants without gaps: an entry per channel, or per element in the order rows, columns,
+/// channels.
+struct AffineImageParams {
+  const uint8_t* in;
+  uint8_t* out;
+  int32_t batch;
+  ImageSize size;
+  const float* scale;
+  const float* bias;
+  int32_t scale_of_image, bias_of_image;
+  Finish finish;
+};
+
 /// Operations that move levels: one thread per four bytes of the output.
 struct MoveParams {
-  enum Kind : int32_t { kConcat, kSlice, kGather, kPad, kResize, kRearrange, kFlatten, kUnflatten };
+  enum Kind : int32_t {
+    kConcat,  // along any axis
+    kSlice,
+    kGather,
+    kPad,
+    kResize,
+    kRearrange,
+    kFlatten,
+    kUnflatten,
+    kConstant,  // `in` has the levels of one image, without gaps
+  };
   const uint8_t* in;
   uint8_t* out;
   const uint8_t* table;  // concat: of this input, or null
@@ -185,7 +208,7 @@ struct MoveParams {
   const int32_t* index;       // gather, rearrange: [C]; resize: low_h
   const int32_t* index_h;     // rearrange: [H]
   const int32_t* index_w;     // rearrange: [W]; resize: low_w
-  int32_t top, left, level;   // pad
+  int32_t top, left, level;   // pad; concat: of this input in the output
 };
 
 struct PoolParams {
@@ -219,6 +242,17 @@ struct LayerNormParams {
   int32_t pixels;
   int32_t channels, pitch;
   int32_t about_zero, zero_point;  // an RMS norm
+  double step, eps;
+  const float* gamma;
+  const float* beta;
+  Finish finish;
+};
+
+struct GroupNormParams {
+  const uint8_t* in;
+  uint8_t* out;
+  ImageSize size;
+  int32_t groups;  // one block per image and group
   double step, eps;
   const float* gamma;
   const float* beta;

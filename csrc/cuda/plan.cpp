@@ -387,6 +387,22 @@ class Planner {
         bind(l, offsetof(SoftmaxParams, out), n.output);
         return;
       }
+      case OpKind::AffineImage:
+        return affine_image(n, d);
+      case OpKind::Constant: {
+        MoveParams q{};
+        q.kind = MoveParams::kConstant;
+        q.in = constant<uint8_t>(d.constants[0]);
+        q.out = at<uint8_t>(n.output);
+        q.batch = batch_;
+        q.to = image_size(value(n.output));
+        items(Kernel::Move, q, words(n.output));
+        return;
+      }
+      case OpKind::Join:
+        return join(n, d);
+      case OpKind::GroupNorm:
+        return group_norm(n, d);
     }
     fail<InvalidArgument>("node '", n.name, "': the CUDA engine has no operation ",
                           engine::op_name(n.op));
@@ -660,6 +676,54 @@ class Planner {
       channel += q.from.c;
       items(Kernel::Move, q, words(n.inputs[k]));
     }
+  }
+
+  void join(const Node& n, const NodeData& d) {
+    int32_t begin = 0;
+    for (size_t k = 0; k < n.inputs.size(); ++k) {
+      MoveParams q{};
+      q.kind = MoveParams::kConcat;
+      q.in = at<uint8_t>(n.inputs[k]);
+      q.out = at<uint8_t>(n.output);
+      q.table = constant<uint8_t>(d.constants[k]);
+      q.batch = batch_;
+      q.from = image_size(value(n.inputs[k]));
+      q.to = image_size(value(n.output));
+      (n.ints[0] == 1 ? q.top : q.left) = begin;
+      begin += n.ints[0] == 1 ? q.from.h : q.from.w;
+      items(Kernel::Move, q, words(n.inputs[k]));
+    }
+  }
+
+  void affine_image(const Node& n, const NodeData& d) {
+    const AffineImageSpec s = engine::affine_image_spec(p_, n);
+    AffineImageParams q{};
+    q.in = at<uint8_t>(n.inputs[0]);
+    q.out = at<uint8_t>(n.output);
+    q.batch = batch_;
+    q.size = image_size(value(n.output));
+    q.scale = constant<float>(d.constants[0]);
+    q.bias = constant<float>(d.constants[1]);
+    q.scale_of_image = s.scale_of_image;
+    q.bias_of_image = s.bias_of_image;
+    q.finish = finish(n, d.constants[2]);
+    items(Kernel::AffineImage, q, words(n.output));
+  }
+
+  void group_norm(const Node& n, const NodeData& d) {
+    const GroupNormSpec s = engine::group_norm_spec(p_, n);
+    GroupNormParams q{};
+    q.in = at<uint8_t>(n.inputs[0]);
+    q.out = at<uint8_t>(n.output);
+    q.size = image_size(value(n.output));
+    q.groups = static_cast<int32_t>(s.groups);
+    q.step = s.norm.step;
+    q.eps = s.norm.eps;
+    q.gamma = constant<float>(d.constants[0]);
+    q.beta = constant<float>(d.constants[1]);
+    q.finish = finish(n, -1);
+    Launch& l = items(Kernel::GroupNorm, q, 1);
+    l.grid[0] = static_cast<uint32_t>(batch_ * s.groups);
   }
 
   void move(const Node& n, const NodeData& d) {

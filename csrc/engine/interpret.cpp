@@ -84,6 +84,10 @@ class Interpreter {
                          int64_t oy, int64_t ox) const;
   void combine(const Node& n, int64_t image);
   void concat(const Node& n, int64_t image);
+  void affine_image(const Node& n, int64_t image);
+  void constant(const Node& n, int64_t image);
+  void join(const Node& n, int64_t image);
+  void group_norm(const Node& n, int64_t image);
   void max_pool(const Node& n, int64_t image);
   void average_floats(const Node& n, int64_t image);
   void avg_pool(const Node& n, int64_t image);
@@ -339,6 +343,61 @@ void Interpreter::layer_norm(const Node& n, int64_t image) {
     }
 }
 
+void Interpreter::affine_image(const Node& n, int64_t image) {
+  const AffineImageSpec spec = affine_image_spec(program_, n);
+  const Shape s(value(n.output));
+  const uint8_t* a = levels(n.inputs[0], image);
+  uint8_t* q = levels(n.output, image);
+  for_each(s, [&](int64_t c, int64_t y, int64_t x) {
+    q[s.at(c, y, x)] = affine_image_u8(a[s.at(c, y, x)], (y * s.w + x) * s.c + c, c, spec);
+  });
+}
+
+void Interpreter::constant(const Node& n, int64_t image) {
+  const uint8_t* a = program_.constants[n.constants[0]].bytes.data();
+  const Shape s(value(n.output));
+  uint8_t* q = levels(n.output, image);
+  for_each(s,
+           [&](int64_t c, int64_t y, int64_t x) { q[s.at(c, y, x)] = a[(y * s.w + x) * s.c + c]; });
+}
+
+void Interpreter::join(const Node& n, int64_t image) {
+  const Shape out(value(n.output));
+  uint8_t* q = levels(n.output, image);
+  const bool rows = n.ints[0] == 1;
+  int64_t begin = 0;
+  for (size_t k = 0; k < n.inputs.size(); ++k) {
+    const Shape s(value(n.inputs[k]));
+    const uint8_t* a = levels(n.inputs[k], image);
+    const uint8_t* table = table_bytes(program_, n.constants[k]);
+    for_each(s, [&](int64_t c, int64_t y, int64_t x) {
+      const uint8_t level = a[s.at(c, y, x)];
+      q[rows ? out.at(c, begin + y, x) : out.at(c, y, begin + x)] =
+          table == nullptr ? level : table[level];
+    });
+    begin += rows ? s.h : s.w;
+  }
+}
+
+void Interpreter::group_norm(const Node& n, int64_t image) {
+  const GroupNormSpec spec = group_norm_spec(program_, n);
+  const Shape s(value(n.output));
+  const int64_t channels = s.c / spec.groups, count = channels * s.h * s.w;
+  for (int64_t g = 0; g < spec.groups; ++g) {
+    const uint8_t* a = levels(n.inputs[0], image) + g * count;
+    uint8_t* q = levels(n.output, image) + g * count;
+    int64_t s1 = 0, s2 = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t level = a[i];
+      s1 += level;
+      s2 += level * level;
+    }
+    const LayerNormMoments m = layer_norm_moments(s1, s2, count, spec.norm);
+    for (int64_t i = 0; i < count; ++i)
+      q[i] = layer_norm_u8(a[i], g * channels + i / (s.h * s.w), m, spec.norm);
+  }
+}
+
 void Interpreter::embedding(const Node& n, int64_t image) {
   const EmbeddingSpec spec = embedding_spec(program_, n);
   const Shape s(value(n.output));
@@ -464,6 +523,14 @@ void Interpreter::run(const Node& n, int64_t image) {
         numbers(n.output, image)[i] = float_pair(a[i], b[i], pair);
       break;
     }
+    case OpKind::AffineImage:
+      return affine_image(n, image);
+    case OpKind::Constant:
+      return constant(n, image);
+    case OpKind::Join:
+      return join(n, image);
+    case OpKind::GroupNorm:
+      return group_norm(n, image);
     case OpKind::Embedding:
       return embedding(n, image);
   }

@@ -10,8 +10,8 @@ constexpr const char* kNames[kOpKinds] = {
     "quantize", "dequantize", "conv",      "conv_transpose", "lookup",     "add",
     "mul",      "affine",     "concat",    "max_pool",       "avg_pool",   "adaptive_avg_pool",
     "slice",    "gather",     "pad",       "resize",         "layer_norm", "reshape",
-    "softmax",  "rearrange",  "function",  "combine",        "attention",  nullptr,
-    nullptr,    nullptr,      "embedding", "rms_norm"};
+    "softmax",  "rearrange",  "function",  "combine",        "attention",  "affine_image",
+    "constant", "join",       "embedding", "rms_norm",       "group_norm"};
 
 int32_t small(int64_t v) { return static_cast<int32_t>(v); }
 
@@ -44,11 +44,11 @@ const char* op_name(OpKind op) {
   return is_operation(static_cast<uint32_t>(k)) ? kNames[k] : "unknown";
 }
 
-bool is_operation(uint32_t number) { return number < kOpKinds && kNames[number] != nullptr; }
+bool is_operation(uint32_t number) { return number < kOpKinds; }
 
 OpKind op_from_name(std::string_view name) {
   for (int k = 0; k < kOpKinds; ++k)
-    if (kNames[k] != nullptr && name == kNames[k]) return static_cast<OpKind>(k);
+    if (name == kNames[k]) return static_cast<OpKind>(k);
   fail<InvalidArgument>("unknown operation \"", name, "\"");
 }
 
@@ -136,6 +136,10 @@ U8Finish node_finish(const Program& p, const Node& n) {
       return finish_from(p, n, 0, -1);
     case OpKind::Attention:
       return finish_from(p, n, 6, -1);
+    case OpKind::AffineImage:
+      return finish_from(p, n, 0, n.constants[2]);
+    case OpKind::GroupNorm:
+      return finish_from(p, n, 1, -1);
     default:
       fail<InvalidArgument>(op_name(n.op), " has no finish");
   }
@@ -152,6 +156,13 @@ PairSpec pair_spec(const Program& p, const Node& n) {
 
 AffineSpec affine_spec(const Program& p, const Node& n) {
   return {floats(p, n.constants[0]), floats(p, n.constants[1]), node_finish(p, n)};
+}
+
+AffineImageSpec affine_image_spec(const Program& p, const Node& n) {
+  const auto channels = static_cast<size_t>(first_input(p, n).c);
+  const auto scale = p.constants[n.constants[0]].f32(), bias = p.constants[n.constants[1]].f32();
+  return {scale.data(), bias.data(), scale.size() != channels, bias.size() != channels,
+          node_finish(p, n)};
 }
 
 PoolSpec pool_spec(const Program& p, const Node& n) {
@@ -214,6 +225,10 @@ LayerNormSpec layer_norm_spec(const Program& p, const Node& n) {
   s.beta = floats(p, n.constants[1]);
   s.finish = node_finish(p, n);
   return s;
+}
+
+GroupNormSpec group_norm_spec(const Program& p, const Node& n) {
+  return {n.ints[0], layer_norm_spec(p, n)};
 }
 
 AttentionShape attention_shape(const Program& p, const Node& n) {

@@ -44,8 +44,11 @@ struct Value {
 /// operation does not use are present all the same and in range.
 ///
 /// Operations that move levels (Slice, Gather, Pad, MaxPool, Reshape, Rearrange, nearest Resize,
-/// and Concat where it has no table) have the grid of their input as the grid of their output. No
-/// level that a program computes exceeds the qmax of its value.
+/// and Concat and Join where they have no table) have the grid of their input as the grid of their
+/// output. No level that a program computes exceeds the qmax of its value.
+///
+/// Constants as large as an image are in the order in which images lie in memory: rows, columns,
+/// channels.
 ///
 /// operation   inputs      ints                                  floats             constants
 enum class OpKind : uint8_t {
@@ -100,16 +103,24 @@ enum class OpKind : uint8_t {
   // row of the image. The mask is f32 [rows or 1][heads or 1][queries][keys].
   Attention = 22,  // q k v  heads key_heads rows causal mask_rows mask_heads finish
                    //                                             inv scale          [mask]
+  // As Affine; scale and bias have an entry per channel or per element of the image.
+  AffineImage = 23,  // x    finish                              inv            scale bias [table]
+  // The same levels for every image: no inputs.
+  Constant = 24,  // -       -                                    -             levels u8 [H*W*C]
+  // As Concat, along an axis (1 = h, 2 = w).
+  Join = 25,  //     x ...   axis                                 -        one [table] per input
   // i32 -> u8: position (y, x) gets the features of the row of the table that its id names, levels
   // on the output's grid. The table is [rows][C]; an id is 0 .. rows - 1 (token_ids.hpp).
   Embedding =
       26,  // ids    -                                    -                  table [rows * C]
   // As LayerNorm, with the input's zero point in the place of the mean.
   RmsNorm = 27,  // x        finish                        inv eps               gamma beta
+  // Over h x w and the channels of each group.
+  GroupNorm = 28,  // x      groups finish                       inv eps            gamma beta
 };
-constexpr int kOpKinds = 28;
+constexpr int kOpKinds = 29;
 
-/// Whether an operation has that number: some below kOpKinds are not taken.
+/// Whether an operation has that number.
 bool is_operation(uint32_t number);
 
 /// "conv", "avg_pool", ...; and back, throwing InvalidArgument for an unknown name.
@@ -205,11 +216,13 @@ RearrangeSpec rearrange_spec(const Program& program, const Node& node);
 /// Add and Mul.
 PairSpec pair_spec(const Program& program, const Node& node);
 AffineSpec affine_spec(const Program& program, const Node& node);
+AffineImageSpec affine_image_spec(const Program& program, const Node& node);
 /// MaxPool, AvgPool, AdaptiveAvgPool.
 PoolSpec pool_spec(const Program& program, const Node& node);
 ResizeSpec resize_spec(const Program& program, const Node& node);
 /// LayerNorm and RmsNorm.
 LayerNormSpec layer_norm_spec(const Program& program, const Node& node);
+GroupNormSpec group_norm_spec(const Program& program, const Node& node);
 FloatFunctionSpec function_spec(const Node& node);
 AttentionShape attention_shape(const Program& program, const Node& node);
 AttentionSpec attention_spec(const Program& program, const Node& node);

@@ -65,6 +65,41 @@ RunImage concat(const Program& program, const Node& node) {
   };
 }
 
+RunImage affine_image(const Program& program, const Node& node) {
+  const AffineImageSpec spec = affine_image_spec(program, node);
+  const Value& y = program.values[node.output];
+  const double largest = cpu::affine_image_bound(spec, y.c, y.c * y.h * y.w);
+  return unary(node,
+               [=](auto i, auto o, Part part) { cpu::affine_image(spec, largest, i, o, part); });
+}
+
+RunImage constant(const Program& program, const Node& node) {
+  const uint8_t* levels = program.constants[node.constants[0]].bytes.data();
+  const int32_t y = node.output;
+  return [=](const Frame& f, int64_t n, Part part) { cpu::constant(levels, f.image(y, n), part); };
+}
+
+RunImage join(const Program& program, const Node& node) {
+  struct Piece {
+    int32_t value;
+    int64_t begin;
+    const uint8_t* table;
+  };
+  const int64_t axis = node.ints[0];
+  std::vector<Piece> pieces;
+  int64_t begin = 0;
+  for (size_t k = 0; k < node.inputs.size(); ++k) {
+    const Value& x = program.values[node.inputs[k]];
+    pieces.push_back({node.inputs[k], begin, table_bytes(program, node.constants[k])});
+    begin += axis == 1 ? x.h : x.w;
+  }
+  const int32_t y = node.output;
+  return [=](const Frame& f, int64_t n, Part part) {
+    for (const Piece& p : pieces)
+      cpu::copy_piece(f.image(p.value, n), p.table, f.image(y, n), axis, p.begin, part);
+  };
+}
+
 RunImage resize(const Program& program, const Node& node) {
   const ResizeSpec spec = resize_spec(program, node);
   const int32_t x = node.inputs[0], y = node.output;
@@ -99,6 +134,7 @@ RunImage float_average(const Program& program, const Node& node) {
 
 RunImage run_image(const Program& program, const Node& node,
                    const std::vector<ValueLayout>& layouts) {
+  if (node.op == OpKind::Constant) return constant(program, node);  // has no input
   const int32_t x = node.inputs[0], y = node.output;
   const Value in = program.values[x];
   const bool pools = node.op == OpKind::AvgPool || node.op == OpKind::AdaptiveAvgPool;
@@ -199,6 +235,15 @@ RunImage run_image(const Program& program, const Node& node,
       return [=](const Frame& f, int64_t n, Part part) {
         cpu::softmax_f32(f.floats(x, n), in.c, in.h * in.w, f.floats(y, n), part);
       };
+    case OpKind::AffineImage:
+      return affine_image(program, node);
+    case OpKind::Join:
+      return join(program, node);
+    case OpKind::GroupNorm: {
+      const GroupNormSpec spec = group_norm_spec(program, node);
+      return unary(node, [=](auto i, auto o, Part part) { cpu::group_norm(spec, i, o, part); });
+    }
+    case OpKind::Constant:
     case OpKind::Conv:
     case OpKind::ConvTranspose:
       break;
@@ -227,8 +272,11 @@ std::vector<Step> build_steps(const Program& program, const std::vector<ValueLay
     } else {
       step.run_image = run_image(program, node, layouts);
       int64_t bytes = 0;
-      for (const int32_t v : {node.inputs[0], node.output})
+      const auto add = [&](int32_t v) {
         bytes += program.values[v].c * program.values[v].h * program.values[v].w;
+      };
+      add(node.output);
+      if (!node.inputs.empty()) add(node.inputs[0]);
       step.max_parts = std::max<int64_t>(1, bytes / kBytesPerPart);
       if (node.op == OpKind::Attention)
         step.max_parts = cpu::attention_parts(attention_shape(program, node));

@@ -43,11 +43,12 @@ constexpr Signature kSignatures[kOpKinds] = {
     {1, 1, 1, 2, 0},        // Function
     {2, 2, 1, 0, 0},        // Combine
     {3, 3, 9, 2, 1},        // Attention
-    {0, 0, 0, 0, 0},        // 23, not taken
-    {0, 0, 0, 0, 0},        // 24
-    {0, 0, 0, 0, 0},        // 25
+    {1, 1, 3, 1, 3},        // AffineImage
+    {0, 0, 0, 0, 1},        // Constant
+    {1, kAny, 1, 0, kAny},  // Join
     {1, 1, 0, 0, 1},        // Embedding
     {1, 1, 3, 2, 2},        // RmsNorm
+    {1, 1, 4, 2, 2},        // GroupNorm
 };
 
 bool is_utf8(std::string_view text) {
@@ -161,6 +162,10 @@ class NodeCheck {
   void avg_pool() const;
   void average_bound(int64_t positions) const;
   void concat() const;
+  void affine_image() const;
+  void levels() const;
+  void join() const;
+  void group_norm() const;
   void slice() const;
   void gather() const;
   void rearrange() const;
@@ -403,6 +408,60 @@ void NodeCheck::concat() const {
       table(k, 0, in(k).qmax);
   }
   shape("output", out(), channels, out().h, out().w);
+}
+
+void NodeCheck::affine_image() const {
+  kinds(ValueKind::U8, ValueKind::U8);
+  same_shape();
+  finish(0, true, 2);
+  const int64_t channels = in().c, elements = channels * in().h * in().w;
+  constexpr const char* kWhat[] = {"scale", "bias"};
+  for (size_t k = 0; k < 2; ++k) {
+    const auto size = static_cast<int64_t>(constant(k, kWhat[k], ConstantKind::F32).f32().size());
+    if (size != channels && size != elements)
+      bad(kWhat[k], ": expected ", channels, " floats, one per channel, or ", elements,
+          ", one per element, got ", size);
+    floats_constant(k, kWhat[k], size);
+  }
+}
+
+void NodeCheck::levels() const {
+  kinds(ValueKind::U8, ValueKind::U8);
+  const Constant& c = constant(0, "levels", ConstantKind::U8);
+  const int64_t elements = out().c * out().h * out().w;
+  if (static_cast<int64_t>(c.bytes.size()) != elements)
+    bad("levels: expected ", elements, ", one per element of the output, got ", c.bytes.size());
+  const uint8_t most = *std::max_element(c.bytes.begin(), c.bytes.end());
+  if (most > out().qmax) bad("levels: ", int{most}, " is above the output's qmax ", out().qmax);
+}
+
+void NodeCheck::join() const {
+  kinds(ValueKind::U8, ValueKind::U8);
+  const bool rows = ranged(0, "axis", 1, 2) == 1;
+  int64_t size = 0;
+  for (size_t k = 0; k < node_.inputs.size(); ++k) {
+    shape("input", in(k), out().c, rows ? in(k).h : out().h, rows ? out().w : in(k).w);
+    size += rows ? in(k).h : in(k).w;
+    if (node_.constants[k] == -1)
+      same_grid(k);
+    else
+      table(k, 0, in(k).qmax);
+  }
+  shape("output", out(), out().c, rows ? size : out().h, rows ? out().w : size);
+}
+
+void NodeCheck::group_norm() const {
+  kinds(ValueKind::U8, ValueKind::U8);
+  same_shape();
+  const int64_t groups = ranged(0, "groups", 1, in().c);
+  if (in().c % groups != 0) bad("channels must be divisible by groups ", groups, ", got ", in().c);
+  const int64_t count = in().c / groups * in().h * in().w;
+  if (count > kMaxGroupNorm) bad("a group of ", count, " levels; expected at most ", kMaxGroupNorm);
+  finish(1, true);
+  if (!std::isfinite(node_.floats[1]) || node_.floats[1] <= 0.0f)
+    bad("eps must be positive and finite, got ", node_.floats[1]);
+  floats_constant(0, "gamma", in().c);
+  floats_constant(1, "beta", in().c);
 }
 
 void NodeCheck::slice() const {
@@ -673,6 +732,18 @@ void NodeCheck::run() {
       shape("second input", in(1), in().c, in().h, in().w);
       same_shape();
       ranged(0, "the pair", 0, kFloatPairs - 1);
+      break;
+    case OpKind::AffineImage:
+      affine_image();
+      break;
+    case OpKind::Constant:
+      levels();
+      break;
+    case OpKind::Join:
+      join();
+      break;
+    case OpKind::GroupNorm:
+      group_norm();
       break;
     case OpKind::Embedding:
       embedding();

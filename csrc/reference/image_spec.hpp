@@ -62,6 +62,21 @@ inline uint8_t affine_u8(uint8_t a, int64_t c, const AffineSpec& s) {
   return finish_u8(std::fmaf(static_cast<float>(a), s.scale[c], s.bias[c]), s.finish);
 }
 
+/// The same with an entry per element of the image, in the order rows, columns, channels: of both
+/// constants, or of one of them.
+struct AffineImageSpec {
+  const float* scale = nullptr;  // [C], or [H*W*C]
+  const float* bias = nullptr;
+  bool scale_of_image = false, bias_of_image = false;
+  U8Finish finish;
+};
+/// `element`: number of the level in that order, `c`: its channel.
+inline uint8_t affine_image_u8(uint8_t a, int64_t element, int64_t c, const AffineImageSpec& s) {
+  const float scale = s.scale[s.scale_of_image ? element : c];
+  const float bias = s.bias[s.bias_of_image ? element : c];
+  return finish_u8(std::fmaf(static_cast<float>(a), scale, bias), s.finish);
+}
+
 /// Windows of max and average pooling. Windows are cut off at the image's border: positions outside
 /// take part in neither maximum nor sum.
 struct PoolSpec {
@@ -163,6 +178,15 @@ inline uint8_t layer_norm_u8(uint8_t q, int64_t c, const LayerNormMoments& m,
   const auto centred = static_cast<float>(static_cast<double>(q) - m.mean);
   return finish_u8(std::fmaf(centred * m.factor, s.gamma[c], s.beta[c]), s.finish);
 }
+
+/// Group norm: as layer norm, over all positions and the channels of one group together. Groups are
+/// neighbouring channels, all equally many.
+struct GroupNormSpec {
+  int64_t groups = 1;
+  LayerNormSpec norm;
+};
+/// With so many levels in a group the numerator of the variance fits int64.
+constexpr int64_t kMaxGroupNorm = 1 << 23;
 
 /// Softmax over the channels of one position, in float: e_c = softmax_exp(x_c - max x), the sum of
 /// all e_c in double, channel after channel, y_c = e_c * (float)(1 / sum). Inputs are finite.

@@ -107,8 +107,16 @@ inline Program every_operation() {
                               {0.9f, 0.3f, 0.05f}, {table});
   const auto line = b.node(OpKind::Affine, {product}, b.value("line", 4, 6, 6), {3, 250, 10},
                            {kInverse}, {four, bias, -1});
+  std::vector<float> field(4 * 6 * 6);
+  for (size_t i = 0; i < field.size(); ++i)
+    field[i] = static_cast<float>(i % 13) * 0.7f - 3.0f;
+  const auto image_line = b.node(OpKind::AffineImage, {line}, b.value("image_line", 4, 6, 6),
+                                 {0, 255, 10}, {1.1f}, {four, b.floats(field), table});
+  const auto group =
+      b.node(OpKind::GroupNorm, {image_line}, b.value("group", 4, 6, 6), {2, 0, 255, 10},
+             {kInverse, 1e-5f}, {b.floats({9, 8, 7, 6}), b.floats({1, 2, -1, 0})});
   const auto both =
-      b.node(OpKind::Concat, {line, sum}, b.value("both", 8, 6, 6), {}, {}, {table, -1});
+      b.node(OpKind::Concat, {group, sum}, b.value("both", 8, 6, 6), {}, {}, {table, -1});
   const auto most =
       b.node(OpKind::MaxPool, {both}, b.value("most", 8, 3, 3), {3, 3, 2, 2, 1, 1, 1, 1});
   const auto mean = b.node(OpKind::AvgPool, {both}, b.value("mean", 8, 3, 3),
@@ -121,8 +129,15 @@ inline Program every_operation() {
   const auto wide = b.node(OpKind::Pad, {mixed}, b.value("wide", 4, 5, 6), {1, 2, 1, 1, 10});
   const auto low = b.ints({0, 1, 3}), high = b.ints({1, 2, 4});
   const auto blend = b.floats({0.25f, 0.5f, 1.0f});
+  std::vector<uint8_t> levels_of(4 * 2 * 6);
+  for (size_t i = 0; i < levels_of.size(); ++i)
+    levels_of[i] = static_cast<uint8_t>(i * 5);
+  const auto fixed = b.node(OpKind::Constant, {}, b.value("fixed", 4, 2, 6), {}, {},
+                            {b.constant(ConstantKind::U8, levels_of)});
+  const auto joined =
+      b.node(OpKind::Join, {fixed, wide}, b.value("joined", 4, 7, 6), {1}, {}, {-1, table});
   const auto smooth =
-      b.node(OpKind::Resize, {wide}, b.value("smooth", 4, 3, 3), {1, 0, 255, 10},
+      b.node(OpKind::Resize, {joined}, b.value("smooth", 4, 3, 3), {1, 0, 255, 10},
              {kInverse, kScale, -10.0f * kScale}, {low, high, blend, low, high, blend});
   const auto nearest = b.node(OpKind::Resize, {smooth}, b.value("nearest", 4, 2, 2),
                               {0, 0, 255, 10}, {kInverse, 1.0f, 0.0f},

@@ -121,7 +121,8 @@ void check_runs(const std::vector<Run>& runs) {
   for (const Run& r : runs) {
     const Program p = program_of(r.conv, ++seed);
     const Floats inputs = noise(p, r.batch, seed);
-    const bool equal = same(run(p, inputs, r.batch, seed, r.choice), interpreted(p, inputs, r.batch));
+    const bool equal =
+        same(run(p, inputs, r.batch, seed, r.choice), interpreted(p, inputs, r.batch));
     check::report(equal, __FILE__, __LINE__, show(r.conv, r.batch, r.choice));
   }
 }

@@ -295,6 +295,81 @@ TEST(affine) {
   }
 }
 
+TEST(affine_image) {
+  for (const int64_t c : channel_counts())
+    for (int form = 0; form < 4; ++form) {
+      const Size s(c);
+      const Image in(c, s.h, s.w);
+      const RandomFinish f;
+      const bool of_image[] = {form % 2 == 1, form >= 2};
+      const int64_t elements = c * s.h * s.w;
+      const auto scale = Exact<float>::of(random_floats(of_image[0] ? elements : c, random_scale));
+      const auto bias = Exact<float>::of(random_floats(of_image[1] ? elements : c, random_offset));
+      const AffineImageSpec spec{scale.data(), bias.data(), of_image[0], of_image[1], f.finish};
+      const double largest = affine_image_bound(spec, c, elements);
+      check_operation(
+          "affine_image " + std::to_string(form), random_layout(c, s.h, s.w),
+          [&](int64_t k, int64_t y, int64_t x) -> int {
+            const int64_t at = (y * s.w + x) * c + k;
+            const float value =
+                std::fmaf(static_cast<float>(in(k, y, x)), scale[size_t(of_image[0] ? at : k)],
+                          bias[size_t(of_image[1] ? at : k)]);
+            return finish_u8(value, spec.finish);
+          },
+          [&](ImageView out, Part part) { affine_image(spec, largest, in.view(), out, part); });
+    }
+}
+
+TEST(constant) {
+  for (const int64_t c : channel_counts()) {
+    const Size s(c);
+    std::vector<uint8_t> drawn(static_cast<size_t>(c * s.h * s.w));
+    for (auto& level : drawn)
+      level = random_level();
+    const auto levels = Exact<uint8_t>::of(drawn);
+    check_operation(
+        "constant", random_layout(c, s.h, s.w),
+        [&](int64_t k, int64_t y, int64_t x) -> int {
+          return levels[static_cast<size_t>((y * s.w + x) * c + k)];
+        },
+        [&](ImageView out, Part part) { constant(levels.data(), out, part); });
+  }
+}
+
+TEST(copy_piece) {
+  for (const int64_t c : channel_counts())
+    for (const int64_t axis : {1, 2}) {
+      // Three pieces; the parts are of all of them together.
+      std::vector<Image> pieces;
+      std::vector<int64_t> begins;
+      const Size s(c);
+      int64_t end = 0;
+      for (int k = 0; k < 3; ++k) {
+        const int64_t n = uniform(1, 4);
+        pieces.emplace_back(c, axis == 1 ? n : s.h, axis == 1 ? s.w : n);
+        begins.push_back(end);
+        end += n;
+      }
+      const auto table = random_table();
+      const size_t mapped = static_cast<size_t>(uniform(0, 3));
+      check_operation(
+          "copy_piece " + std::to_string(axis),
+          random_layout(c, axis == 1 ? end : s.h, axis == 1 ? s.w : end),
+          [&](int64_t k, int64_t y, int64_t x) -> int {
+            const int64_t at = axis == 1 ? y : x;
+            const size_t piece = at >= begins[2] ? 2 : at >= begins[1] ? 1 : 0;
+            const int64_t inside = at - begins[piece];
+            const int q = pieces[piece](k, axis == 1 ? inside : y, axis == 1 ? x : inside);
+            return piece == mapped ? table[static_cast<size_t>(q)] : q;
+          },
+          [&](ImageView out, Part part) {
+            for (size_t k = 0; k < pieces.size(); ++k)
+              copy_piece(pieces[k].view(), k == mapped ? table.data() : nullptr, out, axis,
+                         begins[k], part);
+          });
+    }
+}
+
 TEST(copy_channels) {
   for (const int64_t c : channel_counts()) {
     const Size s(c);
@@ -796,6 +871,51 @@ TEST(layer_norm) {
           return finish_u8(value, spec.finish);
         },
         [&](ImageView out, Part part) { layer_norm(spec, in.view(), out, part); });
+  }
+}
+
+TEST(group_norm) {
+  for (const int64_t c : channel_counts()) {
+    std::vector<int64_t> divisors;
+    for (int64_t g = 1; g <= c; ++g)
+      if (c % g == 0) divisors.push_back(g);
+    const int64_t groups = uniform(0, 1) == 1 ? 1 : pick(divisors), channels = c / groups;
+    const Size s(c);
+    const Image in(c, s.h, s.w);
+    const RandomFinish f;
+    const auto gamma = Exact<float>::of(random_floats(c, random_scale));
+    const auto beta = Exact<float>::of(random_floats(c, random_offset));
+    GroupNormSpec spec;
+    spec.groups = groups;
+    spec.norm.step = uniform(1, 100) * 0.0137;
+    spec.norm.eps = pick<double>({1e-5, 1e-6, 1e-12});
+    spec.norm.gamma = gamma.data();
+    spec.norm.beta = beta.data();
+    spec.norm.finish = f.finish;
+    spec.norm.finish.table = nullptr;
+    const int64_t count = channels * s.h * s.w;
+    std::vector<int64_t> s1(static_cast<size_t>(groups)), s2(static_cast<size_t>(groups));
+    for (int64_t k = 0; k < c; ++k)
+      for (int64_t y = 0; y < s.h; ++y)
+        for (int64_t x = 0; x < s.w; ++x) {
+          s1[static_cast<size_t>(k / channels)] += in(k, y, x);
+          s2[static_cast<size_t>(k / channels)] += in(k, y, x) * in(k, y, x);
+        }
+    check_operation(
+        "group_norm of " + std::to_string(groups), random_layout(c, s.h, s.w),
+        [&](int64_t k, int64_t y, int64_t x) -> int {
+          const auto g = static_cast<size_t>(k / channels);
+          const double mean = static_cast<double>(s1[g]) / static_cast<double>(count);
+          const double var = static_cast<double>(count * s2[g] - s1[g] * s1[g]) /
+                             static_cast<double>(count * count);
+          const double step = spec.norm.step;
+          const double rstd = 1.0 / std::sqrt(var * (step * step) + spec.norm.eps);
+          const auto centred = static_cast<float>(in(k, y, x) - mean);
+          const float value = std::fmaf(centred * static_cast<float>(rstd * step), gamma[size_t(k)],
+                                        beta[size_t(k)]);
+          return finish_u8(value, spec.norm.finish);
+        },
+        [&](ImageView out, Part part) { group_norm(spec, in.view(), out, part); });
   }
 }
 

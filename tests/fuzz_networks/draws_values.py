@@ -224,6 +224,18 @@ def joined(d: Draft) -> None:
 
 
 @draw(1)
+def with_token(d: Draft) -> None:
+    """A parameter or zeros beside a value, the same for every sample."""
+    if x := d.any():
+        shape = list(d.live[x].shape)
+        axis = d.one_of(range(1, len(shape)))
+        shape[0], shape[axis] = 1, d.one_of((1, 1, 2))
+        if d.live[x].shape[axis] <= PIXELS and math.prod(shape) <= FEATURES:
+            form = d.one_of(("first", "last", "both", "zeros"))
+            d.step("with_token", x, d.parameter(*shape), axis=axis, form=form)
+
+
+@draw(1)
 def padded(d: Draft) -> None:
     if x := d.image(smallest=2):
         sides = d.one_of(((1, 1, 1, 1), (0, 1, 0, 1), (1, 0), (0, 0, 0, 0, 0, 1), (-1, 0, 0, 0)))

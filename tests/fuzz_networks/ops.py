@@ -247,6 +247,15 @@ def concat(*values: Tensor, axis: int) -> Tensor:
 
 
 @op
+def with_token(x: Tensor, token: Tensor, *, axis: int, form: str) -> Tensor:
+    rows = token.expand(x.shape[0], *token.shape[1:])
+    pieces = {"first": (rows, x), "last": (x, rows), "both": (rows, x, rows * 0.5)}
+    if form == "zeros":
+        return torch.cat([x, x.new_zeros(x.shape[0], *token.shape[1:])], axis)
+    return torch.cat(pieces[form], axis)
+
+
+@op
 def stack(*values: Tensor, form: str) -> Tensor:
     found = torch.stack(values, dim=1)
     if form == "flatten":

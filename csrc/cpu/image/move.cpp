@@ -75,6 +75,22 @@ void slice(int64_t axis, int64_t begin, int64_t step, ConstImageView in, ImageVi
   }
 }
 
+void copy_piece(ConstImageView in, const uint8_t* table, ImageView out, int64_t axis, int64_t begin,
+                Part part) {
+  const ImageKernels& kernels = image_kernels();
+  const ImageLayout &a = *in.layout, &b = *out.layout;
+  const int64_t top = axis == 1 ? begin : 0, left = axis == 1 ? 0 : begin;
+  const int64_t first = std::max(part.first(b.h), top), last = std::min(part.last(b.h), top + a.h);
+  for (int64_t y = first; y < last; ++y) {
+    Pixels row{in.row(y - top), a.pitch, out.pixel(y, left), b.pitch, common_bytes(in, out), a.w};
+    if (a.pitch == b.pitch) row = {row.in, 0, row.out, 0, a.w * a.pitch, 1};
+    if (table == nullptr)
+      kernels.copy(row);
+    else
+      kernels.lookup(table, row);
+  }
+}
+
 void embedding(const EmbeddingSpec& spec, const int32_t* ids, ImageView out, Part part) {
   const ImageLayout& b = *out.layout;
   const auto bytes = static_cast<size_t>(spec.channels);

@@ -1,7 +1,9 @@
 // Operations that handle each level by itself, and layer norm.
 #include "cpu/image/ops.hpp"
 
+#include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "cpu/image/rows.hpp"
 
@@ -35,6 +37,8 @@ struct ForSlope {};
 struct ForOffset {};
 struct ForBytes {};
 struct ForMoments {};
+struct ForSlopes {};
+struct ForOffsets {};
 
 /// value(c) for every channel, repeated over the period, with zeros between and behind.
 template <class T, class Tag, class Value>
@@ -139,6 +143,88 @@ void affine(const AffineSpec& spec, ConstImageView in, ImageView out, Part part)
   lines({slope, offset, p.length, bounded, spec.finish}, in, out, part);
 }
 
+double affine_image_bound(const AffineImageSpec& spec, int64_t channels, int64_t elements) {
+  const auto largest = [](const float* v, int64_t n) {
+    float most = 0.0f;
+    for (int64_t i = 0; i < n; ++i)
+      most = std::max(most, std::fabs(v[i]));
+    return most;
+  };
+  const float scale = largest(spec.scale, spec.scale_of_image ? elements : channels);
+  const float bias = largest(spec.bias, spec.bias_of_image ? elements : channels);
+  return largest_real(scale) + static_cast<double>(bias);
+}
+
+namespace {
+
+/// One constant of affine_image, pixel after pixel at the pitch of the images.
+class Field {
+ public:
+  Field(const float* values, bool of_image, const ImageLayout& l, int64_t pitch, int64_t pixels,
+        float* memory)
+      : values_(values), of_image_(of_image), layout_(l), pitch_(pitch), memory_(memory) {
+    std::fill(memory, memory + scratch(pitch, pixels), 0.0f);
+    for (int64_t x = 0; x < pixels && !of_image; ++x)
+      std::copy_n(values, l.channels, memory + x * pitch);
+  }
+
+  /// Floats for so many pixels; kernels read whole blocks.
+  static int64_t scratch(int64_t pitch, int64_t pixels) { return (pixels * pitch + 63) / 64 * 64; }
+
+  /// The entries of `pixels` pixels of a row from column x on.
+  const float* at(int64_t y, int64_t x, int64_t pixels) const {
+    if (!of_image_) return memory_;
+    const int64_t c = layout_.channels, first = (y * layout_.w + x) * c;
+    const bool readable = first + scratch(pitch_, pixels) <= c * layout_.h * layout_.w;
+    if ((pitch_ == c || pixels == 1) && readable) return values_ + first;
+    for (int64_t k = 0; k < pixels; ++k)
+      std::copy_n(values_ + first + k * c, c, memory_ + k * pitch_);
+    return memory_;
+  }
+
+ private:
+  const float* values_;
+  bool of_image_;
+  const ImageLayout& layout_;
+  int64_t pitch_;
+  float* memory_;
+};
+
+}  // namespace
+
+void affine_image(const AffineImageSpec& spec, double largest, ConstImageView in, ImageView out,
+                  Part part) {
+  constexpr int64_t kLongest = 2048;  // bytes of a run: its constants stay in the first-level cache
+  const ImageKernels& kernels = image_kernels();
+  const ImageLayout &a = *in.layout, &b = *out.layout;
+  const int64_t pitch = b.pitch;
+  const int64_t most = a.pitch == pitch ? std::clamp<int64_t>(kLongest / pitch, 1, b.w) : 1;
+  const int64_t length = Field::scratch(pitch, most);
+  const Field slope(spec.scale, spec.scale_of_image, b, pitch, most,
+                    thread_scratch<float, ForSlopes>(length));
+  const Field offset(spec.bias, spec.bias_of_image, b, pitch, most,
+                     thread_scratch<float, ForOffsets>(length));
+  const bool bounded = is_bounded(largest, spec.finish);
+  for (int64_t y = part.first(b.h); y < part.last(b.h); ++y) {
+    for (int64_t x = 0; x < b.w; x += most) {
+      const int64_t pixels = std::min(most, b.w - x);
+      // (Of a last pixel the bytes behind the channels are nobody's.)
+      const int64_t bytes = (pixels - 1) * pitch + b.channels;
+      kernels.line({slope.at(y, x, pixels), offset.at(y, x, pixels), bytes, bounded, spec.finish},
+                   in.pixel(y, x), out.pixel(y, x), bytes);
+    }
+    apply_table(kernels, spec.finish, out, y);
+  }
+}
+
+void constant(const uint8_t* levels, ImageView out, Part part) {
+  const ImageLayout& b = *out.layout;
+  for (int64_t y = part.first(b.h); y < part.last(b.h); ++y)
+    for (int64_t x = 0; x < b.w; ++x)
+      std::memcpy(out.pixel(y, x), levels + (y * b.w + x) * b.channels,
+                  static_cast<size_t>(b.channels));
+}
+
 void copy_channels(ConstImageView in, const uint8_t* table, ImageView out, int64_t channel,
                    Part part) {
   const ImageKernels& kernels = image_kernels();
@@ -169,6 +255,36 @@ void layer_norm(const LayerNormSpec& spec, ConstImageView in, ImageView out, Par
     }
     kernels.normalize(spec, means, factors, {in.row(y), a.pitch, out.row(y), b.pitch, n, b.w});
     apply_table(kernels, spec.finish, out, y);
+  }
+}
+
+void group_norm(const GroupNormSpec& spec, ConstImageView in, ImageView out, Part part) {
+  const ImageKernels& kernels = image_kernels();
+  const ImageLayout &a = *in.layout, &b = *out.layout;
+  const int64_t n = b.channels / spec.groups;
+  auto* sums = thread_scratch<int64_t, ForMoments>(2 * b.w);
+  auto* squares = sums + b.w;
+  auto* means = thread_scratch<double, ForMoments>(b.w);
+  auto* factors = thread_scratch<float, ForMoments>(b.w);
+  for (int64_t g = 0; g < spec.groups; ++g) {
+    // Every part adds up the whole group: that is a fraction of the rest.
+    int64_t s1 = 0, s2 = 0;
+    for (int64_t y = 0; y < b.h; ++y) {
+      kernels.moments(in.row(y) + g * n, a.pitch, n, b.w, sums, squares);
+      for (int64_t x = 0; x < b.w; ++x) {
+        s1 += sums[x];
+        s2 += squares[x];
+      }
+    }
+    LayerNormSpec norm = spec.norm;
+    const LayerNormMoments m = layer_norm_moments(s1, s2, n * b.h * b.w, norm);
+    std::fill(means, means + b.w, m.mean);
+    std::fill(factors, factors + b.w, m.factor);
+    norm.gamma += g * n;
+    norm.beta += g * n;
+    for (int64_t y = part.first(b.h); y < part.last(b.h); ++y)
+      kernels.normalize(norm, means, factors,
+                        {in.row(y) + g * n, a.pitch, out.row(y) + g * n, b.pitch, n, b.w});
   }
 }
 

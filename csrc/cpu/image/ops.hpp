@@ -20,10 +20,21 @@ void lookup(const uint8_t* table, ConstImageView in, ImageView out, Part part);
 void add(const PairSpec& spec, ConstImageView a, ConstImageView b, ImageView out, Part part);
 void mul(const PairSpec& spec, ConstImageView a, ConstImageView b, ImageView out, Part part);
 void affine(const AffineSpec& spec, ConstImageView in, ImageView out, Part part);
+/// `largest`: affine_image_bound() of the spec.
+void affine_image(const AffineImageSpec& spec, double largest, ConstImageView in, ImageView out,
+                  Part part);
+/// What no absolute value of a result exceeds, for an image of this size.
+double affine_image_bound(const AffineImageSpec& spec, int64_t channels, int64_t elements);
+/// The image whose levels these are, in the order rows, columns, channels.
+void constant(const uint8_t* levels, ImageView out, Part part);
 /// One piece of a concatenation: `in` becomes channels [channel, channel + in channels) of `out`,
 /// through the table if there is one.
 void copy_channels(ConstImageView in, const uint8_t* table, ImageView out, int64_t channel,
                    Part part);
+/// One piece of an image that is joined along an axis (1 = h, 2 = w): `in` begins at row or column
+/// `begin` of `out`. The part is one of the whole output.
+void copy_piece(ConstImageView in, const uint8_t* table, ImageView out, int64_t axis, int64_t begin,
+                Part part);
 void max_pool(const PoolSpec& spec, ConstImageView in, ImageView out, Part part);
 void avg_pool(const PoolSpec& spec, ConstImageView in, ImageView out, Part part);
 /// Window sizes follow from the shapes; of the spec, zero_in, ratio and finish are used.
@@ -33,6 +44,7 @@ void gather_channels(const int32_t* index, ConstImageView in, ImageView out, Par
 void pad(int64_t top, int64_t left, uint8_t level, ConstImageView in, ImageView out, Part part);
 void resize(const ResizeSpec& spec, ConstImageView in, ImageView out, Part part);
 void layer_norm(const LayerNormSpec& spec, ConstImageView in, ImageView out, Part part);
+void group_norm(const GroupNormSpec& spec, ConstImageView in, ImageView out, Part part);
 /// ids[y * w + x] for every pixel. An id that is no row reads another row, but nothing outside:
 /// callers check ids, in memory that somebody else may write to meanwhile.
 void embedding(const EmbeddingSpec& spec, const int32_t* ids, ImageView out, Part part);

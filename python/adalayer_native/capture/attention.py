@@ -107,7 +107,10 @@ def _operator(node: fx.Node) -> Attention | None:
         return None
     scale = a["scale"]
     if scale is None:
-        scale = 1.0 / math.sqrt(info_of(query).shape[-1])  # type: ignore[arg-type, union-attr]
+        depth = _size(query, -1)
+        if not isinstance(depth, int):
+            return None
+        scale = 1.0 / math.sqrt(depth)
     inner = frozenset([node])
     masks = () if a["attn_mask"] is None else (a["attn_mask"],)
     causal, scale = bool(a["is_causal"]), float(scale)
@@ -140,13 +143,14 @@ class _Spelled:
             if product is None:
                 continue
             query, key = product.args[:2]
+            split = bool(self.split)
             entries = {self.node, product}
             query, key = (self._scaled(item, product, entries) for item in (query, key))
             inner = frozenset([*self.inner, *entries])
             closed = all(inner.issuperset(node.users) for node in inner - {self.node})
-            known = not self.split or isinstance(_size(value, -2 if turned else -1), int)
-            known = known and (not self.split or isinstance(_size(query, -1), int))
-            if closed and known and _ranks_agree((query, key, value)):
+            sizes = (_size(query, -1), _size(value, -2 if turned else -1))
+            known = all(isinstance(size, int) for size in sizes)
+            if closed and (known or not split) and _ranks_agree((query, key, value)):
                 return Attention(
                     self.node, query, key, value, tuple(self.masks), False, self.scale,
                     tuple(self.factors), True, turned, self.split, self.joined,

@@ -71,7 +71,7 @@ def merge_reshapes(graph: fx.Graph) -> None:
             node.target = torch.ops.aten.clone.default
         if name == "aten.mT.default":
             node.target, node.args = torch.ops.aten.transpose.int, (node.args[0], -2, -1)
-        if name in _PADS and not any(node.args[1]):  # type: ignore[arg-type]
+        if name in _PADS and not any(node.args[1]):
             node.replace_all_uses_with(node.args[0])
             continue
         if name in CASTS and _same_type(node):

@@ -38,7 +38,8 @@ _MOVES = (
     "flatten.using_ints", "unflatten.int", "squeeze.default", "squeeze.dim", "squeeze.dims",
     "unsqueeze.default", "permute.default", "transpose.int", "swapaxes.default", "t.default",
     "numpy_T.default", "movedim.int", "movedim.intlist", "expand.default", "expand_as.default",
-    "repeat.default", "tile.default", "repeat_interleave.self_int", "slice.Tensor", "select.int", "narrow.default",
+    "repeat.default", "tile.default", "repeat_interleave.self_int", "slice.Tensor", "select.int",
+    "narrow.default",
     "chunk.default", "split.Tensor", "split_with_sizes.default", "unbind.int",
     "index_select.default", "flip.default", "roll.default", "as_strided.default",
     "max_pool1d.default", "max_pool2d.default", "max_pool3d.default",
@@ -111,7 +112,8 @@ INTEGER_OPERATORS = frozenset(
         *(f"{name}.Scalar" for name in ("add", "sub", "mul", "div")),
         *(f"{name}.Tensor" for name in ("add", "sub", "mul", "div")),
         "pow.Tensor_Scalar", "rsub.Scalar", "prelu.default", "batch_norm.default",
-        "layer_norm.default", "cat.default", "concat.default", "pad.default",
+        "layer_norm.default", "group_norm.default", "cat.default", "concat.default",
+        "stack.default", "pad.default",
         "constant_pad_nd.default", "avg_pool2d.default", "adaptive_avg_pool2d.default", "mean.dim",
         "upsample_bilinear2d.vec", "upsample_bilinear2d.default", "softmax.int",
         "_softmax.default", "embedding.default", "rms_norm.default",
@@ -163,13 +165,9 @@ def readers(nodes: Iterable[fx.Node], passes: Callable[[fx.Node], bool]) -> list
     return found
 
 
-def reads_values(user: fx.Node, node: fx.Node) -> bool:
-    """Whether a user of a node reads more than its sizes."""
-    if user.op == "output":
-        return True
-    if info_of(user) is None:
-        return False
-    return not (user.op == "call_function" and op_name(user) in _LIKE and user.args[0] is not node)
+def only_shapes(user: fx.Node, node: fx.Node) -> bool:
+    """Whether an operator gives another value the shape of a node, and reads no more of it."""
+    return user.op == "call_function" and op_name(user) in _LIKE and user.args[0] is not node
 
 
 def module_of(node: fx.Node, modules: dict[str, nn.Module]) -> nn.Module | None:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from adalayer_native import ops
 from adalayer_native.engine.export import Exported, layer_name, op_name
 from adalayer_native.engine.grids import Grid, Want
 from adalayer_native.engine.program import Program, Value, shorten
@@ -34,9 +35,11 @@ from adalayer_native.engine.views import (
     Positions,
     Ref,
     Size,
+    arranged_as,
     axes_of,
     channel_order,
     image_dims,
+    in_order,
     is_scattered,
     merged,
     offsets,
@@ -183,6 +186,9 @@ class Lowering:
             raise CannotLower(None, f"expected a tensor operand, got {node!r}")
         key = (node, want)
         if key not in self._u8:
+            constant = self.parameter(node)
+            if constant is not None:
+                return self.levels(node, constant, want)
             ref = self._find_u8(node, want)
             self._u8[key] = ref
             self.origins.setdefault(self.value(ref).name, (node, ref.dims, want))
@@ -207,6 +213,8 @@ class Lowering:
         """A node's value in float32, clamped."""
         if not isinstance(node, fx.Node):
             raise CannotLower(None, f"expected a tensor operand, got {node!r}")
+        if self.parameter(node) is not None:
+            raise CannotLower(None, f"operand {node} is a constant among floats")
         key = (node, lo, hi)
         if key not in self._f32:
             self._f32[key] = self._find_f32(node, lo, hi)
@@ -342,6 +350,30 @@ class Lowering:
         constants = [self.program.table(table)]
         return self.emit("lookup", name, [ref.value], ref, want, constants=constants)
 
+    def levels(
+        self, node: fx.Node, constant: Tensor, want: Want, like: tuple[Size, Dims] | None = None
+    ) -> Ref:
+        """A constant of one sample, ``[1, ...]``, on the wanted grid.
+
+        Args:
+            like: size and view that it gets; by default those of a copy.
+        """
+        if not constant.dim() or constant.shape[0] != 1 or constant.dtype != torch.float32:
+            raise CannotLower(None, f"a constant of {list(constant.shape)} among its operands")
+        sizes = constant.shape[1:]
+        if like is None:
+            axes = "chw" if len(sizes) == 3 else rows_of(((),) * len(sizes))
+            like = arranged_as(axes, sizes)
+        size, dims = like
+        grid = want.grid
+        values = constant.clamp(want.lo, want.hi).contiguous()
+        found = ops.quantize(values, grid.scale, grid.zero_point, grid.bits).numpy()
+        in_memory = self.program.u8(in_order(found, dims, size))
+        number = self.program.node(
+            "constant", self.name(node), [], size, grid, constants=[in_memory]
+        )
+        return Ref(number, dims)
+
     # -- layouts ------------------------------------------------------------------------------
 
     def plain(self, ref: Ref, name: str) -> Ref:
@@ -454,9 +486,9 @@ class Lowering:
         return sizes
 
     def parameter(self, node: Any) -> Tensor | None:
-        """A parameter, buffer or number operand as a tensor; None for computed ones."""
+        """A number operand or one that is the same for all samples as a tensor; None for others."""
         if isinstance(node, fx.Node):
-            return self.exported.tensor(node) if node.op == "get_attr" else None
+            return self.exported.constant(node)
         return torch.tensor(float(node)) if isinstance(node, (int, float)) else None
 
 
@@ -513,6 +545,9 @@ def lower(
                 low.u8(node, Want(own))
         elif op_name(node) in LAYER_INPUTS:
             low.prepare_input(node)
+    for node in outputs:
+        if exported.constant(node) is not None:
+            raise CannotLower(node, "its result is the same for all samples")
     refs = [low.f32(node) for node in outputs]
     program = low.program
     for value in program.values:

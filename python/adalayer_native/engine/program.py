@@ -26,6 +26,7 @@ _TABLE_SLOT = {
     "add": 0,
     "mul": 0,
     "affine": 2,
+    "affine_image": 2,
     "avg_pool": 0,
     "adaptive_avg_pool": 0,
     "embedding": 0,  # the table itself
@@ -114,9 +115,13 @@ class Program:
         """An int32 constant."""
         return self.constant("i32", np.ascontiguousarray(values, dtype=np.int32).tobytes())
 
+    def u8(self, levels: npt.ArrayLike) -> int:
+        """A constant of levels."""
+        return self.constant("u8", np.ascontiguousarray(levels, dtype=np.uint8).tobytes())
+
     def table(self, table: Table) -> int:
         """A table of levels: 256, or those of an embedding."""
-        return self.constant("u8", np.ascontiguousarray(table, dtype=np.uint8).tobytes())
+        return self.u8(table)
 
     def levels(self, number: int) -> Table:
         """The table with a number; -1 is the identity."""
@@ -169,7 +174,7 @@ def _fuse_tables(program: Program) -> None:
             before.output = node.output
             producers[node.output] = before
             gone.add(id(node))
-        elif node.op == "concat":
+        elif node.op in ("concat", "join"):
             for position, item in enumerate(node.inputs):
                 before = producers.get(item)
                 if before is not None and before.op == "lookup" and readers[item] == 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from adalayer_native.engine.views import (
     Dims,
     Ref,
     Size,
+    arranged_as,
     axes_of,
     built,
     channel_axis,
@@ -30,44 +31,132 @@ from adalayer_native.ops.resizing import linear_tables, nearest_tables
 # -- concatenation and padding --------------------------------------------------------------------
 
 
+def _axes_to_join(dims: Dims, size: Size, place: int) -> list[str] | None:
+    """Axes of a value that the axes of its view are, the one at ``place`` alone; None if not so."""
+    axes = axes_of(dims, size)
+    if axes is None or len(axes[place]) > 1:
+        return None
+    if not axes[place]:  # any axis of size 1
+        spare = [axis for axis in "chw" if axis not in "".join(axes)]
+        axes[place] = spare[0] if spare else ""
+    return axes if axes[place] else None
+
+
+def _copied_axes(rank: int, place: int) -> str:
+    """Axes of copies for tensors whose views have nothing in common; that at ``place`` is alone."""
+    if rank <= 3:
+        return "chw" if rank == 3 else "hc"[-rank:]
+    axes = ["w"] * (rank - 1) + ["c"]
+    if place < rank - 1:
+        axes[place] = "h"
+    return "".join(axes)
+
+
+Form = Callable[[int], tuple[Size, Dims]]
+"""Size and view of a value with so many elements along the axis that grows."""
+
+
+def _form_of(axes: list[str], size: Size, place: int) -> Form:
+    """Values that lie as one whose axes are these."""
+
+    def form(count: int) -> tuple[Size, Dims]:
+        c, h, w = (
+            count if letter == axes[place] else n for letter, n in zip("chw", size, strict=True)
+        )
+        return (c, h, w), built(axes, (c, h, w))
+
+    return form
+
+
+def _form_of_copies(letters: str, sizes: Sequence[int], place: int) -> Form:
+    """Copies whose axes are at these letters."""
+    return lambda count: arranged_as(letters, [*sizes[:place], count, *sizes[place + 1 :]])
+
+
+def _joined(
+    low: Lowering, node: fx.Node, items: Sequence[Any], refs: dict[int, Ref], place: int, want: Want
+) -> Ref:
+    """Values and constants along one axis of their views.
+
+    Args:
+        items: operands.
+        refs: those of them that are computed, by position, on the wanted grid.
+        place: number of the axis.
+    """
+    largest = max(refs.values(), key=lambda ref: math.prod(low.size(ref)))
+    sizes = [math.prod(n for n, _ in atoms) for atoms in largest.dims]
+    if any(len(ref.dims) != len(sizes) for ref in refs.values()):
+        raise CannotLower(node, "its operands differ in their number of axes")
+
+    def fits(ref: Ref, form: Form) -> bool:
+        return (low.size(ref), ref.dims) == form(math.prod(n for n, _ in ref.dims[place]))
+
+    axes = _axes_to_join(largest.dims, low.size(largest), place)
+    letters = _copied_axes(len(sizes), place)
+    if axes is None or (
+        any(len(name) > 1 for name in axes)
+        and not all(fits(ref, _form_of(axes, low.size(largest), place)) for ref in refs.values())
+    ):
+        form, letter = _form_of_copies(letters, sizes, place), letters[place]
+    else:
+        letters = "".join(name or "w" for name in axes)  # axes of size 1 are anywhere
+        form, letter = _form_of(axes, low.size(largest), place), axes[place]
+    for position, ref in refs.items():
+        if not fits(ref, form):
+            refs[position] = low.arranged(ref, low.name(node, "reorder"), letters)
+    for position, item in enumerate(items):
+        constant = None if position in refs else low.parameter(item)
+        if constant is not None:
+            like = form(int(constant.shape[place + 1]))
+            if math.prod(like[0]) != constant.numel():
+                raise CannotLower(node, f"a constant of {list(constant.shape)} among its operands")
+            refs[position] = low.levels(item, constant, want, like)
+    parts = [refs[position] for position in range(len(items))]
+    along = "chw".index(letter)
+    size, dims = form(sum(low.size(ref)[along] for ref in parts))
+    number = low.program.node(
+        "join" if along else "concat",
+        low.name(node),
+        [ref.value for ref in parts],
+        size,
+        want.grid,
+        ints=[along] if along else [],
+        constants=[-1] * len(parts),
+    )
+    return Ref(number, dims)
+
+
 def _cat(low: Lowering, node: fx.Node, want: Want) -> Ref:
     items, axis = node.args[0], int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
     assert isinstance(items, (list, tuple))
-    axis = axis_of(low, node, axis)
-    refs: list[Ref] = []
-    layouts = set()
-    for item in items:
-        ref = low.u8(item, want)
-        if (
-            channel_axis(ref.dims, low.size(ref)) != axis
-            or axes_of(ref.dims, low.size(ref)) is None
-        ):
-            ref = low.plain(ref, low.name(node, "reorder"))
-        refs.append(ref)
-        if axis != 0 or len(ref.dims) not in (1, 3):
-            layouts.add(tuple(axes_of(ref.dims, low.size(ref)) or ()))
-        if channel_axis(ref.dims, low.size(ref)) != axis:
-            raise CannotLower(node, "a concatenation along an axis that is not the channels")
-    if len(layouts) > 1 or len({low.size(ref)[1:] for ref in refs}) != 1:
-        raise CannotLower(node, "a concatenation of tensors whose axes differ in order or size")
-    size = (sum(low.size(ref)[0] for ref in refs), *low.size(refs[0])[1:])
-    number = low.program.node(
-        "concat",
-        low.name(node),
-        [ref.value for ref in refs],
-        size,
-        want.grid,
-        constants=[-1] * len(refs),
-    )
-    if layouts:
-        axes = list(layouts.pop())
-        axes[axis] = "c"
-        return Ref(number, built(axes, size))
-    return Ref(number, image_dims(size)[: len(refs[0].dims)])
+    computed = [k for k, item in enumerate(items) if low.parameter(item) is None]
+    rank = node.meta["val"].dim()
+    if axis % rank == 0:
+        raise CannotLower(node, "it works along the batch")
+    refs = {k: low.u8(items[k], want) for k in computed}
+    return _joined(low, node, items, refs, axis % rank - 1, want)
 
 
 RULES["aten.cat.default"] = Rule(_cat)
 RULES["aten.concat.default"] = Rule(_cat)
+
+
+def _stack(low: Lowering, node: fx.Node, want: Want) -> Ref:
+    items, axis = node.args[0], int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
+    assert isinstance(items, (list, tuple))
+    place = axis % node.meta["val"].dim() - 1
+    if place < 0:
+        raise CannotLower(node, "it works along the batch")
+    if any(low.parameter(item) is not None for item in items):
+        raise CannotLower(node, "a constant among what it stacks")
+    refs = {}
+    for position, item in enumerate(items):
+        ref = low.u8(item, want)
+        refs[position] = Ref(ref.value, (*ref.dims[:place], (), *ref.dims[place:]))
+    return _joined(low, node, items, refs, place, want)
+
+
+RULES["aten.stack.default"] = Rule(_stack)
 
 
 def _pad_grid(grids: Grids, node: fx.Node) -> Grid | None:

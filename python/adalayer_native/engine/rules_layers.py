@@ -245,15 +245,25 @@ for _name, _grid, _rows in (
 def affine(
     low: Lowering, node: fx.Node, operand: Any, factor: Doubles, offset: Doubles, want: Want
 ) -> Ref:
-    """``operand * factor[c] + offset[c]`` for an operand on its own grid."""
+    """``operand * factor + offset`` for an operand on its own grid.
+
+    Args:
+        factor, offset: one value per channel, or per element: ``[h, w, c]``.
+    """
     ref, grid = low.on_own_grid(operand)
+    c, h, w = low.size(ref)
     scale = factor * grid.scale
     bias = offset - grid.zero_point * scale
-    if scale.shape != (low.size(ref)[0],):
-        raise CannotLower(node, f"{scale.size} factors for {low.size(ref)[0]} channels")
+    for values in (scale, bias):
+        if values.shape not in ((c,), (h, w, c)):
+            raise CannotLower(node, f"{values.size} factors for {c} channels")
+        with np.errstate(over="ignore"):
+            if not np.isfinite(values.astype(np.float32)).all():
+                raise CannotLower(node, "a constant operand that is not finite")
     constants = [low.program.f32(scale), low.program.f32(bias), -1]
+    per_channel = scale.ndim == bias.ndim == 1
     return low.emit(
-        "affine",
+        "affine" if per_channel else "affine_image",
         low.name(node),
         [ref.value],
         ref,
@@ -300,7 +310,7 @@ def _layer_norm(low: Lowering, node: fx.Node, want: Want) -> Ref:
     ref, grid = low.on_own_grid(a["input"])
     check_grid(low, node, a, grid)
     axes = list(a.get("normalized_shape", node.meta["val"].shape[-1:]))
-    if len(axes) != 1 or not ref.dims:
+    if len(axes) != 1 or not ref.dims or BATCH in ref.dims[-1]:
         raise CannotLower(node, f"it normalises {axes}, which is not the last axis alone")
     ref = low.rows(ref, low.name(node, "reorder"))
     size = low.size(ref)
@@ -319,6 +329,10 @@ def _layer_norm(low: Lowering, node: fx.Node, want: Want) -> Ref:
         floats=[want.grid.inverse, float(a["eps"])],
         constants=[program.f32(_double(weight)), program.f32(_double(bias))],
     )
+
+
+RULES["aten.layer_norm.default"] = Rule(_layer_norm, folds=True, scatters=True)
+RULES["adalayer.grid_layer_norm.default"] = Rule(_layer_norm, folds=True, scatters=True)
 
 
 def _rms_norm(low: Lowering, node: fx.Node, want: Want) -> Ref:
@@ -347,9 +361,39 @@ def _rms_norm(low: Lowering, node: fx.Node, want: Want) -> Ref:
     )
 
 
-RULES["aten.layer_norm.default"] = Rule(_layer_norm, folds=True)
 RULES["aten.rms_norm.default"] = Rule(_rms_norm, folds=True)
 RULES["adalayer.grid_rms_norm.default"] = Rule(_rms_norm, folds=True)
-RULES["adalayer.grid_layer_norm.default"] = Rule(_layer_norm, folds=True)
+
+
+def _group_norm(low: Lowering, node: fx.Node, want: Want) -> Ref:
+    a = arguments(node)
+    ref, grid = low.on_own_grid(a["input"])
+    check_grid(low, node, a, grid)
+    # It is over all positions, in whatever order they are.
+    if channel_axis(ref.dims, low.size(ref)) != 0:
+        axes = "c" + "h" * (len(ref.dims) > 1) + "w" * (len(ref.dims) - 2)
+        ref = low.arranged(ref, low.name(node, "reorder"), axes)
+    channels, groups = low.size(ref)[0], int(a["num_groups"])
+    if math.prod(low.size(ref)) // groups > MAX_GROUP_NORM:
+        raise CannotLower(node, f"groups of {low.size(ref)} values by {groups}")
+    weight = low.parameter(a["weight"]) if a["weight"] is not None else torch.ones(channels)
+    bias = low.parameter(a["bias"]) if a["bias"] is not None else torch.zeros(channels)
+    if weight is None or bias is None:
+        raise CannotLower(node, "its parameters are computed by the graph")
+    return low.emit(
+        "group_norm",
+        low.name(node),
+        [ref.value],
+        ref,
+        want,
+        ints=[groups, *want.finish()],
+        floats=[want.grid.inverse, float(a["eps"])],
+        constants=[low.program.f32(_double(weight)), low.program.f32(_double(bias))],
+    )
+
+
+MAX_GROUP_NORM = 1 << 23  # kMaxGroupNorm of csrc/reference/image_spec.hpp
+RULES["aten.group_norm.default"] = Rule(_group_norm)
+RULES["adalayer.grid_group_norm.default"] = Rule(_group_norm)
 
 __all__ = ["affine", "arguments", "check_grid", "image_dims"]

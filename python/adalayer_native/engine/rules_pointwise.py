@@ -13,8 +13,15 @@ from torch import Tensor, fx
 from adalayer_native.capture.vocabulary import FUNCTIONS, clamp_bounds, op_name
 from adalayer_native.engine.grids import Want, compose_clamps
 from adalayer_native.engine.lower import RULES, CannotLower, Grids, Lowering, Rule
-from adalayer_native.engine.rules_layers import affine, arguments, check_grid
-from adalayer_native.engine.views import Atom, Ref, axes_of, axis_atoms, merged
+from adalayer_native.engine.rules_layers import Doubles, affine, arguments, check_grid
+from adalayer_native.engine.views import (
+    BATCH,
+    Atom,
+    Ref,
+    axis_atoms,
+    in_order,
+    merged,
+)
 from adalayer_native.ops.fused import FLOAT_FUNCTIONS
 from adalayer_native.ops.norms import line_of
 
@@ -58,7 +65,7 @@ def _pointwise(low: Lowering, node: fx.Node, want: Want) -> Ref:
 
 
 # Sums, differences and products with a number.
-_LINES = ("add", "sub", "mul", "rsub")
+_LINES = ("add", "sub", "mul", "rsub", "div")
 
 
 def _line_of(node: fx.Node, constant: Tensor, left: bool) -> list[tuple[str, float]]:
@@ -69,7 +76,11 @@ def _line_of(node: fx.Node, constant: Tensor, left: bool) -> list[tuple[str, flo
     number = float(constant.float())
     if not math.isfinite(number):
         raise CannotLower(node, f"a constant operand of {number}")
-    if kind == "mul":
+    if kind == "div":
+        if left or number == 0.0 or abs(math.frexp(number)[0]) != 0.5:
+            raise CannotLower(node, "a quotient of floats whose divisor is no power of two")
+        number = 1.0 / number  # exact, and so is the product
+    if kind in ("mul", "div"):
         return [("multiply", number)]
     if kind == "add":
         return [("plus", number)]
@@ -153,18 +164,19 @@ RULES["aten.prelu.default"] = Rule(_prelu)
 # -- sums and products ----------------------------------------------------------------------------
 
 
-def _per_channel(low: Lowering, node: fx.Node, ref: Ref, value: Tensor) -> Tensor:
-    """A constant operand as one value per channel of ``ref``."""
-    size = low.size(ref)
-    axes = axes_of(ref.dims, size)
+def _of_elements(low: Lowering, node: fx.Node, ref: Ref, value: Tensor) -> Doubles:
+    """A constant operand as one value per channel of ``ref``, or per element, ``[h, w, c]``."""
+    sizes = [math.prod(n for n, _ in atoms if n != BATCH[0]) for atoms in ref.dims]
     shape = list(value.shape)
-    if axes is None or len(shape) > len(axes) + 1 or (len(shape) > len(axes) and shape[0] != 1):
-        raise CannotLower(node, f"a constant operand of shape {shape}")
-    shape = [1] * (len(axes) - len(shape)) + shape[-len(axes) :]
-    for name, n in zip(axes, shape, strict=True):
-        if n != 1 and name != "c":
-            raise CannotLower(node, f"a constant operand of shape {list(value.shape)}")
-    return value.reshape(-1)
+    if len(shape) > len(sizes) and shape[0] == 1:
+        shape = shape[1:]  # the batch
+    try:
+        spread = value.reshape(shape).expand(sizes).numpy()
+    except RuntimeError:
+        raise CannotLower(node, f"a constant operand of shape {list(value.shape)}") from None
+    found = in_order(spread, ref.dims, low.size(ref))
+    first: Doubles = found[0, 0]
+    return first if bool((found == first).all()) else found
 
 
 def _with_constant(
@@ -188,6 +200,8 @@ def _with_constant(
         return low.retable(ref, node, grid, want, run)
     if kind == "div" and left:
         raise CannotLower(node, "a quotient of a constant by a tensor")
+    if sum(size != 1 for size in constant.shape) != 1:
+        raise CannotLower(node, f"a constant operand of shape {list(constant.shape)}")
     return _line(low, node, operand, constant, kind, alpha, left, want)
 
 
@@ -201,10 +215,10 @@ def _line(
     left: bool,
     want: Want,
 ) -> Ref:
-    """A sum, difference, product or quotient of a tensor and one value per channel."""
+    """A sum, difference, product or quotient of a tensor and a constant."""
     ref, _ = low.on_own_grid(operand)
-    channels = _per_channel(low, node, ref, constant)
-    factor, offset = (item.numpy() for item in line_of(kind, channels, alpha, left))
+    lines = line_of(kind, constant, alpha, left)
+    factor, offset = (_of_elements(low, node, ref, item) for item in lines)
     return affine(low, node, operand, factor, offset, want)
 
 
@@ -217,7 +231,7 @@ def _grid_line(low: Lowering, node: fx.Node, want: Want) -> Ref:
     return _line(low, node, a["input"], constant, a["kind"], a["alpha"], a["left"], want)
 
 
-RULES["adalayer.grid_line.default"] = Rule(_grid_line, folds=True)
+RULES["adalayer.grid_line.default"] = Rule(_grid_line, folds=True, scatters=True)
 
 
 def _length(atoms: tuple[Atom, ...]) -> int:

@@ -97,7 +97,8 @@ def viewed(low: Lowering, node: fx.Node, ref: Ref) -> Ref:
     dims = with_batch(ref.dims, low.exported.folds(operand))
     name, rank = str(node.target).split(".")[1], len(dims)
     if name == "permute":
-        dims = tuple(dims[item % rank] for item in node.args[1])  # type: ignore[union-attr]
+        axes: Any = node.args[1]
+        dims = tuple(dims[int(item) % rank] for item in axes)
     elif name in ("transpose", "swapaxes"):
         order = list(range(rank))
         first, second = (int(item) % rank for item in node.args[1:3])  # type: ignore[arg-type]

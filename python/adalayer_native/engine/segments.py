@@ -63,7 +63,14 @@ def is_tensor(node: Any) -> bool:
 
 
 def _work(exported: Exported) -> list[fx.Node]:
-    return [n for n in exported.graph.nodes if n.op == "call_function" and is_tensor(n)]
+    """What has to be computed. A constant is nobody's work, unless it is a result."""
+    return [
+        n
+        for n in exported.graph.nodes
+        if n.op == "call_function"
+        and is_tensor(n)
+        and (exported.constant(n) is None or n in exported.outputs)
+    ]
 
 
 def _partition(exported: Exported, native: set[fx.Node]) -> list[Part]:
@@ -86,12 +93,16 @@ def _partition(exported: Exported, native: set[fx.Node]) -> list[Part]:
             item
             for node in nodes
             for item in node.all_input_nodes
-            if item not in inside and item.op != "get_attr" and is_tensor(item)
+            if item not in inside and exported.constant(item) is None and is_tensor(item)
         ]
         leaving = [
             node
             for node in nodes
-            if node in outputs or any(u not in inside and u.op != "output" for u in node.users)
+            if node in outputs
+            or any(
+                u not in inside and u.op != "output" and exported.constant(u) is None
+                for u in node.users
+            )
         ]
         parts.append(Part(level % 2 == 0, nodes, list(dict.fromkeys(inputs)), leaving))
     return parts
@@ -163,10 +174,8 @@ def float_layer(exported: Exported, node: fx.Node, on_grid: bool) -> FloatLayer:
     return FloatLayer(str(node.target).split(".")[1], given, on_grid)
 
 
-_PLAIN_NORMS = (
-    "adalayer.grid_batch_norm.default",
-    "adalayer.grid_layer_norm.default",
-    "adalayer.grid_rms_norm.default",
+_PLAIN_NORMS = tuple(
+    f"adalayer.grid_{kind}_norm.default" for kind in ("batch", "layer", "rms", "group")
 )
 
 
@@ -180,6 +189,11 @@ def _plain_norm(graph: fx.Graph, node: fx.Node, find: Callable[[fx.Node], Any]) 
         return graph.call_function(
             torch.ops.aten.batch_norm.default,
             (a["input"], a["weight"], a["bias"], mean, var, False, 0.1, a["eps"], False),
+        )
+    if "num_groups" in a:
+        return graph.call_function(
+            torch.ops.aten.group_norm.default,
+            (a["input"], a["num_groups"], a["weight"], a["bias"], a["eps"]),
         )
     channels = node.meta["val"].shape[-1]
     if "bias" not in a:
@@ -207,10 +221,16 @@ class TorchPart:
             if node in known:
                 return known[node]
             value = node.meta.get("val")
-            if node.op == "get_attr":
+            constant = exported.constant(node)
+            if constant is not None:
                 name = f"constant_{len(known)}"
-                root.register_buffer(name, exported.tensor(node))
+                root.register_buffer(name, constant)
                 known[node] = graph.get_attr(name)
+                if node.op != "get_attr":
+                    sizes = (batch, *constant.shape[1:])
+                    known[node] = graph.call_function(
+                        torch.ops.aten.expand.default, (known[node], sizes)
+                    )
             elif exported.is_batch(value):
                 known[node] = batch
             elif isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):

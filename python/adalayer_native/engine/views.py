@@ -19,6 +19,7 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -155,6 +156,40 @@ def outer_sum(tables: Iterable[Positions]) -> Positions:
 def offsets(atoms: Sequence[Atom]) -> Positions:
     """The number in the flat image of every position along one axis of a view; of one sample."""
     return outer_sum(np.arange(n) * stride for n, stride in atoms if (n, stride) != BATCH)
+
+
+def arranged_as(axes: str, sizes: Sequence[int]) -> tuple[Size, Dims]:
+    """Size and view of a value whose axes hold those of a tensor, by a letter for each of them.
+
+    Axes with the same letter become one, the first of them the outermost.
+    """
+    groups = [[k for k, axis in enumerate(axes) if axis == part] for part in "chw"]
+    c, h, w = (math.prod(sizes[k] for k in group) for group in groups)
+    dims: list[tuple[Atom, ...]] = [()] * len(axes)
+    for group, stride in zip(groups, (h * w, w, 1), strict=True):
+        for axis in reversed(group):
+            dims[axis] = merged([(sizes[axis], stride)])
+            stride *= sizes[axis]
+    return (c, h, w), tuple(dims)
+
+
+def in_order(values: npt.NDArray[Any], dims: Dims, size: Size) -> npt.NDArray[Any]:
+    """Elements of a tensor that a view shows, as programs hold constants: ``[h, w, c]``.
+
+    Args:
+        values: of one sample, in the order of the tensor.
+
+    Raises:
+        ValueError: the view does not show every element of the value once.
+    """
+    places = outer_sum(offsets(atoms) for atoms in dims)
+    shown = np.zeros(math.prod(size), dtype=bool)
+    shown[places] = True
+    if not values.size == places.size == shown.size or not shown.all():
+        raise ValueError(f"a view of {places.size} elements of a value of {size}")
+    flat = np.empty_like(values, shape=places.size)
+    flat[places] = values.reshape(-1)
+    return flat.reshape(size).transpose(1, 2, 0)
 
 
 def channel_order(dims: Dims, size: Size) -> list[int] | None:

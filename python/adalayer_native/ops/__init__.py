@@ -91,6 +91,10 @@ _library.define(
 )
 _library.define("grid_rms_norm(Tensor input, Tensor? weight, float eps, Tensor qparams) -> Tensor")
 _library.define(
+    "grid_group_norm(Tensor input, int num_groups, Tensor? weight, Tensor? bias, float eps, "
+    "Tensor qparams) -> Tensor"
+)
+_library.define(
     "grid_line(Tensor input, Tensor constant, str kind, float alpha, bool left, Tensor qparams)"
     " -> Tensor"
 )
@@ -116,6 +120,7 @@ _library.define("exact_function(Tensor input, str kind) -> Tensor")
 for _function, _fake in (
     (norms.grid_batch_norm, norms.norm_fake),
     (norms.grid_layer_norm, norms.norm_fake),
+    (norms.grid_group_norm, norms.norm_fake),
     (norms.grid_rms_norm, norms.norm_fake),
     (norms.grid_line, norms.norm_fake),
     (averages.exact_avg_pool2d, averages.fake_avg_pool2d),

@@ -39,6 +39,25 @@ def _levels(x: Tensor, qparams: Tensor) -> Tensor:
     return levels
 
 
+def _mask(mask: Tensor, query: Tensor, keys: int) -> Tensor:
+    """float32 ``[images or 1, heads or 1, queries, keys]``, contiguous."""
+    mask, lead = additive_mask(mask).cpu(), query.shape[:-3]
+    mask = mask.reshape((1,) * (query.dim() - mask.dim()) + mask.shape)
+    if mask.dim() > 4:
+        shared = all(size == 1 for size in mask.shape[:-3])
+        mask = mask.expand(*(mask.shape[:-3] if shared else lead), *mask.shape[-3:])
+        mask = mask.flatten(0, -4)
+    mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
+    return mask.expand(-1, -1, query.shape[-2], keys).contiguous()
+
+
+def _pitches(mask: Tensor) -> tuple[int, int]:
+    """Elements from image to image and from head to head; 0 where all share one."""
+    images, heads, *matrix = mask.shape
+    size = math.prod(matrix)
+    return (heads * size if images > 1 else 0), (size if heads > 1 else 0)
+
+
 @torch.no_grad()
 def grid_attention(
     query: Tensor,
@@ -75,18 +94,8 @@ def grid_attention(
                 (query, key, value), (query_qparams, key_qparams, value_qparams), strict=True
             )
         ]
-        mask, mask_image, mask_head = None, 0, 0
-        if attn_mask is not None:
-            mask = additive_mask(attn_mask).cpu()
-            mask = mask.reshape((1,) * (query.dim() - mask.dim()) + mask.shape)
-            if mask.dim() > 4:
-                shared = all(size == 1 for size in mask.shape[:-3])
-                mask = mask.expand(*(mask.shape[:-3] if shared else lead), *mask.shape[-3:])
-                mask = mask.flatten(0, -4)
-            mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
-            mask = mask.expand(-1, -1, tokens, keys).contiguous()
-            mask_head = tokens * keys if mask.shape[1] > 1 else 0
-            mask_image = mask.shape[1] * tokens * keys if mask.shape[0] > 1 else 0
+        mask = None if attn_mask is None else _mask(attn_mask, query, keys)
+        pitches = (0, 0) if mask is None else _pitches(mask)
         _C.attention(
             (images, tokens, keys, heads, key_heads, depth, width),
             (int(grids[0][1]), int(grids[1][1]), int(grids[2][1])),
@@ -94,9 +103,11 @@ def grid_attention(
             grids[2][0],
             is_causal,
             0 if mask is None else mask.data_ptr(),
-            mask_image,
-            mask_head,
-            *(item.data_ptr() for item in operands),
+            pitches[0],
+            pitches[1],
+            operands[0].data_ptr(),
+            operands[1].data_ptr(),
+            operands[2].data_ptr(),
             out.data_ptr(),
             get_num_threads(),
         )

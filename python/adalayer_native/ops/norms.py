@@ -15,6 +15,7 @@ from adalayer_native.ops.grids import levels
 
 __all__ = [
     "grid_batch_norm",
+    "grid_group_norm",
     "grid_layer_norm",
     "grid_line",
     "grid_rms_norm",
@@ -75,6 +76,37 @@ def grid_layer_norm(
     y = (q - s1 / count).float() * factor
     gamma = y.new_ones(()) if weight is None else weight.float()
     beta = y.new_zeros(()) if bias is None else bias.float()
+    return fma(y, gamma, beta).to(input.dtype)
+
+
+@torch.no_grad()
+def grid_group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    qparams: Tensor,
+) -> Tensor:
+    """Mean and variance from sums of the levels, over all positions and a group's channels.
+
+    Args:
+        input: float ``[N, C, ...]`` on a grid.
+        num_groups: of neighbouring channels.
+        qparams: float32 ``[3]``: the grid's scale, zero point and bits.
+    """
+    scale = float(qparams[0])
+    flat = levels(input, qparams).reshape(input.shape[0], num_groups, -1)
+    q, count = flat.long(), flat.shape[-1]
+    s1, s2 = q.sum(-1, keepdim=True), q.square().sum(-1, keepdim=True)
+    variance = (count * s2 - s1 * s1).double() / (float(count) * count)
+    # The program holds eps in float32.
+    least = float(torch.tensor(eps, dtype=torch.float32))
+    factor = (1.0 / (variance * (scale * scale) + least).sqrt() * scale).float()
+    y = ((flat.double() - s1.double() / count).float() * factor).reshape(input.shape)
+    shape = [1, -1, *[1] * (input.dim() - 2)]
+    gamma = y.new_ones(()) if weight is None else weight.float().view(shape)
+    beta = y.new_zeros(()) if bias is None else bias.float().view(shape)
     return fma(y, gamma, beta).to(input.dtype)
 
 

@@ -273,7 +273,7 @@ class _Analysis:
         batch norm of its rows do not notice.
         """
         while True:
-            users = [user for user in node.users if table.reads_values(user, node)]
+            users = [user for user in node.users if not table.only_shapes(user, node)]
             if len(users) != 1 or users[0].op == "output":
                 return None
             if not (self.is_identity(users[0]) or (rows and table.keeps_rows(users[0]))):

@@ -1,7 +1,7 @@
 """Steps whose bits depend on how they are computed become operators that compute as the engine.
 
 torch adds up floats in an order of its own and rounds products and sums one by one. Norms, lines
-with a constant per channel, averages, bilinear resizing, and a softmax or another function at the
+with a constant, averages, bilinear resizing, and a softmax or another function at the
 end are therefore operators of ours (ops/norms.py, averages.py, resizing.py, fused.py) in the exact
 simulation and in converted models. So is attention between values on grids: the engine rounds the
 weights of a softmax (ops/attention.py), which a simulation in float32 leaves as they are.
@@ -133,11 +133,18 @@ class _Steps:
         rest = [a["weight"], a["bias"], a["eps"]]
         return self._on_grid(node, _ops.grid_layer_norm.default, rest)
 
+    def _group_norm(self, node: fx.Node) -> fx.Node | None:
+        a = table.arguments(node)
+        if not self._becomes_levels(node):
+            return None
+        rest = [a["num_groups"], a["weight"], a["bias"], a["eps"]]
+        return self._on_grid(node, _ops.grid_group_norm.default, rest)
+
     def _is_on_grids(self, norm: RmsNorm) -> bool:
         return self._grid_of(norm.operand) is not None and self._becomes_levels(norm.node)
 
     def _line(self, node: fx.Node, kind: str) -> fx.Node | None:
-        """A value on a grid and a constant with one axis, which the engine takes per channel."""
+        """A value on a grid and a constant with more than one element."""
         a = table.arguments(node)
         left = a["self"] in self.constants
         operand, constant = (a["other"], a["self"]) if left else (a["self"], a["other"])
@@ -145,9 +152,9 @@ class _Steps:
         if (
             constant not in self.constants
             or not isinstance(info, TensorInfo)
-            or sum(size != 1 for size in info.shape) != 1
+            or all(size == 1 for size in info.shape)
             or (kind == "div" and left)
-            or info_of(operand) != info_of(node)
+            or not _same_shape(operand, node)
             or not self._becomes_levels(node)
         ):
             return None
@@ -327,6 +334,15 @@ class _Steps:
         return any(self._is_quantizer(reader) for reader in table.readers([node], passes))
 
 
+def _same_shape(left: fx.Node, right: fx.Node) -> bool:
+    """Whether two values have the same sizes in every call."""
+    a, b = info_of(left), info_of(right)
+    if not isinstance(a, TensorInfo) or not isinstance(b, TensorInfo) or a.dtype != b.dtype:
+        return False
+    # (A size may be a number in one and its text in the other.)
+    return list(map(str, a.shape)) == list(map(str, b.shape))
+
+
 def _pair(value: Any) -> list[int]:
     items = [value] if isinstance(value, int) else list(value)
     return items * 2 if len(items) == 1 else items
@@ -336,6 +352,7 @@ _MAKERS: dict[str, Callable[[_Steps, fx.Node], fx.Node | None]] = {
     "aten.avg_pool2d.default": _Steps._avg_pool,
     "aten.adaptive_avg_pool2d.default": _Steps._adaptive,
     "aten.mean.dim": _Steps._mean,
+    "aten.group_norm.default": _Steps._group_norm,
     "aten.upsample_bilinear2d.vec": _Steps._bilinear,
     "aten.upsample_bilinear2d.default": _Steps._bilinear,
     "aten.softmax.int": _Steps._softmax,

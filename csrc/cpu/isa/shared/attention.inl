@@ -43,8 +43,7 @@ void scale_sums(const BlockedSums& sums, float factor, bool bounded, const U8Fin
                 uint8_t* out) {
   const F factors = V::set(factor);
   with_finish(finish, bounded, [&](const auto& f) {
-    emit(f, out, sums.count, [&](int64_t i, auto) {
-      return V::mul(V::to_float(load_sums(sums, i)), factors);
-    });
+    emit(f, out, sums.count,
+         [&](int64_t i, auto) { return V::mul(V::to_float(load_sums(sums, i)), factors); });
   });
 }
