@@ -132,6 +132,30 @@ def test_ids_that_are_computed_are_computed_in_torch() -> None:
     assert torch.equal(engine(ids_of(5, LENGTH)), native(ids_of(5, LENGTH)))
 
 
+class Made(nn.Module):
+    """Positions and types that are made for the sizes of every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.types = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(2, WIDTH)
+        self.positions, self.last = nn.Embedding(2 * LENGTH, WIDTH), nn.Linear(WIDTH, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        kinds = torch.zeros(ids.shape, dtype=torch.int64)
+        places = torch.arange(ids.shape[1]).expand(ids.shape[0], -1)
+        angles = torch.arange(ids.shape[1])[:, None] * torch.arange(WIDTH)
+        found = self.words(ids) + self.types(kinds) + self.positions(places)
+        return self.last(found * angles.cos())
+
+
+@torch.no_grad()
+def test_what_is_made_for_sizes_is_a_constant() -> None:
+    native, engine = compiled(Made(), ids_of(3, LENGTH))
+    assert in_torch(engine) == []
+    for batch in (1, 4):
+        assert torch.equal(engine(ids_of(batch, LENGTH)), native(ids_of(batch, LENGTH)))
+
+
 class Positions(nn.Module):
     """Positions and types of tokens, as BERT has them."""
 

@@ -18,6 +18,7 @@ from adalayer_native.capture.model import TensorInfo, info_of
 __all__ = [
     "arguments",
     "clamp_range",
+    "constants",
     "is_addition",
     "is_batch_norm",
     "is_grid_preserving",
@@ -119,6 +120,18 @@ INTEGER_OPERATORS = frozenset(
         "_softmax.default", "embedding.default", "rms_norm.default",
     )
 )  # fmt: skip
+
+
+def constants(graph: fx.Graph) -> set[fx.Node]:
+    """What depends on parameters, numbers and sizes alone."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        operands = [item for item in node.all_input_nodes if info_of(item) is not None]
+        made = bool(operands) or (node.op == "call_function" and op_name(node) in FACTORIES)
+        held = node.op == "call_function" and made and found.issuperset(operands)
+        if node.op == "get_attr" or held:
+            found.add(node)
+    return found
 
 
 def op_name(node: fx.Node) -> str:

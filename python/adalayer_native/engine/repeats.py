@@ -17,7 +17,8 @@ from adalayer_native.engine.views import BATCH
 
 __all__ = ["Repeats"]
 
-_ATTENTION = "adalayer.grid_attention.default"
+# Operators that repeat an operand themselves, and its place.
+_REPEATING = {"adalayer.grid_attention.default": 3, "adalayer.grid_line.default": 1}
 _SEVERAL = 5
 _RESHAPE, _EXPAND = torch.ops.aten.reshape.default, torch.ops.aten.expand.default
 
@@ -58,8 +59,13 @@ class Repeats:
             wanted = found.repeat(_SEVERAL, *[1] * (found.dim() - 1)) if rows else found
             if torch.equal(wanted, several[node]):
                 alike = rows > 1 and torch.equal(found, found[:1].expand_as(found))
-                masks = all(op_name(user) == _ATTENTION for user in node.users)
-                self._replace(node, found[:1] if alike and masks else found, rows)
+                self._replace(
+                    node,
+                    found[:1]
+                    if alike and all(_repeats(user, node) for user in node.users)
+                    else found,
+                    rows,
+                )
 
     def _is_known(self, node: fx.Node) -> bool:
         value = node.meta.get("val")
@@ -114,12 +120,12 @@ class Repeats:
             found = self.graph.get_attr(name)
             found.meta["val"] = node.meta["val"].new_empty(value.shape)
         for user in [user for user in node.users if user not in self.known]:
-            masked = op_name(user) == _ATTENTION and user.args[3] is node
-            if not rows or (masked and len(value) == 1):
+            repeats = _repeats(user, node)
+            if not rows or (repeats and len(value) == 1):
                 user.replace_input_with(node, found)
             elif rows == 1:
                 user.replace_input_with(node, self._repeated(node, found))
-            elif masked:
+            elif repeats and op_name(user) == "adalayer.grid_attention.default":
                 self._of_windows(user, found, rows)
 
     def _repeated(self, node: fx.Node, constant: fx.Node) -> fx.Node:
@@ -158,3 +164,8 @@ class Repeats:
         found.meta.update(node.meta)
         found.meta["val"] = node.meta["val"].new_empty((self.batch, *map(int, sizes)))
         return found
+
+
+def _repeats(node: fx.Node, operand: fx.Node) -> bool:
+    place = _REPEATING.get(op_name(node))
+    return place is not None and node.args[place] is operand

@@ -29,7 +29,7 @@ from adalayer_native.capture import vocabulary as table
 from adalayer_native.capture.attention import attentions
 from adalayer_native.capture.float_values import float_values
 from adalayer_native.capture.rms_norms import rms_norms
-from adalayer_native.capture.vocabulary import FACTORIES, LAYERS
+from adalayer_native.capture.vocabulary import LAYERS
 from adalayer_native.errors import UnsupportedModelError
 from adalayer_native.padding import four_paddings
 from adalayer_native.plan import Plan
@@ -167,12 +167,7 @@ class _Analysis:
         self.keep = keep
         self.nodes: list[fx.Node] = list(model.graph.nodes)
         self.order = {node: index for index, node in enumerate(self.nodes)}
-        self.constant: set[fx.Node] = set()  # what depends on parameters and sizes alone
-        for node in self.nodes:
-            operands = [n for n in node.all_input_nodes if info_of(n) is not None]
-            held = node.op == "call_function" and self.constant.issuperset(operands)
-            if node.op == "get_attr" or (held and (operands or table.op_name(node) in FACTORIES)):
-                self.constant.add(node)
+        self.constant = table.constants(model.graph)
         self.floats = float_values(model)
         found = attentions(model)
         self.attending = {node for item in found for node in item.entries}

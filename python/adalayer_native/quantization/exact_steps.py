@@ -78,7 +78,7 @@ class _Steps:
         self.graph = model.graph
         self.modules = dict(model.named_modules())
         self.folded = folded
-        self.constants: set[fx.Node] = set()
+        self.constants = table.constants(model.graph)
         self.attentions = {item.result: item for item in attentions(model)}
         norms = rms_norms(self.graph).items()
         self.norms = {node: norm for node, norm in norms if self._is_on_grids(norm)}
@@ -88,17 +88,11 @@ class _Steps:
         """The new node, in front of the old one; None for other steps."""
         if table.is_batch_norm(node, self.modules):
             return None if node.target in self.folded else self._batch_norm(node)
-        if node.op == "get_attr":
-            self.constants.add(node)
-        if node.op != "call_function":
+        if node.op != "call_function" or node in self.constants:
             return None
         if node in self.attentions:
             return self._attention(self.attentions[node])
         name = table.op_name(node)
-        inputs = node.all_input_nodes
-        if inputs and all(item in self.constants for item in inputs):
-            self.constants.add(node)
-            return None
         if node in self.inside:
             return None
         if node in self.norms:
