@@ -546,6 +546,23 @@ class Batched(Block):
         return self.out(y.transpose(1, 2).flatten(2))
 
 
+class ShiftedWindows(Windows):
+    """A mask that is made as long as the values, as torchvision has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, h, w, c = x.shape
+        x = x.view(batch, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 2, 4, 5).reshape(-1, 4, c)
+        q, k, v = self.qkv(x).reshape(-1, 4, 3, HEADS, c // HEADS).permute(2, 0, 3, 1, 4)
+        places = x.new_zeros((6, 4))
+        places[4:, 2:] = 1
+        mask = places.unsqueeze(1) - places.unsqueeze(2)
+        mask = mask.masked_fill(mask != 0, -100.0).masked_fill(mask == 0, 0.0)
+        scores = q @ k.mT * 0.5 + self.bias
+        scores = scores.view(batch, 6, HEADS, 4, 4) + mask.unsqueeze(1).unsqueeze(0)
+        y = scores.view(-1, HEADS, 4, 4).softmax(-1) @ v
+        return self.out(y.transpose(1, 2).reshape(-1, 4, c)).view(batch, 6, 4, 5)
+
+
 class BatchedWindows(Windows):
     """Shifted windows whose mask and bias are one sum."""
 
@@ -559,7 +576,11 @@ class BatchedWindows(Windows):
 
 
 @pytest.mark.parametrize(
-    ("make", "x"), [(Batched, tokens(3)), (BatchedWindows, torch.randn(2, 4, 6, WIDTH))]
+    ("make", "x"),
+    [
+        (Batched, tokens(3)),
+        *((net, torch.randn(2, 4, 6, WIDTH)) for net in (BatchedWindows, ShiftedWindows)),
+    ],
 )
 def test_masks_that_are_made_for_the_batch(make: type[nn.Module], x: Tensor) -> None:
     torch.manual_seed(6)

@@ -98,6 +98,11 @@ FACTORIES = frozenset(
         "arange.start_step", "eye.default", "scalar_tensor.default", "linspace.default",
     )
 )  # fmt: skip
+# The same for the sizes and the type of their first operand, whatever it holds.
+LIKE_FACTORIES = frozenset(
+    f"aten.{name}.default"
+    for name in ("new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like")
+)
 # Functions of one value.
 FUNCTIONS = (
     "relu", "relu6", "hardtanh", "clamp", "clip", "clamp_min", "clamp_max", "hardswish",
@@ -127,9 +132,11 @@ def constants(graph: fx.Graph) -> set[fx.Node]:
     found: set[fx.Node] = set()
     for node in graph.nodes:
         operands = [item for item in node.all_input_nodes if info_of(item) is not None]
-        made = bool(operands) or (node.op == "call_function" and op_name(node) in FACTORIES)
-        held = node.op == "call_function" and made and found.issuperset(operands)
-        if node.op == "get_attr" or held:
+        held = node.op == "get_attr"
+        if node.op == "call_function":
+            held = bool(operands) and found.issuperset(operands)
+            held |= op_name(node) in LIKE_FACTORIES or (not operands and op_name(node) in FACTORIES)
+        if held:
             found.add(node)
     return found
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from adalayer_native.capture.vocabulary import FACTORIES, attribute, op_name
+from adalayer_native.capture.vocabulary import FACTORIES, LIKE_FACTORIES, attribute, op_name
 from adalayer_native.engine.views import BATCH
 
 __all__ = ["Repeats"]
@@ -75,6 +75,8 @@ class Repeats:
             return False
         if isinstance(value, torch.SymInt):
             return {str(n) for n in value.node.expr.free_symbols} == {str(self.batch)}
+        if op_name(node) in LIKE_FACTORIES:
+            return self.known.issuperset(node.all_input_nodes[1:])
         sources = node.all_input_nodes
         if not self.known.issuperset(sources) or not (sources or op_name(node) in FACTORIES):
             return False
@@ -107,6 +109,10 @@ class Repeats:
             elif isinstance(value, torch.SymInt):
                 found[node] = self._size(value, batch)
             else:
+                if op_name(node) in LIKE_FACTORIES:
+                    like = node.all_input_nodes[0]
+                    sizes = [self._size(size, batch) for size in like.meta["val"].shape]
+                    found[like] = torch.empty(sizes, dtype=like.meta["val"].dtype)
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), found.__getitem__)
                 with torch.no_grad():
                     found[node] = node.target(*args, **kwargs)
