@@ -323,7 +323,8 @@ class Planner {
         return;
       }
       case OpKind::Concat:
-        return concat(n, d);
+      case OpKind::Join:
+        return join(n, d);
       case OpKind::MaxPool:
       case OpKind::AvgPool:
       case OpKind::AdaptiveAvgPool:
@@ -399,8 +400,6 @@ class Planner {
         items(Kernel::Move, q, words(n.output));
         return;
       }
-      case OpKind::Join:
-        return join(n, d);
       case OpKind::GroupNorm:
         return group_norm(n, d);
     }
@@ -661,24 +660,9 @@ class Planner {
     items(Kernel::Pair, q, q.words);
   }
 
-  void concat(const Node& n, const NodeData& d) {
-    int32_t channel = 0;
-    for (size_t k = 0; k < n.inputs.size(); ++k) {
-      MoveParams q{};
-      q.kind = MoveParams::kConcat;
-      q.in = at<uint8_t>(n.inputs[k]);
-      q.out = at<uint8_t>(n.output);
-      q.table = constant<uint8_t>(d.constants[k]);
-      q.batch = batch_;
-      q.from = image_size(value(n.inputs[k]));
-      q.to = image_size(value(n.output));
-      q.first_channel = channel;
-      channel += q.from.c;
-      items(Kernel::Move, q, words(n.inputs[k]));
-    }
-  }
-
+  /// Concat and Join: the pieces one after the other along an axis.
   void join(const Node& n, const NodeData& d) {
+    const int64_t axis = n.op == OpKind::Concat ? 0 : n.ints[0];
     int32_t begin = 0;
     for (size_t k = 0; k < n.inputs.size(); ++k) {
       MoveParams q{};
@@ -689,8 +673,8 @@ class Planner {
       q.batch = batch_;
       q.from = image_size(value(n.inputs[k]));
       q.to = image_size(value(n.output));
-      (n.ints[0] == 1 ? q.top : q.left) = begin;
-      begin += n.ints[0] == 1 ? q.from.h : q.from.w;
+      (axis == 0 ? q.first_channel : axis == 1 ? q.top : q.left) = begin;
+      begin += axis == 0 ? q.from.c : axis == 1 ? q.from.h : q.from.w;
       items(Kernel::Move, q, words(n.inputs[k]));
     }
   }

@@ -46,25 +46,6 @@ RunImage quantize(const Program& program, const Node& node,
   };
 }
 
-RunImage concat(const Program& program, const Node& node) {
-  struct Piece {
-    int32_t value;
-    int64_t channel;
-    const uint8_t* table;
-  };
-  std::vector<Piece> pieces;
-  int64_t channel = 0;
-  for (size_t k = 0; k < node.inputs.size(); ++k) {
-    pieces.push_back({node.inputs[k], channel, table_bytes(program, node.constants[k])});
-    channel += program.values[node.inputs[k]].c;
-  }
-  const int32_t y = node.output;
-  return [=](const Frame& f, int64_t n, Part part) {
-    for (const Piece& p : pieces)
-      cpu::copy_channels(f.image(p.value, n), p.table, f.image(y, n), p.channel, part);
-  };
-}
-
 RunImage affine_image(const Program& program, const Node& node) {
   const AffineImageSpec spec = affine_image_spec(program, node);
   const Value& y = program.values[node.output];
@@ -79,24 +60,30 @@ RunImage constant(const Program& program, const Node& node) {
   return [=](const Frame& f, int64_t n, Part part) { cpu::constant(levels, f.image(y, n), part); };
 }
 
+/// Concat and Join: the pieces one after the other along an axis.
 RunImage join(const Program& program, const Node& node) {
   struct Piece {
     int32_t value;
     int64_t begin;
     const uint8_t* table;
   };
-  const int64_t axis = node.ints[0];
+  const int64_t axis = node.op == OpKind::Concat ? 0 : node.ints[0];
   std::vector<Piece> pieces;
   int64_t begin = 0;
   for (size_t k = 0; k < node.inputs.size(); ++k) {
     const Value& x = program.values[node.inputs[k]];
     pieces.push_back({node.inputs[k], begin, table_bytes(program, node.constants[k])});
-    begin += axis == 1 ? x.h : x.w;
+    begin += axis == 0 ? x.c : axis == 1 ? x.h : x.w;
   }
   const int32_t y = node.output;
   return [=](const Frame& f, int64_t n, Part part) {
-    for (const Piece& p : pieces)
-      cpu::copy_piece(f.image(p.value, n), p.table, f.image(y, n), axis, p.begin, part);
+    for (const Piece& p : pieces) {
+      const cpu::ConstImageView from = f.image(p.value, n);
+      if (axis == 0)
+        cpu::copy_channels(from, p.table, f.image(y, n), p.begin, part);
+      else
+        cpu::copy_piece(from, p.table, f.image(y, n), axis, p.begin, part);
+    }
   };
 }
 
@@ -165,7 +152,8 @@ RunImage run_image(const Program& program, const Node& node,
       return unary(node, [=](auto i, auto o, Part part) { cpu::affine(spec, i, o, part); });
     }
     case OpKind::Concat:
-      return concat(program, node);
+    case OpKind::Join:
+      return join(program, node);
     case OpKind::MaxPool: {
       const PoolSpec spec = pool_spec(program, node);
       return unary(node, [=](auto i, auto o, Part part) { cpu::max_pool(spec, i, o, part); });
@@ -237,8 +225,6 @@ RunImage run_image(const Program& program, const Node& node,
       };
     case OpKind::AffineImage:
       return affine_image(program, node);
-    case OpKind::Join:
-      return join(program, node);
     case OpKind::GroupNorm: {
       const GroupNormSpec spec = group_norm_spec(program, node);
       return unary(node, [=](auto i, auto o, Part part) { cpu::group_norm(spec, i, o, part); });

@@ -171,7 +171,7 @@ class NodeCheck {
   void rearrange() const;
   void function() const;
   void attention() const;
-  void norm() const;
+  void norm(size_t finish_at = 0) const;
   void embedding() const;
   void pad() const;
   void resize() const;
@@ -451,17 +451,11 @@ void NodeCheck::join() const {
 }
 
 void NodeCheck::group_norm() const {
-  kinds(ValueKind::U8, ValueKind::U8);
-  same_shape();
+  norm(1);
   const int64_t groups = ranged(0, "groups", 1, in().c);
   if (in().c % groups != 0) bad("channels must be divisible by groups ", groups, ", got ", in().c);
   const int64_t count = in().c / groups * in().h * in().w;
   if (count > kMaxGroupNorm) bad("a group of ", count, " levels; expected at most ", kMaxGroupNorm);
-  finish(1, true);
-  if (!std::isfinite(node_.floats[1]) || node_.floats[1] <= 0.0f)
-    bad("eps must be positive and finite, got ", node_.floats[1]);
-  floats_constant(0, "gamma", in().c);
-  floats_constant(1, "beta", in().c);
 }
 
 void NodeCheck::slice() const {
@@ -561,11 +555,11 @@ void NodeCheck::attention() const {
       bad("mask: expected finite entries or -infinity, got ", v);
 }
 
-/// LayerNorm and RmsNorm.
-void NodeCheck::norm() const {
+/// What all norms have.
+void NodeCheck::norm(size_t finish_at) const {
   kinds(ValueKind::U8, ValueKind::U8);
   same_shape();
-  finish(0, true);
+  finish(finish_at, true);
   if (!std::isfinite(node_.floats[1]) || node_.floats[1] <= 0.0f)
     bad("eps must be positive and finite, got ", node_.floats[1]);
   floats_constant(0, "gamma", in().c);

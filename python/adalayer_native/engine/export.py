@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from adalayer_native.capture.tidying import (
     plain_norms,
     sink_expansions,
 )
-from adalayer_native.capture.vocabulary import FACTORIES, RESHAPES, arguments, attribute, op_name
+from adalayer_native.capture.vocabulary import FACTORIES, attribute, op_name
 from adalayer_native.engine.repeats import Repeats
 from adalayer_native.engine.views import BATCH
 from adalayer_native.errors import InputError, UnsupportedModelError
@@ -51,7 +51,6 @@ class Exported:
     in_spec: Any
     out_spec: Any
     calls: dict[str, Call]
-    _constants: dict[fx.Node, Tensor | None] = field(default_factory=dict, repr=False)
 
     def tensor(self, node: fx.Node) -> Tensor:
         """The parameter or buffer of a ``get_attr`` node."""
@@ -60,42 +59,19 @@ class Exported:
     def constant(self, node: Any) -> Tensor | None:
         """A tensor that is the same for all samples; None for all others.
 
-        Parameters are, and what follows from them and the size of the batch alone: then its first
-        axis is the batch, which has size 1 here.
+        Parameters are, and those that are repeated for every sample of the batch (all that follows
+        from parameters and its size is: :class:`Repeats`): then the first axis has size 1 here.
         """
         if not isinstance(node, fx.Node):
             return None
         if node.op == "get_attr":
             return self.tensor(node)
-        if node not in self._constants:
-            self._constants[node] = self._fixed(node)
-        return self._constants[node]
-
-    def _fixed(self, node: fx.Node) -> Tensor | None:
-        if node.op != "call_function" or self.folds(node) != 1:
+        if node.op != "call_function" or op_name(node) != "aten.expand.default":
             return None
-        name, sizes = op_name(node), self.sizes(node)
-        value = node.meta["val"]
-        if sizes is None:
+        source, sizes = node.args[0], self.sizes(node)
+        if not isinstance(source, fx.Node) or source.op != "get_attr" or sizes is None:
             return None
-        if name in _FILLS:
-            fill = _FILLS[name]
-            number = fill if isinstance(fill, float) else arguments(node)["fill_value"]
-            known = _is_number(number)
-            return torch.full((1, *sizes), number, dtype=value.dtype) if known else None
-        if name not in _SIZED and name not in _FIXED:
-            return None
-        operands: dict[fx.Node, Any] = {}
-        for item in node.all_input_nodes:
-            is_size = name in _SIZED and self.is_batch(item.meta.get("val"))
-            operands[item] = 1 if is_size else self.constant(item)
-            if operands[item] is None:
-                return None
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda item: operands[item])
-        with torch.no_grad():
-            result = node.target(*args, **kwargs)  # type: ignore[operator]
-        assert isinstance(result, Tensor)
-        return result if tuple(result.shape) == (1, *sizes) else None
+        return self.tensor(source).expand(1, *sizes) if self.folds(node) == 1 else None
 
     def is_batch(self, value: Any) -> bool:
         """Whether a size is the batch's."""
@@ -245,30 +221,6 @@ def flattened(model: nn.Module, exported: Export) -> Exported:
     return found
 
 
-# Operators that fill a tensor with a number, whatever they read.
-_FILLS: dict[str, float | None] = {
-    f"aten.{name}.default": fill
-    for names, fill in (
-        (("zeros", "zeros_like", "new_zeros"), 0.0),
-        (("ones", "ones_like", "new_ones"), 1.0),
-        (("full", "full_like", "new_full"), None),
-    )
-    for name in names
-}
-# Operators that give constants the axis of the batch, by its size, and those whose result then has
-# the same bits for every sample and every size of the batch.
-_SIZED = RESHAPES | {"aten.expand.default", "aten.repeat.default"}
-_FIXED = frozenset(
-    f"aten.{name}"
-    for name in (
-        "unsqueeze.default", "squeeze.dim", "squeeze.dims",
-        "permute.default", "transpose.int", "slice.Tensor", "select.int", "flip.default",
-        "clone.default", "contiguous.default", "alias.default", "detach.default",
-        "cat.default", "neg.default", "add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor",
-    )
-) | {"adalayer.fake_quantize.default"}  # fmt: skip
-
-
 def _fold_repeats(module: fx.GraphModule) -> None:
     """Write what depends on parameters and the batch's size as constants, if one size is free."""
     sizes: dict[fx.Node, Any] = {}
@@ -281,10 +233,6 @@ def _fold_repeats(module: fx.GraphModule) -> None:
 
 
 _SCALARS = (torch.SymFloat, torch.SymInt, torch.SymBool, int, float, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float))
 
 
 def fold_constants(module: fx.GraphModule) -> None:

@@ -98,12 +98,15 @@ class Rule:
 RULES: dict[str, Rule] = {}
 
 
-def _in_order(atoms: tuple[Atom, ...], size: int, stride: int) -> tuple[Atom, ...]:
-    """An axis of a view whose elements now lie in its order, ``stride`` apart."""
-    if BATCH not in atoms:
-        return merged([(size, stride)])
-    inner = math.prod(n for n, _ in atoms[atoms.index(BATCH) + 1 :])
-    return merged([(size // inner, inner * stride), BATCH, (inner, stride)])
+def _around_batch(before: tuple[Atom, ...], copied: tuple[Atom, ...]) -> tuple[Atom, ...]:
+    """An axis of a copy, with the batch at its old place among the elements of one sample."""
+    if BATCH not in before:
+        return copied
+    split = before.index(BATCH)
+    sizes = [math.prod(n for n, _ in part) for part in (before[:split], before[split + 1 :])]
+    parts = reshaped((copied,), sizes)
+    assert parts is not None
+    return (*parts[0], BATCH, *parts[1])
 
 
 def letters_of(dims: Dims, size: Size) -> str:
@@ -188,7 +191,8 @@ class Lowering:
         if key not in self._u8:
             constant = self.parameter(node)
             if constant is not None:
-                return self.levels(node, constant, want)
+                self._u8[key] = self.levels(node, constant, want)
+                return self._u8[key]
             ref = self._find_u8(node, want)
             self._u8[key] = ref
             self.origins.setdefault(self.value(ref).name, (node, ref.dims, want))
@@ -468,15 +472,10 @@ class Lowering:
         groups = [[k for k, axis in enumerate(axes) if axis == part] for part in "chw"]
         places = [offsets(atoms)[picked.get(k, slice(None))] for k, atoms in enumerate(ref.dims)]
         tables = [outer_sum(places[k] for k in group) for group in groups]
-        size: Size = tuple(len(table) for table in tables)  # type: ignore[assignment]
+        size, dims = arranged_as(axes, [len(place) for place in places])
         constants = [self.program.i32(table) for table in tables]
         number = self.program.node("rearrange", name, [ref.value], size, grid, constants=constants)
-        dims: list[tuple[Atom, ...]] = [()] * len(axes)
-        for group, stride in zip(groups, (size[1] * size[2], size[2], 1), strict=True):
-            for axis in reversed(group):
-                dims[axis] = _in_order(ref.dims[axis], len(places[axis]), stride)
-                stride *= len(places[axis])
-        return Ref(number, tuple(dims))
+        return Ref(number, tuple(map(_around_batch, ref.dims, dims)))
 
     def sizes(self, node: fx.Node) -> tuple[int, ...]:
         """Sizes of a node's tensor without the batch."""

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from adalayer_native.capture.vocabulary import arguments
 from adalayer_native.engine.grids import Grid, Want
 from adalayer_native.engine.lower import RULES, CannotLower, Lowering, Rule
+from adalayer_native.engine.rules_layers import check_grid
 from adalayer_native.engine.views import Dims, Ref, Size, merged
 from adalayer_native.ops.attention import additive_mask, score_scale, total_scale
 
@@ -69,9 +70,7 @@ def _mask(low: Lowering, node: fx.Node, operand: Any, letters: str, folds: int) 
 def _own_grid(low: Lowering, node: fx.Node, name: str) -> tuple[Ref, Grid]:
     a = arguments(node)
     ref, grid = low.on_own_grid(a[name])
-    said = low.parameter(a[f"{name}_qparams"])
-    if said is None or said.tolist()[:2] != [grid.scale, grid.zero_point]:
-        raise CannotLower(node, f"it expects a {name} on another grid than {grid}")
+    check_grid(low, node, grid, a[f"{name}_qparams"])
     return ref, grid
 
 

@@ -280,7 +280,7 @@ def _batch_norm(low: Lowering, node: fx.Node, want: Want) -> Ref:
         raise CannotLower(node, "a batch norm in training mode")
     operand = a["input"]
     ref, grid = low.on_own_grid(operand)
-    check_grid(low, node, a, grid)
+    check_grid(low, node, grid, a.get("qparams"))
     if channel_axis(ref.dims, low.size(ref)) != 0:
         raise CannotLower(node, "its channels are not on axis 1")
     mean, var = low.parameter(a["running_mean"]), low.parameter(a["running_var"])
@@ -298,77 +298,61 @@ RULES["aten.batch_norm.default"] = Rule(_batch_norm)
 RULES["adalayer.grid_batch_norm.default"] = Rule(_batch_norm)
 
 
-def check_grid(low: Lowering, node: fx.Node, a: dict[str, Any], grid: Grid) -> None:
-    """Raise :class:`CannotLower` where a norm was made for values on another grid."""
-    said = low.parameter(a["qparams"]) if "qparams" in a else None
+def check_grid(low: Lowering, node: fx.Node, grid: Grid, qparams: Any) -> None:
+    """Raise :class:`CannotLower` where an operator was made for values on another grid."""
+    said = low.parameter(qparams)
     if said is not None and said.tolist()[:2] != [grid.scale, grid.zero_point]:
         raise CannotLower(node, f"it expects a grid of {said.tolist()}, its input has {grid}")
 
 
-def _layer_norm(low: Lowering, node: fx.Node, want: Want) -> Ref:
-    a = arguments(node)
-    ref, grid = low.on_own_grid(a["input"])
-    check_grid(low, node, a, grid)
-    axes = list(a.get("normalized_shape", node.meta["val"].shape[-1:]))
-    if len(axes) != 1 or not ref.dims or BATCH in ref.dims[-1]:
-        raise CannotLower(node, f"it normalises {axes}, which is not the last axis alone")
-    ref = low.rows(ref, low.name(node, "reorder"))
-    size = low.size(ref)
-    weight = low.parameter(a["weight"]) if a["weight"] is not None else torch.ones(size[0])
-    bias = low.parameter(a["bias"]) if a["bias"] is not None else torch.zeros(size[0])
-    if weight is None or bias is None:
-        raise CannotLower(node, "its parameters are computed by the graph")
-    program = low.program
-    return low.emit(
-        "layer_norm",
-        low.name(node),
-        [ref.value],
-        ref,
-        want,
-        ints=want.finish(),
-        floats=[want.grid.inverse, float(a["eps"])],
-        constants=[program.f32(_double(weight)), program.f32(_double(bias))],
-    )
+def _scale_and_shift(
+    low: Lowering, node: fx.Node, a: dict[str, Any], channels: int
+) -> tuple[int, int]:
+    """Constants of a norm's weight and bias, one number per channel."""
+    found = []
+    for name, fill in (("weight", 1.0), ("bias", 0.0)):
+        given = a.get(name)
+        value = torch.full((channels,), fill) if given is None else low.parameter(given)
+        if value is None:
+            raise CannotLower(node, "its parameters are computed by the graph")
+        found.append(low.program.f32(_double(value.reshape(-1))))
+    return found[0], found[1]
 
 
-RULES["aten.layer_norm.default"] = Rule(_layer_norm, folds=True, scatters=True)
-RULES["adalayer.grid_layer_norm.default"] = Rule(_layer_norm, folds=True, scatters=True)
+def _row_norm(op: str) -> Rule:
+    """A norm over the last axis: "layer_norm" or "rms_norm"."""
+
+    def u8(low: Lowering, node: fx.Node, want: Want) -> Ref:
+        a = arguments(node)
+        ref, grid = low.on_own_grid(a["input"])
+        check_grid(low, node, grid, a.get("qparams"))
+        axes = list(a.get("normalized_shape", node.meta["val"].shape[-1:]))
+        if len(axes) != 1 or not ref.dims or BATCH in ref.dims[-1]:
+            raise CannotLower(node, f"it normalises {axes}, which is not the last axis alone")
+        ref = low.rows(ref, low.name(node, "reorder"))
+        eps = torch.finfo(torch.float32).eps if a["eps"] is None else float(a["eps"])
+        return low.emit(
+            op,
+            low.name(node),
+            [ref.value],
+            ref,
+            want,
+            ints=want.finish(),
+            floats=[want.grid.inverse, eps],
+            constants=_scale_and_shift(low, node, a, low.size(ref)[0]),
+        )
+
+    return Rule(u8, folds=True, scatters=True)
 
 
-def _rms_norm(low: Lowering, node: fx.Node, want: Want) -> Ref:
-    a = arguments(node)
-    ref, grid = low.on_own_grid(a["input"])
-    check_grid(low, node, a, grid)
-    axes = list(a.get("normalized_shape", node.meta["val"].shape[-1:]))
-    if len(axes) != 1 or not ref.dims:
-        raise CannotLower(node, f"it normalises {axes}, which is not the last axis alone")
-    ref = low.rows(ref, low.name(node, "reorder"))
-    channels = low.size(ref)[0]
-    weight = low.parameter(a["weight"]) if a["weight"] is not None else torch.ones(channels)
-    if weight is None:
-        raise CannotLower(node, "its parameters are computed by the graph")
-    eps = torch.finfo(torch.float32).eps if a["eps"] is None else float(a["eps"])
-    program = low.program
-    return low.emit(
-        "rms_norm",
-        low.name(node),
-        [ref.value],
-        ref,
-        want,
-        ints=want.finish(),
-        floats=[want.grid.inverse, eps],
-        constants=[program.f32(_double(weight.reshape(-1))), program.f32(np.zeros(channels))],
-    )
-
-
-RULES["aten.rms_norm.default"] = Rule(_rms_norm, folds=True)
-RULES["adalayer.grid_rms_norm.default"] = Rule(_rms_norm, folds=True)
+for _name in ("layer_norm", "rms_norm"):
+    RULES[f"aten.{_name}.default"] = RULES[f"adalayer.grid_{_name}.default"] = _row_norm(_name)
 
 
 def _group_norm(low: Lowering, node: fx.Node, want: Want) -> Ref:
     a = arguments(node)
     ref, grid = low.on_own_grid(a["input"])
-    check_grid(low, node, a, grid)
+    check_grid(low, node, grid, a.get("qparams"))
     # It is over all positions, in whatever order they are.
     if channel_axis(ref.dims, low.size(ref)) != 0:
         axes = "c" + "h" * (len(ref.dims) > 1) + "w" * (len(ref.dims) - 2)
@@ -376,10 +360,6 @@ def _group_norm(low: Lowering, node: fx.Node, want: Want) -> Ref:
     channels, groups = low.size(ref)[0], int(a["num_groups"])
     if math.prod(low.size(ref)) // groups > MAX_GROUP_NORM:
         raise CannotLower(node, f"groups of {low.size(ref)} values by {groups}")
-    weight = low.parameter(a["weight"]) if a["weight"] is not None else torch.ones(channels)
-    bias = low.parameter(a["bias"]) if a["bias"] is not None else torch.zeros(channels)
-    if weight is None or bias is None:
-        raise CannotLower(node, "its parameters are computed by the graph")
     return low.emit(
         "group_norm",
         low.name(node),
@@ -388,7 +368,7 @@ def _group_norm(low: Lowering, node: fx.Node, want: Want) -> Ref:
         want,
         ints=[groups, *want.finish()],
         floats=[want.grid.inverse, float(a["eps"])],
-        constants=[low.program.f32(_double(weight)), low.program.f32(_double(bias))],
+        constants=_scale_and_shift(low, node, a, channels),
     )
 
 

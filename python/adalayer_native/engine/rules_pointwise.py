@@ -227,7 +227,7 @@ def _grid_line(low: Lowering, node: fx.Node, want: Want) -> Ref:
     constant = low.parameter(a["constant"])
     if constant is None:
         raise CannotLower(node, "its constant is computed by the graph")
-    check_grid(low, node, a, low.on_own_grid(a["input"])[1])
+    check_grid(low, node, low.on_own_grid(a["input"])[1], a["qparams"])
     return _line(low, node, a["input"], constant, a["kind"], a["alpha"], a["left"], want)
 
 

@@ -51,6 +51,18 @@ def grid_batch_norm(
     return fma(q, multiplier, addend).to(input.dtype)
 
 
+def _normalised(q: Tensor, scale: float, eps: float) -> Tensor:
+    """Levels over the last axis without their mean, by their deviation: float32."""
+    count = q.shape[-1]
+    whole = q.long()
+    s1, s2 = whole.sum(-1, keepdim=True), whole.square().sum(-1, keepdim=True)
+    variance = (count * s2 - s1 * s1).double() / (float(count) * count)
+    # The program holds eps in float32.
+    least = float(torch.tensor(eps, dtype=torch.float32))
+    factor = (1.0 / (variance * (scale * scale) + least).sqrt() * scale).float()
+    return (q.double() - s1.double() / count).float() * factor
+
+
 @torch.no_grad()
 def grid_layer_norm(
     input: Tensor,
@@ -65,15 +77,7 @@ def grid_layer_norm(
         input: float ``[..., C]`` on a grid.
         qparams: float32 ``[3]``: the grid's scale, zero point and bits.
     """
-    scale = float(qparams[0])
-    q = levels(input, qparams).double()  # sums of whole numbers up to 2^53 are exact
-    count = q.shape[-1]
-    s1, s2 = q.sum(-1, keepdim=True), q.square().sum(-1, keepdim=True)
-    variance = (count * s2 - s1 * s1) / (float(count) * count)
-    # The program holds eps in float32.
-    least = float(torch.tensor(eps, dtype=torch.float32))
-    factor = (1.0 / (variance * (scale * scale) + least).sqrt() * scale).float()
-    y = (q - s1 / count).float() * factor
+    y = _normalised(levels(input, qparams), float(qparams[0]), eps)
     gamma = y.new_ones(()) if weight is None else weight.float()
     beta = y.new_zeros(()) if bias is None else bias.float()
     return fma(y, gamma, beta).to(input.dtype)
@@ -95,15 +99,8 @@ def grid_group_norm(
         num_groups: of neighbouring channels.
         qparams: float32 ``[3]``: the grid's scale, zero point and bits.
     """
-    scale = float(qparams[0])
     flat = levels(input, qparams).reshape(input.shape[0], num_groups, -1)
-    q, count = flat.long(), flat.shape[-1]
-    s1, s2 = q.sum(-1, keepdim=True), q.square().sum(-1, keepdim=True)
-    variance = (count * s2 - s1 * s1).double() / (float(count) * count)
-    # The program holds eps in float32.
-    least = float(torch.tensor(eps, dtype=torch.float32))
-    factor = (1.0 / (variance * (scale * scale) + least).sqrt() * scale).float()
-    y = ((flat.double() - s1.double() / count).float() * factor).reshape(input.shape)
+    y = _normalised(flat, float(qparams[0]), eps).reshape(input.shape)
     shape = [1, -1, *[1] * (input.dim() - 2)]
     gamma = y.new_ones(()) if weight is None else weight.float().view(shape)
     beta = y.new_zeros(()) if bias is None else bias.float().view(shape)
