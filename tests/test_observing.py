@@ -30,11 +30,12 @@ class Between(nn.Module):
 
 
 class Attention(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
+    """Its weights are a result, too: so it is no one operation, and its scores are stored."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         q, k = self.q(x), self.k(x)
         weights = (q @ k.transpose(1, 2) * 0.25 + self.bias).softmax(-1)
-        y: Tensor = self.out(weights @ x)
-        return y
+        return self.out(weights @ x), weights
 
     def __init__(self) -> None:
         super().__init__()

@@ -14,7 +14,6 @@ __all__ = [
     "drop_dead",
     "merge_reshapes",
     "plain_norms",
-    "sink_expansions",
     "sink_squeezes",
 ]
 
@@ -166,52 +165,6 @@ def plain_norms(graph: fx.Graph) -> None:
             graph.erase_node(reader)
         if not node.users:
             graph.erase_node(node)
-
-
-def sink_expansions(graph: fx.Graph) -> None:
-    """Let a constant that is repeated for every sample be one as long as possible.
-
-    Positions and types of tokens are such constants: what is looked up with them is one, too, and a
-    sum with it repeats it by itself.
-    """
-    for node in list(graph.nodes):
-        if node.op != "call_function" or not node.args:
-            continue
-        if op_name(node) == "aten.embedding.default" and _is_repeated(node.args[1]):
-            repeated = node.args[1]
-            assert isinstance(repeated, fx.Node) and isinstance(repeated.args[0], fx.Node)
-            constant, value = repeated.args[0], node.meta["val"]
-            with graph.inserting_before(node):
-                rows = graph.call_function(node.target, (node.args[0], constant))
-                sizes = [*repeated.args[1], value.shape[-1]]  # type: ignore[misc]
-                found = graph.call_function(torch.ops.aten.expand.default, (rows, sizes))
-            rows.meta.update(node.meta)
-            rows.meta["val"] = value.new_empty((*constant.meta["val"].shape, value.shape[-1]))
-            found.meta.update(node.meta)
-            node.replace_all_uses_with(found)
-            graph.erase_node(node)
-        elif op_name(node) in _PAIRS:
-            for repeated, other in (node.args[:2], node.args[1::-1]):
-                if (
-                    _is_repeated(repeated)
-                    and isinstance(other, fx.Node)
-                    and not _is_repeated(other)
-                    and _same_shape(node, other)
-                ):
-                    assert isinstance(repeated, fx.Node) and isinstance(repeated.args[0], fx.Node)
-                    node.replace_input_with(repeated, repeated.args[0])
-    drop_dead(graph)
-
-
-def _is_repeated(node: Any) -> bool:
-    """Whether a node is a constant that is repeated."""
-    if not isinstance(node, fx.Node) or node.op != "call_function":
-        return False
-    source = node.args[0] if node.args else None
-    if op_name(node) != "aten.expand.default" or not isinstance(source, fx.Node):
-        return False
-    of_constants = [item.op == "get_attr" for item in source.all_input_nodes]
-    return source.op == "get_attr" or (bool(of_constants) and all(of_constants))
 
 
 def sink_squeezes(graph: fx.Graph, modules: dict[str, Any]) -> None:

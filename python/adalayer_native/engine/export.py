@@ -20,7 +20,6 @@ from adalayer_native.capture.tidying import (
     drop_dead,
     merge_reshapes,
     plain_norms,
-    sink_expansions,
 )
 from adalayer_native.capture.vocabulary import FACTORIES, attribute, op_name
 from adalayer_native.engine.repeats import Repeats
@@ -200,8 +199,6 @@ def flattened(model: nn.Module, exported: Export) -> Exported:
     merge_reshapes(graph)
     fold_constants(module)
     _fold_repeats(module)
-    sink_expansions(graph)
-    fold_constants(module)
     drop_dead(graph)
     outputs = next(node for node in graph.nodes if node.op == "output")
     flat = pytree.tree_leaves(outputs.args[0])
