@@ -1,7 +1,7 @@
 // Times direct convolutions, u8 image in and out, one thread: pointwise, strided and depthwise
 // ones, with weights of 8 bits (a bell, and uniform ones; levels of 8 bits and of 7) and of 4, in
 // microseconds and in products per cycle of the core. A sample counts where two loops beside it,
-// one that waits for its own additions and one that keeps the vector units busy, ran as fast as
+// one that waits for its own products and one that keeps the vector units busy, ran as fast as
 // they ever do: on a core that shares its units with a neighbour the second takes longer.
 //
 //   bench_products [what a layer's name contains]
@@ -26,9 +26,11 @@ using namespace adalayer::cpu;
 
 namespace {
 
-constexpr int kAdditions = 20000;
+constexpr int kMultiplications = 7000;
+constexpr int kLatency = 3;  // cycles of one, on every processor of the last ten years
 constexpr double kLikeTheBest = 1.08;
-constexpr int kSamples = 25, kMostRounds = 3000;
+constexpr double kMicroseconds = 150e3;  // of runs, per order of the loops
+constexpr int kLeast = 20;
 
 double thread_microseconds() {
   timespec t{};
@@ -42,29 +44,37 @@ double timed(const std::function<void()>& run) {
   return thread_microseconds() - begin;
 }
 
-/// As many cycles as additions: each waits for the one before it.
-void wait_for_additions() {
-  uint64_t sum = 0;
-  for (int i = 0; i < kAdditions; ++i)
-    __asm__ volatile("add $1, %0" : "+r"(sum));
+/// Each waits for the one before it. (Some cores add constants without taking a cycle.)
+void wait_for_multiplications() {
+  uint64_t product = 3;
+  for (int i = 0; i < kMultiplications; ++i)
+    __asm__ volatile("imul %0, %0" : "+r"(product));
 }
 
-/// The core beside a sample: cycles per microsecond, and whether its units are ours alone.
-class Core {
- public:
-  bool at_its_best() {
-    const double additions = timed(wait_for_additions);
-    const double vectors = timed([] { probe_cores(1); });
-    additions_ = std::min(additions_, additions);
-    vectors_ = std::min(vectors_, vectors);
-    return additions < kLikeTheBest * additions_ && vectors < kLikeTheBest * vectors_;
-  }
-  double cycles(double microseconds) const { return microseconds * kAdditions / additions_; }
-
- private:
-  double additions_ = std::numeric_limits<double>::max();
-  double vectors_ = std::numeric_limits<double>::max();
+/// One run of a layer, and what the core did beside it.
+struct Sample {
+  double run, chain, vectors;  // microseconds
 };
+
+/// The median of the runs beside which both loops were as fast as beside any of this layer, in
+/// microseconds and in cycles. (Of this layer: wide units lower the clock while they are in use.)
+struct Result {
+  double microseconds = 0, cycles = 0;
+};
+Result at_its_best(const std::vector<Sample>& samples) {
+  double chain = std::numeric_limits<double>::max(), vectors = chain;
+  for (const Sample& s : samples) {
+    chain = std::min(chain, s.chain);
+    vectors = std::min(vectors, s.vectors);
+  }
+  std::vector<double> runs;
+  for (const Sample& s : samples)
+    if (s.chain < kLikeTheBest * chain && s.vectors < kLikeTheBest * vectors) runs.push_back(s.run);
+  if (runs.empty()) return {};
+  std::sort(runs.begin(), runs.end());
+  const double median = runs[runs.size() / 2];
+  return {median, median * kMultiplications * kLatency / chain};
+}
 
 struct Layer {
   int64_t in, out, size, kernel, stride;
@@ -100,7 +110,10 @@ const Layer kLayers[] = {{64, 64, 56, 1, 1, false, false},    {64, 256, 56, 1, 1
                          {512, 128, 28, 1, 1, false, false},  {256, 1024, 14, 1, 1, true, false},
                          {1024, 256, 14, 1, 1, false, false}, {512, 2048, 7, 1, 1, true, false},
                          {2048, 512, 7, 1, 1, false, false},  {128, 128, 56, 3, 2, false, false},
-                         {256, 256, 14, 3, 1, false, false},  {16, 96, 112, 1, 1, false, false},
+                         {64, 64, 224, 3, 1, false, false},   {256, 256, 56, 3, 1, false, false},
+                         {64, 64, 56, 3, 1, false, false},    {128, 128, 28, 3, 1, false, false},
+                         {256, 256, 14, 3, 1, false, false},  {512, 512, 28, 3, 1, false, false},
+                         {512, 512, 7, 3, 1, false, false},   {16, 96, 112, 1, 1, false, false},
                          {32, 192, 28, 1, 1, false, false},   {144, 24, 56, 1, 1, false, false},
                          {32, 32, 112, 3, 1, false, true},    {144, 144, 56, 3, 1, false, true},
                          {96, 96, 112, 3, 2, false, true},    {384, 384, 14, 3, 1, false, true}};
@@ -136,13 +149,15 @@ std::vector<int8_t> weights_of(const ConvShape& s, int bits, bool uniform, std::
   return weights;
 }
 
-/// Microseconds of a layer, by the faster order of its loops.
-double measure(const Layer& layer, const Values& values, Core& core) {
+/// A layer by the faster order of its loops.
+Result measure(const Layer& layer, const Values& values) {
   std::mt19937 random(1);
   const KernelRow& row = *active_kernels();
   const ConvShape s = layer.shape();
   const auto pad = static_cast<int>(layer.kernel / 2);
-  const ImageLayout in = image_layout(layer.in, layer.size, layer.size, {pad, pad, pad, pad});
+  const int64_t phases = row.positions == Positions::Flattened ? layer.stride : 1;
+  const ImageLayout in =
+      image_layout(layer.in, layer.size, layer.size, {pad, pad, pad, pad}, phases);
   const ImageLayout out = image_layout(layer.out, s.out_h(), s.out_w(), {0, 0, 0, 0});
   AlignedBuffer x(static_cast<size_t>(in.image_bytes + in.slack));
   AlignedBuffer y(static_cast<size_t>(out.image_bytes + out.slack)), residual(y.size());
@@ -186,23 +201,27 @@ double measure(const Layer& layer, const Values& values, Core& core) {
                             .other_order = other,
                             .stream = nullptr,
                             .segment = 0};
+        row.begin();  // (each time: the probe releases the tiles, too)
         run_conv(call, row, {});
+        row.end();
       });
   }
-  double best = std::numeric_limits<double>::max();
-  row.begin();
+  Result best;
   for (const auto& run : orders) {
-    std::vector<double> samples;
-    for (int i = 0; i < kMostRounds && samples.size() < kSamples; ++i) {
-      const bool before = core.at_its_best();
+    std::vector<Sample> samples;
+    double spent = 0;
+    for (int i = 0; spent < kMicroseconds || i < kLeast; ++i) {
+      const double chain = timed(wait_for_multiplications);
       const double took = timed(run);
-      if (core.at_its_best() && before) samples.push_back(took);
+      const double vectors = timed([] { probe_cores(1); });
+      samples.push_back({took, chain, vectors});
+      spent += took;
     }
-    if (samples.empty()) continue;
-    std::sort(samples.begin(), samples.end());
-    best = std::min(best, samples[samples.size() / 2]);
+    const Result result = at_its_best(samples);
+    if (result.microseconds > 0 &&
+        (best.microseconds == 0 || result.microseconds < best.microseconds))
+      best = result;
   }
-  row.end();
   return best;
 }
 
@@ -214,9 +233,6 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "this machine has no vector kernels\n");
     return 1;
   }
-  Core core;
-  for (int i = 0; i < 1000; ++i)
-    core.at_its_best();
   std::printf("%-32s", "us, products per cycle");
   for (const Values& values : kValues)
     std::printf(" %21s", values.name);
@@ -228,8 +244,8 @@ int main(int argc, char** argv) {
                           static_cast<double>(s.reduction());
     std::printf("%-32s", layer.name().c_str());
     for (const Values& values : kValues) {
-      const double us = measure(layer, values, core);
-      std::printf("   %10.1f %7.1f", us, products / core.cycles(us));
+      const Result result = measure(layer, values);
+      std::printf("   %10.1f %7.1f", result.microseconds, products / result.cycles);
       std::fflush(stdout);
     }
     std::printf("\n");
