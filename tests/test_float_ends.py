@@ -178,6 +178,27 @@ def test_layers_that_stay_in_float(floats: list[str], tmp_path: Path) -> None:
     assert row.bits == 32 and row.bytes == 4 * weights[row.name]
 
 
+class Sums(nn.Module):
+    """Residuals of every kind: of floats at the end, of levels, and beside a layer in float."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 3, padding=1)
+        self.side, self.main = nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 3, padding=1)
+        self.short, self.long = nn.Conv2d(6, 8, 1), nn.Conv2d(6, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        x = (self.main(x) + self.side(x)).relu() + x
+        return (self.long(x) + self.short(x)).relu()
+
+
+@pytest.mark.parametrize("floats", [[], ["main"], ["side"], ["long"], ["short"]], ids="-".join)
+def test_residuals(floats: list[str], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    checked(Sums(), torch.randn(2, 3, 8, 7), tmp_path / "sums.ada", floats)
+
+
 def test_flattened_images_and_rows_of_windows(tmp_path: Path) -> None:
     class Flat(nn.Module):
         def __init__(self) -> None:

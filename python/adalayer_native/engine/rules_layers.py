@@ -195,13 +195,18 @@ def _as_float(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
         bounds if plain else (-math.inf, math.inf),
     )  # fmt: skip
     result = Ref(number, layer.dims)
-    if plain:
-        return result
-    ref, _ = low.on_own_grid(layer.residual)
-    ref = low.plain(ref, low.name(node, "residual"))
-    other = program.node("dequantize", low.name(node, "residual"), [ref.value], low.size(ref), None)
-    number = program.node(
-        "combine", low.name(node, "sum"), [number, other], layer.size, None, ints=[0]
+    return result if plain else _plus_residual(low, node, layer, result, bounds)
+
+
+def _plus_residual(
+    low: Lowering, node: fx.Node, layer: _Layer, ref: Ref, bounds: tuple[float, float]
+) -> Ref:
+    """Floats and a residual in float32, clamped."""
+    other = low.plain(low.f32(layer.residual), low.name(node, "residual"))
+    if low.size(other) != layer.size:
+        raise CannotLower(node, f"its residual is {low.size(other)}, its result {layer.size}")
+    number = low.program.node(
+        "combine", low.name(node, "sum"), [ref.value, other.value], layer.size, None, ints=[0]
     )
     return clamped(low, node, Ref(number, layer.dims), *bounds)
 
@@ -229,9 +234,15 @@ def float_function(
     return Ref(number, ref.dims)
 
 
+def _has_float_residual(low: Lowering, node: fx.Node) -> bool:
+    """Whether what is added to a layer is on no grid, since no quantized layer follows."""
+    residual = arguments(node).get("residual")
+    return residual is not None and low.grids(residual) is None
+
+
 def _layer_u8(low: Lowering, node: fx.Node, want: Want) -> Ref:
-    if node in low.as_float:
-        return low.quantized(_as_float(low, node, want.lo, want.hi), node, Want(want.grid))
+    if node in low.as_float or _has_float_residual(low, node):
+        return low.quantized(_layer_f32(low, node, want.lo, want.hi), node, Want(want.grid))
     layer = _layer(low, node)
     want = want.after(*layer.bounds)
     residual = _residual(low, node, layer)
@@ -253,8 +264,10 @@ def _layer_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
     if node in low.as_float:
         return _as_float(low, node, lo, hi)
     layer = _layer(low, node)
-    residual = _residual(low, node, layer)
-    lo, hi = compose_clamps(layer.bounds, (lo, hi))
+    bounds = compose_clamps(layer.bounds, (lo, hi))
+    floats = _has_float_residual(low, node)
+    residual = [] if floats else _residual(low, node, layer)
+    lo, hi = (-math.inf, math.inf) if floats else bounds
     program = low.program
     number = program.node(
         layer.op,
@@ -266,7 +279,8 @@ def _layer_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
         floats=[1.0, lo, hi],
         constants=[layer.weights, program.f32(layer.multiplier), program.f32(layer.bias), -1],
     )
-    return Ref(number, layer.dims)
+    result = Ref(number, layer.dims)
+    return _plus_residual(low, node, layer, result, bounds) if floats else result
 
 
 def _no_grid(grids: Grids, node: fx.Node) -> None:
