@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -176,6 +177,24 @@ def test_layers_that_stay_in_float(floats: list[str], tmp_path: Path) -> None:
     weights = {name: layer.weight.numel() for name, layer in Net().named_children() if name != ""}
     row = next(row for row in coverage if row.kind == "float")
     assert row.bits == 32 and row.bytes == 4 * weights[row.name]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [F.hardswish, F.hardsigmoid, F.silu, torch.tanh, lambda x: F.leaky_relu(x, 0.1), F.relu6],
+)
+def test_functions_in_front_of_a_layer_in_float(function: Any, tmp_path: Path) -> None:
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.fc(function(4.0 * self.conv(x)).mean((2, 3)))
+            return y
+
+    torch.manual_seed(0)
+    checked(Head(), torch.randn(2, 3, 8, 7), tmp_path / "head.ada", ["fc"])
 
 
 class Sums(nn.Module):

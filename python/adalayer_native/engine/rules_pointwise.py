@@ -29,6 +29,7 @@ from adalayer_native.engine.views import (
     in_order,
     merged,
 )
+from adalayer_native.ops.fused import FLOAT_FUNCTIONS, SIXTH
 from adalayer_native.ops.norms import line_of
 
 # -- functions of one value -----------------------------------------------------------------------
@@ -101,7 +102,7 @@ def _line_of(node: fx.Node, constant: Tensor, left: bool) -> list[tuple[str, flo
 def _float_steps(node: fx.Node) -> list[tuple[str, float]] | None:
     """A function of one float as steps that the engine has; None if it has none."""
     name = op_name(node)
-    if name == "adalayer.exact_function.default":
+    if name == "adalayer.exact_function.default" and node.args[1] in FLOAT_FUNCTIONS:
         return [(str(node.args[1]), 0.0)]
     if name == "aten.neg.default":
         return [("multiply", -1.0)]
@@ -111,10 +112,45 @@ def _float_steps(node: fx.Node) -> list[tuple[str, float]] | None:
     return None
 
 
+_HARD = ("hardsigmoid", "hardswish")
+
+
+def _combined(low: Lowering, node: fx.Node, kind: str, a: Ref, b: Ref) -> Ref:
+    number = low.program.node(
+        "combine", low.name(node), [a.value, b.value], low.size(a), None, ints=[_PAIRS[kind]]
+    )
+    return Ref(number, a.dims)
+
+
+def _hard(low: Lowering, node: fx.Node, kind: str) -> Ref:
+    """The steps of ``ops.fused.exact_function``."""
+    ref = low.f32(node.args[0])
+    part = float_function(low, node, ref, "plus", 3.0)
+    part = float_function(low, node, part, "clamp", 0.0, 6.0)
+    if kind == "hardswish":
+        part = _combined(low, node, "mul", ref, part)
+    return float_function(low, node, part, "multiply", SIXTH)
+
+
+def _leaky(low: Lowering, node: fx.Node) -> Ref:
+    """Both signs apart: each is one product at most, as torch has it."""
+    slope = float(torch.tensor(float(arguments(node)["negative_slope"]), dtype=torch.float32))
+    if not math.isfinite(slope):
+        raise CannotLower(node, f"a slope of {slope}")
+    ref = low.f32(node.args[0])
+    above = float_function(low, node, ref, "clamp", 0.0, math.inf)
+    below = float_function(low, node, ref, "clamp", -math.inf, 0.0)
+    return _combined(low, node, "add", above, float_function(low, node, below, "multiply", slope))
+
+
 def _function_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
     bounds = _clamp(node)
     if bounds is not None:
         return low.f32(node.args[0], *compose_clamps(bounds, (lo, hi)))
+    if op_name(node) == "adalayer.exact_function.default" and node.args[1] in _HARD:
+        return clamped(low, node, _hard(low, node, str(node.args[1])), lo, hi)
+    if op_name(node) == "aten.leaky_relu.default":
+        return clamped(low, node, _leaky(low, node), lo, hi)
     steps = _float_steps(node)
     if steps is None:
         raise CannotLower(

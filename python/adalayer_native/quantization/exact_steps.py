@@ -387,4 +387,6 @@ _MAKERS: dict[str, Callable[[_Steps, fx.Node], fx.Node | None]] = {
     "aten.sigmoid.default": _Steps._function,
     "aten.tanh.default": _Steps._function,
     "aten.silu.default": _Steps._function,
+    "aten.hardsigmoid.default": _Steps._function,
+    "aten.hardswish.default": _Steps._function,
 }
