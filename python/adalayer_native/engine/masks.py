@@ -22,7 +22,7 @@ __all__ = ["take_masks_apart"]
 
 _ATTENTION, _MASK = "adalayer.grid_attention.default", 3
 _SAMPLES = 6
-_OTHERS = (2, -1, 7)  # what an integer mask may hold beside 0 and 1
+_OTHERS = (2, -1, 256, 1 << 16)  # what an integer mask may hold beside 0 and 1
 
 
 @dataclass
@@ -170,7 +170,10 @@ class _Apart:
     def _additive(self) -> _Found | None:
         """The same for a mask that is the input itself."""
         keys = int(self.mask.meta["val"].shape[-1])
-        values = torch.where(self._patterns(keys), 0.0, -torch.arange(1.0, keys + 1))
+        generator = torch.Generator().manual_seed(0)
+        sizes = 10.0 ** torch.randint(-3, 30, (_SAMPLES, keys), generator=generator)
+        values = torch.randn(_SAMPLES, keys, generator=generator) * sizes
+        values[self._patterns(keys)] = 0.0
         masks = self._of(values)
         if not torch.equal(masks, values[:, None, None, :].expand_as(masks)):
             return None
