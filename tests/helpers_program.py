@@ -186,9 +186,11 @@ def inverse(grid: Grid) -> float:
 class _Random:
     """Adds random nodes to a builder; every draw makes a valid one."""
 
-    def __init__(self, draw: st.DrawFn, everything: bool) -> None:
+    def __init__(self, draw: st.DrawFn, everything: bool, on_gpus: bool) -> None:
         self.draw = draw
         self.everything = everything
+        self.on_gpus = on_gpus
+        self.masks: list[Value] = []  # of keys, by their number
         self.builder = Builder()
         self.pool: list[Value] = []
         self.rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
@@ -468,7 +470,85 @@ class _Random:
         grid = self.grid()
         ints = [heads, heads, *flags, 0, grid.qmax, grid.zero_point]
         factors = [inverse(grid), self.scale(-20, 0)]
-        self.put("attention", [x, x, x], x.shape, grid, ints, factors, [mask])
+        keys = [] if rows else [v for v in self.masks if v.shape[2] == tokens]
+        self.put("attention", [x, x, x, *keys[:1]], x.shape, grid, ints, factors, [mask])
+
+    def op_floats(self, x: Value) -> None:
+        """Some operations on floats, and back to levels."""
+        if self.on_gpus:
+            return
+        value = self.builder.node("dequantize", [x], self.builder.value(x.shape))
+        for _ in range(self.int(1, 3)):
+            step = self.pick(["conv", "line", "norm", "pool", "turn", "sum"])
+            value = getattr(self, f"_float_{step}")(value) or value
+        self.put("quantize", [value], value.shape, self.grid())
+
+    def _float_conv(self, x: Value) -> Value | None:
+        c, h, w = x.shape
+        groups = self.pick([g for g in range(1, c + 1) if c % g == 0])
+        o = groups * self.int(1, max(1, 24 // groups))
+        kernel, stride = [self.int(1, 3), self.int(1, 3)], [self.int(1, 2), self.int(1, 2)]
+        pad = [self.int(0, 1) for _ in range(4)]
+        size = [
+            (length + pad[k] + pad[k + 2] - kernel[k]) // stride[k] + 1
+            for k, length in enumerate((h, w))
+        ]
+        if min(size) < 1 or o * size[0] * size[1] > 4000:
+            return None
+        shape = (o, c // groups, *kernel)
+        ints = [*kernel, *stride, *pad, 1, 1, groups]
+        bias = self.floats(o, -40, 80)
+        if self.int(0, 1):
+            constants = [self.floats(int(np.prod(shape)), -0.3, 0.3), -1, bias]
+        else:
+            weights = self.builder.weights(self.rng.integers(-8, 8, shape), 4)
+            constants = [weights, self.floats(o, -0.05, 0.05), bias]
+        out = self.builder.value((o, *size))
+        limits = self.pick([(-INF, INF), (0.0, INF)])
+        return self.builder.node("float_conv", [x], out, ints, limits, constants)
+
+    def _float_line(self, x: Value) -> Value:
+        constants = [self.floats(x.shape[0], -1, 1), self.floats(x.shape[0], -40, 40), -1]
+        out = self.builder.value(x.shape)
+        return self.builder.node("affine", [x], out, [0, 255, 0], [1.0], constants)
+
+    def _norm_of(self, x: Value) -> Value:
+        """Of levels or floats, to floats."""
+        c, kind = x.shape[0], self.pick(["layer_norm", "rms_norm", "group_norm"])
+        groups = self.pick([g for g in range(1, c + 1) if c % g == 0])
+        ints = [groups] * (kind == "group_norm") + [0, 255, 0]
+        constants = [self.floats(c, -30, 30), self.floats(c, -10, 40)]
+        out = self.builder.value(x.shape)
+        return self.builder.node(kind, [x], out, ints, [1.0, 1e-5], constants)
+
+    _float_norm = _norm_of
+
+    def _float_pool(self, x: Value) -> Value:
+        c, h, w = x.shape
+        kernel = [self.int(1, min(3, h)), self.int(1, min(3, w))]
+        out = self.builder.value((c, h - kernel[0] + 1, w - kernel[1] + 1))
+        return self.builder.node("max_pool", [x], out, [*kernel, 1, 1, 0, 0, 1, 1])
+
+    def _float_turn(self, x: Value) -> Value:
+        steps = (x.shape[1] * x.shape[2], x.shape[2], 1)
+        order = self.rng.permutation(3)
+        tables = [np.arange(x.shape[k])[:: self.pick([1, -1])] * steps[k] for k in order]
+        constants = [self.builder.constant(table.astype(np.int32)) for table in tables]
+        out = self.builder.value([x.shape[k] for k in order])
+        return self.builder.node("rearrange", [x], out, constants=constants)
+
+    def _float_sum(self, x: Value) -> Value:
+        fixed = self.builder.value(x.shape)
+        constants = [self.floats(int(np.prod(x.shape)), -30, 30)]
+        self.builder.node("constant", [], fixed, constants=constants)
+        both = [x, fixed] if self.int(0, 1) else [fixed, x]
+        return self.builder.node("combine", both, self.builder.value(x.shape), [self.int(0, 2)])
+
+    def mask(self, ids: Value) -> None:
+        """A mask of keys from ids."""
+        out = self.builder.value(ids.shape)
+        hidden = self.pick([-INF, -3e38, -2.0])
+        self.masks.append(self.builder.node("choose", [ids], out, [1], [hidden, 0.0]))
 
     def op_pad(self, x: Value) -> None:
         top, left, bottom, right = (self.int(0, 2) for _ in range(4))
@@ -535,6 +615,8 @@ class _Random:
 
     def tail(self, x: Value) -> Value:
         """One float output."""
+        if not self.on_gpus and self.int(0, 4) == 0:
+            return self._norm_of(x)
         transposed = self.everything and self.int(0, 3) == 0
         out = self._convolution(x, transposed, to_float=True) if self.int(0, 1) else None
         if out is None:
@@ -569,9 +651,10 @@ def programs(
     """A valid program of up to `most_nodes` random nodes between its quantizers and its tails.
 
     Without `everything` transposed convolutions have no dilation and no float output, which the
-    engine refuses. Without `ids` no input is token ids, which the CUDA engine refuses.
+    engine refuses. Without `ids` no input is token ids, and nothing but what follows all layers
+    works on floats, which the CUDA engine refuses.
     """
-    r = _Random(draw, everything)
+    r = _Random(draw, everything, not ids)
     for _ in range(draw(st.integers(1, 2))):
         shape = (r.int(1, 20), r.int(1, 9), r.int(1, 9))
         x = r.builder.input(shape)
@@ -580,6 +663,9 @@ def programs(
         x = r.builder.input((1, r.int(1, 3), r.int(1, 12)), "i32")
         for _ in range(r.int(1, 2)):
             r.embed(x)
+    if ids and r.int(0, 3) == 0:
+        tokens = {v.shape[1] * v.shape[2] for v in r.pool}
+        r.mask(r.builder.input((1, 1, r.pick(sorted(tokens))), "i32"))
     for _ in range(draw(st.integers(1, most_nodes))):
         r.add()
     return r.builder.finish([r.tail(r.value()) for _ in range(draw(st.integers(1, 2)))])

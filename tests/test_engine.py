@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from helpers_engine import native_of, node_differences, plan_of
 from helpers_models import tiny
-from helpers_patterns import PATTERNS, Net, Residual, Up, small_engine, smooth
+from helpers_patterns import PATTERNS, Net, Residual, small_engine, smooth
 from torch import Tensor, nn
 
 import adalayer_native as ada
@@ -21,6 +21,7 @@ from adalayer_native import ops
 from adalayer_native.engine import Coverage, Engine, compiler
 from adalayer_native.engine.policy import Times
 from adalayer_native.engine.runtime import NativePart
+from adalayer_native.engine.segments import has_float_form
 from adalayer_native.errors import (
     CalibrationError,
     InputError,
@@ -451,22 +452,23 @@ def test_fallback_between_native_parts(tmp_path: Path) -> None:
         ada.compile(native, x[:1], strict=True)
 
 
-def test_strict_leaves_nothing_in_float_even_where_that_is_faster(monkeypatch, tmp_path):
+def test_what_is_faster_in_float_is_in_the_engine_too(monkeypatch, tmp_path):
     x = torch.randn(8, 3, 8, 8)
     native = native_of(tiny(), x)
     # A clock by which float always wins.
-    monkeypatch.setattr(
-        compiler, "float_choices", lambda times: [dict.fromkeys(times.layers, "faster")]
-    )
+    monkeypatch.setattr(compiler, "float_choices", lambda times: [list(times.layers)])
     monkeypatch.setattr(compiler, "fastest_of", lambda engines, batch: engines[-1])
-    assert ada.compile(native, x[:1]).native_share == 0
-    engine = ada.compile(native, x[:1], strict=True)
-    assert {row.kind for row in engine.coverage(rounds=0)} == {"native"}
-    assert engine.save(tmp_path / "tiny.ada") > 0
+    for strict in (False, True):
+        engine = ada.compile(native, x[:1], strict=strict)
+        coverage = engine.coverage(rounds=0)
+        assert {row.kind for row in coverage} == {"native", "float"}
+        assert coverage.native_share == 0 and coverage.float_share == 1
+        assert engine.save(tmp_path / "tiny.ada") > 0
+        assert torch.equal(ada.load(tmp_path / "tiny.ada")(x), engine(x))
 
 
 @torch.no_grad()
-def test_partly_float_model_runs_in_parts() -> None:
+def test_partly_float_model_is_one_program() -> None:
     torch.manual_seed(0)
     model = Net(Residual()).eval()
     plan = plan_of(model)
@@ -475,11 +477,11 @@ def test_partly_float_model_runs_in_parts() -> None:
     ada.calibrate(prepared, [smooth(8, seed=1)], observer="minmax", progress=False)
     native = ada.convert(prepared)
     x = smooth(3, seed=2)
-    engine = ada.compile(native, x, policy="native")
-    torch.testing.assert_close(engine(x), native(x), rtol=0, atol=0.02)
+    engine = ada.compile(native, x, policy="native", strict=True)
+    assert torch.equal(engine(x), native(x))
     coverage = engine.coverage(rounds=0)
     assert 0.5 < coverage.native_share < 1.0
-    assert [row.name for row in coverage if row.kind == "torch" and row.macs] == ["pattern.b"]
+    assert [row.name for row in coverage if row.kind == "float"] == ["pattern.b"]
 
 
 @torch.no_grad()
@@ -488,12 +490,12 @@ def test_layers_that_lose_against_float_run_in_float(monkeypatch: pytest.MonkeyP
     from adalayer_native.engine import compiler
 
     torch.manual_seed(0)
-    native = native_of(Net(Up()), smooth(8, seed=1))
+    native = native_of(Net(Residual()), smooth(8, seed=1))
     x = smooth(3, seed=2)
 
     def times(exported: Any, engine: Engine, batch: int) -> Times:
         assert batch == 3
-        layers = [node for node in exported.graph.nodes if compiler.is_layer(node)]
+        layers = [node for node in exported.graph.nodes if has_float_form(node)]
         lost = {n: (2.0, 3.0 if compiler.layer_name(n) == "last" else 1.0) for n in layers}
         return Times(lost, 100.0)
 
@@ -507,8 +509,8 @@ def test_layers_that_lose_against_float_run_in_float(monkeypatch: pytest.MonkeyP
     assert 0.0 < engine.native_share < 0.5
     torch.testing.assert_close(engine(x), native(x), rtol=0, atol=0.02)
     rows = {row.name: row for row in engine.coverage(rounds=0)}
-    assert rows["pattern.up"].kernel == "float"
-    assert rows["pattern.up"].why == "float takes 1 µs, native 2 µs"
+    assert rows["pattern.a"].kind == rows["pattern.b"].kind == "float"
+    assert rows["pattern.b"].bits == 8  # the file holds the packed weights
     assert rows["last"].kind == "native"
 
 
@@ -529,7 +531,7 @@ def test_fastest_is_never_slower_than_all_in_float(monkeypatch: pytest.MonkeyPat
     x = torch.randn(4, 3, 8, 8)
 
     def times(exported: Any, engine: Engine, batch: int) -> Times:
-        layers = [node for node in exported.graph.nodes if compiler.is_layer(node)]
+        layers = [node for node in exported.graph.nodes if has_float_form(node)]
         return Times(dict.fromkeys(layers, (1.0, 0.9)), total)
 
     compared = []
@@ -545,7 +547,7 @@ def test_fastest_is_never_slower_than_all_in_float(monkeypatch: pytest.MonkeyPat
     total = 5.0
     engine = ada.compile(native, x)
     assert compared == [2] and engine.native_share == 0.0
-    assert {row.kind for row in engine.coverage(rounds=0)} == {"torch"}
+    assert {row.kind for row in engine.coverage(rounds=0)} == {"native", "float"}
     torch.testing.assert_close(engine(x), native(x), rtol=0, atol=0.02)
 
 

@@ -24,7 +24,7 @@ import adalayer_native as ada
 from adalayer_native.engine import Engine
 from adalayer_native.engine.policy import Times
 from adalayer_native.engine.runtime import NativePart
-from adalayer_native.engine.segments import TorchPart
+from adalayer_native.engine.segments import TorchPart, has_float_form
 
 
 def _through_torch(engine: Engine) -> Engine:
@@ -119,14 +119,14 @@ def test_engine_with_layers_in_float(name: str, monkeypatch: pytest.MonkeyPatch)
     from adalayer_native.engine import compiler
 
     def times(exported: Any, engine: Engine, batch: int) -> Times:
-        layers = [node for node in exported.graph.nodes if compiler.is_layer(node)]
+        layers = [node for node in exported.graph.nodes if has_float_form(node)]
         return Times(dict.fromkeys(layers[1:-1], (2.0, 1.0)), 2.0)
 
     monkeypatch.setattr(compiler, "layer_times", times)
     monkeypatch.setattr(compiler, "fastest_of", lambda engines, batch: engines[-1])
     native = native_of(Net(Up()), smooth(8, seed=1))
     engine = ada.compile(native, smooth(1, seed=2))
-    assert any(row.kernel == "float" for row in engine.coverage(rounds=0))
+    assert any(row.kind == "float" for row in engine.coverage(rounds=0))
     x = smooth(3, seed=3)
     assert torch.equal(COPIES[name](engine)(x), engine(x))
 

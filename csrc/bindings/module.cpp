@@ -235,6 +235,29 @@ PYBIND11_MODULE(_C, m) {
   });
 
   m.def("attention", &attention);
+  m.def("float_norm",
+        [](uintptr_t x, int64_t images, int64_t channels, int64_t plane, int64_t groups,
+           bool about_zero, float eps, uintptr_t gamma, uintptr_t beta, uintptr_t y, int threads) {
+          GroupNormSpec spec;
+          spec.groups = groups;
+          spec.norm.about_zero = about_zero;
+          spec.norm.eps = static_cast<double>(eps);
+          spec.norm.gamma = reinterpret_cast<const float*>(gamma);
+          spec.norm.beta = reinterpret_cast<const float*>(beta);
+          const py::gil_scoped_release release;
+          cpu::float_norm(spec, reinterpret_cast<const float*>(x), images, channels, plane,
+                          reinterpret_cast<float*>(y), threads);
+        });
+  m.def("float_conv", [](const py::tuple& geometry, uintptr_t x, int64_t images, int64_t h,
+                         int64_t w, uintptr_t weights, uintptr_t bias, uintptr_t y, int threads) {
+    FloatConvSpec spec;
+    spec.shape = parse_shape(1, h, w, geometry);
+    spec.weights = reinterpret_cast<const float*>(weights);
+    spec.bias = reinterpret_cast<const float*>(bias);
+    const py::gil_scoped_release release;
+    cpu::float_conv(spec, reinterpret_cast<const float*>(x), images, reinterpret_cast<float*>(y),
+                    threads);
+  });
 
   m.def("pack", &pack);
   m.def("unpack", &unpack);

@@ -122,6 +122,22 @@ struct SoftmaxLevels {
   int16_t* levels;    // the same; zeros behind the count
 };
 
+/// c[r][j] += a chain of fused multiply-adds, from 0, of a[r][k] * b[k][j] over `terms` values of
+/// k. Columns are in blocks of kFloatColumns; the last one may be a part of that.
+constexpr int64_t kFloatColumns = 32;
+constexpr int kFloatRows = 6;
+struct FloatProduct {
+  const float* a;  // elements from row to row, and from term to term:
+  int64_t a_row, a_term;
+  const float* b;  // from block to block of columns, and from term to term:
+  int64_t b_block, b_term;
+  int64_t terms;
+  int rows;  // 1..kFloatRows
+  int64_t columns;
+  float* c;
+  int64_t c_row;
+};
+
 /// `bounded` promises |y * inv_scale| < 2^30 for all possible inputs: the kernel may then convert
 /// first and clamp integers. lo and hi are whole numbers and rounding is monotone, so that the
 /// level is the same.
@@ -170,6 +186,12 @@ struct ImageKernels {
   /// float_function() and float_pair() of n floats.
   void (*function)(const FloatFunctionSpec& spec, const float* in, int64_t n, float* out);
   void (*combine)(FloatPair pair, const float* a, const float* b, int64_t n, float* out);
+  /// out[i] = fma(in[i], slope, offset)
+  void (*line_floats)(const float* in, float slope, float offset, int64_t n, float* out);
+  /// normalize() of one pixel, without the finish: n floats side by side.
+  void (*normalize_floats)(const LayerNormSpec& spec, double mean, float factor, const uint8_t* in,
+                           int64_t n, float* out);
+  void (*multiply_floats)(const FloatProduct& product);
 };
 
 /// The kernels of the active row of the kernel table, or the scalar ones where there is none.

@@ -95,6 +95,19 @@ NodeData prepare_node(const Program& p, const Node& n, ImageBuilder& image) {
   return data;
 }
 
+/// Throws for an operation that runs on the CPU alone.
+void check_node(const Program& p, const Node& n) {
+  constexpr OpKind kOfLevels[] = {OpKind::Affine,    OpKind::Rearrange, OpKind::Constant,
+                                  OpKind::Attention, OpKind::LayerNorm, OpKind::RmsNorm,
+                                  OpKind::GroupNorm, OpKind::MaxPool};
+  const bool floats =
+      p.values[n.output].kind == ValueKind::F32 &&
+      std::find(std::begin(kOfLevels), std::end(kOfLevels), n.op) != std::end(kOfLevels);
+  if (floats || n.op == OpKind::FloatConv)
+    fail<InvalidArgument>("node '", n.name, "': ", engine::op_name(n.op),
+                          " with a float result runs on the CPU alone");
+}
+
 }  // namespace
 
 Model::Model(Program program, const Machine& machine)
@@ -106,6 +119,8 @@ Model::Model(Program program, const Machine& machine)
     if (p.values[v].kind == ValueKind::I32)
       fail<InvalidArgument>("input '", p.values[v].name,
                             "' is token ids, which programs read on the CPU alone");
+  for (const Node& n : p.nodes)
+    check_node(p, n);
   Prepared& d = *prepared_;
   ImageBuilder image;
   for (const Node& n : p.nodes) {
@@ -376,7 +391,9 @@ class Planner {
         bind(l, offsetof(FloatPairParams, out), n.output);
         return;
       }
-      case OpKind::Embedding:  // refused with its ids
+      case OpKind::Embedding:  // refused with their whole numbers
+      case OpKind::Choose:
+      case OpKind::FloatConv:  // check_node()
         break;
       case OpKind::Softmax: {
         SoftmaxParams q{at<float>(n.inputs[0]), at<float>(n.output),

@@ -411,6 +411,15 @@ std::vector<uint8_t> write_program(const Program& p) {
 
 namespace {
 
+/// Whether a node has a float result that earlier versions do not have.
+bool works_on_floats(const Program& p, const Node& n) {
+  constexpr OpKind kOps[] = {OpKind::LayerNorm, OpKind::RmsNorm, OpKind::GroupNorm,
+                             OpKind::Attention, OpKind::Affine,  OpKind::Rearrange,
+                             OpKind::Constant,  OpKind::MaxPool};
+  return p.values[n.output].kind == ValueKind::F32 &&
+         std::find(std::begin(kOps), std::end(kOps), n.op) != std::end(kOps);
+}
+
 /// The first minor version that has all operations of a program, so that older libraries read
 /// what they can run.
 uint16_t needed_minor(const Program& p) {
@@ -419,6 +428,10 @@ uint16_t needed_minor(const Program& p) {
     last = std::max(last, n.op);
   const bool ids = std::any_of(p.values.begin(), p.values.end(),
                                [](const Value& v) { return v.kind == ValueKind::I32; });
+  if (last > OpKind::GroupNorm || std::any_of(p.nodes.begin(), p.nodes.end(), [&](const Node& n) {
+        return works_on_floats(p, n) || (n.op == OpKind::Attention && n.inputs.size() > 3);
+      }))
+    return 3;
   return ids || last > OpKind::Combine ? 2 : last >= OpKind::Rearrange ? 1 : 0;
 }
 

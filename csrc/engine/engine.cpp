@@ -206,7 +206,7 @@ struct Engine::Impl {
       int64_t bytes = 0;
       while (first > 0 && live[first - 1] * images <= cache_bytes) {
         --first;
-        if (steps[first].conv) bytes += static_cast<int64_t>(steps[first].conv->derived_bytes());
+        bytes += static_cast<int64_t>(steps[first].derived_bytes());
       }
       const int64_t saved = bytes - bytes / images;
       // Small programs gain from longer runs of one node, too: the call of a node costs the same.
@@ -388,6 +388,11 @@ struct Engine::Impl {
     if (part.index == 0 && u8_out && layouts[node.output].own_input == nullptr)
       cpu::fill_padding(frame.layout(node.output), frame.data[node.output], frame.images,
                         static_cast<uint8_t>(program.values[node.output].zero_point));
+    if (step.floats) {
+      step.floats->run(frame.floats(node.inputs[0], 0), frame.floats(node.output, 0), frame.images,
+                       part);
+      return;
+    }
     if (!step.conv) {
       for (int64_t n = 0; n < frame.images; ++n)
         step.run_image(frame, n, part);
@@ -616,6 +621,14 @@ std::vector<NodeProfile> Engine::profile(int64_t batch, int threads, int rounds)
       p.packed_bytes = static_cast<int64_t>(conv.packed_bytes());
       p.derived_bytes = static_cast<int64_t>(conv.derived_bytes());
     }
+    if (p.op == OpKind::FloatConv) {
+      const Constant& weights = e.program.constants[e.program.nodes[k].constants[0]];
+      p.kernel += " floats";
+      p.bits = 32;
+      p.macs = conv_shape(e.program, e.program.nodes[k]).macs();
+      p.packed_bytes = static_cast<int64_t>(weights.bytes.size());
+      if (e.kernels != nullptr) p.derived_bytes = static_cast<int64_t>(e.steps[k].derived_bytes());
+    }
     profiles.push_back(std::move(p));
   }
   if (e.kernels == nullptr || batch < 1 || rounds < 1) return profiles;
@@ -652,7 +665,7 @@ const std::string& Engine::plan() const { return impl_->plan; }
 size_t Engine::weight_bytes() const {
   size_t bytes = 0;
   for (const Step& step : impl_->steps)
-    if (step.conv) bytes += step.conv->derived_bytes();
+    bytes += step.derived_bytes();
   return bytes;
 }
 

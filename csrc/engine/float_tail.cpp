@@ -1,6 +1,7 @@
 #include "engine/float_tail.hpp"
 
 #include <algorithm>
+#include <cmath>
 
 namespace adalayer::engine {
 
@@ -44,6 +45,26 @@ void average_f32(const PoolSpec& s, bool adaptive, const float* in, int64_t in_h
                                     ? y.padded * x.padded
                                     : (y.end - y.begin) * (x.end - x.begin);
         out[(c * out_h + oy) * out_w + ox] = static_cast<float>(sum / static_cast<double>(divisor));
+      }
+}
+
+void maximum_f32(const PoolSpec& s, const float* in, int64_t in_h, int64_t in_w, float* out,
+                 int64_t out_h, int64_t out_w, int64_t first_channel, int64_t last_channel) {
+  for (int64_t c = first_channel; c < last_channel; ++c)
+    for (int64_t oy = 0; oy < out_h; ++oy)
+      for (int64_t ox = 0; ox < out_w; ++ox) {
+        float most = -INFINITY;
+        for (int64_t ky = 0; ky < s.kernel_h; ++ky) {
+          const int64_t iy = oy * s.stride_h - s.pad_top + ky * s.dilation_h;
+          if (iy < 0 || iy >= in_h) continue;
+          for (int64_t kx = 0; kx < s.kernel_w; ++kx) {
+            const int64_t ix = ox * s.stride_w - s.pad_left + kx * s.dilation_w;
+            if (ix < 0 || ix >= in_w) continue;
+            const float v = in[(c * in_h + iy) * in_w + ix];
+            if (v > most || v != v) most = v;
+          }
+        }
+        out[(c * out_h + oy) * out_w + ox] = most;
       }
 }
 

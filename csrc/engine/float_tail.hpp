@@ -1,4 +1,4 @@
-// Float operations behind the last quantized layer, over one contiguous NCHW image.
+// Pooling of floats, over one contiguous NCHW image.
 #pragma once
 
 #include <cstdint>
@@ -13,5 +13,9 @@ namespace adalayer::engine {
 void average_f32(const PoolSpec& spec, bool adaptive, const float* in, int64_t in_h, int64_t in_w,
                  float* out, int64_t out_h, int64_t out_w, int64_t first_channel,
                  int64_t last_channel);
+
+/// Max pooling; NaN is the largest.
+void maximum_f32(const PoolSpec& spec, const float* in, int64_t in_h, int64_t in_w, float* out,
+                 int64_t out_h, int64_t out_w, int64_t first_channel, int64_t last_channel);
 
 }  // namespace adalayer::engine

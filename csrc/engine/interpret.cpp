@@ -46,6 +46,7 @@ class Interpreter {
       weights_.clear();
       if (n.op == OpKind::Conv || n.op == OpKind::ConvTranspose)
         weights_ = formats::unpack_canonical(program.constants[n.constants[0]].bytes);
+      if (n.op == OpKind::FloatConv) float_weights_ = unpacked_floats(program, n);
       for (int64_t image = 0; image < batch; ++image)
         run(n, image);
     }
@@ -97,13 +98,18 @@ class Interpreter {
   void pad(const Node& n, int64_t image);
   void resize(const Node& n, int64_t image);
   void layer_norm(const Node& n, int64_t image);
+  void normalise_floats(const Node& n, int64_t image, int64_t first_channel, int64_t channels,
+                        int64_t first_position, int64_t positions, const LayerNormSpec& spec);
+  void normalise(const Node& n, int64_t image, int64_t at, int64_t channel,
+                 const LayerNormMoments& m, const LayerNormSpec& spec);
   void softmax(const Node& n, int64_t image);
   void attention(const Node& n, int64_t image);
   void embedding(const Node& n, int64_t image);
 
   const Program& program_;
   std::vector<Tensor> tensors_;
-  std::vector<int8_t> weights_;  // of the node that runs
+  std::vector<int8_t> weights_;       // of the node that runs
+  std::vector<float> float_weights_;  // likewise; empty where the program holds them
 };
 
 int32_t Interpreter::conv_sum(const Node& n, const ConvAttributes& a, const uint8_t* in, int64_t o,
@@ -201,6 +207,9 @@ void Interpreter::concat(const Node& n, int64_t image) {
 void Interpreter::max_pool(const Node& n, int64_t image) {
   const PoolSpec p = pool_spec(program_, n);
   const Shape in(value(n.inputs[0])), out(value(n.output));
+  if (value(n.output).kind == ValueKind::F32)
+    return maximum_f32(p, numbers(n.inputs[0], image), in.h, in.w, numbers(n.output, image), out.h,
+                       out.w, 0, in.c);
   const uint8_t* a = levels(n.inputs[0], image);
   uint8_t* q = levels(n.output, image);
   for_each(out, [&](int64_t c, int64_t oy, int64_t ox) {
@@ -274,11 +283,15 @@ void Interpreter::slice(const Node& n, int64_t image) {
 void Interpreter::rearrange(const Node& n, int64_t image) {
   const RearrangeSpec s = rearrange_spec(program_, n);
   const Shape out(value(n.output));
-  const uint8_t* a = levels(n.inputs[0], image);
-  uint8_t* q = levels(n.output, image);
-  for_each(out, [&](int64_t c, int64_t y, int64_t x) {
-    q[out.at(c, y, x)] = a[int64_t{s.channel[c]} + s.row[y] + s.column[x]];
-  });
+  const auto move = [&](const auto* from, auto* to) {
+    for_each(out, [&](int64_t c, int64_t y, int64_t x) {
+      to[out.at(c, y, x)] = from[int64_t{s.channel[c]} + s.row[y] + s.column[x]];
+    });
+  };
+  if (value(n.output).kind == ValueKind::F32)
+    move(numbers(n.inputs[0], image), numbers(n.output, image));
+  else
+    move(levels(n.inputs[0], image), levels(n.output, image));
 }
 
 void Interpreter::pad(const Node& n, int64_t image) {
@@ -327,8 +340,12 @@ void Interpreter::resize(const Node& n, int64_t image) {
 void Interpreter::layer_norm(const Node& n, int64_t image) {
   const LayerNormSpec spec = layer_norm_spec(program_, n);
   const Shape s(value(n.output));
+  if (value(n.inputs[0]).kind == ValueKind::F32) {
+    for (int64_t p = 0; p < s.h * s.w; ++p)
+      normalise_floats(n, image, 0, s.c, p, 1, spec);
+    return;
+  }
   const uint8_t* a = levels(n.inputs[0], image);
-  uint8_t* q = levels(n.output, image);
   for (int64_t y = 0; y < s.h; ++y)
     for (int64_t x = 0; x < s.w; ++x) {
       int64_t s1 = 0, s2 = 0;
@@ -339,8 +356,49 @@ void Interpreter::layer_norm(const Node& n, int64_t image) {
       }
       const LayerNormMoments m = layer_norm_moments(s1, s2, s.c, spec);
       for (int64_t c = 0; c < s.c; ++c)
-        q[s.at(c, y, x)] = layer_norm_u8(a[s.at(c, y, x)], c, m, spec);
+        normalise(n, image, s.at(c, y, x), c, m, spec);
     }
+}
+
+/// One element of a norm's result, on levels or floats.
+void Interpreter::normalise(const Node& n, int64_t image, int64_t at, int64_t channel,
+                            const LayerNormMoments& m, const LayerNormSpec& spec) {
+  const uint8_t level = levels(n.inputs[0], image)[at];
+  if (value(n.output).kind == ValueKind::F32)
+    numbers(n.output, image)[at] = layer_norm_value(level, channel, m, spec);
+  else
+    levels(n.output, image)[at] = layer_norm_u8(level, channel, m, spec);
+}
+
+/// A norm of floats over `channels` channels and `positions` positions together.
+void Interpreter::normalise_floats(const Node& n, int64_t image, int64_t first_channel,
+                                   int64_t channels, int64_t first_position, int64_t positions,
+                                   const LayerNormSpec& spec) {
+  const Shape s(value(n.output));
+  const float* x = numbers(n.inputs[0], image);
+  const auto at = [&](int64_t c, int64_t p) {
+    return (first_channel + c) * s.h * s.w + first_position + p;
+  };
+  const auto total = [&](auto&& term) {
+    double sum = 0.0;
+    for (int64_t p = 0; p < positions; ++p) {
+      double along = 0.0;
+      for (int64_t c = 0; c < channels; ++c)
+        along += term(static_cast<double>(x[at(c, p)]));
+      sum += along;
+    }
+    return sum;
+  };
+  const int64_t count = channels * positions;
+  const double mean =
+      spec.about_zero ? 0.0 : total([](double v) { return v; }) / static_cast<double>(count);
+  const double squares = total([&](double v) { return (v - mean) * (v - mean); });
+  const FloatMoments m = float_moments(mean, squares, count, spec);
+  for (int64_t c = 0; c < channels; ++c)
+    for (int64_t p = 0; p < positions; ++p)
+      numbers(n.output, image)[at(c, p)] =
+          std::fmaf(float_normal(x[at(c, p)], m), spec.gamma[first_channel + c],
+                    spec.beta[first_channel + c]);
 }
 
 void Interpreter::affine_image(const Node& n, int64_t image) {
@@ -354,8 +412,13 @@ void Interpreter::affine_image(const Node& n, int64_t image) {
 }
 
 void Interpreter::constant(const Node& n, int64_t image) {
-  const uint8_t* a = program_.constants[n.constants[0]].bytes.data();
+  const Constant& constant = program_.constants[n.constants[0]];
+  const uint8_t* a = constant.bytes.data();
   const Shape s(value(n.output));
+  if (value(n.output).kind == ValueKind::F32) {
+    std::copy_n(constant.f32().data(), s.size(), numbers(n.output, image));
+    return;
+  }
   uint8_t* q = levels(n.output, image);
   for_each(s,
            [&](int64_t c, int64_t y, int64_t x) { q[s.at(c, y, x)] = a[(y * s.w + x) * s.c + c]; });
@@ -383,9 +446,13 @@ void Interpreter::group_norm(const Node& n, int64_t image) {
   const GroupNormSpec spec = group_norm_spec(program_, n);
   const Shape s(value(n.output));
   const int64_t channels = s.c / spec.groups, count = channels * s.h * s.w;
+  if (value(n.inputs[0]).kind == ValueKind::F32) {
+    for (int64_t g = 0; g < spec.groups; ++g)
+      normalise_floats(n, image, g * channels, channels, 0, s.h * s.w, spec.norm);
+    return;
+  }
   for (int64_t g = 0; g < spec.groups; ++g) {
     const uint8_t* a = levels(n.inputs[0], image) + g * count;
-    uint8_t* q = levels(n.output, image) + g * count;
     int64_t s1 = 0, s2 = 0;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t level = a[i];
@@ -394,7 +461,7 @@ void Interpreter::group_norm(const Node& n, int64_t image) {
     }
     const LayerNormMoments m = layer_norm_moments(s1, s2, count, spec.norm);
     for (int64_t i = 0; i < count; ++i)
-      q[i] = layer_norm_u8(a[i], g * channels + i / (s.h * s.w), m, spec.norm);
+      normalise(n, image, g * count + i, g * channels + i / (s.h * s.w), m, spec.norm);
   }
 }
 
@@ -429,11 +496,16 @@ void Interpreter::softmax(const Node& n, int64_t image) {
 
 void Interpreter::attention(const Node& n, int64_t image) {
   const AttentionShape shape = attention_shape(program_, n);
-  const AttentionSpec spec = attention_spec(program_, n);
+  AttentionSpec spec = attention_spec(program_, n);
+  if (n.inputs.size() == 4) spec.keys = numbers(n.inputs[3], image);
   const Shape out(value(n.output));
   std::vector<float> reals(static_cast<size_t>(out.size()));
   reference::attention(shape, spec, levels(n.inputs[0], image), levels(n.inputs[1], image),
                        levels(n.inputs[2], image), reals.data());
+  if (value(n.output).kind == ValueKind::F32) {
+    std::copy(reals.begin(), reals.end(), numbers(n.output, image));
+    return;
+  }
   for (int64_t i = 0; i < out.size(); ++i)
     levels(n.output, image)[i] = finish_u8(reals[i], spec.finish);
 }
@@ -473,6 +545,14 @@ void Interpreter::run(const Node& n, int64_t image) {
       return combine(n, image);
     case OpKind::Affine: {
       const AffineSpec spec = affine_spec(program_, n);
+      if (out.kind == ValueKind::F32) {
+        const float* x = numbers(n.inputs[0], image);
+        for_each(s, [&](int64_t c, int64_t y, int64_t w) {
+          const int64_t i = s.at(c, y, w);
+          numbers(n.output, image)[i] = std::fmaf(x[i], spec.scale[c], spec.bias[c]);
+        });
+        break;
+      }
       return map([&](uint8_t q, int64_t c) { return affine_u8(q, c, spec); });
     }
     case OpKind::Concat:
@@ -533,6 +613,18 @@ void Interpreter::run(const Node& n, int64_t image) {
       return group_norm(n, image);
     case OpKind::Embedding:
       return embedding(n, image);
+    case OpKind::FloatConv: {
+      FloatConvSpec spec = float_conv_spec(program_, n);
+      if (spec.weights == nullptr) spec.weights = float_weights_.data();
+      reference::float_conv(spec, numbers(n.inputs[0], image), numbers(n.output, image));
+      break;
+    }
+    case OpKind::Choose: {
+      const int32_t* x = tensors_[n.inputs[0]].ids.data() + image * s.size();
+      for (int64_t i = 0; i < s.size(); ++i)
+        numbers(n.output, image)[i] = n.floats[x[i] == 0 ? 0 : 1];
+      break;
+    }
   }
 }
 

@@ -4,6 +4,7 @@
 
 #include "core/status.hpp"
 #include "cpu/image/attention.hpp"
+#include "cpu/image/float_conv.hpp"
 #include "engine/conv_step.hpp"
 #include "formats/canonical.hpp"
 
@@ -49,6 +50,16 @@ bool is_convolution(const Node& node) {
   return node.op == OpKind::Conv || node.op == OpKind::ConvTranspose;
 }
 
+bool is_float(const Program& program, const Node& node) {
+  return program.constants[node.constants[0]].kind == ConstantKind::F32;
+}
+
+/// Of packed weights.
+double weight_count(const Program& program, const Node& node) {
+  return static_cast<double>(
+      formats::read_header(program.constants[node.constants[0]].bytes).count());
+}
+
 }  // namespace
 
 double planned_memory(const Program& program, const std::vector<ValueLayout>& layouts,
@@ -58,6 +69,14 @@ double planned_memory(const Program& program, const std::vector<ValueLayout>& la
   for (const Node& node : program.nodes) {
     if (node.op == OpKind::Attention)
       scratch = std::max(scratch, cpu::attention_scratch(attention_shape(program, node)));
+    if (node.op == OpKind::FloatConv) {
+      const bool own = !is_float(program, node);
+      const ConvShape shape = conv_shape(program, node);
+      bytes += cpu::float_conv_bytes(shape, own);
+      // (Whole numbers and floats while it is built.)
+      if (own) bytes += 5.0 * weight_count(program, node);
+      scratch = std::max(scratch, cpu::float_conv_scratch(shape));
+    }
     if (!is_convolution(node)) continue;
     bytes += convolution_bytes(program, node, layouts, room);
     scratch = std::max(scratch, most_scratch(program, node, layouts, room));
@@ -77,9 +96,9 @@ double interpreter_memory(const Program& program) {
   for (const Value& v : program.values)
     bytes += static_cast<double>(v.c * v.h * v.w) * (v.kind == ValueKind::U8 ? 1.0 : 4.0);
   for (const Node& node : program.nodes) {
-    if (!is_convolution(node)) continue;
-    const Constant& weights = program.constants[conv_attributes(node).weights];
-    bytes += 2.0 * static_cast<double>(formats::read_header(weights.bytes).count());
+    if (node.op == OpKind::FloatConv && !is_float(program, node))
+      bytes += 5.0 * weight_count(program, node);
+    if (is_convolution(node)) bytes += 2.0 * weight_count(program, node);
   }
   return bytes;
 }

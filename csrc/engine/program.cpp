@@ -1,6 +1,7 @@
 #include "engine/program.hpp"
 
 #include "core/status.hpp"
+#include "formats/canonical.hpp"
 
 namespace adalayer::engine {
 
@@ -11,7 +12,8 @@ constexpr const char* kNames[kOpKinds] = {
     "mul",      "affine",     "concat",    "max_pool",       "avg_pool",   "adaptive_avg_pool",
     "slice",    "gather",     "pad",       "resize",         "layer_norm", "reshape",
     "softmax",  "rearrange",  "function",  "combine",        "attention",  "affine_image",
-    "constant", "join",       "embedding", "rms_norm",       "group_norm"};
+    "constant", "join",       "embedding", "rms_norm",       "group_norm", "float_conv",
+    "choose"};
 
 int32_t small(int64_t v) { return static_cast<int32_t>(v); }
 
@@ -78,7 +80,6 @@ ConvAttributes conv_attributes(const Node& n) {
 }
 
 ConvShape conv_shape(const Program& p, const Node& n) {
-  const ConvAttributes a = conv_attributes(n);
   const Value& x = first_input(p, n);
   ConvShape s;
   s.batch = 1;
@@ -86,18 +87,41 @@ ConvShape conv_shape(const Program& p, const Node& n) {
   s.in_h = x.h;
   s.in_w = x.w;
   s.out_channels = p.values[n.output].c;
-  s.kernel_h = a.kernel_h;
-  s.kernel_w = a.kernel_w;
-  s.stride_h = a.stride_h;
-  s.stride_w = a.stride_w;
-  s.pad_top = a.pad_top;
-  s.pad_left = a.pad_left;
-  s.pad_bottom = a.pad_bottom;
-  s.pad_right = a.pad_right;
-  s.dilation_h = a.dilation_h;
-  s.dilation_w = a.dilation_w;
-  s.groups = a.groups;
+  s.kernel_h = n.ints[0];
+  s.kernel_w = n.ints[1];
+  s.stride_h = n.ints[2];
+  s.stride_w = n.ints[3];
+  s.pad_top = n.ints[4];
+  s.pad_left = n.ints[5];
+  s.pad_bottom = n.ints[6];
+  s.pad_right = n.ints[7];
+  s.dilation_h = n.ints[8];
+  s.dilation_w = n.ints[9];
+  s.groups = n.ints[10];
   return s;
+}
+
+FloatConvSpec float_conv_spec(const Program& p, const Node& n) {
+  FloatConvSpec s;
+  s.shape = conv_shape(p, n);
+  const Constant& weights = p.constants[n.constants[0]];
+  if (weights.kind == ConstantKind::F32) s.weights = weights.f32().data();
+  s.bias = floats(p, n.constants[2]);
+  s.lo = n.floats[0];
+  s.hi = n.floats[1];
+  return s;
+}
+
+std::vector<float> unpacked_floats(const Program& p, const Node& n) {
+  const Constant& weights = p.constants[n.constants[0]];
+  if (weights.kind == ConstantKind::F32) return {};
+  const std::vector<int8_t> whole = formats::unpack_canonical(weights.bytes);
+  const float* scale = floats(p, n.constants[1]);
+  const size_t terms = whole.size() / static_cast<size_t>(p.values[n.output].c);
+  std::vector<float> found(whole.size());
+  for (size_t i = 0; i < whole.size(); ++i)
+    found[i] = static_cast<float>(whole[i]) * scale[i / terms];
+  return found;
 }
 
 SliceAttributes slice_attributes(const Node& n) {

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "reference/attention.hpp"
+#include "reference/float_conv.hpp"
 #include "reference/image_spec.hpp"
 #include "reference/spec.hpp"
 
@@ -25,8 +26,8 @@ namespace adalayer::engine {
 enum class ValueKind : uint8_t { U8 = 0, F32 = 1, I32 = 2 };
 
 /// One tensor. For U8, real = (q - zero_point) * scale with q in 0 .. qmax. F32 values are NCHW at
-/// the program's boundary (inputs and outputs). I32 values are token ids: program inputs of one
-/// channel, which Embedding alone reads.
+/// the program's boundary (inputs and outputs) and inside. I32 values are program inputs of one
+/// channel: token ids, which Embedding reads, or what Choose makes floats of.
 struct Value {
   std::string name;
   ValueKind kind = ValueKind::U8;
@@ -48,7 +49,10 @@ struct Value {
 /// output. No level that a program computes exceeds the qmax of its value.
 ///
 /// Constants as large as an image are in the order in which images lie in memory: rows, columns,
-/// channels.
+/// channels; those of float values channels, rows, columns.
+///
+/// Norms and attention also give floats (u8 -> f32); norms, Affine, Rearrange and Constant also
+/// work on floats (f32 -> f32). Then finish and inv are ignored, and there is no table.
 ///
 /// operation   inputs      ints                                  floats             constants
 enum class OpKind : uint8_t {
@@ -100,13 +104,14 @@ enum class OpKind : uint8_t {
   Combine = 21,   // a b     pair                                 -                  -
   // softmax(scale q k^T + mask) v for every head (reference/attention.hpp); scale with those of the
   // grids of q and k. Channels are [head][..]; positions are tokens, of one sequence, or of one per
-  // row of the image. The mask is f32 [rows or 1][heads or 1][queries][keys].
-  Attention = 22,  // q k v  heads key_heads rows causal mask_rows mask_heads finish
+  // row of the image. The mask is f32 [rows or 1][heads or 1][queries][keys]. A fourth input is
+  // f32, 1 x 1 x keys: a mask of the keys, of one sequence; the lower one of the two counts.
+  Attention = 22,  // q k v [keys]  heads key_heads rows causal mask_rows mask_heads finish
                    //                                             inv scale          [mask]
   // As Affine; scale and bias have an entry per channel or per element of the image.
   AffineImage = 23,  // x    finish                              inv            scale bias [table]
-  // The same levels for every image: no inputs.
-  Constant = 24,  // -       -                                    -             levels u8 [H*W*C]
+  // The same levels, or floats, for every image: no inputs.
+  Constant = 24,  // -       -                                    -      u8 or f32 [H*W*C]
   // As Concat, along an axis (1 = h, 2 = w).
   Join = 25,  //     x ...   axis                                 -        one [table] per input
   // i32 -> u8: position (y, x) gets the features of the row of the table that its id names, levels
@@ -117,8 +122,14 @@ enum class OpKind : uint8_t {
   RmsNorm = 27,  // x        finish                        inv eps               gamma beta
   // Over h x w and the channels of each group.
   GroupNorm = 28,  // x      groups finish                       inv eps            gamma beta
+  // f32 -> f32 (reference/float_conv.hpp). Weights are f32 [O][I/groups][KH][KW], or canonical ones
+  // that the scale of their output channel multiplies; only these have a scale.
+  FloatConv = 29,  // x      kh kw sh sw pt pl pb pr dh dw groups   lo hi     weights [scale] bias
+  // i32 -> f32: the first float for 0, the second one for 1, and for all other numbers, if any are
+  // allowed.
+  Choose = 30,  //    x      any                                    zero other       -
 };
-constexpr int kOpKinds = 29;
+constexpr int kOpKinds = 31;
 
 /// Whether an operation has that number.
 bool is_operation(uint32_t number);
@@ -191,7 +202,7 @@ struct ConvAttributes {
 };
 /// Conv and ConvTranspose.
 ConvAttributes conv_attributes(const Node& node);
-/// Conv only, at batch 1.
+/// Conv and FloatConv, at batch 1.
 ConvShape conv_shape(const Program& program, const Node& node);
 
 struct SliceAttributes {
@@ -224,6 +235,10 @@ ResizeSpec resize_spec(const Program& program, const Node& node);
 LayerNormSpec layer_norm_spec(const Program& program, const Node& node);
 GroupNormSpec group_norm_spec(const Program& program, const Node& node);
 FloatFunctionSpec function_spec(const Node& node);
+/// FloatConv, at batch 1. Its weights are null where they are packed.
+FloatConvSpec float_conv_spec(const Program& program, const Node& node);
+/// Packed weights of a FloatConv as floats; empty where they are floats.
+std::vector<float> unpacked_floats(const Program& program, const Node& node);
 AttentionShape attention_shape(const Program& program, const Node& node);
 AttentionSpec attention_spec(const Program& program, const Node& node);
 EmbeddingSpec embedding_spec(const Program& program, const Node& node);

@@ -1,7 +1,8 @@
 #include "engine/steps.hpp"
 
 #include <algorithm>
-#include <cstring>
+#include <iterator>
+#include <span>
 
 #include "core/status.hpp"
 #include "cpu/image/attention.hpp"
@@ -57,6 +58,13 @@ RunImage affine_image(const Program& program, const Node& node) {
 RunImage constant(const Program& program, const Node& node) {
   const uint8_t* levels = program.constants[node.constants[0]].bytes.data();
   const int32_t y = node.output;
+  if (program.values[y].kind == ValueKind::F32) {
+    const std::span<const float> floats = program.constants[node.constants[0]].f32();
+    return [=](const Frame& f, int64_t n, Part part) {
+      const auto first = part.first(std::ssize(floats)), last = part.last(std::ssize(floats));
+      std::copy(floats.begin() + first, floats.begin() + last, f.floats(y, n) + first);
+    };
+  }
   return [=](const Frame& f, int64_t n, Part part) { cpu::constant(levels, f.image(y, n), part); };
 }
 
@@ -100,22 +108,83 @@ RunImage resize(const Program& program, const Node& node) {
 
 RunImage attention(const Program& program, const Node& node) {
   const AttentionShape shape = attention_shape(program, node);
-  const AttentionSpec spec = attention_spec(program, node);
+  const AttentionSpec shared = attention_spec(program, node);
   const int32_t q = node.inputs[0], k = node.inputs[1], v = node.inputs[2], y = node.output;
+  const int32_t keys = node.inputs.size() > 3 ? node.inputs[3] : -1;
+  const bool to_float = program.values[y].kind == ValueKind::F32;
+  const int64_t positions = program.values[y].h * program.values[y].w;
   return [=](const Frame& f, int64_t n, Part part) {
-    cpu::attention(shape, spec, f.image(q, n), f.image(k, n), f.image(v, n), f.image(y, n), part);
+    AttentionSpec spec = shared;
+    if (keys >= 0) spec.keys = f.floats(keys, n);
+    if (to_float)
+      cpu::attention_f32(shape, spec, f.image(q, n), f.image(k, n), f.image(v, n),
+                         {f.floats(y, n), 1, positions}, part);
+    else
+      cpu::attention(shape, spec, f.image(q, n), f.image(k, n), f.image(v, n), f.image(y, n), part);
   };
 }
 
-/// AvgPool and AdaptiveAvgPool behind the last quantized layer.
-RunImage float_average(const Program& program, const Node& node) {
-  const bool adaptive = node.op == OpKind::AdaptiveAvgPool;
+/// A norm of levels to levels, of levels to floats, or of floats.
+template <class Levels, class ToFloats, class Floats>
+RunImage norm(const Program& program, const Node& node, Levels levels, ToFloats to_floats,
+              Floats floats) {
+  const int32_t x = node.inputs[0], y = node.output;
+  const Value in = program.values[x];
+  if (program.values[y].kind == ValueKind::U8) return unary(node, levels);
+  if (in.kind == ValueKind::U8)
+    return [=](const Frame& f, int64_t n, Part part) {
+      to_floats(f.image(x, n), f.floats(y, n), part);
+    };
+  return [=](const Frame& f, int64_t n, Part part) {
+    floats(f.floats(x, n), in.c, in.h * in.w, f.floats(y, n), part);
+  };
+}
+
+RunImage affine(const Program& program, const Node& node) {
+  const AffineSpec spec = affine_spec(program, node);
+  const int32_t x = node.inputs[0], y = node.output;
+  const Value in = program.values[x];
+  if (in.kind == ValueKind::U8)
+    return unary(node, [=](auto i, auto o, Part part) { cpu::affine(spec, i, o, part); });
+  return [=](const Frame& f, int64_t n, Part part) {
+    cpu::affine_f32(spec, f.floats(x, n), in.c, in.h * in.w, f.floats(y, n), part);
+  };
+}
+
+RunImage rearrange(const Program& program, const Node& node) {
+  const RearrangeSpec spec = rearrange_spec(program, node);
+  const int32_t x = node.inputs[0], y = node.output;
+  const Value out = program.values[y];
+  if (out.kind == ValueKind::U8)
+    return unary(node, [=](auto i, auto o, Part part) { cpu::rearrange(spec, i, o, part); });
+  return [=](const Frame& f, int64_t n, Part part) {
+    cpu::rearrange_f32(spec, f.floats(x, n), f.floats(y, n), out.c, out.h, out.w, part);
+  };
+}
+
+RunImage choose(const Node& node, const Value& out) {
+  const int32_t x = node.inputs[0], y = node.output;
+  const int64_t count = out.h * out.w;
+  const float zero = node.floats[0], other = node.floats[1];
+  return [=](const Frame& f, int64_t n, Part part) {
+    for (int64_t i = part.first(count); i < part.last(count); ++i)
+      f.floats(y, n)[i] = f.ids(x, n)[i] == 0 ? zero : other;
+  };
+}
+
+/// Pooling of floats.
+RunImage float_pool(const Program& program, const Node& node) {
+  const bool adaptive = node.op == OpKind::AdaptiveAvgPool, maximum = node.op == OpKind::MaxPool;
   const PoolSpec spec = pool_spec(program, node);
   const int32_t x = node.inputs[0], y = node.output;
   const Value in = program.values[x], out = program.values[y];
   return [=](const Frame& f, int64_t n, Part part) {
-    average_f32(spec, adaptive, f.floats(x, n), in.h, in.w, f.floats(y, n), out.h, out.w,
-                part.first(in.c), part.last(in.c));
+    if (maximum)
+      maximum_f32(spec, f.floats(x, n), in.h, in.w, f.floats(y, n), out.h, out.w, part.first(in.c),
+                  part.last(in.c));
+    else
+      average_f32(spec, adaptive, f.floats(x, n), in.h, in.w, f.floats(y, n), out.h, out.w,
+                  part.first(in.c), part.last(in.c));
   };
 }
 
@@ -124,8 +193,9 @@ RunImage run_image(const Program& program, const Node& node,
   if (node.op == OpKind::Constant) return constant(program, node);  // has no input
   const int32_t x = node.inputs[0], y = node.output;
   const Value in = program.values[x];
-  const bool pools = node.op == OpKind::AvgPool || node.op == OpKind::AdaptiveAvgPool;
-  if (pools && in.kind == ValueKind::F32) return float_average(program, node);
+  const bool pools = node.op == OpKind::AvgPool || node.op == OpKind::AdaptiveAvgPool ||
+                     node.op == OpKind::MaxPool;
+  if (pools && in.kind == ValueKind::F32) return float_pool(program, node);
   switch (node.op) {
     case OpKind::Quantize:
       return quantize(program, node, layouts);
@@ -147,10 +217,8 @@ RunImage run_image(const Program& program, const Node& node,
       return binary(node,
                     [=](auto a, auto b, auto o, Part part) { cpu::mul(spec, a, b, o, part); });
     }
-    case OpKind::Affine: {
-      const AffineSpec spec = affine_spec(program, node);
-      return unary(node, [=](auto i, auto o, Part part) { cpu::affine(spec, i, o, part); });
-    }
+    case OpKind::Affine:
+      return affine(program, node);
     case OpKind::Concat:
     case OpKind::Join:
       return join(program, node);
@@ -188,14 +256,17 @@ RunImage run_image(const Program& program, const Node& node,
     case OpKind::LayerNorm:
     case OpKind::RmsNorm: {
       const LayerNormSpec spec = layer_norm_spec(program, node);
-      return unary(node, [=](auto i, auto o, Part part) { cpu::layer_norm(spec, i, o, part); });
+      return norm(
+          program, node, [=](auto i, auto o, Part part) { cpu::layer_norm(spec, i, o, part); },
+          [=](auto i, float* o, Part part) { cpu::layer_norm_f32(spec, i, o, part); },
+          [=](const float* i, int64_t c, int64_t plane, float* o, Part part) {
+            cpu::layer_norm_floats(spec, i, c, plane, o, part);
+          });
     }
     case OpKind::Reshape:
       return unary(node, [](auto i, auto o, Part part) { cpu::reshape(i, o, part); });
-    case OpKind::Rearrange: {
-      const RearrangeSpec spec = rearrange_spec(program, node);
-      return unary(node, [=](auto i, auto o, Part part) { cpu::rearrange(spec, i, o, part); });
-    }
+    case OpKind::Rearrange:
+      return rearrange(program, node);
     case OpKind::Function: {
       const FloatFunctionSpec spec = function_spec(node);
       const int64_t count = in.c * in.h * in.w;
@@ -227,8 +298,16 @@ RunImage run_image(const Program& program, const Node& node,
       return affine_image(program, node);
     case OpKind::GroupNorm: {
       const GroupNormSpec spec = group_norm_spec(program, node);
-      return unary(node, [=](auto i, auto o, Part part) { cpu::group_norm(spec, i, o, part); });
+      return norm(
+          program, node, [=](auto i, auto o, Part part) { cpu::group_norm(spec, i, o, part); },
+          [=](auto i, float* o, Part part) { cpu::group_norm_f32(spec, i, o, part); },
+          [=](const float* i, int64_t c, int64_t plane, float* o, Part part) {
+            cpu::group_norm_floats(spec, i, c, plane, o, part);
+          });
     }
+    case OpKind::Choose:
+      return choose(node, program.values[y]);
+    case OpKind::FloatConv:
     case OpKind::Constant:
     case OpKind::Conv:
     case OpKind::ConvTranspose:
@@ -255,6 +334,10 @@ std::vector<Step> build_steps(const Program& program, const std::vector<ValueLay
                                      node.inputs.size() > 1 ? layout_of(node.inputs[1]) : nullptr,
                                      layouts[x].own_input != nullptr, room);
       step.max_parts = step.conv->max_parts();
+    } else if (node.op == OpKind::FloatConv) {
+      step.floats = std::make_unique<cpu::FloatConv>(float_conv_spec(program, node),
+                                                     unpacked_floats(program, node));
+      step.max_parts = step.floats->max_parts();
     } else {
       step.run_image = run_image(program, node, layouts);
       int64_t bytes = 0;

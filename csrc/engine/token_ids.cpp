@@ -9,10 +9,11 @@ namespace adalayer::engine {
 std::vector<int64_t> table_rows(const Program& program) {
   std::vector<int64_t> rows(program.inputs.size(), -1);
   for (const Node& node : program.nodes) {
-    if (node.op != OpKind::Embedding) continue;
+    const bool flags = node.op == OpKind::Choose && node.ints[0] == 0;
+    if (node.op != OpKind::Embedding && !flags) continue;
     const auto port = std::find(program.inputs.begin(), program.inputs.end(), node.inputs[0]);
     int64_t& least = rows[static_cast<size_t>(port - program.inputs.begin())];
-    const int64_t found = embedding_spec(program, node).rows;
+    const int64_t found = flags ? 2 : embedding_spec(program, node).rows;
     least = least < 0 ? found : std::min(least, found);
   }
   return rows;

@@ -10,7 +10,8 @@
 
 namespace adalayer::engine {
 
-/// Per program input the rows of the smallest table that it is an index of; -1 where it is none.
+/// Per program input the rows of the smallest table that it is an index of, 2 for a mask of zeros
+/// and ones; -1 where any number is allowed.
 std::vector<int64_t> table_rows(const Program& program);
 
 /// Throws InvalidArgument that names the input, the sample, the position and the ids that there

@@ -42,13 +42,15 @@ constexpr Signature kSignatures[kOpKinds] = {
     {1, 1, 0, 0, 3},        // Rearrange
     {1, 1, 1, 2, 0},        // Function
     {2, 2, 1, 0, 0},        // Combine
-    {3, 3, 9, 2, 1},        // Attention
+    {3, 4, 9, 2, 1},        // Attention
     {1, 1, 3, 1, 3},        // AffineImage
     {0, 0, 0, 0, 1},        // Constant
     {1, kAny, 1, 0, kAny},  // Join
     {1, 1, 0, 0, 1},        // Embedding
     {1, 1, 3, 2, 2},        // RmsNorm
     {1, 1, 4, 2, 2},        // GroupNorm
+    {1, 1, 11, 2, 3},       // FloatConv
+    {1, 1, 1, 2, 0},        // Choose
 };
 
 bool is_utf8(std::string_view text) {
@@ -155,7 +157,11 @@ class NodeCheck {
   void bounded(int64_t c, int64_t h, int64_t w) const;
 
   // -- operations
+  void geometry() const;
+  void output_of_convolution() const;
   void convolution(bool transposed) const;
+  void float_conv() const;
+  void canonical_weights(const Constant& weights) const;
   void window_axis(const char* axis, int64_t size, int64_t outputs, int64_t kernel, int64_t stride,
                    int64_t pad, int64_t dilation) const;
   void max_pool() const;
@@ -163,7 +169,8 @@ class NodeCheck {
   void average_bound(int64_t positions) const;
   void concat() const;
   void affine_image() const;
-  void levels() const;
+  void affine() const;
+  void fixed() const;
   void join() const;
   void group_norm() const;
   void slice() const;
@@ -261,23 +268,62 @@ void NodeCheck::bounded(int64_t c, int64_t h, int64_t w) const {
     bad("expected at most ", kMaxElements, " elements with padding, got ", c, " x ", h, " x ", w);
 }
 
-void NodeCheck::convolution(bool transposed) const {
-  const bool to_float = out().kind == ValueKind::F32;
-  kinds(ValueKind::U8, out().kind);
+/// Kernel, strides, padding, dilation and groups.
+void NodeCheck::geometry() const {
   constexpr const char* kWhat[] = {"kernel height",       "kernel width",  "vertical stride",
                                    "horizontal stride",   "top padding",   "left padding",
                                    "bottom padding",      "right padding", "vertical dilation",
                                    "horizontal dilation", "groups"};
   for (size_t k = 0; k < 11; ++k)
     ranged(k, kWhat[k], k >= 4 && k < 8 ? 0 : 1, kMaxAxis);
-  const ConvAttributes a = conv_attributes(node_);
-  const Value &x = in(), &y = out();
-  if (x.c % a.groups != 0 || y.c % a.groups != 0)
-    bad("channels must be divisible by groups ", a.groups, ", got ", x.c, " in and ", y.c, " out");
+  const int64_t groups = node_.ints[10];
+  if (in().c % groups != 0 || out().c % groups != 0)
+    bad("channels must be divisible by groups ", groups, ", got ", in().c, " in and ", out().c,
+        " out");
+}
 
-  const int64_t extent_h = a.dilation_h * (a.kernel_h - 1) + 1;
-  const int64_t extent_w = a.dilation_w * (a.kernel_w - 1) + 1;
+void NodeCheck::output_of_convolution() const {
+  const std::vector<int64_t>& i = node_.ints;
+  const int64_t extent_h = i[8] * (i[0] - 1) + 1, extent_w = i[9] * (i[1] - 1) + 1;
+  const int64_t padded_h = in().h + i[4] + i[6], padded_w = in().w + i[5] + i[7];
+  bounded(in().c, padded_h, padded_w);
+  if (padded_h < extent_h || padded_w < extent_w)
+    bad("the padded input, ", padded_h, " x ", padded_w, ", is smaller than the dilated kernel, ",
+        extent_h, " x ", extent_w);
+  shape("output", out(), out().c, (padded_h - extent_h) / i[2] + 1,
+        (padded_w - extent_w) / i[3] + 1);
+}
+
+void NodeCheck::canonical_weights(const Constant& weights) const {
+  const formats::CanonicalHeader header = [&] {
+    try {
+      return formats::read_header(weights.bytes);
+    } catch (const CorruptData& e) {
+      bad(e.what());
+    }
+  }();
+  const int64_t kernel_h = node_.ints[0], kernel_w = node_.ints[1], groups = node_.ints[10];
+  if (header.out_channels != out().c || header.group_in != in().c / groups ||
+      header.kernel_h != kernel_h || header.kernel_w != kernel_w)
+    bad("expected weights of ", out().c, " x ", in().c / groups, " x ", kernel_h, " x ", kernel_w,
+        ", got ", header.out_channels, " x ", header.group_in, " x ", header.kernel_h, " x ",
+        header.kernel_w);
+  try {
+    check_accumulator(header.count() / out().c, header.bits);
+  } catch (const InvalidArgument& e) {
+    bad(e.what());
+  }
+}
+
+void NodeCheck::convolution(bool transposed) const {
+  const bool to_float = out().kind == ValueKind::F32;
+  kinds(ValueKind::U8, out().kind);
+  geometry();
+  const Value &x = in(), &y = out();
   if (transposed) {
+    const ConvAttributes a = conv_attributes(node_);
+    const int64_t extent_h = a.dilation_h * (a.kernel_h - 1) + 1;
+    const int64_t extent_w = a.dilation_w * (a.kernel_w - 1) + 1;
     if (std::min(a.stride_h, y.h) * std::min(a.stride_w, y.w) > kMaxInterleaved)
       bad("expected at most ", kMaxInterleaved,
           " outputs between neighbouring inputs, got strides ", a.stride_h, " and ", a.stride_w);
@@ -291,40 +337,38 @@ void NodeCheck::convolution(bool transposed) const {
     fits("height", y.h, full_h - a.pad_top - a.pad_bottom, std::max(a.stride_h, a.dilation_h));
     fits("width", y.w, full_w - a.pad_left - a.pad_right, std::max(a.stride_w, a.dilation_w));
   } else {
-    const int64_t padded_h = x.h + a.pad_top + a.pad_bottom;
-    const int64_t padded_w = x.w + a.pad_left + a.pad_right;
-    bounded(x.c, padded_h, padded_w);
-    if (padded_h < extent_h || padded_w < extent_w)
-      bad("the padded input, ", padded_h, " x ", padded_w, ", is smaller than the dilated kernel, ",
-          extent_h, " x ", extent_w);
-    shape("output", y, y.c, (padded_h - extent_h) / a.stride_h + 1,
-          (padded_w - extent_w) / a.stride_w + 1);
+    output_of_convolution();
   }
-
-  const Constant& weights = constant(0, "weights", ConstantKind::Weights);
-  const formats::CanonicalHeader header = [&] {
-    try {
-      return formats::read_header(weights.bytes);
-    } catch (const CorruptData& e) {
-      bad(e.what());
-    }
-  }();
-  if (header.out_channels != y.c || header.group_in != x.c / a.groups ||
-      header.kernel_h != a.kernel_h || header.kernel_w != a.kernel_w)
-    bad("expected weights of ", y.c, " x ", x.c / a.groups, " x ", a.kernel_h, " x ", a.kernel_w,
-        ", got ", header.out_channels, " x ", header.group_in, " x ", header.kernel_h, " x ",
-        header.kernel_w);
-  try {
-    check_accumulator(header.count() / y.c, header.bits);
-  } catch (const InvalidArgument& e) {
-    bad(e.what());
-  }
+  canonical_weights(constant(0, "weights", ConstantKind::Weights));
   floats_constant(1, "scale", y.c);
   floats_constant(2, "bias", y.c);
   finish(11, !to_float, 3);
-  if (!(a.f32_lo <= a.f32_hi))
-    bad("float lo must not exceed hi, got ", a.f32_lo, " and ", a.f32_hi);
+  if (!(node_.floats[1] <= node_.floats[2]))
+    bad("float lo must not exceed hi, got ", node_.floats[1], " and ", node_.floats[2]);
   if (node_.inputs.size() == 2) shape("residual", in(1), y.c, y.h, y.w);
+}
+
+void NodeCheck::float_conv() const {
+  kinds(ValueKind::F32, ValueKind::F32);
+  geometry();
+  output_of_convolution();
+  const int64_t positions = out().h * out().w;
+  if (positions > kMaxElements / out().c)
+    bad("expected at most ", kMaxElements, " outputs, got ", out().c, " x ", positions);
+  if (node_.constants[1] != -1) {
+    canonical_weights(constant(0, "weights", ConstantKind::Weights));
+    floats_constant(1, "scale", out().c);
+  } else {
+    // (Of sizes that fit the padded input, each at most kMaxElements.)
+    const int64_t taps = node_.ints[0] * node_.ints[1], group_in = in().c / node_.ints[10];
+    const auto size = static_cast<int64_t>(constant(0, "weights", ConstantKind::F32).f32().size());
+    if (size % out().c != 0 || size / out().c % group_in != 0 || size / out().c / group_in != taps)
+      bad("weights: expected ", out().c, " x ", group_in, " x ", taps, " floats, got ", size);
+    floats_constant(0, "weights", size);
+  }
+  floats_constant(2, "bias", out().c);
+  if (!(node_.floats[0] <= node_.floats[1]))
+    bad("lo must not exceed hi, got ", node_.floats[0], " and ", node_.floats[1]);
 }
 
 void NodeCheck::window_axis(const char* axis, int64_t size, int64_t outputs, int64_t kernel,
@@ -344,8 +388,8 @@ void NodeCheck::window_axis(const char* axis, int64_t size, int64_t outputs, int
 }
 
 void NodeCheck::max_pool() const {
-  kinds(ValueKind::U8, ValueKind::U8);
-  same_grid();
+  kinds(in().kind, in().kind);
+  if (in().kind == ValueKind::U8) same_grid();
   constexpr const char* kWhat[] = {"kernel height",     "kernel width",       "vertical stride",
                                    "horizontal stride", "top padding",        "left padding",
                                    "vertical dilation", "horizontal dilation"};
@@ -425,10 +469,20 @@ void NodeCheck::affine_image() const {
   }
 }
 
-void NodeCheck::levels() const {
+void NodeCheck::affine() const {
+  kinds(in().kind, in().kind);
+  same_shape();
+  finish(0, in().kind == ValueKind::U8, 2);
+  floats_constant(0, "scale", in().c);
+  floats_constant(1, "bias", in().c);
+}
+
+/// Constant: what is the same for every image.
+void NodeCheck::fixed() const {
+  const int64_t elements = out().c * out().h * out().w;
+  if (out().kind == ValueKind::F32) return floats_constant(0, "floats", elements);
   kinds(ValueKind::U8, ValueKind::U8);
   const Constant& c = constant(0, "levels", ConstantKind::U8);
-  const int64_t elements = out().c * out().h * out().w;
   if (static_cast<int64_t>(c.bytes.size()) != elements)
     bad("levels: expected ", elements, ", one per element of the output, got ", c.bytes.size());
   const uint8_t most = *std::max_element(c.bytes.begin(), c.bytes.end());
@@ -485,8 +539,8 @@ void NodeCheck::gather() const {
 }
 
 void NodeCheck::rearrange() const {
-  kinds(ValueKind::U8, ValueKind::U8);
-  same_grid();
+  kinds(in().kind, in().kind);
+  if (in().kind == ValueKind::U8) same_grid();
   constexpr const char* kWhat[] = {"channels", "rows", "columns"};
   const int64_t sizes[] = {out().c, out().h, out().w};
   int64_t last = 0;
@@ -515,13 +569,15 @@ void NodeCheck::function() const {
 }
 
 void NodeCheck::attention() const {
-  kinds(ValueKind::U8, ValueKind::U8);
+  for (size_t k = 0; k < 3; ++k)
+    if (in(k).kind != ValueKind::U8)
+      bad("expected u8 input ", k, ", got ", value_kind_name(in(k).kind));
   constexpr const char* kFlags[] = {"rows", "causal", "mask_rows", "mask_heads"};
   const int64_t heads = ranged(0, "heads", 1, kMaxAxis);
   const int64_t key_heads = ranged(1, "key_heads", 1, heads);
   for (size_t k = 0; k < 4; ++k)
     ranged(2 + k, kFlags[k], 0, 1);
-  finish(6, true);
+  finish(6, out().kind == ValueKind::U8);
   if (heads % key_heads != 0)
     bad("expected heads to be a multiple of key_heads, got ", heads, " and ", key_heads);
   const auto divisible = [&](const char* what, const Value& v, int64_t by) {
@@ -542,6 +598,13 @@ void NodeCheck::attention() const {
     bad("expected at most ", kMostAttentionTerms, " channels per head, and keys, got ", depth,
         " and ", s.keys);
   if (!std::isfinite(node_.floats[1])) bad("the scale must be finite, got ", node_.floats[1]);
+  if (node_.inputs.size() == 4) {
+    if (in(3).kind != ValueKind::F32)
+      bad("expected an f32 mask of the keys, got ", value_kind_name(in(3).kind));
+    if (s.sequences != 1) bad("a mask of the keys is of one sequence, got ", s.sequences);
+    if (in(3).c * in(3).h * in(3).w != s.keys)
+      bad("expected a mask of ", s.keys, " keys, got ", in(3).c * in(3).h * in(3).w);
+  }
   if (node_.constants[0] == -1) return;
   // At most 2^31 / 2^20 times each other: sizes of values are bounded.
   const double entries = (node_.ints[4] != 0 ? static_cast<double>(s.sequences) : 1.0) *
@@ -557,9 +620,10 @@ void NodeCheck::attention() const {
 
 /// What all norms have.
 void NodeCheck::norm(size_t finish_at) const {
-  kinds(ValueKind::U8, ValueKind::U8);
+  // Of floats floats, of levels either.
+  kinds(in().kind, in().kind == ValueKind::F32 ? in().kind : out().kind);
   same_shape();
-  finish(finish_at, true);
+  finish(finish_at, out().kind == ValueKind::U8);
   if (!std::isfinite(node_.floats[1]) || node_.floats[1] <= 0.0f)
     bad("eps must be positive and finite, got ", node_.floats[1]);
   floats_constant(0, "gamma", in().c);
@@ -629,9 +693,10 @@ void NodeCheck::run() {
 
   constexpr ValueKind u8 = ValueKind::U8, f32 = ValueKind::F32;
   for (size_t k = 0; k < node_.inputs.size(); ++k)
-    if (in(k).kind == ValueKind::I32 && node_.op != OpKind::Embedding)
-      bad("expected levels or floats as input ", k, ", got token ids, which only embedding reads");
-  if (out().kind == ValueKind::I32) bad("its output is i32: only program inputs are token ids");
+    if (in(k).kind == ValueKind::I32 && node_.op != OpKind::Embedding && node_.op != OpKind::Choose)
+      bad("expected levels or floats as input ", k,
+          ", got whole numbers, which only embedding and choose read");
+  if (out().kind == ValueKind::I32) bad("its output is i32: only program inputs are");
   switch (node_.op) {
     case OpKind::Quantize:
       kinds(f32, u8);
@@ -661,11 +726,7 @@ void NodeCheck::run() {
         if (!std::isfinite(v)) bad("scales must be finite, got ", v);
       break;
     case OpKind::Affine:
-      kinds(u8, u8);
-      same_shape();
-      finish(0, true, 2);
-      floats_constant(0, "scale", in().c);
-      floats_constant(1, "bias", in().c);
+      affine();
       break;
     case OpKind::Concat:
       concat();
@@ -731,7 +792,7 @@ void NodeCheck::run() {
       affine_image();
       break;
     case OpKind::Constant:
-      levels();
+      fixed();
       break;
     case OpKind::Join:
       join();
@@ -744,6 +805,17 @@ void NodeCheck::run() {
       break;
     case OpKind::RmsNorm:
       norm();
+      break;
+    case OpKind::FloatConv:
+      float_conv();
+      break;
+    case OpKind::Choose:
+      kinds(ValueKind::I32, f32);
+      same_shape();
+      ranged(0, "any", 0, 1);
+      for (const float v : node_.floats)
+        if (!(v < std::numeric_limits<float>::infinity()))
+          bad("expected finite floats or -infinity, got ", v);
       break;
   }
 }

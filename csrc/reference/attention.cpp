@@ -25,7 +25,7 @@ void attention(const AttentionShape& n, const AttentionSpec& s, const uint8_t* q
                 k[(shared * n.depth + c) * k_plane + sequence * n.keys + j] - s.zero_k;
             sum += a * b;
           }
-          scores[j] = attention_score(sum, s.scale, mask == nullptr ? 0.0f : mask[j]);
+          scores[j] = attention_score(sum, s.scale, mask_value(mask, s.keys, j));
           top = max_x86(scores[j], top);
         }
         int32_t total = 0;

@@ -30,7 +30,9 @@ struct AttentionSpec {
   // [sequences or 1][heads or 1][queries][keys], finite or -infinity; null for none.
   const float* mask = nullptr;
   int64_t mask_sequence = 0, mask_head = 0;  // elements from one to the next; 0 where all share
-  U8Finish finish;                           // of a u8 result; has no table
+  // [keys], for all heads and queries of one sequence: the lower one of the two counts.
+  const float* keys = nullptr;
+  U8Finish finish;  // of a u8 result; has no table
 };
 
 /// Most products of two levels that one sum may have: 255^2 each.
@@ -45,6 +47,12 @@ inline const float* mask_row(const AttentionShape& n, const AttentionSpec& s, in
                              int64_t head, int64_t query) {
   if (s.mask == nullptr) return nullptr;
   return s.mask + sequence * s.mask_sequence + head * s.mask_head + query * n.keys;
+}
+
+/// What is added to the score of key j.
+inline float mask_value(const float* row, const float* keys, int64_t j) {
+  if (row == nullptr) return keys == nullptr ? 0.0f : keys[j];
+  return keys == nullptr ? row[j] : min_x86(row[j], keys[j]);
 }
 
 inline float attention_score(int32_t sum, float scale, float mask) {

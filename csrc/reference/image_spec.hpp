@@ -173,10 +173,31 @@ inline LayerNormMoments layer_norm_moments(int64_t s1, int64_t s2, int64_t chann
   const double rstd = 1.0 / std::sqrt(var * (s.step * s.step) + s.eps);
   return {mean, static_cast<float>(rstd * s.step)};
 }
+/// y_c, which a float result is as it is.
+inline float layer_norm_value(uint8_t q, int64_t c, const LayerNormMoments& m,
+                              const LayerNormSpec& s) {
+  const auto centred = static_cast<float>(static_cast<double>(q) - m.mean);
+  return std::fmaf(centred * m.factor, s.gamma[c], s.beta[c]);
+}
 inline uint8_t layer_norm_u8(uint8_t q, int64_t c, const LayerNormMoments& m,
                              const LayerNormSpec& s) {
-  const auto centred = static_cast<float>(static_cast<double>(q) - m.mean);
-  return finish_u8(std::fmaf(centred * m.factor, s.gamma[c], s.beta[c]), s.finish);
+  return finish_u8(layer_norm_value(q, c, m, s), s.finish);
+}
+
+/// The same norms over floats, behind the last quantized layer or between layers that stay in
+/// float:
+///   mean = (sum x) / n, var = (sum (x - mean)^2) / n     (double; RMS norm: mean = 0)
+///   y    = fma((float)((x - mean) * (1 / sqrt(var + eps))), gamma[c], beta[c])
+/// Sums go from channel to channel, and those of a group norm from position to position then.
+struct FloatMoments {
+  double mean, rstd;
+};
+inline FloatMoments float_moments(double mean, double squares, int64_t count,
+                                  const LayerNormSpec& s) {
+  return {mean, 1.0 / std::sqrt(squares / static_cast<double>(count) + s.eps)};
+}
+inline float float_normal(float x, const FloatMoments& m) {
+  return static_cast<float>((static_cast<double>(x) - m.mean) * m.rstd);
 }
 
 /// Group norm: as layer norm, over all positions and the channels of one group together. Groups are

@@ -38,6 +38,30 @@ def fake_quantize(
 ) -> None: ...
 def fma(a: int, b: int, c: int, n: int, y: int, threads: int, /) -> None: ...
 def float_function(function: int, x: int, n: int, y: int, threads: int, /) -> None: ...
+def float_conv(
+    geometry: tuple[int, ...],
+    x: int,
+    images: int,
+    h: int,
+    w: int,
+    weights: int,
+    bias: int,
+    y: int,
+    threads: int,
+) -> None: ...
+def float_norm(
+    x: int,
+    images: int,
+    channels: int,
+    plane: int,
+    groups: int,
+    about_zero: bool,
+    eps: float,
+    gamma: int,
+    beta: int,
+    y: int,
+    threads: int,
+) -> None: ...
 def softmax(
     x: int, images: int, channels: int, positions: int, y: int, threads: int, /
 ) -> None: ...

@@ -77,8 +77,8 @@ struct Builder {
   }
 };
 
-/// Every operation once at least but those of token_program(), convolutions in all their forms; two
-/// inputs, three outputs.
+/// Every operation once at least but those of token_program() and float_program(), convolutions in
+/// all their forms; two inputs, three outputs.
 inline Program every_operation() {
   constexpr float kInf = std::numeric_limits<float>::infinity();
   constexpr ValueKind F32 = ValueKind::F32;
@@ -202,7 +202,66 @@ inline Program token_program() {
   return b.p;
 }
 
-/// Noise for every input of a program: ids that all its tables have, as the bits of floats.
+/// What works on floats or gives floats, and a mask of keys that is an input: a float convolution
+/// whose weights are floats, one whose weights are packed, norms from levels and from floats.
+inline Program float_program() {
+  constexpr float kInf = std::numeric_limits<float>::infinity();
+  constexpr ValueKind F32 = ValueKind::F32;
+  Builder b;
+  const auto x = b.value("x", 4, 4, 7, F32);
+  const auto ids = b.value("mask", 1, 1, 6, ValueKind::I32);
+  std::vector<float> weights(6 * 2 * 9);
+  for (size_t i = 0; i < weights.size(); ++i)
+    weights[i] = 0.1f * static_cast<float>(i % 17) - 0.8f;
+  const auto six = b.floats({0.5f, -1.0f, 2.0f, 0.0f, 1.0f, 0.25f});
+  const auto conv =
+      b.node(OpKind::FloatConv, {x}, b.value("conv", 6, 3, 3, F32),
+             {3, 3, 1, 1, 1, 0, 0, 0, 1, 2, 2}, {-kInf, 20.0f}, {b.floats(weights), -1, six});
+  const auto packed = b.node(
+      OpKind::FloatConv, {conv}, b.value("packed", 6, 3, 3, F32), {1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1},
+      {-kInf, kInf}, {b.weights(6, 6, 1, 1, 4), b.floats(std::vector<float>(6, 0.05f)), six});
+  const auto line = b.node(OpKind::Affine, {packed}, b.value("line", 6, 3, 3, F32), {0, 255, 0},
+                           {1.0f}, {six, six, -1});
+  const auto most =
+      b.node(OpKind::MaxPool, {line}, b.value("most", 6, 2, 3, F32), {2, 1, 1, 1, 0, 0, 1, 1});
+  std::vector<float> fixed_floats(36);
+  for (size_t i = 0; i < fixed_floats.size(); ++i)
+    fixed_floats[i] = 0.3f * static_cast<float>(i % 5);
+  const auto fixed = b.node(OpKind::Constant, {}, b.value("fixed", 6, 2, 3, F32), {}, {},
+                            {b.floats(fixed_floats)});
+  const auto sum = b.node(OpKind::Combine, {most, fixed}, b.value("sum", 6, 2, 3, F32), {0});
+  // Positions become one row: channels stay.
+  const auto turned =
+      b.node(OpKind::Rearrange, {sum}, b.value("turned", 6, 1, 6, F32), {}, {},
+             {b.ints({0, 6, 12, 18, 24, 30}), b.ints({0}), b.ints({5, 4, 3, 2, 1, 0})});
+  const auto gamma = b.floats({2, 3, 4, 5, 1, 2}), beta = b.floats({0, 1, 0, -1, 2, 0});
+  const auto norm = [&](OpKind op, int32_t from, const char* name, std::vector<int64_t> ints) {
+    const Value v = b.p.values[static_cast<size_t>(from)];
+    return b.node(op, {from}, b.value(name, v.c, v.h, v.w, F32), std::move(ints), {1.0f, 1e-5f},
+                  {gamma, beta});
+  };
+  const auto rows = norm(OpKind::LayerNorm, turned, "rows", {0, 255, 0});
+  const auto roots = norm(OpKind::RmsNorm, rows, "roots", {0, 255, 0});
+  const auto groups = norm(OpKind::GroupNorm, roots, "groups", {3, 0, 255, 0});
+  const auto q = b.node(OpKind::Quantize, {groups}, b.value("q", 6, 1, 6));
+  const auto mask =
+      b.node(OpKind::Choose, {ids}, b.value("keys", 1, 1, 6, F32), {1}, {-kInf, 0.0f});
+  std::vector<float> also(72, 0.5f);
+  also[3] = -kInf;
+  const auto attended = b.node(OpKind::Attention, {q, q, q, mask}, b.value("attended", 6, 1, 6),
+                               {2, 2, 0, 0, 0, 1, 0, 255, 10}, {kInverse, 0.01f}, {b.floats(also)});
+  const auto ends = b.node(OpKind::Attention, {attended, q, q, mask}, b.value("ends", 6, 1, 6, F32),
+                           {3, 3, 0, 1, 0, 0, 0, 255, 0}, {1.0f, 0.01f}, {-1});
+  const auto last = norm(OpKind::LayerNorm, attended, "last", {0, 255, 0});
+  const auto last_roots = norm(OpKind::RmsNorm, attended, "last_roots", {0, 255, 0});
+  const auto last_groups = norm(OpKind::GroupNorm, attended, "last_groups", {2, 0, 255, 0});
+  b.p.inputs = {x, ids};
+  b.p.outputs = {ends, last, last_roots, last_groups};
+  return b.p;
+}
+
+/// Noise for every input of a program: ids that all its tables have, or 0 to 2 where no table reads
+/// them, as the bits of floats.
 inline std::vector<std::vector<float>> input_noise(const Program& p, int64_t batch,
                                                    const std::function<float()>& number) {
   const std::vector<int64_t> rows = table_rows(p);
@@ -215,7 +274,7 @@ inline std::vector<std::vector<float>> input_noise(const Program& p, int64_t bat
       x[i] = value.kind == ValueKind::F32
                  ? number()
                  : std::bit_cast<float>(static_cast<int32_t>(static_cast<int64_t>(i * 5 + k) %
-                                                             std::max<int64_t>(rows[k], 1)));
+                                                             (rows[k] < 0 ? 3 : rows[k])));
   }
   return data;
 }

@@ -222,6 +222,29 @@ TEST(several_inputs_and_outputs) {
     CHECK_MSG(same(got[k], want[k]), std::to_string(k));
 }
 
+TEST(floats_and_masks) {
+  const Program program = float_program();
+  const adalayer::Model model = shared(program);
+  adalayer::Context context(model);
+  Floats images(2 * 4 * 4 * 7);
+  for (size_t i = 0; i < images.size(); ++i)
+    images[i] = static_cast<float>(i % 23) * 0.3f - 3.0f;
+  const std::vector<int32_t> mask = {1, 1, 0, 1, 5, 0, 1, 0, 0, 0, 1, 1};
+  std::vector<std::vector<float>> given = {images, Floats(12)};
+  std::memcpy(given[1].data(), mask.data(), 48);
+  const auto want = engine_run(program, 2, given);
+  std::vector<Floats> got;
+  std::vector<adalayer_output> outputs;
+  for (const auto& y : want)
+    outputs.push_back({got.emplace_back(y.size()).data(), y.size() * 4});
+  context.run(2,
+              {{images.data(), images.size() * 4, ADALAYER_FLOAT32, ADALAYER_NCHW},
+               {mask.data(), 48, ADALAYER_INT32, ADALAYER_NCHW}},
+              outputs);
+  for (size_t k = 0; k < want.size(); ++k)
+    CHECK_MSG(same(got[k], want[k]), std::to_string(k));
+}
+
 TEST(token_ids) {
   const Program program = token_program();
   const adalayer::Model model = shared(program);

@@ -421,6 +421,23 @@ TEST(errors_have_codes_and_sentences) {
   fake_cuda::most_bytes = int64_t{1} << 40;
 #endif
 
+  // What works on floats between layers runs on the CPU alone.
+  Program floats = programs::float_program();
+  const auto refused = [&](const char* text) {
+    const std::vector<uint8_t> file = write_program(floats);
+    AdalayerCudaOptions plain = options();
+    CHECK_EQ(adalayer_cuda_engine_create(file.data(), file.size(), 0, &plain, &handle),
+             ADALAYER_CUDA_INVALID);
+    const std::string message = adalayer_cuda_last_error();
+    CHECK_MSG(message.find(text) != std::string::npos, message);
+  };
+  refused("input 'mask' is token ids");
+  floats.nodes.resize(1);  // the first convolution alone
+  floats.values = {floats.values[floats.inputs[0]], floats.values[floats.nodes[0].output]};
+  floats.inputs = floats.nodes[0].inputs = {0};
+  floats.outputs = {floats.nodes[0].output = 1};
+  refused("node 'layer.float_conv': float_conv with a float result runs on the CPU alone");
+
   OnDevice e(p);
   Floats got;
   CHECK_EQ(e.run({{}}, -1, got), ADALAYER_CUDA_INVALID);

@@ -138,6 +138,11 @@ TEST(tokens_are_bit_equal_to_the_interpreter) {
     check_program(token_program(), batch);
 }
 
+TEST(floats_are_bit_equal_to_the_interpreter) {
+  for (const int64_t batch : {1, 2, 5})
+    check_program(float_program(), batch);
+}
+
 TEST(convolutions_are_bit_equal_to_the_interpreter) {
   for (int i = 0; i < 8; ++i) {
     const Program p = network();

@@ -149,8 +149,8 @@ TEST(every_operation_is_valid_and_runs) {
   const Program p = every_operation();
   validate(p);
   std::set<OpKind> kinds;
-  const Program tokens = token_program();
-  for (const Program* all : {&p, &tokens})
+  const Program tokens = token_program(), floats = float_program();
+  for (const Program* all : {&p, &tokens, &floats})
     for (const Node& n : all->nodes)
       kinds.insert(n.op);
   size_t operations = 0;
@@ -389,12 +389,12 @@ TEST(token_ids_are_what_they_must_be) {
   refused_with("must be f32 or i32", [](Program& p) { p.values[0].kind = ValueKind::U8; });
   refused_with("expected u8 output, got f32",
                [](Program& p) { output_of(p, OpKind::Embedding).kind = ValueKind::F32; });
-  refused_with("only program inputs are token ids", [](Program& p) {
+  refused_with("only program inputs are", [](Program& p) {
     Value& v = output_of(p, OpKind::Add);
     v.kind = ValueKind::I32;
     v.c = 1;
   });
-  refused_with("got token ids, which only embedding reads",
+  refused_with("got whole numbers, which only embedding and choose read",
                [](Program& p) { find(p, OpKind::Add).inputs[1] = p.inputs[0]; });
   refused_with("expected output of 8 x 1 x 6",
                [](Program& p) { output_of(p, OpKind::Embedding).w = 5; });
@@ -405,6 +405,62 @@ TEST(token_ids_are_what_they_must_be) {
   refused_with("of kind u8", [](Program& p) {
     find(p, OpKind::Embedding).constants[0] = find(p, OpKind::Conv).constants[1];
   });
+}
+
+TEST(floats_are_what_they_must_be) {
+  const auto refused_with = [](const char* text, const std::function<void(Program&)>& change) {
+    Program p = float_program();
+    change(p);
+    CHECK_THROWS(validate(p), InvalidArgument, text);
+  };
+  validate(float_program());
+  const auto conv = [](Program& p) -> Node& { return find(p, OpKind::FloatConv); };
+  refused_with("weights: expected 6 x 2 x 9 floats, got 107", [&](Program& p) {
+    p.constants[conv(p).constants[0]].bytes.resize(size_t{107} * 4);
+  });
+  refused_with("weights: expected 6 x 2 x 6 floats, got 108", [&](Program& p) {
+    conv(p).ints[1] = 2;
+    output_of(p, OpKind::FloatConv).w = 5;
+  });
+  refused_with("every entry must be finite", [&](Program& p) {
+    const float bad = NAN;
+    std::memcpy(p.constants[conv(p).constants[0]].bytes.data(), &bad, 4);
+  });
+  refused_with("bias: expected 6 floats, got 36",
+               [&](Program& p) { conv(p).constants[2] = find(p, OpKind::Constant).constants[0]; });
+  refused_with("of kind weights", [&](Program& p) { conv(p).constants[1] = conv(p).constants[2]; });
+  refused_with("channels must be divisible by groups 5", [&](Program& p) { conv(p).ints[10] = 5; });
+  refused_with("expected output of 6 x 3 x 3",
+               [&](Program& p) { output_of(p, OpKind::FloatConv).h = 4; });
+  refused_with("lo must not exceed hi", [&](Program& p) { conv(p).floats = {1.0f, -1.0f}; });
+  refused_with("expected u8 input 0, got f32", [](Program& p) {
+    find(p, OpKind::Attention).inputs[0] = find(p, OpKind::GroupNorm).output;
+  });
+  refused_with("expected a mask of 6 keys, got 5", [](Program& p) {
+    p.values[p.inputs[1]].w = 5;
+    output_of(p, OpKind::Choose).w = 5;
+  });
+  refused_with("expected an f32 mask of the keys, got u8", [](Program& p) {
+    Node& attention = find(p, OpKind::Attention);
+    attention.inputs[3] = attention.inputs[0];
+  });
+  refused_with("a mask of the keys is of one sequence", [](Program& p) {
+    // Six rows of one token each.
+    for (Value& v : p.values)
+      if (v.c == 6 && v.h == 1 && v.w == 6) std::swap(v.h, v.w);
+    for (Node& n : p.nodes) {
+      if (n.op == OpKind::Rearrange) std::swap(n.constants[1], n.constants[2]);
+      if (n.op == OpKind::Attention) n.ints[2] = 1;
+    }
+  });
+  refused_with("expected finite floats or -infinity",
+               [](Program& p) { find(p, OpKind::Choose).floats[1] = INFINITY; });
+  refused_with("floats: expected 36 floats", [](Program& p) {
+    Node& fixed = find(p, OpKind::Constant);
+    fixed.constants[0] = find(p, OpKind::Affine).constants[0];
+  });
+  refused_with("expected f32 output, got u8",
+               [](Program& p) { output_of(p, OpKind::RmsNorm).kind = ValueKind::U8; });
 }
 
 TEST(ids_that_no_table_has_are_an_error_of_the_call) {
@@ -423,6 +479,25 @@ TEST(ids_that_no_table_has_are_an_error_of_the_call) {
     CHECK_THROWS(engine.run(inputs, 2, results, 1), InvalidArgument, text);
     engine.run(inputs, 1, results, 2);
   }
+}
+
+TEST(masks_of_zeros_and_ones) {
+  Program p = float_program();
+  find(p, OpKind::Choose).ints[0] = 0;
+  const Engine engine{Program(p)};
+  std::vector<float> x(4 * 4 * 7, 0.5f);
+  std::vector<int32_t> mask = {0, 1, 1, 0, 1, 0};
+  const InputTensor inputs[] = {{x.data(), Layout::NCHW}, {mask.data(), Layout::NCHW}};
+  const auto want = interpret(p, inputs, 1);
+  std::vector<std::vector<float>> got;
+  std::vector<float*> outputs;
+  for (const auto& y : want)
+    outputs.push_back(got.emplace_back(y.size()).data());
+  engine.run(inputs, 1, outputs, 1);
+  CHECK(got == want);
+  mask[4] = 2;
+  CHECK_THROWS(engine.run(inputs, 1, outputs, 1), InvalidArgument,
+               "input 1 ('mask'): expected ids of 0 to 1, got 2 in sample 0, position 4");
 }
 
 TEST(accumulator_bound) {
@@ -482,7 +557,7 @@ TEST(no_parameter_may_be_absurd) {
 }
 
 TEST(every_shape_is_checked) {
-  for (const Program& good : {every_operation(), token_program()})
+  for (const Program& good : {every_operation(), token_program(), float_program()})
     for (size_t v = 0; v < good.values.size(); ++v)
       for (int axis = 0; axis < 3; ++axis)
         for (const int by : {-1, 1, 1000}) {
@@ -533,7 +608,7 @@ TEST(changed_programs_are_refused_or_run) {
 // ---- the file -----------------------------------------------------------------------------------
 
 TEST(round_trip) {
-  for (const Program& p : {every_operation(), small_program(), token_program()}) {
+  for (const Program& p : {every_operation(), small_program(), token_program(), float_program()}) {
     const auto file = write_program(p);
     const Program back = read_program(file);
     CHECK(write_program(back) == file);
@@ -661,12 +736,14 @@ TEST(other_versions) {
   poke(future, section(file, "NODE").offset + 8, uint32_t{kOpKinds});
   repair_checksums(future);
   CHECK_THROWS(read_program(future), CorruptData,
-               "operation 29 is unknown to format 1.2; the file is of format 1.4");
+               "operation 31 is unknown to format 1.3; the file is of format 1.4");
 
   // A file has the least version that its operations need.
   CHECK_EQ(int{read_ada_header(file, file.size()).minor}, 2);
   const auto tokens = write_program(token_program());
   CHECK_EQ(int{read_ada_header(tokens, tokens.size()).minor}, 2);
+  const auto floats = write_program(float_program());
+  CHECK_EQ(int{read_ada_header(floats, floats.size()).minor}, 3);
   Builder b;
   const auto x = b.value("x", 2, 1, 1, ValueKind::F32);
   const auto y = b.value("y", 2, 1, 1, ValueKind::F32);

@@ -13,6 +13,7 @@
 #include "check.hpp"
 #include "core/cpu_features.hpp"
 #include "cpu/image/attention.hpp"
+#include "cpu/image/float_conv.hpp"
 #include "cpu/image/ops.hpp"
 #include "cpu/image_kernels.hpp"
 #include "exact.hpp"
@@ -619,6 +620,41 @@ AttentionShape random_attention() {
   return n;
 }
 
+namespace {
+
+/// Runs `run(out, part)` over a float tensor on every instruction set in 1 to 3 parts; each element
+/// must be written once, with the bits of `expected`.
+void check_floats(const std::string& what, const std::vector<float>& expected,
+                  const std::function<void(float*, Part)>& run) {
+  const size_t n = expected.size();
+  for (const Isa isa : supported_isas()) {
+    force_isa(isa_name(isa));
+    for (int64_t parts = 1; parts <= 3; ++parts) {
+      std::vector<int> writers(n, 0);
+      int64_t wrong = 0;
+      for (int64_t part = 0; part < parts; ++part) {
+        const Exact<float> out(n);
+        for (size_t i = 0; i < n; ++i)
+          out[i] = -12345.75f;
+        run(out.data(), {part, parts});
+        for (size_t i = 0; i < n; ++i) {
+          if (out[i] == -12345.75f) continue;
+          ++writers[i];
+          wrong += std::memcmp(&out[i], &expected[i], sizeof(float)) != 0;
+        }
+      }
+      const auto once = static_cast<size_t>(std::count(writers.begin(), writers.end(), 1));
+      CHECK_MSG(wrong == 0 && once == n, what + " " + std::string(isa_name(isa)) + " parts " +
+                                             std::to_string(parts) + ": wrong " +
+                                             std::to_string(wrong) + ", written once " +
+                                             std::to_string(once) + " of " + std::to_string(n));
+    }
+  }
+  force_isa("auto");
+}
+
+}  // namespace
+
 TEST(attention) {
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   for (int round = 0; round < 80; ++round) {
@@ -645,6 +681,10 @@ TEST(attention) {
       s.mask_head = heads ? matrix : 0;
       s.mask_sequence = rows ? (heads ? n.heads : 1) * matrix : 0;
     }
+    Exact<float> hidden(static_cast<size_t>(n.keys));
+    for (size_t i = 0; i < hidden.size(); ++i)
+      hidden[i] = uniform(0, 2) == 0 ? pick<float>({-kInfinity, -3e38f}) : 0.0f;
+    if (n.sequences == 1 && round % 4 > 1) s.keys = hidden.data();
     // One sequence may lie in several rows, and keys and values in others.
     const auto image = [&](int64_t channels, int64_t tokens) {
       int64_t h = n.sequences;
@@ -672,6 +712,9 @@ TEST(attention) {
         },
         [&](ImageView out, Part part) { attention(n, s, q.view(), k.view(), v.view(), out, part); },
         0, -1, true);
+    check_floats("attention_f32 of " + describe(q.layout), reals, [&](float* out, Part part) {
+      attention_f32(n, s, q.view(), k.view(), v.view(), {out, 1, h * w}, part);
+    });
   }
 }
 
@@ -962,41 +1005,6 @@ TEST(quantize_image) {
   }
 }
 
-namespace {
-
-/// Runs `run(out, part)` over a float tensor on every instruction set in 1 to 3 parts; each element
-/// must be written once, with the bits of `expected`.
-void check_floats(const std::string& what, const std::vector<float>& expected,
-                  const std::function<void(float*, Part)>& run) {
-  const size_t n = expected.size();
-  for (const Isa isa : supported_isas()) {
-    force_isa(isa_name(isa));
-    for (int64_t parts = 1; parts <= 3; ++parts) {
-      std::vector<int> writers(n, 0);
-      int64_t wrong = 0;
-      for (int64_t part = 0; part < parts; ++part) {
-        const Exact<float> out(n);
-        for (size_t i = 0; i < n; ++i)
-          out[i] = -12345.75f;
-        run(out.data(), {part, parts});
-        for (size_t i = 0; i < n; ++i) {
-          if (out[i] == -12345.75f) continue;
-          ++writers[i];
-          wrong += std::memcmp(&out[i], &expected[i], sizeof(float)) != 0;
-        }
-      }
-      const auto once = static_cast<size_t>(std::count(writers.begin(), writers.end(), 1));
-      CHECK_MSG(wrong == 0 && once == n, what + " " + std::string(isa_name(isa)) + " parts " +
-                                             std::to_string(parts) + ": wrong " +
-                                             std::to_string(wrong) + ", written once " +
-                                             std::to_string(once) + " of " + std::to_string(n));
-    }
-  }
-  force_isa("auto");
-}
-
-}  // namespace
-
 TEST(dequantize_image) {
   for (const int64_t c : channel_counts()) {
     for (const bool vector : {false, true}) {
@@ -1117,6 +1125,189 @@ TEST(functions_and_pairs_of_floats) {
         combine_f32(pair, a.data(), b.data(), n, out, part);
       });
     }
+  }
+}
+
+TEST(norms_to_floats) {
+  for (const int64_t c : channel_counts()) {
+    std::vector<int64_t> divisors;
+    for (int64_t g = 1; g <= c; ++g)
+      if (c % g == 0) divisors.push_back(g);
+    const Size s(c);
+    const Image in(c, s.h, s.w);
+    const auto gamma = Exact<float>::of(random_floats(c, random_scale));
+    const auto beta = Exact<float>::of(random_floats(c, random_offset));
+    GroupNormSpec spec;
+    spec.groups = pick(divisors);
+    spec.norm.about_zero = uniform(0, 1) == 1;
+    spec.norm.zero_point = uniform(0, 255);
+    spec.norm.step = uniform(1, 100) * 0.0137;
+    spec.norm.gamma = gamma.data();
+    spec.norm.beta = beta.data();
+    const int64_t plane = s.h * s.w, channels = c / spec.groups;
+    /// The levels of `n` channels from `first` on, at positions [begin, end).
+    const auto moments = [&](int64_t first, int64_t n, int64_t begin, int64_t end) {
+      int64_t s1 = 0, s2 = 0;
+      for (int64_t p = begin; p < end; ++p)
+        for (int64_t k = first; k < first + n; ++k) {
+          const int64_t level = in(k, p / s.w, p % s.w);
+          s1 += level;
+          s2 += level * level;
+        }
+      return layer_norm_moments(s1, s2, n * (end - begin), spec.norm);
+    };
+    std::vector<float> rows, groups;
+    for (int64_t k = 0; k < c; ++k)
+      for (int64_t p = 0; p < plane; ++p) {
+        const auto level = static_cast<uint8_t>(in(k, p / s.w, p % s.w));
+        rows.push_back(layer_norm_value(level, k, moments(0, c, p, p + 1), spec.norm));
+      }
+    for (int64_t k = 0; k < c; ++k) {
+      const LayerNormMoments m = moments(k / channels * channels, channels, 0, plane);
+      for (int64_t p = 0; p < plane; ++p) {
+        const auto level = static_cast<uint8_t>(in(k, p / s.w, p % s.w));
+        groups.push_back(layer_norm_value(level, k, m, spec.norm));
+      }
+    }
+    check_floats("layer_norm_f32", rows,
+                 [&](float* out, Part part) { layer_norm_f32(spec.norm, in.view(), out, part); });
+    check_floats("group_norm_f32", groups,
+                 [&](float* out, Part part) { group_norm_f32(spec, in.view(), out, part); });
+  }
+}
+
+TEST(norms_and_lines_of_floats) {
+  for (const int64_t c : {1, 2, 6, 9, 32, 65}) {
+    const int64_t h = uniform(1, 5), w = uniform(1, 40), plane = h * w;
+    const auto x = Exact<float>::of(
+        random_floats(c * plane, [] { return static_cast<float>(uniform(-3000, 3000)) * 0.01f; }));
+    const auto gamma = Exact<float>::of(random_floats(c, random_scale));
+    const auto beta = Exact<float>::of(random_floats(c, random_offset));
+    GroupNormSpec spec;
+    spec.groups = c % 3 == 0 ? 3 : 1;
+    spec.norm.about_zero = uniform(0, 1) == 1;
+    spec.norm.gamma = gamma.data();
+    spec.norm.beta = beta.data();
+    const auto at = [&](int64_t k, int64_t p) {
+      return static_cast<double>(x[static_cast<size_t>(k * plane + p)]);
+    };
+    const auto moments = [&](int64_t first, int64_t n, int64_t begin, int64_t end, bool zero) {
+      const auto count = static_cast<double>(n * (end - begin));
+      const auto total = [&](double mean, bool squares) {
+        double sum = 0.0;
+        for (int64_t p = begin; p < end; ++p) {
+          double along = 0.0;
+          for (int64_t k = first; k < first + n; ++k)
+            along += squares ? (at(k, p) - mean) * (at(k, p) - mean) : at(k, p);
+          sum += along;
+        }
+        return sum;
+      };
+      const double mean = zero ? 0.0 : total(0.0, false) / count;
+      return float_moments(mean, total(mean, true), n * (end - begin), spec.norm);
+    };
+    const auto value = [&](int64_t k, int64_t p, const FloatMoments& m) {
+      const auto i = static_cast<size_t>(k);
+      return std::fmaf(float_normal(static_cast<float>(at(k, p)), m), gamma[i], beta[i]);
+    };
+    std::vector<float> rows, groups, lines, turned;
+    const int64_t channels = c / spec.groups;
+    for (int64_t k = 0; k < c; ++k) {
+      const FloatMoments m = moments(k / channels * channels, channels, 0, plane, false);
+      for (int64_t p = 0; p < plane; ++p) {
+        const auto i = static_cast<size_t>(k);
+        rows.push_back(value(k, p, moments(0, c, p, p + 1, spec.norm.about_zero)));
+        groups.push_back(value(k, p, m));
+        lines.push_back(std::fmaf(static_cast<float>(at(k, p)), gamma[i], beta[i]));
+      }
+    }
+    check_floats("layer_norm_floats", rows, [&](float* out, Part part) {
+      layer_norm_floats(spec.norm, x.data(), c, plane, out, part);
+    });
+    check_floats("group_norm_floats", groups, [&](float* out, Part part) {
+      group_norm_floats(spec, x.data(), c, plane, out, part);
+    });
+    check_floats("affine_f32", lines, [&](float* out, Part part) {
+      affine_f32({gamma.data(), beta.data(), {}}, x.data(), c, plane, out, part);
+    });
+    // Channels to columns, rows to channels, flipped columns to rows.
+    std::vector<int32_t> tables[3];
+    for (int64_t y = 0; y < h; ++y)
+      tables[0].push_back(static_cast<int32_t>(y * w));
+    for (int64_t k = w; k-- > 0;)
+      tables[1].push_back(static_cast<int32_t>(k));
+    for (int64_t k = 0; k < c; ++k)
+      tables[2].push_back(static_cast<int32_t>(k * plane));
+    for (int64_t y = 0; y < h; ++y)
+      for (int64_t column = w; column-- > 0;)
+        for (int64_t k = 0; k < c; ++k)
+          turned.push_back(x[static_cast<size_t>(k * plane + y * w + column)]);
+    check_floats("rearrange_f32", turned, [&](float* out, Part part) {
+      rearrange_f32({tables[0].data(), tables[1].data(), tables[2].data()}, x.data(), out, h, w, c,
+                    part);
+    });
+  }
+}
+
+TEST(float_convolutions) {
+  struct Case {
+    int64_t c, h, w, outs, kernel_h, kernel_w, stride, pad, dilation, groups;
+  };
+  std::vector<Case> cases = {
+      {3, 17, 19, 8, 3, 3, 2, 1, 1, 1},  {8, 9, 9, 12, 3, 2, 1, 1, 1, 4},
+      {300, 1, 1, 70, 1, 1, 1, 0, 1, 1}, {64, 5, 4, 33, 1, 1, 1, 0, 1, 1},
+      {16, 7, 7, 16, 3, 3, 1, 2, 2, 16}, {16, 3, 3, 40, 3, 3, 1, 0, 1, 1},
+      {5, 3, 2, 9, 2, 2, 1, 0, 1, 1},    {1, 1, 1, 1, 1, 1, 1, 0, 1, 1},
+      {257, 2, 3, 31, 1, 1, 1, 0, 1, 1}, {30, 13, 20, 7, 3, 3, 3, 4, 2, 1},
+      {4, 12, 12, 32, 5, 5, 1, 2, 1, 2}, {2, 4, 40, 3, 1, 3, 1, 1, 1, 1},
+      {512, 1, 1, 32, 1, 1, 1, 0, 1, 1}, {2, 1, 7, 64, 1, 1, 1, 0, 1, 1},
+  };
+  for (int k = 0; k < 20; ++k) {
+    const int64_t groups = uniform(1, 3);
+    cases.push_back({groups * uniform(1, 9), uniform(3, 12), uniform(3, 12), groups * uniform(1, 9),
+                     uniform(1, 3), uniform(1, 3), uniform(1, 3), uniform(0, 3), 1, groups});
+  }
+  for (const Case& n : cases) {
+    FloatConvSpec spec;
+    spec.shape = {.batch = 1,
+                  .in_channels = n.c,
+                  .in_h = n.h,
+                  .in_w = n.w,
+                  .out_channels = n.outs,
+                  .kernel_h = n.kernel_h,
+                  .kernel_w = n.kernel_w,
+                  .stride_h = n.stride,
+                  .stride_w = n.stride,
+                  .pad_top = n.pad,
+                  .pad_left = n.pad,
+                  .pad_bottom = n.pad,
+                  .pad_right = n.pad,
+                  .dilation_h = n.dilation,
+                  .dilation_w = n.dilation,
+                  .groups = n.groups};
+    const auto number = [] { return static_cast<float>(uniform(-3000, 3000)) * 1.37e-3f; };
+    const int64_t images = uniform(1, 3), in_size = n.c * n.h * n.w;
+    const int64_t out_size = n.outs * spec.shape.out_h() * spec.shape.out_w();
+    const auto x = Exact<float>::of(random_floats(images * in_size, number));
+    const auto weights = Exact<float>::of(random_floats(n.outs * spec.shape.reduction(), number));
+    const auto bias = Exact<float>::of(random_floats(n.outs, number));
+    spec.weights = weights.data();
+    spec.bias = bias.data();
+    if (uniform(0, 1) == 1) {
+      spec.lo = -1.5f;
+      spec.hi = pick<float>({2.0f, INFINITY});
+    }
+    std::vector<float> expected(static_cast<size_t>(images * out_size));
+    for (int64_t k = 0; k < images; ++k)
+      reference::float_conv(spec, x.data() + k * in_size, expected.data() + k * out_size);
+    const FloatConv conv(spec);
+    const FloatConv own(spec, std::vector<float>(weights.data(), weights.data() + weights.size()));
+    CHECK_EQ(static_cast<double>(own.bytes()) <= float_conv_bytes(spec.shape, true), true);
+    const std::string what = "float_conv of " + std::to_string(n.c) + " channels, " +
+                             std::to_string(n.outs) + " outputs";
+    for (const FloatConv* each : {&conv, &own})
+      check_floats(what, expected,
+                   [&](float* out, Part part) { each->run(x.data(), out, images, part); });
   }
 }
 

@@ -45,6 +45,8 @@ double work_of(const Program& p) {
       work += std::max(outputs, static_cast<double>(y.c)) * taps * group_in;
       // Padding is memory that is filled, and strides of a transposed one are convolutions.
       work += static_cast<double>(a.stride_h) * static_cast<double>(a.stride_w);
+    } else if (n.op == OpKind::FloatConv) {
+      work += static_cast<double>(conv_shape(p, n).macs()) + static_cast<double>(y.c) * 256.0;
     } else if (n.op == OpKind::MaxPool || n.op == OpKind::AvgPool) {
       work += outputs * static_cast<double>(n.ints[0]) * static_cast<double>(n.ints[1]);
     } else if (n.op == OpKind::AdaptiveAvgPool) {

@@ -71,6 +71,7 @@ int main(int argc, char** argv) {
     save_program(small_program(), folder / "small.ada");
     save_program(every_operation(), folder / "every_operation.ada");
     save_program(token_program(), folder / "tokens.ada");
+    save_program(float_program(), folder / "floats.ada");
     save_program(convolutions(), folder / "convolutions.ada");
     save_program(described(), folder / "described.ada");
   } catch (const std::exception& e) {

@@ -22,6 +22,7 @@ struct ForQueries {};
 struct ForScores {};
 struct ForSums {};
 struct ForLevels {};
+struct ForMasks {};
 
 int64_t groups_of(int64_t n) { return (n + kGroup - 1) / kGroup; }
 int64_t pairs_of(int64_t n) { return (n + 1) / 2; }
@@ -154,7 +155,7 @@ class Head {
       int16_t* levels = levels_ + r * level_stride();
       const int32_t total = kernels.softmax_levels({{sums_ + r * kGroup, rows * kGroup, own},
                                                     s_.scale,
-                                                    mask_row(n_, s_, sequence_, head_, first + r),
+                                                    mask_of(first + r),
                                                     scores_,
                                                     levels});
       std::fill(levels + groups_of(own) * kGroup, levels + groups_of(met) * kGroup, int16_t{0});
@@ -167,6 +168,17 @@ class Head {
   }
 
  private:
+  /// What is added to the scores of a query, or null.
+  const float* mask_of(int64_t query) const {
+    const float* row = mask_row(n_, s_, sequence_, head_, query);
+    if (s_.keys == nullptr) return row;
+    if (row == nullptr) return s_.keys;
+    float* both = thread_scratch<float, ForMasks>(n_.keys);
+    for (int64_t j = 0; j < n_.keys; ++j)
+      both[j] = mask_value(row, s_.keys, j);
+    return both;
+  }
+
   int64_t key_stride() const { return 2 * pairs_of(n_.depth); }
   int64_t value_stride() const { return 2 * pairs_of(n_.keys); }
   int64_t level_stride() const { return groups_of(n_.keys) * kGroup; }
@@ -212,7 +224,7 @@ double attention_scratch(const AttentionShape& n) {
   const auto width = static_cast<double>(groups_of(n.width) * kGroup);
   const auto depth = static_cast<double>(n.depth + 1);
   return 2.0 * keys * depth + 2.0 * width * (keys + 1.0) + 2.0 * kQueries * (depth + keys) +
-         4.0 * kQueries * std::max(keys, width) + 4.0 * keys;
+         4.0 * kQueries * std::max(keys, width) + 8.0 * keys;
 }
 
 void attention(const AttentionShape& n, const AttentionSpec& s, ConstImageView q, ConstImageView k,
@@ -230,12 +242,14 @@ void attention(const AttentionShape& n, const AttentionSpec& s, ConstImageView q
 }
 
 void attention_f32(const AttentionShape& n, const AttentionSpec& s, ConstImageView q,
-                   ConstImageView k, ConstImageView v, float* out, Part part) {
+                   ConstImageView k, ConstImageView v, const FloatTokens& out, Part part) {
   each_query(n, s, q, k, v, part,
              [&](int64_t sequence, int64_t head, int64_t query, const BlockedSums& sums, float f) {
-               float* to = out + ((sequence * n.queries + query) * n.heads + head) * n.width;
+               float* to = out.data + (sequence * n.queries + query) * out.token +
+                           head * n.width * out.channel;
                for (int64_t c = 0; c < n.width; ++c)
-                 to[c] = static_cast<float>(sums.sums[c / kGroup * sums.block + c % kGroup]) * f;
+                 to[c * out.channel] =
+                     static_cast<float>(sums.sums[c / kGroup * sums.block + c % kGroup]) * f;
              });
 }
 

@@ -16,8 +16,13 @@ double attention_scratch(const AttentionShape& shape);
 void attention(const AttentionShape& shape, const AttentionSpec& spec, ConstImageView q,
                ConstImageView k, ConstImageView v, ImageView out, Part part);
 
-/// The same with real values as its result, [sequences * queries][heads * width].
+/// Floats of [sequences * queries] tokens with [heads * width] channels each, elements apart.
+struct FloatTokens {
+  float* data;
+  int64_t token, channel;
+};
+/// The same with real values as its result.
 void attention_f32(const AttentionShape& shape, const AttentionSpec& spec, ConstImageView q,
-                   ConstImageView k, ConstImageView v, float* out, Part part);
+                   ConstImageView k, ConstImageView v, const FloatTokens& out, Part part);
 
 }  // namespace adalayer::cpu

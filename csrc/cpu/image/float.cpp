@@ -1,4 +1,4 @@
-// Between float tensors and images, and the float tails.
+// Between float tensors and images, and operations over floats.
 #include <algorithm>
 #include <utility>
 
@@ -48,6 +48,28 @@ void dequantize_image(ConstImageView in, float scale, int32_t zero_point, float*
   for (int64_t y = first; y < last; y += step)
     kernels.dequantize_planar(
         {in.row(y), l.pitch, l.channels, step * l.w, scale, zero_point, out + y * l.w, plane});
+}
+
+void affine_f32(const AffineSpec& spec, const float* in, int64_t channels, int64_t positions,
+                float* out, Part part) {
+  const ImageKernels& kernels = image_kernels();
+  const int64_t first = part.first(channels), last = part.last(channels);
+  if (positions == 1)
+    return kernels.fma_values(in + first, spec.scale + first, spec.bias + first, last - first,
+                              out + first);
+  for (int64_t c = first; c < last; ++c)
+    kernels.line_floats(in + c * positions, spec.scale[c], spec.bias[c], positions,
+                        out + c * positions);
+}
+
+void rearrange_f32(const RearrangeSpec& spec, const float* in, float* out, int64_t c, int64_t h,
+                   int64_t w, Part part) {
+  const int64_t rows = c * h;
+  for (int64_t row = part.first(rows); row < part.last(rows); ++row) {
+    const float* from = in + spec.channel[row / h] + spec.row[row % h];
+    for (int64_t x = 0; x < w; ++x)
+      out[row * w + x] = from[spec.column[x]];
+  }
 }
 
 void resize_f32(const ResizeSpec& spec, const float* in, int64_t c, int64_t in_h, int64_t in_w,

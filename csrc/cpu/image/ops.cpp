@@ -1,4 +1,4 @@
-// Operations that handle each level by itself, and layer norm.
+// Operations that handle each level by itself.
 #include "cpu/image/ops.hpp"
 
 #include <algorithm>
@@ -36,7 +36,6 @@ Period make_period(ConstImageView in, ImageView out) {
 struct ForSlope {};
 struct ForOffset {};
 struct ForBytes {};
-struct ForMoments {};
 struct ForSlopes {};
 struct ForOffsets {};
 
@@ -235,56 +234,6 @@ void copy_channels(ConstImageView in, const uint8_t* table, ImageView out, int64
       kernels.copy(pixels);
     else
       kernels.lookup(table, pixels);
-  }
-}
-
-void layer_norm(const LayerNormSpec& spec, ConstImageView in, ImageView out, Part part) {
-  const ImageKernels& kernels = image_kernels();
-  const ImageLayout &a = *in.layout, &b = *out.layout;
-  const int64_t n = b.channels;
-  auto* sums = thread_scratch<int64_t, ForMoments>(2 * b.w);
-  auto* squares = sums + b.w;
-  auto* means = thread_scratch<double, ForMoments>(b.w);
-  auto* factors = thread_scratch<float, ForMoments>(b.w);
-  for (int64_t y = part.first(b.h); y < part.last(b.h); ++y) {
-    kernels.moments(in.row(y), a.pitch, n, b.w, sums, squares);
-    for (int64_t x = 0; x < b.w; ++x) {
-      const LayerNormMoments m = layer_norm_moments(sums[x], squares[x], n, spec);
-      means[x] = m.mean;
-      factors[x] = m.factor;
-    }
-    kernels.normalize(spec, means, factors, {in.row(y), a.pitch, out.row(y), b.pitch, n, b.w});
-    apply_table(kernels, spec.finish, out, y);
-  }
-}
-
-void group_norm(const GroupNormSpec& spec, ConstImageView in, ImageView out, Part part) {
-  const ImageKernels& kernels = image_kernels();
-  const ImageLayout &a = *in.layout, &b = *out.layout;
-  const int64_t n = b.channels / spec.groups;
-  auto* sums = thread_scratch<int64_t, ForMoments>(2 * b.w);
-  auto* squares = sums + b.w;
-  auto* means = thread_scratch<double, ForMoments>(b.w);
-  auto* factors = thread_scratch<float, ForMoments>(b.w);
-  for (int64_t g = 0; g < spec.groups; ++g) {
-    // Every part adds up the whole group: that is a fraction of the rest.
-    int64_t s1 = 0, s2 = 0;
-    for (int64_t y = 0; y < b.h; ++y) {
-      kernels.moments(in.row(y) + g * n, a.pitch, n, b.w, sums, squares);
-      for (int64_t x = 0; x < b.w; ++x) {
-        s1 += sums[x];
-        s2 += squares[x];
-      }
-    }
-    LayerNormSpec norm = spec.norm;
-    const LayerNormMoments m = layer_norm_moments(s1, s2, n * b.h * b.w, norm);
-    std::fill(means, means + b.w, m.mean);
-    std::fill(factors, factors + b.w, m.factor);
-    norm.gamma += g * n;
-    norm.beta += g * n;
-    for (int64_t y = part.first(b.h); y < part.last(b.h); ++y)
-      kernels.normalize(norm, means, factors,
-                        {in.row(y) + g * n, a.pitch, out.row(y) + g * n, b.pitch, n, b.w});
   }
 }
 

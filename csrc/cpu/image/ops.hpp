@@ -45,6 +45,9 @@ void pad(int64_t top, int64_t left, uint8_t level, ConstImageView in, ImageView 
 void resize(const ResizeSpec& spec, ConstImageView in, ImageView out, Part part);
 void layer_norm(const LayerNormSpec& spec, ConstImageView in, ImageView out, Part part);
 void group_norm(const GroupNormSpec& spec, ConstImageView in, ImageView out, Part part);
+/// The same with floats as their result, NCHW.
+void layer_norm_f32(const LayerNormSpec& spec, ConstImageView in, float* out, Part part);
+void group_norm_f32(const GroupNormSpec& spec, ConstImageView in, float* out, Part part);
 /// ids[y * w + x] for every pixel. An id that is no row reads another row, but nothing outside:
 /// callers check ids, in memory that somebody else may write to meanwhile.
 void embedding(const EmbeddingSpec& spec, const int32_t* ids, ImageView out, Part part);
@@ -54,7 +57,15 @@ void reshape(ConstImageView in, ImageView out, Part part);
 /// Any order: output element (c, y, x) is an element of the input, by its number in NCHW order.
 void rearrange(const RearrangeSpec& spec, ConstImageView in, ImageView out, Part part);
 
-/// Float tails over contiguous NCHW images.
+/// Over floats, contiguous NCHW images.
+void layer_norm_floats(const LayerNormSpec& spec, const float* in, int64_t channels, int64_t plane,
+                       float* out, Part part);
+void group_norm_floats(const GroupNormSpec& spec, const float* in, int64_t channels, int64_t plane,
+                       float* out, Part part);
+void affine_f32(const AffineSpec& spec, const float* in, int64_t channels, int64_t positions,
+                float* out, Part part);
+void rearrange_f32(const RearrangeSpec& spec, const float* in, float* out, int64_t c, int64_t h,
+                   int64_t w, Part part);
 void resize_f32(const ResizeSpec& spec, const float* in, int64_t c, int64_t in_h, int64_t in_w,
                 float* out, int64_t out_h, int64_t out_w, Part part);
 void softmax_f32(const float* in, int64_t channels, int64_t positions, float* out, Part part);

@@ -7,6 +7,7 @@
 #include "core/thread_pool.hpp"
 #include "cpu/conv/trial.hpp"
 #include "cpu/image/attention.hpp"
+#include "cpu/image/float_conv.hpp"
 #include "cpu/image/ops.hpp"
 #include "cpu/kernel_table.hpp"
 #include "cpu/layer/plan.hpp"
@@ -304,7 +305,32 @@ void attention(const AttentionShape& shape, const AttentionSpec& spec, int64_t i
     if (own.mask != nullptr) own.mask += n * spec.mask_sequence;
     attention_f32(shape, own, {&queries, q + n * queries.image_bytes},
                   {&keys, k + n * keys.image_bytes}, {&values, v + n * values.image_bytes},
-                  y + n * size, {task % parts, parts});
+                  {y + n * size, shape.heads * shape.width, 1}, {task % parts, parts});
+  });
+}
+
+void float_norm(const GroupNormSpec& spec, const float* x, int64_t images, int64_t channels,
+                int64_t plane, float* y, int threads) {
+  const int64_t size = channels * plane;
+  parallel_for(images, threads, [&](int64_t n, int) {
+    if (spec.groups > 0)
+      group_norm_floats(spec, x + n * size, channels, plane, y + n * size, {});
+    else
+      layer_norm_floats(spec.norm, x + n * size, channels, plane, y + n * size, {});
+  });
+}
+
+void float_conv(const FloatConvSpec& spec, const float* x, int64_t images, float* y, int threads) {
+  const FloatConv conv(spec);
+  const ConvShape& s = spec.shape;
+  const int64_t in = s.in_channels * s.in_h * s.in_w, out = s.out_channels * s.out_h() * s.out_w();
+  const bool by_images = images >= threads;
+  const int64_t parts = by_images ? threads : std::min<int64_t>(threads, conv.max_parts());
+  parallel_for(parts, threads, [&](int64_t task, int) {
+    const Part part{task, parts};
+    if (!by_images) return conv.run(x, y, images, part);
+    const int64_t first = part.first(images);
+    conv.run(x + first * in, y + first * out, part.last(images) - first, {});
   });
 }
 

@@ -9,6 +9,7 @@
 #include "cpu/conv/algorithm.hpp"
 #include "formats/canonical.hpp"
 #include "reference/attention.hpp"
+#include "reference/float_conv.hpp"
 #include "reference/spec.hpp"
 
 namespace adalayer::cpu {
@@ -82,5 +83,11 @@ void softmax(const float* x, int64_t images, int64_t channels, int64_t positions
 /// `mask_sequence` is from image to image. y is [images][queries][heads * width].
 void attention(const AttentionShape& shape, const AttentionSpec& spec, int64_t images,
                const uint8_t* q, const uint8_t* k, const uint8_t* v, float* y, int threads);
+/// A norm of floats [images][channels][plane]: a group norm, or with no groups one of the channels
+/// at every position.
+void float_norm(const GroupNormSpec& spec, const float* x, int64_t images, int64_t channels,
+                int64_t plane, float* y, int threads);
+/// A convolution in float32, NCHW in and out.
+void float_conv(const FloatConvSpec& spec, const float* x, int64_t images, float* y, int threads);
 
 }  // namespace adalayer::cpu

@@ -20,7 +20,7 @@ from adalayer_native.capture.vocabulary import (
     op_name,
 )
 
-__all__ = ["Attention", "attentions"]
+__all__ = ["Attention", "attentions", "mask_values"]
 
 _PRODUCTS = ("aten.matmul.default", "aten.bmm.default")
 _SOFTMAXES = ("aten.softmax.int", "aten._softmax.default")
@@ -98,6 +98,26 @@ def attentions(model: fx.GraphModule) -> list[Attention]:
         if match is not None and all(map(is_value, (match.query, match.key, match.value))):
             found.append(match)
     return found
+
+
+def mask_values(graph: fx.Graph, found: Iterable[Attention]) -> set[fx.Node]:
+    """What nobody but the masks of attentions reads, up to the inputs of the call."""
+    values: set[fx.Node] = set()
+    readers: dict[fx.Node, set[fx.Node]] = {}
+    for item in found:
+        for mask in item.masks:
+            parts: list[Any] = [mask]
+            if isinstance(mask, Choice):
+                parts = [mask.condition, mask.if_true, mask.if_false]
+            for part in parts:
+                if isinstance(part, fx.Node):
+                    readers.setdefault(part, set()).update(item.inner)
+    for node in reversed(list(graph.nodes)):
+        users = [user for user in node.users if user.op == "output" or info_of(user) is not None]
+        known = readers.get(node, set())
+        if users and all(user in values or user in known for user in users):
+            values.add(node)
+    return values
 
 
 def _operator(node: fx.Node) -> Attention | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from adalayer_native.capture import GraphModel, Inputs
 from adalayer_native.capture.exporting import untouched
 from adalayer_native.engine import (  # noqa: F401  (they fill the table of rules)
     rules_attention,
+    rules_floats,
     rules_images,
     rules_layers,
     rules_pointwise,
@@ -58,9 +60,8 @@ def compile(
         policy: "fastest" measures every layer against a float kernel with the same dequantized
             weights and the same fake-quantized activations, and keeps the faster (by what it is
             compiled for: the batch of ``example_inputs``), up to a network that is all in float;
-            "native" keeps all layers native.
-        strict: nothing may run in torch: a node that cannot run natively is an error, and
-            policy "fastest" leaves none in float.
+            "native" computes all quantized layers in integers. Both kinds are the engine's.
+        strict: nothing may run in torch: a node that the engine has no operation for is an error.
         weights: weights below 8 bits are "streamed" (packed in memory, unpacked while they are
             used), "resident" (unpacked to bytes once), or, layer by layer, whichever is faster with
             the current number of threads: "measured". The order of every layer's loops and its
@@ -173,20 +174,20 @@ def compile_exported(
         batch: for which the policy "fastest" measures.
         signature: of the model's ``forward``: names and defaults of the engine's arguments.
     """
-    engine = _build(exported, {}, strict, weights, signature)
-    if policy == "native" or strict:
+    engine = _build(exported, (), strict, weights, signature)
+    if policy == "native":
         return engine
     choices = float_choices(layer_times(exported, engine, batch))
     if not choices:
         return engine
-    others = [_build(exported, choice, False, weights, signature) for choice in choices]
+    others = [_build(exported, choice, strict, weights, signature) for choice in choices]
     found: Engine = fastest_of([engine, *others], batch)
     return found
 
 
 def _build(
     exported: Exported,
-    as_float: dict[fx.Node, str],
+    as_float: Collection[fx.Node],
     strict: bool,
     weights: str,
     signature: inspect.Signature | None,
@@ -209,7 +210,7 @@ def _build(
                 continue
             steps.append(_native_step(exported, part, numbers, weights))
         else:
-            steps.append(_torch_step(exported, part, numbers, as_float, reasons))
+            steps.append(_torch_step(exported, part, numbers, reasons))
     leaves = _result(exported, numbers)
     kept = {leaf.number for leaf in leaves if isinstance(leaf, Leaf)}
     for position, step in enumerate(steps):
@@ -287,10 +288,9 @@ def _torch_step(
     exported: Exported,
     part: Part,
     numbers: dict[fx.Node, int],
-    as_float: dict[fx.Node, str],
     reasons: dict[fx.Node, str],
 ) -> Step:
-    run = TorchPart(exported, part, set(as_float))
+    run = TorchPart(exported, part)
     rows = []
     for node in part.nodes:
         bits = packed = 0
@@ -300,8 +300,6 @@ def _torch_step(
             assert isinstance(weight, fx.Node)
             tensor = exported.tensor(weight)
             bits, packed = int(ops.packed_info(tensor)["bits"]), tensor.numel()
-            if node in as_float:
-                kernel = "float"
         macs = multiply_accumulates(exported, node)
         row = Row(
             layer_name(node), op_name(node), "torch", kernel, bits, 0.0, packed, macs,

@@ -20,9 +20,10 @@ class Row:
     Attributes:
         name: the layer or node, as the model calls it.
         op: operation.
-        kind: ``"native"`` or ``"torch"``.
+        kind: where it runs: ``"native"``, on the engine's integer kernels; ``"float"``, a layer on
+            the engine's float kernels; ``"torch"``.
         kernel: what runs: the instruction set and, of a convolution, the algorithm.
-        bits: of the weights; 0 without weights.
+        bits: of the weights; 0 without weights, 32 of floats.
         input_bits: of the input's grid, where there are weights; else 0.
         microseconds: of one run of the measured batch; 0.0 if it was not measured.
         bytes: of the stored weights.
@@ -59,10 +60,18 @@ class Coverage:
 
     @property
     def native_share(self) -> float:
-        """Share of the multiply-accumulates that run natively, 0 to 1."""
+        """Share of the multiply-accumulates that run on integer kernels, 0 to 1."""
+        return self._share("native") if any(row.macs for row in self.rows) else 1.0
+
+    @property
+    def float_share(self) -> float:
+        """Share of the multiply-accumulates that run in float32 inside the engine, 0 to 1."""
+        return self._share("float")
+
+    def _share(self, kind: str) -> float:
         total = sum(row.macs for row in self.rows)
-        native = sum(row.macs for row in self.rows if row.kind == "native")
-        return native / total if total else 1.0
+        part = sum(row.macs for row in self.rows if row.kind == kind)
+        return part / total if total else 0.0
 
     @property
     def microseconds(self) -> float:
@@ -76,8 +85,10 @@ class Coverage:
         return len(self.rows)
 
     def __rich__(self) -> Table:
+        share = self.float_share
+        floats = f", {100 * share:.2f} % in the engine's float kernels" if share else ""
         table = Table(
-            title=f"{100 * self.native_share:.2f} % of multiply-accumulates native, "
+            title=f"{100 * self.native_share:.2f} % of multiply-accumulates native{floats}, "
             f"batch {self.batch}, {self.threads} threads"
         )
         for heading in ("Node", "Operation", "Runs", "Kernel"):

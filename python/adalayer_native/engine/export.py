@@ -22,6 +22,7 @@ from adalayer_native.capture.tidying import (
     plain_norms,
 )
 from adalayer_native.capture.vocabulary import FACTORIES, attribute, op_name
+from adalayer_native.engine.masks import take_masks_apart
 from adalayer_native.engine.repeats import Repeats
 from adalayer_native.engine.views import BATCH
 from adalayer_native.errors import InputError, UnsupportedModelError
@@ -199,6 +200,7 @@ def flattened(model: nn.Module, exported: Export) -> Exported:
     merge_reshapes(graph)
     fold_constants(module)
     _fold_repeats(module)
+    take_masks_apart(module)
     drop_dead(graph)
     outputs = next(node for node in graph.nodes if node.op == "output")
     flat = pytree.tree_leaves(outputs.args[0])

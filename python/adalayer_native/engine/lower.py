@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -163,13 +163,22 @@ class Lowering:
         program: what has been emitted so far.
         exported: the model.
         grids: intrinsic grids.
+        as_float: quantized layers that are computed in float.
+        masks: of keys, by the node that makes them.
         origins: by name of a value, the graph node that it holds, how the node's tensor shows it,
             and what was asked for. Checks compare the two with it.
     """
 
-    def __init__(self, exported: Exported, inside: set[fx.Node], grids: Grids) -> None:
+    def __init__(
+        self,
+        exported: Exported,
+        inside: set[fx.Node],
+        grids: Grids,
+        as_float: Collection[fx.Node] = (),
+    ) -> None:
         self.exported = exported
         self.inside = inside
+        self.as_float = as_float
         self.grids = grids
         self.program = Program()
         self.inputs: list[fx.Node] = []
@@ -180,6 +189,7 @@ class Lowering:
         self._names: dict[str, int] = {}
         self._asking: list[Rule] = []
         self._copies: dict[tuple[int, Dims, str], Ref] = {}
+        self.masks: dict[fx.Node, Ref] = {}
 
     # -- what rules ask for -------------------------------------------------------------------
 
@@ -226,10 +236,7 @@ class Lowering:
 
     def _find_u8(self, node: fx.Node, want: Want) -> Ref:
         if node not in self.inside:
-            source = self.external(node)
-            plain = Want(want.grid)
-            ref = self.emit("quantize", self.name(node, "quantize"), [source.value], source, plain)
-            return self.retable(ref, node, plain.grid, want)
+            return self.quantized(self.external(node), node, want)
         own = self.grids(node)
         if own is not None and Want(own) != want:
             return self.retable(self.u8(node, Want(own)), node, own, want)
@@ -284,6 +291,12 @@ class Lowering:
         operands = (n for n in node.all_input_nodes if n.op != "get_attr")
         return [n for n in operands if isinstance(n.meta.get("val"), Tensor)]
 
+    def quantized(self, source: Ref, node: fx.Node, want: Want) -> Ref:
+        """Floats on the wanted grid."""
+        plain = Want(want.grid)
+        ref = self.emit("quantize", self.name(node, "quantize"), [source.value], source, plain)
+        return self.retable(ref, node, plain.grid, want)
+
     def prepare_input(self, node: fx.Node) -> None:
         """Lower what a layer reads."""
         self._apply(node, lambda rule: LAYER_INPUTS[op_name(node)](self, node))
@@ -294,7 +307,7 @@ class Lowering:
             sizes = self.exported.sizes(node)
             value = node.meta.get("val")
             dtype = value.dtype if isinstance(value, Tensor) else None
-            if ids and (sizes is None or dtype not in ID_TYPES):
+            if ids and (sizes is None or dtype not in (*ID_TYPES, torch.bool)):
                 raise CannotLower(None, f"operand {node} is no batch of token ids ({value})")
             if not ids and (not sizes or dtype != torch.float32):
                 raise CannotLower(
@@ -381,20 +394,14 @@ class Lowering:
     # -- layouts ------------------------------------------------------------------------------
 
     def plain(self, ref: Ref, name: str) -> Ref:
-        """The same tensor as [batch, c, h, w], or [batch, c] with one pixel, in memory.
-
-        Raises:
-            CannotLower: the engine has no operation that reorders it so.
-        """
+        """The same tensor as [batch, c, h, w], or [batch, c] with one pixel, in memory."""
         size = self.size(ref)
         if len(ref.dims) == 3 and ref.dims == image_dims(size):
             return ref
         if len(ref.dims) == 1 and ref.dims == image_dims(size)[:1] and size[1:] == (1, 1):
             return ref
         grid = self.value(ref).grid
-        if grid is None:
-            raise CannotLower(None, "its operand's axes are in an order that would need a copy")
-        if len(ref.dims) in (1, 3):
+        if len(ref.dims) in (1, 3) and grid is not None:
             sizes = [math.prod(n for n, _ in atoms) for atoms in ref.dims]
             wanted: Size = (*sizes, *(1,) * (3 - len(sizes)))  # type: ignore[assignment]
             order = channel_order(ref.dims, size)
@@ -411,11 +418,7 @@ class Lowering:
         return self.arranged(ref, name, "chw" if len(ref.dims) == 3 else rows_of(ref.dims))
 
     def rows(self, ref: Ref, name: str) -> Ref:
-        """The same tensor with its last axis as the channels, alone.
-
-        Raises:
-            CannotLower: it is no u8 value, and would have to be copied.
-        """
+        """The same tensor with its last axis as the channels, alone."""
         c, h, w = self.size(ref)
         others = itertools.chain.from_iterable(ref.dims[:-1])
         if ref.dims[-1] == merged([(c, h * w)]) and all(stride < h * w for _, stride in others):
@@ -467,8 +470,6 @@ class Lowering:
 
     def _arranged(self, ref: Ref, name: str, axes: str, picked: Mapping[int, Positions]) -> Ref:
         grid = self.value(ref).grid
-        if grid is None:
-            raise CannotLower(None, "its operand's axes are in an order that would need a copy")
         groups = [[k for k, axis in enumerate(axes) if axis == part] for part in "chw"]
         places = [offsets(atoms)[picked.get(k, slice(None))] for k, atoms in enumerate(ref.dims)]
         tables = [outer_sum(places[k] for k in group) for group in groups]
@@ -528,14 +529,21 @@ class Lowered:
 
 
 def lower(
-    exported: Exported, inside: list[fx.Node], outputs: list[fx.Node], grids: Grids
+    exported: Exported,
+    inside: list[fx.Node],
+    outputs: list[fx.Node],
+    grids: Grids,
+    as_float: Collection[fx.Node] = (),
 ) -> Lowered:
     """Lower the nodes ``inside`` (in graph order) so that ``outputs`` come out in float32.
+
+    Args:
+        as_float: quantized layers that are computed in float.
 
     Raises:
         CannotLower: naming the node that has to run in torch.
     """
-    low = Lowering(exported, set(inside), grids)
+    low = Lowering(exported, set(inside), grids, as_float)
     # In graph order, so that a deep network does not become a deep recursion.
     for node in inside:
         own = grids(node)

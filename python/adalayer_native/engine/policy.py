@@ -13,12 +13,12 @@ from torch import Tensor, fx
 
 from adalayer_native import ops
 from adalayer_native.engine.export import Exported, layer_name
-from adalayer_native.engine.segments import float_layer, is_layer
+from adalayer_native.engine.segments import float_layer, has_float_form
 
 __all__ = ["fastest_of", "float_choices", "layer_times", "seconds_of"]
 
-# A layer must lose by this much before it leaves the engine: each exchange also splits the program
-# in two, and timings of microseconds scatter.
+# A layer must lose by this much before an engine with it in float is timed: conversions surround
+# it, and timings of microseconds scatter.
 _CLEARLY = 0.8
 _ROUNDS = 5
 
@@ -93,7 +93,7 @@ def layer_times(exported: Exported, engine: Any, batch: int) -> Times:
     found: dict[fx.Node, tuple[float, float]] = {}
     counts: dict[str, int] = {}
     for node in exported.graph.nodes:
-        if not is_layer(node):
+        if not has_float_form(node):
             continue
         name = layer_name(node)
         counts[name] = counts.get(name, 0) + 1
@@ -103,26 +103,19 @@ def layer_times(exported: Exported, engine: Any, batch: int) -> Times:
     return Times(found, rows.microseconds)
 
 
-def float_choices(times: Times) -> list[dict[fx.Node, str]]:
-    """Sets of layers that may be faster in float, with the reasons; the clock has to say.
+def float_choices(times: Times) -> list[list[fx.Node]]:
+    """Sets of layers that may be faster in float; the clock has to say.
 
-    Those whose native kernel clearly loses; and all of them, where that leaves no exchange between
-    native layers and others, and they take less in float than the whole engine.
+    Those whose native kernel clearly loses; and all of them, where that leaves no conversion
+    between layers, and they take less in float than the whole engine.
     """
     layers = times.layers
-
-    def reasons(nodes: list[fx.Node]) -> dict[fx.Node, str]:
-        return {
-            node: f"float takes {layers[node][1]:.0f} µs, native {layers[node][0]:.0f} µs"
-            for node in nodes
-        }
-
     clearly = [node for node, (mine, other) in layers.items() if other < _CLEARLY * mine]
     found = [clearly] if clearly else []
     in_float = sum(other for _, other in layers.values())
     if len(clearly) < len(layers) and in_float < times.engine:
         found.append(list(layers))
-    return [reasons(nodes) for nodes in found]
+    return found
 
 
 def fastest_of(engines: list[Any], batch: int) -> Any:

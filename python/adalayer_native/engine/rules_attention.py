@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from adalayer_native.capture.vocabulary import arguments
+from adalayer_native.capture.vocabulary import arguments, op_name
 from adalayer_native.engine.grids import Grid, Want
 from adalayer_native.engine.lower import RULES, CannotLower, Lowering, Rule
-from adalayer_native.engine.rules_layers import check_grid
+from adalayer_native.engine.rules_layers import check_grid, clamped
 from adalayer_native.engine.views import Dims, Ref, Size, merged
 from adalayer_native.ops.attention import additive_mask, score_scale, total_scale
 
@@ -42,6 +42,31 @@ def _letters(low: Lowering, node: fx.Node, ref: Ref) -> str:
     if lead == 1 and _in_place(ref, low.size(ref), "hwc"):
         return "hwc"
     return ("wc", "cwc", "hcwc")[lead]
+
+
+def _is_key_mask(operand: Any) -> bool:
+    return isinstance(operand, fx.Node) and op_name(operand) == "adalayer.key_mask.default"
+
+
+def _key_mask(low: Lowering, node: fx.Node, operand: fx.Node) -> Ref:
+    """What is added to the scores of every key of a sample: floats."""
+    keys, _, zero, other, several = operand.args
+    assert isinstance(keys, fx.Node)
+    if low.exported.folds(node) != 1 or low.exported.folds(keys) != 1:
+        raise CannotLower(node, "a mask of the call, and other axes in its batch")
+    if keys in low.inside:
+        raise CannotLower(operand, "its mask is computed by the graph")
+    if keys.meta["val"].is_floating_point():
+        return low.external(keys)
+    if operand not in low.masks:
+        ids = low.external(keys, ids=True)
+        number = low.program.node(
+            "choose", low.name(operand), [ids.value], low.size(ids), None,
+            ints=[int(bool(several))],
+            floats=[float(zero), float(other)],  # type: ignore[arg-type]
+        )  # fmt: skip
+        low.masks[operand] = Ref(number, ids.dims)
+    return low.masks[operand]
 
 
 def _mask(low: Lowering, node: fx.Node, operand: Any, letters: str, folds: int) -> Tensor | None:
@@ -78,13 +103,18 @@ def _product(dims: Dims) -> int:
     return math.prod(n for atoms in dims for n, _ in atoms)
 
 
-def _attention(low: Lowering, node: fx.Node, want: Want) -> Ref:
+def _attention(low: Lowering, node: fx.Node, want: Want | None) -> Ref:
+    """On a grid, or in float32."""
     a = arguments(node)
     query, query_grid = _own_grid(low, node, "query")
     key, key_grid = _own_grid(low, node, "key")
     value, _ = _own_grid(low, node, "value")
     letters = _letters(low, node, query)
-    mask = _mask(low, node, a["attn_mask"], letters, low.exported.folds(a["query"]))
+    fixed, hiding = a["attn_mask"], []
+    if _is_key_mask(fixed):
+        hiding = [_key_mask(low, node, fixed).value]
+        fixed = fixed.args[1]
+    mask = _mask(low, node, fixed, letters, low.exported.folds(a["query"]))
     heads, key_heads = (
         _product(ref.dims[letters.index("c") :][:1]) if "c" in letters[:-2] else 1
         for ref in (query, key)
@@ -93,6 +123,8 @@ def _attention(low: Lowering, node: fx.Node, want: Want) -> Ref:
     query, key, value = (_operand(low, node, ref, letters) for ref in (query, key, value))
     _, h, w = low.size(query)
     rows = "h" in letters and h > 1
+    if rows and hiding:
+        raise CannotLower(node, "a mask of the call for several sequences")
     size: Size = (heads * width, h, w)
     places = {"c": (heads, width * h * w), "h": (h, w)}
     dims = (
@@ -104,19 +136,32 @@ def _attention(low: Lowering, node: fx.Node, want: Want) -> Ref:
     if factor is None and a["factor"] is not None:
         raise CannotLower(node, "its scale is computed by the graph")
     scale = total_scale(a["scale"], factor)
+    finish = [0, 255, 0] if want is None else want.finish()
+    inverse = 1.0 if want is None else want.grid.inverse
     flags = [rows, bool(a["is_causal"])]
     flags += [mask is not None and mask.shape[axis] > 1 for axis in (0, 1)]
     number = low.program.node(
         "attention",
         low.name(node),
-        [query.value, key.value, value.value],
+        [query.value, key.value, value.value, *hiding],
         size,
-        want.grid,
-        ints=[heads, key_heads, *map(int, flags), *want.finish()],
-        floats=[want.grid.inverse, score_scale(query_grid.scale, key_grid.scale, scale)],
+        None if want is None else want.grid,
+        ints=[heads, key_heads, *map(int, flags), *finish],
+        floats=[inverse, score_scale(query_grid.scale, key_grid.scale, scale)],
         constants=[-1 if mask is None else low.program.f32(mask.to(torch.float32).numpy())],
     )
     return Ref(number, dims)
 
 
-RULES["adalayer.grid_attention.default"] = Rule(_attention, folds=True)
+def _attention_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
+    return clamped(low, node, _attention(low, node, None), lo, hi)
+
+
+RULES["adalayer.grid_attention.default"] = Rule(_attention, _attention_f32, folds=True)
+
+
+def _only_attention(low: Lowering, node: fx.Node, want: Want) -> Ref:
+    raise CannotLower(node, "a mask that something else than attention reads")
+
+
+RULES["adalayer.key_mask.default"] = Rule(_only_attention)

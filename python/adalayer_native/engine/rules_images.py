@@ -14,7 +14,13 @@ from adalayer_native import ops
 from adalayer_native.engine.grids import Grid, Want
 from adalayer_native.engine.lower import RULES, CannotLower, Grids, Lowering, Rule
 from adalayer_native.engine.rules_layers import arguments
-from adalayer_native.engine.rules_views import axis_of, bordered, only_pieces, operand_grid
+from adalayer_native.engine.rules_views import (
+    axis_of,
+    bordered,
+    only_pieces,
+    operand_grid,
+    rule_of_view,
+)
 from adalayer_native.engine.views import (
     Dims,
     Ref,
@@ -266,24 +272,24 @@ def _image_size(low: Lowering, node: fx.Node) -> Size:
     return c, h, w
 
 
-def _max_pool(low: Lowering, node: fx.Node, want: Want) -> Ref:
+def _max_pool(low: Lowering, node: fx.Node, ref: Ref) -> Ref:
     a = arguments(node)
     kernel = _two(a["kernel_size"])
     stride, padding = _two(a["stride"], kernel), _two(a["padding"])
-    ref = _image(low, node, low.u8(node.args[0], want))
+    ref = _image(low, node, ref)
     size = _image_size(low, node)
     number = low.program.node(
         "max_pool",
         low.name(node),
         [ref.value],
         size,
-        want.grid,
+        low.value(ref).grid,
         ints=[*kernel, *stride, *padding, *_two(a["dilation"])],
     )
     return Ref(number, image_dims(size))
 
 
-RULES["aten.max_pool2d.default"] = Rule(_max_pool, None, operand_grid)
+RULES["aten.max_pool2d.default"] = rule_of_view(_max_pool)
 
 
 def _maxima(low: Lowering, node: fx.Node, source: fx.Node, want: Want) -> Ref:

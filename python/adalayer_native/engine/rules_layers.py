@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from adalayer_native.engine.lower import (
     Lowering,
     Rule,
 )
+from adalayer_native.engine.rules_floats import float_conv, linear_view
 from adalayer_native.engine.views import (
     BATCH,
     Dims,
@@ -30,7 +32,9 @@ from adalayer_native.engine.views import (
     channel_axis,
     image_dims,
     merged,
+    reshaped,
 )
+from adalayer_native.ops.fused import FLOAT_FUNCTIONS
 
 Doubles = npt.NDArray[np.float64]
 
@@ -138,29 +142,13 @@ def _in_channels(packed: Tensor, groups: int) -> int:
 
 def _linear(low: Lowering, node: fx.Node) -> _Layer:
     packed, multiplier, bias = _constants(low, node)
-    source = _source(low, node)
-    if BATCH in source.dims[-1]:
-        raise CannotLower(node, "it works along the batch")
-    size = low.size(source)
     features = int(node.meta["val"].shape[-1])
-    c, h, w = size
-    kernel = (1, 1)
-    if source.dims == ((merged([(c * h * w, 1)])),):
-        # Flattened in memory order: a convolution that sees the whole image at once.
-        kernel = (h, w)
-        if (h, w) != (1, 1):
-            weight = ops.unpack_weight(packed).reshape(features, c, h, w)
-            packed = ops.pack_weight(weight, int(ops.packed_info(packed)["bits"]))
-        out: Size = (features, 1, 1)
-        dims: Dims = image_dims(out)[:1]
-    else:
-        if len(source.dims) == 1:
-            source = low.plain(source, low.name(node, "reorder"))
-        else:
-            source = low.rows(source, low.name(node, "reorder"))
-        _, h, w = low.size(source)
-        out = (features, h, w)
-        dims = (*source.dims[:-1], merged([(features, h * w)]))
+    source, out, dims = linear_view(low, node, _source(low, node), features)
+    c, h, w = low.size(source)
+    kernel = (1, 1) if _in_channels(packed, 1) == c else (h, w)
+    if kernel != (1, 1):
+        weight = ops.unpack_weight(packed).reshape(features, c, h, w)
+        packed = ops.pack_weight(weight, int(ops.packed_info(packed)["bits"]))
     return _Layer(
         "conv",
         source,
@@ -190,7 +178,71 @@ def _residual(low: Lowering, node: fx.Node, layer: _Layer) -> list[int]:
     return [ref.value]
 
 
+def _as_float(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
+    """A layer with the same weights and input, whose products are of floats."""
+    layer = _layer(low, node)
+    bounds = compose_clamps(layer.bounds, (lo, hi))
+    plain = layer.residual is None
+    program = low.program
+    reals = program.node(
+        "dequantize", low.name(node, "floats"), [layer.source.value], low.size(layer.source), None
+    )
+    scale = low.parameter(node.args[2])
+    assert scale is not None
+    constants = [layer.weights, program.f32(_double(scale)), program.f32(layer.bias)]
+    number = float_conv(
+        low, low.name(node), Ref(reals, layer.source.dims), layer.size, layer.geometry, constants,
+        bounds if plain else (-math.inf, math.inf),
+    )  # fmt: skip
+    result = Ref(number, layer.dims)
+    return result if plain else _plus_residual(low, node, layer, result, bounds)
+
+
+def _plus_residual(
+    low: Lowering, node: fx.Node, layer: _Layer, ref: Ref, bounds: tuple[float, float]
+) -> Ref:
+    """Floats and a residual in float32, clamped."""
+    other = low.plain(low.f32(layer.residual), low.name(node, "residual"))
+    if low.size(other) != layer.size:
+        raise CannotLower(node, f"its residual is {low.size(other)}, its result {layer.size}")
+    number = low.program.node(
+        "combine", low.name(node, "sum"), [ref.value, other.value], layer.size, None, ints=[0]
+    )
+    return clamped(low, node, Ref(number, layer.dims), *bounds)
+
+
+def clamped(low: Lowering, node: fx.Node, ref: Ref, lo: float, hi: float) -> Ref:
+    """Floats between two bounds, which may be infinite."""
+    if (lo, hi) == (-math.inf, math.inf):
+        return ref
+    return float_function(low, node, ref, "clamp", lo, hi)
+
+
+def float_function(
+    low: Lowering, node: fx.Node, ref: Ref, kind: str, a: float = 0.0, b: float = 0.0
+) -> Ref:
+    """A function of every float of a value."""
+    number = low.program.node(
+        "function",
+        low.name(node, kind),
+        [ref.value],
+        low.size(ref),
+        None,
+        ints=[FLOAT_FUNCTIONS[kind]],
+        floats=[a, b],
+    )
+    return Ref(number, ref.dims)
+
+
+def _has_float_residual(low: Lowering, node: fx.Node) -> bool:
+    """Whether what is added to a layer is on no grid, since no quantized layer follows."""
+    residual = arguments(node).get("residual")
+    return residual is not None and low.grids(residual) is None
+
+
 def _layer_u8(low: Lowering, node: fx.Node, want: Want) -> Ref:
+    if node in low.as_float or _has_float_residual(low, node):
+        return low.quantized(_layer_f32(low, node, want.lo, want.hi), node, Want(want.grid))
     layer = _layer(low, node)
     want = want.after(*layer.bounds)
     residual = _residual(low, node, layer)
@@ -209,9 +261,13 @@ def _layer_u8(low: Lowering, node: fx.Node, want: Want) -> Ref:
 
 
 def _layer_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
+    if node in low.as_float:
+        return _as_float(low, node, lo, hi)
     layer = _layer(low, node)
-    residual = _residual(low, node, layer)
-    lo, hi = compose_clamps(layer.bounds, (lo, hi))
+    bounds = compose_clamps(layer.bounds, (lo, hi))
+    floats = _has_float_residual(low, node)
+    residual = [] if floats else _residual(low, node, layer)
+    lo, hi = (-math.inf, math.inf) if floats else bounds
     program = low.program
     number = program.node(
         layer.op,
@@ -223,7 +279,8 @@ def _layer_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
         floats=[1.0, lo, hi],
         constants=[layer.weights, program.f32(layer.multiplier), program.f32(layer.bias), -1],
     )
-    return Ref(number, layer.dims)
+    result = Ref(number, layer.dims)
+    return _plus_residual(low, node, layer, result, bounds) if floats else result
 
 
 def _no_grid(grids: Grids, node: fx.Node) -> None:
@@ -274,15 +331,11 @@ def affine(
     )
 
 
-def _batch_norm(low: Lowering, node: fx.Node, want: Want) -> Ref:
+def _batch_line(low: Lowering, node: fx.Node) -> tuple[Doubles, Doubles]:
+    """Factor and offset of a batch norm, per channel."""
     a = arguments(node)
     if a.get("training"):
         raise CannotLower(node, "a batch norm in training mode")
-    operand = a["input"]
-    ref, grid = low.on_own_grid(operand)
-    check_grid(low, node, grid, a.get("qparams"))
-    if channel_axis(ref.dims, low.size(ref)) != 0:
-        raise CannotLower(node, "its channels are not on axis 1")
     mean, var = low.parameter(a["running_mean"]), low.parameter(a["running_var"])
     if mean is None or var is None:
         raise CannotLower(node, "a batch norm without running statistics")
@@ -291,11 +344,48 @@ def _batch_norm(low: Lowering, node: fx.Node, want: Want) -> Ref:
     if weight is None or bias is None:
         raise CannotLower(node, "its parameters are computed by the graph")
     factor = _double(weight) / np.sqrt(_double(var) + float(a["eps"]))
-    return affine(low, node, operand, factor, _double(bias) - _double(mean) * factor, want)
+    return factor, _double(bias) - _double(mean) * factor
+
+
+def _channels_first(low: Lowering, node: fx.Node, ref: Ref) -> None:
+    if channel_axis(ref.dims, low.size(ref)) != 0:
+        raise CannotLower(node, "its channels are not on axis 1")
+
+
+def _batch_norm(low: Lowering, node: fx.Node, want: Want) -> Ref:
+    a = arguments(node)
+    if on_floats(low, node):
+        return low.quantized(_batch_norm_f32(low, node, want.lo, want.hi), node, Want(want.grid))
+    factor, offset = _batch_line(low, node)
+    ref, grid = low.on_own_grid(a["input"])
+    check_grid(low, node, grid, a.get("qparams"))
+    _channels_first(low, node, ref)
+    return affine(low, node, a["input"], factor, offset, want)
+
+
+def _batch_norm_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
+    a = arguments(node)
+    if a.get("qparams") is not None:
+        raise CannotLower(node, "a batch norm of levels whose result is wanted in float32")
+    factor, offset = _batch_line(low, node)
+    ref = low.f32(a["input"])
+    _channels_first(low, node, ref)
+    number = low.program.node(
+        "affine", low.name(node), [ref.value], low.size(ref), None,
+        ints=[0, 255, 0], floats=[1.0],
+        constants=[low.program.f32(factor), low.program.f32(offset), -1],
+    )  # fmt: skip
+    return clamped(low, node, Ref(number, ref.dims), lo, hi)
+
+
+def on_floats(low: Lowering, node: fx.Node) -> bool:
+    """Whether an operator was made for values that are on no grid."""
+    a = arguments(node)
+    return "qparams" in a and a["qparams"] is None
 
 
 RULES["aten.batch_norm.default"] = Rule(_batch_norm)
-RULES["adalayer.grid_batch_norm.default"] = Rule(_batch_norm)
+RULES["adalayer.grid_batch_norm.default"] = Rule(_batch_norm, _batch_norm_f32)
 
 
 def check_grid(low: Lowering, node: fx.Node, grid: Grid, qparams: Any) -> None:
@@ -305,9 +395,7 @@ def check_grid(low: Lowering, node: fx.Node, grid: Grid, qparams: Any) -> None:
         raise CannotLower(node, f"it expects a grid of {said.tolist()}, its input has {grid}")
 
 
-def _scale_and_shift(
-    low: Lowering, node: fx.Node, a: dict[str, Any], channels: int
-) -> tuple[int, int]:
+def _scale_and_shift(low: Lowering, node: fx.Node, a: dict[str, Any], channels: int) -> list[int]:
     """Constants of a norm's weight and bias, one number per channel."""
     found = []
     for name, fill in (("weight", 1.0), ("bias", 0.0)):
@@ -316,64 +404,94 @@ def _scale_and_shift(
         if value is None:
             raise CannotLower(node, "its parameters are computed by the graph")
         found.append(low.program.f32(_double(value.reshape(-1))))
-    return found[0], found[1]
+    return found
 
 
-def _row_norm(op: str) -> Rule:
-    """A norm over the last axis: "layer_norm" or "rms_norm"."""
+def _norm_rule(
+    op: str, arrange: Callable[[Lowering, fx.Node, dict[str, Any], Ref], Ref], rows: bool
+) -> Rule:
+    """A norm of levels to levels or floats, or of floats.
 
-    def u8(low: Lowering, node: fx.Node, want: Want) -> Ref:
-        a = arguments(node)
-        ref, grid = low.on_own_grid(a["input"])
-        check_grid(low, node, grid, a.get("qparams"))
-        axes = list(a.get("normalized_shape", node.meta["val"].shape[-1:]))
-        if len(axes) != 1 or not ref.dims or BATCH in ref.dims[-1]:
-            raise CannotLower(node, f"it normalises {axes}, which is not the last axis alone")
-        ref = low.rows(ref, low.name(node, "reorder"))
+    Args:
+        arrange: puts the operand in the order that the norm needs.
+        rows: it works along the last axis, whatever the others are.
+    """
+
+    def put(low: Lowering, node: fx.Node, a: dict[str, Any], ref: Ref, want: Want | None) -> Ref:
+        ref = arrange(low, node, a, ref)
         eps = torch.finfo(torch.float32).eps if a["eps"] is None else float(a["eps"])
-        return low.emit(
+        groups = [int(a["num_groups"])] if "num_groups" in a else []
+        number = low.program.node(
             op,
             low.name(node),
             [ref.value],
-            ref,
-            want,
-            ints=want.finish(),
-            floats=[want.grid.inverse, eps],
+            low.size(ref),
+            None if want is None else want.grid,
+            ints=[*groups, *([0, 255, 0] if want is None else want.finish())],
+            floats=[1.0 if want is None else want.grid.inverse, eps],
             constants=_scale_and_shift(low, node, a, low.size(ref)[0]),
         )
+        return Ref(number, ref.dims)
 
-    return Rule(u8, folds=True, scatters=True)
+    def f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
+        a = arguments(node)
+        if a.get("qparams") is None:
+            ref = low.f32(a["input"])
+        else:
+            ref, grid = low.on_own_grid(a["input"])
+            check_grid(low, node, grid, a["qparams"])
+        return clamped(low, node, put(low, node, a, ref, None), lo, hi)
+
+    def u8(low: Lowering, node: fx.Node, want: Want) -> Ref:
+        a = arguments(node)
+        if on_floats(low, node):
+            return low.quantized(f32(low, node, want.lo, want.hi), node, Want(want.grid))
+        ref, grid = low.on_own_grid(a["input"])
+        check_grid(low, node, grid, a.get("qparams"))
+        return put(low, node, a, ref, want)
+
+    return Rule(u8, f32, folds=rows, scatters=rows)
 
 
-for _name in ("layer_norm", "rms_norm"):
-    RULES[f"aten.{_name}.default"] = RULES[f"adalayer.grid_{_name}.default"] = _row_norm(_name)
+def _in_rows(low: Lowering, node: fx.Node, a: dict[str, Any], ref: Ref) -> Ref:
+    axes = list(a.get("normalized_shape", node.meta["val"].shape[-1:]))
+    if len(axes) != 1 or not ref.dims or BATCH in ref.dims[-1]:
+        raise CannotLower(node, f"it normalises {axes}, which is not the last axis alone")
+    return low.rows(ref, low.name(node, "reorder"))
 
 
-def _group_norm(low: Lowering, node: fx.Node, want: Want) -> Ref:
-    a = arguments(node)
-    ref, grid = low.on_own_grid(a["input"])
-    check_grid(low, node, grid, a.get("qparams"))
-    # It is over all positions, in whatever order they are.
-    if channel_axis(ref.dims, low.size(ref)) != 0:
+def _in_planes(low: Lowering, node: fx.Node, a: dict[str, Any], ref: Ref) -> Ref:
+    # It is over all positions, in whatever order they are; in float their order counts.
+    floats = low.value(ref).grid is None
+    if channel_axis(ref.dims, low.size(ref)) != 0 or (floats and not _in_memory(low, ref)):
         axes = "c" + "h" * (len(ref.dims) > 1) + "w" * (len(ref.dims) - 2)
         ref = low.arranged(ref, low.name(node, "reorder"), axes)
-    channels, groups = low.size(ref)[0], int(a["num_groups"])
+    groups = int(a["num_groups"])
     if math.prod(low.size(ref)) // groups > MAX_GROUP_NORM:
         raise CannotLower(node, f"groups of {low.size(ref)} values by {groups}")
-    return low.emit(
-        "group_norm",
-        low.name(node),
-        [ref.value],
-        ref,
-        want,
-        ints=[groups, *want.finish()],
-        floats=[want.grid.inverse, float(a["eps"])],
-        constants=_scale_and_shift(low, node, a, channels),
-    )
+    return ref
+
+
+def _in_memory(low: Lowering, ref: Ref) -> bool:
+    """Whether a view lists the elements of a value in their own order."""
+    total = math.prod(low.size(ref))
+    return reshaped(ref.dims, [total]) == (merged([(total, 1)]),)
 
 
 MAX_GROUP_NORM = 1 << 23  # kMaxGroupNorm of csrc/reference/image_spec.hpp
-RULES["aten.group_norm.default"] = Rule(_group_norm)
-RULES["adalayer.grid_group_norm.default"] = Rule(_group_norm)
+for _name in ("layer_norm", "rms_norm"):
+    _rule = _norm_rule(_name, _in_rows, rows=True)
+    RULES[f"aten.{_name}.default"] = Rule(_rule.u8, folds=True, scatters=True)
+    RULES[f"adalayer.grid_{_name}.default"] = _rule
+_rule = _norm_rule("group_norm", _in_planes, rows=False)
+RULES["aten.group_norm.default"] = Rule(_rule.u8)
+RULES["adalayer.grid_group_norm.default"] = _rule
 
-__all__ = ["affine", "arguments", "check_grid", "image_dims"]
+__all__ = [
+    "affine",
+    "arguments",
+    "check_grid",
+    "clamped",
+    "float_function",
+    "image_dims",
+]

@@ -12,8 +12,15 @@ from torch import Tensor, fx
 
 from adalayer_native.capture.vocabulary import FUNCTIONS, clamp_bounds, op_name
 from adalayer_native.engine.grids import Want, compose_clamps
-from adalayer_native.engine.lower import RULES, CannotLower, Grids, Lowering, Rule
-from adalayer_native.engine.rules_layers import Doubles, affine, arguments, check_grid
+from adalayer_native.engine.lower import RULES, CannotLower, F32Rule, Grids, Lowering, Rule
+from adalayer_native.engine.rules_layers import (
+    Doubles,
+    affine,
+    arguments,
+    check_grid,
+    clamped,
+    float_function,
+)
 from adalayer_native.engine.views import (
     BATCH,
     Atom,
@@ -22,7 +29,7 @@ from adalayer_native.engine.views import (
     in_order,
     merged,
 )
-from adalayer_native.ops.fused import FLOAT_FUNCTIONS
+from adalayer_native.ops.fused import FLOAT_FUNCTIONS, SIXTH
 from adalayer_native.ops.norms import line_of
 
 # -- functions of one value -----------------------------------------------------------------------
@@ -57,11 +64,14 @@ def _pointwise(low: Lowering, node: fx.Node, want: Want) -> Ref:
         # Nothing stores the operand; a clamp can still join the node that computes it.
         bounds = _clamp(node)
         if bounds is None:
-            raise CannotLower(
-                node, f"its operand {operand} is a float tensor that no quantizer stores"
-            )
+            return _then_levels(low, node, want, _function_f32)
         return low.u8(operand, want.after(*bounds))
     return low.retable(low.u8(operand, Want(grid)), node, grid, want, _function(node))
+
+
+def _then_levels(low: Lowering, node: fx.Node, want: Want, f32: F32Rule) -> Ref:
+    """What is computed from floats, on a grid."""
+    return low.quantized(f32(low, node, want.lo, want.hi), node, Want(want.grid))
 
 
 # Sums, differences and products with a number.
@@ -92,7 +102,7 @@ def _line_of(node: fx.Node, constant: Tensor, left: bool) -> list[tuple[str, flo
 def _float_steps(node: fx.Node) -> list[tuple[str, float]] | None:
     """A function of one float as steps that the engine has; None if it has none."""
     name = op_name(node)
-    if name == "adalayer.exact_function.default":
+    if name == "adalayer.exact_function.default" and node.args[1] in FLOAT_FUNCTIONS:
         return [(str(node.args[1]), 0.0)]
     if name == "aten.neg.default":
         return [("multiply", -1.0)]
@@ -102,32 +112,45 @@ def _float_steps(node: fx.Node) -> list[tuple[str, float]] | None:
     return None
 
 
-def float_function(
-    low: Lowering, node: fx.Node, ref: Ref, kind: str, a: float = 0.0, b: float = 0.0
-) -> Ref:
-    """A function of every float of a value."""
+_HARD = ("hardsigmoid", "hardswish")
+
+
+def _combined(low: Lowering, node: fx.Node, kind: str, a: Ref, b: Ref) -> Ref:
     number = low.program.node(
-        "function",
-        low.name(node),
-        [ref.value],
-        low.size(ref),
-        None,
-        ints=[FLOAT_FUNCTIONS[kind]],
-        floats=[a, b],
+        "combine", low.name(node), [a.value, b.value], low.size(a), None, ints=[_PAIRS[kind]]
     )
-    return Ref(number, ref.dims)
+    return Ref(number, a.dims)
 
 
-def _clamped(low: Lowering, node: fx.Node, ref: Ref, lo: float, hi: float) -> Ref:
-    if (lo, hi) == (-math.inf, math.inf):
-        return ref
-    return float_function(low, node, ref, "clamp", lo, hi)
+def _hard(low: Lowering, node: fx.Node, kind: str) -> Ref:
+    """The steps of ``ops.fused.exact_function``."""
+    ref = low.f32(node.args[0])
+    part = float_function(low, node, ref, "plus", 3.0)
+    part = float_function(low, node, part, "clamp", 0.0, 6.0)
+    if kind == "hardswish":
+        part = _combined(low, node, "mul", ref, part)
+    return float_function(low, node, part, "multiply", SIXTH)
+
+
+def _leaky(low: Lowering, node: fx.Node) -> Ref:
+    """Both signs apart: each is one product at most, as torch has it."""
+    slope = float(torch.tensor(float(arguments(node)["negative_slope"]), dtype=torch.float32))
+    if not math.isfinite(slope):
+        raise CannotLower(node, f"a slope of {slope}")
+    ref = low.f32(node.args[0])
+    above = float_function(low, node, ref, "clamp", 0.0, math.inf)
+    below = float_function(low, node, ref, "clamp", -math.inf, 0.0)
+    return _combined(low, node, "add", above, float_function(low, node, below, "multiply", slope))
 
 
 def _function_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
     bounds = _clamp(node)
     if bounds is not None:
         return low.f32(node.args[0], *compose_clamps(bounds, (lo, hi)))
+    if op_name(node) == "adalayer.exact_function.default" and node.args[1] in _HARD:
+        return clamped(low, node, _hard(low, node, str(node.args[1])), lo, hi)
+    if op_name(node) == "aten.leaky_relu.default":
+        return clamped(low, node, _leaky(low, node), lo, hi)
     steps = _float_steps(node)
     if steps is None:
         raise CannotLower(
@@ -138,7 +161,7 @@ def _function_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
     ref = low.f32(node.args[0])
     for kind, a in steps:
         ref = float_function(low, node, ref, kind, a)
-    return _clamped(low, node, ref, lo, hi)
+    return clamped(low, node, ref, lo, hi)
 
 
 for _name in FUNCTIONS:
@@ -164,8 +187,8 @@ RULES["aten.prelu.default"] = Rule(_prelu)
 # -- sums and products ----------------------------------------------------------------------------
 
 
-def _of_elements(low: Lowering, node: fx.Node, ref: Ref, value: Tensor) -> Doubles:
-    """A constant operand as one value per channel of ``ref``, or per element, ``[h, w, c]``."""
+def _spread(low: Lowering, node: fx.Node, ref: Ref, value: Tensor) -> Doubles:
+    """A constant operand with an entry per element of ``ref``, ``[h, w, c]``."""
     sizes = [math.prod(n for n, _ in atoms if n != BATCH[0]) for atoms in ref.dims]
     shape = list(value.shape)
     if len(shape) > len(sizes) and shape[0] == 1:
@@ -174,7 +197,13 @@ def _of_elements(low: Lowering, node: fx.Node, ref: Ref, value: Tensor) -> Doubl
         spread = value.reshape(shape).expand(sizes).numpy()
     except RuntimeError:
         raise CannotLower(node, f"a constant operand of shape {list(value.shape)}") from None
-    found = in_order(spread, ref.dims, low.size(ref))
+    found: Doubles = in_order(spread, ref.dims, low.size(ref))
+    return found
+
+
+def _of_elements(low: Lowering, node: fx.Node, ref: Ref, value: Tensor) -> Doubles:
+    """A constant operand as one value per channel of ``ref``, or per element, ``[h, w, c]``."""
+    found = _spread(low, node, ref, value)
     first: Doubles = found[0, 0]
     return first if bool((found == first).all()) else found
 
@@ -267,6 +296,9 @@ def _pair(low: Lowering, node: fx.Node, a: Ref, b: Ref) -> tuple[Ref, Ref, bool]
 
 def _binary(low: Lowering, node: fx.Node, want: Want) -> Ref:
     left, right = node.args[:2]
+    computed = [item for item in (left, right) if low.parameter(item) is None]
+    if any(low.grids(item) is None for item in computed):
+        return _then_levels(low, node, want, _binary_f32)
     for operand, other, is_left in ((right, left, False), (left, right, True)):
         constant = low.parameter(operand)
         if constant is not None:
@@ -300,6 +332,30 @@ def _binary(low: Lowering, node: fx.Node, want: Want) -> Ref:
 _PAIRS = {"add": 0, "sub": 1, "mul": 2}  # FloatPair of csrc/reference/float_kinds.hpp
 
 
+def _pair_number(node: fx.Node) -> int:
+    """What the engine does with two float tensors."""
+    kind = op_name(node).split(".")[1]
+    if kind not in _PAIRS or float(arguments(node).get("alpha", 1)) != 1.0:
+        raise CannotLower(node, f"{kind} of two float tensors, {dict(node.kwargs)}")
+    return _PAIRS[kind]
+
+
+def _with_floats(low: Lowering, node: fx.Node, operand: Any, constant: Tensor, left: bool) -> Ref:
+    """Floats and a constant with an entry per element."""
+    number = _pair_number(node)
+    ref = low.f32(operand)
+    if not bool(torch.isfinite(constant).all()):
+        raise CannotLower(node, "a constant operand that is not finite")
+    values = _spread(low, node, ref, constant.float()).transpose(2, 0, 1)
+    held = low.program.node(
+        "constant", low.name(node, "constant"), [], low.size(ref), None,
+        constants=[low.program.f32(values)],
+    )  # fmt: skip
+    pair = [held, ref.value] if left else [ref.value, held]
+    value = low.program.node("combine", low.name(node), pair, low.size(ref), None, ints=[number])
+    return Ref(value, ref.dims)
+
+
 def _binary_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
     left, right = node.args[:2]
     kind = op_name(node).split(".")[1]
@@ -307,21 +363,22 @@ def _binary_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
         constant = low.parameter(operand)
         if constant is None:
             continue
-        if constant.numel() != 1 or kind not in _LINES:
-            raise CannotLower(node, f"{kind} of floats and a constant of {list(constant.shape)}")
+        if constant.numel() != 1:
+            return clamped(low, node, _with_floats(low, node, other, constant, is_left), lo, hi)
+        if kind not in _LINES:
+            raise CannotLower(node, f"{kind} of floats and a constant")
         ref = low.f32(other)
         for step, number in _line_of(node, constant.reshape(()), is_left):
             ref = float_function(low, node, ref, step, number)
-        return _clamped(low, node, ref, lo, hi)
-    if kind not in _PAIRS or float(arguments(node).get("alpha", 1)) != 1.0:
-        raise CannotLower(node, f"{kind} of two float tensors, {dict(node.kwargs)}")
+        return clamped(low, node, ref, lo, hi)
+    number = _pair_number(node)
     a, b = low.f32(left), low.f32(right)
     if low.size(a) != low.size(b) or a.dims != b.dims:
         raise CannotLower(node, "float operands that differ in size or order")
     value = low.program.node(
-        "combine", low.name(node), [a.value, b.value], low.size(a), None, ints=[_PAIRS[kind]]
+        "combine", low.name(node), [a.value, b.value], low.size(a), None, ints=[number]
     )
-    return _clamped(low, node, Ref(value, a.dims), lo, hi)
+    return clamped(low, node, Ref(value, a.dims), lo, hi)
 
 
 def _no_grid(grids: Grids, node: fx.Node) -> None:

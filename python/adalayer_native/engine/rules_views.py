@@ -113,8 +113,10 @@ def viewed(low: Lowering, node: fx.Node, ref: Ref) -> Ref:
     return Ref(ref.value, without_batch(dims))
 
 
-def _rule_of_view(view: Callable[[Lowering, fx.Node, Ref], Ref], any_batch: bool = False) -> Rule:
-    """A view that is there in levels and in float32."""
+def rule_of_view(
+    view: Callable[[Lowering, fx.Node, Ref], Ref], folds: bool = False, scatters: bool = False
+) -> Rule:
+    """A view, or whatever keeps the grid, that is there in levels and in float32."""
 
     def u8(low: Lowering, node: fx.Node, want: Want) -> Ref:
         return view(low, node, low.u8(node.args[0], want))
@@ -122,7 +124,7 @@ def _rule_of_view(view: Callable[[Lowering, fx.Node, Ref], Ref], any_batch: bool
     def f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
         return view(low, node, low.f32(node.args[0], lo, hi))
 
-    return Rule(u8, f32, operand_grid, any_batch, any_batch)
+    return Rule(u8, f32, operand_grid, folds, scatters)
 
 
 _VIEWS = (
@@ -132,7 +134,7 @@ _VIEWS = (
 )  # fmt: skip
 VIEWS = frozenset(f"aten.{_name}" for _name in _VIEWS)
 for _name in VIEWS:
-    RULES[_name] = _rule_of_view(viewed, any_batch=True)
+    RULES[_name] = rule_of_view(viewed, folds=True, scatters=True)
 
 
 def _split_and_joined(
@@ -166,8 +168,8 @@ def _pixel_unshuffled(low: Lowering, node: fx.Node, ref: Ref) -> Ref:
     return _split_and_joined(node, ref, split, (0, 2, 4, 1, 3), sizes)
 
 
-RULES["aten.pixel_shuffle.default"] = _rule_of_view(_pixel_shuffled)
-RULES["aten.pixel_unshuffle.default"] = _rule_of_view(_pixel_unshuffled)
+RULES["aten.pixel_shuffle.default"] = rule_of_view(_pixel_shuffled)
+RULES["aten.pixel_unshuffle.default"] = rule_of_view(_pixel_unshuffled)
 
 
 def _channel_shuffled(low: Lowering, node: fx.Node, ref: Ref) -> Ref:
@@ -177,7 +179,7 @@ def _channel_shuffled(low: Lowering, node: fx.Node, ref: Ref) -> Ref:
     return _split_and_joined(node, ref, (groups, c // groups, *rest), order, (c, *rest))
 
 
-RULES["aten.channel_shuffle.default"] = _rule_of_view(_channel_shuffled)
+RULES["aten.channel_shuffle.default"] = rule_of_view(_channel_shuffled)
 
 
 # -- slices ---------------------------------------------------------------------------------------
@@ -201,6 +203,9 @@ def _sliced(
     axes = axes_of(ref.dims, size)
     if (begin, step, count) == (0, 1, math.prod(n for n, _ in ref.dims[axis])):
         return ref
+    if low.value(ref).grid is None:
+        places = {axis: begin + step * np.arange(count)}
+        return low.arranged(ref, low.name(node), letters_of(ref.dims, size), places)
     outermost = _outermost(ref, size, axis)
     if outermost and step == 1:
         wide = outermost * count
@@ -233,35 +238,33 @@ def _sliced(
     return Ref(number, built(axes, new))
 
 
-def _slice(low: Lowering, node: fx.Node, want: Want) -> Ref:
+def _slice(low: Lowering, node: fx.Node, ref: Ref) -> Ref:
     a = arguments(node)
     operand = node.args[0]
     assert isinstance(operand, fx.Node)
     value = operand.meta["val"]
     axis = int(a["dim"]) % value.dim()
     if axis == 0 and a["start"] in (None, 0) and node.meta["val"].shape[0] == value.shape[0]:
-        return low.u8(operand, want)
+        return ref
     place = axis_of(low, node, axis)
     n = int(value.shape[axis])
     if isinstance(a["start"], fx.Node) or isinstance(a["end"], fx.Node):
         raise CannotLower(node, "a slice with computed bounds")
     begin, _, step = slice(a["start"], a["end"], a["step"]).indices(n)
     count = int(node.meta["val"].shape[axis])
-    return _sliced(low, node, low.u8(operand, want), place, begin, step, count)
+    return _sliced(low, node, ref, place, begin, step, count)
 
 
-RULES["aten.slice.Tensor"] = Rule(_slice, None, operand_grid, folds=True)
+RULES["aten.slice.Tensor"] = rule_of_view(_slice, folds=True)
 
 
-def _narrow(low: Lowering, node: fx.Node, want: Want) -> Ref:
+def _narrow(low: Lowering, node: fx.Node, ref: Ref) -> Ref:
     a = arguments(node)
     axis = axis_of(low, node, a["dim"])
-    return _sliced(
-        low, node, low.u8(node.args[0], want), axis, int(a["start"]), 1, int(a["length"])
-    )
+    return _sliced(low, node, ref, axis, int(a["start"]), 1, int(a["length"]))
 
 
-RULES["aten.narrow.default"] = Rule(_narrow, None, operand_grid, folds=True)
+RULES["aten.narrow.default"] = rule_of_view(_narrow, folds=True)
 
 
 def _taken(low: Lowering, node: fx.Node, ref: Ref, axis: int, index: int) -> Ref:
@@ -270,15 +273,14 @@ def _taken(low: Lowering, node: fx.Node, ref: Ref, axis: int, index: int) -> Ref
     return Ref(one.value, without_batch(one.dims[:axis] + one.dims[axis + 1 :]))
 
 
-def _select(low: Lowering, node: fx.Node, want: Want) -> Ref:
+def _select(low: Lowering, node: fx.Node, ref: Ref) -> Ref:
     a = arguments(node)
-    ref = low.u8(node.args[0], want)
     axis = axis_of(low, node, a["dim"], ref)
     count = math.prod(n for n, _ in ref.dims[axis])
     return _taken(low, node, ref, axis, int(a["index"]) % count)
 
 
-RULES["aten.select.int"] = Rule(_select, None, operand_grid, True, True)
+RULES["aten.select.int"] = rule_of_view(_select, folds=True, scatters=True)
 
 
 def only_pieces(low: Lowering, node: fx.Node, want: Want) -> Ref:

@@ -559,7 +559,8 @@ class Engine:
 
     @property
     def tables(self) -> dict[str, int]:
-        """By name of an input of token ids, the rows of the smallest table that they index.
+        """By name of an input of token ids, the rows of the smallest table that they index; 2 for a
+        mask of zeros and ones.
 
         Ids from 0 on, below that number, are in every table. Tables in torch are not among them.
         """
@@ -573,9 +574,11 @@ class Engine:
                 for value, number in zip(program.inputs(), step.inputs, strict=True)
                 if number < len(self.inputs)
             }
-            for op, _, inputs, output, _, _, constants in program.nodes():
-                if op == "embedding" and inputs[0] in names:
-                    rows = sizes[constants[0]][1] // program.values()[output][2]
+            for op, _, inputs, output, ints, _, constants in program.nodes():
+                flags = op == "choose" and not ints[0]
+                if (op == "embedding" or flags) and inputs[0] in names:
+                    table = 0 if flags else sizes[constants[0]][1]
+                    rows = 2 if flags else table // program.values()[output][2]
                     name = names[inputs[0]]
                     found[name] = min(rows, found.get(name, rows))
         return found
@@ -704,7 +707,15 @@ def _native_rows(part: NativePart, batch: int, threads: int, rounds: int) -> lis
     rows = []
     for op, name, inputs, output, _, _, constants in program.nodes():
         bits = input_bits = packed = macs = 0
-        if op in ("conv", "conv_transpose"):
+        kind = "native"
+        if op == "float_conv":
+            # One product per weight and position of the result, too.
+            form, packed = sizes[constants[0]]
+            data = program.constant_bytes(constants[0]) if form == "weights" else b""
+            count = math.prod(_header(data)["shape"]) if data else packed // 4
+            bits = int(_header(data)["bits"]) if data else 32
+            macs, kind = count * math.prod(values[output][3:5]), "float"
+        elif op in ("conv", "conv_transpose"):
             header = _header(program.constant_bytes(constants[0]))
             bits, packed = int(header["bits"]), sizes[constants[0]][1]
             # One product per weight and position of the result, or of the operand if transposed.
@@ -714,9 +725,7 @@ def _native_rows(part: NativePart, batch: int, threads: int, rounds: int) -> lis
         elif op == "embedding":
             bits, packed = int(values[output][7]).bit_length(), sizes[constants[0]][1]
         kernel, microseconds, why = found.get(name, ("", 0.0, ""))
-        rows.append(
-            Row(name, op, "native", kernel, bits, microseconds, packed, macs, why, input_bits)
-        )
+        rows.append(Row(name, op, kind, kernel, bits, microseconds, packed, macs, why, input_bits))
     return rows
 
 

@@ -131,7 +131,8 @@ def _rebuilt(
         for position, number in enumerate(order):
             port = ports[number]
             fits = math.prod(port.shape) == math.prod(sizes[position])
-            known = port.dtype in ID_TYPES if ids[position] else port.is_float
+            whole = port.dtype in (*ID_TYPES, torch.bool)
+            known = whole if ids[position] else port.is_float
             if not (fits and known and port.batched):
                 raise ValueError(f"input {port.name!r} does not fit {sizes[position]}")
         if len(order) != len(sizes):

@@ -6,7 +6,7 @@ import copy
 import importlib
 import math
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from adalayer_native.engine.work import multiply_accumulates
 from adalayer_native.errors import UnsupportedModelError
 from adalayer_native.nn.float_layer import FloatLayer
 
-__all__ = ["Part", "TorchPart", "divide", "float_layer", "is_layer"]
+__all__ = ["Part", "TorchPart", "divide", "float_layer", "has_float_form", "is_layer"]
 
 
 @dataclass
@@ -50,6 +50,11 @@ def is_layer(node: fx.Node) -> bool:
         "adalayer.conv_transpose2d.default",
         "adalayer.linear.default",
     )
+
+
+def has_float_form(node: fx.Node) -> bool:
+    """Whether the engine can compute a native layer in float, too."""
+    return is_layer(node) and op_name(node) != "adalayer.conv_transpose2d.default"
 
 
 def is_tensor(node: Any) -> bool:
@@ -122,18 +127,18 @@ def _pieces_together(node: fx.Node, torch_nodes: dict[fx.Node, str], reason: str
             pending.extend(item.users)
 
 
-def divide(exported: Exported, chosen: dict[fx.Node, str]) -> tuple[list[Part], dict[fx.Node, str]]:
+def divide(
+    exported: Exported, as_float: Collection[fx.Node] = ()
+) -> tuple[list[Part], dict[fx.Node, str]]:
     """Lower as much as possible.
 
     Args:
-        chosen: nodes that shall run in torch although the engine could, with the reason.
+        as_float: quantized layers that shall be computed in float; all have such a form.
 
     Returns:
         The parts in an order that runs, and the reason of every node that runs in torch.
     """
     reasons: dict[fx.Node, str] = {}
-    for node, reason in chosen.items():
-        _pieces_together(node, reasons, reason)
     for node in _work(exported):
         if rule_for(node) is None:
             _pieces_together(node, reasons, "the engine has no such operation")
@@ -154,7 +159,7 @@ def divide(exported: Exported, chosen: dict[fx.Node, str]) -> tuple[list[Part], 
         try:
             for part in parts:
                 if part.native:
-                    part.lowered = lower(exported, part.nodes, part.outputs, grids)
+                    part.lowered = lower(exported, part.nodes, part.outputs, grids, as_float)
             return parts, reasons
         except CannotLower as error:
             failed, reason = error.node, error.reason
@@ -208,11 +213,10 @@ def _plain_norm(graph: fx.Graph, node: fx.Node, find: Callable[[fx.Node], Any]) 
 class TorchPart:
     """Nodes that run in torch, as a function of their inputs and the batch size."""
 
-    def __init__(self, exported: Exported, part: Part, as_float: set[fx.Node]) -> None:
+    def __init__(self, exported: Exported, part: Part) -> None:
         graph = fx.Graph()
         root = nn.Module()
         known: dict[fx.Node, Any] = {}
-        grids = Grids()
         batch = graph.placeholder("batch_size")
         for node in part.inputs:
             known[node] = graph.placeholder(node.name)
@@ -242,17 +246,7 @@ class TorchPart:
             return known[node]
 
         for node in part.nodes:
-            if node in as_float:
-                name = f"layer_{len(known)}"
-                source, a = node.args[0], arguments(node)
-                wanted = (a["input_scale"], a["input_zero_point"], a["input_bits"])
-                grid = grids(source)
-                same = grid is not None and (grid.scale, grid.zero_point, grid.bits) == wanted
-                root.add_module(name, float_layer(exported, node, same))
-                operands = [source, a.get("residual")]
-                found = [find(item) for item in operands if isinstance(item, fx.Node)]
-                known[node] = graph.call_module(name, tuple(found))
-            elif op_name(node) == OPERATOR:
+            if op_name(node) == OPERATOR:
                 key, tensors = node.args
                 name = f"excluded_{len(known)}"
                 root.add_module(name, OpaqueCall(exported.calls[str(key)]))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from adalayer_native.ops import attention, averages, cpu, cuda, fake, fused, norms, resizing
+from adalayer_native.ops import attention, averages, cpu, cuda, fake, floats, fused, norms, resizing
 from adalayer_native.ops.checks import plain_eager, untraced
 from adalayer_native.ops.cpu import conv2d_direct, linear_direct
 from adalayer_native.ops.machine import (
@@ -83,16 +83,16 @@ _library.define(
 
 _library.define(
     "grid_batch_norm(Tensor input, Tensor running_mean, Tensor running_var, Tensor? weight, "
-    "Tensor? bias, float eps, Tensor qparams) -> Tensor"
+    "Tensor? bias, float eps, Tensor? qparams) -> Tensor"
 )
 _library.define(
-    "grid_layer_norm(Tensor input, Tensor? weight, Tensor? bias, float eps, Tensor qparams)"
+    "grid_layer_norm(Tensor input, Tensor? weight, Tensor? bias, float eps, Tensor? qparams)"
     " -> Tensor"
 )
-_library.define("grid_rms_norm(Tensor input, Tensor? weight, float eps, Tensor qparams) -> Tensor")
+_library.define("grid_rms_norm(Tensor input, Tensor? weight, float eps, Tensor? qparams) -> Tensor")
 _library.define(
     "grid_group_norm(Tensor input, int num_groups, Tensor? weight, Tensor? bias, float eps, "
-    "Tensor qparams) -> Tensor"
+    "Tensor? qparams) -> Tensor"
 )
 _library.define(
     "grid_line(Tensor input, Tensor constant, str kind, float alpha, bool left, Tensor qparams)"
@@ -115,8 +115,16 @@ _library.define(
     "float scale, Tensor query_qparams, Tensor key_qparams, Tensor value_qparams, "
     "Tensor? factor=None) -> Tensor"
 )
+_library.define(
+    "key_mask(Tensor keys, Tensor constant, float zero, float other, bool several) -> Tensor"
+)
 _library.define("exact_softmax(Tensor input) -> Tensor")
 _library.define("exact_function(Tensor input, str kind) -> Tensor")
+_library.define("exact_linear(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor")
+_library.define(
+    "exact_conv2d(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[4] padding, "
+    "int[2] dilation, int groups) -> Tensor"
+)
 for _function, _fake in (
     (norms.grid_batch_norm, norms.norm_fake),
     (norms.grid_layer_norm, norms.norm_fake),
@@ -128,8 +136,11 @@ for _function, _fake in (
     (averages.exact_mean, averages.fake_mean),
     (resizing.exact_bilinear, resizing.fake_bilinear),
     (attention.grid_attention, attention.fake_attention),
+    (attention.key_mask, attention.fake_key_mask),
     (fused.exact_softmax, fused.fake_softmax),
     (fused.exact_function, fused.fake_function),
+    (floats.exact_linear, floats.fake_linear),
+    (floats.exact_conv2d, floats.fake_conv2d),
 ):
     for _device in ("CPU", "CUDA"):
         _library.impl(_function.__name__, untraced(_function), _device)

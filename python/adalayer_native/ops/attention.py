@@ -10,7 +10,15 @@ from torch import Tensor
 from adalayer_native import _C
 from adalayer_native.ops.machine import get_num_threads
 
-__all__ = ["additive_mask", "fake_attention", "grid_attention", "score_scale", "total_scale"]
+__all__ = [
+    "additive_mask",
+    "fake_attention",
+    "fake_key_mask",
+    "grid_attention",
+    "key_mask",
+    "score_scale",
+    "total_scale",
+]
 
 
 def score_scale(query_scale: float, key_scale: float, scale: float) -> float:
@@ -28,6 +36,31 @@ def additive_mask(mask: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -math.inf)
     return mask.float()
+
+
+@torch.no_grad()
+def key_mask(keys: Tensor, constant: Tensor, zero: float, other: float, several: bool) -> Tensor:
+    """The lower one of a constant mask and of a number per key: float32 ``[N, heads, Q, K]``.
+
+    Args:
+        keys: ``[N, ...]`` of K elements each. Of integers and bools 0 means ``zero``, 1 means
+            ``other``; floats count as they are.
+        constant: float32 ``[heads or 1, Q or 1, K]``.
+        several: all other integers mean ``other``, too; else they are an error.
+    """
+    flat = keys.reshape(keys.shape[0], 1, 1, -1)
+    if flat.is_floating_point():
+        return torch.minimum(constant, flat.float())
+    if not several and bool(((flat != 0) & (flat != 1)).any()):
+        raise ValueError("expected a mask of zeros and ones")
+    return torch.minimum(constant, torch.where(flat != 0, other, zero))
+
+
+def fake_key_mask(
+    keys: Tensor, constant: Tensor, zero: float, other: float, several: bool
+) -> Tensor:
+    """Shape of :func:`key_mask`."""
+    return constant.new_empty((keys.shape[0], *constant.shape))
 
 
 def _levels(x: Tensor, qparams: Tensor) -> Tensor:

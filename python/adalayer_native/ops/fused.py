@@ -9,7 +9,7 @@ from adalayer_native import _C
 from adalayer_native.ops.machine import get_num_threads
 from adalayer_native.rounding import fma_float32
 
-__all__ = ["FLOAT_FUNCTIONS", "exact_function", "exact_softmax", "fake_softmax", "fma"]
+__all__ = ["FLOAT_FUNCTIONS", "SIXTH", "exact_function", "exact_softmax", "fake_softmax", "fma"]
 
 # Numbers of what the engine computes behind the last quantized layer (FloatFunction in
 # csrc/reference/float_kinds.hpp).
@@ -46,11 +46,17 @@ def exact_softmax(input: Tensor) -> Tensor:
     return out.to(input)
 
 
+SIXTH = float(torch.tensor(1.0 / 6.0, dtype=torch.float32))
+
+
 @torch.no_grad()
 def exact_function(input: Tensor, kind: str) -> Tensor:
-    """ "sigmoid", "tanh" or "silu" of every element, as the engine has it at a network's end
-    (csrc/reference/image_spec.hpp)."""
+    """ "sigmoid", "tanh", "silu", "hardsigmoid" or "hardswish" of every element, as the engine has
+    it at a network's end (csrc/reference/image_spec.hpp; the latter two step by step)."""
     x = input.float().cpu().contiguous()
+    if kind.startswith("hard"):
+        part = (x + 3.0).clamp(0.0, 6.0)
+        return ((x * part if kind == "hardswish" else part) * SIXTH).to(input)
     out = torch.empty_like(x)
     number = FLOAT_FUNCTIONS[kind]
     _C.float_function(number, x.data_ptr(), x.numel(), out.data_ptr(), get_num_threads())

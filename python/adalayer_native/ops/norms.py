@@ -1,5 +1,7 @@
 """Norms and lines of values on a grid, by the engine's own steps (csrc/reference/image_spec.hpp).
 
+Norms without a grid are of floats, in the order of the engine's sums.
+
 torch adds up floats in an order of its own, which differs between machines; a result that lies half
 way between two levels is then rounded up on one and down on another. Here the sums are of whole
 numbers, and what follows is a fixed sequence of float32 and float64 operations.
@@ -10,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from adalayer_native.ops.floats import float_group_norm, float_row_norm
 from adalayer_native.ops.fused import fma
 from adalayer_native.ops.grids import levels
 
@@ -32,15 +35,19 @@ def grid_batch_norm(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    qparams: Tensor,
+    qparams: Tensor | None,
 ) -> Tensor:
     """``fma(q, s[c], t[c])`` with ``s = k * scale``, ``t = beta - mean * k - z * s`` in float64.
 
     Args:
         input: float ``[N, C, ...]`` on a grid.
-        qparams: float32 ``[3]``: the grid's scale, zero point and bits.
+        qparams: float32 ``[3]``: the grid's scale, zero point and bits; None: ``q`` is the input,
+            with scale 1 and zero point 0.
     """
-    q, (scale, zero_point) = levels(input, qparams), qparams[:2].tolist()
+    if qparams is None:
+        q, (scale, zero_point) = input.float(), (1.0, 0.0)
+    else:
+        q, (scale, zero_point) = levels(input, qparams), qparams[:2].tolist()
     gamma = 1.0 if weight is None else weight.double()
     beta = 0.0 if bias is None else bias.double()
     factor = gamma / (running_var.double() + eps).sqrt()
@@ -69,14 +76,16 @@ def grid_layer_norm(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    qparams: Tensor,
+    qparams: Tensor | None,
 ) -> Tensor:
     """Mean and variance from sums of the levels, over the last axis.
 
     Args:
         input: float ``[..., C]`` on a grid.
-        qparams: float32 ``[3]``: the grid's scale, zero point and bits.
+        qparams: float32 ``[3]``: the grid's scale, zero point and bits; None: sums of the floats.
     """
+    if qparams is None:
+        return float_row_norm(input, weight, bias, eps, False)
     y = _normalised(levels(input, qparams), float(qparams[0]), eps)
     gamma = y.new_ones(()) if weight is None else weight.float()
     beta = y.new_zeros(()) if bias is None else bias.float()
@@ -90,15 +99,17 @@ def grid_group_norm(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    qparams: Tensor,
+    qparams: Tensor | None,
 ) -> Tensor:
     """Mean and variance from sums of the levels, over all positions and a group's channels.
 
     Args:
         input: float ``[N, C, ...]`` on a grid.
         num_groups: of neighbouring channels.
-        qparams: float32 ``[3]``: the grid's scale, zero point and bits.
+        qparams: float32 ``[3]``: the grid's scale, zero point and bits; None: sums of the floats.
     """
+    if qparams is None:
+        return float_group_norm(input, num_groups, weight, bias, eps)
     flat = levels(input, qparams).reshape(input.shape[0], num_groups, -1)
     y = _normalised(flat, float(qparams[0]), eps).reshape(input.shape)
     shape = [1, -1, *[1] * (input.dim() - 2)]
@@ -108,14 +119,18 @@ def grid_group_norm(
 
 
 @torch.no_grad()
-def grid_rms_norm(input: Tensor, weight: Tensor | None, eps: float, qparams: Tensor) -> Tensor:
+def grid_rms_norm(
+    input: Tensor, weight: Tensor | None, eps: float, qparams: Tensor | None
+) -> Tensor:
     """The root mean square from a sum of the levels' squares, over the last axis.
 
     Args:
         input: float ``[..., C]`` on a grid.
         weight: of one axis, whatever axes of size 1 stand before it.
-        qparams: float32 ``[3]``: the grid's scale, zero point and bits.
+        qparams: float32 ``[3]``: the grid's scale, zero point and bits; None: a sum of the floats'.
     """
+    if qparams is None:
+        return float_row_norm(input, weight, None, eps, True)
     scale, zero_point = qparams[:2].tolist()
     q = levels(input, qparams).double() - zero_point
     mean = q.square().sum(-1, keepdim=True) / q.shape[-1]

@@ -13,7 +13,7 @@ Everything inside a chain stays in high precision, so an :class:`ActivationQuant
 and not where it would do nothing or nothing would profit: after operations that keep the grid (max
 pooling, reshaping, slicing, zero padding), after values from which no quantized layer is reachable
 (the logits), after values that only float layers or operations read which need floats (a recurrent
-layer), between the products of an attention, and after what holds the large constants of a mask.
+layer), between the products of an attention, and in its mask, which holds large constants.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import fx, nn
 
 from adalayer_native.capture import GraphModel, TensorInfo, info_of
 from adalayer_native.capture import vocabulary as table
-from adalayer_native.capture.attention import attentions
+from adalayer_native.capture.attention import attentions, mask_values
 from adalayer_native.capture.float_values import float_values
 from adalayer_native.capture.rms_norms import rms_norms
 from adalayer_native.capture.vocabulary import LAYERS
@@ -172,6 +172,7 @@ class _Analysis:
         found = attentions(model)
         self.attending = {node for item in found for node in item.entries}
         self.scores = {node for item in found for node in item.inner - {item.result}}
+        self.masks = mask_values(model.graph, found)
         self.internal = {s for norm in rms_norms(model.graph).values() for s in norm.inside}
         self.batch_norms: dict[str, str] = {}
         self.input_norms: dict[str, str] = {}
@@ -367,6 +368,8 @@ class _Analysis:
         if not table.is_value(node) or node in self.internal or node not in reaching:
             return False
         if self.passes_grid(node) or node in self.floats.values or node in self.scores:
+            return False
+        if node in self.masks:
             return False
         readers = self.consumers(node)
         if any(self.layer(reader) in self.quantized for reader in readers):

@@ -4,7 +4,8 @@ torch adds up floats in an order of its own and rounds products and sums one by 
 with a constant, averages, bilinear resizing, and a softmax or another function at the
 end are therefore operators of ours (ops/norms.py, averages.py, resizing.py, fused.py) in the exact
 simulation and in converted models. So is attention between values on grids: the engine rounds the
-weights of a softmax (ops/attention.py), which a simulation in float32 leaves as they are.
+weights of a softmax (ops/attention.py), which a simulation in float32 leaves as they are. So are
+convolutions and linear layers that stay in float (ops/floats.py).
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from torch import fx, nn
 from adalayer_native.capture import TensorInfo, info_of
 from adalayer_native.capture import vocabulary as table
 from adalayer_native.capture.attention import Attention, Choice, attentions
-from adalayer_native.capture.rms_norms import RmsNorm, rms_norms
+from adalayer_native.capture.rms_norms import rms_norms
+from adalayer_native.padding import four_paddings
 from adalayer_native.quantization.fake_quant import ActivationQuantizer, QuantLayer
 
 __all__ = ["exact_steps", "undo_steps"]
@@ -33,7 +35,7 @@ _FUNCTIONS = frozenset(
 
 
 def exact_steps(model: nn.Module, folded: Collection[str], found: dict[fx.Node, fx.Node]) -> None:
-    """Replace every step that has an operator of ours.
+    """Replace every step that has an operator of ours; nothing where no layer is quantized.
 
     Args:
         model: prepared and calibrated.
@@ -41,6 +43,8 @@ def exact_steps(model: nn.Module, folded: Collection[str], found: dict[fx.Node, 
         found: gets the new node for every old one, which nobody reads any more.
     """
     assert isinstance(model, fx.GraphModule)
+    if not any(isinstance(module, QuantLayer) for module in model.modules()):
+        return
     steps = _Steps(model, folded)
     for node in list(model.graph.nodes):
         new = steps.of(node)
@@ -80,14 +84,15 @@ class _Steps:
         self.folded = folded
         self.constants = table.constants(model.graph)
         self.attentions = {item.result: item for item in attentions(model)}
-        norms = rms_norms(self.graph).items()
-        self.norms = {node: norm for node, norm in norms if self._is_on_grids(norm)}
+        self.norms = rms_norms(self.graph)
         self.inside = {step for norm in self.norms.values() for step in norm.inside}
 
     def of(self, node: fx.Node) -> fx.Node | None:
         """The new node, in front of the old one; None for other steps."""
         if table.is_batch_norm(node, self.modules):
             return None if node.target in self.folded else self._batch_norm(node)
+        if node.op == "call_module":
+            return self._float_layer(node)
         if node.op != "call_function" or node in self.constants:
             return None
         if node in self.attentions:
@@ -98,7 +103,7 @@ class _Steps:
         if node in self.norms:
             norm = self.norms[node]
             rest = [norm.weight, norm.eps]
-            return self._on_grid(node, _ops.grid_rms_norm.default, rest, norm.operand)
+            return self._norm(node, _ops.grid_rms_norm.default, rest, norm.operand)
         if name == "aten.layer_norm.default":
             return self._layer_norm(node)
         if name in _LINES:
@@ -106,36 +111,64 @@ class _Steps:
         make = _MAKERS.get(name)
         return None if make is None or not table.is_value(node) else make(self, node)
 
-    def _batch_norm(self, node: fx.Node) -> fx.Node | None:
-        if self._grid_of(table.source(node)) is None or not self._becomes_levels(node):
-            return None
-        norm = self.modules[str(node.target)]
+    def _parameters(self, node: fx.Node, *leaves: str) -> list[fx.Node | None]:
+        """Those of the module that a node calls."""
+        module = self.modules[str(node.target)]
         with self.graph.inserting_before(node):
             # (A file is loaded into a graph that is there already.)
-            tensors = [
+            return [
                 self.graph.get_attr(f"{node.target}.{leaf}")
-                if getattr(norm, leaf) is not None
+                if getattr(module, leaf) is not None
                 else None
-                for leaf in ("running_mean", "running_var", "weight", "bias")
+                for leaf in leaves
             ]
-        return self._on_grid(node, _ops.grid_batch_norm.default, [*tensors, norm.eps])
+
+    def _float_layer(self, node: fx.Node) -> fx.Node | None:
+        """A convolution or linear layer that nobody quantizes."""
+        layer = self.modules[str(node.target)]
+        if isinstance(layer, QuantLayer) or not isinstance(layer, (nn.Conv2d, nn.Linear)):
+            return None
+        if layer.weight.dtype != torch.float32 or not table.is_value(node):
+            return None
+        rest: list[Any] = [node.args[0]]
+        if isinstance(layer, nn.Linear):
+            rest += self._parameters(node, "weight", "bias")
+            return self._insert(node, _ops.exact_linear.default, rest)
+        info = info_of(node)
+        if layer.padding_mode != "zeros" or not isinstance(info, TensorInfo):
+            return None
+        if len(info.shape) != 4:
+            return None
+        top, bottom, left, right = four_paddings(layer)
+        rest += self._parameters(node, "weight", "bias")
+        rest += [list(layer.stride), [top, left, bottom, right], list(layer.dilation), layer.groups]
+        return self._insert(node, _ops.exact_conv2d.default, rest)
+
+    def _batch_norm(self, node: fx.Node) -> fx.Node | None:
+        grid = self._grid_of(table.source(node))
+        if grid is not None and not self._becomes_levels(node):
+            grid = None  # of the real values
+        tensors = self._parameters(node, "running_mean", "running_var", "weight", "bias")
+        eps = self.modules[str(node.target)].eps
+        rest = [node.args[0], *tensors, eps, self._qparams(node, grid)]
+        return self._insert(node, _ops.grid_batch_norm.default, rest)
 
     def _layer_norm(self, node: fx.Node) -> fx.Node | None:
         a = table.arguments(node)
-        if len(a["normalized_shape"]) != 1 or not self._becomes_levels(node):
+        if len(a["normalized_shape"]) != 1:
             return None
-        rest = [a["weight"], a["bias"], a["eps"]]
-        return self._on_grid(node, _ops.grid_layer_norm.default, rest)
+        return self._norm(node, _ops.grid_layer_norm.default, [a["weight"], a["bias"], a["eps"]])
 
     def _group_norm(self, node: fx.Node) -> fx.Node | None:
         a = table.arguments(node)
-        if not self._becomes_levels(node):
-            return None
         rest = [a["num_groups"], a["weight"], a["bias"], a["eps"]]
-        return self._on_grid(node, _ops.grid_group_norm.default, rest)
+        return self._norm(node, _ops.grid_group_norm.default, rest)
 
-    def _is_on_grids(self, norm: RmsNorm) -> bool:
-        return self._grid_of(norm.operand) is not None and self._becomes_levels(norm.node)
+    def _norm(self, node: fx.Node, target: Any, rest: list[Any], operand: Any = None) -> fx.Node:
+        """Of levels where the operand is on a grid, else of floats."""
+        operand = node.args[0] if operand is None else operand
+        qparams = self._qparams(node, self._grid_of(operand))
+        return self._insert(node, target, [operand, *rest, qparams])
 
     def _line(self, node: fx.Node, kind: str) -> fx.Node | None:
         """A value on a grid and a constant with more than one element."""
@@ -354,4 +387,6 @@ _MAKERS: dict[str, Callable[[_Steps, fx.Node], fx.Node | None]] = {
     "aten.sigmoid.default": _Steps._function,
     "aten.tanh.default": _Steps._function,
     "aten.silu.default": _Steps._function,
+    "aten.hardsigmoid.default": _Steps._function,
+    "aten.hardswish.default": _Steps._function,
 }

@@ -117,7 +117,7 @@ def _profile(engine: Engine | str) -> tuple[dict[str, tuple[float, str]], dict[s
     for row in rows:
         name = row.name.split("#", 1)[0]  # the second call of a layer is "layer#2"
         before = found.get(name, (0.0, ""))[0]
-        kernel = row.kernel if row.kind == "native" else f"torch: {row.why or row.op}"
+        kernel = row.kernel if row.kind != "torch" else f"torch: {row.why or row.op}"
         found[name] = (before + row.microseconds, kernel)
     return found, {"microseconds": rows.microseconds, "native_share": rows.native_share}
 

@@ -209,6 +209,7 @@ struct V {
 #include "cpu/isa/shared/image.inl"
 // The rest of it.
 #include "cpu/isa/shared/attention.inl"
+#include "cpu/isa/shared/floats.inl"
 
 }  // namespace
 }  // namespace avx2
@@ -237,6 +238,9 @@ const ImageKernels kAvx2Image{
     .scale_sums = avx2::scale_sums,
     .function = avx2::function,
     .combine = avx2::combine,
+    .line_floats = avx2::line_floats,
+    .normalize_floats = avx2::normalize_floats,
+    .multiply_floats = avx2::multiply_floats,
 };
 
 }  // namespace adalayer::cpu

@@ -177,6 +177,7 @@ struct V {
 #include "cpu/isa/shared/image.inl"
 // The rest of it.
 #include "cpu/isa/shared/attention.inl"
+#include "cpu/isa/shared/floats.inl"
 
 }  // namespace
 }  // namespace avx512
@@ -205,6 +206,9 @@ const ImageKernels kAvx512Image{
     .scale_sums = avx512::scale_sums,
     .function = avx512::function,
     .combine = avx512::combine,
+    .line_floats = avx512::line_floats,
+    .normalize_floats = avx512::normalize_floats,
+    .multiply_floats = avx512::multiply_floats,
 };
 
 }  // namespace adalayer::cpu

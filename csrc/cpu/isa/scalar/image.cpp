@@ -233,6 +233,29 @@ void combine(FloatPair pair, const float* a, const float* b, int64_t n, float* o
     out[i] = float_pair(a[i], b[i], pair);
 }
 
+void line_floats(const float* in, float slope, float offset, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i)
+    out[i] = std::fmaf(in[i], slope, offset);
+}
+
+void normalize_floats(const LayerNormSpec& spec, double mean, float factor, const uint8_t* in,
+                      int64_t n, float* out) {
+  for (int64_t c = 0; c < n; ++c)
+    out[c] = layer_norm_value(in[c], c, {mean, factor}, spec);
+}
+
+void multiply_floats(const FloatProduct& p) {
+  for (int r = 0; r < p.rows; ++r)
+    for (int64_t j = 0; j < p.columns; ++j) {
+      const float* a = p.a + r * p.a_row;
+      const float* b = p.b + j / kFloatColumns * p.b_block + j % kFloatColumns;
+      float sum = 0.0f;
+      for (int64_t k = 0; k < p.terms; ++k)
+        sum = std::fmaf(a[k * p.a_term], b[k * p.b_term], sum);
+      p.c[r * p.c_row + j] += sum;
+    }
+}
+
 }  // namespace
 
 const ImageKernels kScalarImage{
@@ -259,6 +282,9 @@ const ImageKernels kScalarImage{
     .scale_sums = scale_sums,
     .function = function,
     .combine = combine,
+    .line_floats = line_floats,
+    .normalize_floats = normalize_floats,
+    .multiply_floats = multiply_floats,
 };
 
 }  // namespace adalayer::cpu

@@ -400,6 +400,21 @@ void normalize(const LayerNormSpec& spec, const double* means, const float* fact
   }
 }
 
+void normalize_floats(const LayerNormSpec& spec, double mean, float factor, const uint8_t* in,
+                      int64_t n, float* out) {
+  const auto means = V::set_double(mean);
+  const F factors = V::set(factor);
+  const auto value = [&](int64_t i, auto left) {
+    const F y = V::fma(V::mul(V::centred(in + i, left, means), factors),
+                       V::floats(spec.gamma + i, left), V::floats(spec.beta + i, left));
+    V::store_floats(out + i, y, left);
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    value(i, Whole{});
+  if (i < n) value(i, n - i);
+}
+
 // ---- floats ---------------------------------------------------------------------------------
 
 Finish<false> grid_finish(const ActivationGrid& grid) {
@@ -627,6 +642,11 @@ void combine(FloatPair pair, const float* a, const float* b, int64_t n, float* o
     case FloatPair::Product:
       return by([](F x, F y) { return V::mul(x, y); });
   }
+}
+
+void line_floats(const float* in, float slope, float offset, int64_t n, float* out) {
+  const F slopes = V::set(slope), offsets = V::set(offset);
+  map_floats(in, n, out, [&](F x) { return V::fma(x, slopes, offsets); });
 }
 
 /// One position: vectors run along the channels; only the sum goes one by one.

@@ -1,0 +1,108 @@
+"""Rules for layers that stay in float32 inside a program."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from adalayer_native.capture.vocabulary import arguments
+from adalayer_native.engine.grids import Want
+from adalayer_native.engine.lower import RULES, CannotLower, F32Rule, Lowering, Rule
+from adalayer_native.engine.views import BATCH, Dims, Ref, Size, image_dims, merged
+
+__all__ = ["float_conv", "then_levels"]
+
+
+def then_levels(f32: F32Rule, *, folds: bool = False) -> Rule:
+    """A rule whose result is floats, which a quantizer behind it puts on a grid."""
+
+    def u8(low: Lowering, node: fx.Node, want: Want) -> Ref:
+        return low.quantized(f32(low, node, want.lo, want.hi), node, Want(want.grid))
+
+    return Rule(u8, f32, folds=folds)
+
+
+def float_conv(
+    low: Lowering,
+    name: str,
+    source: Ref,
+    size: Size,
+    geometry: list[int],
+    constants: list[int],
+    bounds: tuple[float, float],
+) -> int:
+    """A convolution of floats.
+
+    Args:
+        geometry: kernel, strides, paddings, dilation, groups.
+        constants: weights, their scale or -1, bias.
+    """
+    return low.program.node(
+        "float_conv",
+        name,
+        [source.value],
+        size,
+        None,
+        ints=geometry,
+        floats=list(bounds),
+        constants=constants,
+    )
+
+
+def _constants(low: Lowering, node: fx.Node, a: dict[str, Any]) -> tuple[Tensor, list[int]]:
+    weight = low.parameter(a["weight"])
+    if weight is None:
+        raise CannotLower(node, "its weights are computed by the graph")
+    bias = torch.zeros(len(weight)) if a["bias"] is None else low.parameter(a["bias"])
+    if bias is None:
+        raise CannotLower(node, "its bias is computed by the graph")
+    for item in (weight, bias):
+        if not bool(torch.isfinite(item).all()):
+            raise CannotLower(node, "a parameter of it is not finite")
+    numbers = [low.program.f32(weight.float().numpy()), -1, low.program.f32(bias.float().numpy())]
+    return weight, numbers
+
+
+def _conv2d(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
+    a = arguments(node)
+    weight, constants = _constants(low, node, a)
+    source = low.plain(low.f32(a["input"]), low.name(node, "reorder"))
+    size: Size = low.sizes(node)  # type: ignore[assignment]
+    geometry = [*weight.shape[2:], *a["stride"], *a["padding"], *a["dilation"], a["groups"]]
+    name = low.name(node)
+    number = float_conv(low, name, source, size, list(map(int, geometry)), constants, (lo, hi))
+    return Ref(number, image_dims(size))
+
+
+def linear_view(low: Lowering, node: fx.Node, source: Ref, outs: int) -> tuple[Ref, Size, Dims]:
+    """What a linear layer reads, and size and view of what it gives: a 1x1 convolution over rows of
+    tokens, or one that sees the whole image at once."""
+    if BATCH in source.dims[-1]:
+        raise CannotLower(node, "it works along the batch")
+    if source.dims == ((merged([(math.prod(low.size(source)), 1)])),):
+        out: Size = (outs, 1, 1)
+        return source, out, image_dims(out)[:1]
+    order = low.plain if len(source.dims) == 1 else low.rows
+    source = order(source, low.name(node, "reorder"))
+    _, h, w = low.size(source)
+    if len(source.dims) == 1:
+        return source, (outs, h, w), image_dims((outs, h, w))[:1]
+    return source, (outs, h, w), (*source.dims[:-1], merged([(outs, h * w)]))
+
+
+def _linear(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
+    a = arguments(node)
+    weight, constants = _constants(low, node, a)
+    source, size, dims = linear_view(low, node, low.f32(a["input"]), len(weight))
+    c, h, w = low.size(source)
+    kernel = (1, 1) if weight.shape[1] == c else (h, w)
+    geometry = [*kernel, 1, 1, 0, 0, 0, 0, 1, 1, 1]
+    number = float_conv(low, low.name(node), source, size, geometry, constants, (lo, hi))
+    return Ref(number, dims)
+
+
+RULES["adalayer.exact_conv2d.default"] = then_levels(_conv2d)
+RULES["adalayer.exact_linear.default"] = then_levels(_linear, folds=True)
