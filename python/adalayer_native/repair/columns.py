@@ -67,19 +67,22 @@ def columns(
         place = torch.arange(rows * cols)
     place = place.to(x.device)
 
-    def taps(index: Tensor, s: int, k: int, d: int) -> Tensor:
-        return (index * s).view(-1, 1) + torch.arange(k, device=x.device) * d
-
-    y = taps(place // cols, stride[0], kernel[0], dilation[0])  # [P, KH]
-    z = taps(place % cols, stride[1], kernel[1], dilation[1])  # [P, KW]
-    picked = x[:, :, y[:, :, None], z[:, None, :]]  # [N, C, P, KH, KW]
-    if isinstance(layer, nn.ConvTranspose2d):
-        # It multiplies with the kernel turned round; the stored weight is not turned.
-        picked = picked.flip(-2, -1)
-    groups = groups_of(layer)
-    width = channels // groups * kernel[0] * kernel[1]
-    picked = picked.reshape(images, groups, channels // groups, drawn, *kernel)
-    return picked.permute(1, 0, 3, 2, 4, 5).reshape(groups, images * drawn, width)
+    groups, width = groups_of(layer), x.shape[3]
+    per_group = channels // groups
+    x = x.reshape(images, channels, -1)
+    # Column by column: every tap is one selection of positions from all channels.
+    picked = x.new_empty(groups, per_group, kernel[0] * kernel[1], images, drawn)
+    corner = (place // cols * stride[0]) * width + place % cols * stride[1]
+    last = kernel[0] * kernel[1] - 1
+    for tap in range(last + 1):
+        down, along = divmod(tap, kernel[1])
+        values = x.index_select(2, corner + (down * dilation[0] * width + along * dilation[1]))
+        values = values.reshape(images, groups, per_group, drawn).permute(1, 2, 0, 3)
+        # A transposed convolution multiplies with the kernel turned round; the stored weight is
+        # not turned.
+        turned = isinstance(layer, nn.ConvTranspose2d)
+        picked[:, :, last - tap if turned else tap].copy_(values)
+    return picked.reshape(groups, per_group * (last + 1), images * drawn).transpose(1, 2)
 
 
 def _padded(layer: nn.Module, x: Tensor) -> tuple[Tensor, tuple[int, int]]:

@@ -180,7 +180,8 @@ class LayerHessian:
                 f"layer {self.name!r}: an input of shape {tuple(x.shape)} does not fit its weight "
                 f"of shape {tuple(self.shape)}"
             )
-        if not bool(torch.isfinite(rows).all()):
+        # A sum is not finite if one of its numbers is not.
+        if not bool(torch.isfinite(rows.sum(dtype=torch.float64))):
             raise CalibrationError(
                 f"layer {self.name!r}: its input contains NaN or infinite values; expected finite "
                 "numbers"

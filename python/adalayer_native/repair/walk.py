@@ -16,6 +16,7 @@ from adalayer_native._fingerprint import memory_of
 from adalayer_native.capture import GraphModel, Inputs, batch_inputs
 from adalayer_native.capture import vocabulary as table
 from adalayer_native.errors import CalibrationError, InputError
+from adalayer_native.padding import PaddedConv2d
 from adalayer_native.quantization.fake_quant import ActivationQuantizer, QuantLayer
 from adalayer_native.quantization.graph import layers_of, set_submodule
 from adalayer_native.rounding import conv_form
@@ -74,7 +75,7 @@ class _Float(nn.Module):
         self.layer = layer
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        kinds = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+        kinds = (PaddedConv2d, nn.ConvTranspose2d, nn.Linear)  # with a padding of its own
         kind = next(kind for kind in kinds if isinstance(self.layer, kind))
         return kind.forward(self.layer, *args, **kwargs)  # type: ignore[arg-type]
 
