@@ -67,22 +67,24 @@ def columns(
         place = torch.arange(rows * cols)
     place = place.to(x.device)
 
-    groups, width = groups_of(layer), x.shape[3]
-    per_group = channels // groups
-    x = x.reshape(images, channels, -1)
-    # Column by column: every tap is one selection of positions from all channels.
-    picked = x.new_empty(groups, per_group, kernel[0] * kernel[1], images, drawn)
-    corner = (place // cols * stride[0]) * width + place % cols * stride[1]
+    groups, width, count = groups_of(layer), x.shape[3], images * drawn
     last = kernel[0] * kernel[1] - 1
+    # Channels side by side, so that a position is one run of memory; then a kernel tap at a time.
+    first = torch.arange(images, device=x.device).view(-1, 1) * (x.shape[2] * width)
+    x = x.permute(0, 2, 3, 1).reshape(-1, channels)
+    corner = (first + place // cols * stride[0] * width + place % cols * stride[1]).view(-1)
+    if last == 0:
+        return x[corner].reshape(count, groups, -1).transpose(0, 1)
+    picked = x.new_empty(last + 1, count, channels)
     for tap in range(last + 1):
         down, along = divmod(tap, kernel[1])
-        values = x.index_select(2, corner + (down * dilation[0] * width + along * dilation[1]))
-        values = values.reshape(images, groups, per_group, drawn).permute(1, 2, 0, 3)
         # A transposed convolution multiplies with the kernel turned round; the stored weight is
         # not turned.
-        turned = isinstance(layer, nn.ConvTranspose2d)
-        picked[:, :, last - tap if turned else tap].copy_(values)
-    return picked.reshape(groups, per_group * (last + 1), images * drawn).transpose(1, 2)
+        into = picked[last - tap if isinstance(layer, nn.ConvTranspose2d) else tap]
+        place = corner + (down * dilation[0] * width + along * dilation[1])
+        torch.index_select(x, 0, place, out=into)
+    picked = picked.view(-1, channels).t().contiguous()
+    return picked.reshape(groups, -1, count).transpose(1, 2)
 
 
 def _padded(layer: nn.Module, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
