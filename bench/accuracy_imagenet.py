@@ -145,8 +145,8 @@ def _decoded(data: bytes) -> Tensor:
     """The middle of a picture, normalised."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     left, top = (image.width - SIZE) // 2, (image.height - SIZE) // 2
+    mean, deviation = (np.asarray(each, dtype=np.float32) for each in (MEAN, DEVIATION))
     values = np.asarray(image.crop((left, top, left + SIZE, top + SIZE)), dtype=np.float32) / 255
-    mean, deviation = np.float32(MEAN), np.float32(DEVIATION)
     return torch.from_numpy((values - mean) / deviation).permute(2, 0, 1).contiguous()
 
 

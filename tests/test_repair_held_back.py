@@ -9,9 +9,11 @@ from torch import nn
 
 import adalayer_native as ada
 from adalayer_native.plan import layer_kind, supported_layers
+from adalayer_native.quantization.graph import layers_of
 from adalayer_native.repair import LayerHessian
 from adalayer_native.repair.hessian import DAMPINGS
-from adalayer_native.repair.walk import Data, rows_of
+from adalayer_native.repair.learning import learn
+from adalayer_native.repair.walk import Data, float_twin, rows_of
 
 
 def correlated(rows: int, width: int, seed: int) -> torch.Tensor:
@@ -131,3 +133,55 @@ def test_the_report_says_what_was_held_back_and_undone(capsys: pytest.CaptureFix
     every = ada.prepare(model, plan, data[0])
     ada.calibrate(every, data, progress=False)
     assert ada.repair(every, data, held_back=0.0, progress=False).held_back == 0
+
+
+def test_learning_keeps_what_is_better_on_samples_held_back() -> None:
+    model, data = tiny(), batches(8, 32, labels=False)
+    plan = ada.Plan(
+        {n: ada.LayerPlan(n, layer_kind(m), m.weight.numel(), 3, 0.3)
+         for n, m in supported_layers(model).items()}
+    )  # fmt: skip
+    prepared = ada.prepare(model, plan, data[0])
+    ada.calibrate(prepared, data, progress=False)
+    twin = float_twin(prepared)
+    ada.repair(prepared, data, progress=False)
+    layers = layers_of(prepared)
+    with torch.no_grad():  # the best scale is far from this one
+        layers["conv2"].weight_scale.mul_(1.2)
+        layers["conv2"].weight.mul_(1.2)
+    before = {key: value.clone() for key, value in prepared.state_dict().items()}
+    every = Data(prepared, data, None)
+    norms = {"conv1": prepared.get_submodule("bn1")}
+
+    def learned(distance):
+        return learn(prepared, twin, norms, every, every.held_back(0.25), distance, progress=False)
+
+    nothing = learned(constant)
+    assert nothing.kept == 0
+    for key, value in before.items():
+        torch.testing.assert_close(prepared.state_dict()[key], value)
+    found = learned(relative)
+    assert found.curve[found.kept] == min(found.curve) < 0.9 * found.curve[0]
+    after = prepared.state_dict()
+    assert set(before) == set(after)
+    assert bool((after["conv2.weight_scale"] < before["conv2.weight_scale"]).all())
+    assert not torch.equal(after["bn1.bias"], before["bn1.bias"])
+    assert torch.equal(after["bn1.running_mean"], before["bn1.running_mean"])
+    assert all(parameter.requires_grad for parameter in prepared.parameters())
+    for name, layer in layers.items():  # on the grid, and pruned is what was
+        assert torch.equal(layer.mask, before[f"{name}.mask"])
+        assert not layer.weight[~layer.mask].any()
+        scale = layer.weight_scale.view(-1, *[1] * (layer.weight.dim() - 1))
+        torch.testing.assert_close(layer.integers() * scale, layer.weight, rtol=1e-6, atol=1e-7)
+    # The whole repair does it, too, where it is told what counts.
+    ada.calibrate(prepared, data, progress=False)
+    report = ada.repair(prepared, data, distance=relative, progress=False)
+    assert report.learned is not None and len(report.learned.curve) > 1
+
+
+def relative(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    return (found - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum()
+
+
+def constant(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    return 0.0 * found.sum() + 1.0

@@ -21,7 +21,7 @@ from adalayer_native.capture.loading import captured_on, first_sample
 from adalayer_native.capture.work import FloatRest, work_of
 from adalayer_native.errors import UnsupportedModelError
 from adalayer_native.importance import LayerScores, analyze
-from adalayer_native.importance.outputs import LossFn, Pick
+from adalayer_native.importance.outputs import LossFn, Pick, distance
 from adalayer_native.plan import Plan, supported_layers
 from adalayer_native.quantization import calibrate, convert, prepare
 from adalayer_native.quantization.layout import native_layout
@@ -202,7 +202,12 @@ def compress(
                 checkpoint = work / name
             with stage(REPAIR, enabled=progress):
                 report = repair_layers(
-                    prepared, calibration, seed=seed, checkpoint=checkpoint, progress=progress
+                    prepared,
+                    calibration,
+                    distance=lambda wanted, found: distance(wanted, found, output),
+                    seed=seed,
+                    checkpoint=checkpoint,
+                    progress=progress,
                 )
         if train_loader is not None and training:
             with stage(TRAINING, enabled=progress):

@@ -28,6 +28,7 @@ from adalayer_native.repair.hessian import (
     LayerHessian,
     LayerSolution,
 )
+from adalayer_native.repair.learning import Distance, Learned, learn
 from adalayer_native.repair.walk import (
     Data,
     Streams,
@@ -42,7 +43,7 @@ from adalayer_native.rounding import conv_form, layer_form
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["LayerReport", "Repair", "repair"]
+__all__ = ["HELD_BACK", "LayerReport", "Repair", "repair"]
 
 HELD_BACK = 0.25  # of the calibration samples
 
@@ -96,6 +97,7 @@ class Repair:
         resumed: layers that were taken from a checkpoint.
         pairs: what equalization decided.
         reestimated: whether re-estimated batch norms were kept.
+        learned: what learning at the end did, if it was asked for.
     """
 
     layers: dict[str, LayerReport] = field(default_factory=dict)
@@ -104,6 +106,7 @@ class Repair:
     resumed: int = 0
     pairs: list[EqualizedPair] = field(default_factory=list)
     reestimated: bool = False
+    learned: Learned | None = None
 
     def table(self) -> Table:
         """One row per layer: where the accuracy goes."""
@@ -112,6 +115,13 @@ class Repair:
         notes = [f"{p.first} and {p.second} equalized" for p in self.pairs if p.kind != "none"] + [
             f"{row.name} rounded plainly" for row in self.layers.values() if row.undone
         ]
+        if self.learned is not None:
+            before, after = self.learned.curve[0], self.learned.curve[self.learned.kept]
+            notes.append(
+                f"then learned: distance of the output, held back, {before:.4g} to {after:.4g}"
+                if self.learned.kept
+                else "learning undone: held back, the output came no nearer"
+            )
         title = f"Output error per layer ({self.images:,} images"
         title += f", {self.held_back:,} held back)" if self.held_back else ")"
         table = Table(title=title, caption="; ".join(notes) or None)
@@ -145,6 +155,7 @@ def repair(
     passes: int = PASSES,
     damping: float = DAMPING,
     held_back: float = HELD_BACK,
+    distance: Distance | None = None,
     memory: int = 1 << 30,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -185,6 +196,10 @@ def repair(
         held_back: share of the samples that no layer is repaired with. They decide about the
             damping, and whether a layer's repair is better than plain rounding. With 0, or too few
             samples for both, nothing is held back.
+        distance: ``distance(float model's output, output)``, a differentiable scalar. With it, and
+            with samples held back, weights, scales and biases are learned together at the end, by
+            what the output loses (:mod:`~adalayer_native.repair.learning`); kept if it then loses
+            less on the samples held back.
         memory: bytes of intermediate values that may be kept from one layer to the next; where they
             take more, the part of the model before the layer runs again. It changes nothing else.
         seed: of the draw of output positions in large images.
@@ -244,7 +259,8 @@ def repair(
             result.pairs = equalize_layers(
                 prepared, data, keep_masks=not choose_masks, seed=seed, progress=progress
             )
-        models = [prepared, float_twin(prepared)] if correct_inputs else [prepared]
+        twin = float_twin(prepared)
+        models = [prepared, twin] if correct_inputs else [prepared]
         streams = Streams(models, data, memory)
         with bar, torch.no_grad():
             for index, name in enumerate(order):
@@ -263,8 +279,9 @@ def repair(
                     damping=damping,
                 )
                 for calls, chosen in zip(streams.inputs(name), apart, strict=True):
-                    for values in calls:
-                        hessian.add(*values, held_back=rows_of(chosen, values[0]))
+                    for x, *other in calls:
+                        x_float = other[0] if other else None
+                        hessian.add(x, x_float, rows_of(chosen, x))
                     bar.advance(0, name)
                 mask = None
                 if not choose_masks and layer.mask is not None:
@@ -289,8 +306,11 @@ def repair(
                     store.save(checkpoint, identity, states, rows)
                 bar.advance(1, name)
             if bn_reestimate:
-                twin = models[1] if correct_inputs else float_twin(prepared)
                 result.reestimated = _reestimate(prepared, twin, data)
+        if distance is not None and result.held_back:
+            result.learned = learn(
+                prepared, twin, norms, data, apart, distance, seed=seed, progress=progress
+            )
     except BaseException:
         # Half a repair is a model that nobody asked for; what is done is in the checkpoint.
         for name in order:
