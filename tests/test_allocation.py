@@ -353,7 +353,7 @@ def test_stage_methods_and_budgets(scored) -> None:
     model, _ = scored
     plan = quiet(None, Budget(bits=3), method="fixed", model=model, bits=(2, 3, 4))
     assert plan["fc"].bits == 3
-    with pytest.raises(BudgetError, match=r"'ascending'.*smallest reachable size is 3\."):
+    with pytest.raises(BudgetError, match=r"'ascending'.*smallest reachable average width is 3\."):
         quiet(None, Budget(bits=2), method="ascending", model=model, bits=(3, 4))
     for options in (
         {"bits": (1, 2, 3)},

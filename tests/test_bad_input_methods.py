@@ -85,6 +85,7 @@ def test_activations_that_are_not_numbers_in_a_repair() -> None:
         ada.calibrate(ada.prepare(model, plan), data, progress=False)
 
 
+@pytest.mark.filterwarnings("ignore:all 16 calibration samples are the same")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_constant_images_singular_covariances_and_a_layer_of_zeros(method: str, value) -> None:
@@ -222,6 +223,7 @@ def test_sparsity_one_by_every_pattern_is_refused(pattern: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:all 16 calibration samples are the same")
 def test_patterns_of_awkward_layers_are_options() -> None:
     model, data = grouped(), batches()
     with torch.no_grad():

@@ -177,9 +177,9 @@ def test_any_padding_is_native():
 def test_layer_that_cannot_be_native_stays_float_and_is_reported(tmp_path):
     torch.manual_seed(0)
     # The sums of products of 8 bits would not fit into the accumulator.
-    model = nn.Sequential(nn.Conv2d(3, 460, 1), nn.ReLU(), nn.Flatten(), nn.Linear(66240, 2)).eval()
+    model = nn.Sequential(nn.Conv2d(3, 460, 1), nn.ReLU(), nn.Flatten(), nn.Linear(66240, 4)).eval()
     captured = ada.capture(model, images()[0][0])
-    share = 66240 * 2 / (66240 * 2 + 144 * 3 * 460)
+    share = 66240 * 4 / (66240 * 4 + 144 * 3 * 460)
     said = rf"^{100 * share:.2g} % of the multiply-accumulates stay in float: 3 \(.* 66240 products"
     with pytest.warns(UserWarning, match=said) as seen:
         result = compress(captured, ada.Budget(size=1.0), method="uniform", repair=False)

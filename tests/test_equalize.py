@@ -238,3 +238,20 @@ def test_a_failure_leaves_the_model_as_it_was(chain, monkeypatch):
 def test_a_pair_is_plain_data():
     pair = Pair("a", "b", None, ("act_quant.relu",), 8)
     assert pair == Pair("a", "b", None, ("act_quant.relu",), 8)
+
+
+def test_the_float_twin_keeps_a_padding_of_its_own() -> None:
+    """Padding with more at one end, as in the layers of stride 2 of EfficientNet-Lite."""
+    torch.manual_seed(5)
+    net = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(3, 8, 3, stride=2), nn.ReLU())
+    x = torch.randn(4, 3, 8, 8)
+    model = ada.capture(net.eval(), x)
+    plan = ada.Plan(
+        {n: ada.LayerPlan(n, layer_kind(m), m.weight.numel(), 8)
+         for n, m in supported_layers(model).items()}
+    )  # fmt: skip
+    prepared = ada.prepare(model, plan)
+    ada.calibrate(prepared, [x], progress=False)
+    torch.testing.assert_close(float_twin(prepared)(x), net(x))
+    (report,) = ada.repair(prepared, [x], progress=False).layers.values()
+    assert report.error < 1e-3

@@ -141,8 +141,10 @@ def test_scores_are_kept_beside_the_errors(model) -> None:
 def test_the_plan_reports_what_was_measured_on_images_the_tables_have_not_seen(model) -> None:
     plan = optimal(model, Budget(bytes=1900), rounds=3, trials=6)
     data = Data.split(model, batches(2, 24), None, None)
-    assert sum(b.count for b in data.table) == sum(b.count for b in data.check) == 24
-    assert [b.count for b in data.repair] == [b.count for b in data.table]
+    counts = [sum(b.count for b in part) for part in (data.repair, data.table, data.check)]
+    assert counts == [24, 12, 12]
+    rows = [b.x.args[0] for part in (data.repair, data.table, data.check) for b in part]
+    assert len(torch.cat(rows).unique(dim=0)) == 48  # nothing is in two parts
     weights = weights_of(Problem(model, None), data, Settings())
     evaluator = Evaluator(model, [(b.x, b.target) for b in data.check], weight_of=weights)
     real = evaluator.measure({n: (e.bits, e.sparsity) for n, e in plan.layers.items()})

@@ -424,7 +424,8 @@ def test_allocation_over_several_outputs(two: GraphModel, own_cache: Any) -> Non
         kinds += 1
         assert len(list((own_cache / "adalayer_native").glob("errors-*"))) == kinds
     data = Data.split(two, pairs(), None, None)
-    assert [b.count for b in data.repair] == [8] and [b.count for b in data.check] == [8]
+    parts = data.repair, data.table, data.check
+    assert [[b.count for b in part] for part in parts] == [[8], [4], [4]]
     frontier = ada.pareto(
         two, named(), points=4, output="logits", options={"sparsities": (0.0,)}, progress=False
     )

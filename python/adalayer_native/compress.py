@@ -15,13 +15,20 @@ from torch import nn
 from adalayer_native._fingerprint import fingerprint
 from adalayer_native._progress import stage
 from adalayer_native._stages import Stage, job
-from adalayer_native.allocation import Budget, allocate, check_method, check_request
+from adalayer_native.allocation import (
+    Budget,
+    allocate,
+    check_method,
+    check_request,
+    everywhere,
+)
 from adalayer_native.allocation.rest import planned_rest, unsupported_rest
 from adalayer_native.capture.loading import captured_on, first_sample
 from adalayer_native.capture.work import FloatRest, work_of
-from adalayer_native.errors import UnsupportedModelError
+from adalayer_native.errors import PlanError, UnsupportedModelError
 from adalayer_native.importance import LayerScores, analyze
-from adalayer_native.importance.outputs import LossFn, Pick
+from adalayer_native.importance.calibration import check_calibration
+from adalayer_native.importance.outputs import LossFn, Pick, distance
 from adalayer_native.plan import Plan, supported_layers
 from adalayer_native.quantization import calibrate, convert, prepare
 from adalayer_native.quantization.layout import native_layout
@@ -59,7 +66,7 @@ class Compressed:
 def compress(
     model: nn.Module | torch.export.ExportedProgram,
     calibration: Iterable[Any],
-    budget: Budget | None,
+    budget: Budget | int | None,
     *,
     method: str = "adalayer",
     plan: Plan | None = None,
@@ -89,7 +96,9 @@ def compress(
             dictionaries of arguments, with ``labels`` among them or without. Layer scores, plan
             search and activation ranges come from them. Never test images.
         budget: limit on the saved file or on the bits per weight; method ``"optimal"`` takes
-            several at once, on latency, bit operations and energy, too.
+            several at once, on latency, bit operations and energy, too. A whole number from 2 to 8
+            is no limit but the plan: so many bits in every layer that can be quantized, nothing
+            pruned.
         method: see :func:`adalayer_native.allocate`.
         plan: use this plan instead of analyzing and allocating.
         loss_fn: ``loss_fn(output, target)`` by which plans are judged and the model is fine-tuned;
@@ -126,10 +135,19 @@ def compress(
         return work / name if work is not None else None
 
     asked = dict(allocate_options or {})
+    if isinstance(budget, int):
+        if plan is not None:
+            raise PlanError(f"give a plan, or bits of all layers ({budget!r}), not both")
+        other = sorted(set(asked) - {"activation_bits", "fixed", "exclude"})
+        if other:
+            raise PlanError(f"{budget} bits everywhere need no search: got options {other} of one")
+        model = captured_on(model, calibration)
+        plan, budget = everywhere(model, budget, **asked), None
     if plan is None:
         agreed = {key: asked.get(key) for key in ("bits", "stages", "options")}
         check_method(method, budget, criterion=criterion, **agreed)
     model = captured_on(model, calibration)
+    check_calibration(model, calibration, output, labels=loss_fn is None)
     macs = work_of(model, first_sample(model, calibration))
     unsupported = unsupported_rest(model, plan, macs)
     if strict:
@@ -202,7 +220,12 @@ def compress(
                 checkpoint = work / name
             with stage(REPAIR, enabled=progress):
                 report = repair_layers(
-                    prepared, calibration, seed=seed, checkpoint=checkpoint, progress=progress
+                    prepared,
+                    calibration,
+                    distance=lambda wanted, found: distance(wanted, found, output),
+                    seed=seed,
+                    checkpoint=checkpoint,
+                    progress=progress,
                 )
         if train_loader is not None and training:
             with stage(TRAINING, enabled=progress):

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .settings import Settings
     from .size import estimate_bytes, float_bytes, packed_bytes, safetensors_bytes
     from .tables import LayerTable
+    from .uniform import everywhere
 
 __all__ = [
     "METHODS",
@@ -27,6 +28,7 @@ __all__ = [
     "check_method",
     "check_request",
     "estimate_bytes",
+    "everywhere",
     "float_bytes",
     "packed_bytes",
     "pareto",
@@ -47,5 +49,6 @@ __getattr__, __dir__ = lazy(
         "settings": ["Settings"],
         "size": ["estimate_bytes", "float_bytes", "packed_bytes", "safetensors_bytes"],
         "tables": ["LayerTable"],
+        "uniform": ["everywhere"],
     },
 )

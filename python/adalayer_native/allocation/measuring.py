@@ -52,7 +52,7 @@ __all__ = [
     "weights_of",
 ]
 
-TABLE_IMAGES = 128  # images that the error table is measured on, at most; the others check
+TABLE_IMAGES = 128  # images that the error table is measured on, at most
 PAIR_LAYERS = 4  # layers among which interactions are measured
 PAIR_LEVELS = 6  # sizes of error between which an interaction distinguishes
 PAIR_LEAST = 0.1  # correlations below it are left out
@@ -60,13 +60,16 @@ PAIR_LEAST = 0.1  # correlations below it are left out
 
 @dataclass
 class Data:
-    """Calibration data in two parts: for the tables, and for the check.
+    """Calibration data in parts that have no sample in common.
+
+    On what it was repaired with, a layer of more inputs than samples loses nothing, whatever is
+    pruned; and on what the tables were measured with, the plan that they led to looks best.
 
     Attributes:
         table: what errors are measured on.
         check: what plans are compared on.
         loss_fn: of both.
-        repair: what weights are repaired with: ``table`` and more, nothing of ``check``.
+        repair: what weights are repaired with.
         pick: which output counts.
     """
 
@@ -85,7 +88,11 @@ class Data:
         batches: int | None,
         output: Pick = None,
     ) -> Data:
-        """Half of the images check; of the others, ``TABLE_IMAGES`` at most are for the table."""
+        """Half of the images repair; of the others half are for the table, the rest check.
+
+        ``TABLE_IMAGES`` at most are for the table. Two images are too few for three parts: the
+        table then is of the one that repairs.
+        """
         every = list(Evaluator.bounded(iterate(calibration, model, batches)))
         total = sum(batch.count for batch in every)
         if total < 2:
@@ -93,9 +100,9 @@ class Data:
                 f"method 'optimal' needs at least 2 calibration images, got {total}: some measure "
                 f"errors, others check the plan"
             )
-        repair, check = _divided(every, total // 2)
-        table, _ = _divided(repair, TABLE_IMAGES)
-        return cls(table, check, loss_fn, repair, output)
+        repair, rest = _divided(every, total // 2)
+        table, check = _divided(rest, min(TABLE_IMAGES, (total - total // 2) // 2))
+        return cls(table or repair, check, loss_fn, repair, output)
 
 
 def _divided(batches: Iterable[Batch], images: int) -> tuple[list[Batch], list[Batch]]:

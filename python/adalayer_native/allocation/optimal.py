@@ -113,7 +113,11 @@ def optimal(
     measurement = None
     for _ in range(CLOCK_ROUNDS):
         if evaluator is not None:
-            columns, measurement, measure = _checked(selection, evaluator, data, settings, progress)
+            work = sum(layer.macs for layer in tables.work.values())
+            work *= sum(batch.count for batch in data.repair)
+            columns, measurement, measure = _checked(
+                selection, evaluator, data, settings, settings.finalists_for(work), progress
+            )
             if clock is None and settings.rivals:
                 rival = _better(rivals(selection, tables), measure, measurement)
                 if rival is not None:
@@ -137,20 +141,25 @@ def _evaluator_key(problem: Problem, budget: Budget, data: Data, settings: Setti
 
 
 def _checked(
-    selection: Selection, evaluator: Evaluator, data: Data, settings: Settings, progress: bool
+    selection: Selection,
+    evaluator: Evaluator,
+    data: Data,
+    settings: Settings,
+    finalists: int,
+    progress: bool,
 ) -> tuple[np.ndarray, Measurement, Callable[[Choice], Measurement]]:
     """The plan that is best on images that the tables have not seen, and what measures others."""
     columns, measurement = local_search(
         selection, evaluator, rounds=settings.rounds, trials=settings.trials, progress=progress
     )
     unsure = measurement.loss > NEGLIGIBLE
-    if settings.finalists > 1 and settings.weight_of == "repaired" and unsure:
+    if finalists > 1 and settings.weight_of == "repaired" and unsure:
         check = RepairedCheck(selection.problem, data, settings)
         columns, measurement = finals(
             selection,
             columns,
             lambda found: check.measure(selection.choice(found)),
-            count=settings.finalists,
+            count=finalists,
             progress=progress,
         )
         return columns, measurement, check.measure

@@ -27,6 +27,7 @@ __all__ = ["Choice", "Fixed", "Problem"]
 
 # What a person decides for a layer: bits, bits and sparsity, or another plan's entry.
 Fixed = int | tuple[int, float] | LayerPlan | None
+NAMED = 5  # layers that a message names
 PERCENTS = round(100 * MAX_SPARSITY) + 1
 
 
@@ -225,20 +226,36 @@ class Problem:
         return table, constant, constant - (smallest - float(table[:, 0, PERCENTS - 1].sum()))
 
     def impossible(self, smallest: float, what: str = "") -> BudgetError:
-        """The error for a budget that nothing can meet; states the smallest reachable size."""
+        """The error for a budget that nothing can meet; states the least that can be reached."""
         if not self.in_bytes:
-            reach = f"{smallest:.3f} bits per weight"
+            reach = f"average width is {smallest:.3f} bits per weight"
         else:
             share = smallest / self.float_bytes
             # Rounded up, so that the printed share itself is a budget that can be met.
             share = np.ceil(share * 1e5) / 1e5
             reach = (
-                f"{int(smallest):,} bytes, {share:.5f} of the float file "
+                f"size is {int(smallest):,} bytes, {share:.5f} of the float file "
                 f"({self.float_bytes:,} bytes)"
             )
         return BudgetError(
-            f"the budget ({self.budget}) cannot be met{what}: "
-            f"the smallest reachable size is {reach}"
+            f"the budget ({self.budget}) cannot be met{what}: the smallest reachable {reach}"
+            f"{self.in_float}"
+        )
+
+    @property
+    def in_float(self) -> str:
+        """Layers that stay float whatever is decided, for messages; with what they count."""
+        decided = {*self.free, *(n for n, option in self.pinned.items() if option.bits)}
+        names = [name for name in self.layers if name not in decided]
+        if not names:
+            return ""
+        shown = ", ".join(map(repr, names[:NAMED]))
+        if len(names) > NAMED:
+            shown += f" and {len(names) - NAMED} more"
+        one = len(names) == 1
+        return (
+            f"; {'layer' if one else 'layers'} {shown} {'stays' if one else 'stay'} float, 32 bits "
+            "per weight"
         )
 
     def check_scores(self, scores: LayerScores) -> None:

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..repair import LayerHessian, LayerSolution, layer_hessians
+from ..repair import HELD_BACK, LayerHessian, LayerSolution, layer_hessians
 from ..rounding import conv_form, layer_form
 from .options import UNSTRUCTURED, Option
 
 __all__ = ["REPAIR_VERSION", "RepairedWeights"]
 
-REPAIR_VERSION = 2  # of the weights behind measurements that are kept
+REPAIR_VERSION = 3  # of the weights behind measurements that are kept
 MEMORY = 1 << 30  # bytes of statistics that are kept, and as many of solutions
 PASSES = 1  # of refinement: the repair of the chosen plan makes more
 
@@ -104,8 +104,9 @@ class RepairedWeights:
             old, _ = self._hessians.popitem(last=False)
             total -= self._bytes(old)
         for found, hessian in layer_hessians(
-            self.model, self.batches, wanted, memory=self.memory, progress=self.progress
-        ):
+            self.model, self.batches, wanted, held_back=HELD_BACK, memory=self.memory,
+            progress=self.progress,
+        ):  # fmt: skip
             self._hessians[found] = hessian
 
     def _bytes(self, name: str) -> int:

@@ -159,7 +159,7 @@ class Selection:
             if least is not None and least > resource.limit * (1 + 1e-9):
                 alone.append(f"the smallest reachable {resource.name} is {resource.show(least)}")
         if alone:
-            return BudgetError(f"{start}: {'; '.join(alone)}")
+            return BudgetError(f"{start}: {'; '.join(alone)}{self.problem.in_float}")
         together = []
         for resource in limited:
             least = self.least(resource, True)

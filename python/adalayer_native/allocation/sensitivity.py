@@ -19,6 +19,8 @@ from ..errors import CalibrationError
 from ..importance.analyze import eval_mode
 from ..importance.batches import Batch, one_sample
 from ..importance.outputs import Pick, Result, results_of
+from ..repair.columns import columns
+from ..rounding import conv_form
 
 __all__ = ["LayerError", "LogitSensitivity", "WeightOf", "shifted"]
 
@@ -38,6 +40,7 @@ def shifted(layer: nn.Module, output: Tensor, shift: Tensor) -> Tensor:
 
 
 MEMORY = 1 << 30  # bytes of layer inputs and gradients that are kept
+AT_ONCE = 4  # images that are differentiated together
 
 
 class LogitSensitivity:
@@ -76,6 +79,11 @@ class LogitSensitivity:
     float output over the batch, as in :func:`~adalayer_native.importance.outputs.distance`; it is
     of second order already. Several outputs add up: each has random vectors of its own.
 
+    ``<J^T B v, dy>`` is linear in the weight error, too. Where a layer's weight is smaller than
+    what goes through it, as in the first layers of a network for large images, its gradient by the
+    weight is kept instead of inputs and gradients by the output: an option then costs one product,
+    and far more images fit into memory.
+
     Args:
         model: float model; not changed.
         batches: calibration batches; the first ``images`` images are used, fewer where layer
@@ -108,38 +116,57 @@ class LogitSensitivity:
         self.images = self.directions = 0
         # Per layer, batch and call: the input, and the gradients of every direction.
         self._seen: dict[str, list[list[tuple[Tensor, list[Tensor]]]]] = {n: [] for n in layers}
+        # Or per layer and batch, summed over calls: gradients by weight and output channel,
+        # ``[images x directions, weights + channels]``.
+        self._folded: dict[str, list[Tensor]] = {}
         generator = torch.Generator().manual_seed(seed)
-        held = 0
+        held = per_image = 0
         for batch in batches:
             room = images - self.images
             if room <= 0 or held >= MEMORY:
                 break
-            per_image = self._bytes(model, one_sample(model, batch.x)) * (directions + 1)
+            if not per_image:
+                per_image = self._bytes(model, one_sample(model, batch.x), directions)
             fitting = max(1, int((MEMORY - held) // max(1, per_image)))
             part = batch.part(slice(0, min(room, fitting)))
             held += per_image * part.count
-            self._run(model, part, directions, generator, logits)
+            for start in range(0, part.count, AT_ONCE):
+                few = part.part(slice(start, start + AT_ONCE))
+                self._run(model, few, directions, generator, logits)
             self.images += part.count
         if self.images == 0:
             raise CalibrationError("the calibration data hold no image to measure errors on")
         self.directions = directions
 
-    def _bytes(self, model: nn.Module, x: Inputs) -> int:
-        """Bytes of one image's layer outputs, which are about those of the inputs, too."""
-        total = 0
+    def _bytes(self, model: nn.Module, x: Inputs, directions: int) -> int:
+        """Bytes that are kept of one image; decides which layers keep gradients by the weight."""
+        found: dict[str, int] = dict.fromkeys(self.layers, 0)
 
-        def count(_: nn.Module, __: Any, output: Tensor) -> None:
-            nonlocal total
-            total += 4 * output.numel()
+        def hook_for(name: str) -> Any:
+            def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+                found[name] += inputs[0].numel() + directions * output.numel()
 
-        handles = [layer.register_forward_hook(count) for layer in self.layers.values()]
+            return hook
+
+        handles = [
+            layer.register_forward_hook(hook_for(name)) for name, layer in self.layers.items()
+        ]
         try:
             with torch.no_grad(), eval_mode(model):
                 x(model)
         finally:
             for handle in handles:
                 handle.remove()
-        return total // x.count
+        total = 0
+        for name, layer in self.layers.items():
+            kept = found[name] // x.count
+            if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+                form = conv_form(layer, layer.weight)
+                folded = directions * (form.numel() + form.shape[0])
+                if folded < kept:
+                    self._folded[name], kept = [], folded
+            total += 4 * kept
+        return total
 
     def _run(
         self,
@@ -181,11 +208,18 @@ class LogitSensitivity:
             )
             for (_, _, probe), kept, gradient in zip(calls, gradients, found, strict=True):
                 kept.append(torch.zeros_like(probe.detach()) if gradient is None else gradient)
-        for name in self.layers:
-            self._seen[name].append(
-                [(call[1], kept) for call, kept in zip(calls, gradients, strict=True)
-                 if call[0] == name]
-            )  # fmt: skip
+        for name, layer in self.layers.items():
+            own = [
+                (call[1], kept)
+                for call, kept in zip(calls, gradients, strict=True)
+                if call[0] == name
+            ]
+            if name not in self._folded:
+                self._seen[name].append(own)
+            elif own:
+                self._folded[name].append(
+                    torch.stack([_by_weight(layer, x, kept) for x, kept in own]).sum(dim=0)
+                )
 
     @torch.no_grad()
     def error(self, name: str, weight: Tensor, shift: Tensor | None = None) -> float:
@@ -197,15 +231,21 @@ class LogitSensitivity:
             shift: added to its bias, ``[out_channels]``.
         """
         layer = self.layers[name]
+        if name in self._folded:
+            change = conv_form(layer, weight.to(layer.weight) - layer.weight)
+            step = torch.zeros(len(change)).to(change) if shift is None else shift.to(change)
+            both = torch.cat([change.flatten(), step])
+            total = sum(float((part @ both).double().square().sum()) for part in self._folded[name])
+            return 0.5 * total / (self.images * self.directions)
         state = {"weight": weight.to(layer.weight) - layer.weight}
         if layer.bias is not None:
             state["bias"] = torch.zeros_like(layer.bias)
 
-        def change(inputs: Tensor) -> Tensor:
+        def change_of(inputs: Tensor) -> Tensor:
             found: Tensor = functional_call(layer, state, (inputs,))
             return found if shift is None else shifted(layer, found, shift)
 
-        return self.of_change(name, change)
+        return self.of_change(name, change_of)
 
     @torch.no_grad()
     def of_change(self, name: str, change_of: Callable[[Tensor], Tensor]) -> float:
@@ -225,6 +265,33 @@ class LogitSensitivity:
                 inner = inner + torch.stack(products).double().cpu()
             total += float(inner.square().sum())
         return 0.5 * total / (self.images * self.directions)
+
+
+@torch.no_grad()
+def _by_weight(layer: nn.Module, x: Tensor, gradients: list[Tensor]) -> Tensor:
+    """Gradients of every image and direction by a layer's weight and its output channels.
+
+    Args:
+        layer: a layer.
+        x: its input.
+        gradients: by its output, one per direction.
+
+    Returns:
+        ``[images x directions, weights + channels]``, output channels first.
+    """
+    every = 1 << 30  # all positions: nothing is drawn
+    rows = columns(layer, x, every, torch.Generator())  # [G, N * P, K]
+    groups, count, width = rows.shape
+    images = x.shape[0] if x.dim() > 1 else 1
+    found = []
+    for gradient in gradients:
+        last = isinstance(layer, nn.Linear)
+        y = gradient if last else gradient.permute(0, 2, 3, 1)  # [N, ..., O]
+        by_output = y.reshape(images, count // images, groups, -1)
+        inputs = rows.reshape(groups, images, count // images, width)
+        weight = torch.einsum("npgo,gnpk->ngok", by_output, inputs)
+        found.append(torch.cat([weight.flatten(1), by_output.sum(dim=1).flatten(1)], dim=1))
+    return torch.cat(found)
 
 
 class _Form:

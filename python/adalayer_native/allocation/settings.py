@@ -21,6 +21,8 @@ __all__ = ["MEASURES", "Settings", "settings_of"]
 MEASURES = ("logits", "loss")
 WEIGHTS = ("repaired", "rounded")
 BLOCKS = ("block16x64", "block32x64")  # what the kernels of the CPU skip
+FINALISTS, FEWEST_FINALISTS = 8, 3
+FINAL_WORK = 2.5e11  # multiply-accumulates of all images that finalists are repaired with
 NARROW = (7, 6)  # bits of an input with which some layers run in a faster form
 
 
@@ -61,7 +63,8 @@ class Settings:
         rounds, trials: of the local search; 0 rounds take the solver's plan as it is.
         finalists: so many plans are repaired whole, as ``repair`` does it, and compared on the
             images of the check (:mod:`~adalayer_native.allocation.finals`); 0 or 1: none. Only with
-            repaired weights, and where the local search leaves a loss worth speaking of.
+            repaired weights, and where the local search leaves a loss worth speaking of. Default:
+            8, down to 3 where a repair is much work (:meth:`finalists_for`).
         rivals: whether the best plans of methods ``"uniform"`` and ``"adalayer"``, as the tables
             predict them, are measured as well and taken where they lose less; for budgets that
             those methods take.
@@ -81,7 +84,7 @@ class Settings:
     interactions: bool = True
     rounds: int = 4
     trials: int = 10
-    finalists: int = 8
+    finalists: int | None = None
     rivals: bool = True
     latency_batch: int = 1
     threads: int | None = None
@@ -129,7 +132,12 @@ class Settings:
             )
         if self.step is not None and not 0.01 <= self.step <= 1:
             raise PlanError(f"step must be from 0.01 to 1 or None, got {self.step!r}")
-        if self.rounds < 0 or self.finalists < 0 or self.trials < 1 or self.latency_batch < 1:
+        if (
+            self.rounds < 0
+            or (self.finalists or 0) < 0
+            or self.trials < 1
+            or self.latency_batch < 1
+        ):
             raise PlanError(
                 "rounds and finalists must not be negative; trials and latency_batch at least 1"
             )
@@ -154,6 +162,12 @@ class Settings:
                 f"{tuple(self.input_widths)}"
             )
         return tuple(sorted(self.input_widths, reverse=True))
+
+    def finalists_for(self, work: float) -> int:
+        """Plans that are repaired whole, where one repair looks at so many multiply-accumulates."""
+        if self.finalists is not None:
+            return self.finalists
+        return max(FEWEST_FINALISTS, min(FINALISTS, int(FINAL_WORK / max(work, 1.0))))
 
     def sparsities_of(self, pattern: str) -> tuple[float, ...]:
         """The sparsities that a pattern is measured at, 0 among them."""

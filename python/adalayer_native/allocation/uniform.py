@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
 from .._progress import ProgressBar
 from ..plan import Plan
+from ..rounding import weight_range
 from .budget import Budget
 from .closed_form import MAX_BITS, MAX_SPARSITY, MIN_BITS
 from .evaluate import NEGLIGIBLE, Judge, best_of, compared
-from .problem import Problem
+from .problem import Fixed, Problem
 
-__all__ = ["uniform", "uniform_finalists", "uniform_pairs", "uniform_sparsities"]
+__all__ = ["everywhere", "uniform", "uniform_finalists", "uniform_pairs", "uniform_sparsities"]
 
 STEPS = 1000  # sparsity in thousandths
 FINALISTS = 4  # so many of the candidates are repaired whole
@@ -62,6 +67,32 @@ def uniform(
     return plan
 
 
+def everywhere(
+    model: nn.Module,
+    bits: int,
+    *,
+    activation_bits: int = 8,
+    fixed: Mapping[str, Fixed] | None = None,
+    exclude: Iterable[str] = (),
+) -> Plan:
+    """So many bits in every layer that can be quantized, nothing pruned; the others stay float.
+
+    Args:
+        model: float model.
+        bits: 2 to 8.
+        activation_bits: of every layer's input.
+        fixed: layers that get something else, as for :func:`~adalayer_native.allocation.allocate`.
+        exclude: layers, or modules with all their layers, that stay float.
+
+    Raises:
+        PlanError: bits out of range, or unknown layers.
+        UnsupportedModelError: no layer can be quantized.
+    """
+    weight_range(bits)
+    problem = Problem(model, None, activation_bits, fixed=fixed, exclude=exclude)
+    return problem.plan(problem.uniform(bits, 0.0), "uniform", {"bits": float(bits)})
+
+
 def uniform_finalists(problem: Problem, evaluator: Judge) -> list[tuple[int, float]]:
     """The few candidates of :func:`uniform` that lose least, as ``(bits, sparsity)``."""
 
@@ -78,7 +109,7 @@ def uniform_pairs(problem: Problem) -> list[tuple[int, float]]:
     budget = problem.budget
     pairs: list[tuple[int, float]] = []
     whole = budget is not None and budget.bits is not None and budget.bits in range(2, 9)
-    if whole and not problem.pinned:
+    if whole and len(problem.free) == len(problem.layers):
         assert budget is not None and budget.bits is not None
         pairs = [(int(budget.bits), 0.0)]
     else:

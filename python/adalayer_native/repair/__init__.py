@@ -2,6 +2,14 @@
 
 from adalayer_native.repair.collect import layer_hessians
 from adalayer_native.repair.hessian import LayerHessian, LayerSolution
-from adalayer_native.repair.model import LayerReport, Repair, repair
+from adalayer_native.repair.model import HELD_BACK, LayerReport, Repair, repair
 
-__all__ = ["LayerHessian", "LayerReport", "LayerSolution", "Repair", "layer_hessians", "repair"]
+__all__ = [
+    "HELD_BACK",
+    "LayerHessian",
+    "LayerReport",
+    "LayerSolution",
+    "Repair",
+    "layer_hessians",
+    "repair",
+]

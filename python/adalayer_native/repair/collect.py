@@ -16,7 +16,7 @@ from adalayer_native.errors import PlanError
 from adalayer_native.plan import LayerPlan, Plan, layer_kind, supported_layers
 from adalayer_native.quantization.layout import native_layout
 from adalayer_native.repair.hessian import LayerHessian, parts_of
-from adalayer_native.repair.walk import Data, norm_gain, rows_per_image
+from adalayer_native.repair.walk import Data, norm_gain, rows_of, rows_per_image
 from adalayer_native.rounding import conv_form
 
 __all__ = ["layer_hessians"]
@@ -29,6 +29,7 @@ def layer_hessians(
     *,
     batches: int | None = None,
     seed: int = 0,
+    held_back: float = 0.0,
     memory: int = 1 << 29,
     progress: bool = True,
 ) -> Iterator[tuple[str, LayerHessian]]:
@@ -45,6 +46,7 @@ def layer_hessians(
         layers: names; default: all that can be quantized.
         batches: use at most that many batches.
         seed: of the draw of output positions.
+        held_back: share of the samples that only decide about the damping, as in :func:`repair`.
         memory: bytes of statistics held at once; a single layer may need more.
         progress: show a progress bar.
 
@@ -89,7 +91,7 @@ def layer_hessians(
                     )
                     for name in part
                 }
-                _observe(model, modules, found, data, bar)
+                _observe(model, modules, found, data, data.held_back(held_back), bar)
                 while found:
                     name = next(iter(found))
                     yield name, found.pop(name)
@@ -119,13 +121,16 @@ def _observe(
     modules: dict[str, Any],
     found: dict[str, LayerHessian],
     data: Data,
+    apart: list[Tensor],
     bar: ProgressBar,
 ) -> None:
+    chosen = apart[0]  # of the batch that goes through the model
+
     def hook(hessian: LayerHessian) -> Any:
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else kwargs["input"]
             assert isinstance(x, Tensor)
-            hessian.add(x)
+            hessian.add(x, None, rows_of(chosen, x))
 
         return see
 
@@ -134,7 +139,7 @@ def _observe(
         for name, hessian in found.items()
     ]
     try:
-        for x in data:
+        for x, chosen in zip(data, apart, strict=True):  # noqa: B007 (the hooks read it)
             x(model)
             bar.advance(note=f"{len(found)} layers")
     finally:

@@ -67,19 +67,24 @@ def columns(
         place = torch.arange(rows * cols)
     place = place.to(x.device)
 
-    def taps(index: Tensor, s: int, k: int, d: int) -> Tensor:
-        return (index * s).view(-1, 1) + torch.arange(k, device=x.device) * d
-
-    y = taps(place // cols, stride[0], kernel[0], dilation[0])  # [P, KH]
-    z = taps(place % cols, stride[1], kernel[1], dilation[1])  # [P, KW]
-    picked = x[:, :, y[:, :, None], z[:, None, :]]  # [N, C, P, KH, KW]
-    if isinstance(layer, nn.ConvTranspose2d):
-        # It multiplies with the kernel turned round; the stored weight is not turned.
-        picked = picked.flip(-2, -1)
-    groups = groups_of(layer)
-    width = channels // groups * kernel[0] * kernel[1]
-    picked = picked.reshape(images, groups, channels // groups, drawn, *kernel)
-    return picked.permute(1, 0, 3, 2, 4, 5).reshape(groups, images * drawn, width)
+    groups, width, count = groups_of(layer), x.shape[3], images * drawn
+    last = kernel[0] * kernel[1] - 1
+    # Channels side by side, so that a position is one run of memory; then a kernel tap at a time.
+    first = torch.arange(images, device=x.device).view(-1, 1) * (x.shape[2] * width)
+    x = x.permute(0, 2, 3, 1).reshape(-1, channels)
+    corner = (first + place // cols * stride[0] * width + place % cols * stride[1]).view(-1)
+    if last == 0:
+        return x[corner].reshape(count, groups, -1).transpose(0, 1)
+    picked = x.new_empty(last + 1, count, channels)
+    for tap in range(last + 1):
+        down, along = divmod(tap, kernel[1])
+        # A transposed convolution multiplies with the kernel turned round; the stored weight is
+        # not turned.
+        into = picked[last - tap if isinstance(layer, nn.ConvTranspose2d) else tap]
+        place = corner + (down * dilation[0] * width + along * dilation[1])
+        torch.index_select(x, 0, place, out=into)
+    picked = picked.view(-1, channels).t().contiguous()
+    return picked.reshape(groups, -1, count).transpose(1, 2)
 
 
 def _padded(layer: nn.Module, x: Tensor) -> tuple[Tensor, tuple[int, int]]:

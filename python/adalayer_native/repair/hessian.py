@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from adalayer_native.errors import CalibrationError, PlanError
 from adalayer_native.pruning.masks import pruned_count
 from adalayer_native.pruning.patterns import block_size, pattern_mask, pruned_blocks
 from adalayer_native.repair.columns import columns, groups_of
-from adalayer_native.repair.solver import Solver, SolverOfParts, Statistics
+from adalayer_native.repair.solver import HeldBackError, Solver, SolverOfParts, Statistics
 from adalayer_native.rounding import (
     conv_form,
     per_channel,
@@ -37,11 +38,38 @@ __all__ = ["LayerHessian", "LayerSolution"]
 
 PASSES = 4
 DAMPING = 0.1
+# Where some samples are held back, the damping that serves those best is taken.
+DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+SAMPLED = 64  # output channels that dampings are compared on
+USUAL = (4, 0.0)  # bits and sparsity that they are compared at, where there are to be several
 # Columns whose covariance is held in one matrix: 512 channels of 3 x 3, 170 MB in float64.
 MOST_COLUMNS = 4608
 # Elements of the input rows held at once, and images that share their drawn positions.
 _CHUNK = 1 << 23
 _IMAGES = 16
+
+
+@dataclass(frozen=True)
+class HeldBack:
+    """What a layer's repair does to samples that it has not seen.
+
+    Attributes:
+        damping: the one of those tried whose solution has the least error there.
+        error: relative output error there; the solution is that of the other samples.
+        plain_error: the same of plain rounding. Where it is not above ``error``, the repair is
+            undone: the layer is rounded plainly.
+        curve: error by damping, on some of the output channels.
+    """
+
+    damping: float
+    error: float
+    plain_error: float
+    curve: dict[float, float]
+
+    @property
+    def undone(self) -> bool:
+        """Whether plain rounding was better."""
+        return self.plain_error <= self.error
 
 
 @dataclass
@@ -57,6 +85,7 @@ class LayerSolution:
             both summed over the channels (weighted by ``gain``). 0 is perfect; 1 is as good as a
             constant.
         plain_error: the same of plain rounding: magnitude mask, MSE scales, the bias shift too.
+        held: what samples that were held back say of it; ``None`` where there are none.
     """
 
     levels: Tensor
@@ -65,6 +94,7 @@ class LayerSolution:
     bias_shift: Tensor
     error: float
     plain_error: float
+    held: HeldBack | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -123,18 +153,23 @@ class LayerHessian:
             self.gain = gain.detach().to(self.gain).reshape(self.gain.shape).square()
         self.parts = parts_of(self.shape)
         self._seen = [Statistics(self.weight[:, :, part]) for part in self.parts]
-        self._solver: Solver | SolverOfParts | None = None
+        self._held: list[Statistics] = []
+        self._usual: float | None = None  # damping for many settings
+        self._solver: tuple[float, Solver | SolverOfParts] | None = None
 
     # -- statistics -------------------------------------------------------------------------
 
     @torch.no_grad()
-    def add(self, x: Tensor, x_float: Tensor | None = None) -> None:
+    def add(
+        self, x: Tensor, x_float: Tensor | None = None, held_back: Tensor | None = None
+    ) -> None:
         """Take a batch of inputs into account.
 
         Args:
             x: the layer's (quantized) input, as in :func:`~.columns.columns`.
             x_float: the input that the float network gives the layer for the same samples; all
                 calls have it or none.
+            held_back: bool ``[N]``: samples that only judge what the others lead to.
 
         Raises:
             CalibrationError: NaN, infinity, wrong shapes.
@@ -146,8 +181,17 @@ class LayerHessian:
             )
         if self.count and (x_float is not None) != self._seen[0].paired:
             raise CalibrationError(f"layer {self.name!r}: float inputs are needed in all batches")
-        self._solver = None
-        each = self._images_at_once(x)
+        if held_back is not None and bool(held_back.any()):
+            self._held = self._held or [Statistics(self.weight[:, :, p]) for p in self.parts]
+            chosen = held_back.to(x.device)
+            self._add(self._held, x[chosen], None if x_float is None else x_float[chosen])
+            x, x_float = x[~chosen], None if x_float is None else x_float[~chosen]
+        self._add(self._seen, x, x_float)
+
+    def _add(self, into: list[Statistics], x: Tensor, x_float: Tensor | None) -> None:
+        self._solver = self._usual = None
+        self.__dict__.pop("_judge", None)
+        each = self._images_at_once(x) if len(x) else 1
         for start in range(0, x.shape[0], each):
             part = slice(start, start + each)
             state = self.generator.get_state()
@@ -155,7 +199,7 @@ class LayerHessian:
             if x_float is not None:
                 self.generator.set_state(state)  # the same positions
                 other = self._rows(x_float[part])
-            for seen, own in zip(self._seen, self.parts, strict=True):
+            for seen, own in zip(into, self.parts, strict=True):
                 seen.add(rows[:, :, own], None if other is None else other[:, :, own])
 
     @property
@@ -180,7 +224,8 @@ class LayerHessian:
                 f"layer {self.name!r}: an input of shape {tuple(x.shape)} does not fit its weight "
                 f"of shape {tuple(self.shape)}"
             )
-        if not bool(torch.isfinite(rows).all()):
+        # A sum is not finite if one of its numbers is not, and is found in a tenth of the time.
+        if not bool(torch.isfinite(rows.sum())) and not bool(torch.isfinite(rows).all()):
             raise CalibrationError(
                 f"layer {self.name!r}: its input contains NaN or infinite values; expected finite "
                 "numbers"
@@ -216,22 +261,24 @@ class LayerHessian:
             CalibrationError: no data was added.
             PlanError: bits, sparsity, the pattern or the mask's shape are not valid.
         """
-        solver = self._ready()
-        keep: Tensor | None = None
+        weight_range(bits)
+        pruned_count(1, sparsity)
+        given: Tensor | None = None
         if mask is not None:
             if mask.shape != self.shape:
                 raise PlanError(
                     f"layer {self.name!r}: mask has shape {tuple(mask.shape)}, expected "
                     f"{tuple(self.shape)}"
                 )
-            keep = mask.reshape(self.weight.shape)
-        elif pattern != "unstructured" and sparsity:
-            keep = self._pattern(bits, sparsity, pattern)
-        weight_range(bits)
+            given = mask.reshape(self.weight.shape)
+        curve = self._curve(bits, sparsity, pattern, given)
+        solver = self._ready(_least(curve, self.damping))
+        keep = given
+        if keep is None and pattern != "unstructured" and sparsity:
+            keep = self._pattern(solver, bits, sparsity, pattern)
         levels, scale, kept = solver.run([(bits, sparsity)], passes, keep=keep)
         chosen = kept if keep is not None or pruned_count(kept.numel(), sparsity) else None
-        given = keep if mask is not None else None
-        return self._solution(bits, sparsity, levels, scale, chosen, given, pattern)
+        return self._solution(solver, bits, sparsity, levels, scale, chosen, given, pattern, curve)
 
     @torch.no_grad()
     def solutions(
@@ -247,31 +294,33 @@ class LayerHessian:
             CalibrationError: no data was added.
             PlanError: bits or sparsity are not valid, or not by the pattern.
         """
-        solver = self._ready()
         for bits, sparsity in settings:
             weight_range(bits)
             pruned_count(1, sparsity)
+        solver = self._usual_solver()
         rows = self.weight.shape[1]
         step = self._together()
         for start in range(0, len(settings), step):
             part = list(settings[start : start + step])
             keep = None
             if pattern != "unstructured":
-                masks = [self._pattern(bits, sparsity, pattern) for bits, sparsity in part]
+                masks = [self._pattern(solver, *setting, pattern) for setting in part]
                 keep = torch.cat(masks, dim=1)
             levels, scale, kept = solver.run(part, passes, keep=keep)
             for index, (bits, sparsity) in enumerate(part):
                 own = slice(index * rows, (index + 1) * rows)
                 chosen = kept[:, own] if pruned_count(kept[:, own].numel(), sparsity) else None
                 yield self._solution(
-                    bits, sparsity, levels[:, own], scale[:, own], chosen, pattern=pattern
+                    solver, bits, sparsity, levels[:, own], scale[:, own], chosen, pattern=pattern
                 )
 
-    def _pattern(self, bits: int, sparsity: float, pattern: str) -> Tensor:
+    def _pattern(
+        self, solver: Solver | SolverOfParts, bits: int, sparsity: float, pattern: str
+    ) -> Tensor:
         """Mask of a pattern, ``[G, R, K]``."""
         if not sparsity:
             return torch.ones_like(self.weight, dtype=torch.bool)
-        size, solver = block_size(pattern), self._ready()
+        size = block_size(pattern)
         fits = size is not None and (len(self.weight) == 1 or self.weight.shape[1] % size[0] == 0)
         if size is not None and fits and isinstance(solver, Solver):
             order = solver.block_order(size)
@@ -289,6 +338,7 @@ class LayerHessian:
 
     def _solution(
         self,
+        solver: Solver | SolverOfParts,
         bits: int,
         sparsity: float,
         levels: Tensor,
@@ -296,9 +346,9 @@ class LayerHessian:
         chosen: Tensor | None,
         plain_mask: Tensor | None = None,
         pattern: str = "unstructured",
+        curve: dict[float, float] | None = None,
     ) -> LayerSolution:
         """The sweep's result, or plain rounding where that is better."""
-        solver = self._ready()
         low, high = weight_range(bits)
         q = levels * scale[:, :, None]
         error, energy = solver.error(q), solver.energy
@@ -307,7 +357,9 @@ class LayerHessian:
             plain_mask = plain_mask.reshape(self.weight.shape)
         plain_levels, plain_scale = self._plain(bits, plain_mask)
         plain = solver.error(plain_levels * plain_scale[:, :, None])
-        if float((self.gain * plain).sum()) < float((self.gain * error).sum()):
+        held = self._on_held(solver, q, plain_levels * plain_scale[:, :, None], curve or {})
+        worse = float((self.gain * plain).sum()) < float((self.gain * error).sum())
+        if worse if held is None else held.undone:
             levels, scale, chosen, error = plain_levels, plain_scale, plain_mask, plain
             q = levels * scale[:, :, None]
         form = self.shape
@@ -323,7 +375,25 @@ class LayerHessian:
             bias_shift=solver.bias_shift(q).reshape(-1).float(),
             error=self._ratio(error, energy),
             plain_error=self._ratio(plain, energy),
+            held=held,
         )
+
+    def _on_held(
+        self,
+        solver: Solver | SolverOfParts,
+        q: Tensor,
+        plain: Tensor,
+        curve: dict[float, float],
+    ) -> HeldBack | None:
+        """What a solution and plain rounding do to the samples held back."""
+        if not self._held:
+            return None
+        energy = self._judge.energy
+        error, other = (
+            self._ratio(self._judge(weight, solver.bias_shift(weight)), energy)
+            for weight in (q, plain)
+        )
+        return HeldBack(_least(curve, self.damping), error, other, curve)
 
     @torch.no_grad()
     def errors(
@@ -343,7 +413,7 @@ class LayerHessian:
         Returns:
             As ``LayerSolution.error``, in the order of ``settings``.
         """
-        solver = self._ready()
+        solver = self._usual_solver()
         chosen = self._sample(channels)
         found: list[float] = []
         # Settings that fit a bounded amount of memory go together.
@@ -378,20 +448,57 @@ class LayerHessian:
         levels, scale = quantize_weight(rows, bits, keep)
         return levels.float().reshape(self.weight.shape), scale.reshape(self.weight.shape[:2])
 
-    def _ready(self) -> Solver | SolverOfParts:
+    @cached_property
+    def _judge(self) -> HeldBackError:
+        return HeldBackError(self._held, self.parts)
+
+    def _curve(
+        self, bits: int, sparsity: float, pattern: str, given: Tensor | None
+    ) -> dict[float, float]:
+        """Error on samples held back by damping, on some of the output channels; empty: none."""
+        if not self._held:
+            return {}
+        # What blocks of zeros cost depends on all rows.
+        channels = self._sample(SAMPLED if pattern == "unstructured" and given is None else None)
+        gain, energy = self.gain[:, channels], self._judge.energy[:, channels]
+        curve = {}
+        for damping in DAMPINGS:
+            solver = self._ready(damping)
+            keep = given
+            if keep is None and pattern != "unstructured" and sparsity:
+                keep = self._pattern(solver, bits, sparsity, pattern)
+            levels, scale, _ = solver.run([(bits, sparsity)], 1, keep=keep, channels=channels)
+            q = levels * scale[:, :, None]
+            error = self._judge(q, solver.bias_shift(q, channels), channels)
+            curve[damping] = self._ratio(error, energy, gain)
+        return curve
+
+    def _usual_solver(self) -> Solver | SolverOfParts:
+        """The one for many settings."""
+        if self._usual is None:
+            self._usual = _least(self._curve(*USUAL, "unstructured", None), self.damping)
+        return self._ready(self._usual)
+
+    def _ready(self, damping: float) -> Solver | SolverOfParts:
         if self.count == 0:
             raise CalibrationError(
                 f"layer {self.name!r}: no input was seen; expected at least one sample"
             )
-        if self._solver is None:
+        if self._solver is None or self._solver[0] != damping:
+            self._solver = None  # not two at once: they are large
             taps = self.shape[2:].numel()
             solvers = [
-                Solver(seen, self.gain, (p.stop - p.start) // taps, self.damping, self.name)
+                Solver(seen, self.gain, (p.stop - p.start) // taps, damping, self.name)
                 for seen, p in zip(self._seen, self.parts, strict=True)
             ]
             one = len(solvers) == 1
-            self._solver = solvers[0] if one else SolverOfParts(solvers, self.parts)
-        return self._solver
+            self._solver = damping, solvers[0] if one else SolverOfParts(solvers, self.parts)
+        return self._solver[1]
+
+
+def _least(curve: dict[float, float], usual: float) -> float:
+    """The damping with the least error."""
+    return min(curve, key=lambda damping: curve[damping]) if curve else usual
 
 
 def parts_of(shape: torch.Size) -> list[slice]:

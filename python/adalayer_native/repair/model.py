@@ -21,13 +21,21 @@ from adalayer_native.quantization.fake_quant import QuantLayer
 from adalayer_native.quantization.graph import layers_of, metadata
 from adalayer_native.repair import checkpoint as store
 from adalayer_native.repair.equalize import EqualizedPair, equalize_layers, pairs_of
-from adalayer_native.repair.hessian import DAMPING, PASSES, LayerHessian, LayerSolution
+from adalayer_native.repair.hessian import (
+    DAMPING,
+    PASSES,
+    HeldBack,
+    LayerHessian,
+    LayerSolution,
+)
+from adalayer_native.repair.learning import Distance, Learned, learn
 from adalayer_native.repair.walk import (
     Data,
     Streams,
     float_twin,
     in_order,
     norm_gain,
+    rows_of,
     rows_per_image,
 )
 from adalayer_native.rounding import conv_form, layer_form
@@ -35,7 +43,9 @@ from adalayer_native.rounding import conv_form, layer_form
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["LayerReport", "Repair", "repair"]
+__all__ = ["HELD_BACK", "LayerReport", "Repair", "repair"]
+
+HELD_BACK = 0.25  # of the calibration samples
 
 
 @dataclass
@@ -50,6 +60,11 @@ class LayerReport:
             the float output.
         error: the same after the repair.
         seconds: it took.
+        held_plain_error, held_error: both on samples that were held back, where the repair is that
+            of the others; ``None`` where none are. Where the first is not above the second, the
+            layer's repair is undone.
+        damping: pull towards the float weight that the samples held back speak for.
+        curve: their error by damping, on some of the output channels.
     """
 
     name: str
@@ -58,6 +73,17 @@ class LayerReport:
     plain_error: float
     error: float
     seconds: float
+    held_plain_error: float | None = None
+    held_error: float | None = None
+    damping: float | None = None
+    curve: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def undone(self) -> bool:
+        """Whether the layer is rounded plainly, because samples held back say so."""
+        if self.held_error is None or self.held_plain_error is None:
+            return False
+        return self.held_plain_error <= self.held_error
 
 
 @dataclass
@@ -67,37 +93,50 @@ class Repair:
     Attributes:
         layers: in the order in which they were repaired, which is the graph's.
         images: calibration samples.
+        held_back: samples among them that judge what the others lead to.
         resumed: layers that were taken from a checkpoint.
         pairs: what equalization decided.
         reestimated: whether re-estimated batch norms were kept.
+        learned: what learning at the end did, if it was asked for.
     """
 
     layers: dict[str, LayerReport] = field(default_factory=dict)
     images: int = 0
+    held_back: int = 0
     resumed: int = 0
     pairs: list[EqualizedPair] = field(default_factory=list)
     reestimated: bool = False
+    learned: Learned | None = None
 
     def table(self) -> Table:
         """One row per layer: where the accuracy goes."""
         from rich.table import Table
 
-        scaled = [pair for pair in self.pairs if pair.kind != "none"]
-        table = Table(
-            title=f"Output error per layer ({self.images:,} images)",
-            caption="; ".join(f"{p.first} and {p.second} equalized" for p in scaled) or None,
-        )
+        notes = [f"{p.first} and {p.second} equalized" for p in self.pairs if p.kind != "none"] + [
+            f"{row.name} rounded plainly" for row in self.layers.values() if row.undone
+        ]
+        if self.learned is not None:
+            before, after = self.learned.curve[0], self.learned.curve[self.learned.kept]
+            notes.append(
+                f"then learned: distance of the output, held back, {before:.4g} to {after:.4g}"
+                if self.learned.kept
+                else "learning undone: held back, the output came no nearer"
+            )
+        title = f"Output error per layer ({self.images:,} images"
+        title += f", {self.held_back:,} held back)" if self.held_back else ")"
+        table = Table(title=title, caption="; ".join(notes) or None)
         table.add_column("Layer")
-        for heading in ("Bits", "Pruned %", "Plain rounding %", "Repaired %"):
+        headings = ["Bits", "Pruned %", "Plain rounding %", "Repaired %"]
+        if self.held_back:
+            headings += ["Plain %, held back", "Repaired %, held back", "Damping"]
+        for heading in headings:
             table.add_column(heading, justify="right")
         for row in self.layers.values():
-            table.add_row(
-                row.name,
-                str(row.bits),
-                f"{100 * row.sparsity:.1f}",
-                f"{100 * row.plain_error:.3f}",
-                f"{100 * row.error:.3f}",
-            )
+            cells = [f"{100 * e:.3f}" for e in (row.plain_error, row.error)]
+            if row.held_error is not None and row.held_plain_error is not None:
+                cells += [f"{100 * e:.3f}" for e in (row.held_plain_error, row.held_error)]
+                cells.append(f"{row.damping:g}")
+            table.add_row(row.name, str(row.bits), f"{100 * row.sparsity:.1f}", *cells)
         return table
 
     def __rich__(self) -> Table:
@@ -115,6 +154,8 @@ def repair(
     bn_reestimate: bool = False,
     passes: int = PASSES,
     damping: float = DAMPING,
+    held_back: float = HELD_BACK,
+    distance: Distance | None = None,
     memory: int = 1 << 30,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -150,7 +191,15 @@ def repair(
             them if the model's output then is nearer to the float model's. Seldom so: means are
             corrected layer by layer already, on the same images.
         passes: rounds of refinement after the sweep.
-        damping: pull towards the float weight, relative to the mean variance of the inputs.
+        damping: pull towards the float weight, relative to the mean variance of the inputs, where
+            nothing is held back.
+        held_back: share of the samples that no layer is repaired with. They decide about the
+            damping, and whether a layer's repair is better than plain rounding. With 0, or too few
+            samples for both, nothing is held back.
+        distance: ``distance(float model's output, output)``, a differentiable scalar. With it, and
+            with samples held back, weights, scales and biases are learned together at the end, by
+            what the output loses (:mod:`~adalayer_native.repair.learning`); kept if it then loses
+            less on the samples held back.
         memory: bytes of intermediate values that may be kept from one layer to the next; where they
             take more, the part of the model before the layer runs again. It changes nothing else.
         seed: of the draw of output positions in large images.
@@ -174,6 +223,8 @@ def repair(
             "repair: passes and memory must not be negative and damping must be positive, got "
             f"{passes}, {memory} and {damping}"
         )
+    if not 0.0 <= held_back <= 0.5:
+        raise CalibrationError(f"repair: held_back must be from 0 to 0.5, got {held_back}")
     prepared.eval()
     layers = layers_of(prepared)
     data = Data(prepared, loader, batches)
@@ -184,12 +235,14 @@ def repair(
         "equalize": equalize,
         "passes": passes,
         "damping": damping,
+        "held_back": held_back,
         "seed": seed,
         "data": data.digest,
     }
     states: dict[str, store.LayerState] = {}
     identity = ""
-    result = Repair(images=data.images)
+    apart = data.held_back(held_back)
+    result = Repair(images=data.images, held_back=sum(int(part.sum()) for part in apart))
     if checkpoint is not None:
         identity = fingerprint(prepared, options)
         states, reports = store.load(checkpoint, identity)
@@ -206,7 +259,8 @@ def repair(
             result.pairs = equalize_layers(
                 prepared, data, keep_masks=not choose_masks, seed=seed, progress=progress
             )
-        models = [prepared, float_twin(prepared)] if correct_inputs else [prepared]
+        twin = float_twin(prepared)
+        models = [prepared, twin] if correct_inputs else [prepared]
         streams = Streams(models, data, memory)
         with bar, torch.no_grad():
             for index, name in enumerate(order):
@@ -224,9 +278,10 @@ def repair(
                     seed=seed * 1_000_003 + index,
                     damping=damping,
                 )
-                for calls in streams.inputs(name):
-                    for values in calls:
-                        hessian.add(*values)
+                for calls, chosen in zip(streams.inputs(name), apart, strict=True):
+                    for x, *other in calls:
+                        x_float = other[0] if other else None
+                        hessian.add(x, x_float, rows_of(chosen, x))
                     bar.advance(0, name)
                 mask = None
                 if not choose_masks and layer.mask is not None:
@@ -243,6 +298,7 @@ def repair(
                     plain_error=solution.plain_error,
                     error=solution.error,
                     seconds=round(time.monotonic() - started, 3),
+                    **({} if solution.held is None else _judged(solution.held)),
                 )
                 if checkpoint is not None:
                     states[name] = _state(layer, norm)
@@ -250,8 +306,11 @@ def repair(
                     store.save(checkpoint, identity, states, rows)
                 bar.advance(1, name)
             if bn_reestimate:
-                twin = models[1] if correct_inputs else float_twin(prepared)
                 result.reestimated = _reestimate(prepared, twin, data)
+        if distance is not None and result.held_back:
+            result.learned = learn(
+                prepared, twin, norms, data, apart, distance, seed=seed, progress=progress
+            )
     except BaseException:
         # Half a repair is a model that nobody asked for; what is done is in the checkpoint.
         for name in order:
@@ -259,6 +318,15 @@ def repair(
         prepared.load_state_dict(others)
         raise
     return result
+
+
+def _judged(held: HeldBack) -> dict[str, Any]:
+    return {
+        "held_plain_error": held.plain_error,
+        "held_error": held.error,
+        "damping": held.damping,
+        "curve": {f"{damping:g}": error for damping, error in held.curve.items()},
+    }
 
 
 def _check_shapes(prepared: fx.GraphModule, layer: QuantLayer, name: str, data: Data) -> None:

@@ -11,7 +11,7 @@ from adalayer_native.repair.blocks import BlockOrder
 from adalayer_native.repair.sweep import Rows, compensate, refine
 from adalayer_native.rounding import quantize_weight, weight_range
 
-__all__ = ["Solver", "Statistics"]
+__all__ = ["HeldBackError", "Solver", "SolverOfParts", "Statistics"]
 
 
 class Statistics:
@@ -232,10 +232,11 @@ class Solver:
             pull, energy = pull[:, channels], energy[:, channels]
         return energy + (q * (q @ self.covariance - 2 * pull)).sum(dim=2)
 
-    def bias_shift(self, q: Tensor) -> Tensor:
+    def bias_shift(self, q: Tensor, channels: Tensor | None = None) -> Tensor:
         """``E[W x'] - E[Q x]``, float64 ``[G, R]``."""
         mean, other = self.seen.means()
-        wanted = self.seen.weight.double() @ other.unsqueeze(2)
+        weight = self.seen.weight if channels is None else self.seen.weight[:, channels]
+        wanted = weight.double() @ other.unsqueeze(2)
         return (wanted - q.double() @ mean.unsqueeze(2)).squeeze(2)
 
 
@@ -296,14 +297,50 @@ class SolverOfParts:
             ]
         ).sum(dim=0)
 
-    def bias_shift(self, q: Tensor) -> Tensor:
+    def bias_shift(self, q: Tensor, channels: Tensor | None = None) -> Tensor:
         """As :meth:`Solver.bias_shift`."""
         return torch.stack(
             [
-                solver.bias_shift(q[:, :, part])
+                solver.bias_shift(q[:, :, part], channels)
                 for solver, part in zip(self.solvers, self.parts, strict=True)
             ]
         ).sum(dim=0)
+
+
+class HeldBackError:
+    """What weights that other samples led to do to these.
+
+    Args:
+        seen: statistics of the samples, a part of the columns each.
+        parts: those columns. Their covariance with each other is left out of account.
+    """
+
+    def __init__(self, seen: list[Statistics], parts: list[slice]) -> None:
+        self.seen, self.parts = seen, parts
+        self._moments = [part.moments() for part in seen]
+        self.energy = torch.stack([energy for _, _, energy in self._moments]).sum(dim=0)
+
+    def __call__(self, q: Tensor, shift: Tensor, channels: Tensor | None = None) -> Tensor:
+        """Mean squared error per channel, float64 ``[G, R]``.
+
+        Args:
+            q: weights ``[G, R, K]``.
+            shift: added to the bias for them, ``[G, R]``. Here it need not take the mean error.
+            channels: the ``R`` that ``q`` has.
+        """
+        q, total = q.double(), self.energy.clone()
+        total = total if channels is None else total[:, channels]
+        missing = -shift.double()
+        for seen, part, (covariance, cross, _) in zip(
+            self.seen, self.parts, self._moments, strict=True
+        ):
+            weight = seen.weight.double()
+            weight = weight if channels is None else weight[:, channels]
+            own = q[:, :, part]
+            total += (own * (own @ covariance - 2 * (weight @ cross))).sum(dim=2)
+            mean, other = seen.means()
+            missing += (weight @ other.unsqueeze(2) - own @ mean.unsqueeze(2)).squeeze(2)
+        return total + missing.square()
 
 
 def _columns_of(x: Tensor, order: Tensor) -> Tensor:

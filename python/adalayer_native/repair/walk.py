@@ -16,15 +16,28 @@ from adalayer_native._fingerprint import memory_of
 from adalayer_native.capture import GraphModel, Inputs, batch_inputs
 from adalayer_native.capture import vocabulary as table
 from adalayer_native.errors import CalibrationError, InputError
+from adalayer_native.padding import PaddedConv2d
 from adalayer_native.quantization.fake_quant import ActivationQuantizer, QuantLayer
 from adalayer_native.quantization.graph import layers_of, set_submodule
 from adalayer_native.rounding import conv_form
 
-__all__ = ["Data", "Streams", "float_twin", "in_order", "norm_gain", "rows_per_image"]
+__all__ = [
+    "Data",
+    "Streams",
+    "float_twin",
+    "in_order",
+    "norm_gain",
+    "rows_of",
+    "rows_per_image",
+]
 
 # Input rows per layer: enough for the covariance of K inputs to be well determined.
 _ROWS = 32768
+_NARROW = 64  # with fewer columns, a quarter of the rows is enough
 _ROWS_PER_COLUMN = 16
+
+
+FEWEST = 4  # samples on either side of a comparison
 
 
 class Data:
@@ -33,6 +46,7 @@ class Data:
     Attributes:
         images: number of samples.
         batches: number of batches.
+        counts: samples of every batch.
         digest: hash of all of them.
     """
 
@@ -46,6 +60,7 @@ class Data:
         self.device = next(model.parameters()).device
         digest = hashlib.sha256()
         self.images = self.batches = 0
+        self.counts: list[int] = []
         for x in self:
             if not x.is_finite():
                 raise CalibrationError(
@@ -57,9 +72,21 @@ class Data:
                 digest.update(memory_of(tensor))
             self.images += x.count
             self.batches += 1
+            self.counts.append(x.count)
         if self.images == 0:
             raise CalibrationError("the calibration loader is empty; expected at least one sample")
         self.digest = digest.hexdigest()
+
+    def held_back(self, share: float) -> list[Tensor]:
+        """Which samples of every batch are held back, bool: evenly spread over all of them.
+
+        None, where that leaves fewer than ``FEWEST`` or takes fewer.
+        """
+        places = torch.arange(self.images, dtype=torch.float64)
+        chosen = ((places + 1) * share).floor() > (places * share).floor()
+        if min(int(chosen.sum()), int((~chosen).sum())) < FEWEST:
+            chosen = torch.zeros_like(chosen)
+        return list(chosen.split(self.counts))
 
     def __iter__(self) -> Iterator[Inputs]:
         for batch in itertools.islice(self.loader, self.limit):
@@ -74,7 +101,7 @@ class _Float(nn.Module):
         self.layer = layer
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        kinds = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+        kinds = (PaddedConv2d, nn.ConvTranspose2d, nn.Linear)  # with a padding of its own
         kind = next(kind for kind in kinds if isinstance(self.layer, kind))
         return kind.forward(self.layer, *args, **kwargs)  # type: ignore[arg-type]
 
@@ -216,12 +243,24 @@ def _bytes(env: _Values) -> int:
     return total
 
 
+def rows_of(chosen: Tensor, x: Tensor) -> Tensor:
+    """Of a tensor made of a batch the rows that belong to some of its samples, bool ``[len(x)]``.
+
+    Where a sample has several rows (windows, tokens), they lie together.
+    """
+    each, rest = divmod(len(x), max(1, len(chosen)))
+    if rest or not each:  # no telling whose they are
+        return torch.zeros(len(x), dtype=torch.bool)
+    return chosen.repeat_interleave(each)
+
+
 def rows_per_image(layer: nn.Module, images: int) -> int:
     """Output positions to look at in each of so many images."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     columns = conv_form(layer, weight)[0].numel()
-    return -(-max(_ROWS, _ROWS_PER_COLUMN * columns) // images)
+    rows = _ROWS // 4 if columns < _NARROW else _ROWS
+    return -(-max(rows, _ROWS_PER_COLUMN * columns) // images)
 
 
 def norm_gain(norm: Any) -> Tensor | None:
