@@ -267,7 +267,7 @@ def made_tables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def planned(model: nn.Module, budget: Budget, **options: object) -> Plan:
     options = {**WIDTHS, "input_widths": (7,), "rounds": 1, "trials": 2, **options}
-    return optimal(model, budget, data=images(), **options)
+    return optimal(model, budget, data=images(4), **options)
 
 
 @pytest.mark.usefixtures("made_tables")

@@ -27,7 +27,7 @@ from adalayer_native.allocation.sensitivity import LogitSensitivity
 from adalayer_native.errors import BudgetError, PlanError
 from adalayer_native.plan import LayerPlan, Plan
 from adalayer_native.pruning.patterns import pattern_mask, pattern_pruned_count
-from adalayer_native.repair import layer_hessians
+from adalayer_native.repair import HELD_BACK, layer_hessians
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -73,11 +73,11 @@ def test_the_error_table_knows_every_pattern(model, tmp_path) -> None:
     assert [table.sparsities for table in errors.others] == [(0.0, 0.5)] * 3
     options = errors.options()
     assert len(options) == len(set(options)) == errors.flat().shape[1] == 3 * 5
-    hessian = dict(layer_hessians(model, data_of(data), ["3"]))["3"]
+    hessian = dict(layer_hessians(model, data_of(data), ["3"], held_back=HELD_BACK))["3"]
     measure = LogitSensitivity(model, data.table, {"3": model[3]})
     for pattern in PATTERNS:
         # The entries are of the very weights that a repair by this pattern gives.
-        solution = hessian.quantize(4, 0.5, pattern=pattern, passes=1)
+        (solution,) = hessian.solutions([(4, 0.5)], pattern=pattern, passes=1)
         expected = measure.error("3", solution.weight, solution.bias_shift)
         found = errors.value("3", 4, 0.5, pattern)
         assert found == pytest.approx(expected, rel=1e-3)

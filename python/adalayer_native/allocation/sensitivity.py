@@ -130,9 +130,12 @@ class LogitSensitivity:
             fitting = max(1, int((MEMORY - held) // max(1, per_image)))
             part = batch.part(slice(0, min(room, fitting)))
             held += per_image * part.count
+            with torch.no_grad(), eval_mode(model):
+                results = results_of(part.x(model), output, part.tokens)
+            scales = [_Form(result, logits).scale for result in results]
             for start in range(0, part.count, AT_ONCE):
                 few = part.part(slice(start, start + AT_ONCE))
-                self._run(model, few, directions, generator, logits)
+                self._run(model, few, directions, generator, logits, scales)
             self.images += part.count
         if self.images == 0:
             raise CalibrationError("the calibration data hold no image to measure errors on")
@@ -175,6 +178,7 @@ class LogitSensitivity:
         directions: int,
         generator: torch.Generator,
         logits: bool,
+        scales: list[float],
     ) -> None:
         calls: list[tuple[str, Tensor, Tensor]] = []
 
@@ -198,7 +202,9 @@ class LogitSensitivity:
             for handle in handles:
                 handle.remove()
         gradients: list[list[Tensor]] = [[] for _ in calls]
-        forms = [_Form(result, logits) for result in results]
+        forms = [
+            _Form(result, logits, scale) for result, scale in zip(results, scales, strict=True)
+        ]
         for direction in range(directions):
             found = torch.autograd.grad(
                 torch.stack([form.projected(generator) for form in forms]).sum(),
@@ -295,9 +301,12 @@ def _by_weight(layer: nn.Module, x: Tensor, gradients: list[Tensor]) -> Tensor:
 
 
 class _Form:
-    """The quadratic form of one output: what a change of it costs, half its square summed."""
+    """The quadratic form of one output: what a change of it costs, half its square summed.
 
-    def __init__(self, result: Result, logits: bool) -> None:
+    Its scale is that of the batch that a few images are of, where it is given.
+    """
+
+    def __init__(self, result: Result, logits: bool, scale: float | None = None) -> None:
         self.p: Tensor | None = None
         if result.classes is not None:
             self.output = result.logits.float()
@@ -310,6 +319,8 @@ class _Form:
             samples = self.output.shape[0] if self.output.dim() else 1
             size = energy if energy > 0 else self.output.numel()
             self.scale = max(size / (2 * samples), 1e-30) ** 0.5
+        if scale is not None:
+            self.scale = scale
 
     def projected(self, generator: torch.Generator) -> Tensor:
         """The output times a random vector that the form is the mean square of."""
