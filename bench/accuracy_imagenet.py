@@ -306,11 +306,12 @@ def page_section(results: Mapping[str, Any]) -> str:
             f"{mean('average_bits'):.2f}", f"{drops[0]:+.1f}", aim, f"{drops[1]:+.1f}",
             f"{mean('unused', 'agreement'):.1f} %",
             f"{mean('unused', 'error'):.4f} \\| {mean('used', 'error'):.4f}",
-            f"{mean('seconds'):.0f} s, {runs[0]['threads']}", f"{mean('peak_bytes') / 1e9:.1f} GB",
+            f"{mean('seconds'):.0f} s, {mean('cpu_seconds'):.0f} s, {runs[0]['threads']}",
+            f"{mean('peak_bytes') / 1e9:.1f} GB",
         ])  # fmt: skip
     heading = [
         "plan", "file, of float", "bits", "drop, other half", "aim", "drop, own half", "agreement",
-        "logit error, other \\| own", "wall time, threads", "memory",
+        "logit error, other \\| own", "wall time, CPU time, threads", "memory",
     ]  # fmt: skip
     machine = results["machine"]
     where = "Nothing is measured yet."

@@ -280,7 +280,7 @@ def stages_of(
         found.append(Stage(SEARCH, trials, bars))
     found.append(Stage(RANGES, 3 * batches))
     if repair:
-        found.append(Stage(REPAIR, repairing, 2))
+        found.append(Stage(REPAIR, repairing + 12 * batches, 3))  # learning: forward and back
     if train_loader is not None and epochs > 0:
         # Forwards and back, the teacher, and the average's batch norms in the end.
         found.append(Stage(TRAINING, 6 * epochs * _length(train_loader), epochs))
