@@ -41,7 +41,7 @@ from adalayer_native.importance.batches import kl_divergence
 from adalayer_native.plan import layer_kind, supported_layers
 from bench.analysis import peak_bytes
 from bench.record import ROOT, describe_machine
-from bench.report import table
+from bench.report import table, write_part
 from bench.zoo.networks import efficientnet_lite
 
 RESULTS = ROOT / "build" / "bench" / "accuracy-imagenet.json"
@@ -330,23 +330,6 @@ def _at(value: Any, path: Sequence[str]) -> float:
     return float(value)
 
 
-def write_page(results: Mapping[str, Any], page: Path) -> None:
-    """Replace the generated part of the page, or add it at the end.
-
-    Raises:
-        ValueError: only one of the two markers is there.
-    """
-    text = page.read_text(encoding="utf-8") if page.is_file() else "# Accuracy\n"
-    if BEGIN not in text and END not in text:
-        text = f"{text.rstrip()}\n\n{BEGIN}\n{END}\n"
-    begin, end = text.find(BEGIN), text.find(END)
-    if begin < 0 or end < begin:
-        raise ValueError(f"{page}: expected the markers {BEGIN!r} and {END!r}")
-    write_text_atomic(
-        page, f"{text[: begin + len(BEGIN)]}\n\n{page_section(results)}\n{text[end:]}"
-    )
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -370,7 +353,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_text_atomic(given.results, json.dumps(found) + "\n")
         return 0
     results = run(rows, given.data, given.results, threads=given.threads, again=given.again)
-    write_page(results, given.page)
+    write_part(given.page, (BEGIN, END), page_section(results))
     return 0
 
 

@@ -32,7 +32,7 @@ from adalayer_native._files import write_text_atomic
 from adalayer_native.allocation import float_bytes
 from adalayer_native.data import Batches, ImageDataset, calibration_indices, open_dataset
 from bench.record import ROOT, describe_machine
-from bench.report import table
+from bench.report import table, write_part
 from bench.trained import NAMES, network
 
 RESULTS = ROOT / "build" / "bench" / "accuracy-training"
@@ -243,23 +243,6 @@ def page_section(results: Path) -> str:
     return "\n".join(["### With training", "", *table(heading, body)]) + "\n"
 
 
-def write_page(results: Path, page: Path) -> None:
-    """Replace the generated part of the page, or add it at the end.
-
-    Raises:
-        ValueError: only one of the two markers is there.
-    """
-    text = page.read_text(encoding="utf-8") if page.is_file() else "# Accuracy\n"
-    if BEGIN not in text and END not in text:
-        text = f"{text.rstrip()}\n\n{BEGIN}\n{END}\n"
-    begin, end = text.find(BEGIN), text.find(END)
-    if begin < 0 or end < begin:
-        raise ValueError(f"{page}: expected the markers {BEGIN!r} and {END!r}")
-    write_text_atomic(
-        page, f"{text[: begin + len(BEGIN)]}\n\n{page_section(results)}\n{text[end:]}"
-    )
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -283,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ada.set_num_threads(given.threads)
     rows = [ROWS[name] for name in given.rows]
     run(rows, given.seeds, given.data, given.models, given.results, given.lr)
-    write_page(given.results, given.page)
+    write_part(given.page, (BEGIN, END), page_section(given.results))
     return 0
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.record import ROOT
-from bench.report import PAGE, table
+from bench.report import PAGE, table, write_part
 
 RESULTS = ROOT / "build" / "gpu-bench.json"
 BEGIN = "<!-- gpu: begin (written by python -m bench.gpu_report) -->"
@@ -165,16 +165,8 @@ def write_page(found: Mapping[str, Any], page: Path = PAGE) -> None:
     Raises:
         ValueError: the page has one of the two markers only.
     """
-    text = page.read_text(encoding="utf-8")
-    begin, end = text.find(BEGIN), text.find(END)
-    if (begin < 0) != (end < 0) or end < begin:
-        raise ValueError(f"{page}: expected both of the markers {BEGIN!r} and {END!r}, or neither")
-    if begin < 0:
-        text = f"{text.rstrip()}\n\n{BEGIN}\n{END}\n"
-        begin, end = text.find(BEGIN), text.find(END)
     picture = draw_roofline(found, page.parent / "images" / _PICTURE)
-    section = page_section(found, picture)
-    page.write_text(f"{text[: begin + len(BEGIN)]}\n\n{section}\n{text[end:]}", encoding="utf-8")
+    write_part(page, (BEGIN, END), page_section(found, picture))
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from adalayer_native._files import write_text_atomic
 from bench.interleave import STATES, Comparison, Spread
 from bench.record import RESULTS, ROOT, Results
 
@@ -206,15 +207,36 @@ def page_section(results: Results) -> str:
     return "\n".join(lines)
 
 
+def with_part(text: str, markers: tuple[str, str], part: str, page: Path) -> str:
+    """A page's text with another generated part between two markers.
+
+    Raises:
+        ValueError: a marker is missing; names the page.
+    """
+    begin, end = text.find(markers[0]), text.find(markers[1])
+    if begin < 0 or end < begin:
+        raise ValueError(f"{page}: expected the markers {markers[0]!r} and {markers[1]!r}")
+    return f"{text[: begin + len(markers[0])]}\n\n{part}\n{text[end:]}"
+
+
+def write_part(page: Path, markers: tuple[str, str], part: str) -> None:
+    """Replace the generated part of a page between two markers, or add it at the end.
+
+    Raises:
+        ValueError: only one of the two markers is there.
+    """
+    text = page.read_text(encoding="utf-8") if page.is_file() else ""
+    if not any(marker in text for marker in markers):
+        text = "\n".join([text.rstrip(), "", *markers, ""])
+    write_text_atomic(page, with_part(text, markers, part, page))
+
+
 def write_page(results: Results, page: Path = PAGE) -> None:
     """Replaces the generated part of the page, and the pictures."""
     text = page.read_text(encoding="utf-8") if page.is_file() else HEAD
-    begin, end = text.find(BEGIN), text.find(END)
-    if begin < 0 or end < begin:
-        raise ValueError(f"{page}: expected the markers {BEGIN!r} and {END!r}")
-    section = page_section(results)
+    text = with_part(text, (BEGIN, END), page_section(results), page)
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(f"{text[: begin + len(BEGIN)]}\n\n{section}\n{text[end:]}", encoding="utf-8")
+    page.write_text(text, encoding="utf-8")
     write_pictures(results, page.parent / "images")
 
 

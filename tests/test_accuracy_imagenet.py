@@ -36,7 +36,7 @@ def test_the_page_has_means_of_both_directions(tmp_path: Path) -> None:
     page = tmp_path / "accuracy.md"
     page.write_text("# Accuracy\n\nBefore.\n", encoding="utf-8")
     for _ in range(2):
-        bench.write_page(results, page)
+        bench.write_part(page, (bench.BEGIN, bench.END), bench.page_section(results))
     text = page.read_text(encoding="utf-8")
     assert text.count(bench.BEGIN) == text.count(bench.END) == 1
     assert "Before." in text

@@ -106,4 +106,4 @@ def test_summary_and_bad_files(tmp_path) -> None:
     page = tmp_path / "page.md"
     page.write_text(bench.END)
     with pytest.raises(ValueError, match="markers"):
-        bench.write_page(tmp_path / "none", page)
+        bench.write_part(page, (bench.BEGIN, bench.END), bench.page_section(tmp_path / "none"))

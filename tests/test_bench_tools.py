@@ -100,7 +100,7 @@ def test_the_gpu_part_of_the_page(tmp_path):
     gpu_report.write_page(GPU, page)
     assert page.read_text(encoding="utf-8") == first
     page.write_text(gpu_report.BEGIN, encoding="utf-8")
-    with pytest.raises(ValueError, match="expected both of the markers"):
+    with pytest.raises(ValueError, match="expected the markers"):
         gpu_report.write_page(GPU, page)
     # What bench.report writes stands before it and is left alone.
     assert gpu_report.BEGIN not in (BEGIN, END)

@@ -70,6 +70,23 @@ def test_bits_of_all_layers_in_a_word() -> None:
         ada.compress(tiny(), data, 8, allocate_options={"candidates": 3}, progress=False)
 
 
+class Best(nn.Module):
+    """A network that says which class it is, and nothing that a distance is known of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores = tiny()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scores(x).argmax(1)
+
+
+def test_a_result_that_nothing_can_be_learned_from_is_repaired_all_the_same() -> None:
+    result = ada.compress(Best().eval(), batches(2, 24, labels=False), 8, progress=False)
+    assert result.repair is not None and result.repair.learned is None
+    assert all(row.held_error is not None for row in result.repair.layers.values())
+
+
 class WithFloat(nn.Module):
     """A network with a layer that is kept in float."""
 

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from adalayer_native.capture.work import FloatRest, work_of
 from adalayer_native.errors import PlanError, UnsupportedModelError
 from adalayer_native.importance import LayerScores, analyze
 from adalayer_native.importance.calibration import check_calibration
-from adalayer_native.importance.outputs import LossFn, Pick, distance
+from adalayer_native.importance.outputs import LossFn, Pick, distance, has_distance
 from adalayer_native.plan import Plan, supported_layers
 from adalayer_native.quantization import calibrate, convert, prepare
 from adalayer_native.quantization.layout import native_layout
@@ -148,7 +149,8 @@ def compress(
         check_method(method, budget, criterion=criterion, **agreed)
     model = captured_on(model, calibration)
     check_calibration(model, calibration, output, labels=loss_fn is None)
-    macs = work_of(model, first_sample(model, calibration))
+    sample = first_sample(model, calibration)
+    macs = work_of(model, sample)
     unsupported = unsupported_rest(model, plan, macs)
     if strict:
         _refuse(unsupported if plan is None else planned_rest(model, plan, macs))
@@ -218,11 +220,13 @@ def compress(
                 # Calibrated ranges are in it, and with them the data.
                 name = f"repair-{fingerprint(prepared, {'seed': seed})[:16]}.safetensors"
                 checkpoint = work / name
+            with torch.no_grad():
+                learns = has_distance(sample(prepared), output)
             with stage(REPAIR, enabled=progress):
                 report = repair_layers(
                     prepared,
                     calibration,
-                    distance=lambda wanted, found: distance(wanted, found, output),
+                    distance=partial(distance, pick=output) if learns else None,
                     seed=seed,
                     checkpoint=checkpoint,
                     progress=progress,

@@ -38,6 +38,7 @@ __all__ = [
     "Result",
     "cross_entropy",
     "distance",
+    "has_distance",
     "has_logits",
     "kl_divergence",
     "logits_of",
@@ -257,6 +258,11 @@ def has_logits(
     except CalibrationError:
         return False
     return True
+
+
+def has_distance(output: Any, pick: Pick = None) -> bool:
+    """Whether :func:`distance` has something of floating point to compare."""
+    return any(value.is_floating_point() for _, value in _tensors(picked(output, pick)))
 
 
 def metric_name(
