@@ -400,6 +400,29 @@ def test_a_batch_that_was_remembered_is_no_condition(x: Tensor) -> None:
     assert torch.equal(graph(x), model(x))
 
 
+class Apart(nn.Module):
+    """Two inputs with batches of their own; what is asked of the second one's is no comparison of
+    sizes with one another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 4), nn.Conv1d(3, 2, 1)
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        n, _, width = y.shape
+        z = self.second(y)
+        return self.first(x), z * 1 if n * width // 4 * 4 != width else z.clone()
+
+
+def test_a_single_sample_of_inputs_whose_batches_are_apart() -> None:
+    torch.manual_seed(0)
+    model, x, y = Apart().eval(), torch.randn(2, 8), torch.randn(2, 3, 8)
+    captured = ada.capture(model, (x, y))
+    assert captured.signature.single
+    for found, wanted in zip(captured(x[:1], y[:1]), model(x[:1], y[:1]), strict=True):
+        assert torch.equal(found, wanted)
+
+
 def test_a_single_sample_that_is_treated_otherwise_is_refused(x: Tensor) -> None:
     model = Blocks(lambda m, t: m.c(t) if t.shape[0] > 1 else m.c(t) * 2, c=conv()).eval()
     graph = ada.capture(model, x)

@@ -216,10 +216,14 @@ class Signature:
         if batch == 1 and not self.single:
             raise InputError("the model treats a batch of 1 otherwise than others; give 2 or more")
         if self.guards:
-            # torch.export reasons about batches from 2 on; one was tried (``single``).
+            # torch.export reasons about batches from 2 on; one sample of every input was tried
+            # (``single``), and inputs may have batches of their own.
+            first = {port.shape[0] for port in self.ports if port.shape}
+            batches = {known for known in free if known in first}
+            tried = batches if all(free[known] == 1 for known in batches) else {"batch"}
             sizes = [
                 tuple(
-                    max(size, 2) if known == "batch" else size
+                    max(size, 2) if known in tried else size
                     for known, size in zip(port.shape, x.shape, strict=True)
                 )
                 for port, x in zip(self.ports, tensors, strict=True)
