@@ -68,6 +68,8 @@ def function_norm(d: Draft) -> None:
         return
     shape = d.shape(x)
     kinds = ("batch_norm", "batch_norm", "group_norm", "layer_norm", "rms_norm")
+    if math.prod(shape) == 1:  # (One value per group is an error of torch's.)
+        kinds = kinds[:2]
     kind = d.one_of(kinds if shape[-1] > 3 else kinds[:3])
     size = shape[-1] if kind in ("layer_norm", "rms_norm") else shape[0]
     weight, bias = d.parameter(size, fill="scale"), d.parameter(size, fill="bias")
@@ -80,7 +82,6 @@ def function_norm(d: Draft) -> None:
         form = d.one_of(("operator", "weight first", "weight behind"))
         d.step("rms_norm", x, weight, form=form)
     else:
-        # (One value per group is an error of torch's.)
         groups = d.one_of((1, size)) if len(shape) > 1 and math.prod(shape[1:]) > 1 else 1
         d.step("group_norm", x, weight, bias, groups=groups)
 
