@@ -416,7 +416,9 @@ bool works_on_floats(const Program& p, const Node& n) {
   constexpr OpKind kOps[] = {OpKind::LayerNorm, OpKind::RmsNorm, OpKind::GroupNorm,
                              OpKind::Attention, OpKind::Affine,  OpKind::Rearrange,
                              OpKind::Constant,  OpKind::MaxPool};
-  return p.values[n.output].kind == ValueKind::F32 &&
+  // (Programs that are not valid are written, too: tests and the fuzzer make such files.)
+  const bool known = n.output >= 0 && static_cast<size_t>(n.output) < p.values.size();
+  return known && p.values[n.output].kind == ValueKind::F32 &&
          std::find(std::begin(kOps), std::end(kOps), n.op) != std::end(kOps);
 }
 

@@ -372,6 +372,30 @@ TEST(refusals_say_what_is_wrong) {
   check_refused("bytes of text", [](Program& p) { p.nodes[0].name.assign(kMaxName + 1, 'x'); });
 }
 
+TEST(programs_that_are_not_valid_are_written_and_read) {
+  const auto kept = [](const std::function<void(Program&)>& change) {
+    Program p = every_operation();
+    change(p);
+    const Program back = parse(serialize(p));
+    CHECK_EQ(back.nodes.size(), p.nodes.size());
+    CHECK(serialize(back) == serialize(p));
+  };
+  for (const int32_t number : {-1, 1 << 20, std::numeric_limits<int32_t>::min()}) {
+    kept([&](Program& p) {
+      for (Node& n : p.nodes)
+        n.output = number;
+    });
+    kept([&](Program& p) {
+      for (Node& n : p.nodes)
+        n.inputs.assign(n.inputs.size(), number);
+    });
+  }
+  kept([](Program& p) {
+    for (Node& n : p.nodes)
+      n.inputs.clear();
+  });
+}
+
 TEST(token_ids_are_what_they_must_be) {
   const auto refused_with = [](const char* text, const std::function<void(Program&)>& change) {
     Program p = token_program();
