@@ -90,14 +90,14 @@ py::dict operations() {
   for (const Operation& o : kOperations) {
     py::list forms, ints, floats, constants;
     for (const Form& f : o.forms)
-      forms.append(py::make_tuple(kind_name(f.inputs), kind_name(f.output),
-                                  std::max(f.minor, o.minor)));
+      forms.append(
+          py::make_tuple(kind_name(f.inputs), kind_name(f.output), std::max(f.minor, o.minor)));
     for (const IntParameter& p : o.ints)
       ints.append(py::make_tuple(text(p.name), p.low, p.high,
                                  p.usual == kNoUsual ? py::object(py::none()) : py::int_(p.usual)));
     for (const FloatParameter& p : o.floats)
-      floats.append(py::make_tuple(text(p.name), p.has_usual ? py::object(py::float_(p.usual))
-                                                             : py::object(py::none())));
+      floats.append(py::make_tuple(
+          text(p.name), p.has_usual ? py::object(py::float_(p.usual)) : py::object(py::none())));
     for (const ConstantParameter& p : o.constants)
       constants.append(
           py::make_tuple(text(p.name), kind_name(p.kind), kind_name(p.other), p.optional));
