@@ -411,25 +411,9 @@ std::vector<uint8_t> write_program(const Program& p) {
 
 namespace {
 
-<<<<<<< HEAD
-/// Whether a node has a float result that earlier versions do not have.
-bool works_on_floats(const Program& p, const Node& n) {
-  constexpr OpKind kOps[] = {OpKind::LayerNorm, OpKind::RmsNorm, OpKind::GroupNorm,
-                             OpKind::Attention, OpKind::Affine,  OpKind::Rearrange,
-                             OpKind::Constant,  OpKind::MaxPool};
-  // (Programs that are not valid are written, too: tests and the fuzzer make such files.)
-  const bool known = n.output >= 0 && static_cast<size_t>(n.output) < p.values.size();
-  return known && p.values[n.output].kind == ValueKind::F32 &&
-         std::find(std::begin(kOps), std::end(kOps), n.op) != std::end(kOps);
-}
-
-/// The first minor version that has all operations of a program, so that older libraries read
-/// what they can run.
-=======
 /// The first minor version that has all operations of a program in the forms that it uses, so that
 /// older libraries read what they can run. (Programs that are not valid are written, too: tests and
 /// the fuzzer make such files.)
->>>>>>> schema
 uint16_t needed_minor(const Program& p) {
   const auto is = [&](int32_t v, ValueKind kind) {
     return v >= 0 && static_cast<size_t>(v) < p.values.size() && p.values[v].kind == kind;
