@@ -13,10 +13,12 @@
 #include <vector>
 
 #include "core/status.hpp"
+#include "engine/at_size.hpp"
 #include "engine/container.hpp"
 #include "engine/engine.hpp"
 #include "engine/interpret.hpp"
 #include "engine/program.hpp"
+#include "engine/sized_engine.hpp"
 
 namespace py = pybind11;
 using namespace adalayer;
@@ -48,7 +50,7 @@ int32_t add_value(Program& p, std::string name, const std::string& kind, int64_t
 template <ConstantKind kind, size_t Width>
 int32_t add_constant(Program& p, uintptr_t address, size_t count) {
   const auto* bytes = reinterpret_cast<const uint8_t*>(address);
-  p.constants.push_back({kind, {bytes, bytes + count * Width}});
+  p.constants.push_back({kind, SharedBytes(bytes, bytes + count * Width)});
   return static_cast<int32_t>(p.constants.size()) - 1;
 }
 
@@ -201,6 +203,38 @@ py::list profile(const Engine& e, int64_t batch, int threads, int rounds) {
   return out;
 }
 
+/// Sizes of the tensors at the boundary, (c, h, w) each.
+py::list port_sizes(const Engine& e, const std::vector<int32_t>& ports) {
+  py::list out;
+  for (const int32_t v : ports) {
+    const Value& value = e.program().values[v];
+    out.append(py::make_tuple(value.c, value.h, value.w));
+  }
+  return out;
+}
+
+EngineOptions options_of(int64_t chunk, int64_t cache_bytes, const std::string& weights,
+                         int64_t memory_bytes, const std::string& plan) {
+  EngineOptions options;
+  options.chunk = chunk;
+  options.cache_bytes = cache_bytes;
+  options.weights = weight_form(weights);
+  options.memory_bytes = memory_bytes;
+  options.plan = plan;
+  return options;
+}
+
+py::dict size_info(const SizedEngine& e) {
+  const SizedEngine::Info info = e.info();
+  py::dict found;
+  found["entries"] = info.entries;
+  found["bytes"] = info.bytes;
+  found["made"] = info.made;
+  found["most_entries"] = info.limits.entries;
+  found["most_bytes"] = info.limits.bytes;
+  return found;
+}
+
 }  // namespace
 
 void bind_engine(py::module_& m) {
@@ -241,6 +275,11 @@ void bind_engine(py::module_& m) {
       .def("constants", &constants)
       .def("constant_bytes", &constant_bytes)
       .def("validate", [](const Program& p) { engine::validate(p); })
+      .def("at_size",
+           [](const Program& p, const std::vector<int64_t>& sizes) {
+             const py::gil_scoped_release release;
+             return at_size(p, read_sizes(p), sizes);
+           })
       .def("to_bytes", &to_bytes)
       .def_static("from_bytes",
                   [](uintptr_t address, size_t size) {
@@ -253,15 +292,11 @@ void bind_engine(py::module_& m) {
       .def("run_reference", &run_reference)
       .def("reference_values", &reference_values);
 
-  py::class_<Engine>(m, "Engine")
+  py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine")
       .def(py::init([](const Program& program, int64_t chunk, int64_t cache_bytes,
                        const std::string& weights, int64_t memory_bytes, const std::string& plan) {
-             EngineOptions options;
-             options.chunk = chunk;
-             options.cache_bytes = cache_bytes;
-             options.weights = weight_form(weights);
-             options.memory_bytes = memory_bytes;
-             options.plan = plan;
+             const EngineOptions options =
+                 options_of(chunk, cache_bytes, weights, memory_bytes, plan);
              const py::gil_scoped_release release;
              return Engine(Program(program), options);
            }),
@@ -280,6 +315,38 @@ void bind_engine(py::module_& m) {
       .def("plan", &Engine::plan)
       .def("weight_bytes", &Engine::weight_bytes)
       .def("workspace_bytes", &Engine::workspace_bytes)
+      .def("own_bytes", &Engine::own_bytes)
+      .def("input_sizes", [](const Engine& e) { return port_sizes(e, e.program().inputs); })
+      .def("output_sizes", [](const Engine& e) { return port_sizes(e, e.program().outputs); })
       // A copy: the engine's own never changes.
       .def("program", [](const Engine& e) { return Program(e.program()); });
+
+  // pybind11 knows no pointers to const; every method of an Engine is.
+  const auto shown = [](const std::shared_ptr<const Engine>& engine) {
+    return std::const_pointer_cast<Engine>(engine);
+  };
+  py::class_<SizedEngine>(m, "SizedEngine")
+      .def(py::init([](const Program& program, const std::string& weights, int64_t memory_bytes,
+                       const std::string& plan) {
+             const EngineOptions options = options_of(0, 0, weights, memory_bytes, plan);
+             const py::gil_scoped_release release;
+             return std::make_unique<SizedEngine>(Program(program), options);
+           }),
+           py::arg("program"), py::arg("weights") = "measured", py::arg("memory_bytes") = 0,
+           py::arg("plan") = "")
+      .def("compiled", [shown](const SizedEngine& e) { return shown(e.compiled()); })
+      .def("at",
+           [shown](const SizedEngine& e, const std::vector<int64_t>& sizes) {
+             const py::gil_scoped_release release;
+             return shown(e.at(sizes));
+           })
+      .def("warm_up",
+           [shown](const SizedEngine& e, const std::vector<int64_t>& sizes) {
+             const py::gil_scoped_release release;
+             return shown(e.warm_up(sizes));
+           })
+      .def("info", &size_info)
+      .def("set_limits", [](SizedEngine& e, size_t entries, size_t bytes) {
+        e.set_limits({entries, bytes});
+      });
 }

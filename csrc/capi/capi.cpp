@@ -136,9 +136,8 @@ adalayer_type type_of(const capi::Port& port) {
 adalayer_type type_of(const capi::OutputView&) { return ADALAYER_FLOAT32; }
 
 template <class Tensor>
-adalayer_status describe(const std::vector<Tensor>& tensors, size_t index, const char* what,
-                         adalayer_tensor_info* info) {
-  return guarded([&] {
+void describe(const std::vector<Tensor>& tensors, size_t index, const char* what,
+              adalayer_tensor_info* info) {
     not_null(info, "info");
     // The struct of earlier headers ends here.
     constexpr size_t kFirst = offsetof(adalayer_tensor_info, type);
@@ -156,7 +155,6 @@ adalayer_status describe(const std::vector<Tensor>& tensors, size_t index, const
     if (info->struct_size < sizeof *info) return;
     info->type = type_of(t);
     info->reserved = 0;
-  });
 }
 
 const std::map<std::string, std::string>& metadata_of(const adalayer_model& model) {
@@ -240,13 +238,35 @@ size_t adalayer_model_output_count(const adalayer_model* model) {
 adalayer_status adalayer_model_input_info(const adalayer_model* model, size_t index,
                                           adalayer_tensor_info* info) {
   if (model == nullptr) return failed(ADALAYER_INVALID_ARGUMENT, "model: got null");
-  return describe(model->shared->inputs(), index, "input", info);
+  return guarded([&] { describe(model->shared->inputs(), index, "input", info); });
 }
 
 adalayer_status adalayer_model_output_info(const adalayer_model* model, size_t index,
                                            adalayer_tensor_info* info) {
   if (model == nullptr) return failed(ADALAYER_INVALID_ARGUMENT, "model: got null");
-  return describe(model->shared->outputs(), index, "output", info);
+  return guarded([&] { describe(model->shared->outputs(), index, "output", info); });
+}
+
+adalayer_status adalayer_model_input_sizes(const adalayer_model* model, size_t index, size_t axis,
+                                           adalayer_axis_info* info) {
+  return guarded([&] {
+    not_null(model, "model");
+    not_null(info, "info");
+    if (info->struct_size < sizeof *info)
+      fail<InvalidArgument>("info: expected a struct_size of at least ", sizeof *info, ", got ",
+                            info->struct_size);
+    const capi::Model& m = *model->shared;
+    if (index >= m.inputs().size())
+      fail<InvalidArgument>("input ", index, " does not exist (there are ", m.inputs().size(), ")");
+    const std::vector<int64_t>& shape = m.inputs()[index].shape;
+    if (axis >= shape.size())
+      fail<InvalidArgument>("axis ", axis, " does not exist (there are ", shape.size(), ")");
+    const engine::SizeAxis* free = m.axis(index, axis);
+    info->name = free == nullptr ? "" : free->name.c_str();
+    info->least = free == nullptr ? shape[axis] : free->least;
+    info->most = free == nullptr ? shape[axis] : free->most;
+    info->multiple_of = free == nullptr ? 1 : free->multiple_of;
+  });
 }
 
 size_t adalayer_model_class_count(const adalayer_model* model) {
@@ -324,6 +344,33 @@ adalayer_status adalayer_context_set_normalization(adalayer_context* context, si
     not_null(mean, "mean");
     not_null(std, "std");
     context->context.set_normalization(index, {mean, channels}, {std, channels});
+  });
+}
+
+adalayer_status adalayer_context_set_shape(adalayer_context* context, size_t index,
+                                           const int64_t* shape, size_t rank) {
+  return guarded([&] {
+    not_null(context, "context");
+    not_null(shape, "shape");
+    context->context.set_shape(index, {shape, rank});
+  });
+}
+
+adalayer_status adalayer_context_input_info(adalayer_context* context, size_t index,
+                                            adalayer_tensor_info* info) {
+  return guarded([&] {
+    not_null(context, "context");
+    context->context.describe(
+        [&](const capi::Sized& at) { describe(at.inputs, index, "input", info); });
+  });
+}
+
+adalayer_status adalayer_context_output_info(adalayer_context* context, size_t index,
+                                             adalayer_tensor_info* info) {
+  return guarded([&] {
+    not_null(context, "context");
+    context->context.describe(
+        [&](const capi::Sized& at) { describe(at.outputs, index, "output", info); });
   });
 }
 

@@ -53,23 +53,14 @@ void gather(const OutputView& view, const float* memory, float* out) {
 
 }  // namespace
 
-/// Marks the context as in use; one that is already is the caller's mistake.
-class Context::Use {
- public:
-  explicit Use(Context& context) : context_(context) {
-    if (context.busy_.exchange(true, std::memory_order_acquire))
-      fail<InvalidArgument>(
-          "the context is in use by another thread; create one context per thread");
-  }
-  Use(const Use&) = delete;
-  Use& operator=(const Use&) = delete;
-  ~Use() { context_.busy_.store(false, std::memory_order_release); }
+Context::Use::Use(Context& context) : context_(context) {
+  if (context.busy_.exchange(true, std::memory_order_acquire))
+    fail<InvalidArgument>(
+        "the context is in use by another thread; create one context per thread");
+}
 
- private:
-  Context& context_;
-};
-
-Context::Context(std::shared_ptr<const Model> model) : model_(std::move(model)) {
+Context::Context(std::shared_ptr<const Model> model)
+    : model_(std::move(model)), sized_(model_->compiled()) {
   const size_t inputs = model_->inputs().size();
   tables_.resize(inputs);
   converted_.resize(inputs);
@@ -113,8 +104,48 @@ void Context::set_normalization(size_t input, std::span<const float> mean,
   tables_[input] = table_of(mean, std);
 }
 
+void Context::set_shape(size_t input, std::span<const int64_t> shape) {
+  const Use use(*this);
+  if (input >= sized_.inputs.size())
+    fail<InvalidArgument>("input ", input, " does not exist (there are ", sized_.inputs.size(), ")");
+  Port& port = sized_.inputs[input];
+  const auto bad = [&](const auto&... pieces) {
+    fail<InvalidArgument>("input ", input, " ('", port.name, "'): ", pieces...);
+  };
+  if (shape.size() != port.shape.size())
+    bad("expected a shape of ", port.shape.size(), " sizes, got ", shape.size());
+  for (size_t a = 0; a < shape.size(); ++a) {
+    const engine::SizeAxis* axis = model_->axis(input, a);
+    if (axis == nullptr) {
+      if (shape[a] != port.shape[a])
+        bad("axis ", a, " is fixed: expected ", port.shape[a], ", got ", shape[a]);
+    } else if (shape[a] < axis->least || shape[a] > axis->most ||
+               shape[a] % axis->multiple_of != 0) {
+      bad("axis ", a, " (", axis->name, "): expected a multiple of ", axis->multiple_of, " from ",
+          axis->least, " to ", axis->most, ", got ", shape[a]);
+    }
+  }
+  int64_t elements = 1;
+  for (const int64_t size : shape) {
+    if (elements > engine::kMaxElements / size)
+      bad("expected at most ", engine::kMaxElements, " elements");
+    elements *= size;
+  }
+  port.shape.assign(shape.begin(), shape.end());
+  port.elements = elements;
+  reshaped_ = true;
+}
+
+const Sized& Context::sized() {
+  if (reshaped_) {
+    sized_ = model_->at(sized_.inputs);
+    reshaped_ = false;
+  }
+  return sized_;
+}
+
 void Context::check_input(size_t k, int64_t batch, const adalayer_input& in) const {
-  const Port& port = model_->inputs()[k];
+  const Port& port = sized_.inputs[k];
   const auto bad = [&](const auto&... pieces) {
     fail<InvalidArgument>("input ", k, " ('", port.name, "'): ", pieces...);
   };
@@ -141,10 +172,10 @@ void Context::check_input(size_t k, int64_t batch, const adalayer_input& in) con
 
 /// Floats in an order that the engine takes: the caller's own memory, or converted ones.
 engine::InputTensor Context::prepared(size_t k, int64_t batch, const adalayer_input& in) {
-  const Port& port = model_->inputs()[k];
+  const Port& port = sized_.inputs[k];
   bool any_order = true;
   for (size_t p = 0; p < model_->order().size(); ++p)
-    if (model_->order()[p] == k) any_order = any_order && model_->engine().any_order(p);
+    if (model_->order()[p] == k) any_order = any_order && sized_.engine->any_order(p);
   const bool last = in.layout == ADALAYER_NHWC;
   const bool to_planes = last && !any_order;
   const Layout layout = last && any_order ? Layout::NHWC : Layout::NCHW;
@@ -188,12 +219,13 @@ void Context::run(int64_t batch, std::span<const adalayer_input> inputs,
   if (batch < 0) fail<InvalidArgument>("expected a batch of 0 or more, got ", batch);
   if (inputs.size() != model.inputs().size())
     fail<InvalidArgument>("expected ", model.inputs().size(), " inputs, got ", inputs.size());
-  if (outputs.size() != model.outputs().size())
-    fail<InvalidArgument>("expected ", model.outputs().size(), " outputs, got ", outputs.size());
+  const Sized& at = sized();
+  if (outputs.size() != at.outputs.size())
+    fail<InvalidArgument>("expected ", at.outputs.size(), " outputs, got ", outputs.size());
   for (size_t k = 0; k < inputs.size(); ++k)
     check_input(k, batch, inputs[k]);
   for (size_t k = 0; k < outputs.size(); ++k) {
-    const OutputView& view = model.outputs()[k];
+    const OutputView& view = at.outputs[k];
     const size_t bytes = bytes_of("output", k, batch, view.elements, 4);
     if (outputs[k].bytes != bytes)
       fail<InvalidArgument>("output ", k, " ('", view.name, "'): expected ", bytes,
@@ -213,19 +245,19 @@ void Context::run(int64_t batch, std::span<const adalayer_input> inputs,
   // A result that some tensor shows as it is goes to the caller at once.
   std::fill(targets_.begin(), targets_.end(), nullptr);
   for (size_t k = 0; k < outputs.size(); ++k) {
-    const OutputView& view = model.outputs()[k];
+    const OutputView& view = at.outputs[k];
     if (view.atoms.empty() && targets_[view.source] == nullptr)
       targets_[view.source] = outputs[k].data;
   }
   for (size_t r = 0; r < targets_.size(); ++r) {
     if (targets_[r] != nullptr) continue;
-    const size_t total = bytes_of("result", r, batch, model.result_elements()[r], 4) / 4;
+    const size_t total = bytes_of("result", r, batch, at.result_elements[r], 4) / 4;
     if (results_[r].size() < total) results_[r].resize(total);
     targets_[r] = results_[r].data();
   }
-  model.engine().run(program_inputs_, batch, targets_, threads_);
+  at.engine->run(program_inputs_, batch, targets_, threads_);
   for (size_t k = 0; k < outputs.size(); ++k) {
-    const OutputView& view = model.outputs()[k];
+    const OutputView& view = at.outputs[k];
     const float* from = targets_[view.source];
     if (from == outputs[k].data) continue;
     for (int64_t n = 0; n < batch; ++n) {

@@ -19,16 +19,38 @@ class Context {
   /// Each throws InvalidArgument for wrong arguments, and if another call is running.
   void set_threads(int threads);
   void set_normalization(size_t input, std::span<const float> mean, std::span<const float> std);
+  /// Of the runs to come. Throws for a shape that the model does not take.
+  void set_shape(size_t input, std::span<const int64_t> shape);
   void run(int64_t batch, std::span<const adalayer_input> inputs,
            std::span<const adalayer_output> outputs);
+  /// For `read`, the tensors of the runs to come.
+  template <class Read>
+  void describe(const Read& read) {
+    const Use use(*this);
+    read(sized());
+  }
 
  private:
-  class Use;
+  /// Marks the context as in use; one that is already is the caller's mistake.
+  class Use {
+   public:
+    explicit Use(Context& context);
+    Use(const Use&) = delete;
+    Use& operator=(const Use&) = delete;
+    ~Use() { context_.busy_.store(false, std::memory_order_release); }
 
+   private:
+    Context& context_;
+  };
+
+  /// At the shapes that were set.
+  const Sized& sized();
   void check_input(size_t k, int64_t batch, const adalayer_input& in) const;
   engine::InputTensor prepared(size_t k, int64_t batch, const adalayer_input& in);
 
   std::shared_ptr<const Model> model_;
+  Sized sized_;
+  bool reshaped_ = false;  // since sized_ was made, but for its inputs
   int threads_ = 0;
   std::vector<std::vector<float>> tables_;     // [inputs] 256 numbers per channel, or empty
   std::vector<std::vector<float>> converted_;  // [inputs] scratch

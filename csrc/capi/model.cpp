@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "capi/json.hpp"
+#include "core/json.hpp"
 #include "core/status.hpp"
 
 namespace adalayer::capi {
@@ -42,29 +42,38 @@ const Json& at(const std::vector<Json>& list, size_t k, const char* what) {
   return list[k];
 }
 
-/// Sizes and strides of a view of `elements` numbers; every number that they lead to exists.
-std::vector<std::pair<int64_t, int64_t>> read_atoms(const Json& json, int64_t elements) {
+using Atoms = std::vector<std::pair<int64_t, int64_t>>;
+
+/// Sizes and strides, which are at most `elements`, of a view of so many numbers: every number that
+/// they lead to exists.
+void check_atoms(const Atoms& atoms, int64_t elements) {
   constexpr const char* kWhat = "adalayer.outputs";
-  std::vector<std::pair<int64_t, int64_t>> atoms;
   int64_t count = 1, reach = 0;
-  if (json.as_list(kWhat).size() > kMaxAtoms)
-    fail<CorruptData>(kWhat, ": expected a view of at most ", kMaxAtoms, " axes, got ",
-                      json.items.size());
-  for (const Json& pair : json.items) {
-    const std::vector<Json>& both = pair.as_list(kWhat);
-    const int64_t size = at(both, 0, kWhat).as_index(kWhat, elements);
-    const int64_t stride = at(both, 1, kWhat).as_index(kWhat, elements);
+  for (const auto& [size, stride] : atoms) {
     // Sizes are at most `elements`, at most 2^31, and so is their product so far.
-    if (size == 0 || size > elements / count)
+    if (size == 0 || size > elements / count || stride > elements)
       fail<CorruptData>(kWhat, ": expected a view of ", elements, " elements");
     count *= size;
     reach += (size - 1) * stride;
     if (reach >= elements)
       fail<CorruptData>(kWhat, ": the view leads outside of ", elements, " elements");
-    atoms.emplace_back(size, stride);
   }
   if (count != elements)
     fail<CorruptData>(kWhat, ": expected a view of ", elements, " elements, got ", count);
+}
+
+Atoms read_atoms(const Json& json, int64_t elements) {
+  constexpr const char* kWhat = "adalayer.outputs";
+  Atoms atoms;
+  if (json.as_list(kWhat).size() > kMaxAtoms)
+    fail<CorruptData>(kWhat, ": expected a view of at most ", kMaxAtoms, " axes, got ",
+                      json.items.size());
+  for (const Json& pair : json.items) {
+    const std::vector<Json>& both = pair.as_list(kWhat);
+    atoms.emplace_back(at(both, 0, kWhat).as_index(kWhat, elements),
+                       at(both, 1, kWhat).as_index(kWhat, elements));
+  }
+  check_atoms(atoms, elements);
   return atoms;
 }
 
@@ -97,7 +106,7 @@ void name_leaves(const Json& structure, const std::string& path, std::vector<std
 
 Model::Model(engine::Program program, const engine::EngineOptions& options)
     : engine_(std::move(program), options) {
-  const engine::Program& p = engine_.program();
+  const engine::Program& p = engine().program();
   for (const int32_t v : p.outputs)
     result_elements_.push_back(elements_of(p.values[v]));
   describe_inputs();
@@ -108,16 +117,94 @@ Model::Model(engine::Program program, const engine::EngineOptions& options)
       class_names_.push_back(name.as_text("classes"));
   }
   read_preprocessing();
+  check_rules();
+}
+
+/// The text about sizes is about these inputs and outputs.
+void Model::check_rules() const {
+  const engine::SizeRules& r = rules();
+  if (!r.any()) return;
+  constexpr const char* kSizes = "adalayer.sizes";
+  if (r.ports.size() != inputs_.size())
+    fail<CorruptData>(kSizes, ": expected ", inputs_.size(), " inputs, got ", r.ports.size());
+  for (size_t k = 0; k < inputs_.size(); ++k) {
+    if (r.ports[k].size() != inputs_[k].shape.size())
+      fail<CorruptData>(kSizes, ": expected ", inputs_[k].shape.size(), " axes of input \"",
+                        inputs_[k].name, "\", got ", r.ports[k].size());
+    for (size_t a = 0; a < r.ports[k].size(); ++a)
+      if (r.ports[k][a] >= 0 &&
+          inputs_[k].shape[a] != engine_.compiled_sizes()[static_cast<size_t>(r.ports[k][a])])
+        fail<CorruptData>(kSizes, ": axis ", a, " of input \"", inputs_[k].name, "\" is not ",
+                          r.axes[static_cast<size_t>(r.ports[k][a])].name);
+  }
+  for (const OutputView& view : outputs_)
+    if (view.entry >= r.outputs.size())
+      fail<CorruptData>(kSizes, ": expected rules for ", view.entry + 1, " outputs, got ",
+                        r.outputs.size());
+}
+
+const engine::SizeAxis* Model::axis(size_t input, size_t axis) const {
+  if (!rules().any() || rules().ports[input][axis] < 0) return nullptr;
+  return &rules().axes[static_cast<size_t>(rules().ports[input][axis])];
+}
+
+Sized Model::compiled() const {
+  return {engine_.compiled(), inputs_, outputs_, result_elements_};
+}
+
+Sized Model::at(std::vector<Port> inputs) const {
+  const engine::SizeRules& r = rules();
+  std::vector<int64_t> sizes(r.axes.size(), 0);
+  for (size_t k = 0; k < inputs.size(); ++k)
+    for (size_t a = 0; a < inputs[k].shape.size(); ++a) {
+      if (axis(k, a) == nullptr) continue;
+      int64_t& size = sizes[static_cast<size_t>(r.ports[k][a])];
+      if (size != 0 && size != inputs[k].shape[a])
+        fail<InvalidArgument>("input ", k, " ('", inputs[k].name, "'): expected ", size,
+                              " along axis ", a, " (", axis(k, a)->name,
+                              ") as in another input, got ", inputs[k].shape[a]);
+      size = inputs[k].shape[a];
+    }
+  Sized found{engine_.at(sizes), std::move(inputs), outputs_, {}};
+  const engine::Program& p = found.engine->program();
+  for (size_t k = 0; k < order_.size(); ++k)
+    if (found.inputs[order_[k]].elements != elements_of(p.values[p.inputs[k]]))
+      fail<CorruptData>("adalayer.sizes: input \"", found.inputs[order_[k]].name,
+                        "\" is not what the program reads at this size");
+  for (const int32_t v : p.outputs)
+    found.result_elements.push_back(elements_of(p.values[v]));
+  for (OutputView& view : found.outputs) {
+    const Value& v = p.values[p.outputs[view.source]];
+    const engine::OutputRule& rule = r.outputs[view.entry];
+    const int64_t elements = elements_of(v);
+    view.shape.clear();
+    int64_t product = 1;
+    for (const engine::Monomial& size : rule.shape) {
+      view.shape.push_back(size.at(v.h, v.w));
+      if (view.shape.back() < 1 || view.shape.back() > elements / product)
+        fail<CorruptData>("adalayer.sizes: output \"", view.name, "\" does not fit");
+      product *= view.shape.back();
+    }
+    if (product != elements || view.shape.size() > kMaxRank)
+      fail<CorruptData>("adalayer.sizes: output \"", view.name, "\" does not fit");
+    view.elements = elements;
+    view.atoms.clear();
+    if (!rule.atoms) continue;
+    for (const engine::AxisPart& part : *rule.atoms)
+      view.atoms.emplace_back(part.count.at(v.h, v.w), part.step.at(v.h, v.w));
+    check_atoms(view.atoms, elements);
+  }
+  return found;
 }
 
 const std::string* Model::text(const char* key) const {
-  const auto& metadata = engine_.program().metadata;
+  const auto& metadata = engine().program().metadata;
   const auto found = metadata.find(key);
   return found == metadata.end() ? nullptr : &found->second;
 }
 
 bool Model::is_image(size_t input) const {
-  const engine::Program& p = engine_.program();
+  const engine::Program& p = engine().program();
   for (size_t k = 0; k < order_.size(); ++k) {
     const Value& v = p.values[p.inputs[k]];
     if (order_[k] == input && inputs_[input].shape != std::vector<int64_t>{v.c, v.h, v.w})
@@ -129,7 +216,7 @@ bool Model::is_image(size_t input) const {
 void Model::describe_inputs() {
   constexpr const char* kInputs = "adalayer.inputs";
   constexpr const char* kOrder = "adalayer.order";
-  const engine::Program& p = engine_.program();
+  const engine::Program& p = engine().program();
   const std::string* described = text(kInputs);
   if (described == nullptr) {  // written by something else than the Python package
     for (const int32_t v : p.inputs) {
@@ -174,12 +261,12 @@ void Model::describe_inputs() {
 void Model::describe_outputs() {
   constexpr const char* kOutputs = "adalayer.outputs";
   constexpr const char* kLeaves = "adalayer.leaves";
-  const engine::Program& p = engine_.program();
+  const engine::Program& p = engine().program();
   const std::string* described = text(kOutputs);
   if (described == nullptr) {
     for (size_t k = 0; k < p.outputs.size(); ++k) {
       const Value& v = p.values[p.outputs[k]];
-      outputs_.push_back({v.name, {v.c, v.h, v.w}, elements_of(v), k, {}});
+      outputs_.push_back({v.name, {v.c, v.h, v.w}, elements_of(v), k, k, {}});
     }
     return;
   }
@@ -200,6 +287,7 @@ void Model::describe_outputs() {
     const Json& atoms = at(fields, 2, kOutputs);
     if (atoms.kind != Json::Kind::Null) view.atoms = read_atoms(atoms, view.elements);
     view.name = p.values[p.outputs[view.source]].name;
+    view.entry = views.size();
     views.push_back(std::move(view));
   }
   // The result's tensors in the order in which the network returns them, constants left out.

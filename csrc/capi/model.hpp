@@ -3,12 +3,13 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "engine/engine.hpp"
+#include "engine/sized_engine.hpp"
 
 namespace adalayer::capi {
 
@@ -29,6 +30,7 @@ struct OutputView {
   std::vector<int64_t> shape;
   int64_t elements = 1;
   size_t source = 0;  // which of the program's outputs
+  size_t entry = 0;   // of "adalayer.outputs"
   // Sizes and strides that give the tensor its order; empty if it is that of memory.
   std::vector<std::pair<int64_t, int64_t>> atoms;
 };
@@ -38,15 +40,30 @@ struct Normalization {
   std::vector<float> mean, std;
 };
 
+/// A model at one size of its inputs.
+struct Sized {
+  std::shared_ptr<const engine::Engine> engine;
+  std::vector<Port> inputs;
+  std::vector<OutputView> outputs;
+  std::vector<int64_t> result_elements;  // of the program's outputs
+};
+
 class Model {
  public:
   /// Throws CorruptData if the texts do not describe the program, LimitExceeded, and what Engine
   /// throws.
   Model(engine::Program program, const engine::EngineOptions& options);
 
-  const engine::Engine& engine() const { return engine_; }
+  /// At the size that was compiled.
+  const engine::Engine& engine() const { return *engine_.compiled(); }
   const std::vector<Port>& inputs() const { return inputs_; }
   const std::vector<OutputView>& outputs() const { return outputs_; }
+  const engine::SizeRules& rules() const { return engine_.rules(); }
+  /// Which of the rules' axes an axis of an input's shape is; null where its size is fixed.
+  const engine::SizeAxis* axis(size_t input, size_t axis) const;
+  Sized compiled() const;
+  /// For inputs of these shapes. Throws InvalidArgument where the model does not take them.
+  Sized at(std::vector<Port> inputs) const;
   /// Which of inputs() the program's input k is.
   const std::vector<size_t>& order() const { return order_; }
   /// Elements of the program's output k.
@@ -62,9 +79,10 @@ class Model {
   void describe_inputs();
   void describe_outputs();
   void read_preprocessing();
+  void check_rules() const;
   const std::string* text(const char* key) const;
 
-  engine::Engine engine_;
+  engine::SizedEngine engine_;
   std::vector<Port> inputs_;
   std::vector<size_t> order_;
   std::vector<OutputView> outputs_;

@@ -66,7 +66,7 @@ ConvSource conv_source(const Program& p, const Node& n) {
   s.input_zero_point = x.zero_point;
   s.a = engine::conv_attributes(n);
   s.transposed = n.op == OpKind::ConvTranspose;
-  s.packed = &p.constants[s.a.weights].bytes;
+  s.packed = &static_cast<const std::vector<uint8_t>&>(p.constants[s.a.weights].bytes);
   s.scale = p.constants[s.a.scale].f32().data();
   s.bias = p.constants[s.a.bias].f32().data();
   return s;

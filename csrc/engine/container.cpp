@@ -120,7 +120,7 @@ void write_constants(Writer& w, const Program& p) {
 void write_data(Writer& w, const Program& p) {
   for (const Constant& c : p.constants) {
     w.align();
-    w.list(c.bytes);
+    w.list<uint8_t>(c.bytes);
   }
 }
 
@@ -294,7 +294,7 @@ void read_constants(const Sections& sections, Program& p) {
             data_bytes, " bytes of section DATA");
     data.take(offset - end, "padding");
     const auto bytes = data.take(size, "a constant");
-    c.bytes.assign(bytes.begin(), bytes.end());
+    c.bytes = SharedBytes(bytes.begin(), bytes.end());
     end = offset + size;
     p.constants.push_back(std::move(c));
   }

@@ -13,11 +13,11 @@ namespace adalayer::engine {
 namespace {
 
 template <class T>
-AlignedBuffer padded_copy(std::span<const T> values) {
-  AlignedBuffer buffer(
+std::shared_ptr<const AlignedBuffer> padded_copy(std::span<const T> values) {
+  auto buffer = std::make_shared<AlignedBuffer>(
       static_cast<size_t>(cpu::epilogue_size(static_cast<int64_t>(values.size()))) * sizeof(T));
-  buffer.clear();
-  if (!values.empty()) std::memcpy(buffer.data(), values.data(), values.size_bytes());
+  buffer->clear();
+  if (!values.empty()) std::memcpy(buffer->data(), values.data(), values.size_bytes());
   return buffer;
 }
 
@@ -168,6 +168,54 @@ ConvStep::ConvStep(const Program& program, const Node& node, const cpu::ImageLay
   if (room != cpu::Room::Several) keep_form(sure_form());
 }
 
+ConvStep::ConvStep(const ConvStep& like, const Program& program, const Node& node,
+                   const cpu::ImageLayout* residual)
+    : node_(&node),
+      attributes_(conv_attributes(node)),
+      shape_(shape_of(program, node)),
+      out_value_(value_of(program, node.output)),
+      zero_point_(like.zero_point_),
+      float_out_(like.float_out_),
+      has_residual_(like.has_residual_),
+      bits_(like.bits_),
+      packed_bytes_(like.packed_bytes_),
+      scale_(like.scale_),
+      bias_(like.bias_),
+      panels_(like.panels_),
+      epilogue_(like.epilogue_) {
+  if (residual != nullptr) residual_ = *residual;
+  if (has_residual_) residual_value_ = value_of(program, node.inputs[1]);
+  if (!float_out_) epilogue_.finish = node_finish(program, node);
+  choice_ = like.choice_;
+  choice_.form = 0;
+}
+
+std::unique_ptr<ConvStep> ConvStep::at_size(const ConvStep& like, const Program& program,
+                                            const Node& node, const cpu::ImageLayout& in,
+                                            const cpu::ImageLayout* out,
+                                            const cpu::ImageLayout* residual, bool own_input) {
+  const std::vector<cpu::ConvTask> tasks =
+      conv_tasks(program, node, own_input, cpu::Room::Several);
+  // (A transposed convolution has fewer phases where its output is smaller than its stride.)
+  if (tasks.size() != like.pieces_.size()) return nullptr;
+  std::unique_ptr<ConvStep> step(new ConvStep(like, program, node, residual));
+  const cpu::ConvLayouts at{in, out, step->float_out_ ? nullptr : residual};
+  for (size_t k = 0; k < tasks.size(); ++k) {
+    const Piece& from = like.pieces_[k];
+    const Form& used = like.in_use(from);
+    Form form{{used.conv.algorithm, used.conv.weights, nullptr},
+              {used.panels[0], used.panels[1]}};
+    form.conv.plan = form.conv.algorithm->plan(tasks[k], at, form.conv.weights->variant);
+    if (!form.conv.plan->packs_like(*used.conv.plan)) return nullptr;
+    Piece& piece = step->pieces_.emplace_back();
+    piece.correction = from.correction;
+    piece.epilogue = from.epilogue;
+    piece.epilogue.finish = step->epilogue_.finish;
+    piece.forms.push_back(std::move(form));
+  }
+  return step;
+}
+
 void ConvStep::add_phases(const Program& program, const std::vector<cpu::ConvTask>& tasks,
                           const cpu::ConvLayouts& at, std::span<const int8_t> weights) {
   const std::vector<TransposedPhase> phases = transposed_phases(program, *node_);
@@ -197,7 +245,7 @@ void ConvStep::keep_form(int form) {
   }
 }
 
-AlignedBuffer ConvStep::correction(std::span<const int8_t> weights) const {
+std::shared_ptr<const AlignedBuffer> ConvStep::correction(std::span<const int8_t> weights) const {
   const int64_t outs = shape_.out_channels;
   const int64_t reduction = static_cast<int64_t>(weights.size()) / std::max<int64_t>(outs, 1);
   std::vector<int32_t> values(static_cast<size_t>(outs));
@@ -216,7 +264,7 @@ void ConvStep::add_piece(const cpu::ConvTask& task, const cpu::ConvLayouts& at,
   piece.correction = correction(weights);
   piece.weights = std::move(weights);
   piece.epilogue = epilogue_;
-  piece.epilogue.correction = zero_point_ == 0 ? nullptr : piece.correction.as<int32_t>();
+  piece.epilogue.correction = zero_point_ == 0 ? nullptr : piece.correction->as<int32_t>();
   for (const cpu::ConvAlgorithm* algorithm : cpu::algorithms_for(task)) {
     cpu::ConvForm form = cpu::make_form(*algorithm, task, at, piece.weights);
     if (form.weights != nullptr) piece.forms.push_back({std::move(form)});
@@ -240,8 +288,8 @@ void ConvStep::prepare_epilogue(const Program& program, std::span<const int8_t> 
   }
   scale_ = padded_copy(scale);
   bias_ = padded_copy(bias);
-  epilogue_.scale = scale_.as<float>();
-  epilogue_.bias = bias_.as<float>();
+  epilogue_.scale = scale_->as<float>();
+  epilogue_.bias = bias_->as<float>();
   if (!float_out_) epilogue_.finish = node_finish(program, *node_);
   if (has_residual_) {
     epilogue_.residual_scale = residual_value_.scale;
@@ -272,12 +320,55 @@ void ConvStep::pack(uint8_t* panels, const ConvChoice& choice) {
   }
 }
 
-void ConvStep::settle() {
+void ConvStep::settle(std::shared_ptr<const AlignedBuffer> panels) {
+  panels_ = std::move(panels);
   for (Piece& piece : pieces_) {
     piece.weights = {};
     for (int f = 0; f < forms(); ++f)
       if (f != choice_.form) piece.forms[f].conv.plan.reset();
   }
+}
+
+bool ConvStep::share(const ConvStep& like) {
+  if (pieces_.size() != like.pieces_.size() || choice_.resident != like.choice_.resident)
+    return false;
+  for (size_t k = 0; k < pieces_.size(); ++k) {
+    const cpu::ConvForm &own = in_use(pieces_[k]).conv, &other = like.in_use(like.pieces_[k]).conv;
+    if (own.algorithm != other.algorithm || own.weights->variant != other.weights->variant ||
+        own.weights->key() != other.weights->key() || !own.plan->packs_like(*other.plan))
+      return false;
+  }
+  for (size_t k = 0; k < pieces_.size(); ++k) {
+    Form& own = pieces_[k].forms[static_cast<size_t>(choice_.form)];
+    const Form& other = like.in_use(like.pieces_[k]);
+    own.conv.weights = other.conv.weights;
+    std::copy(std::begin(other.panels), std::end(other.panels), std::begin(own.panels));
+    pieces_[k].correction = like.pieces_[k].correction;
+    pieces_[k].epilogue.correction = like.pieces_[k].epilogue.correction;
+    pieces_[k].epilogue.scale = like.epilogue_.scale;
+    pieces_[k].epilogue.bias = like.epilogue_.bias;
+  }
+  scale_ = like.scale_;
+  bias_ = like.bias_;
+  panels_ = like.panels_;
+  epilogue_.scale = like.epilogue_.scale;
+  epilogue_.bias = like.epilogue_.bias;
+  return true;
+}
+
+void ConvStep::unshare() {
+  auto own = std::make_shared<AlignedBuffer>(static_cast<size_t>(panel_bytes(choice_)));
+  uint8_t* to = own->data();
+  const int bits = panel_bits(choice_.resident);
+  for (Piece& piece : pieces_) {
+    Form& form = piece.forms[static_cast<size_t>(choice_.form)];
+    const auto bytes =
+        static_cast<size_t>(form.conv.plan->packed_bytes(*form.conv.weights, bits));
+    if (bytes > 0) std::memcpy(to, form.panels[choice_.resident], bytes);
+    form.panels[choice_.resident] = to;
+    to += bytes;
+  }
+  panels_ = std::move(own);
 }
 
 ConvChoice ConvStep::possible(ConvChoice choice) const {
@@ -350,7 +441,7 @@ void ConvStep::run(const ConvBuffers& b, cpu::Part part, bool by_columns, cpu::W
                          .bits = panel_bits(choice_.resident),
                          .in = b.in,
                          .images = b.images,
-                         .correction = piece.correction.as<int32_t>(),
+                         .correction = piece.correction->as<int32_t>(),
                          .epilogue = &piece.epilogue,
                          .out = b.out,
                          .residual = b.residual,
@@ -383,6 +474,13 @@ size_t ConvStep::derived_bytes() const {
   for (const Piece& piece : pieces_)
     bytes += in_use(piece).conv.weights->own_bytes();
   return static_cast<size_t>(bytes);
+}
+
+size_t ConvStep::table_bytes() const {
+  size_t bytes = sizeof *this;
+  for (const Piece& piece : pieces_)
+    bytes += sizeof piece + in_use(piece).conv.plan->bytes();
+  return bytes;
 }
 
 std::string ConvStep::kernel() const {

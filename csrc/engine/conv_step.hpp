@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <vector>
 
@@ -52,6 +53,13 @@ class ConvStep {
            const cpu::ImageLayout* out, const cpu::ImageLayout* residual, bool own_input,
            cpu::Room room);
 
+  /// The layer of `like`, which is settled, for another image size: with its choice and its weights
+  /// in memory. Null where its weights lie otherwise for that size.
+  static std::unique_ptr<ConvStep> at_size(const ConvStep& like, const Program& program,
+                                           const Node& node, const cpu::ImageLayout& in,
+                                           const cpu::ImageLayout* out,
+                                           const cpu::ImageLayout* residual, bool own_input);
+
   /// Algorithms that these weights can have (of several in one, they may differ in bytes). Where
   /// weights may not expand, it is one: what surely wins without a clock, or is forced.
   int forms() const { return static_cast<int>(pieces_.front().forms.size()); }
@@ -60,8 +68,14 @@ class ConvStep {
   /// Derives the weights of this machine in the form of a choice: panels into `panels` (64-byte
   /// aligned), which must live as long as this object uses that form.
   void pack(uint8_t* panels, const ConvChoice& choice);
-  /// The choice stands: no choose() or pack() after this. Drops what only they need.
-  void settle();
+  /// The choice stands: no choose() or pack() after this. Drops what only they need. `panels` holds
+  /// what was packed for it.
+  void settle(std::shared_ptr<const AlignedBuffer> panels);
+  /// Of a layer that is settled, too: takes its weights where they are the same ones, so that they
+  /// are in memory once. Whether it did.
+  bool share(const ConvStep& like);
+  /// Copies its weights out of a buffer that holds those of other layers, too.
+  void unshare();
 
   void choose(const ConvChoice& choice) { choice_ = possible(choice); }
   const ConvChoice& choice() const { return choice_; }
@@ -85,6 +99,8 @@ class ConvStep {
   int64_t macs() const { return shape_.macs(); }
   size_t packed_bytes() const { return packed_bytes_; }
   size_t derived_bytes() const;
+  /// Of the tables of this image size.
+  size_t table_bytes() const;
   /// "avx2 panels, resident": the row of the kernel table, the algorithm and the form.
   std::string kernel() const;
   /// How zeros are used, and what that was measured to save; empty without zeros to speak of.
@@ -96,11 +112,14 @@ class ConvStep {
     const uint8_t* panels[2] = {};  // packed, resident
   };
   struct Piece {
-    AlignedBuffer correction;  // of this piece's taps
+    std::shared_ptr<const AlignedBuffer> correction;  // of this piece's taps
     cpu::ConvEpilogue epilogue;
     std::vector<int8_t> weights;  // until settle()
     std::vector<Form> forms;      // all pieces have the same algorithms
   };
+
+  ConvStep(const ConvStep& like, const Program& program, const Node& node,
+           const cpu::ImageLayout* residual);
 
   void add_piece(const cpu::ConvTask& task, const cpu::ConvLayouts& at,
                  std::vector<int8_t> weights);
@@ -108,7 +127,7 @@ class ConvStep {
                   const cpu::ConvLayouts& at, std::span<const int8_t> weights);
   int sure_form() const;
   void keep_form(int form);
-  AlignedBuffer correction(std::span<const int8_t> weights) const;
+  std::shared_ptr<const AlignedBuffer> correction(std::span<const int8_t> weights) const;
   void prepare_epilogue(const Program& program, std::span<const int8_t> weights);
   void add_float_residual(const ConvBuffers& buffers) const;
   const Form& in_use(const Piece& piece) const { return piece.forms[choice_.form]; }
@@ -127,7 +146,8 @@ class ConvStep {
   std::vector<double> seconds_;  // [forms], or none: not measured by this process
   size_t packed_bytes_ = 0;
   std::vector<Piece> pieces_;
-  AlignedBuffer scale_, bias_;  // padded to 64 channels
+  std::shared_ptr<const AlignedBuffer> scale_, bias_;  // padded to 64 channels
+  std::shared_ptr<const AlignedBuffer> panels_;        // what the form in use points into
   cpu::ConvEpilogue epilogue_;
 };
 

@@ -43,10 +43,44 @@ struct alignas(64) Progress {
   std::atomic<int> done{0};
 };
 
+/// Memory for the tensors of calls, which all sizes of one network share: what is not in use waits
+/// here, and has grown to the largest size that it has been used for.
+class ArenaPool {
+ public:
+  AlignedBuffer take(size_t bytes) {
+    AlignedBuffer arena;
+    {
+      const std::lock_guard lock(mutex_);
+      if (!idle_.empty()) {
+        arena = std::move(idle_.back());
+        idle_.pop_back();
+      } else {
+        idle_.reserve(++made_);  // giving back must not allocate
+      }
+    }
+    if (arena.size() < bytes) {
+      arena = AlignedBuffer();  // before the larger one is there
+      arena = AlignedBuffer(bytes);
+      arena.clear();
+    }
+    return arena;
+  }
+  void give(AlignedBuffer arena) {
+    const std::lock_guard lock(mutex_);
+    if (idle_.size() < idle_.capacity()) idle_.push_back(std::move(arena));
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<AlignedBuffer> idle_;
+  size_t made_ = 0;
+};
+
 /// Memory of one call: tensors, the team's progress, and the order in which each member reads the
 /// weights.
 struct Workspace {
   AlignedBuffer arena;
+  const uint8_t* bound = nullptr;  // the arena that `frame` points into
   Frame frame;
   Frame single;  // one image of `frame`, for the nodes that run image by image
   std::vector<Progress> progress;
@@ -91,7 +125,9 @@ struct Engine::Impl {
   Isa isa = Isa::Scalar;
   std::vector<ValueLayout> layouts;
   std::vector<Step> steps;
-  AlignedBuffer panels;
+  EngineOptions options;
+  std::shared_ptr<ArenaPool> arenas;
+  size_t own_panels = 0;  // bytes of packed weights that no other size has
   std::string plan;  // plan_line(); empty where nothing was measured
   // A thread takes `chunk` images at a time. The first `front` nodes run image by image, because
   // their tensors are large; the rest run on all images together, because their weights are.
@@ -107,17 +143,9 @@ struct Engine::Impl {
   mutable std::mutex mutex;
   mutable std::vector<std::unique_ptr<Workspace>> idle;
 
-  Impl(Program p, const EngineOptions& options) : program(std::move(p)) {
-    validate(program);
-    rows = table_rows(program);
-    isa = active_isa();
-    kernels = cpu::active_kernels();
-    if (kernels == nullptr) {
-      check_memory(interpreter_memory(program), options.memory_bytes);
-      return;
-    }
-    plan_ports();
-    layouts = plan_layouts(program);
+  Impl(Program p, const EngineOptions& given)
+      : program(std::move(p)), options(given), arenas(std::make_shared<ArenaPool>()) {
+    if (!prepare()) return;
     const auto fixed = [&](cpu::Room room) { return planned_memory(program, layouts, room); };
     check_memory(fixed(cpu::Room::Least) + largest_moment(), options.memory_bytes);
     // What weights may take beyond that is an offer, which memory may refuse.
@@ -132,20 +160,77 @@ struct Engine::Impl {
     };
     fit_room(largest_moment());
     steps = build_steps(program, layouts, room);
+    plan_chunks();
+    if (!fit_room(static_cast<double>(arena.bytes))) steps = build_steps(program, layouts, room);
+    check_memory(fixed(room) + static_cast<double>(arena.bytes), options.memory_bytes);
+    choose_convolutions();
+    const auto panels = std::make_shared<const AlignedBuffer>(
+        pack_weights([](const ConvStep& conv) { return std::optional(conv.choice()); }));
+    own_panels = panels->size();
+    for (Step& step : steps)
+      if (step.conv) step.conv->settle(panels);
+  }
+
+  /// Of another size than `like`'s, with its weights and choices, in the memory of `arenas`.
+  Impl(Program p, const Impl& like, std::shared_ptr<ArenaPool> shared)
+      : program(std::move(p)), options(like.options), arenas(std::move(shared)) {
+    if (!prepare()) return;
+    if (isa != like.isa)
+      fail<InvalidArgument>("the engine was compiled for ", isa_name(like.isa), ", but ",
+                            isa_name(isa), " is in use now; compile it again");
+    const double fixed = planned_memory(program, layouts, cpu::Room::Least);
+    check_memory(fixed + largest_moment(), options.memory_bytes);
+    SharedSteps found = build_steps(program, layouts, like.steps);
+    steps = std::move(found.steps);
+    plan_chunks();
+    check_memory(fixed + static_cast<double>(arena.bytes), options.memory_bytes);
+    for (const size_t k : found.own) {
+      ConvStep& conv = *steps[k].conv;
+      auto panels = std::make_shared<AlignedBuffer>(
+          static_cast<size_t>(conv.panel_bytes(conv.choice())));
+      conv.pack(panels->data(), conv.choice());
+      own_panels += panels->size();
+      conv.settle(std::move(panels));
+    }
+  }
+
+  /// Weights that others have already, instead of those of the engine that this one is like.
+  void share(std::span<const Engine* const> holders) {
+    for (size_t k = 0; k < steps.size(); ++k) {
+      if (!steps[k].conv) continue;
+      const bool shared = std::any_of(holders.begin(), holders.end(), [&](const Engine* e) {
+        return steps[k].conv->share(*e->impl_->steps[k].conv);
+      });
+      if (shared) continue;
+      steps[k].conv->unshare();
+      own_panels += static_cast<size_t>(steps[k].conv->panel_bytes(steps[k].conv->choice()));
+    }
+  }
+
+  /// What needs no weights; false where the interpreter runs everything.
+  bool prepare() {
+    validate(program);
+    rows = table_rows(program);
+    isa = active_isa();
+    kernels = cpu::active_kernels();
+    if (kernels == nullptr) {
+      check_memory(interpreter_memory(program), options.memory_bytes);
+      return false;
+    }
+    plan_ports();
+    layouts = plan_layouts(program);
+    return true;
+  }
+
+  void plan_chunks() {
     if (options.chunk > 0)
       chunk = options.chunk;
     else
       choose_chunk(options.cache_bytes > 0 ? options.cache_bytes : kActivationBudget);
     plan_memory();
-    if (!fit_room(static_cast<double>(arena.bytes))) steps = build_steps(program, layouts, room);
-    check_memory(fixed(room) + static_cast<double>(arena.bytes), options.memory_bytes);
-    choose_convolutions(options);
-    panels = pack_weights([](const ConvStep& conv) { return std::optional(conv.choice()); });
-    for (Step& step : steps)
-      if (step.conv) step.conv->settle();
   }
 
-  void choose_convolutions(const EngineOptions& options) {
+  void choose_convolutions() {
     if (options.weights != WeightForm::Measured) {
       for (Step& step : steps)
         if (step.conv) step.conv->choose({.resident = options.weights == WeightForm::Resident});
@@ -170,6 +255,7 @@ struct Engine::Impl {
         }));
     Noise noise(program, 1);
     const auto workspace = make_workspace();
+    attach(*workspace);
     bind(workspace->frame, noise.inputs, noise.outputs, 0, 1);
     choose_by_clock(steps, [&](std::vector<double>& seconds) {
       workspace->team = 0;  // which weights a member reads has changed
@@ -301,24 +387,35 @@ struct Engine::Impl {
 
   std::unique_ptr<Workspace> borrow() const {
     {
-      const std::lock_guard lock(mutex);
+      std::unique_lock lock(mutex);
       if (!idle.empty()) {
         auto workspace = std::move(idle.back());
         idle.pop_back();
+        lock.unlock();
+        attach(*workspace);
         return workspace;
       }
     }
     auto workspace = make_workspace();
+    attach(*workspace);
     const std::lock_guard lock(mutex);
     idle.reserve(idle.capacity() + 1);  // giving back must not allocate
     return workspace;
   }
 
+  /// Gives it memory for the tensors.
+  void attach(Workspace& w) const {
+    // Kernels read whole blocks beyond the last tensor, too.
+    w.arena = arenas->take(static_cast<size_t>(arena.bytes) + 64);
+    if (w.bound == w.arena.data()) return;
+    w.bound = w.arena.data();
+    for (size_t v = 0; v < program.values.size(); ++v)
+      if (port[v] < 0) w.frame.data[v] = w.arena.data() + arena.offsets[v];
+    w.single.data = w.frame.data;
+  }
+
   std::unique_ptr<Workspace> make_workspace() const {
     auto workspace = std::make_unique<Workspace>();
-    // Kernels read whole blocks beyond the last tensor, too.
-    workspace->arena = AlignedBuffer(static_cast<size_t>(arena.bytes) + 64);
-    workspace->arena.clear();
     workspace->progress = std::vector<Progress>(steps.size());
     Frame& frame = workspace->frame;
     frame.program = &program;
@@ -326,13 +423,12 @@ struct Engine::Impl {
     frame.kernels = kernels;
     frame.data.assign(program.values.size(), nullptr);
     frame.order.assign(program.values.size(), Layout::NCHW);
-    for (size_t v = 0; v < program.values.size(); ++v)
-      if (port[v] < 0) frame.data[v] = workspace->arena.data() + arena.offsets[v];
     workspace->single = frame;
     return workspace;
   }
 
   void give_back(std::unique_ptr<Workspace> workspace) const {
+    arenas->give(std::move(workspace->arena));
     const std::lock_guard lock(mutex);
     idle.push_back(std::move(workspace));
   }
@@ -544,6 +640,13 @@ struct Engine::Impl {
 
 Engine::Engine(Program program, const EngineOptions& options)
     : impl_(std::make_unique<Impl>(std::move(program), options)) {}
+Engine::Engine(Program program, const Engine& base)
+    : impl_(std::make_unique<Impl>(std::move(program), *base.impl_, base.impl_->arenas)) {}
+Engine::Engine(const Engine& measured, const Engine& base, std::span<const Engine* const> holders)
+    : impl_(std::make_unique<Impl>(measured.impl_->program, *measured.impl_, base.impl_->arenas)) {
+  impl_->share(holders);
+  impl_->plan = measured.plan();
+}
 Engine::~Engine() = default;
 Engine::Engine(Engine&&) noexcept = default;
 Engine& Engine::operator=(Engine&&) noexcept = default;
@@ -666,6 +769,16 @@ size_t Engine::weight_bytes() const {
   size_t bytes = 0;
   for (const Step& step : impl_->steps)
     bytes += step.derived_bytes();
+  return bytes;
+}
+
+size_t Engine::own_bytes() const {
+  const Impl& e = *impl_;
+  size_t bytes = sizeof e + e.own_panels + e.layouts.size() * sizeof(ValueLayout) +
+                 e.program.values.size() * (sizeof(Value) + 32) +
+                 e.program.nodes.size() * (sizeof(Node) + sizeof(Step) + 256);
+  for (const Step& step : e.steps)
+    if (step.conv) bytes += step.conv->table_bytes();
   return bytes;
 }
 

@@ -65,6 +65,17 @@ class Engine {
   /// Validates the program. Throws InvalidArgument or CorruptData naming the node, or
   /// LimitExceeded.
   explicit Engine(Program program, const EngineOptions& options = {});
+
+  /// The network of `base` for another image size: `program` is what at_size() made of its own. The
+  /// weights of `base`, what was chosen for them, and the memory of calls are shared; nothing is
+  /// timed. `base` need not outlive this one.
+  Engine(Program program, const Engine& base);
+
+  /// The same with what the clock chose for `measured`, an engine of its own for that size: its
+  /// weights are taken where none of `holders` has the same ones. Calls share memory with those of
+  /// `base`.
+  Engine(const Engine& measured, const Engine& base, std::span<const Engine* const> holders);
+
   ~Engine();
   Engine(Engine&&) noexcept;
   Engine& operator=(Engine&&) noexcept;
@@ -94,6 +105,8 @@ class Engine {
 
   size_t weight_bytes() const;     // derived weights
   size_t workspace_bytes() const;  // one call's
+  /// What this engine alone holds beside weights and workspaces that it shares with other sizes.
+  size_t own_bytes() const;
 
  private:
   struct Impl;

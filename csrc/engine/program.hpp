@@ -16,6 +16,7 @@
 #include <string_view>
 #include <vector>
 
+#include "core/shared_bytes.hpp"
 #include "engine/operations.hpp"
 #include "reference/attention.hpp"
 #include "reference/float_conv.hpp"
@@ -55,7 +56,7 @@ struct Node {
 /// Bytes that nodes refer to by number. Weights are canonical (formats/canonical.hpp).
 struct Constant {
   ConstantKind kind = ConstantKind::F32;
-  std::vector<uint8_t> bytes;
+  SharedBytes bytes;
 
   std::span<const float> f32() const {
     return {reinterpret_cast<const float*>(bytes.data()), bytes.size() / 4};

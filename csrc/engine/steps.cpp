@@ -317,43 +317,105 @@ RunImage run_image(const Program& program, const Node& node,
   throw InvalidArgument("node '" + node.name + "': no such operation");
 }
 
+const cpu::ImageLayout* layout_of(const Program& program, const std::vector<ValueLayout>& layouts,
+                                  int32_t v) {
+  return program.values[v].kind == ValueKind::U8 ? &layouts[v].layout : nullptr;
+}
+
+/// Layouts around a convolution.
+struct Around {
+  const cpu::ImageLayout& in;
+  const cpu::ImageLayout *out, *residual;
+  bool own_input;
+};
+Around around(const Program& program, const Node& node, const std::vector<ValueLayout>& layouts) {
+  const ValueLayout& in = layouts[node.inputs[0]];
+  return {in.layout, layout_of(program, layouts, node.output),
+          node.inputs.size() > 1 ? layout_of(program, layouts, node.inputs[1]) : nullptr,
+          in.own_input != nullptr};
+}
+
+/// The steps that have no weights.
+Step plain_step(const Program& program, const Node& node, const std::vector<ValueLayout>& layouts) {
+  Step step;
+  step.node = &node;
+  step.run_image = run_image(program, node, layouts);
+  int64_t bytes = 0;
+  const auto add = [&](int32_t v) {
+    bytes += program.values[v].c * program.values[v].h * program.values[v].w;
+  };
+  add(node.output);
+  if (!node.inputs.empty()) add(node.inputs[0]);
+  step.max_parts = std::max<int64_t>(1, bytes / kBytesPerPart);
+  if (node.op == OpKind::Attention)
+    step.max_parts = cpu::attention_parts(attention_shape(program, node));
+  return step;
+}
+
+bool has_packed_weights(const Node& node) {
+  return node.op == OpKind::Conv || node.op == OpKind::ConvTranspose;
+}
+
+Step conv_step(const Program& program, const Node& node, const std::vector<ValueLayout>& layouts,
+               cpu::Room room) {
+  const Around at = around(program, node, layouts);
+  Step step;
+  step.node = &node;
+  step.conv = std::make_unique<ConvStep>(program, node, at.in, at.out, at.residual, at.own_input,
+                                         room);
+  step.max_parts = step.conv->max_parts();
+  return step;
+}
+
+Step float_step(const Program& program, const Node& node, const cpu::FloatConv* like) {
+  const FloatConvSpec spec = float_conv_spec(program, node);
+  Step step;
+  step.node = &node;
+  step.floats = like != nullptr && like->fits(spec)
+                    ? std::make_unique<cpu::FloatConv>(*like, spec)
+                    : std::make_unique<cpu::FloatConv>(spec, unpacked_floats(program, node));
+  step.max_parts = step.floats->max_parts();
+  return step;
+}
+
 }  // namespace
 
 std::vector<Step> build_steps(const Program& program, const std::vector<ValueLayout>& layouts,
                               cpu::Room room) {
   std::vector<Step> steps;
-  const auto layout_of = [&](int32_t v) -> const cpu::ImageLayout* {
-    return program.values[v].kind == ValueKind::U8 ? &layouts[v].layout : nullptr;
-  };
-  for (const Node& node : program.nodes) {
+  for (const Node& node : program.nodes)
+    steps.push_back(has_packed_weights(node)       ? conv_step(program, node, layouts, room)
+                    : node.op == OpKind::FloatConv ? float_step(program, node, nullptr)
+                                                   : plain_step(program, node, layouts));
+  return steps;
+}
+
+SharedSteps build_steps(const Program& program, const std::vector<ValueLayout>& layouts,
+                        const std::vector<Step>& like) {
+  SharedSteps found;
+  for (size_t k = 0; k < program.nodes.size(); ++k) {
+    const Node& node = program.nodes[k];
+    if (!has_packed_weights(node)) {
+      found.steps.push_back(node.op == OpKind::FloatConv
+                                ? float_step(program, node, like[k].floats.get())
+                                : plain_step(program, node, layouts));
+      continue;
+    }
+    const Around at = around(program, node, layouts);
     Step step;
     step.node = &node;
-    if (node.op == OpKind::Conv || node.op == OpKind::ConvTranspose) {
-      const int32_t x = node.inputs[0];
-      step.conv =
-          std::make_unique<ConvStep>(program, node, layouts[x].layout, layout_of(node.output),
-                                     node.inputs.size() > 1 ? layout_of(node.inputs[1]) : nullptr,
-                                     layouts[x].own_input != nullptr, room);
+    step.conv = ConvStep::at_size(*like[k].conv, program, node, at.in, at.out, at.residual,
+                                  at.own_input);
+    if (step.conv != nullptr) {
       step.max_parts = step.conv->max_parts();
-    } else if (node.op == OpKind::FloatConv) {
-      step.floats = std::make_unique<cpu::FloatConv>(float_conv_spec(program, node),
-                                                     unpacked_floats(program, node));
-      step.max_parts = step.floats->max_parts();
     } else {
-      step.run_image = run_image(program, node, layouts);
-      int64_t bytes = 0;
-      const auto add = [&](int32_t v) {
-        bytes += program.values[v].c * program.values[v].h * program.values[v].w;
-      };
-      add(node.output);
-      if (!node.inputs.empty()) add(node.inputs[0]);
-      step.max_parts = std::max<int64_t>(1, bytes / kBytesPerPart);
-      if (node.op == OpKind::Attention)
-        step.max_parts = cpu::attention_parts(attention_shape(program, node));
+      step = conv_step(program, node, layouts, cpu::Room::Least);
+      step.conv->choose({});
+      found.own.push_back(k);
     }
-    steps.push_back(std::move(step));
+    found.steps.push_back(std::move(step));
   }
-  return steps;
+  return found;
 }
 
 }  // namespace adalayer::engine

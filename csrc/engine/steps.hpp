@@ -52,4 +52,14 @@ struct Step {
 std::vector<Step> build_steps(const Program& program, const std::vector<ValueLayout>& layouts,
                               cpu::Room room);
 
+/// Of a program for another image size than that of `like`, with the weights of those steps, which
+/// are settled. A convolution whose weights lie otherwise for this size gets its own: settle() has
+/// not been called for it.
+struct SharedSteps {
+  std::vector<Step> steps;
+  std::vector<size_t> own;  // convolutions with weights of their own
+};
+SharedSteps build_steps(const Program& program, const std::vector<ValueLayout>& layouts,
+                        const std::vector<Step>& like);
+
 }  // namespace adalayer::engine

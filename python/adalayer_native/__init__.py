@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     )
     from adalayer_native.capture import capture
     from adalayer_native.compress import Compressed, compress
-    from adalayer_native.engine import Engine, compile, load
+    from adalayer_native.engine import Engine, Size, compile, load
     from adalayer_native.files import save
     from adalayer_native.importance.analyze import analyze
     from adalayer_native.importance.scores import LayerScores
@@ -69,6 +69,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "Repair",
+    "Size",
     "UnsupportedModelError",
     "allocate",
     "analyze",
@@ -114,7 +115,7 @@ __getattr__, __dir__ = lazy(
         ],
         "capture": ["capture"],
         "compress": ["Compressed", "compress"],
-        "engine": ["Engine", "compile", "load"],
+        "engine": ["Engine", "Size", "compile", "load"],
         "files": ["save"],
         "importance.analyze": ["analyze"],
         "importance.scores": ["LayerScores"],

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -258,6 +259,89 @@ inline Program float_program() {
   b.p.inputs = {x, ids};
   b.p.outputs = {ends, last, last_roots, last_groups};
   return b.p;
+}
+
+/// A network of most operations that follow the size, at h x w. It takes heights and widths of 8 to
+/// 64 that are multiples of 2.
+inline Program sized_network(int64_t h, int64_t w) {
+  constexpr ValueKind F32 = ValueKind::F32;
+  Builder b;
+  const auto up = [](int64_t n) { return (n + 1) / 2; };
+  const int64_t h2 = h / 2, w2 = w / 2, h4 = up(h2), w4 = up(w2);
+  const auto eight = b.floats(std::vector<float>(8, 0.02f));
+  const auto zeros = b.floats(std::vector<float>(8, 0.25f));
+  const auto conv = [&](int32_t from, const char* name, int64_t c, int64_t oh, int64_t ow,
+                        int64_t stride, int bits) {
+    return b.node(OpKind::Conv, {from}, b.value(name, 8, oh, ow),
+                  {3, 3, stride, stride, 1, 1, 1, 1, 1, 1, 1, 0, 255, 10}, {kInverse, 0, 0},
+                  {b.weights(8, static_cast<uint32_t>(c), 3, 3, bits), eight, zeros, -1});
+  };
+  const auto x = b.value("x", 3, h, w, F32);
+  const auto q = b.node(OpKind::Quantize, {x}, b.value("q", 3, h, w));
+  const auto a = conv(q, "a", 3, h2, w2, 2, 8);
+  const auto c = conv(a, "c", 8, h2, w2, 1, 4);
+  const auto sum = b.node(OpKind::Add, {a, c}, b.value("sum", 8, h2, w2), {0, 255, 10},
+                          {kInverse, kScale, kScale}, {-1});
+  // Rounded up.
+  const auto most = b.node(OpKind::MaxPool, {sum}, b.value("most", 8, h4, w4),
+                           {2, 2, 2, 2, 0, 0, 1, 1});
+  // As large as what comes from above.
+  const auto nearest = [&](int64_t in, int64_t out) {
+    std::vector<int32_t> low;
+    for (int64_t i = 0; i < out; ++i)
+      low.push_back(static_cast<int32_t>(
+          std::min<int64_t>(static_cast<int64_t>(std::floor(
+                                static_cast<float>(i) *
+                                (static_cast<float>(in) / static_cast<float>(out)))),
+                            in - 1)));
+    return b.ints(low);
+  };
+  const auto rows = nearest(h4, h2), columns = nearest(w4, w2);
+  const auto nothing = [&](int64_t n) {
+    return b.floats(std::vector<float>(static_cast<size_t>(n), 0.0f));
+  };
+  const auto wide = b.node(OpKind::Resize, {most}, b.value("wide", 8, h2, w2), {0, 0, 255, 10},
+                           {kInverse, 1, 0},
+                           {rows, rows, nothing(h2), columns, columns, nothing(w2)});
+  const auto both = b.node(OpKind::Concat, {wide, c}, b.value("both", 16, h2, w2), {}, {}, {-1, -1});
+  // Two by two channels become pixels.
+  std::vector<int32_t> channel, row, column;
+  for (int64_t k = 0; k < 4; ++k)
+    channel.push_back(static_cast<int32_t>(k * 4 * h2 * w2));
+  for (int64_t y = 0; y < h; ++y)
+    row.push_back(static_cast<int32_t>(y % 2 * 2 * h2 * w2 + y / 2 * w2));
+  for (int64_t k = 0; k < w; ++k)
+    column.push_back(static_cast<int32_t>(k % 2 * h2 * w2 + k / 2));
+  const auto shuffled = b.node(OpKind::Rearrange, {both}, b.value("shuffled", 4, h, w), {}, {},
+                               {b.ints(channel), b.ints(row), b.ints(column)});
+  const auto cut =
+      b.node(OpKind::Slice, {shuffled}, b.value("cut", 4, h - 3, w), {1, 2, 1});
+  const auto pooled = b.node(OpKind::AdaptiveAvgPool, {cut}, b.value("pooled", 4, 1, 1),
+                             {0, 255, 10}, {kInverse, kScale}, {-1});
+  const auto dense = b.node(OpKind::Dequantize, {cut}, b.value("dense", 4, h - 3, w, F32));
+  const auto means = b.node(OpKind::Dequantize, {pooled}, b.value("means", 4, 1, 1, F32));
+  b.p.inputs = {x};
+  b.p.outputs = {dense, means};
+  return b.p;
+}
+
+// Numbers of nodes: 4 is the pool, 5 the resizing, 7 the order, 8 the slice; value 3 is "c".
+inline const char* const kSizedRules = R"({"axes": [["height", 8, 64, 2], ["width", 8, 64, 2]],
+ "inputs": [[0, 1]], "ports": [[null, 0, 1]],
+ "nodes": {"4": {"window": ["up", "up"]},
+           "5": {"mode": "nearest", "resize": [["like", 3], ["like", 3]]},
+           "7": {"rearrange": [
+             {"parts": [[4, [4, 1, 1, 1]]]},
+             {"parts": [[[1, 1, 1, 0], [1, 1, 0, 1]], [2, [2, 1, 1, 1]]]},
+             {"parts": [[[1, 1, 0, 1], 1], [2, [1, 1, 1, 1]]]}]},
+           "8": {"leaves": 1}},
+ "outputs": [{"shape": [4, [1, 1, 1, 0], [1, 1, 0, 1]], "atoms": null},
+             {"shape": [4, 1, 1], "atoms": null}]})";
+
+inline Program ranged(int64_t h = 16, int64_t w = 20, const std::string& rules = kSizedRules) {
+  Program p = sized_network(h, w);
+  p.metadata["adalayer.sizes"] = rules;
+  return p;
 }
 
 /// Noise for every input of a program: ids that all its tables have, or 0 to 2 where no table reads

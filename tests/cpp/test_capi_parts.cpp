@@ -1,12 +1,11 @@
 // The JSON reader of libadalayer, which reads texts of hostile files.
 #include <string>
 
-#include "capi/json.hpp"
 #include "check.hpp"
+#include "core/json.hpp"
 #include "core/status.hpp"
 
 using namespace adalayer;
-using namespace adalayer::capi;
 
 namespace {
 

@@ -79,6 +79,58 @@ std::vector<std::vector<float>> noise(const Program& p, int64_t batch) {
   return images;
 }
 
+/// Runs at the shapes that the context has; whether it could.
+bool run_at(adalayer_context* context, const adalayer_model* model, int64_t batch) {
+  std::vector<std::vector<float>> memory;
+  std::vector<adalayer_input> inputs;
+  std::vector<adalayer_output> outputs;
+  adalayer_tensor_info info = {};
+  info.struct_size = sizeof info;
+  double total = 0.0;
+  for (size_t k = 0; k < adalayer_model_input_count(model); ++k) {
+    if (adalayer_context_input_info(context, k, &info) != ADALAYER_OK) return false;
+    total += static_cast<double>(info.elements);
+    if (total > kWork) return true;
+    const float filling = info.type == ADALAYER_INT32 ? 0.0f : 0.5f;
+    auto& x = memory.emplace_back(info.elements * static_cast<size_t>(batch), filling);
+    inputs.push_back({x.data(), x.size() * 4, info.type, ADALAYER_NCHW});
+  }
+  for (size_t k = 0; k < adalayer_model_output_count(model); ++k) {
+    if (adalayer_context_output_info(context, k, &info) != ADALAYER_OK) return false;
+    total += static_cast<double>(info.elements);
+    if (total > kWork) return true;
+    auto& y = memory.emplace_back(info.elements * static_cast<size_t>(batch), 0.0f);
+    outputs.push_back({y.data(), y.size() * 4});
+  }
+  return adalayer_run(context, batch, inputs.data(), inputs.size(), outputs.data(),
+                      outputs.size()) == ADALAYER_OK;
+}
+
+/// At the smallest sizes, and at the next ones that are allowed. A size may be refused, but only
+/// with a sentence.
+void run_at_sizes(adalayer_context* context, const adalayer_model* model) {
+  for (const int64_t steps : {0, 1}) {
+    for (size_t k = 0; k < adalayer_model_input_count(model); ++k) {
+      adalayer_tensor_info info = {};
+      info.struct_size = sizeof info;
+      if (adalayer_model_input_info(model, k, &info) != ADALAYER_OK) broken("input_info");
+      for (size_t a = 0; a < info.rank; ++a) {
+        adalayer_axis_info axis = {};
+        axis.struct_size = sizeof axis;
+        if (adalayer_model_input_sizes(model, k, a, &axis) != ADALAYER_OK) broken("input_sizes");
+        if (axis.least == axis.most) continue;
+        const int64_t step = axis.multiple_of;
+        info.shape[a] = ((axis.least + step - 1) / step + steps) * step;
+      }
+      if (adalayer_context_set_shape(context, k, info.shape, info.rank) != ADALAYER_OK &&
+          *adalayer_last_error() == '\0')
+        broken("a shape is refused without a sentence");
+    }
+    if (!run_at(context, model, 1) && *adalayer_last_error() == '\0')
+      broken("a size is refused without a sentence");
+  }
+}
+
 /// Every tensor that the model describes, filled with noise or room for results.
 void run_through_c(adalayer_context* context, const adalayer_model* model, int64_t batch) {
   std::vector<std::vector<float>> memory;
@@ -175,7 +227,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   adalayer_context* context = nullptr;
   if (loaded) {
     if (adalayer_context_create(model, &context) != ADALAYER_OK) broken("no context");
-    if (small) run_through_c(context, model, 2);
+    if (small) {
+      run_through_c(context, model, 2);
+      run_at_sizes(context, model);
+    }
   }
   adalayer_model_free(model);
   adalayer_context_free(context);

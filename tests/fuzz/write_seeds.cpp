@@ -74,6 +74,7 @@ int main(int argc, char** argv) {
     save_program(float_program(), folder / "floats.ada");
     save_program(convolutions(), folder / "convolutions.ada");
     save_program(described(), folder / "described.ada");
+    save_program(ranged(), folder / "sizes.ada");
   } catch (const std::exception& e) {
     std::fprintf(stderr, "%s\n", e.what());
     return 1;

@@ -128,6 +128,10 @@ class PlannedConv {
   virtual std::pair<int64_t, int64_t> weight_range(const ConvWeights& weights, int bits,
                                                    Part part) const = 0;
 
+  /// Whether pack() of the other plan, of the same algorithm and layer but another image size,
+  /// writes the same bytes.
+  virtual bool packs_like(const PlannedConv&) const { return true; }
+
   /// Whether `threads` threads share columns rather than positions.
   virtual bool prefers_columns(const ConvWeights& weights, int bits, int threads) const = 0;
   /// Parts beyond which there is nothing to share.
@@ -183,7 +187,7 @@ std::vector<const ConvAlgorithm*> algorithms_for(const ConvTask& task);
 /// One layer's weights with one algorithm.
 struct ConvForm {
   const ConvAlgorithm* algorithm = nullptr;
-  std::unique_ptr<ConvWeights> weights;
+  std::shared_ptr<ConvWeights> weights;  // sizes of one layer share them
   std::unique_ptr<PlannedConv> plan;
 };
 

@@ -61,6 +61,13 @@ std::pair<int64_t, int64_t> PanelConv::weight_range(const ConvWeights& weights, 
   return cpu::weight_range(plan_, sparse_of(weights), bits, part);
 }
 
+bool PanelConv::packs_like(const PlannedConv& other) const {
+  const ConvPlan& plan = static_cast<const PanelConv&>(other).plan_;
+  return plan.source == plan_.source && plan.live_quads == plan_.live_quads &&
+         plan.column_tiles == plan_.column_tiles && plan.arrangement == plan_.arrangement &&
+         plan.qmax == plan_.qmax;
+}
+
 bool PanelConv::prefers_columns(const ConvWeights& weights, int bits, int threads) const {
   return cpu::prefers_columns(plan_, packed_bytes(weights, bits), threads);
 }

@@ -36,6 +36,7 @@ class PanelConv : public PlannedConv {
             uint8_t* packed) const override;
   std::pair<int64_t, int64_t> weight_range(const ConvWeights& weights, int bits,
                                            Part part) const override;
+  bool packs_like(const PlannedConv& other) const override;
   bool prefers_columns(const ConvWeights& weights, int bits, int threads) const override;
   int64_t most_parts(bool by_columns) const override;
   void run(const ConvJob& job, Part part) const override;

@@ -95,15 +95,18 @@ float* aligned_scratch(int64_t count) {
 }  // namespace
 
 FloatConv::FloatConv(const FloatConvSpec& spec, std::vector<float> own)
-    : spec_(spec), own_(std::move(own)) {
-  if (!own_.empty()) spec_.weights = own_.data();
+    : spec_(spec) {
+  if (!own.empty()) {
+    own_ = std::make_shared<const std::vector<float>>(std::move(own));
+    spec_.weights = own_->data();
+  }
   if (!along_channels()) return;
   const ConvShape& s = spec_.shape;
   const int64_t terms = s.reduction(), outs = s.out_channels;
   const int64_t floats = blocks_of(outs, kFloatColumns) * terms * kFloatColumns;
-  side_by_side_.reset(static_cast<size_t>(floats) * sizeof(float));
-  side_by_side_.clear();
-  auto* all = reinterpret_cast<float*>(side_by_side_.data());
+  auto side_by_side = std::make_shared<AlignedBuffer>(static_cast<size_t>(floats) * sizeof(float));
+  side_by_side->clear();
+  auto* all = reinterpret_cast<float*>(side_by_side->data());
   constexpr int64_t kTerms = 64;  // of all channels of a block: they stay in the first-level cache
   for (int64_t o = 0; o < outs; o += kFloatColumns) {
     float* to = all + o * terms;
@@ -113,7 +116,22 @@ FloatConv::FloatConv(const FloatConvSpec& spec, std::vector<float> own)
         for (int64_t k = begin; k < std::min(begin + kTerms, terms); ++k)
           to[k * kFloatColumns + j] = spec_.weights[(o + j) * terms + k];
   }
-  own_ = {};
+  side_by_side_ = std::move(side_by_side);
+  own_.reset();
+}
+
+FloatConv::FloatConv(const FloatConv& like, const FloatConvSpec& spec)
+    : spec_(spec), own_(like.own_), side_by_side_(like.side_by_side_) {
+  if (own_ != nullptr) spec_.weights = own_->data();
+}
+
+bool FloatConv::fits(const FloatConvSpec& spec) const {
+  return is_along_channels(spec.shape) == along_channels();
+}
+
+size_t FloatConv::bytes() const {
+  return (own_ == nullptr ? 0 : sizeof(float) * own_->size()) +
+         (side_by_side_ == nullptr ? 0 : side_by_side_->size());
 }
 
 bool FloatConv::along_channels() const { return is_along_channels(spec_.shape); }
@@ -148,7 +166,7 @@ void FloatConv::run_along_channels(const float* x, float* y, int64_t images, Par
   const int64_t first = part.first(blocks) * kFloatColumns;
   const int64_t columns = std::min(outs, part.last(blocks) * kFloatColumns) - first;
   if (columns <= 0) return;
-  const auto* weights = reinterpret_cast<const float*>(side_by_side_.data());
+  const auto* weights = reinterpret_cast<const float*>(side_by_side_->data());
   // An image's inputs are a row as they are where the window is the whole of it.
   const bool whole = positions == 1 && s.in_h == s.kernel_h && s.in_w == s.kernel_w &&
                      s.dilation_h == 1 && s.dilation_w == 1 && s.pad_top == 0 && s.pad_left == 0 &&

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "core/aligned_buffer.hpp"
@@ -17,9 +18,13 @@ class FloatConv {
  public:
   /// `spec`'s bias has to outlive it, and its weights, unless there are `own` ones.
   explicit FloatConv(const FloatConvSpec& spec, std::vector<float> own = {});
+  /// The layer of `like` for another image size, with the same weights in memory; fits(spec).
+  FloatConv(const FloatConv& like, const FloatConvSpec& spec);
   FloatConv(const FloatConv&) = delete;
   FloatConv& operator=(const FloatConv&) = delete;
 
+  /// Whether weights lie for that image size as they lie here.
+  bool fits(const FloatConvSpec& spec) const;
   /// Parts that a call can be cut into, each with the work of at least a few microseconds.
   int64_t max_parts() const;
   /// NCHW images one after the other, in and out.
@@ -27,7 +32,7 @@ class FloatConv {
 
   const ConvShape& shape() const { return spec_.shape; }
   /// Of weights that it holds.
-  size_t bytes() const { return sizeof(float) * own_.size() + side_by_side_.size(); }
+  size_t bytes() const;
 
  private:
   bool along_channels() const;
@@ -36,8 +41,9 @@ class FloatConv {
   void run_along_positions(const float* x, float* y, Part part) const;
 
   FloatConvSpec spec_;
-  std::vector<float> own_;
-  AlignedBuffer side_by_side_;  // [blocks of kFloatColumns channels][terms][kFloatColumns] floats
+  std::shared_ptr<const std::vector<float>> own_;
+  // [blocks of kFloatColumns channels][terms][kFloatColumns] floats
+  std::shared_ptr<const AlignedBuffer> side_by_side_;
 };
 
 /// What FloatConv::bytes() will be, and scratch memory of a thread.

@@ -24,7 +24,7 @@ struct LayerWeights {
   std::vector<int8_t> dense;  // scalar reference: [O][I/groups][KH][KW]
   // or what an algorithm made of them:
   const ConvAlgorithm* algorithm = nullptr;
-  std::unique_ptr<ConvWeights> form;
+  std::shared_ptr<ConvWeights> form;
   AlignedBuffer packed;
 
   size_t bytes() const {

@@ -121,6 +121,20 @@ ADALAYER_API adalayer_status adalayer_model_input_info(const adalayer_model* mod
 ADALAYER_API adalayer_status adalayer_model_output_info(const adalayer_model* model, size_t index,
                                                         adalayer_tensor_info* info);
 
+/* The sizes that one axis of an input may have: the shapes of adalayer_tensor_info are those that
+ * the network was compiled for, and some networks take others. */
+typedef struct adalayer_axis_info {
+  size_t struct_size;           /* sizeof(adalayer_axis_info) */
+  const char* name;             /* axes of one name have one size; "" for a fixed one; lives as long
+                                 * as the model */
+  int64_t least, most;          /* the same number for a fixed one */
+  int64_t multiple_of;
+} adalayer_axis_info;
+
+/* `axis`: of the input's shape, which has no batch. */
+ADALAYER_API adalayer_status adalayer_model_input_sizes(const adalayer_model* model, size_t index,
+                                                        size_t axis, adalayer_axis_info* info);
+
 /* Names of the classes; 0 and null where the model has none. */
 ADALAYER_API size_t adalayer_model_class_count(const adalayer_model* model);
 ADALAYER_API const char* adalayer_model_class_name(const adalayer_model* model, size_t index);
@@ -165,6 +179,20 @@ ADALAYER_API adalayer_status adalayer_context_set_threads(adalayer_context* cont
 ADALAYER_API adalayer_status adalayer_context_set_normalization(adalayer_context* context,
                                                                 size_t index, const float* mean,
                                                                 const float* std, size_t channels);
+
+/* The shape of input `index` in the runs to come, `rank` sizes without the batch, as in
+ * adalayer_tensor_info: what adalayer_model_input_sizes allows. The first run at a new shape makes
+ * tables for it, which takes milliseconds; the model keeps those of the shapes used last. */
+ADALAYER_API adalayer_status adalayer_context_set_shape(adalayer_context* context, size_t index,
+                                                        const int64_t* shape, size_t rank);
+
+/* Inputs and outputs at the shapes that the context was given. Names live as long as the context,
+ * until its next adalayer_context_set_shape. INVALID_ARGUMENT where the shapes of inputs do not
+ * belong together, or the network cannot be made for them. */
+ADALAYER_API adalayer_status adalayer_context_input_info(adalayer_context* context, size_t index,
+                                                         adalayer_tensor_info* info);
+ADALAYER_API adalayer_status adalayer_context_output_info(adalayer_context* context, size_t index,
+                                                          adalayer_tensor_info* info);
 
 typedef int32_t adalayer_layout;
 enum {

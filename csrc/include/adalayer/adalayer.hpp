@@ -29,18 +29,33 @@ class Failure : public std::runtime_error {
   adalayer_status status_;
 };
 
-namespace detail {
-inline void check(adalayer_status status) {
-  if (status != ADALAYER_OK) throw Failure(status);
-}
-}  // namespace detail
-
 /// One input or output, without the batch axis.
 struct TensorInfo {
   std::string name;
   std::vector<std::int64_t> shape;
   std::size_t elements = 0;
   adalayer_type type = ADALAYER_FLOAT32;  // ADALAYER_INT32: an input of token ids
+};
+
+namespace detail {
+inline void check(adalayer_status status) {
+  if (status != ADALAYER_OK) throw Failure(status);
+}
+/// Of a model or a context.
+template <class Of, class Function>
+TensorInfo info_of(Of* of, std::size_t index, Function function) {
+  adalayer_tensor_info c = {};
+  c.struct_size = sizeof c;
+  check(function(of, index, &c));
+  return {c.name, std::vector<std::int64_t>(c.shape, c.shape + c.rank),
+          static_cast<std::size_t>(c.elements), c.type};
+}
+}  // namespace detail
+
+/// The sizes that an axis may have; a fixed one has no name.
+struct AxisInfo {
+  std::string name;  // axes of one name have one size
+  std::int64_t least = 1, most = 1, multiple_of = 1;
 };
 
 /// A network. Copies share it; safe to use from many threads.
@@ -68,6 +83,14 @@ class Model {
   TensorInfo input(std::size_t index = 0) const { return info(index, &adalayer_model_input_info); }
   TensorInfo output(std::size_t index = 0) const {
     return info(index, &adalayer_model_output_info);
+  }
+
+  /// Of an axis of input(index).shape.
+  AxisInfo sizes(std::size_t index, std::size_t axis) const {
+    adalayer_axis_info c = {};
+    c.struct_size = sizeof c;
+    detail::check(adalayer_model_input_sizes(get(), index, axis, &c));
+    return {c.name, c.least, c.most, c.multiple_of};
   }
 
   /// Names of the classes, or an empty list.
@@ -98,11 +121,7 @@ class Model {
 
   template <class Function>
   TensorInfo info(std::size_t index, Function function) const {
-    adalayer_tensor_info c = {};
-    c.struct_size = sizeof c;
-    detail::check(function(get(), index, &c));
-    return {c.name, std::vector<std::int64_t>(c.shape, c.shape + c.rank),
-            static_cast<std::size_t>(c.elements), c.type};
+    return detail::info_of(get(), index, function);
   }
 
   std::shared_ptr<adalayer_model> model_;
@@ -132,6 +151,19 @@ class Context {
                                                      mean.size()));
   }
 
+  /// The shape of an input in the runs to come, without the batch; see Model::sizes(). Throws
+  /// Failure.
+  void set_shape(const std::vector<std::int64_t>& shape, std::size_t input = 0) {
+    detail::check(adalayer_context_set_shape(context_.get(), input, shape.data(), shape.size()));
+  }
+  /// At the shapes that were set.
+  TensorInfo input(std::size_t index = 0) const {
+    return detail::info_of(context_.get(), index, &adalayer_context_input_info);
+  }
+  TensorInfo output(std::size_t index = 0) const {
+    return detail::info_of(context_.get(), index, &adalayer_context_output_info);
+  }
+
   /// Of a network with one input and one output: batch x elements floats in and out. Throws
   /// Failure.
   std::vector<float> run(std::int64_t batch, const std::vector<float>& input,
@@ -157,7 +189,7 @@ class Context {
  private:
   std::vector<float> run_one(std::int64_t batch, const adalayer_input& input) {
     const std::size_t images = batch < 0 ? 0 : static_cast<std::size_t>(batch);
-    std::vector<float> out(images * model_.output().elements);
+    std::vector<float> out(images * output().elements);
     const adalayer_output output = {out.data(), out.size() * sizeof(float)};
     detail::check(adalayer_run(context_.get(), batch, &input, 1, &output, 1));
     return out;

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import math
+import random
 import re
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +28,7 @@ from adalayer_native.capture.opaque import Call, opaque_calls
 from adalayer_native.capture.quiet import quiet
 from adalayer_native.errors import AdaError, UnsupportedModelError
 
-__all__ = ["Export", "export", "exported_of", "untouched"]
+__all__ = ["Export", "export", "exported_of", "range_error", "untouched"]
 
 # Operations in a size that a layer gets, where sizes are free, and seconds of CPU that an export
 # may take then: "same" padding, for one, makes expressions that grow from layer to layer. Five
@@ -130,6 +132,119 @@ def _export(
             f"batch of {inputs.count}; expected a forward that treats all samples alike"
         )
     return found
+
+
+def range_error(
+    model: nn.Module,
+    inputs: Inputs,
+    free: Sequence[dict[int, int]],
+    ranges: Sequence[tuple[str, range]],
+) -> str | None:
+    """Why a model does not do the same at all sizes of a range; None if torch.export says it does.
+
+    What the model's code branches on, and what torch's operators do, are conditions on sizes, which
+    are tried at the sizes of the ranges: at all of them, or a thousand where there are more.
+
+    Args:
+        inputs: example of a call; at least two samples.
+        free: per tensor of it, by axis, the number of a range.
+        ranges: names and sizes.
+    """
+    shapes = torch.export.ShapesCollection()
+    for tensor, axes in zip(inputs.tensors(), free, strict=True):
+        dims = dict.fromkeys(axes, torch.export.Dim.AUTO)
+        if tensor.dim() and tensor.shape[0] == inputs.count:
+            dims[0] = torch.export.Dim.AUTO
+        if dims:
+            shapes[tensor] = dims
+    try:
+        with quiet(), untouched(model), torch.no_grad(), _simple(FREE_SECONDS):
+            program = torch.export.export(
+                model,
+                inputs.args,
+                inputs.kwargs,
+                dynamic_shapes=shapes,  # type: ignore[arg-type]  # as above
+                strict=False,
+            )
+    except Exception as error:  # export runs the user's code: anything may come out of it
+        place = _place(error)
+        return (f"at {place}: " if place else "") + _first_lines(str(error))
+    return _fixed_size(program, free, ranges) or _broken_guard(program, inputs, free, ranges)
+
+
+def _fixed_size(
+    program: torch.export.ExportedProgram,
+    free: Sequence[dict[int, int]],
+    ranges: Sequence[tuple[str, range]],
+) -> str | None:
+    """Sizes that an export has fixed, or that have to be equal."""
+    wanted = set(program.graph_signature.user_inputs)
+    values = [
+        node.meta.get("val")
+        for node in program.graph.nodes
+        if node.op == "placeholder" and node.name in wanted
+    ]
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    known: dict[str, int] = {}
+    for value, axes in zip(tensors, free, strict=True):
+        for axis, number in axes.items():
+            name, sizes = ranges[number]
+            size = value.shape[axis]
+            if not isinstance(size, torch.SymInt):
+                if len(sizes) > 1:
+                    return f"its code takes {name} {size} alone"
+                continue
+            if known.setdefault(str(size), number) != number:
+                return f"it wants {ranges[known[str(size)]][0]} and {name} to be equal"
+            bounds = program.range_constraints.get(size.node.expr)
+            # (2 stands for "no lower bound".)
+            if bounds is not None and (
+                (bounds.lower > 2 and sizes[0] < bounds.lower) or sizes[-1] > bounds.upper
+            ):
+                return f"it wants {name} to be {bounds.lower} to {bounds.upper}"
+    return None
+
+
+_MOST_TRIED = 1000
+_SIZE = re.compile(r"\bs\[(\d+)\]\[(\d+)\]")
+
+
+def _broken_guard(
+    program: torch.export.ExportedProgram,
+    inputs: Inputs,
+    free: Sequence[dict[int, int]],
+    ranges: Sequence[tuple[str, range]],
+) -> str | None:
+    """A condition that the example meets and another size of the ranges does not."""
+    guards = _guards(program)
+    if guards is None:
+        return "the conditions of its code on sizes cannot be read"
+    shapes = [list(tensor.shape) for tensor in inputs.tensors()]
+    draw = random.Random(0)
+    for text, shown in guards:
+        asked = {(int(k), int(axis)) for k, axis in _SIZE.findall(text)}
+        used = sorted({free[k][axis] for k, axis in asked if axis in free[k]})
+        if not used:
+            continue
+        sizes = [ranges[number][1] for number in used]
+        tried: Iterable[Sequence[int]]
+        if math.prod(map(len, sizes)) <= _MOST_TRIED:
+            tried = itertools.product(*sizes)
+        else:
+            ends = [(item[0], item[-1]) for item in sizes]
+            some = ([draw.choice(item) for item in sizes] for _ in range(_MOST_TRIED))
+            tried = itertools.chain(itertools.product(*ends), some)
+        condition = compile(text, "guard", "eval")
+        for numbers in tried:
+            found = dict(zip(used, numbers, strict=True))
+            other = [
+                tuple(found.get(axes.get(a, -1), n) for a, n in enumerate(shape))
+                for shape, axes in zip(shapes, free, strict=True)
+            ]
+            if not holds(condition, other):
+                where = ", ".join(f"{ranges[number][0]} {n}" for number, n in found.items())
+                return f"it asks whether {shown}, which the example meets and {where} does not"
+    return None
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import pickle
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import Any
 
 import torch
@@ -281,7 +282,7 @@ def _same(value: Any, default: Any) -> bool:
 _FUNCTIONS = {"__builtins__": {}, "max": max, "min": min, "math": math, "int": int, "abs": abs}
 
 
-def holds(expression: str, sizes: Sequence[tuple[int, ...]]) -> bool:
+def holds(expression: str | CodeType, sizes: Sequence[tuple[int, ...]]) -> bool:
     """Whether a guard holds for the sizes of the ports."""
     try:
         return bool(eval(expression, dict(_FUNCTIONS), {"s": sizes}))

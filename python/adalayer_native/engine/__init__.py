@@ -9,8 +9,9 @@ if TYPE_CHECKING:
     from adalayer_native.engine.coverage import Coverage, Row
     from adalayer_native.engine.runtime import Engine
     from adalayer_native.engine.saved import load
+    from adalayer_native.engine.sizes import Size
 
-__all__ = ["Coverage", "Engine", "Row", "compile", "load"]
+__all__ = ["Coverage", "Engine", "Row", "Size", "compile", "load"]
 
 __getattr__, __dir__ = lazy(
     __name__,
@@ -19,5 +20,6 @@ __getattr__, __dir__ = lazy(
         "coverage": ["Coverage", "Row"],
         "runtime": ["Engine"],
         "saved": ["load"],
+        "sizes": ["Size"],
     },
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import threading
 import warnings
@@ -12,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from adalayer_native.engine.compiler import compile_exported
-from adalayer_native.engine.export import export
+from adalayer_native.engine.compiler import compile_exported, compile_range
+from adalayer_native.engine.export import Exported, export
+from adalayer_native.engine.runtime import Engine
+from adalayer_native.engine.sizes import Size
 from adalayer_native.errors import UnsupportedModelError
 
 __all__ = ["backend"]
@@ -96,6 +99,10 @@ class _Bound(nn.Module):
             (kind, self._origin(which, placeholders) if kind == "size" else which)
             for kind, which in self.plan
         ]
+        # By input the axes whose sizes are the compiler's symbols, behind the batch.
+        self.free = [
+            _symbols(placeholders[position].meta.get("example_value")) for position in self.inputs
+        ]
         if self.inputs:
             _free_batch(graph_module, example_inputs[self.inputs[0]].shape[0])
         graph_module.recompile()
@@ -145,6 +152,12 @@ class _Bound(nn.Module):
     run: fx.GraphModule
 
 
+def _symbols(value: Any) -> dict[int, str]:
+    """Symbols of an example's sizes by axis, without that of the batch."""
+    sizes = list(enumerate(getattr(value, "shape", ())))[1:]
+    return {axis: str(size) for axis, size in sizes if isinstance(size, torch.SymInt)}
+
+
 def _is_constant(example: Tensor) -> bool:
     """Whether an operand of the graph belongs to the model."""
     if getattr(example, "_dynamo_static_input_type", None) is not None:
@@ -172,41 +185,94 @@ def _free_batch(graph_module: fx.GraphModule, batch: int) -> None:
         node.args = (operand, sizes) if nested else (operand, *sizes)
 
 
+# Engines of a graph that are made one per size, because none could be made for all of them.
+_MOST_SIZES = 8
+_LEAST, _LARGEST, _STEP = 32, 2048, 64
+
+Run = Callable[..., Any]
+Shapes = tuple[tuple[int, ...], ...]
+
+
 class _Compiled:
     """The engine of one graph; made again when the model's tensors were written to.
 
     It is made at the first call: inside the compiler, torch.export would add its guards to those
-    of the graph that is being compiled.
+    of the graph that is being compiled. A graph with free sizes (torch's compiler makes one when a
+    model comes with a second size) gets an engine for a range of sizes; where there is none, one
+    per size.
     """
 
     def __init__(self, bound: _Bound, options: Mapping[str, Any]) -> None:
         self._bound = bound
         self._options = options
-        self._run: Callable[..., Any] | None = None
+        self._ranged: Engine | None = None
+        self._tried = False  # to make that one
+        self._runs: dict[Shapes, Run] = {}  # by sizes without the batch, the last used ones last
         self._versions = -1
         self._lock = threading.Lock()
 
-    def _compile(self, examples: Sequence[Tensor]) -> Callable[..., Any]:
-        policy = str(self._options.get("policy", "fastest"))
+    def _compile(self, examples: Sequence[Tensor]) -> Run:
         strict = bool(self._options.get("strict", False))
         try:
             exported = export(self._bound, examples)
-            batch = examples[0].shape[0]
-            return compile_exported(exported, policy=policy, strict=strict, batch=batch)
+            options: dict[str, Any] = {
+                "policy": str(self._options.get("policy", "fastest")),
+                "strict": strict,
+                "batch": examples[0].shape[0],
+            }
+            if not self._tried and any(self._bound.free):
+                self._tried = True
+                self._ranged = self._for_range(exported, examples, options)
+                if self._ranged is not None:
+                    return self._ranged
+            return compile_exported(exported, **options)
         except UnsupportedModelError as error:
             if strict:
                 raise
             warnings.warn(f'backend "adalayer": a graph runs in torch: {error}', stacklevel=3)
             return self._bound
 
+    def _for_range(
+        self, exported: Exported, examples: Sequence[Tensor], options: dict[str, Any]
+    ) -> Engine | None:
+        """An engine for all sizes, or for multiples of what divides these; None if there is none."""
+        sizes = [
+            examples[k].shape[axis] for k, axes in enumerate(self._bound.free) for axis in axes
+        ]
+        for step in dict.fromkeys((1, math.gcd(_STEP, *sizes))):
+            ranges = {
+                node.name: {
+                    axis: Size(min(_LEAST, *sizes), _LARGEST, step, symbol)
+                    for axis, symbol in axes.items()
+                }
+                for node, axes in zip(exported.inputs, self._bound.free, strict=True)
+                if axes
+            }
+            try:
+                return compile_range(self._bound, exported, tuple(examples), ranges, **options)
+            except (UnsupportedModelError, ValueError):
+                continue
+        return None
+
+    def _run_of(self, shapes: Shapes, inputs: Sequence[Tensor]) -> Run:
+        ranged = self._ranged
+        if ranged is not None and all(
+            port.fits(shape) for port, shape in zip(ranged.inputs, shapes, strict=True)
+        ):
+            return ranged
+        run = self._runs.pop(shapes, None) or self._compile(inputs)
+        self._runs[shapes] = run
+        if len(self._runs) > _MOST_SIZES:
+            del self._runs[next(iter(self._runs))]
+        return run
+
     def __call__(self, *arguments: Any) -> Any:
         inputs = [arguments[position] for position in self._bound.inputs]
         versions = sum(tensor._version for tensor in self._bound.constants)
-        if versions != self._versions:
-            with self._lock:
-                if versions != self._versions:
-                    self._run = self._compile(inputs)
-                    self._versions = versions
-        run = self._run
-        assert run is not None
+        shapes = tuple(tuple(x.shape[1:]) for x in inputs)
+        with self._lock:
+            if versions != self._versions:
+                self._ranged, self._tried, self._runs = None, False, {}
+                self._versions = versions
+            run = self._run_of(shapes, inputs)
         return run(*inputs)

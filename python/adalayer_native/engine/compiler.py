@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from adalayer_native import ops
+from adalayer_native import _C, ops
 from adalayer_native.capture import GraphModel, Inputs
 from adalayer_native.capture.exporting import untouched
 from adalayer_native.engine import (  # noqa: F401  (they fill the table of rules)
@@ -27,13 +28,14 @@ from adalayer_native.engine.coverage import Row
 from adalayer_native.engine.emit import emit
 from adalayer_native.engine.export import Exported, export, layer_name, op_name
 from adalayer_native.engine.policy import fastest_of, float_choices, layer_times
+from adalayer_native.engine.ranges import ranged
 from adalayer_native.engine.results import INTEGERS, Leaf, Output, Port, thawed
 from adalayer_native.engine.runtime import WEIGHTS, Engine, NativePart, Step, TorchStep
 from adalayer_native.engine.segments import Part, TorchPart, divide, is_layer
 from adalayer_native.engine.work import multiply_accumulates
 from adalayer_native.errors import CalibrationError, UnsupportedModelError
 
-__all__ = ["compile", "compile_exported"]
+__all__ = ["compile", "compile_exported", "compile_range"]
 
 POLICIES = ("fastest", "native")
 
@@ -45,6 +47,7 @@ def compile(
     policy: str = "fastest",
     strict: bool = False,
     weights: str = "measured",
+    sizes: Any = None,
 ) -> Engine:
     """Compile a converted model to one fused integer engine.
 
@@ -55,8 +58,8 @@ def compile(
     Args:
         model: what :func:`adalayer_native.convert` or :func:`adalayer_native.compress` gave.
         example_inputs: a tensor, a tuple of positional arguments, or a dictionary of arguments by
-            name, with tensors nested in any way. Sizes but the batch are fixed, and so is whatever
-            else is among them (None, numbers, texts).
+            name, with tensors nested in any way. Sizes but the batch are fixed unless ``sizes``
+            frees them, and so is whatever else is among them (None, numbers, texts).
         policy: "fastest" measures every layer against a float kernel with the same dequantized
             weights and the same fake-quantized activations, and keeps the faster (by what it is
             compiled for: the batch of ``example_inputs``), up to a network that is all in float;
@@ -69,9 +72,17 @@ def compile(
             times the packed bytes (Winograd), and all of it is remembered for this machine (in
             ``$XDG_CACHE_HOME``; ``ADALAYER_PLAN_CACHE`` names another file, or is "off"). Results
             are the same bits, and so is the saved file.
+        sizes: heights and widths that the engine takes: ``(min, max)``, ``(min, max,
+            multiple_of)`` or an :class:`~.sizes.Size` for those of all images; or by name of an
+            input, by number of an axis, one of these or a ``torch.export.Dim``:
+            ``{"x": {2: (64, 512, 32), 3: (64, 512, 32)}}``. Axes of one name have one size. The
+            model is exported at a few of these sizes, and is refused where it does not do the same
+            at all of them, or where the engine does not know how a node follows them. The example's
+            size is the one that layers are timed at; plans for another one are made at its first
+            call (:meth:`Engine.warm_up` makes and times them before).
 
     Raises:
-        ValueError: an unknown policy or form of weights.
+        ValueError: an unknown policy or form of weights, or ``sizes`` that are not understood.
         UnsupportedModelError: not exportable with a dynamic batch, without native layers, or, if
             strict, with nodes that the engine has no operation for; names them.
         CalibrationError: the model is prepared but not converted.
@@ -84,17 +95,70 @@ def compile(
         raise UnsupportedModelError(f"expected an nn.Module, got {type(model).__name__}")
     _check_converted(model)
     exported = export(model, example_inputs)
-    engine = compile_exported(
-        exported,
-        policy=policy,
-        strict=strict,
-        batch=Inputs.of(example_inputs).count,
-        weights=weights,
-        signature=_signature(model),
-    )
+    signature = _signature(model)
+    batch = Inputs.of(example_inputs).count
+    if sizes is None:
+        engine, _ = _compiled(exported, policy, strict, batch, weights, signature)
+    else:
+        engine = compile_range(
+            model,
+            exported,
+            example_inputs,
+            sizes,
+            policy=policy,
+            strict=strict,
+            batch=batch,
+            weights=weights,
+            signature=signature,
+        )
     if not _treats_one_alike(model, engine, Inputs.of(example_inputs)):
         engine.require_batch(2)
     return engine
+
+
+def compile_range(
+    model: nn.Module,
+    exported: Exported,
+    example_inputs: Any,
+    sizes: Any,
+    *,
+    policy: str = "native",
+    strict: bool = False,
+    batch: int = 1,
+    weights: str = "measured",
+    signature: inspect.Signature | None = None,
+) -> Engine:
+    """:func:`compile` for a range of sizes, of a model that is exported at the example's already."""
+    engine, in_float = _compiled(exported, policy, strict, batch, weights, signature)
+    names = {node.name for node in in_float}
+
+    def lower(inputs: Inputs) -> _Lowered:
+        other = export(model, inputs)
+        return _lowered(other, [node for node in other.graph.nodes if node.name in names])
+
+    found: Engine = ranged(model, engine, Inputs.of(example_inputs), sizes, lower)
+    return found
+
+
+@dataclass
+class _Lowered:
+    """A program that is not made ready for this machine."""
+
+    program: _C.Program
+    outputs: list[Output]
+
+
+def _lowered(exported: Exported, as_float: Collection[fx.Node]) -> _Lowered:
+    """All of a model as one program.
+
+    Raises:
+        UnsupportedModelError: some of it would run in torch.
+    """
+    parts, reasons = divide(exported, as_float)
+    if reasons or len(parts) != 1:
+        why = [f"{op_name(n)} (layer {layer_name(n)!r}): {text}" for n, text in reasons.items()]
+        raise UnsupportedModelError(f"{len(reasons)} operators run in torch: {'; '.join(why[:5])}")
+    return _Lowered(*_program_of(exported, parts[0]))
 
 
 def _treats_one_alike(model: nn.Module, engine: Engine, inputs: Inputs) -> bool:
@@ -174,15 +238,28 @@ def compile_exported(
         batch: for which the policy "fastest" measures.
         signature: of the model's ``forward``: names and defaults of the engine's arguments.
     """
+    return _compiled(exported, policy, strict, batch, weights, signature)[0]
+
+
+def _compiled(
+    exported: Exported,
+    policy: str,
+    strict: bool,
+    batch: int,
+    weights: str,
+    signature: inspect.Signature | None,
+) -> tuple[Engine, Collection[fx.Node]]:
+    """An engine, and its quantized layers that are computed in float."""
     engine = _build(exported, (), strict, weights, signature)
     if policy == "native":
-        return engine
+        return engine, ()
     choices = float_choices(layer_times(exported, engine, batch))
     if not choices:
-        return engine
+        return engine, ()
     others = [_build(exported, choice, strict, weights, signature) for choice in choices]
-    found: Engine = fastest_of([engine, *others], batch)
-    return found
+    candidates = [engine, *others]
+    place = candidates.index(fastest_of(candidates, batch))
+    return candidates[place], ((), *choices)[place]
 
 
 def _build(
@@ -270,7 +347,8 @@ def _new_numbers(nodes: list[fx.Node], numbers: dict[fx.Node, int]) -> list[int]
     return [numbers[node] for node in nodes]
 
 
-def _native_step(exported: Exported, part: Part, numbers: dict[fx.Node, int], weights: str) -> Step:
+def _program_of(exported: Exported, part: Part) -> tuple[_C.Program, list[Output]]:
+    """The program of a native part, and how tensors show its outputs."""
     lowered = part.lowered
     assert lowered is not None
     outputs = []
@@ -278,7 +356,13 @@ def _native_step(exported: Exported, part: Part, numbers: dict[fx.Node, int], we
         sizes = exported.sizes(node)
         assert sizes is not None
         outputs.append(Output.of(source, sizes, dims, folded=exported.folds(node) > 1))
-    program = emit(lowered.program)
+    return emit(lowered.program), outputs
+
+
+def _native_step(exported: Exported, part: Part, numbers: dict[fx.Node, int], weights: str) -> Step:
+    lowered = part.lowered
+    assert lowered is not None
+    program, outputs = _program_of(exported, part)
     inputs = [numbers[node] for node in lowered.inputs]
     run = NativePart(program, outputs, weights)
     return Step(run, inputs, _new_numbers(lowered.outputs, numbers), [])

@@ -44,12 +44,25 @@ class Port:
         dtype: float32, for which bfloat16 and half may come too; or an integer type or bool, which
             is what has to come.
         batched: whether the batch is its first axis; else it is one tensor for all samples.
+        axes: of ``shape``, where some sizes are free: an :class:`~.sizes.Axis`, or None where it is
+            fixed; empty where all are. ``shape`` is what was compiled.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
     batched: bool = True
+    axes: tuple[Any, ...] = ()
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether these sizes, without the batch, are allowed."""
+        if len(shape) != len(self.shape):
+            return False
+        free = self.axes or (None,) * len(shape)
+        return all(
+            n == own if axis is None else axis.size.allowed(n)
+            for n, own, axis in zip(shape, self.shape, free, strict=True)
+        )
 
     @property
     def is_float(self) -> bool:
@@ -61,7 +74,9 @@ class Port:
         return (batch, *self.shape) if self.batched else self.shape
 
     def __str__(self) -> str:
-        sizes = ["batch", *self.shape] if self.batched else self.shape
+        free = self.axes or (None,) * len(self.shape)
+        shown = [axis.size if axis else n for n, axis in zip(self.shape, free, strict=True)]
+        sizes = ["batch", *shown] if self.batched else shown
         return f"[{', '.join(map(str, sizes))}]"
 
     def sample(self, batch: int, device: torch.device | str = "cpu") -> Tensor:
@@ -98,6 +113,16 @@ class Output:
         flat = tuple(atom for atoms in dims for atom in atoms)
         plain = merged(flat) == merged([(math.prod(shape), 1)])
         return cls(source, tuple(shape), None if plain else flat, folded)
+
+    def fits(self, elements: int) -> bool:
+        """Whether it shows each of so many elements once at most, and none outside of them."""
+        if math.prod(self.shape) != elements:
+            return False
+        if self.atoms is None:
+            return True
+        reach = sum((n - 1) * step for n, step in self.atoms)
+        negative = any(n < 1 or step < 0 for n, step in self.atoms)
+        return not negative and reach < elements and math.prod(n for n, _ in self.atoms) == elements
 
     def view(self, memory: Tensor) -> Tensor:
         """The tensor over ``memory``, [batch, elements]: contiguous, as a linear layer's is."""

@@ -21,6 +21,7 @@ from adalayer_native._files import replacing
 from adalayer_native.engine.call import Call
 from adalayer_native.engine.coverage import Coverage, Row
 from adalayer_native.engine.results import ID_TYPES, Leaf, Output, Port, described, skeleton
+from adalayer_native.engine.sizes import KEY, Size, SizeRules
 from adalayer_native.errors import InputError, UnsupportedModelError
 
 if TYPE_CHECKING:  # loading a file needs neither the compiler nor torch.export
@@ -30,6 +31,7 @@ __all__ = ["WEIGHTS", "CudaPart", "Engine", "NativePart", "Step", "TorchStep"]
 
 # Forms of weights below 8 bits; csrc/engine/engine.hpp, WeightForm.
 WEIGHTS = ("measured", "streamed", "resident")
+_MOST_SHOWN = 256
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -40,6 +42,7 @@ class NativePart:
         program: as it would be saved.
         engine: its executor; safe from many threads.
         outputs: how tensors show its outputs.
+        rules: what it says about other sizes than the compiled one; None if nothing.
         weights: on the CPU "measured", "streamed" or "resident"; see
             :func:`adalayer_native.compile`.
     """
@@ -58,8 +61,12 @@ class NativePart:
         self.program = program
         self.weights, self.max_memory = weights, max_memory
         self._plan = plan
-        self.engine = self._make()
+        self.rules: SizeRules | None = None
+        self.sized: _C.SizedEngine | None = None
         self.outputs = tuple(outputs)
+        self.engine = self._make()
+        # Of sizes that were met lately: elements and views of the outputs.
+        self._shown: dict[tuple[int, ...], tuple[list[int], tuple[Output, ...]]] = {}
         values = program.values()
         self.elements = [math.prod(values[number][2:5]) for number in program.outputs()]
         # The common case: one output in memory order.
@@ -81,9 +88,66 @@ class NativePart:
         return self  # nothing in it ever changes
 
     def _make(self) -> Any:
-        return _C.Engine(
-            self.program, weights=self.weights, memory_bytes=self.max_memory, plan=self._plan
-        )
+        options = {"weights": self.weights, "memory_bytes": self.max_memory, "plan": self._plan}
+        text = self.program.metadata().get(KEY)
+        if text is None:
+            return _C.Engine(self.program, **options)
+        self.sized = _C.SizedEngine(self.program, **options)
+        self.rules = SizeRules.from_text(text)
+        if len(self.rules.outputs) != len(self.outputs):
+            raise ValueError(f"{KEY}: rules for {len(self.rules.outputs)} results")
+        return self.sized.compiled()
+
+    @property
+    def plan(self) -> str:
+        """What the clock has chosen."""
+        plan: str = self.engine.plan()
+        return plan
+
+    def at(self, sizes: Sequence[int]) -> tuple[Any, list[int], tuple[Output, ...]]:
+        """The executor at sizes of the rules' axes, elements of its outputs, and their views.
+
+        Raises:
+            InputError: a size that is not allowed, or that some node cannot be made for.
+        """
+        assert self.sized is not None and self.rules is not None
+        key = tuple(sizes)
+        try:
+            engine = self.sized.at(key)
+        except ValueError as error:
+            raise InputError(f"sizes {list(key)}: {error}") from None
+        found = self._shown.get(key)
+        if found is None:
+            results = engine.output_sizes()
+            elements = [math.prod(size) for size in results]
+            outputs = tuple(
+                rule.of(output, *results[output.source][1:])
+                for rule, output in zip(self.rules.outputs, self.outputs, strict=True)
+            )
+            if not all(output.fits(elements[output.source]) for output in outputs):
+                raise InputError(f"sizes {list(key)}: the file's rules do not fit its program")
+            found = elements, outputs
+            if len(self._shown) >= _MOST_SHOWN:
+                self._shown = {}
+            self._shown[key] = found
+        return engine, *found
+
+    def _run_at(
+        self, sizes: Sequence[int], batch: int, inputs: Sequence[Tensor]
+    ) -> list[Tensor]:
+        engine, elements, outputs = self.at(sizes)
+        operands, nhwc = self._in_order(inputs)
+        # (A file may say anything about which axes are which.)
+        wanted = [batch * math.prod(size) for size in engine.input_sizes()]
+        if [x.numel() for x in operands] != wanted:
+            raise InputError(f"sizes {list(sizes)}: the file's rules do not fit its program")
+        memory = [torch.empty((batch, n)) for n in elements]
+        addresses, targets = ([t.data_ptr() for t in group] for group in (operands, memory))
+        try:
+            engine.run(addresses, nhwc, batch, targets, ops.get_num_threads())
+        except ValueError as error:  # an id that a table has no row for
+            raise InputError(str(error)) from None
+        return [output.view(memory[output.source]) for output in outputs]
 
     def _is_single(self) -> bool:
         first = self.outputs[0]
@@ -115,12 +179,19 @@ class NativePart:
             nhwc.append(last)
         return operands, nhwc
 
-    def __call__(self, batch: int, inputs: Sequence[Tensor]) -> list[Tensor]:
+    def __call__(
+        self, batch: int, inputs: Sequence[Tensor], sizes: Sequence[int] = ()
+    ) -> list[Tensor]:
         """CPU tensors of checked shapes in, float32 or whole numbers as token ids; new ones out.
 
+        Args:
+            sizes: of the rules' axes, where they are not those that were compiled.
+
         Raises:
-            InputError: an id that is in no table.
+            InputError: an id that is in no table, or sizes that the program cannot be made for.
         """
+        if sizes:
+            return self._run_at(sizes, batch, inputs)
         operands, nhwc = self._in_order(inputs)
         addresses = [x.data_ptr() for x in operands]
         if self.single is not None:
@@ -159,7 +230,9 @@ class CudaPart(NativePart):
     def _make(self) -> Any:
         return cuda.CudaEngine(self.program, self.device, **self._options)
 
-    def __call__(self, batch: int, inputs: Sequence[Tensor]) -> list[Tensor]:
+    def __call__(
+        self, batch: int, inputs: Sequence[Tensor], sizes: Sequence[int] = ()
+    ) -> list[Tensor]:
         """Float32 tensors of checked shapes on the GPU in, new tensors out; nothing is awaited."""
         operands, nhwc = self._in_order(inputs)
         addresses = [x.data_ptr() for x in operands]
@@ -246,6 +319,8 @@ class Engine:
             gave it, else None.
         class_names: names of the classes, else None.
         device: where its inputs and results are.
+        sizes: free sizes of its inputs by name, :class:`~.sizes.Size` each; empty where it was
+            compiled for one size.
         least_batch: 2 where the model does something else with one sample alone.
     """
 
@@ -264,7 +339,16 @@ class Engine:
         """leaves: per leaf of ``out_spec`` (a ``TreeSpec``) its tensor's number as Leaf, or a
         constant. call: default one tensor per input."""
         self._steps = steps
-        self.inputs = tuple(inputs)
+        alone = steps[0].run if len(steps) == 1 else None
+        self._rules = alone.rules if isinstance(alone, NativePart) else None
+        self.inputs = tuple(inputs) if self._rules is None else self._rules.ranged(inputs)
+        # Of free sizes: input, axis of its shape, number of the axis.
+        self._free = [
+            (k, place, axis)
+            for k, axes in enumerate(() if self._rules is None else self._rules.ports)
+            for place, axis in enumerate(axes)
+            if axis is not None
+        ]
         self._leaves = list(leaves)
         self._out_spec = out_spec
         self._call = Call.flat(self.inputs) if call is None else call
@@ -273,9 +357,9 @@ class Engine:
         self._single: NativePart | None = None
         if len(steps) == 1 and isinstance(steps[0].run, NativePart) and len(self.inputs) == 1:
             part = steps[0].run
-            alone = out_spec.is_leaf() and isinstance(self._leaves[0], Leaf)
+            one_result = out_spec.is_leaf() and isinstance(self._leaves[0], Leaf)
             plain = self._call.plain and self.inputs[0].is_float
-            if part.single is not None and alone and steps[0].inputs == [0] and plain:
+            if part.single is not None and one_result and steps[0].inputs == [0] and plain:
                 self._single = part
         gpus = {step.run.device for step in steps if isinstance(step.run, CudaPart)}
         self.device = torch.device("cuda", gpus.pop()) if gpus else torch.device("cpu")
@@ -290,6 +374,169 @@ class Engine:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._out_spec = pytree.tree_structure(state["_out_spec"])
+
+    # -- sizes ----------------------------------------------------------------------------------
+
+    @property
+    def sizes(self) -> dict[str, Size]:
+        """Free sizes by name."""
+        return {} if self._rules is None else {a.name: a.size for a in self._rules.axes}
+
+    def _sized_part(self) -> NativePart:
+        part = self._steps[0].run
+        if self._rules is None or not isinstance(part, NativePart) or part.sized is None:
+            raise UnsupportedModelError(
+                "the engine was compiled for one size; compile with sizes=(min, max)"
+            )
+        return part
+
+    def warm_up(self, *sizes: Any) -> None:
+        """Make ready for sizes that will come, and choose every layer's algorithm by the clock.
+
+        A size that was not warmed up is ready within milliseconds of its first call, and its layers
+        run as they do at the compiled size.
+
+        Args:
+            sizes: each one number per free size, in the order of :attr:`sizes`, or a dictionary by
+                name.
+
+        Raises:
+            InputError: sizes that are not allowed, or that some layer cannot be made for.
+            UnsupportedModelError: the engine was compiled for one size.
+        """
+        part = self._sized_part()
+        assert part.rules is not None and part.sized is not None
+        for item in sizes:
+            wanted = part.rules.named(item)
+            try:
+                part.sized.warm_up(wanted)
+            except ValueError as error:
+                raise InputError(f"sizes {wanted}: {error}") from None
+
+    def size_cache(self, entries: int | None = None, max_bytes: int | None = None) -> dict[str, int]:
+        """What is kept for sizes beside the compiled one, after setting limits where they are given.
+
+        Weights and the memory of calls are shared by all sizes and not counted here.
+
+        Returns:
+            ``entries``, ``bytes``, how many were ``made`` so far, and the limits
+            (``most_entries``, ``most_bytes``), above which the sizes used longest ago leave.
+
+        Raises:
+            ValueError: a limit below 1.
+            UnsupportedModelError: the engine was compiled for one size.
+        """
+        part = self._sized_part()
+        assert part.sized is not None
+        info: dict[str, int] = part.sized.info()
+        if entries is not None or max_bytes is not None:
+            limits = (
+                info["most_entries"] if entries is None else entries,
+                info["most_bytes"] if max_bytes is None else max_bytes,
+            )
+            if min(limits) < 1:
+                raise ValueError(f"expected limits of 1 or more, got {limits}")
+            part.sized.set_limits(*limits)
+            info = part.sized.info()
+        return info
+
+    def fixed(self, sizes: Any) -> Engine:
+        """An engine for one of the sizes alone, with weights of its own.
+
+        Args:
+            sizes: one number per free size, or a dictionary by name.
+
+        Raises:
+            InputError: as :meth:`warm_up`.
+            UnsupportedModelError: the engine was compiled for one size.
+        """
+        part = self._sized_part()
+        assert part.rules is not None
+        wanted = part.rules.named(sizes)
+        _, _, outputs = part.at(wanted)
+        made = NativePart(part.program.at_size(wanted), outputs, part.weights, part.max_memory)
+        ports = list(self.inputs)
+        for k, place, axis in self._free:
+            shape = list(ports[k].shape)
+            shape[place] = wanted[axis]
+            ports[k] = replace(ports[k], shape=tuple(shape))
+        return self._with(made, [replace(port, axes=()) for port in ports])
+
+    def following_outputs(self) -> list[tuple[bool, ...]]:
+        """Per tensor of the result, of its axes but the batch, which follow from the inputs' sizes.
+
+        Empty where the engine was compiled for one size.
+        """
+        if self._rules is None:
+            return []
+        computed = self._steps[0].outputs
+        rules = [
+            self._rules.outputs[computed.index(leaf.number)]
+            for leaf in self._leaves
+            if isinstance(leaf, Leaf)
+        ]
+        return [tuple(bool(n.h_power or n.w_power) for n in rule.shape) for rule in rules]
+
+    def most_output_bytes(self) -> int:
+        """Bytes of one sample's results at the largest sizes; 0 of an engine for one size."""
+        if self._rules is None:
+            return 0
+        part = self._sized_part()
+        largest = [axis.size.last for axis in self._rules.axes]
+        try:
+            program = part.program.at_size(largest)
+        except (ValueError, MemoryError):  # some layer cannot be made for all of them at once
+            return 1 << 40
+        values = program.values()
+        elements = [math.prod(values[number][2:5]) for number in program.outputs()]
+        return 4 * sum(elements[output.source] for output in part.outputs)
+
+    def only_part(self) -> NativePart | None:
+        """The program that is all of the engine; None where parts run in torch."""
+        part = self._steps[0].run if len(self._steps) == 1 else None
+        return part if isinstance(part, NativePart) else None
+
+    def order(self) -> list[int]:
+        """Which of :attr:`inputs` each input of the program is; of an engine that is one part."""
+        return self._steps[0].inputs
+
+    def with_part(self, part: NativePart) -> Engine:
+        """The same engine with another program in the place of its only one."""
+        return self._with(part, self.inputs)
+
+    def _with(self, part: NativePart, ports: Sequence[Port]) -> Engine:
+        step = self._steps[0]
+        return Engine(
+            [Step(part, step.inputs, step.outputs, step.done)],
+            ports,
+            self._leaves,
+            self._out_spec,
+            call=self._call,
+            preprocessing=self.preprocessing,
+            class_names=self.class_names,
+            least_batch=self.least_batch,
+        )
+
+    def _sizes_of(self, inputs: Sequence[Tensor]) -> tuple[int, ...]:
+        """Free sizes of a call; none where they are those that were compiled.
+
+        Raises:
+            InputError: axes of one name have different sizes.
+        """
+        assert self._rules is not None
+        found = [0] * len(self._rules.axes)
+        compiled = True
+        for k, place, axis in self._free:
+            port = self.inputs[k]
+            n = inputs[k].shape[place + port.batched]
+            if found[axis] not in (0, n):
+                raise InputError(
+                    f"{self._label(k)}: expected {found[axis]} at axis {place + port.batched} "
+                    f"({self._rules.axes[axis].name}) as in another input, got {n}"
+                )
+            found[axis] = n
+            compiled = compiled and n == port.shape[place]
+        return () if compiled else tuple(found)
 
     # -- running --------------------------------------------------------------------------------
 
@@ -402,8 +649,14 @@ class Engine:
 
         Raises:
             DeviceError: no such device, one that cannot run the kernels, or a build without them.
+            UnsupportedModelError: to a GPU, of an engine for a range of sizes (:meth:`fixed`).
         """
         on_cpu = not isinstance(device, int) and torch.device(device).type == "cpu"
+        if not on_cpu and self._rules is not None:
+            raise UnsupportedModelError(
+                "an engine for a range of sizes runs on the CPU; engine.fixed(sizes).to(...) takes "
+                "one of them to a GPU"
+            )
         gpu = None if on_cpu else cuda.device_index(device)
         where = torch.device("cpu") if gpu is None else torch.device("cuda", gpu)
         steps = []
@@ -457,7 +710,7 @@ class Engine:
             if x.layout != torch.strided:
                 raise InputError(f"{label}: expected a dense tensor, got layout {x.layout}")
             shape = tuple(x.shape)
-            if len(shape) != len(port.shape) + port.batched or shape[port.batched :] != port.shape:
+            if len(shape) != len(port.shape) + port.batched or not port.fits(shape[port.batched :]):
                 raise InputError(f"{label}: expected shape {port}, got {list(shape)}")
             if port.batched:
                 if batch is not None and shape[0] != batch:
@@ -483,6 +736,7 @@ class Engine:
 
     def _run(self, inputs: list[Tensor], dtype: torch.dtype | None) -> Any:
         batch = inputs[self._batch].shape[0]
+        sizes = () if self._rules is None else self._sizes_of(inputs)
         with torch.no_grad():
             tensors: dict[int, Tensor] = {
                 number: x.detach().float() if port.is_float else x.detach()
@@ -491,7 +745,7 @@ class Engine:
             for step in self._steps:
                 operands = [tensors[number] for number in step.inputs]
                 if isinstance(step.run, NativePart):
-                    results: Sequence[Tensor] = step.run(batch, operands)
+                    results: Sequence[Tensor] = step.run(batch, operands, sizes)
                 else:
                     results = step.run.part(batch, *operands)
                 tensors.update(zip(step.outputs, results, strict=True))

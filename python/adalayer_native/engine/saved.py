@@ -145,13 +145,10 @@ def _rebuilt(
             if atoms is not None:
                 counts = _sizes([n for n, _ in atoms])
                 pairs = tuple((n, int(step)) for n, (_, step) in zip(counts, atoms, strict=True))
-            # A view of every element once at most, none of them outside.
-            reach = 0 if pairs is None else sum((n - 1) * step for n, step in pairs)
-            count = math.prod(shape if pairs is None else counts)
-            negative = pairs is not None and any(step < 0 for _, step in pairs)
-            if math.prod(shape) != elements or count != elements or reach >= elements or negative:
+            output = Output(place, shape, pairs)
+            if not output.fits(elements):
                 raise ValueError(f"output {source} does not fit {results[place]}")
-            outputs.append(Output(place, shape, pairs))
+            outputs.append(output)
         first = len(ports)
         leaves = [
             Leaf(first + _place(item["tensor"], len(outputs)))

@@ -25,6 +25,8 @@ __all__ = ["Dispatcher", "Hub", "Job", "Lane"]
 # Sent to this many replicas in vain, a request is likely to be what ends them.
 MAX_ATTEMPTS = 3
 MAX_HELLO = 4096
+# Requests of other sizes that a batch is searched behind.
+MAX_PASSED = 256
 _FATAL = f"{MAX_ATTEMPTS} replicas ended while they had this request"
 
 logger = logging.getLogger(__name__)
@@ -37,6 +39,8 @@ class Job:
         inputs: per input its bytes, in pieces as they came; one encoded image for images.
         count: samples.
         images: whether ``inputs`` is an encoded image.
+        shapes: per input its sizes without the batch; None where they are the model's own.
+        outputs: of the answer, where those are not the model's own.
         future: gets the bytes of every output.
         attempts: replicas that it was sent to.
         arrived: of the loop's clock.
@@ -50,8 +54,10 @@ class Job:
         "future",
         "images",
         "inputs",
+        "outputs",
         "queued",
         "sent",
+        "shapes",
         "timer",
     )
 
@@ -62,8 +68,11 @@ class Job:
         loop: asyncio.AbstractEventLoop,
         *,
         images: bool = False,
+        shapes: tuple[tuple[int, ...], ...] | None = None,
     ) -> None:
         self.inputs = inputs
+        self.shapes = shapes
+        self.outputs: tuple[TensorInfo, ...] | None = None
         self.count = count
         self.images = images
         self.future: asyncio.Future[list[memoryview]] = loop.create_future()
@@ -184,7 +193,8 @@ class Dispatcher:
         first = self._jobs.popleft()
         batch, count = [first], first.count
         # What was sent before goes alone: if it ends a replica, it takes no other request with it.
-        while self._jobs and not first.attempts:
+        passed: list[Job] = []  # of other sizes: they keep their places
+        while self._jobs and not first.attempts and len(passed) < MAX_PASSED:
             job = self._jobs[0]
             if (
                 job.attempts
@@ -196,8 +206,12 @@ class Dispatcher:
             if job.future.done():
                 self._samples -= job.count
                 continue
+            if job.shapes != first.shapes:
+                passed.append(job)
+                continue
             batch.append(job)
             count += job.count
+        self._jobs.extendleft(reversed(passed))
         self._samples -= count
         return batch
 
@@ -217,7 +231,8 @@ class Dispatcher:
         else:
             inputs = range(len(batch[0].inputs))
             parts = [piece for k in inputs for job in batch for piece in job.inputs[k]]
-            lane.send(Kind.TENSORS, batch, count, parts, None)
+            shapes = batch[0].shapes
+            lane.send(Kind.TENSORS, batch, count, parts, shapes and {"shapes": shapes})
 
     # -- what lanes report ------------------------------------------------------------------------
 
@@ -238,10 +253,18 @@ class Dispatcher:
             for job in batch:
                 job.fail(ServeError(status, str(meta.get("message"))))
         else:
-            self._distribute(batch, meta.get("errors", {}), memoryview(data))
+            self._distribute(
+                batch, meta.get("errors", {}), meta.get("shapes", ()), memoryview(data)
+            )
         self._pump()
 
-    def _distribute(self, batch: list[Job], errors: dict[str, str], data: memoryview) -> None:
+    def _distribute(
+        self,
+        batch: list[Job],
+        errors: dict[str, str],
+        shapes: Sequence[Sequence[int]],
+        data: memoryview,
+    ) -> None:
         assert self.description is not None
         good = []
         for number, job in enumerate(batch):
@@ -251,6 +274,13 @@ class Dispatcher:
             else:
                 job.fail(ServeError(400, message))
         outputs = self.description.outputs
+        if batch[0].shapes is not None:
+            outputs = tuple(
+                info.at([int(n) for n in shape])
+                for info, shape in zip(outputs, shapes, strict=True)
+            )
+            for job in good:
+                job.outputs = outputs
         total = sum(job.count for job in good)
         self._count(good, total)
         if len(data) != total * sum(info.bytes for info in outputs):
@@ -446,7 +476,10 @@ class Lane(asyncio.Protocol):
         if header.kind not in (Kind.RESULT, Kind.ERROR) or not self.batch:
             raise wire.FrameError(f"unexpected {header.kind.name}")
         assert self._dispatcher.description is not None
-        sample = sum(info.bytes for info in self._dispatcher.description.outputs)
+        description = self._dispatcher.description
+        sample = sum(info.bytes for info in description.outputs)
+        if self.batch[0].shapes is not None:
+            sample = description.most_output
         if header.payload > sample * sum(job.count for job in self.batch):
             raise wire.FrameError(f"a result of {header.payload} bytes")
 

@@ -240,13 +240,14 @@ class Application:
                 body, None if size is None else int(size), model, settings.largest_request
             )
             parsed = time.perf_counter_ns()
-            job = Job(request.inputs, request.count, dispatcher.loop)
+            job = Job(request.inputs, request.count, dispatcher.loop, shapes=request.shapes)
             results = await self._run(dispatcher, job)
         except ServeError as error:
             dispatcher.metrics.error(error.status)
             raise
         done = time.perf_counter_ns()
-        text, head_size = build_response(name, entry.version, request, model.outputs, results)
+        infos = job.outputs or model.outputs
+        text, head_size = build_response(name, entry.version, request, infos, results)
         statistics = dispatcher.metrics.statistics
         statistics.compute_input.add(parsed - begin)
         statistics.compute_output.add(time.perf_counter_ns() - done)

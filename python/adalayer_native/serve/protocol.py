@@ -70,6 +70,7 @@ class InferRequest:
     Attributes:
         id: to be repeated in the answer; None without.
         inputs: per input of the model, bytes of float32, or of int32 token ids, in pieces.
+        shapes: per input, its sizes without the batch; None where they are the model's own.
         count: samples.
         outputs: number of an output, and whether it is wanted as bytes.
     """
@@ -78,6 +79,7 @@ class InferRequest:
     inputs: list[list[memoryview]]
     count: int
     outputs: list[tuple[int, bool]]
+    shapes: tuple[tuple[int, ...], ...] | None = None
 
 
 def parse_request(
@@ -111,6 +113,7 @@ def parse_request(
     found: dict[str, list[memoryview]] = {}
     known = {info.name: info for info in model.inputs}
     counts: set[int] = set()
+    shapes: dict[str, tuple[int, ...]] = {}
     offset = end
     for tensor in tensors:
         name = tensor.get("name") if isinstance(tensor, dict) else None
@@ -120,11 +123,13 @@ def parse_request(
             )
         if name in found:
             raise ServeError(400, f"input {name!r} comes twice")
-        count = _count(tensor, known[name], max_samples)
+        count, shape = _count(tensor, known[name], max_samples)
         counts.add(count)
+        shapes[name] = shape
+        info = known[name].at(shape)
         size = _parameters(tensor, f"input {name!r}").get("binary_data_size")
         if size is None:
-            found[name] = [_from_json(tensor, known[name], count)]
+            found[name] = [_from_json(tensor, info, count)]
             continue
         if json_size is None:
             raise ServeError(
@@ -132,7 +137,7 @@ def parse_request(
                 f"input {name!r}: binary_data_size needs the header "
                 "Inference-Header-Content-Length, which says where the JSON ends",
             )
-        found[name], offset = _from_binary(tensor, known[name], count, body, offset, size)
+        found[name], offset = _from_binary(tensor, info, count, body, offset, size)
     missing = [name for name in known if name not in found]
     if missing:
         raise ServeError(400, f"inputs: {missing[0]!r} is missing")
@@ -146,7 +151,14 @@ def parse_request(
         )
     binary = _flag(parameters, "binary_data_output", "the request", False)
     outputs = _outputs(data.get("outputs"), model.outputs, binary)
-    return InferRequest(request_id, [found[name] for name in known], counts.pop(), outputs)
+    own = all(shapes[name] == info.shape for name, info in known.items())
+    return InferRequest(
+        request_id,
+        [found[name] for name in known],
+        counts.pop(),
+        outputs,
+        None if own else tuple(shapes[name] for name in known),
+    )
 
 
 def parse_object(text: bytes, what: str, *, bare_names: bool = False) -> dict[str, Any]:
@@ -259,19 +271,22 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:80]}…"
 
 
-def _count(tensor: Mapping[str, Any], info: TensorInfo, max_samples: int) -> int:
+def _count(
+    tensor: Mapping[str, Any], info: TensorInfo, max_samples: int
+) -> tuple[int, tuple[int, ...]]:
+    """Samples of a tensor, and the sizes of each."""
     shape = tensor.get("shape")
-    wanted = f"[batch, {', '.join(map(str, info.shape))}]"
+    wanted = str(info)
     # bool is an int in Python, and true is no size.
     if not isinstance(shape, list) or not all(type(n) is int for n in shape):
         raise ServeError(400, f"input {info.name!r}: expected shape {wanted}, got {_shown(shape)}")
-    if tuple(shape[1:]) != info.shape or len(shape) != len(info.shape) + 1 or shape[0] < 1:
+    if not shape or not info.fits(shape[1:]) or shape[0] < 1:
         raise ServeError(400, f"input {info.name!r}: expected shape {wanted}, got {_shown(shape)}")
     if shape[0] > max_samples:
         raise ServeError(
             400, f"input {info.name!r}: expected a batch of at most {max_samples}, got {shape[0]}"
         )
-    return int(shape[0])
+    return int(shape[0]), tuple(shape[1:])
 
 
 def _from_json(tensor: Mapping[str, Any], info: TensorInfo, count: int) -> memoryview:
@@ -428,7 +443,7 @@ def metadata(name: str, versions: Sequence[str], model: Description) -> dict[str
     """The model metadata of the protocol; class names and preprocessing as parameters."""
 
     def rows(infos: Sequence[TensorInfo]) -> list[dict[str, Any]]:
-        return [{"name": i.name, "datatype": i.datatype, "shape": [-1, *i.shape]} for i in infos]
+        return [{"name": i.name, "datatype": i.datatype, "shape": [-1, *i.shown]} for i in infos]
 
     found: dict[str, Any] = {
         "name": name,
@@ -442,6 +457,12 @@ def metadata(name: str, versions: Sequence[str], model: Description) -> dict[str
         extra["preprocessing"] = model.preprocessing
     if model.class_names is not None:
         extra["classes"] = list(model.class_names)
+    sizes = {axis[0]: axis[1:] for info in model.inputs for axis in info.free if axis is not None}
+    if sizes:
+        keys = ("min", "max", "multiple_of")
+        extra["sizes"] = {
+            name: dict(zip(keys, numbers, strict=True)) for name, numbers in sizes.items()
+        }
     if extra:
         found["parameters"] = extra
     return found
@@ -452,7 +473,7 @@ def configuration(name: str, model: Description, settings: Settings) -> dict[str
 
     def rows(infos: Sequence[TensorInfo]) -> list[dict[str, Any]]:
         return [
-            {"name": i.name, "data_type": f"TYPE_{i.datatype}", "dims": list(i.shape)}
+            {"name": i.name, "data_type": f"TYPE_{i.datatype}", "dims": i.shown}
             for i in infos
         ]
 

@@ -238,7 +238,7 @@ class Worker:
         errors: dict[str, str] = {}
         try:
             if header.kind == Kind.TENSORS:
-                inputs = self._tensors(connection, header, buffer)
+                inputs = self._tensors(connection, header, meta, buffer)
             elif header.kind == Kind.IMAGES:
                 inputs, errors = self._images(connection, header, meta, buffer)
             else:
@@ -262,11 +262,23 @@ class Worker:
             wire.send_frame(connection, Kind.ERROR, meta=reply)
             return
         parts = [output.reshape(-1).view(np.uint8).data for output in outputs]
-        meta = {"errors": errors} if errors else None  # type: ignore[assignment]
-        wire.send_frame(connection, Kind.RESULT, parts, count=header.count, meta=meta)
+        found: dict[str, Any] = {"errors": errors} if errors else {}
+        if "shapes" in meta:
+            found["shapes"] = [output.shape[1:] for output in outputs]
+        wire.send_frame(connection, Kind.RESULT, parts, count=header.count, meta=found or None)
 
-    def _tensors(self, connection: socket.socket, header: Header, buffer: _Buffer) -> list[Input]:
+    def _tensors(
+        self,
+        connection: socket.socket,
+        header: Header,
+        meta: Mapping[str, Any],
+        buffer: _Buffer,
+    ) -> list[Input]:
         infos = self._runner.description.inputs
+        if "shapes" in meta:
+            infos = tuple(
+                info.at(shape) for info, shape in zip(infos, meta["shapes"], strict=True)
+            )
         expected = header.count * sum(info.bytes for info in infos)
         if header.payload != expected:
             raise wire.FrameError(f"a batch of {header.payload} bytes, expected {expected}")

@@ -6,7 +6,7 @@ import importlib
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -32,6 +32,7 @@ Input = npt.NDArray[Any]  # float32 or int32, see TensorInfo.dtype
 
 
 # Of token ids, by the name of torch's type: the front loads no torch.
+_ANY = 1 << 31
 _DATATYPES = {"torch.int64": "INT64", "torch.int32": "INT32"}
 
 
@@ -44,12 +45,16 @@ class TensorInfo:
         shape: sizes without the batch.
         datatype: of the protocol: FP32, or INT64 or INT32 for an input of token ids.
         rows: how many ids there are, where that is known.
+        free: empty where all sizes are fixed; else per axis of ``shape`` None, or of a free one its
+            name, the smallest and largest size, and what it is a multiple of. Of an output: whether
+            the size follows from the inputs', where only that counts.
     """
 
     name: str
     shape: tuple[int, ...]
     datatype: str = "FP32"
     rows: int | None = None
+    free: tuple[tuple[str, int, int, int] | None, ...] = ()
 
     @property
     def is_ids(self) -> bool:
@@ -60,6 +65,36 @@ class TensorInfo:
     def dtype(self) -> type[np.float32] | type[np.int32]:
         """Of an array for the replica."""
         return np.int32 if self.is_ids else np.float32
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether these sizes, without the batch, are allowed."""
+        if len(shape) != len(self.shape):
+            return False
+        free = self.free or (None,) * len(shape)
+        return all(
+            n == own if axis is None else axis[1] <= n <= axis[2] and n % axis[3] == 0
+            for n, own, axis in zip(shape, self.shape, free, strict=True)
+        )
+
+    def at(self, shape: Sequence[int]) -> TensorInfo:
+        """The same at another size."""
+        return self if tuple(shape) == self.shape else replace(self, shape=tuple(shape))
+
+    @property
+    def shown(self) -> list[int]:
+        """Sizes, -1 for free ones."""
+        free = self.free or (None,) * len(self.shape)
+        return [n if axis is None else -1 for n, axis in zip(self.shape, free, strict=True)]
+
+    def __str__(self) -> str:
+        free = self.free or (None,) * len(self.shape)
+        sizes = [
+            str(n)
+            if axis is None
+            else f"{axis[1]}..{axis[2]}" + ("" if axis[3] == 1 else f" by {axis[3]}")
+            for n, axis in zip(self.shape, free, strict=True)
+        ]
+        return f"[{', '.join(['batch', *sizes])}]"
 
     @property
     def bytes(self) -> int:
@@ -77,6 +112,7 @@ class Description:
         class_names: or None.
         softmax: whether the first output is probabilities already.
         platform: name for the metadata.
+        most_output: bytes of one sample's outputs at the largest sizes.
     """
 
     inputs: tuple[TensorInfo, ...]
@@ -85,6 +121,7 @@ class Description:
     class_names: tuple[str, ...] | None = None
     softmax: bool = False
     platform: str = "adalayer_ada"
+    most_output: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -101,6 +138,10 @@ class Description:
                     tuple(map(int, r["shape"])),
                     str(r["datatype"]),
                     None if r["rows"] is None else int(r["rows"]),
+                    tuple(
+                        None if a is None else (str(a[0]), int(a[1]), int(a[2]), int(a[3]))
+                        for a in r["free"]
+                    ),
                 )
                 for r in rows
             )
@@ -113,6 +154,7 @@ class Description:
             None if names is None else tuple(map(str, names)),
             bool(data["softmax"]),
             str(data["platform"]),
+            int(data["most_output"]),
         )
 
 
@@ -141,21 +183,28 @@ class EngineRunner:
         engine = self._engine
         check_inputs(engine)
         inputs = tuple(
-            TensorInfo(port.name, tuple(port.shape))
+            TensorInfo(port.name, tuple(port.shape), free=_free(port))
             if port.is_float
             else TensorInfo(
                 port.name,
                 tuple(port.shape),
                 _DATATYPES[str(port.dtype)],
                 engine.tables.get(port.name),
+                _free(port),
             )
             for port in engine.inputs
         )
         zeros = [np.zeros((1, *info.shape), info.dtype) for info in inputs]
         leaves = _leaves(engine.run_flat(zeros), "")  # also warms up
         outputs = tuple(
-            TensorInfo(name.lstrip(".") or "output", tuple(value.shape[1:]))
-            for name, value in leaves
+            TensorInfo(
+                name.lstrip(".") or "output",
+                tuple(value.shape[1:]),
+                free=tuple(("", 1, _ANY, 1) if follows else None for follows in free),
+            )
+            for (name, value), free in zip(
+                leaves, engine.following_outputs() or [()] * len(leaves), strict=True
+            )
         )
         self._single = len(leaves) == 1 and leaves[0][0] == ""
         names = engine.class_names
@@ -165,6 +214,7 @@ class EngineRunner:
             engine.preprocessing,
             None if names is None else tuple(names),
             self._single and engine.coverage(rounds=0).rows[-1].op == "softmax",
+            most_output=engine.most_output_bytes(),
         )
 
     def run(self, inputs: Sequence[Input]) -> list[Array]:
@@ -173,6 +223,15 @@ class EngineRunner:
         if self._single:
             return [np.ascontiguousarray(result)]
         return [np.ascontiguousarray(value) for _, value in _leaves(result, "")]
+
+
+def _free(port: Any) -> tuple[tuple[str, int, int, int] | None, ...]:
+    return tuple(
+        None
+        if axis is None
+        else (axis.name, axis.size.first, axis.size.last, axis.size.multiple_of)
+        for axis in port.axes
+    )
 
 
 def check_inputs(engine: Engine) -> None:

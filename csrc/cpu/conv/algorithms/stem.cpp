@@ -30,6 +30,12 @@ class StemConv final : public PanelConv {
     PanelConv::pack(weights, stem_weights(stem_, shape_, values), bits, packed);
   }
 
+  bool packs_like(const PlannedConv& other) const override {
+    const Stem& stem = static_cast<const StemConv&>(other).stem_;
+    return stem.dense == stem_.dense && stem.rows == stem_.rows && stem.step == stem_.step &&
+           stem.kernel_rows == stem_.kernel_rows && PanelConv::packs_like(other);
+  }
+
  private:
   Stem stem_;
   ConvShape shape_;

@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-namespace adalayer::capi {
+namespace adalayer {
 
 constexpr int kMaxJsonDepth = 64;
 constexpr size_t kMaxJsonValues = size_t{1} << 18;
@@ -37,4 +37,4 @@ struct Json {
 /// Throws CorruptData saying what is wrong and at which byte.
 Json parse_json(std::string_view text);
 
-}  // namespace adalayer::capi
+}  // namespace adalayer

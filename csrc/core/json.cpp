@@ -1,11 +1,11 @@
-#include "capi/json.hpp"
+#include "core/json.hpp"
 
 #include <charconv>
 #include <cmath>
 
 #include "core/status.hpp"
 
-namespace adalayer::capi {
+namespace adalayer {
 namespace {
 
 class Parser {
@@ -239,4 +239,4 @@ float Json::as_float(const char* what) const {
 
 Json parse_json(std::string_view text) { return Parser(text).whole(); }
 
-}  // namespace adalayer::capi
+}  // namespace adalayer
