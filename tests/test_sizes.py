@@ -113,13 +113,13 @@ class _Detector(nn.Module):
         self.lateral = nn.Conv2d(16, 16, 1)
         self.boxes, self.scores = nn.Conv2d(16, 12, 3, padding=1), nn.Conv2d(16, 6, 1)
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
+    def forward(self, x: Tensor) -> dict[str, Any]:
         low = F.relu(self.stem(x))
         high = F.relu(self.down(low))
         low = F.relu(self.lateral(low) + F.interpolate(high, scale_factor=2.0, mode="nearest"))
         n = x.shape[0]
         boxes = [self.boxes(y).permute(0, 2, 3, 1).reshape(n, -1, 4) for y in (low, high)]
-        return {"boxes": torch.cat(boxes, 1), "scores": torch.sigmoid(self.scores(high))}
+        return {"boxes": boxes, "scores": torch.sigmoid(self.scores(high))}
 
 
 class _Mixed(nn.Module):
@@ -150,7 +150,7 @@ class _Named(nn.Module):
         return self.c(F.relu(self.a(left) + self.b(right)))
 
 
-# -- the same bits ----------------------------------------------------------------------------------
+# -- the same bits ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -173,11 +173,9 @@ def test_bits(
         for h, w in tried:
             x = torch.randn(2, 3, h, w)
             got, wanted = engine(x), _compiled(native, 3, h, w)(x)
-            _same([got["boxes"], got["scores"]], [wanted["boxes"], wanted["scores"]])
+            _same([*got["boxes"], got["scores"]], [*wanted["boxes"], wanted["scores"]])
     else:
         _check(native, engine, tried)
-    x = torch.randn(1, 3, *example)
-    assert torch.utils._pytree.tree_structure(engine(x)) is not None
 
 
 def _random_network(seed: int) -> nn.Module:
@@ -304,7 +302,7 @@ def test_warmed_up_sizes(pair: tuple[nn.Module, ada.Engine]) -> None:
             engine.warm_up(bad)
 
 
-# -- the cache --------------------------------------------------------------------------------------
+# -- the cache -------------------------------------------------------------------------------------
 
 
 def test_memory_is_bounded(pair: tuple[nn.Module, ada.Engine]) -> None:
@@ -362,7 +360,7 @@ def test_threads_make_a_size_once(pair: tuple[nn.Module, ada.Engine]) -> None:
     assert engine.size_cache()["made"] == 3
 
 
-# -- what is refused --------------------------------------------------------------------------------
+# -- what is refused -------------------------------------------------------------------------------
 
 
 class _Flat(nn.Module):
@@ -417,14 +415,10 @@ def test_what_does_not_follow_the_size(make: type[nn.Module]) -> None:
 
 
 def test_a_number_that_follows_the_size() -> None:
-    """It is a constant of the program: refused, or taken from the size as torch does."""
+    """It is a constant of the program."""
     native = _native(_Share(), 3, 16, 16)
-    try:
-        engine = _compiled(native, 3, 16, 16, sizes=(8, 64))
-    except UnsupportedModelError as error:
-        assert "sizes" in str(error)
-    else:
-        _check(native, engine, [(20, 31)])
+    with pytest.raises(UnsupportedModelError, match="sizes"):
+        _compiled(native, 3, 16, 16, sizes=(8, 64))
 
 
 def test_multiples() -> None:
@@ -440,7 +434,7 @@ def test_multiples() -> None:
             return self.b(torch.cat([x, up], 1))
 
     native = _native(Halved(), 3, 16, 16)
-    with pytest.raises(UnsupportedModelError, match="does not take all of"):
+    with pytest.raises(UnsupportedModelError, match="sizes"):
         _compiled(native, 3, 16, 16, sizes=(8, 64))
     engine = _compiled(native, 3, 16, 16, sizes=ada.Size(8, 64, multiple_of=2))
     _check(native, engine, [(18, 30)])
@@ -473,9 +467,7 @@ def test_dims_of_torch(pair: tuple[nn.Module, ada.Engine]) -> None:
     native, _ = pair
     name = ada.compile(native, torch.rand(1, 3, 40, 40), policy="native").inputs[0].name
     example = torch.rand(1, 3, 40, 40)
-    engine = ada.compile(
-        native, example, policy="native", sizes={name: {2: 4 * side, 3: 4 * side}}
-    )
+    engine = ada.compile(native, example, policy="native", sizes={name: {2: 4 * side, 3: 4 * side}})
     assert str(engine.sizes["side"]) == "20..80 by 4"
     x = torch.randn(1, 3, 64, 64)
     _same(engine(x), _compiled(native, 3, 64, 64)(x))
@@ -494,7 +486,7 @@ def test_dims_of_torch(pair: tuple[nn.Module, ada.Engine]) -> None:
         lambda t: t.replace('"ports": [[null, 0, 1]]', '"ports": []'),
         lambda t: t.replace('"inputs": [[0, 1]]', '"inputs": [[0, null]]'),
         lambda t: t.replace('"shape": [5]', '"shape": [6]'),
-        lambda t: t.replace('"shape": [5]', '"shape": [[5, 1, 1, 1]]'),
+        lambda t: t.replace('"atoms": null', '"atoms": [[5, 2]]'),
         lambda t: t[:-1],
         lambda t: "[]",
     ],
@@ -524,11 +516,11 @@ def test_limits_of_memory(pair: tuple[nn.Module, ada.Engine], tmp_path: Path) ->
     _same(engine(x), pair[1](x))
     part = engine.only_part()
     assert part is not None
-    with pytest.raises((InputError, MemoryError, RuntimeError), match="limit|memory|elements"):
+    with pytest.raises((InputError, MemoryError, RuntimeError), match=r"limit|memory|elements"):
         part.at([90_000, 90_000])
 
 
-# -- how rules are found ----------------------------------------------------------------------------
+# -- how rules are found ---------------------------------------------------------------------------
 
 
 def test_parts_of_tables() -> None:

@@ -346,7 +346,6 @@ void bind_engine(py::module_& m) {
              return shown(e.warm_up(sizes));
            })
       .def("info", &size_info)
-      .def("set_limits", [](SizedEngine& e, size_t entries, size_t bytes) {
-        e.set_limits({entries, bytes});
-      });
+      .def("set_limits",
+           [](SizedEngine& e, size_t entries, size_t bytes) { e.set_limits({entries, bytes}); });
 }

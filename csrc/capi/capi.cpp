@@ -138,23 +138,23 @@ adalayer_type type_of(const capi::OutputView&) { return ADALAYER_FLOAT32; }
 template <class Tensor>
 void describe(const std::vector<Tensor>& tensors, size_t index, const char* what,
               adalayer_tensor_info* info) {
-    not_null(info, "info");
-    // The struct of earlier headers ends here.
-    constexpr size_t kFirst = offsetof(adalayer_tensor_info, type);
-    if (info->struct_size < kFirst)
-      fail<InvalidArgument>("info: expected a struct_size of at least ", kFirst, ", got ",
-                            info->struct_size);
-    if (index >= tensors.size())
-      fail<InvalidArgument>(what, ' ', index, " does not exist (there are ", tensors.size(), ")");
-    const Tensor& t = tensors[index];
-    info->name = t.name.c_str();
-    info->rank = t.shape.size();
-    std::fill(std::begin(info->shape), std::end(info->shape), 0);
-    std::copy(t.shape.begin(), t.shape.end(), info->shape);
-    info->elements = static_cast<uint64_t>(t.elements);
-    if (info->struct_size < sizeof *info) return;
-    info->type = type_of(t);
-    info->reserved = 0;
+  not_null(info, "info");
+  // The struct of earlier headers ends here.
+  constexpr size_t kFirst = offsetof(adalayer_tensor_info, type);
+  if (info->struct_size < kFirst)
+    fail<InvalidArgument>("info: expected a struct_size of at least ", kFirst, ", got ",
+                          info->struct_size);
+  if (index >= tensors.size())
+    fail<InvalidArgument>(what, ' ', index, " does not exist (there are ", tensors.size(), ")");
+  const Tensor& t = tensors[index];
+  info->name = t.name.c_str();
+  info->rank = t.shape.size();
+  std::fill(std::begin(info->shape), std::end(info->shape), 0);
+  std::copy(t.shape.begin(), t.shape.end(), info->shape);
+  info->elements = static_cast<uint64_t>(t.elements);
+  if (info->struct_size < sizeof *info) return;
+  info->type = type_of(t);
+  info->reserved = 0;
 }
 
 const std::map<std::string, std::string>& metadata_of(const adalayer_model& model) {

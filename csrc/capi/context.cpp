@@ -55,8 +55,7 @@ void gather(const OutputView& view, const float* memory, float* out) {
 
 Context::Use::Use(Context& context) : context_(context) {
   if (context.busy_.exchange(true, std::memory_order_acquire))
-    fail<InvalidArgument>(
-        "the context is in use by another thread; create one context per thread");
+    fail<InvalidArgument>("the context is in use by another thread; create one context per thread");
 }
 
 Context::Context(std::shared_ptr<const Model> model)
@@ -107,7 +106,8 @@ void Context::set_normalization(size_t input, std::span<const float> mean,
 void Context::set_shape(size_t input, std::span<const int64_t> shape) {
   const Use use(*this);
   if (input >= sized_.inputs.size())
-    fail<InvalidArgument>("input ", input, " does not exist (there are ", sized_.inputs.size(), ")");
+    fail<InvalidArgument>("input ", input, " does not exist (there are ", sized_.inputs.size(),
+                          ")");
   Port& port = sized_.inputs[input];
   const auto bad = [&](const auto&... pieces) {
     fail<InvalidArgument>("input ", input, " ('", port.name, "'): ", pieces...);
@@ -138,7 +138,7 @@ void Context::set_shape(size_t input, std::span<const int64_t> shape) {
 
 const Sized& Context::sized() {
   if (reshaped_) {
-    sized_ = model_->at(sized_.inputs);
+    sized_ = model_->for_inputs(sized_.inputs);
     reshaped_ = false;
   }
   return sized_;

@@ -148,11 +148,9 @@ const engine::SizeAxis* Model::axis(size_t input, size_t axis) const {
   return &rules().axes[static_cast<size_t>(rules().ports[input][axis])];
 }
 
-Sized Model::compiled() const {
-  return {engine_.compiled(), inputs_, outputs_, result_elements_};
-}
+Sized Model::compiled() const { return {engine_.compiled(), inputs_, outputs_, result_elements_}; }
 
-Sized Model::at(std::vector<Port> inputs) const {
+Sized Model::for_inputs(std::vector<Port> inputs) const {
   const engine::SizeRules& r = rules();
   std::vector<int64_t> sizes(r.axes.size(), 0);
   for (size_t k = 0; k < inputs.size(); ++k)

@@ -63,7 +63,7 @@ class Model {
   const engine::SizeAxis* axis(size_t input, size_t axis) const;
   Sized compiled() const;
   /// For inputs of these shapes. Throws InvalidArgument where the model does not take them.
-  Sized at(std::vector<Port> inputs) const;
+  Sized for_inputs(std::vector<Port> inputs) const;
   /// Which of inputs() the program's input k is.
   const std::vector<size_t>& order() const { return order_; }
   /// Elements of the program's output k.

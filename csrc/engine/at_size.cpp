@@ -86,8 +86,8 @@ class Resized {
         place();
       } catch (const InvalidArgument& e) {
         const Node& n = node();
-        fail<InvalidArgument>("node ", index_, " (", op_name(n.op), " \"", n.name, "\"): ",
-                              e.what());
+        fail<InvalidArgument>("node ", index_, " (", op_name(n.op), " \"", n.name,
+                              "\"): ", e.what());
       }
     }
     validate(to_);
@@ -150,7 +150,7 @@ class Resized {
       case OpKind::AvgPool:
         return pool();
       case OpKind::AdaptiveAvgPool: {
-        const bool *keeps = rule() == nullptr ? nullptr : rule()->keeps.data();
+        const bool* keeps = rule() == nullptr ? nullptr : rule()->keeps.data();
         return give(keeps != nullptr && keeps[0] ? in().h : out().h,
                     keeps != nullptr && keeps[1] ? in().w : out().w);
       }
@@ -225,8 +225,7 @@ class Resized {
         found[axis] = 1;
         continue;
       }
-      const int64_t span =
-          n + before[axis] + after[axis] - dilation[axis] * (kernel[axis] - 1) - 1;
+      const int64_t span = n + before[axis] + after[axis] - dilation[axis] * (kernel[axis] - 1) - 1;
       if (span < 0)
         bad("the padded ", kAxes[axis], ' ', n + before[axis] + after[axis],
             " is smaller than the kernel ", dilation[axis] * (kernel[axis] - 1) + 1);

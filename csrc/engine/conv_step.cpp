@@ -194,8 +194,7 @@ std::unique_ptr<ConvStep> ConvStep::at_size(const ConvStep& like, const Program&
                                             const Node& node, const cpu::ImageLayout& in,
                                             const cpu::ImageLayout* out,
                                             const cpu::ImageLayout* residual, bool own_input) {
-  const std::vector<cpu::ConvTask> tasks =
-      conv_tasks(program, node, own_input, cpu::Room::Several);
+  const std::vector<cpu::ConvTask> tasks = conv_tasks(program, node, own_input, cpu::Room::Several);
   // (A transposed convolution has fewer phases where its output is smaller than its stride.)
   if (tasks.size() != like.pieces_.size()) return nullptr;
   std::unique_ptr<ConvStep> step(new ConvStep(like, program, node, residual));
@@ -203,8 +202,7 @@ std::unique_ptr<ConvStep> ConvStep::at_size(const ConvStep& like, const Program&
   for (size_t k = 0; k < tasks.size(); ++k) {
     const Piece& from = like.pieces_[k];
     const Form& used = like.in_use(from);
-    Form form{{used.conv.algorithm, used.conv.weights, nullptr},
-              {used.panels[0], used.panels[1]}};
+    Form form{{used.conv.algorithm, used.conv.weights, nullptr}, {used.panels[0], used.panels[1]}};
     form.conv.plan = form.conv.algorithm->plan(tasks[k], at, form.conv.weights->variant);
     if (!form.conv.plan->packs_like(*used.conv.plan)) return nullptr;
     Piece& piece = step->pieces_.emplace_back();
@@ -362,8 +360,7 @@ void ConvStep::unshare() {
   const int bits = panel_bits(choice_.resident);
   for (Piece& piece : pieces_) {
     Form& form = piece.forms[static_cast<size_t>(choice_.form)];
-    const auto bytes =
-        static_cast<size_t>(form.conv.plan->packed_bytes(*form.conv.weights, bits));
+    const auto bytes = static_cast<size_t>(form.conv.plan->packed_bytes(*form.conv.weights, bits));
     if (bytes > 0) std::memcpy(to, form.panels[choice_.resident], bytes);
     form.panels[choice_.resident] = to;
     to += bytes;

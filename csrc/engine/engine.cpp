@@ -128,7 +128,7 @@ struct Engine::Impl {
   EngineOptions options;
   std::shared_ptr<ArenaPool> arenas;
   size_t own_panels = 0;  // bytes of packed weights that no other size has
-  std::string plan;  // plan_line(); empty where nothing was measured
+  std::string plan;       // plan_line(); empty where nothing was measured
   // A thread takes `chunk` images at a time. The first `front` nodes run image by image, because
   // their tensors are large; the rest run on all images together, because their weights are.
   int64_t chunk = 1;
@@ -186,8 +186,8 @@ struct Engine::Impl {
     check_memory(fixed + static_cast<double>(arena.bytes), options.memory_bytes);
     for (const size_t k : found.own) {
       ConvStep& conv = *steps[k].conv;
-      auto panels = std::make_shared<AlignedBuffer>(
-          static_cast<size_t>(conv.panel_bytes(conv.choice())));
+      auto panels =
+          std::make_shared<AlignedBuffer>(static_cast<size_t>(conv.panel_bytes(conv.choice())));
       conv.pack(panels->data(), conv.choice());
       own_panels += panels->size();
       conv.settle(std::move(panels));

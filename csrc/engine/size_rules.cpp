@@ -101,8 +101,8 @@ ResizeAxis resize_axis(const Json& json, const Program& p) {
       break;
     case ResizeAxis::Kind::Like:
       expect(2);
-      axis.like = static_cast<int32_t>(
-          number(all[1], 0, static_cast<int64_t>(p.values.size()) - 1));
+      axis.like =
+          static_cast<int32_t>(number(all[1], 0, static_cast<int64_t>(p.values.size()) - 1));
       break;
   }
   return axis;

@@ -10,10 +10,9 @@ namespace adalayer::engine {
 namespace {
 
 bool same_values(const Program& a, const Program& b) {
-  return std::equal(a.values.begin(), a.values.end(), b.values.begin(), b.values.end(),
-                    [](const Value& x, const Value& y) {
-                      return x.c == y.c && x.h == y.h && x.w == y.w;
-                    });
+  return std::equal(
+      a.values.begin(), a.values.end(), b.values.begin(), b.values.end(),
+      [](const Value& x, const Value& y) { return x.c == y.c && x.h == y.h && x.w == y.w; });
 }
 
 /// Parameters, and what constants hold.

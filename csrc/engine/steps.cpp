@@ -361,8 +361,8 @@ Step conv_step(const Program& program, const Node& node, const std::vector<Value
   const Around at = around(program, node, layouts);
   Step step;
   step.node = &node;
-  step.conv = std::make_unique<ConvStep>(program, node, at.in, at.out, at.residual, at.own_input,
-                                         room);
+  step.conv =
+      std::make_unique<ConvStep>(program, node, at.in, at.out, at.residual, at.own_input, room);
   step.max_parts = step.conv->max_parts();
   return step;
 }
@@ -404,8 +404,8 @@ SharedSteps build_steps(const Program& program, const std::vector<ValueLayout>& 
     const Around at = around(program, node, layouts);
     Step step;
     step.node = &node;
-    step.conv = ConvStep::at_size(*like[k].conv, program, node, at.in, at.out, at.residual,
-                                  at.own_input);
+    step.conv =
+        ConvStep::at_size(*like[k].conv, program, node, at.in, at.out, at.residual, at.own_input);
     if (step.conv != nullptr) {
       step.max_parts = step.conv->max_parts();
     } else {

@@ -283,27 +283,27 @@ inline Program sized_network(int64_t h, int64_t w) {
   const auto sum = b.node(OpKind::Add, {a, c}, b.value("sum", 8, h2, w2), {0, 255, 10},
                           {kInverse, kScale, kScale}, {-1});
   // Rounded up.
-  const auto most = b.node(OpKind::MaxPool, {sum}, b.value("most", 8, h4, w4),
-                           {2, 2, 2, 2, 0, 0, 1, 1});
+  const auto most =
+      b.node(OpKind::MaxPool, {sum}, b.value("most", 8, h4, w4), {2, 2, 2, 2, 0, 0, 1, 1});
   // As large as what comes from above.
   const auto nearest = [&](int64_t in, int64_t out) {
     std::vector<int32_t> low;
     for (int64_t i = 0; i < out; ++i)
-      low.push_back(static_cast<int32_t>(
-          std::min<int64_t>(static_cast<int64_t>(std::floor(
-                                static_cast<float>(i) *
-                                (static_cast<float>(in) / static_cast<float>(out)))),
-                            in - 1)));
+      low.push_back(static_cast<int32_t>(std::min<int64_t>(
+          static_cast<int64_t>(std::floor(static_cast<float>(i) *
+                                          (static_cast<float>(in) / static_cast<float>(out)))),
+          in - 1)));
     return b.ints(low);
   };
   const auto rows = nearest(h4, h2), columns = nearest(w4, w2);
   const auto nothing = [&](int64_t n) {
     return b.floats(std::vector<float>(static_cast<size_t>(n), 0.0f));
   };
-  const auto wide = b.node(OpKind::Resize, {most}, b.value("wide", 8, h2, w2), {0, 0, 255, 10},
-                           {kInverse, 1, 0},
-                           {rows, rows, nothing(h2), columns, columns, nothing(w2)});
-  const auto both = b.node(OpKind::Concat, {wide, c}, b.value("both", 16, h2, w2), {}, {}, {-1, -1});
+  const auto wide =
+      b.node(OpKind::Resize, {most}, b.value("wide", 8, h2, w2), {0, 0, 255, 10}, {kInverse, 1, 0},
+             {rows, rows, nothing(h2), columns, columns, nothing(w2)});
+  const auto both =
+      b.node(OpKind::Concat, {wide, c}, b.value("both", 16, h2, w2), {}, {}, {-1, -1});
   // Two by two channels become pixels.
   std::vector<int32_t> channel, row, column;
   for (int64_t k = 0; k < 4; ++k)
@@ -314,8 +314,7 @@ inline Program sized_network(int64_t h, int64_t w) {
     column.push_back(static_cast<int32_t>(k % 2 * h2 * w2 + k / 2));
   const auto shuffled = b.node(OpKind::Rearrange, {both}, b.value("shuffled", 4, h, w), {}, {},
                                {b.ints(channel), b.ints(row), b.ints(column)});
-  const auto cut =
-      b.node(OpKind::Slice, {shuffled}, b.value("cut", 4, h - 3, w), {1, 2, 1});
+  const auto cut = b.node(OpKind::Slice, {shuffled}, b.value("cut", 4, h - 3, w), {1, 2, 1});
   const auto pooled = b.node(OpKind::AdaptiveAvgPool, {cut}, b.value("pooled", 4, 1, 1),
                              {0, 255, 10}, {kInverse, kScale}, {-1});
   const auto dense = b.node(OpKind::Dequantize, {cut}, b.value("dense", 4, h - 3, w, F32));

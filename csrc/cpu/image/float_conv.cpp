@@ -94,8 +94,7 @@ float* aligned_scratch(int64_t count) {
 
 }  // namespace
 
-FloatConv::FloatConv(const FloatConvSpec& spec, std::vector<float> own)
-    : spec_(spec) {
+FloatConv::FloatConv(const FloatConvSpec& spec, std::vector<float> own) : spec_(spec) {
   if (!own.empty()) {
     own_ = std::make_shared<const std::vector<float>>(std::move(own));
     spec_.weights = own_->data();

@@ -124,10 +124,10 @@ ADALAYER_API adalayer_status adalayer_model_output_info(const adalayer_model* mo
 /* The sizes that one axis of an input may have: the shapes of adalayer_tensor_info are those that
  * the network was compiled for, and some networks take others. */
 typedef struct adalayer_axis_info {
-  size_t struct_size;           /* sizeof(adalayer_axis_info) */
-  const char* name;             /* axes of one name have one size; "" for a fixed one; lives as long
-                                 * as the model */
-  int64_t least, most;          /* the same number for a fixed one */
+  size_t struct_size;  /* sizeof(adalayer_axis_info) */
+  const char* name;    /* axes of one name have one size; "" for a fixed one; lives as long
+                        * as the model */
+  int64_t least, most; /* the same number for a fixed one */
   int64_t multiple_of;
 } adalayer_axis_info;
 

@@ -28,7 +28,7 @@ from adalayer_native.capture.opaque import Call, opaque_calls
 from adalayer_native.capture.quiet import quiet
 from adalayer_native.errors import AdaError, UnsupportedModelError
 
-__all__ = ["Export", "export", "exported_of", "range_error", "untouched"]
+__all__ = ["Export", "branches_in", "export", "exported_of", "untouched"]
 
 # Operations in a size that a layer gets, where sizes are free, and seconds of CPU that an export
 # may take then: "same" padding, for one, makes expressions that grow from layer to layer. Five
@@ -134,16 +134,20 @@ def _export(
     return found
 
 
-def range_error(
+def branches_in(
     model: nn.Module,
     inputs: Inputs,
     free: Sequence[dict[int, int]],
     ranges: Sequence[tuple[str, range]],
-) -> str | None:
-    """Why a model does not do the same at all sizes of a range; None if torch.export says it does.
+) -> list[tuple[tuple[int, ...], str]]:
+    """Sizes at which a model's code, or an operator of torch, takes another branch than at the
+    example's: one for each condition, and what it asks.
 
-    What the model's code branches on, and what torch's operators do, are conditions on sizes, which
-    are tried at the sizes of the ranges: at all of them, or a thousand where there are more.
+    Conditions are tried at the sizes of the ranges: at all of them, or a thousand where there are
+    more.
+
+    Raises:
+        UnsupportedModelError: torch.export finds that the model takes some of the sizes alone.
 
     Args:
         inputs: example of a call; at least two samples.
@@ -168,8 +172,12 @@ def range_error(
             )
     except Exception as error:  # export runs the user's code: anything may come out of it
         place = _place(error)
-        return (f"at {place}: " if place else "") + _first_lines(str(error))
-    return _fixed_size(program, free, ranges) or _broken_guard(program, inputs, free, ranges)
+        where = f"at {place}: " if place else ""
+        raise UnsupportedModelError(f"{where}{_first_lines(str(error))}") from error
+    problem = _fixed_size(program, free, ranges)
+    if problem is not None:
+        raise UnsupportedModelError(problem)
+    return _branches(program, inputs, free, ranges)
 
 
 def _fixed_size(
@@ -189,7 +197,7 @@ def _fixed_size(
     for value, axes in zip(tensors, free, strict=True):
         for axis, number in axes.items():
             name, sizes = ranges[number]
-            size = value.shape[axis]
+            size: Any = value.shape[axis]
             if not isinstance(size, torch.SymInt):
                 if len(sizes) > 1:
                     return f"its code takes {name} {size} alone"
@@ -209,42 +217,57 @@ _MOST_TRIED = 1000
 _SIZE = re.compile(r"\bs\[(\d+)\]\[(\d+)\]")
 
 
-def _broken_guard(
+def _branches(
     program: torch.export.ExportedProgram,
     inputs: Inputs,
     free: Sequence[dict[int, int]],
     ranges: Sequence[tuple[str, range]],
-) -> str | None:
-    """A condition that the example meets and another size of the ranges does not."""
+) -> list[tuple[tuple[int, ...], str]]:
     guards = _guards(program)
     if guards is None:
-        return "the conditions of its code on sizes cannot be read"
+        raise UnsupportedModelError("the conditions of its code on sizes cannot be read")
     shapes = [list(tensor.shape) for tensor in inputs.tensors()]
-    draw = random.Random(0)
+    example = [ranges[k][1][0] for k in range(len(ranges))]
+    for shape, axes in zip(shapes, free, strict=True):
+        for axis, number in axes.items():
+            example[number] = shape[axis]
+    found: list[tuple[tuple[int, ...], str]] = []
     for text, shown in guards:
         asked = {(int(k), int(axis)) for k, axis in _SIZE.findall(text)}
         used = sorted({free[k][axis] for k, axis in asked if axis in free[k]})
-        if not used:
-            continue
-        sizes = [ranges[number][1] for number in used]
-        tried: Iterable[Sequence[int]]
-        if math.prod(map(len, sizes)) <= _MOST_TRIED:
-            tried = itertools.product(*sizes)
-        else:
-            ends = [(item[0], item[-1]) for item in sizes]
-            some = ([draw.choice(item) for item in sizes] for _ in range(_MOST_TRIED))
-            tried = itertools.chain(itertools.product(*ends), some)
         condition = compile(text, "guard", "eval")
-        for numbers in tried:
-            found = dict(zip(used, numbers, strict=True))
+        # One size may break many.
+        known = (sizes for sizes, _ in found)
+        for numbers in itertools.chain(known, _combinations(example, used, ranges)):
             other = [
-                tuple(found.get(axes.get(a, -1), n) for a, n in enumerate(shape))
+                tuple(numbers[axes[a]] if a in axes else n for a, n in enumerate(shape))
                 for shape, axes in zip(shapes, free, strict=True)
             ]
             if not holds(condition, other):
-                where = ", ".join(f"{ranges[number][0]} {n}" for number, n in found.items())
-                return f"it asks whether {shown}, which the example meets and {where} does not"
-    return None
+                if all(tuple(numbers) != sizes for sizes, _ in found):
+                    found.append((tuple(numbers), shown))
+                break
+    return found
+
+
+def _combinations(
+    example: Sequence[int], used: Sequence[int], ranges: Sequence[tuple[str, range]]
+) -> Iterator[list[int]]:
+    """Sizes of all ranges, of which those in use vary."""
+    sizes = [ranges[number][1] for number in used]
+    tried: Iterable[Sequence[int]]
+    if math.prod(map(len, sizes)) <= _MOST_TRIED:
+        tried = itertools.product(*sizes)
+    else:
+        draw = random.Random(0)
+        ends = [(item[0], item[-1]) for item in sizes]
+        some = ([draw.choice(item) for item in sizes] for _ in range(_MOST_TRIED))
+        tried = itertools.chain(itertools.product(*ends), some)
+    for numbers in tried:
+        found = list(example)
+        for number, n in zip(used, numbers, strict=True):
+            found[number] = n
+        yield found
 
 
 @contextmanager

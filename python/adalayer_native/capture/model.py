@@ -9,7 +9,7 @@ import pickle
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import CodeType
+from types import CodeType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -279,7 +279,20 @@ def _same(value: Any, default: Any) -> bool:
     return type(value) is type(default) and not isinstance(value, Tensor) and value == default
 
 
-_FUNCTIONS = {"__builtins__": {}, "max": max, "min": min, "math": math, "int": int, "abs": abs}
+# What torch writes into conditions on sizes that are factors of others.
+_TORCH = SimpleNamespace(
+    sym_float=float, sym_int=int, sym_max=max, sym_min=min, sym_sum=sum, sym_not=lambda a: not a
+)
+_FUNCTIONS = {
+    "__builtins__": {},
+    "max": max,
+    "min": min,
+    "math": math,
+    "int": int,
+    "float": float,
+    "abs": abs,
+    "torch": _TORCH,
+}
 
 
 def holds(expression: str | CodeType, sizes: Sequence[tuple[int, ...]]) -> bool:

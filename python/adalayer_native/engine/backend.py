@@ -235,7 +235,7 @@ class _Compiled:
     def _for_range(
         self, exported: Exported, examples: Sequence[Tensor], options: dict[str, Any]
     ) -> Engine | None:
-        """An engine for all sizes, or for multiples of what divides these; None if there is none."""
+        """An engine for all sizes, or for multiples of what divides these; None if none can be."""
         sizes = [
             examples[k].shape[axis] for k, axes in enumerate(self._bound.free) for axis in axes
         ]

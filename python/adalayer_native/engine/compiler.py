@@ -128,7 +128,7 @@ def compile_range(
     weights: str = "measured",
     signature: inspect.Signature | None = None,
 ) -> Engine:
-    """:func:`compile` for a range of sizes, of a model that is exported at the example's already."""
+    """:func:`compile` for a range of sizes, of a model that is exported at the example's size."""
     engine, in_float = _compiled(exported, policy, strict, batch, weights, signature)
     names = {node.name for node in in_float}
 

@@ -22,7 +22,7 @@ from adalayer_native.engine.sizes import Monomial, OutputRule
 from adalayer_native.operations import operation
 from adalayer_native.ops.resizing import linear_tables, nearest_tables
 
-__all__ = ["Shown", "Unexplained", "fit_nodes", "fit_output", "first_difference"]
+__all__ = ["Shown", "Unexplained", "first_difference", "fit_nodes", "fit_output"]
 
 _Table = npt.NDArray[np.int64]
 _POWERS = ((0, 0), (1, 0), (0, 1), (1, 1))
@@ -101,9 +101,9 @@ def first_difference(one: Shown, other: Shown) -> str | None:
         ):
             return f"{what}: its constants"
     if one.values != other.values:
-        pairs = zip(one.values, other.values, strict=True)
-        a, b = next((a, b) for a, b in pairs if a != b)
-        return f"value {a[0]!r}: {a[2:5]} and {b[2:5]}"
+        values = zip(one.values, other.values, strict=True)
+        mine, its = next((x, y) for x, y in values if x != y)
+        return f"value {mine[0]!r}: {mine[2:5]} and {its[2:5]}"
     return None
 
 
@@ -162,7 +162,7 @@ def fit_parts(
 def fit_output(
     outputs: Sequence[Output], sides: Sequence[tuple[int, int]], sizes: Sequence[tuple[int, ...]]
 ) -> OutputRule | None:
-    """How a tensor of the result shows its value, from several sizes of that: h and w, and whole."""
+    """How a tensor of the result shows its value, from several sizes of that (h and w; c, h, w)."""
     shape = [
         monomial([output.shape[k] for output in outputs], sides)
         for k in range(len(outputs[0].shape))
@@ -407,7 +407,7 @@ _FITS: dict[str, Callable[[Sequence[Shown], int], dict[str, Any]]] = {
 
 
 def fit_nodes(programs: Sequence[Shown]) -> dict[int, dict[str, Any]]:
-    """Rules by number of the node, from programs that differ in sizes alone; the compiled one first.
+    """Rules by number of the node, from programs that differ in sizes alone.
 
     Raises:
         Unexplained: naming the node.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from adalayer_native import _C
 from adalayer_native.capture import Inputs
 from adalayer_native.capture.example import at_least_two
-from adalayer_native.capture.exporting import range_error
+from adalayer_native.capture.exporting import branches_in
 from adalayer_native.engine.fitting import (
     Shown,
     Unexplained,
@@ -76,18 +76,21 @@ def ranged(model: nn.Module, engine: Engine, inputs: Inputs, sizes: Any, lower: 
         for port, own in zip(engine.inputs, free, strict=True)
     ]
     compiled = _sizes_of(engine.inputs, free, len(axes))
-    problem = range_error(model, at_least_two(inputs), places, ranges)
-    if problem is not None:
+    try:
+        branches = dict(branches_in(model, at_least_two(inputs), places, ranges))
+    except UnsupportedModelError as error:
         raise UnsupportedModelError(
             f"sizes: {type(model).__name__} does not take all of "
-            f"{', '.join(f'{axis.name} {axis.size}' for axis in axes)}: {problem}"
-        )
+            f"{', '.join(f'{axis.name} {axis.size}' for axis in axes)}: {error}"
+        ) from error
     probes: dict[Sizes, Lowered] = {compiled: part}
-    for other in _others(axes, compiled):
+    for other in dict.fromkeys((*_others(axes, compiled), *branches)):
+        why = f", where it asks whether {branches[other]}" if other in branches else ""
         try:
             probes[other] = lower(_example(inputs, engine.inputs, free, other))
         except UnsupportedModelError as error:
-            raise UnsupportedModelError(f"sizes: at {_text(axes, other)}: {error}") from error
+            text = f"sizes: at {_text(axes, other)}{why}: {error}"
+            raise UnsupportedModelError(text) from error
     rules = _rules(axes, free, boundary, probes)
     program = part.program
     program.set_metadata(KEY, rules.as_text())
@@ -147,8 +150,8 @@ def _boundary(
 def _others(axes: Sequence[Axis], compiled: Sizes) -> list[Sizes]:
     """Sizes to lower the model at beside the compiled one.
 
-    The ends of the ranges: a size inside of a network that is the same there is the same in between,
-    since none shrinks where an image grows. Others between them tell height, width and constants
+    The ends of the ranges: a size inside of a network that is the same there is the same in
+    between, since none shrinks where an image grows. Others between them tell height, width and constants
     apart, and what is rounded up from what is rounded down.
     """
 
@@ -236,9 +239,7 @@ def _rules(
                 "no rule that is known"
             )
         outputs.append(rule)
-    return SizeRules(
-        tuple(axes), tuple(boundary), tuple(map(tuple, free)), nodes, tuple(outputs)
-    )
+    return SizeRules(tuple(axes), tuple(boundary), tuple(map(tuple, free)), nodes, tuple(outputs))
 
 
 def _check(program: _C.Program, wanted: Lowered, text: str, sizes: Sizes) -> None:
@@ -252,9 +253,7 @@ def _check(program: _C.Program, wanted: Lowered, text: str, sizes: Sizes) -> Non
     if difference is None:
         return
     if len(one.nodes) == len(other.nodes) or not _same_results(made, wanted.program):
-        raise UnsupportedModelError(
-            f"sizes: at {text} the model is another program ({difference})"
-        )
+        raise UnsupportedModelError(f"sizes: at {text} the model is another program ({difference})")
 
 
 def _same_results(made: _C.Program, wanted: _C.Program) -> bool:

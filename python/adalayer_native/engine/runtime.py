@@ -88,11 +88,11 @@ class NativePart:
         return self  # nothing in it ever changes
 
     def _make(self) -> Any:
-        options = {"weights": self.weights, "memory_bytes": self.max_memory, "plan": self._plan}
-        text = self.program.metadata().get(KEY)
+        held, limit, plan = self.program, self.max_memory, self._plan
+        text = held.metadata().get(KEY)
         if text is None:
-            return _C.Engine(self.program, **options)
-        self.sized = _C.SizedEngine(self.program, **options)
+            return _C.Engine(held, weights=self.weights, memory_bytes=limit, plan=plan)
+        self.sized = _C.SizedEngine(held, weights=self.weights, memory_bytes=limit, plan=plan)
         self.rules = SizeRules.from_text(text)
         if len(self.rules.outputs) != len(self.outputs):
             raise ValueError(f"{KEY}: rules for {len(self.rules.outputs)} results")
@@ -132,9 +132,7 @@ class NativePart:
             self._shown[key] = found
         return engine, *found
 
-    def _run_at(
-        self, sizes: Sequence[int], batch: int, inputs: Sequence[Tensor]
-    ) -> list[Tensor]:
+    def _run_at(self, sizes: Sequence[int], batch: int, inputs: Sequence[Tensor]) -> list[Tensor]:
         engine, elements, outputs = self.at(sizes)
         operands, nhwc = self._in_order(inputs)
         # (A file may say anything about which axes are which.)
@@ -340,8 +338,11 @@ class Engine:
         constant. call: default one tensor per input."""
         self._steps = steps
         alone = steps[0].run if len(steps) == 1 else None
-        self._rules = alone.rules if isinstance(alone, NativePart) else None
-        self.inputs = tuple(inputs) if self._rules is None else self._rules.ranged(inputs)
+        self._rules: SizeRules | None = None
+        self.inputs = tuple(inputs)
+        if isinstance(alone, NativePart) and alone.rules is not None:
+            self._rules = alone.rules
+            self.inputs = alone.rules.ranged(inputs, alone.program)
         # Of free sizes: input, axis of its shape, number of the axis.
         self._free = [
             (k, place, axis)
@@ -413,8 +414,10 @@ class Engine:
             except ValueError as error:
                 raise InputError(f"sizes {wanted}: {error}") from None
 
-    def size_cache(self, entries: int | None = None, max_bytes: int | None = None) -> dict[str, int]:
-        """What is kept for sizes beside the compiled one, after setting limits where they are given.
+    def size_cache(
+        self, entries: int | None = None, max_bytes: int | None = None
+    ) -> dict[str, int]:
+        """What is kept for sizes beside the compiled one; sets limits where they are given.
 
         Weights and the memory of calls are shared by all sizes and not counted here.
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from adalayer_native import _C
 from adalayer_native.engine.results import Output, Port
 from adalayer_native.errors import InputError
 
@@ -157,9 +158,7 @@ class SizeRules:
         """For the program."""
         return json.dumps(
             {
-                "axes": [
-                    [a.name, a.size.min, a.size.max, a.size.multiple_of] for a in self.axes
-                ],
+                "axes": [[a.name, a.size.min, a.size.max, a.size.multiple_of] for a in self.axes],
                 "inputs": self.inputs,
                 "ports": self.ports,
                 "nodes": {str(number): rule for number, rule in self.nodes.items()},
@@ -172,19 +171,26 @@ class SizeRules:
         """From a program whose text the engine has read already."""
         held = json.loads(text)
         return cls(
-            tuple(Axis(str(n), Size(*map(int, numbers))) for n, *numbers in held["axes"]),
+            tuple(Axis(str(n), Size(int(a), int(b), int(m))) for n, a, b, m in held["axes"]),
             tuple((h, w) for h, w in held["inputs"]),
             tuple(tuple(port) for port in held["ports"]),
             {int(number): rule for number, rule in held["nodes"].items()},
             tuple(map(OutputRule.from_json, held["outputs"])),
         )
 
-    def ranged(self, ports: Sequence[Port]) -> tuple[Port, ...]:
+    def ranged(self, ports: Sequence[Port], program: _C.Program) -> tuple[Port, ...]:
         """Inputs of a call that know what their sizes may be.
+
+        Args:
+            program: whose rules these are.
 
         Raises:
             ValueError: these are not the inputs that the rules are about.
         """
+        values = program.values()
+        compiled: dict[int | None, int] = {}
+        for number, sides in zip(program.inputs(), self.inputs, strict=True):
+            compiled.update(zip(sides, values[number][3:5], strict=True))
         if len(ports) != len(self.ports):
             raise ValueError(f"sizes of {len(self.ports)} inputs, expected {len(ports)}")
         found = []
@@ -192,11 +198,9 @@ class SizeRules:
             if len(axes) != len(port.shape):
                 raise ValueError(f"sizes of {len(axes)} axes of {port.name!r}")
             free = tuple(None if k is None else self.axes[k] for k in axes)
-            if any(
-                axis is not None and not axis.size.allowed(n)
-                for axis, n in zip(free, port.shape, strict=True)
-            ):
-                raise ValueError(f"{port.name!r} itself has no size that is allowed")
+            pairs = zip(axes, port.shape, strict=True)
+            if any(k is not None and n != compiled[k] for k, n in pairs):
+                raise ValueError(f"sizes of {port.name!r} are not those of the program")
             found.append(replace(port, axes=free if any(free) else ()))
         return tuple(found)
 

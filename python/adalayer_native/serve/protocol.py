@@ -472,10 +472,7 @@ def configuration(name: str, model: Description, settings: Settings) -> dict[str
     """Triton's model configuration, of what this server has words for."""
 
     def rows(infos: Sequence[TensorInfo]) -> list[dict[str, Any]]:
-        return [
-            {"name": i.name, "data_type": f"TYPE_{i.datatype}", "dims": i.shown}
-            for i in infos
-        ]
+        return [{"name": i.name, "data_type": f"TYPE_{i.datatype}", "dims": i.shown} for i in infos]
 
     return {
         "name": name,

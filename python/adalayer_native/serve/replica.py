@@ -276,9 +276,7 @@ class Worker:
     ) -> list[Input]:
         infos = self._runner.description.inputs
         if "shapes" in meta:
-            infos = tuple(
-                info.at(shape) for info, shape in zip(infos, meta["shapes"], strict=True)
-            )
+            infos = tuple(info.at(shape) for info, shape in zip(infos, meta["shapes"], strict=True))
         expected = header.count * sum(info.bytes for info in infos)
         if header.payload != expected:
             raise wire.FrameError(f"a batch of {header.payload} bytes, expected {expected}")
