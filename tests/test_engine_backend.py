@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from helpers_engine import native_of
 from helpers_models import tiny
 from helpers_patterns import Net, Shuffle, small_engine, smooth
-from torch import nn
+from torch import Tensor, nn
 
 from adalayer_native.engine import Engine
 from adalayer_native.engine.backend import backend
@@ -87,3 +88,39 @@ def test_a_broken_graph_keeps_the_bits() -> None:
     for chosen in ("eager", backend):
         assert torch.equal(torch.compile(native, backend=chosen)(x), native(x))
         torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@torch.no_grad()
+def test_torch_compile_at_a_second_size() -> None:
+    """The graph that torch's compiler makes then has free sizes; one engine runs them all."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1))
+    native = native_of(model, torch.randn(8, 3, 16, 16))
+    compiled = torch.compile(native, backend=backend, options={"policy": "native", "strict": True})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for h, w in ((16, 16), (24, 20), (33, 17), (40, 64), (16, 16)):
+            x = torch.randn(2, 3, h, w)
+            assert torch.equal(compiled(x), native(x))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@torch.no_grad()
+def test_torch_compile_where_every_size_has_its_own_engine() -> None:
+    """Numbers that follow the size are constants of a program."""
+
+    class Share(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.relu(self.a(x))) * (1.0 / x.shape[-1])
+
+    torch.manual_seed(0)
+    native = native_of(Share(), torch.randn(8, 3, 16, 16))
+    compiled = torch.compile(native, backend=backend, options={"policy": "native"})
+    for side in (16, 24, 32, 24):
+        x = torch.randn(2, 3, side, side)
+        assert torch.equal(compiled(x), native(x))

@@ -1,5 +1,6 @@
 """Native kernels over raw addresses. Use adalayer_native.ops, which checks every argument."""
 
+from collections.abc import Sequence
 from os import PathLike
 from typing import TypedDict
 

@@ -151,8 +151,8 @@ def _others(axes: Sequence[Axis], compiled: Sizes) -> list[Sizes]:
     """Sizes to lower the model at beside the compiled one.
 
     The ends of the ranges: a size inside of a network that is the same there is the same in
-    between, since none shrinks where an image grows. Others between them tell height, width and constants
-    apart, and what is rounded up from what is rounded down.
+    between, since none shrinks where an image grows. Others between them tell height, width and
+    constants apart, and what is rounded up from what is rounded down.
     """
 
     def near(axis: Axis, wanted: float) -> int:

@@ -65,8 +65,8 @@ class NativePart:
         self.sized: _C.SizedEngine | None = None
         self.outputs = tuple(outputs)
         self.engine = self._make()
-        # Of sizes that were met lately: elements and views of the outputs.
-        self._shown: dict[tuple[int, ...], tuple[list[int], tuple[Output, ...]]] = {}
+        # Of sizes that were met lately: elements of inputs and outputs, and views of these.
+        self._shown: dict[tuple[int, ...], tuple[list[int], list[int], tuple[Output, ...]]] = {}
         values = program.values()
         self.elements = [math.prod(values[number][2:5]) for number in program.outputs()]
         # The common case: one output in memory order.
@@ -104,14 +104,14 @@ class NativePart:
         plan: str = self.engine.plan()
         return plan
 
-    def at(self, sizes: Sequence[int]) -> tuple[Any, list[int], tuple[Output, ...]]:
-        """The executor at sizes of the rules' axes, elements of its outputs, and their views.
+    def at(self, key: tuple[int, ...]) -> tuple[Any, list[int], list[int], tuple[Output, ...]]:
+        """The executor at sizes of the rules' axes, elements of its inputs and outputs, and how
+        tensors show these.
 
         Raises:
             InputError: a size that is not allowed, or that some node cannot be made for.
         """
         assert self.sized is not None and self.rules is not None
-        key = tuple(sizes)
         try:
             engine = self.sized.at(key)
         except ValueError as error:
@@ -124,25 +124,29 @@ class NativePart:
                 rule.of(output, *results[output.source][1:])
                 for rule, output in zip(self.rules.outputs, self.outputs, strict=True)
             )
+            # (A file may say anything.)
             if not all(output.fits(elements[output.source]) for output in outputs):
                 raise InputError(f"sizes {list(key)}: the file's rules do not fit its program")
-            found = elements, outputs
+            found = [math.prod(size) for size in engine.input_sizes()], elements, outputs
             if len(self._shown) >= _MOST_SHOWN:
                 self._shown = {}
             self._shown[key] = found
         return engine, *found
 
-    def _run_at(self, sizes: Sequence[int], batch: int, inputs: Sequence[Tensor]) -> list[Tensor]:
-        engine, elements, outputs = self.at(sizes)
+    def _run_at(self, sizes: tuple[int, ...], batch: int, inputs: Sequence[Tensor]) -> list[Tensor]:
+        engine, wanted, elements, outputs = self.at(sizes)
         operands, nhwc = self._in_order(inputs)
-        # (A file may say anything about which axes are which.)
-        wanted = [batch * math.prod(size) for size in engine.input_sizes()]
-        if [x.numel() for x in operands] != wanted:
-            raise InputError(f"sizes {list(sizes)}: the file's rules do not fit its program")
-        memory = [torch.empty((batch, n)) for n in elements]
-        addresses, targets = ([t.data_ptr() for t in group] for group in (operands, memory))
+        for x, n in zip(operands, wanted, strict=True):
+            if x.numel() != batch * n:
+                raise InputError(f"sizes {list(sizes)}: the file's rules do not fit its program")
+        addresses, threads = [x.data_ptr() for x in operands], ops.get_num_threads()
         try:
-            engine.run(addresses, nhwc, batch, targets, ops.get_num_threads())
+            if self.single is not None:
+                out = torch.empty((batch, *outputs[0].shape))
+                engine.run(addresses, nhwc, batch, [out.data_ptr()], threads)
+                return [out]
+            memory = [torch.empty((batch, n)) for n in elements]
+            engine.run(addresses, nhwc, batch, [m.data_ptr() for m in memory], threads)
         except ValueError as error:  # an id that a table has no row for
             raise InputError(str(error)) from None
         return [output.view(memory[output.source]) for output in outputs]
@@ -178,7 +182,7 @@ class NativePart:
         return operands, nhwc
 
     def __call__(
-        self, batch: int, inputs: Sequence[Tensor], sizes: Sequence[int] = ()
+        self, batch: int, inputs: Sequence[Tensor], sizes: tuple[int, ...] = ()
     ) -> list[Tensor]:
         """CPU tensors of checked shapes in, float32 or whole numbers as token ids; new ones out.
 
@@ -229,7 +233,7 @@ class CudaPart(NativePart):
         return cuda.CudaEngine(self.program, self.device, **self._options)
 
     def __call__(
-        self, batch: int, inputs: Sequence[Tensor], sizes: Sequence[int] = ()
+        self, batch: int, inputs: Sequence[Tensor], sizes: tuple[int, ...] = ()
     ) -> list[Tensor]:
         """Float32 tensors of checked shapes on the GPU in, new tensors out; nothing is awaited."""
         operands, nhwc = self._in_order(inputs)
@@ -343,6 +347,8 @@ class Engine:
         if isinstance(alone, NativePart) and alone.rules is not None:
             self._rules = alone.rules
             self.inputs = alone.rules.ranged(inputs, alone.program)
+        # Sizes of the first input that were met lately, and what the free sizes were then.
+        self._met: dict[Any, tuple[int, ...]] = {}
         # Of free sizes: input, axis of its shape, number of the axis.
         self._free = [
             (k, place, axis)
@@ -456,7 +462,7 @@ class Engine:
         part = self._sized_part()
         assert part.rules is not None
         wanted = part.rules.named(sizes)
-        _, _, outputs = part.at(wanted)
+        *_, outputs = part.at(tuple(wanted))
         made = NativePart(part.program.at_size(wanted), outputs, part.weights, part.max_memory)
         ports = list(self.inputs)
         for k, place, axis in self._free:
@@ -539,7 +545,12 @@ class Engine:
                 )
             found[axis] = n
             compiled = compiled and n == port.shape[place]
-        return () if compiled else tuple(found)
+        if compiled:
+            return ()
+        if len(self._met) >= _MOST_SHOWN:
+            self._met = {}
+        sizes = self._met[inputs[0].shape[self.inputs[0].batched :]] = tuple(found)
+        return sizes
 
     # -- running --------------------------------------------------------------------------------
 
@@ -575,10 +586,11 @@ class Engine:
                 and x.device == self.device
                 and x.layout is torch.strided
                 and len(shape := x.shape) == self._rank
-                and shape[1:] == self._shape
+                and (sizes := () if shape[1:] == self._shape else self._met.get(shape[1:]))
+                is not None
             ):
                 try:
-                    return part(shape[0], args)[0]
+                    return part(shape[0], args, sizes)[0]
                 except (RuntimeError, MemoryError) as error:
                     raise self._too_much(args, error) from error
         return self._any(self._call(args, kwargs))
