@@ -90,6 +90,7 @@ def show_engine(file: Path, as_json: bool) -> None:
             "file": str(file),
             "bytes": total,
             "inputs": [{"name": port.name, "shape": list(port.shape)} for port in engine.inputs],
+            "sizes": {name: asdict(size) for name, size in engine.sizes.items()},
             "preprocessing": engine.preprocessing,
             "classes": engine.class_names,
             "nodes": [asdict(row) for row in coverage],
