@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .._console import say
+from .._files import found_at
 from ..engine import Engine
 from ..engine import compile as compile_engine
 from ..errors import DataError, FileFormatError, UnsupportedModelError
@@ -35,7 +36,7 @@ def run_compile(job: CompileJob) -> dict[str, Any]:
         torch.set_num_threads(job.threads)
     packed = job.source / "model.safetensors" if job.source.is_dir() else job.source
     if not packed.is_file():
-        what = "holds no model.safetensors" if job.source.is_dir() else "does not exist"
+        what = "holds no model.safetensors" if job.source.is_dir() else found_at(job.source)
         raise FileFormatError(
             f"{os.fspath(job.source)!r} {what}; expected the output directory of adalayer compress "
             "or a packed model"
