@@ -19,8 +19,8 @@ from torch import Tensor, nn
 import adalayer_native as ada
 from adalayer_native import ops
 from adalayer_native.engine import Coverage, Engine, compiler
+from adalayer_native.engine.parts import NativePart
 from adalayer_native.engine.policy import Times
-from adalayer_native.engine.runtime import NativePart
 from adalayer_native.engine.segments import has_float_form
 from adalayer_native.errors import (
     CalibrationError,

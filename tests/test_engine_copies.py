@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 import adalayer_native as ada
 from adalayer_native.engine import Engine
+from adalayer_native.engine.parts import NativePart
 from adalayer_native.engine.policy import Times
-from adalayer_native.engine.runtime import NativePart
 from adalayer_native.engine.segments import TorchPart, has_float_form
 
 
@@ -213,7 +213,7 @@ def test_an_operator_that_is_not_there(mixed: tuple[Engine, Tensor]) -> None:
 
 
 def test_a_part_on_a_gpu_goes_back_to_that_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    from adalayer_native.engine import runtime
+    from adalayer_native.engine import parts
 
     class Fake:
         """Holds what a CUDA engine is made of."""
@@ -226,13 +226,13 @@ def test_a_part_on_a_gpu_goes_back_to_that_gpu(monkeypatch: pytest.MonkeyPatch) 
         def any_order(self) -> list[bool]:
             return [True]
 
-    monkeypatch.setattr(runtime.cuda, "CudaEngine", Fake)
+    monkeypatch.setattr(parts.cuda, "CudaEngine", Fake)
     _, engine = small_engine()
     part = engine._steps[0].run
     assert isinstance(part, NativePart)
-    moved = runtime.CudaPart(part.program, part.outputs, part.weights, 1, tune=False)
+    moved = parts.CudaPart(part.program, part.outputs, part.weights, 1, tune=False)
     again = pickle.loads(pickle.dumps(moved))
-    assert type(again) is runtime.CudaPart and again.device == 1
+    assert type(again) is parts.CudaPart and again.device == 1
     assert again.engine.options == {"tune": False} and again.engine.device == 1
     assert again.program.to_bytes() == part.program.to_bytes()
     assert copy.deepcopy(moved) is moved

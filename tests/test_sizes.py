@@ -396,6 +396,20 @@ class _Branch(nn.Module):
         return self.b(y)
 
 
+class _Rare(nn.Module):
+    """Another network for one width in seven, of which no size that is tried need be one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.a(x))
+        if x.shape[-1] % 7 == 3:
+            y = F.max_pool2d(y, 2)
+        return self.b(y)
+
+
 class _Share(nn.Module):
     """A number that follows from the size."""
 
@@ -407,7 +421,9 @@ class _Share(nn.Module):
         return self.b(F.relu(self.a(x))) * (1.0 / x.shape[-1])
 
 
-@pytest.mark.parametrize("make", [_Flat, _Positions, _Branch], ids=["flat", "positions", "branch"])
+@pytest.mark.parametrize(
+    "make", [_Flat, _Positions, _Branch, _Rare], ids=["flat", "positions", "branch", "rare"]
+)
 def test_what_does_not_follow_the_size(make: type[nn.Module]) -> None:
     native = _native(make(), 3, 16, 16)
     with pytest.raises(UnsupportedModelError, match="sizes"):

@@ -14,7 +14,8 @@
 
 namespace adalayer::engine {
 
-/// What is kept for sizes beside the compiled one; the size used last always is.
+/// What is kept for sizes beside the compiled one; the size used last always is. At most an eighth
+/// of EngineOptions::memory_bytes.
 struct SizeLimits {
   size_t entries = 32;
   size_t bytes = size_t{128} << 20;

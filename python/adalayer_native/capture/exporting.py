@@ -28,7 +28,7 @@ from adalayer_native.capture.opaque import Call, opaque_calls
 from adalayer_native.capture.quiet import quiet
 from adalayer_native.errors import AdaError, UnsupportedModelError
 
-__all__ = ["Export", "branches_in", "export", "exported_of", "untouched"]
+__all__ = ["Export", "branches_in", "broken_guards", "export", "exported_of", "untouched"]
 
 # Operations in a size that a layer gets, where sizes are free, and seconds of CPU that an export
 # may take then: "same" padding, for one, makes expressions that grow from layer to layer. Five
@@ -177,7 +177,10 @@ def branches_in(
     problem = _fixed_size(program, free, ranges)
     if problem is not None:
         raise UnsupportedModelError(problem)
-    return _branches(program, inputs, free, ranges)
+    guards = _guards(program)
+    if guards is None:
+        raise UnsupportedModelError("the conditions of its code on sizes cannot be read")
+    return broken_guards(guards, inputs, free, ranges)
 
 
 def _fixed_size(
@@ -217,15 +220,14 @@ _MOST_TRIED = 1000
 _SIZE = re.compile(r"\bs\[(\d+)\]\[(\d+)\]")
 
 
-def _branches(
-    program: torch.export.ExportedProgram,
+def broken_guards(
+    guards: Iterable[tuple[str, str]],
     inputs: Inputs,
     free: Sequence[dict[int, int]],
     ranges: Sequence[tuple[str, range]],
 ) -> list[tuple[tuple[int, ...], str]]:
-    guards = _guards(program)
-    if guards is None:
-        raise UnsupportedModelError("the conditions of its code on sizes cannot be read")
+    """Sizes of the ranges that break conditions of an export, which the example meets, and one of
+    the conditions that each breaks. Arguments as of :func:`branches_in`."""
     shapes = [list(tensor.shape) for tensor in inputs.tensors()]
     example = [ranges[k][1][0] for k in range(len(ranges))]
     for shape, axes in zip(shapes, free, strict=True):

@@ -27,10 +27,11 @@ from adalayer_native.engine.call import Call
 from adalayer_native.engine.coverage import Row
 from adalayer_native.engine.emit import emit
 from adalayer_native.engine.export import Exported, export, layer_name, op_name
+from adalayer_native.engine.parts import WEIGHTS, NativePart
 from adalayer_native.engine.policy import fastest_of, float_choices, layer_times
 from adalayer_native.engine.ranges import ranged
 from adalayer_native.engine.results import INTEGERS, Leaf, Output, Port, thawed
-from adalayer_native.engine.runtime import WEIGHTS, Engine, NativePart, Step, TorchStep
+from adalayer_native.engine.runtime import Engine, Step, TorchStep
 from adalayer_native.engine.segments import Part, TorchPart, divide, is_layer
 from adalayer_native.engine.work import multiply_accumulates
 from adalayer_native.errors import CalibrationError, UnsupportedModelError

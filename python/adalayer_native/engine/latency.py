@@ -12,7 +12,8 @@ import torch
 
 from adalayer_native import _C, ops
 from adalayer_native.engine.emit import constant_adders
-from adalayer_native.engine.runtime import Engine, NativePart
+from adalayer_native.engine.parts import NativePart
+from adalayer_native.engine.runtime import Engine
 from adalayer_native.pruning import pattern_mask
 from adalayer_native.rounding import quantize_weight
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from adalayer_native import _C
-from adalayer_native.capture import Inputs
+from adalayer_native.capture import GraphModel, Inputs
 from adalayer_native.capture.example import at_least_two
-from adalayer_native.capture.exporting import branches_in
+from adalayer_native.capture.exporting import branches_in, broken_guards
 from adalayer_native.engine.fitting import (
     Shown,
     Unexplained,
@@ -20,8 +20,9 @@ from adalayer_native.engine.fitting import (
     fit_nodes,
     fit_output,
 )
+from adalayer_native.engine.parts import NativePart
 from adalayer_native.engine.results import Output, Port
-from adalayer_native.engine.runtime import Engine, NativePart
+from adalayer_native.engine.runtime import Engine
 from adalayer_native.engine.sizes import KEY, Axis, SizeRules, asked_for
 from adalayer_native.errors import UnsupportedModelError
 
@@ -77,7 +78,13 @@ def ranged(model: nn.Module, engine: Engine, inputs: Inputs, sizes: Any, lower: 
     ]
     compiled = _sizes_of(engine.inputs, free, len(axes))
     try:
-        branches = dict(branches_in(model, at_least_two(inputs), places, ranges))
+        example = at_least_two(inputs)
+        if isinstance(model, GraphModel):  # refuses sizes that its code would branch on
+            for other, shown in broken_guards(model.signature.guards, example, places, ranges):
+                raise UnsupportedModelError(
+                    f"it was captured where {shown}, which {_text(axes, other)} does not meet"
+                )
+        branches = dict(branches_in(model, example, places, ranges))
     except UnsupportedModelError as error:
         raise UnsupportedModelError(
             f"sizes: {type(model).__name__} does not take all of "

@@ -12,8 +12,9 @@ import torch
 
 from adalayer_native import _C
 from adalayer_native.engine.call import Call
+from adalayer_native.engine.parts import WEIGHTS, NativePart
 from adalayer_native.engine.results import ID_TYPES, INTEGERS, Leaf, Output, Port, nest
-from adalayer_native.engine.runtime import WEIGHTS, Engine, NativePart, Step
+from adalayer_native.engine.runtime import Engine, Step
 from adalayer_native.errors import FileFormatError
 
 __all__ = ["load"]
