@@ -207,7 +207,7 @@ def _random_network(seed: int) -> nn.Module:
     return nn.Sequential(*layers, nn.Conv2d(8, 4, 1))
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_random_networks(seed: int) -> None:
     native = _native(_random_network(seed), 3, 33, 40)
     engine = _compiled(native, 3, 33, 40, sizes=(28, 70))
@@ -215,7 +215,7 @@ def test_random_networks(seed: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3, 40))
+@pytest.mark.parametrize("seed", range(2, 40))
 def test_more_random_networks(seed: int) -> None:
     native = _native(_random_network(seed), 3, 33, 40)
     engine = _compiled(native, 3, 33, 40, sizes=(28, 70))
@@ -502,6 +502,7 @@ def test_dims_of_torch(pair: tuple[nn.Module, ada.Engine]) -> None:
         lambda t: t.replace('"ports": [[null, 0, 1]]', '"ports": []'),
         lambda t: t.replace('"inputs": [[0, 1]]', '"inputs": [[0, null]]'),
         lambda t: t.replace('"shape": [5]', '"shape": [6]'),
+        lambda t: t.replace('"shape": [5]', '"shape": [[5, 2, 1, 1]]'),
         lambda t: t.replace('"atoms": null', '"atoms": [[5, 2]]'),
         lambda t: t[:-1],
         lambda t: "[]",

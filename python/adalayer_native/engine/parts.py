@@ -107,12 +107,15 @@ class NativePart:
         if found is None:
             results = engine.output_sizes()
             elements = [math.prod(size) for size in results]
-            outputs = tuple(
-                rule.of(output, *results[output.source][1:])
-                for rule, output in zip(self.rules.outputs, self.outputs, strict=True)
-            )
-            # (A file may say anything.)
-            if not all(output.fits(elements[output.source]) for output in outputs):
+            try:
+                outputs = tuple(
+                    rule.of(output, *results[output.source][1:])
+                    for rule, output in zip(self.rules.outputs, self.outputs, strict=True)
+                )
+                fits = all(output.fits(elements[output.source]) for output in outputs)
+            except ValueError:
+                fits = False
+            if not fits:  # a file may say anything
                 raise InputError(f"sizes {list(key)}: the file's rules do not fit its program")
             found = [math.prod(size) for size in engine.input_sizes()], elements, outputs
             if len(self._shown) >= _MOST_SHOWN:
