@@ -127,8 +127,8 @@ struct Engine::Impl {
   std::vector<Step> steps;
   EngineOptions options;
   std::shared_ptr<ArenaPool> arenas;
-  size_t own_panels = 0;  // bytes of packed weights that no other size has
-  std::string plan;       // plan_line(); empty where nothing was measured
+  size_t own = 0;    // bytes of packed weights and tables of positions that no other size has
+  std::string plan;  // plan_line(); empty where nothing was measured
   // A thread takes `chunk` images at a time. The first `front` nodes run image by image, because
   // their tensors are large; the rest run on all images together, because their weights are.
   int64_t chunk = 1;
@@ -166,7 +166,7 @@ struct Engine::Impl {
     choose_convolutions();
     const auto panels = std::make_shared<const AlignedBuffer>(
         pack_weights([](const ConvStep& conv) { return std::optional(conv.choice()); }));
-    own_panels = panels->size();
+    own = panels->size();
     for (Step& step : steps)
       if (step.conv) step.conv->settle(panels);
   }
@@ -189,9 +189,15 @@ struct Engine::Impl {
       auto panels =
           std::make_shared<AlignedBuffer>(static_cast<size_t>(conv.panel_bytes(conv.choice())));
       conv.pack(panels->data(), conv.choice());
-      own_panels += panels->size();
+      own += panels->size();
       conv.settle(std::move(panels));
     }
+  }
+
+  /// Counts what at_size() has added to the constants of `base`.
+  void count_tables(const Program& base) {
+    for (size_t k = base.constants.size(); k < program.constants.size(); ++k)
+      own += program.constants[k].bytes.size();
   }
 
   /// Weights that others have already, instead of those of the engine that this one is like.
@@ -203,7 +209,7 @@ struct Engine::Impl {
       });
       if (shared) continue;
       steps[k].conv->unshare();
-      own_panels += static_cast<size_t>(steps[k].conv->panel_bytes(steps[k].conv->choice()));
+      own += static_cast<size_t>(steps[k].conv->panel_bytes(steps[k].conv->choice()));
     }
   }
 
@@ -641,9 +647,12 @@ struct Engine::Impl {
 Engine::Engine(Program program, const EngineOptions& options)
     : impl_(std::make_unique<Impl>(std::move(program), options)) {}
 Engine::Engine(Program program, const Engine& base)
-    : impl_(std::make_unique<Impl>(std::move(program), *base.impl_, base.impl_->arenas)) {}
+    : impl_(std::make_unique<Impl>(std::move(program), *base.impl_, base.impl_->arenas)) {
+  impl_->count_tables(base.program());
+}
 Engine::Engine(const Engine& measured, const Engine& base, std::span<const Engine* const> holders)
     : impl_(std::make_unique<Impl>(measured.impl_->program, *measured.impl_, base.impl_->arenas)) {
+  impl_->count_tables(base.program());
   impl_->share(holders);
   impl_->plan = measured.plan();
 }
@@ -774,7 +783,7 @@ size_t Engine::weight_bytes() const {
 
 size_t Engine::own_bytes() const {
   const Impl& e = *impl_;
-  size_t bytes = sizeof e + e.own_panels + e.layouts.size() * sizeof(ValueLayout) +
+  size_t bytes = sizeof e + e.own + e.layouts.size() * sizeof(ValueLayout) +
                  e.program.values.size() * (sizeof(Value) + 32) +
                  e.program.nodes.size() * (sizeof(Node) + sizeof(Step) + 256);
   for (const Step& step : e.steps)
