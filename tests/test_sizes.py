@@ -218,7 +218,18 @@ def test_random_networks(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(2, 40))
 def test_more_random_networks(seed: int) -> None:
     native = _native(_random_network(seed), 3, 33, 40)
-    engine = _compiled(native, 3, 33, 40, sizes=(28, 70))
+    try:
+        engine = _compiled(native, 3, 33, 40, sizes=(28, 70))
+    except UnsupportedModelError as error:
+        # A pooling that rounds up takes one of two branches in torch's code, and a captured model
+        # takes the sizes of its own alone.
+        if "it was captured where" not in str(error):
+            raise
+        with pytest.raises(InputError):
+            for h in range(28, 71):
+                for w in range(28, 71):
+                    native.signature.check([torch.zeros(1, 1, 1, 1).expand(2, 3, h, w)])
+        return
     _check(native, engine, [(34, 39), (51, 28), (70, 70), (29, 47)])
 
 

@@ -127,6 +127,7 @@ struct Engine::Impl {
   std::vector<Step> steps;
   EngineOptions options;
   std::shared_ptr<ArenaPool> arenas;
+  size_t shared_constants = 0;  // the first ones, which all sizes have
   size_t own = 0;    // bytes of packed weights and tables of positions that no other size has
   std::string plan;  // plan_line(); empty where nothing was measured
   // A thread takes `chunk` images at a time. The first `front` nodes run image by image, because
@@ -144,7 +145,10 @@ struct Engine::Impl {
   mutable std::vector<std::unique_ptr<Workspace>> idle;
 
   Impl(Program p, const EngineOptions& given)
-      : program(std::move(p)), options(given), arenas(std::make_shared<ArenaPool>()) {
+      : program(std::move(p)),
+        options(given),
+        arenas(std::make_shared<ArenaPool>()),
+        shared_constants(program.constants.size()) {
     if (!prepare()) return;
     const auto fixed = [&](cpu::Room room) { return planned_memory(program, layouts, room); };
     check_memory(fixed(cpu::Room::Least) + largest_moment(), options.memory_bytes);
@@ -194,9 +198,10 @@ struct Engine::Impl {
     }
   }
 
-  /// Counts what at_size() has added to the constants of `base`.
-  void count_tables(const Program& base) {
-    for (size_t k = base.constants.size(); k < program.constants.size(); ++k)
+  /// Counts what at_size() has added to the constants of the compiled size.
+  void count_tables(size_t shared) {
+    shared_constants = shared;
+    for (size_t k = shared; k < program.constants.size(); ++k)
       own += program.constants[k].bytes.size();
   }
 
@@ -648,11 +653,11 @@ Engine::Engine(Program program, const EngineOptions& options)
     : impl_(std::make_unique<Impl>(std::move(program), options)) {}
 Engine::Engine(Program program, const Engine& base)
     : impl_(std::make_unique<Impl>(std::move(program), *base.impl_, base.impl_->arenas)) {
-  impl_->count_tables(base.program());
+  impl_->count_tables(base.impl_->shared_constants);
 }
 Engine::Engine(const Engine& measured, const Engine& base, std::span<const Engine* const> holders)
     : impl_(std::make_unique<Impl>(measured.impl_->program, *measured.impl_, base.impl_->arenas)) {
-  impl_->count_tables(base.program());
+  impl_->count_tables(base.impl_->shared_constants);
   impl_->share(holders);
   impl_->plan = measured.plan();
 }

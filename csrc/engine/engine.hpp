@@ -66,9 +66,9 @@ class Engine {
   /// LimitExceeded.
   explicit Engine(Program program, const EngineOptions& options = {});
 
-  /// The network of `base` for another image size: `program` is what at_size() made of its own. The
-  /// weights of `base`, what was chosen for them, and the memory of calls are shared; nothing is
-  /// timed. `base` need not outlive this one.
+  /// The network of `base`, which may be of any size, for another image size: `program` is what
+  /// at_size() made of the compiled one. The weights of `base`, what was chosen for them, and the
+  /// memory of calls are shared; nothing is timed. `base` need not outlive this one.
   Engine(Program program, const Engine& base);
 
   /// The same with what the clock chose for `measured`, an engine of its own for that size: its

@@ -1,6 +1,7 @@
 #include "engine/sized_engine.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <utility>
 
 #include "core/status.hpp"
@@ -120,7 +121,7 @@ std::shared_ptr<SizedEngine::Entry> SizedEngine::entry(std::span<const int64_t> 
 std::shared_ptr<const Engine> SizedEngine::make(std::span<const int64_t> sizes,
                                                 bool measured) const {
   Program program = at_size(compiled_->program(), rules_, sizes, options_.memory_bytes);
-  if (!measured) return std::make_shared<const Engine>(std::move(program), *compiled_);
+  if (!measured) return std::make_shared<const Engine>(std::move(program), *nearest(sizes));
   EngineOptions options = options_;
   options.plan.clear();
   const Engine alone(std::move(program), options);
@@ -136,6 +137,28 @@ std::shared_ptr<const Engine> SizedEngine::make(std::span<const int64_t> sizes,
   for (const auto& engine : alive)
     holders.push_back(engine.get());
   return std::make_shared<const Engine>(alone, *compiled_, holders);
+}
+
+/// The engine of the size whose area is the most alike, of those that were timed.
+std::shared_ptr<const Engine> SizedEngine::nearest(std::span<const int64_t> sizes) const {
+  const auto area = [](std::span<const int64_t> axes) {
+    double product = 1.0;
+    for (const int64_t n : axes)
+      product *= static_cast<double>(n);
+    return std::log(product);
+  };
+  const double wanted = area(sizes);
+  std::shared_ptr<const Engine> found = compiled_;
+  double least = std::abs(area(compiled_sizes_) - wanted);
+  const std::lock_guard lock(mutex_);
+  for (const auto& e : entries_) {
+    if (e->engine == nullptr || !e->measured) continue;
+    const double distance = std::abs(area(e->sizes) - wanted);
+    if (distance >= least) continue;
+    least = distance;
+    found = e->engine;
+  }
+  return found;
 }
 
 void SizedEngine::shrink() const {

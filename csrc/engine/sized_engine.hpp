@@ -23,9 +23,10 @@ struct SizeLimits {
 
 /// The engine of the compiled size, and those of others, which are made when they are first asked
 /// for: programs, layouts and tables of positions. Weights are in memory once, and so is the memory
-/// of a call; nothing is timed in at(), where all layers run as they do at the compiled size or at
-/// one that was warmed up. Safe from many threads: two that ask for one new size make it once. The
-/// sizes used longest ago leave above the limits; whoever still uses one keeps it alive.
+/// of a call; nothing is timed in at(), where all layers run as they do at the nearest size that
+/// was timed: the compiled one, or one that was warmed up. Safe from many threads: two that ask for
+/// one new size make it once. The sizes used longest ago leave above the limits; whoever still uses
+/// one keeps it alive.
 class SizedEngine {
  public:
   /// Throws what Engine throws, and CorruptData where the program's text about sizes is wrong.
@@ -64,6 +65,7 @@ class SizedEngine {
   std::shared_ptr<const Engine> found(std::span<const int64_t> sizes, bool measured) const;
   std::shared_ptr<Entry> entry(std::span<const int64_t> sizes) const;
   std::shared_ptr<const Engine> make(std::span<const int64_t> sizes, bool measured) const;
+  std::shared_ptr<const Engine> nearest(std::span<const int64_t> sizes) const;
   void shrink() const;
 
   EngineOptions options_;

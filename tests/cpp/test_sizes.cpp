@@ -113,6 +113,10 @@ TEST(a_size_that_was_timed_shares_weights_where_it_can) {
   CHECK(engine.at(sizes) == timed);
   CHECK(engine.warm_up(sizes) == timed);
   CHECK_EQ(engine.info().made, uint64_t{2});
+  // A size beside it runs as it does, with the weights of either.
+  const auto beside = engine.at(std::vector<int64_t>{34, 42});
+  CHECK(run(*beside) == interpreted(programs::sized_network(34, 42)));
+  CHECK_EQ(beside->weight_bytes(), timed->weight_bytes());
 }
 
 TEST(the_sizes_used_longest_ago_leave) {

@@ -150,7 +150,8 @@ class Engine:
         """Make ready for sizes that will come, and choose every layer's algorithm by the clock.
 
         A size that was not warmed up is ready within milliseconds of its first call, and its layers
-        run as they do at the compiled size.
+        run as they do at the nearest size that was: a few sizes do for a range. The compiled one is
+        one of them.
 
         Args:
             sizes: each one number per free size, in the order of :attr:`sizes`, or a dictionary by
