@@ -53,7 +53,7 @@ constexpr int64_t kPrefetchAhead = 4096;
 template <int kBits, int kVector>
 inline __attribute__((always_inline)) void prefetch_line(const uint8_t* tile) {
   if constexpr (kVector < 2 * kBits)
-    _mm_prefetch(reinterpret_cast<const char*>(tile + kPrefetchAhead + kVector * 64), _MM_HINT_T0);
+    __builtin_prefetch(tile + kPrefetchAhead + kVector * 64);
 }
 
 template <class V, int kBits>
