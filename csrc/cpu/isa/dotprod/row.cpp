@@ -19,8 +19,7 @@ namespace dotprod {
 namespace {
 
 #include "cpu/isa/neon/bytes128.inl"
-// Each of the next ones builds on it.
-#include "cpu/isa/neon/dot.inl"
+// Each of the next two builds on it.
 #include "cpu/isa/neon/gemv.inl"
 #include "cpu/isa/neon/products.inl"
 
@@ -81,17 +80,30 @@ struct Dots {
   };
 };
 
+/// Of matrix times vector.
+struct UnsignedDot {
+  using Sum = uint32x4_t;
+  static constexpr int kRegisters = 1;
+  static Sum zero() { return vdupq_n_u32(0); }
+  static uint32x4_t total(Sum sum) { return sum; }
+  template <int kBits>
+  static void dot(Sum& sum, uint8x16_t a0, uint8x16_t w0, uint8x16_t a1, uint8x16_t w1) {
+    sum = vdotq_u32(vdotq_u32(sum, w0, a0), w1, a1);
+  }
+};
+
 void gemm(const GemmArgs& g) {
   for_tiles(g, [&](const int8_t* tile, int32_t* sums) {
     product_of_tile<Dots>(g, tile, TileSums(g, tile), sums);
   });
 }
 
-void gemv(const GemvArgs& g) { gemv_of<UnsignedDot>(g); }
-
 void nothing() {}
 
 }  // namespace
+
+void gemv(const GemvArgs& g) { gemv_of<UnsignedDot>(g); }
+
 }  // namespace dotprod
 
 const KernelRow kDotprodRow{.name = "dotprod",

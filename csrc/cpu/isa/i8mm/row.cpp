@@ -16,10 +16,6 @@ namespace adalayer::cpu {
 namespace i8mm {
 namespace {
 
-#include "cpu/isa/neon/bytes128.inl"
-// Each of the next ones builds on it.
-#include "cpu/isa/neon/dot.inl"
-#include "cpu/isa/neon/gemv.inl"
 #include "cpu/isa/neon/products.inl"
 
 struct NoColumns {};
@@ -94,8 +90,6 @@ void gemm(const GemmArgs& g) {
   });
 }
 
-void gemv(const GemvArgs& g) { gemv_of<UnsignedDot>(g); }
-
 void nothing() {}
 
 }  // namespace
@@ -113,7 +107,7 @@ const KernelRow kI8mmRow{.name = "i8mm",
                          .gemm = i8mm::gemm,
                          .gemm_requantize = nullptr,
                          .gemm_rows = 56,  // several passes of the most
-                         .gemv = i8mm::gemv,
+                         .gemv = dotprod::gemv,
                          .arrangement = nullptr,
                          .store = neon::store,
                          .requantize = neon::requantize,

@@ -35,8 +35,8 @@ inline uint32_t level_sum(const GemvArgs& g, int row) {
 
 /// kParts quarters of the columns of a tile, from column 4 * part on.
 template <class D, int kBits, int kRows, int kParts>
-inline void gemv_parts(const GemvArgs& g, const uint8_t* tile, int part,
-                       typename D::Sum (&sums)[kRows][kParts]) {
+[[gnu::noinline]] void gemv_parts(const GemvArgs& g, const uint8_t* tile, int part,
+                                  typename D::Sum (&sums)[kRows][kParts]) {
   unrolled<0, kRows * kParts>([&](auto i) __attribute__((always_inline)) {
     sums[i.value / kParts][i.value % kParts] = D::zero();
   });

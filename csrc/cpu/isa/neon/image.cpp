@@ -53,7 +53,8 @@ struct V {
   static F floats(const float* p, Whole) { return vld1q_f32(p); }
   static F floats(const float* p, int64_t left) {
     if (left >= 4) return vld1q_f32(p);
-    F v = vld1q_lane_f32(p, vdupq_n_f32(0.0f), 0);
+    F v = vdupq_n_f32(0.0f);
+    if (left > 0) v = vld1q_lane_f32(p, v, 0);
     if (left > 1) v = vld1q_lane_f32(p + 1, v, 1);
     if (left > 2) v = vld1q_lane_f32(p + 2, v, 2);
     return v;
@@ -61,7 +62,7 @@ struct V {
   static void store_floats(float* p, F v, Whole) { vst1q_f32(p, v); }
   static void store_floats(float* p, F v, int64_t left) {
     if (left >= 4) return vst1q_f32(p, v);
-    vst1q_lane_f32(p, v, 0);
+    if (left > 0) vst1q_lane_f32(p, v, 0);
     if (left > 1) vst1q_lane_f32(p + 1, v, 1);
     if (left > 2) vst1q_lane_f32(p + 2, v, 2);
   }

@@ -1,4 +1,5 @@
-// What the ARM rows have in common: everything but the products of bytes.
+// What the ARM rows have in common: everything but the products of bytes, and of those a matrix times
+// a vector from dotprod on.
 #pragma once
 
 #include "cpu/kernel_table.hpp"
@@ -17,3 +18,9 @@ void gemm(const GemmArgs& g);
 void gemv(const GemvArgs& g);
 
 }  // namespace adalayer::cpu::neon
+
+namespace adalayer::cpu::dotprod {
+
+void gemv(const GemvArgs& g);
+
+}  // namespace adalayer::cpu::dotprod
