@@ -1,9 +1,9 @@
 """Counts what the inner loops of the ARM rows are made of: ``python -m bench.arm_counts``.
 
-There is no ARM machine here, and what an emulator takes says nothing. What can be known without one is
-how many instructions and loads a loop has for how many products, from the disassembly of
-``build/aarch64`` (``make test-arm`` builds it), and what llvm-mca makes of that for processors that the
-installed LLVM has a model of its own for. ``--write`` puts the table into docs/performance.md.
+There is no ARM machine here, and what an emulator takes says nothing. What can be known without
+one is how many instructions and loads a loop has for how many products, from the disassembly of
+``build/aarch64`` (``make test-arm`` builds it), and what llvm-mca makes of that for processors that
+the installed LLVM has a model of its own for. ``--write`` puts the table into docs/performance.md.
 """
 
 import argparse
@@ -143,7 +143,13 @@ def cycles(loop: Loop, model: str) -> float | None:
         re.sub(r"\s[0-9a-f]+ <.*>$", " .", line).replace("\t", " ") for line in loop.lines
     )
     result = subprocess.run(
-        ["llvm-mca", "-mtriple=aarch64", f"-mcpu={model}", "-mattr=+dotprod,+i8mm", "-iterations=100"],
+        [
+            "llvm-mca",
+            "-mtriple=aarch64",
+            f"-mcpu={model}",
+            "-mattr=+dotprod,+i8mm",
+            "-iterations=100",
+        ],
         input=text,
         capture_output=True,
         text=True,
@@ -155,8 +161,10 @@ def cycles(loop: Loop, model: str) -> float | None:
 def table() -> str:
     """Markdown; one row per loop."""
     lines = [
-        "| row | loop | products | multiplies | other vector | loads | all | instructions per 100 products |"
-        " " + " | ".join(f"{model} (llvm-mca)" for model in MODELS) + " |",
+        "| row | loop | products | multiplies | other vector | loads | all"
+        " | instructions per 100 products | "
+        + " | ".join(f"{model} (llvm-mca)" for model in MODELS)
+        + " |",
         "|---|---|---:|---:|---:|---:|---:|---:|" + "---:|" * len(MODELS),
     ]
     disassembled: dict[str, dict[str, list[tuple[int, str]]]] = {}

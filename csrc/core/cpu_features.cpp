@@ -127,11 +127,11 @@ Isa resolve(std::string_view name, std::string_view source) {
     }
     return isa;
   }
-  fail<InvalidArgument>(
-      source, ": unknown instruction set '", name,
-      "'; valid: auto, scalar, avx2, avxvnni, avx512, avx512vnni, amx, neon, dotprod, i8mm; supported "
-      "here: ",
-      list_supported());
+  fail<InvalidArgument>(source, ": unknown instruction set '", name,
+                        "'; valid: auto, scalar, avx2, avxvnni, avx512, avx512vnni, amx, neon, "
+                        "dotprod, i8mm; supported "
+                        "here: ",
+                        list_supported());
 }
 
 constexpr int kUndecided = -1;

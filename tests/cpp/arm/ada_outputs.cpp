@@ -1,8 +1,9 @@
 // .ada files of one architecture on another: same bytes in the file, same bits in the results.
 //
-//   ada_outputs write FOLDER   the fuzzer's programs as NAME.ada, and what they make of noise, computed
-//                              by the fastest instruction set of this machine, as NAME.out; a network
-//                              that classifies, and a picture for it
+//   ada_outputs write FOLDER   the fuzzer's programs as NAME.ada, and what they make of noise,
+//   computed
+//                              by the fastest instruction set of this machine, as NAME.out; a
+//                              network that classifies, and a picture for it
 //   ada_outputs check FOLDER   reads them, and compares on every instruction set of this machine
 #include <bit>
 #include <cstdio>
@@ -47,11 +48,10 @@ Program classifier() {
   const Value last = b.p.values[static_cast<size_t>(levels)];
   b.p.nodes.pop_back();
   b.p.values.pop_back();
-  const auto average =
-      b.node(OpKind::AdaptiveAvgPool, {levels}, b.value("average", last.c, 1, 1), {0, 255, 10},
-             {kInverse, kScale}, {-1});
-  const auto scores = b.node(OpKind::Dequantize, {average},
-                             b.value("scores", last.c, 1, 1, ValueKind::F32));
+  const auto average = b.node(OpKind::AdaptiveAvgPool, {levels}, b.value("average", last.c, 1, 1),
+                              {0, 255, 10}, {kInverse, kScale}, {-1});
+  const auto scores =
+      b.node(OpKind::Dequantize, {average}, b.value("scores", last.c, 1, 1, ValueKind::F32));
   b.p.outputs = {scores};
   b.p.metadata["preprocessing"] = R"({"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25]})";
   std::string classes;
@@ -61,7 +61,8 @@ Program classifier() {
   return b.p;
 }
 
-/// All outputs' bytes, one after another. Noise has NaN, infinities and what lies beyond every grid.
+/// All outputs' bytes, one after another. Noise has NaN, infinities and what lies beyond every
+/// grid.
 std::string run(const Engine& engine) {
   const Program& p = engine.program();
   std::vector<std::vector<float>> images;

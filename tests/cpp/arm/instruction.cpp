@@ -1,5 +1,6 @@
-// One instruction that only some processors have: sdot, or usmmla with an argument. Whether a machine,
-// or an emulator that plays one, refuses it, is what tests of other programs there are worth.
+// One instruction that only some processors have: sdot, or usmmla with an argument. Whether a
+// machine, or an emulator that plays one, refuses it, is what tests of other programs there are
+// worth.
 #include <arm_neon.h>
 
 #include <cstdio>

@@ -1,12 +1,12 @@
-// The row of 64-bit ARM processors with dot products (Cortex-A55 and A76, Neoverse N1): sdot adds four
-// products of signed bytes to every sum of int32, exactly.
+// The row of 64-bit ARM processors with dot products (Cortex-A55 and A76, Neoverse N1): sdot adds
+// four products of signed bytes to every sum of int32, exactly.
 //
 // Levels are unsigned. 128 is taken off them (one operation for sixteen), and
 //
 //   sum of a * w = sum of (a - 128) * w + 128 * sum of w,
 //
-// of which the last is made of a tile's weights once per call. usdot, which would take levels as they
-// are, came with i8mm. Everything but the products is the neon row's.
+// of which the last is made of a tile's weights once per call. usdot, which would take levels as
+// they are, came with i8mm. Everything but the products is the neon row's.
 #include <arm_neon.h>
 
 #include <cstring>
@@ -66,8 +66,8 @@ struct Dots {
         constexpr int quad = i.value / 4, part = i.value % 4;
         const int8x16_t v = vld1q_s8(w + i.value * 16);
         unrolled<0, kPassRows>([&](auto r) __attribute__((always_inline)) {
-          sums[r.value][part] = vdotq_laneq_s32(sums[r.value][part], v,
-                                                vreinterpretq_s8_u8(levels[r.value]), quad);
+          sums[r.value][part] =
+              vdotq_laneq_s32(sums[r.value][part], v, vreinterpretq_s8_u8(levels[r.value]), quad);
         });
       });
     }

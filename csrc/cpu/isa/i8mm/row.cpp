@@ -1,10 +1,10 @@
 // The row of 64-bit ARM processors with matrix products of bytes (Cortex-A710, Neoverse V1): usmmla
-// multiplies two rows of eight levels by two columns of eight weights, of u8 and s8 as they are, and
-// adds to four sums of int32, exactly.
+// multiplies two rows of eight levels by two columns of eight weights, of u8 and s8 as they are,
+// and adds to four sums of int32, exactly.
 //
-// A column's eight weights are those of two quads, which lie 64 bytes apart: zip brings them together,
-// once for all rows of a pass. Everything but the products is the neon row's, and a matrix times a
-// vector, which has one row, is the dotprod row's.
+// A column's eight weights are those of two quads, which lie 64 bytes apart: zip brings them
+// together, once for all rows of a pass. Everything but the products is the neon row's, and a
+// matrix times a vector, which has one row, is the dotprod row's.
 #include <arm_neon.h>
 
 #include <cstring>

@@ -1,14 +1,14 @@
 // Matrix products with the instructions of every 64-bit ARM processor.
 //
-// smull and smlal multiply eight signed bytes by eight others to int16; sadalp adds pairs of those to
-// int32. Levels are unsigned, so 128 is taken off them, and
+// smull and smlal multiply eight signed bytes by eight others to int16; sadalp adds pairs of those
+// to int32. Levels are unsigned, so 128 is taken off them, and
 //
 //   sum of a * w = sum of (a - 128) * w + 128 * sum of w,
 //
 // of which the last is made of a tile's weights, once per call. A product lies between -128 * m and
-// 128 * m, where m is the largest |w| of the tile, so that int16 holds 32767 / (128 m) of them: two of
-// eight bits (one, if a weight is -128), four of seven, sixteen of four. That many are added there
-// before sadalp; the tile's own weights decide, not their width.
+// 128 * m, where m is the largest |w| of the tile, so that int16 holds 32767 / (128 m) of them: two
+// of eight bits (one, if a weight is -128), four of seven, sixteen of four. That many are added
+// there before sadalp; the tile's own weights decide, not their width.
 #include <arm_neon.h>
 
 #include <cstring>
@@ -75,13 +75,13 @@ struct Bytes {
       unrolled<0, kQuads>([&](auto quad) __attribute__((always_inline)) {
         constexpr int q = quad.value;
         constexpr bool kBegins = kRun >= kUnitQuads ? kFirst && q == 0 : q % kRun == 0;
-        constexpr bool kEnds = kRun >= kUnitQuads ? kLast && q == kQuads - 1
-                                                  : q % kRun == kRun - 1 || q == kQuads - 1;
+        constexpr bool kEnds =
+            kRun >= kUnitQuads ? kLast && q == kQuads - 1 : q % kRun == kRun - 1 || q == kQuads - 1;
         const int8x16_t w0 = vld1q_s8(w + q * kQuadBytes);
         const int8x16_t w1 = vld1q_s8(w + q * kQuadBytes + 16);
         unrolled<0, kPassRows>([&](auto r) __attribute__((always_inline)) {
-          const int8x16_t a = as_signed(vreinterpretq_u8_u32(
-              vdupq_laneq_u32(vreinterpretq_u32_u8(levels[r.value]), q)));
+          const int8x16_t a = as_signed(
+              vreinterpretq_u8_u32(vdupq_laneq_u32(vreinterpretq_u32_u8(levels[r.value]), q)));
           auto& to = run[r.value];
           if constexpr (kBegins) {
             to[0] = vmull_s8(vget_low_s8(w0), vget_low_s8(a));

@@ -1,17 +1,17 @@
-// Matrix times 1 to 4 vectors for the ARM rows. Included inside the unnamed namespace of one ISA file
-// only, after bytes128.inl.
+// Matrix times 1 to 4 vectors for the ARM rows. Included inside the unnamed namespace of one ISA
+// file only, after bytes128.inl.
 //
-// Levels are u8 and weights s8, and the instructions that every machine of a row has multiply like by
-// like. A weight of b bits plus 2^(b - 1) is unsigned, and one operation makes that of its packed
-// field, where sign extension takes two. So both sides are unsigned here, and
+// Levels are u8 and weights s8, and the instructions that every machine of a row has multiply like
+// by like. A weight of b bits plus 2^(b - 1) is unsigned, and one operation makes that of its
+// packed field, where sign extension takes two. So both sides are unsigned here, and
 //
 //   sum of a * w = sum of a * (w + 2^(b - 1)) - 2^(b - 1) * sum of a,
 //
 // of which the last sum is one per row. Everything is modulo 2^32, as sums are: the result is exact
 // because the true one fits (check_accumulator).
 //
-// D offers Sum, sums of four columns in kRegisters registers, with zero(); total(sum), the columns in
-// one register; and dot<kBits>(sum, a0, w0, a1, w1), which adds the products of two quads.
+// D offers Sum, sums of four columns in kRegisters registers, with zero(); total(sum), the columns
+// in one register; and dot<kBits>(sum, a0, w0, a1, w1), which adds the products of two quads.
 
 struct Unsigned128 : Bytes128 {
   template <int kBits>

@@ -1,8 +1,8 @@
 // Depthwise and grouped convolutions with the instructions of every 64-bit ARM processor: smlal of
 // int16, as exact as the levels and weights that were widened.
 //
-// A register of data has four dwords' first int16 and then their second ones, so that smlal and smlal2
-// add both to the same four sums.
+// A register of data has four dwords' first int16 and then their second ones, so that smlal and
+// smlal2 add both to the same four sums.
 #include <arm_neon.h>
 
 #include "cpu/grouped_kernels.hpp"
@@ -28,7 +28,9 @@ struct Words128 {
     return dwords(vqtbl1q_u8(bytes(load(p)), vld1q_u8(kApart)));
   }
   static void store(void* p, I v) { vst1q_u8(static_cast<uint8_t*>(p), bytes(v)); }
-  static I load_constant(const void* p, int i) { return load(static_cast<const uint8_t*>(p) + 16 * i); }
+  static I load_constant(const void* p, int i) {
+    return load(static_cast<const uint8_t*>(p) + 16 * i);
+  }
   static F as_floats(I v) { return vreinterpretq_f32_s32(v); }
   static I broadcast_granule(const uint8_t* p) { return load(p); }
   static I broadcast_dword(const uint8_t* p) { return vdupq_n_s32(four(p)); }
@@ -106,9 +108,7 @@ struct Words128 {
   static F max(F a, F b) { return vmaxnmq_f32(a, b); }
   static F min(F a, F b) { return vminnmq_f32(a, b); }
   static I shuffle_bytes(I v, I by) { return dwords(vqtbl1q_u8(bytes(v), bytes(by))); }
-  static I pack_words(I a, I b) {
-    return vreinterpretq_s32_s16(vqmovn_high_s32(vqmovn_s32(a), b));
-  }
+  static I pack_words(I a, I b) { return vreinterpretq_s32_s16(vqmovn_high_s32(vqmovn_s32(a), b)); }
   static I pack_bytes(I a, I b) {
     return dwords(vqmovun_high_s16(vqmovun_s16(words(a)), words(b)));
   }

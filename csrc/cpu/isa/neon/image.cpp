@@ -182,9 +182,7 @@ struct V {
     return vpaddq_s32(vmull_s16(vget_low_s16(s16(a)), vget_low_s16(s16(b))),
                       vmull_high_s16(s16(a), s16(b)));
   }
-  static I sum8(I v) {
-    return vreinterpretq_s32_u64(vpaddlq_u32(vpaddlq_u16(vpaddlq_u8(u8(v)))));
-  }
+  static I sum8(I v) { return vreinterpretq_s32_u64(vpaddlq_u32(vpaddlq_u16(vpaddlq_u8(u8(v))))); }
   static int64_t total32(I v) { return vaddlvq_s32(v); }
   static int64_t total64(I v) { return vaddvq_s64(vreinterpretq_s64_s32(v)); }
 

@@ -1,5 +1,5 @@
-// What the ARM rows have in common: everything but the products of bytes, and of those a matrix times
-// a vector from dotprod on.
+// What the ARM rows have in common: everything but the products of bytes, and of those a matrix
+// times a vector from dotprod on.
 #pragma once
 
 #include "cpu/kernel_table.hpp"

@@ -8,8 +8,8 @@
 //   levels(v)          16 levels as it multiplies them
 //   Columns            what it has to know about a tile: made of its weights once per call
 //   Sums<rows>         with zero(), multiply<kQuads, kFirst, kLast>(levels, w): the products of the
-//                      first quads of a unit with the weights at w, where kFirst and kLast say which
-//                      end of kUnitsTogether it is; and store(columns, column, to)
+//                      first quads of a unit with the weights at w, where kFirst and kLast say
+//                      which end of kUnitsTogether it is; and store(columns, column, to)
 
 #include "cpu/isa/shared/passes.inl"
 

@@ -18,7 +18,8 @@ struct Grid {
         lo(vdupq_n_f32(static_cast<float>(-g.zero_point))),
         hi(vdupq_n_f32(static_cast<float>(g.qmax - g.zero_point))),
         zero(vdupq_n_s32(g.zero_point)) {}
-  /// A product is no signalling NaN, and a quiet one yields the bound: NaN becomes the lowest level.
+  /// A product is no signalling NaN, and a quiet one yields the bound: NaN becomes the lowest
+  /// level.
   int32x4_t relative(float32x4_t x) const {
     return vcvtnq_s32_f32(vminnmq_f32(vmaxnmq_f32(vmulq_f32(x, inv), lo), hi));
   }
@@ -35,7 +36,8 @@ struct Grid {
 int64_t quantize_rgb(const float* x, int64_t channel_stride, int64_t w, const Grid& g, uint8_t* q) {
   int64_t i = 0;
   for (; i + 8 <= w; i += 8, q += 24)
-    vst3_u8(q, {g.eight(x + i), g.eight(x + channel_stride + i), g.eight(x + 2 * channel_stride + i)});
+    vst3_u8(q,
+            {g.eight(x + i), g.eight(x + channel_stride + i), g.eight(x + 2 * channel_stride + i)});
   return i;
 }
 
@@ -102,7 +104,8 @@ class Output {
       if (out_.on_grid) y = vmulq_f32(vcvtq_f32_s32(grid_.relative(y)), step_);
       vst1q_f32(static_cast<float*>(out_.data) + at, y);
     } else {
-      const uint16x4_t words = vmovn_u32(vreinterpretq_u32_s32(vaddq_s32(vcvtnq_s32_f32(y), zero_)));
+      const uint16x4_t words =
+          vmovn_u32(vreinterpretq_u32_s32(vaddq_s32(vcvtnq_s32_f32(y), zero_)));
       const uint8x8_t bytes = vmovn_u16(vcombine_u16(words, words));
       const uint32_t four = vget_lane_u32(vreinterpret_u32_u8(bytes), 0);
       std::memcpy(static_cast<uint8_t*>(out_.data) + at, &four, 4);
@@ -192,26 +195,27 @@ void store(const StoreArgs& s) {
 
 }  // namespace neon
 
-const KernelRow kNeonRow{.name = "neon",
-                         .isa = Isa::Neon,
-                         .quantize_row = neon::quantize_row,
-                         .quantize_planar = neon::quantize_planar,
-                         .fake_quantize = neon::fake_quantize,
-                         .unpack_tiles = neon::unpack_tiles,
-                         .begin = neon::nothing,
-                         .end = neon::nothing,
-                         .positions = Positions::Listed,
-                         .gemm = neon::gemm,
-                         .gemm_requantize = nullptr,
-                         .gemm_rows = kGemmRows,  // what is made of a call's weights serves them all
-                         .gemv = neon::gemv,
-                         .arrangement = nullptr,
-                         .store = neon::store,
-                         .requantize = neon::requantize,
-                         .block = nullptr,
-                         .stem = {},
-                         .grouped = &neon::kGrouped,
-                         .winograd = &neon::kWinograd,
-                         .image = &kNeonImage};
+const KernelRow kNeonRow{
+    .name = "neon",
+    .isa = Isa::Neon,
+    .quantize_row = neon::quantize_row,
+    .quantize_planar = neon::quantize_planar,
+    .fake_quantize = neon::fake_quantize,
+    .unpack_tiles = neon::unpack_tiles,
+    .begin = neon::nothing,
+    .end = neon::nothing,
+    .positions = Positions::Listed,
+    .gemm = neon::gemm,
+    .gemm_requantize = nullptr,
+    .gemm_rows = kGemmRows,  // what is made of a call's weights serves them all
+    .gemv = neon::gemv,
+    .arrangement = nullptr,
+    .store = neon::store,
+    .requantize = neon::requantize,
+    .block = nullptr,
+    .stem = {},
+    .grouped = &neon::kGrouped,
+    .winograd = &neon::kWinograd,
+    .image = &kNeonImage};
 
 }  // namespace adalayer::cpu

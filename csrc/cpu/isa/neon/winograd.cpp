@@ -1,8 +1,9 @@
 // Winograd with the instructions of every 64-bit ARM processor.
 //
 // smlal multiplies four int16 factors of one channel's outputs by that channel's factor of a tile,
-// which it takes from a lane. Taps lie in pairs of channels: ld2 takes those apart, once for all tiles
-// of a pass. There is no instruction that adds the two products of a pair, and none is needed.
+// which it takes from a lane. Taps lie in pairs of channels: ld2 takes those apart, once for all
+// tiles of a pass. There is no instruction that adds the two products of a pair, and none is
+// needed.
 #include <arm_neon.h>
 
 #include <cstring>
@@ -32,9 +33,7 @@ struct Vec {
     return dwords(vmovl_s8(vreinterpret_s8_u8(vld1_u8(p))));
   }
   /// int16 that fit int8.
-  static void store_narrow(uint8_t* p, T v) {
-    vst1_u8(p, vreinterpret_u8_s8(vmovn_s16(words(v))));
-  }
+  static void store_narrow(uint8_t* p, T v) { vst1_u8(p, vreinterpret_u8_s8(vmovn_s16(words(v)))); }
   static T set32(int32_t v) { return vdupq_n_s32(v); }
   static T add16(T a, T b) { return dwords(vaddq_s16(words(a), words(b))); }
   static T sub16(T a, T b) { return dwords(vsubq_s16(words(a), words(b))); }
@@ -73,8 +72,7 @@ struct Taps {
 
 /// Channel kLane of the factors, and of a pair of taps.
 template <int kLane>
-[[gnu::always_inline]] inline void add_products(T (&sums)[4], const Taps& taps,
-                                                int16x8_t factors) {
+[[gnu::always_inline]] inline void add_products(T (&sums)[4], const Taps& taps, int16x8_t factors) {
   constexpr int c = kLane % 2;
   sums[0] = vmlal_laneq_s16(sums[0], vget_low_s16(taps.low[c]), factors, kLane);
   sums[1] = vmlal_high_laneq_s16(sums[1], taps.low[c], factors, kLane);

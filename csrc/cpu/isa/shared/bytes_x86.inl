@@ -1,4 +1,5 @@
-// What image.inl needs of bytes and the x86 rows have alike. Included between their V and image.inl.
+// What image.inl needs of bytes and the x86 rows have alike. Included between their V and
+// image.inl.
 
 /// pshufb looks up 16 bytes and gives 0 where the index is negative. With the differences of
 /// neighbouring pieces of the table, an index that loses 16 at each step collects, by XOR, exactly

@@ -1,5 +1,5 @@
-// The products of a Winograd convolution over pairs of factors. Included behind winograd.inl, whose Vec
-// also offers product(a, w), of pairs of int16 to int32, and dot(sum, a, w).
+// The products of a Winograd convolution over pairs of factors. Included behind winograd.inl, whose
+// Vec also offers product(a, w), of pairs of int16 to int32, and dot(sum, a, w).
 
 // Taps are asked for so many bytes before they are used: those of many channels come from beyond
 // the second-level cache, and what the hardware fetches ahead ends with every page.
