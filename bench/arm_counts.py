@@ -55,7 +55,12 @@ LOOPS = [
     ("dotprod", "matrix times vector, 4 bits", "dotprod/row", r"gemv_parts<.*Dot, 4, 1, 4>", 1.0),
 ]
 # LLVM's other ARM processors borrow the model of one of these, or have one only in later versions.
-MODELS = ("cortex-a53", "cortex-a55", "cortex-a57")
+# Of each, the rows that the processor can run.
+MODELS = {
+    "cortex-a53": ("neon", "all"),
+    "cortex-a55": ("neon", "dotprod", "all"),
+    "cortex-a57": ("neon", "all"),
+}
 
 
 @dataclass(frozen=True)
@@ -185,7 +190,7 @@ def table() -> str:
             raise SystemExit(f"{name}: expected one function {pattern!r}, found {len(codes)}")
         loop = inner_loop(codes[0])
         products = loop.products * worth
-        timed = [cycles(loop, model) for model in MODELS]
+        timed = [cycles(loop, model) if row in rows else None for model, rows in MODELS.items()]
         lines.append(
             f"| {row} | {what}{f', {loop.spills} spills' if loop.spills else ''} | {products:g} |"
             f" {loop.multiplies} | {loop.other_vector} | {loop.loads} | {len(loop.lines)} |"
