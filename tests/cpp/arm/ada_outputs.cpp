@@ -12,6 +12,7 @@
 #include <filesystem>
 #include <fstream>
 #include <iterator>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -40,22 +41,35 @@ void write_bytes(const fs::path& path, const std::string& bytes) {
   if (!file.flush()) throw std::runtime_error(path.string() + ": cannot be written");
 }
 
-/// The convolutions, averaged to twenty classes.
+/// A stem and a convolution of four bits, averaged to twenty classes.
 Program classifier() {
-  Program p = convolutions();
-  Builder b{std::move(p)};
-  const int32_t levels = b.p.nodes.back().inputs.front();
-  const Value last = b.p.values[static_cast<size_t>(levels)];
-  b.p.nodes.pop_back();
-  b.p.values.pop_back();
-  const auto average = b.node(OpKind::AdaptiveAvgPool, {levels}, b.value("average", last.c, 1, 1),
+  constexpr float kInf = std::numeric_limits<float>::infinity();
+  constexpr int64_t kClasses = 20;
+  Builder b;
+  const auto x = b.value("image", 3, 9, 8, ValueKind::F32);
+  auto y = b.node(OpKind::Quantize, {x}, b.value("levels", 3, 9, 8));
+  const auto conv = [&](int64_t in, int64_t out, int64_t h, int64_t w, int64_t stride, int bits) {
+    std::vector<float> scale, bias;
+    for (int64_t o = 0; o < out; ++o) {
+      scale.push_back(0.002f * static_cast<float>(1 + o % 5));
+      bias.push_back(static_cast<float>(o * 5 % 7) - 3.0f);
+    }
+    y = b.node(OpKind::Conv, {y}, b.value("conv", out, h, w),
+               {3, 3, stride, stride, 1, 1, 1, 1, 1, 1, 1, 0, 255, 10}, {kInverse, -kInf, kInf},
+               {b.weights(static_cast<uint32_t>(out), static_cast<uint32_t>(in), 3, 3, bits),
+                b.floats(scale), b.floats(bias), -1});
+  };
+  conv(3, 24, 5, 4, 2, 8);
+  conv(24, kClasses, 5, 4, 1, 4);
+  const auto average = b.node(OpKind::AdaptiveAvgPool, {y}, b.value("average", kClasses, 1, 1),
                               {0, 255, 10}, {kInverse, kScale}, {-1});
   const auto scores =
-      b.node(OpKind::Dequantize, {average}, b.value("scores", last.c, 1, 1, ValueKind::F32));
+      b.node(OpKind::Dequantize, {average}, b.value("scores", kClasses, 1, 1, ValueKind::F32));
+  b.p.inputs = {x};
   b.p.outputs = {scores};
   b.p.metadata["preprocessing"] = R"({"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25]})";
   std::string classes;
-  for (int64_t c = 0; c < last.c; ++c)
+  for (int64_t c = 0; c < kClasses; ++c)
     classes += (c == 0 ? "[\"class " : ", \"class ") + std::to_string(c) + "\"";
   b.p.metadata["classes"] = classes + "]";
   return b.p;
