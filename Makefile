@@ -25,7 +25,7 @@ CXX_FILES = $(shell find csrc examples tests/cpp tests/fuzz -name '*.cpp' -o -na
   -o -name '*.h' -o -name '*.c' \
   -o -name '*.inc' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo install test test-slow test-all test-cpp build-tests lint bench bench-serving sanitize \
+.PHONY: help demo install test test-slow test-all test-cpp test-arm build-tests lint bench bench-serving sanitize \
   fuzz fuzz-networks wheel gpu-build gpu-test gpu-test-kernels gpu-test-python gpu-sanitize gpu-bench clean distclean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -35,6 +35,7 @@ help:
 	@echo "make demo       train, compress and run a small CNN; prints the tables (sets up .venv first)"
 	@echo "make test       the C++ and the fast Python tests"
 	@echo "make test-all   every test, the slow and the heavy ones too"
+	@echo "make test-arm   the C++ tests on three emulated ARM processors (cross compiler and qemu of the system)"
 	@echo "make lint       ruff, mypy, clang-format"
 	@echo "make bench      speed beside torch, ONNX Runtime and OpenVINO, checked results first; K=resnet18: a part"
 	@echo "make bench-serving  the server beside the same server on torch and OpenVINO"
@@ -65,6 +66,10 @@ test-all: test-cpp $(TEST_STAMP)
 
 test-cpp: build-tests
 	$(BIN)/ctest --test-dir $(BUILD) --verbose -j 2
+
+# Needs no .venv; skipped with a sentence where the cross compiler or the emulator is missing.
+test-arm:
+	@.ci/arm $(if $(QUICK),quick)
 
 # In the folder that the package was built in, whose object files they share. Python tests load the
 # GPU in software that is among them.

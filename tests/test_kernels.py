@@ -326,7 +326,10 @@ def test_quantize_clamps_rounds_to_even_and_sends_nan_to_the_lowest_level(isa):
     assert torch.equal(again, want.float() - 10)
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avxvnni", "avx512", "avx512vnni", "amx"])
+@pytest.mark.parametrize(
+    "isa",
+    ["scalar", "avx2", "avxvnni", "avx512", "avx512vnni", "amx", "neon", "dotprod", "i8mm"],
+)
 def test_force_isa_by_environment(isa):
     # The extension alone: the package imports torch, which takes seconds.
     code = "import sys; sys.path.append(sys.argv[1]); import _C; print(_C.active_isa())"

@@ -1,4 +1,5 @@
-// What CPUID and the operating system say. Which family is used is decided in cpu_features.cpp.
+// What the processor and the operating system say. Which family is used is decided in
+// cpu_features.cpp.
 #include "core/cpu_features.hpp"
 
 #if defined(__x86_64__)
@@ -75,6 +76,26 @@ CpuFeatures detect_cpu_features() {
   }
   // Every AMX machine has GFNI; the AMX kernels unpack weights with it.
   features.amx_int8 = os_tiles && amx_tile && amx_int8 && features.gfni && request_amx_permission();
+  return features;
+}
+
+}  // namespace adalayer
+
+#elif defined(__aarch64__) && defined(__linux__)
+
+#include <sys/auxv.h>
+
+namespace adalayer {
+
+CpuFeatures detect_cpu_features() {
+  // From the kernel's asm/hwcap.h, whose older versions lack the later ones.
+  constexpr unsigned long kAsimd = 1UL << 1, kAsimdDp = 1UL << 20;  // of AT_HWCAP
+  constexpr unsigned long kI8mm = 1UL << 13;                        // of AT_HWCAP2
+  const unsigned long first = getauxval(AT_HWCAP), second = getauxval(AT_HWCAP2);
+  CpuFeatures features;
+  features.neon = (first & kAsimd) != 0;
+  features.dotprod = features.neon && (first & kAsimdDp) != 0;
+  features.i8mm = features.dotprod && (second & kI8mm) != 0;
   return features;
 }
 

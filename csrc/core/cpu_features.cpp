@@ -2,10 +2,14 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 #include <array>
 #include <atomic>
+#include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
@@ -14,8 +18,8 @@
 namespace adalayer {
 namespace {
 
-constexpr std::array<std::string_view, kIsaCount> kNames = {"scalar", "avx2",       "avxvnni",
-                                                            "avx512", "avx512vnni", "amx"};
+constexpr std::array<std::string_view, kIsaCount> kNames = {
+    "scalar", "avx2", "avxvnni", "avx512", "avx512vnni", "amx", "neon", "dotprod", "i8mm"};
 constexpr std::string_view kEnvironment = "ADALAYER_FORCE_ISA";
 
 bool in_build(Isa isa) {
@@ -52,6 +56,24 @@ bool in_build(Isa isa) {
 #else
       return false;
 #endif
+    case Isa::Neon:
+#if defined(ADALAYER_HAVE_NEON)
+      return true;
+#else
+      return false;
+#endif
+    case Isa::Dotprod:
+#if defined(ADALAYER_HAVE_DOTPROD)
+      return true;
+#else
+      return false;
+#endif
+    case Isa::I8mm:
+#if defined(ADALAYER_HAVE_I8MM)
+      return true;
+#else
+      return false;
+#endif
   }
   return false;
 }
@@ -72,6 +94,12 @@ bool on_machine(Isa isa) {
     case Isa::Amx:
       // The AMX file uses AVX-512 around its tiles (packing, requantization).
       return features.amx_int8 && features.avx512vnni;
+    case Isa::Neon:
+      return features.neon;
+    case Isa::Dotprod:
+      return features.dotprod;
+    case Isa::I8mm:
+      return features.i8mm;
   }
   return false;
 }
@@ -99,10 +127,11 @@ Isa resolve(std::string_view name, std::string_view source) {
     }
     return isa;
   }
-  fail<InvalidArgument>(
-      source, ": unknown instruction set '", name,
-      "'; valid: auto, scalar, avx2, avxvnni, avx512, avx512vnni, amx; supported here: ",
-      list_supported());
+  fail<InvalidArgument>(source, ": unknown instruction set '", name,
+                        "'; valid: auto, scalar, avx2, avxvnni, avx512, avx512vnni, amx, neon, "
+                        "dotprod, i8mm; supported "
+                        "here: ",
+                        list_supported());
 }
 
 constexpr int kUndecided = -1;
@@ -126,6 +155,17 @@ std::string cpu_brand() {
     std::memcpy(text, words, sizeof words);
     brand += text;
   }
+#elif defined(__aarch64__) && defined(__linux__)
+  // MIDR_EL1, which the kernel answers for in user programs where it says so.
+  constexpr unsigned long kCpuid = 1UL << 11;
+  if ((getauxval(AT_HWCAP) & kCpuid) == 0) return {};
+  std::uint64_t midr = 0;
+  __asm__("mrs %0, midr_el1" : "=r"(midr));
+  char text[32];
+  std::snprintf(text, sizeof text, "arm %02x:%03x r%up%u", static_cast<unsigned>(midr >> 24 & 0xFF),
+                static_cast<unsigned>(midr >> 4 & 0xFFF), static_cast<unsigned>(midr >> 20 & 0xF),
+                static_cast<unsigned>(midr & 0xF));
+  brand = text;
 #endif
   return brand;
 }
@@ -146,6 +186,9 @@ std::string describe_cpu_features() {
   add(features.avx512vbmi2, "avx512vbmi2");
   add(features.gfni, "gfni");
   add(features.amx_int8, "amx_int8");
+  add(features.neon, "neon");
+  add(features.dotprod, "dotprod");
+  add(features.i8mm, "i8mm");
   return out;
 }
 

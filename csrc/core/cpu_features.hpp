@@ -1,6 +1,7 @@
 // What this machine and this build can run, and which of it is in use.
 //
-// "Supported" means four things together: the CPU reports the instructions (CPUID), the operating
+// "Supported" means four things together: the CPU reports the instructions (CPUID; on ARM the
+// kernel's auxiliary vector, which leaves out what it does not support either), the operating
 // system saves the registers (XGETBV), for AMX the kernel grants the process permission, and this
 // build contains the kernels.
 #pragma once
@@ -20,11 +21,25 @@ struct CpuFeatures {
   bool avx512vbmi2 = false;  // vpexpandb expands bitmask-sparse weights
   bool avxvnni = false;      // VNNI in 256-bit VEX encoding
   bool amx_int8 = false;     // AMX tiles with int8, the permission to use them, and GFNI
+  bool neon = false;         // Advanced SIMD of 64-bit ARM
+  bool dotprod = false;      // the same with sdot and udot
+  bool i8mm = false;         // the same with usmmla and usdot, beside sdot and udot
 };
 
-// The instruction-set families of the kernel table, slowest first.
-enum class Isa : int { Scalar = 0, Avx2 = 1, AvxVnni = 2, Avx512 = 3, Avx512Vnni = 4, Amx = 5 };
-inline constexpr int kIsaCount = 6;
+// The instruction-set families of the kernel table, slowest first; x86 and ARM have nothing but
+// Scalar in common.
+enum class Isa : int {
+  Scalar = 0,
+  Avx2 = 1,
+  AvxVnni = 2,
+  Avx512 = 3,
+  Avx512Vnni = 4,
+  Amx = 5,
+  Neon = 6,
+  Dotprod = 7,
+  I8mm = 8
+};
+inline constexpr int kIsaCount = 9;
 
 // Detected once, at the first call, which also asks the kernel for the AMX permission (granted
 // per process, inherited by threads and forked children).
@@ -34,13 +49,15 @@ const CpuFeatures& cpu_features();
 // that a test can be linked with another machine in its place.
 CpuFeatures detect_cpu_features();
 
-// The processor's own name, "" if it has none.
+// The processor's own name, "" if it has none. ARM's have numbers: "arm 41:d0b r4p1" is
+// implementer, part, variant and revision.
 std::string cpu_brand();
 
 // Every feature that is present, as "avx2 avx512 ...", for people.
 std::string describe_cpu_features();
 
-// "scalar", "avx2", "avxvnni", "avx512", "avx512vnni", "amx": the values of ADALAYER_FORCE_ISA.
+// "scalar", "avx2", "avxvnni", "avx512", "avx512vnni", "amx", "neon", "dotprod", "i8mm": the values
+// of ADALAYER_FORCE_ISA.
 std::string_view isa_name(Isa isa);
 
 // True if both this machine and this build have it. Scalar always is.

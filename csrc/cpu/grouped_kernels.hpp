@@ -74,6 +74,11 @@ namespace avx2 {
 extern const GroupedKernels kGrouped;
 }
 #endif
+#ifdef ADALAYER_HAVE_NEON
+namespace neon {
+extern const GroupedKernels kGrouped;
+}
+#endif
 #ifdef ADALAYER_HAVE_AVX512
 namespace avx512 {
 extern const GroupedKernels kGrouped;

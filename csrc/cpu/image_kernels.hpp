@@ -204,6 +204,9 @@ extern const ImageKernels kAvx2Image;
 #ifdef ADALAYER_HAVE_AVX512
 extern const ImageKernels kAvx512Image;
 #endif
+#ifdef ADALAYER_HAVE_NEON
+extern const ImageKernels kNeonImage;
+#endif
 #ifdef ADALAYER_HAVE_AVX512VBMI
 // A sub-feature of its own: Cascade Lake has AVX-512-VNNI without VBMI, Cannon Lake VBMI without
 // VNNI.

@@ -23,6 +23,15 @@ std::span<const KernelRow* const> kernel_rows() {
 #ifdef ADALAYER_HAVE_AVX2
       &kAvx2Row,
 #endif
+#ifdef ADALAYER_HAVE_I8MM
+      &kI8mmRow,
+#endif
+#ifdef ADALAYER_HAVE_DOTPROD
+      &kDotprodRow,
+#endif
+#ifdef ADALAYER_HAVE_NEON
+      &kNeonRow,
+#endif
       static_cast<const KernelRow*>(nullptr),  // keeps the array non-empty on other machines
   };
   return {rows.data(), rows.size() - 1};

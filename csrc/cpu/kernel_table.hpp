@@ -225,6 +225,15 @@ extern const KernelRow kAvx512VnniRow;
 #ifdef ADALAYER_HAVE_AMX
 extern const KernelRow kAmxRow;
 #endif
+#ifdef ADALAYER_HAVE_NEON
+extern const KernelRow kNeonRow;
+#endif
+#ifdef ADALAYER_HAVE_DOTPROD
+extern const KernelRow kDotprodRow;
+#endif
+#ifdef ADALAYER_HAVE_I8MM
+extern const KernelRow kI8mmRow;
+#endif
 #ifdef ADALAYER_HAVE_GFNI
 void unpack_tiles_gfni(const uint8_t* packed, int bits, int64_t count, int8_t* out);
 void gemv_gfni(const GemvArgs& g);

@@ -74,6 +74,11 @@ namespace avxvnni {
 extern const WinogradKernels kWinograd;
 }
 #endif
+#ifdef ADALAYER_HAVE_NEON
+namespace neon {
+extern const WinogradKernels kWinograd;
+}
+#endif
 #ifdef ADALAYER_HAVE_AVX512
 namespace avx512 {
 extern const WinogradKernels kWinograd;

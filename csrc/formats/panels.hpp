@@ -1,4 +1,4 @@
-// The unit of the weights that the x86 matmul kernels read: derived from the canonical form, never
+// The unit of the weights that the matmul kernels read: derived from the canonical form, never
 // saved. Index formulas: FORMATS.md, section "Panels".
 #pragma once
 

@@ -99,6 +99,13 @@ TEST(cpu_features_imply_each_other) {
   CHECK(!f.gfni || f.avx2);
   CHECK(!f.avx512vbmi2 || f.avx2);
   CHECK(!f.avxvnni || f.avx2);
+  CHECK(!f.i8mm || f.dotprod);
+  CHECK(!f.dotprod || f.neon);
+  CHECK(!f.neon || !f.avx2);
+#if defined(__aarch64__) && defined(__linux__)
+  CHECK(f.neon);
+  CHECK(cpu_brand().empty() || cpu_brand().starts_with("arm "));
+#endif
 #if defined(__x86_64__) && defined(__GNUC__)
   // The compiler's run-time support is a second opinion on CPUID and operating-system state.
   __builtin_cpu_init();
@@ -121,7 +128,7 @@ TEST(forcing_by_name) {
   force_isa("scalar");
   // An unknown name is an error that lists the valid ones, and changes nothing.
   CHECK_THROWS(force_isa("avx1024"), InvalidArgument,
-               "valid: auto, scalar, avx2, avxvnni, avx512, avx512vnni, amx");
+               "valid: auto, scalar, avx2, avxvnni, avx512, avx512vnni, amx, neon, dotprod, i8mm");
   CHECK_THROWS(force_isa("avx1024"), InvalidArgument, "'avx1024'");
   CHECK_THROWS(force_isa("AVX2"), InvalidArgument, "unknown");
   CHECK_THROWS(force_isa("avx2 "), InvalidArgument, "unknown");

@@ -250,6 +250,22 @@ TEST(add_and_mul) {
   }
 }
 
+/// NaN is the lowest level, on processors whose conversion makes 0 of it, too.
+TEST(product_of_infinity_and_nothing) {
+  const Image a(20, 3, 5), b(a.layout);
+  U8Finish finish;
+  finish.lo = -50.0f;
+  finish.hi = 60.0f;
+  finish.zero_point = 90;
+  const PairSpec spec{3, 100, 3e38f, 0.0f, finish};
+  check_operation(
+      "mul", a.layout,
+      [&](int64_t k, int64_t y, int64_t x) -> int {
+        return mul_u8(static_cast<uint8_t>(a(k, y, x)), static_cast<uint8_t>(b(k, y, x)), spec);
+      },
+      [&](ImageView out, Part part) { mul(spec, a.view(), b.view(), out, part); });
+}
+
 TEST(elementwise_in_place) {
   for (const int64_t c : {1, 3, 7, 20, 64, 100}) {
     const Image a(c, 3, 5), b(a.layout);

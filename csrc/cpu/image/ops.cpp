@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "cpu/image/rows.hpp"
 
@@ -124,7 +125,11 @@ void add(const PairSpec& spec, ConstImageView a, ConstImageView b, ImageView out
 }
 
 void mul(const PairSpec& spec, ConstImageView a, ConstImageView b, ImageView out, Part part) {
-  const double largest = largest_real(spec.scale_a) * largest_real(spec.scale_b);
+  const double x = largest_real(spec.scale_a), y = largest_real(spec.scale_b);
+  // A factor beyond float32 is infinite, and 0 times that is NaN, which only a clamp brings to the
+  // lowest level everywhere: conversions of it differ.
+  constexpr double kMost = std::numeric_limits<float>::max();
+  const double largest = x > kMost || y > kMost ? std::numeric_limits<double>::infinity() : x * y;
   pair(image_kernels().mul, spec, largest, a, b, out, part);
 }
 

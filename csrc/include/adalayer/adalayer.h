@@ -53,9 +53,10 @@ ADALAYER_API const char* adalayer_status_text(adalayer_status status);
 ADALAYER_API uint32_t adalayer_abi_version(void);
 ADALAYER_API const char* adalayer_version(void);
 
-/* The instruction set that runs here: "amx", "avx512vnni", "avx512", "avxvnni", "avx2" or "scalar".
- * The environment variable ADALAYER_FORCE_ISA chooses another; results have the same bits on all of
- * them. If it names an unknown or unsupported one: "invalid", and loading a model says why. */
+/* The instruction set that runs here: "amx", "avx512vnni", "avx512", "avxvnni", "avx2", on ARM
+ * "i8mm", "dotprod", "neon", or "scalar". The environment variable ADALAYER_FORCE_ISA chooses
+ * another; results have the same bits on all of them. If it names an unknown or unsupported one:
+ * "invalid", and loading a model says why. */
 ADALAYER_API const char* adalayer_instruction_set(void);
 
 /* ---- models -----------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ struct Words256 {
 
   static I zero() { return _mm256_setzero_si256(); }
   static I load(const void* p) { return _mm256_loadu_si256(static_cast<const I*>(p)); }
+  static I load_weights(const void* p) { return load(p); }
   static void store(void* p, I v) { _mm256_storeu_si256(static_cast<I*>(p), v); }
   static I load_constant(const void* p, int i) { return load(static_cast<const I*>(p) + i); }
   static F as_floats(I v) { return _mm256_castsi256_ps(v); }

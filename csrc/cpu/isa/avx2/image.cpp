@@ -206,6 +206,8 @@ struct V {
   };
 };
 
+#include "cpu/isa/shared/bytes_x86.inl"
+// Which comes first.
 #include "cpu/isa/shared/image.inl"
 // The rest of it.
 #include "cpu/isa/shared/attention.inl"

@@ -11,6 +11,7 @@ struct Grouped512 {
 
   static I zero() { return _mm512_setzero_si512(); }
   static I load(const void* p) { return _mm512_loadu_si512(p); }
+  static I load_weights(const void* p) { return load(p); }
   static void store(void* p, I v) { _mm512_storeu_si512(p, v); }
   static I load_constant(const void* p, int i) { return load(static_cast<const I*>(p) + i); }
   static F as_floats(I v) { return _mm512_castsi512_ps(v); }

@@ -19,6 +19,8 @@ struct Vec : Vec512 {
 };
 
 #include "cpu/isa/shared/winograd.inl"
+// Behind which its products come.
+#include "cpu/isa/shared/winograd_multiply.inl"
 
 }  // namespace
 

@@ -2,7 +2,9 @@
 // of an instruction-set file. grouped_kernels.hpp explains the layouts.
 //
 // V has I (integers), F (floats) and the operations on them; `split` stands for load and store of a
-// vector whose kSplit equal pieces belong to different rows.
+// vector whose kSplit equal pieces belong to different rows. dot() multiplies what interleave() or
+// half() made with what load_weights() read: whichever order these have within a vector, they have
+// the same.
 
 template <int k>
 struct Number {
@@ -167,7 +169,7 @@ void depthwise_block(const GroupedTile& t, const Finish<V>& finish, int64_t colu
             typename V::I w[kRows];
 #pragma GCC unroll 2
             for (int r = 0; r < kRows; ++r)
-              w[r] = V::load(weights + r * V::kBytes);
+              w[r] = V::load_weights(weights + r * V::kBytes);
 #pragma GCC unroll 16
             for (int n = 0; n < kColumns; ++n) {
               const auto d = V::load(data + n * step);
@@ -264,7 +266,8 @@ void depthwise_rows(const GroupedTile& t) {
 template <class V>
 void depthwise(const GroupedTile& t) {
   if (t.splits == 1) return depthwise_rows<V, 1>(t);
-  if (t.splits == 2) return depthwise_rows<V, 2>(t);
+  if constexpr (V::kLanes >= 2)
+    if (t.splits == 2) return depthwise_rows<V, 2>(t);
   if constexpr (V::kLanes == 4) return depthwise_rows<V, 4>(t);
 }
 
@@ -310,7 +313,7 @@ void in_lane_block(const GroupedTile& t, const Finish<V>& finish, int64_t x) {
             data[n] = V::half(V::template quad_of_group<kQuads, quad.value>(pixel[n]), half);
 #pragma GCC unroll 4
           for (int v = 0; v < 4; ++v) {
-            const I w = V::load(weights + v * V::kBytes);
+            const I w = V::load_weights(weights + v * V::kBytes);
 #pragma GCC unroll 4
             for (int n = 0; n < kColumns; ++n)
               sums[v][n] = V::dot(sums[v][n], data[n], w);
@@ -350,7 +353,8 @@ void in_lane_tile(const GroupedTile& t) {
 template <class V, int kQuads>
 void in_lane_splits(const GroupedTile& t) {
   if (t.splits == 1) return in_lane_tile<V, 1, kQuads>(t);
-  if (t.splits == 2) return in_lane_tile<V, 2, kQuads>(t);
+  if constexpr (V::kLanes >= 2)
+    if (t.splits == 2) return in_lane_tile<V, 2, kQuads>(t);
   if constexpr (V::kLanes == 4) return in_lane_tile<V, 4, kQuads>(t);
 }
 
@@ -392,7 +396,7 @@ void broadcast_block(const GroupedTile& t, const Finish<V>& finish, int64_t x) {
           I w[kTiles];
 #pragma GCC unroll 2
           for (int v = 0; v < kTiles; ++v)
-            w[v] = V::load(weights + v * V::kBytes);
+            w[v] = V::load_weights(weights + v * V::kBytes);
 #pragma GCC unroll 16
           for (int n = 0; n < kColumns; ++n) {
             const I data = V::half(four[n], half);

@@ -4,6 +4,9 @@
 //   F floats, I integers; kLanes floats and kBlock = 4 * kLanes bytes in a register. Loads and
 //   stores take `left`, the elements wanted: Whole (all), or a number that may exceed a register.
 //   What a short load puts into other lanes is unspecified, except for load_zero.
+//
+// Before it come Pieces, a table of 256 bytes for registers of indices, and interleave_sixteen():
+// 16 bytes of each of two rows in turn (bytes_x86.inl; neon/image.cpp).
 
 using F = V::F;
 using I = V::I;
@@ -119,32 +122,6 @@ void copy(const Pixels& p) {
   }
 }
 
-/// pshufb looks up 16 bytes and gives 0 where the index is negative. With the differences of
-/// neighbouring pieces of the table, an index that loses 16 at each step collects, by XOR, exactly
-/// the piece that it belongs to, and nothing once it is negative.
-struct Pieces {
-  I difference[16];
-  explicit Pieces(const uint8_t* table) {
-    for (int k = 0; k < 16; ++k) {
-      const I piece = V::repeat16(table + 16 * k);
-      // The halves of the table are looked up apart, by the lower seven bits.
-      difference[k] = k % 8 == 0 ? piece : V::bit_xor(piece, V::repeat16(table + 16 * (k - 1)));
-    }
-  }
-  I operator()(I index) const {
-    I rest = V::bit_and(index, V::set8(0x7F));
-    I low = V::zero(), high = V::zero();
-    const I sixteen = V::set8(16);
-#pragma GCC unroll 8
-    for (int k = 0; k < 8; ++k) {
-      low = V::bit_xor(low, V::shuffle(difference[k], rest));
-      high = V::bit_xor(high, V::shuffle(difference[8 + k], rest));
-      rest = V::sub8(rest, sixteen);
-    }
-    return V::choose_by_sign(index, high, low);
-  }
-};
-
 void lookup(const uint8_t* table, const Pixels& p) {
   if (p.bytes * p.count < 256) {
     for (int64_t i = 0; i < p.count; ++i)
@@ -173,10 +150,7 @@ void interleave(const uint8_t* a, const uint8_t* b, int64_t n, uint8_t* out) {
     return;
   }
   for (int64_t i = 0;;) {
-    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(a + i));
-    const __m128i y = _mm_loadu_si128(reinterpret_cast<const __m128i*>(b + i));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 2 * i), _mm_unpacklo_epi8(x, y));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 2 * i + 16), _mm_unpackhi_epi8(x, y));
+    interleave_sixteen(a + i, b + i, out + 2 * i);
     if (i + 16 == n) return;
     i = i + 32 <= n ? i + 16 : n - 16;
   }

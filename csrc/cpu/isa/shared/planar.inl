@@ -52,8 +52,7 @@ constexpr int64_t kPrefetchAhead = 4096;
 /// one. Past the end of the weights it touches nothing: a prefetch cannot fault.
 template <int kBits, int kVector>
 inline __attribute__((always_inline)) void prefetch_line(const uint8_t* tile) {
-  if constexpr (kVector < 2 * kBits)
-    _mm_prefetch(reinterpret_cast<const char*>(tile + kPrefetchAhead + kVector * 64), _MM_HINT_T0);
+  if constexpr (kVector < 2 * kBits) __builtin_prefetch(tile + kPrefetchAhead + kVector * 64);
 }
 
 template <class V, int kBits>

@@ -1,0 +1,48 @@
+# Fails if an object file has an instruction that not every 64-bit ARM processor has: dot products of
+# isa/dotprod, and products of matrices of isa/i8mm, apart. That both are found there says that this
+# finds them.
+#
+#   cmake -DOBJDUMP=objdump -DOBJECTS=a.o|b.o -P check_arm_instructions.cmake
+string(REPLACE "|" ";" objects "${OBJECTS}")
+set(dots "[su]dot")
+set(matrices "usdot|sudot|[su]mmla|usmmla")
+# Of later versions of the architecture: atomic operations, half floats, bfloat16, SVE, rounding
+# doubling products.
+set(later "cas[a-z]*|casp[a-z]*|swp[a-z]*|ld(add|clr|eor|set|smax|smin|umax|umin)[a-z]*|st(add|clr|eor|set)[a-z]*|ldapr[a-z]*|bf[a-z]*dot|bfmmla|bfcvt[a-z0-9]*|fmlal2?|fmlsl2?|sqrdml[as]h|fcmla|fcadd|ptrue|whilel[a-z]")
+set(found_dots 0)
+set(found_matrices 0)
+set(checked 0)
+set(wrong "")
+foreach(object IN LISTS objects)
+  execute_process(COMMAND "${OBJDUMP}" -d --no-show-raw-insn "${object}"
+    OUTPUT_VARIABLE code RESULT_VARIABLE result)
+  if(NOT result EQUAL 0)
+    message(FATAL_ERROR "${OBJDUMP} failed on ${object}")
+  endif()
+  math(EXPR checked "${checked} + 1")
+  set(forbidden "${later}")
+  if(object MATCHES "/isa/i8mm/")
+    if(code MATCHES "\t(${matrices})\t")
+      set(found_matrices 1)
+    endif()
+  else()
+    string(APPEND forbidden "|${matrices}")
+    if(object MATCHES "/isa/dotprod/")
+      if(code MATCHES "\t(${dots})\t")
+        set(found_dots 1)
+      endif()
+    else()
+      string(APPEND forbidden "|${dots}")
+    endif()
+  endif()
+  if(code MATCHES "\t(${forbidden})\t[^\n]*")
+    string(APPEND wrong "  ${object}: ${CMAKE_MATCH_0}\n")
+  endif()
+endforeach()
+if(wrong)
+  message(FATAL_ERROR "instructions that not every processor has:\n${wrong}")
+endif()
+if(NOT found_dots OR NOT found_matrices)
+  message(FATAL_ERROR "found no dot products, or no products of matrices, where they have to be")
+endif()
+message(STATUS "${checked} object files have no instruction of another processor")
