@@ -39,6 +39,7 @@ PYTHON_ROOMS = [
         "quantization",
         "repair",
         "engine",
+        "onnx",
         "importance",
         "allocation",
         "training",

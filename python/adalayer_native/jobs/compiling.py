@@ -49,7 +49,7 @@ def run_compile(job: CompileJob) -> dict[str, Any]:
         )
     shape = _shape(job, known)
     given = chosen(job)
-    model = build(str(name), job.classes, known.get("model_classes") or 10)
+    model = build(str(name), job.classes, known.get("model_classes") or 10, shape[-1])
     normalisation = given or _known_normalisation(known) or preset(str(name), model)
     x = torch.rand(job.batch, *shape)
     native = restore(model, packed, x)

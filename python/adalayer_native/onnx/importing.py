@@ -34,7 +34,7 @@ __all__ = ["followed", "from_onnx"]
 def from_onnx(
     source: str | os.PathLike[str] | bytes,
     *,
-    sizes: Mapping[str, int] | None = None,
+    sizes: Mapping[str, int] | int | None = None,
     integers: bool = True,
 ) -> fx.GraphModule:
     """A network from an ONNX file, as a torch module that every other call here takes.
@@ -53,7 +53,8 @@ def from_onnx(
     Args:
         source: path of a file, or its bytes (which have no external data).
         sizes: those of inputs that the file leaves free, but for the batch, by the name that the
-            file gives them, or ``"input.axis"``: ``{"height": 224, "x.3": 224}``.
+            file gives them, or ``"input.axis"``: ``{"height": 224, "x.3": 224}``. One number is the
+            height and width of images.
         integers: False gives a float network also of a quantized one: layers with the dequantized
             weights, which may be compressed anew, and of every activation's grid its ends.
 
@@ -78,7 +79,7 @@ def from_onnx(
 def followed(
     file: OnnxFile,
     *,
-    sizes: Mapping[str, int],
+    sizes: Mapping[str, int] | int,
     integers: bool = True,
     constants: Mapping[str, Any] | None = None,
     free_batch: bool = True,
@@ -111,6 +112,8 @@ def followed(
     with quiet():  # what torch logs beside an error
         for node in file.nodes:
             _follow(g, file, node, known)
+    for item in graph.output:
+        _check_batch(g, file, item, known[item.name])
     results = tuple(_result(g, known[item.name]) for item in graph.output)
     g.graph.output(results[0] if len(results) == 1 else results)
     tidy(g)
@@ -198,7 +201,7 @@ def _constant_of_array(name: str, array: Any, kind: str = "") -> Constant:
 
 
 def _examples(
-    file: OnnxFile, inputs: list[Any], sizes: Mapping[str, int], free_batch: bool
+    file: OnnxFile, inputs: list[Any], sizes: Mapping[str, int] | int, free_batch: bool
 ) -> tuple[dict[str, Tensor], tuple[int, int | None]]:
     """A tensor of zeros for each input, and the batch: in these, and in the file if it is fixed."""
     shapes_: dict[str, list[Any]] = {}
@@ -214,7 +217,11 @@ def _examples(
             if dim.HasField("dim_value"):
                 shape.append(int(dim.dim_value))
                 continue
-            size = sizes.get(dim.dim_param) or sizes.get(f"{item.name}.{axis}")
+            size = None
+            if not isinstance(sizes, int):
+                size = sizes.get(dim.dim_param) or sizes.get(f"{item.name}.{axis}")
+            elif len(kind.shape.dim) == 4 and axis >= 2:
+                size = sizes
             if size is None and (axis > 0 or not free_batch):
                 free.append(f"{item.name}.{axis}" + (f" ({dim.dim_param})" if dim.dim_param else ""))
             shape.append(size)
@@ -244,6 +251,20 @@ def _examples(
         except RuntimeError as error:
             raise UnsupportedModelError(f"{file.name}: input {item.name!r}: {error}") from None
     return examples, (count, fixed)
+
+
+def _check_batch(g: Builder, file: OnnxFile, item: Any, value: Any) -> None:
+    """Raise where operators of the file have lost the batch, which it fixes."""
+    batch, fixed = g.batch
+    dims = item.type.tensor_type.shape.dim
+    said = dims[0].dim_value if len(dims) else 0
+    if fixed is None or said != fixed or not isinstance(value, Value):
+        return
+    if value.shape[:1] != (batch,):
+        raise UnsupportedModelError(
+            f"{file.name}: output {item.name!r} is computed for a batch of {fixed} alone: one of "
+            f"{batch} gives sizes {list(value.shape)}; export it with a free first axis"
+        )
 
 
 def _result(g: Builder, value: Any) -> fx.Node:

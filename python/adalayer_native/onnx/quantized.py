@@ -20,6 +20,7 @@ from adalayer_native.onnx.building import Builder, NodeView, Refused, operator_o
 from adalayer_native.onnx.layers import convolution, product, window
 from adalayer_native.onnx.native_layers import width_of
 from adalayer_native.onnx.package import onnx_package
+from adalayer_native.quantization.chains import ACT_ROOT
 from adalayer_native.onnx.values import Constant, Grid, Integers, Value
 from adalayer_native.rounding import MAX_BITS, MIN_BITS
 
@@ -96,7 +97,7 @@ def quantize(
         if x.grid == grid:
             return x.on(grid, quantized=True)
         if g.integers:
-            name = g.layer_name(node)
+            name = g.unused(f"{ACT_ROOT}.{g.layer_name(node).replace('.', '_')}")
             put = g.module(name, FakeQuantize(grid.scale, grid.zero_point, grid.bits), x)
         else:  # what is left of it in float: its ends
             low, high = -grid.zero_point, (1 << grid.bits) - 1 - grid.zero_point

@@ -92,7 +92,10 @@ def _reshape(g: Builder, node: NodeView, x: Any, shape: Any) -> Any:
         ]
     if isinstance(x, Value):
         wanted = _for_batch(g, x, wanted)
-    return moved(g.call(torch.reshape, x, wanted), x)
+    result = moved(g.call(torch.reshape, x, wanted), x)
+    if isinstance(x, Value) and wanted == [-1]:
+        result.flat_of = x
+    return result
 
 
 def _for_batch(g: Builder, x: Value, wanted: list[Any]) -> list[Any]:
@@ -257,6 +260,10 @@ def _gather(g: Builder, node: NodeView, x: Any, indices: Any) -> Any:
         shape = [*_sizes(g, x)[:axis], *_sizes(g, indices), *_sizes(g, x)[axis + 1 :]]
         return moved(g.call(torch.reshape, flat, shape), x)
     places = indices.tensor
+    if isinstance(x, Value) and x.flat_of is not None:
+        again = _unflattened(g, x.flat_of, places)
+        if again is not None:
+            return again
     size = x.shape[axis]
     places = torch.where(places < 0, places + size, places)
     if bool(((places < 0) | (places >= size)).any()):
@@ -267,6 +274,20 @@ def _gather(g: Builder, node: NodeView, x: Any, indices: Any) -> Any:
     if places.dim() == 1:
         return moved(flat, x)
     return moved(g.call(torch.Tensor.unflatten, flat, axis, tuple(places.shape)), x)
+
+
+def _unflattened(g: Builder, x: Value, places: torch.Tensor) -> Any:
+    """Elements in their order and another shape, as torch's exporter writes a strided view.
+
+    It numbers them for the batch that the file fixes.
+    """
+    batch, fixed = g.batch
+    if fixed is None or x.shape[:1] != (batch,) or places.dim() < 2 or places.shape[0] != fixed:
+        return None
+    count = fixed * math.prod(x.shape[1:])
+    if places.numel() != count or not torch.equal(places.flatten(), torch.arange(count)):
+        return None
+    return moved(g.call(torch.reshape, x, [g.size(x, 0), *places.shape[1:]]), x)
 
 
 def _sizes(g: Builder, x: Any) -> list[Any]:

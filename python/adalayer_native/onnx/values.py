@@ -68,6 +68,7 @@ class Value:
         grid: where all of its elements lie on one.
         quantized: the file has it as integers here, of that grid; the node gives real numbers.
         kind: ONNX type where torch has none of it: integers of 2 and 4 bits as int8 or uint8.
+        flat_of: the value whose elements these are, in one axis.
     """
 
     node: fx.Node
@@ -75,6 +76,7 @@ class Value:
     grid: Grid | None = None
     quantized: bool = False
     kind: str = ""
+    flat_of: Value | None = None
 
     @property
     def rank(self) -> int:
