@@ -1,4 +1,4 @@
-"""The ONNX project's own tests of single operators, through our backend, as a table in docs/onnx.md.
+"""The ONNX project's own tests of single operators, through our backend: a table in docs/onnx.md.
 
     python -m bench.onnx_nodes
 

@@ -43,7 +43,9 @@ def classifier(batch=1, opset=17):
         "shape": np.array([batch if isinstance(batch, int) else 0, -1]),
         "fc.weight": normal(5, 128), "fc.bias": normal(5),
     }  # fmt: skip
-    return model(nodes, inputs={"x": [batch, 3, 8, 8]}, outputs=["y"], constants=constants, opset=opset)
+    return model(
+        nodes, inputs={"x": [batch, 3, 8, 8]}, outputs=["y"], constants=constants, opset=opset
+    )
 
 
 @pytest.mark.parametrize("batch", [1, 4, "N"])
@@ -122,7 +124,9 @@ def test_one_layer_called_twice():
         node("Conv", ["x", "w"], ["a"], pads=[1, 1, 1, 1]),
         node("Conv", ["a", "w"], ["y"], pads=[1, 1, 1, 1]),
     ]
-    made = model(nodes, inputs={"x": [1, 3, 5, 5]}, outputs=["y"], constants={"w": normal(3, 3, 3, 3)})
+    made = model(
+        nodes, inputs={"x": [1, 3, 5, 5]}, outputs=["y"], constants={"w": normal(3, 3, 3, 3)}
+    )
     net = imported(made)
     assert len([m for m in net.modules() if isinstance(m, nn.Conv2d)]) == 1
 
@@ -165,7 +169,9 @@ def test_opsets(opset):
 
 def test_same_padding_with_stride():
     nodes = [node("Conv", ["x", "w"], ["y"], auto_pad="SAME_UPPER", strides=[2, 2])]
-    made = model(nodes, inputs={"x": [1, 3, 8, 7]}, outputs=["y"], constants={"w": normal(4, 3, 3, 3)})
+    made = model(
+        nodes, inputs={"x": [1, 3, 8, 7]}, outputs=["y"], constants={"w": normal(4, 3, 3, 3)}
+    )
     net = imported(made)
     x = torch.from_numpy(normal(2, 3, 8, 7))
     wanted = np.concatenate([by_runtime(made.SerializeToString(), part)[0] for part in x.split(1)])
@@ -225,5 +231,3 @@ def test_command_line_needs_weights_elsewhere(monkeypatch, capsys):
         main()
     assert stop.value.code == 1
     assert "give --weights" in capsys.readouterr().err
-
-

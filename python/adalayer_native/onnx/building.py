@@ -39,7 +39,7 @@ def operator_of(*names: str, quantized: bool = False) -> Callable[[Any], Any]:
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        OPERATORS.update({name: (function, quantized) for name in names})
+        OPERATORS.update(dict.fromkeys(names, (function, quantized)))
         return function
 
     return register

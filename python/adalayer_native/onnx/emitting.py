@@ -31,7 +31,7 @@ def rule(*names: str) -> Callable[[Any], Any]:
     """Decorates what writes torch operators; it returns the name of the result, or several."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        RULES.update({name: function for name in names})
+        RULES.update(dict.fromkeys(names, function))
         return function
 
     return register
@@ -120,10 +120,9 @@ class Emitter:
             return self.constant(torch.tensor(node, dtype=dtype))
         if node.op == "get_attr":
             if node not in self.names:
-                self.names[node] = self.constant(
-                    self.exported.tensor(node), str(node.target)
-                )
-            return str(self.names[node])
+                self.names[node] = self.constant(self.exported.tensor(node), str(node.target))
+        if node not in self.names:
+            raise Unwritable(f"{node} is a number that follows from the batch")
         return str(self.names[node])
 
     def value(self, node: fx.Node) -> Any:

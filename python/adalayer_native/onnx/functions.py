@@ -226,7 +226,9 @@ def average_pool(
     around = [0, 0, *pads[:axes], 0, 0, *pads[axes:]]
     further = [0] * (axes + 2) + [0, 0, *beyond]
     ones = torch.ones(1, 1, *x.shape[2:], dtype=x.dtype, device=x.device)
-    counted = pad(pad(ones, around, "constant", 1.0 if count_padding else 0.0), further, "constant", 0.0)
+    counted = pad(
+        pad(ones, around, "constant", 1.0 if count_padding else 0.0), further, "constant", 0.0
+    )
     padded = pad(pad(x, around, "constant", 0.0), further, "constant", 0.0)
     return _sums(padded, kernel, stride, dilation) / _sums(counted, kernel, stride, dilation)
 

@@ -223,7 +223,9 @@ def _examples(
             elif len(kind.shape.dim) == 4 and axis >= 2:
                 size = sizes
             if size is None and (axis > 0 or not free_batch):
-                free.append(f"{item.name}.{axis}" + (f" ({dim.dim_param})" if dim.dim_param else ""))
+                free.append(
+                    f"{item.name}.{axis}" + (f" ({dim.dim_param})" if dim.dim_param else "")
+                )
             shape.append(size)
         shapes_[item.name] = shape
     if free:
@@ -271,5 +273,3 @@ def _result(g: Builder, value: Any) -> fx.Node:
     if isinstance(value, Value) and value.quantized:
         value = g.integers_of(value)
     return g.tensor(value).node
-
-

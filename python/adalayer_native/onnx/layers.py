@@ -20,7 +20,12 @@ __all__ = ["convolution", "product", "window"]
 
 _CONVS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _TRANSPOSED: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
-_NORMS: dict[int, Any] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+_NORMS: dict[int, Any] = {
+    2: nn.BatchNorm1d,
+    3: nn.BatchNorm1d,
+    4: nn.BatchNorm2d,
+    5: nn.BatchNorm3d,
+}
 
 
 def window(
@@ -79,9 +84,7 @@ def convolution(g: Builder, node: NodeView, x: Value, weight: Any, bias: Any) ->
     geometry = {"stride": stride, "dilation": dilation, "groups": groups}
     if axes == 2:
         sides = (pads[0], pads[1], pads[2], pads[3])
-        native = native_layer(
-            g, "Conv2d", name, x, weight, 0, offset, padding=sides, **geometry
-        )
+        native = native_layer(g, "Conv2d", name, x, weight, 0, offset, padding=sides, **geometry)
         if native is not None:
             return native
     inputs, outputs = weight.shape[1] * groups, weight.shape[0]
@@ -143,9 +146,7 @@ def _conv_transpose(g: Builder, node: NodeView, x: Value, weight: Any, bias: Any
     for axis, (before, after) in enumerate(cut):
         if before or after:
             size = result.shape[axis + 2]
-            result = g.call(
-                torch.ops.aten.slice.Tensor, result, axis + 2, before, size - after, 1
-            )
+            result = g.call(torch.ops.aten.slice.Tensor, result, axis + 2, before, size - after, 1)
     return result
 
 
@@ -249,9 +250,7 @@ def _batch_norm(
 
 @operator_of("InstanceNormalization")
 def _instance_norm(g: Builder, node: NodeView, x: Value, scale: Any, bias: Any) -> Any:
-    return g.call(
-        F.instance_norm, x, weight=scale, bias=bias, eps=node.get("epsilon", 1e-5)
-    )
+    return g.call(F.instance_norm, x, weight=scale, bias=bias, eps=node.get("epsilon", 1e-5))
 
 
 @operator_of("LayerNormalization")

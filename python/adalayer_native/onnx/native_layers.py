@@ -82,9 +82,7 @@ def width_of(levels: Tensor) -> int:
     return max(MIN_BITS, 1 + max(high.bit_length(), (-low - 1).bit_length() if low < 0 else 0))
 
 
-def _by_channel(
-    kind: str, integers: Integers, axis: int, groups: int
-) -> tuple[Tensor, Tensor]:
+def _by_channel(kind: str, integers: Integers, axis: int, groups: int) -> tuple[Tensor, Tensor]:
     """Integers with output channels first, and a scale for each."""
     levels = integers.levels.to(torch.int8)
     scale = integers.scale.float().flatten()
@@ -95,7 +93,12 @@ def _by_channel(
     if kind == "ConvTranspose2d":
         inputs, outputs, *kernel = levels.shape
         shell = nn.ConvTranspose2d(
-            inputs, outputs * groups, kernel, groups=groups, bias=False, device="meta"  # type: ignore[arg-type]
+            inputs,
+            outputs * groups,
+            kernel,
+            groups=groups,
+            bias=False,
+            device="meta",  # type: ignore[arg-type]
         )
         return conv_form(shell, levels).contiguous(), scale.repeat(groups)
     return levels.contiguous(), scale

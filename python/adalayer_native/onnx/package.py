@@ -20,6 +20,5 @@ def onnx_package(part: str = "") -> Any:
         return importlib.import_module(f"onnx.{part}" if part else "onnx")
     except ImportError as error:
         raise MissingExtraError(
-            "ONNX files need the package onnx: pip install 'adalayer_native[onnx]' "
-            f"({error})"
+            f"ONNX files need the package onnx: pip install 'adalayer_native[onnx]' ({error})"
         ) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from adalayer_native.onnx import functions
 from adalayer_native.onnx.building import Builder, NodeView, Refused, operator_of
 from adalayer_native.onnx.package import onnx_package
-from adalayer_native.onnx.values import Constant, Size, Value
+from adalayer_native.onnx.values import Constant, Value
 
 __all__ = ["SMALL", "as_sizes", "torch_dtype"]
 
@@ -67,9 +68,9 @@ def as_sizes(value: Any) -> np.ndarray | None:
 
 def _operand(other: Any, value: Any) -> Any:
     """What torch gets beside ``value``: a constant of one element is a number."""
-    if isinstance(value, Constant) and value.tensor.numel() == 1 and isinstance(other, Value):
-        if value.rank <= other.rank and value.tensor.dtype != torch.bool:
-            return value.tensor.item()
+    single = isinstance(value, Constant) and value.tensor.numel() == 1
+    if single and isinstance(other, Value) and value.rank <= other.rank:
+        return value if value.tensor.dtype == torch.bool else value.tensor.item()
     return value
 
 
@@ -159,7 +160,10 @@ def _with_alpha(g: Builder, node: NodeView, x: Any) -> Any:
 @operator_of("Selu")
 def _selu(g: Builder, node: NodeView, x: Any) -> Any:
     alpha, gamma = 1.67326319217681884765625, 1.05070102214813232421875
-    if abs(node.get("alpha", alpha) - alpha) < 1e-6 and abs(node.get("gamma", gamma) - gamma) < 1e-6:
+    if (
+        abs(node.get("alpha", alpha) - alpha) < 1e-6
+        and abs(node.get("gamma", gamma) - gamma) < 1e-6
+    ):
         return g.call(F.selu, x)
     return g.call(torch.mul, g.call(F.elu, x, node.get("alpha", alpha)), node.get("gamma", gamma))
 
@@ -225,9 +229,9 @@ def _cast_like(g: Builder, node: NodeView, x: Any, like: Any) -> Any:
 
 @operator_of("Identity", "Dropout", quantized=True)
 def _identity(g: Builder, node: NodeView, x: Any, *ratio_and_mode: Any) -> Any:
-    if len(ratio_and_mode) > 1 and ratio_and_mode[1] is not None:
-        if bool(g.known(ratio_and_mode[1], "training mode")):
-            raise Refused("it drops values, as in training; expected a network for inference")
+    training = ratio_and_mode[1] if len(ratio_and_mode) > 1 else None
+    if training is not None and bool(g.known(training, "training mode")):
+        raise Refused("it drops values, as in training; expected a network for inference")
     if len([name for name in node.outputs if name]) > 1:
         return x, g.call(torch.ones_like, x, dtype=torch.bool)
     return x
@@ -239,12 +243,8 @@ _REDUCTIONS = ("Mean", "Sum", "Max", "Min", "Prod", "L1", "L2", "SumSquare", "Lo
 @operator_of(*(f"Reduce{name}" for name in _REDUCTIONS))
 def _reduce(g: Builder, node: NodeView, x: Any, axes: Any = None) -> Any:
     if isinstance(x, np.ndarray):
-        if node.kind == "ReduceProd" and not any(isinstance(i, Size) for i in x.flat):
-            return np.array([int(np.prod(x))] if node.get("keepdims", 1) else int(np.prod(x)), object)
         if node.kind == "ReduceProd":
-            total = x.flat[0]
-            for item in list(x.flat)[1:]:
-                total = total * item
+            total = math.prod(x.flat)
             return np.array([total] if node.get("keepdims", 1) else total, dtype=object)
         x = g.tensor(x)
     along = node.get("axes") if axes is None else g.sizes(axes, "axes")

@@ -20,8 +20,8 @@ from adalayer_native.onnx.building import Builder, NodeView, Refused, operator_o
 from adalayer_native.onnx.layers import convolution, product, window
 from adalayer_native.onnx.native_layers import width_of
 from adalayer_native.onnx.package import onnx_package
-from adalayer_native.quantization.chains import ACT_ROOT
 from adalayer_native.onnx.values import Constant, Grid, Integers, Value
+from adalayer_native.quantization.chains import ACT_ROOT
 from adalayer_native.rounding import MAX_BITS, MIN_BITS
 
 __all__ = ["dequantize", "kind_of", "quantize"]
@@ -65,9 +65,7 @@ def _grid(scale: Tensor, zero_point: Tensor, kind: str) -> Grid | None:
 
 
 @operator_of("QuantizeLinear")
-def _quantize_linear(
-    g: Builder, node: NodeView, x: Any, scale: Any, zero_point: Any = None
-) -> Any:
+def _quantize_linear(g: Builder, node: NodeView, x: Any, scale: Any, zero_point: Any = None) -> Any:
     steps = g.known(scale, "scale")
     kind = _output_kind(node, zero_point)
     zero = torch.zeros(1, dtype=torch.int32)
@@ -87,9 +85,7 @@ def _output_kind(node: NodeView, zero_point: Any) -> str:
     return kind
 
 
-def quantize(
-    g: Builder, node: NodeView, x: Any, steps: Tensor, zero: Tensor, kind: str
-) -> Any:
+def quantize(g: Builder, node: NodeView, x: Any, steps: Tensor, zero: Tensor, kind: str) -> Any:
     """A value as integers of some kind."""
     bits, lowest = _KINDS[kind]
     grid = _grid(steps, zero, kind)
@@ -129,9 +125,7 @@ def _dequantize_linear(
     return dequantize(g, node, x, steps, zero, kind)
 
 
-def dequantize(
-    g: Builder, node: NodeView, x: Any, steps: Tensor, zero: Tensor, kind: str
-) -> Any:
+def dequantize(g: Builder, node: NodeView, x: Any, steps: Tensor, zero: Tensor, kind: str) -> Any:
     """Integers of some kind as real numbers; what is known of them is kept."""
     grid = _grid(steps, zero, kind) if kind in _KINDS else None
     if isinstance(x, Value) and x.quantized:

@@ -311,8 +311,7 @@ def _expand(g: Builder, node: NodeView, x: Any, shape: Any) -> Any:
     sizes = [1] * -lead + wanted if lead < 0 else wanted
     own = [1] * max(0, lead) + list(x.shape)
     target = [
-        -1 if isinstance(n, int) and n == 1 and axis >= lead else n
-        for axis, n in enumerate(sizes)
+        -1 if isinstance(n, int) and n == 1 and axis >= lead else n for axis, n in enumerate(sizes)
     ]
     if lead > 0:
         x_full = moved(g.call(torch.reshape, x, [1] * lead + _sizes(g, x)), x)

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, fx
 
 __all__ = ["Constant", "Grid", "Integers", "Size", "Value"]

@@ -22,7 +22,9 @@ _MAX_POOLS = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 _AVG_POOLS = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
-def _windows(node: NodeView, x: Value) -> tuple[list[int], list[int], list[int], list[int], list[int]]:
+def _windows(
+    node: NodeView, x: Value
+) -> tuple[list[int], list[int], list[int], list[int], list[int]]:
     """Kernel, stride, dilation, padding, and what ``ceil_mode`` reaches beyond the padding."""
     kernel = list(node.get("kernel_shape"))
     axes = x.rank - 2
@@ -62,7 +64,12 @@ def _max_pool(g: Builder, node: NodeView, x: Value) -> Any:
         operand = g.call(functions.pad, operand, around, "constant", -math.inf)
         padding = [0] * axes
     result = g.call(_MAX_POOLS[axes], operand, kernel, stride, padding, dilation)
-    return moved(result if operand is x or dtype.is_floating_point else g.call(torch.Tensor.to, result, dtype), x)
+    return moved(
+        result
+        if operand is x or dtype.is_floating_point
+        else g.call(torch.Tensor.to, result, dtype),
+        x,
+    )
 
 
 @operator_of("AveragePool")
@@ -113,8 +120,12 @@ def _resize(
     mode = _coordinates(node)
     if mode == "tf_crop_and_resize":
         region = [float(v) for v in g.known(roi, "roi").tolist()]
-    used = [i for i, axis in enumerate(axes) if out[i] != x.shape[axis] or factors[i] != 1.0 or region]
-    plain = _plain_resize(g, node, x, [axes[i] for i in used], [factors[i] for i in used], [out[i] for i in used])
+    used = [
+        i for i, axis in enumerate(axes) if out[i] != x.shape[axis] or factors[i] != 1.0 or region
+    ]
+    plain = _plain_resize(
+        g, node, x, [axes[i] for i in used], [factors[i] for i in used], [out[i] for i in used]
+    )
     if plain is not None:
         return plain
     if any(axes[i] == 0 for i in used) and g.batch[1] is not None:
@@ -129,7 +140,11 @@ def _resize(
 
 
 def _coordinates(node: NodeView) -> str:
-    return str(node.get("coordinate_transformation_mode", "half_pixel" if node.opset >= 11 else "asymmetric"))
+    return str(
+        node.get(
+            "coordinate_transformation_mode", "half_pixel" if node.opset >= 11 else "asymmetric"
+        )
+    )
 
 
 def _factors(
@@ -142,9 +157,7 @@ def _factors(
         return factors, [math.floor(x.shape[a] * f) for a, f in zip(axes, factors, strict=True)]
     if sizes is None:
         raise Refused("it has neither scales nor sizes")
-    wanted = [
-        item if isinstance(item, int) else item.example for item in g.sizes(sizes, "sizes")
-    ]
+    wanted = [item if isinstance(item, int) else item.example for item in g.sizes(sizes, "sizes")]
     if axes[0] == 0 and g.batch[1] is not None and wanted[0] == g.batch[1]:
         wanted[0] = x.shape[0]  # the batch that the file fixes
     policy = node.get("keep_aspect_ratio_policy", "stretch")
@@ -245,9 +258,7 @@ def _nearest(node: NodeView, x: np.ndarray) -> np.ndarray:
     return np.asarray(rounded[how]()).astype(np.int64)
 
 
-def _taps(
-    node: NodeView, mode: str, x: np.ndarray, factor: float
-) -> tuple[np.ndarray, np.ndarray]:
+def _taps(node: NodeView, mode: str, x: np.ndarray, factor: float) -> tuple[np.ndarray, np.ndarray]:
     """Elements around a place and their weights; of a wider window where antialiasing shrinks."""
     a = node.get("cubic_coeff_a", -0.75)
     shrink = min(1.0, factor) if node.get("antialias") else 1.0

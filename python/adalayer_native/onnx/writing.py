@@ -122,8 +122,9 @@ def _model(exported: Exported, opset: int) -> Any:
 def _write_nodes(e: Emitter) -> None:
     problems: dict[str, str] = {}
     for node in e.exported.graph.nodes:
-        if node.op != "call_function":
-            continue
+        value = node.meta.get("val")
+        if node.op != "call_function" or not isinstance(value, (Tensor, list, tuple)):
+            continue  # sizes, which the graph's shapes say, too
         if any(operand in problems for operand in map(described, node.all_input_nodes)):
             problems[described(node)] = ""  # follows from another
             continue

@@ -41,9 +41,7 @@ def _weights(e: Emitter, a: dict[str, Any], name: str) -> tuple[Tensor, Tensor, 
     return levels, scale, bits
 
 
-def _dequantized(
-    e: Emitter, levels: Tensor, scale: Tensor, bits: int, axis: int, name: str
-) -> str:
+def _dequantized(e: Emitter, levels: Tensor, scale: Tensor, bits: int, axis: int, name: str) -> str:
     weight, kind = e.integers(levels, bits, f"{name}.weight")
     e.layers[name]["stored"] = kind.lower()
     steps = e.constant(scale, f"{name}.weight_scale")
@@ -150,15 +148,29 @@ def _float_conv2d(e: Emitter, node: fx.Node, a: dict[str, Any]) -> str:
         pads = {"pads": padding if len(padding) == 4 else padding + padding}
     operands = [e.of(a["input"]), e.of(a["weight"])]
     operands += [] if a["bias"] is None else [e.of(a["bias"])]
-    stride, dilation = (list(v) * (3 - len(v)) if len(v) < 2 else list(v) for v in (a["stride"], a["dilation"]))
-    return str(e.op("Conv", operands, node.name, strides=stride, dilations=dilation, group=a["groups"], **pads))
+    stride, dilation = (
+        list(v) * (3 - len(v)) if len(v) < 2 else list(v) for v in (a["stride"], a["dilation"])
+    )
+    return str(
+        e.op(
+            "Conv",
+            operands,
+            node.name,
+            strides=stride,
+            dilations=dilation,
+            group=a["groups"],
+            **pads,
+        )
+    )
 
 
 @rule("aten.conv_transpose2d.input")
 def _float_conv_transpose2d(e: Emitter, node: fx.Node, a: dict[str, Any]) -> str:
     operands = [e.of(a["input"]), e.of(a["weight"])]
     operands += [] if a["bias"] is None else [e.of(a["bias"])]
-    pair = {key: (list(a[key]) * 2)[:2] for key in ("stride", "padding", "output_padding", "dilation")}
+    pair = {
+        key: (list(a[key]) * 2)[:2] for key in ("stride", "padding", "output_padding", "dilation")
+    }
     return str(e.op(
         "ConvTranspose", operands, node.name, strides=pair["stride"], dilations=pair["dilation"],
         pads=pair["padding"] * 2, output_padding=pair["output_padding"], group=a["groups"],

@@ -140,7 +140,9 @@ def _power(e: Emitter, node: fx.Node, a: dict[str, Any]) -> Any:
     )  # fmt: skip
 
 
-@rule("adalayer.exact_softmax.default", *_aten("softmax.int", "_softmax.default", "log_softmax.int"))
+@rule(
+    "adalayer.exact_softmax.default", *_aten("softmax.int", "_softmax.default", "log_softmax.int")
+)
 def _softmax(e: Emitter, node: fx.Node, a: dict[str, Any]) -> Any:
     axis = int(a.get("dim", 1))
     kind = "LogSoftmax" if "log_softmax" in op_name(node) else "Softmax"
@@ -166,9 +168,9 @@ def _reshape(e: Emitter, node: fx.Node, a: dict[str, Any]) -> Any:
     if len(free) > 1:
         raise Unwritable(f"a reshape to sizes of which {len(free)} follow from the batch")
     # 0 says that a size is the operand's.
-    if free and free[0] < len(before) and before[free[0]] is None:
-        if str(e.value(node).shape[free[0]]) == str(e.value(x).shape[free[0]]):
-            wanted[free[0]] = 0
+    if free and free[0] < len(before):
+        after, own = e.value(node).shape[free[0]], e.value(x).shape[free[0]]
+        wanted[free[0]] = 0 if str(after) == str(own) else -1
     operand = e.of(x)
     return e.moved(e.op("Reshape", [operand, _ints(e, wanted)], node.name), operand)
 
