@@ -206,6 +206,17 @@ def test_huge_constant():
         imported(made)
 
 
+def test_small_file_that_asks_for_a_huge_constant():
+    made = model(
+        [node("ConstantOfShape", ["s"], ["c"]), node("Add", ["x", "c"], ["y"])],
+        inputs={"x": [1, 3]},
+        outputs=["y"],
+        constants={"s": np.array([1 << 20, 1 << 20, 3])},
+    )
+    with pytest.raises(UnsupportedModelError, match="ConstantOfShape c_node: it makes a constant"):
+        imported(made)
+
+
 def test_shapes_that_do_not_fit_name_the_node():
     made = model(
         [node("Conv", ["x", "w"], ["y"])],

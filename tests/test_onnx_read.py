@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import adalayer_native as ada
-from adalayer_native.errors import UnsupportedModelError
+from adalayer_native.errors import InputError, UnsupportedModelError
 from tests.helpers_onnx import by_runtime, imported, model, node, onnx
 
 RANDOM = np.random.default_rng(1)
@@ -103,6 +103,12 @@ def test_shape_arithmetic_of_exporters():
     assert torch.equal(net(x), x.reshape(7, 15, -1))
     program = torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
     assert torch.equal(program.module()(x[:3]), net(x[:3]))
+
+
+def test_sizes_are_checked():
+    net = imported(classifier())
+    with pytest.raises(InputError, match=r"input 'x': expected sizes \['any', 3, 8, 8\], got"):
+        net(torch.zeros(1, 3, 9, 8))
 
 
 def test_bias_behind_a_product_is_the_layers():

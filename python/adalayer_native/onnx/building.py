@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from adalayer_native.errors import UnsupportedModelError
 from adalayer_native.onnx import functions
@@ -22,6 +22,8 @@ __all__ = ["OPERATORS", "Builder", "NodeView", "Refused", "operator_of"]
 
 # Modules behind this name hold what no layer does.
 CONSTANTS = "constants"
+# Elements of a constant that follows from others.
+MOST_COMPUTED = 1 << 28
 
 OPERATORS: dict[str, tuple[Callable[..., Any], bool]] = {}
 """By ONNX name: what follows it, and whether it takes quantized values as they are."""
@@ -93,18 +95,28 @@ class Builder:
     held: dict[Constant, str] = field(default_factory=dict)
     names: set[str] = field(default_factory=set)
     shared: dict[Any, str] = field(default_factory=dict)
+    inputs: list[tuple[str, Value]] = field(default_factory=list)
 
     # -- values -----------------------------------------------------------------------------
 
     def input(self, name: str, fake: Tensor) -> Value:
-        """An argument of the network."""
-        node = self.graph.placeholder(_identifier(name))
-        return Value(node, self._faked(fake))
+        """An argument of the network; its sizes but the batch are those of the example."""
+        found = Value(self.graph.placeholder(_identifier(name)), self._faked(fake))
+        self.inputs.append((name, found))
+        return found
+
+    def check_inputs(self) -> None:
+        """Have the network check the sizes of its arguments, behind the last of them."""
+        for name, value in self.inputs:
+            if value.rank > 1:
+                checked = self.call(functions.sized, value, name, [None, *value.shape[1:]])
+                value.node = checked.node
 
     def call(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         """A call of one of torch's functions, or ours, now if all operands are known."""
         parts = _flat((args, kwargs))
         if not any(isinstance(part, (Value, Size)) for part in parts):
+            self._check_size(function, args, kwargs)
             with torch.no_grad():
                 return _constants(function(*_mapped(args, _plain), **_mapped(kwargs, _plain)))
         node = self.graph.call_function(
@@ -113,6 +125,20 @@ class Builder:
         with self.mode, torch.no_grad():
             fake = function(*_mapped(args, self._example), **_mapped(kwargs, self._example))
         return self._values(node, fake)
+
+    def _check_size(self, function: Any, args: Any, kwargs: Any) -> None:
+        """Raise where a constant would be made that no network has: a few bytes may ask for it."""
+        with self.mode, torch.no_grad():
+            try:
+                fake = function(*_mapped(args, self._example), **_mapped(kwargs, self._example))
+            except DataDependentOutputException:
+                return
+        for item in fake if isinstance(fake, (list, tuple)) else (fake,):
+            if isinstance(item, Tensor) and item.numel() > MOST_COMPUTED:
+                raise Refused(
+                    f"it makes a constant of sizes {list(item.shape)}; expected at most "
+                    f"{MOST_COMPUTED} elements"
+                )
 
     def module(self, name: str, module: nn.Module, operand: Value) -> Value:
         """A call of a module, which is put at ``name`` if it is not there yet."""

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adalayer_native.errors import InputError
+
 __all__ = [
     "auto_padding",
     "dequantize",
@@ -24,8 +26,23 @@ __all__ = [
     "quantize",
     "resize",
     "size_of",
+    "sized",
     "tensor_of",
 ]
+
+
+def sized(x: Tensor, name: str, sizes: Sequence[int | None]) -> Tensor:
+    """The tensor itself, if it has these sizes; None stands for any.
+
+    Raises:
+        InputError: it has others, for which the file's operators would be other ones.
+    """
+    wanted = [n if n is None else int(n) for n in sizes]
+    fits = x.dim() == len(wanted)
+    if not fits or any(n is not None and x.shape[i] != n for i, n in enumerate(wanted)):
+        shown = ["any" if n is None else n for n in wanted]
+        raise InputError(f"input {name!r}: expected sizes {shown}, got {list(x.shape)}")
+    return x
 
 
 def size_of(x: Tensor, axis: int) -> int:

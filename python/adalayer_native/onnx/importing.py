@@ -109,6 +109,8 @@ def followed(
         kind = _kind(item)
         value.kind = kind if kind in SMALL else ""
         known[item.name] = value
+    if free_batch:
+        g.check_inputs()
     with quiet():  # what torch logs beside an error
         for node in file.nodes:
             _follow(g, file, node, known)
