@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .._console import warn
+from .._files import require_file
 from ..data import Batches, ImageDataset, Loaders, digits, open_dataset
 from ..errors import FileFormatError, UnsupportedModelError
 from ..importance.outputs import has_logits, logits_of
@@ -55,12 +56,12 @@ def open_model(job: CompressJob | TrainJob) -> Opened:
         AdaError: data, model or weights that cannot be used.
     """
     weights = job.weights if isinstance(job, CompressJob) else None
-    if weights is None and isinstance(job, CompressJob) and not is_file(job.model):
+    if weights is not None:
+        require_file(weights, "weight file")
+    elif isinstance(job, CompressJob) and not is_file(job.model):
         raise FileFormatError(
             f"the weights of {job.model!r} are needed: give --weights (an ONNX file has its own)"
         )
-    if weights is not None and not weights.is_file():
-        raise FileFormatError(f"weight file {os.fspath(weights)!r} does not exist")
     train, test = open_splits(job)
     model = build(job.model, job.classes, len(train.classes), job.image_size)
     if weights is not None:
