@@ -17,6 +17,7 @@ from ..engine import compile as compile_engine
 from ..errors import DataError, FileFormatError, UnsupportedModelError
 from ..files import describe
 from ..measure import model_milliseconds
+from ..models import is_file
 from ..ops import get_num_threads
 from ..plan import supported_layers
 from ..quantization import restore
@@ -100,6 +101,8 @@ def _classes(packed: Path, name: str, wanted: int | None) -> int:
     layers that have one for each."""
     if wanted is not None:
         return wanted
+    if is_file(name):
+        return _PROBES[0]  # the file has its own
     few, more = (supported_layers(build(name, None, count)) for count in _PROBES)
     heads = [
         layer

@@ -118,9 +118,8 @@ class Emitter:
         """The name of an operand: a value, a parameter, or a number."""
         if not isinstance(node, fx.Node):
             return self.constant(torch.tensor(node, dtype=dtype))
-        if node.op == "get_attr":
-            if node not in self.names:
-                self.names[node] = self.constant(self.exported.tensor(node), str(node.target))
+        if node.op == "get_attr" and node not in self.names:
+            self.names[node] = self.constant(self.exported.tensor(node), str(node.target))
         if node not in self.names:
             raise Unwritable(f"{node} is a number that follows from the batch")
         return str(self.names[node])

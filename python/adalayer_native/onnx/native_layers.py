@@ -15,6 +15,12 @@ from adalayer_native.rounding import MAX_BITS, MIN_BITS, conv_form
 
 __all__ = ["native_layer", "width_of"]
 
+_CLASSES: dict[str, Any] = {
+    "Conv2d": Conv2d,
+    "ConvTranspose2d": ConvTranspose2d,
+    "Linear": Linear,
+}
+
 
 def native_layer(
     g: Builder,
@@ -62,7 +68,7 @@ def native_layer(
         }
         groups = int(geometry.get("groups", 1))
         levels, scale = _by_channel(kind, integers, axis, groups)
-        make = {"Conv2d": Conv2d, "ConvTranspose2d": ConvTranspose2d, "Linear": Linear}[kind]
+        make = _CLASSES[kind]
         try:
             layer = make.from_quantized(levels, bits, scale, bias, **grid, **geometry)
         except UnsupportedModelError as error:  # sums that may leave int32
@@ -91,14 +97,9 @@ def _by_channel(kind: str, integers: Integers, axis: int, groups: int) -> tuple[
     if kind == "Linear":
         return levels.t().contiguous(), scale
     if kind == "ConvTranspose2d":
-        inputs, outputs, *kernel = levels.shape
+        inputs, outputs = levels.shape[:2]
         shell = nn.ConvTranspose2d(
-            inputs,
-            outputs * groups,
-            kernel,
-            groups=groups,
-            bias=False,
-            device="meta",  # type: ignore[arg-type]
+            inputs, outputs * groups, 1, groups=groups, bias=False, device="meta"
         )
         return conv_form(shell, levels).contiguous(), scale.repeat(groups)
     return levels.contiguous(), scale

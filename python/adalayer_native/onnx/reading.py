@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adalayer_native._files import require_file
 from adalayer_native.errors import FileFormatError, UnsupportedModelError
 from adalayer_native.onnx.package import onnx_package
 
@@ -67,6 +68,7 @@ def read(source: str | os.PathLike[str] | bytes, known: Collection[str]) -> Onnx
     else:
         path = Path(source)
         name, folder = os.fspath(source), path.parent
+        require_file(path)
         try:
             data = path.read_bytes()
         except OSError as error:

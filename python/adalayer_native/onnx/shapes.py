@@ -247,9 +247,9 @@ def _sliced(g: Builder, x: Any, low: Any, high: Any, axis: int, step: int) -> An
 def _gather(g: Builder, node: NodeView, x: Any, indices: Any) -> Any:
     axis = node.get("axis", 0)
     if isinstance(x, np.ndarray):
-        places = as_sizes(indices)
-        if places is not None:
-            return np.asarray(x.take(places.astype(np.int64)), dtype=object)
+        chosen = as_sizes(indices)
+        if chosen is not None:
+            return np.asarray(x.take(chosen.astype(np.int64)), dtype=object)
         x = g.tensor(x)
     axis %= x.rank
     indices = g.tensor(indices) if isinstance(indices, np.ndarray) else indices
@@ -259,7 +259,7 @@ def _gather(g: Builder, node: NodeView, x: Any, indices: Any) -> Any:
         flat = g.call(torch.index_select, x, axis, g.call(torch.flatten, indices))
         shape = [*_sizes(g, x)[:axis], *_sizes(g, indices), *_sizes(g, x)[axis + 1 :]]
         return moved(g.call(torch.reshape, flat, shape), x)
-    places = indices.tensor
+    places: torch.Tensor = indices.tensor
     if isinstance(x, Value) and x.flat_of is not None:
         again = _unflattened(g, x.flat_of, places)
         if again is not None:

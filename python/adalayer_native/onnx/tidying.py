@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -42,9 +43,11 @@ def _take_biases(g: Builder) -> None:
         if left.op != "call_module" or right.op != "get_attr" or len(left.users) != 1:
             continue
         name = str(left.target)
-        layer = g.root.get_submodule(name)
+        layer: Any = g.root.get_submodule(name)
         called = [item for item in g.graph.nodes if item.target == name]
-        if type(layer) is not nn.Linear or layer.bias is not None or len(called) != 1:
+        if type(layer) is not nn.Linear or len(called) != 1:
+            continue
+        if getattr(layer, "bias", None) is not None:
             continue
         owner, _, leaf = str(right.target).rpartition(".")
         bias = getattr(g.root.get_submodule(owner), leaf)

@@ -293,7 +293,7 @@ def _pad(e: Emitter, node: fx.Node, a: dict[str, Any]) -> Any:
         mode = "wrap"
         if e.opset < 19:
             raise Unwritable("circular padding needs opset 19")
-    amounts = list(a.get("pad", a.get("padding")))
+    amounts = list(a["pad"] if "pad" in a else a["padding"])
     rank = e.rank(x)
     begins, ends = [0] * rank, [0] * rank
     for place in range(len(amounts) // 2):
