@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from adalayer_native.errors import UnsupportedModelError
 from adalayer_native.onnx import functions
 from adalayer_native.onnx.values import Constant, Size, Value
 
@@ -306,9 +305,3 @@ def _dotted(text: str) -> str:
     """A name of nested modules: of letters, digits and underscores, with dots between."""
     parts = [re.sub(r"\W", "_", part).strip("_") for part in text.split(".")]
     return ".".join(part for part in parts if part)
-
-
-def unsupported(file: str, label: str, error: Exception) -> UnsupportedModelError:
-    """An error that names file and node."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return UnsupportedModelError(f"{file}: {label}: {text}")

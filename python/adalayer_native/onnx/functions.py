@@ -17,17 +17,21 @@ from adalayer_native.errors import InputError
 
 __all__ = [
     "auto_padding",
+    "average_pool",
     "dequantize",
     "dynamic_quantize",
     "integer_convolution",
     "integer_product",
     "integers_of",
+    "norm_pool",
     "pad",
     "quantize",
     "resize",
     "size_of",
     "sized",
+    "softmax_flat",
     "tensor_of",
+    "top_k",
 ]
 
 
