@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from adalayer_native.capture.model import described, graph_of
 from adalayer_native.capture.quiet import quiet
 from adalayer_native.errors import AdaError, UnsupportedModelError
 from adalayer_native.onnx import (  # noqa: F401  (they fill the table of operators)
@@ -28,7 +29,23 @@ from adalayer_native.onnx.reading import OnnxFile, node_label, read
 from adalayer_native.onnx.tidying import tidy
 from adalayer_native.onnx.values import Constant, Value
 
-__all__ = ["followed", "from_onnx"]
+__all__ = ["OnnxModule", "followed", "from_onnx"]
+
+
+class OnnxModule(fx.GraphModule):
+    """An imported network."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # fx would trace the generated code again, through the functions that it calls.
+        return _rebuilt, (dict(self._modules), described(self.graph), dict(self.meta))
+
+
+def _rebuilt(modules: dict[str, Any], nodes: list[Any], meta: dict[str, Any]) -> OnnxModule:
+    root = nn.Module()
+    root._modules.update(modules)
+    module = OnnxModule(root, graph_of(nodes), "OnnxModule")
+    module.meta.update(meta)
+    return module.eval()
 
 
 def from_onnx(
@@ -119,7 +136,7 @@ def followed(
     results = tuple(_result(g, known[item.name]) for item in graph.output)
     g.graph.output(results[0] if len(results) == 1 else results)
     tidy(g)
-    module = fx.GraphModule(g.root, g.graph, "OnnxModule")
+    module = OnnxModule(g.root, g.graph, "OnnxModule")
     module.eval()
     module.meta["onnx"] = {"file": file.name, "opset": file.opset, "layers": dict(g.kept)}
     module.meta["example"] = tuple(examples[item.name] for item in inputs)
