@@ -334,7 +334,7 @@ class GraphModel(fx.GraphModule):
             "parameters": dict(self._parameters),
             "buffers": dict(self._buffers),
             "not saved": set(self._non_persistent_buffers_set),
-            "nodes": described(self.graph),
+            "nodes": _described(self.graph),
             "meta": dict(self.meta),
             "training": self.training,
             "name": type(self).__name__,
@@ -374,7 +374,7 @@ def check_picklable(name: str, module: nn.Module) -> None:
         ) from error
 
 
-def described(graph: fx.Graph) -> list[tuple[Any, ...]]:
+def _described(graph: fx.Graph) -> list[tuple[Any, ...]]:
     """The graph as plain data; operators by name."""
 
     def plain(item: Any) -> Any:
@@ -420,7 +420,20 @@ def _rebuilt(state: dict[str, Any]) -> GraphModel:
     root._modules.update(state["modules"])
     root._parameters.update(state["parameters"])
     root._buffers.update(state["buffers"])
-    graph = graph_of(state["nodes"])
+    graph = fx.Graph()
+    nodes: dict[str, fx.Node] = {}
+
+    def found(item: Any) -> Any:
+        if isinstance(item, _Reference):
+            return nodes[item.name]
+        return item.find() if isinstance(item, _Operator) else item
+
+    for op, name, target, args, kwargs, kept in state["nodes"]:
+        args, kwargs = pytree.tree_map(found, (args, kwargs))
+        target = target.find() if isinstance(target, _Operator) else target
+        node = graph.create_node(op, target, args, kwargs, name=name)
+        node.meta.update(kept)
+        nodes[name] = node
     meta = state["meta"]
     if SIGNATURE in meta:
         graph.set_codegen(code_of(meta[SIGNATURE]))
@@ -437,22 +450,3 @@ def _rebuilt(state: dict[str, Any]) -> GraphModel:
     model.meta.update(copy.copy(meta))
     model.training = state["training"]
     return model
-
-
-def graph_of(description: list[tuple[Any, ...]]) -> fx.Graph:
-    """The graph that :func:`described` wrote down."""
-    graph = fx.Graph()
-    nodes: dict[str, fx.Node] = {}
-
-    def found(item: Any) -> Any:
-        if isinstance(item, _Reference):
-            return nodes[item.name]
-        return item.find() if isinstance(item, _Operator) else item
-
-    for op, name, target, args, kwargs, kept in description:
-        args, kwargs = pytree.tree_map(found, (args, kwargs))
-        target = target.find() if isinstance(target, _Operator) else target
-        node = graph.create_node(op, target, args, kwargs, name=name)
-        node.meta.update(kept)
-        nodes[name] = node
-    return graph

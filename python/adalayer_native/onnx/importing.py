@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from adalayer_native.capture.model import described, graph_of
 from adalayer_native.capture.quiet import quiet
 from adalayer_native.errors import AdaError, UnsupportedModelError
 from adalayer_native.onnx import (  # noqa: F401  (they fill the table of operators)
@@ -36,16 +35,10 @@ class OnnxModule(fx.GraphModule):
     """An imported network."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # fx would trace the generated code again, through the functions that it calls.
-        return _rebuilt, (dict(self._modules), described(self.graph), dict(self.meta))
-
-
-def _rebuilt(modules: dict[str, Any], nodes: list[Any], meta: dict[str, Any]) -> OnnxModule:
-    root = nn.Module()
-    root._modules.update(modules)
-    module = OnnxModule(root, graph_of(nodes), "OnnxModule")
-    module.meta.update(meta)
-    return module.eval()
+        # fx would trace the generated code again, through functions that look at sizes.
+        raise TypeError(
+            "an imported network cannot be pickled; what adalayer_native.capture makes of it can"
+        )
 
 
 def from_onnx(
