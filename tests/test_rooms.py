@@ -40,6 +40,7 @@ PYTHON_ROOMS = [
         "quantization",
         "repair",
         "engine",
+        "onnx",
         "importance",
         "allocation",
         "training",

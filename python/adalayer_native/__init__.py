@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from adalayer_native.files import save
     from adalayer_native.importance.analyze import analyze
     from adalayer_native.importance.scores import LayerScores
+    from adalayer_native.onnx import from_onnx, to_onnx
     from adalayer_native.ops import get_num_threads, set_num_threads
     from adalayer_native.plan import LayerPlan, Plan
     from adalayer_native.quantization.calibrate import calibrate
@@ -80,6 +81,7 @@ __all__ = [
     "energy",
     "estimate_bytes",
     "finetune",
+    "from_onnx",
     "get_cmake_dir",
     "get_include",
     "get_library_dir",
@@ -97,6 +99,7 @@ __all__ = [
     "save",
     "set_num_threads",
     "simulate",
+    "to_onnx",
 ]
 
 __getattr__, __dir__ = lazy(
@@ -118,6 +121,7 @@ __getattr__, __dir__ = lazy(
         "files": ["save"],
         "importance.analyze": ["analyze"],
         "importance.scores": ["LayerScores"],
+        "onnx": ["from_onnx", "to_onnx"],
         "ops": ["get_num_threads", "set_num_threads"],
         "plan": ["LayerPlan", "Plan"],
         "quantization.calibrate": ["calibrate"],

@@ -216,7 +216,9 @@ def input_sizes(text: str | None) -> str | None:
     return text
 
 
-Model = Annotated[str, typer.Argument(help="Built-in name or package.module:callable.")]
+Model = Annotated[
+    str, typer.Argument(help="Built-in name, package.module:callable or an .onnx file.")
+]
 Data = Annotated[str, typer.Option(help=DATA_HELP)]
 Classes = Annotated[int | None, typer.Option(min=1, help="Classes; default: what the data has.")]
 Mean = Annotated[

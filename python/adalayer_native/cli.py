@@ -107,8 +107,10 @@ def _scale(text: str | None) -> float | None:
 @app.command(short_help="Compress a network under a budget.")
 def compress(
     model: Model,
-    weights: Annotated[Path, typer.Option(help="Float weights, safetensors.")],
     data: Data,
+    weights: Annotated[
+        Path | None, typer.Option(help="Float weights, safetensors; an ONNX file has its own.")
+    ] = None,
     out: Annotated[
         Path, typer.Option(callback=output_folder, help="Directory for the results.")
     ] = Path("compressed"),

@@ -33,7 +33,7 @@ from adalayer_native.engine.segments import Part, TorchPart, divide, is_layer
 from adalayer_native.engine.work import multiply_accumulates
 from adalayer_native.errors import CalibrationError, UnsupportedModelError
 
-__all__ = ["compile", "compile_exported"]
+__all__ = ["check_converted", "compile", "compile_exported"]
 
 POLICIES = ("fastest", "native")
 
@@ -82,7 +82,7 @@ def compile(
         raise ValueError(f"weights must be one of {WEIGHTS}, got {weights!r}")
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"expected an nn.Module, got {type(model).__name__}")
-    _check_converted(model)
+    check_converted(model)
     exported = export(model, example_inputs)
     engine = compile_exported(
         exported,
@@ -125,7 +125,8 @@ def _signature(model: nn.Module) -> inspect.Signature:
     return found if isinstance(found, inspect.Signature) else inspect.signature(model.forward)
 
 
-def _check_converted(model: nn.Module) -> None:
+def check_converted(model: nn.Module) -> None:
+    """Raise unless a model has native layers; the error says what it is instead."""
     from adalayer_native.nn.layer import NativeLayer
 
     if any(isinstance(module, NativeLayer) for module in model.modules()):

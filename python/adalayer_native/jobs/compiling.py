@@ -17,6 +17,7 @@ from ..engine import compile as compile_engine
 from ..errors import DataError, FileFormatError, UnsupportedModelError
 from ..files import describe
 from ..measure import model_milliseconds
+from ..models import is_file
 from ..ops import get_num_threads
 from ..plan import supported_layers
 from ..quantization import restore
@@ -56,7 +57,7 @@ def run_compile(job: CompileJob) -> dict[str, Any]:
     shape = _shape(job, known)
     given = chosen(job)
     classes = known.get("model_classes") or _classes(packed, str(name), job.classes)
-    model = build(str(name), job.classes, classes)
+    model = build(str(name), job.classes, classes, shape[-1])
     normalisation = given or _known_normalisation(known) or preset(str(name), model)
     x = torch.rand(job.batch, *shape)
     native = restore(model, packed, x)
@@ -100,6 +101,8 @@ def _classes(packed: Path, name: str, wanted: int | None) -> int:
     layers that have one for each."""
     if wanted is not None:
         return wanted
+    if is_file(name):
+        return _PROBES[0]  # the file has its own
     few, more = (supported_layers(build(name, None, count)) for count in _PROBES)
     heads = [
         layer

@@ -17,7 +17,7 @@ class CompressJob:
     """Arguments of ``adalayer compress``; see its help."""
 
     model: str
-    weights: Path
+    weights: Path | None
     data: str
     out: Path
     budget: Budget | None
