@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from adalayer_native.files import save
     from adalayer_native.importance.analyze import analyze
     from adalayer_native.importance.scores import LayerScores
+    from adalayer_native.microscope import Comparison, compare
     from adalayer_native.ops import get_num_threads, set_num_threads
     from adalayer_native.plan import LayerPlan, Plan
     from adalayer_native.quantization.calibrate import calibrate
@@ -54,6 +55,7 @@ __all__ = [
     "Budget",
     "BudgetError",
     "CalibrationError",
+    "Comparison",
     "Compressed",
     "DataError",
     "DeviceError",
@@ -74,6 +76,7 @@ __all__ = [
     "analyze",
     "calibrate",
     "capture",
+    "compare",
     "compile",
     "compress",
     "convert",
@@ -118,6 +121,7 @@ __getattr__, __dir__ = lazy(
         "files": ["save"],
         "importance.analyze": ["analyze"],
         "importance.scores": ["LayerScores"],
+        "microscope": ["Comparison", "compare"],
         "ops": ["get_num_threads", "set_num_threads"],
         "plan": ["LayerPlan", "Plan"],
         "quantization.calibrate": ["calibrate"],

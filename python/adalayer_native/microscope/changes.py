@@ -1,0 +1,240 @@
+"""Changes of a converted model that may undo what rounding cost, each applied to a copy."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from adalayer_native import ops
+from adalayer_native.errors import CalibrationError
+from adalayer_native.microscope.measuring import Grid, grid_of_input
+from adalayer_native.microscope.pairing import Layer, Pairs
+from adalayer_native.microscope.result import interval
+from adalayer_native.nn import Conv2d, ConvTranspose2d, FakeQuantize
+from adalayer_native.nn.float_layer import FloatLayer
+from adalayer_native.nn.layer import NativeLayer, checked_qparams
+from adalayer_native.plan import MAX_BITS
+from adalayer_native.quantization.chains import ACT_ROOT
+from adalayer_native.quantization.fake_quant import grid
+from adalayer_native.quantization.graph import set_submodule
+from adalayer_native.quantization.observers import OBSERVERS, make_observer
+from adalayer_native.rounding import quantize_weight
+
+__all__ = ["Change", "float_layer", "more_bits", "ranges", "wider_input"]
+
+# Ranges that differ by less than this share of their width are the same.
+_SAME = 0.01
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change.
+
+    Attributes:
+        name: of the layer or value.
+        kind, text, value: as in :class:`~adalayer_native.microscope.result.Suggestion`.
+        key: what it changes and to what; equal for the same change of two rows.
+        bytes: by which packed weights grow.
+        make: changes a copy in place.
+    """
+
+    name: str
+    kind: str
+    text: str
+    value: int | tuple[float, float] | None
+    key: tuple[Any, ...]
+    bytes: int
+    make: Callable[[nn.Module], None]
+
+    def apply(self, native: nn.Module) -> nn.Module:
+        """A copy with the change."""
+        other = copy.deepcopy(native)
+        self.make(other)
+        return other
+
+
+# -- weights --------------------------------------------------------------------------------------
+
+
+def more_bits(pairs: Pairs, layer: Layer) -> list[Change]:
+    """One bit more in a layer's weights, two, and 8: the float weights rounded anew."""
+    module = layer.native
+    assert isinstance(module, NativeLayer)
+    return [
+        _bits(pairs, layer, bits)
+        for bits in sorted({module.bits + 1, module.bits + 2, MAX_BITS})
+        if module.bits < bits <= MAX_BITS
+    ]
+
+
+def _bits(pairs: Pairs, layer: Layer, bits: int) -> Change:
+    module = layer.native
+    assert isinstance(module, NativeLayer)
+    assert layer.weight is not None
+    pruned = pairs.native.meta["layers"].get(layer.name, {}).get("sparsity")
+    mask = None
+    if pruned or ops.packed_info(module.weight_packed)["encoding"] != "dense":
+        mask = (module.weight_int() != 0).reshape(layer.weight.shape)
+    weight, scale = quantize_weight(layer.weight, bits, mask)
+    packed = ops.pack_weight(weight, bits)
+
+    def make(native: nn.Module) -> None:
+        other = native.get_submodule(layer.name)
+        assert isinstance(other, NativeLayer)
+        other.weight_packed = packed.clone()
+        other.weight_scale = scale.clone()
+        assert layer.bias is not None
+        other.bias = layer.bias.clone()
+
+    return Change(
+        layer.name,
+        "bits",
+        f"{bits} bits in the weights instead of {module.bits}",
+        bits,
+        ("bits", layer.name, bits),
+        packed.numel() - module.weight_packed.numel(),
+        make,
+    )
+
+
+def float_layer(layer: Layer) -> Change | None:
+    """A layer in float: neither its weights nor its input are rounded; None where that cannot be
+    said (a transposed convolution whose calls choose their size)."""
+    module = layer.native
+    assert isinstance(module, NativeLayer)
+    calls = [there for _, there in layer.inputs]
+    if isinstance(module, ConvTranspose2d) and any(not isinstance(n.target, str) for n in calls):
+        return None
+    reference = layer.reference
+    assert isinstance(reference, FloatLayer)
+    weight, bias = reference.weight, reference.bias
+
+    def make(native: nn.Module) -> None:
+        other = native.get_submodule(layer.name)
+        assert isinstance(other, NativeLayer)
+        operator, arguments = other.operator()
+        plain = FloatLayer(operator, arguments, True)
+        plain.weight, plain.bias = weight.clone(), bias.clone()
+        set_submodule(native, layer.name, plain)
+
+    held = module.weight_packed.numel()
+    return Change(
+        layer.name,
+        "float",
+        f"in float (exclude={[layer.name]})",
+        None,
+        ("float", layer.name),
+        4 * weight.numel() - held,
+        make,
+    )
+
+
+# -- grids ----------------------------------------------------------------------------------------
+
+
+def ranges(pairs: Pairs, name: str, site: str, seen: list[Tensor]) -> list[Change]:
+    """Other ranges of a value's grid, as the observers choose them for what the float model has.
+
+    Args:
+        pairs: what is compared.
+        name: of the row.
+        site: of the grid.
+        seen: the float model's values, as the native model has them.
+    """
+    now = _grid_at(pairs, site)
+    found: list[Change] = []
+    tried = [now]
+    for kind in OBSERVERS:
+        observer = make_observer(kind, now.bits, site)
+        try:
+            for x in seen:
+                observer.observe(x)
+            low, high = observer.range()
+        except CalibrationError:  # no grid holds such values
+            continue
+        scale, zero_point = grid(low, high, now.bits)
+        new = Grid(scale, zero_point, now.bits)
+        if any(_alike(new, other) for other in tried):
+            continue
+        tried.append(new)
+        before, after = (interval((g.low, g.high)) for g in (now, new))
+        text = f"range {after} ({kind}) instead of {before}"
+        found.append(_regrid(pairs, name, site, new, "range", text, (new.low, new.high)))
+    return found
+
+
+def wider_input(pairs: Pairs, name: str, site: str) -> Change | None:
+    """8 bits in a value of fewer; the same range."""
+    now = _grid_at(pairs, site)
+    if now.bits == MAX_BITS:
+        return None
+    scale, zero_point = grid(now.low, now.high, MAX_BITS)
+    text = f"{MAX_BITS} bits in the input instead of {now.bits}"
+    new = Grid(scale, zero_point, MAX_BITS)
+    return _regrid(pairs, name, site, new, "input_bits", text, MAX_BITS)
+
+
+def _alike(a: Grid, b: Grid) -> bool:
+    near = _SAME * max(a.high - a.low, b.high - b.low)
+    return abs(a.low - b.low) <= near and abs(a.high - b.high) <= near
+
+
+def _grid_at(pairs: Pairs, site: str) -> Grid:
+    readers = pairs.readers(site)
+    if readers:
+        module = pairs.layers[readers[0]].native
+        assert isinstance(module, NativeLayer)
+        return grid_of_input(module)
+    return grid_of_input(pairs.values[site].grid)
+
+
+class _Regrid:
+    """Gives a value another grid wherever it is read or written."""
+
+    def __init__(self, new: Grid, readers: list[str], writers: list[str], target: str) -> None:
+        self.grid, self.readers, self.writers, self.target = new, readers, writers, target
+
+    def __call__(self, native: nn.Module) -> None:
+        qparams = checked_qparams(self.grid.scale, self.grid.zero_point, self.grid.bits)
+        for name in self.readers:
+            reader = native.get_submodule(name)
+            if isinstance(reader, NativeLayer):  # else another change has put it in float
+                reader._set_grid(qparams.clone())
+        for name in self.writers:
+            writer: Any = native.get_submodule(name)
+            if isinstance(writer, FloatLayer):
+                writer.output_grid = (self.grid.scale, self.grid.zero_point, self.grid.bits)
+            else:
+                writer.output_grid._set_grid(qparams.clone())
+        for name, module in native.named_modules():
+            if name == self.target and isinstance(module, FakeQuantize):
+                module._set_grid(qparams.clone())
+
+
+def _regrid(
+    pairs: Pairs,
+    name: str,
+    site: str,
+    new: Grid,
+    kind: str,
+    text: str,
+    value: int | tuple[float, float],
+) -> Change:
+    target = f"{ACT_ROOT}.{site}"
+    held = pairs.values[site].grid if site in pairs.values else None
+    writers = [
+        layer
+        for layer, module in pairs.native.named_modules()
+        if held is not None
+        and isinstance(module, (Conv2d, ConvTranspose2d))
+        and module.output_grid is held
+    ]
+    make = _Regrid(new, pairs.readers(site), writers, target)
+    key = ("grid", site, round(new.low, 9), round(new.high, 9), new.bits)
+    return Change(name, kind, text, value, key, 0, make)
+
+
