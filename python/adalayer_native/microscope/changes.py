@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from adalayer_native import ops
+from adalayer_native.capture import GraphModel
 from adalayer_native.errors import CalibrationError
 from adalayer_native.microscope.measuring import Grid, grid_of_input
 from adalayer_native.microscope.pairing import Layer, Pairs
@@ -20,7 +21,7 @@ from adalayer_native.nn.layer import NativeLayer, checked_qparams
 from adalayer_native.plan import MAX_BITS
 from adalayer_native.quantization.chains import ACT_ROOT
 from adalayer_native.quantization.fake_quant import grid
-from adalayer_native.quantization.graph import set_submodule
+from adalayer_native.quantization.graph import insert_behind, set_submodule
 from adalayer_native.quantization.observers import OBSERVERS, make_observer
 from adalayer_native.rounding import quantize_weight
 
@@ -116,10 +117,18 @@ def float_layer(layer: Layer) -> Change | None:
     def make(native: nn.Module) -> None:
         other = native.get_submodule(layer.name)
         assert isinstance(other, NativeLayer)
+        assert isinstance(native, GraphModel)
         operator, arguments = other.operator()
-        plain = FloatLayer(operator, arguments, True)
+        plain = FloatLayer(operator, {**arguments, "output_bits": 0}, True)
         plain.weight, plain.bias = weight.clone(), bias.clone()
         set_submodule(native, layer.name, plain)
+        held = getattr(other, "output_grid", None)
+        if held is not None:  # what the layer did on its way out stands by itself again
+            target = next(name for name, module in native.named_modules() if module is held)
+            for node in list(native.graph.nodes):
+                if node.op == "call_module" and node.target == layer.name:
+                    insert_behind(native.graph, node, target)
+            native.recompile()
 
     held = module.weight_packed.numel()
     return Change(
@@ -149,16 +158,8 @@ def ranges(pairs: Pairs, name: str, site: str, seen: list[Tensor]) -> list[Chang
     found: list[Change] = []
     tried = [now]
     for kind in OBSERVERS:
-        observer = make_observer(kind, now.bits, site)
-        try:
-            for x in seen:
-                observer.observe(x)
-            low, high = observer.range()
-        except CalibrationError:  # no grid holds such values
-            continue
-        scale, zero_point = grid(low, high, now.bits)
-        new = Grid(scale, zero_point, now.bits)
-        if any(_alike(new, other) for other in tried):
+        new = _observed(kind, now.bits, site, seen)
+        if new is None or any(_alike(new, other) for other in tried):
             continue
         tried.append(new)
         before, after = (interval((g.low, g.high)) for g in (now, new))
@@ -167,15 +168,28 @@ def ranges(pairs: Pairs, name: str, site: str, seen: list[Tensor]) -> list[Chang
     return found
 
 
-def wider_input(pairs: Pairs, name: str, site: str) -> Change | None:
-    """8 bits in a value of fewer; the same range."""
+def wider_input(pairs: Pairs, name: str, site: str, seen: list[Tensor]) -> list[Change]:
+    """8 bits in a value of fewer, with the range of least squared error; see :func:`ranges`."""
     now = _grid_at(pairs, site)
     if now.bits == MAX_BITS:
-        return None
-    scale, zero_point = grid(now.low, now.high, MAX_BITS)
+        return []
+    new = _observed("mse", MAX_BITS, site, seen)
+    if new is None:
+        return []
     text = f"{MAX_BITS} bits in the input instead of {now.bits}"
-    new = Grid(scale, zero_point, MAX_BITS)
-    return _regrid(pairs, name, site, new, "input_bits", text, MAX_BITS)
+    return [_regrid(pairs, name, site, new, "input_bits", text, MAX_BITS)]
+
+
+def _observed(kind: str, bits: int, site: str, seen: list[Tensor]) -> Grid | None:
+    """The grid that an observer chooses; None where no grid holds such values."""
+    observer = make_observer(kind, bits, site)
+    try:
+        for x in seen:
+            observer.observe(x)
+        scale, zero_point = grid(*observer.range(), bits)
+    except CalibrationError:
+        return None
+    return Grid(scale, zero_point, bits)
 
 
 def _alike(a: Grid, b: Grid) -> bool:
@@ -206,10 +220,7 @@ class _Regrid:
                 reader._set_grid(qparams.clone())
         for name in self.writers:
             writer: Any = native.get_submodule(name)
-            if isinstance(writer, FloatLayer):
-                writer.output_grid = (self.grid.scale, self.grid.zero_point, self.grid.bits)
-            else:
-                writer.output_grid._set_grid(qparams.clone())
+            writer.output_grid._set_grid(qparams.clone())
         for name, module in native.named_modules():
             if name == self.target and isinstance(module, FakeQuantize):
                 module._set_grid(qparams.clone())

@@ -189,6 +189,7 @@ def _row(pairs: Pairs, place: int, item: Layer | Value, sums: Sums) -> Row:
         accumulated=sums.error("accumulated"),
         cosine=sums.cosine,
         clipped=None if grid is None else sums.clipped / max(1, sums.count),
+        clipping=None if grid is None else sums.clipping,
         calibrated=None if grid is None else (grid.low, grid.high),
         observed=(sums.low, sums.high),
     )

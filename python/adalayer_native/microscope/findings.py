@@ -10,7 +10,7 @@ __all__ = ["finding"]
 
 # A row is remarkable with four times the usual own error (6 dB).
 _REMARKABLE = 4.0
-_CLIPPED = 0.002  # share of clipped values that is worth a word
+_CLIPPING = 0.5  # share of the grid's error that makes clipping the cause
 _UNUSED = 0.1  # share of a range beyond what was observed, at one end
 _USED = 0.5  # share of a range that is too little
 
@@ -28,12 +28,13 @@ def finding(row: Row, typical: float) -> Row:
 def _of_grid(row: Row) -> str:
     assert row.calibrated is not None
     assert row.clipped is not None
+    assert row.clipping is not None
     what = "its range" if row.kind == "value" else "the range of its input"
     low, high = row.calibrated
     seen_low, seen_high = row.observed
     width = high - low
     below, above = (seen_low - low) / width, (high - seen_high) / width  # below 0: clipped
-    if row.clipped >= _CLIPPED:
+    if row.clipping >= _CLIPPING:
         if max(below, above) > _UNUSED:
             levels = (1 << (row.input_bits or 8)) - 1
             now = round(-low / width * levels)
@@ -45,4 +46,5 @@ def _of_grid(row: Row) -> str:
     used = (min(high, seen_high) - max(low, seen_low)) / width
     if used < _USED:
         return f"{what} is too wide: {100 * used:.0f} % of it is used ({interval(row.observed)})"
-    return f"the input's rounding to {row.input_bits} bits"
+    rounded = "its" if row.kind == "value" else "the input's"
+    return f"{rounded} rounding to {row.input_bits} bits"

@@ -62,6 +62,7 @@ class Sums:
         product, energy: of the accumulated values: their products with the float ones, their
             squares.
         clipped, count: float values of what the grid is of, those beyond its ends and all.
+        beyond, rounding: squared errors of the grid: what is beyond its ends, and all.
         low, high: their range.
     """
 
@@ -71,19 +72,21 @@ class Sums:
     energy: float = 0.0
     clipped: int = 0
     count: int = 0
+    beyond: float = 0.0
+    rounding: float = 0.0
     low: float = math.inf
     high: float = -math.inf
 
     def compare(self, wanted: Tensor, **found: Tensor) -> None:
         """Add the errors of some results."""
         reference = wanted.double()
-        self.signal += float(reference.square().sum())
+        self.signal += _square(reference)
         for kind, value in found.items():
-            error = float((value.double() - reference).square().sum())
+            error = _square(value.double() - reference)
             self.errors[kind] = self.errors.get(kind, 0.0) + error
         last = found["accumulated"].double()
         self.product += float((last * reference).sum())
-        self.energy += float(last.square().sum())
+        self.energy += _square(last)
 
     def observe(self, x: Tensor, grid: Grid | None) -> None:
         """Add what a grid was chosen for; clipped is what is beyond its ends by over half a step."""
@@ -93,6 +96,8 @@ class Sums:
         if grid is not None:
             half = 0.5 * grid.scale
             self.clipped += int(((x < grid.low - half) | (x > grid.high + half)).sum())
+            self.beyond += _square(x - x.clamp(grid.low, grid.high))
+            self.rounding += _square(grid(x) - x)
 
     def error(self, kind: str) -> float:
         """Relative squared error; of a signal of zeros, infinite unless there is none."""
@@ -100,11 +105,20 @@ class Sums:
         return error / self.signal if self.signal > 0 else (math.inf if error > 0 else 0.0)
 
     @property
+    def clipping(self) -> float:
+        """Share of the grid's squared error that is of values beyond its ends."""
+        return min(1.0, self.beyond / self.rounding) if self.rounding > 0 else 0.0
+
+    @property
     def cosine(self) -> float:
         """Between float and accumulated values; 1 where both are zero."""
         if self.signal == 0 or self.energy == 0:
             return 1.0 if self.signal == self.energy else 0.0
         return self.product / math.sqrt(self.signal * self.energy)
+
+
+def _square(x: Tensor) -> float:
+    return float(x.double().square().sum())
 
 
 class _Recording(fx.Interpreter):

@@ -77,7 +77,7 @@ class Value:
     """A value between layers that something besides native layers reads, and its grid.
 
     Attributes:
-        name: of the float model's node.
+        name: of its quantizer, ``act_quant.`` and the float model's operation.
         grid: in the native model.
         nodes: per call the float model's value, and the native model's on its grid.
         factor: as in :class:`Layer`.
@@ -436,4 +436,4 @@ def _add_values(found: Pairs, structure: Structure, equalized: _Equalized) -> No
                 "not the same network"
             )
         pairs = list(zip(found.producers[site.name], there, strict=True))
-        found.values[site.name] = Value(site.name, grid, pairs, factor)
+        found.values[site.name] = Value(site.target, grid, pairs, factor)

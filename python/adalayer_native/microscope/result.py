@@ -41,7 +41,7 @@ class Row:
     not: a layer in float has no grid, a value between layers no weights.
 
     Attributes:
-        name: of the layer, or of the value (the float model's operation).
+        name: of the layer, or of the value: ``act_quant.`` and the float model's operation.
         kind: ``"conv2d"``, ``"conv_transpose2d"``, ``"linear"`` or ``"value"``.
         place: in the network, from 0 on.
         bits: of the weights; None in float.
@@ -52,6 +52,7 @@ class Row:
         accumulated: error with the inputs that the native network has.
         cosine: between the float model's results and those.
         clipped: share of the float model's values that are beyond the grid by over half a step.
+        clipping: share of the squared error of the grid that those have.
         calibrated: lowest and highest value of the grid.
         observed: of the float model's values.
         finding: what is wrong, in words; else empty.
@@ -68,6 +69,7 @@ class Row:
     accumulated: float
     cosine: float
     clipped: float | None
+    clipping: float | None
     calibrated: tuple[float, float] | None
     observed: tuple[float, float]
     finding: str = ""

@@ -18,6 +18,7 @@ from adalayer_native.microscope.measuring import (
 from adalayer_native.microscope.pairing import Pairs, scaled_channels
 from adalayer_native.microscope.result import Row, Suggestion
 from adalayer_native.nn.layer import NativeLayer
+from adalayer_native.quantization.chains import ACT_ROOT
 
 __all__ = ["suggest"]
 
@@ -76,12 +77,12 @@ def suggest(
 def _trials(pairs: Pairs, row: Row, halves: Halves) -> list[Change]:
     """Changes for one row; the smaller ones of equal bytes first."""
     layer = pairs.layers.get(row.name) if row.kind != "value" else None
-    site = row.name if layer is None else layer.site
+    site = row.name.removeprefix(f"{ACT_ROOT}.") if layer is None else layer.site
     assert site is not None
     found: list[Change | None] = []
     if row.activations is not None and row.activations >= DECISIVE * row.own:
-        found += ranges(pairs, row.name, site, _seen(pairs, site, halves))
-        found.append(wider_input(pairs, row.name, site))
+        seen = _seen(pairs, site, halves)
+        found += ranges(pairs, row.name, site, seen) + wider_input(pairs, row.name, site, seen)
     if layer is not None and isinstance(layer.native, NativeLayer):
         if row.weights is not None and row.weights >= DECISIVE * row.own:
             found += more_bits(pairs, layer)
