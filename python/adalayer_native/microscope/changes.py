@@ -154,12 +154,15 @@ def ranges(pairs: Pairs, name: str, site: str, seen: list[Tensor]) -> list[Chang
         site: of the grid.
         seen: the float model's values, as the native model has them.
     """
-    now = _grid_at(pairs, site)
+    present = _grids_at(pairs, site)
+    now = present.get(name) or next(iter(present.values()))
     found: list[Change] = []
-    tried = [now]
+    tried: list[Grid] = []
     for kind in OBSERVERS:
         new = _observed(kind, now.bits, site, seen)
         if new is None or any(_alike(new, other) for other in tried):
+            continue
+        if all(_alike(new, other) for other in present.values()):
             continue
         tried.append(new)
         before, after = (interval((g.low, g.high)) for g in (now, new))
@@ -170,8 +173,8 @@ def ranges(pairs: Pairs, name: str, site: str, seen: list[Tensor]) -> list[Chang
 
 def wider_input(pairs: Pairs, name: str, site: str, seen: list[Tensor]) -> list[Change]:
     """8 bits in a value of fewer, with the range of least squared error; see :func:`ranges`."""
-    now = _grid_at(pairs, site)
-    if now.bits == MAX_BITS:
+    now = _grids_at(pairs, site).get(name)
+    if now is None or now.bits == MAX_BITS:
         return []
     new = _observed("mse", MAX_BITS, site, seen)
     if new is None:
@@ -197,13 +200,17 @@ def _alike(a: Grid, b: Grid) -> bool:
     return abs(a.low - b.low) <= near and abs(a.high - b.high) <= near
 
 
-def _grid_at(pairs: Pairs, site: str) -> Grid:
-    readers = pairs.readers(site)
-    if readers:
-        module = pairs.layers[readers[0]].native
+def _grids_at(pairs: Pairs, site: str) -> dict[str, Grid]:
+    """The grid of a site wherever the native model has it, by layer or quantizer; all alike,
+    unless somebody has changed one."""
+    found = {}
+    if site in pairs.values:
+        found[pairs.values[site].name] = grid_of_input(pairs.values[site].grid)
+    for name in pairs.readers(site):
+        module = pairs.layers[name].native
         assert isinstance(module, NativeLayer)
-        return grid_of_input(module)
-    return grid_of_input(pairs.values[site].grid)
+        found[name] = grid_of_input(module)
+    return found
 
 
 class _Regrid:

@@ -72,9 +72,10 @@ def compare(
     integers; where it runs layers in float or parts in torch, to within a twentieth of the error
     that is looked at. ``Comparison.engine`` says how far they agreed.
 
-    **Suggestions.** For the layers of the largest own errors other ranges of the input's grid, more
-    bits in the weights, and the layer in float are applied to copies of the model. Of each layer the
-    smallest change that recovers at least four fifths of what its best one does is kept. What is
+    **Suggestions.** For the layers whose rounding costs the network most (each by itself in float, on
+    32 samples), and those of the largest own errors, other ranges of the input's grid, more bits in
+    the weights, and the layer in float are applied to copies of the model. Of each layer the smallest
+    change that recovers at least four fifths of what its best one does is kept. What is
     said of its effect is measured on every second sample of the data, which neither the table nor
     the choice has seen. Weights of more bits are rounded anew from the float model's; a repair
     afterwards may do better.
@@ -130,7 +131,11 @@ def compare(
     if suggest and halves.judging:
         found.suggestions, found.together = suggested(pairs, rows, halves, output, progress)
         if not found.suggestions:
-            notes.append("no change of a single layer recovers a hundredth of the error")
+            notes.append(
+                "no change of a single layer recovers a hundredth of the error (layers that were "
+                "repaired or trained together make up for each other's errors: a plan with more "
+                "bits for the worst ones, repaired again, may)"
+            )
     elif suggest:
         notes.append("no suggestions: a single batch of so few samples cannot choose and judge")
     scaled = [name for name, layer in pairs.layers.items() if layer.estimated]

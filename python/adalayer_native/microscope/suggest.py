@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from adalayer_native._progress import ProgressBar
+from adalayer_native.capture import Inputs
 from adalayer_native.importance.outputs import Pick
 from adalayer_native.microscope.changes import Change, float_layer, more_bits, ranges, wider_input
 from adalayer_native.microscope.data import Halves
@@ -22,7 +23,9 @@ from adalayer_native.quantization.chains import ACT_ROOT
 
 __all__ = ["suggest"]
 
-LOOK = 8  # rows of the largest own errors that changes are tried for
+LOOK = 6  # layers whose rounding costs the network most, that changes are tried for
+WORST = 4  # rows of the largest own errors, for which they are tried as well
+SCREEN = 32  # samples by which a layer's cost to the network is told
 SHOWN = 5  # suggestions
 LEAST = 0.01  # share of the network's error that a suggestion recovers
 ENOUGH = 0.8  # of what the best change of a row recovers: a smaller one that gets so far is better
@@ -34,9 +37,10 @@ def suggest(
 ) -> tuple[tuple[Suggestion, ...], Suggestion | None]:
     """Suggestions, and all of them together.
 
-    For the rows of the largest own errors: other ranges of the grid where rounding the input
-    matters, more bits where rounding the weights does, and the layer in float. Of every row the
-    smallest change that recovers nearly what its best does stays, and the best of those are judged.
+    For the layers that cost the network most (each by itself in float, on a few samples) and the
+    rows of the largest own errors: other ranges of the grid where rounding the input matters, more
+    bits where rounding the weights does, and the layer in float. Of every row the smallest change
+    that recovers nearly what its best does stays, and the best of those are judged.
 
     Args:
         pairs: what is compared.
@@ -48,9 +52,11 @@ def suggest(
     model, native = pairs.model, pairs.native
     wanted = outputs_of(model, halves.choosing)
     before = network_error(native, halves.choosing, wanted, output)
-    looked = [row for row in rows if row.own > 0 and row.input_bits is not None][:LOOK]
-    if before <= 0 or not looked:
+    quantized = [row for row in rows if row.own > 0 and row.input_bits is not None]
+    if before <= 0 or not quantized:
         return (), None
+    costly = _costly(pairs, quantized, halves, output, progress)
+    looked = list(dict.fromkeys([*costly[:LOOK], *quantized[:WORST]]))
     trials = {row.name: _trials(pairs, row, halves) for row in looked}
     gains: dict[tuple[Any, ...], float] = {}
     chosen: list[tuple[float, Change]] = []
@@ -72,6 +78,31 @@ def suggest(
                 chosen.append((gains[smallest.key], smallest))
     chosen.sort(key=lambda item: -item[0])
     return _judged(pairs, [change for _, change in chosen[:SHOWN]], halves, output)
+
+
+def _costly(
+    pairs: Pairs, rows: list[Row], halves: Halves, output: Pick, progress: bool
+) -> list[Row]:
+    """Layers whose rounding costs the network something, most first."""
+    few: list[Inputs] = []
+    room = SCREEN
+    fewest = 1 if pairs.model.signature.single else 2
+    for x in halves.choosing:
+        if room >= fewest:
+            few.append(x[:room])
+            room -= few[-1].count
+    wanted = outputs_of(pairs.model, few)
+    before = network_error(pairs.native, few, wanted, output)
+    layers = [row for row in rows if row.kind != "value"]
+    gains: list[tuple[float, Row]] = []
+    with ProgressBar("Screening layers", len(layers), unit="layer", enabled=progress) as bar:
+        for row in layers:
+            change = float_layer(pairs.layers[row.name])
+            if change is not None:
+                after = network_error(change.apply(pairs.native), few, wanted, output)
+                gains.append((before - after, row))
+            bar.advance(1, row.name)
+    return [row for gain, row in sorted(gains, key=lambda item: -item[0]) if gain > 0]
 
 
 def _trials(pairs: Pairs, row: Row, halves: Halves) -> list[Change]:
