@@ -137,7 +137,9 @@ def test_numbers_of_one_layer_by_hand() -> None:
         results = {
             "weights": model[1](rounded),
             "activations": model[1](model[0](on_grid)),
-            "own": model[1](torch.conv2d(on_grid, layer.quantized_weight(), model[0].bias, padding=1)),
+            "own": model[1](
+                torch.conv2d(on_grid, layer.quantized_weight(), model[0].bias, padding=1)
+            ),
         }
     for kind, result in results.items():
         error = float((result - wanted).square().sum() / wanted.square().sum())
@@ -235,7 +237,9 @@ def test_several_inputs_and_outputs() -> None:
 
 def test_a_layer_in_float_has_no_error_of_its_own() -> None:
     model, data = captured(Residual), data_of(Residual)
-    found = compared(model, ada.convert(prepared_of(model, data, 4, {"stem": None, "b1": None})), data)
+    found = compared(
+        model, ada.convert(prepared_of(model, data, 4, {"stem": None, "b1": None})), data
+    )
     for name in ("stem", "b1"):
         row = found[name]
         assert row.bits is None and row.input_bits is None and row.weights is None
@@ -359,7 +363,9 @@ def test_a_layer_in_float_can_be_run_compared_and_compiled() -> None:
             assert row.bits is None and row.own < 1e-9
             batch = data[0]
             engine = ada.compile(changed, batch)
-            results = [f(**batch) if isinstance(batch, dict) else f(batch) for f in (engine, changed)]
+            results = [
+                f(**batch) if isinstance(batch, dict) else f(batch) for f in (engine, changed)
+            ]
             torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
 
 
@@ -470,7 +476,7 @@ def test_models_that_do_not_match() -> None:
         UnsupportedModelError, match=r"layer 'b1' has weights of shape \[16, 8, 5, 5\] in .* and "
     ):
         compared(other, native, data)
-    with pytest.raises(UnsupportedModelError, match="layer 'wide' of .* is not in the converted"):
+    with pytest.raises(UnsupportedModelError, match=r"layer 'wide' of .* is not in the converted"):
         compared(seeded(Depthwise), native, data)
 
     class Shorter(Residual):
@@ -491,7 +497,7 @@ def test_models_that_are_not_converted() -> None:
     model, data = captured(Residual), data_of(Residual)
     with pytest.raises(CalibrationError, match="got a prepared one"):
         compared(model, prepared_of(model, data), data)
-    with pytest.raises(UnsupportedModelError, match="expected a converted model .* got Residual"):
+    with pytest.raises(UnsupportedModelError, match=r"expected a converted model .* got Residual"):
         compared(model, seeded(Residual), data)
     with pytest.raises(UnsupportedModelError, match="no native layers"):
         compared(model, model, data)
@@ -508,7 +514,7 @@ def test_data_that_cannot_be_used() -> None:
         with pytest.raises(CalibrationError, match="comparison loader is empty"):
             compared(model, native, nothing)
     for nothing in ([], [torch.zeros(0, 3, 8, 8)]):
-        with pytest.raises(CalibrationError, match="comparison loader is empty|the data is empty"):
+        with pytest.raises(CalibrationError, match=r"comparison loader is empty|the data is empty"):
             compared(captured(Residual), native, nothing)
     with pytest.raises(CalibrationError, match=r"batch 1 does not fit .* got \[4, 1, 8, 8\]"):
         compared(model, native, [data[0], torch.rand(4, 1, 8, 8)])

@@ -573,10 +573,10 @@ class Engine:
             program = step.run.program
             kinds = program.constants()
             for op, name, _, _, _, _, constants in program.nodes():
-                if op in ("conv", "conv_transpose", "float_conv"):
-                    if kinds[constants[0]][0] == "weights":
-                        data = bytearray(program.constant_bytes(constants[0]))
-                        found[name] = torch.frombuffer(data, dtype=torch.uint8)
+                layer = op in ("conv", "conv_transpose", "float_conv")
+                if layer and kinds[constants[0]][0] == "weights":
+                    data = bytearray(program.constant_bytes(constants[0]))
+                    found[name] = torch.frombuffer(data, dtype=torch.uint8)
         return found
 
     @property

@@ -254,5 +254,3 @@ def _regrid(
     make = _Regrid(new, pairs.readers(site), writers, target)
     key = ("grid", site, round(new.low, 9), round(new.high, 9), new.bits)
     return Change(name, kind, text, value, key, 0, make)
-
-

@@ -1,4 +1,4 @@
-"""The data of a comparison: checked once, and divided into a half that chooses and one that judges."""
+"""The data of a comparison: checked, and divided into a half that chooses and one that judges."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ def read(model: GraphModel, data: Iterable[Any], samples: int, divide: bool) -> 
             leaves = model.signature.leaves(x.args, x.kwargs)
             model.signature.check(leaves)
         except InputError as error:
-            raise CalibrationError(f"comparison batch {index} does not fit the model: {error}") from None
+            raise CalibrationError(
+                f"comparison batch {index} does not fit the model: {error}"
+            ) from None
         room -= x.count
         if not divide:
             found.choosing.append(x)

@@ -89,7 +89,7 @@ class Sums:
         self.energy += _square(last)
 
     def observe(self, x: Tensor, grid: Grid | None) -> None:
-        """Add what a grid was chosen for; clipped is what is beyond its ends by over half a step."""
+        """Add what a grid was chosen for; clipped is what is over half a step beyond its ends."""
         low, high = torch.aminmax(x)
         self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
         self.count += x.numel()

@@ -1,14 +1,14 @@
 """Which parts of a converted model stand for which parts of the float model.
 
 A native layer is a float layer with the batch norm behind it (or one in front of it) folded in, so
-what the two compute is compared there: **before** a residual is added and anything is clamped, where
-both are plain convolutions or products. Names and shapes have to agree, and so has the order of the
-calls; the chain analysis that placed the grids (:mod:`~adalayer_native.quantization.chains`) says
-which value of the float model every grid is of.
+what the two compute is compared there: **before** a residual is added and anything is clamped,
+where both are plain convolutions or products. Names and shapes have to agree, and so has the order
+of the calls; the chain analysis that placed the grids (``quantization/chains.py``) says which value
+of the float model every grid is of.
 
 A repair may have scaled the channels between two layers (``repair/equalize.py``). That changes no
-function, but every value in between; what the float model has there is scaled in the same way before
-it is compared.
+function, but every value in between; what the float model has there is scaled in the same way
+before it is compared.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def pairs_of(model: GraphModel, native: Any) -> Pairs:
         if norm is not None:
             reads = [_operand(read) for read in reads]
         inputs = list(zip(reads, map(_operand, there), strict=True))
-        other = _find(native, name)
+        other = native.get_submodule(name)
         if name not in quantized:
             found.layers[name] = Layer(name, other, module, None, inputs)
             continue
@@ -220,7 +220,7 @@ def _check_same(model: GraphModel, native: GraphModel, layers: dict[str, Any]) -
     kinds = (NativeLayer, FloatLayer, *LAYERS)
     inside = {n: m for n, m in native.named_modules() if isinstance(m, kinds)}
     if not any(isinstance(module, NativeLayer) for module in inside.values()):
-        if "layers" in native.meta and native.meta["layers"]:
+        if native.meta.get("layers"):
             raise CalibrationError(
                 "expected a converted model, got a prepared one; call calibrate(prepared, loader) "
                 "and convert(prepared) first"

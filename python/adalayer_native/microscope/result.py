@@ -178,7 +178,7 @@ class Comparison:
         """JSON values. Signal to noise is in dB, null where there is no error at all."""
         rows = []
         for row in self.rows:
-            entry = asdict(row)
+            entry = {key: _plain(value) for key, value in asdict(row).items()}
             for kind in ("own", "weights", "activations", "accumulated"):
                 entry[f"{kind}_snr_db"] = _finite(decibels(getattr(row, kind)))
                 entry[kind] = _finite(entry[kind])
@@ -250,7 +250,9 @@ class Comparison:
             "weights: of those alone, inputs: of those alone rounded"
         ]
         if len(shown) < len(self.rows):
-            lines.append(f"{len(self.rows) - len(shown)} rows with smaller own errors are not shown")
+            lines.append(
+                f"{len(self.rows) - len(shown)} rows with smaller own errors are not shown"
+            )
         if self.note:
             lines.append(self.note)
         table.caption = escape("; ".join(lines))
@@ -327,10 +329,14 @@ def _finite(value: float | None) -> float | None:
 
 def _entry(item: Suggestion) -> dict[str, Any]:
     keys = ("name", "kind", "text", "value", "bytes", "before", "after")
-    entry = {key: getattr(item, key) for key in keys} | {"recovered": item.recovered}
+    entry = {key: _plain(getattr(item, key)) for key in keys} | {"recovered": item.recovered}
     if item.changes:
         entry["changes"] = [change.name for change in item.changes]
     return entry
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _pair(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The smallest changes that recover most, chosen on one half of the data and judged on the other."""
+"""The smallest changes that recover most, chosen on half of the data and judged on the other."""
 
 from __future__ import annotations
 

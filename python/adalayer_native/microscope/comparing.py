@@ -13,12 +13,13 @@ from torch.utils import _pytree as pytree
 
 from adalayer_native import ops
 from adalayer_native._progress import ProgressBar
+from adalayer_native.capture import Inputs
 from adalayer_native.capture.loading import captured_on
 from adalayer_native.engine import Engine
 from adalayer_native.errors import CalibrationError, InputError, UnsupportedModelError
 from adalayer_native.importance.batches import tokens_of
 from adalayer_native.importance.outputs import Pick, has_distance, metric_name
-from adalayer_native.microscope.data import Halves, read
+from adalayer_native.microscope.data import read
 from adalayer_native.microscope.findings import finding
 from adalayer_native.microscope.measuring import (
     Sums,
@@ -55,13 +56,14 @@ def compare(
 ) -> Comparison:
     """What quantization does to every layer, and the smallest changes that would undo most of it.
 
-    Every layer is compared where it is a plain convolution or product in both models: with its batch
-    norm, before a residual is added and anything is clamped. **Accumulated** error is that with the
-    inputs that the native network has, **own** error that with the float network's inputs; of the
-    own error, what rounding the weights alone and the inputs alone make of it. Values between layers
-    that something else than a layer reads (sums, pools, softmax) have rows, too. Where a repair has
-    scaled channels between two layers, the float model's values are scaled likewise. Rows come with
-    the worst own error first, since accumulated error says where a fault is seen and not where it is.
+    Every layer is compared where it is a plain convolution or product in both models: with its
+    batch norm, before a residual is added and anything is clamped. **Accumulated** error is that
+    with the inputs that the native network has, **own** error that with the float network's inputs;
+    of the own error, what rounding the weights alone and the inputs alone make of it. Values
+    between layers that something else than a layer reads (sums, pools, softmax) have rows, too.
+    Where a repair has scaled channels between two layers, the float model's values are scaled
+    likewise. Rows come with the worst own error first, since accumulated error says where a fault
+    is seen and not where it is.
 
     **Engines.** An engine holds levels in whatever order its kernels like, and has fused a table or
     a residual into a layer, so it is not taken apart. Its layers are those of the converted model
@@ -72,10 +74,10 @@ def compare(
     integers; where it runs layers in float or parts in torch, to within a twentieth of the error
     that is looked at. ``Comparison.engine`` says how far they agreed.
 
-    **Suggestions.** For the layers whose rounding costs the network most (each by itself in float, on
-    32 samples), and those of the largest own errors, other ranges of the input's grid, more bits in
-    the weights, and the layer in float are applied to copies of the model. Of each layer the smallest
-    change that recovers at least four fifths of what its best one does is kept. What is
+    **Suggestions.** For the layers whose rounding costs the network most (each by itself in float,
+    on 32 samples), and those of the largest own errors, other ranges of the input's grid, more bits
+    in the weights, and the layer in float are applied to copies of the model. Of each layer the
+    smallest change that recovers at least four fifths of what its best one does is kept. What is
     said of its effect is measured on every second sample of the data, which neither the table nor
     the choice has seen. Weights of more bits are rounded anew from the float model's; a repair
     afterwards may do better.
@@ -116,7 +118,9 @@ def compare(
     if not has_distance(wanted[0], output):
         raise CalibrationError("the model returns no tensor of floating point: nothing to compare")
     error = network_error(pairs.native, halves.choosing, wanted, output)
-    agreed = None if engine is None else _check_results(pairs, engine, halves, wanted, error, output)
+    agreed = None
+    if engine is not None:
+        agreed = _check_results(pairs, engine, halves.choosing, error, output)
     with ProgressBar("Comparing layers", None, unit="batch", enabled=progress) as bar:
         rows = _rows(pairs, *measure(pairs, halves.choosing, bar.advance))
     found = Comparison(
@@ -230,12 +234,12 @@ def _check_weights(pairs: Pairs, engine: Engine) -> None:
 
 @torch.no_grad()
 def _check_results(
-    pairs: Pairs, engine: Engine, halves: Halves, wanted: list[Any], error: float, output: Pick
+    pairs: Pairs, engine: Engine, batches: list[Inputs], error: float, output: Pick
 ) -> dict[str, float | None]:
     """How far the engine's results are the converted model's."""
     equal = count = 0
-    results = outputs_of(pairs.native, halves.choosing)
-    for x, result in zip(halves.choosing, results, strict=True):
+    results = outputs_of(pairs.native, batches)
+    for x, result in zip(batches, results, strict=True):
         for a, b in zip(pytree.tree_leaves(result), pytree.tree_leaves(x(engine)), strict=True):
             if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape:
                 equal += int((a == b).sum())
@@ -243,7 +247,7 @@ def _check_results(
     share = equal / max(1, count)
     if share == 1.0:
         return {"equal": 1.0, "snr_db": None}
-    apart = network_error(engine, halves.choosing, results, output)
+    apart = network_error(engine, batches, results, output)
     if apart > max(_AGREES * error, _ROUNDING):
         raise InputError(
             f"the engine does not give the converted model's results: only {100 * share:.2f} % of "
