@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from rich.console import Console
 
 from .. import plot
 from .._console import print_table, say
+from .._files import require_file
 from ..data import Batches, ImageDataset, calibration_indices
 from ..engine import load
 from ..errors import DataError, FileFormatError
@@ -19,7 +19,7 @@ from ..microscope import Comparison, compare
 from ..models import load_weights
 from ..quantization import restore
 from ..report import COMPARISON
-from .compiling import known_normalisation, network_of, packed_of, run_report
+from .compiling import classes_of, known_normalisation, network_of, packed_of, run_report
 from .normalise import DIGITS, chosen, preset
 from .opening import build, open_splits
 from .settings import CompareJob
@@ -52,13 +52,12 @@ def run_compare(job: CompareJob) -> dict[str, Any]:
                 f"it; give {option}"
             )
     assert weights is not None
-    if not weights.is_file():
-        raise FileFormatError(f"weight file {os.fspath(weights)!r} does not exist")
+    require_file(weights, "weight file")
     size = job.image_size or known.get("image_size")
     if size is None:
         raise DataError("the size of the images is not known; give --image-size")
     train, _ = open_splits(str(data), int(size), progress=job.progress)
-    model = build(name, job.classes, known.get("model_classes") or len(train.classes))
+    model = build(name, job.classes, classes_of(packed, known, name, job.classes))
     load_weights(model, weights)
     model.eval()
     normalisation = chosen(job) or known_normalisation(known)

@@ -11,17 +11,21 @@ from typing import Any
 import torch
 
 from .._console import say
+from .._files import found_at
 from ..engine import Engine
 from ..engine import compile as compile_engine
 from ..errors import DataError, FileFormatError, UnsupportedModelError
+from ..files import describe
 from ..measure import model_milliseconds
 from ..ops import get_num_threads
+from ..plan import supported_layers
 from ..quantization import restore
 from .normalise import CHANNELS, Normalisation, chosen, preset
 from .opening import build
 from .settings import CompileJob
 
 __all__ = [
+    "classes_of",
     "known_normalisation",
     "network_of",
     "packed_of",
@@ -29,6 +33,9 @@ __all__ = [
     "run_report",
     "save_engine",
 ]
+
+# Numbers of classes that no layer inside a network has.
+_PROBES = (11, 13)
 
 
 def run_compile(job: CompileJob) -> dict[str, Any]:
@@ -45,7 +52,8 @@ def run_compile(job: CompileJob) -> dict[str, Any]:
     name = network_of(job.model, known, packed)
     shape = _shape(job, known)
     given = chosen(job)
-    model = build(name, job.classes, known.get("model_classes") or 10)
+    classes = classes_of(packed, known, name, job.classes)
+    model = build(name, job.classes, classes)
     normalisation = given or known_normalisation(known) or preset(name, model)
     x = torch.rand(job.batch, *shape)
     native = restore(model, packed, x)
@@ -78,7 +86,7 @@ def packed_of(source: Path) -> Path:
     """
     packed = source / "model.safetensors" if source.is_dir() else source
     if not packed.is_file():
-        what = "holds no model.safetensors" if source.is_dir() else "does not exist"
+        what = "holds no model.safetensors" if source.is_dir() else found_at(source)
         raise FileFormatError(
             f"{os.fspath(source)!r} {what}; expected the output directory of adalayer compress "
             "or a packed model"
@@ -113,6 +121,34 @@ def network_of(name: str | None, known: dict[str, Any], packed: Path) -> str:
             "give --model"
         )
     return str(found)
+
+
+def classes_of(packed: Path, known: dict[str, Any], name: str, wanted: int | None) -> int:
+    """How many classes a packed model has, as its run says it; where none does, as many as the
+    outputs of the layers that have one for each.
+
+    Raises:
+        UnsupportedModelError: these do not say it.
+    """
+    told = wanted or known.get("model_classes")
+    if told is not None:
+        return int(told)
+    few, more = (supported_layers(build(name, None, count)) for count in _PROBES)
+    heads = [
+        layer
+        for layer, module in few.items()
+        if layer in more and (len(module.weight), len(more[layer].weight)) == _PROBES
+    ]
+    if not heads:
+        return _PROBES[0]  # the network does not ask
+    sizes = {entry["name"]: entry["shape"][0] for entry in describe(packed) if entry["name"]}
+    found = {sizes[layer] for layer in heads if layer in sizes}
+    if len(found) != 1:
+        raise UnsupportedModelError(
+            f"{packed} does not say how many classes it has (layers {', '.join(heads)}); "
+            "give --classes"
+        )
+    return int(found.pop())
 
 
 def _shape(job: CompileJob, known: dict[str, Any]) -> tuple[int, ...]:

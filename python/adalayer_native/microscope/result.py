@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from adalayer_native._files import write_text_atomic
+from adalayer_native._files import require_file, write_text_atomic
 from adalayer_native.errors import FileFormatError
 
 __all__ = ["COMPARISON_FORMAT", "Comparison", "Row", "Suggestion", "decibels"]
@@ -213,6 +213,7 @@ class Comparison:
             FileFormatError: missing, damaged, or of another kind or version.
         """
         source = os.fspath(path)
+        require_file(path)
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
