@@ -158,13 +158,13 @@ def compare(
 def _rows(pairs: Pairs, layers: dict[str, Sums], values: dict[str, Sums]) -> list[Row]:
     order = {node: place for place, node in enumerate(pairs.model.graph.nodes)}
     entries: list[tuple[int, Layer | Value, Sums]] = [
-        (order[layer.inputs[0][0]], layer, layers[name])
+        (order[layer.calls[0]], layer, layers[name])
         for name, layer in pairs.layers.items()
-        if layer.inputs  # else the model does not call it
+        if layer.calls  # else the model does not call it
     ]
     entries += [(order[v.nodes[0][0]], v, values[name]) for name, v in pairs.values.items()]
-    # (A layer stands behind the value that it reads.)
-    entries.sort(key=lambda entry: (entry[0], isinstance(entry[1], Layer)))
+    # (A value stands behind the layer that gives it.)
+    entries.sort(key=lambda entry: (entry[0], isinstance(entry[1], Value)))
     rows = [_row(pairs, place, *entry[1:]) for place, entry in enumerate(entries)]
     typical = _typical(rows)
     rows = [finding(row, typical) for row in rows]

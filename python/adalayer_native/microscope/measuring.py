@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from adalayer_native import ops
 from adalayer_native.capture import GraphModel, Inputs
+from adalayer_native.errors import CalibrationError
 from adalayer_native.importance.batches import tokens_of
 from adalayer_native.importance.outputs import Pick, distance
 from adalayer_native.microscope.pairing import Layer, Pairs, scaled_channels
@@ -183,6 +184,9 @@ def measure(
         pairs: what is compared.
         batches: of any size; larger ones are cut.
         advance: called for every piece.
+
+    Raises:
+        CalibrationError: the float model has NaN or infinity somewhere; names the layer.
     """
     here = {a for item in pairs.layers.values() for a, _ in item.inputs}
     there = {b for item in pairs.layers.values() for _, b in item.inputs}
@@ -203,6 +207,12 @@ def measure(
                 values[name].observe(x, grid)
                 own = grid(x)
                 values[name].compare(x, own=own, activations=own, accumulated=got[b])
+        for name, sums in (*layers.items(), *values.items()):
+            if sums.count and not math.isfinite(sums.signal + sums.low + sums.high):
+                raise CalibrationError(
+                    f"{name!r}: the float model has NaN or infinity there on this data; expected "
+                    "finite numbers"
+                )
         advance()
     return layers, values
 

@@ -54,6 +54,7 @@ class Layer:
         weight, bias: of a layer that can be native, those of ``reference``: float32, output
             channels first.
         weights_only: the same with the native layer's weights and bias; None for a float layer.
+        calls: in the float model.
         inputs: per call the float model's value that it reads, and the native model's.
         factor: what the channels of its input are divided by in the native model; None for 1.
         site: of its input's grid; None for a float layer.
@@ -64,6 +65,7 @@ class Layer:
     native: nn.Module
     reference: Callable[[Tensor], Tensor]
     weights_only: Callable[[Tensor], Tensor] | None
+    calls: list[fx.Node]
     inputs: list[tuple[fx.Node, fx.Node]]
     weight: Tensor | None = None
     bias: Tensor | None = None
@@ -147,7 +149,7 @@ def pairs_of(model: GraphModel, native: Any) -> Pairs:
         inputs = list(zip(reads, map(_operand, there), strict=True))
         other = native.get_submodule(name)
         if name not in quantized:
-            found.layers[name] = Layer(name, other, module, None, inputs)
+            found.layers[name] = Layer(name, other, module, None, here, inputs)
             continue
         weight, bias = _folded(model, name, structure)
         row = equalized.rows.get(name)
@@ -164,13 +166,16 @@ def pairs_of(model: GraphModel, native: Any) -> Pairs:
         reference.bias = bias.float()
         estimated = equalized.estimated and (row is not None or column is not None)
         if isinstance(other, FloatLayer):
-            found.layers[name] = Layer(name, weights_only, reference, None, inputs, factor=column)
+            found.layers[name] = Layer(
+                name, weights_only, reference, None, here, inputs, factor=column
+            )
             continue
         found.layers[name] = Layer(
             name,
             other,
             reference,
             weights_only,
+            here,
             inputs,
             weight.float(),
             bias.float(),
@@ -430,10 +435,6 @@ def _add_values(found: Pairs, structure: Structure, equalized: _Equalized) -> No
             continue
         there = on_grid.get(id(grid), [])
         if len(there) != len(site.producers):
-            raise UnsupportedModelError(
-                f"value {site.name!r} has {len(site.producers)} places in "
-                f"{type(found.model).__name__} and {len(there)} in the converted model: they are "
-                "not the same network"
-            )
+            continue  # an operator that knows the grid has taken the value in
         pairs = list(zip(found.producers[site.name], there, strict=True))
         found.values[site.name] = Value(site.target, grid, pairs, factor)
