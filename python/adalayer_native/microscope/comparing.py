@@ -134,7 +134,7 @@ def compare(
     notes = []
     if suggest and halves.judging:
         found.suggestions, found.together = suggested(pairs, rows, halves, output, progress)
-        if not found.suggestions:
+        if error > 0 and not found.suggestions:
             notes.append(
                 "no change of a single layer recovers a hundredth of the error (layers that were "
                 "repaired or trained together make up for each other's errors: a plan with more "
@@ -240,10 +240,17 @@ def _check_results(
     equal = count = 0
     results = outputs_of(pairs.native, batches)
     for x, result in zip(batches, results, strict=True):
-        for a, b in zip(pytree.tree_leaves(result), pytree.tree_leaves(x(engine)), strict=True):
-            if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape:
-                equal += int((a == b).sum())
-                count += a.numel()
+        got = [leaf for leaf in pytree.tree_leaves(x(engine)) if isinstance(leaf, Tensor)]
+        own = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        if [leaf.shape for leaf in own] != [leaf.shape for leaf in got]:
+            shapes = [[list(leaf.shape) for leaf in leaves] for leaves in (own, got)]
+            raise InputError(
+                f"the engine returns tensors of shapes {shapes[1]}, the converted model of "
+                f"{shapes[0]}: it was compiled from another model"
+            )
+        for a, b in zip(own, got, strict=True):
+            equal += int((a == b).sum())
+            count += a.numel()
     share = equal / max(1, count)
     if share == 1.0:
         return {"equal": 1.0, "snr_db": None}
