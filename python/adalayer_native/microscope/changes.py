@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from adalayer_native.quantization.graph import insert_behind, set_submodule
 from adalayer_native.quantization.observers import OBSERVERS, make_observer
 from adalayer_native.rounding import quantize_weight
 
-__all__ = ["Change", "float_layer", "more_bits", "ranges", "wider_input"]
+__all__ = ["Change", "float_layer", "more_bits", "regrids"]
 
 # Ranges that differ by less than this share of their width are the same.
 _SAME = 0.01
@@ -107,8 +107,8 @@ def float_layer(layer: Layer) -> Change | None:
     said (a transposed convolution whose calls choose their size)."""
     module = layer.native
     assert isinstance(module, NativeLayer)
-    calls = [there for _, there in layer.inputs]
-    if isinstance(module, ConvTranspose2d) and any(not isinstance(n.target, str) for n in calls):
+    sized = any(len(there.args) > 1 or there.kwargs for _, there in layer.calls)
+    if isinstance(module, ConvTranspose2d) and sized:
         return None
     reference = layer.reference
     assert isinstance(reference, FloatLayer)
@@ -122,9 +122,9 @@ def float_layer(layer: Layer) -> Change | None:
         plain = FloatLayer(operator, {**arguments, "output_bits": 0}, True)
         plain.weight, plain.bias = weight.clone(), bias.clone()
         set_submodule(native, layer.name, plain)
-        held = getattr(other, "output_grid", None)
-        if held is not None:  # what the layer did on its way out stands by itself again
-            target = next(name for name, module in native.named_modules() if module is held)
+        grid = getattr(other, "output_grid", None)
+        if grid is not None:  # what the layer did on its way out stands by itself again
+            target = next(name for name, found in native.named_modules() if found is grid)
             for node in list(native.graph.nodes):
                 if node.op == "call_module" and node.target == layer.name:
                     insert_behind(native.graph, node, target)
@@ -145,24 +145,29 @@ def float_layer(layer: Layer) -> Change | None:
 # -- grids ----------------------------------------------------------------------------------------
 
 
-def ranges(pairs: Pairs, name: str, site: str, seen: list[Tensor]) -> list[Change]:
-    """Other ranges of a value's grid, as the observers choose them for what the float model has.
+def regrids(pairs: Pairs, name: str, site: str, seen: Iterable[Tensor]) -> list[Change]:
+    """Other grids of a value: ranges as the observers choose them, and 8 bits where it has fewer.
 
     Args:
         pairs: what is compared.
         name: of the row.
         site: of the grid.
-        seen: the float model's values, as the native model has them.
+        seen: the float model's values, as the native model has them; read once.
     """
     present = _grids_at(pairs, site)
     now = present.get(name) or next(iter(present.values()))
+    wanted = [(kind, now.bits) for kind in OBSERVERS]
+    if now.bits < MAX_BITS:
+        wanted.append(("mse", MAX_BITS))
     found: list[Change] = []
     tried: list[Grid] = []
-    for kind in OBSERVERS:
-        new = _observed(kind, now.bits, site, seen)
-        if new is None or any(_alike(new, other) for other in tried):
+    for (kind, bits), new in _observed(wanted, site, seen).items():
+        if bits != now.bits:
+            text = f"{bits} bits in the input instead of {now.bits}"
+            found.append(_regrid(pairs, name, site, new, "input_bits", text, bits))
             continue
-        if all(_alike(new, other) for other in present.values()):
+        same = all(_alike(new, other) for other in present.values())
+        if same or any(_alike(new, other) for other in tried):
             continue
         tried.append(new)
         before, after = (interval((g.low, g.high)) for g in (now, new))
@@ -171,28 +176,21 @@ def ranges(pairs: Pairs, name: str, site: str, seen: list[Tensor]) -> list[Chang
     return found
 
 
-def wider_input(pairs: Pairs, name: str, site: str, seen: list[Tensor]) -> list[Change]:
-    """8 bits in a value of fewer, with the range of least squared error; see :func:`ranges`."""
-    now = _grids_at(pairs, site).get(name)
-    if now is None or now.bits == MAX_BITS:
-        return []
-    new = _observed("mse", MAX_BITS, site, seen)
-    if new is None:
-        return []
-    text = f"{MAX_BITS} bits in the input instead of {now.bits}"
-    return [_regrid(pairs, name, site, new, "input_bits", text, MAX_BITS)]
-
-
-def _observed(kind: str, bits: int, site: str, seen: list[Tensor]) -> Grid | None:
-    """The grid that an observer chooses; None where no grid holds such values."""
-    observer = make_observer(kind, bits, site)
+def _observed(
+    wanted: list[tuple[str, int]], site: str, seen: Iterable[Tensor]
+) -> dict[tuple[str, int], Grid]:
+    """The grids that observers choose, by kind and bits; none where no grid holds the values."""
+    observers = {(kind, bits): make_observer(kind, bits, site) for kind, bits in wanted}
     try:
         for x in seen:
-            observer.observe(x)
-        scale, zero_point = grid(*observer.range(), bits)
+            for observer in observers.values():
+                observer.observe(x)
+        return {
+            key: Grid(*grid(*observer.range(), key[1]), key[1])
+            for key, observer in observers.items()
+        }
     except CalibrationError:
-        return None
-    return Grid(scale, zero_point, bits)
+        return {}
 
 
 def _alike(a: Grid, b: Grid) -> bool:

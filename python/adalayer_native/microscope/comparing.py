@@ -158,7 +158,7 @@ def compare(
 def _rows(pairs: Pairs, layers: dict[str, Sums], values: dict[str, Sums]) -> list[Row]:
     order = {node: place for place, node in enumerate(pairs.model.graph.nodes)}
     entries: list[tuple[int, Layer | Value, Sums]] = [
-        (order[layer.calls[0]], layer, layers[name])
+        (order[layer.calls[0][0]], layer, layers[name])
         for name, layer in pairs.layers.items()
         if layer.calls  # else the model does not call it
     ]

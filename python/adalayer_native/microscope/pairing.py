@@ -54,7 +54,7 @@ class Layer:
         weight, bias: of a layer that can be native, those of ``reference``: float32, output
             channels first.
         weights_only: the same with the native layer's weights and bias; None for a float layer.
-        calls: in the float model.
+        calls: in the float model and in the native one.
         inputs: per call the float model's value that it reads, and the native model's.
         factor: what the channels of its input are divided by in the native model; None for 1.
         site: of its input's grid; None for a float layer.
@@ -65,7 +65,7 @@ class Layer:
     native: nn.Module
     reference: Callable[[Tensor], Tensor]
     weights_only: Callable[[Tensor], Tensor] | None
-    calls: list[fx.Node]
+    calls: list[tuple[fx.Node, fx.Node]]
     inputs: list[tuple[fx.Node, fx.Node]]
     weight: Tensor | None = None
     bias: Tensor | None = None
@@ -142,6 +142,7 @@ def pairs_of(model: GraphModel, native: Any) -> Pairs:
                 f"layer {name!r} is called {len(here)} times by {type(model).__name__} and "
                 f"{len(there)} times by the converted model: they are not the same network"
             )
+        both = list(zip(here, there, strict=True))
         norm = structure.input_norms.get(name)
         reads = [_operand(call) for call in here]
         if norm is not None:
@@ -149,7 +150,7 @@ def pairs_of(model: GraphModel, native: Any) -> Pairs:
         inputs = list(zip(reads, map(_operand, there), strict=True))
         other = native.get_submodule(name)
         if name not in quantized:
-            found.layers[name] = Layer(name, other, module, None, here, inputs)
+            found.layers[name] = Layer(name, other, module, None, both, inputs)
             continue
         weight, bias = _folded(model, name, structure)
         row = equalized.rows.get(name)
@@ -167,7 +168,7 @@ def pairs_of(model: GraphModel, native: Any) -> Pairs:
         estimated = equalized.estimated and (row is not None or column is not None)
         if isinstance(other, FloatLayer):
             found.layers[name] = Layer(
-                name, weights_only, reference, None, here, inputs, factor=column
+                name, weights_only, reference, None, both, inputs, factor=column
             )
             continue
         found.layers[name] = Layer(
@@ -175,7 +176,7 @@ def pairs_of(model: GraphModel, native: Any) -> Pairs:
             other,
             reference,
             weights_only,
-            here,
+            both,
             inputs,
             weight.float(),
             bias.float(),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+
+from torch import Tensor
 
 from adalayer_native._progress import ProgressBar
 from adalayer_native.capture import Inputs
 from adalayer_native.importance.outputs import Pick
-from adalayer_native.microscope.changes import Change, float_layer, more_bits, ranges, wider_input
+from adalayer_native.microscope.changes import Change, float_layer, more_bits, regrids
 from adalayer_native.microscope.data import Halves
 from adalayer_native.microscope.measuring import (
     network_error,
@@ -112,8 +114,7 @@ def _trials(pairs: Pairs, row: Row, halves: Halves) -> list[Change]:
     assert site is not None
     found: list[Change | None] = []
     if row.activations is not None and row.activations >= DECISIVE * row.own:
-        seen = _seen(pairs, site, halves)
-        found += ranges(pairs, row.name, site, seen) + wider_input(pairs, row.name, site, seen)
+        found += regrids(pairs, row.name, site, _seen(pairs, site, halves))
     if layer is not None and isinstance(layer.native, NativeLayer):
         if row.weights is not None and row.weights >= DECISIVE * row.own:
             found += more_bits(pairs, layer)
@@ -121,15 +122,13 @@ def _trials(pairs: Pairs, row: Row, halves: Halves) -> list[Change]:
     return [change for change in found if change is not None]
 
 
-def _seen(pairs: Pairs, site: str, halves: Halves) -> list[Any]:
-    """The float model's values that lie on a grid."""
+def _seen(pairs: Pairs, site: str, halves: Halves) -> Iterator[Tensor]:
+    """The float model's values that lie on a grid, piece by piece."""
     nodes, factor = pairs.producers[site], pairs.factors.get(site)
     cut = pieces(halves.choosing, pairs.model, nodes)
-    return [
-        scaled_channels(value, factor)
-        for values in recorded(pairs.model, nodes, cut)
-        for value in values.values()
-    ]
+    for values in recorded(pairs.model, nodes, cut):
+        for value in values.values():
+            yield scaled_channels(value, factor)
 
 
 def _judged(
