@@ -20,10 +20,9 @@ from adalayer_native.nn.float_layer import FloatLayer
 from adalayer_native.nn.layer import NativeLayer, checked_qparams
 from adalayer_native.plan import MAX_BITS
 from adalayer_native.quantization.chains import ACT_ROOT
-from adalayer_native.quantization.fake_quant import grid
 from adalayer_native.quantization.graph import insert_behind, set_submodule
 from adalayer_native.quantization.observers import OBSERVERS, make_observer
-from adalayer_native.rounding import quantize_weight
+from adalayer_native.rounding import activation_grid, quantize_weight
 
 __all__ = ["Change", "float_layer", "more_bits", "regrids"]
 
@@ -186,7 +185,7 @@ def _observed(
             for observer in observers.values():
                 observer.observe(x)
         return {
-            key: Grid(*grid(*observer.range(), key[1]), key[1])
+            key: Grid(*activation_grid(*observer.range(), key[1]), key[1])
             for key, observer in observers.items()
         }
     except CalibrationError:
