@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from adalayer_native.files import save
     from adalayer_native.importance.analyze import analyze
     from adalayer_native.importance.scores import LayerScores
+    from adalayer_native.microscope import Comparison, compare
     from adalayer_native.onnx import from_onnx, to_onnx
     from adalayer_native.ops import get_num_threads, set_num_threads
     from adalayer_native.plan import LayerPlan, Plan
@@ -55,6 +56,7 @@ __all__ = [
     "Budget",
     "BudgetError",
     "CalibrationError",
+    "Comparison",
     "Compressed",
     "DataError",
     "DeviceError",
@@ -75,6 +77,7 @@ __all__ = [
     "analyze",
     "calibrate",
     "capture",
+    "compare",
     "compile",
     "compress",
     "convert",
@@ -121,6 +124,7 @@ __getattr__, __dir__ = lazy(
         "files": ["save"],
         "importance.analyze": ["analyze"],
         "importance.scores": ["LayerScores"],
+        "microscope": ["Comparison", "compare"],
         "onnx": ["from_onnx", "to_onnx"],
         "ops": ["get_num_threads", "set_num_threads"],
         "plan": ["LayerPlan", "Plan"],

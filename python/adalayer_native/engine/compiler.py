@@ -94,6 +94,7 @@ def compile(
     )
     if not _treats_one_alike(model, engine, Inputs.of(example_inputs)):
         engine.require_batch(2)
+    engine.came_from(model)
     return engine
 
 

@@ -38,13 +38,14 @@ class Opened:
     normalisation: Normalisation
 
 
-def open_splits(job: CompressJob | TrainJob) -> tuple[ImageDataset, ImageDataset]:
-    """(train, test) of the job's data."""
-    if job.data == "digits":
-        return digits(job.image_size)
+def open_splits(
+    data: str, image_size: int, *, progress: bool = True
+) -> tuple[ImageDataset, ImageDataset]:
+    """(train, test) of data as the command line names it."""
+    if data == "digits":
+        return digits(image_size)
     train, test = (
-        open_dataset(job.data, split, job.image_size, progress=job.progress)
-        for split in ("train", "test")
+        open_dataset(data, split, image_size, progress=progress) for split in ("train", "test")
     )
     return train, test
 
@@ -62,7 +63,7 @@ def open_model(job: CompressJob | TrainJob) -> Opened:
         raise FileFormatError(
             f"the weights of {job.model!r} are needed: give --weights (an ONNX file has its own)"
         )
-    train, test = open_splits(job)
+    train, test = open_splits(job.data, job.image_size, progress=job.progress)
     model = build(job.model, job.classes, len(train.classes), job.image_size)
     if weights is not None:
         load_weights(model, weights)
