@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ import adalayer_native as ada
 from adalayer_native import LayerPlan, Plan, PlanError, plot
 from adalayer_native.allocation import LayerTable
 from adalayer_native.importance import LayerScore, LayerScores
+from adalayer_native.microscope import Row
 from adalayer_native.plot.style import colour_of, groups, is_dark, shortened
 
 PICTURES = {"ribbon": plot.ribbon, "fingerprint": plot.fingerprint, "bars": plot.bars}
@@ -213,6 +216,67 @@ def test_sensitivity_of_criteria() -> None:
     assert image == pytest.approx(np.array([[1.0, 0.5], [0.5, 1.0]]))
     with pytest.raises(PlanError, match="without layers"):
         plot.sensitivity(LayerScores({}))
+
+
+def comparison_of(count: int) -> ada.Comparison:
+    """Layers that get worse, with a value behind each; the last layer has a fault."""
+    rows = []
+    for place in range(count):
+        value, last = bool(place % 2), place == count - 1
+        own = 10.0 ** (-5 + 3 * place / count)
+        name = f"act_quant.block{place // 4}_{place}" if value else f"block{place // 4}.{place}"
+        rows.append(
+            Row(
+                name=name,
+                kind="value" if value else "conv2d", place=place,
+                bits=None if value else 2 + place % 7, input_bits=8, own=own,
+                weights=None if value else own / 2, activations=own / 2, accumulated=2 * own,
+                cosine=0.99, clipped=0.05 if last else 0.0, clipping=float(last),
+                calibrated=(0.0, 1.0), observed=(0.0, 2.0), finding="clips" if last else "",
+            )
+        )  # fmt: skip
+    return ada.Comparison(tuple(rows[::-1]), 0.01, "kl_divergence", 64)
+
+
+@pytest.mark.parametrize("count", [1, 9, 161])
+def test_microscope(tmp_path: Path, count: int) -> None:
+    found = comparison_of(count)
+    figure = plot.microscope(found, tmp_path / "m.png", dpi=60)
+    with Image.open(tmp_path / "m.png") as image:
+        assert image.format == "PNG" and min(image.size) > 150
+    upper, lower = figure.axes[:2]
+    bars = [patch.get_height() for patch in upper.patches]  # in the network's order
+    assert bars == pytest.approx([50 - 30 * place / count for place in range(count)])
+    assert [to_hex(p.get_facecolor()) for p in upper.patches[:2]] == [
+        to_hex(colour_of(bits)) for bits in (2, 8)[:count]
+    ]
+    assert [patch.get_height() for patch in lower.patches][-1] == pytest.approx(5)
+    assert "1 finding" in " ".join(texts(figure))
+    names = [label.get_text() for label in lower.get_xticklabels()]
+    if count == 9:
+        assert names[1] == "block0_1" and names[8] == "block2.8"
+        assert [label.get_weight() for label in lower.get_xticklabels()] == ["normal"] * 8 + [
+            "bold"
+        ]
+    plot.microscope(found, tmp_path / "m.svg")
+    first = (tmp_path / "m.svg").read_bytes()
+    plot.microscope(found, tmp_path / "m.svg")
+    assert first == (tmp_path / "m.svg").read_bytes()
+
+
+def test_microscope_of_what_has_no_number(tmp_path: Path) -> None:
+    (row,) = comparison_of(1).rows
+    odd = [
+        replace(row, own=0.0, accumulated=math.inf, weights=None, activations=None, clipped=None),
+        replace(row, place=1, bits=None, input_bits=None),
+    ]
+    upper = plot.microscope(ada.Comparison(tuple(odd), 0.0, "squared_error", 1)).axes[0]
+    assert [patch.get_height() for patch in upper.patches] == pytest.approx([90, 50])
+    with pytest.raises(ValueError, match="without rows"):
+        plot.microscope(ada.Comparison((), 0.0, "squared_error", 1), tmp_path / "x.png")
+    with pytest.raises(ValueError, match=r"x\.gif: expected a file name"):
+        plot.microscope(comparison_of(2), tmp_path / "x.gif")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_bad_input(tmp_path: Path) -> None:

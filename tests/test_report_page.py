@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -242,6 +244,50 @@ def test_runs_that_are_refused(copy: Path, tmp_path: Path) -> None:
         load_run(copy)
 
 
+def compared(run: Path) -> ada.Comparison:
+    """The run's model beside its float network."""
+    model = tiny()
+    native = ada.restore(model, run / "model.safetensors", batches(1)[0][0])
+    return ada.compare(model, native, batches(2, 32), progress=False)
+
+
+def test_a_comparison_is_a_tab(made: Path, copy: Path) -> None:
+    without = page(load_run(made))
+    assert load_run(made).comparison is None and '<nav role="tablist"' not in without
+    assert "adalayer compare looks for the layers" in without
+    found = compared(copy)
+    found.save(copy / "compare.json")
+    run = load_run(copy)
+    assert run.comparison == found
+    text = page(run).split("<script>")[0]
+    assert text.count('role="tab"') == 2 and '<nav role="tablist" aria-label' in text
+    body = text[text.index('<div id="microscope">') :]
+    for row in found:
+        assert f'data-value="{row.name}">{row.name}</td>' in body
+    assert "<svg" in body and found.summary() in body and "script>alert(1)" not in body
+    for item in found.suggestions:
+        assert item.text in body and f"{100 * item.recovered:.1f}</td>" in body
+    hostile = ada.Comparison(
+        tuple(replace(row, finding="<b>x") for row in found), math.inf, "squared_error", 3,
+        note="<i>why", engine={"equal": 0.5, "snr_db": None},
+    )  # fmt: skip
+    hostile.save(copy / "compare.json")
+    text = page(load_run(copy))
+    assert "&lt;b&gt;x" in text and "&lt;i&gt;why" in text and "<b>x" not in text
+    assert "50 % of the engine" in text and "What would recover most" not in text
+
+
+def test_comparisons_that_are_refused(copy: Path) -> None:
+    found = compared(copy)
+    other = [replace(row, bits=3) if row.name == "conv2" else row for row in found]
+    replace(found, rows=tuple(other)).save(copy / "compare.json")
+    with pytest.raises(FileFormatError, match=r"compare\.json is about another model.*'conv2'"):
+        load_run(copy)
+    (copy / "compare.json").write_text("{")
+    with pytest.raises(FileFormatError, match=r"compare\.json: not readable"):
+        load_run(copy)
+
+
 # -- in a browser -------------------------------------------------------------------------------
 
 
@@ -252,6 +298,9 @@ def chromium(made: Path, tmp_path_factory) -> Browser:
         pytest.skip(MISSING)
     root = tmp_path_factory.mktemp("browser")
     write_page(load_run(made), root / "report.html")
+    shutil.copytree(made, root / "run")
+    compared(root / "run").save(root / "run" / "compare.json")
+    write_page(load_run(root / "run"), root / "tabs.html")
     with browser(root / "profile") as session:
         session.open(root / "report.html")
         yield session
@@ -394,6 +443,53 @@ def test_classes_are_sorted_like_layers(chromium: Browser) -> None:
     assert order() == ["bee <b>", "ape", "cow"]  # who lost most comes first, unknown last
     chromium.click("#classes th:nth-child(5) button")
     assert order() == ["ape", "bee <b>", "cow"]
+
+
+def test_tabs(chromium: Browser, tmp_path_factory) -> None:
+    here = Path(chromium.run("return decodeURIComponent(location.pathname)"))
+
+    def shown() -> list[bool]:
+        return chromium.run(
+            "return ['plan', 'microscope'].map((name) => "
+            "document.getElementById(name).getBoundingClientRect().height > 0);"
+        )
+
+    assert shown() == [True, True]  # of a run without a comparison: a sentence, and no tabs
+    assert chromium.run("return document.querySelector('[role=tablist]')") is None
+    try:
+        chromium.open(here.parent / "tabs.html")
+        assert shown() == [True, False]
+        chromium.click("#tab-microscope")
+        assert shown() == [False, True]
+        assert chromium.run(
+            "return ['plan', 'microscope'].map((n) => "
+            "document.getElementById(`tab-${n}`).ariaSelected)"
+        ) == ["false", "true"]
+        width = chromium.run(
+            "return document.querySelector('#layers-picture svg').getBoundingClientRect().width"
+        )
+        assert width > 400
+        order = (
+            "return [...document.querySelectorAll('#errors tbody tr')].map((r) => r.dataset.place)"
+        )
+        before = chromium.run(order)
+        assert before == sorted(before, key=int)  # worst own error first
+        chromium.click("#errors th:nth-child(4) button")  # by own signal to noise, ascending
+        assert chromium.run(order) == before
+        chromium.click("#errors th:nth-child(4) button")
+        assert chromium.run(order) == before[::-1]
+        chromium.run(
+            "document.getElementById('tab-microscope').dispatchEvent("
+            "new KeyboardEvent('keydown', {key: 'ArrowRight', bubbles: true}));"
+        )
+        assert shown() == [True, False]
+        assert chromium.run("return document.activeElement.id") == "tab-plan"
+        chromium.type("#filter", "conv2")
+        assert column(chromium, "layer") == ["conv2"]
+        chromium.run("location.hash = '#microscope'; location.reload();")
+        assert shown() == [False, True]
+    finally:
+        chromium.open(here)
 
 
 def test_console_is_clean_and_nothing_is_requested(chromium: Browser) -> None:

@@ -40,6 +40,7 @@ PYTHON_ROOMS = [
         "quantization",
         "repair",
         "engine",
+        "onnx",
         "importance",
         "allocation",
         "training",
@@ -48,7 +49,19 @@ PYTHON_ROOMS = [
         "_options",
         "compress",
     ),
-    *("measure", "plot", "report", "study", "serve", "jobs", "demo", "infos", "cli", "__main__"),
+    *(
+        "measure",
+        "microscope",
+        "plot",
+        "report",
+        "study",
+        "serve",
+        "jobs",
+        "demo",
+        "infos",
+        "cli",
+        "__main__",
+    ),
 ]
 CPP_ROOMS = ["core", "formats", "reference", "cpu", "engine", "capi", "bindings", "cuda"]
 # Folders of csrc/cpu; the kernel table and the interfaces of its kernels lie in none.

@@ -214,6 +214,15 @@ def test_random_networks(seed: int) -> None:
     _check(native, engine, [(34, 39), (51, 28)])
 
 
+def _refuses(native: Any, h: int, w: int) -> bool:
+    """Whether a captured model takes no images of that size."""
+    try:
+        native.signature.check([torch.zeros(1, 1, 1, 1).expand(2, 3, h, w)])
+    except InputError:
+        return True
+    return False
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2, 40))
 def test_more_random_networks(seed: int) -> None:
@@ -225,10 +234,8 @@ def test_more_random_networks(seed: int) -> None:
         # takes the sizes of its own alone.
         if "it was captured where" not in str(error):
             raise
-        with pytest.raises(InputError):
-            for h in range(28, 71):
-                for w in range(28, 71):
-                    native.signature.check([torch.zeros(1, 1, 1, 1).expand(2, 3, h, w)])
+        sides = range(28, 71)
+        assert any(_refuses(native, h, w) for h in sides for w in sides)
         return
     _check(native, engine, [(34, 39), (51, 28), (70, 70), (29, 47)])
 

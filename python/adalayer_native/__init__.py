@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from adalayer_native.files import save
     from adalayer_native.importance.analyze import analyze
     from adalayer_native.importance.scores import LayerScores
+    from adalayer_native.microscope import Comparison, compare
+    from adalayer_native.onnx import from_onnx, to_onnx
     from adalayer_native.ops import get_num_threads, set_num_threads
     from adalayer_native.plan import LayerPlan, Plan
     from adalayer_native.quantization.calibrate import calibrate
@@ -54,6 +56,7 @@ __all__ = [
     "Budget",
     "BudgetError",
     "CalibrationError",
+    "Comparison",
     "Compressed",
     "DataError",
     "DeviceError",
@@ -75,12 +78,14 @@ __all__ = [
     "analyze",
     "calibrate",
     "capture",
+    "compare",
     "compile",
     "compress",
     "convert",
     "energy",
     "estimate_bytes",
     "finetune",
+    "from_onnx",
     "get_cmake_dir",
     "get_include",
     "get_library_dir",
@@ -98,6 +103,7 @@ __all__ = [
     "save",
     "set_num_threads",
     "simulate",
+    "to_onnx",
 ]
 
 __getattr__, __dir__ = lazy(
@@ -119,6 +125,8 @@ __getattr__, __dir__ = lazy(
         "files": ["save"],
         "importance.analyze": ["analyze"],
         "importance.scores": ["LayerScores"],
+        "microscope": ["Comparison", "compare"],
+        "onnx": ["from_onnx", "to_onnx"],
         "ops": ["get_num_threads", "set_num_threads"],
         "plan": ["LayerPlan", "Plan"],
         "quantization.calibrate": ["calibrate"],

@@ -15,6 +15,7 @@ from .data.layout import DATA_HELP
 from .plan import MAX_BITS, MIN_BITS
 
 __all__ = [
+    "MAX_SEED",
     "Batch",
     "Classes",
     "Country",
@@ -34,6 +35,7 @@ __all__ = [
     "numbers_of",
     "output_file",
     "output_folder",
+    "picture_file",
     "share",
     "whole_numbers",
     "widths",
@@ -110,6 +112,13 @@ def output_file(path: Path | None) -> Path | None:
     if not there.is_dir():
         raise typer.BadParameter(f"{there} is a file; expected a folder")
     return _writable(path, there)
+
+
+def picture_file(path: Path | None) -> Path | None:
+    """Callback of an option for a picture that will be written."""
+    if path is not None and path.suffix.lower() not in (".png", ".svg"):
+        raise typer.BadParameter(f"expected a file name in .png or .svg, got {path.name!r}")
+    return output_file(path)
 
 
 def _writable(path: Path, there: Path) -> Path:
@@ -216,7 +225,9 @@ def input_sizes(text: str | None) -> str | None:
     return text
 
 
-Model = Annotated[str, typer.Argument(help="Built-in name or package.module:callable.")]
+Model = Annotated[
+    str, typer.Argument(help="Built-in name, package.module:callable or an .onnx file.")
+]
 Data = Annotated[str, typer.Option(help=DATA_HELP)]
 Classes = Annotated[int | None, typer.Option(min=1, help="Classes; default: what the data has.")]
 Mean = Annotated[

@@ -1,4 +1,4 @@
-"""Command line: ``adalayer demo | train | compress | compile | report | info | study | serve``.
+"""Command line: ``adalayer demo``, ``train``, ``compress``, ``compile``, ``compare``, ``report``, …
 
 What stands here loads nothing but typer; each command imports what it runs.
 """
@@ -16,6 +16,7 @@ import typer
 
 from . import _console
 from ._options import (
+    MAX_SEED,
     Batch,
     Classes,
     Country,
@@ -35,6 +36,7 @@ from ._options import (
     numbers_of,
     output_file,
     output_folder,
+    picture_file,
     share,
     whole_numbers,
     widths,
@@ -107,8 +109,10 @@ def _scale(text: str | None) -> float | None:
 @app.command(short_help="Compress a network under a budget.")
 def compress(
     model: Model,
-    weights: Annotated[Path, typer.Option(help="Float weights, safetensors.")],
     data: Data,
+    weights: Annotated[
+        Path | None, typer.Option(help="Float weights, safetensors; an ONNX file has its own.")
+    ] = None,
     out: Annotated[
         Path, typer.Option(callback=output_folder, help="Directory for the results.")
     ] = Path("compressed"),
@@ -353,6 +357,78 @@ def compile_packed(
         threads=threads,
     )
     found = run_compile(job)
+    if as_json:
+        print(json.dumps(found, indent=2))
+
+
+@app.command(short_help="Find the layers that lost accuracy, and what would recover it.")
+def compare(
+    source: Annotated[
+        Path, typer.Argument(help="Output directory of compress, or a packed model.safetensors.")
+    ],
+    weights: Annotated[
+        Path | None, typer.Option(help="Float weights, safetensors; default: the run's.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="As for compress; default: the run's. Training images of it.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(callback=output_file, help="JSON file; default: compare.json beside it."),
+    ] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(callback=picture_file, help="Draw it as well: a .png or .svg file."),
+    ] = None,
+    samples: Annotated[
+        int,
+        typer.Option(min=1, help="Images; every second one only judges the suggestions."),
+    ] = 256,
+    suggest: Annotated[bool, typer.Option(help="Try changes, and measure their effect.")] = True,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Built-in name or package.module:callable; default: the run's."),
+    ] = None,
+    classes: Annotated[int | None, typer.Option(min=1, help="Default: the run's.")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, max=4096, help="Pixels per side; default: the run's.")
+    ] = None,
+    mean: Mean = None,
+    std: Std = None,
+    scale: Scale = None,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Of the images, where no run says it.")
+    ] = 0,
+    threads: Threads = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the JSON at the end.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare a packed model with its float network, layer by layer, worst first.
+
+    The images are training images that the run was not calibrated with. adalayer report shows the
+    result on its page.
+    """
+    from .jobs import CompareJob, run_compare
+
+    job = CompareJob(
+        source=source,
+        model=model,
+        weights=weights,
+        data=data,
+        out=out,
+        picture=picture,
+        samples=samples,
+        suggest=suggest,
+        image_size=image_size,
+        classes=classes,
+        mean=numbers_of(mean),
+        std=numbers_of(std),
+        scale=_scale(scale),
+        seed=seed,
+        threads=threads,
+        progress=not quiet,
+    )
+    found = run_compare(job)
     if as_json:
         print(json.dumps(found, indent=2))
 

@@ -16,12 +16,15 @@ from adalayer_native.errors import CalibrationError
 __all__ = ["captured_on", "checked_batches", "first_sample"]
 
 
-def captured_on(model: Any, loader: Iterable[Any] | None = None) -> GraphModel:
+def captured_on(
+    model: Any, loader: Iterable[Any] | None = None, *, what: str = "calibration"
+) -> GraphModel:
     """A model captured with a loader's first batch as example; what is captured already, as it is.
 
     Args:
         model: an ``nn.Module``, an ``ExportedProgram`` or what ``capture`` returned.
         loader: calibration data. Without it an example is guessed where the model is not known yet.
+        what: the data is for, in messages.
 
     Raises:
         CalibrationError: the loader is a one-shot iterator or empty, or its first batch unusable.
@@ -31,9 +34,9 @@ def captured_on(model: Any, loader: Iterable[Any] | None = None) -> GraphModel:
         loader = repeatable(loader)
     if isinstance(model, GraphModel) or not isinstance(model, nn.Module) or loader is None:
         return captured(model)
-    for _, x, _ in checked_batches(loader, model):
+    for _, x, _ in checked_batches(loader, model, what=what):
         return captured(model, example=x)
-    raise CalibrationError("the calibration loader is empty: all its batches hold no sample")
+    raise CalibrationError(f"the {what} loader is empty: all its batches hold no sample")
 
 
 def first_sample(model: GraphModel, loader: Iterable[Any]) -> Inputs:
@@ -48,13 +51,18 @@ def first_sample(model: GraphModel, loader: Iterable[Any]) -> Inputs:
 
 
 def checked_batches(
-    loader: Iterable[Any], model: nn.Module, limit: int | None = None
+    loader: Iterable[Any],
+    model: nn.Module,
+    limit: int | None = None,
+    *,
+    what: str = "calibration",
 ) -> Iterator[tuple[int, Inputs, Any]]:
     """Number, arguments and labels (``None`` without) of at most ``limit`` batches.
 
     A batch is a tensor, a tuple (inputs, then labels) or a dictionary of arguments by name, with
     the labels in it or without. Tensors of floating point get the model's type, others stay, and
-    all go to its device. A batch without a sample is left out.
+    all go to its device. A batch without a sample is left out. ``what`` the data is for stands in
+    messages.
 
     Raises:
         CalibrationError: no batch at all, a batch of another kind or with NaN or infinity in it;
@@ -80,16 +88,16 @@ def checked_batches(
         try:
             x, target = batch_inputs(model, item)
         except CalibrationError as error:
-            raise CalibrationError(f"calibration batch {index}: {error}") from None
+            raise CalibrationError(f"{what} batch {index}: {error}") from None
         if not x.tensors():
-            raise CalibrationError(f"calibration batch {index}: expected tensors, got {_kinds(x)}")
+            raise CalibrationError(f"{what} batch {index}: expected tensors, got {_kinds(x)}")
         if x.count == 0:
             continue
         if not x.is_finite():
-            raise CalibrationError(f"calibration batch {index} holds NaN or infinity")
+            raise CalibrationError(f"{what} batch {index} holds NaN or infinity")
         yield index, x.map(moved), pytree.tree_map(placed, target)
     if index < 0:
-        raise CalibrationError("the calibration loader is empty: it yields no batch")
+        raise CalibrationError(f"the {what} loader is empty: it yields no batch")
 
 
 def _kinds(x: Inputs) -> str:

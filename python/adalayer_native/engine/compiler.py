@@ -36,7 +36,7 @@ from adalayer_native.engine.segments import Part, TorchPart, divide, is_layer
 from adalayer_native.engine.work import multiply_accumulates
 from adalayer_native.errors import CalibrationError, UnsupportedModelError
 
-__all__ = ["compile", "compile_exported", "compile_range"]
+__all__ = ["check_converted", "compile", "compile_exported", "compile_range"]
 
 POLICIES = ("fastest", "native")
 
@@ -94,7 +94,7 @@ def compile(
         raise ValueError(f"weights must be one of {WEIGHTS}, got {weights!r}")
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"expected an nn.Module, got {type(model).__name__}")
-    _check_converted(model)
+    check_converted(model)
     exported = export(model, example_inputs)
     signature = _signature(model)
     batch = Inputs.of(example_inputs).count
@@ -114,6 +114,7 @@ def compile(
         )
     if not _treats_one_alike(model, engine, Inputs.of(example_inputs)):
         engine.require_batch(2)
+    engine.came_from(model)
     return engine
 
 
@@ -190,7 +191,8 @@ def _signature(model: nn.Module) -> inspect.Signature:
     return found if isinstance(found, inspect.Signature) else inspect.signature(model.forward)
 
 
-def _check_converted(model: nn.Module) -> None:
+def check_converted(model: nn.Module) -> None:
+    """Raise unless a model has native layers; the error says what it is instead."""
     from adalayer_native.nn.layer import NativeLayer
 
     if any(isinstance(module, NativeLayer) for module in model.modules()):

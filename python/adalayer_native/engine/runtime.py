@@ -7,6 +7,7 @@ import math
 import os
 import statistics
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -110,6 +111,8 @@ class Engine:
         self._call = Call.flat(self.inputs) if call is None else call
         self.preprocessing = preprocessing
         self.class_names = class_names
+        # The converted model, as long as somebody holds it; see compile().
+        self._source: weakref.ref[torch.nn.Module] | None = None
         self._single: NativePart | None = None
         if len(steps) == 1 and isinstance(steps[0].run, NativePart) and len(self.inputs) == 1:
             part = steps[0].run
@@ -125,7 +128,7 @@ class Engine:
         self.require_batch(least_batch)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_out_spec": skeleton(self._out_spec)}
+        return {**self.__dict__, "_out_spec": skeleton(self._out_spec), "_source": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -570,6 +573,30 @@ class Engine:
             if tensors:
                 tensors.update(zip(step.outputs, results, strict=True))
         return Coverage(tuple(rows), batch, workers)
+
+    @property
+    def source(self) -> torch.nn.Module | None:
+        """The converted model that it was compiled from, as long as somebody holds that."""
+        return None if self._source is None else self._source()
+
+    def came_from(self, model: torch.nn.Module) -> None:
+        """Remember the converted model, without keeping it."""
+        self._source = weakref.ref(model)
+
+    def packed_weights(self) -> dict[str, Tensor]:
+        """The canonical packed weights of every quantized layer by its name, uint8."""
+        found = {}
+        for step in self._steps:
+            if not isinstance(step.run, NativePart):
+                continue
+            program = step.run.program
+            kinds = program.constants()
+            for op, name, _, _, _, _, constants in program.nodes():
+                layer = op in ("conv", "conv_transpose", "float_conv")
+                if layer and kinds[constants[0]][0] == "weights":
+                    data = bytearray(program.constant_bytes(constants[0]))
+                    found[name] = torch.frombuffer(data, dtype=torch.uint8)
+        return found
 
     @property
     def native_share(self) -> float:

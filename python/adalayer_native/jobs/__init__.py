@@ -1,15 +1,18 @@
-"""What the command line's ``compress``, ``train`` and ``compile`` do."""
+"""What the command line's ``compress``, ``train``, ``compile`` and ``compare`` do."""
 
+from .comparing import run_compare
 from .compiling import run_compile
 from .compressing import check_compress, run_compress
-from .settings import CompileJob, CompressJob, TrainJob
+from .settings import CompareJob, CompileJob, CompressJob, TrainJob
 from .training import run_train
 
 __all__ = [
+    "CompareJob",
     "CompileJob",
     "CompressJob",
     "TrainJob",
     "check_compress",
+    "run_compare",
     "run_compile",
     "run_compress",
     "run_train",

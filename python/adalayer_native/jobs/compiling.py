@@ -17,6 +17,7 @@ from ..engine import compile as compile_engine
 from ..errors import DataError, FileFormatError, UnsupportedModelError
 from ..files import describe
 from ..measure import model_milliseconds
+from ..models import is_file
 from ..ops import get_num_threads
 from ..plan import supported_layers
 from ..quantization import restore
@@ -24,7 +25,15 @@ from .normalise import CHANNELS, Normalisation, chosen, preset
 from .opening import build
 from .settings import CompileJob
 
-__all__ = ["run_compile", "save_engine"]
+__all__ = [
+    "classes_of",
+    "known_normalisation",
+    "network_of",
+    "packed_of",
+    "run_compile",
+    "run_report",
+    "save_engine",
+]
 
 # Numbers of classes that no layer inside a network has.
 _PROBES = (11, 13)
@@ -39,25 +48,14 @@ def run_compile(job: CompileJob) -> dict[str, Any]:
     """
     if job.threads is not None:
         torch.set_num_threads(job.threads)
-    packed = job.source / "model.safetensors" if job.source.is_dir() else job.source
-    if not packed.is_file():
-        what = "holds no model.safetensors" if job.source.is_dir() else found_at(job.source)
-        raise FileFormatError(
-            f"{os.fspath(job.source)!r} {what}; expected the output directory of adalayer compress "
-            "or a packed model"
-        )
-    known = _report(packed)
-    name = job.model or known.get("model")
-    if name is None:
-        raise UnsupportedModelError(
-            f"{packed} does not say which network it is of, and there is no report.json beside it; "
-            "give --model"
-        )
+    packed = packed_of(job.source)
+    known = run_report(packed)
+    name = network_of(job.model, known, packed)
     shape = _shape(job, known)
     given = chosen(job)
-    classes = known.get("model_classes") or _classes(packed, str(name), job.classes)
-    model = build(str(name), job.classes, classes)
-    normalisation = given or _known_normalisation(known) or preset(str(name), model)
+    classes = classes_of(packed, known, name, job.classes)
+    model = build(name, job.classes, classes, shape[-1])
+    normalisation = given or known_normalisation(known) or preset(name, model)
     x = torch.rand(job.batch, *shape)
     native = restore(model, packed, x)
     engine = compile_engine(native, x, policy="native", weights=job.weights)
@@ -81,7 +79,23 @@ def run_compile(job: CompileJob) -> dict[str, Any]:
     }
 
 
-def _report(packed: Path) -> dict[str, Any]:
+def packed_of(source: Path) -> Path:
+    """The packed model of a run, or the one that was named.
+
+    Raises:
+        FileFormatError: there is none.
+    """
+    packed = source / "model.safetensors" if source.is_dir() else source
+    if not packed.is_file():
+        what = "holds no model.safetensors" if source.is_dir() else found_at(source)
+        raise FileFormatError(
+            f"{os.fspath(source)!r} {what}; expected the output directory of adalayer compress "
+            "or a packed model"
+        )
+    return packed
+
+
+def run_report(packed: Path) -> dict[str, Any]:
     """What the run that wrote a packed model says about it; nothing where there is no report."""
     path = packed.with_name("report.json")
     if packed.name != "model.safetensors" or not path.is_file():
@@ -95,11 +109,33 @@ def _report(packed: Path) -> dict[str, Any]:
     return found
 
 
-def _classes(packed: Path, name: str, wanted: int | None) -> int:
-    """How many classes a packed model has that says nothing about it: as many as the outputs of the
-    layers that have one for each."""
-    if wanted is not None:
-        return wanted
+def network_of(name: str | None, known: dict[str, Any], packed: Path) -> str:
+    """The name of the network that a packed model is of, as on the command line.
+
+    Raises:
+        UnsupportedModelError: neither the option nor the run says it.
+    """
+    found = name or known.get("model")
+    if found is None:
+        raise UnsupportedModelError(
+            f"{packed} does not say which network it is of, and there is no report.json beside it; "
+            "give --model"
+        )
+    return str(found)
+
+
+def classes_of(packed: Path, known: dict[str, Any], name: str, wanted: int | None) -> int:
+    """How many classes a packed model has, as its run says it; where none does, as many as the
+    outputs of the layers that have one for each.
+
+    Raises:
+        UnsupportedModelError: these do not say it.
+    """
+    told = wanted or known.get("model_classes")
+    if told is not None:
+        return int(told)
+    if is_file(name):
+        return _PROBES[0]  # the file has its own
     few, more = (supported_layers(build(name, None, count)) for count in _PROBES)
     heads = [
         layer
@@ -129,7 +165,7 @@ def _shape(job: CompileJob, known: dict[str, Any]) -> tuple[int, ...]:
     return CHANNELS, int(known["image_size"]), int(known["image_size"])
 
 
-def _known_normalisation(known: dict[str, Any]) -> Normalisation | None:
+def known_normalisation(known: dict[str, Any]) -> Normalisation | None:
     return Normalisation.of_dict(known["normalisation"]) if "normalisation" in known else None
 
 

@@ -30,6 +30,7 @@ from ..errors import EnergyError, UnsupportedModelError
 from ..measure import hits, inference_energy, model_milliseconds
 from ..plan import supported_layers
 from ..report import (
+    COMPARISON,
     class_rows,
     comparison_table,
     compiled,
@@ -199,6 +200,7 @@ def write_results(job: CompressJob, ready: _Ready, result: Compressed) -> dict[s
     # Both in the layout in which they are fastest on a CPU, and measured alike.
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # no stub for it
     native = result.model
+    (job.out / COMPARISON).unlink(missing_ok=True)  # of an earlier run: about another network
     result.plan.save(job.out / "plan.json")
     packed = job.out / "model.safetensors"
     size = files.save(native, packed)

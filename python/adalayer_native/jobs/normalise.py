@@ -12,9 +12,9 @@ from torch import nn
 from ..data import IMAGENET_MEAN, IMAGENET_STD
 from ..errors import DataError
 from ..models import MODELS
-from .settings import CompileJob, CompressJob, TrainJob
+from .settings import CompareJob, CompileJob, CompressJob, TrainJob
 
-__all__ = ["Normalisation", "chosen", "normalisation_of", "preset"]
+__all__ = ["DIGITS", "Normalisation", "chosen", "normalisation_of", "preset"]
 
 CHANNELS = 3
 
@@ -47,7 +47,10 @@ class Normalisation:
         return cls(mean, std, str(data["source"]))
 
 
-def chosen(job: CompressJob | TrainJob | CompileJob) -> Normalisation | None:
+DIGITS = Normalisation((0.5,) * CHANNELS, (0.5,) * CHANNELS, "of digits")
+
+
+def chosen(job: CompressJob | TrainJob | CompileJob | CompareJob) -> Normalisation | None:
     """What the options say, ``None`` where they say nothing.
 
     With ``--scale s`` mean and deviation are of ``s * pixel``, as networks have them whose inputs
@@ -88,7 +91,7 @@ def normalisation_of(job: CompressJob | TrainJob, model: nn.Module) -> Normalisa
     if given is not None:
         return given
     if job.data == "digits":
-        return Normalisation((0.5,) * CHANNELS, (0.5,) * CHANNELS, "of digits")
+        return DIGITS
     return preset(job.model, model)
 
 

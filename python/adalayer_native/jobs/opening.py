@@ -13,10 +13,10 @@ from torch import nn
 from .._console import warn
 from .._files import require_file
 from ..data import Batches, ImageDataset, Loaders, digits, open_dataset
-from ..errors import UnsupportedModelError
+from ..errors import FileFormatError, UnsupportedModelError
 from ..importance.outputs import has_logits, logits_of
 from ..measure import accuracy
-from ..models import get_model, load_weights
+from ..models import get_model, is_file, load_weights
 from .normalise import Normalisation, normalisation_of
 from .settings import CompressJob, TrainJob
 
@@ -38,13 +38,14 @@ class Opened:
     normalisation: Normalisation
 
 
-def open_splits(job: CompressJob | TrainJob) -> tuple[ImageDataset, ImageDataset]:
-    """(train, test) of the job's data."""
-    if job.data == "digits":
-        return digits(job.image_size)
+def open_splits(
+    data: str, image_size: int, *, progress: bool = True
+) -> tuple[ImageDataset, ImageDataset]:
+    """(train, test) of data as the command line names it."""
+    if data == "digits":
+        return digits(image_size)
     train, test = (
-        open_dataset(job.data, split, job.image_size, progress=job.progress)
-        for split in ("train", "test")
+        open_dataset(data, split, image_size, progress=progress) for split in ("train", "test")
     )
     return train, test
 
@@ -58,8 +59,12 @@ def open_model(job: CompressJob | TrainJob) -> Opened:
     weights = job.weights if isinstance(job, CompressJob) else None
     if weights is not None:
         require_file(weights, "weight file")
-    train, test = open_splits(job)
-    model = build(job.model, job.classes, len(train.classes))
+    elif isinstance(job, CompressJob) and not is_file(job.model):
+        raise FileFormatError(
+            f"the weights of {job.model!r} are needed: give --weights (an ONNX file has its own)"
+        )
+    train, test = open_splits(job.data, job.image_size, progress=job.progress)
+    model = build(job.model, job.classes, len(train.classes), job.image_size)
     if weights is not None:
         load_weights(model, weights)
         model.eval()
@@ -69,11 +74,11 @@ def open_model(job: CompressJob | TrainJob) -> Opened:
     return Opened(model, train, test, normalisation)
 
 
-def build(name: str, wanted: int | None, classes: int) -> nn.Module:
+def build(name: str, wanted: int | None, classes: int, image_size: int | None = None) -> nn.Module:
     """A model with the number of classes that was asked for, else with that of the data."""
     if ":" in name and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as ``python -m`` does
-    return get_model(name, wanted or classes, required=wanted is not None)
+    return get_model(name, wanted or classes, required=wanted is not None, image_size=image_size)
 
 
 def check_fit(job: CompressJob | TrainJob, model: nn.Module, data: Batches) -> None:

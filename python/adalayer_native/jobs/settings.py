@@ -9,7 +9,7 @@ from typing import Any
 
 from ..allocation import Budget
 
-__all__ = ["CompileJob", "CompressJob", "TrainJob", "arguments"]
+__all__ = ["CompareJob", "CompileJob", "CompressJob", "TrainJob", "arguments"]
 
 
 @dataclass
@@ -17,7 +17,7 @@ class CompressJob:
     """Arguments of ``adalayer compress``; see its help."""
 
     model: str
-    weights: Path
+    weights: Path | None
     data: str
     out: Path
     budget: Budget | None
@@ -84,6 +84,28 @@ class CompileJob:
     weights: str = "measured"
     batch: int = 1
     threads: int | None = None
+
+
+@dataclass
+class CompareJob:
+    """Arguments of ``adalayer compare``; see its help. What is None is what the run says."""
+
+    source: Path
+    model: str | None = None
+    weights: Path | None = None
+    data: str | None = None
+    out: Path | None = None
+    picture: Path | None = None
+    samples: int = 256
+    suggest: bool = True
+    image_size: int | None = None
+    classes: int | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    scale: float | None = None
+    seed: int = 0
+    threads: int | None = None
+    progress: bool = True
 
 
 def arguments(job: CompressJob | TrainJob) -> dict[str, Any]:

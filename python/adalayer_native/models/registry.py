@@ -12,11 +12,12 @@ from torch import nn
 
 from .._files import require_file
 from ..errors import FileFormatError, UnsupportedModelError
+from ..onnx import from_onnx
 from .adalayernet import adalayernet
 from .resnet import resnet18
 from .resnet_cifar import resnet20
 
-__all__ = ["MODELS", "get_model", "load_weights"]
+__all__ = ["MODELS", "get_model", "is_file", "load_weights"]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "adalayernet": adalayernet,
@@ -29,15 +30,24 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 CLASSES = ("num_classes", "n_classes", "nclasses", "classes", "num_labels", "n_class", "nb_classes")
 
 
-def get_model(name: str, num_classes: int = 10, *, required: bool = False) -> nn.Module:
+def is_file(name: str) -> bool:
+    """Whether a model's name is that of an ONNX file, which brings its weights along."""
+    return name.endswith(".onnx")
+
+
+def get_model(
+    name: str, num_classes: int = 10, *, required: bool = False, image_size: int | None = None
+) -> nn.Module:
     """Build a model in eval mode.
 
     Args:
-        name: a built-in name (``MODELS``), or ``"package.module:callable"``; the callable
-            returns an ``nn.Module`` and is given the number of classes if it takes one (an
-            argument of a name in ``CLASSES``, or ``**kwargs``).
+        name: a built-in name (``MODELS``), ``"package.module:callable"`` or an ONNX file. The
+            callable returns an ``nn.Module`` and is given the number of classes if it takes one (an
+            argument of a name in ``CLASSES``, or ``**kwargs``). A file's network comes as it is,
+            in float where it is quantized.
         num_classes: number of classes.
         required: a callable that takes no number of classes is an error.
+        image_size: height and width of images, for a file that leaves them free.
 
     Raises:
         UnsupportedModelError: unknown name, or the callable cannot be imported or called, or
@@ -45,9 +55,12 @@ def get_model(name: str, num_classes: int = 10, *, required: bool = False) -> nn
     """
     if name in MODELS:
         return MODELS[name](num_classes=num_classes).eval()
+    if is_file(name):
+        return from_onnx(name, sizes=image_size or {}, integers=False)
     if ":" not in name:
         raise UnsupportedModelError(
-            f"unknown model {name!r}: expected one of {sorted(MODELS)} or 'package.module:callable'"
+            f"unknown model {name!r}: expected one of {sorted(MODELS)}, 'package.module:callable' "
+            "or a file that ends in .onnx"
         )
     module_name, _, attribute = name.partition(":")
     try:

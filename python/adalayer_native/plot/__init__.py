@@ -2,8 +2,9 @@
 
 from .bars import bars
 from .fingerprint import fingerprint
+from .microscope import microscope
 from .pareto import pareto
 from .ribbon import ribbon
 from .sensitivity import sensitivity
 
-__all__ = ["bars", "fingerprint", "pareto", "ribbon", "sensitivity"]
+__all__ = ["bars", "fingerprint", "microscope", "pareto", "ribbon", "sensitivity"]

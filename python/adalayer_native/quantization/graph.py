@@ -8,7 +8,7 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from adalayer_native.capture import GraphModel, captured
 from adalayer_native.capture.vocabulary import BATCH_NORMS, LAYERS
@@ -98,6 +98,8 @@ def build_prepared(
         }
         for name in bits
     }
+    if not empty:  # what a file was repaired by is not known
+        prepared.meta["equalized"] = {}
     prepared.meta["quantizers"] = {site.target: site.kept for site in structure.sites.values()}
     prepared.eval()
     return prepared
@@ -146,14 +148,7 @@ def fold_into_reader(prepared: GraphModel, name: str, norm_name: str, *, empty: 
     if layer.bias is None:
         layer.bias = nn.Parameter(layer.weight.new_zeros(outputs))
     if not empty:
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        factor = torch.rsqrt(norm.running_var.double() + norm.eps)
-        if norm.weight is not None:
-            factor = factor * norm.weight.double()
-        offset = -norm.running_mean.double() * factor
-        if norm.bias is not None:
-            offset = offset + norm.bias.double()
+        factor, offset = norm_line(norm)
         groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
         # [groups, outputs / groups, inputs / groups, positions]
         weight = layer.weight.double().view(groups, outputs // groups, -1, *layer.weight.shape[2:])
@@ -167,6 +162,21 @@ def fold_into_reader(prepared: GraphModel, name: str, norm_name: str, *, empty: 
             node.replace_all_uses_with(node.args[0])
             prepared.graph.erase_node(node)
     set_submodule(prepared, norm_name, nn.Identity())
+
+
+@torch.no_grad()
+def norm_line(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Factor and constant of every channel that a batch norm in evaluation mode is, float64."""
+    assert isinstance(norm, BATCH_NORMS)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    factor = torch.rsqrt(norm.running_var.double() + norm.eps)
+    if norm.weight is not None:
+        factor = factor * norm.weight.double()
+    offset = -norm.running_mean.double() * factor
+    if norm.bias is not None:
+        offset = offset + norm.bias.double()
+    return factor, offset
 
 
 def _insert_quantizers(prepared: GraphModel, plan: Plan, structure: Structure) -> None:

@@ -200,6 +200,19 @@ def scale_pair(prepared: nn.Module, pair: Pair, factor: Tensor) -> None:
         if first.bias is not None:
             first.bias.div_(factor)
     second.weight.copy_(_scaled_inputs(second, second.weight, factor))
+    _note(prepared, pair, factor)
+
+
+def _note(prepared: nn.Module, pair: Pair, factor: Tensor) -> None:
+    """Values between the layers are no longer the float model's: who compares them has to know."""
+    assert isinstance(prepared, fx.GraphModule)
+    known = prepared.meta.setdefault("equalized", {})
+    before = known.get(pair.first)
+    known[pair.first] = {
+        "second": pair.second,
+        "quantizers": list(pair.quantizers),
+        "factor": factor.clone() if before is None else before["factor"] * factor,
+    }
 
 
 def _scaled_inputs(layer: Any, weight: Tensor, factor: Tensor) -> Tensor:

@@ -252,6 +252,7 @@ def repair(
     norms = {name: _norm_of(prepared, entries[name]) for name in order}
     before = {name: _state(layers[name], norms[name]) for name in order}
     others = {name: value.clone() for name, value in prepared.state_dict().items()}
+    equalized = dict(prepared.meta.get("equalized", {}))
     bar = ProgressBar("Repairing", len(order), unit="layer", enabled=progress)
     try:
         if equalize and pairs_of(prepared):  # always the same: a checkpoint need not hold it
@@ -316,6 +317,7 @@ def repair(
         for name in order:
             _load(layers[name], norms[name], before[name])
         prepared.load_state_dict(others)
+        prepared.meta["equalized"] = equalized
         raise
     return result
 

@@ -8,10 +8,11 @@ if TYPE_CHECKING:
     from .columns import run_table
     from .html import page, write_page
     from .record import class_rows, compiled, record
-    from .run import Run, load_run
+    from .run import COMPARISON, Run, load_run
     from .tables import Result, comparison_table, error_table, figure6_table
 
 __all__ = [
+    "COMPARISON",
     "Result",
     "Run",
     "class_rows",
@@ -32,7 +33,7 @@ __getattr__, __dir__ = lazy(
         "columns": ["run_table"],
         "html": ["page", "write_page"],
         "record": ["class_rows", "compiled", "record"],
-        "run": ["Run", "load_run"],
+        "run": ["COMPARISON", "Run", "load_run"],
         "tables": ["Result", "comparison_table", "error_table", "figure6_table"],
     },
 )

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import os
-import re
-from collections.abc import Callable, Iterable
 from html import escape
 from importlib.resources import files
 from typing import Any
@@ -16,18 +13,15 @@ from .. import plot
 from .._files import write_text_atomic
 from ..plot import style
 from .columns import COLUMNS, notes, summary, total_of
+from .microscope import panel
+from .parts import Cell, heads, picture, side, wide
+from .parts import row as row_of
 from .run import ClassRow, Layer, Run
 
 __all__ = ["page", "write_page"]
 
 # Nothing from outside can load even if a text in the run tried to.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
-_INKS = {
-    style.INK: "var(--ink)",
-    style.MUTED: "var(--muted)",
-    style.LINE: "var(--line)",
-    style.PAPER: "var(--paper)",
-}
 
 
 def write_page(run: Run, path: str | os.PathLike[str]) -> None:
@@ -54,13 +48,26 @@ def page(run: Run) -> str:
         f"<header><h1>{escape(title)}</h1>",
         f'<p class="muted">{escape(_budget(run))}</p></header>',
         _cards(run),
+        _TABS if run.comparison is not None else "",
+        '<div id="plan">',
         *_pictures(run),
         _table(run),
         *_classes(run),
         _facts(run),
+        "</div>",
+        panel(run.comparison),
         f"<script>{script}</script></body></html>",
     ]
     return "\n".join(parts) + "\n"
+
+
+# Hidden without scripts: then the one part stands below the other.
+_TABS = (
+    '<nav role="tablist" aria-label="parts of the report" hidden>'
+    '<button type="button" role="tab" id="tab-plan" aria-controls="plan">Plan</button>'
+    '<button type="button" role="tab" id="tab-microscope" aria-controls="microscope">Microscope'
+    "</button></nav>"
+)
 
 
 def _budget(run: Run) -> str:
@@ -82,15 +89,15 @@ def _pictures(run: Run) -> list[str]:
     flops = {layer.name: layer.flops for layer in run.layers}
     plan, data = run.plan, run.data
     found = [
-        _picture("ribbon", "Architecture ribbon", lambda: plot.ribbon(plan)),
-        _picture("fingerprints", "Layer fingerprints", lambda: plot.fingerprint(plan, flops=flops)),
-        _picture("bars", "Parameters before and after", lambda: plot.bars(plan)),
+        picture("ribbon", "Architecture ribbon", lambda: plot.ribbon(plan)),
+        picture("fingerprints", "Layer fingerprints", lambda: plot.fingerprint(plan, flops=flops)),
+        picture("bars", "Parameters before and after", lambda: plot.bars(plan)),
     ]
     frontier = data.get("frontier")
     if frontier:
         chosen = {"name": "this plan", "size": data["bytes"] / data["float_bytes"]}
         found.append(
-            _picture(
+            picture(
                 "frontier", "Pareto frontier", lambda: plot.pareto(frontier, chosen=chosen), "small"
             )
         )
@@ -102,46 +109,11 @@ def _pictures(run: Run) -> list[str]:
     return found
 
 
-def _picture(name: str, title: str, draw: Callable[[], Any], more: str = "") -> str:
-    svg = _inline(draw(), name)
-    return (
-        f'<section id="{name}"><h2>{title}</h2>{_wide("picture", title)}'
-        f'<div class="{more}" role="img" aria-label="{title}">{svg}</div></div></section>'
-    )
-
-
-# The script hides it where nothing is cut off.
-_HINT = '<p class="hint muted">← scroll sideways for the rest →</p>'
-
-
-def _wide(kind: str, title: str) -> str:
-    """Begins a box that scrolls in itself, by keyboard as well, and says so."""
-    return f'{_HINT}<div class="wide {kind}" tabindex="0" role="region" aria-label="{title}">'
-
-
-def _inline(figure: Any, name: str) -> str:
-    """A figure as an SVG element in the page's own inks, its identifiers its own."""
-    import matplotlib
-
-    memory = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "adalayer"}):
-        figure.savefig(memory, format="svg", metadata={"Date": None, "Creator": None})
-    text = memory.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'(\sid="|xlink:href="#|url\(#)', rf"\g<1>{name}-", text)
-    for ink, variable in _INKS.items():
-        text = text.replace(ink, variable)
-    # The page sets the width; what matplotlib writes as points would win.
-    head, _, rest = text.partition(">")
-    return re.sub(r' (width|height)="[^"]*"', "", head) + ">" + rest
-
-
 def _table(run: Run) -> str:
-    head = _heads((column.heading, column.number) for column in COLUMNS)
+    head = heads((column.heading, column.number) for column in COLUMNS)
     body = "".join(_row(place, layer) for place, layer in enumerate(run.layers))
     foot = "".join(
-        f'<td class="{_side(column.number)}">{escape(total_of(column, run)) if k else "total"}</td>'
+        f'<td class="{side(column.number)}">{escape(total_of(column, run)) if k else "total"}</td>'
         for k, column in enumerate(COLUMNS)
     )
     widths = sorted({layer.bits for layer in run.layers if layer.bits is not None})
@@ -156,7 +128,7 @@ def _table(run: Run) -> str:
         f'aria-label="show the layers with these words in {_filtered(run)}">'
         f'<select id="bits" aria-label="bits">{options}</select>'
         '<span id="count" class="muted" aria-live="polite"></span></div>'
-        f'{_wide("table", "Layer by layer")}<table id="layers" class="sortable">'
+        f'{wide("table", "Layer by layer")}<table id="layers" class="sortable">'
         f"<thead><tr>{head}</tr></thead>"
         f"<tbody>{body}</tbody><tfoot><tr>{foot}</tr></tfoot></table></div>"
         f'<p class="muted">{escape(notes(run))}.</p></section>'
@@ -172,19 +144,6 @@ def _filtered(run: Run) -> str:
         places.append("kernel")
     *most, last = places
     return f"{', '.join(most)} or {last}" if most else f"{last} of the layer"
-
-
-def _heads(columns: Iterable[tuple[str, bool]]) -> str:
-    """Buttons that sort, as numbers or as texts."""
-    return "".join(
-        f'<th scope="col" class="{_side(number)}" data-type="{_side(number)}">'
-        f'<button type="button">{escape(heading)}</button></th>'
-        for heading, number in columns
-    )
-
-
-def _side(number: bool) -> str:
-    return "number" if number else "text"
 
 
 _CLASS_HEADS = (
@@ -203,8 +162,8 @@ def _classes(run: Run) -> list[str]:
     body = "".join(_class_row(place, row) for place, row in enumerate(run.classes))
     tall = " tall" if len(run.classes) > 20 else ""
     return [
-        f"<section><h2>Class by class</h2>{_wide('table' + tall, 'Class by class')}"
-        f'<table id="classes" class="sortable"><thead><tr>{_heads(_CLASS_HEADS)}</tr></thead>'
+        f"<section><h2>Class by class</h2>{wide('table' + tall, 'Class by class')}"
+        f'<table id="classes" class="sortable"><thead><tr>{heads(_CLASS_HEADS)}</tr></thead>'
         f"<tbody>{body}</tbody></table></div></section>"
     ]
 
@@ -212,7 +171,7 @@ def _classes(run: Run) -> list[str]:
 def _class_row(place: int, row: ClassRow) -> str:
     known = row.before is not None and row.after is not None
     change = row.after - row.before if known else None  # type: ignore[operator]
-    cells = [
+    cells: list[Cell] = [
         (row.name, escape(row.name), False),
         (row.images, f"{row.images:,}", True),
         *(
@@ -221,12 +180,7 @@ def _class_row(place: int, row: ClassRow) -> str:
         ),
         (change, "" if change is None else f"{change:+.2f}", True),
     ]
-    shown = "".join(
-        f'<td class="{_side(number)}" data-value="'
-        f'{"" if value is None else escape(str(value), quote=True)}">{text}</td>'
-        for value, text, number in cells
-    )
-    return f'<tr data-place="{place}">{shown}</tr>'
+    return row_of(place, cells)
 
 
 def _row(place: int, layer: Layer) -> str:
@@ -239,7 +193,7 @@ def _row(place: int, layer: Layer) -> str:
             colour = to_hex(style.colour_of(layer.bits))
             shown = f'<span class="bits" style="background:{colour};color:{ink}">{shown}</span>'
         sort = "" if value is None else escape(str(value), quote=True)
-        cells.append(f'<td class="{_side(column.number)}" data-value="{sort}">{shown}</td>')
+        cells.append(f'<td class="{side(column.number)}" data-value="{sort}">{shown}</td>')
     # Not the kind: whoever looks for "conv2" does not mean every conv2d.
     search = escape(f"{layer.name} {layer.pattern if layer.sparsity else ''} {layer.kernel}")
     return (

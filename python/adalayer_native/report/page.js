@@ -1,6 +1,6 @@
 "use strict";
-// Sorting, filtering, and where a box scrolls sideways; without scripts tables are complete and in
-// the network's order.
+// Sorting, filtering, tabs, and where a box scrolls sideways; without scripts tables are complete and
+// in the network's order, and all parts are shown.
 (() => {
   const sortable = (table) => {
     const body = table.tBodies[0];
@@ -38,6 +38,35 @@
   };
   window.addEventListener("resize", hints);
   hints();
+
+  const list = document.querySelector("[role=tablist]");
+  if (list) {
+    const tabs = Array.from(list.querySelectorAll("[role=tab]"));
+    const panels = tabs.map((tab) => document.getElementById(tab.getAttribute("aria-controls")));
+    const show = (chosen) => {
+      tabs.forEach((tab, place) => {
+        tab.setAttribute("aria-selected", String(place === chosen));
+        tab.tabIndex = place === chosen ? 0 : -1;
+        panels[place].hidden = place !== chosen;
+      });
+      hints();
+    };
+    tabs.forEach((tab, place) => {
+      panels[place].setAttribute("role", "tabpanel");
+      panels[place].setAttribute("aria-labelledby", tab.id);
+      tab.addEventListener("click", () => show(place));
+    });
+    list.addEventListener("keydown", (event) => {
+      const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+      if (step === undefined) return;
+      const now = tabs.findIndex((tab) => tab.tabIndex === 0);
+      const next = (now + step + tabs.length) % tabs.length;
+      show(next);
+      tabs[next].focus();
+    });
+    list.hidden = false;
+    show(location.hash === "#microscope" ? 1 : 0);
+  }
 
   const rows = Array.from(document.querySelectorAll("#layers tbody tr"));
   const text = document.getElementById("filter");

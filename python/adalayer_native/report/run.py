@@ -10,10 +10,13 @@ from typing import Any
 
 from .._files import found_at
 from ..errors import FileFormatError, PlanError
+from ..microscope import Comparison
 from ..plan import Plan
 from .record import RECORD_FORMAT, RECORD_VERSION
 
-__all__ = ["ClassRow", "Layer", "Run", "load_run"]
+__all__ = ["COMPARISON", "ClassRow", "Layer", "Run", "load_run"]
+
+COMPARISON = "compare.json"  # what adalayer compare adds to a run
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ class Run:
         error_name: what ``error`` of the rows is, in words.
         classes: accuracy class by class; empty where the run does not say (one of an earlier
             version).
+        comparison: with the float network, layer by layer; None where nobody has made it.
     """
 
     path: Path
@@ -91,6 +95,7 @@ class Run:
     layers: tuple[Layer, ...]
     error_name: str
     classes: tuple[ClassRow, ...]
+    comparison: Comparison | None = None
 
 
 def load_run(path: str | os.PathLike[str]) -> Run:
@@ -137,7 +142,11 @@ def load_run(path: str | os.PathLike[str]) -> Run:
     except (KeyError, TypeError, ValueError) as error:
         raise FileFormatError(f"{source}: not a complete report: {error!r}") from None
     _check_plan(plan, layers, os.fspath(root / "plan.json"))
-    return Run(root, data, plan, layers, error_name, classes)
+    comparison = None
+    if (root / COMPARISON).is_file():
+        comparison = Comparison.load(root / COMPARISON)
+        _check_comparison(comparison, layers, os.fspath(root / COMPARISON))
+    return Run(root, data, plan, layers, error_name, classes, comparison)
 
 
 def _error_of(rows: list[dict[str, Any]]) -> tuple[str, str]:
@@ -172,6 +181,16 @@ def _class(row: dict[str, Any]) -> ClassRow:
         100 * int(row[key]) / images if images else None for key in ("float_right", "right")
     )
     return ClassRow(str(row["name"]), images, before, after)
+
+
+def _check_comparison(comparison: Comparison, layers: tuple[Layer, ...], source: str) -> None:
+    known = {layer.name: layer.bits for layer in layers}
+    for row in comparison.rows:
+        if row.kind != "value" and known.get(row.name, -1) != row.bits:
+            raise FileFormatError(
+                f"{source} is about another model than report.json: they differ in layer "
+                f"{row.name!r}; compare again (adalayer compare), or delete it"
+            )
 
 
 def _check_plan(plan: Plan, layers: tuple[Layer, ...], source: str) -> None:

@@ -1,0 +1,287 @@
+"""``from_onnx``: a network from an ONNX file, as a module of torch."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from adalayer_native.capture.quiet import quiet
+from adalayer_native.errors import AdaError, UnsupportedModelError
+from adalayer_native.onnx import (  # noqa: F401  (they fill the table of operators)
+    layers,
+    pointwise,
+    quantized,
+    shapes,
+    windows,
+)
+from adalayer_native.onnx.building import OPERATORS, Builder, NodeView, Refused
+from adalayer_native.onnx.package import onnx_package
+from adalayer_native.onnx.pointwise import SMALL, torch_dtype
+from adalayer_native.onnx.reading import OnnxFile, node_label, read
+from adalayer_native.onnx.tidying import tidy
+from adalayer_native.onnx.values import Constant, Value
+
+__all__ = ["OnnxModule", "followed", "from_onnx"]
+
+
+class OnnxModule(fx.GraphModule):
+    """An imported network."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # fx would trace the generated code again, through functions that look at sizes.
+        raise TypeError(
+            "an imported network cannot be pickled; what adalayer_native.capture makes of it can"
+        )
+
+
+def from_onnx(
+    source: str | os.PathLike[str] | bytes,
+    *,
+    sizes: Mapping[str, int] | int | None = None,
+    integers: bool = True,
+) -> fx.GraphModule:
+    """A network from an ONNX file, as a torch module that every other call here takes.
+
+    Convolutions, products with constants and batch norms become torch's own layers under the
+    names that the file has for them; everything else is torch's functions. The module computes
+    what the file says, for any batch, also where the file fixes one.
+
+    Of a quantized network (``QuantizeLinear`` and ``DequantizeLinear``, or QLinear operators) the
+    integers are kept: a layer with integer weights, one scale per output channel or one in all,
+    and an input of 8 or fewer bits becomes one of :mod:`adalayer_native.nn`, of the fewest bits
+    that hold the weights. Such a module is compiled as it is. Other layers stay in float with the
+    dequantized weights, and a warning says why. ``module.meta["onnx"]["layers"]`` has the bits of
+    each, or the reason.
+
+    Args:
+        source: path of a file, or its bytes (which have no external data).
+        sizes: those of inputs that the file leaves free, but for the batch, by the name that the
+            file gives them, or ``"input.axis"``: ``{"height": 224, "x.3": 224}``. One number is the
+            height and width of images.
+        integers: False gives a float network also of a quantized one: layers with the dequantized
+            weights, which may be compressed anew, and of every activation's grid its ends.
+
+    Raises:
+        FileFormatError: not an ONNX file, or one that is damaged or contradicts itself.
+        UnsupportedModelError: operators (all are named), an opset or sizes that are not supported;
+            names file and node.
+        MissingExtraError: the package onnx is not installed.
+    """
+    file = read(source, OPERATORS)
+    module = followed(file, sizes=sizes or {}, integers=integers)
+    reasons = {n: why for n, why in module.meta["onnx"]["layers"].items() if isinstance(why, str)}
+    if reasons:
+        listed = "; ".join(f"{name!r}: {why}" for name, why in reasons.items())
+        warnings.warn(
+            f"{file.name}: layers whose integers are not kept, they stay in float: {listed}",
+            stacklevel=2,
+        )
+    return module
+
+
+def followed(
+    file: OnnxFile,
+    *,
+    sizes: Mapping[str, int] | int,
+    integers: bool = True,
+    constants: Mapping[str, Any] | None = None,
+    free_batch: bool = True,
+) -> fx.GraphModule:
+    """The module of a checked file.
+
+    Args:
+        constants: values of inputs (numpy arrays) that are none for the module.
+        free_batch: the first axis of inputs is a batch, of any size.
+    """
+    graph = file.model.graph
+    known: dict[str, Any] = {"": None}
+    for tensor in graph.initializer:
+        known[tensor.name] = _constant_of(file, tensor)
+    for name, array in (constants or {}).items():
+        try:
+            known[name] = _constant_of_array(name, array)
+        except (TypeError, Refused) as error:
+            raise UnsupportedModelError(f"{file.name}: constant {name!r}: {error}") from None
+    inputs = [item for item in graph.input if item.name not in known]
+    if not inputs:
+        raise UnsupportedModelError(f"{file.name}: the network has no input")
+    examples, batch = _examples(file, inputs, sizes, free_batch)
+    g = Builder(FakeTensorMode(allow_non_fake_inputs=True), batch, integers)
+    for item in inputs:
+        value = g.input(item.name, examples[item.name])
+        kind = _kind(item)
+        value.kind = kind if kind in SMALL else ""
+        known[item.name] = value
+    if free_batch:
+        g.check_inputs()
+    with quiet():  # what torch logs beside an error
+        for node in file.nodes:
+            _follow(g, file, node, known)
+    for item in graph.output:
+        _check_batch(g, file, item, known[item.name])
+    results = tuple(_result(g, known[item.name]) for item in graph.output)
+    g.graph.output(results[0] if len(results) == 1 else results)
+    tidy(g)
+    module = OnnxModule(g.root, g.graph, "OnnxModule")
+    module.eval()
+    module.meta["onnx"] = {"file": file.name, "opset": file.opset, "layers": dict(g.kept)}
+    module.meta["example"] = tuple(examples[item.name] for item in inputs)
+    return module
+
+
+def _kind(item: Any) -> str:
+    """ONNX type of an input's elements."""
+    return str(onnx_package().TensorProto.DataType.Name(item.type.tensor_type.elem_type))
+
+
+def _follow(g: Builder, file: OnnxFile, node: Any, known: dict[str, Any]) -> None:
+    function, takes_quantized = OPERATORS[node.op_type]
+    names = list(node.output)
+    try:
+        view = NodeView(
+            node.op_type, node.name or names[0], file.opset, _attributes(file, node), names
+        )
+        operands = [known[name] for name in node.input]
+        if not takes_quantized:
+            operands = [
+                g.integers_of(item) if isinstance(item, Value) and item.quantized else item
+                for item in operands
+            ]
+        results = function(g, view, *operands)
+    except AdaError:
+        raise
+    except Exception as error:  # torch's own, about sizes and types that do not go together
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise UnsupportedModelError(f"{file.name}: {node_label(node)}: {text}") from (
+            None if isinstance(error, Refused) else error
+        )
+    if not isinstance(results, tuple):
+        results = (results,)
+    if len(results) < len([name for name in names if name]):
+        raise UnsupportedModelError(
+            f"{file.name}: {node_label(node)}: {len(names)} results are read, {len(results)} are "
+            "supported"
+        )
+    for name, value in zip(names, results, strict=False):
+        if name:
+            known[name] = value
+
+
+def _attributes(file: OnnxFile, node: Any) -> dict[str, Any]:
+    onnx = onnx_package()
+    found: dict[str, Any] = {}
+    for attribute in node.attribute:
+        value = onnx.helper.get_attribute_value(attribute)
+        if isinstance(value, bytes):
+            value = value.decode("utf-8", "replace")
+        elif isinstance(value, onnx.TensorProto):
+            value = _constant_of(file, value)
+        elif isinstance(value, (onnx.GraphProto, onnx.SparseTensorProto)):
+            raise Refused(f"its attribute {attribute.name!r} is not supported")
+        found[attribute.name] = value
+    return found
+
+
+def _constant_of(file: OnnxFile, tensor: Any) -> Constant:
+    onnx = onnx_package()
+    try:
+        kind = onnx.TensorProto.DataType.Name(tensor.data_type)
+        array = onnx.numpy_helper.to_array(tensor)
+        return _constant_of_array(tensor.name, array, kind)
+    except (ValueError, TypeError, Refused) as error:
+        raise UnsupportedModelError(f"{file.name}: tensor {tensor.name!r}: {error}") from None
+
+
+def _constant_of_array(name: str, array: Any, kind: str = "") -> Constant:
+    array = np.asarray(array)
+    kind = kind or array.dtype.name.upper()
+    if kind in SMALL:
+        whole = array.astype(str(SMALL[kind])[6:])
+        return Constant(torch.from_numpy(whole), name, kind)
+    if kind == "BFLOAT16":
+        return Constant(torch.from_numpy(array.astype(np.float32)).to(torch.bfloat16), name)
+    if array.dtype.kind not in "fiub" or array.dtype.isbuiltin != 1:
+        raise Refused(f"elements of type {kind} are not supported")
+    return Constant(torch.from_numpy(np.ascontiguousarray(array).copy()).reshape(array.shape), name)
+
+
+def _examples(
+    file: OnnxFile, inputs: list[Any], sizes: Mapping[str, int] | int, free_batch: bool
+) -> tuple[dict[str, Tensor], tuple[int, int | None]]:
+    """A tensor of zeros for each input, and the batch: in these, and in the file if it is fixed."""
+    shapes_: dict[str, list[Any]] = {}
+    free: list[str] = []
+    for item in inputs:
+        kind = item.type.tensor_type
+        if not item.type.HasField("tensor_type") or not kind.HasField("shape"):
+            raise UnsupportedModelError(
+                f"{file.name}: input {item.name!r}: expected a tensor with a number of axes"
+            )
+        shape: list[Any] = []
+        for axis, dim in enumerate(kind.shape.dim):
+            if dim.HasField("dim_value"):
+                shape.append(int(dim.dim_value))
+                continue
+            size = None
+            if not isinstance(sizes, int):
+                size = sizes.get(dim.dim_param) or sizes.get(f"{item.name}.{axis}")
+            elif len(kind.shape.dim) == 4 and axis >= 2:
+                size = sizes
+            if size is None and (axis > 0 or not free_batch):
+                free.append(
+                    f"{item.name}.{axis}" + (f" ({dim.dim_param})" if dim.dim_param else "")
+                )
+            shape.append(size)
+        shapes_[item.name] = shape
+    if free:
+        raise UnsupportedModelError(
+            f"{file.name}: sizes but the batch have to be known; give sizes={{...}} for "
+            f"{', '.join(free)}"
+        )
+    first = next((shape[0] for shape in shapes_.values() if shape), None)
+    fixed = first if free_batch else None
+    # Another batch than the file's, so that its own stands out where it matters.
+    count = 2 if first is None else first + 1 if free_batch else first
+    examples = {}
+    for item in inputs:
+        shape = shapes_[item.name]
+        if shape and free_batch and (shape[0] is None or shape[0] == first):
+            shape = [count, *shape[1:]]
+        try:
+            dtype = SMALL.get(_kind(item)) or torch_dtype(item.type.tensor_type.elem_type)
+        except Refused as error:
+            raise UnsupportedModelError(f"{file.name}: input {item.name!r}: {error}") from None
+        if any(n is None or n < 0 for n in shape):
+            raise UnsupportedModelError(f"{file.name}: input {item.name!r} has sizes {shape}")
+        try:
+            examples[item.name] = torch.zeros((), dtype=dtype).expand(shape)
+        except RuntimeError as error:
+            raise UnsupportedModelError(f"{file.name}: input {item.name!r}: {error}") from None
+    return examples, (count, fixed)
+
+
+def _check_batch(g: Builder, file: OnnxFile, item: Any, value: Any) -> None:
+    """Raise where operators of the file have lost the batch, which it fixes."""
+    batch, fixed = g.batch
+    dims = item.type.tensor_type.shape.dim
+    said = dims[0].dim_value if len(dims) else 0
+    if fixed is None or said != fixed or not isinstance(value, Value):
+        return
+    if value.shape[:1] != (batch,):
+        raise UnsupportedModelError(
+            f"{file.name}: output {item.name!r} is computed for a batch of {fixed} alone: one of "
+            f"{batch} gives sizes {list(value.shape)}; export it with a free first axis"
+        )
+
+
+def _result(g: Builder, value: Any) -> fx.Node:
+    if isinstance(value, Value) and value.quantized:
+        value = g.integers_of(value)
+    return g.tensor(value).node

@@ -1,0 +1,271 @@
+"""From bytes to a checked model: everything about a file that can be wrong before it is followed.
+
+A file may come from a stranger. So its parts outside (external data) have to lie in its own
+folder, sizes are looked at before anything is allocated, and the graph has to be one: names that
+exist, no circles, operators that are known. All unknown operators are named at once.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adalayer_native._files import require_file
+from adalayer_native.errors import FileFormatError, UnsupportedModelError
+from adalayer_native.onnx.package import onnx_package
+
+__all__ = ["NEWEST_OPSET", "OLDEST_OPSET", "OnnxFile", "node_label", "read"]
+
+OLDEST_OPSET, NEWEST_OPSET = 10, 28
+# Of one constant, and of all: more than any network for images has.
+MOST_ELEMENTS = 1 << 31
+_BITS_OF_SMALL = {"INT4": 4, "UINT4": 4, "INT2": 2, "UINT2": 2, "FLOAT4E2M1": 4}
+
+
+@dataclass
+class OnnxFile:
+    """A model that can be followed.
+
+    Attributes:
+        name: of the file, for messages.
+        model: the ModelProto, functions inlined, external data loaded.
+        nodes: in an order in which every node comes after what it reads.
+        opset: version of the standard operators.
+    """
+
+    name: str
+    model: Any
+    nodes: list[Any]
+    opset: int
+
+
+def node_label(node: Any) -> str:
+    """A node as messages call it."""
+    domain = f"{node.domain}." if node.domain not in ("", "ai.onnx") else ""
+    return f"{domain}{node.op_type} {node.name or '→ ' + ', '.join(node.output)!s}"
+
+
+def read(source: str | os.PathLike[str] | bytes, known: Collection[str]) -> OnnxFile:
+    """Read and check a model.
+
+    Args:
+        source: a path, or the bytes of a file.
+        known: operators that can be followed.
+
+    Raises:
+        FileFormatError: not a file, not ONNX, or one that contradicts itself.
+        UnsupportedModelError: a model that is well-formed, but not one that can be followed.
+        MissingExtraError: the package onnx is not installed.
+    """
+    onnx = onnx_package()
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        name, folder, data = f"{len(source)} bytes of ONNX", None, bytes(source)
+    else:
+        path = Path(source)
+        name, folder = os.fspath(source), path.parent
+        require_file(path)
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise FileFormatError(f"{name}: cannot be read: {error.strerror}") from None
+    model = onnx.ModelProto()
+    try:
+        model.ParseFromString(data)
+    except Exception as error:  # DecodeError of whichever protobuf there is
+        raise FileFormatError(f"{name}: not an ONNX model, or one cut short: {error}") from None
+    # Any short piece of text may pass for an empty message.
+    if not model.HasField("graph") or not model.opset_import:
+        raise FileFormatError(
+            f"{name}: not an ONNX model: it has no graph, or says no version of the operators"
+        )
+    opset = _opset(name, model)
+    if model.functions:
+        model = _inlined(name, model)
+    if model.graph.sparse_initializer:
+        raise UnsupportedModelError(
+            f"{name}: constant {model.graph.sparse_initializer[0].values.name!r} is a sparse "
+            "tensor, which is not supported"
+        )
+    held = [a.t for node in model.graph.node for a in node.attribute if a.HasField("t")]
+    _check_tensors(name, [*model.graph.initializer, *held], folder)
+    nodes = _ordered(name, model.graph)
+    _check_operators(name, nodes, known)
+    return OnnxFile(name, model, nodes, opset)
+
+
+def _opset(name: str, model: Any) -> int:
+    versions = [item.version for item in model.opset_import if item.domain in ("", "ai.onnx")]
+    if not versions:
+        raise UnsupportedModelError(
+            f"{name}: uses no standard operators, only "
+            f"{', '.join(sorted(item.domain for item in model.opset_import))}"
+        )
+    opset = int(max(versions))
+    if not OLDEST_OPSET <= opset <= NEWEST_OPSET:
+        raise UnsupportedModelError(
+            f"{name}: opset {opset} is not supported, expected {OLDEST_OPSET} to {NEWEST_OPSET}; "
+            "onnx.version_converter.convert_version converts between them"
+        )
+    return opset
+
+
+def _inlined(name: str, model: Any) -> Any:
+    try:
+        return onnx_package("inliner").inline_local_functions(model)
+    except Exception as error:  # the package's own, of several kinds
+        raise FileFormatError(f"{name}: its functions cannot be inlined: {error}") from None
+
+
+def _check_tensors(name: str, tensors: Any, folder: Path | None) -> None:
+    total = 0
+    for tensor in tensors:
+        sizes = list(tensor.dims)
+        if any(size < 0 for size in sizes):
+            raise FileFormatError(f"{name}: tensor {tensor.name!r} has sizes {sizes}")
+        elements = math.prod(sizes)
+        total += elements
+        if total > MOST_ELEMENTS:
+            raise UnsupportedModelError(
+                f"{name}: tensor {tensor.name!r} of sizes {sizes}: constants of more than "
+                f"{MOST_ELEMENTS} elements are not supported"
+            )
+        if tensor.data_location == tensor.EXTERNAL:
+            _load_external(name, tensor, folder, elements)
+        _check_length(name, tensor, elements)
+
+
+def _check_length(name: str, tensor: Any, elements: int) -> None:
+    """Whether a tensor holds as much as its sizes say."""
+    onnx = onnx_package()
+    try:
+        kind = onnx.TensorProto.DataType.Name(tensor.data_type)
+    except ValueError:
+        raise FileFormatError(
+            f"{name}: tensor {tensor.name!r} is of unknown type {tensor.data_type}"
+        ) from None
+    if kind == "STRING" or kind == "UNDEFINED":
+        return
+    if tensor.HasField("raw_data"):
+        size = _element_bits(kind)
+        expected, got = (elements * size + 7) // 8, len(tensor.raw_data)
+        unit = "bytes"
+    else:
+        field = onnx.helper.tensor_dtype_to_field(tensor.data_type)
+        got, unit = len(getattr(tensor, field)), "values"
+        per = 8 // _BITS_OF_SMALL[kind] if kind in _BITS_OF_SMALL else 1
+        expected = -(-elements // per) * (2 if kind.startswith("COMPLEX") else 1)
+    if got != expected:
+        raise FileFormatError(
+            f"{name}: tensor {tensor.name!r} of sizes {list(tensor.dims)} and type {kind}: "
+            f"expected {expected} {unit}, got {got}"
+        )
+
+
+def _element_bits(kind: str) -> int:
+    if kind in _BITS_OF_SMALL:
+        return _BITS_OF_SMALL[kind]
+    onnx = onnx_package()
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(getattr(onnx.TensorProto, kind))
+    return 8 * int(dtype.itemsize)
+
+
+def _load_external(name: str, tensor: Any, folder: Path | None, elements: int) -> None:
+    """Read what a tensor keeps in another file, which has to lie in the model's folder."""
+    where = f"{name}: tensor {tensor.name!r}"
+    if folder is None:
+        raise FileFormatError(
+            f"{where} is in another file, which bytes have none of; give the path of the model"
+        )
+    entries = {item.key: item.value for item in tensor.external_data}
+    location = entries.get("location", "")
+    base = folder.resolve()
+    target = (base / location).resolve()
+    if not location or os.path.isabs(location) or base not in target.parents:
+        raise FileFormatError(
+            f"{where} is in {location!r}, which is not below the model's own folder"
+        )
+    try:
+        offset, length = int(entries.get("offset", 0)), int(entries.get("length", -1))
+        size = target.stat().st_size
+    except ValueError:
+        raise FileFormatError(
+            f"{where}: expected whole numbers for offset and length of its data in {location!r}"
+        ) from None
+    except OSError as error:
+        raise FileFormatError(
+            f"{where} is in {location!r}, which cannot be read: {error.strerror}"
+        ) from None
+    kind = onnx_package().TensorProto.DataType.Name(tensor.data_type)
+    expected = (elements * _element_bits(kind) + 7) // 8
+    length = expected if length < 0 else length
+    if offset < 0 or length != expected or offset + length > size:
+        raise FileFormatError(
+            f"{where}: expected {expected} bytes in {location!r}, which has {size}; got offset "
+            f"{offset} and length {length}"
+        )
+    with target.open("rb") as stream:
+        stream.seek(offset)
+        tensor.raw_data = stream.read(length)
+    del tensor.external_data[:]
+    tensor.data_location = tensor.DEFAULT
+
+
+def _ordered(name: str, graph: Any) -> list[Any]:
+    """The nodes so that each comes after what it reads."""
+    given = {item.name for item in graph.input} | {item.name for item in graph.initializer}
+    given |= {""}  # an optional operand that is left out
+    makers: dict[str, Any] = {}
+    for node in graph.node:
+        for output in node.output:
+            if output and (output in makers or output in given):
+                raise FileFormatError(f"{name}: {output!r} is computed twice ({node_label(node)})")
+            makers[output] = node
+    for node in graph.node:
+        missing = [item for item in node.input if item not in given and item not in makers]
+        if missing:
+            raise FileFormatError(
+                f"{name}: {node_label(node)} reads {missing[0]!r}, which nothing gives"
+            )
+    absent = [o.name for o in graph.output if o.name not in makers and o.name not in given]
+    if absent or not graph.output:
+        raise FileFormatError(f"{name}: nothing gives its output {absent[0] if absent else ''!r}")
+    # As the standard wants it they lie in order already; so the first in the file comes first.
+    waits = [sum(item not in given for item in set(node.input)) for node in graph.node]
+    readers: dict[str, list[int]] = {}
+    for index, node in enumerate(graph.node):
+        for item in set(node.input):
+            readers.setdefault(item, []).append(index)
+    ready = [index for index, count in enumerate(waits) if count == 0]
+    heapq.heapify(ready)
+    found = []
+    while ready:
+        node = graph.node[heapq.heappop(ready)]
+        found.append(node)
+        for index in (i for output in node.output if output for i in readers.get(output, ())):
+            waits[index] -= 1
+            if waits[index] == 0:
+                heapq.heappush(ready, index)
+    if len(found) < len(graph.node):
+        circle = [n for n, count in zip(graph.node, waits, strict=True) if count][:5]
+        raise FileFormatError(
+            f"{name}: nodes that wait for each other in a circle: "
+            f"{', '.join(map(node_label, circle))}"
+        )
+    return found
+
+
+def _check_operators(name: str, nodes: list[Any], known: Collection[str]) -> None:
+    unknown: dict[str, str] = {}
+    for node in nodes:
+        domain = "" if node.domain in ("", "ai.onnx") else f"{node.domain}."
+        kind = f"{domain}{node.op_type}"
+        if kind not in known:
+            unknown.setdefault(kind, node.name or (node.output[0] if node.output else ""))
+    if unknown:
+        listed = ", ".join(f"{kind} (first: {place!r})" for kind, place in sorted(unknown.items()))
+        raise UnsupportedModelError(f"{name}: operators that are not supported: {listed}")

@@ -1,0 +1,190 @@
+"""Native networks as QDQ ONNX: what other runtimes compute, what is in it, what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import adalayer_native as ada
+from adalayer_native.errors import CalibrationError, InputError, UnsupportedModelError
+from tests.helpers_onnx import by_openvino, by_runtime, converted, onnx
+
+
+class Every(nn.Module):
+    """Layers of every kind, with what stands between them in networks for images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(16)
+        self.deep = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.point = nn.Conv2d(16, 16, 1)
+        self.up = nn.ConvTranspose2d(16, 8, 3, stride=2, padding=1, output_padding=1)
+        self.group_up = nn.ConvTranspose2d(16, 8, 2, stride=2, groups=2)
+        self.slim = nn.Conv2d(24, 12, (1, 3), stride=2, padding=(0, 1), dilation=(1, 1))
+        self.rows = nn.LayerNorm(12)
+        self.mix = nn.Linear(12, 24)
+        self.fc = nn.Linear(24, 7)
+        with torch.no_grad():  # a negative factor turns the signs of a channel's integers
+            self.norm.weight.copy_(torch.linspace(-1, 1.5, 16))
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.stem(F.pad(x, (0, 1, 0, 1)))))[:, :, :16, :16]
+        y = F.silu(self.deep(x)) + x
+        y = F.hardswish(self.point(F.max_pool2d(y, 2)))
+        a, b = self.up(y), self.group_up(y)
+        c = F.interpolate(y, scale_factor=2, mode="nearest")[:, :8]
+        z = torch.cat([a, F.relu6(b), c], 1)
+        z = F.gelu(self.slim(F.avg_pool2d(z, 2)))
+        z = self.rows(z.permute(0, 2, 3, 1))
+        z = torch.sigmoid(self.mix(z)).mean((1, 2))
+        return torch.softmax(self.fc(z), 1)
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    x = torch.randn(6, 3, 16, 16)
+    bits = {"stem": 8, "deep": 5, "point": 4, "up": 3, "group_up": 4, "slim": 2, "mix": 6, "fc": 8}
+    return converted(Every(), x, bits, sparsity=0.25), x, bits
+
+
+@pytest.mark.parametrize("opset", [21, 25])
+def test_what_others_compute(network, tmp_path, opset):
+    native, x, _ = network
+    path = tmp_path / "net.onnx"
+    size = ada.to_onnx(native, path, opset=opset)
+    assert size == path.stat().st_size
+    onnx.checker.check_model(str(path), full_check=True)
+    wanted = native(x).detach().numpy()
+    got = by_runtime(str(path), x)[0]
+    assert np.abs(got - wanted).max() < 0.02
+    assert (got.argmax(1) == wanted.argmax(1)).all()
+    if opset < 25:  # it knows no integers of 2 bits
+        assert np.abs(by_openvino(path, x) - wanted).max() < 0.03
+
+
+def test_types_and_metadata(network, tmp_path):
+    native, _, bits = network
+    ada.to_onnx(native, tmp_path / "net.onnx")
+    model = onnx.load(tmp_path / "net.onnx")
+    said = json.loads({p.key: p.value for p in model.metadata_props}["adalayer.layers"])
+    assert {name: entry["bits"] for name, entry in said.items()} == bits
+    stored = {name: entry["stored"] for name, entry in said.items()}
+    assert stored == {name: "int4" if width <= 4 else "int8" for name, width in bits.items()}
+    for name, entry in said.items():
+        layer = native.get_submodule(name)
+        zeros = float((layer.weight_int() == 0).float().mean())
+        assert entry["sparsity"] == pytest.approx(zeros, abs=1e-5)
+        assert entry["sparsity"] >= 0.2 and entry["input_bits"] == 8
+    assert {node.domain for node in model.graph.node} == {""}
+    assert model.opset_import[0].version == 21
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+    widths = {t.name: t.data_type for t in model.graph.initializer}
+    assert widths["slim.weight"] == onnx.TensorProto.INT4
+    ada.to_onnx(native, tmp_path / "net.onnx", opset=25)
+    widths = {t.name: t.data_type for t in onnx.load(tmp_path / "net.onnx").graph.initializer}
+    assert widths["slim.weight"] == onnx.TensorProto.INT2
+
+
+def test_read_back_it_has_the_same_bits(tmp_path):
+    """Convolutions and products: the same integers, scales, biases and grids, so the same sums."""
+    torch.manual_seed(1)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2),
+        nn.ReLU(), nn.ConvTranspose2d(8, 4, 2, stride=2), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(144, 5),
+    )  # fmt: skip
+    x = torch.randn(4, 3, 8, 8)
+    native = converted(net, x, {"0": 3, "3": 5, "5": 4, "8": 2})
+    ada.to_onnx(native, tmp_path / "net.onnx")
+    again = ada.from_onnx(tmp_path / "net.onnx")
+    assert torch.equal(again(x), native(x))
+    for name in ("0", "3", "5", "8"):
+        one, two = native.get_submodule(name), again.get_submodule(name)
+        assert type(one) is type(two) and one.bits == two.bits
+    # And once more: from the file to a file.
+    ada.to_onnx(again, tmp_path / "again.onnx")
+    assert torch.equal(ada.from_onnx(tmp_path / "again.onnx")(x), native(x))
+    engine = ada.compile(again, x[:2], policy="native", weights="resident", strict=True)
+    assert torch.equal(engine(x), native(x))
+
+
+def test_inputs_of_fewer_bits_keep_their_ends(tmp_path):
+    torch.manual_seed(2)
+    x = torch.randn(4, 3, 8, 8)
+    captured = ada.capture(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)), x)
+    plan = ada.allocate(None, ada.Budget(bits=4), method="uniform", model=captured, calibration=[x])
+    plan["2"].activation_bits = 4
+    prepared = ada.prepare(captured, plan)
+    ada.calibrate(prepared, [x], progress=False)
+    native = ada.convert(prepared)
+    ada.to_onnx(native, tmp_path / "net.onnx")
+    assert [n.op_type for n in onnx.load(tmp_path / "net.onnx").graph.node].count("Clip") == 1
+    wanted = native(10 * x).detach().numpy()
+    np.testing.assert_allclose(by_runtime(str(tmp_path / "net.onnx"), 10 * x)[0], wanted, atol=1e-4)
+
+
+def test_layers_in_float(tmp_path):
+    torch.manual_seed(3)
+    x = torch.randn(4, 3, 8, 8)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(64, 3)
+    )
+    native = converted(net, x, {"0": 4, "2": None, "4": None})
+    ada.to_onnx(native, tmp_path / "net.onnx")
+    got = by_runtime(str(tmp_path / "net.onnx"), x)[0]
+    np.testing.assert_allclose(got, native(x).detach().numpy(), rtol=1e-4, atol=1e-4)
+
+
+class Odd(nn.Module):
+    """Ends with what no operator of ONNX's does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        y = torch.relu(self.conv(x))
+        return torch.special.bessel_j0(y).sum((2, 3)) + torch.logcumsumexp(y, 1).sum((2, 3))
+
+
+def test_what_cannot_be_written_is_named_at_once(tmp_path):
+    x = torch.randn(4, 3, 8, 8)
+    native = converted(Odd(), x)
+    with pytest.raises(UnsupportedModelError, match=r"(?s)bessel_j0.*logcumsumexp"):
+        ada.to_onnx(native, tmp_path / "net.onnx")
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_is_not_converted(tmp_path):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3))
+    x = torch.randn(2, 3, 8, 8)
+    with pytest.raises(UnsupportedModelError, match="no native layers"):
+        ada.to_onnx(net, tmp_path / "a.onnx", x)
+    captured = ada.capture(net, x)
+    plan = ada.allocate(None, ada.Budget(bits=4), method="uniform", model=captured, calibration=[x])
+    with pytest.raises(CalibrationError, match="prepared"):
+        ada.to_onnx(ada.prepare(captured, plan), tmp_path / "a.onnx")
+    with pytest.raises(InputError, match="opset must be 13 to 25"):
+        ada.to_onnx(net, tmp_path / "a.onnx", opset=12)
+
+
+def test_a_file_is_whole_or_absent(network, tmp_path, monkeypatch):
+    native, _, _ = network
+    path = tmp_path / "net.onnx"
+    path.write_bytes(b"before")
+
+    def fails(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", fails)
+    with pytest.raises(OSError, match=r"net\.onnx"):
+        ada.to_onnx(native, path)
+    assert path.read_bytes() == b"before" and os.listdir(tmp_path) == ["net.onnx"]
