@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -218,19 +219,26 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     shape = ["N", 3, "H", "W"]
     made = model(nodes, inputs={"x": shape}, outputs=["y"], constants=constants)
     onnx.save(made, "net.onnx")
-    monkeypatch.setattr(
-        "sys.argv",
-        ["adalayer", "compress", "net.onnx", "--data", "digits", "--bits", "8", "--method",
-         "uniform", "--epochs", "0", "--calibration", "64", "--out", "out", "--quiet", "--json"],
+
+    def told(*arguments: str) -> dict[str, Any]:
+        monkeypatch.setattr("sys.argv", ["adalayer", *arguments, "--json"])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code in (0, None)
+        return json.loads(capsys.readouterr().out)
+
+    report = told(
+        "compress", "net.onnx", "--data", "digits", "--bits", "8", "--method", "uniform",
+        "--epochs", "0", "--calibration", "64", "--out", "out", "--quiet",
     )  # fmt: skip
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert stop.value.code in (0, None)
-    report = json.loads(capsys.readouterr().out)
     assert report["model"] == "net.onnx"
     assert (tmp_path / "out" / "model.ada").is_file()
     plan = json.loads((tmp_path / "out" / "plan.json").read_text())
-    assert list(plan["layers"]) == ["conv", "fc"] or [e["name"] for e in plan["layers"]]
+    assert [entry["name"] for entry in plan["layers"]] == ["conv", "fc"]
+    # What comes after it needs no weights either.
+    compared = told("compare", "out", "--samples", "32", "--no-suggest")
+    assert {row["name"] for row in compared["rows"]} >= {"conv", "fc"}
+    assert told("compile", "out")["bytes"] == (tmp_path / "out" / "model.ada").stat().st_size
 
 
 def test_command_line_needs_weights_elsewhere(monkeypatch, capsys):

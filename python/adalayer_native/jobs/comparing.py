@@ -16,7 +16,7 @@ from ..data import Batches, ImageDataset, calibration_indices
 from ..engine import load
 from ..errors import DataError, FileFormatError
 from ..microscope import Comparison, compare
-from ..models import load_weights
+from ..models import is_file, load_weights
 from ..quantization import restore
 from ..report import COMPARISON
 from .compiling import classes_of, known_normalisation, network_of, packed_of, run_report
@@ -45,20 +45,25 @@ def run_compare(job: CompareJob) -> dict[str, Any]:
     name = network_of(job.model, known, packed)
     weights = job.weights or _path(command.get("weights"))
     data = job.data or command.get("data")
-    for value, option in ((weights, "--weights"), (data, "--data")):
-        if value is None:
+    for missing, option in (
+        (weights is None and not is_file(name), "--weights"),  # (an ONNX file has its own)
+        (data is None, "--data"),
+    ):
+        if missing:
             raise DataError(
                 f"{packed} does not say what it was made of: there is no work/command.json beside "
                 f"it; give {option}"
             )
-    assert weights is not None
-    require_file(weights, "weight file")
+    if weights is not None:
+        require_file(weights, "weight file")
     size = job.image_size or known.get("image_size")
     if size is None:
         raise DataError("the size of the images is not known; give --image-size")
     train, _ = open_splits(str(data), int(size), progress=job.progress)
-    model = build(name, job.classes, classes_of(packed, known, name, job.classes))
-    load_weights(model, weights)
+    classes = classes_of(packed, known, name, job.classes)
+    model = build(name, job.classes, classes, int(size))
+    if weights is not None:
+        load_weights(model, weights)
     model.eval()
     normalisation = chosen(job) or known_normalisation(known)
     if normalisation is None:
