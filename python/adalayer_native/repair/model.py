@@ -63,7 +63,8 @@ class LayerReport:
         held_plain_error, held_error: both on samples that were held back, where the repair is that
             of the others; ``None`` where none are. Where the first is not above the second, the
             layer's repair is undone.
-        damping: pull towards the float weight that the samples held back speak for.
+        damping: of the norm that is rounded in, as the samples held back speak for it.
+        correction: the same of the pull of what is rounded towards the float weight.
         curve: their error by damping, on some of the output channels.
     """
 
@@ -76,6 +77,7 @@ class LayerReport:
     held_plain_error: float | None = None
     held_error: float | None = None
     damping: float | None = None
+    correction: float | None = None
     curve: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -128,14 +130,14 @@ class Repair:
         table.add_column("Layer")
         headings = ["Bits", "Pruned %", "Plain rounding %", "Repaired %"]
         if self.held_back:
-            headings += ["Plain %, held back", "Repaired %, held back", "Damping"]
+            headings += ["Plain %, held back", "Repaired %, held back", "Dampings"]
         for heading in headings:
             table.add_column(heading, justify="right")
         for row in self.layers.values():
             cells = [f"{100 * e:.3f}" for e in (row.plain_error, row.error)]
             if row.held_error is not None and row.held_plain_error is not None:
                 cells += [f"{100 * e:.3f}" for e in (row.held_plain_error, row.held_error)]
-                cells.append(f"{row.damping:g}")
+                cells.append(f"{row.damping:g}, {row.correction:g}")
             table.add_row(row.name, str(row.bits), f"{100 * row.sparsity:.1f}", *cells)
         return table
 
@@ -325,6 +327,7 @@ def _judged(held: HeldBack) -> dict[str, Any]:
         "held_plain_error": held.plain_error,
         "held_error": held.error,
         "damping": held.damping,
+        "correction": held.correction,
         "curve": {f"{damping:g}": error for damping, error in held.curve.items()},
     }
 
