@@ -77,6 +77,32 @@ def test_fewer_samples_want_a_smaller_correction() -> None:
     assert chosen[0] > chosen[1]
 
 
+def test_wide_covariances_in_float32_and_dampings_found_downhill(monkeypatch) -> None:
+    """What is faster has the same answers: a layer's solution as with float64."""
+    from adalayer_native.repair import hessian as module
+    from adalayer_native.repair import solver
+
+    layer, x = layer_of(96), correlated(400, 96, seed=6)
+    wrong = x + 0.2 * torch.randn(x.shape, generator=torch.Generator().manual_seed(7))
+
+    def solved():
+        hessian = LayerHessian(layer)
+        hessian.add(wrong, x, held_back=torch.arange(400) % 4 == 3)
+        return hessian.quantize(4)
+
+    usual = solved()
+    monkeypatch.setattr(solver, "PRECISE", 1)
+    single = solved()
+    assert single.held.damping == usual.held.damping
+    assert single.held.correction == usual.held.correction
+    assert single.error == pytest.approx(usual.error, rel=0.01)
+    seen = []
+    found = module._descended((1.0, 2.0, 3.0, 4.0), 2.0, lambda v: seen.append(v) or (v - 3) ** 2)
+    assert min(found, key=found.get) == 3.0 and sorted(seen) == [2.0, 3.0, 4.0]
+    found = module._descended((1.0, 2.0, 3.0), 2.0, lambda value: value)
+    assert min(found, key=found.get) == 1.0 and len(found) == 3
+
+
 def test_a_repair_that_only_suits_its_own_samples_is_undone() -> None:
     layer = layer_of(2)
     rows = torch.randn(400, 1, generator=torch.Generator().manual_seed(1))

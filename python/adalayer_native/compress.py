@@ -24,6 +24,7 @@ from adalayer_native.allocation import (
     everywhere,
 )
 from adalayer_native.allocation.rest import planned_rest, unsupported_rest
+from adalayer_native.allocation.settings import check_effort
 from adalayer_native.capture.loading import captured_on, first_sample
 from adalayer_native.capture.work import FloatRest, work_of
 from adalayer_native.errors import PlanError, UnsupportedModelError
@@ -79,6 +80,7 @@ def compress(
     distill: bool = True,
     repair: bool = True,
     observer: str = "mse",
+    effort: str = "normal",
     work_dir: str | os.PathLike[str] | None = None,
     allocate_options: Mapping[str, Any] | None = None,
     finetune_options: Mapping[str, Any] | None = None,
@@ -116,6 +118,10 @@ def compress(
             any, starts from the repaired weights and keeps their masks; without the repair it
             prunes gradually.
         observer: "mse", "percentile" or "minmax".
+        effort: ``"low"``, ``"normal"`` or ``"high"``: passes of learning at the end of the repair (0,
+            3, 6), and how much method ``"optimal"`` measures before it takes a plan
+            (:class:`~adalayer_native.allocation.Settings`). What the passes bring is kept if samples
+            held back confirm it.
         work_dir: measurements and the checkpoints of repair and fine-tuning are kept here;
             calling again with the same arguments after an interruption goes on where it stopped.
             Each of them is keyed by what it depends on, so that other arguments never reuse what
@@ -127,6 +133,7 @@ def compress(
 
     Raises:
         BudgetError, CalibrationError, UnsupportedModelError, PlanError: as the steps do.
+        PlanError: an unknown effort.
         UnsupportedModelError: ``strict``, and something stays float; before the work where it is
             known by then.
     """
@@ -135,6 +142,7 @@ def compress(
     def inside(name: str) -> Path | None:
         return work / name if work is not None else None
 
+    check_effort(effort)
     asked = dict(allocate_options or {})
     if isinstance(budget, int):
         if plan is not None:
@@ -194,6 +202,7 @@ def compress(
                 own: dict[str, Any] = {} if criterion is None else {"measure": criterion}
                 if not repair:  # tables of weights that there will not be would mislead
                     own["weight_of"] = "rounded"
+                own["effort"] = effort
                 options["options"] = {**own, **(options.get("options") or {})}
             with stage(SEARCH, enabled=progress):
                 plan = allocate(
@@ -227,6 +236,7 @@ def compress(
                     prepared,
                     calibration,
                     distance=partial(distance, pick=output) if learns else None,
+                    learning_passes=LEARNING[effort],
                     seed=seed,
                     checkpoint=checkpoint,
                     progress=progress,
@@ -250,6 +260,7 @@ def compress(
     return Compressed(convert(prepared), plan, scores, kept, history, report, rest)
 
 
+LEARNING = {"low": 0, "normal": 3, "high": 6}  # passes by effort
 SCORES, SEARCH = "importance of the layers", "search for a plan"
 RANGES, REPAIR, TRAINING = "ranges of the activations", "repair", "fine-tuning"
 

@@ -16,7 +16,7 @@ from .options import UNSTRUCTURED
 from .sensitivity import LayerError, WeightOf
 from .tables import BITS, SPARSITIES
 
-__all__ = ["EFFORTS", "MEASURES", "Settings", "settings_of"]
+__all__ = ["EFFORTS", "MEASURES", "Settings", "check_effort", "settings_of"]
 
 MEASURES = ("logits", "loss")
 WEIGHTS = ("repaired", "rounded")
@@ -49,6 +49,12 @@ _SEARCHES = {
     "high": _Search(rounds=8, trials=16, finalists=2 * FINALISTS, rivals=True, gain=0.0),
 }
 EFFORTS = tuple(_SEARCHES)
+
+
+def check_effort(effort: str) -> None:
+    """Raise :class:`~adalayer_native.errors.PlanError` for an unknown one."""
+    if effort not in EFFORTS:
+        raise PlanError(f"unknown effort {effort!r}: expected one of {EFFORTS}")
 
 
 @dataclass
@@ -126,8 +132,7 @@ class Settings:
 
     def check(self) -> None:
         """Raise :class:`~adalayer_native.errors.PlanError` where a value is out of range."""
-        if self.effort not in EFFORTS:
-            raise PlanError(f"unknown effort {self.effort!r}: expected one of {EFFORTS}")
+        check_effort(self.effort)
         if isinstance(self.measure, str) and self.measure not in (*MEASURES, *CRITERIA):
             raise PlanError(
                 f"unknown measure {self.measure!r}: expected one of {MEASURES} or a criterion, "

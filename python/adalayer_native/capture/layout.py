@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from adalayer_native.capture.example import Inputs
 from adalayer_native.capture.model import GraphModel
-from adalayer_native.capture.opaque import OpaqueCall
 
 __all__ = ["laid_out"]
 
@@ -20,9 +19,16 @@ def laid_out(model: nn.Module, inputs: Inputs) -> Inputs:
     """
     if not isinstance(model, GraphModel):
         return inputs
-    if any(isinstance(module, OpaqueCall) for module in model.modules()):
+    called = (node.target for node in model.graph.nodes if node.op == "call_module")
+    if not all(_is_known(model.get_submodule(str(name))) for name in called):
         return inputs
     return inputs.map(_side_by_side)
+
+
+def _is_known(module: nn.Module) -> bool:
+    """Whether a called module is torch's or ours: an excluded one may be anybody's."""
+    known = ("torch.nn.", "adalayer_native.")
+    return all(type(part).__module__.startswith(known) for part in module.modules())
 
 
 def _side_by_side(tensor: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from adalayer_native.repair.views import has_views, view
 from adalayer_native.repair.walk import Data
 from adalayer_native.rounding import conv_form
 
-__all__ = ["Distance", "Learned", "learn"]
+__all__ = ["PASSES", "Distance", "Learned", "learn"]
 
 # (float model's output, output) -> how far it is, a scalar; differentiable in the second.
 Distance = Callable[[Any, Any], Tensor]

@@ -28,6 +28,7 @@ from adalayer_native.repair.hessian import (
     LayerHessian,
     LayerSolution,
 )
+from adalayer_native.repair.learning import PASSES as LEARNING_PASSES
 from adalayer_native.repair.learning import Distance, Learned, learn
 from adalayer_native.repair.walk import (
     Data,
@@ -158,6 +159,7 @@ def repair(
     damping: float = DAMPING,
     held_back: float = HELD_BACK,
     distance: Distance | None = None,
+    learning_passes: int = LEARNING_PASSES,
     memory: int = 1 << 30,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -202,6 +204,7 @@ def repair(
             with samples held back, weights, scales and biases are learned together at the end, by
             what the output loses (:mod:`~adalayer_native.repair.learning`); kept if it then loses
             less on the samples held back.
+        learning_passes: over the samples, while they are learned together.
         memory: bytes of intermediate values that may be kept from one layer to the next; where they
             take more, the part of the model before the layer runs again. It changes nothing else.
         seed: of the draw of output positions in large images.
@@ -220,10 +223,10 @@ def repair(
     """
     entries = metadata(prepared, "layers")
     check_calibrated(prepared)
-    if passes < 0 or damping <= 0 or memory < 0:
+    if min(passes, learning_passes, memory) < 0 or damping <= 0:
         raise CalibrationError(
             "repair: passes and memory must not be negative and damping must be positive, got "
-            f"{passes}, {memory} and {damping}"
+            f"{passes} and {learning_passes}, {memory} and {damping}"
         )
     if not 0.0 <= held_back <= 0.5:
         raise CalibrationError(f"repair: held_back must be from 0 to 0.5, got {held_back}")
@@ -309,10 +312,11 @@ def repair(
                 bar.advance(1, name)
             if bn_reestimate:
                 result.reestimated = _reestimate(prepared, twin, data)
-        if distance is not None and result.held_back:
+        if distance is not None and result.held_back and learning_passes:
             result.learned = learn(
-                prepared, twin, norms, data, apart, distance, seed=seed, progress=progress
-            )
+                prepared, twin, norms, data, apart, distance,
+                passes=learning_passes, seed=seed, progress=progress,
+            )  # fmt: skip
     except BaseException:
         # Half a repair is a model that nobody asked for; what is done is in the checkpoint.
         for name in order:
