@@ -118,10 +118,9 @@ def compress(
             any, starts from the repaired weights and keeps their masks; without the repair it
             prunes gradually.
         observer: "mse", "percentile" or "minmax".
-        effort: ``"low"``, ``"normal"`` or ``"high"``: passes of learning at the end of the repair (0,
-            3, 6), and how much method ``"optimal"`` measures before it takes a plan
-            (:class:`~adalayer_native.allocation.Settings`). What the passes bring is kept if samples
-            held back confirm it.
+        effort: ``"low"``, ``"normal"`` or ``"high"``: passes of learning at the end of the repair
+            (0, 3, 6; kept if samples held back confirm them), and how much method ``"optimal"``
+            measures before it takes a plan (:class:`~adalayer_native.allocation.Settings`).
         work_dir: measurements and the checkpoints of repair and fine-tuning are kept here;
             calling again with the same arguments after an interruption goes on where it stopped.
             Each of them is keyed by what it depends on, so that other arguments never reuse what

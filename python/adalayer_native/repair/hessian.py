@@ -27,7 +27,13 @@ from adalayer_native.errors import CalibrationError, PlanError
 from adalayer_native.pruning.masks import pruned_count
 from adalayer_native.pruning.patterns import block_size, pattern_mask, pruned_blocks
 from adalayer_native.repair.columns import columns, groups_of
-from adalayer_native.repair.solver import Equations, HeldBackError, Solver, SolverOfParts, Statistics
+from adalayer_native.repair.solver import (
+    Equations,
+    HeldBackError,
+    Solver,
+    SolverOfParts,
+    Statistics,
+)
 from adalayer_native.rounding import (
     conv_form,
     per_channel,
@@ -373,7 +379,9 @@ class LayerHessian:
             plain_mask = plain_mask.reshape(self.weight.shape)
         plain_levels, plain_scale = self._plain(bits, plain_mask)
         plain = solver.error(plain_levels * plain_scale[:, :, None])
-        held = self._on_held(solver, q, plain_levels * plain_scale[:, :, None], curve or {}, correction)
+        held = self._on_held(
+            solver, q, plain_levels * plain_scale[:, :, None], curve or {}, correction
+        )
         worse = float((self.gain * plain).sum()) < float((self.gain * error).sum())
         if worse if held is None else held.undone:
             levels, scale, chosen, error = plain_levels, plain_scale, plain_mask, plain
