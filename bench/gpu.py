@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import adalayer_native as ada
 from adalayer_native import _C, cuda, ops
 from adalayer_native.cuda import CudaEngine
+from adalayer_native.operations import geometry, parameters
 from adalayer_native.plan import LayerPlan, Plan, layer_kind, supported_layers
 from adalayer_native.pruning import pattern_mask
 from bench.gpu_peers import torchao_linears
@@ -176,16 +177,17 @@ def layer_program(
     packed = np.frombuffer(_C.pack(w.ctypes.data, w.size, bits, *w.shape), np.uint8)
     unit = np.full(o, 0.05 * 0.4 / (half * np.sqrt(w[0].size)), np.float32)
     bias = random.normal(size=o).astype(np.float32)
-    constants = [
-        p.add_constant_weights(packed.ctypes.data, packed.size),
-        p.add_constant_f32(unit.ctypes.data, o),
-        p.add_constant_f32(bias.ctypes.data, o),
-        -1,
-    ]
-    inverse = float(np.float32(1) / np.float32(0.05))
+    lists = parameters(
+        "conv",
+        **geometry((k, k), (stride, stride), (pad,) * 4, groups=groups),
+        zero_point=100,
+        inv=float(np.float32(1) / np.float32(0.05)),
+        weights=p.add_constant_weights(packed.ctypes.data, packed.size),
+        scale=p.add_constant_f32(unit.ctypes.data, o),
+        bias=p.add_constant_f32(bias.ctypes.data, o),
+    )
     p.add_node("quantize", "quantize", [x], q)
-    ints = [k, k, stride, stride, pad, pad, pad, pad, 1, 1, groups, 0, 255, 100]
-    p.add_node("conv", "conv", [q], y, ints, [inverse, 0.0, 0.0], constants)
+    p.add_node("conv", "conv", [q], y, *lists)
     p.add_node("dequantize", "dequantize", [y], z)
     p.set_inputs([x])
     p.set_outputs([z])

@@ -13,8 +13,10 @@ import pytest
 from helpers_program import Builder, Grid, noise, programs, run_reference
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from operations_page import PAGE, with_table
 
 from adalayer_native import _C
+from adalayer_native.operations import geometry, parameters
 
 QUICK = settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
@@ -184,3 +186,21 @@ def test_many_writers_leave_one_whole_file(tmp_path):
     assert not errors
     assert os.listdir(tmp_path) == ["m.ada"]
     assert path.read_bytes() in [p.to_bytes() for p in variants]
+
+
+def test_the_page_lists_every_operation():
+    assert with_table(PAGE.read_text()) == PAGE.read_text(), "run tests/operations_page.py"
+
+
+def test_parameters_by_name():
+    lists = parameters("conv", **geometry((3, 1), padding=(1, 0, 1, 0)), weights=4, scale=5, bias=6)
+    assert lists.ints == [3, 1, 1, 1, 1, 0, 1, 0, 1, 1, 1, 0, 255, 0]
+    assert lists.floats == [1.0, -np.inf, np.inf]
+    assert lists.constants == [4, 5, 6, -1]
+    assert parameters("concat", 3).constants == [-1, -1, -1]
+    with pytest.raises(TypeError, match="layer_norm: eps is missing"):
+        parameters("layer_norm", gamma=0, beta=1)
+    with pytest.raises(TypeError, match="pad has no parameter value"):
+        parameters("pad", top=0, left=0, bottom=0, right=0, level=1, value=3)
+    with pytest.raises(KeyError, match="convolution"):
+        parameters("convolution")

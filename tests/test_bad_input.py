@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 import adalayer_native as ada
-from adalayer_native import _files
+from adalayer_native import _files, files
+from adalayer_native._files import found_at, require_file
+from adalayer_native.data import open_dataset
+from adalayer_native.errors import AdaError
+from adalayer_native.models import load_weights
 
 
 @pytest.fixture(scope="module")
@@ -299,7 +304,7 @@ def info(monkeypatch, capsys, path: Path) -> str:
 
 
 def test_info_of_what_is_no_packed_model(monkeypatch, capsys, weights, tmp_path):
-    assert "no such file" in info(monkeypatch, capsys, tmp_path / "absent")
+    assert "does not exist; expected a file" in info(monkeypatch, capsys, tmp_path / "absent")
     assert "float model" in info(monkeypatch, capsys, weights)
     (tmp_path / "text").write_text("hello")
     assert "not a readable safetensors file" in info(monkeypatch, capsys, tmp_path / "text")
@@ -392,3 +397,43 @@ def test_unknown_method_and_missing_budget():
         call(SmallNet(), data, method="magic")
     with pytest.raises(ada.BudgetError, match="needs a budget"):
         ada.compress(SmallNet().eval(), data, None)
+
+
+# -- paths that are no files ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        ada.load,
+        ada.Plan.load,
+        lambda path: ada.restore(SmallNet(), path),
+        lambda path: load_weights(SmallNet(), path),
+        lambda path: files.describe(path),
+        lambda path: open_dataset(path),
+    ],
+    ids=["engine", "plan", "packed", "weights", "describe", "data"],
+)
+def test_a_named_pipe_is_not_waited_for(tmp_path, read):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(AdaError, match=r"pipe'?:? .*(is a named pipe|a regular file)"):
+        read(pipe)
+
+
+def test_what_a_path_leads_to(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(os.fspath(tmp_path / "socket"))
+        found = {path.name: found_at(path) for path in tmp_path.iterdir()}
+    assert found == {
+        "file": "is a file",
+        "link": "is a file",
+        "dangling": "does not exist",
+        "socket": "is a socket",
+    }
+    assert found_at("/dev/null") == "is a device" and found_at(tmp_path) == "is a directory"
+    assert found_at(tmp_path / "file" / "below") == "cannot be looked at (Not a directory)"
+    require_file(tmp_path / "link")

@@ -336,7 +336,7 @@ def test_compress_writes_an_engine_that_knows_its_images(
     alone = tmp_path / "alone.safetensors"
     alone.write_bytes((out / "model.safetensors").read_bytes())
     target = tmp_path / "other" / "net.ada"
-    given = ("--model", "helpers_cli:SmallNet", "--classes", 4, "--input-shape", f"3,{SIZE},{SIZE}")
+    given = ("--model", "helpers_cli:SmallNet", "--input-shape", f"3,{SIZE},{SIZE}")  # 4 classes
     norm = ("--mean", 0.5, "--std", 0.25, "--threads", 1, "--batch", 2)
     assert run(monkeypatch, "compile", alone, *given, *norm, "-o", target) == 0
     assert "per call (batch 2" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -164,6 +165,24 @@ def test_oversized_images_are_refused(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(datasets, "MAX_PIXELS", 63)
     with pytest.raises(DataError, match="8x8; at most 63 pixels"):
         open_dataset(root, "train", 8, cache=False).pixels()
+
+
+def test_names_in_a_zip(tmp_path) -> None:
+    def written(name: str, change: Callable[[str], str]) -> Path:
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            for split in ("train", "test"):
+                for label in "ab":
+                    for i in range(2):
+                        archive.writestr(change(f"{split}/{label}/{i}.png"), picture(i))
+        return tmp_path / name
+
+    windows = open_dataset(written("windows.zip", lambda name: name.replace("/", "\\")), "train", 8)
+    assert windows.classes == ["a", "b"] and len(windows) == 4
+    assert len(windows.pixels()) == 4
+    with pytest.raises(DataError, match=r"entry '\.\./train/a/0\.png' leads out of the zip"):
+        open_dataset(written("outside.zip", lambda name: f"../{name}"))
+    with pytest.raises(DataError, match="leads out of the zip"):
+        open_dataset(written("back.zip", lambda name: f"..\\{name}".replace("/", "\\")))
 
 
 def test_missing_and_useless_data(tmp_path) -> None:

@@ -167,6 +167,10 @@ def test_integers_for_a_model_of_floats() -> None:
 
 
 def test_bad_models() -> None:
+    with pytest.raises(
+        UnsupportedModelError, match=r"no convolution .* its weights are weight \[2"
+    ):
+        analyze(nn.Conv3d(3, 2, 3), [torch.randn(2, 3, 4, 4, 4)], progress=False)
     with pytest.raises(UnsupportedModelError, match="no convolution or linear layer"):
         analyze(nn.Sequential(nn.ReLU()), batches(), progress=False)
     model = tiny()

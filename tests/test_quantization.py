@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
+import adalayer_native as ada
 from adalayer_native.errors import CalibrationError, PlanError
+from adalayer_native.nn.layer import checked_qparams
 from adalayer_native.padding import four_paddings
 from adalayer_native.quantization.fake_quant import (
     ActivationQuantizer,
     QuantConv2d,
     QuantLinear,
-    grid,
 )
 from adalayer_native.quantization.observers import (
     HistogramObserver,
     PercentileObserver,
     make_observer,
 )
-from adalayer_native.rounding import quantize_weight, round_weight, weight_range
+from adalayer_native.rounding import activation_grid, quantize_weight, round_weight, weight_range
 
 BITS = list(range(2, 9))
 
@@ -111,7 +115,7 @@ def test_weights_refuse_bad_input() -> None:
 @pytest.mark.parametrize("bits", BITS)
 def test_zero_is_on_the_grid(bits: int) -> None:
     for low, high in [(-1.0, 3.0), (0.5, 2.0), (-2.0, -1.0), (0.0, 0.0), (-1e-3, 1.0)]:
-        scale, zero_point = grid(low, high, bits)
+        scale, zero_point = activation_grid(low, high, bits)
         top = 2**bits - 1
         assert 0 <= zero_point <= top
         assert scale > 0
@@ -119,7 +123,29 @@ def test_zero_is_on_the_grid(bits: int) -> None:
             assert (0 - zero_point) * scale <= min(low, 0.0) + 0.51 * scale
             assert (top - zero_point) * scale >= max(high, 0.0) - 0.51 * scale
     with pytest.raises(CalibrationError, match="tensor_x"):
-        grid(float("nan"), 1.0, bits, name="tensor_x")
+        activation_grid(float("nan"), 1.0, bits, "tensor_x")
+
+
+@given(st.floats(-(2.0**125), 2.0**125), st.floats(-(2.0**125), 2.0**125), st.sampled_from(BITS))
+@settings(deadline=None)
+def test_every_range_has_a_grid_that_kernels_can_use(a: float, b: float, bits: int) -> None:
+    scale, zero_point = activation_grid(min(a, b), max(a, b), bits)
+    step = np.float32(scale)
+    assert float(step) == scale and np.isfinite(np.float32(1) / step) and 0 <= zero_point < 2**bits
+    checked_qparams(scale, zero_point, bits)
+
+
+def test_a_layer_whose_inputs_are_next_to_nothing() -> None:
+    for high in (1e-40, 1e-45, 5e-324):
+        layer = ada.nn.Linear.from_float(nn.Linear(4, 3), 8, input_range=(0.0, high))
+        x = torch.tensor([[0.0, 1.0, high, -high]])
+        assert bool(torch.isfinite(layer(x)).all())
+        assert torch.equal(ada.compile(layer, x)(x), layer(x))
+    for range_ in ((1.0, 0.0), (0.0, math.inf), (math.nan, 1.0), (-3e38, 3e40), (0.0, 3e40)):
+        with pytest.raises(ValueError, match="range of the input"):
+            ada.nn.Linear.from_float(nn.Linear(4, 3), 8, input_range=range_)
+    with pytest.raises(ValueError, match="activation scale must be positive and finite"):
+        checked_qparams(1e-40, 0, 8)
 
 
 def test_quantizer_is_idempotent_and_saturates() -> None:

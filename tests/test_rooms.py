@@ -25,6 +25,7 @@ PYTHON_ROOMS = [
         "_ray",
         "_C",
         "plan",
+        "operations",
         "cuda",
         "rounding",
         "padding",

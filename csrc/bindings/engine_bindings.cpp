@@ -26,24 +26,6 @@ namespace {
 
 using Addresses = std::vector<uintptr_t>;
 
-const char* kind_name(ValueKind kind) {
-  return kind == ValueKind::U8 ? "u8" : kind == ValueKind::F32 ? "f32" : "i32";
-}
-
-const char* kind_name(ConstantKind kind) {
-  switch (kind) {
-    case ConstantKind::Weights:
-      return "weights";
-    case ConstantKind::F32:
-      return "f32";
-    case ConstantKind::I32:
-      return "i32";
-    case ConstantKind::U8:
-      return "u8";
-  }
-  return "unknown";
-}
-
 WeightForm weight_form(const std::string& name) {
   if (name == "measured") return WeightForm::Measured;
   if (name == "streamed") return WeightForm::Streamed;
@@ -98,6 +80,37 @@ py::list constants(const Program& p) {
   for (const Constant& c : p.constants)
     out.append(py::make_tuple(kind_name(c.kind), c.bytes.size()));
   return out;
+}
+
+/// The table of operations, by name and in the order of their numbers;
+/// python/adalayer_native/operations.py reads it.
+py::dict operations() {
+  const auto text = [](std::string_view view) { return py::str(view.data(), view.size()); };
+  py::dict all;
+  for (const Operation& o : kOperations) {
+    py::list forms, ints, floats, constants;
+    for (const Form& f : o.forms)
+      forms.append(
+          py::make_tuple(kind_name(f.inputs), kind_name(f.output), std::max(f.minor, o.minor)));
+    for (const IntParameter& p : o.ints)
+      ints.append(py::make_tuple(text(p.name), p.low, p.high,
+                                 p.usual == kNoUsual ? py::object(py::none()) : py::int_(p.usual)));
+    for (const FloatParameter& p : o.floats)
+      floats.append(py::make_tuple(
+          text(p.name), p.has_usual ? py::object(py::float_(p.usual)) : py::object(py::none())));
+    for (const ConstantParameter& p : o.constants)
+      constants.append(
+          py::make_tuple(text(p.name), kind_name(p.kind), kind_name(p.other), p.optional));
+    py::dict entry;
+    entry["inputs"] = py::make_tuple(o.inputs_min, o.inputs_max);
+    entry["forms"] = forms;
+    entry["ints"] = ints;
+    entry["floats"] = floats;
+    entry["constants"] = constants;
+    entry["table_per_input"] = o.table_per_input;
+    all[text(o.name)] = entry;
+  }
+  return all;
 }
 
 py::bytes constant_bytes(const Program& p, size_t index) {
@@ -201,6 +214,8 @@ void bind_engine(py::module_& m) {
       PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.ptr())), error.ptr());
     }
   });
+
+  m.def("operations", &operations);
 
   py::class_<Program>(m, "Program")
       .def(py::init<>())

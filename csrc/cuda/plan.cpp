@@ -262,9 +262,16 @@ class Planner {
     return offset < 0 ? nullptr : reinterpret_cast<const T*>(bases_.image + offset);
   }
 
-  Finish finish(const Node& n, int64_t table) const {
+  template <class T>
+  const T* constant(const Node& n, const NodeData& d, std::string_view name) const {
+    return constant<T>(d.constants[engine::operation(n.op).constant_place(name)]);
+  }
+
+  Finish finish(const Node& n, const NodeData& d) const {
     const U8Finish f = engine::node_finish(p_, n);
-    return {f.lo, f.hi, f.inv_scale, f.zero_point, constant<uint8_t>(table)};
+    const int table = engine::operation(n.op).table();
+    return {f.lo, f.hi, f.inv_scale, f.zero_point,
+            table < 0 ? nullptr : constant<uint8_t>(d.constants[table])};
   }
 
   Launch launch(const KernelInfo& kernel, const std::string& what) {
@@ -318,7 +325,7 @@ class Planner {
         return convolve(n, d);
       case OpKind::Lookup: {
         const LookupParams q{at<uint8_t>(n.inputs[0]), at<uint8_t>(n.output),
-                             constant<uint8_t>(d.constants[0]), words(n.output)};
+                             constant<uint8_t>(n, d, "table"), words(n.output)};
         items(Kernel::Lookup, q, q.words);
         return;
       }
@@ -331,9 +338,9 @@ class Planner {
         q.out = at<uint8_t>(n.output);
         q.words = words(n.output);
         q.pitch_words = image_size(value(n.output)).pitch / 4;
-        q.scale = constant<float>(d.constants[0]);
-        q.bias = constant<float>(d.constants[1]);
-        q.finish = finish(n, d.constants[2]);
+        q.scale = constant<float>(n, d, "scale");
+        q.bias = constant<float>(n, d, "bias");
+        q.finish = finish(n, d);
         items(Kernel::Affine, q, q.words);
         return;
       }
@@ -365,9 +372,9 @@ class Planner {
         q.zero_point = s.zero_point;
         q.step = s.step;
         q.eps = s.eps;
-        q.gamma = constant<float>(d.constants[0]);
-        q.beta = constant<float>(d.constants[1]);
-        q.finish = finish(n, -1);
+        q.gamma = constant<float>(n, d, "gamma");
+        q.beta = constant<float>(n, d, "beta");
+        q.finish = finish(n, d);
         items(Kernel::LayerNorm, q, int64_t{q.pixels} * 32);
         return;
       }
@@ -384,7 +391,7 @@ class Planner {
       }
       case OpKind::Combine: {
         FloatPairParams q{at<float>(n.inputs[0]), at<float>(n.inputs[1]), at<float>(n.output),
-                          elements(n.output), static_cast<FloatPair>(n.ints[0])};
+                          elements(n.output), engine::combine_pair(n)};
         Launch& l = items(Kernel::CombineFloats, q, q.count);
         bind(l, offsetof(FloatPairParams, a), n.inputs[0]);
         bind(l, offsetof(FloatPairParams, b), n.inputs[1]);
@@ -410,7 +417,7 @@ class Planner {
       case OpKind::Constant: {
         MoveParams q{};
         q.kind = MoveParams::kConstant;
-        q.in = constant<uint8_t>(d.constants[0]);
+        q.in = constant<uint8_t>(n, d, "values");
         q.out = at<uint8_t>(n.output);
         q.batch = batch_;
         q.to = image_size(value(n.output));
@@ -450,10 +457,10 @@ class Planner {
     q.scale = s.scale;
     q.value_scale = s.value_scale;
     q.causal = s.causal ? 1 : 0;
-    q.mask = constant<float>(d.constants[0]);
+    q.mask = constant<float>(n, d, "mask");
     q.mask_sequence = s.mask_sequence;
     q.mask_head = s.mask_head;
-    q.finish = finish(n, -1);
+    q.finish = finish(n, d);
     const int64_t rows = int64_t{batch_} * q.sequences * q.heads * q.queries;
     Launch& l = items(Kernel::Attention, q, rows * kAttentionThreads);
     l.kernel.shared_bytes += (q.keys + 3) / 4 * 4;
@@ -498,7 +505,7 @@ class Planner {
     }
     if (y.kind == ValueKind::U8) {
       o.levels = at<uint8_t>(n.output);
-      o.finish = finish(n, d.constants[3]);
+      o.finish = finish(n, d);
     } else {
       o.numbers = at<float>(n.output);
       o.lo = a.f32_lo;
@@ -673,13 +680,13 @@ class Planner {
     q.zero_b = s.zero_b;
     q.scale_a = s.scale_a;
     q.scale_b = s.scale_b;
-    q.finish = finish(n, d.constants[0]);
+    q.finish = finish(n, d);
     items(Kernel::Pair, q, q.words);
   }
 
   /// Concat and Join: the pieces one after the other along an axis.
   void join(const Node& n, const NodeData& d) {
-    const int64_t axis = n.op == OpKind::Concat ? 0 : n.ints[0];
+    const int axis = engine::joined_axis(n);
     int32_t begin = 0;
     for (size_t k = 0; k < n.inputs.size(); ++k) {
       MoveParams q{};
@@ -703,11 +710,11 @@ class Planner {
     q.out = at<uint8_t>(n.output);
     q.batch = batch_;
     q.size = image_size(value(n.output));
-    q.scale = constant<float>(d.constants[0]);
-    q.bias = constant<float>(d.constants[1]);
+    q.scale = constant<float>(n, d, "scale");
+    q.bias = constant<float>(n, d, "bias");
     q.scale_of_image = s.scale_of_image;
     q.bias_of_image = s.bias_of_image;
-    q.finish = finish(n, d.constants[2]);
+    q.finish = finish(n, d);
     items(Kernel::AffineImage, q, words(n.output));
   }
 
@@ -720,9 +727,9 @@ class Planner {
     q.groups = static_cast<int32_t>(s.groups);
     q.step = s.norm.step;
     q.eps = s.norm.eps;
-    q.gamma = constant<float>(d.constants[0]);
-    q.beta = constant<float>(d.constants[1]);
-    q.finish = finish(n, -1);
+    q.gamma = constant<float>(n, d, "gamma");
+    q.beta = constant<float>(n, d, "beta");
+    q.finish = finish(n, d);
     Launch& l = items(Kernel::GroupNorm, q, 1);
     l.grid[0] = static_cast<uint32_t>(batch_ * s.groups);
   }
@@ -742,7 +749,7 @@ class Planner {
       q.step = static_cast<int32_t>(s.step);
     } else if (n.op == OpKind::Gather) {
       q.kind = MoveParams::kGather;
-      q.index = constant<int32_t>(d.constants[0]);
+      q.index = constant<int32_t>(n, d, "index");
     } else if (n.op == OpKind::Pad) {
       const engine::PadAttributes s = engine::pad_attributes(n);
       q.kind = MoveParams::kPad;
@@ -751,13 +758,13 @@ class Planner {
       q.level = s.level;
     } else if (n.op == OpKind::Resize) {
       q.kind = MoveParams::kResize;
-      q.index = constant<int32_t>(d.constants[0]);
-      q.index_w = constant<int32_t>(d.constants[3]);
+      q.index = constant<int32_t>(n, d, "low_h");
+      q.index_w = constant<int32_t>(n, d, "low_w");
     } else if (n.op == OpKind::Rearrange) {
       q.kind = MoveParams::kRearrange;
-      q.index = constant<int32_t>(d.constants[0]);
-      q.index_h = constant<int32_t>(d.constants[1]);
-      q.index_w = constant<int32_t>(d.constants[2]);
+      q.index = constant<int32_t>(n, d, "channel");
+      q.index_h = constant<int32_t>(n, d, "row");
+      q.index_w = constant<int32_t>(n, d, "column");
     } else {
       q.kind = q.to.h == 1 && q.to.w == 1 ? MoveParams::kFlatten : MoveParams::kUnflatten;
     }
@@ -801,7 +808,7 @@ class Planner {
     q.kind = adaptive ? PoolParams::kAdaptive : PoolParams::kAverage;
     q.zero_in = s.zero_in;
     q.ratio = s.ratio;
-    q.finish = finish(n, d.constants[0]);
+    q.finish = finish(n, d);
     const int64_t window =
         adaptive ? ceil_div(x.h, y.h) * ceil_div(x.w, y.w) : s.kernel_h * s.kernel_w;
     if (window < 32) {
@@ -830,12 +837,12 @@ class Planner {
     const Value &x = value(n.inputs[0]), &y = value(n.output);
     if (y.kind == ValueKind::U8 && !s.bilinear) return move(n, d);
     const auto tables = [&](auto& q) {
-      q.low_h = constant<int32_t>(d.constants[0]);
-      q.high_h = constant<int32_t>(d.constants[1]);
-      q.part_h = constant<float>(d.constants[2]);
-      q.low_w = constant<int32_t>(d.constants[3]);
-      q.high_w = constant<int32_t>(d.constants[4]);
-      q.part_w = constant<float>(d.constants[5]);
+      q.low_h = constant<int32_t>(n, d, "low_h");
+      q.high_h = constant<int32_t>(n, d, "high_h");
+      q.part_h = constant<float>(n, d, "part_h");
+      q.low_w = constant<int32_t>(n, d, "low_w");
+      q.high_w = constant<int32_t>(n, d, "high_w");
+      q.part_w = constant<float>(n, d, "part_w");
     };
     if (y.kind == ValueKind::F32) {
       FloatResizeParams q{};
@@ -862,7 +869,7 @@ class Planner {
     tables(q);
     q.scale = s.scale;
     q.offset = s.offset;
-    q.finish = finish(n, -1);
+    q.finish = finish(n, d);
     items(Kernel::Bilinear, q, words(n.output));
   }
 

@@ -411,28 +411,29 @@ std::vector<uint8_t> write_program(const Program& p) {
 
 namespace {
 
-/// Whether a node has a float result that earlier versions do not have.
-bool works_on_floats(const Program& p, const Node& n) {
-  constexpr OpKind kOps[] = {OpKind::LayerNorm, OpKind::RmsNorm, OpKind::GroupNorm,
-                             OpKind::Attention, OpKind::Affine,  OpKind::Rearrange,
-                             OpKind::Constant,  OpKind::MaxPool};
-  return p.values[n.output].kind == ValueKind::F32 &&
-         std::find(std::begin(kOps), std::end(kOps), n.op) != std::end(kOps);
-}
-
-/// The first minor version that has all operations of a program, so that older libraries read
-/// what they can run.
+/// The first minor version that has all operations of a program in the forms that it uses, so that
+/// older libraries read what they can run. (Programs that are not valid are written, too: tests and
+/// the fuzzer make such files.)
 uint16_t needed_minor(const Program& p) {
-  auto last = OpKind::Quantize;
-  for (const Node& n : p.nodes)
-    last = std::max(last, n.op);
-  const bool ids = std::any_of(p.values.begin(), p.values.end(),
-                               [](const Value& v) { return v.kind == ValueKind::I32; });
-  if (last > OpKind::GroupNorm || std::any_of(p.nodes.begin(), p.nodes.end(), [&](const Node& n) {
-        return works_on_floats(p, n) || (n.op == OpKind::Attention && n.inputs.size() > 3);
-      }))
-    return 3;
-  return ids || last > OpKind::Combine ? 2 : last >= OpKind::Rearrange ? 1 : 0;
+  const auto is = [&](int32_t v, ValueKind kind) {
+    return v >= 0 && static_cast<size_t>(v) < p.values.size() && p.values[v].kind == kind;
+  };
+  uint16_t minor = 0;
+  const auto since = [&](bool used, uint16_t version) {
+    if (used) minor = std::max(minor, version);
+  };
+  for (const Value& v : p.values)
+    since(v.kind == ValueKind::I32, 2);
+  for (const Node& n : p.nodes) {
+    if (!is_operation(static_cast<uint32_t>(n.op))) continue;
+    const Operation& o = operation(n.op);
+    since(true, o.minor);
+    since(n.op == OpKind::Attention && n.inputs.size() > 3, 3);
+    for (const Form& form : o.forms)
+      since(is(n.output, form.output) && (n.inputs.empty() || is(n.inputs[0], form.inputs)),
+            form.minor);
+  }
+  return minor;
 }
 
 }  // namespace

@@ -622,7 +622,7 @@ std::vector<NodeProfile> Engine::profile(int64_t batch, int threads, int rounds)
       p.derived_bytes = static_cast<int64_t>(conv.derived_bytes());
     }
     if (p.op == OpKind::FloatConv) {
-      const Constant& weights = e.program.constants[e.program.nodes[k].constants[0]];
+      const Constant& weights = weights_of(e.program, e.program.nodes[k]);
       p.kernel += " floats";
       p.bits = 32;
       p.macs = conv_shape(e.program, e.program.nodes[k]).macs();

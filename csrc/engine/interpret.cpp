@@ -45,7 +45,7 @@ class Interpreter {
     for (const Node& n : program.nodes) {
       weights_.clear();
       if (n.op == OpKind::Conv || n.op == OpKind::ConvTranspose)
-        weights_ = formats::unpack_canonical(program.constants[n.constants[0]].bytes);
+        weights_ = formats::unpack_canonical(weights_of(program, n).bytes);
       if (n.op == OpKind::FloatConv) float_weights_ = unpacked_floats(program, n);
       for (int64_t image = 0; image < batch; ++image)
         run(n, image);
@@ -412,11 +412,11 @@ void Interpreter::affine_image(const Node& n, int64_t image) {
 }
 
 void Interpreter::constant(const Node& n, int64_t image) {
-  const Constant& constant = program_.constants[n.constants[0]];
-  const uint8_t* a = constant.bytes.data();
+  const Constant& held = held_values(program_, n);
+  const uint8_t* a = held.bytes.data();
   const Shape s(value(n.output));
   if (value(n.output).kind == ValueKind::F32) {
-    std::copy_n(constant.f32().data(), s.size(), numbers(n.output, image));
+    std::copy_n(held.f32().data(), s.size(), numbers(n.output, image));
     return;
   }
   uint8_t* q = levels(n.output, image);
@@ -427,7 +427,7 @@ void Interpreter::constant(const Node& n, int64_t image) {
 void Interpreter::join(const Node& n, int64_t image) {
   const Shape out(value(n.output));
   uint8_t* q = levels(n.output, image);
-  const bool rows = n.ints[0] == 1;
+  const bool rows = joined_axis(n) == 1;
   int64_t begin = 0;
   for (size_t k = 0; k < n.inputs.size(); ++k) {
     const Shape s(value(n.inputs[k]));
@@ -537,7 +537,7 @@ void Interpreter::run(const Node& n, int64_t image) {
     case OpKind::ConvTranspose:
       return convolve(n, image);
     case OpKind::Lookup: {
-      const uint8_t* table = table_bytes(program_, n.constants[0]);
+      const uint8_t* table = lookup_table(program_, n);
       return map([&](uint8_t q, int64_t) { return table[q]; });
     }
     case OpKind::Add:
@@ -566,7 +566,7 @@ void Interpreter::run(const Node& n, int64_t image) {
     case OpKind::Slice:
       return slice(n, image);
     case OpKind::Gather: {
-      const auto index = program_.constants[n.constants[0]].i32();
+      const auto index = gather_index(program_, n);
       const uint8_t* a = levels(n.inputs[0], image);
       const int64_t plane = s.h * s.w;
       for (int64_t c = 0; c < s.c; ++c)
@@ -597,7 +597,7 @@ void Interpreter::run(const Node& n, int64_t image) {
       break;
     }
     case OpKind::Combine: {
-      const auto pair = static_cast<FloatPair>(n.ints[0]);
+      const FloatPair pair = combine_pair(n);
       const float *a = numbers(n.inputs[0], image), *b = numbers(n.inputs[1], image);
       for (int64_t i = 0; i < s.size(); ++i)
         numbers(n.output, image)[i] = float_pair(a[i], b[i], pair);
@@ -620,9 +620,10 @@ void Interpreter::run(const Node& n, int64_t image) {
       break;
     }
     case OpKind::Choose: {
+      const auto [any, zero, other] = choose_attributes(n);
       const int32_t* x = tensors_[n.inputs[0]].ids.data() + image * s.size();
       for (int64_t i = 0; i < s.size(); ++i)
-        numbers(n.output, image)[i] = n.floats[x[i] == 0 ? 0 : 1];
+        numbers(n.output, image)[i] = x[i] == 0 ? zero : other;
       break;
     }
   }

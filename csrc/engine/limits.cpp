@@ -13,7 +13,7 @@ namespace {
 
 double convolution_bytes(const Program& program, const Node& node,
                          const std::vector<ValueLayout>& layouts, cpu::Room room) {
-  const Constant& weights = program.constants[conv_attributes(node).weights];
+  const Constant& weights = weights_of(program, node);
   const formats::CanonicalHeader header = formats::read_header(weights.bytes);
   const ValueLayout& in = layouts[node.inputs[0]];
   // Scale and bias; the weights as bytes and as fields, while one node is built.
@@ -51,13 +51,12 @@ bool is_convolution(const Node& node) {
 }
 
 bool is_float(const Program& program, const Node& node) {
-  return program.constants[node.constants[0]].kind == ConstantKind::F32;
+  return weights_of(program, node).kind == ConstantKind::F32;
 }
 
 /// Of packed weights.
 double weight_count(const Program& program, const Node& node) {
-  return static_cast<double>(
-      formats::read_header(program.constants[node.constants[0]].bytes).count());
+  return static_cast<double>(formats::read_header(weights_of(program, node).bytes).count());
 }
 
 }  // namespace

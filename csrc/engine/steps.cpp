@@ -56,10 +56,11 @@ RunImage affine_image(const Program& program, const Node& node) {
 }
 
 RunImage constant(const Program& program, const Node& node) {
-  const uint8_t* levels = program.constants[node.constants[0]].bytes.data();
+  const engine::Constant& held = held_values(program, node);
+  const uint8_t* levels = held.bytes.data();
   const int32_t y = node.output;
   if (program.values[y].kind == ValueKind::F32) {
-    const std::span<const float> floats = program.constants[node.constants[0]].f32();
+    const std::span<const float> floats = held.f32();
     return [=](const Frame& f, int64_t n, Part part) {
       const auto first = part.first(std::ssize(floats)), last = part.last(std::ssize(floats));
       std::copy(floats.begin() + first, floats.begin() + last, f.floats(y, n) + first);
@@ -75,7 +76,7 @@ RunImage join(const Program& program, const Node& node) {
     int64_t begin;
     const uint8_t* table;
   };
-  const int64_t axis = node.op == OpKind::Concat ? 0 : node.ints[0];
+  const int axis = joined_axis(node);
   std::vector<Piece> pieces;
   int64_t begin = 0;
   for (size_t k = 0; k < node.inputs.size(); ++k) {
@@ -165,7 +166,7 @@ RunImage rearrange(const Program& program, const Node& node) {
 RunImage choose(const Node& node, const Value& out) {
   const int32_t x = node.inputs[0], y = node.output;
   const int64_t count = out.h * out.w;
-  const float zero = node.floats[0], other = node.floats[1];
+  const auto [any, zero, other] = choose_attributes(node);
   return [=](const Frame& f, int64_t n, Part part) {
     for (int64_t i = part.first(count); i < part.last(count); ++i)
       f.floats(y, n)[i] = f.ids(x, n)[i] == 0 ? zero : other;
@@ -204,7 +205,7 @@ RunImage run_image(const Program& program, const Node& node,
         cpu::dequantize_image(f.image(x, n), in.scale, in.zero_point, f.floats(y, n), part);
       };
     case OpKind::Lookup: {
-      const uint8_t* table = table_bytes(program, node.constants[0]);
+      const uint8_t* table = lookup_table(program, node);
       return unary(node, [=](auto i, auto o, Part part) { cpu::lookup(table, i, o, part); });
     }
     case OpKind::Add: {
@@ -242,7 +243,7 @@ RunImage run_image(const Program& program, const Node& node,
       });
     }
     case OpKind::Gather: {
-      const int32_t* index = program.constants[node.constants[0]].i32().data();
+      const int32_t* index = gather_index(program, node).data();
       return unary(node,
                    [=](auto i, auto o, Part part) { cpu::gather_channels(index, i, o, part); });
     }
@@ -275,7 +276,7 @@ RunImage run_image(const Program& program, const Node& node,
       };
     }
     case OpKind::Combine: {
-      const auto pair = static_cast<FloatPair>(node.ints[0]);
+      const FloatPair pair = combine_pair(node);
       const int32_t other = node.inputs[1];
       const int64_t count = in.c * in.h * in.w;
       return [=](const Frame& f, int64_t n, Part part) {

@@ -9,7 +9,7 @@ namespace adalayer::engine {
 std::vector<int64_t> table_rows(const Program& program) {
   std::vector<int64_t> rows(program.inputs.size(), -1);
   for (const Node& node : program.nodes) {
-    const bool flags = node.op == OpKind::Choose && node.ints[0] == 0;
+    const bool flags = node.op == OpKind::Choose && !choose_attributes(node).any;
     if (node.op != OpKind::Embedding && !flags) continue;
     const auto port = std::find(program.inputs.begin(), program.inputs.end(), node.inputs[0]);
     int64_t& least = rows[static_cast<size_t>(port - program.inputs.begin())];

@@ -1,6 +1,7 @@
 """Native kernels over raw addresses. Use adalayer_native.ops, which checks every argument."""
 
 from os import PathLike
+from typing import TypedDict
 
 def conv2d(
     x: int,
@@ -98,6 +99,16 @@ def threading_backend() -> str: ...
 def cache_info() -> tuple[int, int, int]: ...
 def set_cache_limit(bytes: int, /) -> None: ...
 def clear_cache() -> None: ...
+
+class _Operation(TypedDict):
+    inputs: tuple[int, int]  # fewest and most; -1 for any number
+    forms: list[tuple[str, str, int]]  # kind of inputs, kind of output, minor version of the format
+    ints: list[tuple[str, int, int, int | None]]  # name, lowest, highest, usual
+    floats: list[tuple[str, float | None]]  # name, usual
+    constants: list[tuple[str, str, str, bool]]  # name, kind, other kind, optional
+    table_per_input: bool
+
+def operations() -> dict[str, _Operation]: ...
 
 class Program:
     """A network for the engine (csrc/engine/program.hpp). Constants are copied from addresses."""

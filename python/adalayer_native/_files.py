@@ -1,14 +1,52 @@
-"""Writing files so that an interruption never leaves half of one."""
+"""Writing files so that an interruption never leaves half of one; what a path leads to."""
 
 from __future__ import annotations
 
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["replacing", "write_atomic", "write_text_atomic"]
+from .errors import FileFormatError
+
+__all__ = ["found_at", "replacing", "require_file", "write_atomic", "write_text_atomic"]
+
+_KINDS = {
+    stat.S_IFREG: "is a file",
+    stat.S_IFDIR: "is a directory",
+    stat.S_IFIFO: "is a named pipe",
+    stat.S_IFSOCK: "is a socket",
+    stat.S_IFCHR: "is a device",
+    stat.S_IFBLK: "is a device",
+}
+
+
+def found_at(path: str | os.PathLike[str]) -> str:
+    """What a message says of a path: "does not exist", "is a named pipe", …"""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return "does not exist"
+    except OSError as error:
+        return f"cannot be looked at ({error.strerror})"
+    return _KINDS.get(stat.S_IFMT(mode), "is no file")
+
+
+def require_file(path: str | os.PathLike[str], what: str = "") -> None:
+    """Refuse what is no regular file. (Reading from a named pipe would wait for ever.)
+
+    Args:
+        what: comes before the path, such as "weight file".
+
+    Raises:
+        FileFormatError: it is none.
+    """
+    found = found_at(path)
+    if found != "is a file":
+        shown = f"{what} {os.fspath(path)!r}" if what else f"{os.fspath(path)}:"
+        raise FileFormatError(f"{shown} {found}; expected a file")
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes | memoryview) -> None:

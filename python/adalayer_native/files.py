@@ -10,7 +10,7 @@ from safetensors.torch import save as serialize
 from torch import nn
 
 from adalayer_native import ops
-from adalayer_native._files import write_atomic
+from adalayer_native._files import require_file, write_atomic
 from adalayer_native.errors import FileFormatError
 
 __all__ = ["describe", "save"]
@@ -42,11 +42,10 @@ def describe(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Raises:
         FileFormatError: missing, truncated or damaged file, or one without native layers.
     """
+    require_file(path)
     try:
         with safe_open(os.fspath(path), framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise FileFormatError(f"{path}: no such file") from None
     except (SafetensorError, OSError) as error:
         raise FileFormatError(f"{path}: not a readable safetensors file ({error})") from None
     layers: list[dict[str, Any]] = []

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._files import write_text_atomic
+from ._files import require_file, write_text_atomic
 from .errors import FileFormatError, PlanError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -308,6 +308,7 @@ class Plan:
             FileFormatError: missing or unreadable file, or not a plan.
             PlanError: a plan with a value out of range.
         """
+        require_file(path, "plan")
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:

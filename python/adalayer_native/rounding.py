@@ -1,6 +1,9 @@
-"""Weight quantization: signed integers with one positive float32 scale per output channel."""
+"""Grids: of weights, signed integers with one positive float32 scale per output channel; of
+activations, levels from zero up with a scale and a zero point."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +20,8 @@ _LOWEST_RATIO = {2: 0.08, 3: 0.12, 4: 0.18, 5: 0.25, 6: 0.33, 7: 0.4, 8: 0.5}
 _CANDIDATES = {2: 40, 3: 36, 4: 32, 5: 32, 6: 28, 7: 24, 8: 24}
 _REFINEMENTS = 3
 _SMALLEST_SCALE = 2.0**-120
+# Of activations: it and its inverse are normal float32 numbers, as the engine wants them.
+SMALLEST_STEP = 2.0**-126
 
 
 def weight_range(bits: int) -> tuple[int, int]:
@@ -28,6 +33,31 @@ def weight_range(bits: int) -> tuple[int, int]:
     if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
         raise PlanError(f"weight bits must be an integer from {MIN_BITS} to {MAX_BITS}, got {bits}")
     return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+
+
+def activation_grid(low: float, high: float, bits: int, name: str = "") -> tuple[float, int]:
+    """Scale (a float32 value) and zero point of the ``bits`` wide grid over ``low ... high``.
+
+    The range is widened to contain zero, which is a level. Of a range of nothing but zeros the
+    scale is 1.
+
+    Raises:
+        CalibrationError: a bound is NaN or infinite, or ``low > high``; ``name`` names the tensor.
+    """
+    if not (math.isfinite(low) and math.isfinite(high)) or low > high:
+        raise CalibrationError(
+            f"range of {name or 'an activation'} is ({low}, {high}); expected finite numbers, the "
+            "lower one first"
+        )
+    low, high = min(low, 0.0), max(high, 0.0)
+    top = (1 << bits) - 1
+    if high == low:
+        return 1.0, 0
+    # Far below any useful step, far above where 1/scale would overflow.
+    scale = float(torch.tensor(max((high - low) / top, 2.0**-100), dtype=torch.float32))
+    if not scale <= 1.0 / SMALLEST_STEP:
+        raise CalibrationError(f"range of {name or 'an activation'} is ({low}, {high}), too wide")
+    return scale, max(0, min(top, round(-low / scale)))
 
 
 def per_channel(scale: Tensor, ndim: int) -> Tensor:

@@ -276,12 +276,12 @@ TEST(refusals_say_what_is_wrong) {
   check_refused("up to 15, the input's last element, got 16",
                 [&](Program& p) { poke(rows(p), 4, int32_t{3}); });
   check_refused("entries of 0 and more", [&](Program& p) { poke(rows(p), 0, int32_t{-1}); });
-  check_refused("rows: expected 2 entries, got 3", [&](Program& p) { rows(p).resize(12); });
+  check_refused("row: expected 2 entries, got 3", [&](Program& p) { rows(p).resize(12); });
   check_refused("got 3221225469", [&](Program& p) {
     for (const int32_t c : find(p, OpKind::Rearrange).constants)
       poke(p.constants[c].bytes, 0, int32_t{0x3FFFFFFF});
   });
-  check_refused("the function must be 0 to 5",
+  check_refused("function must be 0 to 5",
                 [](Program& p) { find(p, OpKind::Function).ints[0] = 6; });
   check_refused("must not exceed the upper", [](Program& p) {
     Node& n = find(p, OpKind::Function);
@@ -291,8 +291,7 @@ TEST(refusals_say_what_is_wrong) {
   check_refused("a and b must be finite", [](Program& p) {
     find(p, OpKind::Function).floats[0] = std::numeric_limits<float>::infinity();
   });
-  check_refused("the pair must be 0 to 2",
-                [](Program& p) { find(p, OpKind::Combine).ints[0] = 3; });
+  check_refused("pair must be 0 to 2", [](Program& p) { find(p, OpKind::Combine).ints[0] = 3; });
   check_refused("expected second input of 8 x 2 x 2",
                 [](Program& p) { find(p, OpKind::Combine).inputs[1] = p.inputs[1]; });
   const auto bytes = [](Program& p, OpKind op, size_t slot) -> std::vector<uint8_t>& {
@@ -302,9 +301,9 @@ TEST(refusals_say_what_is_wrong) {
                 [&](Program& p) { bytes(p, OpKind::AffineImage, 1).resize(4 * 143); });
   check_refused("bias: every entry must be finite",
                 [&](Program& p) { poke(bytes(p, OpKind::AffineImage, 1), 40, INFINITY); });
-  check_refused("levels: expected 48, one per element of the output, got 47",
+  check_refused("values: expected 48, one per element of the output, got 47",
                 [&](Program& p) { bytes(p, OpKind::Constant, 0).pop_back(); });
-  check_refused("levels: 235 is above the output's qmax 234",
+  check_refused("values: 235 is above the output's qmax 234",
                 [](Program& p) { output_of(p, OpKind::Constant).qmax = 234; });
   check_refused("expected 0 to 0 inputs, got 1", [](Program& p) {
     find(p, OpKind::Constant).inputs.push_back(find(p, OpKind::Conv).output);
@@ -323,7 +322,7 @@ TEST(refusals_say_what_is_wrong) {
   check_refused("divisible by groups 3, got 4",
                 [](Program& p) { find(p, OpKind::GroupNorm).ints[0] = 3; });
   check_refused("groups must be 1 to 4",
-                [](Program& p) { find(p, OpKind::GroupNorm).ints[0] = 0; });
+                [](Program& p) { find(p, OpKind::GroupNorm).ints[0] = 5; });
   check_refused("eps must be", [](Program& p) { find(p, OpKind::GroupNorm).floats[1] = -1.0f; });
   const auto attention = [](size_t at, int64_t number) {
     return [=](Program& p) { find(p, OpKind::Attention).ints[at] = number; };
@@ -372,6 +371,114 @@ TEST(refusals_say_what_is_wrong) {
   check_refused("bytes of text", [](Program& p) { p.nodes[0].name.assign(kMaxName + 1, 'x'); });
 }
 
+TEST(programs_that_are_not_valid_are_written_and_read) {
+  const auto kept = [](const std::function<void(Program&)>& change) {
+    Program p = every_operation();
+    change(p);
+    const Program back = parse(serialize(p));
+    CHECK_EQ(back.nodes.size(), p.nodes.size());
+    CHECK(serialize(back) == serialize(p));
+  };
+  for (const int32_t number : {-1, 1 << 20, std::numeric_limits<int32_t>::min()}) {
+    kept([&](Program& p) {
+      for (Node& n : p.nodes)
+        n.output = number;
+    });
+    kept([&](Program& p) {
+      for (Node& n : p.nodes)
+        n.inputs.assign(n.inputs.size(), number);
+    });
+  }
+  kept([](Program& p) {
+    for (Node& n : p.nodes)
+      n.inputs.clear();
+  });
+}
+
+// ---- what the table of operations says ----------------------------------------------------------
+
+TEST(the_table_of_operations_holds_together) {
+  std::set<std::string_view> names;
+  for (int k = 0; k < kOpKinds; ++k) {
+    const auto op = static_cast<OpKind>(k);
+    const Operation& o = operation(op);
+    CHECK_MSG(names.insert(o.name).second, o.name);
+    CHECK(op_from_name(o.name) == op);
+    CHECK_MSG(!o.forms.empty(), o.name);
+    std::set<std::string_view> parameters;
+    for (const IntParameter& p : o.ints)
+      CHECK_MSG(parameters.insert(p.name).second && p.low < p.high &&
+                    (p.usual == kNoUsual || (p.usual >= p.low && p.usual <= p.high)),
+                o.name);
+    for (const FloatParameter& p : o.floats)
+      CHECK_MSG(parameters.insert(p.name).second, o.name);
+    for (const ConstantParameter& p : o.constants)
+      CHECK_MSG(parameters.insert(p.name).second, o.name);
+    // node_finish() takes these as neighbours.
+    if (o.finish() >= 0)
+      CHECK_MSG(o.int_place("hi") == o.finish() + 1 &&
+                    o.int_place("zero_point") == o.finish() + 2 && o.float_place("inv") == 0,
+                o.name);
+  }
+  CHECK(std::string(op_name(static_cast<OpKind>(kOpKinds))) == "unknown");
+}
+
+TEST(every_parameter_has_its_range_and_every_list_its_length) {
+  std::set<OpKind> met;
+  int refusals = 0;
+  for (const Program& whole : {every_operation(), token_program(), float_program()}) {
+    for (size_t k = 0; k < whole.nodes.size(); ++k) {
+      const Operation& o = operation(whole.nodes[k].op);
+      met.insert(whole.nodes[k].op);
+      const auto refuses = [&](const std::string& text, const std::function<void(Node&)>& change) {
+        Program p = whole;
+        change(p.nodes[k]);
+        CHECK_THROWS(validate(p), InvalidArgument, text);
+        ++refusals;
+      };
+      const auto lengths = [&](const char* what, auto member) {
+        refuses(what, [&](Node& n) { (n.*member).emplace_back(); });
+        if (!(whole.nodes[k].*member).empty())
+          refuses(what, [&](Node& n) { (n.*member).pop_back(); });
+      };
+      lengths(" ints, got ", &Node::ints);
+      lengths(" floats, got ", &Node::floats);
+      lengths(" constants, got ", &Node::constants);
+      for (size_t i = 0; i < o.ints.size(); ++i)
+        for (const int64_t beyond : {o.ints[i].low - 1, o.ints[i].high + 1})
+          refuses(std::string(o.ints[i].name) + " must be ", [&](Node& n) { n.ints[i] = beyond; });
+      for (size_t c = 0; c < o.constants.size(); ++c) {
+        const ConstantParameter& parameter = o.constants[c];
+        const std::string name(parameter.name);
+        for (const int32_t number : {-2, static_cast<int32_t>(whole.constants.size())})
+          refuses(name + ": constant ", [&](Node& n) { n.constants[c] = number; });
+        if (!parameter.optional)
+          refuses(name + ": constant -1 does not", [&](Node& n) { n.constants[c] = -1; });
+        for (size_t other = 0; other < whole.constants.size(); ++other)
+          if (whole.constants[other].kind != parameter.kind &&
+              whole.constants[other].kind != parameter.other)
+            refuses(name + ": expected a constant of kind ",
+                    [&](Node& n) { n.constants[c] = static_cast<int32_t>(other); });
+      }
+      const auto wrong = [&](ValueKind kind, auto member) {
+        return std::none_of(o.forms.begin(), o.forms.end(),
+                            [&](const Form& f) { return f.*member == kind; });
+      };
+      for (const ValueKind kind : {ValueKind::U8, ValueKind::F32, ValueKind::I32}) {
+        Program p = whole;
+        Value& y = p.values[p.nodes[k].output];
+        if (!wrong(kind, &Form::output) || y.c * y.h * y.w == 0) continue;
+        y.kind = kind;
+        if (kind == ValueKind::I32) y.c = 1;
+        CHECK(refused(p));
+        ++refusals;
+      }
+    }
+  }
+  CHECK_EQ(met.size(), static_cast<size_t>(kOpKinds));
+  CHECK(refusals > 1000);
+}
+
 TEST(token_ids_are_what_they_must_be) {
   const auto refused_with = [](const char* text, const std::function<void(Program&)>& change) {
     Program p = token_program();
@@ -389,12 +496,12 @@ TEST(token_ids_are_what_they_must_be) {
   refused_with("must be f32 or i32", [](Program& p) { p.values[0].kind = ValueKind::U8; });
   refused_with("expected u8 output, got f32",
                [](Program& p) { output_of(p, OpKind::Embedding).kind = ValueKind::F32; });
-  refused_with("only program inputs are", [](Program& p) {
+  refused_with("expected u8 output, got i32", [](Program& p) {
     Value& v = output_of(p, OpKind::Add);
     v.kind = ValueKind::I32;
     v.c = 1;
   });
-  refused_with("got whole numbers, which only embedding and choose read",
+  refused_with("expected u8 input 1, got i32",
                [](Program& p) { find(p, OpKind::Add).inputs[1] = p.inputs[0]; });
   refused_with("expected output of 8 x 1 x 6",
                [](Program& p) { output_of(p, OpKind::Embedding).w = 5; });
@@ -432,7 +539,8 @@ TEST(floats_are_what_they_must_be) {
   refused_with("channels must be divisible by groups 5", [&](Program& p) { conv(p).ints[10] = 5; });
   refused_with("expected output of 6 x 3 x 3",
                [&](Program& p) { output_of(p, OpKind::FloatConv).h = 4; });
-  refused_with("lo must not exceed hi", [&](Program& p) { conv(p).floats = {1.0f, -1.0f}; });
+  refused_with("clamp_lo must not exceed clamp_hi",
+               [&](Program& p) { conv(p).floats = {1.0f, -1.0f}; });
   refused_with("expected u8 input 0, got f32", [](Program& p) {
     find(p, OpKind::Attention).inputs[0] = find(p, OpKind::GroupNorm).output;
   });
@@ -455,7 +563,7 @@ TEST(floats_are_what_they_must_be) {
   });
   refused_with("expected finite floats or -infinity",
                [](Program& p) { find(p, OpKind::Choose).floats[1] = INFINITY; });
-  refused_with("floats: expected 36 floats", [](Program& p) {
+  refused_with("values: expected 36 floats", [](Program& p) {
     Node& fixed = find(p, OpKind::Constant);
     fixed.constants[0] = find(p, OpKind::Affine).constants[0];
   });

@@ -48,7 +48,8 @@ double work_of(const Program& p) {
     } else if (n.op == OpKind::FloatConv) {
       work += static_cast<double>(conv_shape(p, n).macs()) + static_cast<double>(y.c) * 256.0;
     } else if (n.op == OpKind::MaxPool || n.op == OpKind::AvgPool) {
-      work += outputs * static_cast<double>(n.ints[0]) * static_cast<double>(n.ints[1]);
+      const PoolSpec s = pool_spec(p, n);
+      work += outputs * static_cast<double>(s.kernel_h) * static_cast<double>(s.kernel_w);
     } else if (n.op == OpKind::AdaptiveAvgPool) {
       const Value& x = p.values[n.inputs[0]];
       work += outputs + static_cast<double>(x.c) * static_cast<double>(x.h) * x.w;

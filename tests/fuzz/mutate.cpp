@@ -141,9 +141,16 @@ class Mutator {
       float& f = any(n.floats);
       f = real(f);
     } else if (!n.ints.empty()) {
-      int64_t& i = any(n.ints);
-      i = number(i);
+      const auto k = static_cast<size_t>(pick(0, std::ssize(n.ints) - 1));
+      n.ints[k] = one_in(3) ? at_a_bound(n.op, k) : number(n.ints[k]);
     }
+  }
+
+  /// The ends of what a parameter may be, and what lies just beyond.
+  int64_t at_a_bound(OpKind op, size_t place) {
+    if (!is_operation(static_cast<uint32_t>(op)) || place >= operation(op).ints.size()) return 0;
+    const IntParameter& p = operation(op).ints[place];
+    return (one_in(2) ? p.low : p.high) + pick(-1, 1);
   }
 
   void reconnect(Program& p) {
@@ -227,8 +234,9 @@ class Mutator {
     return &p.values[static_cast<size_t>(n.output)];
   }
   static bool is_conv(const Node& n) {
-    return (n.op == OpKind::Conv || n.op == OpKind::ConvTranspose) && n.ints.size() >= 14 &&
-           n.constants.size() >= 4;
+    const Operation& o = operation(OpKind::Conv);
+    return (n.op == OpKind::Conv || n.op == OpKind::ConvTranspose) &&
+           n.ints.size() >= o.ints.size() && n.constants.size() >= o.constants.size();
   }
 
   /// Weights, scales and biases of the sizes that a convolution wants now.
@@ -242,10 +250,12 @@ class Mutator {
   }
 
   void fit_weights(Program& p, Node& n, int64_t in, int64_t out) {
-    const int64_t groups = n.ints[10];
-    for (const int64_t size : {groups, n.ints[0], n.ints[1], in, out})
+    const int64_t groups = n.ints[int_of(OpKind::Conv, "groups")];
+    const int64_t kernel_h = n.ints[int_of(OpKind::Conv, "kernel_h")];
+    const int64_t kernel_w = n.ints[int_of(OpKind::Conv, "kernel_w")];
+    for (const int64_t size : {groups, kernel_h, kernel_w, in, out})
       if (size < 1 || size > 4096) return;
-    const int64_t count = out * (in / groups) * n.ints[0] * n.ints[1];
+    const int64_t count = out * (in / groups) * kernel_h * kernel_w;
     if (count < 1 || count > 20000) return;
     const int bits = static_cast<int>(pick(2, 8));
     std::vector<int8_t> weights(static_cast<size_t>(count), 0);
@@ -257,12 +267,13 @@ class Mutator {
       p.constants.push_back({kind, std::move(bytes)});
       return static_cast<int32_t>(p.constants.size()) - 1;
     };
-    n.constants[0] =
+    n.constants[constant_of(OpKind::Conv, "weights")] =
         add(ConstantKind::Weights,
             formats::pack_canonical(
                 weights, bits, static_cast<uint32_t>(out), static_cast<uint32_t>(in / groups),
-                static_cast<uint32_t>(n.ints[0]), static_cast<uint32_t>(n.ints[1])));
-    for (const size_t slot : {size_t{1}, size_t{2}}) {
+                static_cast<uint32_t>(kernel_h), static_cast<uint32_t>(kernel_w)));
+    for (const size_t slot :
+         {constant_of(OpKind::Conv, "scale"), constant_of(OpKind::Conv, "bias")}) {
       std::vector<float> floats(static_cast<size_t>(out));
       for (float& f : floats)
         f = static_cast<float>(pick(-100, 100)) / 500.0f;
@@ -279,27 +290,33 @@ class Mutator {
     const Value* x = input_of(p, n);
     Value* y = output_of(p, n);
     if (x == nullptr || y == nullptr) return;
-    const bool conv = is_conv(n), pool = n.op == OpKind::MaxPool && n.ints.size() >= 8;
+    const bool conv = is_conv(n);
+    const bool pool =
+        n.op == OpKind::MaxPool && n.ints.size() >= operation(OpKind::MaxPool).ints.size();
     if (!conv && !pool) return;
-    const int64_t last = conv ? 10 : 7;
+    const Operation& o = operation(n.op);
+    const auto last = static_cast<size_t>(conv ? o.finish() : std::ssize(o.ints));
     for (int64_t changes = pick(1, 3); changes > 0; --changes) {
-      const int64_t k = pick(0, last);
-      n.ints[static_cast<size_t>(k)] =
-          pick(k >= 4 && k < (conv ? 8 : 6) ? 0 : 1, one_in(8) ? 24 : 4);
+      const auto k = static_cast<size_t>(pick(0, static_cast<int64_t>(last) - 1));
+      n.ints[k] = pick(o.ints[k].low, one_in(8) ? 24 : 4);
     }
-    for (int64_t k = 0; k <= last; ++k)
-      if (n.ints[static_cast<size_t>(k)] < 0 || n.ints[static_cast<size_t>(k)] > 4096) return;
+    for (size_t k = 0; k < last; ++k)
+      if (n.ints[k] < 0 || n.ints[k] > 4096) return;
+    const auto of = [&](const char* name) { return n.ints[o.int_place(name)]; };
     if (conv && one_in(3)) y->c = pick(1, 70);
-    if (conv && n.ints[10] > 1 && one_in(2)) y->c = n.ints[10] * pick(1, 4);
-    const auto size = [&](int64_t in, int64_t axis) {
-      const int64_t kernel = n.ints[axis], stride = std::max<int64_t>(1, n.ints[2 + axis]);
-      const int64_t before = n.ints[4 + axis], after = conv ? n.ints[6 + axis] : before;
-      const int64_t extent = n.ints[(conv ? 8 : 6) + axis] * (kernel - 1) + 1;
-      if (n.op == OpKind::ConvTranspose) return (in - 1) * stride + extent - before - after;
-      return (in + before + after - extent) / stride + 1;
+    if (conv && of("groups") > 1 && one_in(2)) y->c = of("groups") * pick(1, 4);
+    const auto size = [&](int64_t in, int64_t kernel, int64_t stride, int64_t dilation,
+                          int64_t padding) {
+      const int64_t extent = dilation * (kernel - 1) + 1, step = std::max<int64_t>(1, stride);
+      const int64_t out = n.op == OpKind::ConvTranspose ? (in - 1) * step + extent - padding
+                                                        : (in + padding - extent) / step + 1;
+      return std::max<int64_t>(0, out);
     };
-    y->h = std::max<int64_t>(0, size(x->h, 0));
-    y->w = std::max<int64_t>(0, size(x->w, 1));
+    const int64_t above = of("pad_top"), left = of("pad_left");
+    y->h = size(x->h, of("kernel_h"), of("stride_h"), of("dilation_h"),
+                above + (conv ? of("pad_bottom") : above));
+    y->w = size(x->w, of("kernel_w"), of("stride_w"), of("dilation_w"),
+                left + (conv ? of("pad_right") : left));
     if (conv)
       fit_weights(p, n, x->c, y->c);
     else

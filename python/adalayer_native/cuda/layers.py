@@ -19,6 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from adalayer_native import _C
 from adalayer_native.cuda.engine import CudaEngine
 from adalayer_native.cuda.library import check, library, stream_number
+from adalayer_native.operations import geometry, parameters
 
 __all__ = ["LayerGeometry", "linear_float", "on_grid", "run_layer"]
 
@@ -133,17 +134,18 @@ def _program(g: LayerGeometry, packed: Tensor, scale: Tensor, bias: Tensor) -> _
     steps = scale.detach().cpu().numpy() * np.float32(g.input_scale)
     steps = np.ascontiguousarray(steps, dtype=np.float32)
     offsets = np.ascontiguousarray(bias.detach().cpu().numpy(), dtype=np.float32)
-    constants = [
-        program.add_constant_weights(weights.data_ptr(), weights.numel()),
-        program.add_constant_f32(steps.ctypes.data, steps.size),
-        program.add_constant_f32(offsets.ctypes.data, offsets.size),
-        -1,
-    ]
-    ints = [*g.kernel_size, *g.stride, *g.padding, *g.dilation, g.groups, 0, 255, 0]
-    floats = [1.0, -_INF if g.lo is None else g.lo, _INF if g.hi is None else g.hi]
-    program.add_node("quantize", "quantize", [x], levels)
     op = "conv_transpose" if g.transposed else "conv"
-    program.add_node(op, op, [levels], y, ints, floats, constants)
+    lists = parameters(
+        op,
+        **geometry(g.kernel_size, g.stride, g.padding, g.dilation, g.groups),
+        clamp_lo=-_INF if g.lo is None else g.lo,
+        clamp_hi=_INF if g.hi is None else g.hi,
+        weights=program.add_constant_weights(weights.data_ptr(), weights.numel()),
+        scale=program.add_constant_f32(steps.ctypes.data, steps.size),
+        bias=program.add_constant_f32(offsets.ctypes.data, offsets.size),
+    )
+    program.add_node("quantize", "quantize", [x], levels)
+    program.add_node(op, op, [levels], y, *lists)
     program.set_inputs([x])
     program.set_outputs([y])
     return program

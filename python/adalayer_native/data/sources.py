@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from .._files import found_at
 from ..errors import DataError
 from .layout import SPLITS, arrange, kinds
 
@@ -84,7 +85,7 @@ def list_images(path: str | os.PathLike[str], split: str) -> ImageList:
     elif root.is_file():
         found = _from_zip(root)
     else:
-        raise DataError(f"data {where!r} does not exist (expected a directory or a zip)")
+        raise DataError(f"data {where!r} {found_at(root)} (expected a directory or a zip)")
     images = [name for name in found.files if _ending(name) in EXTENSIONS]
     others = Counter(_ending(name) for name in found.files if _ending(name) not in EXTENSIONS)
     if not images:
@@ -179,14 +180,15 @@ def _from_zip(path: Path) -> _Found:
         raise DataError(
             f"data {where!r} is neither a directory nor a readable zip: {error}"
         ) from error
-    shown = [
-        info
-        for info in archive.infolist()
-        if not any(_hidden(part) for part in PurePosixPath(info.filename).parts)
-    ]
-    infos = {info.filename: info for info in shown if not info.is_dir()}
+    named = {_entry_name(info, where): info for info in archive.infolist()}
+    shown = {
+        name: info
+        for name, info in named.items()
+        if not any(_hidden(part) for part in PurePosixPath(name).parts)
+    }
+    infos = {name: info for name, info in shown.items() if not name.endswith("/")}
     files = {name: f"{info.file_size} {info.CRC:08x}" for name, info in infos.items()}
-    folders = {info.filename.rstrip("/") for info in shown if info.is_dir()}
+    folders = {name.rstrip("/") for name in shown if name.endswith("/")}
     for name in files:
         folders.update(os.fspath(parent) for parent in PurePosixPath(name).parents[:-1])
 
@@ -206,6 +208,14 @@ def _from_zip(path: Path) -> _Found:
 
     info = path.stat()
     return _Found(files, folders, read, f"{path.resolve()} {info.st_size} {info.st_mtime_ns}")
+
+
+def _entry_name(info: zipfile.ZipInfo, where: str) -> str:
+    """With slashes. (Some programs for Windows write backslashes, against the format.)"""
+    name = info.filename if "/" in info.filename else info.filename.replace("\\", "/")
+    if ".." in PurePosixPath(name).parts:
+        raise DataError(f"data {where!r}: entry {info.filename!r} leads out of the zip")
+    return name
 
 
 def _too_big(name: str, size: int) -> str:

@@ -85,12 +85,17 @@ class Want:
         lo, hi = compose_clamps((lo, hi), (self.lo, self.hi))
         return replace(self, lo=lo, hi=hi)
 
-    def finish(self) -> list[int]:
-        """(lo, hi, zero_point) of a program node: the clamp as levels."""
+    def finish(self) -> dict[str, int | float]:
+        """The finish of a program node, by name: the grid, and the clamp as levels."""
         grid = self.grid
         low = 0 if self.lo == -_INF else grid.level(self.lo)
         high = grid.qmax if self.hi == _INF else grid.level(self.hi)
-        return [low, max(low, high), grid.zero_point]
+        return {
+            "lo": low,
+            "hi": max(low, high),
+            "zero_point": grid.zero_point,
+            "inv": grid.inverse,
+        }
 
     def table(self, source: Grid, function: Callable[[Tensor], Tensor] | None = None) -> Table:
         """Level of ``source`` -> level asked for, through ``function``, as the modules compute it.

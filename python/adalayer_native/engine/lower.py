@@ -364,8 +364,7 @@ class Lowering:
             return ref
         suffix = "" if function is not None else "table"
         name = self.name(node, suffix)
-        constants = [self.program.table(table)]
-        return self.emit("lookup", name, [ref.value], ref, want, constants=constants)
+        return self.emit("lookup", name, [ref.value], ref, want, table=self.program.table(table))
 
     def levels(
         self, node: fx.Node, constant: Tensor, want: Want, like: tuple[Size, Dims] | None = None
@@ -386,9 +385,7 @@ class Lowering:
         values = constant.clamp(want.lo, want.hi).contiguous()
         found = ops.quantize(values, grid.scale, grid.zero_point, grid.bits).numpy()
         in_memory = self.program.u8(in_order(found, dims, size))
-        number = self.program.node(
-            "constant", self.name(node), [], size, grid, constants=[in_memory]
-        )
+        number = self.program.node("constant", self.name(node), [], size, grid, values=in_memory)
         return Ref(number, dims)
 
     # -- layouts ------------------------------------------------------------------------------
@@ -407,7 +404,7 @@ class Lowering:
             order = channel_order(ref.dims, size)
             if order is not None:
                 number = self.program.node(
-                    "gather", name, [ref.value], wanted, grid, constants=[self.program.i32(order)]
+                    "gather", name, [ref.value], wanted, grid, index=self.program.i32(order)
                 )
                 return Ref(number, image_dims(wanted)[: len(sizes)])
             total = math.prod(size)
@@ -474,8 +471,10 @@ class Lowering:
         places = [offsets(atoms)[picked.get(k, slice(None))] for k, atoms in enumerate(ref.dims)]
         tables = [outer_sum(places[k] for k in group) for group in groups]
         size, dims = arranged_as(axes, [len(place) for place in places])
-        constants = [self.program.i32(table) for table in tables]
-        number = self.program.node("rearrange", name, [ref.value], size, grid, constants=constants)
+        channel, row, column = (self.program.i32(table) for table in tables)
+        number = self.program.node(
+            "rearrange", name, [ref.value], size, grid, channel=channel, row=row, column=column
+        )
         return Ref(number, tuple(map(_around_batch, ref.dims, dims)))
 
     def sizes(self, node: fx.Node) -> tuple[int, ...]:

@@ -1,36 +1,24 @@
 """The engine's program as Python data, and the passes that shorten it.
 
-Operations, parameter lists and arithmetic are those of ``csrc/engine/program.hpp``; ``emit.py``
+Operations and their parameters are those of ``csrc/engine/operations.hpp``; ``emit.py``
 hands a program over to C++.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from adalayer_native.engine.grids import Grid, Table
 from adalayer_native.engine.views import Size
+from adalayer_native.operations import operation, parameters
 
 __all__ = ["Constant", "Node", "Program", "Value", "shorten"]
-
-# Where an operation keeps the optional table that it applies to its levels.
-_TABLE_SLOT = {
-    "conv": 3,
-    "conv_transpose": 3,
-    "lookup": 0,
-    "add": 0,
-    "mul": 0,
-    "affine": 2,
-    "affine_image": 2,
-    "avg_pool": 0,
-    "adaptive_avg_pool": 0,
-    "embedding": 0,  # the table itself
-}
 
 
 @dataclass
@@ -45,15 +33,15 @@ class Value:
 
 @dataclass
 class Node:
-    """One operation; ``constants`` holds -1 where an optional one is absent."""
+    """One operation; parameters in the order of ``csrc/engine/operations.hpp``."""
 
     op: str
     name: str
     inputs: list[int]
     output: int
-    ints: list[int] = field(default_factory=list)
-    floats: list[float] = field(default_factory=list)
-    constants: list[int] = field(default_factory=list)
+    ints: list[int]
+    floats: list[float]
+    constants: list[int]
 
 
 @dataclass(frozen=True)
@@ -88,15 +76,16 @@ class Program:
         inputs: Sequence[int],
         size: Size,
         grid: Grid | None,
-        *,
-        ints: Iterable[int] = (),
-        floats: Iterable[float] = (),
-        constants: Iterable[int] = (),
+        **given: Any,
     ) -> int:
-        """Append a node; returns the number of the value that it writes."""
+        """Append a node; returns the number of the value that it writes.
+
+        Args:
+            given: parameters by name, as :func:`adalayer_native.operations.parameters` takes them.
+        """
+        lists = parameters(op, len(inputs), **given)
         output = self.value(name, size, grid)
-        node = Node(op, name, list(inputs), output, list(ints), list(floats), list(constants))
-        self.nodes.append(node)
+        self.nodes.append(Node(op, name, list(inputs), output, *lists))
         return output
 
     def constant(self, kind: str, data: bytes) -> int:
@@ -166,15 +155,17 @@ def _fuse_tables(program: Program) -> None:
     for node in program.nodes:
         if node.op == "lookup":
             before = producers.get(node.inputs[0])
-            if before is None or readers[before.output] != 1 or before.op not in _TABLE_SLOT:
+            if before is None or readers[before.output] != 1:
                 continue
-            slot = _TABLE_SLOT[before.op]
+            slot = operation(before.op).table
+            if slot is None:
+                continue
             table = program.levels(node.constants[0])[program.levels(before.constants[slot])]
             before.constants[slot] = program.table(table)
             before.output = node.output
             producers[node.output] = before
             gone.add(id(node))
-        elif node.op in ("concat", "join"):
+        elif operation(node.op).table_per_input:
             for position, item in enumerate(node.inputs):
                 before = producers.get(item)
                 if before is not None and before.op == "lookup" and readers[item] == 1:

@@ -62,8 +62,7 @@ def _key_mask(low: Lowering, node: fx.Node, operand: fx.Node) -> Ref:
         ids = low.external(keys, ids=True)
         number = low.program.node(
             "choose", low.name(operand), [ids.value], low.size(ids), None,
-            ints=[int(bool(several))],
-            floats=[float(zero), float(other)],  # type: ignore[arg-type]
+            any=bool(several), zero=zero, other=other,
         )  # fmt: skip
         low.masks[operand] = Ref(number, ids.dims)
     return low.masks[operand]
@@ -136,19 +135,23 @@ def _attention(low: Lowering, node: fx.Node, want: Want | None) -> Ref:
     if factor is None and a["factor"] is not None:
         raise CannotLower(node, "its scale is computed by the graph")
     scale = total_scale(a["scale"], factor)
-    finish = [0, 255, 0] if want is None else want.finish()
-    inverse = 1.0 if want is None else want.grid.inverse
-    flags = [rows, bool(a["is_causal"])]
-    flags += [mask is not None and mask.shape[axis] > 1 for axis in (0, 1)]
+    masked: dict[str, Any] = {}
+    if mask is not None:
+        masked["mask"] = low.program.f32(mask.to(torch.float32).numpy())
+        masked["mask_rows"], masked["mask_heads"] = (size > 1 for size in mask.shape[:2])
     number = low.program.node(
         "attention",
         low.name(node),
         [query.value, key.value, value.value, *hiding],
         size,
         None if want is None else want.grid,
-        ints=[heads, key_heads, *map(int, flags), *finish],
-        floats=[inverse, score_scale(query_grid.scale, key_grid.scale, scale)],
-        constants=[-1 if mask is None else low.program.f32(mask.to(torch.float32).numpy())],
+        heads=heads,
+        key_heads=key_heads,
+        rows=rows,
+        causal=bool(a["is_causal"]),
+        scale=score_scale(query_grid.scale, key_grid.scale, scale),
+        **masked,
+        **({} if want is None else want.finish()),
     )
     return Ref(number, dims)
 

@@ -12,6 +12,7 @@ from adalayer_native.capture.vocabulary import arguments
 from adalayer_native.engine.grids import Want
 from adalayer_native.engine.lower import RULES, CannotLower, F32Rule, Lowering, Rule
 from adalayer_native.engine.views import BATCH, Dims, Ref, Size, image_dims, merged
+from adalayer_native.operations import geometry
 
 __all__ = ["float_conv", "then_levels"]
 
@@ -30,15 +31,15 @@ def float_conv(
     name: str,
     source: Ref,
     size: Size,
-    geometry: list[int],
-    constants: list[int],
+    place: dict[str, int],
+    constants: dict[str, int],
     bounds: tuple[float, float],
 ) -> int:
     """A convolution of floats.
 
     Args:
-        geometry: kernel, strides, paddings, dilation, groups.
-        constants: weights, their scale or -1, bias.
+        place: its geometry, by name.
+        constants: weights, their scale if they are packed, bias.
     """
     return low.program.node(
         "float_conv",
@@ -46,13 +47,14 @@ def float_conv(
         [source.value],
         size,
         None,
-        ints=geometry,
-        floats=list(bounds),
-        constants=constants,
+        **place,
+        **constants,
+        clamp_lo=bounds[0],
+        clamp_hi=bounds[1],
     )
 
 
-def _constants(low: Lowering, node: fx.Node, a: dict[str, Any]) -> tuple[Tensor, list[int]]:
+def _constants(low: Lowering, node: fx.Node, a: dict[str, Any]) -> tuple[Tensor, dict[str, int]]:
     weight = low.parameter(a["weight"])
     if weight is None:
         raise CannotLower(node, "its weights are computed by the graph")
@@ -62,8 +64,8 @@ def _constants(low: Lowering, node: fx.Node, a: dict[str, Any]) -> tuple[Tensor,
     for item in (weight, bias):
         if not bool(torch.isfinite(item).all()):
             raise CannotLower(node, "a parameter of it is not finite")
-    numbers = [low.program.f32(weight.float().numpy()), -1, low.program.f32(bias.float().numpy())]
-    return weight, numbers
+    given = {"weights": weight, "bias": bias}
+    return weight, {name: low.program.f32(item.float().numpy()) for name, item in given.items()}
 
 
 def _conv2d(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
@@ -71,9 +73,8 @@ def _conv2d(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
     weight, constants = _constants(low, node, a)
     source = low.plain(low.f32(a["input"]), low.name(node, "reorder"))
     size: Size = low.sizes(node)  # type: ignore[assignment]
-    geometry = [*weight.shape[2:], *a["stride"], *a["padding"], *a["dilation"], a["groups"]]
-    name = low.name(node)
-    number = float_conv(low, name, source, size, list(map(int, geometry)), constants, (lo, hi))
+    place = geometry(weight.shape[2:], a["stride"], a["padding"], a["dilation"], a["groups"])
+    number = float_conv(low, low.name(node), source, size, place, constants, (lo, hi))
     return Ref(number, image_dims(size))
 
 
@@ -99,8 +100,8 @@ def _linear(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
     source, size, dims = linear_view(low, node, low.f32(a["input"]), len(weight))
     c, h, w = low.size(source)
     kernel = (1, 1) if weight.shape[1] == c else (h, w)
-    geometry = [*kernel, 1, 1, 0, 0, 0, 0, 1, 1, 1]
-    number = float_conv(low, low.name(node), source, size, geometry, constants, (lo, hi))
+    place = geometry(kernel)
+    number = float_conv(low, low.name(node), source, size, place, constants, (lo, hi))
     return Ref(number, dims)
 
 

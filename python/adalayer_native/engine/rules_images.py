@@ -32,6 +32,7 @@ from adalayer_native.engine.views import (
     image_dims,
     merged,
 )
+from adalayer_native.operations import geometry
 from adalayer_native.ops.resizing import linear_tables, nearest_tables
 
 # -- concatenation and padding --------------------------------------------------------------------
@@ -126,8 +127,7 @@ def _joined(
         [ref.value for ref in parts],
         size,
         want.grid,
-        ints=[along] if along else [],
-        constants=[-1] * len(parts),
+        **({"axis": along} if along else {}),
     )
     return Ref(number, dims)
 
@@ -208,7 +208,11 @@ def _pad(low: Lowering, node: fx.Node, want: Want) -> Ref:
             [number],
             (c, h, w),
             want.grid,
-            ints=[top, left, bottom, right, level],
+            top=top,
+            left=left,
+            bottom=bottom,
+            right=right,
+            level=level,
         )
     if front or back:
         number = _zero_channels(low, node, number, (c, h, w), (front, back), want)
@@ -233,14 +237,11 @@ def _zero_channels(
         [number],
         (outs, h, w),
         want.grid,
-        ints=[1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, *want.finish()],
-        floats=[want.grid.inverse, 0.0, 0.0],
-        constants=[
-            program.constant("weights", ops.pack_weight(identity, 2).numpy().tobytes()),
-            program.f32(np.full(outs, want.grid.scale)),
-            program.f32(np.zeros(outs)),
-            -1,
-        ],
+        **geometry((1, 1)),
+        **want.finish(),
+        weights=program.constant("weights", ops.pack_weight(identity, 2).numpy().tobytes()),
+        scale=program.f32(np.full(outs, want.grid.scale)),
+        bias=program.f32(np.zeros(outs)),
     )
 
 
@@ -255,6 +256,14 @@ def _two(value: Any, default: Sequence[int] = ()) -> list[int]:
     items = [int(item) for item in ([value] if isinstance(value, int) else value)]
     items = items or list(default)
     return items * 2 if len(items) == 1 else items
+
+
+def _window(
+    kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int] = (0, 0)
+) -> dict[str, int]:
+    """Kernel, strides, and padding above and left of a pooling, by name."""
+    names = ("kernel_h", "kernel_w", "stride_h", "stride_w", "pad_top", "pad_left")
+    return dict(zip(names, (*kernel, *stride, *padding), strict=True))
 
 
 def _image(low: Lowering, node: fx.Node, ref: Ref) -> Ref:
@@ -284,7 +293,8 @@ def _max_pool(low: Lowering, node: fx.Node, ref: Ref) -> Ref:
         [ref.value],
         size,
         low.value(ref).grid,
-        ints=[*kernel, *stride, *padding, *_two(a["dilation"])],
+        **_window(kernel, stride, padding),
+        **dict(zip(("dilation_h", "dilation_w"), _two(a["dilation"]), strict=True)),
     )
     return Ref(number, image_dims(size))
 
@@ -323,7 +333,7 @@ def _maxima(low: Lowering, node: fx.Node, source: fx.Node, want: Want) -> Ref:
         [ref.value],
         size,
         want.grid,
-        ints=[*kernel, *kernel, 0, 0, 1, 1],
+        **_window(kernel, kernel),
     )
     kept = [item for k, item in enumerate(dims) if k not in over or a["keepdim"]]
     return Ref(number, tuple(kept))
@@ -345,7 +355,9 @@ RULES["aten.amax.default"] = Rule(_amax, None, operand_grid, folds=True)
 RULES["aten.max.dim"] = Rule(only_pieces, None, operand_grid, folds=True, piece=_max_of)
 
 
-def _average(low: Lowering, node: fx.Node, op: str, size: Size, ints: list[int], want: Want) -> Ref:
+def _average(
+    low: Lowering, node: fx.Node, op: str, size: Size, window: dict[str, int], want: Want
+) -> Ref:
     ref, grid = low.on_own_grid(node.args[0])
     ref = _image(low, node, ref)
     number = low.program.node(
@@ -354,26 +366,17 @@ def _average(low: Lowering, node: fx.Node, op: str, size: Size, ints: list[int],
         [ref.value],
         size,
         want.grid,
-        ints=[*ints, *want.finish()],
-        floats=[want.grid.inverse, grid.scale],
-        constants=[-1],
+        **window,
+        **want.finish(),
+        ratio=grid.scale,
     )
     return Ref(number, image_dims(size))
 
 
 def _average_f32(
-    low: Lowering, node: fx.Node, ref: Ref, op: str, size: Size, ints: list[int]
+    low: Lowering, node: fx.Node, ref: Ref, op: str, size: Size, window: dict[str, int]
 ) -> int:
-    return low.program.node(
-        op,
-        low.name(node),
-        [ref.value],
-        size,
-        None,
-        ints=[*ints, 0, 255, 0],
-        floats=[1.0, 1.0],
-        constants=[-1],
-    )
+    return low.program.node(op, low.name(node), [ref.value], size, None, **window)
 
 
 def _no_clamp(node: fx.Node, lo: float, hi: float) -> None:
@@ -381,7 +384,7 @@ def _no_clamp(node: fx.Node, lo: float, hi: float) -> None:
         raise CannotLower(node, "a clamp of its float32 result")
 
 
-def _avg_pool_ints(node: fx.Node) -> list[int]:
+def _avg_pool_window(node: fx.Node) -> dict[str, int]:
     a = arguments(node)
     if a.get("divisor_override") is not None:
         raise CannotLower(node, "average pooling with a divisor of its own")
@@ -393,29 +396,31 @@ def _avg_pool_ints(node: fx.Node) -> list[int]:
     # With ceil_mode torch gives such an image one window, which no padding explains.
     if any(size + 2 * p < k for size, k, p in zip(image, kernel, padding, strict=True)):
         raise CannotLower(node, "average pooling over a window larger than the padded image")
-    return [*kernel, *stride, *padding, *padding, int(a["count_include_pad"])]
+    below = dict(zip(("pad_bottom", "pad_right"), padding, strict=True))
+    counts = {"count_padding": int(a["count_include_pad"])}
+    return _window(kernel, stride, padding) | below | counts
 
 
 def _avg_pool(low: Lowering, node: fx.Node, want: Want) -> Ref:
-    ints = _avg_pool_ints(node)
-    return _average(low, node, "avg_pool", _image_size(low, node), ints, want)
+    window = _avg_pool_window(node)
+    return _average(low, node, "avg_pool", _image_size(low, node), window, want)
 
 
 def _avg_pool_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
     _no_clamp(node, lo, hi)
     ref, size = _image(low, node, low.f32(node.args[0])), _image_size(low, node)
-    number = _average_f32(low, node, ref, "avg_pool", size, _avg_pool_ints(node))
+    number = _average_f32(low, node, ref, "avg_pool", size, _avg_pool_window(node))
     return Ref(number, image_dims(size))
 
 
 def _adaptive(low: Lowering, node: fx.Node, want: Want) -> Ref:
-    return _average(low, node, "adaptive_avg_pool", _image_size(low, node), [], want)
+    return _average(low, node, "adaptive_avg_pool", _image_size(low, node), {}, want)
 
 
 def _adaptive_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
     _no_clamp(node, lo, hi)
     ref, size = _image(low, node, low.f32(node.args[0])), _image_size(low, node)
-    return Ref(_average_f32(low, node, ref, "adaptive_avg_pool", size, []), image_dims(size))
+    return Ref(_average_f32(low, node, ref, "adaptive_avg_pool", size, {}), image_dims(size))
 
 
 for _name in ("aten.avg_pool2d", "adalayer.exact_avg_pool2d"):
@@ -457,9 +462,8 @@ def _mean(low: Lowering, node: fx.Node, want: Want) -> Ref:
         [ref.value],
         (c, 1, 1),
         want.grid,
-        ints=want.finish(),
-        floats=[want.grid.inverse, grid.scale],
-        constants=[-1],
+        **want.finish(),
+        ratio=grid.scale,
     )
     return Ref(number, dims)
 
@@ -468,7 +472,7 @@ def _mean_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
     _no_clamp(node, lo, hi)
     ref = low.f32(node.args[0])
     ref, dims, c = _mean_axes(low, node, ref)
-    return Ref(_average_f32(low, node, ref, "adaptive_avg_pool", (c, 1, 1), []), dims)
+    return Ref(_average_f32(low, node, ref, "adaptive_avg_pool", (c, 1, 1), {}), dims)
 
 
 for _name in ("aten.mean.dim", "adalayer.exact_mean.default"):
@@ -478,7 +482,8 @@ for _name in ("aten.mean.dim", "adalayer.exact_mean.default"):
 # -- resizing -------------------------------------------------------------------------------------
 
 
-def _resize_constants(low: Lowering, node: fx.Node, size: Size) -> tuple[bool, list[int]]:
+def _resize_tables(low: Lowering, node: fx.Node, size: Size) -> dict[str, int]:
+    """What every resizing has."""
     a = arguments(node)
     name = str(node.target)
     factors = a.get("scale_factors")
@@ -486,16 +491,20 @@ def _resize_constants(low: Lowering, node: fx.Node, size: Size) -> tuple[bool, l
         factors = (a.get("scales_h"), a.get("scales_w"))  # or neither was given
     target = low.sizes(node)
     bilinear = "bilinear" in name
-    constants = []
-    for n_in, n_out, factor in zip(size[1:], target[1:], factors, strict=True):
+    found = {"bilinear": int(bilinear)}
+    for axis, n_in, n_out, factor in zip("hw", size[1:], target[1:], factors, strict=True):
         if bilinear:
             tables = linear_tables(n_in, n_out, factor, bool(a["align_corners"]))
         else:
             tables = nearest_tables(n_in, n_out, factor, "exact" in name)
         first, second, part = tables
         program = low.program
-        constants += [program.i32(first), program.i32(second), program.f32(part)]
-    return bilinear, constants
+        found |= {
+            f"low_{axis}": program.i32(first),
+            f"high_{axis}": program.i32(second),
+            f"part_{axis}": program.f32(part),
+        }
+    return found
 
 
 def _resize_u8(low: Lowering, node: fx.Node, want: Want) -> Ref:
@@ -507,16 +516,16 @@ def _resize_u8(low: Lowering, node: fx.Node, want: Want) -> Ref:
         ref, scale, offset = low.u8(node.args[0], want), 1.0, 0.0
     ref = _image(low, node, ref)
     size = _image_size(low, node)
-    bilinear, constants = _resize_constants(low, node, low.size(ref))
     number = low.program.node(
         "resize",
         low.name(node),
         [ref.value],
         size,
         want.grid,
-        ints=[int(bilinear), *want.finish()],
-        floats=[want.grid.inverse, scale, offset],
-        constants=constants,
+        **_resize_tables(low, node, low.size(ref)),
+        **want.finish(),
+        scale=scale,
+        offset=offset,
     )
     return Ref(number, image_dims(size))
 
@@ -525,17 +534,8 @@ def _resize_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
     _no_clamp(node, lo, hi)
     ref = _image(low, node, low.f32(node.args[0]))
     size = _image_size(low, node)
-    bilinear, constants = _resize_constants(low, node, low.size(ref))
-    number = low.program.node(
-        "resize",
-        low.name(node),
-        [ref.value],
-        size,
-        None,
-        ints=[int(bilinear), 0, 255, 0],
-        floats=[1.0, 1.0, 0.0],
-        constants=constants,
-    )
+    tables = _resize_tables(low, node, low.size(ref))
+    number = low.program.node("resize", low.name(node), [ref.value], size, None, **tables)
     return Ref(number, image_dims(size))
 
 

@@ -34,6 +34,7 @@ from adalayer_native.engine.views import (
     merged,
     reshaped,
 )
+from adalayer_native.operations import geometry
 from adalayer_native.ops.fused import FLOAT_FUNCTIONS
 
 Doubles = npt.NDArray[np.float64]
@@ -78,7 +79,7 @@ class _Layer:
     weights: int
     multiplier: Doubles  # input_scale * weight_scale as the module has it
     bias: Doubles
-    geometry: list[int]
+    geometry: dict[str, int]
     size: Size
     dims: Dims  # of the result
     residual: Any
@@ -114,10 +115,8 @@ def _conv(low: Lowering, node: fx.Node) -> _Layer:
     packed, multiplier, bias = _constants(low, node)
     source = low.plain(_source(low, node), low.name(node, "reorder"))
     padding = list(a["padding"])
-    kernel = list(a["kernel_size"])
     if len(padding) == 2:
         padding = [*padding, *padding]
-    geometry = [*kernel, *a["stride"], *padding, *a["dilation"], a["groups"]]
     size: Size = low.sizes(node)  # type: ignore[assignment]
     if low.size(source)[0] != _in_channels(packed, int(a["groups"])):
         raise CannotLower(node, f"its weights do not fit an input of {low.size(source)}")
@@ -128,7 +127,7 @@ def _conv(low: Lowering, node: fx.Node) -> _Layer:
         low.program.constant("weights", packed.numpy().tobytes()),
         multiplier,
         bias,
-        [int(item) for item in geometry],
+        geometry(a["kernel_size"], a["stride"], padding, a["dilation"], a["groups"]),
         size,
         image_dims(size),
         a.get("residual"),
@@ -156,7 +155,7 @@ def _linear(low: Lowering, node: fx.Node) -> _Layer:
         low.program.constant("weights", packed.numpy().tobytes()),
         multiplier,
         bias,
-        [*kernel, 1, 1, 0, 0, 0, 0, 1, 1, 1],
+        geometry(kernel),
         out,
         dims,
         None,
@@ -189,7 +188,11 @@ def _as_float(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
     )
     scale = low.parameter(node.args[2])
     assert scale is not None
-    constants = [layer.weights, program.f32(_double(scale)), program.f32(layer.bias)]
+    constants = {
+        "weights": layer.weights,
+        "scale": program.f32(_double(scale)),
+        "bias": program.f32(layer.bias),
+    }
     number = float_conv(
         low, low.name(node), Ref(reals, layer.source.dims), layer.size, layer.geometry, constants,
         bounds if plain else (-math.inf, math.inf),
@@ -206,7 +209,7 @@ def _plus_residual(
     if low.size(other) != layer.size:
         raise CannotLower(node, f"its residual is {low.size(other)}, its result {layer.size}")
     number = low.program.node(
-        "combine", low.name(node, "sum"), [ref.value, other.value], layer.size, None, ints=[0]
+        "combine", low.name(node, "sum"), [ref.value, other.value], layer.size, None, pair=0
     )
     return clamped(low, node, Ref(number, layer.dims), *bounds)
 
@@ -228,8 +231,9 @@ def float_function(
         [ref.value],
         low.size(ref),
         None,
-        ints=[FLOAT_FUNCTIONS[kind]],
-        floats=[a, b],
+        function=FLOAT_FUNCTIONS[kind],
+        a=a,
+        b=b,
     )
     return Ref(number, ref.dims)
 
@@ -253,9 +257,11 @@ def _layer_u8(low: Lowering, node: fx.Node, want: Want) -> Ref:
         [layer.source.value, *residual],
         layer.size,
         want.grid,
-        ints=[*layer.geometry, *want.finish()],
-        floats=[want.grid.inverse, 0.0, 0.0],
-        constants=[layer.weights, program.f32(layer.multiplier), program.f32(layer.bias), -1],
+        **layer.geometry,
+        **want.finish(),
+        weights=layer.weights,
+        scale=program.f32(layer.multiplier),
+        bias=program.f32(layer.bias),
     )
     return Ref(number, layer.dims)
 
@@ -275,9 +281,12 @@ def _layer_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
         [layer.source.value, *residual],
         layer.size,
         None,
-        ints=[*layer.geometry, 0, 255, 0],
-        floats=[1.0, lo, hi],
-        constants=[layer.weights, program.f32(layer.multiplier), program.f32(layer.bias), -1],
+        **layer.geometry,
+        clamp_lo=lo,
+        clamp_hi=hi,
+        weights=layer.weights,
+        scale=program.f32(layer.multiplier),
+        bias=program.f32(layer.bias),
     )
     result = Ref(number, layer.dims)
     return _plus_residual(low, node, layer, result, bounds) if floats else result
@@ -317,7 +326,6 @@ def affine(
         with np.errstate(over="ignore"):
             if not np.isfinite(values.astype(np.float32)).all():
                 raise CannotLower(node, "a constant operand that is not finite")
-    constants = [low.program.f32(scale), low.program.f32(bias), -1]
     per_channel = scale.ndim == bias.ndim == 1
     return low.emit(
         "affine" if per_channel else "affine_image",
@@ -325,9 +333,9 @@ def affine(
         [ref.value],
         ref,
         want,
-        ints=want.finish(),
-        floats=[want.grid.inverse],
-        constants=constants,
+        **want.finish(),
+        scale=low.program.f32(scale),
+        bias=low.program.f32(bias),
     )
 
 
@@ -372,8 +380,7 @@ def _batch_norm_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
     _channels_first(low, node, ref)
     number = low.program.node(
         "affine", low.name(node), [ref.value], low.size(ref), None,
-        ints=[0, 255, 0], floats=[1.0],
-        constants=[low.program.f32(factor), low.program.f32(offset), -1],
+        scale=low.program.f32(factor), bias=low.program.f32(offset),
     )  # fmt: skip
     return clamped(low, node, Ref(number, ref.dims), lo, hi)
 
@@ -395,15 +402,17 @@ def check_grid(low: Lowering, node: fx.Node, grid: Grid, qparams: Any) -> None:
         raise CannotLower(node, f"it expects a grid of {said.tolist()}, its input has {grid}")
 
 
-def _scale_and_shift(low: Lowering, node: fx.Node, a: dict[str, Any], channels: int) -> list[int]:
+def _scale_and_shift(
+    low: Lowering, node: fx.Node, a: dict[str, Any], channels: int
+) -> dict[str, int]:
     """Constants of a norm's weight and bias, one number per channel."""
-    found = []
-    for name, fill in (("weight", 1.0), ("bias", 0.0)):
+    found = {}
+    for constant, name, fill in (("gamma", "weight", 1.0), ("beta", "bias", 0.0)):
         given = a.get(name)
         value = torch.full((channels,), fill) if given is None else low.parameter(given)
         if value is None:
             raise CannotLower(node, "its parameters are computed by the graph")
-        found.append(low.program.f32(_double(value.reshape(-1))))
+        found[constant] = low.program.f32(_double(value.reshape(-1)))
     return found
 
 
@@ -420,16 +429,17 @@ def _norm_rule(
     def put(low: Lowering, node: fx.Node, a: dict[str, Any], ref: Ref, want: Want | None) -> Ref:
         ref = arrange(low, node, a, ref)
         eps = torch.finfo(torch.float32).eps if a["eps"] is None else float(a["eps"])
-        groups = [int(a["num_groups"])] if "num_groups" in a else []
+        groups = {"groups": int(a["num_groups"])} if "num_groups" in a else {}
         number = low.program.node(
             op,
             low.name(node),
             [ref.value],
             low.size(ref),
             None if want is None else want.grid,
-            ints=[*groups, *([0, 255, 0] if want is None else want.finish())],
-            floats=[1.0 if want is None else want.grid.inverse, eps],
-            constants=_scale_and_shift(low, node, a, low.size(ref)[0]),
+            **groups,
+            **({} if want is None else want.finish()),
+            eps=eps,
+            **_scale_and_shift(low, node, a, low.size(ref)[0]),
         )
         return Ref(number, ref.dims)
 

@@ -117,7 +117,7 @@ _HARD = ("hardsigmoid", "hardswish")
 
 def _combined(low: Lowering, node: fx.Node, kind: str, a: Ref, b: Ref) -> Ref:
     number = low.program.node(
-        "combine", low.name(node), [a.value, b.value], low.size(a), None, ints=[_PAIRS[kind]]
+        "combine", low.name(node), [a.value, b.value], low.size(a), None, pair=_PAIRS[kind]
     )
     return Ref(number, a.dims)
 
@@ -323,9 +323,9 @@ def _binary(low: Lowering, node: fx.Node, want: Want) -> Ref:
         [a.value, b.value],
         a,
         want,
-        ints=want.finish(),
-        floats=[want.grid.inverse, scale_a, scale_b],
-        constants=[-1],
+        **want.finish(),
+        scale_a=scale_a,
+        scale_b=scale_b,
     )
 
 
@@ -349,10 +349,10 @@ def _with_floats(low: Lowering, node: fx.Node, operand: Any, constant: Tensor, l
     values = _spread(low, node, ref, constant.float()).transpose(2, 0, 1)
     held = low.program.node(
         "constant", low.name(node, "constant"), [], low.size(ref), None,
-        constants=[low.program.f32(values)],
+        values=low.program.f32(values),
     )  # fmt: skip
     pair = [held, ref.value] if left else [ref.value, held]
-    value = low.program.node("combine", low.name(node), pair, low.size(ref), None, ints=[number])
+    value = low.program.node("combine", low.name(node), pair, low.size(ref), None, pair=number)
     return Ref(value, ref.dims)
 
 
@@ -376,7 +376,7 @@ def _binary_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
     if low.size(a) != low.size(b) or a.dims != b.dims:
         raise CannotLower(node, "float operands that differ in size or order")
     value = low.program.node(
-        "combine", low.name(node), [a.value, b.value], low.size(a), None, ints=[number]
+        "combine", low.name(node), [a.value, b.value], low.size(a), None, pair=number
     )
     return clamped(low, node, Ref(value, a.dims), lo, hi)
 

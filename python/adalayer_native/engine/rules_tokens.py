@@ -50,7 +50,7 @@ def _embedding(low: Lowering, node: fx.Node, want: Want) -> Ref:
         [ids.value],
         size,
         grid,
-        constants=[low.program.table(np.asarray(levels.numpy()))],
+        table=low.program.table(np.asarray(levels.numpy())),
     )
     # Ids have one channel: their places are the pixels of the result.
     return Ref(number, (*ids.dims, merged([(size[0], h * w)])))

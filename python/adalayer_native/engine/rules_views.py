@@ -211,7 +211,7 @@ def _sliced(
         wide = outermost * count
         number = low.program.node(
             "slice", low.name(node), [ref.value], (wide, *size[1:]), low.value(ref).grid,
-            ints=[0, begin * outermost, 1],
+            axis=0, begin=begin * outermost, step=1,
         )  # fmt: skip
         parts = merged([(count, ref.dims[axis][0][1])])
         return Ref(number, (*ref.dims[:axis], parts, *ref.dims[axis + 1 :]))
@@ -233,7 +233,9 @@ def _sliced(
         [ref.value],
         new,
         low.value(ref).grid,
-        ints=[position, begin, step],
+        axis=position,
+        begin=begin,
+        step=step,
     )
     return Ref(number, built(axes, new))
 

@@ -264,9 +264,11 @@ def checked_layers(model: nn.Module) -> dict[str, Any]:
     """
     layers = supported_layers(model)
     if not layers:
+        weights = [f"{name} {list(p.shape)}" for name, p in model.named_parameters() if p.dim() > 1]
+        others = f"; its weights are {', '.join(weights[:5])}" if weights else ""
         raise UnsupportedModelError(
             f"{type(model).__name__} has no convolution or linear layer that is supported "
-            "(nn.Conv2d, nn.ConvTranspose2d or nn.Linear)"
+            f"(nn.Conv2d, nn.Conv1d, nn.ConvTranspose2d or nn.Linear){others}"
         )
     for name, layer in layers.items():
         if isinstance(layer.weight, nn.parameter.UninitializedParameter):

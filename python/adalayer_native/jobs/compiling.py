@@ -11,17 +11,23 @@ from typing import Any
 import torch
 
 from .._console import say
+from .._files import found_at
 from ..engine import Engine
 from ..engine import compile as compile_engine
 from ..errors import DataError, FileFormatError, UnsupportedModelError
+from ..files import describe
 from ..measure import model_milliseconds
 from ..ops import get_num_threads
+from ..plan import supported_layers
 from ..quantization import restore
 from .normalise import CHANNELS, Normalisation, chosen, preset
 from .opening import build
 from .settings import CompileJob
 
 __all__ = ["run_compile", "save_engine"]
+
+# Numbers of classes that no layer inside a network has.
+_PROBES = (11, 13)
 
 
 def run_compile(job: CompileJob) -> dict[str, Any]:
@@ -35,7 +41,7 @@ def run_compile(job: CompileJob) -> dict[str, Any]:
         torch.set_num_threads(job.threads)
     packed = job.source / "model.safetensors" if job.source.is_dir() else job.source
     if not packed.is_file():
-        what = "holds no model.safetensors" if job.source.is_dir() else "does not exist"
+        what = "holds no model.safetensors" if job.source.is_dir() else found_at(job.source)
         raise FileFormatError(
             f"{os.fspath(job.source)!r} {what}; expected the output directory of adalayer compress "
             "or a packed model"
@@ -49,7 +55,8 @@ def run_compile(job: CompileJob) -> dict[str, Any]:
         )
     shape = _shape(job, known)
     given = chosen(job)
-    model = build(str(name), job.classes, known.get("model_classes") or 10)
+    classes = known.get("model_classes") or _classes(packed, str(name), job.classes)
+    model = build(str(name), job.classes, classes)
     normalisation = given or _known_normalisation(known) or preset(str(name), model)
     x = torch.rand(job.batch, *shape)
     native = restore(model, packed, x)
@@ -86,6 +93,29 @@ def _report(packed: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise FileFormatError(f"{path}: expected a JSON object")
     return found
+
+
+def _classes(packed: Path, name: str, wanted: int | None) -> int:
+    """How many classes a packed model has that says nothing about it: as many as the outputs of the
+    layers that have one for each."""
+    if wanted is not None:
+        return wanted
+    few, more = (supported_layers(build(name, None, count)) for count in _PROBES)
+    heads = [
+        layer
+        for layer, module in few.items()
+        if layer in more and (len(module.weight), len(more[layer].weight)) == _PROBES
+    ]
+    if not heads:
+        return _PROBES[0]  # the network does not ask
+    sizes = {entry["name"]: entry["shape"][0] for entry in describe(packed) if entry["name"]}
+    found = {sizes[layer] for layer in heads if layer in sizes}
+    if len(found) != 1:
+        raise UnsupportedModelError(
+            f"{packed} does not say how many classes it has (layers {', '.join(heads)}); "
+            "give --classes"
+        )
+    return int(found.pop())
 
 
 def _shape(job: CompileJob, known: dict[str, Any]) -> tuple[int, ...]:

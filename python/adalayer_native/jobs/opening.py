@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from .._console import warn
+from .._files import require_file
 from ..data import Batches, ImageDataset, Loaders, digits, open_dataset
-from ..errors import FileFormatError, UnsupportedModelError
+from ..errors import UnsupportedModelError
 from ..importance.outputs import has_logits, logits_of
 from ..measure import accuracy
 from ..models import get_model, load_weights
@@ -55,8 +56,8 @@ def open_model(job: CompressJob | TrainJob) -> Opened:
         AdaError: data, model or weights that cannot be used.
     """
     weights = job.weights if isinstance(job, CompressJob) else None
-    if weights is not None and not weights.is_file():
-        raise FileFormatError(f"weight file {os.fspath(weights)!r} does not exist")
+    if weights is not None:
+        require_file(weights, "weight file")
     train, test = open_splits(job)
     model = build(job.model, job.classes, len(train.classes))
     if weights is not None:

@@ -6,11 +6,11 @@ import importlib
 import inspect
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import nn
 
+from .._files import require_file
 from ..errors import FileFormatError, UnsupportedModelError
 from .adalayernet import adalayernet
 from .resnet import resnet18
@@ -82,8 +82,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     from safetensors.torch import load_file
 
     name = os.fspath(path)
-    if not Path(path).is_file():
-        raise FileFormatError(f"weight file {name!r} does not exist or is not a file")
+    require_file(path, "weight file")
     try:
         loaded = load_file(name)
     except (SafetensorError, OSError, ValueError, KeyError) as error:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from adalayer_native import ops
 from adalayer_native.errors import UnsupportedModelError
 from adalayer_native.nn.fake_quantize import FakeQuantize
-from adalayer_native.nn.layer import Activation, NativeLayer, checked_qparams, grid_of
+from adalayer_native.nn.layer import Activation, NativeLayer, checked_qparams
 from adalayer_native.padding import four_paddings
-from adalayer_native.rounding import conv_form, quantize_weight
+from adalayer_native.rounding import activation_grid, conv_form, quantize_weight
 
 __all__ = ["Conv2d", "ConvTranspose2d"]
 
@@ -147,7 +147,7 @@ class Conv2d(NativeLayer):
                 f"Conv2d: padding_mode must be 'zeros', got {conv.padding_mode!r}"
             )
         weight, scale = quantize_weight(conv.weight.detach().float(), bits)
-        input_scale, zero_point = grid_of(*input_range, input_bits)
+        input_scale, zero_point = activation_grid(*input_range, input_bits, "the input")
         top, bottom, left, right = four_paddings(conv)
         return cls.from_quantized(
             weight,
@@ -359,7 +359,7 @@ class ConvTranspose2d(NativeLayer):
     ) -> ConvTranspose2d:
         """Rounds a float layer; arguments and errors as :meth:`Conv2d.from_float`."""
         weight, scale = quantize_weight(conv_form(conv, conv.weight.detach().float()), bits)
-        input_scale, zero_point = grid_of(*input_range, input_bits)
+        input_scale, zero_point = activation_grid(*input_range, input_bits, "the input")
         return cls.from_quantized(
             weight,
             bits,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from adalayer_native import _C, ops
 from adalayer_native.errors import FileFormatError, InputError, UnsupportedModelError
+from adalayer_native.rounding import SMALLEST_STEP
 
 __all__ = [
     "Activation",
@@ -29,7 +30,6 @@ __all__ = [
     "QuantizedInput",
     "checked_qparams",
     "clamp_range",
-    "grid_of",
     "refuse_backward",
 ]
 
@@ -56,21 +56,15 @@ def clamp_range(activation: Activation) -> tuple[float | None, float | None]:
 def checked_qparams(scale: float, zero_point: int, bits: int) -> Tensor:
     if not 2 <= bits <= 8:
         raise ValueError(f"activation bits must be 2 to 8, got {bits}")
-    if not (scale > 0 and math.isfinite(scale)):
-        raise ValueError(f"activation scale must be positive and finite, got {scale}")
+    # As the engine has it: kernels multiply by its inverse.
+    if not SMALLEST_STEP <= scale <= 1.0 / SMALLEST_STEP:
+        raise ValueError(
+            f"activation scale must be positive and finite, from {SMALLEST_STEP:.3g} to "
+            f"{1.0 / SMALLEST_STEP:.3g}, got {scale}"
+        )
     if not 0 <= zero_point < 2**bits:
         raise ValueError(f"zero point must be 0 to {2**bits - 1}, got {zero_point}")
     return torch.tensor([scale, zero_point, bits], dtype=torch.float32)
-
-
-def grid_of(low: float, high: float, bits: int) -> tuple[float, int]:
-    """Scale and zero point of the u8 grid over [low, high], widened to contain zero exactly."""
-    if not (math.isfinite(low) and math.isfinite(high)) or low > high:
-        raise ValueError(f"input range must be finite with low <= high, got ({low}, {high})")
-    low, high = min(low, 0.0), max(high, 0.0)
-    qmax = 2**bits - 1
-    scale = float(torch.tensor((high - low) / qmax, dtype=torch.float32)) or 1.0
-    return scale, min(max(round(-low / scale), 0), qmax)
 
 
 class _RefuseBackward(torch.autograd.Function):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from adalayer_native import ops
-from adalayer_native.nn.layer import Activation, NativeLayer, checked_qparams, grid_of
-from adalayer_native.rounding import quantize_weight
+from adalayer_native.nn.layer import Activation, NativeLayer, checked_qparams
+from adalayer_native.rounding import activation_grid, quantize_weight
 
 __all__ = ["Linear"]
 
@@ -66,7 +66,7 @@ class Linear(NativeLayer):
     ) -> Linear:
         """Rounds a float linear layer; arguments and errors as :meth:`Conv2d.from_float`."""
         weight, scale = quantize_weight(linear.weight.detach().float(), bits)
-        input_scale, zero_point = grid_of(*input_range, input_bits)
+        input_scale, zero_point = activation_grid(*input_range, input_bits, "the input")
         return cls.from_quantized(
             weight,
             bits,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from adalayer_native._files import require_file
 from adalayer_native.capture import GraphModel, captured
 from adalayer_native.capture import vocabulary as table
 from adalayer_native.capture.tidying import drop_dead
@@ -277,6 +278,7 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
+    require_file(path)
     try:
         return load(Path(path).read_bytes())
     except OSError as error:

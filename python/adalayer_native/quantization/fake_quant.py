@@ -16,6 +16,7 @@ from adalayer_native.errors import CalibrationError, PlanError
 from adalayer_native.padding import PaddedConv2d, four_paddings
 from adalayer_native.quantization.lsq import StepSize, learned_activation, learned_weight
 from adalayer_native.rounding import (
+    activation_grid,
     conv_form,
     layer_form,
     per_channel,
@@ -122,7 +123,7 @@ class ActivationQuantizer(nn.Module):
         Raises:
             CalibrationError: a bound is NaN or infinite.
         """
-        scale, zero_point = grid(low, high, self.bits, name=self.name)
+        scale, zero_point = activation_grid(low, high, self.bits, self.name)
         self.qparams.copy_(torch.tensor([scale, float(zero_point), float(self.bits)]))
 
     def constants(self) -> tuple[float, float, float, float]:
@@ -154,25 +155,6 @@ class ActivationQuantizer(nn.Module):
         if not self.calibrated:
             return f"bits={self.bits}, not calibrated"
         return f"bits={self.bits}, scale={self.scale:.6g}, zero_point={self.zero_point}"
-
-
-def grid(low: float, high: float, bits: int, *, name: str = "") -> tuple[float, int]:
-    """Scale (a float32 value) and zero point of the ``bits`` wide grid covering ``low ... high``.
-
-    Raises:
-        CalibrationError: a bound is NaN or infinite; ``name`` names the tensor.
-    """
-    if not (abs(low) < float("inf") and abs(high) < float("inf")):
-        raise CalibrationError(
-            f"range of {name or 'an activation'} is ({low}, {high}); expected finite numbers"
-        )
-    low, high = min(low, 0.0), max(high, 0.0)
-    top = (1 << bits) - 1
-    if high == low:
-        return 1.0, 0  # only zeros were seen; any scale represents them
-    # Far below any useful step, far above where 1/scale would overflow.
-    scale = float(torch.tensor(max((high - low) / top, 2.0**-100), dtype=torch.float32))
-    return scale, max(0, min(top, round(-low / scale)))
 
 
 class _QuantLayer:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from adalayer_native.errors import CalibrationError
-from adalayer_native.quantization.fake_quant import grid
+from adalayer_native.rounding import activation_grid
 
 _BINS = 8192  # at least 16 bins per 8-bit level even after a doubling of a two-sided range
 
@@ -210,7 +210,7 @@ class MSEObserver(HistogramObserver):
     def _error(
         self, counts: Tensor, centers: Tensor, wanted: Tensor, low: float, high: float
     ) -> float:
-        scale, zero_point = grid(low, high, self.bits, name=self.name)
+        scale, zero_point = activation_grid(low, high, self.bits, self.name)
         top = (1 << self.bits) - 1
         q = (centers / scale).round_().clamp_(-zero_point, top - zero_point)
         found = q.mul_(scale)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .._files import found_at
 from ..errors import FileFormatError, PlanError
 from ..plan import Plan
 from .record import RECORD_FORMAT, RECORD_VERSION
@@ -101,8 +102,9 @@ def load_run(path: str | os.PathLike[str]) -> Run:
     """
     root = Path(path)
     if not root.is_dir():
-        what = "is a file; expected" if root.exists() else "does not exist; expected"
-        raise FileFormatError(f"run {os.fspath(path)!r} {what} the output directory of a run")
+        raise FileFormatError(
+            f"run {os.fspath(path)!r} {found_at(root)}; expected the output directory of a run"
+        )
     if not (root / "report.json").is_file():
         if (root / "work").is_dir():
             raise FileFormatError(

@@ -12,12 +12,12 @@ from safetensors.torch import save as serialise
 from torch import nn
 
 from .. import files
-from .._files import write_atomic
+from .._files import require_file, write_atomic
 from ..allocation import Budget, float_bytes
 from ..compress import compress
 from ..engine import compile as compile_engine
 from ..engine import load as load_engine
-from ..errors import FileFormatError, PlanError
+from ..errors import PlanError
 from ..measure import accuracy
 from ..models import get_model, load_weights
 from ..plan import Plan
@@ -108,8 +108,7 @@ class AdalayernetSettings(StudySettings):
         file = self.models
         if file.is_dir():
             file = file / f"{self.network}_{self.dataset}.safetensors"
-        if not file.is_file():
-            raise FileFormatError(f"weight file {str(file)!r} does not exist")
+        require_file(file, "weight file")
         return file
 
 

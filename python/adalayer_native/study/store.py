@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import ops
-from .._files import write_text_atomic
+from .._files import found_at, write_text_atomic
 from ..errors import FileFormatError, PlanError
 
 __all__ = ["FORMAT", "Clock", "Study", "describe_machine", "load_study"]
@@ -153,8 +153,9 @@ def load_study(path: str | os.PathLike[str], *, finished: bool = True) -> dict[s
     root = Path(path)
     shown = os.fspath(path)
     if not root.is_dir():
-        what = "is a file; expected" if root.exists() else "does not exist; expected"
-        raise FileFormatError(f"study {shown!r} {what} the output directory of adalayer study")
+        raise FileFormatError(
+            f"study {shown!r} {found_at(root)}; expected the output directory of adalayer study"
+        )
     if not (root / FILE).is_file():
         raise FileFormatError(
             f"study {shown!r} is empty: it has no {FILE}; expected the output directory of "

@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adalayer_native._files import write_atomic
+from adalayer_native._files import require_file, write_atomic
 from adalayer_native.errors import FileFormatError
 from adalayer_native.training.average import Average
 
@@ -108,8 +107,7 @@ def load(
     from safetensors import SafetensorError, safe_open
 
     shown = os.fspath(path)
-    if not Path(path).is_file():
-        raise FileFormatError(f"checkpoint {shown!r}: not a file")
+    require_file(path, "checkpoint")
     try:
         with safe_open(shown, framework="pt") as handle:
             metadata = handle.metadata() or {}
