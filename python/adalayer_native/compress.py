@@ -179,6 +179,7 @@ def compress(
         repair=repair,
         train_loader=train_loader,
         epochs=epochs,
+        effort=effort,
     )
     scores, report, history = None, None, None
     with job(ahead):
@@ -272,6 +273,7 @@ def stages_of(
     repair: bool,
     train_loader: Iterable[Any] | None,
     epochs: int,
+    effort: str = "normal",
 ) -> list[Stage]:
     """The stages of :func:`compress`, with their work in batches that go through the network.
 
@@ -290,11 +292,14 @@ def stages_of(
         plans = {"adalayer": 44, "uniform": 7, "rl": 300, "optimal": 50}.get(method, 1)
         trials, bars = 2 * plans * batches, 1  # each of them quantized anew
         if method == "optimal":  # a table of all options, and a few plans repaired on half of it
-            trials, bars = trials + 20 * layers + 4 * repairing, 4
+            wholes = 0 if effort == "low" else 4
+            trials, bars = trials + 20 * layers + wholes * repairing, 4 if wholes else 3
         found.append(Stage(SEARCH, trials, bars))
     found.append(Stage(RANGES, 3 * batches))
     if repair:
-        found.append(Stage(REPAIR, repairing + 12 * batches, 3))  # learning: forward and back
+        # Learning: forward and back, and the float model.
+        learning = 4 * LEARNING[effort] * batches
+        found.append(Stage(REPAIR, repairing + learning, 3 if learning else 2))
     if train_loader is not None and epochs > 0:
         # Forwards and back, the teacher, and the average's batch norms in the end.
         found.append(Stage(TRAINING, 6 * epochs * _length(train_loader), epochs))

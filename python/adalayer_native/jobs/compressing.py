@@ -168,6 +168,7 @@ def run_compress(job: CompressJob) -> dict[str, Any]:
         repair=job.repair,
         train_loader=ready.data.train,
         epochs=job.epochs,
+        effort=job.effort,
     )
     with announced([*ahead, Stage(RESULTS, 3 * len(ready.data.test), 2)]):
         with ready.meter or nullcontext():
