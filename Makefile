@@ -240,11 +240,13 @@ WHEEL = $(BIN)/python -m pip wheel -q --no-deps --no-build-isolation --wheel-dir
   --config-settings=cmake.define.ADALAYER_BUILD_TESTS=ON .
 $(PACKAGE_STAMP): $(BUILD_STAMP) $(SOURCES)
 	$(check_machine)
-	@echo "Building adalayer_native; $(TORCH) and what else it needs are installed meanwhile (once; a large download)"
+	@echo "Compiling adalayer_native, some minutes of two cores; $(TORCH) and what else it needs are installed meanwhile (once; a large download)"
 	@rm -rf $(BUILD)/wheel
-	@$(INSTALL) "$(TORCH)" $(REQUIREMENTS) & installing=$$!; \
-	  trap 'kill $$installing' INT TERM; \
+	@{ $(INSTALL) "$(TORCH)" $(REQUIREMENTS) && echo "$(TORCH) is installed"; } & installing=$$!; \
+	  .ci/watch-build $(BUILD) wheel_contents & watching=$$!; \
+	  trap 'kill $$installing $$watching' INT TERM; \
 	  $(WHEEL); built=$$?; \
+	  kill $$watching; \
 	  wait $$installing && exit $$built
 	@$(INSTALL) --no-deps --force-reinstall $(BUILD)/wheel/*.whl
 	@touch $@

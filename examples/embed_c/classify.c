@@ -3,8 +3,9 @@
  *   classify model.ada image.ppm [scores.f32]
  *
  * The image is a binary PPM (P6, 8 bits) of the size that the network takes; any picture becomes
- * one with, for instance, `convert photo.jpg -resize 224x224! image.ppm`. Its pixels are normalized
- * with "mean" and "std" of the model's preprocessing. Prints the five best classes; the third
+ * one with, for instance, `convert photo.jpg -resize 224x224^ -gravity center -extent 224x224
+ * image.ppm`: the shorter side is scaled and the middle taken, as the compression did. Its pixels are
+ * normalized with "mean" and "std" of the model's preprocessing. Prints the five best classes; the third
  * argument names a file for all scores (float32). */
 #include <adalayer/adalayer.h>
 #include <stdio.h>
