@@ -68,6 +68,7 @@ class Row:
         input_bits: of the layers' inputs, but those of depthwise ones, which have 8.
         most: largest drop on the other half that is aimed at, in points.
         repair: whether rounding is repaired.
+        effort: of method ``"optimal"``.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Row:
     input_bits: int = 8
     most: float | None = None
     repair: bool = True
+    effort: str = "low"
 
     def plan(self, model: nn.Module) -> ada.Plan | None:
         """The plan that needs no search."""
@@ -189,7 +191,7 @@ def run_one(row: Row, source: Path, calibrated: str, threads: int | None) -> dic
     plan = row.plan(captured)
     begun, used = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
-        tables = {"tables": Path(folder) / "tables"}
+        tables = {"tables": Path(folder) / "tables", "options": {"effort": row.effort}}
         result = ada.compress(
             captured,
             halves[calibrated],

@@ -205,3 +205,15 @@ def test_strict_is_about_the_plan_too():
     result = compress(captured, ada.Budget(size=0.6), **options)  # no warning: it was asked for
     assert [part.name for part in result.float_rest.parts] == ["conv2"]
     assert result.kept_float == {} and result.plan.float_rest == {}
+
+
+def test_effort_decides_about_learning_and_is_one_of_three() -> None:
+    data = images(2, 16)
+    passes = {}
+    for effort in ("low", "high"):
+        learned = compress(network(), ada.Budget(bits=3), method="uniform", data=data,
+                           effort=effort).repair.learned  # fmt: skip
+        passes[effort] = 0 if learned is None else len(learned.curve) - 1
+    assert passes == {"low": 0, "high": 6}
+    with pytest.raises(ada.PlanError, match=r"unknown effort 'lots': expected one of \('low', "):
+        compress(network(), ada.Budget(bits=3), effort="lots")

@@ -242,6 +242,30 @@ def test_contenders_and_what_corrects_them(model) -> None:
     best, measurement = finals(selection, first, pruning_is_free, count=8, progress=False)
     assert measurement.loss == pruning_is_free(best).loss
     assert all(measurement.loss <= pruning_is_free(choice).loss for choice in found[:6])
+    # Two plans in a row that gain nothing are enough, where that is asked for.
+    measured: list[np.ndarray] = []
+
+    def never_better(choice: np.ndarray) -> Measurement:
+        measured.append(choice)
+        return Measurement(1.0 + len(measured), float("nan"))
+
+    best, _ = finals(selection, first, never_better, count=8, gain=0.02, progress=False)
+    assert (best == first).all() and len(measured) == 3
+
+
+def test_effort_says_what_options_do_not() -> None:
+    low, normal, high = (Settings(effort=effort) for effort in ("low", "normal", "high"))
+    work = 1e12  # of a repair that is much work
+    assert [s.finalists_for(work) for s in (low, normal, high)] == [0, 3, 16]
+    assert low.search_rounds < normal.search_rounds < high.search_rounds
+    assert low.search_trials < normal.search_trials < high.search_trials
+    assert low.gain > normal.gain > high.gain == 0
+    assert not low.compares_rivals and normal.compares_rivals
+    given = Settings(effort="low", rounds=3, trials=2, finalists=5, rivals=True)
+    assert (given.search_rounds, given.search_trials, given.finalists_for(work)) == (3, 2, 5)
+    assert given.compares_rivals
+    with pytest.raises(PlanError, match="unknown effort 'lots': expected one of"):
+        Settings(effort="lots").check()
 
 
 def test_measured_loss_as_error(model) -> None:

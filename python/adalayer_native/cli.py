@@ -156,6 +156,9 @@ def compress(
         bool, typer.Option(help="Round and prune by the layers' output errors.")
     ] = True,
     calibration: Annotated[int, typer.Option(min=1, help="Training images to calibrate on.")] = 512,
+    effort: Annotated[
+        str, typer.Option(help="low, normal or high: learning of the repair, search of optimal.")
+    ] = "normal",
     image_size: Annotated[int, typer.Option(min=1, max=4096, help="Pixels per side.")] = 32,
     mean: Mean = None,
     std: Std = None,
@@ -221,6 +224,7 @@ def compress(
         distill=distill,
         repair=repair,
         calibration=calibration,
+        effort=effort,
         image_size=image_size,
         batch_size=batch_size,
         classes=classes,

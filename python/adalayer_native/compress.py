@@ -24,6 +24,7 @@ from adalayer_native.allocation import (
     everywhere,
 )
 from adalayer_native.allocation.rest import planned_rest, unsupported_rest
+from adalayer_native.allocation.settings import check_effort
 from adalayer_native.capture.loading import captured_on, first_sample
 from adalayer_native.capture.work import FloatRest, work_of
 from adalayer_native.errors import PlanError, UnsupportedModelError
@@ -79,6 +80,7 @@ def compress(
     distill: bool = True,
     repair: bool = True,
     observer: str = "mse",
+    effort: str = "normal",
     work_dir: str | os.PathLike[str] | None = None,
     allocate_options: Mapping[str, Any] | None = None,
     finetune_options: Mapping[str, Any] | None = None,
@@ -116,6 +118,9 @@ def compress(
             any, starts from the repaired weights and keeps their masks; without the repair it
             prunes gradually.
         observer: "mse", "percentile" or "minmax".
+        effort: ``"low"``, ``"normal"`` or ``"high"``: passes of learning at the end of the repair
+            (0, 3, 6; kept if samples held back confirm them), and how much method ``"optimal"``
+            measures before it takes a plan (:class:`~adalayer_native.allocation.Settings`).
         work_dir: measurements and the checkpoints of repair and fine-tuning are kept here;
             calling again with the same arguments after an interruption goes on where it stopped.
             Each of them is keyed by what it depends on, so that other arguments never reuse what
@@ -127,6 +132,7 @@ def compress(
 
     Raises:
         BudgetError, CalibrationError, UnsupportedModelError, PlanError: as the steps do.
+        PlanError: an unknown effort.
         UnsupportedModelError: ``strict``, and something stays float; before the work where it is
             known by then.
     """
@@ -135,6 +141,7 @@ def compress(
     def inside(name: str) -> Path | None:
         return work / name if work is not None else None
 
+    check_effort(effort)
     asked = dict(allocate_options or {})
     if isinstance(budget, int):
         if plan is not None:
@@ -172,6 +179,7 @@ def compress(
         repair=repair,
         train_loader=train_loader,
         epochs=epochs,
+        effort=effort,
     )
     scores, report, history = None, None, None
     with job(ahead):
@@ -194,6 +202,7 @@ def compress(
                 own: dict[str, Any] = {} if criterion is None else {"measure": criterion}
                 if not repair:  # tables of weights that there will not be would mislead
                     own["weight_of"] = "rounded"
+                own["effort"] = effort
                 options["options"] = {**own, **(options.get("options") or {})}
             with stage(SEARCH, enabled=progress):
                 plan = allocate(
@@ -227,6 +236,7 @@ def compress(
                     prepared,
                     calibration,
                     distance=partial(distance, pick=output) if learns else None,
+                    learning_passes=LEARNING[effort],
                     seed=seed,
                     checkpoint=checkpoint,
                     progress=progress,
@@ -250,6 +260,7 @@ def compress(
     return Compressed(convert(prepared), plan, scores, kept, history, report, rest)
 
 
+LEARNING = {"low": 0, "normal": 3, "high": 6}  # passes by effort
 SCORES, SEARCH = "importance of the layers", "search for a plan"
 RANGES, REPAIR, TRAINING = "ranges of the activations", "repair", "fine-tuning"
 
@@ -262,6 +273,7 @@ def stages_of(
     repair: bool,
     train_loader: Iterable[Any] | None,
     epochs: int,
+    effort: str = "normal",
 ) -> list[Stage]:
     """The stages of :func:`compress`, with their work in batches that go through the network.
 
@@ -280,11 +292,14 @@ def stages_of(
         plans = {"adalayer": 44, "uniform": 7, "rl": 300, "optimal": 50}.get(method, 1)
         trials, bars = 2 * plans * batches, 1  # each of them quantized anew
         if method == "optimal":  # a table of all options, and a few plans repaired on half of it
-            trials, bars = trials + 20 * layers + 4 * repairing, 4
+            wholes = 0 if effort == "low" else 4
+            trials, bars = trials + 20 * layers + wholes * repairing, 4 if wholes else 3
         found.append(Stage(SEARCH, trials, bars))
     found.append(Stage(RANGES, 3 * batches))
     if repair:
-        found.append(Stage(REPAIR, repairing + 12 * batches, 3))  # learning: forward and back
+        # Learning: forward and back, and the float model.
+        learning = 4 * LEARNING[effort] * batches
+        found.append(Stage(REPAIR, repairing + learning, 3 if learning else 2))
     if train_loader is not None and epochs > 0:
         # Forwards and back, the teacher, and the average's batch norms in the end.
         found.append(Stage(TRAINING, 6 * epochs * _length(train_loader), epochs))

@@ -49,6 +49,7 @@ def finals(
     measure: Callable[[np.ndarray], Measurement],
     *,
     count: int,
+    gain: float = 0.0,
     progress: bool = True,
 ) -> tuple[np.ndarray, Measurement]:
     """The best of at most ``count`` repaired plans, and its measurement.
@@ -61,6 +62,8 @@ def finals(
         columns: the best plan so far.
         measure: what a choice loses after the repair.
         count: how many are compared.
+        gain: ends the comparison when two plans in a row have lowered the least loss by a smaller
+            share than that; 0: all are compared.
         progress: show a progress bar.
     """
     reserved = count // 4
@@ -71,7 +74,10 @@ def finals(
         while waiting and len(tried) < count:
             tried.append(waiting.pop(0))
             measured.append(measure(tried[-1]))
-            bar.advance(1, f"best loss {min(m.loss for m in measured):.4f}")
+            losses = [m.loss for m in measured]
+            bar.advance(1, f"best loss {min(losses):.4f}")
+            if gain and len(losses) > 2 and min(losses) > min(losses[:-2]) * (1 - gain):
+                break
             if not waiting:
                 errors = corrected(selection, tried, measured)
                 fresh = selection.choose(errors=errors, pairs=())

@@ -64,6 +64,7 @@ def local_search(
     *,
     rounds: int = 4,
     trials: int = 10,
+    gain: float = 0.0,
     progress: bool = True,
 ) -> tuple[np.ndarray, Measurement]:
     """The best of the choices that were measured (:func:`most_likely`), and its measurement.
@@ -71,12 +72,14 @@ def local_search(
     After the plans of :func:`starts`, each round moves single layers of the best choice to a
     better or a cheaper option, lets the solver settle the other layers for what that costs or
     frees, measures the plans that look best, and corrects the table by what all measured plans
-    show (:func:`corrected`). It ends when a round brings nothing.
+    show (:func:`corrected`). It ends when a round brings nothing, or too little.
 
     Args:
         selection: tables and limits that can be kept.
         evaluator: measures plans, on data that the tables have not seen.
         rounds, trials: at most so many rounds, and plans per round.
+        gain: the share by which a round has to lower the corrected prediction to be followed by
+            another.
         progress: show a progress bar.
     """
     tried: list[np.ndarray] = []
@@ -104,7 +107,9 @@ def local_search(
                 for columns in fresh[:trials]:
                     measure(columns)
                 errors = corrected(selection, tried, measured)
-                if most_likely(selection, errors, tried, measured) == best:
+                now = most_likely(selection, errors, tried, measured)
+                least = selection.predicted(tried[best], errors) * (1 - gain)
+                if now == best or selection.predicted(tried[now], errors) > least:
                     break
         finally:
             evaluator.save()

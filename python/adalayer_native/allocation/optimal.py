@@ -79,7 +79,7 @@ def optimal(
     tables = measure_tables(problem, budget, data, settings, weight_of, inputs, progress=progress)
     selection = selection_of(problem, budget, tables, settings)
     evaluator = None
-    if settings.rounds > 0:
+    if settings.search_rounds > 0:
         evaluator = Evaluator(
             problem.model,
             loader_of(data.check),
@@ -118,7 +118,7 @@ def optimal(
             columns, measurement, measure = _checked(
                 selection, evaluator, data, settings, settings.finalists_for(work), progress
             )
-            if clock is None and settings.rivals:
+            if clock is None and settings.compares_rivals:
                 rival = _better(rivals(selection, tables), measure, measurement)
                 if rival is not None:
                     return _rival_plan(selection, *rival)
@@ -150,7 +150,12 @@ def _checked(
 ) -> tuple[np.ndarray, Measurement, Callable[[Choice], Measurement]]:
     """The plan that is best on images that the tables have not seen, and what measures others."""
     columns, measurement = local_search(
-        selection, evaluator, rounds=settings.rounds, trials=settings.trials, progress=progress
+        selection,
+        evaluator,
+        rounds=settings.search_rounds,
+        trials=settings.search_trials,
+        gain=settings.gain,
+        progress=progress,
     )
     unsure = measurement.loss > NEGLIGIBLE
     if finalists > 1 and settings.weight_of == "repaired" and unsure:
@@ -160,6 +165,7 @@ def _checked(
             columns,
             lambda found: check.measure(selection.choice(found)),
             count=finalists,
+            gain=settings.gain,
             progress=progress,
         )
         return columns, measurement, check.measure

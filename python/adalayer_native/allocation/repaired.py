@@ -14,7 +14,7 @@ from .options import UNSTRUCTURED, Option
 
 __all__ = ["REPAIR_VERSION", "RepairedWeights"]
 
-REPAIR_VERSION = 3  # of the weights behind measurements that are kept
+REPAIR_VERSION = 4  # of the weights behind measurements that are kept
 MEMORY = 1 << 30  # bytes of statistics that are kept, and as many of solutions
 PASSES = 1  # of refinement: the repair of the chosen plan makes more
 

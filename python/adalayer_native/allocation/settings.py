@@ -16,7 +16,7 @@ from .options import UNSTRUCTURED
 from .sensitivity import LayerError, WeightOf
 from .tables import BITS, SPARSITIES
 
-__all__ = ["MEASURES", "Settings", "settings_of"]
+__all__ = ["EFFORTS", "MEASURES", "Settings", "check_effort", "settings_of"]
 
 MEASURES = ("logits", "loss")
 WEIGHTS = ("repaired", "rounded")
@@ -24,6 +24,37 @@ BLOCKS = ("block16x64", "block32x64")  # what the kernels of the CPU skip
 FINALISTS, FEWEST_FINALISTS = 8, 3
 FINAL_WORK = 2.5e11  # multiply-accumulates of all images that finalists are repaired with
 NARROW = (7, 6)  # bits of an input with which some layers run in a faster form
+
+
+@dataclass(frozen=True)
+class _Search:
+    """What an effort stands for.
+
+    Attributes:
+        rounds, trials, rivals: as in :class:`Settings`, where they are not given.
+        finalists: the same; ``None``: by the work of a repair.
+        gain: the share by which the least loss has to fall for the search to go on.
+    """
+
+    rounds: int
+    trials: int
+    finalists: int | None
+    rivals: bool
+    gain: float
+
+
+_SEARCHES = {
+    "low": _Search(rounds=1, trials=4, finalists=0, rivals=False, gain=0.1),
+    "normal": _Search(rounds=4, trials=10, finalists=None, rivals=True, gain=0.02),
+    "high": _Search(rounds=8, trials=16, finalists=2 * FINALISTS, rivals=True, gain=0.0),
+}
+EFFORTS = tuple(_SEARCHES)
+
+
+def check_effort(effort: str) -> None:
+    """Raise :class:`~adalayer_native.errors.PlanError` for an unknown one."""
+    if effort not in EFFORTS:
+        raise PlanError(f"unknown effort {effort!r}: expected one of {EFFORTS}")
 
 
 @dataclass
@@ -60,14 +91,22 @@ class Settings:
         repair: names ``measure`` and ``weight_of`` where they are functions, so that tables of
             different ones are kept apart; a table is not kept without it.
         interactions: whether to measure terms between the layers that lose most.
-        rounds, trials: of the local search; 0 rounds take the solver's plan as it is.
+        effort: ``"low"``, ``"normal"`` or ``"high"``: how much is measured after the tables, where
+            ``rounds``, ``trials``, ``finalists`` and ``rivals`` do not say it. Low compares a dozen
+            plans of weights repaired layer by layer and repairs none whole; normal and high say
+            below what they do. A search ends where its last round (of the local search), or its
+            last two plans (of those that are repaired whole), lowered the least loss by less than
+            10, 2 or 0 percent.
+        rounds, trials: of the local search; 0 rounds take the solver's plan as it is. Default: 4
+            and 10; at low effort 1 and 4, at high effort 8 and 16.
         finalists: so many plans are repaired whole, as ``repair`` does it, and compared on the
             images of the check (:mod:`~adalayer_native.allocation.finals`); 0 or 1: none. Only with
             repaired weights, and where the local search leaves a loss worth speaking of. Default:
-            8, down to 3 where a repair is much work (:meth:`finalists_for`).
+            8, down to 3 where a repair is much work (:meth:`finalists_for`); 0 at low effort and 16
+            at high effort.
         rivals: whether the best plans of methods ``"uniform"`` and ``"adalayer"``, as the tables
             predict them, are measured as well and taken where they lose less; for budgets that
-            those methods take.
+            those methods take. Default: but at low effort.
         latency_batch: images per call for which latencies are measured.
         threads: threads per call; default: those of ``ops.get_num_threads()``.
         directory: where tables are kept; default: the user's cache directory.
@@ -82,16 +121,18 @@ class Settings:
     weight_of: str | WeightOf = "repaired"
     repair: str = ""
     interactions: bool = True
-    rounds: int = 4
-    trials: int = 10
+    effort: str = "normal"
+    rounds: int | None = None
+    trials: int | None = None
     finalists: int | None = None
-    rivals: bool = True
+    rivals: bool | None = None
     latency_batch: int = 1
     threads: int | None = None
     directory: str | os.PathLike[str] | None = None
 
     def check(self) -> None:
         """Raise :class:`~adalayer_native.errors.PlanError` where a value is out of range."""
+        check_effort(self.effort)
         if isinstance(self.measure, str) and self.measure not in (*MEASURES, *CRITERIA):
             raise PlanError(
                 f"unknown measure {self.measure!r}: expected one of {MEASURES} or a criterion, "
@@ -132,15 +173,31 @@ class Settings:
             )
         if self.step is not None and not 0.01 <= self.step <= 1:
             raise PlanError(f"step must be from 0.01 to 1 or None, got {self.step!r}")
-        if (
-            self.rounds < 0
-            or (self.finalists or 0) < 0
-            or self.trials < 1
-            or self.latency_batch < 1
-        ):
+        few = min(self.search_rounds, self.finalists or 0) < 0
+        if few or min(self.search_trials, self.latency_batch) < 1:
             raise PlanError(
                 "rounds and finalists must not be negative; trials and latency_batch at least 1"
             )
+
+    @property
+    def search_rounds(self) -> int:
+        """Rounds of the local search."""
+        return _SEARCHES[self.effort].rounds if self.rounds is None else self.rounds
+
+    @property
+    def search_trials(self) -> int:
+        """Plans per round."""
+        return _SEARCHES[self.effort].trials if self.trials is None else self.trials
+
+    @property
+    def compares_rivals(self) -> bool:
+        """Whether plans of other methods take part in the last comparison."""
+        return _SEARCHES[self.effort].rivals if self.rivals is None else self.rivals
+
+    @property
+    def gain(self) -> float:
+        """The share by which the least loss has to fall for a search to go on."""
+        return _SEARCHES[self.effort].gain
 
     def patterns_for(self, budget: Budget) -> tuple[str, ...]:
         """The patterns that are offered, the unstructured one first."""
@@ -165,8 +222,9 @@ class Settings:
 
     def finalists_for(self, work: float) -> int:
         """Plans that are repaired whole, where one repair looks at so many multiply-accumulates."""
-        if self.finalists is not None:
-            return self.finalists
+        asked = _SEARCHES[self.effort].finalists if self.finalists is None else self.finalists
+        if asked is not None:
+            return asked
         return max(FEWEST_FINALISTS, min(FINALISTS, int(FINAL_WORK / max(work, 1.0))))
 
     def sparsities_of(self, pattern: str) -> tuple[float, ...]:

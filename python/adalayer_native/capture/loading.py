@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from adalayer_native.capture.capture import captured
 from adalayer_native.capture.example import Inputs, batch_inputs, repeatable
+from adalayer_native.capture.layout import laid_out
 from adalayer_native.capture.model import GraphModel
 from adalayer_native.errors import CalibrationError
 
@@ -95,7 +96,7 @@ def checked_batches(
             continue
         if not x.is_finite():
             raise CalibrationError(f"{what} batch {index} holds NaN or infinity")
-        yield index, x.map(moved), pytree.tree_map(placed, target)
+        yield index, laid_out(model, x.map(moved)), pytree.tree_map(placed, target)
     if index < 0:
         raise CalibrationError(f"the {what} loader is empty: it yields no batch")
 

@@ -20,6 +20,7 @@ from .._progress import stage
 from .._stages import Stage
 from .._stages import job as announced
 from ..allocation import check_method, check_request, float_bytes, pareto
+from ..allocation.settings import check_effort
 from ..capture import GraphModel
 from ..capture.loading import captured_on
 from ..compress import Compressed, compress, stages_of
@@ -76,6 +77,7 @@ def _ready(job: CompressJob) -> _Ready:
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     options = _options(job)
+    check_effort(job.effort)
     check_method(
         job.method,
         job.budget,
@@ -167,6 +169,7 @@ def run_compress(job: CompressJob) -> dict[str, Any]:
         repair=job.repair,
         train_loader=ready.data.train,
         epochs=job.epochs,
+        effort=job.effort,
     )
     with announced([*ahead, Stage(RESULTS, 3 * len(ready.data.test), 2)]):
         with ready.meter or nullcontext():
@@ -185,6 +188,7 @@ def _compressed(job: CompressJob, ready: _Ready) -> Compressed:
         epochs=job.epochs,
         distill=job.distill,
         repair=job.repair,
+        effort=job.effort,
         work_dir=job.out / "work",
         allocate_options=_options(job),
         finetune_options={"lr": job.lr},

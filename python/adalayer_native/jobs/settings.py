@@ -31,6 +31,7 @@ class CompressJob:
     distill: bool = True
     repair: bool = True
     calibration: int = 512
+    effort: str = "normal"
     image_size: int = 32
     batch_size: int = 128
     classes: int | None = None

@@ -11,6 +11,7 @@ from torch import nn
 
 from adalayer_native._progress import ProgressBar
 from adalayer_native.capture import batch_inputs
+from adalayer_native.capture.layout import laid_out
 from adalayer_native.errors import CalibrationError, InputError
 from adalayer_native.quantization.graph import layers_of, metadata, quantizers_of
 from adalayer_native.quantization.observing import observers_for
@@ -161,7 +162,7 @@ def _forward(
             )
         seen += inputs.count
         try:
-            inputs.to(device)(prepared)
+            laid_out(prepared, inputs.to(device))(prepared)
         except InputError as error:
             raise CalibrationError(f"a calibration batch does not fit: {error}") from None
     if seen == 0:

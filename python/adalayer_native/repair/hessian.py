@@ -6,15 +6,17 @@ A layer that computes ``y = W x + b`` from quantized inputs ``x``, where the flo
     E(Q) = var(W x') - 2 tr(W C' Q^T) + tr(Q C Q^T),   C = cov(x), C' = cov(x', x).
 
 Second moments are covariances because a constant error costs nothing: the bias takes it. With a
-damping that pulls ``Q`` towards ``W``, the unconstrained minimum is
-``W* = (W C' + d W) (C + d)^-1``, and rounding approximates it in the norm of ``H = C + d``. So the
-error that earlier layers have made is corrected here as far as a linear map can do it. Very wide
-layers are taken in parts, see :func:`parts_of`.
+damping ``c`` that pulls ``Q`` towards ``W``, the unconstrained minimum is
+``W* = (W C' + c W) (C + c)^-1``, and rounding approximates it in the norm of ``H = C + d``. So the
+error that earlier layers have made is corrected here as far as a linear map can do it. The two
+dampings are of different things: what is corrected has to be true of other samples, too, and deep
+in a network, behind the noise of many layers, little of it is; how rounding errors of two weights
+make up for each other is known from few. Very wide layers are taken in parts, see :func:`parts_of`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -25,7 +27,13 @@ from adalayer_native.errors import CalibrationError, PlanError
 from adalayer_native.pruning.masks import pruned_count
 from adalayer_native.pruning.patterns import block_size, pattern_mask, pruned_blocks
 from adalayer_native.repair.columns import columns, groups_of
-from adalayer_native.repair.solver import HeldBackError, Solver, SolverOfParts, Statistics
+from adalayer_native.repair.solver import (
+    Equations,
+    HeldBackError,
+    Solver,
+    SolverOfParts,
+    Statistics,
+)
 from adalayer_native.rounding import (
     conv_form,
     per_channel,
@@ -38,8 +46,10 @@ __all__ = ["LayerHessian", "LayerSolution"]
 
 PASSES = 4
 DAMPING = 0.1
-# Where some samples are held back, the damping that serves those best is taken.
-DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+# Where some samples are held back, the dampings that serve those best are taken.
+DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0)
+CORRECTIONS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+USUAL_CORRECTION = 0.3  # where the search for one begins
 SAMPLED = 64  # output channels that dampings are compared on
 USUAL = (4, 0.0)  # bits and sparsity that they are compared at, where there are to be several
 # Columns whose covariance is held in one matrix: 512 channels of 3 x 3, 170 MB in float64.
@@ -55,6 +65,8 @@ class HeldBack:
 
     Attributes:
         damping: the one of those tried whose solution has the least error there.
+        correction: the same of the weights that are rounded; that of no pair of inputs is the
+            float weight, whatever it says.
         error: relative output error there; the solution is that of the other samples.
         plain_error: the same of plain rounding. Where it is not above ``error``, the repair is
             undone: the layer is rounded plainly.
@@ -62,6 +74,7 @@ class HeldBack:
     """
 
     damping: float
+    correction: float
     error: float
     plain_error: float
     curve: dict[float, float]
@@ -117,6 +130,7 @@ class LayerHessian:
         per_image: output positions per image that are looked at, drawn at random.
         seed: of that draw.
         damping: ``d`` over the mean of the diagonal of ``C``.
+        correction: ``c`` over the same; default: ``damping``.
     """
 
     def __init__(
@@ -128,19 +142,21 @@ class LayerHessian:
         per_image: int = 1 << 30,
         seed: int = 0,
         damping: float = DAMPING,
+        correction: float | None = None,
     ) -> None:
         if not isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             raise CalibrationError(
                 f"layer {name!r}: expected Conv2d, ConvTranspose2d or Linear, got "
                 f"{type(layer).__name__}"
             )
-        if per_image < 1 or damping <= 0:
+        correction = damping if correction is None else correction
+        if per_image < 1 or damping <= 0 or correction <= 0:
             raise CalibrationError(
-                f"layer {name!r}: per_image and damping must be positive, got {per_image} and "
-                f"{damping}"
+                f"layer {name!r}: per_image and dampings must be positive, got {per_image}, "
+                f"{damping} and {correction}"
             )
         self.layer, self.name = layer, name
-        self.per_image, self.damping = per_image, damping
+        self.per_image, self.damping, self.correction = per_image, damping, correction
         self.generator = torch.Generator().manual_seed(seed)
         form = conv_form(layer, layer.weight.detach()).float()
         if not bool(torch.isfinite(form).all()):
@@ -155,7 +171,8 @@ class LayerHessian:
         self._seen = [Statistics(self.weight[:, :, part]) for part in self.parts]
         self._held: list[Statistics] = []
         self._usual: float | None = None  # damping for many settings
-        self._solver: tuple[float, Solver | SolverOfParts] | None = None
+        self._solver: tuple[tuple[float, float], Solver | SolverOfParts] | None = None
+        self._equations: list[Equations] = []
 
     # -- statistics -------------------------------------------------------------------------
 
@@ -190,6 +207,7 @@ class LayerHessian:
 
     def _add(self, into: list[Statistics], x: Tensor, x_float: Tensor | None) -> None:
         self._solver = self._usual = None
+        self._equations = []
         self.__dict__.pop("_judge", None)
         each = self._images_at_once(x) if len(x) else 1
         for start in range(0, x.shape[0], each):
@@ -271,14 +289,17 @@ class LayerHessian:
                     f"{tuple(self.shape)}"
                 )
             given = mask.reshape(self.weight.shape)
-        curve = self._curve(bits, sparsity, pattern, given)
-        solver = self._ready(_least(curve, self.damping))
+        correction = self._corrected()
+        curve = self._curve(bits, sparsity, pattern, given, correction)
+        solver = self._ready(_least(curve, self.damping), correction)
         keep = given
         if keep is None and pattern != "unstructured" and sparsity:
             keep = self._pattern(solver, bits, sparsity, pattern)
         levels, scale, kept = solver.run([(bits, sparsity)], passes, keep=keep)
         chosen = kept if keep is not None or pruned_count(kept.numel(), sparsity) else None
-        return self._solution(solver, bits, sparsity, levels, scale, chosen, given, pattern, curve)
+        return self._solution(
+            solver, bits, sparsity, levels, scale, chosen, given, pattern, curve, correction
+        )
 
     @torch.no_grad()
     def solutions(
@@ -347,6 +368,7 @@ class LayerHessian:
         plain_mask: Tensor | None = None,
         pattern: str = "unstructured",
         curve: dict[float, float] | None = None,
+        correction: float | None = None,
     ) -> LayerSolution:
         """The sweep's result, or plain rounding where that is better."""
         low, high = weight_range(bits)
@@ -357,7 +379,9 @@ class LayerHessian:
             plain_mask = plain_mask.reshape(self.weight.shape)
         plain_levels, plain_scale = self._plain(bits, plain_mask)
         plain = solver.error(plain_levels * plain_scale[:, :, None])
-        held = self._on_held(solver, q, plain_levels * plain_scale[:, :, None], curve or {})
+        held = self._on_held(
+            solver, q, plain_levels * plain_scale[:, :, None], curve or {}, correction
+        )
         worse = float((self.gain * plain).sum()) < float((self.gain * error).sum())
         if worse if held is None else held.undone:
             levels, scale, chosen, error = plain_levels, plain_scale, plain_mask, plain
@@ -384,6 +408,7 @@ class LayerHessian:
         q: Tensor,
         plain: Tensor,
         curve: dict[float, float],
+        correction: float | None,
     ) -> HeldBack | None:
         """What a solution and plain rounding do to the samples held back."""
         if not self._held:
@@ -393,7 +418,8 @@ class LayerHessian:
             self._ratio(self._judge(weight, solver.bias_shift(weight)), energy)
             for weight in (q, plain)
         )
-        return HeldBack(_least(curve, self.damping), error, other, curve)
+        damping = _least(curve, self.damping)
+        return HeldBack(damping, correction or self.correction, error, other, curve)
 
     @torch.no_grad()
     def errors(
@@ -452,8 +478,23 @@ class LayerHessian:
     def _judge(self) -> HeldBackError:
         return HeldBackError(self._held, self.parts)
 
+    def _corrected(self) -> float:
+        """The damping of ``W*``, unrounded, that has the least error on samples held back."""
+        if not self._held or not self._seen[0].paired:
+            return self.correction
+        channels = self._sample(SAMPLED)
+        gain, energy = self.gain[:, channels], self._judge.energy[:, channels]
+
+        def error(correction: float) -> float:
+            parts = [(each, each.wanted(correction, channels)) for each in self._solvable()]
+            shift = torch.stack([each.bias_shift(w, channels) for each, w in parts]).sum(dim=0)
+            wanted = torch.cat([w for _, w in parts], dim=2)
+            return self._ratio(self._judge(wanted, shift, channels), energy, gain)
+
+        return _least(_descended(CORRECTIONS, USUAL_CORRECTION, error), self.correction)
+
     def _curve(
-        self, bits: int, sparsity: float, pattern: str, given: Tensor | None
+        self, bits: int, sparsity: float, pattern: str, given: Tensor | None, correction: float
     ) -> dict[float, float]:
         """Error on samples held back by damping, on some of the output channels; empty: none."""
         if not self._held:
@@ -461,44 +502,73 @@ class LayerHessian:
         # What blocks of zeros cost depends on all rows.
         channels = self._sample(SAMPLED if pattern == "unstructured" and given is None else None)
         gain, energy = self.gain[:, channels], self._judge.energy[:, channels]
-        curve = {}
-        for damping in DAMPINGS:
-            solver = self._ready(damping)
+
+        def error(damping: float) -> float:
+            solver = self._ready(damping, correction)
             keep = given
             if keep is None and pattern != "unstructured" and sparsity:
                 keep = self._pattern(solver, bits, sparsity, pattern)
             levels, scale, _ = solver.run([(bits, sparsity)], 1, keep=keep, channels=channels)
             q = levels * scale[:, :, None]
-            error = self._judge(q, solver.bias_shift(q, channels), channels)
-            curve[damping] = self._ratio(error, energy, gain)
-        return curve
+            wrong = self._judge(q, solver.bias_shift(q, channels), channels)
+            return self._ratio(wrong, energy, gain)
+
+        return _descended(DAMPINGS, DAMPING, error)
 
     def _usual_solver(self) -> Solver | SolverOfParts:
         """The one for many settings."""
+        correction = self._corrected()
         if self._usual is None:
-            self._usual = _least(self._curve(*USUAL, "unstructured", None), self.damping)
-        return self._ready(self._usual)
+            curve = self._curve(*USUAL, "unstructured", None, correction)
+            self._usual = _least(curve, self.damping)
+        return self._ready(self._usual, correction)
 
-    def _ready(self, damping: float) -> Solver | SolverOfParts:
+    def _solvable(self) -> list[Equations]:
+        """The equations of every part of the columns."""
         if self.count == 0:
             raise CalibrationError(
                 f"layer {self.name!r}: no input was seen; expected at least one sample"
             )
-        if self._solver is None or self._solver[0] != damping:
+        if not self._equations:
+            self._equations = [Equations(seen, self.name) for seen in self._seen]
+        return self._equations
+
+    def _ready(self, damping: float, correction: float) -> Solver | SolverOfParts:
+        equations, key = self._solvable(), (damping, correction)
+        if self._solver is None or self._solver[0] != key:
             self._solver = None  # not two at once: they are large
             taps = self.shape[2:].numel()
             solvers = [
-                Solver(seen, self.gain, (p.stop - p.start) // taps, damping, self.name)
-                for seen, p in zip(self._seen, self.parts, strict=True)
+                Solver(each, self.gain, (p.stop - p.start) // taps, damping, correction)
+                for each, p in zip(equations, self.parts, strict=True)
             ]
             one = len(solvers) == 1
-            self._solver = damping, solvers[0] if one else SolverOfParts(solvers, self.parts)
+            self._solver = key, solvers[0] if one else SolverOfParts(solvers, self.parts)
         return self._solver[1]
 
 
 def _least(curve: dict[float, float], usual: float) -> float:
     """The damping with the least error."""
     return min(curve, key=lambda damping: curve[damping]) if curve else usual
+
+
+def _descended(
+    values: Sequence[float], start: float, measure: Callable[[float], float]
+) -> dict[float, float]:
+    """Measured values from a start downhill, either way, up to the first that is worse."""
+    found: dict[float, float] = {}
+
+    def at(index: int) -> float:
+        value = values[index]
+        if value not in found:
+            found[value] = measure(value)
+        return found[value]
+
+    place = values.index(start)
+    for step in (1, -1):
+        while 0 <= place + step < len(values) and at(place + step) < at(place):
+            place += step
+    return found
 
 
 def parts_of(shape: torch.Size) -> list[slice]:

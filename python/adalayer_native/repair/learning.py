@@ -5,8 +5,11 @@ of all of them adds up at the output. Here it is the output that counts: rounded
 scales and the biases follow the gradient of how far it is from the float model's, for a few passes
 over the calibration samples and without labels. Gradients go straight through the rounding
 (learned step sizes: Esser et al. 2020), and the integer grid is the one that runs. So few samples
-can be learned by heart; therefore some are held back, the state that is best on those is kept, and
-nothing is changed where none is better than the beginning.
+can be learned by heart, and the repair has learned them already: on its own pictures a network is
+nearer to the float model than on others, so that their gradients say little. Of pictures it is
+other views that are learned from (:mod:`~adalayer_native.repair.views`). Some samples are held
+back, the state that is best on those is kept, and nothing is changed where none is better than the
+beginning.
 """
 
 from __future__ import annotations
@@ -22,13 +25,15 @@ from torch.utils import _pytree as pytree
 
 from adalayer_native._progress import ProgressBar
 from adalayer_native.capture import Inputs
+from adalayer_native.capture.layout import laid_out
 from adalayer_native.quantization.fake_quant import QuantLayer
 from adalayer_native.quantization.graph import layers_of
 from adalayer_native.quantization.lsq import StepSize
+from adalayer_native.repair.views import has_views, view
 from adalayer_native.repair.walk import Data
 from adalayer_native.rounding import conv_form
 
-__all__ = ["Distance", "Learned", "learn"]
+__all__ = ["PASSES", "Distance", "Learned", "learn"]
 
 # (float model's output, output) -> how far it is, a scalar; differentiable in the second.
 Distance = Callable[[Any, Any], Tensor]
@@ -76,7 +81,7 @@ def learn(
         apart: per batch the samples that judge, bool; some of each kind.
         distance: of outputs.
         passes: over the data.
-        seed: of the order of samples within a batch.
+        seed: of the order of samples within a batch, and of the views.
         progress: show a progress bar.
     """
     run = _Learning(prepared, twin, norms, data, apart, distance)
@@ -94,7 +99,8 @@ def learn(
                 for x, chosen in zip(data, apart, strict=True):
                     for part in run.parts(chosen, generator):
                         cosine = 0.5 * (1 + math.cos(math.pi * done / total))
-                        run.step(optimizer, x, part, cosine * min(1.0, (done + 1) / WARM_UP))
+                        share = cosine * min(1.0, (done + 1) / WARM_UP)
+                        run.step(optimizer, x, part, share, generator)
                         done += 1
                     bar.advance()
                 result.curve.append(run.judge())
@@ -157,11 +163,19 @@ class _Learning:
             group["peak"] = group["lr"]
         return torch.optim.Adam(groups, betas=(0.9, 0.99))
 
-    def step(self, optimizer: torch.optim.Optimizer, x: Inputs, part: Tensor, share: float) -> None:
-        """Follow the gradient of some samples."""
+    def step(
+        self,
+        optimizer: torch.optim.Optimizer,
+        x: Inputs,
+        part: Tensor,
+        share: float,
+        generator: torch.Generator,
+    ) -> None:
+        """Follow the gradient of some samples, or of views of them."""
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * share
         some = _chosen(x, part)
+        some = laid_out(self.prepared, view(some, generator) if has_views(some) else some)
         with torch.no_grad():
             wanted = some(self.twin)
         optimizer.zero_grad()
@@ -182,7 +196,7 @@ class _Learning:
         total = count = 0.0
         for x, chosen in zip(self.data, self.apart, strict=True):
             if bool(chosen.any()):
-                some = _chosen(x, chosen.nonzero().flatten())
+                some = laid_out(self.prepared, _chosen(x, chosen.nonzero().flatten()))
                 value = float(self.distance(some(self.twin), some(self.prepared)))
                 total += (value if math.isfinite(value) else math.inf) * some.count
                 count += some.count

@@ -28,6 +28,7 @@ from adalayer_native.repair.hessian import (
     LayerHessian,
     LayerSolution,
 )
+from adalayer_native.repair.learning import PASSES as LEARNING_PASSES
 from adalayer_native.repair.learning import Distance, Learned, learn
 from adalayer_native.repair.walk import (
     Data,
@@ -63,7 +64,8 @@ class LayerReport:
         held_plain_error, held_error: both on samples that were held back, where the repair is that
             of the others; ``None`` where none are. Where the first is not above the second, the
             layer's repair is undone.
-        damping: pull towards the float weight that the samples held back speak for.
+        damping: of the norm that is rounded in, as the samples held back speak for it.
+        correction: the same of the pull of what is rounded towards the float weight.
         curve: their error by damping, on some of the output channels.
     """
 
@@ -76,6 +78,7 @@ class LayerReport:
     held_plain_error: float | None = None
     held_error: float | None = None
     damping: float | None = None
+    correction: float | None = None
     curve: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -128,14 +131,14 @@ class Repair:
         table.add_column("Layer")
         headings = ["Bits", "Pruned %", "Plain rounding %", "Repaired %"]
         if self.held_back:
-            headings += ["Plain %, held back", "Repaired %, held back", "Damping"]
+            headings += ["Plain %, held back", "Repaired %, held back", "Dampings"]
         for heading in headings:
             table.add_column(heading, justify="right")
         for row in self.layers.values():
             cells = [f"{100 * e:.3f}" for e in (row.plain_error, row.error)]
             if row.held_error is not None and row.held_plain_error is not None:
                 cells += [f"{100 * e:.3f}" for e in (row.held_plain_error, row.held_error)]
-                cells.append(f"{row.damping:g}")
+                cells.append(f"{row.damping:g}, {row.correction:g}")
             table.add_row(row.name, str(row.bits), f"{100 * row.sparsity:.1f}", *cells)
         return table
 
@@ -156,6 +159,7 @@ def repair(
     damping: float = DAMPING,
     held_back: float = HELD_BACK,
     distance: Distance | None = None,
+    learning_passes: int = LEARNING_PASSES,
     memory: int = 1 << 30,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -200,6 +204,7 @@ def repair(
             with samples held back, weights, scales and biases are learned together at the end, by
             what the output loses (:mod:`~adalayer_native.repair.learning`); kept if it then loses
             less on the samples held back.
+        learning_passes: over the samples, while they are learned together.
         memory: bytes of intermediate values that may be kept from one layer to the next; where they
             take more, the part of the model before the layer runs again. It changes nothing else.
         seed: of the draw of output positions in large images.
@@ -218,10 +223,10 @@ def repair(
     """
     entries = metadata(prepared, "layers")
     check_calibrated(prepared)
-    if passes < 0 or damping <= 0 or memory < 0:
+    if min(passes, learning_passes, memory) < 0 or damping <= 0:
         raise CalibrationError(
             "repair: passes and memory must not be negative and damping must be positive, got "
-            f"{passes}, {memory} and {damping}"
+            f"{passes} and {learning_passes}, {memory} and {damping}"
         )
     if not 0.0 <= held_back <= 0.5:
         raise CalibrationError(f"repair: held_back must be from 0 to 0.5, got {held_back}")
@@ -308,10 +313,11 @@ def repair(
                 bar.advance(1, name)
             if bn_reestimate:
                 result.reestimated = _reestimate(prepared, twin, data)
-        if distance is not None and result.held_back:
+        if distance is not None and result.held_back and learning_passes:
             result.learned = learn(
-                prepared, twin, norms, data, apart, distance, seed=seed, progress=progress
-            )
+                prepared, twin, norms, data, apart, distance,
+                passes=learning_passes, seed=seed, progress=progress,
+            )  # fmt: skip
     except BaseException:
         # Half a repair is a model that nobody asked for; what is done is in the checkpoint.
         for name in order:
@@ -327,6 +333,7 @@ def _judged(held: HeldBack) -> dict[str, Any]:
         "held_plain_error": held.plain_error,
         "held_error": held.error,
         "damping": held.damping,
+        "correction": held.correction,
         "curve": {f"{damping:g}": error for damping, error in held.curve.items()},
     }
 

@@ -11,7 +11,9 @@ from adalayer_native.repair.blocks import BlockOrder
 from adalayer_native.repair.sweep import Rows, compensate, refine
 from adalayer_native.rounding import quantize_weight, weight_range
 
-__all__ = ["HeldBackError", "Solver", "SolverOfParts", "Statistics"]
+__all__ = ["Equations", "HeldBackError", "Solver", "SolverOfParts", "Statistics"]
+
+PRECISE = 1024  # columns; the covariance of more is factorised in float32
 
 
 class Statistics:
@@ -27,7 +29,8 @@ class Statistics:
         groups, rows, width = weight.shape
         self._moment = self._zeros(groups, width, width)
         self._sum = self._zeros(groups, width)
-        self._cross: Tensor | None = None
+        # Of the float network's output with the columns. Not of its input: ``K x K`` again.
+        self._pull: Tensor | None = None
         self._float_sum = self._sum
         self._output = self._zeros(2, groups, rows)
 
@@ -37,7 +40,7 @@ class Statistics:
     @property
     def paired(self) -> bool:
         """Whether the float network's inputs are part of it."""
-        return self._cross is not None
+        return self._pull is not None
 
     def add(self, rows: Tensor, other: Tensor | None = None) -> None:
         """Take samples ``[G, N, K]`` into account, and what the float network has there."""
@@ -46,83 +49,149 @@ class Statistics:
         self._sum += rows.sum(dim=1)
         if other is None:
             return
-        if self._cross is None:
-            self._cross = torch.zeros_like(self._moment)
+        if self._pull is None:
+            self._pull = self._zeros(*self.weight.shape)
             self._float_sum = torch.zeros_like(self._sum)
-        self._cross += other.transpose(1, 2) @ rows
         self._float_sum += other.sum(dim=1)
         output = self.weight @ other.transpose(1, 2)
+        self._pull += output @ rows
         self._output[0] += output.sum(dim=2)
         self._output[1] += output.square().sum(dim=2)
 
     def moments(self) -> tuple[Tensor, Tensor, Tensor]:
-        """``C``, ``C'`` (float64 ``[G, K, K]``) and ``var(W x')`` per channel (``[G, R]``)."""
+        """``C``, ``W C'`` (float64 ``[G, K, K]``, ``[G, R, K]``) and ``var(W x')`` (``[G, R]``)."""
         n = self.count
-        mean, other = self._sum / n, self._float_sum / n
+        mean = self._sum / n
         covariance = (self._moment / n).baddbmm_(mean.unsqueeze(2), mean.unsqueeze(1), alpha=-1.0)
-        if self._cross is None:
+        if self._pull is None:
             w = self.weight.double()
-            return covariance, covariance, ((w @ covariance) * w).sum(dim=2)
-        cross = (self._cross / n).baddbmm_(other.unsqueeze(2), mean.unsqueeze(1), alpha=-1.0)
+            pull = w @ covariance
+            return covariance, pull, (pull * w).sum(dim=2)
         first, second = self._output / n
-        return covariance, cross, (second - first.square()).clamp_(min=0.0)
+        pull = (self._pull / n).baddbmm_(first.unsqueeze(2), mean.unsqueeze(1), alpha=-1.0)
+        return covariance, pull, (second - first.square()).clamp_(min=0.0)
 
     def means(self) -> tuple[Tensor, Tensor]:
         """Mean rows of the quantized and of the float input, float64 ``[G, K]``."""
-        other = self._sum if self._cross is None else self._float_sum
+        other = self._sum if self._pull is None else self._float_sum
         return self._sum / self.count, other / self.count
+
+
+class Equations:
+    """What one set of statistics says, before any damping.
+
+    Args:
+        seen: the statistics.
+        name: of the layer, for messages.
+    """
+
+    def __init__(self, seen: Statistics, name: str) -> None:
+        self.seen, self.name = seen, name
+        self.covariance, self.pull, self.energy = seen.moments()
+        diagonal = self.covariance.diagonal(dim1=1, dim2=2)
+        level = diagonal.mean(dim=1)
+        # Inputs that never vary say nothing: plain rounding then, by an identity.
+        self.level = torch.where(level > 0, level, torch.ones_like(level))
+        # Important columns first.
+        self.order = torch.argsort(diagonal, dim=1, descending=True, stable=True)
+        self._wanted: tuple[float, Tensor] | None = None  # the last one asked for
+
+    def damped(self, damping: float) -> tuple[Tensor, Tensor]:
+        """``H`` with its columns in order, and ``R`` of ``H = R R^T``, upper triangular.
+
+        Both ``[G, K, K]`` and in units of the mean variance, so that float32 is far from its
+        limits.
+
+        Raises:
+            CalibrationError: no damping makes it positive.
+        """
+        hessian = _permute(self.covariance, self.order).div_(self.level[:, None, None])
+        added = 0.0
+        kinds = [torch.float64] * 6
+        if hessian.shape[2] > PRECISE:
+            kinds.insert(0, torch.float32)  # twice as fast; it seldom fails
+        for turn, kind in enumerate(kinds):
+            if turn and kinds[turn - 1] is kind:
+                damping *= 10
+            hessian.diagonal(dim1=1, dim2=2).add_(damping - added)
+            added = damping
+            # From the last column to the first: the inverse then is ``U^T U`` with ``U = R^-1``.
+            lower, failed = torch.linalg.cholesky_ex(hessian.to(kind).flip(1, 2))
+            if not bool(failed.any()):
+                return hessian, lower.flip(1, 2)
+        raise CalibrationError(
+            f"layer {self.name!r}: the covariance of its input cannot be factorised"
+        )
+
+    def wanted(self, damping: float, channels: Tensor | None = None) -> Tensor:
+        """The unconstrained minimum ``W*``, float32 ``[G, R, K]``, of all or some channels.
+
+        Args:
+            damping: the pull towards the float weight.
+            channels: the ``R`` that are asked for.
+        """
+        weight, pull = self.seen.weight, self.pull
+        if channels is not None:
+            weight, pull = weight[:, channels], pull[:, channels]
+        if not self.seen.paired:
+            return weight
+        if self._wanted is not None and self._wanted[0] == damping:
+            return self._wanted[1] if channels is None else self._wanted[1][:, channels]
+        excess = _columns_of(pull - weight.double() @ self.covariance, self.order)
+        upper = self.damped(damping)[1]
+        excess = (excess / self.level[:, None, None]).to(upper.dtype).transpose(1, 2)
+        half = torch.linalg.solve_triangular(upper, excess, upper=True)
+        correction = torch.linalg.solve_triangular(upper.transpose(1, 2), half, upper=False)
+        found = weight + _columns_of(
+            correction.transpose(1, 2).float(), torch.argsort(self.order, dim=1)
+        )
+        if channels is None:
+            self._wanted = damping, found
+        return found
+
+    def bias_shift(self, q: Tensor, channels: Tensor | None = None) -> Tensor:
+        """``E[W x'] - E[Q x]``, float64 ``[G, R]``."""
+        mean, other = self.seen.means()
+        weight = self.seen.weight if channels is None else self.seen.weight[:, channels]
+        wanted = weight.double() @ other.unsqueeze(2)
+        return (wanted - q.double() @ mean.unsqueeze(2)).squeeze(2)
+
+
+def inverse_factor(upper: Tensor) -> Tensor:
+    """``R^-1`` in float32 of an upper triangular ``R``, ``[G, K, K]``."""
+    unit = torch.eye(upper.shape[2], device=upper.device).expand(upper.shape)
+    return torch.linalg.solve_triangular(upper.float(), unit, upper=True)
 
 
 class Solver:
     """Factorisation of one set of statistics; columns are permuted, important ones first.
 
     Args:
-        seen: the statistics.
+        equations: the statistics.
         gain: ``[G, R]``: what a squared error of an output channel counts.
         inputs: input channels per group that the columns belong to.
-        damping: over the mean of the diagonal of the covariance.
-        name: of the layer, for messages.
+        damping: of the norm that is rounded in, over the mean of the diagonal of the covariance.
+        correction: damping of the weights that are rounded, ``W*``.
     """
 
     def __init__(
-        self, seen: Statistics, gain: Tensor, inputs: int, damping: float, name: str
+        self,
+        equations: Equations,
+        gain: Tensor,
+        inputs: int,
+        damping: float,
+        correction: float,
     ) -> None:
-        self.seen, self.gain, self.inputs = seen, gain, inputs
-        weight = seen.weight.double()
-        self.covariance, cross, self.energy = seen.moments()
-        self.pull = weight @ cross  # W C'
-        del cross
-        diagonal = self.covariance.diagonal(dim1=1, dim2=2)
-        level = diagonal.mean(dim=1)
-        # Inputs that never vary say nothing: plain rounding then, by an identity.
-        level = torch.where(level > 0, level, torch.ones_like(level))
-        order = torch.argsort(diagonal, dim=1, descending=True, stable=True)
-        damped = _permute(self.covariance, order)
-        added = 0.0
-        for _ in range(6):
-            damped.diagonal(dim1=1, dim2=2).add_((damping - added) * level[:, None])
-            added = damping
-            lower, failed = torch.linalg.cholesky_ex(damped)
-            if not bool(failed.any()):
-                break
-            damping *= 10
-        else:
-            raise CalibrationError(
-                f"layer {name!r}: the covariance of its input cannot be factorised"
-            )
-        excess = self.pull - weight @ self.covariance
-        correction = torch.cholesky_solve(
-            _columns_of(excess, order).transpose(1, 2), lower
-        ).transpose(1, 2)
-        scale = level[:, None, None]
-        self.order = order
-        # In units of the mean variance, so that float32 is far from its limits.
-        self.target = (_columns_of(weight, order) + correction).float()
-        self.hessian = damped.div_(scale).float()
-        del damped
-        inverse = torch.cholesky_inverse(lower).mul_(scale)
-        del lower
-        self.factor = torch.linalg.cholesky(inverse, upper=True).float()
+        self.equations, self.seen = equations, equations.seen
+        self.gain, self.inputs = gain, inputs
+        self.covariance, self.pull = equations.covariance, equations.pull
+        self.energy, self.order = equations.energy, equations.order
+        hessian, upper = equations.damped(damping)
+        self.hessian = hessian.float()
+        del hessian
+        self.factor = inverse_factor(upper)
+        del upper
+        self.target = _columns_of(equations.wanted(correction), self.order)
         self._block_orders: dict[tuple[int, int], BlockOrder] = {}
 
     def run(
@@ -233,11 +302,8 @@ class Solver:
         return energy + (q * (q @ self.covariance - 2 * pull)).sum(dim=2)
 
     def bias_shift(self, q: Tensor, channels: Tensor | None = None) -> Tensor:
-        """``E[W x'] - E[Q x]``, float64 ``[G, R]``."""
-        mean, other = self.seen.means()
-        weight = self.seen.weight if channels is None else self.seen.weight[:, channels]
-        wanted = weight.double() @ other.unsqueeze(2)
-        return (wanted - q.double() @ mean.unsqueeze(2)).squeeze(2)
+        """As :meth:`Equations.bias_shift`."""
+        return self.equations.bias_shift(q, channels)
 
 
 class SolverOfParts:
@@ -331,13 +397,14 @@ class HeldBackError:
         q, total = q.double(), self.energy.clone()
         total = total if channels is None else total[:, channels]
         missing = -shift.double()
-        for seen, part, (covariance, cross, _) in zip(
+        for seen, part, (covariance, pull, _) in zip(
             self.seen, self.parts, self._moments, strict=True
         ):
             weight = seen.weight.double()
-            weight = weight if channels is None else weight[:, channels]
+            if channels is not None:
+                weight, pull = weight[:, channels], pull[:, channels]
             own = q[:, :, part]
-            total += (own * (own @ covariance - 2 * (weight @ cross))).sum(dim=2)
+            total += (own * (own @ covariance - 2 * pull)).sum(dim=2)
             mean, other = seen.means()
             missing += (weight @ other.unsqueeze(2) - own @ mean.unsqueeze(2)).squeeze(2)
         return total + missing.square()

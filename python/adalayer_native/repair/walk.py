@@ -15,6 +15,7 @@ from torch.fx.node import map_aggregate
 from adalayer_native._fingerprint import memory_of
 from adalayer_native.capture import GraphModel, Inputs, batch_inputs
 from adalayer_native.capture import vocabulary as table
+from adalayer_native.capture.layout import laid_out
 from adalayer_native.errors import CalibrationError, InputError
 from adalayer_native.padding import PaddedConv2d
 from adalayer_native.quantization.fake_quant import ActivationQuantizer, QuantLayer
@@ -34,7 +35,7 @@ __all__ = [
 # Input rows per layer: enough for the covariance of K inputs to be well determined.
 _ROWS = 32768
 _NARROW = 64  # with fewer columns, a quarter of the rows is enough
-_ROWS_PER_COLUMN = 16
+_ROWS_PER_COLUMN = 8
 
 
 FEWEST = 4  # samples on either side of a comparison
@@ -90,7 +91,7 @@ class Data:
 
     def __iter__(self) -> Iterator[Inputs]:
         for batch in itertools.islice(self.loader, self.limit):
-            yield batch_inputs(self.model, batch)[0].to(self.device)
+            yield laid_out(self.model, batch_inputs(self.model, batch)[0].to(self.device))
 
 
 class _Float(nn.Module):
