@@ -72,6 +72,18 @@ def test_layers_have_the_names_of_the_file():
         pickle.dumps(net)
 
 
+def test_names_within_names_of_layers():
+    names = ("stem", "stem.inner", "stem.inner.most", "a.b", "a")
+    constants = {f"{name}.weight": normal(3, 3, 1, 1) for name in names}
+    nodes = [
+        node("Conv", ["x" if k == 0 else f"v{k}", f"{name}.weight"], [f"v{k + 1}"])
+        for k, name in enumerate(names)
+    ]
+    net = imported(model(nodes, inputs={"x": [1, 3, 4, 4]}, outputs=["v5"], constants=constants))
+    layers = [name for name, module in net.named_modules() if isinstance(module, nn.Conv2d)]
+    assert layers == ["stem", "stem_inner", "stem_inner_most", "a.b", "a_2"]
+
+
 def test_every_step_takes_it():
     net = imported(classifier())
     x = torch.from_numpy(normal(16, 3, 8, 8))

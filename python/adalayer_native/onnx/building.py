@@ -211,11 +211,10 @@ class Builder:
 
     def unused(self, name: str) -> str:
         """A name that no module has yet, neither above nor below another one."""
+        if any(name.startswith(f"{other}.") for other in self.names):
+            name = name.replace(".", "_")  # a layer holds no other
         found, count = name, 1
-        while any(
-            found == other or other.startswith(f"{found}.") or found.startswith(f"{other}.")
-            for other in self.names
-        ):
+        while any(found == other or other.startswith(f"{found}.") for other in self.names):
             count += 1
             found = f"{name}_{count}"
         return found
