@@ -73,6 +73,10 @@ def agrees(got, wanted, share):
     assert np.abs(got - wanted).max() <= share * np.abs(wanted).max()
 
 
+def rms(difference):
+    return float(torch.as_tensor(difference).double().square().mean().sqrt())
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_round_trip(name, tmp_path):
     model, x = network(name)
@@ -94,8 +98,12 @@ def test_round_trip(name, tmp_path):
     assert len(again.meta["onnx"]["layers"]) == len(layers)
     with torch.no_grad():
         result = native(x)
-        agrees(again(x), result, 0.1)
-    agrees(by_runtime(str(tmp_path / "native.onnx"), x)[0], result, 0.1)
+        # Levels that are rounded elsewhere are a small part of what quantization itself does. (The
+        # file's own reading rounds as the native layers do; runtimes have steps of their own.)
+        cost = rms(result - wanted)
+        assert rms(again(x) - result) <= 0.05 * cost
+    theirs = torch.from_numpy(by_runtime(str(tmp_path / "native.onnx"), x)[0])
+    assert theirs.shape == result.shape and rms(theirs - result) <= 0.35 * cost
     ada.to_onnx(again, tmp_path / "again.onnx")
     last = ada.from_onnx(tmp_path / "again.onnx")
     for key, layer in again.named_modules():
