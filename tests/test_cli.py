@@ -369,7 +369,7 @@ def test_help_and_usage(monkeypatch, capsys) -> None:
     assert run(monkeypatch, "--help") == 0
     assert "compress" in capsys.readouterr().out
     assert run(monkeypatch, "compress", "adalayernet") == 2
-    assert "--weights" in capsys.readouterr().err
+    assert "--data" in capsys.readouterr().err
     assert run(monkeypatch, "nothing") == 2
 
 

@@ -245,7 +245,7 @@ def test_what_cannot_be_converted():
         broken.weight[0, 0, 0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"[Nn]a[Nn]|finite"):
         ada.nn.Conv2d.from_float(broken, 8, input_range=(0, 1))
-    with pytest.raises(ValueError, match="input range"):
+    with pytest.raises(ValueError, match="range of the input"):
         ada.nn.Conv2d.from_float(nn.Conv2d(3, 4, 3), 8, input_range=(1, 0))
     with pytest.raises(UnsupportedModelError, match="overflow"):
         ada.nn.Linear.from_quantized(

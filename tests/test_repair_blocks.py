@@ -120,10 +120,14 @@ def test_a_layer_loses_less_than_with_blocks_of_least_energy(groups: int) -> Non
         assert int(found.mask.sum()) == int(plain.sum())
         assert found.error < hessian.quantize(4, mask=plain).error
         if groups == 4:  # by what each would cost alone
-            cost = hessian._ready(hessian.damping).pruning_cost(4).reshape(hessian.shape)
+            cost = (
+                hessian._ready(hessian.damping, hessian.correction)
+                .pruning_cost(4)
+                .reshape(hessian.shape)
+            )
             expected = pattern_mask(cost, sparsity, "block16x64", score=cost)
         else:
-            order = hessian._ready(hessian.damping).block_order((16, 64))
+            order = hessian._ready(hessian.damping, hessian.correction).block_order((16, 64))
             expected = order.mask(pruned_blocks(order.blocks, sparsity)).reshape(hessian.shape)
         assert torch.equal(found.mask, expected)
 

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from dataclasses import replace
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -260,13 +261,14 @@ def test_a_comparison_is_a_tab(made: Path, copy: Path) -> None:
     run = load_run(copy)
     assert run.comparison == found
     text = page(run).split("<script>")[0]
-    assert text.count('role="tab"') == 2 and '<nav role="tablist" aria-label' in text
+    assert text.count('<button type="button" role="tab"') == 2
+    assert '<nav role="tablist" aria-label' in text
     body = text[text.index('<div id="microscope">') :]
     for row in found:
         assert f'data-value="{row.name}">{row.name}</td>' in body
     assert "<svg" in body and found.summary() in body and "script>alert(1)" not in body
     for item in found.suggestions:
-        assert item.text in body and f"{100 * item.recovered:.1f}</td>" in body
+        assert escape(item.text) in body and f"{100 * item.recovered:.1f}</td>" in body
     hostile = ada.Comparison(
         tuple(replace(row, finding="<b>x") for row in found), math.inf, "squared_error", 3,
         note="<i>why", engine={"equal": 0.5, "snr_db": None},

@@ -107,7 +107,9 @@ class Equations:
         """
         hessian = _permute(self.covariance, self.order).div_(self.level[:, None, None])
         added = 0.0
-        kinds = [torch.float64] * 6
+        # (Of inputs that hardly vary nothing but what was rounded off is left, which no small
+        # damping makes positive; a large one is plain rounding.)
+        kinds = [torch.float64] * 12
         if hessian.shape[2] > PRECISE:
             kinds.insert(0, torch.float32)  # twice as fast; it seldom fails
         for turn, kind in enumerate(kinds):
