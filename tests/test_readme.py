@@ -20,6 +20,7 @@ def test_blocks_are_found() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.heavy
 def test_python_of_the_readme(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
