@@ -152,6 +152,7 @@ Sized Model::compiled() const { return {engine_.compiled(), inputs_, outputs_, r
 
 Sized Model::for_inputs(std::vector<Port> inputs) const {
   const engine::SizeRules& r = rules();
+  if (!r.any()) return compiled();  // every axis is fixed, and nothing says how results would grow
   std::vector<int64_t> sizes(r.axes.size(), 0);
   for (size_t k = 0; k < inputs.size(); ++k)
     for (size_t a = 0; a < inputs[k].shape.size(); ++a) {

@@ -693,6 +693,8 @@ TEST(a_context_at_other_sizes) {
     refused = e.status() == ADALAYER_INVALID_ARGUMENT;
   }
   CHECK(refused);
+  alone.set_shape({3, 5, 4});  // the size that it has
+  CHECK_EQ(alone.output().elements, fixed.output().elements);
 }
 
 int main(int argc, char** argv) { return check::run_all(argc, argv); }
