@@ -96,7 +96,12 @@ def test_boxes_are_in_the_images_own_pixels(server: Running) -> None:
     assert (answer["model_name"], answer["model_version"]) == ("finder", "1")
     assert answer["image"] == {"width": 24, "height": 16}
     first, second, third = answer["detections"]
-    assert first == {"box": [18, 4, 21, 6], "score": pytest.approx(0.9), "index": 0, "name": "spark"}
+    assert first == {
+        "box": [18, 4, 21, 6],
+        "score": pytest.approx(0.9),
+        "index": 0,
+        "name": "spark",
+    }
     assert (second["box"], second["score"]) == ([18, 4, 21, 8], pytest.approx(0.6))
     assert (third["index"], third["box"], "name" in third) == (1, [18, 4, 21, 8], False)
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,7 @@ CANDIDATES = 3000  # the best so many of an image go through the suppression
 def named(result: Any) -> dict[str, Any]:
     """The tensors of a model's result by the names that the server gives them.
 
-    That of a dictionary is its key, in a tuple or list ``output_0``, …, of nested ones all of them
+    That of a dictionary is its key, of a dataclass its field, in a tuple or list ``output_0``, …, of nested ones all of them
     with dots, and of a single tensor ``output``. Constants are left out.
     """
     return {name.lstrip(".") or "output": value for name, value in _leaves(result, "")}
@@ -54,6 +54,8 @@ def _leaves(nested: Any, prefix: str) -> list[tuple[str, Any]]:
     items: Sequence[tuple[str, Any]] = ()
     if isinstance(nested, Mapping):
         items = [(f"{prefix}.{key}", value) for key, value in nested.items()]
+    elif is_dataclass(nested) and not isinstance(nested, type):
+        items = [(f"{prefix}.{f.name}", getattr(nested, f.name)) for f in fields(nested)]
     elif isinstance(nested, (list, tuple)):
         start = prefix or ".output"
         items = [(f"{start}_{k}", value) for k, value in enumerate(nested)]

@@ -184,7 +184,7 @@ class Evaluator:
                         f"{value}; expected a finite number"
                     )
                 loss += value * batch.count
-                right, of = hits(output, reference, batch, self.pick)
+                right, of = hits(output, reference, batch, self.pick, self.loss_fn)
                 good, positions = good + right, positions + of
         accuracy = good / positions if positions else math.nan
         return loss / self.samples, accuracy
@@ -271,16 +271,22 @@ def _adding(shift: torch.Tensor) -> Any:
     return hook
 
 
-def hits(output: Any, reference: Any, batch: Batch, pick: Pick = None) -> tuple[int, int]:
+def hits(
+    output: Any, reference: Any, batch: Batch, pick: Pick = None, loss_fn: LossFn | None = None
+) -> tuple[int, int]:
     """Right answers (or agreements with the reference, without labels), of how many.
 
-    Labels below 0 are not counted, and nothing is where there is not one output of logits.
+    Labels below 0 are not counted, and nothing is where there is not one output of logits. With a
+    loss of the user's, only labels say that an output is logits.
     """
     truth, rest = batch.target, (pick, batch.tokens, batch.target)
+    labelled = isinstance(truth, torch.Tensor) and not truth.is_floating_point()
+    if loss_fn is not None and not labelled:
+        return 0, 0
     if not has_logits(output, *rest):
         return 0, 0
     predicted = logits_of(output, *rest).argmax(dim=1)
-    if not (isinstance(truth, torch.Tensor) and not truth.is_floating_point()):
+    if not labelled:
         truth = logits_of(reference, *rest).argmax(dim=1)
     if truth.shape != predicted.shape:
         return 0, 0

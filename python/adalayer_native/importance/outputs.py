@@ -47,6 +47,8 @@ __all__ = [
     "picked",
     "results_of",
     "squared_error",
+    "target_for",
+    "warn_of_guess",
 ]
 
 LossFn = Callable[[Any, Any], Tensor]
@@ -298,12 +300,41 @@ def loss_of(
     there is one output of logits, else the :func:`distance` from the float model's outputs.
     """
     if loss_fn is not None:
+        target = target_for(loss_fn, target)
         wanted = picked(float_output, pick) if target is None else target
         value = loss_fn(picked(output, pick), wanted)
         return float(value.mean() if isinstance(value, Tensor) else value)
     if isinstance(target, Tensor) and has_logits(output, pick, tokens, target):
         return float(cross_entropy(logits_of(output, pick, tokens, target).float(), target))
     return float(distance(float_output, output, pick, tokens))
+
+
+def target_for(loss_fn: LossFn, target: Any) -> Any:
+    """Labels, or ``None`` where a loss compares with the float model's outputs in any case."""
+    return None if getattr(loss_fn, "distills", False) else target
+
+
+def warn_of_guess(
+    output: Any, pick: Pick = None, tokens: Set[int] = frozenset(), target: Any = None
+) -> None:
+    """Warn where a map is taken for logits because nothing says what it is.
+
+    A detector's head has the shape of a segmenter's, and the KL divergence of a softmax over boxes
+    means nothing.
+    """
+    for result in results_of(output, pick, tokens):
+        if result.classes != 1 or result.value.dim() < 3 or _is_named(result.path):
+            continue
+        positions = (result.value.shape[0], *result.value.shape[2:])
+        if isinstance(target, Tensor) and tuple(target.shape) == positions:
+            continue
+        warnings.warn(
+            f"output {result.path or 'of the model'} {_shape(result.value)} is taken for logits of "
+            f"{result.value.shape[1]} classes at every position. If it is something else, such as "
+            "boxes, say so: loss_fn=TaskLoss.of({...}); if it is, call it 'logits', give labels, "
+            "or loss_fn=TaskLoss.of({'output': 'classes'})",
+            stacklevel=4,
+        )
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -272,9 +272,7 @@ class Application:
         top = query.get("top", ["5"])[-1]
         if not (top.isascii() and top.isdigit() and len(top) < 7 and int(top) > 0):
             raise ServeError(400, f"top: expected a number of classes, got {top[:20]!r}")
-        entry, model, _, results = await self._image(
-            name, version, scope, receive, _classifies
-        )
+        entry, model, _, results = await self._image(name, version, scope, receive, _classifies)
         scores = np.frombuffer(results[0], np.float32)
         found = scores.astype(np.float64) if model.softmax else probabilities(scores)
         names = model.class_names
