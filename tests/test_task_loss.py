@@ -1,4 +1,4 @@
-"""Losses of several outputs: their values, their curvature, and what is said where nothing is known."""
+"""Losses of several outputs: their values, their curvature, and what is said of guesses."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Head(nn.Module):
         self.parts = nn.ModuleDict(
             {
                 name: nn.Conv2d(6, n, 1)
-                for name, n in dict(boxes=4, scores=3, depth=1, kind=5).items()
+                for name, n in {"boxes": 4, "scores": 3, "depth": 1, "kind": 5}.items()
             }
         )
 

@@ -81,13 +81,13 @@ class Detector(nn.Module):
         self.lateral = conv(96, 64, 1)
         self.top = conv(192, 64, 1)
         self.smooth = nn.ModuleList(separable(64, 64) for _ in STRIDES)
-        self.towers = nn.ModuleList(
-            nn.ModuleList((separable(64, 64), separable(64, 64))) for _ in STRIDES
-        )
+        self.score_towers = nn.ModuleList(separable(64, 64) for _ in STRIDES)
+        self.box_towers = nn.ModuleList(separable(64, 64) for _ in STRIDES)
         self.score_heads = nn.ModuleList(nn.Conv2d(64, classes, 1) for _ in STRIDES)
         self.box_heads = nn.ModuleList(nn.Conv2d(64, 4, 1) for _ in STRIDES)
-        for head in self.score_heads:
-            nn.init.constant_(head.bias, -4.0)  # few positions are an object's
+        for name, parameter in self.score_heads.named_parameters():
+            if name.endswith("bias"):
+                nn.init.constant_(parameter, -4.0)  # few positions are an object's
         for level, stride in enumerate(STRIDES):
             self.register_buffer(f"centres{level}", _centres(size // stride, stride))
             # Left and top are taken off the centre, right and bottom added.
@@ -104,7 +104,7 @@ class Detector(nn.Module):
         found: dict[str, Tensor] = {}
         for level in range(len(STRIDES)):
             shared = self.smooth[level](maps[level])
-            scores, boxes = (tower(shared) for tower in self.towers[level])
+            scores, boxes = self.score_towers[level](shared), self.box_towers[level](shared)
             sides = torch.sigmoid(self.box_heads[level](boxes)) * getattr(self, f"reach{level}")
             found[f"boxes{level}"] = sides + getattr(self, f"centres{level}")
             found[f"scores{level}"] = torch.sigmoid(self.score_heads[level](scores))
@@ -139,5 +139,4 @@ class Segmenter(nn.Module):
         for block, skip in zip(self.up, reversed(skips), strict=True):
             y = functional.interpolate(y, scale_factor=2.0, mode="nearest")
             y = block(torch.cat([y, skip], dim=1))
-        y = functional.interpolate(self.head(y), scale_factor=2.0, mode="bilinear")
-        return y
+        return functional.interpolate(self.head(y), scale_factor=2.0, mode="bilinear")

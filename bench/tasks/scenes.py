@@ -1,8 +1,8 @@
 """Pictures for detection and segmentation, made of CIFAR-10's.
 
 A scene is a background with one to three objects on it. Objects are pictures of five classes, in
-other sizes and proportions, cut out along a rounded rectangle; where they lie is known exactly, as a
-box and pixel by pixel. Backgrounds are small parts of pictures of the other five classes, much
+other sizes and proportions, cut out along a rounded rectangle; where they lie is known exactly, as
+a box and pixel by pixel. Backgrounds are small parts of pictures of the other five classes, much
 enlarged. Scenes for training, for calibration and for tests are made of pictures that the others
 do not have. All of a scene follows from its number and the seed.
 """

@@ -1,4 +1,4 @@
-"""Training of the three float networks; each is kept under ``build/``, and resumed if it is halfway.
+"""Training of the three float networks; each is kept under ``build/`` and resumed if halfway.
 
 The classifier comes first. Detector and segmenter begin with its backbone, as such networks do.
 """

@@ -42,8 +42,8 @@ CANDIDATES = 3000  # the best so many of an image go through the suppression
 def named(result: Any) -> dict[str, Any]:
     """The tensors of a model's result by the names that the server gives them.
 
-    That of a dictionary is its key, of a dataclass its field, in a tuple or list ``output_0``, …, of nested ones all of them
-    with dots, and of a single tensor ``output``. Constants are left out.
+    That of a dictionary is its key, of a dataclass its field, in a tuple or list ``output_0``, …,
+    of nested ones all of them with dots, and of a single tensor ``output``. Constants are left out.
     """
     return {name.lstrip(".") or "output": value for name, value in _leaves(result, "")}
 
@@ -144,23 +144,22 @@ class Detection:
         unknown = sorted(set(data) - set(known))
         if unknown:
             raise FileFormatError(f"detection: unknown field {unknown[0]!r}, expected {known}")
-        found = {key: _sources(data.get(key), key) for key in ("boxes", "scores")}
-        if len(found["boxes"]) != len(found["scores"]):
+        boxes, scores = (_sources(data.get(key), key) for key in ("boxes", "scores"))
+        if len(boxes) != len(scores):
             raise FileFormatError(
-                f"detection: {len(found['boxes'])} outputs of boxes, but {len(found['scores'])} of "
-                "scores"
+                f"detection: {len(boxes)} outputs of boxes, but {len(scores)} of scores"
             )
         for key, choices in (("format", ("xyxy", "cxcywh")), ("channels", ("first", "last"))):
             if data.get(key, choices[0]) not in choices:
                 raise FileFormatError(f"detection: {key} {data[key]!r}, expected one of {choices}")
-        plain = {key: value for key, value in data.items() if key not in found}
+        plain = {key: value for key, value in data.items() if key not in ("boxes", "scores")}
         for key in ("score_threshold", "iou_threshold", "max_boxes"):
             if key in plain:
                 try:
                     plain[key] = setting(key, plain[key])
                 except InputError as error:
                     raise FileFormatError(f"detection: {error}") from error
-        return cls(**found, **plain)
+        return cls(boxes, scores, **plain)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON, which :meth:`from_dict` takes."""
@@ -178,7 +177,8 @@ class Detection:
         Raises:
             InputError: an unknown one, or a value out of range.
         """
-        return replace(self, **{key: setting(key, value) for key, value in settings.items()})
+        checked: dict[str, Any] = {key: setting(key, value) for key, value in settings.items()}
+        return replace(self, **checked)
 
     def check(self, shapes: Mapping[str, Sequence[int]]) -> int:
         """Whether a model has such outputs; how many classes there are.
@@ -239,7 +239,7 @@ class Detection:
         }
         self.check({name: array.shape[1:] for name, array in arrays.items()})
         boxes, scores = (
-            np.concatenate([self._rows(arrays[name], *part) for name, *part in sources], axis=1)
+            np.concatenate([self._rows(arrays[part[0]], part) for part in sources], axis=1)
             for sources in (self.boxes, self.scores)
         )
         if self.format == "cxcywh":
@@ -247,8 +247,9 @@ class Detection:
             boxes = np.concatenate([boxes[..., :2] - half, boxes[..., :2] + half], axis=-1)
         return boxes, scores
 
-    def _rows(self, array: Array, begin: int, end: int | None) -> Array:
+    def _rows(self, array: Array, source: Source) -> Array:
         """``[N, P, channels]``."""
+        _, begin, end = source
         if self.channels == "first":
             array = np.moveaxis(array, 1, -1)
         return array.reshape(len(array), -1, array.shape[-1])[..., begin:end]

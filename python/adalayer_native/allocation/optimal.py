@@ -223,7 +223,7 @@ def plan_of(
 
 
 def _compare_with_even(plan: Plan, selection: Selection) -> None:
-    """Let a plan say what its layers would lose with its mean width, which is why some have more."""
+    """Let a plan say what its layers would lose with its mean width: why some have more."""
     layers = [plan[name] for name in selection.problem.free]
     weights = sum(layer.params for layer in layers)
     mean = sum(layer.params * (layer.bits or 0) for layer in layers) / weights

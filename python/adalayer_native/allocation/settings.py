@@ -81,8 +81,8 @@ class Settings:
             (:class:`~adalayer_native.allocation.sensitivity.LogitSensitivity`); ``"loss"``: the
             loss of the network with that layer alone compressed, several times slower. Default:
             the second with a ``loss_fn`` whose second derivative nobody knows, else the first. With
-            such a loss ``"logits"`` takes half the squared change of what would be logits. A name in
-            ``importance.CRITERIA``: that criterion, measured once per layer and scaled by the
+            such a loss ``"logits"`` takes half the squared change of what would be logits. A name
+            in ``importance.CRITERIA``: that criterion, measured once per layer and scaled by the
             weight error (:meth:`~adalayer_native.importance.Criterion.error`). Or a function
             ``(layer, bits, sparsity) -> float``, which gets the pattern as a fourth argument
             wherever it is another than ``"unstructured"``.

@@ -19,12 +19,12 @@ from torch.utils import _pytree as pytree
 
 from adalayer_native import _C, cuda, ops
 from adalayer_native._files import replacing
+from adalayer_native.detection import Detection, named
 from adalayer_native.engine.call import Call
 from adalayer_native.engine.coverage import Coverage, Row
 from adalayer_native.engine.parts import CudaPart, NativePart, type_name, whole_numbers
 from adalayer_native.engine.results import ID_TYPES, Leaf, Port, described, skeleton
 from adalayer_native.engine.sizes import Size, SizeRules
-from adalayer_native.detection import Detection, named
 from adalayer_native.errors import InputError, UnsupportedModelError
 
 if TYPE_CHECKING:  # loading a file needs neither the compiler nor torch.export

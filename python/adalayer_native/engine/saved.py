@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from adalayer_native import _C
+from adalayer_native.detection import Detection
 from adalayer_native.engine.call import Call
 from adalayer_native.engine.parts import WEIGHTS, NativePart
 from adalayer_native.engine.results import ID_TYPES, INTEGERS, Leaf, Output, Port, nest
 from adalayer_native.engine.runtime import Engine, Step
-from adalayer_native.detection import Detection
 from adalayer_native.errors import FileFormatError
 
 __all__ = ["load"]

@@ -150,12 +150,7 @@ class _Form:
         elif kind in ("binary", "probabilities"):
             self.scale = 1.0 / count
         elif kind == "values":
-            if spread is None:
-                flat = self.rows.flatten(0, 1)
-                variance = flat.var(dim=0, correction=0)
-                # Of a channel that never changes every change counts relative to its size.
-                self.spread = torch.where(variance > 0, variance, flat.square().mean(dim=0))
-                self.spread = torch.where(self.spread > 0, self.spread, torch.ones(()))
+            self.spread = _spread(self.rows) if spread is None else spread
             self.scale = seen[..., None] / (channels * count * self.spread)
         else:
             self.scale = seen[..., None] / (4 * count * self._sides().square())
@@ -209,6 +204,14 @@ class _Form:
         else:
             v = 2.0**0.5 * v
         return (root * v * rows).sum()
+
+
+def _spread(rows: Tensor) -> Tensor:
+    """Variance of every channel, ``[C]``; of one that never changes its mean square."""
+    flat = rows.flatten(0, 1)
+    variance, square = flat.var(dim=0, correction=0), flat.square().mean(dim=0)
+    found = torch.where(variance > 0, variance, square)
+    return torch.where(found > 0, found, torch.ones_like(found))
 
 
 def _shares(rows: Tensor, kind: str) -> Tensor:

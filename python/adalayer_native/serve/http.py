@@ -267,7 +267,6 @@ class Application:
     async def _classify(
         self, name: str, version: str | None, scope: Mapping[str, Any], receive: Receive
     ) -> Answer:
-        settings = self._settings
         query = parse_qs(scope["query_string"].decode("latin-1"))
         top = query.get("top", ["5"])[-1]
         if not (top.isascii() and top.isdigit() and len(top) < 7 and int(top) > 0):
