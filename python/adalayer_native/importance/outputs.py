@@ -328,6 +328,8 @@ def warn_of_guess(
         positions = (result.value.shape[0], *result.value.shape[2:])
         if isinstance(target, Tensor) and tuple(target.shape) == positions:
             continue
+        if isinstance(target, Tensor) and target.dim() == 1 and result.value.dim() > 3:
+            continue  # that such labels do not belong to it was said
         warnings.warn(
             f"output {result.path or 'of the model'} {_shape(result.value)} is taken for logits of "
             f"{result.value.shape[1]} classes at every position. If it is something else, such as "
