@@ -131,16 +131,14 @@ def measure(row: Row, data: Path, folder: Path = FOLDER) -> dict[str, Any]:
 
 def _compressed(row: Row, model: nn.Module, data: Path, folder: Path) -> ada.Compressed:
     shown = _scenes_of(row.task, data, "calibration")
-    pairs = list(
-        zip(shown.images.split(BATCH), shown.targets(row.task).split(BATCH), strict=True)
-    )
+    pairs = list(zip(shown.images.split(BATCH), shown.targets(row.task).split(BATCH), strict=True))
     labelled = row.loss == "task"
-    loss: Callable[..., Tensor] | None = {
+    losses: dict[str, Callable[..., Tensor] | None] = {
         "task": TASKS[row.task].loss,
         "softmax": softmax_over_everything,
-        "distilled": DISTILLED[row.task],
-        "": DISTILLED[row.task],
-    }.get(row.loss)
+        "default": None,
+    }
+    loss = losses.get(row.loss, DISTILLED[row.task])
     budget = ada.Budget(bits=row.bits) if row.loss else row.bits
     options = {"options": {"sparsities": (0.0,)}} if row.loss else None
     with warnings.catch_warnings():
@@ -185,6 +183,8 @@ def figures(task: str, network: Callable[[Tensor], Any], data: Path) -> dict[str
         return {"mIoU": 100 * mean_iou(counts)}
     every = DETECTION.changed(score_threshold=0.01)
     found = [boxes for y in outputs for boxes in every(y)]
-    truth = [Truth(b[b[:, 0] >= 0, 1:], b[b[:, 0] >= 0, 0].astype(np.int64)) for b in shown.boxes.numpy()]
+    truth = [
+        Truth(b[b[:, 0] >= 0, 1:], b[b[:, 0] >= 0, 0].astype(np.int64)) for b in shown.boxes.numpy()
+    ]
     values = mean_average_precision(found, truth, len(CLASSES))
     return {"AP50": 100 * values[0.5], "AP": 100 * float(np.mean(list(values.values())))}

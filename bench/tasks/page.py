@@ -1,4 +1,4 @@
-"""The generated part of docs/tasks.md: figures, bits of the layers, what was protected, a picture."""
+"""The generated part of docs/tasks.md: figures, bits of layers, what was protected, a picture."""
 
 from __future__ import annotations
 
@@ -53,7 +53,9 @@ def _figures(results: Results) -> list[str]:
         cells = [f"{name} {value:.1f}" for name, value in found["figures"].items()]
         width = "float" if not row.bits else f"{row.bits} on average" if row.loss else f"{row.bits}"
         by = LOSSES[row.loss] if row.loss else ""
-        rows.append([row.task, width, by, ", ".join(cells), f"{found['bytes']:,}", f"{share:.1f} %"])
+        rows.append(
+            [row.task, width, by, ", ".join(cells), f"{found['bytes']:,}", f"{share:.1f} %"]
+        )
     return table(["task", "bits", "plan judged by", "figure", "bytes", "of float"], rows)
 
 
@@ -65,7 +67,9 @@ def _plans(results: Results) -> dict[str, Mapping[str, Any]]:
 def _bits(results: Results) -> list[str]:
     plans = _plans(results)
     layers = [
-        name for name in next(iter(plans.values()), {"bits": {}})["bits"] if name.startswith(BACKBONE)
+        name
+        for name in next(iter(plans.values()), {"bits": {}})["bits"]
+        if name.startswith(BACKBONE)
     ]
     rows = []
     for name in layers:
