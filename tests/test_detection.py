@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers_serve_model import detector_engine
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
 
 import adalayer_native as ada
 from adalayer_native.detection import Boxes, Detection, box_iou, named, nms
@@ -151,24 +151,9 @@ def test_settings_are_checked() -> None:
             detection.changed(**bad)
 
 
-class Head(nn.Module):
-    """Boxes and scores at every position of a map."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.trunk = nn.Conv2d(3, 8, 3, stride=2, padding=1)
-        self.boxes, self.scores = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 3, 1)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        y = torch.relu(self.trunk(x))
-        return {"boxes": 8 * torch.sigmoid(self.boxes(y)), "scores": torch.sigmoid(self.scores(y))}
-
-
 def test_a_file_says_that_its_model_is_a_detector(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    x = torch.randn(2, 3, 8, 8)
-    result = ada.compress(Head().eval(), [x], 8, repair=False, progress=False)
-    engine = ada.compile(result.model, x[:1], policy="native", strict=True)
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    engine = detector_engine()
     engine.save(tmp_path / "plain.ada")
     assert ada.load(tmp_path / "plain.ada").detection is None
     with pytest.raises(FileFormatError, match=r"no output 'box', its outputs are \['boxes', 'sc"):

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("uvicorn", reason="needs the extra [serve]")
 pytest.importorskip("prometheus_client", reason="needs the extra [serve]")
 pytest.importorskip("orjson", reason="needs the extra [serve]")
 
 from helpers_serve import Running, running
-from helpers_serve_model import write_model
+from helpers_serve_model import CLASSES, PREPROCESSING, detector_engine, write_model
 from PIL import Image
 
 from adalayer_native.detection import Detection
@@ -160,6 +161,23 @@ def test_a_cropped_image(path: Path) -> None:
         boxes = np.array([[-20, -20, 40, 40]], np.float32)
         _, placing = Preprocessing({"resize": 16}, (3, 8, 8)).placed(spark(32, 64, 0, 0, 1), 10_000)
         assert placing.located(boxes).tolist() == [[0, 0, 64, 32]]
+
+
+def test_a_file_has_the_engines_boxes(tmp_path: Path) -> None:
+    engine, path = detector_engine(), tmp_path / "finder.ada"
+    spec = {"boxes": "boxes", "scores": "scores", "score_threshold": 0.3, "max_boxes": 7}
+    engine.save(path, preprocessing=PREPROCESSING, class_names=CLASSES, detection=spec)
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    x = Preprocessing(PREPROCESSING, (3, 8, 8))(png(pixels), 100)
+    (wanted,) = Detection.from_dict(spec)(engine(torch.from_numpy(x[None])))
+    assert len(wanted) == 7
+    with running([ModelSource("finder", "1", path)]) as server:
+        status, answer = server.request("POST", DETECT, png(pixels))
+        assert status == 200
+    found = answer["detections"]
+    assert [row["score"] for row in found] == pytest.approx(wanted.scores.tolist())
+    assert [row["name"] for row in found] == [CLASSES[k] for k in wanted.classes]
+    np.testing.assert_allclose([row["box"] for row in found], wanted.boxes.clip(0, 8), rtol=1e-6)
 
 
 def test_a_classifier_is_no_detector(path: Path) -> None:
