@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from adalayer_native.detection import Boxes
+from bench.tasks import page
 from bench.tasks.losses import assigned, detection_loss, paired_giou
+from bench.tasks.measure import ROWS
 from bench.tasks.metrics import COCO, Truth, confusion, mean_average_precision, mean_iou
 from bench.tasks.scenes import CLASSES, SIZE, SceneBatches, Scenes, Sources
 
@@ -74,6 +78,31 @@ def test_iou_of_pixels() -> None:
     wanted = sklearn.jaccard_score(real.ravel(), said.ravel(), average="macro")
     assert mean_iou(counts) == pytest.approx(wanted)  # (3/4 + 1/3 + 2/3) / 3; class 3 is nowhere
     assert wanted == pytest.approx((3 / 4 + 1 / 3 + 2 / 3) / 3)
+
+
+def test_the_page_says_which_layers_differ() -> None:
+    machine = {"cpu": "a machine"}
+    names = ["backbone.stem", "backbone.last", "head"]
+    results: dict[str, dict[str, Any]] = {}
+    for row in ROWS:
+        if row.task == "segmentation" or row.bits == 3:
+            continue  # rows that are not there yet are left out
+        bits = [8, 4, 4] if row.task == "detection" else [4, 5, 8]
+        results[row.name] = {
+            "machine": machine, "figures": {"figure": 50.0 + row.bits}, "bytes": 1000 - row.bits,
+            "bits": dict(zip(names, bits, strict=True)),
+            "weights": dict(zip(names, [100, 300, 50], strict=True)),
+            "protected": {"backbone.stem": "8 bits; why"} if row.task == "detection" else {},
+        }  # fmt: skip
+    lines = page.part(results).splitlines()
+    assert lines[0] == "Machine: a machine."
+    assert "| detection | float |  | figure 50.0 | 1,000 | 100.0 % |" in lines
+    assert "| detection | 4 on average | labels | figure 54.0 | 996 | 99.6 % |" in lines
+    assert "| `stem` | 100 | 4 | **8** |" in lines and "| `last` | 300 | **5** | 4 |" in lines
+    assert "| mean |  | 4.75 | 5.00 |" in lines
+    assert "| the task's own layers, mean |  | 8.00 | 4.00 |" in lines
+    assert "- **detection**: `backbone.stem` (8 bits; why)" in lines
+    assert "segmentation" not in page.part(results)
 
 
 @pytest.fixture(scope="module")

@@ -108,8 +108,10 @@ def measure(row: Row, data: Path, folder: Path = FOLDER) -> dict[str, Any]:
     begin = time.monotonic()
     result = _compressed(row, model, data, folder)
     seconds = time.monotonic() - begin
+    program = folder / "engines" / f"{row.name}.ada"  # kept: it can be served
+    program.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
-        packed, program = Path(temporary) / "packed.safetensors", Path(temporary) / "net.ada"
+        packed = Path(temporary) / "packed.safetensors"
         ada.save(result.model, packed)
         saved(row.task, result.model, program)
         engine = ada.load(program)
