@@ -161,7 +161,7 @@ def compress(
     model = captured_on(model, calibration)
     check_calibration(model, calibration, output, labels=loss_fn is None)
     sample = first_sample(model, calibration)
-    if loss_fn is None and plan is not None:  # a search says so itself
+    if loss_fn is None and plan is not None and repair:  # a search says so itself
         warn_of_first_guess(model, calibration, output)
     macs = work_of(model, sample)
     unsupported = unsupported_rest(model, plan, macs)
