@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from adalayer_native.allocation.sensitivity import LogitSensitivity
 from adalayer_native.errors import CalibrationError
 from adalayer_native.importance import TaskLoss, Term
 from adalayer_native.importance.batches import Batch
-from adalayer_native.importance.outputs import loss_of, warn_of_guess
+from adalayer_native.importance.outputs import loss_key, loss_of, warn_of_guess
 
 SCORES = Term("scores", "probabilities")
 
@@ -138,13 +140,26 @@ def test_the_prediction_is_the_loss_to_second_order(layer: str) -> None:
     assert math.isclose(float(ALL(reference, reference).sum()), 0.0, abs_tol=1e-9)
 
 
+def test_what_is_kept_is_that_of_another_loss_only_if_it_computes_the_same() -> None:
+    def made(power: int) -> Any:
+        return lambda y, t: (y - t).abs().pow(power).mean()
+
+    assert loss_key(made(2)) == loss_key(made(2))
+    assert loss_key(made(2)) != loss_key(made(3))  # what it closes over
+    first, second = lambda y, t: (y - t).abs(), lambda y, t: (y - t).abs() + 1
+    assert loss_key(first) != loss_key(second)  # its code
+    assert loss_key(partial(first, t=1)) != loss_key(partial(first, t=2))
+    assert loss_key(ALL) != loss_key(ALL.weighted(kind=3.0)) and loss_key(ALL) == loss_key(ALL)
+    assert loss_key(nn.HuberLoss(delta=1.0)) == loss_key(nn.HuberLoss(delta=1.0))
+
+
 def test_labels_are_not_looked_at() -> None:
     y, z = drawn(2, 5), drawn(2, 5, seed=1)
     loss = TaskLoss.of({"output": "classes"})
     assert loss_of(z, y, torch.tensor([1, 2]), loss) == pytest.approx(float(loss(z, y).mean()))
 
 
-def test_the_solver_protects_what_the_task_needs() -> None:
+def test_the_solver_protects_what_the_task_needs(tmp_path: Path) -> None:
     """With boxes that count for nothing, their layer gets fewer bits than with them alone."""
     torch.manual_seed(0)
     model = Head().eval()
@@ -157,7 +172,7 @@ def test_the_solver_protects_what_the_task_needs() -> None:
     ):
         plan = ada.allocate(
             None, ada.Budget(bits=4), method="optimal", model=model, calibration=data,
-            loss_fn=loss, options=options, progress=False,
+            loss_fn=loss, options=options, tables=tmp_path, progress=False,
         )  # fmt: skip
         bits[name] = {layer: entry.bits for layer, entry in plan.layers.items()}
         assert plan.scores is not None
@@ -167,7 +182,7 @@ def test_the_solver_protects_what_the_task_needs() -> None:
     assert bits["kind"]["parts.kind"] > bits["boxes"]["parts.kind"]
 
 
-def test_a_loss_without_a_known_curvature_is_measured() -> None:
+def test_a_loss_without_a_known_curvature_is_measured(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Head().eval()
     calls: list[Any] = []
@@ -181,7 +196,7 @@ def test_a_loss_without_a_known_curvature_is_measured() -> None:
     plan = ada.allocate(
         None, ada.Budget(bits=4), method="optimal", model=model, calibration=data,
         loss_fn=depth_alone, options={"weight_of": "rounded", "rounds": 0, "interactions": False},
-        progress=False,
+        tables=tmp_path, progress=False,
     )  # fmt: skip
     scores = plan.scores or {}
     assert scores["parts.boxes"]["E"] < 1e-9  # nothing of it reaches the loss

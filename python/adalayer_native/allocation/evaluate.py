@@ -21,7 +21,7 @@ from .._progress import ProgressBar
 from ..errors import CalibrationError
 from ..importance.analyze import dequantized_layer, eval_mode
 from ..importance.batches import Batch, captured_on, iterate, model_digest
-from ..importance.outputs import LossFn, Pick, has_logits, logits_of, loss_of
+from ..importance.outputs import LossFn, Pick, has_logits, logits_of, loss_key, loss_of
 from ..pruning.patterns import pattern_mask
 from ..rounding import conv_form, layer_form
 from .narrow_inputs import NarrowInputs
@@ -243,8 +243,8 @@ class Evaluator:
             return {}  # none yet, or not ours: the next save replaces it
 
     def _digest(self) -> str:
-        name = getattr(self.loss_fn, "__qualname__", str(self.loss_fn))
-        options = f"adalayer-allocation-cache-2 {name} {self.key} {self.pick!r}"
+        loss = loss_key(self.loss_fn)
+        options = f"adalayer-allocation-cache-2 {loss} {self.key} {self.pick!r}"
         digest = hashlib.sha256(f"{options} {model_digest(self.model)}".encode())
         for batch in self.batches:
             digest.update(batch.digest().encode())

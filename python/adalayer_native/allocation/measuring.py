@@ -18,7 +18,7 @@ from ..importance import CRITERIA
 from ..importance.analyze import analyze, dequantized_layer, eval_mode
 from ..importance.batches import Batch, iterate, model_digest, one_sample
 from ..importance.flops import Work, layer_work
-from ..importance.outputs import LossFn, Pick
+from ..importance.outputs import LossFn, Pick, loss_key
 from ..importance.task_loss import TaskLoss
 from ..pruning.patterns import pattern_pruned_count
 from ..quantization import calibrate, convert, prepare
@@ -250,12 +250,11 @@ def table_key(problem: Problem, data: Data, settings: Settings) -> dict[str, Any
     digest = hashlib.sha256()
     for batch in data.table:
         digest.update(batch.digest().encode())
-    loss = getattr(data.loss_fn, "__qualname__", str(data.loss_fn))
     by = settings.measure_for(data.loss_fn)
     return {
         "model": model_digest(problem.model),
         "data": digest.hexdigest(),
-        "loss": f"{getattr(data.loss_fn, '__module__', '')}.{loss}",
+        "loss": loss_key(data.loss_fn),
         "repair": repair_key(data, settings),
         "measure": by if isinstance(by, str) else "own",
         **({} if data.pick is None else {"output": data.pick}),

@@ -21,6 +21,9 @@ squared size of the float model's output. Several outputs add up.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
+import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any
@@ -42,6 +45,7 @@ __all__ = [
     "has_logits",
     "kl_divergence",
     "logits_of",
+    "loss_key",
     "loss_of",
     "metric_name",
     "picked",
@@ -312,6 +316,31 @@ def loss_of(
 def target_for(loss_fn: LossFn, target: Any) -> Any:
     """Labels, or ``None`` where a loss compares with the float model's outputs in any case."""
     return None if getattr(loss_fn, "distills", False) else target
+
+
+def loss_key(loss_fn: LossFn | None) -> str:
+    """What a loss computes, for files that keep what was measured with it.
+
+    Of a function that is its code, its defaults and what it closes over; globals that it reads are
+    not known. Other objects are what they print as.
+    """
+    if loss_fn is None:
+        return "None"
+    if isinstance(loss_fn, functools.partial):
+        rest = loss_fn.args, sorted(loss_fn.keywords.items())
+        return f"partial {loss_key(loss_fn.func)} {rest!r}"
+    code = getattr(loss_fn, "__code__", None)
+    name = f"{getattr(loss_fn, '__module__', '')}.{getattr(loss_fn, '__qualname__', loss_fn)}"
+    if code is None:
+        return name
+    cells = [cell.cell_contents for cell in getattr(loss_fn, "__closure__", None) or ()]
+    own = getattr(loss_fn, "__defaults__", None), getattr(loss_fn, "__kwdefaults__", None), cells
+    return f"{name} {hashlib.sha256(f'{_steps(code)} {own!r}'.encode()).hexdigest()[:16]}"
+
+
+def _steps(code: types.CodeType) -> str:
+    consts = [_steps(c) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts]
+    return f"{code.co_code.hex()} {code.co_names} {consts}"
 
 
 def warn_of_guess(

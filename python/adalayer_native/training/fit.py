@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from adalayer_native.capture import Inputs
 from adalayer_native.errors import CalibrationError, PlanError
-from adalayer_native.importance.outputs import LossFn, has_logits, logits_of
+from adalayer_native.importance.outputs import LossFn, has_logits, logits_of, loss_key
 from adalayer_native.quantization.calibrate import batch_norms, reestimate_batch_norms
 from adalayer_native.training.batches import NORM_BATCHES, split_batch
 from adalayer_native.training.loop import History, Loop, LoopOptions, bf16_helps, check_range
@@ -105,7 +105,7 @@ def fit(
         check_range("fit", "max_minutes", max_minutes, 0.0, math.inf)
     identity = {"task": "fit"}
     if loss_fn is not None:
-        identity["loss_fn"] = f"{loss_fn.__module__}.{getattr(loss_fn, '__qualname__', loss_fn)}"
+        identity["loss_fn"] = loss_key(loss_fn)
     run = _Fitting(model, train_loader, options, identity)
     run.loss_fn = loss_fn
     return run.execute(checkpoint, resume, max_minutes, progress, watch)
