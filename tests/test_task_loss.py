@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from functools import partial
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 import adalayer_native as ada
 from adalayer_native.allocation.sensitivity import LogitSensitivity
+from adalayer_native.detection import box_iou
 from adalayer_native.errors import CalibrationError
 from adalayer_native.importance import TaskLoss, Term
 from adalayer_native.importance.batches import Batch
@@ -53,7 +55,7 @@ def test_boxes_count_by_their_size_and_where_something_is_seen() -> None:
     z = y + torch.tensor([[[1.0, 2, 0, 0], [4, 0, 0, 0]]])
     scores = torch.tensor([[[0.5, 1.0], [0.0, 0.25]]])  # the best 1 and 0.25
     spec = {"boxes": "boxes", "scores": "scores", "channels": "last"}
-    loss = TaskLoss.of_detection(spec)
+    loss = TaskLoss.of_detection(spec, boxes=1.0)
     found = loss({"boxes": z, "scores": scores}, {"boxes": y, "scores": scores})
     wanted = (1.0 * (0.1**2 + 0.1**2) / 4 + 0.25 * 1.0**2 / 4) / 1.25
     assert float(found) == pytest.approx(wanted, rel=1e-5)
@@ -63,13 +65,25 @@ def test_boxes_count_by_their_size_and_where_something_is_seen() -> None:
         )
         == 0
     )
-    middle = TaskLoss.of_detection({**spec, "format": "cxcywh"})
+    middle = TaskLoss.of_detection({**spec, "format": "cxcywh"}, boxes=1.0)
     y = torch.tensor([[[50.0, 50, 10, 20]]])
     found = middle(
         {"boxes": y + torch.tensor([1.0, 2, 1, 2]), "scores": torch.ones(1, 1, 1)},
         {"boxes": y, "scores": torch.ones(1, 1, 1)},
     )
     assert float(found) == pytest.approx(0.01, rel=1e-5)
+
+
+def test_boxes_weigh_about_what_they_lose_of_their_iou() -> None:
+    """A tenth of the side on every side, in all directions."""
+    seen = torch.ones(1, 1, 1)
+    loss = TaskLoss.of_detection({"boxes": "boxes", "scores": "scores", "channels": "last"})
+    box = torch.tensor([[[0.0, 0, 10, 10]]])
+    for signs in itertools.product((-1.0, 1.0), repeat=4):
+        moved = box + torch.tensor(signs)
+        found = float(loss({"boxes": moved, "scores": seen}, {"boxes": box, "scores": seen}))
+        lost = 1 - float(box_iou(box[0].numpy(), moved[0].numpy())[0, 0])
+        assert found == pytest.approx(lost, abs=0.07)
 
 
 def test_values_count_by_their_spread() -> None:

@@ -47,9 +47,9 @@ class Task:
 TASKS = {
     task.name: task
     for task in (
-        Task("classification", lambda: Classifier(len(CLASSES)), classification_loss, 12),
-        Task("detection", lambda: Detector(len(CLASSES), SIZE), detection_loss, 24),
-        Task("segmentation", lambda: Segmenter(1 + len(CLASSES)), segmentation_loss, 16),
+        Task("classification", lambda: Classifier(len(CLASSES)), classification_loss, 10),
+        Task("detection", lambda: Detector(len(CLASSES), SIZE), detection_loss, 14),
+        Task("segmentation", lambda: Segmenter(1 + len(CLASSES)), segmentation_loss, 6),
     )
 }
 
