@@ -43,6 +43,7 @@ PYTHON_ROOMS = [
         "onnx",
         "importance",
         "allocation",
+        "tensor_train",
         "training",
         "models",
         "data",

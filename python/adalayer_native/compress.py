@@ -36,6 +36,7 @@ from adalayer_native.quantization import calibrate, convert, prepare
 from adalayer_native.quantization.layout import native_layout
 from adalayer_native.repair import Repair
 from adalayer_native.repair import repair as repair_layers
+from adalayer_native.tensor_train import Decomposed, tensor_train
 from adalayer_native.training import finetune
 
 __all__ = ["Compressed", "compress", "stages_of"]
@@ -54,6 +55,8 @@ class Compressed:
         repair: output error of every layer before and after the repair; None without.
         float_rest: everything with multiply-accumulates that stays float, layers that the plan
             keeps so included, with the reason and the share of them.
+        decomposed: the float model with its tensor trains, of method ``"tensor_train"``; it is what
+            :func:`~adalayer_native.restore` takes to read the saved file.
     """
 
     model: nn.Module
@@ -63,6 +66,7 @@ class Compressed:
     history: Any = None
     repair: Repair | None = None
     float_rest: FloatRest | None = None
+    decomposed: Decomposed | None = None
 
 
 def compress(
@@ -102,7 +106,10 @@ def compress(
             several at once, on latency, bit operations and energy, too. A whole number from 2 to 8
             is no limit but the plan: so many bits in every layer that can be quantized, nothing
             pruned.
-        method: see :func:`adalayer_native.allocate`.
+        method: see :func:`adalayer_native.allocate`; or ``"tensor_train"``, which first replaces
+            layers by :func:`~adalayer_native.tensor_train` and goes on with ``"optimal"``. Its
+            options are in ``allocate_options["options"]`` with those of ``"optimal"``: ``error``
+            or ``rank``, ``layers``, ``clock``. A budget in ``size`` is of the model before.
         plan: use this plan instead of analyzing and allocating.
         loss_fn: ``loss_fn(output, target)`` by which plans are judged and the model is fine-tuned;
             default: how far every output is from the float model's
@@ -143,6 +150,12 @@ def compress(
 
     check_effort(effort)
     asked = dict(allocate_options or {})
+    decomposed = None
+    if method == TENSOR_TRAIN:
+        if plan is not None:
+            raise PlanError(f"a plan names layers as they are: method {method!r} takes none")
+        decomposed, budget, asked = _decomposed(model, calibration, budget, asked, progress)
+        model, method = decomposed.model, "optimal"
     if isinstance(budget, int):
         if plan is not None:
             raise PlanError(f"give a plan, or bits of all layers ({budget!r}), not both")
@@ -257,7 +270,27 @@ def compress(
                     **{"loss_fn": loss_fn, "output": output, **(finetune_options or {})},
                 )
     kept = kept_float(model, plan)
-    return Compressed(convert(prepared), plan, scores, kept, history, report, rest)
+    return Compressed(convert(prepared), plan, scores, kept, history, report, rest, decomposed)
+
+
+TENSOR_TRAIN = "tensor_train"
+
+
+def _decomposed(
+    model: Any,
+    calibration: Iterable[Any],
+    budget: Budget | int | None,
+    asked: dict[str, Any],
+    progress: bool,
+) -> tuple[Decomposed, Budget | int | None, dict[str, Any]]:
+    """The model in tensor trains, the budget of it, and the options that are left."""
+    options = dict(asked.get("options") or {})
+    own = {k: options.pop(k) for k in ("error", "rank", "layers", "clock") if k in options}
+    found = tensor_train(model, calibration, progress=progress, **own)
+    if isinstance(budget, Budget) and budget.size is not None:
+        budget = replace(budget, size=None, bytes=budget.limit_bytes(found.float_bytes))
+    left = {key: value for key, value in asked.items() if key != "options"}
+    return found, budget, {**left, "options": options} if options else left
 
 
 LEARNING = {"low": 0, "normal": 3, "high": 6}  # passes by effort
