@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from adalayer_native._fingerprint import fingerprint
 from adalayer_native._progress import stage
@@ -25,9 +25,12 @@ from adalayer_native.allocation import (
 )
 from adalayer_native.allocation.rest import planned_rest, unsupported_rest
 from adalayer_native.allocation.settings import check_effort
+from adalayer_native.capture import Inputs, captured
+from adalayer_native.capture.example import guessed_example
 from adalayer_native.capture.loading import captured_on, first_sample
 from adalayer_native.capture.work import FloatRest, work_of
-from adalayer_native.errors import PlanError, UnsupportedModelError
+from adalayer_native.data import distilled
+from adalayer_native.errors import CalibrationError, PlanError, UnsupportedModelError
 from adalayer_native.importance import LayerScores, analyze
 from adalayer_native.importance.calibration import check_calibration
 from adalayer_native.importance.outputs import LossFn, Pick, distance, has_distance
@@ -71,9 +74,10 @@ class Compressed:
 
 def compress(
     model: nn.Module | torch.export.ExportedProgram,
-    calibration: Iterable[Any],
+    calibration: Iterable[Any] | None,
     budget: Budget | int | None,
     *,
+    example_inputs: Any = None,
     method: str = "adalayer",
     plan: Plan | None = None,
     loss_fn: LossFn | None = None,
@@ -101,11 +105,15 @@ def compress(
             one; not changed. It is captured with the first calibration batch as its example.
         calibration: batches, read several times: tensors, tuples (inputs, then labels) or
             dictionaries of arguments, with ``labels`` among them or without. Layer scores, plan
-            search and activation ranges come from them. Never test images.
+            search and activation ranges come from them. Never test images. ``None`` takes
+            pictures that are distilled from the model's batch norms
+            (:func:`adalayer_native.data.distilled`), with a warning: real ones are better.
         budget: limit on the saved file or on the bits per weight; method ``"optimal"`` takes
             several at once, on latency, bit operations and energy, too. A whole number from 2 to 8
             is no limit but the plan: so many bits in every layer that can be quantized, nothing
             pruned.
+        example_inputs: one input ``[N, C, H, W]``, without calibration data; not needed where its
+            shape can be guessed.
         method: see :func:`adalayer_native.allocate`; or ``"tensor_train"``, which first replaces
             layers by :func:`~adalayer_native.tensor_train` and goes on with ``"optimal"``. Its
             options are in ``allocate_options["options"]`` with those of ``"optimal"``: ``error``
@@ -150,6 +158,8 @@ def compress(
 
     check_effort(effort)
     asked = dict(allocate_options or {})
+    if calibration is None:
+        calibration = _without_data(model, example_inputs, seed, progress)
     decomposed = None
     if method == TENSOR_TRAIN:
         if plan is not None:
@@ -271,6 +281,22 @@ def compress(
                 )
     kept = kept_float(model, plan)
     return Compressed(convert(prepared), plan, scores, kept, history, report, rest, decomposed)
+
+
+def _without_data(model: Any, example: Any, seed: int, progress: bool) -> list[Tensor]:
+    """Pictures out of nothing but the model."""
+    front = captured(model, example=example)
+    inputs = (guessed_example(front) if example is None else Inputs.of(example)).tensors()
+    if len(inputs) != 1:
+        raise CalibrationError(
+            f"without calibration data a model of one input is needed, got {len(inputs)}"
+        )
+    warnings.warn(
+        "no calibration data: pictures are distilled from the batch norms' statistics; real ones "
+        "are better, even a few",
+        stacklevel=3,
+    )
+    return distilled(front, inputs[0], seed=seed, progress=progress)
 
 
 TENSOR_TRAIN = "tensor_train"
