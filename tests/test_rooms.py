@@ -44,6 +44,7 @@ PYTHON_ROOMS = [
         "importance",
         "allocation",
         "tensor_train",
+        "distributed",
         "training",
         "models",
         "data",
