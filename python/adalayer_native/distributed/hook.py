@@ -38,8 +38,10 @@ class QuantizedGradients:
 
     Attributes:
         widths: bits by parameter name.
-        sent: bytes that this process has sent.
-        full: bytes that float32 gradients would have been.
+        sent: bytes that this process has sent: what it has to say, to every other one.
+        full: bytes that it would have sent as its share of a ring that adds up float32 gradients.
+            They grow less with the number of processes, so that what is gained shrinks: of two
+            processes it is all of ``32 / bits``, of four half of it.
         steps: that have been averaged.
 
     Raises:
@@ -91,7 +93,7 @@ class QuantizedGradients:
 
     @property
     def ratio(self) -> float:
-        """Bytes of float32 gradients over those that were sent."""
+        """``full`` over ``sent``."""
         return self.full / max(1, self.sent)
 
     def encode(self, name: str, gradient: Tensor) -> Tensor:
@@ -152,8 +154,9 @@ def _averaged(state: QuantizedGradients, bucket: dist.GradBucket) -> torch.futur
     parts = [state.encode(n, g) for n, g in zip(names, gradients, strict=True)]
     data = torch.cat(parts)
     everyone = _gathered(data, state.group)
-    state.sent += len(data)
-    state.full += sum(4 * gradient.numel() for gradient in gradients)
+    others, whole = len(everyone) - 1, sum(4 * gradient.numel() for gradient in gradients)
+    state.sent += len(data) * others
+    state.full += 2 * whole * others // len(everyone)
     sums = [torch.zeros_like(gradient, dtype=torch.float32) for gradient in gradients]
     for rank, other in enumerate(everyone):
         try:
