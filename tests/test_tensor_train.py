@@ -337,5 +337,7 @@ def test_files_whose_trains_do_not_fit(tmp_path: Path):
         save_file({key.replace(f".{old}.", f".{new}."): v for key, v in tensors.items()}, bad)
         with pytest.raises(FileFormatError, match=text):
             ada.restore(network(), bad)
+    with pytest.raises(FileFormatError, match=r"layers .*core1_64x1.* are not in"):
+        ada.restore(ada.capture(network(), pictures()[0]), good)
     with pytest.raises(ValueError, match="expected modes"):
         emptied(nn.Conv2d(3, 4, 3), ((4, 1), (1, 3)), (2, 2))

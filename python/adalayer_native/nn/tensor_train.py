@@ -150,7 +150,7 @@ def emptied(layer: nn.Module, modes: Modes, ranks: Sequence[int]) -> _Train:
 
 
 def with_trains(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """The model with the trains that a file has; itself where it has none.
+    """The model with the trains that a file has; itself where it has none, or is a graph.
 
     Args:
         model: not changed.
@@ -171,7 +171,7 @@ def with_trains(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
             cores.setdefault(match[1], {})[k] = (rows, columns, outputs // max(1, rows))
     present = dict(model.named_modules())
     wanted = {n: c for n, c in cores.items() if type(present.get(n)) in (nn.Conv2d, nn.Linear)}
-    if not wanted:
+    if not wanted or isinstance(model, torch.fx.GraphModule):
         return model
     model = copy.deepcopy(model)
     for name, found in wanted.items():
