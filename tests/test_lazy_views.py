@@ -105,7 +105,6 @@ def test_between_parts_of_an_engine() -> None:
     assert torch.equal(engine(x), model(x))
 
 
-@pytest.mark.filterwarnings("ignore:.*taken for logits")
 def test_calibration_weights_and_files(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.PReLU(4)).eval()

@@ -270,6 +270,7 @@ def test_a_guess_is_said() -> None:
         warn_of_guess(y, target=torch.zeros(2, 6, 6, dtype=torch.int64))
         warn_of_guess({"boxes": y, "scores": y})  # squared errors
         warn_of_guess(y[..., 0, 0])
+        warn_of_guess(torch.zeros(2, 3, 4, 4, dtype=torch.int64))  # nothing to compare
 
 
 def test_compress_says_what_it_guesses() -> None:

@@ -88,19 +88,22 @@ def test_the_page_says_which_layers_differ() -> None:
         if row.task == "segmentation" or row.bits == 3:
             continue  # rows that are not there yet are left out
         bits = [8, 4, 4] if row.task == "detection" else [4, 5, 8]
+        need = [1.0, 0.0, 3.0] if row.task == "detection" else [1.0, 1.0, 0.0]
         results[row.name] = {
             "machine": machine, "figures": {"figure": 50.0 + row.bits}, "bytes": 1000 - row.bits,
             "bits": dict(zip(names, bits, strict=True)),
             "weights": dict(zip(names, [100, 300, 50], strict=True)),
+            "need": dict(zip(names, need, strict=True)),
             "protected": {"backbone.stem": "8 bits; why"} if row.task == "detection" else {},
         }  # fmt: skip
     lines = page.part(results).splitlines()
     assert lines[0] == "Machine: a machine."
     assert "| detection | float |  | figure 50.0 | 1,000 | 100.0 % |" in lines
     assert "| detection | 4 on average | labels | figure 54.0 | 996 | 99.6 % |" in lines
-    assert "| `stem` | 100 | 4 | **8** |" in lines and "| `last` | 300 | **5** | 4 |" in lines
-    assert "| mean |  | 4.75 | 5.00 |" in lines
-    assert "| the task's own layers, mean |  | 8.00 | 4.00 |" in lines
+    assert "| `stem` | 100 | 4 (50 %) | **8** (25 %) |" in lines
+    assert "| `last` | 300 | **5** (50 %) | 4 (0 %) |" in lines
+    assert "| mean, sum |  | 4.75 (100 %) | 5.00 (25 %) |" in lines
+    assert "| the task's own layers |  | 8.00 (0 %) | 4.00 (75 %) |" in lines
     assert "- **detection**: `backbone.stem` (8 bits; why)" in lines
     assert "segmentation" not in page.part(results)
 

@@ -351,6 +351,8 @@ def warn_of_guess(
     A detector's head has the shape of a segmenter's, and the KL divergence of a softmax over boxes
     means nothing.
     """
+    if not has_distance(output, pick):
+        return
     for result in results_of(output, pick, tokens):
         if result.classes != 1 or result.value.dim() < 3 or _is_named(result.path):
             continue
