@@ -17,12 +17,21 @@ from torch import Tensor, nn
 
 import adalayer_native as ada
 from adalayer_native.allocation.size import float_bytes
-from adalayer_native.detection import Detection
+from adalayer_native.detection import Boxes, Detection
 from bench.tasks.metrics import Truth, confusion, mean_average_precision, mean_iou
 from bench.tasks.scenes import CLASSES, MEAN, SIZE, STD, Scenes, Sources
 from bench.tasks.training import FOLDER, TASKS, trained
 
-__all__ = ["DETECTION", "LOSSES", "ROWS", "Row", "measure", "saved"]
+__all__ = [
+    "DETECTION",
+    "LOSSES",
+    "ROWS",
+    "Row",
+    "average_precisions",
+    "detected",
+    "measure",
+    "saved",
+]
 
 CALIBRATION, TEST = 384, 1000  # scenes
 BATCH = 32
@@ -174,19 +183,29 @@ def saved(task: str, native: nn.Module, path: Path) -> ada.Engine:
 @torch.no_grad()
 def figures(task: str, network: Callable[[Tensor], Any], data: Path) -> dict[str, float]:
     """What the task is judged by, from 0 to 100."""
+    if task == "detection":
+        return average_precisions(*detected(network, data))
     shown = _scenes_of(task, data, "test")
     outputs = [network(x) for x in shown.images.split(BATCH)]
     if task == "classification":
         right = torch.cat(outputs).argmax(dim=1) == shown.targets(task)
         return {"accuracy": 100 * float(right.float().mean())}
-    if task == "segmentation":
-        masks = torch.cat([y.argmax(dim=1) for y in outputs])
-        counts = confusion(shown.masks.numpy(), masks.numpy(), 1 + len(CLASSES))
-        return {"mIoU": 100 * mean_iou(counts)}
+    masks = torch.cat([y.argmax(dim=1) for y in outputs])
+    counts = confusion(shown.masks.numpy(), masks.numpy(), 1 + len(CLASSES))
+    return {"mIoU": 100 * mean_iou(counts)}
+
+
+@torch.no_grad()
+def detected(network: Callable[[Tensor], Any], data: Path) -> tuple[list[Boxes], list[Truth]]:
+    """What a detector finds in the test scenes, weak boxes too, and what is there."""
+    shown = _scenes_of("detection", data, "test")
     every = DETECTION.changed(score_threshold=0.01)
-    found = [boxes for y in outputs for boxes in every(y)]
-    truth = [
-        Truth(b[b[:, 0] >= 0, 1:], b[b[:, 0] >= 0, 0].astype(np.int64)) for b in shown.boxes.numpy()
-    ]
+    found = [boxes for x in shown.images.split(BATCH) for boxes in every(network(x))]
+    there = [rows[rows[:, 0] >= 0] for rows in shown.boxes.numpy()]
+    return found, [Truth(rows[:, 1:], rows[:, 0].astype(np.int64)) for rows in there]
+
+
+def average_precisions(found: list[Boxes], truth: list[Truth]) -> dict[str, float]:
+    """AP50 and AP, from 0 to 100."""
     values = mean_average_precision(found, truth, len(CLASSES))
     return {"AP50": 100 * values[0.5], "AP": 100 * float(np.mean(list(values.values())))}
