@@ -23,7 +23,15 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import nn
 
-__all__ = ["LayerPlan", "Plan", "float_text", "layer_kind", "supported_layers", "unknown_layer"]
+__all__ = [
+    "LayerPlan",
+    "Plan",
+    "float_text",
+    "layer_kind",
+    "protected_text",
+    "supported_layers",
+    "unknown_layer",
+]
 
 PLAN_FORMAT = "adalayer-plan"
 PLAN_VERSION = 1
@@ -350,10 +358,9 @@ class Plan:
         lines = [hyper] if hyper else []
         if self.float_rest:
             lines.append(f"Stays in float: {escape(float_text(self.float_rest))}")
-        protected = [f"{name} ({reason})" for name, reason in self.protected().items()]
+        protected = protected_text(self)
         if protected:
-            more = f"; and {len(protected) - SHOWN} more" if len(protected) > SHOWN else ""
-            lines.append(f"Protected: {escape('; '.join(protected[:SHOWN]))}{more}")
+            lines.append(f"Protected: {escape(protected)}")
         table = Table(title=f"Plan ({self.method})", caption="\n".join(lines) or None)
         table.add_column("Layer")
         table.add_column("Kind")
@@ -423,6 +430,13 @@ def float_text(rest: Mapping[str, Mapping[str, Any]], shown: int = 6) -> str:
     if len(order) > shown:
         parts.append(f"and {len(order) - shown} more")
     return "; ".join(parts)
+
+
+def protected_text(plan: Plan) -> str:
+    """The layers that a plan protects, in words, the neediest first; empty where there are none."""
+    parts = [f"{name} ({reason})" for name, reason in plan.protected().items()]
+    more = f"; and {len(parts) - SHOWN} more" if len(parts) > SHOWN else ""
+    return "; ".join(parts[:SHOWN]) + more
 
 
 def layer_kind(module: nn.Module) -> str:
