@@ -304,7 +304,8 @@ def test_profile_and_compress(tmp_path, monkeypatch, capsys) -> None:
     assert run(monkeypatch, "profile", "net", "--isa", ISA, "--input-bits", "none", *few,
                "--out", "pi.json", "--json") == 0  # fmt: skip
     printed = capsys.readouterr()
-    assert json.loads(printed.out)["machine"]["isa"] == ISA
+    found = json.loads(printed.out)
+    assert found["machine"]["isa"] == ISA and found["bits"] == 8 and found["milliseconds"] > 0
     assert "Microseconds per layer" in printed.err and "conv kernel 3x3" in printed.err
     assert "measuring latencies: 2/2" in printed.err
     assert MachineTable.load("pi.json").options == [Option(4), Option(8)]

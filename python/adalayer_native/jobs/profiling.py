@@ -18,7 +18,8 @@ from ..allocation.problem import Problem
 from ..allocation.profiling import instruction_set, options_of, profile
 from ..capture import Inputs, capture
 from ..engine import Engine, load
-from ..engine.shapes import has_weights
+from ..engine.parts import NativePart
+from ..engine.shapes import has_weights, shapes_of
 from ..errors import DataError, FileFormatError, PlanError
 from ..models import load_weights
 from ..plan import MAX_BITS
@@ -64,15 +65,20 @@ def run_profile(job: ProfileJob) -> dict[str, Any]:
             progress=job.progress,
         )
         table.save(job.out)
+    widest, milliseconds = table.widths[-1], _call(table, programs[None])
     print_table(_shown(table), Console(stderr=True))
-    say(f"written to {job.out}: {table.title}")
+    say(
+        f"written to {job.out}: {table.title}; {milliseconds:.3g} ms per call with {widest} bits "
+        "everywhere"
+    )
     return {
         "file": str(job.out),
         "machine": table.machine,
         "batch": table.batch,
         "options": len(table.options),
         "shapes": len(table.shapes),
-        "milliseconds_at_8_bits": None if table.reference is None else table.reference / 1e3,
+        "bits": widest,
+        "milliseconds": milliseconds,
     }
 
 
@@ -121,6 +127,15 @@ def _saved(source: Path, wanted: tuple[int, ...]) -> Programs:
                 f"of {width} bits (--input-bits), got files for {sorted(found)}"
             )
     return {None: load(found[usual]), **{width: load(found[width]) for width in widths}}
+
+
+def _call(table: MachineTable, engine: Engine) -> float:
+    """Milliseconds of the whole network with the most bits everywhere, by the table."""
+    part = engine._steps[0].run
+    assert isinstance(part, NativePart)
+    every = Option(table.widths[-1])
+    shapes = shapes_of(part.program)
+    return sum(table.time(s, every if has_weights(s) else None) for s in shapes) / 1000
 
 
 def _shown(table: MachineTable) -> Table:
