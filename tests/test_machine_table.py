@@ -289,6 +289,12 @@ def test_a_network_with_parts_in_torch_is_refused() -> None:
         profile(programs(Sorted().eval()), OPTIONS[:1], progress=False)
 
 
+def test_programs_of_two_networks_are_refused(model) -> None:
+    other = programs(Other().eval())[None]
+    with pytest.raises(PlanError, match=r"inputs of 6 bits is of another network: .*f32 5x1x1"):
+        profile({None: programs(model)[None], 6: other}, OPTIONS[:1], progress=False)
+
+
 # -- the command line ---------------------------------------------------------------------------
 
 

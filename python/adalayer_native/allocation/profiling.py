@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from .. import ops
+from .. import _C, ops
 from .._progress import ProgressBar
 from ..engine.latency import LayerTimes, NodeTime, TimesByWidth, layer_of
 from ..engine.parts import NativePart
 from ..engine.runtime import Engine
-from ..engine.shapes import WEIGHTED, has_weights
+from ..engine.shapes import WEIGHTED, has_weights, shapes_of
 from ..errors import FileFormatError, PlanError, UnsupportedModelError
 from .machine_table import MachineTable, ShapeTimes
 from .options import UNSTRUCTURED, Option
@@ -88,19 +88,23 @@ def profile(
         progress: show a progress bar.
 
     Raises:
-        UnsupportedModelError: a network with parts that run in torch.
+        UnsupportedModelError: a network with parts that run in torch, or without layers.
+        PlanError: programs that are not of one network.
         OSError: ``partial`` cannot be written.
     """
-    engine = programs[None]
-    part = engine._steps[0].run
-    if len(engine._steps) > 1 or not isinstance(part, NativePart):
-        raise UnsupportedModelError(
-            "expected a network that the engine runs whole, got one with parts in torch "
-            "(engine.coverage() names them)"
-        )
-    weighted = [node for node in part.program.nodes() if node[0] in WEIGHTED]
+    program = _program(programs[None])
+    weighted = [node for node in program.nodes() if node[0] in WEIGHTED]
+    if not weighted:
+        raise UnsupportedModelError("expected a network with layers of packed weights, got none")
+    expected = _layer_shapes(programs[None])
+    for width, engine in programs.items():
+        if _layer_shapes(engine) != expected:
+            raise PlanError(
+                f"the program with inputs of {width} bits is of another network: expected layers "
+                f"{expected}, got {_layer_shapes(engine)}"
+            )
     layers = {layer_of(node[1]) for node in weighted}
-    values = part.program.values()
+    values = program.values()
     activation_bits = max(values[node[2][0]][7] for node in weighted).bit_length()
     table = MachineTable(machine(threads), batch, activation_bits, programs=_digest(programs))
     if partial is not None:
@@ -137,16 +141,21 @@ def profile(
 
 
 def _add(table: MachineTable, option: Option, nodes: Sequence[NodeTime], same: set[str]) -> None:
-    """One column; layers in ``same`` take as long as with the usual inputs."""
+    """One column; layers in ``same``, and what is no layer, take as long as with usual inputs."""
     alike: dict[str, list[NodeTime]] = {}
     for node in nodes:
         alike.setdefault(node.shape, []).append(node)
+    if option.activation_bits is not None:
+        alike = {shape: found for shape, found in alike.items() if has_weights(shape)}
+        usual = table.options.index(option.weight)
+        for shape, entry in table.shapes.items():
+            if not has_weights(shape):
+                entry.microseconds.append(entry.microseconds[usual])
     for shape, found in alike.items():
         entry = table.shapes.setdefault(shape, ShapeTimes())
-        repeated = [node.layer in same and has_weights(shape) for node in found]
         times = [
-            table.time(shape, option.weight) if again else node.microseconds
-            for again, node in zip(repeated, found, strict=True)
+            table.time(shape, option.weight) if node.layer in same else node.microseconds
+            for node in found
         ]
         entry.microseconds.append(round(sum(times) / len(times), 4))
         if has_weights(shape):
@@ -187,7 +196,19 @@ def _resumed(fresh: MachineTable, path: Path) -> MachineTable:
 def _digest(programs: Mapping[int | None, Engine]) -> str:
     digest = hashlib.sha256()
     for width, engine in programs.items():
-        part = engine._steps[0].run
-        assert isinstance(part, NativePart)
-        digest.update(f"{width}:".encode() + part.program.to_bytes())
+        digest.update(f"{width}:".encode() + _program(engine).to_bytes())
     return digest.hexdigest()
+
+
+def _layer_shapes(engine: Engine) -> list[str]:
+    return [shape for shape in shapes_of(_program(engine)) if has_weights(shape)]
+
+
+def _program(engine: Engine) -> _C.Program:
+    part = engine._steps[0].run
+    if len(engine._steps) > 1 or not isinstance(part, NativePart):
+        raise UnsupportedModelError(
+            "expected a network that the engine runs whole, got one with parts in torch "
+            "(engine.coverage() names them)"
+        )
+    return part.program
