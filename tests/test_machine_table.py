@@ -15,7 +15,15 @@ from torch import nn
 
 import adalayer_native as ada
 from adalayer_native import ops
-from adalayer_native.allocation import Budget, Settings, allocate, latencies, optimal, profiling
+from adalayer_native.allocation import (
+    Budget,
+    Settings,
+    allocate,
+    latencies,
+    optimal,
+    profiling,
+    store,
+)
 from adalayer_native.allocation.latencies import machine_latencies, program_of
 from adalayer_native.allocation.machine_table import MachineTable
 from adalayer_native.allocation.options import Option
@@ -201,6 +209,18 @@ def test_shapes_say_what_there_is_to_do() -> None:
         "max_pool kernel 2x2 stride 2x2: u8 8x8x8 -> u8 8x4x4",
         "conv kernel 3x3 pad 2,2,2,2 dilation 2x2 groups 8 with a table: u8 8x4x4 -> u8 8x4x4",
     ]
+
+
+def test_processors_have_names(tmp_path) -> None:
+    """x86's kernel says the model, ARM's only who made it and its number; boards say theirs."""
+    info, board = tmp_path / "cpuinfo", tmp_path / "model"
+    info.write_text("processor\t: 0\nmodel name\t: Xeon\n\nprocessor\t: 1\nmodel name\t: other\n")
+    assert store._processor(info, board) == "Xeon"
+    info.write_text("processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd0b\n")
+    assert store._processor(info, board).endswith(" (0x41 0xd0b)")
+    board.write_text("Raspberry Pi 5 Model B Rev 1.0\0")
+    assert store._processor(info, board) == "Raspberry Pi 5 Model B Rev 1.0 (0x41 0xd0b)"
+    assert store._processor(tmp_path / "gone", tmp_path / "gone")
 
 
 # -- bad input ----------------------------------------------------------------------------------
