@@ -43,6 +43,8 @@ PYTHON_ROOMS = [
         "onnx",
         "importance",
         "allocation",
+        "tensor_train",
+        "distributed",
         "training",
         "models",
         "data",

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from adalayer_native.quantization.exact import simulate
     from adalayer_native.quantization.graph import prepare
     from adalayer_native.repair import LayerHessian, Repair, layer_hessians, repair
+    from adalayer_native.tensor_train import Decomposed, tensor_train
     from adalayer_native.training import finetune
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "Comparison",
     "Compressed",
     "DataError",
+    "Decomposed",
     "DeviceError",
     "EnergyError",
     "Engine",
@@ -103,6 +105,7 @@ __all__ = [
     "save",
     "set_num_threads",
     "simulate",
+    "tensor_train",
     "to_onnx",
 ]
 
@@ -134,6 +137,7 @@ __getattr__, __dir__ = lazy(
         "quantization.exact": ["simulate"],
         "quantization.graph": ["prepare"],
         "repair": ["LayerHessian", "Repair", "layer_hessians", "repair"],
+        "tensor_train": ["Decomposed", "tensor_train"],
         "training": ["finetune"],
     },
     submodules=("energy", "nn", "ops", "plot"),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from adalayer_native._fingerprint import fingerprint
 from adalayer_native._progress import stage
@@ -25,9 +25,12 @@ from adalayer_native.allocation import (
 )
 from adalayer_native.allocation.rest import planned_rest, unsupported_rest
 from adalayer_native.allocation.settings import check_effort
+from adalayer_native.capture import Inputs, captured
+from adalayer_native.capture.example import guessed_example
 from adalayer_native.capture.loading import captured_on, first_sample
 from adalayer_native.capture.work import FloatRest, work_of
-from adalayer_native.errors import PlanError, UnsupportedModelError
+from adalayer_native.data import distilled
+from adalayer_native.errors import CalibrationError, PlanError, UnsupportedModelError
 from adalayer_native.importance import LayerScores, analyze
 from adalayer_native.importance.calibration import check_calibration
 from adalayer_native.importance.outputs import LossFn, Pick, distance, has_distance
@@ -36,6 +39,7 @@ from adalayer_native.quantization import calibrate, convert, prepare
 from adalayer_native.quantization.layout import native_layout
 from adalayer_native.repair import Repair
 from adalayer_native.repair import repair as repair_layers
+from adalayer_native.tensor_train import Decomposed, tensor_train
 from adalayer_native.training import finetune
 
 __all__ = ["Compressed", "compress", "stages_of"]
@@ -54,6 +58,8 @@ class Compressed:
         repair: output error of every layer before and after the repair; None without.
         float_rest: everything with multiply-accumulates that stays float, layers that the plan
             keeps so included, with the reason and the share of them.
+        decomposed: the float model with its tensor trains, of method ``"tensor_train"``; it is what
+            :func:`~adalayer_native.restore` takes to read the saved file.
     """
 
     model: nn.Module
@@ -63,13 +69,15 @@ class Compressed:
     history: Any = None
     repair: Repair | None = None
     float_rest: FloatRest | None = None
+    decomposed: Decomposed | None = None
 
 
 def compress(
     model: nn.Module | torch.export.ExportedProgram,
-    calibration: Iterable[Any],
+    calibration: Iterable[Any] | None,
     budget: Budget | int | None,
     *,
+    example_inputs: Any = None,
     method: str = "adalayer",
     plan: Plan | None = None,
     loss_fn: LossFn | None = None,
@@ -97,12 +105,19 @@ def compress(
             one; not changed. It is captured with the first calibration batch as its example.
         calibration: batches, read several times: tensors, tuples (inputs, then labels) or
             dictionaries of arguments, with ``labels`` among them or without. Layer scores, plan
-            search and activation ranges come from them. Never test images.
+            search and activation ranges come from them. Never test images. ``None`` takes
+            pictures that are distilled from the model's batch norms
+            (:func:`adalayer_native.data.distilled`), with a warning: real ones are better.
         budget: limit on the saved file or on the bits per weight; method ``"optimal"`` takes
             several at once, on latency, bit operations and energy, too. A whole number from 2 to 8
             is no limit but the plan: so many bits in every layer that can be quantized, nothing
             pruned.
-        method: see :func:`adalayer_native.allocate`.
+        example_inputs: one input ``[N, C, H, W]``, without calibration data; not needed where its
+            shape can be guessed.
+        method: see :func:`adalayer_native.allocate`; or ``"tensor_train"``, which first replaces
+            layers by :func:`~adalayer_native.tensor_train` and goes on with ``"optimal"``. Its
+            options are in ``allocate_options["options"]`` with those of ``"optimal"``: ``error``
+            or ``rank``, ``layers``, ``clock``. A budget in ``size`` is of the model before.
         plan: use this plan instead of analyzing and allocating.
         loss_fn: ``loss_fn(output, target)`` by which plans are judged and the model is fine-tuned;
             default: how far every output is from the float model's
@@ -143,6 +158,14 @@ def compress(
 
     check_effort(effort)
     asked = dict(allocate_options or {})
+    if calibration is None:
+        calibration = _without_data(model, example_inputs, seed, progress)
+    decomposed = None
+    if method == TENSOR_TRAIN:
+        if plan is not None:
+            raise PlanError(f"a plan names layers as they are: method {method!r} takes none")
+        decomposed, budget, asked = _decomposed(model, calibration, budget, asked, progress)
+        model, method = decomposed.model, "optimal"
     if isinstance(budget, int):
         if plan is not None:
             raise PlanError(f"give a plan, or bits of all layers ({budget!r}), not both")
@@ -257,7 +280,43 @@ def compress(
                     **{"loss_fn": loss_fn, "output": output, **(finetune_options or {})},
                 )
     kept = kept_float(model, plan)
-    return Compressed(convert(prepared), plan, scores, kept, history, report, rest)
+    return Compressed(convert(prepared), plan, scores, kept, history, report, rest, decomposed)
+
+
+def _without_data(model: Any, example: Any, seed: int, progress: bool) -> list[Tensor]:
+    """Pictures out of nothing but the model."""
+    front = captured(model, example=example)
+    inputs = (guessed_example(front) if example is None else Inputs.of(example)).tensors()
+    if len(inputs) != 1:
+        raise CalibrationError(
+            f"without calibration data a model of one input is needed, got {len(inputs)}"
+        )
+    warnings.warn(
+        "no calibration data: pictures are distilled from the batch norms' statistics; real ones "
+        "are better, even a few",
+        stacklevel=3,
+    )
+    return distilled(front, inputs[0], seed=seed, progress=progress)
+
+
+TENSOR_TRAIN = "tensor_train"
+
+
+def _decomposed(
+    model: Any,
+    calibration: Iterable[Any],
+    budget: Budget | int | None,
+    asked: dict[str, Any],
+    progress: bool,
+) -> tuple[Decomposed, Budget | int | None, dict[str, Any]]:
+    """The model in tensor trains, the budget of it, and the options that are left."""
+    options = dict(asked.get("options") or {})
+    own = {k: options.pop(k) for k in ("error", "rank", "layers", "clock") if k in options}
+    found = tensor_train(model, calibration, progress=progress, **own)
+    if isinstance(budget, Budget) and budget.size is not None:
+        budget = replace(budget, size=None, bytes=budget.limit_bytes(found.float_bytes))
+    left = {key: value for key, value in asked.items() if key != "options"}
+    return found, budget, {**left, "options": options} if options else left
 
 
 LEARNING = {"low": 0, "normal": 3, "high": 6}  # passes by effort

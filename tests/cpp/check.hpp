@@ -5,16 +5,22 @@
 //   TEST(addition) { CHECK_EQ(1 + 1, 2); }
 //   int main(int argc, char** argv) { return check::run_all(argc, argv); }
 //
-// Arguments select tests whose name contains one of them.
+// Arguments select tests whose name contains one of them. An About says what the checks of a block
+// are about (a shape, an instruction set), and is asked only when one of them fails:
+//
+//   const check::About about([&] { return "bits " + std::to_string(bits); });
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <exception>
+#include <functional>
 #include <sstream>
 #include <string>
 #include <string_view>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace check {
@@ -37,12 +43,37 @@ struct Registrar {
   Registrar(const char* name, void (*body)()) { tests().push_back({name, body}); }
 };
 
+/// What the checks of this thread are about, until the end of the block.
+class About {
+ public:
+  explicit About(std::function<std::string()> text) : text_(std::move(text)), outer_(innermost()) {
+    innermost() = this;
+  }
+  ~About() { innermost() = outer_; }
+  About(const About&) = delete;
+  About& operator=(const About&) = delete;
+
+  /// From the outermost block inwards, each with a comma in front.
+  static std::string all() { return innermost() == nullptr ? "" : innermost()->chain(); }
+
+ private:
+  static const About*& innermost() {
+    thread_local const About* about = nullptr;
+    return about;
+  }
+  std::string chain() const { return (outer_ == nullptr ? "" : outer_->chain()) + ", " + text_(); }
+
+  std::function<std::string()> text_;
+  const About* outer_;
+};
+
 inline void report(bool passed, const char* file, int line, const std::string& what) {
   g_checks.fetch_add(1, std::memory_order_relaxed);
   if (passed) return;
   // The first failures explain the rest; thousands of lines explain nothing.
   const long long earlier = g_failures.fetch_add(1, std::memory_order_relaxed);
-  if (earlier < 50) std::fprintf(stderr, "%s:%d: FAILED: %s\n", file, line, what.c_str());
+  if (earlier < 50)
+    std::fprintf(stderr, "%s:%d: FAILED: %s%s\n", file, line, what.c_str(), About::all().c_str());
 }
 
 template <typename T>
@@ -70,12 +101,14 @@ inline int run_all(int argc, char** argv) {
     ++ran;
     const long long before = g_checks;
     const long long failed_before = g_failures;
+    const auto begin = std::chrono::steady_clock::now();
     try {
       test.body();
     } catch (const std::exception& error) {
       report(false, test.name, 0, std::string("unexpected exception: ") + error.what());
     }
-    std::printf("%-44s %9lld checks%s\n", test.name, g_checks - before,
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
+    std::printf("%-44s %9lld checks %7.2f s%s\n", test.name, g_checks - before, seconds.count(),
                 g_failures == failed_before ? "" : "  FAILED");
     std::fflush(stdout);
   }

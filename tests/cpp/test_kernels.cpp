@@ -131,6 +131,18 @@ ConvShape random_shape() {
   }
 }
 
+std::string text_of(const ConvShape& s) {
+  const auto n = [](int64_t number) { return std::to_string(number); };
+  const auto pair = [&](int64_t h, int64_t w) { return n(h) + "x" + n(w); };
+  return n(s.batch) + " x " + n(s.in_channels) + " x " + pair(s.in_h, s.in_w) + " to " +
+         n(s.out_channels) + " in " + n(s.groups) + " groups, kernel " +
+         pair(s.kernel_h, s.kernel_w) + ", stride " + pair(s.stride_h, s.stride_w) + ", dilation " +
+         pair(s.dilation_h, s.dilation_w) + ", padding " + n(s.pad_top) + " " + n(s.pad_bottom) +
+         " " + n(s.pad_left) + " " + n(s.pad_right);
+}
+
+std::string text_of(const cpu::KernelRow& row) { return std::string("kernels ") + row.name; }
+
 /// Runs one layer on the active instruction set into a buffer of exactly the output's size.
 template <class T>
 std::vector<T> run(const Layer& layer, const ActivationIn& in, Layout layout, int threads,
@@ -165,14 +177,21 @@ long long compared = 0;
 
 void check_layer(const Layer& layer, int threads) {
   constexpr const char* kPolicies[] = {"auto", "dense", "blocks", "bitmask"};
-  cpu::set_sparse_policy(kPolicies[uniform(0, 3)]);
+  const char* const sparse = kPolicies[uniform(0, 3)];
+  cpu::set_sparse_policy(sparse);
   constexpr const char* kWinograd[] = {"auto", "off", "4x4", "2x2"};
-  cpu::set_winograd_policy(kWinograd[uniform(0, 3)]);
+  const char* const winograd = kWinograd[uniform(0, 3)];
+  cpu::set_winograd_policy(winograd);
   const ConvShape& s = layer.shape;
   const auto count = static_cast<size_t>(s.batch * s.in_channels * s.in_h * s.in_w);
   // Most layers have all levels; the fewer they are the larger the sums that kernels may take.
   constexpr int kQmax[] = {255, 255, 127, 63, 15, 3};
   const int qmax = kQmax[uniform(0, 5)];
+  const check::About about([&] {
+    return text_of(s) + ", " + std::to_string(layer.bits) + " bits, levels to " +
+           std::to_string(qmax) + ", " + std::to_string(threads) + " threads, sparse " + sparse +
+           ", winograd " + winograd;
+  });
   const Exact<uint8_t> levels(count);
   const Exact<float> floats(count);
   for (size_t i = 0; i < count; ++i) {
@@ -193,6 +212,8 @@ void check_layer(const Layer& layer, int threads) {
     for (const cpu::KernelRow* row : cpu::kernel_rows()) {
       if (!isa_supported(row->isa)) continue;
       force_isa(row->name);
+      const check::About where(
+          [&] { return text_of(*row) + (layout == Layout::NCHW ? ", NCHW" : ", NHWC"); });
       CHECK(run<uint8_t>(layer, u8, layout, threads) == want_u8);
       CHECK(run<float>(layer, f32, layout, threads) == want_f32);
       CHECK(run<float>(layer, f32, layout, threads, residual.data()) == want_added);
@@ -291,6 +312,7 @@ TEST(warm_calls_do_not_allocate) {
   for (const cpu::KernelRow* row : cpu::kernel_rows()) {
     if (!isa_supported(row->isa)) continue;
     force_isa(row->name);
+    const check::About about([&] { return text_of(*row); });
     cpu::clear_weight_cache();
     long long allocations[3] = {};
     for (long long& count : allocations) {
@@ -348,6 +370,7 @@ TEST(levels_beyond_the_grid) {
     for (const cpu::KernelRow* row : cpu::kernel_rows()) {
       if (!isa_supported(row->isa)) continue;
       force_isa(row->name);
+      const check::About about([&] { return text_of(*row) + ", grid to " + std::to_string(qmax); });
       CHECK(run<uint8_t>(layer, in, Layout::NHWC, 1) == want);
       if (qmax == 255) continue;
       const auto narrow = cpu::cached_weights(layer.shape, layer.packed, qmax);
@@ -368,6 +391,8 @@ TEST(unpacking) {
     formats::unpack_tiles_scalar(packed.data(), bits, tiles, want.data());
     for (const cpu::KernelRow* row : cpu::kernel_rows()) {
       if (!isa_supported(row->isa)) continue;
+      const check::About about(
+          [&] { return text_of(*row) + ", " + std::to_string(bits) + " bits"; });
       row->unpack_tiles(packed.data(), bits, tiles, got.data());
       CHECK(got == want);
       std::fill(got.begin(), got.end(), int8_t{0});
@@ -399,6 +424,10 @@ TEST(bitmask_tiles) {
         if (!isa_supported(row->isa)) continue;
         const cpu::UnpackTiles expand = cpu::bitmask_kernels(*row).expand;
         if (expand == nullptr) continue;
+        const check::About about([&] {
+          return text_of(*row) + ", " + std::to_string(bits) + " bits, " + std::to_string(zeros) +
+                 " % zeros";
+        });
         std::fill(got.begin(), got.end(), int8_t{0});
         expand(packed.data(), bits, tiles, got.data());
         CHECK(got == want);
@@ -471,6 +500,12 @@ struct Product {
         tile[w] = static_cast<int8_t>(fill_value(weight_fill, low, high));
       formats::pack_tile(tile, bits, packed.data() + i * 128 * bits);
     }
+  }
+
+  std::string text() const {
+    return std::to_string(bits) + " bits, " + std::to_string(rows) + " rows, " +
+           std::to_string(steps) + " steps, " + std::to_string(tiles) + " tiles, levels to " +
+           std::to_string(qmax);
   }
 
   const int8_t* tile(int t) const { return weights.data() + t * steps * formats::kTileBytes; }
@@ -561,10 +596,12 @@ void check_gemm_requantize(const cpu::KernelRow& row, const Product& p, const cp
                               e.residual_zero);
       equal = equal && got == finish_u8(y, e.finish);
     }
-  CHECK(equal);
+  CHECK_MSG(equal, "requantized, epilogue " + std::to_string(kind));
 }
 
 void check_gemm(const cpu::KernelRow& row, const Product& p, const Exact<int8_t>* tiles) {
+  const check::About about(
+      [&] { return text_of(row) + ", " + p.text() + (tiles == nullptr ? "" : ", arranged"); });
   std::vector<int32_t> sums(static_cast<size_t>(p.rows) * cpu::kBlockCols, -1);
   cpu::GemmArgs g{};
   g.activations = p.levels->data();
@@ -604,6 +641,7 @@ void check_gemm(const cpu::KernelRow& row, const Product& p) {
 
 TEST(every_row_is_whole) {
   for (const cpu::KernelRow* row : cpu::kernel_rows()) {
+    const check::About about([&] { return text_of(*row); });
     CHECK(row->quantize_row && row->quantize_planar && row->fake_quantize && row->unpack_tiles);
     CHECK(row->begin && row->end && row->gemm && row->gemv && row->store && row->requantize);
     CHECK(row->gemm_rows >= 1 && row->gemm_rows <= cpu::kGemmRows);
@@ -763,6 +801,7 @@ TEST(gemv_of_every_row) {
             g.sums = sums.data();
             g.sums_stride = stride;
             gemv(g);
+            const check::About about([&] { return text_of(*row) + ", " + p.text(); });
             bool equal = true;
             for (int r = 0; r < rows; ++r)
               for (int c = 0; c < tiles * 16; ++c)

@@ -7,6 +7,7 @@ from .._lazy import lazy
 if TYPE_CHECKING:
     from .datasets import IMAGENET_MEAN, IMAGENET_STD, ImageDataset, open_dataset
     from .digits import digits
+    from .distilled import distilled
     from .loaders import Batches, Loaders, calibration_indices, loaders
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Loaders",
     "calibration_indices",
     "digits",
+    "distilled",
     "loaders",
     "open_dataset",
 ]
@@ -26,6 +28,7 @@ __getattr__, __dir__ = lazy(
     {
         "datasets": ["IMAGENET_MEAN", "IMAGENET_STD", "ImageDataset", "open_dataset"],
         "digits": ["digits"],
+        "distilled": ["distilled"],
         "loaders": ["Batches", "Loaders", "calibration_indices", "loaders"],
     },
 )

@@ -15,6 +15,7 @@ from adalayer_native.capture import GraphModel, captured
 from adalayer_native.capture import vocabulary as table
 from adalayer_native.capture.tidying import drop_dead
 from adalayer_native.errors import FileFormatError
+from adalayer_native.nn.tensor_train import with_trains
 from adalayer_native.plan import LayerPlan, Plan, layer_kind, supported_layers
 from adalayer_native.quantization.chains import ACT_ROOT
 from adalayer_native.quantization.exact import check_calibrated, fold
@@ -232,8 +233,8 @@ def restore(
 ) -> GraphModel:
     """Rebuild a converted model from its float architecture and a saved safetensors file.
 
-    The file says by itself which layers are native and with how many bits; neither a plan nor
-    calibration data is needed.
+    The file says by itself which layers are native and with how many bits, and which are tensor
+    trains; neither a plan nor calibration data is needed.
 
     Args:
         model: the float model that was compressed; only its architecture is used. It may be on the
@@ -248,6 +249,10 @@ def restore(
         FileFormatError: the file is missing, corrupt, or does not fit the model; names the tensor.
     """
     tensors = _read(path)
+    try:
+        model = with_trains(model, tensors)
+    except ValueError as error:
+        raise FileFormatError(f"{os.fspath(path)}: {error}") from None
     skeleton = _skeleton(captured(model, example=example_inputs), tensors, path)
     tensors = with_present_names(tensors, list(skeleton.state_dict()))
     expected = {key: tuple(value.shape) for key, value in skeleton.state_dict().items()}
