@@ -1,5 +1,5 @@
-// What the fuzzer does with its seeds, for machines and emulators that have no sanitizer: every file of
-// a folder as it is, and changed in some ways, the same ones in every run. Usage:
+// What the fuzzer does with its seeds, for machines and emulators that have no sanitizer: every
+// file of a folder as it is, and changed in some ways, the same ones in every run. Usage:
 // fuzz_files FOLDER CHANGES
 #include <cstdint>
 #include <cstdio>
