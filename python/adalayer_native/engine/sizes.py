@@ -41,9 +41,13 @@ class Size:
     def __post_init__(self) -> None:
         numbers = (self.min, self.max, self.multiple_of)
         if any(type(n) is not int or not 1 <= n <= LARGEST for n in numbers):
-            raise ValueError(f"expected whole numbers from 1 to {LARGEST}, got {self}")
+            raise ValueError(f"expected whole numbers from 1 to {LARGEST}, got {numbers}")
+        if self.min > self.max:
+            raise ValueError(f"the smallest size, {self.min}, is above the largest, {self.max}")
         if not self.allowed(self.last):
-            raise ValueError(f"there is no multiple of {self.multiple_of} in {self}")
+            raise ValueError(
+                f"there is no multiple of {self.multiple_of} from {self.min} to {self.max}"
+            )
 
     @property
     def first(self) -> int:

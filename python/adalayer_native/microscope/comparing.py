@@ -40,7 +40,7 @@ __all__ = ["compare"]
 # rounded in another order, so single levels may flip) or parts in torch: by this much of the
 # network's own error, as squares, or by what float32 cannot tell apart.
 _AGREES = 0.05
-_ROUNDING = 1e-10
+_ROUNDING = 1e-6
 
 
 def compare(
@@ -104,6 +104,9 @@ def compare(
     """
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
+    if data is None or isinstance(data, Tensor):
+        shown = "None" if data is None else f"one tensor {list(data.shape)}"
+        raise CalibrationError(f"the data is {shown}; expected batches, [x] for instance")
     engine = native if isinstance(native, Engine) else None
     if engine is not None:
         native = _compiled_from(engine, of)

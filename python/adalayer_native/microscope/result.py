@@ -119,13 +119,18 @@ class Suggestion:
         plan may do better than the change alone.)
 
         Raises:
-            ValueError: of a comparison that was read from a file.
+            ValueError: of a comparison that was read from a file, or another model.
         """
         if self._apply is None:
             raise ValueError(
                 "a comparison from a file cannot change a model; compare it again, or edit the plan"
             )
-        return self._apply(native)
+        try:
+            return self._apply(native)
+        except (AssertionError, AttributeError) as error:
+            raise ValueError(
+                f"{type(native).__name__} is not the converted model that was compared"
+            ) from error
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import keyword
 import operator
 import re
@@ -23,6 +24,11 @@ __all__ = ["OPERATORS", "Builder", "NodeView", "Refused", "operator_of"]
 CONSTANTS = "constants"
 # Elements of a constant that follows from others.
 MOST_COMPUTED = 1 << 28
+
+# What the code of a graph means by these names is no argument, and what a module has no layer.
+_TAKEN = {"self", "torch", "math", "operator", "device", "inf", "nan", "NoneType"}
+_TAKEN |= {"adalayer_native", "fx_pytree", "pytree"}
+_MODULE = nn.Module()
 
 OPERATORS: dict[str, tuple[Callable[..., Any], bool]] = {}
 """By ONNX name: what follows it, and whether it takes quantized values as they are."""
@@ -100,14 +106,18 @@ class Builder:
 
     def input(self, name: str, fake: Tensor) -> Value:
         """An argument of the network; its sizes but the batch are those of the example."""
-        found = Value(self.graph.placeholder(_identifier(name)), self._faked(fake))
+        taken = {node.target for node in self.graph.nodes}
+        base = identifier = _identifier(name)
+        while identifier in taken:
+            identifier = f"{base}_{len(taken) + 1}"
+        found = Value(self.graph.placeholder(identifier), self._faked(fake))
         self.inputs.append((name, found))
         return found
 
     def check_inputs(self) -> None:
         """Have the network check the sizes of its arguments, behind the last of them."""
         for name, value in self.inputs:
-            if value.rank > 1:
+            if value.rank:
                 checked = self.call(functions.sized, value, name, [None, *value.shape[1:]])
                 value.node = checked.node
 
@@ -207,6 +217,8 @@ class Builder:
             for part in parts:
                 path = part if part.startswith(f"{path}.") else f"{path}.{part}".lstrip(".")
             found = _dotted(path)
+        if found.partition(".")[0] == CONSTANTS:
+            found = f"layer_{found}"
         return self.unused(found or node.kind.lower())
 
     def unused(self, name: str) -> str:
@@ -297,10 +309,11 @@ def _constants(value: Any) -> Any:
 def _identifier(text: str) -> str:
     found = re.sub(r"\W", "_", text).strip("_") or "x"
     found = f"x_{found}" if found[0].isdigit() else found
-    return f"{found}_" if keyword.iskeyword(found) else found
+    taken = keyword.iskeyword(found) or found in _TAKEN or hasattr(builtins, found)
+    return f"{found}_" if taken else found
 
 
 def _dotted(text: str) -> str:
     """A name of nested modules: of letters, digits and underscores, with dots between."""
     parts = [re.sub(r"\W", "_", part).strip("_") for part in text.split(".")]
-    return ".".join(part for part in parts if part)
+    return ".".join(f"{part}_" if hasattr(_MODULE, part) else part for part in parts if part)

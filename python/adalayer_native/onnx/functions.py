@@ -24,9 +24,11 @@ __all__ = [
     "integer_product",
     "integers_of",
     "norm_pool",
+    "normalized",
     "pad",
     "quantize",
     "resize",
+    "response_norm",
     "size_of",
     "sized",
     "softmax_flat",
@@ -211,6 +213,23 @@ def softmax_flat(x: Tensor, axis: int, log: bool) -> Tensor:
     rows = x.reshape(math.prod(x.shape[:axis]), -1)
     rows = torch.log_softmax(rows, 1) if log else torch.softmax(rows, 1)
     return rows.reshape(x.shape)
+
+
+# -- norms ----------------------------------------------------------------------------------------
+
+
+def response_norm(x: Tensor, size: int, alpha: float, beta: float, bias: float) -> Tensor:
+    """``x / (bias + alpha / size * sum of squares)^beta`` over a window of channels."""
+    before = (size - 1) // 2
+    squares = F.pad(x.square().flatten(2), (0, 0, before, size - 1 - before))
+    sums = squares.unfold(1, size, 1).sum(-1).reshape(x.shape)
+    return x / (bias + alpha / size * sums) ** beta
+
+
+def normalized(x: Tensor, p: int, axis: int) -> Tensor:
+    """Along an axis of norm 1; zeros stay zeros."""
+    norm = torch.linalg.vector_norm(x, p, axis, keepdim=True)
+    return torch.where(norm == 0, torch.zeros_like(x), x / norm)
 
 
 # -- pools ----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from adalayer_native.onnx import (  # noqa: F401  (they fill the table of operat
     shapes,
     windows,
 )
+from adalayer_native.onnx.batch import difference, mixed
 from adalayer_native.onnx.building import OPERATORS, Builder, NodeView, Refused
 from adalayer_native.onnx.package import onnx_package
 from adalayer_native.onnx.pointwise import SMALL, torch_dtype
@@ -75,7 +77,10 @@ def from_onnx(
         MissingExtraError: the package onnx is not installed.
     """
     file = read(source, OPERATORS)
-    module = followed(file, sizes=sizes or {}, integers=integers)
+    sizes = {} if sizes is None else sizes
+    _check_sizes(file, sizes)
+    module = followed(file, sizes=sizes, integers=integers)
+    _check_any_batch(file, module, sizes, integers)
     reasons = {n: why for n, why in module.meta["onnx"]["layers"].items() if isinstance(why, str)}
     if reasons:
         listed = "; ".join(f"{name!r}: {why}" for name, why in reasons.items())
@@ -86,6 +91,49 @@ def from_onnx(
     return module
 
 
+def _check_sizes(file: OnnxFile, sizes: Mapping[str, int] | int) -> None:
+    """Raise for sizes that are none, or of no input."""
+    given = sizes if isinstance(sizes, Mapping) else {"height and width": sizes}
+    for name, size in given.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise UnsupportedModelError(
+                f"{file.name}: sizes: expected whole numbers from 1, got {size!r} for {name}"
+            )
+    if not isinstance(sizes, Mapping):
+        return
+    known = set()
+    for item in file.model.graph.input:
+        for axis, dim in enumerate(item.type.tensor_type.shape.dim):
+            known |= {f"{item.name}.{axis}", dim.dim_param} - {""}
+    unknown = sorted(set(sizes) - known)
+    if unknown:
+        raise UnsupportedModelError(
+            f"{file.name}: sizes: {', '.join(unknown)} is no axis of an input; expected some of "
+            f"{', '.join(sorted(known))}"
+        )
+
+
+def _check_any_batch(
+    file: OnnxFile, module: fx.GraphModule, sizes: Mapping[str, int] | int, integers: bool
+) -> None:
+    """Raise where the module holds for one batch alone."""
+    hint = "what it computes depends on the number of samples"
+    try:
+        other = followed(file, sizes=sizes, integers=integers, more=1)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{error} ({hint})") from error
+    where = difference(module, other)
+    if where is not None:
+        raise UnsupportedModelError(f"{file.name}: {where}: {hint}, which is not supported")
+    fixed = module.meta["onnx"]["batch"]
+    why = None if fixed is None else mixed(module, module.meta["example"], fixed)
+    if why is not None:
+        raise UnsupportedModelError(
+            f"{file.name}: it is for a batch of {fixed} alone: in a larger one its samples would "
+            f"know of each other ({why}); export it with a free first axis"
+        )
+
+
 def followed(
     file: OnnxFile,
     *,
@@ -93,12 +141,14 @@ def followed(
     integers: bool = True,
     constants: Mapping[str, Any] | None = None,
     free_batch: bool = True,
+    more: int = 0,
 ) -> fx.GraphModule:
     """The module of a checked file.
 
     Args:
         constants: values of inputs (numpy arrays) that are none for the module.
         free_batch: the first axis of inputs is a batch, of any size.
+        more: samples of the example beyond the usual number.
     """
     graph = file.model.graph
     known: dict[str, Any] = {"": None}
@@ -112,7 +162,7 @@ def followed(
     inputs = [item for item in graph.input if item.name not in known]
     if not inputs:
         raise UnsupportedModelError(f"{file.name}: the network has no input")
-    examples, batch = _examples(file, inputs, sizes, free_batch)
+    examples, batch = _examples(file, inputs, sizes, free_batch, more)
     g = Builder(FakeTensorMode(allow_non_fake_inputs=True), batch, integers)
     for item in inputs:
         value = g.input(item.name, examples[item.name])
@@ -131,7 +181,9 @@ def followed(
     tidy(g)
     module = OnnxModule(g.root, g.graph, "OnnxModule")
     module.eval()
-    module.meta["onnx"] = {"file": file.name, "opset": file.opset, "layers": dict(g.kept)}
+    module.meta["onnx"] = {
+        "file": file.name, "opset": file.opset, "layers": dict(g.kept), "batch": batch[1],
+    }  # fmt: skip
     module.meta["example"] = tuple(examples[item.name] for item in inputs)
     return module
 
@@ -144,6 +196,7 @@ def _kind(item: Any) -> str:
 def _follow(g: Builder, file: OnnxFile, node: Any, known: dict[str, Any]) -> None:
     function, takes_quantized = OPERATORS[node.op_type]
     names = list(node.output)
+    last = next(iter(reversed(g.graph.nodes)))
     try:
         view = NodeView(
             node.op_type, node.name or names[0], file.opset, _attributes(file, node), names
@@ -154,14 +207,24 @@ def _follow(g: Builder, file: OnnxFile, node: Any, known: dict[str, Any]) -> Non
                 g.integers_of(item) if isinstance(item, Value) and item.quantized else item
                 for item in operands
             ]
+        try:
+            inspect.signature(function).bind(g, view, *operands)
+        except TypeError:
+            raise Refused(f"{len(operands)} inputs are too many or too few") from None
         results = function(g, view, *operands)
     except AdaError:
         raise
     except Exception as error:  # torch's own, about sizes and types that do not go together
         text = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, (TypeError, IndexError, KeyError, AttributeError, AssertionError)):
+            text = f"its inputs or attributes are not those of such an operator ({text})"
         raise UnsupportedModelError(f"{file.name}: {node_label(node)}: {text}") from (
             None if isinstance(error, Refused) else error
         )
+    made = last.next
+    while made.op != "root":  # for whoever has to name the operator of a node of the graph
+        made.meta["onnx"] = node_label(node)
+        made = made.next
     if not isinstance(results, tuple):
         results = (results,)
     if len(results) < len([name for name in names if name]):
@@ -213,7 +276,11 @@ def _constant_of_array(name: str, array: Any, kind: str = "") -> Constant:
 
 
 def _examples(
-    file: OnnxFile, inputs: list[Any], sizes: Mapping[str, int] | int, free_batch: bool
+    file: OnnxFile,
+    inputs: list[Any],
+    sizes: Mapping[str, int] | int,
+    free_batch: bool,
+    more: int,
 ) -> tuple[dict[str, Tensor], tuple[int, int | None]]:
     """A tensor of zeros for each input, and the batch: in these, and in the file if it is fixed."""
     shapes_: dict[str, list[Any]] = {}
@@ -249,6 +316,7 @@ def _examples(
     fixed = first if free_batch else None
     # Another batch than the file's, so that its own stands out where it matters.
     count = 2 if first is None else first + 1 if free_batch else first
+    count += more
     examples = {}
     for item in inputs:
         shape = shapes_[item.name]

@@ -70,6 +70,9 @@ def convolution(g: Builder, node: NodeView, x: Value, weight: Any, bias: Any) ->
     if axes not in _CONVS:
         raise Refused(f"an operand of {x.rank} axes; expected 3 to 5")
     kernel = list(weight.shape[2:])
+    if list(node.get("kernel_shape", kernel)) != kernel:
+        said = list(node.get("kernel_shape"))
+        raise Refused(f"kernel_shape {said} of a weight of sizes {list(weight.shape)}")
     stride, dilation, pads = window(node, x, kernel)
     groups = node.get("group", 1)
     if not isinstance(weight, Constant) or isinstance(bias, Value):
@@ -108,6 +111,9 @@ def _conv_transpose(g: Builder, node: NodeView, x: Value, weight: Any, bias: Any
     if axes not in _TRANSPOSED:
         raise Refused(f"an operand of {x.rank} axes; expected 3 to 5")
     kernel = list(weight.shape[2:])
+    if list(node.get("kernel_shape", kernel)) != kernel:
+        said = list(node.get("kernel_shape"))
+        raise Refused(f"kernel_shape {said} of a weight of sizes {list(weight.shape)}")
     groups = node.get("group", 1)
     stride = list(node.get("strides") or [1] * axes)
     dilation = list(node.get("dilations") or [1] * axes)
@@ -278,10 +284,14 @@ def _group_norm(g: Builder, node: NodeView, x: Value, scale: Any, bias: Any) -> 
 
 @operator_of("LRN")
 def _lrn(g: Builder, node: NodeView, x: Value) -> Any:
-    rest = node.get("alpha", 1e-4), node.get("beta", 0.75), node.get("bias", 1.0)
-    return g.call(F.local_response_norm, x, node.get("size"), *rest)
+    size = node.get("size")
+    alpha, beta, bias = node.get("alpha", 1e-4), node.get("beta", 0.75), node.get("bias", 1.0)
+    if size % 2:
+        return g.call(F.local_response_norm, x, size, alpha, beta, bias)
+    # Of an even window ONNX has the longer side behind, torch in front.
+    return g.call(functions.response_norm, x, size, alpha, beta, bias)
 
 
 @operator_of("LpNormalization")
 def _lp_norm(g: Builder, node: NodeView, x: Value) -> Any:
-    return g.call(F.normalize, x, node.get("p", 2), node.get("axis", -1))
+    return g.call(functions.normalized, x, node.get("p", 2), node.get("axis", -1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from adalayer_native.onnx import functions
 from adalayer_native.onnx.building import Builder, NodeView, Refused, operator_of
 from adalayer_native.onnx.package import onnx_package
-from adalayer_native.onnx.values import Constant, Value
+from adalayer_native.onnx.values import Constant, Size, Value, larger, quotient, smaller
 
 __all__ = ["SMALL", "as_sizes", "torch_dtype"]
 
@@ -37,8 +38,10 @@ _OF_SIZES: dict[str, Any] = {
     "Add": lambda a, b: a + b,
     "Sub": lambda a, b: a - b,
     "Mul": lambda a, b: a * b,
-    "Div": lambda a, b: a // b,
+    "Div": np.frompyfunc(quotient, 2, 1),
     "Mod": lambda a, b: a % b,
+    "Min": np.frompyfunc(smaller, 2, 1),
+    "Max": np.frompyfunc(larger, 2, 1),
 }
 
 
@@ -66,6 +69,13 @@ def as_sizes(value: Any) -> np.ndarray | None:
     return None
 
 
+def _as_tensor(g: Builder, sizes: np.ndarray) -> Any:
+    """Whole numbers as a tensor: a constant where no input decides any."""
+    if any(isinstance(item, Size) for item in sizes.flat):
+        return g.tensor(sizes)
+    return Constant(torch.tensor(sizes.tolist(), dtype=torch.int64))
+
+
 def _operand(other: Any, value: Any) -> Any:
     """What torch gets beside ``value``: a constant of one element is a number."""
     single = isinstance(value, Constant) and value.tensor.numel() == 1
@@ -77,7 +87,11 @@ def _operand(other: Any, value: Any) -> Any:
 @operator_of(*_UNARY)
 def _unary(g: Builder, node: NodeView, x: Any) -> Any:
     if isinstance(x, np.ndarray):
-        return -x if node.kind == "Neg" else x
+        if node.kind == "Neg":
+            return np.asarray(-x, dtype=object)
+        x = _as_tensor(g, x)
+    if node.kind == "Sign" and _dtype(x).is_floating_point:  # torch's says 0 of what is no number
+        return g.call(torch.where, g.call(torch.isnan, x), x, g.call(torch.sign, x))
     return g.call(_UNARY[node.kind], x)
 
 
@@ -85,10 +99,16 @@ def _unary(g: Builder, node: NodeView, x: Any) -> Any:
 def _binary(g: Builder, node: NodeView, a: Any, b: Any) -> Any:
     if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
         left, right = as_sizes(a), as_sizes(b)
-        if left is not None and right is not None and node.kind in _OF_SIZES:
-            return np.asarray(_OF_SIZES[node.kind](left, right), dtype=object)
-        a, b = (g.tensor(item) if isinstance(item, np.ndarray) else item for item in (a, b))
-    floats = _dtype(a).is_floating_point
+        if left is not None and right is not None:
+            if node.kind in _OF_SIZES and not node.get("fmod"):
+                return np.asarray(_OF_SIZES[node.kind](left, right), dtype=object)
+            if node.kind == "Equal":
+                alike = np.frompyfunc(_alike, 2, 1)(left, right)
+                if not any(item is None for item in np.asarray(alike).flat):
+                    return Constant(torch.tensor(np.asarray(alike).tolist(), dtype=torch.bool))
+        a, b = (_as_tensor(g, item) if isinstance(item, np.ndarray) else item for item in (a, b))
+    kind = _dtype(a)
+    floats = kind.is_floating_point
     a, b = _operand(b, a), _operand(a, b)
     if node.kind == "Div":
         return g.call(torch.div, a, b) if floats else g.call(torch.div, a, b, rounding_mode="trunc")
@@ -97,9 +117,20 @@ def _binary(g: Builder, node: NodeView, a: Any, b: Any) -> Any:
     if node.kind == "BitShift":
         left_shift = node.get("direction") == "LEFT"
         return g.call(torch.bitwise_left_shift if left_shift else torch.bitwise_right_shift, a, b)
-    if node.kind == "Pow" and not isinstance(a, Value) and not isinstance(a, Constant):
-        return g.call(torch.pow, a, b)
+    if node.kind == "Pow":
+        found = g.call(torch.pow, *_tensor_first("Pow", a, b))
+        return found if _dtype(found) == kind else g.call(torch.Tensor.to, found, kind)
     return g.call(_BINARY[node.kind], *_tensor_first(node.kind, a, b))
+
+
+def _alike(a: Any, b: Any) -> bool | None:
+    """Whether whole numbers are equal; None where an input decides. No size is below 0."""
+    if a is b:
+        return True
+    if isinstance(a, Size) or isinstance(b, Size):
+        other = b if isinstance(a, Size) else a
+        return False if not isinstance(other, Size) and other < 0 else None
+    return bool(a == b)
 
 
 def _tensor_first(kind: str, a: Any, b: Any) -> tuple[Any, Any]:
@@ -120,6 +151,13 @@ def _dtype(value: Any) -> torch.dtype:
 @operator_of("Max", "Min", "Sum", "Mean")
 def _several(g: Builder, node: NodeView, *operands: Any) -> Any:
     function = {"Max": torch.maximum, "Min": torch.minimum}.get(node.kind, torch.add)
+    if any(isinstance(item, np.ndarray) for item in operands):
+        lists = [as_sizes(item) for item in operands]
+        if node.kind in _OF_SIZES and all(item is not None for item in lists):
+            return np.asarray(functools.reduce(_OF_SIZES[node.kind], lists), dtype=object)
+        operands = tuple(
+            _as_tensor(g, item) if isinstance(item, np.ndarray) else item for item in operands
+        )
     found = operands[0]
     for item in operands[1:]:
         left, right = found, item
@@ -131,7 +169,13 @@ def _several(g: Builder, node: NodeView, *operands: Any) -> Any:
 
 @operator_of("Where")
 def _where(g: Builder, node: NodeView, condition: Any, a: Any, b: Any) -> Any:
-    a, b = (g.tensor(item) if isinstance(item, np.ndarray) else item for item in (a, b))
+    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
+        left, right = as_sizes(a), as_sizes(b)
+        if isinstance(condition, Constant) and left is not None and right is not None:
+            return np.where(condition.tensor.numpy(), left, right)
+    a, b, condition = (
+        _as_tensor(g, item) if isinstance(item, np.ndarray) else item for item in (a, b, condition)
+    )
     return g.call(torch.where, condition, a, b)
 
 
@@ -150,11 +194,11 @@ def _clip(g: Builder, node: NodeView, x: Any, low: Any = None, high: Any = None)
 
 @operator_of("LeakyRelu", "Elu", "Celu", "ThresholdedRelu")
 def _with_alpha(g: Builder, node: NodeView, x: Any) -> Any:
-    function = {
-        "LeakyRelu": F.leaky_relu, "Elu": F.elu, "Celu": F.celu, "ThresholdedRelu": F.threshold,
-    }[node.kind]  # fmt: skip
     alpha = node.get("alpha", 0.01 if node.kind == "LeakyRelu" else 1.0)
-    return g.call(function, x, alpha, *([0.0] if node.kind == "ThresholdedRelu" else []))
+    if node.kind == "ThresholdedRelu":
+        return g.call(torch.where, g.call(torch.gt, x, alpha), x, 0.0)
+    function = {"LeakyRelu": F.leaky_relu, "Elu": F.elu, "Celu": F.celu}[node.kind]
+    return g.call(function, x, alpha)
 
 
 @operator_of("Selu")
@@ -216,9 +260,9 @@ def _softmax(g: Builder, node: NodeView, x: Value) -> Any:
 def _cast(g: Builder, node: NodeView, x: Any) -> Any:
     dtype = torch_dtype(node.get("to"))
     if isinstance(x, np.ndarray):
-        if not dtype.is_floating_point:
+        if not dtype.is_floating_point and dtype != torch.bool:
             return x
-        x = g.tensor(x)
+        x = _as_tensor(g, x)
     return x if _dtype(x) == dtype else g.call(torch.Tensor.to, x, dtype)
 
 
@@ -248,21 +292,22 @@ def _reduce(g: Builder, node: NodeView, x: Any, axes: Any = None) -> Any:
             return np.array([total] if node.get("keepdims", 1) else total, dtype=object)
         x = g.tensor(x)
     along = node.get("axes") if axes is None else g.sizes(axes, "axes")
+    kind = node.kind.removeprefix("Reduce")
     if not along:
-        if node.get("noop_with_empty_axes"):
-            return x
+        if node.get("noop_with_empty_axes"):  # one element each, of which some are a function
+            return _reduced_alone(g, kind, x)
         along = list(range(x.rank))
     dims, keep = [axis % x.rank for axis in along], bool(node.get("keepdims", 1))
-    kind = node.kind.removeprefix("Reduce")
     if kind == "Mean":
         return g.call(torch.mean, x, dims, keep)
     if kind in ("Max", "Min"):
         if _dtype(x) == torch.bool:
             raise Refused("its operand is of type bool")
         return g.call(torch.amax if kind == "Max" else torch.amin, x, dims, keep)
+    whole = None if _dtype(x).is_floating_point else _dtype(x)  # torch's sums are int64
     if kind == "Prod":
         for axis in sorted(dims, reverse=True):
-            x = g.call(torch.prod, x, axis, keep)
+            x = g.call(torch.prod, x, axis, keep, dtype=whole)
         return x
     if kind == "LogSumExp":
         return g.call(torch.logsumexp, x, dims, keep)
@@ -271,10 +316,18 @@ def _reduce(g: Builder, node: NodeView, x: Any, axes: Any = None) -> Any:
         "L2": lambda: g.call(torch.square, x),
         "SumSquare": lambda: g.call(torch.square, x),
     }.get(kind, lambda: x)()
-    total = g.call(torch.sum, terms, dims, keep)
+    total = g.call(torch.sum, terms, dims, keep, dtype=whole)
     if kind == "L2":
         return g.call(torch.sqrt, total)
     return g.call(torch.log, total) if kind == "LogSum" else total
+
+
+def _reduced_alone(g: Builder, kind: str, x: Any) -> Any:
+    if kind in ("L1", "L2"):
+        return g.call(torch.abs, x)
+    if kind == "SumSquare":
+        return g.call(torch.square, x)
+    return g.call(torch.log, x) if kind == "LogSum" else x
 
 
 @operator_of("ArgMax", "ArgMin")

@@ -190,6 +190,7 @@ def _concat(g: Builder, node: NodeView, *parts: Any) -> Any:
     if any(isinstance(part, np.ndarray) for part in parts) and all(p is not None for p in lists):
         return np.concatenate([np.atleast_1d(p) for p in lists])  # type: ignore[arg-type]
     values = [g.tensor(part) if isinstance(part, np.ndarray) else part for part in parts]
+    values = _for_every_sample(g, axis, values)
     first = values[0]
     alike = all(
         isinstance(v, Value) and v.grid == getattr(first, "grid", None)
@@ -200,6 +201,20 @@ def _concat(g: Builder, node: NodeView, *parts: Any) -> Any:
         return moved(g.call(torch.cat, values, axis), first)
     plain = [g.integers_of(v) if isinstance(v, Value) and v.quantized else v for v in values]
     return g.call(torch.cat, plain, axis)
+
+
+def _for_every_sample(g: Builder, axis: int, values: list[Any]) -> list[Any]:
+    """Constants of the file's batch of one sample, beside what has another batch: for all of it."""
+    batch, fixed = g.batch
+    whole = next((v for v in values if isinstance(v, Value) and v.shape[:1] == (batch,)), None)
+    if fixed != 1 or whole is None or axis % whole.rank == 0:
+        return values
+    return [
+        g.call(torch.Tensor.expand, v, [g.size(whole, 0), *[-1] * (v.rank - 1)])
+        if isinstance(v, Constant) and v.rank == whole.rank and v.shape[0] == 1
+        else v
+        for v in values
+    ]
 
 
 @operator_of("Split", quantized=True)
@@ -355,7 +370,7 @@ def _pad(
 ) -> Any:
     mode = node.get("mode", "constant")
     amounts = [int(n) for n in (node.get("pads") if pads is None else g.sizes(pads, "pads"))]
-    fill = node.get("value", 0.0) if value is None else float(g.known(value, "value"))
+    fill = node.get("value", 0.0) if value is None else g.known(value, "value").item()
     if axes is not None:
         along = [int(n) % x.rank for n in g.sizes(axes, "axes")]
         full = [0] * (2 * x.rank)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, fx
 
-__all__ = ["Constant", "Grid", "Integers", "Size", "Value"]
+__all__ = ["Constant", "Grid", "Integers", "Size", "Value", "larger", "quotient", "smaller"]
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,29 @@ class Constant:
         return tuple(self.tensor.shape)
 
 
+def quotient(a: Any, b: Any) -> Any:
+    """Of whole numbers, towards zero, as ONNX divides them."""
+    if isinstance(a, Size) or isinstance(b, Size):
+        return a // b
+    return -(-a // b) if (a < 0) != (b < 0) else a // b
+
+
+def smaller(a: Any, b: Any) -> Any:
+    """Of whole numbers, sizes among them."""
+    return _either(a, b, min)
+
+
+def larger(a: Any, b: Any) -> Any:
+    """Of whole numbers, sizes among them."""
+    return _either(a, b, max)
+
+
+def _either(a: Any, b: Any, function: Callable[..., Any]) -> Any:
+    if isinstance(a, Size):
+        return a._with(b, function)
+    return b._with(a, function, True) if isinstance(b, Size) else function(a, b)
+
+
 class Size:
     """A whole number that an input decides, with its value in the example."""
 
@@ -154,10 +177,10 @@ class Size:
         return self if other == 1 else self._with(other, operator.mul, True)
 
     def __floordiv__(self, other: Any) -> Any:
-        return self if other == 1 else self._with(other, operator.floordiv)
+        return self if other == 1 else self._with(other, quotient)
 
     def __rfloordiv__(self, other: Any) -> Any:
-        return self._with(other, operator.floordiv, True)
+        return self._with(other, quotient, True)
 
     def __mod__(self, other: Any) -> Any:
         return self._with(other, operator.mod)

@@ -154,7 +154,10 @@ def _factors(
     given = None if scales is None else g.known(scales, "scales")
     if given is not None and given.numel():
         factors = [float(v) for v in given.tolist()]
-        return factors, [math.floor(x.shape[a] * f) for a, f in zip(axes, factors, strict=True)]
+        # As everybody's arithmetic has it: 12 * 0.58333331 is 7 in float32.
+        return factors, [
+            int(np.float32(x.shape[a]) * np.float32(f)) for a, f in zip(axes, factors, strict=True)
+        ]
     if sizes is None:
         raise Refused("it has neither scales nor sizes")
     wanted = [item if isinstance(item, int) else item.example for item in g.sizes(sizes, "sizes")]
@@ -211,7 +214,8 @@ def _table(
     node: NodeView, how: str, size: int, out: int, factor: float, ends: tuple[float, float]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Which elements of an axis make up each of the new ones, and how much of each."""
-    i = np.arange(out, dtype=np.float64)
+    # In float32, as ONNX Runtime does: where places are rounded, the last bit decides.
+    i, factor = np.arange(out, dtype=np.float32), np.float32(factor)
     length = size * factor
     if how == "half_pixel":
         x = (i + 0.5) / factor - 0.5
@@ -233,7 +237,7 @@ def _table(
     outside = (x < 0) | (x > size - 1) if how == "tf_crop_and_resize" else np.zeros(out, bool)
     mode = node.get("mode", "nearest")
     if mode == "nearest":
-        places, weights = _nearest(node, x)[:, None], np.ones((out, 1))
+        places, weights = _nearest(node, x, factor)[:, None], np.ones((out, 1))
     else:
         places, weights = _taps(node, mode, x, factor)
         if node.get("exclude_outside"):
@@ -247,7 +251,7 @@ def _table(
     return places.astype(np.int64), weights.astype(np.float32)
 
 
-def _nearest(node: NodeView, x: np.ndarray) -> np.ndarray:
+def _nearest(node: NodeView, x: np.ndarray, factor: float) -> np.ndarray:
     how = node.get("nearest_mode", "round_prefer_floor" if node.opset >= 11 else "floor")
     rounded: dict[str, Any] = {
         "round_prefer_floor": lambda: np.ceil(x - 0.5),
@@ -255,6 +259,8 @@ def _nearest(node: NodeView, x: np.ndarray) -> np.ndarray:
         "floor": lambda: np.floor(x),
         "ceil": lambda: np.ceil(x),
     }
+    if node.opset < 11:  # ONNX Runtime's rule; that version says nothing
+        how = "ceil" if factor < 1 else "floor"
     return np.asarray(rounded[how]()).astype(np.int64)
 
 

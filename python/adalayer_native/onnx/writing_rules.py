@@ -370,6 +370,12 @@ def _reduce(e: Emitter, node: fx.Node, a: dict[str, Any]) -> Any:
     return e.moved(found, operand) if kind == "amax" else found
 
 
+def _scaled(size: Any, factor: np.float32) -> int | None:
+    """The size that readers of ONNX come to; None where they may differ."""
+    one, other = int(np.float32(size) * factor), int(float(size) * float(factor))
+    return one if one == other else None
+
+
 @rule("adalayer.exact_bilinear.default",
       *_aten("upsample_bilinear2d.vec", "upsample_nearest2d.vec", "upsample_nearest2d.default",
              "upsample_bilinear2d.default"))  # fmt: skip
@@ -385,10 +391,16 @@ def _resize(e: Emitter, node: fx.Node, a: dict[str, Any]) -> Any:
         factors = [a["scales_h"], a["scales_w"]]
     if factors is None:
         factors = [n / m for n, m in zip(out, size, strict=True)]  # type: ignore[operator]
-    scales = e.constant(np.array([1, 1, *factors], dtype=np.float32))
+    scales = np.array([1, 1, *factors], dtype=np.float32)
+    if all(_scaled(m, f) == n for n, m, f in zip(out, size, scales[2:], strict=True)):
+        scaling = [e.constant(scales)]
+    else:  # a factor in float32 that means another size
+        batch = e.op("Gather", [e.op("Shape", [operand], node.name), _ints(e, [0])], node.name)
+        rest = _ints(e, [e.sizes(x)[1], *out])
+        scaling = ["", e.op("Concat", [batch, rest], node.name, axis=0)]
     how = "asymmetric" if nearest else "align_corners" if a["align_corners"] else "half_pixel"
     found = e.op(
-        "Resize", [operand, "", scales], node.name, mode="nearest" if nearest else "linear",
+        "Resize", [operand, "", *scaling], node.name, mode="nearest" if nearest else "linear",
         coordinate_transformation_mode=how, nearest_mode="floor" if nearest else None,
     )  # fmt: skip
     return e.moved(found, operand) if nearest else found
