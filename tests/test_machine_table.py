@@ -215,12 +215,12 @@ def test_processors_have_names(tmp_path) -> None:
     """x86's kernel says the model, ARM's only who made it and its number; boards say theirs."""
     info, board = tmp_path / "cpuinfo", tmp_path / "model"
     info.write_text("processor\t: 0\nmodel name\t: Xeon\n\nprocessor\t: 1\nmodel name\t: other\n")
-    assert store._processor(info, board) == "Xeon"
+    assert store.processor(info, board) == "Xeon"
     info.write_text("processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd0b\n")
-    assert store._processor(info, board).endswith(" (0x41 0xd0b)")
+    assert store.processor(info, board).endswith(" (0x41 0xd0b)")
     board.write_text("Raspberry Pi 5 Model B Rev 1.0\0")
-    assert store._processor(info, board) == "Raspberry Pi 5 Model B Rev 1.0 (0x41 0xd0b)"
-    assert store._processor(tmp_path / "gone", tmp_path / "gone")
+    assert store.processor(info, board) == "Raspberry Pi 5 Model B Rev 1.0 (0x41 0xd0b)"
+    assert store.processor(tmp_path / "gone", tmp_path / "gone")
 
 
 # -- bad input ----------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import Any
 from .. import _C, ops
 from .._files import write_text_atomic
 
-__all__ = ["Store", "cache_dir", "machine"]
+__all__ = ["Store", "cache_dir", "machine", "processor"]
 
 FORMAT = "adalayer-table-1"
 BOARD = Path("/proc/device-tree/model")
@@ -41,13 +41,13 @@ def machine(threads: int | None = None) -> dict[str, Any]:
     """What a latency depends on besides the layer: processor, kernels, threads."""
     return {
         "kernels": _C.kernels_key(),
-        "cpu": _processor(),
+        "cpu": processor(),
         "isa": ops.active_isa(),
         "threads": ops.get_num_threads() if threads is None else threads,
     }
 
 
-def _processor(cpuinfo: Path = Path("/proc/cpuinfo"), board: Path = BOARD) -> str:
+def processor(cpuinfo: Path = Path("/proc/cpuinfo"), board: Path = BOARD) -> str:
     """Its name; of ARM the kernel says the board, or who made it and its number."""
     words: dict[str, str] = {}
     try:
