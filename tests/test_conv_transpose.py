@@ -323,8 +323,9 @@ def test_analysis_and_allocation_accept_transposed_convolutions():
         scores = ada.analyze(model, data, F.mse_loss, criterion=criterion, progress=False)
         assert scores.layers["up"].kind == "conv_transpose2d"
     plan = ada.allocate(
-        scores, ada.Budget(size=0.5), model=model, calibration=data, method="uniform"
-    )
+        scores, ada.Budget(size=0.5), model=model, calibration=data, method="uniform",
+        loss_fn=F.mse_loss,
+    )  # fmt: skip
     assert plan["up"].bits is not None
 
 

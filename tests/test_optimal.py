@@ -136,7 +136,7 @@ def test_scores_are_kept_beside_the_errors(model) -> None:
         options={**FEW, "rounds": 0},
         progress=False,
     )
-    assert set(plan.scores["fc"]) == {"A", "F", "R", "I", "E"}
+    assert set(plan.scores["fc"]) == {"A", "F", "R", "I", "E", "E_even"}
 
 
 def test_the_plan_reports_what_was_measured_on_images_the_tables_have_not_seen(model) -> None:

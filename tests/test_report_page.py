@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from dataclasses import replace
-from html import escape
+from html import escape, unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -66,6 +66,20 @@ def made(tmp_path_factory) -> Path:
 def copy(made: Path, tmp_path: Path) -> Path:
     """A run of one's own to damage."""
     return Path(shutil.copytree(made, tmp_path / "run"))
+
+
+def test_what_is_protected_is_shown(copy: Path) -> None:
+    assert (
+        "protected" not in page(load_run(copy)).split("How it was made")[1].split("</section>")[0]
+    )
+    plan = ada.Plan.load(copy / "plan.json")
+    plan.scores = {"conv1": {"E_even": 0.03}, "conv2": {"E_even": 0.01}}
+    plan.measured["even_bits"] = 4.0
+    plan.save(copy / "plan.json")
+    words = "conv1 (8 bits; 4 would lose 0.03, 75 % of all layers' loss there)"
+    assert plan.protected() == {"conv1": words.removeprefix("conv1 (").removesuffix(")")}
+    assert words in unescape(page(load_run(copy)))
+    assert f"protected: {words}" in str(run_table(load_run(copy)).caption)
 
 
 def test_what_stays_float_is_shown(made: Path, copy: Path) -> None:

@@ -113,6 +113,6 @@ def test_a_rival_that_loses_less_is_the_plan(model, monkeypatch, weights: str) -
     monkeypatch.setattr(method, "_better", lucky)
     taken = plan()
     assert {n: Option(e.bits, e.sparsity, e.pattern) for n, e in taken.layers.items()} == best
-    assert taken.method == "optimal" and set(taken.scores["fc"]) == {"E"}
+    assert taken.method == "optimal" and set(taken.scores["fc"]) == {"E", "E_even"}
     assert taken.measured["calibration_loss"] == 1e-6
     assert estimate_bytes(model, taken) > 0

@@ -458,3 +458,38 @@ def test_l2_term_on_activations_keeps_them_small() -> None:
     assert size(plain) == sizes[0.0]  # off by default
     with pytest.raises(PlanError, match="activation_l2"):
         run(prepared_model(), batches(), activation_l2=-1.0)
+
+
+class Pair(nn.Module):
+    """Two outputs, which cross-entropy cannot judge."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.place = nn.Conv2d(1, 8, 4, stride=4), nn.Linear(32, 2)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.trunk(x).relu().flatten(1)
+        return {"place": self.place(y), "features": y}
+
+
+def of_place(output: dict[str, Tensor], labels: Tensor) -> Tensor:
+    """Squared distance from where the bright quadrant lies, per image."""
+    wanted = torch.stack([labels // 2, labels % 2], dim=1).float()
+    return (output["place"] - wanted).square().sum(dim=1)
+
+
+def test_fit_with_a_loss_of_its_own(tmp_path: Path) -> None:
+    data, path = batches(), tmp_path / "checkpoint"
+    options = {**fit_options(), "checkpoint": path}
+    torch.manual_seed(0)
+    net = Pair()
+    history = fit(net, data, 4, loss_fn=of_place, **options)
+    assert history.epochs[-1]["loss"] < 0.5 * history.epochs[0]["loss"]
+    assert history.epochs[-1]["accuracy"] is None
+    with torch.no_grad():
+        assert float(of_place(net(data[0][0]), data[0][1]).mean()) < 0.15
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="belongs to another run"):  # it had another loss
+        fit(Pair(), data, 4, loss_fn=lambda y, t: of_place(y, t).mean(), **options)
+    with pytest.raises(PlanError, match="label_smoothing belongs to cross-entropy"):
+        fit(Pair(), data, 4, loss_fn=of_place, **fit_options(label_smoothing=0.1))

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from adalayer_native.files import save
     from adalayer_native.importance.analyze import analyze
     from adalayer_native.importance.scores import LayerScores
+    from adalayer_native.importance.task_loss import TaskLoss
     from adalayer_native.microscope import Comparison, compare
     from adalayer_native.onnx import from_onnx, to_onnx
     from adalayer_native.ops import get_num_threads, set_num_threads
@@ -75,6 +76,7 @@ __all__ = [
     "PlanError",
     "Repair",
     "Size",
+    "TaskLoss",
     "UnsupportedModelError",
     "allocate",
     "analyze",
@@ -128,6 +130,7 @@ __getattr__, __dir__ = lazy(
         "files": ["save"],
         "importance.analyze": ["analyze"],
         "importance.scores": ["LayerScores"],
+        "importance.task_loss": ["TaskLoss"],
         "microscope": ["Comparison", "compare"],
         "onnx": ["from_onnx", "to_onnx"],
         "ops": ["get_num_threads", "set_num_threads"],

@@ -32,12 +32,14 @@ from adalayer_native.capture.work import FloatRest, work_of
 from adalayer_native.data import distilled
 from adalayer_native.errors import CalibrationError, PlanError, UnsupportedModelError
 from adalayer_native.importance import LayerScores, analyze
+from adalayer_native.importance.batches import warn_of_first_guess
 from adalayer_native.importance.calibration import check_calibration
-from adalayer_native.importance.outputs import LossFn, Pick, distance, has_distance
+from adalayer_native.importance.outputs import LossFn, Pick, distance, has_distance, picked
+from adalayer_native.importance.task_loss import TaskLoss
 from adalayer_native.plan import Plan, supported_layers
 from adalayer_native.quantization import calibrate, convert, prepare
 from adalayer_native.quantization.layout import native_layout
-from adalayer_native.repair import Repair
+from adalayer_native.repair import Distance, Repair
 from adalayer_native.repair import repair as repair_layers
 from adalayer_native.tensor_train import Decomposed, tensor_train
 from adalayer_native.training import finetune
@@ -119,8 +121,10 @@ def compress(
             options are in ``allocate_options["options"]`` with those of ``"optimal"``: ``error``
             or ``rank``, ``layers``, ``clock``. A budget in ``size`` is of the model before.
         plan: use this plan instead of analyzing and allocating.
-        loss_fn: ``loss_fn(output, target)`` by which plans are judged and the model is fine-tuned;
-            default: how far every output is from the float model's
+        loss_fn: ``loss_fn(output, target)``, a scalar or one value per sample, by which plans are
+            judged and the model is fine-tuned; or a :class:`~adalayer_native.TaskLoss`, which says
+            what every output is and needs no labels, and by which the repair learns, too. Default:
+            how far every output is from the float model's
             (:mod:`~adalayer_native.importance.outputs`), and for scores and fine-tuning
             cross-entropy where there are labels.
         output: which of the model's outputs counts, a key, an index or a path (``"heads.0"``).
@@ -180,6 +184,8 @@ def compress(
     model = captured_on(model, calibration)
     check_calibration(model, calibration, output, labels=loss_fn is None)
     sample = first_sample(model, calibration)
+    if loss_fn is None and plan is not None and repair:  # a search says so itself
+        warn_of_first_guess(model, calibration, output)
     macs = work_of(model, sample)
     unsupported = unsupported_rest(model, plan, macs)
     if strict:
@@ -252,13 +258,18 @@ def compress(
                 # Calibrated ranges are in it, and with them the data.
                 name = f"repair-{fingerprint(prepared, {'seed': seed})[:16]}.safetensors"
                 checkpoint = work / name
-            with torch.no_grad():
-                learns = has_distance(sample(prepared), output)
+            learned: Distance | None = None
+            if isinstance(loss_fn, TaskLoss):
+                learned = partial(_task_distance, loss_fn, output)
+            else:
+                with torch.no_grad():
+                    if has_distance(sample(prepared), output):
+                        learned = partial(distance, pick=output)
             with stage(REPAIR, enabled=progress):
                 report = repair_layers(
                     prepared,
                     calibration,
-                    distance=partial(distance, pick=output) if learns else None,
+                    distance=learned,
                     learning_passes=LEARNING[effort],
                     seed=seed,
                     checkpoint=checkpoint,
@@ -363,6 +374,10 @@ def stages_of(
         # Forwards and back, the teacher, and the average's batch norms in the end.
         found.append(Stage(TRAINING, 6 * epochs * _length(train_loader), epochs))
     return found
+
+
+def _task_distance(loss: TaskLoss, pick: Pick, float_output: Any, output: Any) -> torch.Tensor:
+    return loss(picked(output, pick), picked(float_output, pick)).mean()
 
 
 def _length(loader: Iterable[Any]) -> int:

@@ -93,6 +93,7 @@ def show_engine(file: Path, as_json: bool) -> None:
             "sizes": {name: asdict(size) for name, size in engine.sizes.items()},
             "preprocessing": engine.preprocessing,
             "classes": engine.class_names,
+            "detection": None if engine.detection is None else engine.detection.as_dict(),
             "nodes": [asdict(row) for row in coverage],
         }
         print(json.dumps(report, indent=2))

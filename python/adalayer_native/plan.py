@@ -23,13 +23,22 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import nn
 
-__all__ = ["LayerPlan", "Plan", "float_text", "layer_kind", "supported_layers", "unknown_layer"]
+__all__ = [
+    "LayerPlan",
+    "Plan",
+    "float_text",
+    "layer_kind",
+    "protected_text",
+    "supported_layers",
+    "unknown_layer",
+]
 
 PLAN_FORMAT = "adalayer-plan"
 PLAN_VERSION = 1
 KINDS = ("conv2d", "conv_transpose2d", "linear")
 PATTERNS = ("unstructured", "block16x64", "block32x64", "2:4")
 MIN_BITS, MAX_BITS = 2, 8
+SHOWN = 4  # protected layers below a table
 
 
 @dataclass
@@ -128,8 +137,10 @@ class Plan:
         method: how the plan came about (``"adalayer"``, ``"uniform"``, ..., ``"manual"``).
         hyper: the method's hyper-parameters as numbers.
         scores: per layer ``{"A": ..., "F": ..., "R": ..., "I": ...}`` where they are known, and
-            ``"E"``, the loss increase that method ``"optimal"`` predicts for what the layer got.
-        measured: what was measured when the plan was chosen (``"calibration_loss"``, ...).
+            ``"E"``, the loss increase that method ``"optimal"`` predicts for what the layer got,
+            and ``"E_even"``, for what it would lose with ``measured["even_bits"]``.
+        measured: what was measured when the plan was chosen (``"calibration_loss"``, ...), and
+            ``"even_bits"``, the plan's mean width, rounded.
         float_rest: what no plan for the model can make native, where it is known: by name of the
             layer or part of the model ``{"reason": ..., "share": ...}``, the share being that of
             the model's multiply-accumulates.
@@ -181,6 +192,27 @@ class Plan:
         if total == 0:
             return 0.0
         return 32.0 * sum(layer.params_after for layer in self.layers.values()) / total
+
+    def protected(self) -> dict[str, str]:
+        """Layers that got more bits than the plan's mean width, and why, the neediest first.
+
+        The reason is what method ``"optimal"`` measured: what the layer alone would add to the loss
+        at that width, and which share that is of what all layers would. Empty without it.
+        """
+        even = self.measured.get("even_bits")
+        needs = {name: (self.scores or {}).get(name, {}).get("E_even", 0.0) for name in self.layers}
+        total = sum(needs.values())
+        if even is None or not total > 0:
+            return {}
+        found: dict[str, str] = {}
+        for name, need in sorted(needs.items(), key=lambda item: -item[1]):
+            bits = self.layers[name].bits
+            if bits is not None and bits > even and need > 0:
+                found[name] = (
+                    f"{bits} bits; {even:.0f} would lose {need:.2g}, "
+                    f"{100 * need / total:.2g} % of all layers' loss there"
+                )
+        return found
 
     def check(self) -> None:
         """Raise :class:`PlanError` where a value of any layer is out of range."""
@@ -326,6 +358,9 @@ class Plan:
         lines = [hyper] if hyper else []
         if self.float_rest:
             lines.append(f"Stays in float: {escape(float_text(self.float_rest))}")
+        protected = protected_text(self)
+        if protected:
+            lines.append(f"Protected: {escape(protected)}")
         table = Table(title=f"Plan ({self.method})", caption="\n".join(lines) or None)
         table.add_column("Layer")
         table.add_column("Kind")
@@ -395,6 +430,13 @@ def float_text(rest: Mapping[str, Mapping[str, Any]], shown: int = 6) -> str:
     if len(order) > shown:
         parts.append(f"and {len(order) - shown} more")
     return "; ".join(parts)
+
+
+def protected_text(plan: Plan) -> str:
+    """The layers that a plan protects, in words, the neediest first; empty where there are none."""
+    parts = [f"{name} ({reason})" for name, reason in plan.protected().items()]
+    more = f"; and {len(parts) - SHOWN} more" if len(parts) > SHOWN else ""
+    return "; ".join(parts[:SHOWN]) + more
 
 
 def layer_kind(module: nn.Module) -> str:

@@ -13,6 +13,7 @@ from ..capture import GraphModel
 from ..capture.loading import captured_on, first_sample
 from ..capture.work import work_of
 from ..errors import CalibrationError, PlanError
+from ..importance.batches import warn_of_first_guess
 from ..importance.outputs import LossFn, Pick
 from ..importance.scores import LayerScores
 from ..plan import Plan
@@ -81,8 +82,9 @@ def allocate(
             :func:`~adalayer_native.capture` made of one; not changed.
         calibration: batches as for ``analyze`` on which candidate plans are compared, never test
             images. Without it the best plan by the proxy is taken; ``"optimal"`` needs it.
-        loss_fn: ``loss_fn(output, target)``; default: how far the outputs are from the float
-            model's, KL divergence for logits and relative squared error for others.
+        loss_fn: ``loss_fn(output, target)``, a scalar or one value per sample; default: how far the
+            outputs are from the float model's, KL divergence for logits and relative squared error
+            for others. A :class:`~adalayer_native.TaskLoss` says what every output is.
         output: which of the model's outputs counts, as for ``analyze``.
         hyper: fixes some of alpha, beta, gamma, delta, lambda, bmax (``"adalayer"``).
         bits, stages: for the three stage methods, see ``stage_plan``.
@@ -117,6 +119,8 @@ def allocate(
     if candidates < 1:
         raise PlanError(f"candidates must be at least 1, got {candidates}")
     model = captured_on(model, calibration)
+    if loss_fn is None and calibration is not None and method not in STAGE_METHODS:
+        warn_of_first_guess(model, calibration, output)
     if method == "optimal":
         plan = _optimal(
             model, budget, calibration, activation_bits, fixed, exclude, options, tables,

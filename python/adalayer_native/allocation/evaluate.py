@@ -21,7 +21,7 @@ from .._progress import ProgressBar
 from ..errors import CalibrationError
 from ..importance.analyze import dequantized_layer, eval_mode
 from ..importance.batches import Batch, captured_on, iterate, model_digest
-from ..importance.outputs import LossFn, Pick, has_logits, logits_of, loss_of
+from ..importance.outputs import LossFn, Pick, has_logits, logits_of, loss_key, loss_of
 from ..pruning.patterns import pattern_mask
 from ..rounding import conv_form, layer_form
 from .narrow_inputs import NarrowInputs
@@ -184,7 +184,7 @@ class Evaluator:
                         f"{value}; expected a finite number"
                     )
                 loss += value * batch.count
-                right, of = hits(output, reference, batch, self.pick)
+                right, of = hits(output, reference, batch, self.pick, self.loss_fn)
                 good, positions = good + right, positions + of
         accuracy = good / positions if positions else math.nan
         return loss / self.samples, accuracy
@@ -243,8 +243,8 @@ class Evaluator:
             return {}  # none yet, or not ours: the next save replaces it
 
     def _digest(self) -> str:
-        name = getattr(self.loss_fn, "__qualname__", str(self.loss_fn))
-        options = f"adalayer-allocation-cache-2 {name} {self.key} {self.pick!r}"
+        loss = loss_key(self.loss_fn)
+        options = f"adalayer-allocation-cache-2 {loss} {self.key} {self.pick!r}"
         digest = hashlib.sha256(f"{options} {model_digest(self.model)}".encode())
         for batch in self.batches:
             digest.update(batch.digest().encode())
@@ -271,16 +271,22 @@ def _adding(shift: torch.Tensor) -> Any:
     return hook
 
 
-def hits(output: Any, reference: Any, batch: Batch, pick: Pick = None) -> tuple[int, int]:
+def hits(
+    output: Any, reference: Any, batch: Batch, pick: Pick = None, loss_fn: LossFn | None = None
+) -> tuple[int, int]:
     """Right answers (or agreements with the reference, without labels), of how many.
 
-    Labels below 0 are not counted, and nothing is where there is not one output of logits.
+    Labels below 0 are not counted, and nothing is where there is not one output of logits. With a
+    loss of the user's, only labels say that an output is logits.
     """
     truth, rest = batch.target, (pick, batch.tokens, batch.target)
+    labelled = isinstance(truth, torch.Tensor) and not truth.is_floating_point()
+    if loss_fn is not None and not labelled:
+        return 0, 0
     if not has_logits(output, *rest):
         return 0, 0
     predicted = logits_of(output, *rest).argmax(dim=1)
-    if not (isinstance(truth, torch.Tensor) and not truth.is_floating_point()):
+    if not labelled:
         truth = logits_of(reference, *rest).argmax(dim=1)
     if truth.shape != predicted.shape:
         return 0, 0

@@ -15,7 +15,8 @@ from ..importance import CRITERIA
 from ..importance.analyze import analyze, dequantized_layer, eval_mode
 from ..importance.batches import Batch, iterate, model_digest, one_sample
 from ..importance.flops import Work, layer_work
-from ..importance.outputs import LossFn, Pick
+from ..importance.outputs import LossFn, Pick, loss_key
+from ..importance.task_loss import TaskLoss
 from ..pruning.patterns import pattern_pruned_count
 from .budget import Budget
 from .evaluate import Evaluator
@@ -71,6 +72,11 @@ class Data:
     loss_fn: LossFn | None
     repair: list[Batch] = field(default_factory=list)
     pick: Pick = None
+
+    @property
+    def task_loss(self) -> TaskLoss | None:
+        """The loss, where it is one that has a second derivative of its own."""
+        return self.loss_fn if isinstance(self.loss_fn, TaskLoss) else None
 
     @classmethod
     def split(
@@ -167,6 +173,7 @@ def inputs_of(problem: Problem, data: Data) -> NarrowInputs:
         loader_of(data.repair),
         logits=data.loss_fn is None,
         output=data.pick,
+        loss=data.task_loss,
     )
 
 
@@ -208,6 +215,7 @@ def inputs_key(problem: Problem, data: Data) -> dict[str, Any]:
         "model": model_digest(problem.model),
         "data": digests,
         "logits": data.loss_fn is None,
+        **({} if data.task_loss is None else {"loss": str(data.task_loss)}),
         "output": data.pick,
         "layers": list(problem.layout.layers),
         "activation_bits": problem.activation_bits,
@@ -219,13 +227,13 @@ def table_key(problem: Problem, data: Data, settings: Settings) -> dict[str, Any
     digest = hashlib.sha256()
     for batch in data.table:
         digest.update(batch.digest().encode())
-    loss = getattr(data.loss_fn, "__qualname__", str(data.loss_fn))
+    by = settings.measure_for(data.loss_fn)
     return {
         "model": model_digest(problem.model),
         "data": digest.hexdigest(),
-        "loss": f"{getattr(data.loss_fn, '__module__', '')}.{loss}",
+        "loss": loss_key(data.loss_fn),
         "repair": repair_key(data, settings),
-        "measure": settings.measure if isinstance(settings.measure, str) else "own",
+        "measure": by if isinstance(by, str) else "own",
         **({} if data.pick is None else {"output": data.pick}),
     }
 
@@ -271,7 +279,8 @@ def _error_table(
     work: dict[str, Work],
     progress: bool,
 ) -> LayerTable:
-    own = callable(settings.measure) or callable(settings.weight_of)
+    by = settings.measure_for(data.loss_fn)
+    own = callable(by) or callable(settings.weight_of)
     store: Store = _Unkept()
     if not own or settings.repair:
         store = Store(cache_dir(settings.directory), "errors", table_key(problem, data, settings))
@@ -289,7 +298,7 @@ def _error_table(
         nonlocal measure
         if measure is None:  # only now: a table that is in the cache needs no pass at all
             measure = layer_error(problem, data, settings, weight_of)
-        if isinstance(weight_of, RepairedWeights) and settings.measure in MEASURES:
+        if isinstance(weight_of, RepairedWeights) and by in MEASURES:
             # All that the table lacks of a layer goes through few sweeps, and other patterns are
             # measured now: the statistics of all layers may not fit into memory together.
             rest = {pattern: missing(name, pattern) for pattern in patterns}
@@ -306,7 +315,7 @@ def _error_table(
         wanted=wanted, progress=progress,
     )  # fmt: skip
     images = sum(batch.count for batch in data.table)
-    table.about = {"measure": str(settings.measure), "images": images, "repair": settings.repair}
+    table.about = {"measure": str(by), "images": images, "repair": settings.repair}
     table.about["weights"] = "own" if callable(settings.weight_of) else settings.weight_of
     # A measured loss may be a little lower than the float model's; no layer is paid for that.
     return table.mapped(lambda values: np.where(np.isnan(values), np.nan, np.maximum(values, 0.0)))
@@ -325,22 +334,23 @@ def layer_error(
     problem: Problem, data: Data, settings: Settings, weight_of: WeightOf | None
 ) -> LayerError:
     """``(layer, bits, sparsity) -> predicted loss increase`` by the settings' measure."""
-    if callable(settings.measure):
-        return settings.measure
+    by = settings.measure_for(data.loss_fn)
+    if callable(by):
+        return by
     evaluator = _evaluator(problem, data, weight_of)
-    if settings.measure == "loss":
+    if by == "loss":
         base = evaluator.measure({}).loss
         return lambda name, *option: evaluator.measure({name: Option(*option)}).loss - base
-    if settings.measure in CRITERIA:
+    if by in CRITERIA:
         # Criteria are scaled by the error of the weight, and a repaired weight is far from the
         # float one for the sake of the output.
         if not callable(settings.weight_of):
             evaluator = _evaluator(problem, data, None)
-        return _criterion_error(problem, data, settings.measure, evaluator)
+        return _criterion_error(problem, data, by, evaluator)
     layers = {name: problem.layers[name] for name in problem.free}
     sensitivity = LogitSensitivity(
         problem.model, data.table, layers, images=TABLE_IMAGES, logits=data.loss_fn is None,
-        output=data.pick,
+        output=data.pick, loss=data.task_loss,
     )  # fmt: skip
     return lambda name, *option: sensitivity.error(
         name, *evaluator.replacement(name, Option(*option))

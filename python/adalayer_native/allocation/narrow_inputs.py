@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..capture import GraphModel
 from ..importance.batches import Batch
 from ..importance.outputs import Pick
+from ..importance.task_loss import TaskLoss
 from ..quantization import ActivationQuantizer, calibrate, prepare
 from ..quantization.graph import insert_behind, quantizers_of
 from .closed_form import MAX_BITS
@@ -42,6 +43,7 @@ class NarrowInputs:
         repair: images that the grids' ranges are chosen on, as loaders yield them.
         logits: as for ``LogitSensitivity``.
         output: which output counts.
+        loss: of the task, as for ``LogitSensitivity``.
     """
 
     def __init__(
@@ -52,9 +54,10 @@ class NarrowInputs:
         *,
         logits: bool = True,
         output: Pick = None,
+        loss: TaskLoss | None = None,
     ) -> None:
         self.problem, self.table, self.repair = problem, table, repair
-        self.logits, self.output = logits, output
+        self.logits, self.output, self.loss = logits, output, loss
         self._grids: dict[int, dict[str, ActivationQuantizer]] = {}
 
     def quantizer(self, site: str, bits: int) -> ActivationQuantizer:
@@ -128,6 +131,7 @@ class NarrowInputs:
                 {site: self.tap(site) for site in self._sites},
                 logits=self.logits,
                 output=self.output,
+                loss=self.loss,
             )
             with store:
                 for site, bits in missing:

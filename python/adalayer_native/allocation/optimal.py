@@ -191,6 +191,7 @@ def _rival_plan(selection: Selection, choice: Choice, measurement: Measurement) 
     scores = {name: {"E": predictor.error(name, option)} for name, option in choice.items()}
     plan = selection.problem.plan(choice, "optimal", {}, scores)
     plan.measured = measurement.as_dict()
+    _compare_with_even(plan, selection)
     plan.measured["predicted_loss"] = predictor.measure(choice).loss
     return plan
 
@@ -211,6 +212,7 @@ def plan_of(
     scores = {n: {"E": float(e)} for n, e in zip(problem.free, chosen, strict=True)}
     plan = problem.plan(selection.choice(columns), "optimal", {}, scores)
     plan.measured = {} if measurement is None else measurement.as_dict()
+    _compare_with_even(plan, selection)
     plan.measured["predicted_loss"] = selection.predicted(columns)
     for resource in selection.resources:
         if resource.name == LOSS:
@@ -225,6 +227,22 @@ def plan_of(
         for name, kernel in kernels(choice).items():
             plan[name].kernel = kernel
     return plan
+
+
+def _compare_with_even(plan: Plan, selection: Selection) -> None:
+    """Let a plan say what its layers would lose with its mean width: why some have more."""
+    layers = [plan[name] for name in selection.problem.free]
+    weights = sum(layer.params for layer in layers)
+    mean = sum(layer.params * (layer.bits or 0) for layer in layers) / weights
+    widths = {option.bits for option in selection.options if option.bits is not None}
+    even = min(sorted(widths), key=lambda bits: abs(bits - mean))
+    predictor = Predictor(selection)
+    assert plan.scores is not None
+    for layer in layers:
+        found = predictor.error(layer.name, Option(even))
+        if np.isfinite(found):
+            plan.scores[layer.name]["E_even"] = found
+    plan.measured["even_bits"] = float(even)
 
 
 def reachable(problem: Problem, budget: Budget, settings: Settings) -> None:

@@ -85,7 +85,7 @@ class RepairedCheck:
                     )
                     loss += value * batch.count
                     images_seen += batch.count
-                    hit, of = hits(output, reference, batch, data.pick)
+                    hit, of = hits(output, reference, batch, data.pick, data.loss_fn)
                     right, count = right + hit, count + of
             if count:
                 self.store[f"accuracy {name}"] = right / count

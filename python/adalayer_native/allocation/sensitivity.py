@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..capture import Inputs
+from ..detection import named
 from ..errors import CalibrationError
 from ..importance.analyze import eval_mode
 from ..importance.batches import Batch, one_sample
-from ..importance.outputs import Pick, Result, results_of
+from ..importance.outputs import Pick, Result, picked, results_of
+from ..importance.task_loss import TaskLoss
 from ..repair.columns import columns
 from ..rounding import conv_form
 
@@ -77,7 +79,8 @@ class LogitSensitivity:
 
     An output that is no logits counts with its squared error relative to the squared size of the
     float output over the batch, as in :func:`~adalayer_native.importance.outputs.distance`; it is
-    of second order already. Several outputs add up: each has random vectors of its own.
+    of second order already. Several outputs add up: each has random vectors of its own. A
+    :class:`~adalayer_native.importance.TaskLoss` brings ``B`` of its terms along.
 
     ``<J^T B v, dy>`` is linear in the weight error, too. Where a layer's weight is smaller than
     what goes through it, as in the first layers of a network for large images, its gradient by the
@@ -95,6 +98,7 @@ class LogitSensitivity:
         logits: false where the loss is not known: half the squared change of what would be logits
             is used.
         output: which output counts.
+        loss: the loss of the task, which has a second derivative of its own; in place of both.
 
     Raises:
         CalibrationError: no batches, or no outputs of floating point.
@@ -111,8 +115,9 @@ class LogitSensitivity:
         seed: int = 0,
         logits: bool = True,
         output: Pick = None,
+        loss: TaskLoss | None = None,
     ) -> None:
-        self.layers, self.pick = layers, output
+        self.layers, self.pick, self.logits, self.loss = layers, output, logits, loss
         self.images = self.directions = 0
         # Per layer, batch and call: the input, and the gradients of every direction.
         self._seen: dict[str, list[list[tuple[Tensor, list[Tensor]]]]] = {n: [] for n in layers}
@@ -131,11 +136,17 @@ class LogitSensitivity:
             part = batch.part(slice(0, min(room, fitting)))
             held += per_image * part.count
             with torch.no_grad(), eval_mode(model):
-                results = results_of(part.x(model), output, part.tokens)
-            scales = [_Form(result, logits).scale for result in results]
+                found = part.x(model)
+            scales: list[Any]
+            if loss is not None:
+                outputs = named(picked(found, output))
+                scales = [term.form(outputs).spread for term in loss.terms]
+            else:
+                results = results_of(found, output, part.tokens)
+                scales = [_Form(result, logits).scale for result in results]
             for start in range(0, part.count, AT_ONCE):
                 few = part.part(slice(start, start + AT_ONCE))
-                self._run(model, few, directions, generator, logits, scales)
+                self._run(model, few, directions, generator, scales)
             self.images += part.count
         if self.images == 0:
             raise CalibrationError("the calibration data hold no image to measure errors on")
@@ -177,8 +188,7 @@ class LogitSensitivity:
         batch: Batch,
         directions: int,
         generator: torch.Generator,
-        logits: bool,
-        scales: list[float],
+        scales: list[Any],
     ) -> None:
         calls: list[tuple[str, Tensor, Tensor]] = []
 
@@ -197,17 +207,15 @@ class LogitSensitivity:
         ]
         try:
             with torch.enable_grad(), eval_mode(model):
-                results = results_of(batch.x(model), self.pick, batch.tokens)
+                result = batch.x(model)
         finally:
             for handle in handles:
                 handle.remove()
         gradients: list[list[Tensor]] = [[] for _ in calls]
-        forms = [
-            _Form(result, logits, scale) for result, scale in zip(results, scales, strict=True)
-        ]
+        projected = self._projection(result, batch, scales, generator)
         for direction in range(directions):
             found = torch.autograd.grad(
-                torch.stack([form.projected(generator) for form in forms]).sum(),
+                projected(),
                 [probe for _, _, probe in calls],
                 retain_graph=direction + 1 < directions,
                 allow_unused=True,
@@ -226,6 +234,21 @@ class LogitSensitivity:
                 self._folded[name].append(
                     torch.stack([_by_weight(layer, x, kept) for x, kept in own]).sum(dim=0)
                 )
+
+    def _projection(
+        self, output: Any, batch: Batch, scales: list[Any], generator: torch.Generator
+    ) -> Callable[[], Tensor]:
+        """What gives a random combination of the outputs, another one in every call."""
+        if self.loss is None:
+            results = results_of(output, self.pick, batch.tokens)
+            found = [
+                _Form(result, self.logits, scale)
+                for result, scale in zip(results, scales, strict=True)
+            ]
+            return lambda: torch.stack([form.projected(generator) for form in found]).sum()
+        outputs = named(picked(output, self.pick))
+        forms = [t.form(outputs, s) for t, s in zip(self.loss.terms, scales, strict=True)]
+        return lambda: torch.stack([form.projected(outputs, generator) for form in forms]).sum()
 
     @torch.no_grad()
     def error(self, name: str, weight: Tensor, shift: Tensor | None = None) -> float:

@@ -8,7 +8,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..errors import PlanError
+from ..importance.outputs import LossFn
 from ..importance.registry import CRITERIA
+from ..importance.task_loss import TaskLoss
 from ..plan import PATTERNS
 from .budget import Budget
 from .closed_form import MAX_SPARSITY
@@ -78,8 +80,10 @@ class Settings:
             interpolated in the logarithm; ``None`` offers the measured ones alone.
         measure: what the error table holds. ``"logits"``: loss increase to second order
             (:class:`~adalayer_native.allocation.sensitivity.LogitSensitivity`); ``"loss"``: the
-            loss of the network with that layer alone compressed, several times slower. A name in
-            ``importance.CRITERIA``: that criterion, measured once per layer and scaled by the
+            loss of the network with that layer alone compressed, several times slower. Default:
+            the second with a ``loss_fn`` whose second derivative nobody knows, else the first. With
+            such a loss ``"logits"`` takes half the squared change of what would be logits. A name
+            in ``importance.CRITERIA``: that criterion, measured once per layer and scaled by the
             weight error (:meth:`~adalayer_native.importance.Criterion.error`). Or a function
             ``(layer, bits, sparsity) -> float``, which gets the pattern as a fourth argument
             wherever it is another than ``"unstructured"``.
@@ -121,7 +125,7 @@ class Settings:
     patterns: Sequence[str] | None = None
     input_widths: Sequence[int] | None = None
     step: float | None = 0.05
-    measure: str | LayerError = "logits"
+    measure: str | LayerError | None = None
     weight_of: str | WeightOf = "repaired"
     repair: str = ""
     interactions: bool = True
@@ -134,6 +138,12 @@ class Settings:
     threads: int | None = None
     latency_table: str | os.PathLike[str] | None = None
     directory: str | os.PathLike[str] | None = None
+
+    def measure_for(self, loss_fn: LossFn | None) -> str | LayerError:
+        """What the error table holds of a loss."""
+        if self.measure is not None:
+            return self.measure
+        return "logits" if loss_fn is None or isinstance(loss_fn, TaskLoss) else "loss"
 
     def check(self) -> None:
         """Raise :class:`~adalayer_native.errors.PlanError` where a value is out of range."""

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from adalayer_native import _C, cuda, ops
 from adalayer_native._files import replacing
+from adalayer_native.detection import Detection, named
 from adalayer_native.engine.call import Call
 from adalayer_native.engine.coverage import Coverage, Row
 from adalayer_native.engine.parts import CudaPart, NativePart, type_name, whole_numbers
@@ -70,6 +71,8 @@ class Engine:
         preprocessing: what to do with an image before the first layer, as the writer of the file
             gave it, else None.
         class_names: names of the classes, else None.
+        detection: which outputs of a detector are boxes and scores
+            (:class:`adalayer_native.detection.Detection`), else None.
         device: where its inputs and results are.
         sizes: free sizes of its inputs by name, :class:`~.sizes.Size` each; empty where it was
             compiled for one size.
@@ -86,6 +89,7 @@ class Engine:
         call: Call | None = None,
         preprocessing: Any = None,
         class_names: list[str] | None = None,
+        detection: Detection | None = None,
         least_batch: int = 1,
     ) -> None:
         """leaves: per leaf of ``out_spec`` (a ``TreeSpec``) its tensor's number as Leaf, or a
@@ -111,6 +115,7 @@ class Engine:
         self._call = Call.flat(self.inputs) if call is None else call
         self.preprocessing = preprocessing
         self.class_names = class_names
+        self.detection = detection
         # The converted model, as long as somebody holds it; see compile().
         self._source: weakref.ref[torch.nn.Module] | None = None
         self._single: NativePart | None = None
@@ -276,6 +281,7 @@ class Engine:
             call=self._call,
             preprocessing=self.preprocessing,
             class_names=self.class_names,
+            detection=self.detection,
             least_batch=self.least_batch,
         )
 
@@ -444,6 +450,7 @@ class Engine:
             call=self._call,
             preprocessing=self.preprocessing,
             class_names=self.class_names,
+            detection=self.detection,
             least_batch=self.least_batch,
         )
 
@@ -642,17 +649,21 @@ class Engine:
         *,
         preprocessing: Mapping[str, Any] | None = None,
         class_names: Sequence[str] | None = None,
+        detection: Mapping[str, Any] | Detection | None = None,
     ) -> int:
         """Write a ``.ada`` file, which :func:`adalayer_native.load` and the C API read.
 
         Args:
             preprocessing: what the images need, JSON data; default: what the engine was loaded
                 with. class_names: one name per class.
+            detection: of a detector which outputs are boxes and scores, with the fields that
+                :mod:`adalayer_native.detection` lists.
 
         Returns:
             Bytes of the file.
 
         Raises:
+            FileFormatError: ``detection`` makes no sense, or the model has no such outputs.
             UnsupportedModelError: some nodes run in torch; names them.
             OSError: the file cannot be written; nothing is left behind.
         """
@@ -706,6 +717,15 @@ class Engine:
             metadata["preprocessing"] = shown
         if names is not None:
             metadata["classes"] = names
+        found = self.detection
+        if detection is not None:
+            given = detection.as_dict() if isinstance(detection, Detection) else detection
+            found = Detection.from_dict(given)
+            zeros = [np.zeros((self.least_batch, *port.shape), np.float32) for port in self.inputs]
+            result = named(self.run_flat(zeros))
+            found.check({name: value.shape[1:] for name, value in result.items()})
+        if found is not None:
+            metadata["detection"] = found.as_dict()
         for key, value in metadata.items():
             program.set_metadata(key, json.dumps(value))
         with replacing(path) as temporary:

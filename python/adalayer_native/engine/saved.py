@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from adalayer_native import _C
+from adalayer_native.detection import Detection
 from adalayer_native.engine.call import Call
 from adalayer_native.engine.parts import WEIGHTS, NativePart
 from adalayer_native.engine.results import ID_TYPES, INTEGERS, Leaf, Output, Port, nest
@@ -82,6 +83,7 @@ def load(
 _KEYS = (
     *("adalayer.inputs", "adalayer.order", "adalayer.outputs", "adalayer.leaves"),
     *("adalayer.structure", "adalayer.call", "adalayer.least_batch", "preprocessing", "classes"),
+    "detection",
 )
 
 
@@ -182,5 +184,6 @@ def _rebuilt(
         call=call,
         preprocessing=metadata.get("preprocessing"),
         class_names=None if names is None else [str(name) for name in names],
+        detection=Detection.from_dict(metadata["detection"]) if "detection" in metadata else None,
         least_batch=2 if int(metadata.get("adalayer.least_batch", 1)) > 1 else 1,
     )

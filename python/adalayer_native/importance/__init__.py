@@ -22,5 +22,15 @@ from . import (  # noqa: F401  (they register themselves)
 from .analyze import analyze
 from .registry import CRITERIA, Criterion, criterion
 from .scores import LayerScore, LayerScores
+from .task_loss import TaskLoss, Term
 
-__all__ = ["CRITERIA", "Criterion", "LayerScore", "LayerScores", "analyze", "criterion"]
+__all__ = [
+    "CRITERIA",
+    "Criterion",
+    "LayerScore",
+    "LayerScores",
+    "TaskLoss",
+    "Term",
+    "analyze",
+    "criterion",
+]

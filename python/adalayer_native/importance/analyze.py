@@ -22,7 +22,7 @@ from ..plan import layer_kind, supported_layers
 from ..rounding import conv_form, layer_form, quantize_weight
 from .batches import Batch, captured_on, iterate, model_digest, one_sample
 from .flops import count_flops
-from .outputs import LossFn, Pick, loss_of, metric_name
+from .outputs import LossFn, Pick, loss_key, loss_of, metric_name
 from .registry import Criterion, Probe, criterion_of
 from .scale_out import Scorers
 from .scores import LayerScore, LayerScores
@@ -108,7 +108,11 @@ def analyze(
     scorers = None
     if workers is not None or address is not None:
         scorers = Scorers(model, loss_fn, measure, workers, address)
-    memory = _Cache(cache, model, f"{probe_bits} {_loss_name(loss_fn)} {output!r}")
+    memory = _Cache(
+        cache,
+        model,
+        f"{probe_bits} {'default' if loss_fn is None else loss_key(loss_fn)} {output!r}",
+    )
     sums = {each.name: dict.fromkeys(layers, 0.0) for each in chosen}
     first: dict[str, dict[str, float]] = {}
     loss_sum, samples, metric = 0.0, 0, ""
@@ -340,12 +344,6 @@ def _total(loader: Iterable[Any], limit: int | None) -> int | None:
     except TypeError:
         return limit
     return count if limit is None else min(count, limit)
-
-
-def _loss_name(loss_fn: LossFn | None) -> str:
-    if loss_fn is None:
-        return "default"
-    return f"{getattr(loss_fn, '__module__', '')}.{getattr(loss_fn, '__qualname__', loss_fn)}"
 
 
 def _measured(entry: dict[str, Any]) -> dict[str, Any]:

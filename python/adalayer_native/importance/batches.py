@@ -7,13 +7,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .._fingerprint import memory_of
 from ..capture import GraphModel, Inputs
 from ..capture.loading import captured_on, checked_batches
-from .outputs import LossFn, kl_divergence, loss_of, metric_name
+from .outputs import LossFn, Pick, kl_divergence, loss_of, metric_name, warn_of_guess
 
 __all__ = [
     "Batch",
@@ -25,6 +26,7 @@ __all__ = [
     "metric_name",
     "model_digest",
     "one_sample",
+    "warn_of_first_guess",
 ]
 
 
@@ -105,6 +107,14 @@ def one_sample(model: nn.Module, x: Inputs) -> Inputs:
     if isinstance(model, GraphModel) and not model.signature.single:
         return x[:2]
     return x[:1]
+
+
+def warn_of_first_guess(model: nn.Module, calibration: Iterable[Any], output: Pick) -> None:
+    """Warn where nothing says what the maps are that a model returns for the first batch."""
+    for batch in iterate(calibration, model, 1):
+        few = batch.part(slice(0, 2))
+        with torch.no_grad():
+            warn_of_guess(few.x(model), output, batch.tokens, few.target)
 
 
 def iterate(loader: Iterable[Any], model: nn.Module, limit: int | None = None) -> Iterator[Batch]:

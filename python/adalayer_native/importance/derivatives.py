@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import CalibrationError
 from .batches import Batch
-from .outputs import cross_entropy, logits_of, picked
+from .outputs import cross_entropy, logits_of, picked, target_for
 from .registry import Probe
 
 __all__ = ["differentiable", "loss_with_gradient", "squared_change"]
@@ -43,7 +43,7 @@ def loss_with_gradient(probe: Probe, batch: Batch, criterion: str) -> Tensor:
     """
     output, target = batch.x(probe.model), batch.target
     if probe.loss_fn is not None:
-        output = picked(output, probe.pick)
+        output, target = picked(output, probe.pick), target_for(probe.loss_fn, target)
         if target is None:
             target = pytree.tree_map(
                 lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, output

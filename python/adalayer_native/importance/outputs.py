@@ -21,6 +21,9 @@ squared size of the float model's output. Several outputs add up.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
+import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any
@@ -42,11 +45,14 @@ __all__ = [
     "has_logits",
     "kl_divergence",
     "logits_of",
+    "loss_key",
     "loss_of",
     "metric_name",
     "picked",
     "results_of",
     "squared_error",
+    "target_for",
+    "warn_of_guess",
 ]
 
 LossFn = Callable[[Any, Any], Tensor]
@@ -298,12 +304,70 @@ def loss_of(
     there is one output of logits, else the :func:`distance` from the float model's outputs.
     """
     if loss_fn is not None:
+        target = target_for(loss_fn, target)
         wanted = picked(float_output, pick) if target is None else target
         value = loss_fn(picked(output, pick), wanted)
         return float(value.mean() if isinstance(value, Tensor) else value)
     if isinstance(target, Tensor) and has_logits(output, pick, tokens, target):
         return float(cross_entropy(logits_of(output, pick, tokens, target).float(), target))
     return float(distance(float_output, output, pick, tokens))
+
+
+def target_for(loss_fn: LossFn, target: Any) -> Any:
+    """Labels, or ``None`` where a loss compares with the float model's outputs in any case."""
+    return None if getattr(loss_fn, "distills", False) else target
+
+
+def loss_key(loss_fn: LossFn | None) -> str:
+    """What a loss computes, for files that keep what was measured with it.
+
+    Of a function that is its code, its defaults and what it closes over; globals that it reads are
+    not known. Other objects are what they print as.
+    """
+    if loss_fn is None:
+        return "None"
+    if isinstance(loss_fn, functools.partial):
+        rest = loss_fn.args, sorted(loss_fn.keywords.items())
+        return f"partial {loss_key(loss_fn.func)} {rest!r}"
+    code = getattr(loss_fn, "__code__", None)
+    name = f"{getattr(loss_fn, '__module__', '')}.{getattr(loss_fn, '__qualname__', loss_fn)}"
+    if code is None:
+        return name
+    cells = [cell.cell_contents for cell in getattr(loss_fn, "__closure__", None) or ()]
+    own = getattr(loss_fn, "__defaults__", None), getattr(loss_fn, "__kwdefaults__", None), cells
+    return f"{name} {hashlib.sha256(f'{_steps(code)} {own!r}'.encode()).hexdigest()[:16]}"
+
+
+def _steps(code: types.CodeType) -> str:
+    consts = [_steps(c) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts]
+    return f"{code.co_code.hex()} {code.co_names} {consts}"
+
+
+def warn_of_guess(
+    output: Any, pick: Pick = None, tokens: Set[int] = frozenset(), target: Any = None
+) -> None:
+    """Warn where a map is taken for logits because nothing says what it is.
+
+    A detector's head has the shape of a segmenter's, and the KL divergence of a softmax over boxes
+    means nothing.
+    """
+    if not has_distance(output, pick):
+        return
+    for result in results_of(output, pick, tokens):
+        if result.classes != 1 or result.value.dim() < 3 or _is_named(result.path):
+            continue
+        positions = (result.value.shape[0], *result.value.shape[2:])
+        if isinstance(target, Tensor) and tuple(target.shape) == positions:
+            continue
+        if isinstance(target, Tensor) and target.dim() == 1 and result.value.dim() > 3:
+            continue  # that such labels do not belong to it was said
+        warnings.warn(
+            f"output {result.path or 'of the model'} {_shape(result.value)} is taken for logits of "
+            f"{result.value.shape[1]} classes at every position. If it is something else, such as "
+            "boxes, say so: loss_fn=TaskLoss.of({...}); if it is, call it 'logits', give labels, "
+            "or loss_fn=TaskLoss.of({'output': 'classes'})",
+            stacklevel=4,
+        )
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

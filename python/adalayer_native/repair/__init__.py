@@ -2,10 +2,12 @@
 
 from adalayer_native.repair.collect import layer_hessians
 from adalayer_native.repair.hessian import LayerHessian, LayerSolution
+from adalayer_native.repair.learning import Distance
 from adalayer_native.repair.model import HELD_BACK, LayerReport, Repair, repair
 
 __all__ = [
     "HELD_BACK",
+    "Distance",
     "LayerHessian",
     "LayerReport",
     "LayerSolution",

@@ -9,7 +9,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from ..plan import float_text
+from ..plan import float_text, protected_text
 from .run import Layer, Run
 
 __all__ = ["COLUMNS", "Column", "notes", "run_table", "summary", "total_of"]
@@ -144,6 +144,9 @@ def run_table(run: Run) -> Table:
     if rest:
         parts = {part["name"]: part for part in rest}
         lines.append(f"stays in float: {float_text(parts)}")
+    protected = protected_text(run.plan)
+    if protected:
+        lines.append(f"protected: {protected}")
     table.caption = escape("\n".join(lines))
     return table
 

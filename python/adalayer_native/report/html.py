@@ -11,6 +11,7 @@ from matplotlib.colors import to_hex
 
 from .. import plot
 from .._files import write_text_atomic
+from ..plan import protected_text
 from ..plot import style
 from .columns import COLUMNS, notes, summary, total_of
 from .microscope import panel
@@ -213,6 +214,7 @@ def _facts(run: Run) -> str:
         ("threads", data["threads"]),
         ("no engine", data.get("engine", {}).get("why")),
         *_float_rest(data),
+        ("protected", protected_text(run.plan)),
     ]
     for key, words in (("compression", "energy of the compression"), ("float", "energy, float"),
                        ("native", "energy, native")):  # fmt: skip

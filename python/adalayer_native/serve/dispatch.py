@@ -7,7 +7,7 @@ import hmac
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import orjson
@@ -40,6 +40,7 @@ class Job:
         count: samples.
         images: whether ``inputs`` is an encoded image.
         shapes: per input its sizes without the batch; None where they are the model's own.
+        placing: of a detector's image, where it lies in what the network read.
         outputs: of the answer, where those are not the model's own.
         future: gets the bytes of every output.
         attempts: replicas that it was sent to.
@@ -55,6 +56,7 @@ class Job:
         "images",
         "inputs",
         "outputs",
+        "placing",
         "queued",
         "sent",
         "shapes",
@@ -73,6 +75,7 @@ class Job:
         self.inputs = inputs
         self.shapes = shapes
         self.outputs: tuple[TensorInfo, ...] | None = None
+        self.placing: Any = None
         self.count = count
         self.images = images
         self.future: asyncio.Future[list[memoryview]] = loop.create_future()
@@ -253,19 +256,17 @@ class Dispatcher:
             for job in batch:
                 job.fail(ServeError(status, str(meta.get("message"))))
         else:
-            self._distribute(
-                batch, meta.get("errors", {}), meta.get("shapes", ()), memoryview(data)
-            )
+            self._distribute(batch, meta, memoryview(data))
         self._pump()
 
     def _distribute(
         self,
         batch: list[Job],
-        errors: dict[str, str],
-        shapes: Sequence[Sequence[int]],
+        meta: Mapping[str, Any],
         data: memoryview,
     ) -> None:
         assert self.description is not None
+        errors, shapes = meta.get("errors", {}), meta.get("shapes", ())
         good = []
         for number, job in enumerate(batch):
             message = errors.get(str(number)) if batch[0].images else None
@@ -273,6 +274,8 @@ class Dispatcher:
                 good.append(job)
             else:
                 job.fail(ServeError(400, message))
+        for job, placing in zip(good, meta.get("placings", ()), strict=False):
+            job.placing = placing
         outputs = self.description.outputs
         if batch[0].shapes is not None:
             outputs = tuple(

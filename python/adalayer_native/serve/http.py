@@ -15,11 +15,13 @@ from urllib.parse import parse_qs
 import numpy as np
 import orjson
 
+from ..detection import setting
+from ..errors import InputError
 from .bodies import Receive, read_body
 from .connection import BROKEN
 from .dispatch import Dispatcher, Job
 from .errors import ServeError
-from .images import probabilities
+from .images import Placing, probabilities
 from .log import StrangersLog
 from .metrics import Metrics
 from .models import Entry, ModelTable
@@ -32,6 +34,7 @@ from .protocol import (
     parse_object,
     parse_request,
 )
+from .runner import Description
 from .settings import Settings
 
 __all__ = ["Application"]
@@ -137,6 +140,9 @@ class Application:
             if rest == ["classify"]:
                 _expect(method, "POST")
                 return await self._classify(name, version, scope, receive)
+            if rest == ["detect"]:
+                _expect(method, "POST")
+                return await self._detect(name, version, scope, receive)
             _expect(method, "GET", "HEAD")
             if rest == ["ready"]:
                 return self._model_ready(name, version)
@@ -261,27 +267,11 @@ class Application:
     async def _classify(
         self, name: str, version: str | None, scope: Mapping[str, Any], receive: Receive
     ) -> Answer:
-        settings = self._settings
         query = parse_qs(scope["query_string"].decode("latin-1"))
         top = query.get("top", ["5"])[-1]
         if not (top.isascii() and top.isdigit() and len(top) < 7 and int(top) > 0):
             raise ServeError(400, f"top: expected a number of classes, got {top[:20]!r}")
-        self._table.find(name, version)
-        body = await read_body(
-            dict(scope["headers"]), receive, settings.max_body, settings.body_timeout
-        )
-        entry = self._table.find(name, version)
-        dispatcher = _dispatcher(entry)
-        try:
-            if body.size == 0:
-                raise ServeError(400, "expected a JPEG or PNG as the body, got nothing")
-            job = Job([body.take(0, body.size)], 1, dispatcher.loop, images=True)
-            results = await self._run(dispatcher, job)
-        except ServeError as error:
-            dispatcher.metrics.error(error.status)
-            raise
-        model = dispatcher.description
-        assert model is not None
+        entry, model, _, results = await self._image(name, version, scope, receive, _classifies)
         scores = np.frombuffer(results[0], np.float32)
         found = scores.astype(np.float64) if model.softmax else probabilities(scores)
         names = model.class_names
@@ -292,6 +282,77 @@ class Application:
                 row["name"] = names[index]
             classes.append(row)
         return Answer.json({"model_name": name, "model_version": entry.version, "classes": classes})
+
+    async def _detect(
+        self, name: str, version: str | None, scope: Mapping[str, Any], receive: Receive
+    ) -> Answer:
+        asked = _detect_settings(scope["query_string"].decode("latin-1"))
+        entry, model, job, results = await self._image(name, version, scope, receive, _detects)
+        assert model.detection is not None
+        detection = model.detection.changed(**asked)
+        outputs = {
+            info.name: np.frombuffer(data, np.float32).reshape(1, *info.shape)
+            for info, data in zip(job.outputs or model.outputs, results, strict=True)
+        }
+        (found,) = await asyncio.to_thread(detection, outputs)  # milliseconds, if there are many
+        placing = Placing(*job.placing)
+        names = model.class_names
+        rows = []
+        for box, score, index in zip(
+            placing.located(found.boxes).tolist(),
+            found.scores.tolist(),
+            found.classes.tolist(),
+            strict=True,
+        ):
+            row: dict[str, Any] = {"box": box, "score": score, "index": index}
+            if names is not None and index < len(names):
+                row["name"] = names[index]
+            rows.append(row)
+        width, height = placing.image
+        return Answer.json(
+            {
+                "model_name": name,
+                "model_version": entry.version,
+                "image": {"width": width, "height": height},
+                "detections": rows,
+            }
+        )
+
+    async def _image(
+        self,
+        name: str,
+        version: str | None,
+        scope: Mapping[str, Any],
+        receive: Receive,
+        check: Callable[[str, Description], None],
+    ) -> tuple[Entry, Description, Job, list[memoryview]]:
+        """An image through a model, with what is known of both.
+
+        ``check`` raises where the model does not do what is asked.
+        """
+        settings = self._settings
+        entry = self._table.find(name, version)
+        model = _dispatcher(entry).description
+        assert model is not None
+        check(name, model)
+        body = await read_body(
+            dict(scope["headers"]), receive, settings.max_body, settings.body_timeout
+        )
+        # Looked up again: while the body came, the version may have been replaced.
+        entry = self._table.find(name, version)
+        dispatcher = _dispatcher(entry)
+        model = dispatcher.description
+        assert model is not None
+        try:
+            check(name, model)
+            if body.size == 0:
+                raise ServeError(400, "expected a JPEG or PNG as the body, got nothing")
+            job = Job([body.take(0, body.size)], 1, dispatcher.loop, images=True)
+            results = await self._run(dispatcher, job)
+        except ServeError as error:
+            dispatcher.metrics.error(error.status)
+            raise
+        return entry, model, job, results
 
     async def _run(self, dispatcher: Dispatcher, job: Job) -> list[memoryview]:
         begin = time.perf_counter_ns()
@@ -366,6 +427,48 @@ class Application:
 def _dispatcher(entry: Entry) -> Dispatcher:
     assert entry.dispatcher is not None
     return entry.dispatcher
+
+
+def _classifies(name: str, model: Description) -> None:
+    """Raise unless a model's first output may be scores of classes."""
+    if model.detection is not None:
+        raise ServeError(400, f"model {name!r} is a detector: ask …/detect for its boxes")
+
+
+def _detects(name: str, model: Description) -> None:
+    """Raise unless a model is a detector."""
+    if model.detection is None:
+        raise ServeError(
+            400,
+            f"model {name!r} is no detector: its file says nothing of boxes "
+            "(engine.save(…, detection={…})); …/classify and …/infer are there",
+        )
+
+
+_SETTINGS = {"score": "score_threshold", "iou": "iou_threshold", "max": "max_boxes"}
+
+
+def _detect_settings(query: str) -> dict[str, float | int]:
+    """The settings that a client asks for."""
+    found: dict[str, float | int] = {}
+    for key, values in parse_qs(query, keep_blank_values=True).items():
+        if key not in _SETTINGS:
+            raise ServeError(
+                400, f"unknown setting {key[:40]!r}, expected some of {sorted(_SETTINGS)}"
+            )
+        try:
+            found[_SETTINGS[key]] = setting(_SETTINGS[key], _number(values[-1]))
+        except InputError as error:
+            raise ServeError(400, f"{key}: {str(error).partition(': ')[2]}") from error
+    return found
+
+
+def _number(text: str) -> float | str:
+    """The number that a short text is, else the text."""
+    try:
+        return float(text) if len(text) < 20 and text.isascii() else text[:20]
+    except ValueError:
+        return text[:20]
 
 
 def _expect(method: str, *allowed: str) -> None:

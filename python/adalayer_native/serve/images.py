@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,7 @@ from PIL import Image
 from ..data.pictures import decode, scaled_part
 from ..errors import DataError, FileFormatError, InputError
 
-__all__ = ["Preprocessing", "probabilities"]
+__all__ = ["Placing", "Preprocessing", "probabilities"]
 
 _FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -32,6 +32,27 @@ _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
 }
 _KNOWN = {"size", "resize", "interpolation", "mean", "std", "channels"}
+
+
+class Placing(NamedTuple):
+    """Where in an image what the network reads lies; all are (width, height) or (left, top).
+
+    Attributes:
+        image: its size, upright.
+        scaled: the size that it was scaled to.
+        corner: of the part of that which is shown.
+    """
+
+    image: tuple[int, int]
+    scaled: tuple[int, int]
+    corner: tuple[int, int]
+
+    def located(self, boxes: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+        """Boxes ``[K, 4]`` (``x1 y1 x2 y2``) in the image's own pixels, cut off at its edges."""
+        found = (boxes.astype(np.float64) + np.tile(self.corner, 2)) * np.tile(
+            np.divide(self.image, self.scaled), 2
+        )
+        return np.clip(found, 0, np.tile(self.image, 2))
 
 
 class Preprocessing:
@@ -101,7 +122,13 @@ class Preprocessing:
         return np.array(values, dtype=np.float32).reshape(planes, 1, 1)
 
     def __call__(self, data: bytes | memoryview, max_pixels: int) -> npt.NDArray[np.float32]:
-        """One image as float32 ``[channels, height, width]``.
+        """One image as float32 ``[channels, height, width]``; errors as of :meth:`placed`."""
+        return self.placed(data, max_pixels)[0]
+
+    def placed(
+        self, data: bytes | memoryview, max_pixels: int
+    ) -> tuple[npt.NDArray[np.float32], Placing]:
+        """One image as float32 ``[channels, height, width]``, and where in it that is.
 
         Raises:
             InputError: not a JPEG or PNG, damaged, or more than ``max_pixels``, also when its
@@ -114,19 +141,21 @@ class Preprocessing:
             )
         except DataError as error:
             raise InputError(str(error)) from error
-        array = np.asarray(self._fitted(pixels, max_pixels), dtype=np.float32) / np.float32(255)
+        fitted, placing = self._fitted(pixels, max_pixels)
+        array = np.asarray(fitted, dtype=np.float32) / np.float32(255)
         if self.channels == "L":
             array = array[None]
         else:
             array = array.transpose(2, 0, 1)
             if self.channels == "BGR":
                 array = array[::-1]
-        return np.ascontiguousarray((array - self._mean) / self._std)
+        return np.ascontiguousarray((array - self._mean) / self._std), placing
 
-    def _fitted(self, image: Image.Image, max_pixels: int) -> Image.Image:
+    def _fitted(self, image: Image.Image, max_pixels: int) -> tuple[Image.Image, Placing]:
         size = self.width, self.height
         if self.resize is None:
-            return scaled_part(image, size, (0, 0), size, self.filter)
+            placing = Placing(image.size, size, (0, 0))
+            return scaled_part(image, size, (0, 0), size, self.filter), placing
         scale = self.resize / min(image.size)
         wide = max(self.width, int(image.width * scale))
         high = max(self.height, int(image.height * scale))
@@ -136,7 +165,8 @@ class Preprocessing:
                 f"{wide}x{high}; at most {max_pixels:,} pixels are accepted"
             )
         corner = round((wide - self.width) / 2), round((high - self.height) / 2)
-        return scaled_part(image, (wide, high), corner, size, self.filter)
+        placing = Placing(image.size, (wide, high), corner)
+        return scaled_part(image, (wide, high), corner, size, self.filter), placing
 
 
 def probabilities(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:

@@ -457,6 +457,8 @@ def metadata(name: str, versions: Sequence[str], model: Description) -> dict[str
         extra["preprocessing"] = model.preprocessing
     if model.class_names is not None:
         extra["classes"] = list(model.class_names)
+    if model.detection is not None:
+        extra["detection"] = model.detection.as_dict()
     sizes = {axis[0]: axis[1:] for info in model.inputs for axis in info.free if axis is not None}
     if sizes:
         keys = ("min", "max", "multiple_of")

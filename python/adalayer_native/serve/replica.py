@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from ..errors import AdaError, InputError
 from . import wire
-from .images import Preprocessing
+from .images import Placing, Preprocessing
 from .runner import Input, Runner, open_runner
 from .wire import Header, Kind
 
@@ -236,11 +236,12 @@ class Worker:
         if not 0 < header.count <= self._spec.max_samples:
             raise wire.FrameError(f"a batch of {header.count} samples")
         errors: dict[str, str] = {}
+        placings: list[Placing] = []
         try:
             if header.kind == Kind.TENSORS:
                 inputs = self._tensors(connection, header, meta, buffer)
             elif header.kind == Kind.IMAGES:
-                inputs, errors = self._images(connection, header, meta, buffer)
+                inputs, errors, placings = self._images(connection, header, meta, buffer)
             else:
                 raise wire.FrameError(f"expected a batch, got {header.kind.name}")
             outputs: list[npt.NDArray[np.float32]] = []
@@ -263,6 +264,8 @@ class Worker:
             return
         parts = [output.reshape(-1).view(np.uint8).data for output in outputs]
         found: dict[str, Any] = {"errors": errors} if errors else {}
+        if placings and self._runner.description.detection is not None:
+            found["placings"] = placings
         if "shapes" in meta:
             found["shapes"] = [output.shape[1:] for output in outputs]
         wire.send_frame(connection, Kind.RESULT, parts, count=header.count, meta=found or None)
@@ -295,7 +298,7 @@ class Worker:
         header: Header,
         meta: Mapping[str, Any],
         buffer: _Buffer,
-    ) -> tuple[list[npt.NDArray[np.float32]], dict[str, str]]:
+    ) -> tuple[list[npt.NDArray[np.float32]], dict[str, str], list[Placing]]:
         sizes: Sequence[int] = meta.get("sizes", [])
         if len(sizes) != header.count or sum(sizes) != header.payload or min(sizes) < 0:
             raise wire.FrameError("sizes of images that do not add up")
@@ -303,17 +306,20 @@ class Worker:
         wire.receive_into(connection, memory)
         if self._preprocessing is None:
             raise InputError(self._no_images)
-        arrays, errors, start = [], {}, 0
+        arrays, placings, errors, start = [], [], {}, 0
         for number, size in enumerate(sizes):
             try:
-                arrays.append(
-                    self._preprocessing(memory[start : start + size], self._spec.max_pixels)
+                array, placing = self._preprocessing.placed(
+                    memory[start : start + size], self._spec.max_pixels
                 )
+                arrays.append(array)
+                placings.append(placing)
             except InputError as error:
                 errors[str(number)] = str(error)
             start += size
         shape = self._runner.description.inputs[0].shape
-        return [np.stack(arrays) if arrays else np.empty((0, *shape), np.float32)], errors
+        batch = np.stack(arrays) if arrays else np.empty((0, *shape), np.float32)
+        return [batch], errors, placings
 
 
 class _Buffer:

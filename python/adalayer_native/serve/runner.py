@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ..detection import Detection, named
 from ..errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ class Description:
         inputs, outputs: in the order of :meth:`Runner.run`.
         preprocessing: what images need, or None.
         class_names: or None.
+        detection: of a detector which outputs are boxes and scores, or None.
         softmax: whether the first output is probabilities already.
         platform: name for the metadata.
         most_output: bytes of one sample's outputs at the largest sizes.
@@ -119,13 +121,17 @@ class Description:
     outputs: tuple[TensorInfo, ...]
     preprocessing: Mapping[str, Any] | None = None
     class_names: tuple[str, ...] | None = None
+    detection: Detection | None = None
     softmax: bool = False
     platform: str = "adalayer_ada"
     most_output: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return asdict(self)
+        found = asdict(self)
+        if self.detection is not None:
+            found["detection"] = self.detection.as_dict()
+        return found
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Description:
@@ -152,6 +158,7 @@ class Description:
             infos(data["outputs"]),
             data["preprocessing"],
             None if names is None else tuple(map(str, names)),
+            None if data["detection"] is None else Detection.from_dict(data["detection"]),
             bool(data["softmax"]),
             str(data["platform"]),
             int(data["most_output"]),
@@ -195,10 +202,11 @@ class EngineRunner:
             for port in engine.inputs
         )
         zeros = [np.zeros((1, *info.shape), info.dtype) for info in inputs]
-        leaves = _leaves(engine.run_flat(zeros), "")  # also warms up
+        result = engine.run_flat(zeros)  # also warms up
+        leaves = list(named(result).items())
         outputs = tuple(
             TensorInfo(
-                name.lstrip(".") or "output",
+                name,
                 tuple(value.shape[1:]),
                 free=tuple(("", 1, _ANY, 1) if follows else None for follows in free),
             )
@@ -206,13 +214,16 @@ class EngineRunner:
                 leaves, engine.following_outputs() or [()] * len(leaves), strict=True
             )
         )
-        self._single = len(leaves) == 1 and leaves[0][0] == ""
+        self._single = isinstance(result, np.ndarray)
         names = engine.class_names
+        if engine.detection is not None:
+            engine.detection.check({info.name: info.shape for info in outputs})
         self.description = Description(
             inputs,
             outputs,
             engine.preprocessing,
             None if names is None else tuple(names),
+            engine.detection,
             self._single and engine.coverage(rounds=0).rows[-1].op == "softmax",
             most_output=engine.most_output_bytes(),
         )
@@ -222,7 +233,7 @@ class EngineRunner:
         result = self._engine.run_flat(inputs)
         if self._single:
             return [np.ascontiguousarray(result)]
-        return [np.ascontiguousarray(value) for _, value in _leaves(result, "")]
+        return [np.ascontiguousarray(value) for value in named(result).values()]
 
 
 def _free(port: Any) -> tuple[tuple[str, int, int, int] | None, ...]:
@@ -246,19 +257,6 @@ def check_inputs(engine: Engine) -> None:
                 f"input {port.name!r}: the server takes batches of floats and of token ids (int64 "
                 f"or int32), the model {port.dtype} {port}"
             )
-
-
-def _leaves(nested: Any, prefix: str) -> list[tuple[str, Array]]:
-    """Arrays of a nested result with dotted names; constants in between are left out."""
-    if isinstance(nested, np.ndarray):
-        return [(prefix, nested)]
-    items: Sequence[tuple[str, Any]] = ()
-    if isinstance(nested, dict):
-        items = [(f"{prefix}.{key}", value) for key, value in nested.items()]
-    elif isinstance(nested, (list, tuple)):
-        start = prefix or ".output"
-        items = [(f"{start}_{k}", value) for k, value in enumerate(nested)]
-    return [leaf for name, value in items for leaf in _leaves(value, name)]
 
 
 def open_runner(name: str) -> Callable[[str, int], Runner]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from adalayer_native.capture import Inputs
 from adalayer_native.errors import CalibrationError, PlanError
 from adalayer_native.importance.batches import tokens_of
-from adalayer_native.importance.outputs import LossFn, Pick, has_logits, logits_of
+from adalayer_native.importance.outputs import LossFn, Pick, has_logits, logits_of, loss_key
 from adalayer_native.quantization.calibrate import batch_norms, reestimate_batch_norms
 from adalayer_native.quantization.exact import check_calibrated
 from adalayer_native.quantization.graph import layers_of, metadata
@@ -253,7 +253,7 @@ class _Finetuning(Loop):
             identity["widths"] = widths.widths
         self.loss_fn, self.pick = aim
         if self.loss_fn is not None:
-            identity["loss"] = getattr(self.loss_fn, "__qualname__", str(self.loss_fn))
+            identity["loss"] = loss_key(self.loss_fn)
         if self.pick is not None:
             identity["output"] = self.pick
         self.tokens: frozenset[int] = frozenset()

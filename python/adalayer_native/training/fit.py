@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adalayer_native.capture import Inputs
-from adalayer_native.errors import CalibrationError
-from adalayer_native.importance.outputs import has_logits, logits_of
+from adalayer_native.errors import CalibrationError, PlanError
+from adalayer_native.importance.outputs import LossFn, has_logits, logits_of, loss_key
 from adalayer_native.quantization.calibrate import batch_norms, reestimate_batch_norms
 from adalayer_native.training.batches import NORM_BATCHES, split_batch
 from adalayer_native.training.loop import History, Loop, LoopOptions, bf16_helps, check_range
@@ -36,6 +36,7 @@ def fit(
     train_loader: Iterable[Any],
     epochs: int,
     *,
+    loss_fn: LossFn | None = None,
     lr: float = 0.1,
     optimizer: str = "sgd",
     momentum: float = 0.9,
@@ -50,7 +51,7 @@ def fit(
     watch: Watch | None = None,
     progress: bool = True,
 ) -> History:
-    """Train a float classifier with cross-entropy.
+    """Train a float network: a classifier with cross-entropy, others with a loss of their own.
 
     The learning rate rises over the first 3 % of the steps and then follows a half cosine to 0.
     The result is the moving average of the parameters, with batch norm statistics that are taken
@@ -59,14 +60,19 @@ def fit(
 
     Args:
         model: float network that returns logits ``[N, classes]``, alone or among other outputs
-            (:mod:`~adalayer_native.importance.outputs`); trained in place, left in evaluation mode.
-        train_loader: re-iterable of batches with labels; labels int64 ``[N]``.
+            (:mod:`~adalayer_native.importance.outputs`), or whatever ``loss_fn`` takes; trained in
+            place, left in evaluation mode.
+        train_loader: re-iterable of batches with labels; labels int64 ``[N]``, or what ``loss_fn``
+            takes.
         epochs: passes over the loader.
+        loss_fn: ``loss_fn(output, labels)``, a scalar or one value per sample, of which the mean is
+            taken; default: cross-entropy.
         lr: peak learning rate.
         optimizer: ``"sgd"`` (Nesterov momentum) or ``"adamw"``.
         momentum: of SGD.
         weight_decay: of weights; biases and batch norms have none.
-        label_smoothing: share of every label that is spread over all classes.
+        label_smoothing: share of every label that is spread over all classes; of cross-entropy
+            only.
         ema: largest decay per step of the moving average; 0 takes the last parameters.
         amp: ``True``, ``False`` or ``"auto"`` (bfloat16 autocast where it helps).
         checkpoint, resume, seed, max_minutes, watch, progress: as in :func:`finetune`.
@@ -93,14 +99,21 @@ def fit(
         label_smoothing=label_smoothing,
     )
     options.check("fit")
+    if loss_fn is not None and label_smoothing:
+        raise PlanError("fit: label_smoothing belongs to cross-entropy, not to a loss_fn")
     if max_minutes is not None:
         check_range("fit", "max_minutes", max_minutes, 0.0, math.inf)
-    run = _Fitting(model, train_loader, options, {"task": "fit"})
+    identity = {"task": "fit"}
+    if loss_fn is not None:
+        identity["loss_fn"] = loss_key(loss_fn)
+    run = _Fitting(model, train_loader, options, identity)
+    run.loss_fn = loss_fn
     return run.execute(checkpoint, resume, max_minutes, progress, watch)
 
 
 class _Fitting(Loop):
     options: _Options
+    loss_fn: LossFn | None = None
 
     def groups(self) -> list[dict[str, Any]]:
         trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -122,6 +135,8 @@ class _Fitting(Loop):
         return x(self.model), None
 
     def loss(self, output: Any, labels: Any, extra: None) -> Tensor:
+        if self.loss_fn is not None:
+            return self.loss_fn(output, labels).mean()
         logits = logits_of(output, target=labels)
         return F.cross_entropy(logits, labels, label_smoothing=self.options.label_smoothing)
 

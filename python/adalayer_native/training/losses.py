@@ -19,6 +19,7 @@ from adalayer_native.importance.outputs import (
     picked,
     results_of,
     squared_error,
+    target_for,
 )
 
 __all__ = ["data_loss", "distillation"]
@@ -69,6 +70,8 @@ def data_loss(
     Raises:
         CalibrationError: labels that cross-entropy does not take, and no teacher.
     """
+    if loss_fn is not None:
+        labels = target_for(loss_fn, labels)
     classes = isinstance(labels, Tensor) and has_logits(output, pick, tokens, labels)
     usable = labels is not None and (classes or loss_fn is not None)
     if not usable and target is None:
