@@ -26,7 +26,7 @@ CXX_FILES = $(shell find csrc examples tests/cpp tests/fuzz -name '*.cpp' -o -na
   -o -name '*.inc' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help demo install test test-slow test-all test-cpp test-arm build-tests lint bench bench-serving sanitize \
-  fuzz fuzz-networks wheel gpu-build gpu-test gpu-test-kernels gpu-test-python gpu-sanitize gpu-bench clean distclean
+  fuzz fuzz-networks wheel wheel-arm gpu-build gpu-test gpu-test-kernels gpu-test-python gpu-sanitize gpu-bench clean distclean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
@@ -43,6 +43,7 @@ help:
 	@echo "make fuzz       ten minutes of fuzzing of what reads files, with clang's libFuzzer if it is there"
 	@echo "make fuzz-networks  random networks against their float models; MINUTES=10 SEED=0"
 	@echo "make wheel      dist/: a wheel for other machines, tested in an empty environment, and the sdist"
+	@echo "make wheel-arm  dist/: libadalayer for 64-bit ARM as an archive, cross-compiled; ROOT=...: a wheel, too"
 	@echo "make gpu-test   builds for the GPU at hand and tests there; gpu-bench: speed; no .venv, no network"
 	@echo "make install    only set up .venv with the package and what lint and the tests need"
 	@echo "make clean      remove build products and caches (distclean: .venv too)"
@@ -139,6 +140,10 @@ fuzz-networks: $(PACKAGE_STAMP) $(TEST_STAMP)
 
 wheel: $(BUILD_STAMP)
 	.ci/wheel
+
+# ROOT=...: a wheel, too, for the CPython whose files are in that folder (.ci/wheel-arm says how).
+wheel-arm: $(BUILD_STAMP)
+	.ci/wheel-arm $(ROOT)
 
 # ---- on a machine with an NVIDIA GPU ------------------------------------------------------------
 # These use the machine's own python3 with torch, and nothing is downloaded: cmake, ninja, nvcc,

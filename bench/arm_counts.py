@@ -3,7 +3,8 @@
 There is no ARM machine here, and what an emulator takes says nothing. What can be known without
 one is how many instructions and loads a loop has for how many products, from the disassembly of
 ``build/aarch64`` (``make test-arm`` builds it), and what llvm-mca makes of that for processors that
-the installed LLVM has a model of its own for. ``--write`` puts the table into docs/performance.md.
+the installed LLVM has a model of its own for. ``--write`` puts the table into docs/performance.md;
+``--others FILE.o ...`` counts the loops of other people's object files in the same way.
 """
 
 import argparse
@@ -36,6 +37,7 @@ PRODUCTS = {
     ("sdot", "4s"): 16,
     ("udot", "4s"): 16,
     ("usmmla", "4s"): 32,
+    ("smmla", "4s"): 32,
 }
 # (row, what it computes, object file, pattern of the function's name, products that one stands for)
 LOOPS = [
@@ -79,14 +81,8 @@ class Loop:
 
     @property
     def loads(self) -> int:
-        """Loads of vector registers, pairs counted as two."""
-        count = 0
-        for line in self.lines:
-            if re.match(r"(ldr|ldur|ld1r?|ld2)\s+[{]?[qvsd]\d", line):
-                count += line.startswith("ld2") + 1
-            elif re.match(r"ldp\s+q", line):
-                count += 2
-        return count
+        """Loads of vector registers: pairs count as two, lists as what is in them."""
+        return sum(map(_loaded, self.lines))
 
     @property
     def other_vector(self) -> int:
@@ -99,6 +95,15 @@ class Loop:
     @property
     def spills(self) -> int:
         return sum(re.search(r"\bq\d+.*\[sp", line) is not None for line in self.lines)
+
+
+def _loaded(line: str) -> int:
+    if listed := re.match(r"ld[1-4]r?\s+{v(\d+)\.\w+(?:-v(\d+)\.)?([^}]*)}", line):
+        first, last, rest = int(listed[1]), listed[2], listed[3]
+        return 1 + rest.count("v") if last is None else (int(last) - first) % 32 + 1
+    if re.match(r"ldp\s+[qd]\d", line):
+        return 2
+    return int(re.match(r"(ldr|ldur)\s+[qds]\d", line) is not None)
 
 
 def _products(line: str) -> int:
@@ -163,49 +168,85 @@ def cycles(loop: Loop, model: str) -> float | None:
     return int(total[1]) / 100 if result.returncode == 0 and total else None
 
 
-def table() -> str:
-    """Markdown; one row per loop."""
-    lines = [
+def _heading() -> list[str]:
+    return [
         "| row | loop | products | multiplies | other vector | loads | all"
         " | instructions per 100 products | "
         + " | ".join(f"{model} (llvm-mca)" for model in MODELS)
         + " |",
         "|---|---|---:|---:|---:|---:|---:|---:|" + "---:|" * len(MODELS),
     ]
+
+
+def _disassembled(path: Path) -> dict[str, list[tuple[int, str]]]:
+    text = subprocess.run(
+        ["aarch64-linux-gnu-objdump", "-d", "-C", "--no-show-raw-insn", str(path)],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    return functions(text)
+
+
+def _row(row: str, what: str, loop: Loop, worth: float, models: tuple[str, ...]) -> str:
+    """A line of the table: a product of the loop stands for ``worth`` ones of the layer."""
+    products = loop.products * worth
+    timed = [cycles(loop, model) if model in models else None for model in MODELS]
+    return (
+        f"| {row} | {what}{f', {loop.spills} spills' if loop.spills else ''} | {products:g} |"
+        f" {loop.multiplies} | {loop.other_vector} | {loop.loads} | {len(loop.lines)} |"
+        f" {100 * len(loop.lines) / products:.1f} | "
+        + " | ".join("–" if t is None else f"{products / t:.1f}" for t in timed)
+        + " |"
+    )
+
+
+def others(paths: list[Path]) -> str:
+    """The same of other people's object files: the loop with the most products of each."""
+    lines = _heading()
+    for path in paths:
+        loops = []
+        for code in _disassembled(path).values():
+            try:
+                loops.append(inner_loop(code))
+            except ValueError:
+                continue
+        if not loops:
+            raise SystemExit(f"{path}: no loop with products")
+        best = max(loops, key=lambda loop: loop.products)
+        words = {line.split()[0] for line in best.lines}
+        kind = "i8mm" if words & {"smmla", "usmmla"} else "neon"
+        kind = "dotprod" if words & {"sdot", "udot"} else kind
+        models = tuple(m for m, rows in MODELS.items() if kind in rows)
+        lines.append(_row(kind, path.name, best, 1.0, models))
+    return "\n".join(lines) + "\n"
+
+
+def table() -> str:
+    """Markdown; one row per loop."""
+    lines = _heading()
     disassembled: dict[str, dict[str, list[tuple[int, str]]]] = {}
     for row, what, name, pattern, worth in LOOPS:
         if name not in disassembled:
             path = OBJECTS / f"{name}.cpp.o"
             if not path.is_file():
                 raise SystemExit(f"{path}: not there; make test-arm builds it")
-            text = subprocess.run(
-                ["aarch64-linux-gnu-objdump", "-d", "-C", "--no-show-raw-insn", str(path)],
-                check=True,
-                capture_output=True,
-                text=True,
-            ).stdout
-            disassembled[name] = functions(text)
+            disassembled[name] = _disassembled(path)
         codes = [code for f, code in disassembled[name].items() if re.search(pattern, f)]
         if len(codes) != 1:
             raise SystemExit(f"{name}: expected one function {pattern!r}, found {len(codes)}")
-        loop = inner_loop(codes[0])
-        products = loop.products * worth
-        timed = [cycles(loop, model) if row in rows else None for model, rows in MODELS.items()]
-        lines.append(
-            f"| {row} | {what}{f', {loop.spills} spills' if loop.spills else ''} | {products:g} |"
-            f" {loop.multiplies} | {loop.other_vector} | {loop.loads} | {len(loop.lines)} |"
-            f" {100 * len(loop.lines) / products:.1f} | "
-            + " | ".join("–" if t is None else f"{products / t:.1f}" for t in timed)
-            + " |"
-        )
+        models = tuple(model for model, rows in MODELS.items() if row in rows)
+        lines.append(_row(row, what, inner_loop(codes[0]), worth, models))
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="into docs/performance.md")
-    text = table()
-    if parser.parse_args().write:
+    parser.add_argument("--others", nargs="+", type=Path, metavar="OBJECT", help="count these")
+    arguments = parser.parse_args()
+    text = others(arguments.others) if arguments.others else table()
+    if arguments.write and not arguments.others:
         from bench.report import write_part
 
         write_part(PAGE, MARKERS, text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -176,6 +177,7 @@ def _json_rows(value: Any) -> str:
 def describe_machine() -> dict[str, Any]:
     """What the figures depend on."""
     import adalayer_native as ada
+    from adalayer_native.allocation.store import processor
 
     versions = {}
     for name in ("torch", "openvino", "nncf", "onnxruntime", "onnx"):
@@ -183,18 +185,9 @@ def describe_machine() -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             versions[name] = "absent"
-    model = platform.processor() or platform.machine()
-    cores = 0
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                model, cores = value.strip(), cores + 1
-    except OSError:
-        pass
     return {
-        "cpu": model,
-        "cores": cores,
+        "cpu": processor(),
+        "cores": os.cpu_count() or 0,
         "isa": ada.ops.active_isa(),
         "python": platform.python_version(),
         "versions": versions,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import gpu_report
+from bench import arm_counts, gpu_report
 from bench.interleave import (
     CONTENDED,
     Comparison,
@@ -388,3 +388,29 @@ def test_shown_state() -> None:
     assert shown_state(results.table(name)) == "fast"
     results.comparisons[name].samples["torch fp32"] = samples([], [0.05])
     assert shown_state(results.table(name)) == "contended"
+
+
+def test_a_loop_of_arm_is_counted() -> None:
+    text = """
+0000000000000010 <before()>:
+      10:	ret
+0000000000000014 <kernel(int)>:
+      14:	sdot	v1.4s, v2.16b, v3.4b[0]
+      18:	ld1	{v4.16b-v7.16b}, [x0], #64
+      1c:	ld1	{v30.16b, v31.16b}, [x1]
+      20:	ldp	q8, q9, [x2]
+      24:	ldr	q10, [x3, x4]
+      28:	smlal	v0.8h, v1.8b, v2.8b
+      2c:	zip1	v5.2d, v6.2d, v7.2d
+      30:	str	q1, [sp, #16]
+      34:	smmla	v1.4s, v2.16b, v3.16b
+      38:	ldr	x5, [x6]
+      3c:	b.ne	18 <kernel(int)+0x4>  // b.any
+      40:	ret
+"""
+    loop = arm_counts.inner_loop(arm_counts.functions(text)["kernel(int)"])
+    assert len(loop.lines) == 10 and loop.products == 8 + 32 and loop.multiplies == 2
+    assert loop.loads == 4 + 2 + 2 + 1
+    assert loop.other_vector == 1 and loop.spills == 1
+    with pytest.raises(ValueError, match="no loop with products"):
+        arm_counts.inner_loop(arm_counts.functions(text)["before()"])

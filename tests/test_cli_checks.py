@@ -121,6 +121,7 @@ def test_bad_arguments_are_found_before_anything_is_loaded(
         (("--size", 0.001, "--method", "optimal"), "cannot be met"),
         (("--size", 0.3, "--layer-bits", "2,3"), "takes no bits and stages"),
         (("--size", 0.3, "--criterion", "kurtosi"), "did you mean 'kurtosis'"),
+        (("--method", "optimal", "--latency", 1, "--latency-table", "gone.json"), "does not exist"),
         (("--method", "ascending", "--stages", "conv1,nope"), "stage 'nope'"),
         (("--method", "ascending", "--layer-bits", "2,3", "--stages", "conv1"), "widths"),
     ],

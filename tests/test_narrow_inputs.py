@@ -22,10 +22,10 @@ from adalayer_native.allocation import measuring as tables_of
 from adalayer_native.allocation import optimal as method
 from adalayer_native.allocation.evaluate import Evaluator
 from adalayer_native.allocation.knapsack import Limit, Link, solve
+from adalayer_native.allocation.latencies import latency_table
 from adalayer_native.allocation.measuring import (
     Data,
     inputs_of,
-    latency_table,
     loader_of,
     measure_tables,
 )

@@ -24,8 +24,9 @@ from adalayer_native.allocation import (
     plan_energy,
 )
 from adalayer_native.allocation.evaluate import Evaluator, Measurement
+from adalayer_native.allocation.latencies import latency_table
 from adalayer_native.allocation.local_search import corrected, most_likely, starts
-from adalayer_native.allocation.measuring import Data, latency_table, measure_tables, weights_of
+from adalayer_native.allocation.measuring import Data, measure_tables, weights_of
 from adalayer_native.allocation.options import Option, option_of
 from adalayer_native.allocation.problem import Problem
 from adalayer_native.allocation.resources import bit_operations, resources

@@ -17,7 +17,8 @@ from adalayer_native.allocation import clock as clocks
 from adalayer_native.allocation import optimal as method
 from adalayer_native.allocation.clock import EngineClock, kept, settle
 from adalayer_native.allocation.evaluate import Evaluator
-from adalayer_native.allocation.measuring import Data, latency_table, measure_tables
+from adalayer_native.allocation.latencies import latency_table
+from adalayer_native.allocation.measuring import Data, measure_tables
 from adalayer_native.allocation.options import Option, option_of
 from adalayer_native.allocation.problem import Problem
 from adalayer_native.allocation.repaired import RepairedWeights

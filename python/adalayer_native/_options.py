@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from .data.layout import DATA_HELP
-from .plan import MAX_BITS, MIN_BITS
+from .plan import MAX_BITS, MIN_BITS, PATTERNS
 
 __all__ = [
     "MAX_SEED",
@@ -32,13 +32,17 @@ __all__ = [
     "at_least_zero",
     "fixed_widths",
     "input_sizes",
+    "input_widths",
     "numbers_of",
+    "optional_folder",
     "output_file",
     "output_folder",
     "picture_file",
     "share",
+    "shares",
     "whole_numbers",
     "widths",
+    "zero_patterns",
 ]
 
 # Seeds of several generators are made of one, by factors of a million.
@@ -100,6 +104,11 @@ def output_folder(path: Path) -> Path:
     if not there.is_dir():
         raise typer.BadParameter(f"{there} is a file; expected a folder")
     return _writable(path, there)
+
+
+def optional_folder(path: Path | None) -> Path | None:
+    """The same for an option that need not be given."""
+    return None if path is None else output_folder(path)
 
 
 def output_file(path: Path | None) -> Path | None:
@@ -214,6 +223,43 @@ def widths(text: str | None) -> str | None:
     for width in whole_numbers(text) or []:
         if not MIN_BITS <= width <= MAX_BITS:
             raise typer.BadParameter(f"expected {MIN_BITS} to {MAX_BITS} bits, got {width}")
+    return text
+
+
+def shares(text: str) -> str:
+    """Callback of an option of different shares with 0 among them, separated by commas."""
+    from .allocation.closed_form import MAX_SPARSITY  # brings numpy
+
+    values = numbers_of(text) or []
+    if not all(0 <= v <= MAX_SPARSITY for v in values) or 0 not in values:
+        raise typer.BadParameter(f"expected shares from 0 to {MAX_SPARSITY} with 0, got {text!r}")
+    return _different(text, values)
+
+
+def zero_patterns(text: str) -> str:
+    """Callback of an option of patterns, "unstructured" among them, separated by commas."""
+    names = [name.strip() for name in text.split(",")]
+    if not set(names) <= set(PATTERNS) or "unstructured" not in names:
+        raise typer.BadParameter(
+            f"expected some of {', '.join(PATTERNS)} with unstructured among them, got {text!r}"
+        )
+    return _different(text, names)
+
+
+def input_widths(text: str) -> str:
+    """Callback of an option of bits below 8, separated by commas, or ``none``."""
+    if text != "none":
+        for width in whole_numbers(text, "7,6") or []:
+            if not MIN_BITS <= width < MAX_BITS:
+                raise typer.BadParameter(
+                    f"expected {MIN_BITS} to {MAX_BITS - 1} bits, or none, got {text!r}"
+                )
+    return text
+
+
+def _different(text: str, values: Sequence[Any]) -> str:
+    if len(set(values)) != len(values):
+        raise typer.BadParameter(f"expected each only once, got {text!r}")
     return text
 
 

@@ -1,4 +1,4 @@
-"""Command line: ``adalayer demo``, ``train``, ``compress``, ``compile``, ``compare``, ``report``, …
+"""Command line: ``adalayer demo``, ``train``, ``compress``, ``compile``, ``profile``, ``report``, …
 
 What stands here loads nothing but typer; each command imports what it runs.
 """
@@ -33,13 +33,17 @@ from ._options import (
     at_least_zero,
     fixed_widths,
     input_sizes,
+    input_widths,
     numbers_of,
+    optional_folder,
     output_file,
     output_folder,
     picture_file,
     share,
+    shares,
     whole_numbers,
     widths,
+    zero_patterns,
 )
 from .allocation.methods import BUDGETED, METHODS
 from .errors import AdaError
@@ -131,6 +135,10 @@ def compress(
     loss: Annotated[
         float | None,
         typer.Option(help="Budget of optimal: nats above 8 bits; the fastest plan within it."),
+    ] = None,
+    latency_table: Annotated[
+        Path | None,
+        typer.Option(help="Latencies of the machine that the plan is for: adalayer profile's."),
     ] = None,
     method: Annotated[Method, typer.Option(help="How bits are chosen.")] = _ADALAYER,
     fix: Annotated[
@@ -232,6 +240,7 @@ def compress(
         std=numbers_of(std),
         scale=_scale(scale),
         criterion=criterion,
+        latency_table=latency_table,
         frontier=frontier,
         energy=energy_use,
         country=country,
@@ -361,6 +370,98 @@ def compile_packed(
         threads=threads,
     )
     found = run_compile(job)
+    if as_json:
+        print(json.dumps(found, indent=2))
+
+
+@app.command(short_help="Measure the latencies of this machine, for plans made elsewhere.")
+def profile(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Built-in name, package.module:callable or an .onnx file; or what --shapes wrote, "
+            "or an .ada file."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(callback=output_file, help="The file, JSON.")] = Path(
+        "latencies.json"
+    ),
+    shapes: Annotated[
+        Path | None,
+        typer.Option(
+            callback=optional_folder,
+            help="Measure nothing: write into this folder what another machine has to run, which "
+            "needs no code of MODEL.",
+        ),
+    ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="Float weights, safetensors; default: random ones. They tell on time."),
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, max=4096, help="Pixels per side; default: 32.")
+    ] = None,
+    input_shape: Annotated[
+        str | None,
+        typer.Option(
+            callback=input_sizes, help="Channels, height and width instead, e.g. 3,32,64."
+        ),
+    ] = None,
+    classes: Annotated[int, typer.Option(min=1, help="Of the model.")] = 10,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Layer or module to leave in float; repeatable.")
+    ] = None,
+    isa: Annotated[
+        str | None, typer.Option(help="Instruction set; default: the fastest of this machine.")
+    ] = None,
+    bits: Annotated[
+        str, typer.Option(callback=widths, help="Bits of weights to measure.")
+    ] = "2,3,4,5,6,7,8",
+    sparsities: Annotated[
+        str, typer.Option(callback=shares, help="Shares of zeros to measure, 0 among them.")
+    ] = "0,0.3,0.45,0.6,0.75,0.9",
+    patterns: Annotated[
+        str, typer.Option(callback=zero_patterns, help="Where the zeros lie.")
+    ] = "unstructured,block16x64,block32x64",
+    input_bits: Annotated[
+        str,
+        typer.Option(
+            callback=input_widths, help="Bits of layers' inputs besides 8; none: no others."
+        ),
+    ] = "7,6",
+    batch: Annotated[int, typer.Option(min=1, help="Images per call.")] = 1,
+    threads: Threads = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what came of it.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure how long the layers of MODEL take on this machine with every option of a plan.
+
+    adalayer compress --method optimal --latency MS --latency-table OUT plans with it, on any
+    machine. Interrupted? The same command goes on where it stopped.
+    """
+    if image_size is not None and input_shape is not None:
+        raise typer.BadParameter("expected one of --image-size and --input-shape, got both")
+    from .jobs import ProfileJob, run_profile
+
+    size = 32 if image_size is None else image_size
+    job = ProfileJob(
+        model=model,
+        out=out,
+        shapes=shapes,
+        weights=weights,
+        input_shape=whole_numbers(input_shape) or [3, size, size],
+        classes=classes,
+        exclude=exclude or [],
+        isa=isa,
+        bits=tuple(sorted(set(whole_numbers(bits) or ()))),
+        sparsities=tuple(numbers_of(sparsities) or ()),
+        patterns=tuple(_names(patterns) or ()),
+        input_bits=() if input_bits == "none" else tuple(whole_numbers(input_bits) or ()),
+        batch=batch,
+        threads=threads,
+        progress=not quiet,
+    )
+    found = run_profile(job)
     if as_json:
         print(json.dumps(found, indent=2))
 
@@ -595,7 +696,7 @@ def main() -> None:
             sys.exit(2)
         raise
     if code == _INTERRUPTED:  # newer versions of typer return it for Ctrl-C
-        resumable = sys.argv[1:2] in (["compress"], ["train"], ["study"])
+        resumable = sys.argv[1:2] in (["compress"], ["train"], ["profile"], ["study"])
         _fail("interrupted" + "; the same command goes on where it stopped" * resumable, code)
     sys.exit(code)  # commands return None, which is success
 

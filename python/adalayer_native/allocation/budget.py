@@ -18,14 +18,15 @@ class Budget:
         size: saved file over the float32 ``state_dict`` saved as safetensors, above 0.
         bytes: bytes of the saved file, at least 1; not together with ``size``.
         bits: average bits per weight, a pruned weight counting 0 (eq. (6)); above 0.
-        latency: milliseconds of one call of the engine on this machine; above 0.
+        latency: milliseconds of one call of the engine on this machine, or on the one of a latency
+            table (:class:`~adalayer_native.allocation.Settings`); above 0.
         bops: bit operations per image, ``MACs * weight bits * activation bits * (1 - sparsity)``
             summed over the layers; above 0.
         energy: microjoules per image by the model of
             :func:`~adalayer_native.energy.layer_energy`; above 0.
         loss: nats per image that the plan may be predicted to lose above 8 bits everywhere. Then
-            the plan is not the one that loses least but the one whose engine is the fastest on
-            this machine. 0.001 nats are 0.1 % of the probability that is given to the right
+            the plan is not the one that loses least but the one whose engine is the fastest
+            there. 0.001 nats are 0.1 % of the probability that is given to the right
             answer, or of the perplexity. Above 0.
 
     Only method ``"optimal"`` takes several at once, or the last four.
@@ -72,7 +73,7 @@ class Budget:
 
     @property
     def timed(self) -> bool:
-        """Whether it matters how fast a plan runs on this machine."""
+        """Whether it matters how fast a plan runs."""
         return self.latency is not None or self.loss is not None
 
     def limit_bytes(self, float_bytes: int) -> int | None:

@@ -21,7 +21,7 @@ from ..engine.runtime import Engine
 from ..errors import BudgetError
 from ..importance.batches import model_digest
 from ..quantization import calibrate, convert, prepare
-from .measuring import repeated, sizes_of
+from .latencies import repeated, sizes_of
 from .options import Choice
 from .problem import Problem
 from .resources import LATENCY, Resource

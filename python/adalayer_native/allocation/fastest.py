@@ -42,14 +42,14 @@ class Found:
     usual: Measurement | None = None
 
 
-def fastest(selection: Selection, evaluator: Evaluator | None, clock: EngineClock) -> Found:
+def fastest(selection: Selection, evaluator: Evaluator | None, clock: EngineClock | None) -> Found:
     """The plan, and what it loses.
 
     Args:
         selection: with a limit of the loss (:class:`~adalayer_native.allocation.Budget`).
         evaluator: measures plans on data that the tables have not seen; ``None``: predictions
             stand.
-        clock: of engines.
+        clock: of engines; ``None``: the latencies are another machine's, and stand as predicted.
 
     Raises:
         BudgetError: no plan keeps all limits.
@@ -67,7 +67,13 @@ def fastest(selection: Selection, evaluator: Evaluator | None, clock: EngineCloc
             "lose more, or take longer, where they are measured"
         )
     if not np.array_equal(found.columns, usual) and selection.fits(usual):
-        times = clock.together([selection.choice(c) for c in (found.columns, usual)])
+        both = found.columns, usual
+        if clock is not None:
+            times = clock.together([selection.choice(columns) for columns in both])
+        else:
+            latency = selection.resource(LATENCY)
+            assert latency is not None
+            times = [latency.total(columns) for columns in both]
         if times[0] >= times[1]:
             return Found(usual, found.usual, found.usual)
     return found
@@ -76,7 +82,7 @@ def fastest(selection: Selection, evaluator: Evaluator | None, clock: EngineCloc
 def _within(
     selection: Selection,
     evaluator: Evaluator | None,
-    clock: EngineClock,
+    clock: EngineClock | None,
     usual: np.ndarray,
     allowed: float,
 ) -> Found | None:
@@ -91,7 +97,8 @@ def _within(
         columns = selection.choose(errors=latency.costs + tie * loss.costs, pairs=())
         if columns is None:
             raise selection.impossible()
-        if latency_of(selection) is not None and not kept(selection, columns, clock):
+        limited = latency_of(selection) is not None
+        if clock is not None and limited and not kept(selection, columns, clock):
             continue  # latencies are scaled
         found = _measured(selection, evaluator, columns, usual)
         if found.loss is None or found.usual is None:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..capture import Inputs
-from ..engine.compiler import compile as compile_engine
-from ..engine.latency import LayerTimes
 from ..errors import CalibrationError
 from ..importance import CRITERIA
 from ..importance.analyze import analyze, dequantized_layer, eval_mode
@@ -21,11 +18,10 @@ from ..importance.flops import Work, layer_work
 from ..importance.outputs import LossFn, Pick, loss_key
 from ..importance.task_loss import TaskLoss
 from ..pruning.patterns import pattern_pruned_count
-from ..quantization import calibrate, convert, prepare
 from .budget import Budget
-from .closed_form import MAX_BITS
 from .evaluate import Evaluator
 from .knapsack import Pair
+from .latencies import latency_table, machine_latencies
 from .narrow_inputs import NarrowInputs
 from .options import UNSTRUCTURED, Option
 from .problem import Problem
@@ -34,21 +30,18 @@ from .resources import resources
 from .selection import Selection, Tables, selection_of
 from .sensitivity import LayerError, LogitSensitivity, WeightOf
 from .settings import MEASURES, Settings
-from .store import Store, cache_dir, machine
-from .tables import LayerTable, fill
+from .store import Store, cache_dir
+from .tables import LayerTable, fill_parts
 
 __all__ = [
     "Data",
     "emptied",
     "inputs_key",
     "inputs_of",
-    "latency_table",
     "layer_error",
     "loader_of",
     "measure_tables",
     "repair_key",
-    "repeated",
-    "sizes_of",
     "table_key",
     "weights_of",
 ]
@@ -129,23 +122,6 @@ def loader_of(batches: Iterable[Batch]) -> list[Any]:
     return [(b.x, b.target) if b.target is not None else b.x for b in batches]
 
 
-def sizes_of(x: Inputs) -> list[Any]:
-    """The sizes of one sample, as JSON values; of a single input without a list around it."""
-    found = [list(tensor.shape[1:]) for tensor in x.tensors()]
-    return found[0] if len(found) == 1 else found
-
-
-def repeated(x: Inputs, count: int) -> Inputs:
-    """A batch of so many equal samples, from one."""
-
-    def grown(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.dim() == 0 or tensor.shape[0] != 1:
-            return tensor
-        return tensor.expand(count, *tensor.shape[1:]).contiguous()
-
-    return x.map(grown)
-
-
 def measure_tables(
     problem: Problem,
     budget: Budget,
@@ -168,22 +144,23 @@ def measure_tables(
     layers = problem.layers
     with eval_mode(problem.model):
         work = layer_work(problem.model, layers, one_sample(problem.model, data.table[0].x))
-    latency = None
+    latency, kernels = None, None
     widths = settings.input_widths_for(budget, problem.activation_bits)
     if budget.timed:
-        latency = latency_table(
-            problem,
-            data.table[0].x[:1],
-            settings,
-            patterns=settings.patterns_for(budget),
-            input_widths=widths,
-            progress=progress,
-        )
+        x, patterns = data.table[0].x[:1], settings.patterns_for(budget)
+        if settings.latency_table is not None:
+            latency, kernels = machine_latencies(
+                problem, x, settings, patterns=patterns, input_widths=widths
+            )
+        else:
+            latency = latency_table(
+                problem, x, settings, patterns=patterns, input_widths=widths, progress=progress
+            )
     errors = _error_table(problem, budget, data, settings, weight_of, work, progress)
     if widths:
         store = Store(cache_dir(settings.directory), "inputs", inputs_key(problem, data))
         errors.others += _with_inputs(problem, errors, inputs.errors(widths, store))
-    tables = Tables(errors, latency, work, [])
+    tables = Tables(errors, latency, work, [], kernels)
     tables.pairs = _interactions(problem, budget, data, settings, weight_of, inputs, tables)
     return tables
 
@@ -332,9 +309,11 @@ def _error_table(
                     store[f"{name} {other.name}"] = value
         return measure(name, *option.arguments())
 
-    table = _filled(
-        "error", "nats", problem, error, store, settings, patterns, wanted, progress=progress
-    )
+    table = fill_parts(
+        "error", "nats", problem.free, error, store,
+        bits=settings.widths, sparsities_of=settings.sparsities_of, patterns=patterns,
+        wanted=wanted, progress=progress,
+    )  # fmt: skip
     images = sum(batch.count for batch in data.table)
     table.about = {"measure": str(by), "images": images, "repair": settings.repair}
     table.about["weights"] = "own" if callable(settings.weight_of) else settings.weight_of
@@ -349,41 +328,6 @@ def _options(settings: Settings, pattern: str) -> list[Option]:
         for bits in settings.widths
         for sparsity in settings.sparsities_of(pattern)
     ]
-
-
-def _filled(
-    what: str,
-    unit: str,
-    problem: Problem,
-    measure: Callable[[str, Option], float],
-    store: Store,
-    settings: Settings,
-    patterns: Sequence[str],
-    wanted: Mapping[str, np.ndarray] | None = None,
-    *,
-    inputs: Sequence[int | None] = (None,),
-    progress: bool,
-) -> LayerTable:
-    """One table of the parts of all patterns and bits of inputs, see :func:`fill`."""
-    parts = [
-        fill(
-            what,
-            unit,
-            problem.free,
-            measure,
-            store,
-            bits=settings.widths,
-            sparsities=settings.sparsities_of(pattern),
-            pattern=pattern,
-            activation_bits=activation_bits,
-            wanted=None if wanted is None else wanted[pattern],
-            progress=progress,
-        )
-        for activation_bits in inputs
-        for pattern in patterns
-    ]
-    parts[0].others = tuple(parts[1:])
-    return parts[0]
 
 
 def layer_error(
@@ -481,107 +425,6 @@ def emptied(problem: Problem, options: Sequence[Option]) -> np.ndarray:
             ]
             for name in problem.free
         ]
-    )
-
-
-def latency_table(
-    problem: Problem,
-    x: Inputs | torch.Tensor,
-    settings: Settings,
-    *,
-    patterns: Sequence[str] = (UNSTRUCTURED,),
-    input_widths: Sequence[int] = (),
-    progress: bool = True,
-) -> LayerTable:
-    """Microseconds of every layer with every option, in the engine on this machine.
-
-    Measured inside the whole program, as the engine's planner does it: all layers get their own
-    weights at one width, sparsity and pattern at once, the program is planned for them by the
-    clock, and its profile divides the time of a whole call among the layers
-    (:class:`~adalayer_native.engine.latency.LayerTimes`). So it is with inputs of other widths. A
-    layer for which these bring no other form is not measured again: it has the time that it has
-    with the usual ones, and no luck or misfortune of a measurement decides about its bits.
-
-    Args:
-        problem: layers.
-        x: an input of one sample.
-        settings: batch, threads, widths, sparsities, cache directory.
-        patterns: of the zeros.
-        input_widths: bits of the inputs, besides the usual ones.
-        progress: show a progress bar.
-    """
-    x = Inputs.of(x)
-    key = {
-        "model": model_digest(problem.model),
-        "input": sizes_of(x),
-        "batch": settings.latency_batch,
-        "pinned": sorted([n, *o.values] for n, o in problem.pinned.items() if o.bits is not None),
-        "float": sorted(set(problem.layers) - set(problem.free) - set(problem.pinned)),
-        "activation_bits": problem.activation_bits,
-        **machine(settings.threads),
-    }
-    store = Store(cache_dir(settings.directory), "latency", key)
-    known: dict[int | None, LayerTimes] = {}
-
-    def times(width: int | None) -> LayerTimes:
-        if width not in known:
-            beside = None if width is None else times(None)
-            known[width] = _layer_times(problem, x, settings, width, beside)
-            if width is None and " reference" in store:
-                known[width].reference = store[" reference"]
-        return known[width]
-
-    def measure(name: str, option: Option) -> float:
-        """A column: all layers at once; what is no layer of ours goes by the name ''."""
-        assert option.bits is not None
-        setting = option.bits, option.sparsity, option.pattern
-        measured = times(option.activation_bits)
-        usual = option.weight.name  # in front: the widths of inputs are the outer loop
-        same: set[str] = set()
-        if option.activation_bits is not None:
-            other_forms, forms = times(None).forms(*setting), measured.forms(*setting)
-            same = {n for n in problem.free if forms.get(n) == other_forms.get(n)}
-        if len(same) < len(problem.free):
-            layers, other = measured.column(*setting)
-        else:
-            layers, other = {}, store[f" {usual}"]
-        reference = times(None).reference
-        if reference is not None:
-            store[" reference"] = reference
-        for each in problem.free:
-            value = store[f"{each} {usual}"] if each in same else layers.get(each, 0.0)
-            store[f"{each} {option.name}"] = value
-        store[f" {option.name}"] = other
-        return store[f"{name} {option.name}"]
-
-    table = _filled(
-        "latency", "µs", problem, measure, store, settings, patterns,
-        inputs=(None, *input_widths), progress=progress,
-    )  # fmt: skip
-    table.constant = float(np.median([store[f" {option.name}"] for option in table.options()]))
-    table.about = {"batch": settings.latency_batch, **machine(settings.threads)}
-    return table
-
-
-def _layer_times(
-    problem: Problem,
-    x: Inputs,
-    settings: Settings,
-    input_width: int | None,
-    beside: LayerTimes | None,
-) -> LayerTimes:
-    every = Option(MAX_BITS, activation_bits=input_width)
-    plan = problem.plan(dict.fromkeys(problem.free, every))
-    prepared = prepare(problem.model, plan)
-    calibrate(prepared, [x], observer="minmax", progress=False)
-    batch = repeated(x, settings.latency_batch)
-    engine = compile_engine(convert(prepared), batch, policy="native")
-    return LayerTimes(
-        engine,
-        problem.free,
-        batch=settings.latency_batch,
-        threads=settings.threads,
-        beside=beside,
     )
 
 

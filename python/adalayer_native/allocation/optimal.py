@@ -7,8 +7,9 @@ check it, and plans around it (:mod:`~adalayer_native.allocation.local_search`),
 plans are repaired whole and compared (:mod:`~adalayer_native.allocation.finals`), those of the
 closed form and the best uniform one among them (:mod:`~adalayer_native.allocation.rivals`). Where
 the budget limits the latency, engines are compiled and timed on the way
-(:mod:`~adalayer_native.allocation.clock`). A budget of loss asks the other way round
-(:mod:`~adalayer_native.allocation.fastest`).
+(:mod:`~adalayer_native.allocation.clock`), unless the plan is for another machine, whose latencies
+are in a file (:mod:`~adalayer_native.allocation.machine_table`). A budget of loss asks the other
+way round (:mod:`~adalayer_native.allocation.fastest`).
 """
 
 from __future__ import annotations
@@ -91,18 +92,19 @@ def optimal(
             inputs=inputs,
         )
     clock = None
-    if budget.timed:
+    if budget.timed and settings.latency_table is None:
         clock = EngineClock(problem, data.table[0].x[:1], settings)
+    kernels = tables.kernels if clock is None else clock.kernels
     if budget.loss is not None:
-        assert clock is not None
         found = fastest(selection, evaluator, clock)
         if evaluator is not None:
             evaluator.save()
-        plan = plan_of(selection, found.columns, found.loss, clock)
+        plan = plan_of(selection, found.columns, found.loss, clock, kernels)
         if found.usual is not None:
             plan.measured["calibration_loss of 8 bits"] = found.usual.loss
-        usual = selection.choice(selection.alike(Option(MAX_BITS)))
-        plan.measured["measured latency of 8 bits"] = clock(usual)  # timed in turn with the plan
+        if clock is not None:
+            usual = selection.choice(selection.alike(Option(MAX_BITS)))
+            plan.measured["measured latency of 8 bits"] = clock(usual)  # in turn with the plan
         return plan
     if clock is not None:
         columns: np.ndarray | None = settle(selection, clock)
@@ -123,12 +125,12 @@ def optimal(
                 if rival is not None:
                     return _rival_plan(selection, *rival)
         if clock is None or kept(selection, columns, clock):
-            return plan_of(selection, columns, measurement, clock)
+            return plan_of(selection, columns, measurement, clock, kernels)
         columns = settle(selection, clock)
     assert clock is not None
     # Settled plans were timed; the checked ones around them turned out slower every time.
     if kept(selection, columns, clock):
-        return plan_of(selection, columns, None, clock)
+        return plan_of(selection, columns, None, clock, kernels)
     raise refused(selection, clock(selection.choice(columns)))
 
 
@@ -199,8 +201,12 @@ def plan_of(
     columns: np.ndarray,
     measurement: Measurement | None = None,
     clock: EngineClock | None = None,
+    kernels: Callable[[Choice], dict[str, str]] | None = None,
 ) -> Plan:
-    """A plan that says what its layers are predicted to lose (``E``) and what it costs."""
+    """A plan that says what its layers are predicted to lose (``E``) and what it costs.
+
+    ``kernels`` knows what runs every layer of a choice.
+    """
     problem = selection.problem
     chosen = selection.errors[np.arange(len(columns)), columns]
     scores = {n: {"E": float(e)} for n, e in zip(problem.free, chosen, strict=True)}
@@ -214,10 +220,11 @@ def plan_of(
             plan.measured["predicted_loss of 8 bits"] = usual
         elif resource.exact is None:
             plan.measured[f"predicted {resource.name}"] = resource.total(columns)
+    choice = selection.choice(columns)
     if clock is not None:
-        choice = selection.choice(columns)
         plan.measured["measured latency"] = clock(choice)
-        for name, kernel in clock.kernels(choice).items():
+    if kernels is not None:
+        for name, kernel in kernels(choice).items():
             plan[name].kernel = kernel
     return plan
 

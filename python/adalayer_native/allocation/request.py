@@ -34,6 +34,7 @@ def check_method(
     Raises:
         PlanError: an unknown method, criterion or option, or one that the method does not look at.
         BudgetError: a budget that the method needs, or does not take.
+        FileFormatError: a latency table that cannot be used.
     """
     if method not in METHODS:
         raise PlanError(f"unknown method {method!r}: expected one of {METHODS}")
@@ -59,7 +60,10 @@ def check_method(
             f"method {method!r} takes no options; they are for methods 'optimal' and 'rl'"
         )
     if method == "optimal":
-        settings_of(options, None).check()
+        settings = settings_of(options, None)
+        settings.check()
+        if settings.latency_table is not None and budget is not None and not budget.timed:
+            raise BudgetError(f"a latency table is for a budget of latency or loss, got {budget}")
     elif method == "rl":
         RLSettings.of(options)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -181,12 +181,15 @@ class Tables:
         latency: microseconds per call, where asked for.
         work: per image, of every layer.
         pairs: terms between layers.
+        kernels: what ran every layer of a choice on the machine of the latencies; ``None`` where
+            that is this one, whose engines say it.
     """
 
     errors: LayerTable
     latency: LayerTable | None
     work: dict[str, Work]
     pairs: list[Pair]
+    kernels: Callable[[Choice], dict[str, str]] | None = None
 
 
 def selection_of(problem: Problem, budget: Budget, tables: Tables, settings: Settings) -> Selection:

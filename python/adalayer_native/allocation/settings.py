@@ -14,6 +14,7 @@ from ..importance.task_loss import TaskLoss
 from ..plan import PATTERNS
 from .budget import Budget
 from .closed_form import MAX_SPARSITY
+from .machine_table import MachineTable
 from .options import UNSTRUCTURED
 from .sensitivity import LayerError, WeightOf
 from .tables import BITS, SPARSITIES
@@ -113,6 +114,9 @@ class Settings:
             those methods take. Default: but at low effort.
         latency_batch: images per call for which latencies are measured.
         threads: threads per call; default: those of ``ops.get_num_threads()``.
+        latency_table: a file of ``adalayer profile`` from the machine that the plan is for. Then
+            latencies are that machine's, as predicted, and no engine is timed. Widths, sparsities,
+            patterns, inputs, batch and threads that are not given are those of the file.
         directory: where tables are kept; default: the user's cache directory.
     """
 
@@ -132,6 +136,7 @@ class Settings:
     rivals: bool | None = None
     latency_batch: int = 1
     threads: int | None = None
+    latency_table: str | os.PathLike[str] | None = None
     directory: str | os.PathLike[str] | None = None
 
     def measure_for(self, loss_fn: LossFn | None) -> str | LayerError:
@@ -248,10 +253,32 @@ def settings_of(
     """Settings from a mapping.
 
     Raises:
-        PlanError: an unknown option.
+        PlanError: an unknown option, or a latency table of another batch or other threads.
+        FileFormatError: a latency table that cannot be used.
     """
+    given = dict(options or {})
     known = {entry.name for entry in fields(Settings)} - {"directory"}
-    unknown = sorted(set(options or {}) - known)
+    unknown = sorted(set(given) - known)
     if unknown:
         raise PlanError(f"unknown options {unknown}: expected some of {sorted(known)}")
-    return Settings(**{**(options or {}), "directory": tables})
+    if given.get("latency_table") is not None:
+        given = {**_of_table(MachineTable.load(given["latency_table"]), given), **given}
+    return Settings(**{**given, "directory": tables})
+
+
+def _of_table(table: MachineTable, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a latency table says where nothing is given."""
+    fixed = {"latency_batch": table.batch, "threads": table.machine["threads"]}
+    for name, value in fixed.items():
+        if given.get(name, value) not in (value, None):
+            raise PlanError(
+                f"{table.source}: measured with {name} {value}, expected {given[name]} as in the "
+                "options"
+            )
+    return {
+        **fixed,
+        "widths": table.widths,
+        "sparsities": table.sparsities,
+        "patterns": table.patterns,
+        "input_widths": table.input_widths,
+    }

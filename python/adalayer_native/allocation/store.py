@@ -17,9 +17,10 @@ from typing import Any
 from .. import _C, ops
 from .._files import write_text_atomic
 
-__all__ = ["Store", "cache_dir", "machine"]
+__all__ = ["Store", "cache_dir", "machine", "processor"]
 
 FORMAT = "adalayer-table-1"
+BOARD = Path("/proc/device-tree/model")
 SAVE_INTERVAL = 2.0  # seconds between two writes
 
 
@@ -40,20 +41,29 @@ def machine(threads: int | None = None) -> dict[str, Any]:
     """What a latency depends on besides the layer: processor, kernels, threads."""
     return {
         "kernels": _C.kernels_key(),
-        "cpu": _processor(),
+        "cpu": processor(),
         "isa": ops.active_isa(),
         "threads": ops.get_num_threads() if threads is None else threads,
     }
 
 
-def _processor() -> str:
+def processor(cpuinfo: Path = Path("/proc/cpuinfo"), board: Path = BOARD) -> str:
+    """Its name; of ARM the kernel says the board, or who made it and its number."""
+    words: dict[str, str] = {}
     try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            key, _, value = line.partition(":")
+            words.setdefault(key.strip(), value.strip())
     except OSError:
         pass
-    return platform.processor() or platform.machine()
+    if "model name" in words:
+        return words["model name"]
+    part = " ".join(words[key] for key in ("CPU implementer", "CPU part") if key in words)
+    try:
+        name = board.read_text(encoding="utf-8").strip("\0 \n")
+    except OSError:
+        name = platform.processor() or platform.machine()
+    return f"{name} ({part})" if part else name
 
 
 class Store:

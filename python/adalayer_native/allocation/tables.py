@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from .store import Store
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["BITS", "SPARSITIES", "LayerTable", "fill"]
+__all__ = ["BITS", "SPARSITIES", "LayerTable", "fill", "fill_parts"]
 
 BITS = tuple(range(MIN_BITS, MAX_BITS + 1))
 # Below 30 % a bitmask saves nothing at 2 and 3 bits and little at more; in between, the file
@@ -284,3 +284,42 @@ def fill(
         pattern=pattern,
         activation_bits=activation_bits,
     )
+
+
+def fill_parts(
+    what: str,
+    unit: str,
+    layers: Sequence[str],
+    measure: Callable[[str, Option], float],
+    store: Store,
+    *,
+    bits: Sequence[int],
+    sparsities_of: Callable[[str], Sequence[float]],
+    patterns: Sequence[str],
+    wanted: Mapping[str, np.ndarray] | None = None,
+    inputs: Sequence[int | None] = (None,),
+    progress: bool = True,
+) -> LayerTable:
+    """One table of the parts of all patterns and bits of inputs, see :func:`fill`.
+
+    ``sparsities_of`` and ``wanted`` are by pattern.
+    """
+    parts = [
+        fill(
+            what,
+            unit,
+            layers,
+            measure,
+            store,
+            bits=bits,
+            sparsities=sparsities_of(pattern),
+            pattern=pattern,
+            activation_bits=activation_bits,
+            wanted=None if wanted is None else wanted[pattern],
+            progress=progress,
+        )
+        for activation_bits in inputs
+        for pattern in patterns
+    ]
+    parts[0].others = tuple(parts[1:])
+    return parts[0]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,13 +15,31 @@ from adalayer_native import _C, ops
 from adalayer_native.engine.emit import constant_adders
 from adalayer_native.engine.parts import NativePart
 from adalayer_native.engine.runtime import Engine
+from adalayer_native.engine.shapes import WEIGHTED, shapes_of
 from adalayer_native.pruning import pattern_mask
 from adalayer_native.rounding import quantize_weight
 
-__all__ = ["LayerTimes", "call_seconds", "seconds_in_turn"]
+__all__ = ["LayerTimes", "NodeTime", "TimesByWidth", "call_seconds", "layer_of", "seconds_in_turn"]
 
 # Calls of an engine per turn, of which the first is not timed: another one had the caches.
 TIMED = 3
+
+
+@dataclass(frozen=True)
+class NodeTime:
+    """What one node of a program took.
+
+    Attributes:
+        layer: the layer that it stands for, or another name.
+        shape: what it has to do (:func:`~adalayer_native.engine.shapes.shapes_of`).
+        kernel: what ran it.
+        microseconds: per call.
+    """
+
+    layer: str
+    shape: str
+    kernel: str
+    microseconds: float
 
 
 class LayerTimes:
@@ -65,9 +84,9 @@ class LayerTimes:
             if isinstance(step.run, NativePart):
                 numbers: set[int] = set()
                 for op, name, _, _, _, _, constants in step.run.program.nodes():
-                    if op in ("conv", "conv_transpose") and _layer(name) in wanted:
+                    if op in WEIGHTED and layer_of(name) in wanted:
                         numbers.add(constants[0])
-                        found.add(_layer(name))
+                        found.add(layer_of(name))
                 self.weights.append(numbers)
         self.layers = sorted(found)
         self.beside = self if beside is None else beside
@@ -78,30 +97,42 @@ class LayerTimes:
     def column(
         self, bits: int, sparsity: float, pattern: str = "unstructured"
     ) -> tuple[dict[str, float], float]:
-        """Microseconds of every layer at one width, sparsity and pattern, and of everything else.
-
-        They add up to the median time of a whole call: the profile, which waits after every node
-        and sees at most as many images as the engine takes through the program at once, only says
-        how a call divides.
-        """
+        """Microseconds of every layer at one width, sparsity and pattern, and of the rest."""
         engine = self._reweighted(bits, sparsity, pattern)
         times = dict.fromkeys(self.layers, 0.0)
         other = 0.0
-        for step in engine._steps:
-            if not isinstance(step.run, NativePart):
-                continue
-            for entry in step.run.engine.profile(self.batch, self.threads, self.rounds):
-                if _layer(entry[0]) in times:
-                    times[_layer(entry[0])] += entry[7]
-                else:
-                    other += entry[7]
-        native = sum(times.values()) + other
-        if native <= 0:  # without vector kernels there is no profile
+        nodes = self._nodes(engine)
+        for node in nodes:
+            if node.layer in times:
+                times[node.layer] += node.microseconds
+            else:
+                other += node.microseconds
+        if sum(times.values()) + other <= 0:  # without vector kernels there is no profile
             return times, self._call(engine)
-        if len(engine._steps) > 1:
-            return times, other
+        return times, other
+
+    def nodes(self, bits: int, sparsity: float, pattern: str = "unstructured") -> list[NodeTime]:
+        """The same for every node of the program, in its order; without vector kernels zeros."""
+        return self._nodes(self._reweighted(bits, sparsity, pattern))
+
+    def _nodes(self, engine: Engine) -> list[NodeTime]:
+        """Of all parts that are programs.
+
+        Of a network that is one program, they add up to the median time of a whole call: the
+        profile, which waits after every node and sees at most as many images as the engine takes
+        through the program at once, only says how a call divides.
+        """
+        found = []
+        for step in engine._steps:
+            if isinstance(step.run, NativePart):
+                profile = step.run.engine.profile(self.batch, self.threads, self.rounds)
+                for shape, entry in zip(shapes_of(step.run.program), profile, strict=True):
+                    found.append(NodeTime(layer_of(entry[0]), shape, entry[2], entry[7]))
+        native = sum(node.microseconds for node in found)
+        if native <= 0 or len(engine._steps) > 1:
+            return found
         scale = self._call(engine) / native
-        return {name: scale * value for name, value in times.items()}, scale * other
+        return [replace(node, microseconds=scale * node.microseconds) for node in found]
 
     def forms(
         self, bits: int, sparsity: float, pattern: str = "unstructured"
@@ -128,8 +159,8 @@ class LayerTimes:
             }
             step.run = NativePart(_replaced(step.run.program, replaced), step.run.outputs)
             for name, form in step.run.engine.forms():
-                if _layer(name) in forms:
-                    forms[_layer(name)].append(form)
+                if layer_of(name) in forms:
+                    forms[layer_of(name)].append(form)
             part += 1
         self._forms[bits, sparsity, pattern] = forms
         return engine
@@ -164,6 +195,36 @@ class LayerTimes:
         if other.reference is None:
             other.reference = 1e6 * usual
         return found / usual * other.reference
+
+
+class TimesByWidth:
+    """:class:`LayerTimes` with the usual inputs, and with inputs of fewer bits; made when needed.
+
+    Args:
+        make: those of some bits (``None``: the usual ones), beside those that they are timed with.
+    """
+
+    def __init__(self, make: Callable[[int | None, LayerTimes | None], LayerTimes]) -> None:
+        self._make = make
+        self._known: dict[int | None, LayerTimes] = {}
+
+    def __call__(self, width: int | None = None) -> LayerTimes:
+        """Of inputs of so many bits."""
+        if width not in self._known:
+            self._known[width] = self._make(width, None if width is None else self(None))
+        return self._known[width]
+
+    def same(self, width: int | None, bits: int, sparsity: float, pattern: str) -> set[str]:
+        """Layers for which inputs of so many bits bring no other form.
+
+        They take as long as with the usual ones: no luck or misfortune of a measurement decides
+        about their bits.
+        """
+        if width is None:
+            return set()
+        usual = self(None).forms(bits, sparsity, pattern)
+        forms = self(width).forms(bits, sparsity, pattern)
+        return {name for name in usual if forms.get(name) == usual[name]}
 
 
 def call_seconds(
@@ -223,8 +284,8 @@ def seconds_in_turn(
     return [statistics.median(found) for found in samples]
 
 
-def _layer(node: str) -> str:
-    # The second call of a layer is named "layer#2".
+def layer_of(node: str) -> str:
+    """The layer that a node stands for: its second call is named "layer#2"."""
     return node.split("#", 1)[0]
 
 

@@ -1,19 +1,22 @@
-"""What the command line's ``compress``, ``train``, ``compile`` and ``compare`` do."""
+"""What the command line's ``compress``, ``train``, ``compile``, ``profile`` and ``compare`` do."""
 
 from .comparing import run_compare
 from .compiling import run_compile
 from .compressing import check_compress, run_compress
-from .settings import CompareJob, CompileJob, CompressJob, TrainJob
+from .profiling import run_profile
+from .settings import CompareJob, CompileJob, CompressJob, ProfileJob, TrainJob
 from .training import run_train
 
 __all__ = [
     "CompareJob",
     "CompileJob",
     "CompressJob",
+    "ProfileJob",
     "TrainJob",
     "check_compress",
     "run_compare",
     "run_compile",
     "run_compress",
+    "run_profile",
     "run_train",
 ]

@@ -20,6 +20,7 @@ from .._progress import stage
 from .._stages import Stage
 from .._stages import job as announced
 from ..allocation import check_method, check_request, float_bytes, pareto
+from ..allocation.machine_table import MachineTable
 from ..allocation.settings import check_effort
 from ..capture import GraphModel
 from ..capture.loading import captured_on
@@ -84,6 +85,7 @@ def _ready(job: CompressJob) -> _Ready:
         criterion=job.criterion,
         bits=job.layer_bits,
         stages=job.stages,
+        options=options.get("options"),
     )
     if job.country is not None and not job.energy:
         raise EnergyError("a country is for the CO2 of the energy used: give --energy-use, too")
@@ -117,6 +119,8 @@ def _options(job: CompressJob) -> dict[str, Any]:
         options["fixed"] = dict(job.fixed)
     if job.exclude:
         options["exclude"] = list(job.exclude)
+    if job.latency_table is not None:
+        options["options"] = {"latency_table": job.latency_table}
     return options
 
 
@@ -140,6 +144,7 @@ def check_compress(job: CompressJob) -> dict[str, Any]:
         "float accuracy": f"{warn_chance(opened, ready.data):.2f} % of the calibration images",
         "method": job.method
         + (f", within {job.budget}" if job.budget else "")
+        + (f", on {MachineTable.load(job.latency_table).title}" if job.latency_table else "")
         + (", repair" if job.repair else "")
         + (f", {job.epochs} epochs of fine-tuning" if job.epochs else ", no fine-tuning"),
         "output": f"{job.out}: {', '.join(OUTPUTS)}",

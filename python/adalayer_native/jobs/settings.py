@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..allocation import Budget
+from ..allocation.options import UNSTRUCTURED
+from ..allocation.settings import BLOCKS, NARROW
+from ..allocation.tables import BITS, SPARSITIES
 
-__all__ = ["CompareJob", "CompileJob", "CompressJob", "TrainJob", "arguments"]
+__all__ = ["CompareJob", "CompileJob", "CompressJob", "ProfileJob", "TrainJob", "arguments"]
 
 
 @dataclass
@@ -41,6 +44,7 @@ class CompressJob:
     seed: int = 0
     threads: int | None = None
     criterion: str | None = None
+    latency_table: Path | None = None
     frontier: bool | None = None
     energy: bool = False
     country: str | None = None
@@ -105,6 +109,27 @@ class CompareJob:
     std: Sequence[float] | None = None
     scale: float | None = None
     seed: int = 0
+    threads: int | None = None
+    progress: bool = True
+
+
+@dataclass
+class ProfileJob:
+    """Arguments of ``adalayer profile``; see its help."""
+
+    model: str
+    out: Path
+    shapes: Path | None = None
+    weights: Path | None = None
+    input_shape: Sequence[int] = (3, 32, 32)
+    classes: int = 10
+    exclude: Sequence[str] = ()
+    isa: str | None = None
+    bits: tuple[int, ...] = BITS
+    sparsities: tuple[float, ...] = SPARSITIES
+    patterns: tuple[str, ...] = (UNSTRUCTURED, *BLOCKS)
+    input_bits: tuple[int, ...] = NARROW
+    batch: int = 1
     threads: int | None = None
     progress: bool = True
 
