@@ -13,11 +13,13 @@ from helpers_calls import ModelOutput, Pair, Record
 from helpers_models import batches, tiny
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils import _pytree as pytree
 
 import adalayer_native as ada
 from adalayer_native.allocation.measuring import Data
 from adalayer_native.allocation.sensitivity import LogitSensitivity
 from adalayer_native.capture import GraphModel, Inputs
+from adalayer_native.capture.model import children_of
 from adalayer_native.capture.work import float_rest, work_of
 from adalayer_native.importance.analyze import dequantized_layer
 from adalayer_native.importance.batches import Batch
@@ -652,3 +654,13 @@ def test_estimates_equal_the_file(bits: int, sparsity: float, tmp_path: Any) -> 
         assert written <= ada.estimate_bytes(model, plan) <= 1.1 * written
         again = ada.restore(model, tmp_path / "m.safetensors")
         assert torch.equal(again(**data[0])["x"], native(**data[0])["x"])
+
+
+def test_structures_of_torch_versions_that_call_their_parts_otherwise():
+    spec = pytree.tree_structure(((1, {"a": 2}), {}))
+    assert children_of(spec) == list(spec.children())
+
+    class Older:
+        children_specs = list(spec.children())
+
+    assert children_of(Older()) == list(spec.children())

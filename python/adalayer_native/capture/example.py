@@ -160,7 +160,7 @@ def batch_inputs(model: nn.Module, item: Any) -> tuple[Inputs, Any]:
     if signature is None:
         expected = positional_inputs(model)
     else:
-        expected = max(1, signature.in_spec.child(0).num_children)
+        expected = max(1, signature.arguments[0].num_children)
     return inputs_and_target(item, expected)
 
 

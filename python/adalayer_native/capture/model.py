@@ -125,10 +125,16 @@ class Signature:
     @property
     def is_plain(self) -> bool:
         """Whether every argument is a tensor of its own name."""
-        args, kwargs = self.in_spec.child(0), self.in_spec.child(1)
+        args, kwargs = self.arguments
         return not self.constants and all(
-            leaf.is_leaf() for leaf in (*args.children(), *kwargs.children())
+            leaf.is_leaf() for leaf in (*children_of(args), *children_of(kwargs))
         )
+
+    @property
+    def arguments(self) -> tuple[Any, Any]:
+        """Structure of the positional arguments, and of those by name."""
+        args, kwargs = children_of(self.in_spec)
+        return args, kwargs
 
     def leaves(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """All leaves of a call, in the order of the placeholders.
@@ -136,8 +142,8 @@ class Signature:
         Raises:
             InputError: nested otherwise than the example of the capture.
         """
-        names = list(self.in_spec.child(1).context or ())
-        positional = self.in_spec.child(0).num_children
+        names = list(self.arguments[1].context or ())
+        positional = self.arguments[0].num_children
         args, kwargs = self._without_defaults(list(args), dict(kwargs), positional, names)
         # A positional argument may come by name and the other way round.
         for name in self.parameters[len(args) : positional]:
@@ -355,15 +361,20 @@ class GraphModel(fx.GraphModule):
         }
 
 
+def children_of(spec: Any) -> list[Any]:
+    """The parts of a nested structure, by the name that this version of torch has for them."""
+    return list(spec.children() if hasattr(spec, "children") else spec.children_specs)
+
+
 def code_of(signature: Signature) -> CodeGen:
     """How the generated forward takes its arguments apart and puts its result together."""
     if signature.is_plain and _plain_output(signature.out_spec):
         return CodeGen()
-    positional = signature.in_spec.child(0).num_children
+    positional = signature.arguments[0].num_children
     names = [f"arg_{k}" for k in range(positional)]
     for position, name in enumerate(signature.parameters[:positional]):
         names[position] = name
-    names += list(signature.in_spec.child(1).context or ())
+    names += list(signature.arguments[1].context or ())
     return _PyTreeCodeGen(_PyTreeInfo(names, signature.in_spec, signature.out_spec))
 
 
@@ -371,7 +382,7 @@ def _plain_output(spec: Any) -> bool:
     """Whether the result is nested in what Python code can write down."""
     if spec.is_leaf():
         return True
-    return spec.type in (tuple, list, dict) and all(map(_plain_output, spec.children()))
+    return spec.type in (tuple, list, dict) and all(map(_plain_output, children_of(spec)))
 
 
 # -- pickling -------------------------------------------------------------------------------------

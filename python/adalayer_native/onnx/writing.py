@@ -90,7 +90,7 @@ def _example(native: nn.Module) -> Any:
             if isinstance(info, TensorInfo):
                 tensors.append(torch.zeros(info.sizes, dtype=info.dtype))
         signature = native.signature
-        if signature.is_plain and not signature.in_spec.child(1).num_children:
+        if signature.is_plain and not signature.arguments[1].num_children:
             return tuple(tensors)
     found = getattr(native, "meta", {}).get("example")
     if found is None:
