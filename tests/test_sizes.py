@@ -480,7 +480,10 @@ def test_multiples() -> None:
     ("sizes", "message"),
     [
         ("large", "expected"),
-        ((40, 8), "multiple"),
+        ((40, 8), "smallest size, 40, is above the largest, 8"),
+        ((9, 15, 16), "no multiple of 16 from 9 to 15"),
+        ((8, 64, 0), "whole numbers from 1"),
+        ([(8, 64), (8, 64)], "whole numbers from 1"),
         ((0, 8), "whole numbers"),
         ((50, 60), "not in"),
         ({"y": {2: (8, 64)}}, "no input"),
