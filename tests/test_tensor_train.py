@@ -51,7 +51,8 @@ def dense(train: TensorTrainLinear, columns: int) -> nn.Linear:
 def test_a_matrix_that_is_a_train_gives_back_its_ranks(rows, columns, ranks):
     modes = matrix_modes(rows, columns, len(ranks) + 1)
     layer = dense(filled(TensorTrainLinear(modes, ranks, True)), columns)
-    cores = train_of_matrix(layer.weight.detach(), modes, 1e-5)
+    cores, lost = train_of_matrix(layer.weight.detach(), modes, 1e-5)
+    assert lost < 1e-5
     assert [len(core) // m for core, (m, _) in zip(cores[1:], modes[1:], strict=True)] == [*ranks]
     found = ada.tensor_train(nn.Sequential(layer), error=1e-5, clock=False, progress=False)
     assert found.layers["0"].weights <= sum(core.numel() for core in cores)
@@ -80,13 +81,14 @@ def test_a_matrix_of_rank_five_has_rank_five():
 )
 def test_the_error_stays_within_what_is_allowed(sizes, error, seed):
     tensor = torch.randn(sizes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    cores = svd_train(tensor, error)
+    cores, said = svd_train(tensor, error)
     product = cores[0]
     for core in cores[1:]:
         product = torch.tensordot(product, core, dims=1)
     assert product.shape == (1, *sizes, 1)
     lost = float((product[0, ..., 0] - tensor).norm())
     assert lost <= (error + 1e-12) * float(tensor.norm()) * (1 + 1e-9)
+    assert abs(lost - said * float(tensor.norm())) < 1e-7 * float(tensor.norm())
 
 
 @settings(max_examples=60, deadline=None)

@@ -218,8 +218,7 @@ def _decomposed(
         return "its weights are all zero"
     candidates = []
     for modes in _candidates(layer):
-        cores = _cores(weight, modes, error or 0.0, rank)
-        lost = float((_product(cores, modes, weight) - weight).norm() / weight.norm())
+        cores, lost = _cores(weight, modes, error or 0.0, rank)
         candidates.append((modes, cores, lost))
     if error is not None:
         fine = [c for c in candidates if c[2] <= error * (1 + 1e-9)]
@@ -257,40 +256,27 @@ def _candidates(layer: nn.Conv2d | nn.Linear) -> list[Modes]:
     return found
 
 
-def _cores(weight: Tensor, modes: Modes, error: float, rank: int | None) -> list[Tensor]:
-    """Weights of the small layers, in the shape ``[outputs, inputs, ...]``."""
+def _cores(
+    weight: Tensor, modes: Modes, error: float, rank: int | None
+) -> tuple[list[Tensor], float]:
+    """Weights of the small layers, in the shape ``[outputs, inputs, ...]``, and their error."""
     if weight.dim() == 2:
         return train_of_matrix(weight, modes, error, rank)
     rows, columns, *window = weight.shape
     if len(modes) == 2:
         tensor = weight.reshape(rows, columns)
-        first, last = svd_train(tensor, error, rank)
-        return [first[0], last[:, :, 0]]
+        (first, last), lost = svd_train(tensor, error, rank)
+        return [first[0], last[:, :, 0]], lost
     tensor = weight.permute(0, 2, 3, 1).reshape(rows, -1, columns)
-    first, middle, last = svd_train(tensor, error, rank)
+    (first, middle, last), lost = svd_train(tensor, error, rank)
     # [r, window, r'] -> [r, r', window]
-    return [first[0], middle.transpose(1, 2).reshape(*middle.shape[::2], *window), last[:, :, 0]]
+    middle = middle.transpose(1, 2).reshape(*middle.shape[::2], *window)
+    return [first[0], middle, last[:, :, 0]], lost
 
 
 def _ranks(cores: Sequence[Tensor], modes: Modes) -> tuple[int, ...]:
     pairs = zip(cores[1:], modes[1:], strict=True)
     return tuple(core.shape[0] // rows for core, (rows, _) in pairs)
-
-
-def _product(cores: Sequence[Tensor], modes: Modes, weight: Tensor) -> Tensor:
-    """The weight that a train stands for."""
-    if weight.dim() == 4:
-        whole = cores[0]
-        if len(cores) == 3:
-            whole = torch.einsum("or,rshw->oshw", whole, cores[1])
-            return torch.einsum("oshw,si->oihw", whole, cores[2])
-        return (whole @ cores[1]).reshape(weight.shape)
-    # A train of linear layers is run on every unit vector.
-    train = emptied(nn.Linear(weight.shape[1], weight.shape[0], bias=False), modes,
-                    _ranks(cores, modes)).double()  # fmt: skip
-    for core, values in zip(train.cores(), cores, strict=True):
-        core.weight.copy_(values)
-    return train(torch.eye(weight.shape[1], dtype=torch.float64)).T
 
 
 def _inputs_of(

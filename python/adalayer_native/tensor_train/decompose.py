@@ -23,10 +23,11 @@ from adalayer_native.nn.tensor_train import Modes
 __all__ = ["matrix_modes", "svd_train", "train_of_matrix", "truncated"]
 
 
-def truncated(matrix: Tensor, error: float, rank: int | None) -> tuple[Tensor, Tensor]:
+def truncated(matrix: Tensor, error: float, rank: int | None) -> tuple[Tensor, Tensor, float]:
     """``(left, right)`` whose product is the matrix, but for ``error`` (Frobenius, absolute).
 
-    The singular values are in the left factor. At least rank 1; at most ``rank``.
+    The singular values are in the left factor. At least rank 1; at most ``rank``. Third comes what
+    is lost.
     """
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
     # What would be lost if only the first k were kept, for k from 0.
@@ -34,11 +35,14 @@ def truncated(matrix: Tensor, error: float, rank: int | None) -> tuple[Tensor, T
     kept = max(1, int((lost > error).sum()))
     if rank is not None:
         kept = min(kept, rank)
-    return u[:, :kept] * s[:kept], v[:kept]
+    return u[:, :kept] * s[:kept], v[:kept], float(s[kept:].norm())
 
 
-def svd_train(tensor: Tensor, error: float, rank: int | None = None) -> list[Tensor]:
-    """Cores ``[r, n, r']`` of a tensor with the modes n, float64, by TT-SVD.
+def svd_train(tensor: Tensor, error: float, rank: int | None = None) -> tuple[list[Tensor], float]:
+    """Cores ``[r, n, r']`` of a tensor with the modes n, float64, by TT-SVD, and their error.
+
+    What the decompositions cut off is orthogonal, so that the squares of it add up to the square of
+    the difference.
 
     Args:
         tensor: of two modes or more, float64.
@@ -47,21 +51,23 @@ def svd_train(tensor: Tensor, error: float, rank: int | None = None) -> list[Ten
     """
     modes = tensor.shape
     allowed = error * float(tensor.norm()) / math.sqrt(len(modes) - 1)
-    cores, rest, left = [], tensor, 1
+    cores, rest, left, lost = [], tensor, 1, 0.0
     # From the last mode on: what is left over, and holds the singular values, is the first core.
     # Every other one has orthogonal rows, so that no error grows.
     for mode in reversed(modes[1:]):
-        rest, core = truncated(rest.reshape(-1, mode * left), allowed, rank)
+        rest, core, cut = truncated(rest.reshape(-1, mode * left), allowed, rank)
+        lost += cut**2
         cores.append(core.reshape(len(core), mode, left))
         left = len(core)
     cores.append(rest.reshape(1, modes[0], left))
-    return cores[::-1]
+    return cores[::-1], math.sqrt(lost) / float(tensor.norm())
 
 
 def train_of_matrix(
     matrix: Tensor, modes: Modes, error: float, rank: int | None = None
-) -> list[Tensor]:
-    """The matrices ``[i_k r_(k-1), j_k r_k]`` that linear layers apply one after the other.
+) -> tuple[list[Tensor], float]:
+    """The matrices ``[i_k r_(k-1), j_k r_k]`` that linear layers apply one after the other, and
+    the error of their product.
 
     Core k takes ``(j_k, r_k)`` to ``(i_k, r_(k-1))``; the last core comes first in a forward pass.
 
@@ -75,14 +81,14 @@ def train_of_matrix(
     tensor = matrix.double().reshape(*reversed(rows), *columns)
     # (i_d ... i_1, j_1 ... j_d) -> (i_1 j_1, ..., i_d j_d)
     tensor = tensor.permute([axis for k in range(d) for axis in (d - 1 - k, d + k)])
-    cores = svd_train(tensor.reshape([m * n for m, n in modes]), error, rank)
+    cores, lost = svd_train(tensor.reshape([m * n for m, n in modes]), error, rank)
     layers = []
     for core, (m, n) in zip(cores, modes, strict=True):
         before, _, after = core.shape
         # [r, i, j, r'] -> [(i, r), (j, r')]
         split = core.reshape(before, m, n, after).permute(1, 0, 2, 3)
         layers.append(split.reshape(m * before, n * after))
-    return layers
+    return layers, lost
 
 
 def matrix_modes(rows: int, columns: int, count: int) -> Modes:
