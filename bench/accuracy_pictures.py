@@ -23,7 +23,7 @@ import adalayer_native as ada
 from adalayer_native._files import write_text_atomic
 from bench.accuracy import Images, judge, network
 from bench.accuracy_page import verdict
-from bench.record import ROOT, describe_machine
+from bench.record import ROOT, results_of
 from bench.report import table, write_part
 from bench.trained import NAMES
 
@@ -50,16 +50,6 @@ def measured(name: str, bits: int, count: int, images: Images, models: Path) -> 
         )
     engine = ada.compile(result.model, example, policy="native")
     return judge(engine, images.tested, model)
-
-
-def load(path: Path) -> dict[str, Any]:
-    """Results so far."""
-    if not path.is_file():
-        return {"format": FORMAT, "machine": describe_machine(), "float": {}, "rows": {}}
-    data: dict[str, Any] = json.loads(path.read_text())
-    if data.get("format") != FORMAT:
-        raise ada.FileFormatError(f"{path}: expected {FORMAT}, got {data.get('format')!r}")
-    return data
 
 
 def page_section(data: Mapping[str, Any]) -> str:
@@ -92,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=PAGE)
     given = parser.parse_args(arguments)
-    data = load(given.results)
+    data = results_of(given.results, FORMAT, float={}, rows={})
     images = Images(given.data)
     for name in NETWORKS:
         if name not in data["float"]:

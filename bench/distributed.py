@@ -30,7 +30,7 @@ from adalayer_native.data import Batches, digits
 from adalayer_native.distributed import QuantizedGradients
 from adalayer_native.measure import accuracy
 from adalayer_native.models import AdaLayerNet
-from bench.record import ROOT, describe_machine
+from bench.record import ROOT, results_of
 from bench.report import table, write_part
 
 RESULTS = ROOT / "build" / "bench" / "distributed.json"
@@ -122,11 +122,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=PAGE)
     given = parser.parse_args(arguments)
-    data: dict[str, Any] = {
-        "format": FORMAT, "machine": describe_machine(), "epochs": given.epochs, "runs": {},
-    }  # fmt: skip
-    if given.results.is_file():
-        data = json.loads(given.results.read_text())
+    data = results_of(given.results, FORMAT, epochs=given.epochs, runs={})
+    if data["epochs"] != given.epochs:  # another training: its figures are no neighbours of these
+        parser.error(f"{given.results} has runs of {data['epochs']} epochs; give another --results")
     for processes in given.processes:
         for bits in given.bits:
             runs = data["runs"].setdefault(f"{processes}-{bits:g}", {})

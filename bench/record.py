@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from adalayer_native.errors import FileFormatError
 from bench.interleave import Comparison, Ratio, Spread, headline, ratios, spreads
 
 FORMAT = "adalayer-bench"
@@ -172,6 +173,20 @@ def _json_rows(value: Any) -> str:
     if not isinstance(value, list):
         return json.dumps(value)
     return "[\n" + ",\n".join(json.dumps(row) for row in value) + "\n]"
+
+
+def results_of(path: Path, form: str, **empty: Any) -> dict[str, Any]:
+    """What a program has measured so far; else ``empty``, with the machine.
+
+    Raises:
+        FileFormatError: the file holds other results.
+    """
+    if not path.is_file():
+        return {"format": form, "machine": describe_machine(), **empty}
+    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(data, dict) or data.get("format") != form:
+        raise FileFormatError(f"{path}: expected results of {form}")
+    return data
 
 
 def describe_machine() -> dict[str, Any]:

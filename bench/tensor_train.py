@@ -30,7 +30,7 @@ from adalayer_native._files import write_text_atomic
 from adalayer_native.allocation import float_bytes
 from bench.accuracy import judge, network
 from bench.accuracy_training import Images
-from bench.record import ROOT, describe_machine
+from bench.record import ROOT, results_of
 from bench.report import table, write_part
 
 RESULTS = ROOT / "build" / "bench" / "tensor-train.json"
@@ -178,16 +178,6 @@ def measured_layer(kind: str, rank: int) -> dict[str, Any]:
     }
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Results so far."""
-    if not path.is_file():
-        return {"format": FORMAT, "machine": describe_machine(), "rows": {}, "layers": {}}
-    data: dict[str, Any] = json.loads(path.read_text())
-    if data.get("format") != FORMAT:
-        raise ada.FileFormatError(f"{path}: expected {FORMAT}, got {data.get('format')!r}")
-    return data
-
-
 def page_section(data: Mapping[str, Any]) -> str:
     """The part of the page."""
     machine = data["machine"]
@@ -236,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=PAGE)
     given = parser.parse_args(arguments)
-    data = load(given.results)
+    data = results_of(given.results, FORMAT, rows={}, layers={})
     work = given.results.parent / "tensor-train"
     work.mkdir(parents=True, exist_ok=True)
     images = None

@@ -211,6 +211,25 @@ def test_widths_go_where_they_help_most(tmp_path):
         dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("feedback", [True, False])
+def test_what_was_not_sent_is_added_to_the_next_gradient(tmp_path, feedback, bits):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        ddp = DistributedDataParallel(nn.Sequential(nn.Linear(64, 64, bias=False)))
+        gradients = QuantizedGradients(ddp, bits=bits, feedback=feedback)
+        gradient = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+        sent = torch.zeros(64, 64)
+        for _ in range(30):
+            sent += decoded(gradients.encode("0.weight", gradient), 4096)[0].view(64, 64)
+        # All but what one message leaves out has arrived; without, the errors of 30 add up.
+        apart = float((sent - 30 * gradient).norm() / gradient.norm())
+        one = {2: 2.0, 3: 0.7, 4: 0.3}[bits]
+        assert apart < one if feedback else apart > 2 * one
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [

@@ -33,13 +33,20 @@ def _blocks(values: Tensor) -> Tensor:
     return torch.nn.functional.pad(flat, (0, short)).view(-1, BLOCK)
 
 
-def encoded(values: Tensor, bits: int, generator: torch.Generator | None = None) -> Tensor:
+def encoded(
+    values: Tensor,
+    bits: int,
+    generator: torch.Generator | None = None,
+    *,
+    nearest: bool = False,
+) -> Tensor:
     """The bytes of a gradient.
 
     Args:
         values: float32, any shape, finite.
         bits: 2 to 8.
         generator: of the rounding.
+        nearest: round to the nearest level instead, which is biased, and loses less.
 
     Returns:
         uint8: length of what is packed, a float32 scale per block of 1,024, packed integers.
@@ -47,7 +54,7 @@ def encoded(values: Tensor, bits: int, generator: torch.Generator | None = None)
     rows = _blocks(values)
     scales = rows.abs().amax(1) / levels_of(bits)
     steps = rows / scales.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)
-    chance = torch.rand(rows.shape, generator=generator)
+    chance = torch.full_like(rows, 0.5) if nearest else torch.rand(rows.shape, generator=generator)
     levels = (steps + chance).floor_().clamp_(-levels_of(bits), levels_of(bits))
     packed = ops.pack_weight(levels.to(torch.int8), bits)
     length = torch.tensor([len(packed)], dtype=torch.int64)

@@ -15,14 +15,16 @@ from adalayer_native.errors import ClusterError, FileFormatError, PlanError
 __all__ = ["QuantizedGradients"]
 
 SMALL = 1024  # values below which a tensor goes as it is: biases, batch norms
+# Bits of which rounding by chance leaves out more than there is: what is kept would only grow.
+CHANCELESS = 2
 MEMORY = 0.9  # per step, of the statistics that widths are chosen by
 
 
 class QuantizedGradients:
     """Bits per layer for the gradients of a model that trains in several processes.
 
-    Every process sends its gradients rounded without bias, and averages what all of them sent; all
-    come to the same average. Widths follow the gradients: bits go where they take away most of the
+    Every process sends its gradients rounded up or down by chance, and averages what all of them
+    sent; all come to the same average. Widths follow the gradients: bits go where they take away most of the
     variance that rounding adds, as many as ``bits`` allows on average.
 
         ddp = DistributedDataParallel(model)
@@ -33,7 +35,8 @@ class QuantizedGradients:
         bits: average per value of the tensors that are quantized, 2 to 8.
         least, most: bits of any tensor.
         every: steps after which widths are chosen anew.
-        feedback: add what a process did not send to its next gradient.
+        feedback: add what a process did not send to its next gradient. Gradients of 2 bits are then
+            rounded to the nearest level, since chance leaves out more of them than there is.
         seed: of the rounding; every rank has its own draw.
 
     Attributes:
@@ -47,7 +50,8 @@ class QuantizedGradients:
     Raises:
         PlanError: bits out of range.
         ClusterError: no process group; in a step, a process that is gone or does not answer within
-            the group's timeout, or sends what is no gradient of this model.
+            the group's timeout, or sends what is no gradient of this model; a gradient with NaN or
+            infinity (a ``GradScaler``, which tries such ones, does not go with it).
     """
 
     def __init__(
@@ -103,7 +107,9 @@ class QuantizedGradients:
         values = gradient.float()
         if self.feedback and name in self._kept:
             values = values + self._kept[name]
-        data = encoded(values, self.widths[name], self._generator)
+        bits = self.widths[name]
+        nearest = self.feedback and bits == CHANCELESS
+        data = encoded(values, bits, self._generator, nearest=nearest)
         if self.feedback:
             back, _ = decoded(data, values.numel())
             self._kept[name] = values - back.view_as(values)
