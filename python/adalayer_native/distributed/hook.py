@@ -24,8 +24,8 @@ class QuantizedGradients:
     """Bits per layer for the gradients of a model that trains in several processes.
 
     Every process sends its gradients rounded up or down by chance, and averages what all of them
-    sent; all come to the same average. Widths follow the gradients: bits go where they take away most of the
-    variance that rounding adds, as many as ``bits`` allows on average.
+    sent; all come to the same average. Widths follow the gradients: bits go where they take away
+    most of the variance that rounding adds, as many as ``bits`` allows on average.
 
         ddp = DistributedDataParallel(model)
         gradients = QuantizedGradients(ddp, bits=4.5)
