@@ -48,6 +48,20 @@ def test_save_and_load(small: tuple[nn.Module, Engine], tmp_path: Path) -> None:
         engine.save(tmp_path / "file" / "model.ada")
 
 
+def test_a_file_says_nothing_of_another_one(
+    small: tuple[nn.Module, Engine], tmp_path: Path
+) -> None:
+    _, engine = small
+    plain, named = tmp_path / "plain.ada", tmp_path / "named.ada"
+    engine.save(plain)
+    engine.save(named, preprocessing={"size": [8, 8]}, class_names=["a", "b", "c", "d"])
+    before = plain.read_bytes()
+    engine.save(plain)
+    assert plain.read_bytes() == before
+    assert ada.load(plain).class_names is None
+    assert ada.load(named).class_names == ["a", "b", "c", "d"]
+
+
 def test_damaged_files(small: tuple[nn.Module, Engine], tmp_path: Path) -> None:
     _, engine = small
     path = tmp_path / "model.ada"

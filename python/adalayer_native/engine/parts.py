@@ -15,7 +15,7 @@ from adalayer_native.engine.results import Output
 from adalayer_native.engine.sizes import KEY, SizeRules
 from adalayer_native.errors import InputError
 
-__all__ = ["WEIGHTS", "CudaPart", "NativePart", "type_name", "whole_numbers"]
+__all__ = ["WEIGHTS", "CudaPart", "NativePart", "program_of", "type_name", "whole_numbers"]
 
 # Forms of weights below 8 bits; csrc/engine/engine.hpp, WeightForm.
 WEIGHTS = ("measured", "streamed", "resident")
@@ -257,7 +257,8 @@ def whole_numbers(x: Tensor, dtype: torch.dtype, label: str) -> Tensor:
     return found
 
 
-def _program(data: bytes) -> _C.Program:
+def program_of(data: bytes) -> _C.Program:
+    """A program from its bytes, which are copied."""
     held = np.frombuffer(data, dtype=np.uint8)
     return _C.Program.from_bytes(held.ctypes.data, held.size)
 
@@ -266,13 +267,13 @@ def _native_part(
     data: bytes, outputs: Sequence[Output], weights: str, max_memory: int, plan: str = ""
 ) -> NativePart:
     """A pickled part, made ready for the machine that reads it."""
-    return NativePart(_program(data), outputs, weights, max_memory, plan)
+    return NativePart(program_of(data), outputs, weights, max_memory, plan)
 
 
 def _cuda_part(
     data: bytes, outputs: Sequence[Output], weights: str, device: int, options: dict[str, Any]
 ) -> CudaPart:
-    return CudaPart(_program(data), outputs, weights, device, **options)
+    return CudaPart(program_of(data), outputs, weights, device, **options)
 
 
 def type_name(dtype: torch.dtype) -> str:

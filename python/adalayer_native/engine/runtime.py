@@ -22,7 +22,13 @@ from adalayer_native._files import replacing
 from adalayer_native.detection import Detection, named
 from adalayer_native.engine.call import Call
 from adalayer_native.engine.coverage import Coverage, Row
-from adalayer_native.engine.parts import CudaPart, NativePart, type_name, whole_numbers
+from adalayer_native.engine.parts import (
+    CudaPart,
+    NativePart,
+    program_of,
+    type_name,
+    whole_numbers,
+)
 from adalayer_native.engine.results import ID_TYPES, Leaf, Port, described, skeleton
 from adalayer_native.engine.sizes import Size, SizeRules
 from adalayer_native.errors import InputError, UnsupportedModelError
@@ -678,7 +684,8 @@ class Engine:
             )
         part = self._steps[0].run
         assert isinstance(part, NativePart)
-        program = part.program
+        # A copy: what one file says, the next one need not.
+        program = program_of(part.program.to_bytes())
         structure, leaves = described(self._out_spec, self._leaves, "the model's result")
         if any(isinstance(leaf, Tensor) for leaf in leaves):
             raise UnsupportedModelError(
