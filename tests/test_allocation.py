@@ -398,9 +398,9 @@ def test_layers_the_native_code_lacks_stay_float() -> None:
     plan = quiet(scores, Budget(size=1.0), model=model, calibration=batches())
     assert plan["0"].bits is not None
     assert plan["3"].bits is None
-    assert list(plan.float_rest) == ["3"]
+    assert list(plan.float_work) == ["3"]
     share = 4 * 66240 / (4 * 66240 + 64 * 3 * 1035)
-    assert plan.float_rest["3"]["share"] == pytest.approx(share)
+    assert plan.float_work["3"]["share"] == pytest.approx(share)
 
 
 def too_large() -> nn.Sequential:

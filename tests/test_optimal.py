@@ -343,8 +343,8 @@ def test_pareto(model) -> None:
         ({"sparsities": (0.5,)}, "with 0 among them"),
         ({"sparsities": (0.0, 1.0)}, "sparsities must be"),
         ({"step": 0}, "step must be"),
-        ({"rounds": -1}, "rounds and finalists must not be negative"),
-        ({"finalists": -1}, "rounds and finalists must not be negative"),
+        ({"rounds": -1}, "rounds and repaired_plans must not be negative"),
+        ({"repaired_plans": -1}, "rounds and repaired_plans must not be negative"),
     ],
 )
 def test_bad_options(model, options, message: str) -> None:

@@ -16,6 +16,7 @@ PYTHON_ROOMS = [
         "_lazy",
         "_version",
         "errors",
+        "_deprecated",
         "detection",
         "_console",
         "_files",

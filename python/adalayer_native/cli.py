@@ -45,7 +45,7 @@ from ._options import (
     widths,
     zero_patterns,
 )
-from .allocation.methods import BUDGETED, METHODS
+from .allocation.methods import METHODS, method_of
 from .errors import AdaError
 from .study.commands import app as study_app
 
@@ -90,14 +90,14 @@ def adalayer(
 
 def _budget(method: str, limits: dict[str, float | None]) -> Any:
     """The budget that the options give, if any."""
-    from .allocation import Budget
-    from .errors import BudgetError
+    from .allocation import Budget, refusals
 
     if any(value is not None for value in limits.values()):
         return Budget(**limits)  # type: ignore[arg-type]
-    if method in BUDGETED:
-        more = ", --latency, --bops, --energy or --loss" if method == "optimal" else ""
-        raise BudgetError(f"method {method!r} needs a budget: --size, --bytes or --bits{more}")
+    known = method_of(method)
+    if known.budget:
+        more = ", --latency, --bops, --energy or --loss" if known.several else ""
+        raise refusals.missing(method, f": --size, --bytes or --bits{more}")
     return None
 
 

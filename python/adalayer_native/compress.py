@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adalayer_native._deprecated import renamed_fields
 from adalayer_native._fingerprint import fingerprint
 from adalayer_native._progress import stage
 from adalayer_native._stages import Stage, job
@@ -23,12 +24,13 @@ from adalayer_native.allocation import (
     check_request,
     everywhere,
 )
-from adalayer_native.allocation.rest import planned_rest, unsupported_rest
-from adalayer_native.allocation.settings import check_effort
+from adalayer_native.allocation.float_work import planned_work, unsupported_work
+from adalayer_native.allocation.methods import method_of
+from adalayer_native.allocation.optimal_settings import check_effort
 from adalayer_native.capture import Inputs, captured
 from adalayer_native.capture.example import guessed_example
 from adalayer_native.capture.loading import captured_on, first_sample
-from adalayer_native.capture.work import FloatRest, work_of
+from adalayer_native.capture.work import FloatWork, work_of
 from adalayer_native.data import distilled
 from adalayer_native.errors import CalibrationError, PlanError, UnsupportedModelError
 from adalayer_native.importance import LayerScores, analyze
@@ -47,6 +49,7 @@ from adalayer_native.training import finetune
 __all__ = ["Compressed", "compress", "stages_of"]
 
 
+@renamed_fields(float_rest="float_work")
 @dataclass
 class Compressed:
     """Result of :func:`compress`.
@@ -58,7 +61,7 @@ class Compressed:
         kept_float: layers that stay float because no native layer covers them, with the reason.
         history: of the fine-tuning; None without.
         repair: output error of every layer before and after the repair; None without.
-        float_rest: everything with multiply-accumulates that stays float, layers that the plan
+        float_work: everything with multiply-accumulates that stays float, layers that the plan
             keeps so included, with the reason and the share of them.
         decomposed: the float model with its tensor trains, of method ``"tensor_train"``; it is what
             :func:`~adalayer_native.restore` takes to read the saved file.
@@ -70,7 +73,7 @@ class Compressed:
     kept_float: dict[str, str] = field(default_factory=dict)
     history: Any = None
     repair: Repair | None = None
-    float_rest: FloatRest | None = None
+    float_work: FloatWork | None = None
     decomposed: Decomposed | None = None
 
 
@@ -187,9 +190,9 @@ def compress(
     if loss_fn is None and plan is not None and repair:  # a search says so itself
         warn_of_first_guess(model, calibration, output)
     macs = work_of(model, sample)
-    unsupported = unsupported_rest(model, plan, macs)
+    unsupported = unsupported_work(model, plan, macs)
     if strict:
-        _refuse(unsupported if plan is None else planned_rest(model, plan, macs))
+        _refuse(unsupported if plan is None else planned_work(model, plan, macs))
     elif unsupported:
         warnings.warn(
             f"{100 * unsupported.share:.2g} % of the multiply-accumulates stay in float: "
@@ -213,7 +216,7 @@ def compress(
     scores, report, history = None, None, None
     with job(ahead):
         if plan is None:
-            if method == "adalayer":  # the other methods do not look at scores
+            if method_of(method).scores:
                 with stage(SCORES, enabled=progress):
                     scores = analyze(
                         model,
@@ -244,7 +247,7 @@ def compress(
                     progress=progress,
                     **{"loss_fn": loss_fn, "output": output, **options},
                 )
-        rest = planned_rest(model, plan, macs)
+        rest = planned_work(model, plan, macs)
         if strict:
             _refuse(rest)
         with stage(RANGES, enabled=progress):
@@ -355,7 +358,7 @@ def stages_of(
     """
     layers, batches = len(supported_layers(model)), _length(calibration)
     found = []
-    if method == "adalayer":
+    if method is not None and method_of(method).scores:
         found.append(Stage(SCORES, layers * batches))
     repairing = layers * (4 + batches)
     if method is not None:
@@ -384,7 +387,7 @@ def _length(loader: Iterable[Any]) -> int:
     return len(loader) if isinstance(loader, Sized) else 1
 
 
-def _refuse(rest: FloatRest) -> None:
+def _refuse(rest: FloatWork) -> None:
     if rest:
         raise UnsupportedModelError(
             f"strict: {100 * rest.share:.2g} % of the multiply-accumulates would stay in float: "

@@ -9,10 +9,10 @@ if TYPE_CHECKING:
     from .budget import Budget
     from .energy import plan_energy
     from .methods import METHODS
+    from .optimal_settings import Settings
     from .pareto import Frontier, pareto
     from .request import check_method, check_request
     from .rl import RLSettings
-    from .settings import Settings
     from .size import estimate_bytes, float_bytes, packed_bytes, safetensors_bytes
     from .tables import LayerTable
     from .uniform import everywhere
@@ -46,7 +46,7 @@ __getattr__, __dir__ = lazy(
         "pareto": ["Frontier", "pareto"],
         "request": ["check_method", "check_request"],
         "rl": ["RLSettings"],
-        "settings": ["Settings"],
+        "optimal_settings": ["Settings"],
         "size": ["estimate_bytes", "float_bytes", "packed_bytes", "safetensors_bytes"],
         "tables": ["LayerTable"],
         "uniform": ["everywhere"],

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,9 +29,12 @@ from .closed_form import MAX_BITS, MIN_BITS, closed_form
 from .evaluate import NEGLIGIBLE, Judge, Measurement, best_of, compared
 from .options import Choice, Option, option_of
 from .problem import PERCENTS, Problem
-from .uniform import uniform_finalists, uniform_pairs
+from .uniform import best_uniform_pairs, uniform_pairs
 
-__all__ = ["HYPER", "adalayer"]
+if TYPE_CHECKING:
+    from .request import Request
+
+__all__ = ["HYPER", "adalayer", "solve"]
 
 HYPER = ("alpha", "beta", "gamma", "delta", "lambda", "bmax")
 
@@ -47,7 +51,7 @@ _LAMBDA = (*np.arange(0, 2, 0.25).tolist(), *np.arange(2, 6.01, 0.5).tolist())
 _BMAX = tuple(np.arange(2, 9.01, 0.25).tolist())
 
 GOOD_USE = 0.93  # plans that leave more of the budget unused are only a last resort
-FINALISTS = 5  # so many of the best are repaired whole, beside uniform ones
+REPAIRED = 5  # so many of the best are repaired whole, beside uniform ones
 RESORT = 64  # how many of the fullest plans to look at if none uses the budget well
 ROUNDS = 3  # at most so many finer grids
 REFINE = 8  # plans tried per finer grid
@@ -72,11 +76,26 @@ class _Plans:
         return _Plans(self.bits[rows], self.percent[rows], self.hyper[rows], self.cost[rows])
 
 
+def solve(request: Request) -> Plan:
+    """The plan for a request."""
+    if request.scores is None:
+        raise PlanError("method 'adalayer' needs scores (from analyze)")
+    return adalayer(
+        request.problem,
+        request.scores,
+        request.evaluator,
+        request.repaired_check,
+        hyper=request.hyper,
+        candidates=request.candidates,
+        progress=request.progress,
+    )
+
+
 def adalayer(
     problem: Problem,
     scores: LayerScores,
     evaluator: Judge | None,
-    final: Judge | None = None,
+    repaired: Judge | None = None,
     *,
     hyper: Mapping[str, float] | None = None,
     candidates: int = 20,
@@ -84,7 +103,7 @@ def adalayer(
 ) -> Plan:
     """Find the plan; ``hyper`` fixes some or all of alpha, beta, gamma, delta, lambda, bmax.
 
-    ``final`` decides among the best few, see :class:`.repaired_check.RepairedCheck`.
+    ``repaired`` decides among the best few, see :class:`.repaired_check.RepairedCheck`.
 
     Raises:
         BudgetError: nothing fits; states the smallest reachable size.
@@ -159,28 +178,28 @@ def adalayer(
             before, best = best, best_of(measured, evaluator.samples)
             if best == before:
                 break
-    if final is not None and searched and measured[best].loss > NEGLIGIBLE:
-        alike = [] if fixed else uniform_finalists(problem, evaluator)
-        return _final(problem, scores, tried, measured, alike, final, progress)
+    if repaired is not None and searched and measured[best].loss > NEGLIGIBLE:
+        alike = [] if fixed else best_uniform_pairs(problem, evaluator)
+        return _repaired(problem, scores, tried, measured, alike, repaired, progress)
     plan = _plan(problem, scores, tried, best, measured[best])
     return _unrounded(problem, evaluator, plan) if searched and not fixed else plan
 
 
-def _final(
+def _repaired(
     problem: Problem,
     scores: LayerScores,
     tried: _Plans,
     measured: list[Measurement],
     alike: list[tuple[int, float]],
-    final: Judge,
+    judge: Judge,
     progress: bool,
 ) -> Plan:
     """The best of the plans that lost least, and of uniform ones ``(bits, sparsity)``."""
     order = np.argsort([m.loss for m in measured], kind="stable")
-    rows = _diverse(tried, order, FINALISTS).tolist()
+    rows = _diverse(tried, order, REPAIRED).tolist()
     choices = [_choice(problem, tried, row) for row in rows]
     choices += [problem.uniform(*pair) for pair in alike]
-    best, found = compared(choices, final, "comparing repaired plans", progress=progress)
+    best, found = compared(choices, judge, "comparing repaired plans", progress=progress)
     if best < len(rows):
         return _plan(problem, scores, tried, rows[best], found)
     bits, sparsity = alike[best - len(rows)]

@@ -21,9 +21,9 @@ from ..importance.batches import model_digest
 from ..quantization import calibrate, convert, prepare
 from .closed_form import MAX_BITS
 from .machine_table import MachineTable, Task
+from .optimal_settings import Settings
 from .options import UNSTRUCTURED, Choice, Option
 from .problem import Problem
-from .settings import Settings
 from .store import Store, cache_dir, machine
 from .tables import LayerTable, fill_parts
 

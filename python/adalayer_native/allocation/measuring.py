@@ -23,13 +23,13 @@ from .evaluate import Evaluator
 from .knapsack import Pair
 from .latencies import latency_table, machine_latencies
 from .narrow_inputs import NarrowInputs
+from .optimal_settings import MEASURES, Settings
 from .options import UNSTRUCTURED, Option
 from .problem import Problem
 from .repaired import REPAIR_VERSION, RepairedWeights
 from .resources import resources
 from .selection import Selection, Tables, selection_of
 from .sensitivity import LayerError, LogitSensitivity, WeightOf
-from .settings import MEASURES, Settings
 from .store import Store, cache_dir
 from .tables import LayerTable, fill_parts
 

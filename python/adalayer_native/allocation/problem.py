@@ -18,6 +18,7 @@ from ..plan import LayerPlan, Plan, layer_kind, unknown_layer
 from ..pruning.masks import pruned_count
 from ..quantization.chains import Structure
 from ..quantization.layout import native_layout, structure_of
+from . import refusals
 from .budget import Budget
 from .closed_form import MAX_BITS, MAX_SPARSITY, MIN_BITS
 from .options import UNSTRUCTURED, Choice, Choices, Option, option_of
@@ -227,20 +228,31 @@ class Problem:
 
     def impossible(self, smallest: float, what: str = "") -> BudgetError:
         """The error for a budget that nothing can meet; states the least that can be reached."""
-        if not self.in_bytes:
-            reach = f"average width is {smallest:.3f} bits per weight"
-        else:
-            share = smallest / self.float_bytes
-            # Rounded up, so that the printed share itself is a budget that can be met.
-            share = np.ceil(share * 1e5) / 1e5
-            reach = (
-                f"size is {int(smallest):,} bytes, {share:.5f} of the float file "
-                f"({self.float_bytes:,} bytes)"
-            )
-        return BudgetError(
-            f"the budget ({self.budget}) cannot be met{what}: the smallest reachable {reach}"
-            f"{self.in_float}"
-        )
+        of = self.float_bytes if self.in_bytes else None
+        return refusals.not_reachable(self.budget, smallest, of, what, self.in_float)
+
+    def check_smallest(self, *, prunes: bool, method: str = "") -> None:
+        """Raise :class:`~adalayer_native.errors.BudgetError` where no uniform plan is small enough.
+
+        Args:
+            prunes: whether plans may prune.
+            method: which does not, for the message.
+        """
+        smallest = self.uniform(MIN_BITS, MAX_SPARSITY if prunes else 0.0)
+        if not self.fits(smallest):
+            why = "" if prunes else f" without pruning, which method {method!r} does not do"
+            raise self.impossible(self.cost(smallest), why)
+
+    def check_kept(self, plan: Plan) -> None:
+        """Raise :class:`~adalayer_native.errors.BudgetError` where a plan is beyond the budget.
+
+        The one check of what a method returns: whatever it did, layers that stay float count.
+        """
+        choice = {name: option_of(plan[name], self.activation_bits) for name in plan}
+        if not self.fits(choice):
+            cost = self.cost(choice)
+            shown = f"{cost:,.0f} bytes" if self.in_bytes else f"{cost:.3f} bits per weight"
+            raise refusals.plan_too_large(self.budget, shown, self.in_float)
 
     @property
     def in_float(self) -> str:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..energy.model import FLOAT_BITS, LayerEnergy, layer_energy
-from ..errors import BudgetError
 from ..importance.flops import Work
 from ..rounding import conv_form
+from . import refusals
 from .budget import Budget
 from .options import Choice, Option
 from .problem import Problem
@@ -89,7 +89,7 @@ def resources(
         found.append(_average_bits(problem, budget.bits, options))
     if budget.timed:
         if latency is None:
-            raise BudgetError("a budget of latency or loss needs a latency table")
+            raise refusals.clock_without_table()
         found.append(
             Resource(
                 LATENCY,

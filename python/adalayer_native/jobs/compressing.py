@@ -21,7 +21,7 @@ from .._stages import Stage
 from .._stages import job as announced
 from ..allocation import check_method, check_request, float_bytes, pareto
 from ..allocation.machine_table import MachineTable
-from ..allocation.settings import check_effort
+from ..allocation.optimal_settings import check_effort
 from ..capture import GraphModel
 from ..capture.loading import captured_on
 from ..compress import Compressed, compress, stages_of
@@ -287,7 +287,7 @@ def _show(
         },
     ]
     print_table(comparison_table(rows), console)
-    for part in result.float_rest.parts if result.float_rest else ():
+    for part in result.float_work.parts if result.float_work else ():
         say(f"{part.name} stays float, {100 * part.share:.2g} % of the work: {part.reason}")
     written = [name for name in OUTPUTS if name != "model.ada" or "bytes" in report["ada"]]
     if "why" in report["ada"]:

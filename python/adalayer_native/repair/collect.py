@@ -16,7 +16,7 @@ from adalayer_native.errors import PlanError
 from adalayer_native.plan import LayerPlan, Plan, layer_kind, supported_layers
 from adalayer_native.quantization.layout import native_layout
 from adalayer_native.repair.hessian import LayerHessian, parts_of
-from adalayer_native.repair.walk import Data, norm_gain, rows_of, rows_per_image
+from adalayer_native.repair.streams import Data, norm_gain, rows_of, rows_per_image
 from adalayer_native.rounding import conv_form
 
 __all__ = ["layer_hessians"]

@@ -30,7 +30,7 @@ from adalayer_native.repair.hessian import (
 )
 from adalayer_native.repair.learning import PASSES as LEARNING_PASSES
 from adalayer_native.repair.learning import Distance, Learned, learn
-from adalayer_native.repair.walk import (
+from adalayer_native.repair.streams import (
     Data,
     Streams,
     float_twin,

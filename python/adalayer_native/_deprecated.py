@@ -1,0 +1,64 @@
+"""Old names of what has a better one: they work for one version more, with a warning."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+__all__ = ["renamed_fields", "renamed_key", "warn_renamed"]
+
+Class = TypeVar("Class", bound=type)
+
+
+def warn_renamed(old: str, new: str, *, stacklevel: int = 3) -> None:
+    """Say the new name to whoever uses the old one."""
+    warnings.warn(
+        f"{old} is called {new} now; the old name will be gone in the next version",
+        DeprecationWarning,
+        stacklevel=stacklevel,
+    )
+
+
+def renamed_key(given: Mapping[str, Any], names: Mapping[str, str], *, stacklevel: int = 3) -> Any:
+    """``given`` with the new names of its keys, as a dictionary."""
+    found = {}
+    for key, value in given.items():
+        if key in names:
+            warn_renamed(repr(key), repr(names[key]), stacklevel=stacklevel + 1)
+        found[names.get(key, key)] = value
+    return found
+
+
+def renamed_fields(**names: str) -> Callable[[Class], Class]:
+    """Decorator of a dataclass whose fields had other names: ``@renamed_fields(old="new")``.
+
+    The old names work as arguments and as attributes.
+    """
+
+    def decorate(owner: Class) -> Class:
+        init: Callable[..., None] = owner.__init__
+
+        @functools.wraps(init)
+        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+            init(self, *args, **renamed_key(kwargs, names))
+
+        owner.__init__ = __init__
+        for old, new in names.items():
+            setattr(owner, old, _alias(owner.__name__, old, new))
+        return owner
+
+    return decorate
+
+
+def _alias(owner: str, old: str, new: str) -> property:
+    def read(self: Any) -> Any:
+        warn_renamed(f"{owner}.{old}", repr(new))
+        return getattr(self, new)
+
+    def write(self: Any, value: Any) -> None:
+        warn_renamed(f"{owner}.{old}", repr(new))
+        setattr(self, new, value)
+
+    return property(read, write, doc=f"Old name of ``{new}``.")
