@@ -26,7 +26,7 @@ from adalayer_native.allocation import (
 from adalayer_native.allocation.evaluate import Evaluator, Measurement
 from adalayer_native.allocation.latencies import latency_table
 from adalayer_native.allocation.local_search import corrected, most_likely, starts
-from adalayer_native.allocation.measuring import Data, measure_tables, weights_of
+from adalayer_native.allocation.measured_tables import Data, measure_tables, weights_of
 from adalayer_native.allocation.options import Option, option_of
 from adalayer_native.allocation.problem import Problem
 from adalayer_native.allocation.resources import bit_operations, resources

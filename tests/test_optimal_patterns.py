@@ -18,7 +18,7 @@ from adalayer_native.allocation import optimal as method
 from adalayer_native.allocation.clock import EngineClock, choose_by_clock, keeps_latency
 from adalayer_native.allocation.evaluate import Evaluator
 from adalayer_native.allocation.latencies import latency_table
-from adalayer_native.allocation.measuring import Data, measure_tables
+from adalayer_native.allocation.measured_tables import Data, measure_tables
 from adalayer_native.allocation.options import Option, option_of
 from adalayer_native.allocation.problem import Problem
 from adalayer_native.allocation.repaired import RepairedWeights

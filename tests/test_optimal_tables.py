@@ -20,7 +20,7 @@ from adalayer_native.allocation import (
     packed_bytes,
 )
 from adalayer_native.allocation.evaluate import Evaluator, Measurement
-from adalayer_native.allocation.measuring import Data, measure_tables
+from adalayer_native.allocation.measured_tables import Data, measure_tables
 from adalayer_native.allocation.options import Option
 from adalayer_native.allocation.problem import Problem
 from adalayer_native.allocation.repaired import RepairedWeights

@@ -9,7 +9,7 @@ from helpers_models import batches, tiny
 from adalayer_native.allocation import Budget, Settings, allocate, estimate_bytes
 from adalayer_native.allocation import optimal as method
 from adalayer_native.allocation.evaluate import Evaluator, Measurement
-from adalayer_native.allocation.measuring import Data, loader_of, measure_tables
+from adalayer_native.allocation.measured_tables import Data, loader_of, measure_tables
 from adalayer_native.allocation.options import Option
 from adalayer_native.allocation.other_methods import Predictor, best_of_other_methods, table_scores
 from adalayer_native.allocation.problem import Problem

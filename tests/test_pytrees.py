@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 import adalayer_native as ada
-from adalayer_native.allocation.measuring import Data
+from adalayer_native.allocation.measured_tables import Data
 from adalayer_native.allocation.sensitivity import LogitSensitivity
 from adalayer_native.capture import GraphModel, Inputs
 from adalayer_native.capture.model import children_of

@@ -28,10 +28,10 @@ from adalayer_native.study import (
     write_report,
 )
 from adalayer_native.study.configurations import STAGES, configuration, network, plan_of
-from adalayer_native.study.images import Images, SomeBatches
-from adalayer_native.study.measuring import ledger
+from adalayer_native.study.folder import Clock, Study
 from adalayer_native.study.papers import FIGURE6, TABLE2, TABLE3
-from adalayer_native.study.store import Clock, Study
+from adalayer_native.study.splits import Images, SomeBatches
+from adalayer_native.study.timing import ledger
 from bench import studies_page
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-__all__ = ["renamed_fields", "renamed_key", "warn_renamed"]
+__all__ = ["renamed_arguments", "renamed_fields", "renamed_keys", "renamed_names", "warn_renamed"]
 
 Class = TypeVar("Class", bound=type)
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def warn_renamed(old: str, new: str, *, stacklevel: int = 3) -> None:
@@ -21,7 +23,7 @@ def warn_renamed(old: str, new: str, *, stacklevel: int = 3) -> None:
     )
 
 
-def renamed_key(given: Mapping[str, Any], names: Mapping[str, str], *, stacklevel: int = 3) -> Any:
+def renamed_keys(given: Mapping[str, Any], names: Mapping[str, str], *, stacklevel: int = 3) -> Any:
     """``given`` with the new names of its keys, as a dictionary."""
     found = {}
     for key, value in given.items():
@@ -31,6 +33,31 @@ def renamed_key(given: Mapping[str, Any], names: Mapping[str, str], *, stackleve
     return found
 
 
+def renamed_arguments(**names: str) -> Callable[[Function], Function]:
+    """Decorator of a function whose arguments had other names: ``(old="new")``."""
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return function(*args, **renamed_keys(kwargs, names))
+
+        return cast("Function", call)
+
+    return decorate
+
+
+def renamed_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """``__getattr__`` of a module some of whose public names were others."""
+
+    def get(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}", name=name)
+        warn_renamed(f"{module}.{name}", repr(names[name]))
+        return getattr(sys.modules[module], names[name])
+
+    return get
+
+
 def renamed_fields(**names: str) -> Callable[[Class], Class]:
     """Decorator of a dataclass whose fields had other names: ``@renamed_fields(old="new")``.
 
@@ -38,13 +65,7 @@ def renamed_fields(**names: str) -> Callable[[Class], Class]:
     """
 
     def decorate(owner: Class) -> Class:
-        init: Callable[..., None] = owner.__init__
-
-        @functools.wraps(init)
-        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-            init(self, *args, **renamed_key(kwargs, names))
-
-        owner.__init__ = __init__
+        owner.__init__ = renamed_arguments(**names)(owner.__init__)
         for old, new in names.items():
             setattr(owner, old, _alias(owner.__name__, old, new))
         return owner

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from .data.layout import DATA_HELP
+from .data.folders import DATA_HELP
 from .plan import MAX_BITS, MIN_BITS, PATTERNS
 
 __all__ = [

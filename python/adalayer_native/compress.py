@@ -40,7 +40,7 @@ from adalayer_native.importance.outputs import LossFn, Pick, distance, has_dista
 from adalayer_native.importance.task_loss import TaskLoss
 from adalayer_native.plan import Plan, supported_layers
 from adalayer_native.quantization import calibrate, convert, prepare
-from adalayer_native.quantization.layout import native_layout
+from adalayer_native.quantization.stored import stored_model
 from adalayer_native.repair import Distance, Repair
 from adalayer_native.repair import repair as repair_layers
 from adalayer_native.tensor_train import Decomposed, tensor_train
@@ -398,7 +398,7 @@ def _refuse(rest: FloatWork) -> None:
 def kept_float(model: nn.Module, plan: Plan) -> dict[str, str]:
     """Layers that no plan could make native, with the reason; planned as float or not."""
     wanted = {name: replace(layer, bits=layer.bits or 8) for name, layer in plan.layers.items()}
-    return native_layout(model, Plan(wanted)).kept_float
+    return stored_model(model, Plan(wanted)).kept_float
 
 
 def importance_of(plan: Plan) -> dict[str, float] | None:

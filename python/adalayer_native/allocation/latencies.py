@@ -20,12 +20,12 @@ from ..errors import PlanError
 from ..importance.batches import model_digest
 from ..quantization import calibrate, convert, prepare
 from .closed_form import MAX_BITS
+from .layer_table import LayerTable, fill_parts
 from .machine_table import MachineTable, Task
 from .optimal_settings import Settings
 from .options import UNSTRUCTURED, Choice, Option
 from .problem import Problem
 from .store import Store, cache_dir, machine
-from .tables import LayerTable, fill_parts
 
 __all__ = ["latency_table", "machine_latencies", "program_of", "repeated", "sizes_of"]
 

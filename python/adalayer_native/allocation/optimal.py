@@ -29,7 +29,7 @@ from .closed_form import MAX_BITS
 from .evaluate import NEGLIGIBLE, Evaluator, Measurement
 from .fastest import fastest
 from .local_search import local_search
-from .measuring import (
+from .measured_tables import (
     Data,
     emptied,
     inputs_key,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .._deprecated import renamed_fields, renamed_key
+from .._deprecated import renamed_fields, renamed_keys
 from ..errors import PlanError
 from ..importance.outputs import LossFn
 from ..importance.registry import CRITERIA
@@ -15,10 +15,10 @@ from ..importance.task_loss import TaskLoss
 from ..plan import PATTERNS
 from .budget import Budget
 from .closed_form import MAX_SPARSITY
+from .layer_table import BITS, SPARSITIES
 from .machine_table import MachineTable
 from .options import UNSTRUCTURED
 from .sensitivity import LayerError, WeightOf
-from .tables import BITS, SPARSITIES
 
 __all__ = ["EFFORTS", "MEASURES", "Settings", "check_effort"]
 
@@ -156,7 +156,7 @@ class Settings:
                 or other threads.
             FileFormatError: a latency table that cannot be used.
         """
-        given = renamed_key(options or {}, RENAMED)
+        given = renamed_keys(options or {}, RENAMED)
         known = {entry.name for entry in fields(cls)} - {"directory"}
         unknown = sorted(set(given) - known)
         if unknown:

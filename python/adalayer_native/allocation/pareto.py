@@ -18,12 +18,12 @@ from ..importance.outputs import LossFn, Pick
 from ..plan import Plan
 from . import refusals
 from .budget import Budget
-from .measuring import Data, measure_tables, weights_of
+from .layer_table import LayerTable
+from .measured_tables import Data, measure_tables, weights_of
 from .optimal import plan_of
 from .optimal_settings import Settings
 from .problem import Fixed, Problem
 from .selection import selection_of
-from .tables import LayerTable
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -17,7 +17,7 @@ from ..importance.scores import LayerScores
 from ..plan import LayerPlan, Plan, layer_kind, unknown_layer
 from ..pruning.masks import pruned_count
 from ..quantization.chains import Structure
-from ..quantization.layout import native_layout, structure_of
+from ..quantization.stored import stored_model, structure_of
 from . import refusals
 from .budget import Budget
 from .closed_form import MAX_BITS, MAX_SPARSITY, MIN_BITS
@@ -60,21 +60,21 @@ class Problem:
         template = self.plan(
             {name: Option(MAX_BITS) for name in self.layers if name not in self.pinned}
         )
-        self.layout = native_layout(model, template)
+        self.stored = stored_model(model, template)
         for name, option in self.pinned.items():
             bits = option.bits
-            if bits is not None and name not in self.layout.layers:
+            if bits is not None and name not in self.stored.layers:
                 raise PlanError(
                     f"layer {name!r} cannot be fixed to {bits} bits: "
-                    f"{self.layout.kept_float.get(name, 'it has no native form')}"
+                    f"{self.stored.kept_float.get(name, 'it has no native form')}"
                 )
         self.free = [
-            name for name in self.layers if name in self.layout.layers and name not in self.pinned
+            name for name in self.layers if name in self.stored.layers and name not in self.pinned
         ]
         if not self.free and self.pinned:
             raise PlanError("all layers are fixed or excluded: there is nothing to decide")
         if not self.free:
-            reasons = "; ".join(f"{n}: {why}" for n, why in self.layout.kept_float.items())
+            reasons = "; ".join(f"{n}: {why}" for n, why in self.stored.kept_float.items())
             raise UnsupportedModelError(f"no layer of the model can be quantized ({reasons})")
         self.float_bytes = float_bytes(model)
         self.limit = self._limit(budget)
@@ -127,7 +127,7 @@ class Problem:
     @cached_property
     def structure(self) -> Structure:
         """Where values are quantized, with every layer that can be native."""
-        return structure_of(self.model, set(self.layout.layers))
+        return structure_of(self.model, set(self.stored.layers))
 
     @cached_property
     def shared_inputs(self) -> dict[str, list[int]]:
@@ -187,7 +187,7 @@ class Problem:
         if not self.in_bytes:
             return plan.average_bits
         same = all((choice.get(name, Option(None))[0] is not None) for name in self.free)
-        return estimate_bytes(self.model, plan, layout=self.layout if same else None)
+        return estimate_bytes(self.model, plan, stored=self.stored if same else None)
 
     def fits(self, choice: Choices) -> bool:
         """Whether the choice is within the budget."""
@@ -199,7 +199,7 @@ class Problem:
 
     def form(self, name: str) -> tuple[int, ...]:
         """Shape of a layer's weight with the output channels first."""
-        return tuple(self.layout.layers[name].weight_shape)
+        return tuple(self.stored.layers[name].weight_shape)
 
     def cost_table(self) -> tuple[np.ndarray, float, float]:
         """``(table, constant, slack)``: cost of free layer l at b bits and p per cent zeros.

@@ -20,7 +20,7 @@ from ..importance.outputs import loss_of
 from ..quantization import calibrate, prepare
 from ..repair import repair
 from .evaluate import Measurement, hits
-from .measuring import Data, loader_of, table_key
+from .measured_tables import Data, loader_of, table_key
 from .optimal_settings import Settings
 from .options import Choices
 from .problem import Problem

@@ -16,7 +16,7 @@ from ..importance.scores import LayerScores
 from . import refusals
 from .budget import Budget
 from .evaluate import Evaluator
-from .measuring import Data, loader_of
+from .measured_tables import Data, loader_of
 from .methods import REGISTRY, Method, method_of
 from .optimal_settings import MEASURES, Settings
 from .problem import Fixed, Problem
@@ -80,7 +80,7 @@ class Request:
             output=self.output,
         )
         if self.repaired:
-            names, data = list(self.problem.layout.layers), loader_of(found.batches)
+            names, data = list(self.problem.stored.layers), loader_of(found.batches)
             found.weight_of = RepairedWeights(found.model, data, names, progress=self.progress)
         return found
 

@@ -13,10 +13,10 @@ from ..importance.flops import Work
 from ..rounding import conv_form
 from . import refusals
 from .budget import Budget
+from .layer_table import LayerTable
 from .options import Choice, Option
 from .problem import Problem
 from .size import layer_bytes
-from .tables import LayerTable
 
 __all__ = ["LATENCY", "LOSS", "Resource", "bit_operations", "resources", "stored_energy"]
 

@@ -13,11 +13,11 @@ from . import refusals
 from .budget import Budget
 from .closed_form import MAX_BITS
 from .knapsack import Limit, Link, Pair, monotone, solve
+from .layer_table import LayerTable
 from .optimal_settings import Settings
 from .options import UNSTRUCTURED, Choice, Option
 from .problem import Problem
 from .resources import LATENCY, LOSS, Resource, resources
-from .tables import LayerTable
 from .uniform import uniform_sparsities
 
 __all__ = ["Selection", "Tables", "selection_of"]

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from .._files import write_text_atomic
 from .._progress import ProgressBar
 from ..errors import CalibrationError, PlanError, UnsupportedModelError
 from ..plan import layer_kind, supported_layers
@@ -30,7 +26,6 @@ from .scores import LayerScore, LayerScores
 __all__ = ["analyze", "eval_mode", "normalise", "variance_of"]
 
 CACHE_FORMAT = "adalayer-analysis-cache-3"
-SAVE_INTERVAL = 2.0  # seconds between two writes of the cache
 
 
 def analyze(
@@ -108,7 +103,7 @@ def analyze(
     scorers = None
     if workers is not None or address is not None:
         scorers = Scorers(model, loss_fn, measure, workers, address)
-    memory = _Cache(
+    memory = _cache_of(
         cache,
         model,
         f"{probe_bits} {'default' if loss_fn is None else loss_key(loss_fn)} {output!r}",
@@ -128,7 +123,9 @@ def analyze(
         for batch in iterate(calibration, model, batches):
             if flops is None:
                 flops = count_flops(model, layers, one_sample(model, batch.x))
-            entry = memory.entry(batch.digest() if memory.path is not None else "")
+            entry: dict[str, Any] = {"raw": {}}
+            if memory.path is not None:
+                entry = memory.values.setdefault(batch.digest(), entry)
             raw: dict[str, dict[str, float]] = entry["raw"]
             for each in chosen:
                 known = raw.setdefault(each.name, {})
@@ -244,7 +241,7 @@ def _float_loss(output: Any, batch: Batch, loss_fn: LossFn | None, pick: Pick) -
 
 
 def _reporter(
-    criterion: str, bits: int, known: dict[str, float], memory: _Cache, bar: ProgressBar
+    criterion: str, bits: int, known: dict[str, float], memory: JsonCache, bar: ProgressBar
 ) -> Callable[[str, float], None]:
     def report(name: str, value: float) -> None:
         if not math.isfinite(value):
@@ -346,60 +343,24 @@ def _total(loader: Iterable[Any], limit: int | None) -> int | None:
     return count if limit is None else min(count, limit)
 
 
-def _measured(entry: dict[str, Any]) -> dict[str, Any]:
-    """The float model's loss in an entry of the cache, if it is there."""
-    if "loss" not in entry:
-        return {}
-    return {"loss": float(entry["loss"]), "metric": str(entry["metric"])}
+def _entries(batches: dict[str, Any]) -> dict[str, Any]:
+    """What a cache holds per batch, checked: numbers by criterion and layer, the float loss."""
+    found: dict[str, Any] = {}
+    for batch, entry in batches.items():
+        raw = {
+            criterion: {name: float(value) for name, value in values.items()}
+            for criterion, values in entry["raw"].items()
+        }
+        found[batch] = {"raw": raw}
+        if "loss" in entry:
+            found[batch] |= {"loss": float(entry["loss"]), "metric": str(entry["metric"])}
+    return found
 
 
-class _Cache:
+def _cache_of(path: str | os.PathLike[str] | None, model: nn.Module, options: str) -> JsonCache:
     """Measurements per batch, keyed by weights, options and the batch's contents."""
-
-    def __init__(self, path: str | os.PathLike[str] | None, model: nn.Module, options: str) -> None:
-        self.path = None if path is None else Path(path)
-        self.batches: dict[str, dict[str, Any]] = {}
-        self.changed = False
-        self.saved = time.monotonic()
-        if self.path is None:
-            return
-        digest = hashlib.sha256(f"{CACHE_FORMAT} {options} {model_digest(model)}".encode())
-        self.key = digest.hexdigest()
-        try:
-            data = json.loads(self.path.read_text(encoding="utf-8"))
-            if data["key"] == self.key:
-                self.batches = {
-                    batch: {
-                        "raw": {
-                            criterion: {k: float(v) for k, v in values.items()}
-                            for criterion, values in entry["raw"].items()
-                        },
-                        **_measured(entry),
-                    }
-                    for batch, entry in data["batches"].items()
-                }
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            self.batches = {}  # none yet, or not ours: it is replaced by the first save
-
-    def entry(self, batch: str) -> dict[str, Any]:
-        if self.path is None:
-            return {"raw": {}}
-        return self.batches.setdefault(batch, {"raw": {}})
-
-    def touch(self) -> None:
-        self.changed = True
-        if time.monotonic() - self.saved >= SAVE_INTERVAL:
-            self.save()
-
-    def save(self) -> None:
-        self.saved = time.monotonic()
-        if self.path is not None and self.changed:
-            data = {"key": self.key, "batches": self.batches}
-            write_text_atomic(self.path, json.dumps(data, allow_nan=False))
-            self.changed = False
-
-    def __enter__(self) -> _Cache:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.save()  # also after Ctrl-C: what was measured is kept
+    key = ""
+    if path is not None:
+        text = f"{CACHE_FORMAT} {options} {model_digest(model)}"
+        key = hashlib.sha256(text.encode()).hexdigest()
+    return JsonCache(path, key, "batches", parse=_entries)

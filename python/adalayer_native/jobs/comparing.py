@@ -20,9 +20,9 @@ from ..models import is_file, load_weights
 from ..quantization import restore
 from ..report import COMPARISON
 from .compiling import classes_of, known_normalisation, network_of, packed_of, run_report
+from .job import CompareJob
 from .normalise import DIGITS, chosen, preset
 from .opening import build, open_splits
-from .settings import CompareJob
 
 __all__ = ["run_compare"]
 

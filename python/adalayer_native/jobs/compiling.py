@@ -21,9 +21,9 @@ from ..models import is_file
 from ..ops import get_num_threads
 from ..plan import supported_layers
 from ..quantization import restore
+from .job import CompileJob
 from .normalise import CHANNELS, Normalisation, chosen, preset
 from .opening import build
-from .settings import CompileJob
 
 __all__ = [
     "classes_of",

@@ -41,8 +41,8 @@ from ..report import (
     record,
 )
 from .compiling import save_engine
+from .job import CompressJob, arguments
 from .opening import Opened, check_fit, open_model, warn_chance
-from .settings import CompressJob, arguments
 
 __all__ = ["check_compress", "run_compress"]
 

@@ -15,6 +15,7 @@ from adalayer_native.capture import GraphModel, captured
 from adalayer_native.capture import vocabulary as table
 from adalayer_native.capture.tidying import drop_dead
 from adalayer_native.errors import FileFormatError
+from adalayer_native.files import ENGINE, kind_of
 from adalayer_native.nn.tensor_train import with_trains
 from adalayer_native.plan import LayerPlan, Plan, layer_kind, supported_layers
 from adalayer_native.quantization.chains import ACT_ROOT
@@ -289,8 +290,11 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     except OSError as error:
         raise FileFormatError(f"{os.fspath(path)}: cannot be read: {error.strerror}") from error
     except (SafetensorError, ValueError, KeyError) as error:
+        hint = ""
+        if kind_of(path) == ENGINE:
+            hint = "; it is an engine's: adalayer_native.load(path) opens it"
         raise FileFormatError(
-            f"{os.fspath(path)}: not a valid safetensors file: {error}"
+            f"{os.fspath(path)}: not a valid safetensors file: {error}{hint}"
         ) from error
 
 

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from adalayer_native._progress import ProgressBar
 from adalayer_native.capture import Inputs
-from adalayer_native.capture.layout import laid_out
+from adalayer_native.capture.channels_last import laid_out
 from adalayer_native.quantization.fake_quant import QuantLayer
 from adalayer_native.quantization.graph import layers_of
 from adalayer_native.quantization.lsq import StepSize

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..allocation import Budget
+from ..allocation.layer_table import BITS, SPARSITIES
 from ..allocation.optimal_settings import BLOCKS, NARROW
 from ..allocation.options import UNSTRUCTURED
-from ..allocation.tables import BITS, SPARSITIES
 
 __all__ = ["CompareJob", "CompileJob", "CompressJob", "ProfileJob", "TrainJob", "arguments"]
 
