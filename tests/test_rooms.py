@@ -22,6 +22,7 @@ PYTHON_ROOMS = [
         "_console",
         "_files",
         "_json_cache",
+        "_checkpoint",
         "_stages",
         "_fingerprint",
         "_library",

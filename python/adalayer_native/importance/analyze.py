@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._json_cache import JsonCache
 from .._progress import ProgressBar
 from ..errors import CalibrationError, PlanError, UnsupportedModelError
 from ..plan import layer_kind, supported_layers
