@@ -299,7 +299,7 @@ def test_a_latency_budget_ends_with_a_timed_engine(model, monkeypatch) -> None:
     result = ada.compress(model, images(), None, plan=plan, repair=False, progress=False)
     assert ada.compile(result.model, images()[0][:1])(images()[0][:1]).shape == (1, 4)
     # Plans whose engines never keep what was predicted are no plans.
-    monkeypatch.setattr(method, "kept", lambda *_: False)
+    monkeypatch.setattr(method, "keeps_latency", lambda *_: False)
     with pytest.raises(BudgetError, match=r"predicted to keep it, the fastest engine takes .* ms"):
         optimal(model, budget, **few)
 

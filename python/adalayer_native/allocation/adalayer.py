@@ -111,48 +111,17 @@ def adalayer(
     """
     problem.check_scores(scores)
     fixed = _checked(hyper)
-    names = problem.free
-    a = np.array([scores[name].A for name in names])
-    f = np.array([scores[name].F for name in names])
-    r = np.array([scores[name].R for name in names])
-    costs = problem.cost_table()
-    errors = _error_table(problem, scores)
-
-    def plans_of(grid: list[np.ndarray]) -> tuple[_Plans, _Plans]:
-        return _enumerate(problem, grid, a, f, r, costs)
-
-    contribution = np.maximum(a, 1e-3)  # no loss in a small sample is cheap, but never free
-
-    def proxy(plans: _Plans, power: float) -> np.ndarray:
-        harm = errors[np.arange(len(a)), plans.bits - MIN_BITS, plans.percent]
-        return (harm * contribution**power).sum(axis=1)
-
-    def ranked(plans: _Plans, powers: tuple[float, ...]) -> np.ndarray:
-        orders = [np.argsort(proxy(plans, power), kind="stable") for power in powers]
-        return np.stack(orders, axis=1).ravel()  # the best by each, the second by each, ...
-
-    plans, least = plans_of(_grid(fixed))
-    if len(plans.cost) == 0:
-        smallest = problem.cost(_choice(problem, least, 0))
-        raise problem.impossible(smallest, " with these hyper-parameters" if fixed else "")
-    if not fixed and problem.fits(problem.uniform(MAX_BITS, 0.0)):
-        # All weights at full width: nothing to trade, and the rest would be chosen by noise.
-        plans, _ = plans_of([np.array([[0.0, 0.0]]), *(np.array([v]) for v in (0, 0, 0, 8.0))])
-    fullest = float(plans.cost.max())
-    limit = fullest if problem.limit is None else min(problem.limit, fullest)
-    if (plans.cost >= GOOD_USE * limit).any():
-        plans = plans.take(np.flatnonzero(plans.cost >= GOOD_USE * limit))
-    else:
-        plans = plans.take(np.argsort(-plans.cost, kind="stable")[:RESORT])
+    grids = _Grids(problem, scores)
+    plans = _first_plans(problem, grids, fixed)
     tried = plans.take(
-        _diverse(plans, ranked(plans, POWERS), candidates if evaluator is not None else 1)
+        _diverse(plans, grids.ranked(plans, POWERS), candidates if evaluator is not None else 1)
     )
     if evaluator is None:
         return _plan(problem, scores, tried, 0, None)
 
     searched = len(fixed) < len(HYPER) and len(plans.cost) > 1
     if not fixed and searched:  # layer-wise must not lose to uniform for want of trying it
-        same = [plans_of(grid)[0] for grid in _uniform_grids(problem)]
+        same = [grids.plans(grid)[0] for grid in _uniform_grids(problem)]
         tried = _joined([tried, *(_without(one, tried) for one in same)])
     total = len(tried.cost) + (ROUNDS * REFINE if searched else 0)
     with ProgressBar("trying plans", total, unit="plan", enabled=progress) as bar:
@@ -160,17 +129,7 @@ def adalayer(
         _measure(problem, evaluator, tried, measured, bar)
         best = best_of(measured, evaluator.samples)
         for _ in range(ROUNDS if searched else 0):
-            second = min(
-                (row for row in range(len(measured)) if row != best),
-                key=lambda row: measured[row].loss,
-                default=best,
-            )
-            grids = [_around(tried.hyper[row], fixed) for row in (best, second)]
-            near = _without(_joined([plans_of(grid)[0] for grid in grids]), tried)
-            near = near.take(np.flatnonzero(near.cost >= GOOD_USE * tried.cost[best]))
-            losses = [m.loss for m in measured]
-            power = max(POWERS, key=lambda p: _rank_correlation(proxy(tried, p), losses))
-            near = near.take(_diverse(near, ranked(near, (power,)), REFINE))
+            near = _finer(grids, fixed, tried, measured, best)
             if len(near.cost) == 0:
                 break
             tried = _joined([tried, near])
@@ -183,6 +142,73 @@ def adalayer(
         return _repaired(problem, scores, tried, measured, alike, repaired, progress)
     plan = _plan(problem, scores, tried, best, measured[best])
     return _unrounded(problem, evaluator, plan) if searched and not fixed else plan
+
+
+class _Grids:
+    """Plans of grids of hyper-parameters, and how good proxies take them to be."""
+
+    def __init__(self, problem: Problem, scores: LayerScores) -> None:
+        names = problem.free
+        self.problem = problem
+        self.a = np.array([scores[name].A for name in names])
+        self.f = np.array([scores[name].F for name in names])
+        self.r = np.array([scores[name].R for name in names])
+        self.costs = problem.cost_table()
+        self.errors = _error_table(problem, scores)
+        # No loss in a small sample is cheap, but never free.
+        self.contribution = np.maximum(self.a, 1e-3)
+
+    def plans(self, grid: list[np.ndarray]) -> tuple[_Plans, _Plans]:
+        """See :func:`_enumerate`."""
+        return _enumerate(self.problem, grid, self.a, self.f, self.r, self.costs)
+
+    def proxy(self, plans: _Plans, power: float) -> np.ndarray:
+        """Predicted harm of every plan, errors weighted by a power of A."""
+        harm = self.errors[np.arange(len(self.a)), plans.bits - MIN_BITS, plans.percent]
+        return np.asarray((harm * self.contribution**power).sum(axis=1))
+
+    def ranked(self, plans: _Plans, powers: tuple[float, ...]) -> np.ndarray:
+        """Rows of plans: the best by each proxy, then the second by each, and so on."""
+        orders = [np.argsort(self.proxy(plans, power), kind="stable") for power in powers]
+        return np.stack(orders, axis=1).ravel()
+
+
+def _first_plans(problem: Problem, grids: _Grids, fixed: Mapping[str, float]) -> _Plans:
+    """The plans of the whole grid that use the budget well; fuller ones, if none does."""
+    plans, least = grids.plans(_grid(fixed))
+    if len(plans.cost) == 0:
+        smallest = problem.cost(_choice(problem, least, 0))
+        raise problem.impossible(smallest, " with these hyper-parameters" if fixed else "")
+    if not fixed and problem.fits(problem.uniform(MAX_BITS, 0.0)):
+        # All weights at full width: nothing to trade, and the rest would be chosen by noise.
+        eight = [np.array([[0.0, 0.0]]), *(np.array([v]) for v in (0, 0, 0, float(MAX_BITS)))]
+        plans, _ = grids.plans(eight)
+    fullest = float(plans.cost.max())
+    limit = fullest if problem.limit is None else min(problem.limit, fullest)
+    if (plans.cost >= GOOD_USE * limit).any():
+        return plans.take(np.flatnonzero(plans.cost >= GOOD_USE * limit))
+    return plans.take(np.argsort(-plans.cost, kind="stable")[:RESORT])
+
+
+def _finer(
+    grids: _Grids,
+    fixed: Mapping[str, float],
+    tried: _Plans,
+    measured: list[Measurement],
+    best: int,
+) -> _Plans:
+    """New plans around the two best ones, those first that the best proxy so far prefers."""
+    second = min(
+        (row for row in range(len(measured)) if row != best),
+        key=lambda row: measured[row].loss,
+        default=best,
+    )
+    around = [_around(tried.hyper[row], fixed) for row in (best, second)]
+    near = _without(_joined([grids.plans(grid)[0] for grid in around]), tried)
+    near = near.take(np.flatnonzero(near.cost >= GOOD_USE * tried.cost[best]))
+    losses = [m.loss for m in measured]
+    power = max(POWERS, key=lambda p: _rank_correlation(grids.proxy(tried, p), losses))
+    return near.take(_diverse(near, grids.ranked(near, (power,)), REFINE))
 
 
 def _repaired(

@@ -22,7 +22,7 @@ from .budget import Budget
 from .evaluate import Evaluator
 from .knapsack import Pair
 from .latencies import latency_table, machine_latencies
-from .layer_table import LayerTable, fill_parts
+from .layer_table import LayerTable, Measured
 from .narrow_inputs import NarrowInputs
 from .optimal_settings import MEASURES, Settings
 from .options import UNSTRUCTURED, Option
@@ -309,11 +309,9 @@ def _error_table(
                     store[f"{name} {other.name}"] = value
         return measure(name, *option.arguments())
 
-    table = fill_parts(
-        "error", "nats", problem.free, error, store,
-        bits=settings.widths, sparsities_of=settings.sparsities_of, patterns=patterns,
-        wanted=wanted, progress=progress,
-    )  # fmt: skip
+    table = Measured("error", "nats", problem.free, error, store).tables(
+        settings.widths, settings.sparsities_of, patterns, wanted=wanted, progress=progress
+    )
     images = sum(batch.count for batch in data.table)
     table.about = {"measure": str(by), "images": images, "repair": settings.repair}
     table.about["weights"] = "own" if callable(settings.weight_of) else settings.weight_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -109,10 +109,7 @@ def analyze(
         model,
         f"{probe_bits} {'default' if loss_fn is None else loss_key(loss_fn)} {output!r}",
     )
-    sums = {each.name: dict.fromkeys(layers, 0.0) for each in chosen}
-    first: dict[str, dict[str, float]] = {}
-    loss_sum, samples, metric = 0.0, 0, ""
-    flops: dict[str, float] | None = None
+    totals = _Totals(chosen, layers)
     total = _total(calibration, batches)
     bar = ProgressBar(
         "analyzing layers",
@@ -122,16 +119,14 @@ def analyze(
     )
     with eval_mode(model), bar, memory, scorers or nullcontext():
         for batch in iterate(calibration, model, batches):
-            if flops is None:
-                flops = count_flops(model, layers, one_sample(model, batch.x))
+            if totals.flops is None:
+                totals.flops = count_flops(model, layers, one_sample(model, batch.x))
             entry: dict[str, Any] = {"raw": {}}
             if memory.path is not None:
                 entry = memory.values.setdefault(batch.digest(), entry)
-            raw: dict[str, dict[str, float]] = entry["raw"]
             for each in chosen:
-                known = raw.setdefault(each.name, {})
-                if each.once and each.name in first:
-                    known.update(first[each.name])
+                known = entry["raw"].setdefault(each.name, {})
+                known.update(totals.known_at_once(each))
                 bar.advance(sum(name in known for name in layers))
                 if "loss" not in entry or any(name not in known for name in layers):
                     report = _reporter(each.name, probe_bits, known, memory, bar)
@@ -141,39 +136,68 @@ def analyze(
                     else:
                         found = measure(each.name, model, loss_fn, batch, done, report)
                     entry["loss"], entry["metric"] = found
-                first.setdefault(each.name, known)
-                metric = metric or entry["metric"]
-                for name in layers:
-                    sums[each.name][name] += known[name] * batch.count
-            loss_sum += entry["loss"] * batch.count
-            samples += batch.count
-    if samples == 0 or flops is None:
-        raise CalibrationError("the calibration loader is empty: all its batches hold no sample")
-    values = {n: {c: of[n] / samples for c, of in sums.items()} for n in layers}
-    main = chosen[0].name
-    scores = LayerScores(
-        layers={
+                totals.add(each, known, batch.count)
+            totals.add_batch(entry, batch.count)
+    scores = totals.scores(layers, probe_bits)
+    scores.alpha, scores.beta = alpha, beta
+    normalise(scores, inverse)
+    return scores
+
+
+class _Totals:
+    """Sums over the batches of everything that is measured."""
+
+    def __init__(self, chosen: Sequence[Criterion], layers: Iterable[str]) -> None:
+        self.main = chosen[0].name
+        self.sums = {each.name: dict.fromkeys(layers, 0.0) for each in chosen}
+        self.first: dict[str, dict[str, float]] = {}
+        self.loss, self.samples, self.metric = 0.0, 0, ""
+        self.flops: dict[str, float] | None = None
+
+    def known_at_once(self, criterion: Criterion) -> dict[str, float]:
+        """What the first batch has said about layers, where the data do not matter."""
+        return self.first.get(criterion.name, {}) if criterion.once else {}
+
+    def add(self, criterion: Criterion, values: dict[str, float], count: int) -> None:
+        """Add a criterion's values for a batch of ``count`` samples."""
+        self.first.setdefault(criterion.name, values)
+        sums = self.sums[criterion.name]
+        for name in sums:
+            sums[name] += values[name] * count
+
+    def add_batch(self, entry: Mapping[str, Any], count: int) -> None:
+        """Add a batch's float loss, and how it was measured."""
+        self.loss += entry["loss"] * count
+        self.samples += count
+        self.metric = self.metric or entry["metric"]
+
+    def scores(self, layers: Mapping[str, Any], probe_bits: int) -> LayerScores:
+        """Means over all samples."""
+        if self.samples == 0 or self.flops is None:
+            raise CalibrationError(
+                "the calibration loader is empty: all its batches hold no sample"
+            )
+        values = {n: {c: of[n] / self.samples for c, of in self.sums.items()} for n in layers}
+        rows = {
             name: LayerScore(
                 name=name,
                 kind=layer_kind(layer),
                 params=layer.weight.numel(),
-                flops=flops[name],
-                raw=values[name][main],
+                flops=self.flops[name],
+                raw=values[name][self.main],
                 variance=variance_of(layer.weight),
                 criteria=values[name],
             )
             for name, layer in layers.items()
-        },
-        alpha=alpha,
-        beta=beta,
-        criterion=main,
-        probe_bits=probe_bits,
-        loss=loss_sum / samples,
-        metric=metric,
-        samples=samples,
-    )
-    normalise(scores, inverse)
-    return scores
+        }
+        return LayerScores(
+            layers=rows,
+            criterion=self.main,
+            probe_bits=probe_bits,
+            loss=self.loss / self.samples,
+            metric=self.metric,
+            samples=self.samples,
+        )
 
 
 class _Measurement:
