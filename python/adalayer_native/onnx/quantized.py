@@ -185,8 +185,9 @@ def _along(node: NodeView, axis: int) -> NodeView:
 @operator_of("QLinearConv", quantized=True)
 def _qlinear_conv(
     g: Builder, node: NodeView, x: Any, x_scale: Any, x_zero: Any, w: Any, w_scale: Any,
-    w_zero: Any, y_scale: Any, y_zero: Any, bias: Any = None,
+    w_zero: Any, *result: Any,
 ) -> Any:  # fmt: skip
+    y_scale, y_zero, bias = (*result, None)[:3]
     operand = _real(g, node, x, x_scale, x_zero)
     weight = _real(g, _along(node, 0), w, w_scale, w_zero)
     offset = None
