@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +35,17 @@ from adalayer_native.study.papers import FIGURE6, TABLE2, TABLE3
 from adalayer_native.study.splits import Images, SomeBatches
 from adalayer_native.study.timing import ledger
 from bench import studies_page
+
+
+def test_a_study_is_loaded_by_its_commands_alone() -> None:
+    code = (
+        "import sys, adalayer_native.cli, adalayer_native.compress, adalayer_native.jobs\n"
+        "print(sorted(m for m in sys.modules if m.startswith('adalayer_native.study')))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split("\n")[0] == (
+        "['adalayer_native.study', 'adalayer_native.study.commands']"
+    )
 
 
 @pytest.fixture
