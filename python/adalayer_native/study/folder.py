@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import ops
-from .._files import found_at, write_text_atomic
+from .._files import found_at, read_json, write_text_atomic
 from ..errors import FileFormatError, PlanError
 
 __all__ = ["FORMAT", "Clock", "Study", "describe_machine", "load_study"]
@@ -172,14 +172,7 @@ def load_study(path: str | os.PathLike[str], *, finished: bool = True) -> dict[s
 
 
 def _read(file: Path, name: str | None) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FileFormatError(f"{file}: not readable as JSON: {error}") from None
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise FileFormatError(f'{file}: expected a JSON object with "format": "{FORMAT}"')
-    if data.get("version") != VERSION:
-        raise FileFormatError(f"{file}: expected version {VERSION}, got {data.get('version')!r}")
+    data = read_json(file, (FORMAT, VERSION))
     if name is not None and data.get("study") != name:
         raise FileFormatError(
             f"{file} belongs to study {data.get('study')!r}, not {name!r}; give another --out"
