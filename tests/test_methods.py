@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 def allocated(method: str, budget: ada.Budget | None, **options) -> ada.Plan:
     """A plan by a method that gets what it needs."""
     if method_of(method).stages:
-        options["bits"] = 8 if budget is None or budget.bits is None else int(budget.bits)
+        options["bits"] = min(8, int(budget.bits)) if budget and budget.bits else 8
     model = tiny().eval()
     data = batches() if method_of(method).data == "needed" else None
     scores = None
