@@ -19,6 +19,7 @@
 #include "engine/interpret.hpp"
 #include "engine/program.hpp"
 #include "engine/sized_engine.hpp"
+#include "formats/canonical.hpp"
 
 namespace py = pybind11;
 using namespace adalayer;
@@ -250,6 +251,10 @@ void bind_engine(py::module_& m) {
   });
 
   m.def("operations", &operations);
+  // What the length of a packed weight is counted with before it is packed.
+  m.attr("HEADER_BYTES") = sizeof(formats::CanonicalHeader);
+  m.attr("FILE_BLOCK") = py::make_tuple(formats::kBlockOut, formats::kBlockIn);
+  m.def("fields_bytes", &formats::fields_bytes);
 
   py::class_<Program>(m, "Program")
       .def(py::init<>())

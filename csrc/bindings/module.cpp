@@ -288,10 +288,6 @@ PYBIND11_MODULE(_C, m) {
         << static_cast<int>(cpu::winograd_policy());
     return key.str();
   });
-  // What the length of a file is counted with before anything is packed.
-  m.attr("HEADER_BYTES") = sizeof(formats::CanonicalHeader);
-  m.attr("FILE_BLOCK") = py::make_tuple(formats::kBlockOut, formats::kBlockIn);
-  m.def("fields_bytes", &formats::fields_bytes);
   m.def("fork_join_seconds", [](int threads, int rounds) {
     // The cost of an empty parallel loop, for bench/test_threads.py.
     const py::gil_scoped_release release;
