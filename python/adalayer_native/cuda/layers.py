@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from adalayer_native import _C
+from adalayer_native._recent import Recent
 from adalayer_native.cuda.engine import CudaEngine
 from adalayer_native.cuda.library import check, library, stream_number
 from adalayer_native.operations import geometry, parameters
@@ -244,7 +245,7 @@ class _FloatLinear:
         self._finalizer = weakref.finalize(self, found.adalayer_cuda_linear_destroy, handle)
 
 
-_linears: OrderedDict[tuple[Any, ...], _FloatLinear] = OrderedDict()
+_linears: Recent[tuple[Any, ...], _FloatLinear] = Recent(_ENGINE_LIMIT)
 
 
 def linear_float(
@@ -254,16 +255,7 @@ def linear_float(
     result's, whose last entry is the output features."""
     device = _number(x)
     key = (_content(packed, scale, bias), device)
-    with _lock:
-        layer = _linears.get(key)
-        if layer is not None:
-            _linears.move_to_end(key)
-    if layer is None:
-        layer = _FloatLinear(packed, scale, bias, device)
-        with _lock:
-            _linears[key] = layer
-            while len(_linears) > _ENGINE_LIMIT:
-                _linears.popitem(last=False)
+    layer = _linears.get_or(key, lambda: _FloatLinear(packed, scale, bias, device))
     out = torch.empty(list(shape), dtype=x.dtype, device=x.device)
     rows = x.numel() // x.shape[-1]
     code = layer.run(
