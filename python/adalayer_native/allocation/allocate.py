@@ -116,15 +116,17 @@ def allocate(
         fixed=fixed, exclude=exclude, options=options,
     )  # fmt: skip
     request = Request(
-        problem, known, budget, scores, calibration, loss_fn, output, hyper, bits, stages, batches,
-        candidates, repaired, options, tables, cache, progress,
+        problem, known, budget, scores=scores, calibration=calibration, loss_fn=loss_fn,
+        output=output, hyper=hyper, bits=bits, stages=stages, batches=batches,
+        candidates=candidates, repaired=repaired, options=options, tables=tables, cache=cache,
+        progress=progress,
     )  # fmt: skip
     plan = known.solve(request)
     if scores is not None and not known.scores:
-        known_scores, own = scores.as_dict(), plan.scores
-        plan.scores = known_scores
+        given, own = scores.as_dict(), plan.scores
+        plan.scores = given
         if own is not None:
-            plan.scores = {n: {**known_scores.get(n, {}), **own.get(n, {})} for n in plan}
+            plan.scores = {n: {**given.get(n, {}), **own.get(n, {})} for n in plan}
     if budget is not None and budget.single:
         problem.limited(budget).check_kept(plan)
     plan.validate(model)
