@@ -293,7 +293,7 @@ def test_fixed_hyper_parameters(scored) -> None:
     plan = quiet(scores, Budget(size=0.5), model=model, hyper=hyper)
     assert plan.hyper == hyper
     with pytest.raises(BudgetError, match="with these hyper-parameters: the smallest reachable"):
-        quiet(scores, Budget(size=0.2), model=model, hyper={**hyper, "bmax": 9, "lambda": 0})
+        quiet(scores, Budget(size=0.26), model=model, hyper={**hyper, "bmax": 9, "lambda": 0})
     for bad in ({"delte": 1}, {"gamma": -1}, {"gamma": float("nan")}, {"gamma": "x"}):
         with pytest.raises(PlanError, match="hyper-parameter"):
             quiet(scores, Budget(size=0.5), model=model, hyper=bad)

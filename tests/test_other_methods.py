@@ -86,7 +86,7 @@ def test_no_plans_where_the_other_methods_take_no_such_budget(model) -> None:
 
 @pytest.mark.parametrize("weights", ["rounded", "repaired"])
 def test_a_better_plan_of_another_method_is_taken(model, monkeypatch, weights: str) -> None:
-    budget = Budget(bytes=1900)
+    budget = Budget(bytes=2000)
     options = {**SETTINGS, "weight_of": weights, "rounds": 1, "trials": 1, "repaired_plans": 2}
     monkeypatch.setattr(method, "NEGLIGIBLE", 0.0)
 
