@@ -22,10 +22,10 @@ from .._progress import ProgressBar
 from ..errors import PlanError
 from ..importance.analyze import dequantized
 from ..importance.scores import LayerScores
-from ..plan import Plan
+from ..plan import MAX_BITS, MIN_BITS, Plan
 from ..pruning.masks import magnitude_mask, pruned_count
 from ..rounding import conv_form
-from .closed_form import MAX_BITS, MIN_BITS, closed_form
+from .closed_form import closed_form
 from .evaluate import NEGLIGIBLE, Judge, Measurement, best_of, compared
 from .options import Choice, Option, option_of
 from .problem import PERCENTS, Problem

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..plan import MAX_BITS
 from . import refusals
 from .clock import EngineClock, keeps_latency, latency_of
-from .closed_form import MAX_BITS
 from .evaluate import Evaluator, Measurement
 from .options import Option
 from .resources import LATENCY, LOSS

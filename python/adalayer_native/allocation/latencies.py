@@ -18,8 +18,8 @@ from ..engine.runtime import Engine
 from ..engine.shapes import WEIGHTED, shapes_of
 from ..errors import PlanError
 from ..importance.batches import model_digest
+from ..plan import MAX_BITS
 from ..quantization import calibrate, convert, prepare
-from .closed_form import MAX_BITS
 from .layer_table import LayerTable, Measured
 from .machine_table import MachineTable, Task
 from .optimal_settings import Settings

@@ -10,8 +10,7 @@ import numpy as np
 
 from .._progress import ProgressBar
 from ..errors import CalibrationError, PlanError
-from ..plan import unknown_layer
-from .closed_form import MAX_BITS, MIN_BITS
+from ..plan import MAX_BITS, MIN_BITS, unknown_layer
 from .options import UNSTRUCTURED, Option
 from .store import Store
 

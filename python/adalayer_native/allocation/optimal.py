@@ -21,11 +21,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..importance.outputs import LossFn, Pick
-from ..plan import Plan
+from ..plan import MAX_BITS, Plan
 from . import refusals
 from .budget import Budget
 from .clock import EngineClock, choose_by_clock, keeps_latency
-from .closed_form import MAX_BITS
 from .evaluate import NEGLIGIBLE, Evaluator, Measurement
 from .fastest import fastest
 from .local_search import local_search

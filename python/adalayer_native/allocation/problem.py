@@ -14,13 +14,13 @@ from ..capture import captured
 from ..errors import BudgetError, PlanError, UnsupportedModelError
 from ..importance.analyze import checked_layers
 from ..importance.scores import LayerScores
-from ..plan import LayerPlan, Plan, layer_kind, unknown_layer
+from ..plan import MAX_BITS, MIN_BITS, LayerPlan, Plan, layer_kind, unknown_layer
 from ..pruning.masks import pruned_count
 from ..quantization.chains import Structure
 from ..quantization.stored import stored_model, structure_of
 from . import refusals
 from .budget import Budget
-from .closed_form import MAX_BITS, MAX_SPARSITY, MIN_BITS
+from .closed_form import MAX_SPARSITY
 from .options import UNSTRUCTURED, Choice, Choices, Option, option_of
 from .size import estimate_bytes, float_bytes, packed_bytes
 

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from .._progress import ProgressBar
 from ..errors import PlanError
-from ..plan import Plan
-from .closed_form import MAX_BITS, MIN_BITS
+from ..plan import MAX_BITS, MIN_BITS, Plan
 from .evaluate import Evaluator, Measurement, best_of
 from .options import Choice, Option
 from .problem import Problem

@@ -9,9 +9,9 @@ import numpy as np
 
 from ..errors import BudgetError, PlanError
 from ..importance.flops import Work
+from ..plan import MAX_BITS
 from . import refusals
 from .budget import Budget
-from .closed_form import MAX_BITS
 from .knapsack import Limit, Link, Pair, monotone, solve
 from .layer_table import LayerTable
 from .optimal_settings import Settings

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import PlanError
-from ..plan import Plan
-from .closed_form import MAX_BITS, MIN_BITS
+from ..plan import MAX_BITS, MIN_BITS, Plan
 from .options import Choice, Option
 from .problem import Problem
 

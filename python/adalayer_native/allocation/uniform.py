@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from .._progress import ProgressBar
-from ..plan import Plan
+from ..plan import MAX_BITS, MIN_BITS, Plan
 from ..rounding import weight_range
 from .budget import Budget
-from .closed_form import MAX_BITS, MAX_SPARSITY, MIN_BITS
+from .closed_form import MAX_SPARSITY
 from .evaluate import NEGLIGIBLE, Judge, best_of, compared
 from .problem import Fixed, Problem
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from .. import ops
 from .._files import found_at, read_json, write_text_atomic
+from ..allocation.store import processor
 from ..errors import FileFormatError, PlanError
 
 __all__ = ["FORMAT", "Clock", "Study", "describe_machine", "load_study"]
@@ -24,17 +25,9 @@ FILE = "study.json"
 
 def describe_machine() -> dict[str, Any]:
     """Processor, cores, kernels and versions; no names of the machine or of its user."""
-    cpu, cores = platform.processor() or platform.machine(), os.cpu_count() or 1
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                cpu = value.strip()
-    except OSError:  # not Linux
-        pass
     return {
-        "cpu": cpu,
-        "cores": cores,
+        "cpu": processor(),
+        "cores": os.cpu_count() or 1,
         "isa": ops.active_isa(),
         "python": platform.python_version(),
         "torch": version("torch"),
