@@ -21,8 +21,8 @@ from adalayer_native.onnx.layers import convolution, product, window
 from adalayer_native.onnx.native_layers import width_of
 from adalayer_native.onnx.package import onnx_package
 from adalayer_native.onnx.values import Constant, Grid, Integers, Value
+from adalayer_native.plan import MAX_BITS, MIN_BITS
 from adalayer_native.quantization.chains import ACT_ROOT
-from adalayer_native.rounding import MAX_BITS, MIN_BITS
 
 __all__ = ["dequantize", "kind_of", "quantize"]
 
