@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from adalayer_native.quantization.graph import prepare
     from adalayer_native.repair import LayerHessian, Repair, layer_hessians, repair
     from adalayer_native.tensor_train import Decomposed, tensor_train
-    from adalayer_native.training import finetune
+    from adalayer_native.training.finetune import finetune
 
 __all__ = [
     "AdaError",

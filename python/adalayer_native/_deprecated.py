@@ -65,7 +65,8 @@ def renamed_fields(**names: str) -> Callable[[Class], Class]:
     """
 
     def decorate(owner: Class) -> Class:
-        owner.__init__ = renamed_arguments(**names)(owner.__init__)
+        init = renamed_arguments(**names)(owner.__init__)  # type: ignore[misc]
+        owner.__init__ = init  # type: ignore[misc]
         for old, new in names.items():
             setattr(owner, old, _alias(owner.__name__, old, new))
         return owner

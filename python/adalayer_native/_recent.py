@@ -57,6 +57,11 @@ class Recent(Generic[Key, Value]):
             self.put(key, found)
         return found
 
+    def clear(self) -> None:
+        """Let all of them go."""
+        with self._lock:
+            self._values.clear()
+
     def shrink(self, limit: float | None = None, *, keep: int = 1) -> None:
         """Let the oldest go until the others cost no more than a limit, or ``keep`` are left."""
         most = self.limit if limit is None else limit

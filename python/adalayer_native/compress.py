@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from adalayer_native._deprecated import renamed_fields
 from adalayer_native._fingerprint import fingerprint
@@ -272,7 +272,7 @@ class _Steps:
             )
         return scores, plan
 
-    def prepared(self, plan: Plan, observer: str) -> fx.GraphModule:
+    def prepared(self, plan: Plan, observer: str) -> GraphModel:
         """The simulated model with ranges."""
         with stage(RANGES, enabled=self.progress):
             with warnings.catch_warnings():
@@ -281,7 +281,7 @@ class _Steps:
             calibrate(prepared, self.calibration, observer=observer, progress=self.progress)
         return prepared
 
-    def repaired(self, prepared: fx.GraphModule, sample: Inputs) -> Repair:
+    def repaired(self, prepared: GraphModel, sample: Inputs) -> Repair:
         """Repair it in place."""
         checkpoint = None
         if self.work is not None:
@@ -308,7 +308,7 @@ class _Steps:
 
     def finetuned(
         self,
-        prepared: fx.GraphModule,
+        prepared: GraphModel,
         plan: Plan,
         loader: Iterable[Any],
         epochs: int,
