@@ -118,14 +118,13 @@ def _native_layer(prepared: GraphModel, name: str, clamp: Any) -> Any:
             **common,
         )
     assert isinstance(layer, QuantConv2d)
-    top, bottom, left, right = layer.sides
     return Conv2d.from_quantized(
         folded.weight,
         layer.bits,
         folded.weight_scale,
         folded.bias,
         stride=layer.stride,
-        padding=(top, left, bottom, right),
+        padding=layer.sides,
         dilation=layer.dilation,
         groups=layer.groups,
         **common,

@@ -112,7 +112,7 @@ class ExactLayer:
         levels = self.quantizer.levels(x.float()).double()
         layer = self.layer
         if isinstance(layer, QuantConv2d):
-            top, bottom, left, right = layer.sides
+            top, left, bottom, right = layer.sides
             acc = F.conv2d(
                 F.pad(levels, (left, right, top, bottom)),
                 self.weight,
