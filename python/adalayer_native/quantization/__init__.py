@@ -1,7 +1,7 @@
 """Quantization: observers, fake quantization, graph analysis, calibration and conversion."""
 
 from adalayer_native.quantization.calibrate import calibrate, reestimate_batch_norms
-from adalayer_native.quantization.convert import convert, restore
+from adalayer_native.quantization.convert import convert
 from adalayer_native.quantization.exact import simulate
 from adalayer_native.quantization.fake_quant import (
     ActivationQuantizer,
@@ -11,6 +11,7 @@ from adalayer_native.quantization.fake_quant import (
 )
 from adalayer_native.quantization.graph import prepare
 from adalayer_native.quantization.layout import NativeLayout, native_layout
+from adalayer_native.quantization.restore import restore
 from adalayer_native.rounding import quantize_weight
 
 __all__ = [
