@@ -121,7 +121,7 @@ def _cycle(imports: dict[str, set[str]]) -> list[str]:
     return next((found for module in sorted(imports) if (found := follow(module, []))), [])
 
 
-@pytest.mark.parametrize("room", ["cuda", "ops", "nn", "quantization"])
+@pytest.mark.parametrize("room", ["cuda", "ops", "nn", "quantization", "engine"])
 def test_no_ring_of_imports_within_a_room(room: str) -> None:
     """Imports for types alone and those inside functions too."""
     files = {path.stem: path for path in (PACKAGE / room).glob("[!_]*.py")}

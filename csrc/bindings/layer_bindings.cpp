@@ -56,28 +56,30 @@ ConvShape shape_of(int64_t channels, int64_t out_channels, const py::dict& geome
   return s;
 }
 
-/// parameters: addresses of the packed weights, their bytes, of scale and bias. With `levels`
-/// tensors are u8, else f32.
+/// With `levels` tensors are u8, else f32.
 cpu::Layer make_layer(int64_t channels, int64_t out_channels, const py::dict& geometry,
-                      const std::tuple<uintptr_t, size_t, uintptr_t, uintptr_t>& parameters,
                       const GridNumbers& input, const std::pair<float, float>& bounds,
                       const std::optional<GridNumbers>& output, bool levels) {
-  const auto [packed, bytes, scale, bias] = parameters;
   cpu::Layer::Steps steps;
   steps.input = grid_of(input);
   std::tie(steps.lo, steps.hi) = bounds;
   if (output) steps.output = grid_of(*output);
   steps.levels = levels;
-  return {shape_of(channels, out_channels, geometry),
-          {bytes_at(packed, bytes), floats_at(scale), floats_at(bias)},
-          steps};
+  return {shape_of(channels, out_channels, geometry), steps};
 }
 
-void run_layer(const cpu::Layer& layer, uintptr_t x, int64_t count, int64_t h, int64_t w, bool nhwc,
-               uintptr_t residual, uintptr_t y, int threads) {
+/// parameters: address of the packed weights, their bytes, addresses of scale and bias. size:
+/// images, height and width.
+void run_layer(const cpu::Layer& layer,
+               const std::tuple<uintptr_t, size_t, uintptr_t, uintptr_t>& parameters, uintptr_t x,
+               const std::array<int64_t, 3>& size, bool nhwc, uintptr_t residual, uintptr_t y,
+               int threads) {
+  const auto [packed, bytes, scale, bias] = parameters;
   const py::gil_scoped_release release;
-  layer.run({count, h, w, nhwc ? Layout::NHWC : Layout::NCHW}, reinterpret_cast<const void*>(x),
-            floats_at(residual), reinterpret_cast<void*>(y), threads);
+  layer.run({bytes_at(packed, bytes), floats_at(scale), floats_at(bias)},
+            {size[0], size[1], size[2], nhwc ? Layout::NHWC : Layout::NCHW},
+            reinterpret_cast<const void*>(x), floats_at(residual), reinterpret_cast<void*>(y),
+            threads);
 }
 
 /// sizes: images, queries, keys, heads, key_heads, depth, width. mask: its address, and how far it

@@ -5,10 +5,10 @@ from os import PathLike
 from typing import TypedDict
 
 class Layer:
-    """A convolution (csrc/cpu/layer/layer.hpp); it reads its parameters in every call.
+    """A convolution without its parameters (csrc/cpu/layer/layer.hpp).
 
-    parameters: address and bytes of packed weights, addresses of scale and bias. Grids are scale,
-    zero point and bits. The geometry has the names of the engine's table of operations.
+    Grids are scale, zero point and bits. The geometry has the names of the engine's table of
+    operations.
     """
 
     def __init__(
@@ -16,7 +16,6 @@ class Layer:
         channels: int,
         out_channels: int,
         geometry: dict[str, int],
-        parameters: tuple[int, int, int, int],
         input: tuple[float, int, int],
         bounds: tuple[float, float],
         output: tuple[float, int, int] | None,
@@ -25,10 +24,9 @@ class Layer:
     ) -> None: ...
     def run(
         self,
+        parameters: tuple[int, int, int, int],  # packed weights, their bytes, scale, bias
         x: int,
-        images: int,
-        h: int,
-        w: int,
+        size: tuple[int, int, int],  # images, height, width
         nhwc: bool,
         residual: int,
         y: int,

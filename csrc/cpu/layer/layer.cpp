@@ -31,15 +31,14 @@ ActivationGrid activation_grid(const Grid& grid) {
   return {1.0f / grid.scale, grid.zero_point, qmax};
 }
 
-Layer::Layer(const ConvShape& geometry, const Parameters& parameters, const Steps& steps)
-    : geometry_(geometry), parameters_(parameters), input_scale_(steps.input.scale) {
+Layer::Layer(const ConvShape& geometry, const Steps& steps)
+    : geometry_(geometry), input_scale_(steps.input.scale) {
   geometry_.batch = 0;
   geometry_.in_h = geometry_.in_w = kLargestImage;
   validate(geometry_);
   const DType type = steps.levels ? DType::U8 : DType::F32;
   in_.dtype = out_.dtype = type;
   in_.grid = activation_grid(steps.input);
-  out_.bias = parameters.bias;
   out_.lo = steps.lo;
   out_.hi = steps.hi;
   if (!steps.output) return;
@@ -52,8 +51,8 @@ Layer::Layer(const ConvShape& geometry, const Parameters& parameters, const Step
   out_.grid_scale = steps.output->scale;
 }
 
-void Layer::run(const Images& images, const void* x, const float* residual, void* y,
-                int threads) const {
+void Layer::run(const Parameters& parameters, const Images& images, const void* x,
+                const float* residual, void* y, int threads) const {
   ConvShape shape = geometry_;
   shape.batch = images.count;
   shape.in_h = images.h;
@@ -65,12 +64,13 @@ void Layer::run(const Images& images, const void* x, const float* residual, void
   OutputSpec out = out_;
   out.data = y;
   out.layout = images.layout;
+  out.bias = parameters.bias;
   out.residual = residual;
-  const auto weights = cached_weights(shape, parameters_.packed, largest_level(in));
+  const auto weights = cached_weights(shape, parameters.packed, largest_level(in));
   // Levels come with the whole requantization scale.
   out.scale = in.dtype == DType::U8
-                  ? parameters_.scale
-                  : multipliers(parameters_.scale, shape.out_channels, input_scale_);
+                  ? parameters.scale
+                  : multipliers(parameters.scale, shape.out_channels, input_scale_);
   conv2d(shape, in, *weights, out, threads);
 }
 

@@ -18,15 +18,9 @@ struct Grid {
 /// The same as kernels want it. Throws InvalidArgument for one that is none.
 ActivationGrid activation_grid(const Grid& grid);
 
-/// Geometry, grids and bounds, checked once. The parameters lie with the caller and are read in
-/// every call: whoever writes to them sees the difference. Immutable and safe from many threads.
+/// Geometry, grids and bounds, checked once. Immutable and safe from many threads.
 class Layer {
  public:
-  struct Parameters {
-    std::span<const uint8_t> packed;  // canonical
-    const float* scale = nullptr;     // [out_channels]
-    const float* bias = nullptr;      // [out_channels]
-  };
   struct Steps {
     Grid input;
     float lo = 0.0f, hi = 0.0f;
@@ -37,19 +31,26 @@ class Layer {
   };
 
   /// `geometry`: its batch and the size of its images do not matter. Throws InvalidArgument.
-  Layer(const ConvShape& geometry, const Parameters& parameters, const Steps& steps);
+  Layer(const ConvShape& geometry, const Steps& steps);
 
+  /// They come with every call: whoever has written to them sees the difference. What is derived
+  /// from the weights is found again by their content.
+  struct Parameters {
+    std::span<const uint8_t> packed;  // canonical
+    const float* scale = nullptr;     // [out_channels]
+    const float* bias = nullptr;      // [out_channels]
+  };
   struct Images {
     int64_t count = 0, h = 1, w = 1;
     Layout layout = Layout::NCHW;  // of all tensors
   };
   /// `x` and `y` are f32, or u8 with Steps::levels; `residual`, which may be null, is f32 of y's
   /// shape. Throws InvalidArgument for images that are smaller than the kernel, and CorruptData.
-  void run(const Images& images, const void* x, const float* residual, void* y, int threads) const;
+  void run(const Parameters& parameters, const Images& images, const void* x, const float* residual,
+           void* y, int threads) const;
 
  private:
   ConvShape geometry_;
-  Parameters parameters_;
   ActivationIn in_;
   float input_scale_ = 1.0f;
   OutputSpec out_;

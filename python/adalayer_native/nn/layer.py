@@ -178,14 +178,13 @@ class NativeLayer(QuantizedInput):
         made, held, grid = self._made, self._buffers, self.output_grid
         if made is not None:
             packed, scale, bias = held["weight_packed"], held["weight_scale"], held["bias"]
-            if (
-                made.addresses == (packed.data_ptr(), scale.data_ptr(), bias.data_ptr())  # type: ignore[union-attr]
-                and made.geometry.grid == _numbers(grid)
-            ):
+            if made.holds(packed, scale, bias) and made.geometry.grid == _numbers(grid):  # type: ignore[arg-type]
                 return made
         operator, given = self.operator()
-        geometry = ops.LayerGeometry.of(operator, self._channels(), given)
-        made = ops.prepare(geometry, given["weight_packed"], given["weight_scale"], given["bias"])
+        tensors = given["weight_packed"], given["weight_scale"], given["bias"]
+        outs = tensors[1].shape[0]
+        geometry = ops.LayerGeometry.of(operator, self._channels(), outs, given)
+        made = ops.Layer(geometry, *tensors)
         self.__dict__["_made"] = made
         return made
 

@@ -26,7 +26,7 @@ from adalayer_native.ops.geometry import (
     conv_out_shape,
     transposed_out_size,
 )
-from adalayer_native.ops.layer import Layer, prepare, run_cpu
+from adalayer_native.ops.layer import Layer, run_cpu
 from adalayer_native.ops.machine import (
     active_isa,
     force_isa,
@@ -55,7 +55,6 @@ __all__ = [
     "pack_weight",
     "packed_info",
     "plain_eager",
-    "prepare",
     "quantize",
     "set_num_threads",
     "set_sparse_policy",

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -28,8 +27,7 @@ _Pair = tuple[int, int]
 _Four = tuple[int, int, int, int]
 
 
-@dataclass(frozen=True)
-class LayerGeometry:
+class LayerGeometry(NamedTuple):
     """The geometry of a layer, the grids at both ends and its clamp.
 
     A linear layer is a 1 x 1 convolution over images of one pixel.
@@ -62,8 +60,10 @@ class LayerGeometry:
     levels: bool = False
 
     @classmethod
-    def of(cls, operator: str, channels: int, given: Mapping[str, Any]) -> LayerGeometry:
-        """From the arguments of a layer operator by name, for an input of so many channels.
+    def of(
+        cls, operator: str, channels: int, out_channels: int, given: Mapping[str, Any]
+    ) -> LayerGeometry:
+        """From the arguments of a layer operator by name; those that are tensors do not matter.
 
         Raises:
             ValueError: bounds or a zero point of levels that are none, an output padding that is
@@ -79,7 +79,7 @@ class LayerGeometry:
         found = cls(
             operator,
             channels,
-            (given["scale"] if levels else given["weight_scale"]).shape[0],
+            out_channels,
             tuple(given["kernel_size"]),
             tuple(given["stride"]),
             padding,
@@ -104,8 +104,8 @@ class LayerGeometry:
                 f"adalayer::{self.operator}: expected 0 <= lo <= hi <= 255 and a zero point in "
                 f"0…255, got lo={lo}, hi={hi}, output_zero_point={zero_point}"
             )
-        return replace(
-            self, lo=float(lo - zero_point), hi=float(hi - zero_point), grid=(1.0, zero_point, 8)
+        return self._replace(
+            lo=float(lo - zero_point), hi=float(hi - zero_point), grid=(1.0, zero_point, 8)
         )
 
     def _check_output_padding(self) -> None:
@@ -152,8 +152,8 @@ class LayerGeometry:
         return shape[0], self.out_channels, h, w
 
     def by_name(self) -> dict[str, int]:
-        """The geometry with the names of the engine's table of operations."""
-        return geometry(self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
+        """The geometry with the names of the engine's table of operations; not to be changed."""
+        return _by_name(self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
 
     def around(self) -> _Four:
         """Of a transposed convolution: the padding of the ordinary one that it is.
@@ -170,8 +170,10 @@ class LayerGeometry:
 
     def convolution(self, padding: _Four) -> LayerGeometry:
         """That ordinary convolution."""
-        return replace(self, stride=(1, 1), padding=padding, output_padding=None)
+        return self._replace(stride=(1, 1), padding=padding, output_padding=None)
 
+
+_by_name = lru_cache(maxsize=1024)(geometry)
 
 _ONE_PIXEL: dict[str, Any] = {
     "kernel_size": (1, 1),
@@ -249,24 +251,50 @@ def _schema(operator: str) -> tuple[tuple[str, ...], dict[str, Any]]:
     return tuple(a.name for a in arguments), usual
 
 
+def _named(operator: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    names, usual = _schema(operator)
+    return {**usual, **dict(zip(names, args, strict=False)), **kwargs}
+
+
+@lru_cache(maxsize=4096)
+def _known(operator: str, channels: int, out_channels: int, *rest: Any) -> LayerGeometry:
+    given = _named(operator, (None, None, None, None, *rest), {})
+    return LayerGeometry.of(operator, channels, out_channels, given)
+
+
+def _geometry_of(operator: str, channels: int, out_channels: int, rest: list[Any]) -> LayerGeometry:
+    """Of a call, by what follows its four tensors in the schema's order."""
+    key = [tuple(a) if type(a) is list else a for a in rest]
+    try:
+        return _known(operator, channels, out_channels, *key)
+    except TypeError:  # sizes that stand for any number cannot be looked up
+        return _known.__wrapped__(operator, channels, out_channels, *key)
+
+
+_RESIDUAL = 14  # its place among the arguments of conv2d
+
+
 def call_of(operator: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> LayerCall:
     """The call that an operator's arguments are.
 
     Raises:
         TypeError, ValueError: the input's dtype or dimensions; see also :meth:`LayerGeometry.of`.
     """
-    names, usual = _schema(operator)
-    given = {**usual, **dict(zip(names, args, strict=False)), **kwargs}
-    x: Tensor = given["x"]
-    linear, levels = operator == "linear", operator == "conv2d_u8"
-    check_input(operator, x, (torch.uint8,) if levels else FLOATS, None if linear else 4)
+    given, residual = None, None
+    if kwargs or (len(args) > _RESIDUAL and operator == "conv2d"):
+        given = _named(operator, args, kwargs)
+        x, packed, scale, bias = (given[name] for name in _schema(operator)[0][:4])
+        residual = given.get("residual")
+    else:
+        x, packed, scale, bias, *rest = args
+    linear = operator == "linear"
+    types = (torch.uint8,) if operator == "conv2d_u8" else FLOATS
+    check_input(operator, x, types, None if linear else 4)
     if linear and x.dim() == 0:
         raise ValueError("adalayer::linear: expected an input of at least one dimension")
-    return LayerCall(
-        x,
-        LayerGeometry.of(operator, x.shape[-1 if linear else 1], given),
-        given["weight_packed"],
-        given["scale" if levels else "weight_scale"],
-        given["bias"],
-        given.get("residual"),
-    )
+    channels, out_channels = x.shape[-1 if linear else 1], scale.shape[0]
+    if given is None:
+        geometry = _geometry_of(operator, channels, out_channels, rest)
+    else:
+        geometry = LayerGeometry.of(operator, channels, out_channels, given)
+    return LayerCall(x, geometry, packed, scale, bias, residual)
