@@ -7,22 +7,22 @@
 
 namespace adalayer::cuda {
 
-KernelInfo conv_kernel_b2(int tile, int piece);
-KernelInfo sparse_kernel_b2(int tile, Form form);
-KernelInfo conv_kernel_b3(int tile, int piece);
-KernelInfo sparse_kernel_b3(int tile, Form form);
-KernelInfo conv_kernel_b4(int tile, int piece);
-KernelInfo sparse_kernel_b4(int tile, Form form);
-KernelInfo conv_kernel_b5(int tile, int piece);
-KernelInfo sparse_kernel_b5(int tile, Form form);
-KernelInfo conv_kernel_b6(int tile, int piece);
-KernelInfo sparse_kernel_b6(int tile, Form form);
-KernelInfo conv_kernel_b7(int tile, int piece);
-KernelInfo sparse_kernel_b7(int tile, Form form);
-KernelInfo conv_kernel_b8(int tile, int piece);
-KernelInfo sparse_kernel_b8(int tile, Form form);
+KernelInfo conv_kernel_b2(Tile tile, int piece);
+KernelInfo sparse_kernel_b2(Tile tile, Form form);
+KernelInfo conv_kernel_b3(Tile tile, int piece);
+KernelInfo sparse_kernel_b3(Tile tile, Form form);
+KernelInfo conv_kernel_b4(Tile tile, int piece);
+KernelInfo sparse_kernel_b4(Tile tile, Form form);
+KernelInfo conv_kernel_b5(Tile tile, int piece);
+KernelInfo sparse_kernel_b5(Tile tile, Form form);
+KernelInfo conv_kernel_b6(Tile tile, int piece);
+KernelInfo sparse_kernel_b6(Tile tile, Form form);
+KernelInfo conv_kernel_b7(Tile tile, int piece);
+KernelInfo sparse_kernel_b7(Tile tile, Form form);
+KernelInfo conv_kernel_b8(Tile tile, int piece);
+KernelInfo sparse_kernel_b8(Tile tile, Form form);
 
-KernelInfo conv_kernel(int bits, int tile, int piece, Form form) {
+KernelInfo conv_kernel(int bits, Tile tile, int piece, Form form) {
   const bool dense = form == Form::Dense;
   if (!dense && piece != 16) return {};
   switch (bits) {

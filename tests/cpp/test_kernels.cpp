@@ -26,6 +26,7 @@
 #include "cpu/isa/avx2/arrange.hpp"
 #include "cpu/kernel_table.hpp"
 #include "cpu/layer/single_layer.hpp"
+#include "describe.hpp"
 #include "exact.hpp"
 #include "formats/canonical.hpp"
 #include "formats/panels.hpp"
@@ -130,18 +131,6 @@ ConvShape random_shape() {
     }
   }
 }
-
-std::string text_of(const ConvShape& s) {
-  const auto n = [](int64_t number) { return std::to_string(number); };
-  const auto pair = [&](int64_t h, int64_t w) { return n(h) + "x" + n(w); };
-  return n(s.batch) + " x " + n(s.in_channels) + " x " + pair(s.in_h, s.in_w) + " to " +
-         n(s.out_channels) + " in " + n(s.groups) + " groups, kernel " +
-         pair(s.kernel_h, s.kernel_w) + ", stride " + pair(s.stride_h, s.stride_w) + ", dilation " +
-         pair(s.dilation_h, s.dilation_w) + ", padding " + n(s.pad_top) + " " + n(s.pad_bottom) +
-         " " + n(s.pad_left) + " " + n(s.pad_right);
-}
-
-std::string text_of(const cpu::KernelRow& row) { return std::string("kernels ") + row.name; }
 
 /// Runs one layer on the active instruction set into a buffer of exactly the output's size.
 template <class T>
@@ -764,6 +753,10 @@ TEST(forms_of_few_steps) {
         Case{129, -128, cpu::ShortForm::Words}, Case{130, 127, cpu::ShortForm::Words}})
     for (const int steps : {1, 2}) {
       const Product p = equal_products(c.qmax, c.weight, steps);
+      const check::About about([&] {
+        return "levels to " + std::to_string(c.qmax) + ", weights of " + std::to_string(c.weight) +
+               ", " + std::to_string(steps) + " steps";
+      });
       const Exact<int8_t> tiles = arranged(cpu::kAvx2Arrangement, p);
       CHECK(cpu::arranged_table(tiles.data(), steps, 0).short_form == c.form);
       check_gemm(cpu::kAvx2Row, p, &tiles);
@@ -863,6 +856,8 @@ TEST(every_size_has_its_algorithm) {
   for (const cpu::KernelRow* row : cpu::kernel_rows()) {
     if (!isa_supported(row->isa)) continue;
     force_isa(row->name);
+    const check::About about(
+        [&] { return text_of(*row) + ", " + text_of(layer.shape) + ", 3 bits"; });
     cpu::clear_weight_cache();
     // Which of them is the faster one does not matter here: a policy decides instead of the clock.
     cpu::set_winograd_policy("off");

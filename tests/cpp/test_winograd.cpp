@@ -14,6 +14,7 @@
 #include "core/thread_pool.hpp"
 #include "cpu/conv/winograd.hpp"
 #include "cpu/kernel_table.hpp"
+#include "describe.hpp"
 #include "exact.hpp"
 #include "reference/reference.hpp"
 
@@ -179,6 +180,7 @@ std::vector<const KernelRow*> all_rows() {
 template <class Call>
 void run_parts(const Call& call, const WinogradPlan& plan, const KernelRow& row, int parts) {
   const auto bytes = static_cast<size_t>(winograd_scratch_bytes(plan, *row.winograd));
+  const check::About about([&] { return text_of(row) + ", " + std::to_string(parts) + " parts"; });
   for (int p = 0; p < parts; ++p) {
     AlignedBuffer scratch(bytes + 64);
     std::memset(scratch.data(), 0x5A, bytes + 64);
@@ -275,6 +277,7 @@ void check_case(const Case& c) {
   for (const WinogradForm form : kForms) {
     if (!reference::winograd_exact(form, p.weights, p.s.out_channels)) continue;
     const WinogradWeights w = derive_winograd(form, p.s, p.weights);
+    const check::About about([&] { return w.taps.describe() + ", " + text_of(p.s); });
     CHECK_EQ(static_cast<int64_t>(w.bytes()), w.taps.bytes());
     CHECK(w.taps.bytes() <= winograd_most_bytes(form, p.s, c.bits));
     for (const KernelRow* row : all_rows()) {
@@ -478,6 +481,7 @@ TEST(parts_run_at_the_same_time) {
           plan_winograd(w.taps.form, p.s, p.in, &p.out, nullptr, *row->winograd);
       std::vector<uint8_t> y(static_cast<size_t>(p.out.image_bytes + p.out.slack), 0xA5);
       const bool by_columns = winograd_prefers_columns(plan, w.taps, 1, kThreads);
+      const check::About about([&] { return text_of(*row) + ", " + text_of(p.s); });
       CHECK_EQ(by_columns, size == 7);
       const WinogradCall call{.plan = plan,
                               .taps = w.taps,

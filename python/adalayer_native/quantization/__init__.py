@@ -2,7 +2,7 @@
 
 from adalayer_native._deprecated import renamed_names
 from adalayer_native.quantization.calibrate import calibrate, reestimate_batch_norms
-from adalayer_native.quantization.convert import convert, restore
+from adalayer_native.quantization.convert import convert
 from adalayer_native.quantization.exact import simulate
 from adalayer_native.quantization.fake_quant import (
     ActivationQuantizer,
@@ -11,6 +11,7 @@ from adalayer_native.quantization.fake_quant import (
     QuantLinear,
 )
 from adalayer_native.quantization.graph import prepare
+from adalayer_native.quantization.restore import restore
 from adalayer_native.quantization.stored import StoredModel, stored_model
 from adalayer_native.rounding import quantize_weight
 

@@ -17,8 +17,8 @@ from adalayer_native._fingerprint import fingerprint
 from adalayer_native._progress import ProgressBar
 from adalayer_native.errors import CalibrationError
 from adalayer_native.quantization.calibrate import reestimate_batch_norms
-from adalayer_native.quantization.exact import check_calibrated
 from adalayer_native.quantization.fake_quant import QuantLayer
+from adalayer_native.quantization.fold import check_calibrated
 from adalayer_native.quantization.graph import layers_of, metadata
 from adalayer_native.repair import checkpoint as store
 from adalayer_native.repair.equalize import EqualizedPair, equalize_layers, pairs_of
