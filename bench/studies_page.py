@@ -30,6 +30,11 @@ def name_of(data: Mapping[str, Any]) -> str:
     return str(data["study"]) if dataset == "cifar10" else f"{data['study']} {dataset}"
 
 
+def markers_of(name: str) -> tuple[str, str]:
+    """What a study's part of the page begins and ends with."""
+    return markers("bench/studies_page.py", name)
+
+
 def write_page(runs: Sequence[Path], page: Path) -> None:
     """Replace the generated parts of the studies given.
 
@@ -41,9 +46,8 @@ def write_page(runs: Sequence[Path], page: Path) -> None:
     studies = [load_study(run) for run in runs]
     text = page.read_text(encoding="utf-8")
     for data in studies:
-        between = markers("bench/studies_page.py", name_of(data))
         prefix = f"images/{name_of(data).replace(' ', '-')}-"
-        text = with_part(text, between, section(data, prefix), page)
+        text = with_part(text, markers_of(name_of(data)), section(data, prefix), page)
     for data in studies:
         prefix = f"{name_of(data).replace(' ', '-')}-"
         write_pictures(data, page.parent / "images", prefix)

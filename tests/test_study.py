@@ -35,6 +35,7 @@ from adalayer_native.study.papers import FIGURE6, TABLE2, TABLE3
 from adalayer_native.study.splits import Images, SomeBatches
 from adalayer_native.study.timing import ledger
 from bench import studies_page
+from bench.studies_page import markers_of
 
 
 def test_a_study_is_loaded_by_its_commands_alone() -> None:
@@ -381,7 +382,7 @@ def test_adalayernet_refuses(small_adalayernet, change: dict, error: type, messa
 def test_page(small_green: GreenSettings, tmp_path) -> None:
     page = tmp_path / "docs" / "studies.md"
     page.parent.mkdir()
-    begin, end = (studies_page.MARKER.format("green", side) for side in ("begin", "end"))
+    begin, end = markers_of("green")
     page.write_text(
         f"# Studies\n\nBy hand.\n\n{begin}\nof before\n{end}\n\nBelow.\n", encoding="utf-8"
     )
@@ -403,8 +404,7 @@ def test_page(small_green: GreenSettings, tmp_path) -> None:
 def test_the_page_has_the_markers() -> None:
     text = studies_page.PAGE.read_text(encoding="utf-8")
     for name in ("adalayernet", "green"):
-        for side in ("begin", "end"):
-            assert text.count(studies_page.MARKER.format(name, side)) == 1
+        assert [text.count(marker) for marker in markers_of(name)] == [1, 1]
 
 
 # -- the commands ---------------------------------------------------------------------------------
