@@ -65,7 +65,7 @@ const EngineOptions kStreamed{.weights = WeightForm::Streamed};
 std::string text_of(const std::vector<int64_t>& sizes) {
   std::string text = "sizes";
   for (const int64_t size : sizes)
-    text += " " + std::to_string(size);
+    text.append(" ").append(std::to_string(size));
   return text;
 }
 
