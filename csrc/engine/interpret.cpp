@@ -128,15 +128,17 @@ int32_t Interpreter::conv_sum(const Node& n, const ConvAttributes& a, const uint
   const int64_t group_in = s.c / a.groups, group_out = value(n.output).c / a.groups;
   const int8_t* w = weights_.data() + o * group_in * a.kernel_h * a.kernel_w;
   int32_t sum = 0;
-  for (int64_t c = 0; c < group_in; ++c)
-    for (int64_t ky = 0; ky < a.kernel_h; ++ky)
-      for (int64_t kx = 0; kx < a.kernel_w; ++kx) {
-        const int64_t iy = oy * a.stride_h - a.pad_top + ky * a.dilation_h;
-        const int64_t ix = ox * a.stride_w - a.pad_left + kx * a.dilation_w;
-        if (iy < 0 || iy >= s.h || ix < 0 || ix >= s.w) continue;  // holds the zero point
-        const int32_t level = in[s.at(o / group_out * group_in + c, iy, ix)];
-        sum += w[(c * a.kernel_h + ky) * a.kernel_w + kx] * (level - x.zero_point);
-      }
+  const int64_t taps = a.kernel_h * a.kernel_w, plane = s.h * s.w;
+  for (int64_t ky = 0; ky < a.kernel_h; ++ky)
+    for (int64_t kx = 0; kx < a.kernel_w; ++kx) {
+      const int64_t iy = oy * a.stride_h - a.pad_top + ky * a.dilation_h;
+      const int64_t ix = ox * a.stride_w - a.pad_left + kx * a.dilation_w;
+      if (iy < 0 || iy >= s.h || ix < 0 || ix >= s.w) continue;  // holds the zero point
+      const uint8_t* level = in + s.at(o / group_out * group_in, iy, ix);
+      const int8_t* tap = w + ky * a.kernel_w + kx;
+      for (int64_t c = 0; c < group_in; ++c)
+        sum += tap[c * taps] * (int32_t{level[c * plane]} - x.zero_point);
+    }
   return sum;
 }
 
@@ -147,18 +149,20 @@ int32_t Interpreter::transposed_sum(const Node& n, const ConvAttributes& a, cons
   const int64_t group_in = s.c / a.groups, group_out = value(n.output).c / a.groups;
   const int8_t* w = weights_.data() + o * group_in * a.kernel_h * a.kernel_w;
   int32_t sum = 0;
-  for (int64_t c = 0; c < group_in; ++c)
-    for (int64_t ky = 0; ky < a.kernel_h; ++ky)
-      for (int64_t kx = 0; kx < a.kernel_w; ++kx) {
-        // iy * stride - pad + ky * dilation = oy, where there is such an iy.
-        const int64_t sy = oy + a.pad_top - ky * a.dilation_h;
-        const int64_t sx = ox + a.pad_left - kx * a.dilation_w;
-        if (sy < 0 || sx < 0 || sy % a.stride_h != 0 || sx % a.stride_w != 0) continue;
-        const int64_t iy = sy / a.stride_h, ix = sx / a.stride_w;
-        if (iy >= s.h || ix >= s.w) continue;
-        const int32_t level = in[s.at(o / group_out * group_in + c, iy, ix)];
-        sum += w[(c * a.kernel_h + ky) * a.kernel_w + kx] * (level - x.zero_point);
-      }
+  const int64_t taps = a.kernel_h * a.kernel_w, plane = s.h * s.w;
+  for (int64_t ky = 0; ky < a.kernel_h; ++ky)
+    for (int64_t kx = 0; kx < a.kernel_w; ++kx) {
+      // iy * stride - pad + ky * dilation = oy, where there is such an iy.
+      const int64_t sy = oy + a.pad_top - ky * a.dilation_h;
+      const int64_t sx = ox + a.pad_left - kx * a.dilation_w;
+      if (sy < 0 || sx < 0 || sy % a.stride_h != 0 || sx % a.stride_w != 0) continue;
+      const int64_t iy = sy / a.stride_h, ix = sx / a.stride_w;
+      if (iy >= s.h || ix >= s.w) continue;
+      const uint8_t* level = in + s.at(o / group_out * group_in, iy, ix);
+      const int8_t* tap = w + ky * a.kernel_w + kx;
+      for (int64_t c = 0; c < group_in; ++c)
+        sum += tap[c * taps] * (int32_t{level[c * plane]} - x.zero_point);
+    }
   return sum;
 }
 

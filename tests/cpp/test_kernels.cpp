@@ -461,6 +461,7 @@ struct Product {
   std::vector<int8_t> weights;  // unpacked tiles [tiles][steps]
   std::vector<uint8_t> packed;  // the same
   std::optional<Exact<uint8_t>> levels;
+  std::vector<int64_t> sums;  // [rows][columns]
 
   /// `whole`: all 64 bytes of a step are read, else just the live quads.
   Product(int width, int row_count, int step_count, int tile_count, Fill weight_fill,
@@ -489,6 +490,7 @@ struct Product {
         tile[w] = static_cast<int8_t>(fill_value(weight_fill, low, high));
       formats::pack_tile(tile, bits, packed.data() + i * 128 * bits);
     }
+    add_up();
   }
 
   std::string text() const {
@@ -500,14 +502,22 @@ struct Product {
   const int8_t* tile(int t) const { return weights.data() + t * steps * formats::kTileBytes; }
 
   int64_t want(int row, int column) const {
-    int64_t sum = 0;
-    for (int s = 0; s < steps; ++s)
-      for (int d = 0; d < 64; ++d)
-        if (const int8_t w =
-                tile(column / 16)[s * formats::kTileBytes + d / 4 * 64 + column % 16 * 4 + d % 4];
-            w != 0)
-          sum += int64_t{(*levels)[static_cast<size_t>(row_offsets[row] + offsets[s] + d)]} * w;
-    return sum;
+    return sums[static_cast<size_t>(row * tiles * 16 + column)];
+  }
+
+  /// Sums that every kernel has to give, from weights and levels.
+  void add_up() {
+    sums.assign(static_cast<size_t>(rows * tiles * 16), 0);
+    for (int row = 0; row < rows; ++row)
+      for (int t = 0; t < tiles; ++t)
+        for (int s = 0; s < steps; ++s)
+          for (int d = 0; d < live[s] * 4; ++d) {
+            const int64_t level = (*levels)[static_cast<size_t>(row_offsets[row] + offsets[s] + d)];
+            const int8_t* w = tile(t) + s * formats::kTileBytes + d / 4 * 64 + d % 4;
+            int64_t* sum = sums.data() + (row * tiles + t) * 16;
+            for (int column = 0; column < 16; ++column)
+              sum[column] += level * w[column * 4];
+          }
   }
 };
 
@@ -705,6 +715,7 @@ Product equal_products(int qmax, int weight, int steps) {
   std::fill(p.offsets.begin(), p.offsets.end(), 0);
   p.levels.emplace(size_t{64});
   std::fill_n(p.levels->data(), 64, static_cast<uint8_t>(qmax));
+  p.add_up();
   return p;
 }
 
