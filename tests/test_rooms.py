@@ -51,6 +51,7 @@ PYTHON_ROOMS = [
         "data",
         "_options",
         "compress",
+        "levels",
     ),
     *(
         "measure",

@@ -144,10 +144,10 @@ struct Engine::Impl {
   mutable std::mutex mutex;
   mutable std::vector<std::unique_ptr<Workspace>> idle;
 
-  Impl(Program p, const EngineOptions& given)
+  Impl(Program p, const EngineOptions& given, std::shared_ptr<ArenaPool> shared)
       : program(std::move(p)),
         options(given),
-        arenas(std::make_shared<ArenaPool>()),
+        arenas(std::move(shared)),
         shared_constants(program.constants.size()) {
     if (!prepare()) return;
     const auto fixed = [&](cpu::Room room) { return planned_memory(program, layouts, room); };
@@ -649,8 +649,10 @@ struct Engine::Impl {
   }
 };
 
-Engine::Engine(Program program, const EngineOptions& options)
-    : impl_(std::make_unique<Impl>(std::move(program), options)) {}
+Engine::Engine(Program program, const EngineOptions& options, const Engine* memory)
+    : impl_(std::make_unique<Impl>(
+          std::move(program), options,
+          memory == nullptr ? std::make_shared<ArenaPool>() : memory->impl_->arenas)) {}
 Engine::Engine(Program program, const Engine& base)
     : impl_(std::make_unique<Impl>(std::move(program), *base.impl_, base.impl_->arenas)) {
   impl_->count_tables(base.impl_->shared_constants);

@@ -60,6 +60,8 @@ class Compressed:
         repair: output error of every layer before and after the repair; None without.
         float_rest: everything with multiply-accumulates that stays float, layers that the plan
             keeps so included, with the reason and the share of them.
+        lower: models and plans of the levels of quality below ``model``, better ones first; of
+            :func:`~adalayer_native.compress_levels` alone.
         decomposed: the float model with its tensor trains, of method ``"tensor_train"``; it is what
             :func:`~adalayer_native.restore` takes to read the saved file.
     """
@@ -72,6 +74,7 @@ class Compressed:
     repair: Repair | None = None
     float_rest: FloatRest | None = None
     decomposed: Decomposed | None = None
+    lower: list[tuple[nn.Module, Plan]] = field(default_factory=list)
 
 
 def compress(
@@ -258,13 +261,7 @@ def compress(
                 # Calibrated ranges are in it, and with them the data.
                 name = f"repair-{fingerprint(prepared, {'seed': seed})[:16]}.safetensors"
                 checkpoint = work / name
-            learned: Distance | None = None
-            if isinstance(loss_fn, TaskLoss):
-                learned = partial(_task_distance, loss_fn, output)
-            else:
-                with torch.no_grad():
-                    if has_distance(sample(prepared), output):
-                        learned = partial(distance, pick=output)
+            learned = learned_distance(prepared, sample, loss_fn, output)
             with stage(REPAIR, enabled=progress):
                 report = repair_layers(
                     prepared,
@@ -374,6 +371,17 @@ def stages_of(
         # Forwards and back, the teacher, and the average's batch norms in the end.
         found.append(Stage(TRAINING, 6 * epochs * _length(train_loader), epochs))
     return found
+
+
+def learned_distance(
+    prepared: nn.Module, sample: Inputs, loss_fn: LossFn | None, output: Pick
+) -> Distance | None:
+    """By what the repair learns at its end; None where no distance of the outputs is known."""
+    if isinstance(loss_fn, TaskLoss):
+        return partial(_task_distance, loss_fn, output)
+    with torch.no_grad():
+        known = has_distance(sample(prepared), output)
+    return partial(distance, pick=output) if known else None
 
 
 def _task_distance(loss: TaskLoss, pick: Pick, float_output: Any, output: Any) -> torch.Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from adalayer_native.quantization.exact import check_calibrated
 from adalayer_native.quantization.fake_quant import QuantLayer
 from adalayer_native.quantization.graph import layers_of, metadata
 from adalayer_native.repair import checkpoint as store
+from adalayer_native.repair.cells import Cells
 from adalayer_native.repair.equalize import EqualizedPair, equalize_layers, pairs_of
 from adalayer_native.repair.hessian import (
     DAMPING,
@@ -164,6 +166,7 @@ def repair(
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    cells: Mapping[str, Cells] | None = None,
 ) -> Repair:
     """Round and prune every layer so that its output, not its weight, changes least.
 
@@ -211,6 +214,8 @@ def repair(
         checkpoint: safetensors file that is rewritten after every layer. A call with the same
             model, plan, data and options goes on behind the last layer in it.
         progress: show a progress bar.
+        cells: by layer bounds of its integers (:mod:`~adalayer_native.repair.cells`), which are
+            kept to in all that is done here.
 
     Returns:
         The output error of every layer before and after.
@@ -232,6 +237,7 @@ def repair(
         raise CalibrationError(f"repair: held_back must be from 0 to 0.5, got {held_back}")
     prepared.eval()
     layers = layers_of(prepared)
+    bounds = dict(cells or {})
     data = Data(prepared, loader, batches)
     options = {
         "layers": entries,
@@ -244,6 +250,8 @@ def repair(
         "seed": seed,
         "data": data.digest,
     }
+    if bounds:
+        options["cells"] = {name: _digest(own) for name, own in sorted(bounds.items())}
     states: dict[str, store.LayerState] = {}
     identity = ""
     apart = data.held_back(held_back)
@@ -294,7 +302,12 @@ def repair(
                     mask = conv_form(layer, layer.mask)
                 sparsity, pattern = entries[name]["sparsity"], entries[name]["pattern"]
                 solution = hessian.quantize(
-                    layer.bits, sparsity, pattern=pattern, mask=mask, passes=passes
+                    layer.bits,
+                    sparsity,
+                    pattern=pattern,
+                    mask=mask,
+                    passes=passes,
+                    cells=bounds.get(name),
                 )
                 _apply(layer, norm, solution)
                 result.layers[name] = LayerReport(
@@ -316,7 +329,7 @@ def repair(
         if distance is not None and result.held_back and learning_passes:
             result.learned = learn(
                 prepared, twin, norms, data, apart, distance,
-                passes=learning_passes, seed=seed, progress=progress,
+                passes=learning_passes, seed=seed, progress=progress, cells=bounds,
             )  # fmt: skip
     except BaseException:
         # Half a repair is a model that nobody asked for; what is done is in the checkpoint.
@@ -326,6 +339,14 @@ def repair(
         prepared.meta["equalized"] = equalized
         raise
     return result
+
+
+def _digest(cells: Cells) -> str:
+    """Of the bounds of a layer: a checkpoint is of the same ones."""
+    found = hashlib.sha256()
+    for part in (cells.low, cells.high, cells.scale):
+        found.update(part.contiguous().cpu().numpy().tobytes())
+    return found.hexdigest()
 
 
 def _judged(held: HeldBack) -> dict[str, Any]:

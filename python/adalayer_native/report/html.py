@@ -86,6 +86,35 @@ def _cards(run: Run) -> str:
     return f'<section class="cards" id="summary">{cards}</section>'
 
 
+def _levels(run: Run) -> str:
+    """What every level of quality is; nothing where there is one."""
+    rows = run.data.get("levels") or []
+    if not rows:
+        return ""
+    head = heads(
+        (text, True) for text in ("level", "average bits", "accuracy %", "ms per image, engine")
+    )
+    body = "".join(
+        "<tr>"
+        + "".join(
+            f'<td class="number">{escape(text)}</td>'
+            for text in (
+                str(level),
+                f"{row['average_bits']:.2f}",
+                f"{row['accuracy']:.2f}",
+                f"{row['engine_ms']:.3f}" if "engine_ms" in row else "",
+            )
+        )
+        + "</tr>"
+        for level, row in enumerate(rows)
+    )
+    return (
+        '<section id="levels"><h2>Levels of quality</h2><p class="muted">One file: '
+        "the levels read planes of the same stored weights.</p><table><thead><tr>"
+        f"{head}</tr></thead><tbody>{body}</tbody></table></section>"
+    )
+
+
 def _pictures(run: Run) -> list[str]:
     flops = {layer.name: layer.flops for layer in run.layers}
     plan, data = run.plan, run.data
