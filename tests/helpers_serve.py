@@ -130,6 +130,7 @@ class Running:
         self.host, self.port = url.removeprefix("http://").split(":")[0], int(url.split(":")[-1])
         self.deployer = deployer
         self.stop = stop
+        self.qualities: list[str | None] = []  # header of the answers, in the order they came
 
     def request(
         self,
@@ -145,6 +146,7 @@ class Running:
             connection.request(method, path, body, headers or {})
             answer = connection.getresponse()
             data = answer.read()
+            self.qualities.append(answer.headers.get("quality"))
             if answer.headers.get("content-type") == "application/json":
                 return answer.status, json.loads(data)
             return answer.status, data

@@ -11,10 +11,14 @@ namespace adalayer::engine {
 LeveledEngine::LeveledEngine(Program program, const EngineOptions& options, LevelLimits limits)
     : program_(std::move(program)), options_(options), limits_(limits) {
   validate(program_);
-  // As for sizes: the host's room is for the best level and its tensors first.
-  if (options.memory_bytes > 0)
-    limits_.bytes = std::min(limits_.bytes, static_cast<size_t>(options.memory_bytes) / 8);
   best_ = std::make_shared<const SizedEngine>(at_level(program_, 0), options);
+  if (options.memory_bytes > 0) {
+    // As for sizes: the host's room is for the best level and its tensors first, and a level that
+    // is in use has what the best one's weights leave.
+    limits_.bytes = std::min(limits_.bytes, static_cast<size_t>(options.memory_bytes) / 8);
+    const auto held = static_cast<int64_t>(best_->compiled()->weight_bytes());
+    options_.memory_bytes = std::max<int64_t>(1, options.memory_bytes - held);
+  }
   options_.plan.clear();  // of the best level alone
   for (size_t k = 0; k < program_.levels.size(); ++k)
     entries_.push_back(std::make_unique<Entry>());

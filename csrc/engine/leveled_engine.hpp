@@ -12,7 +12,7 @@
 namespace adalayer::engine {
 
 /// What is kept for levels beside the best one; the level used last always is. At most an eighth of
-/// EngineOptions::memory_bytes.
+/// EngineOptions::memory_bytes, within which a level and the best one's weights fit together.
 struct LevelLimits {
   size_t entries = kMaxLevels;
   size_t bytes = size_t{256} << 20;

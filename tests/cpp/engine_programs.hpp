@@ -417,6 +417,7 @@ inline Program narrowed(Program p, int drop) {
     if (v.name == "conv") v.scale *= factor;
   for (Node& n : p.nodes) {
     if (n.op != OpKind::Conv) continue;
+    if (p.values[n.output].name == "conv") n.floats[0] = 1.0f / p.values[n.output].scale;
     Constant scale = p.constants[n.constants[1]];
     auto* numbers = reinterpret_cast<float*>(scale.bytes.data());  // a copy of its own
     for (size_t k = 0; k < scale.bytes.size() / 4; ++k)

@@ -84,7 +84,7 @@ class NativePart:
     def _make(self) -> Any:
         held, limit, plan = self.program, self.max_memory, self._plan
         text = held.metadata().get(KEY)
-        options = {"weights": self.weights, "memory_bytes": limit, "plan": plan}
+        options: dict[str, Any] = {"weights": self.weights, "memory_bytes": limit, "plan": plan}
         if held.levels() > 1:
             self.leveled = _C.LeveledEngine(held, **options)
             self.sized = self.leveled.at(self.level)

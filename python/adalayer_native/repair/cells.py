@@ -16,7 +16,7 @@ from torch import Tensor
 
 from adalayer_native.rounding import Planes, per_channel, plane_cells, upper_planes, weight_range
 
-__all__ = ["Cells", "Nest"]
+__all__ = ["Cells", "Nest", "planes_for"]
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,7 @@ class Cells:
 
     def of(self, channels: Tensor) -> Cells:
         """Of some rows of every group."""
-        parts = (each[:, channels] for each in (self.low, self.high, self.scale))
-        return Cells(*parts)
+        return Cells(self.low[:, channels], self.high[:, channels], self.scale[:, channels])
 
     def columns(self, part: slice) -> Cells:
         """Of some columns."""
@@ -77,8 +76,8 @@ class Nest:
 
     def cells(self, planes: Planes) -> Cells:
         """What integers of another, wider, width may be."""
-        ends = (upper_planes(end, self.bits, planes).float() for end in (self.low, self.high))
-        return Cells(*ends, self.step * 2**planes.drop)
+        low, high = (upper_planes(end, self.bits, planes).float() for end in (self.low, self.high))
+        return Cells(low, high, self.step * 2**planes.drop)
 
 
 def planes_for(weight: Tensor, scale: Tensor, bits: int, kept: int) -> Planes:

@@ -215,7 +215,7 @@ def repair(
             model, plan, data and options goes on behind the last layer in it.
         progress: show a progress bar.
         cells: by layer bounds of its integers (:mod:`~adalayer_native.repair.cells`), which are
-            kept to in all that is done here.
+            kept to in all that is done here. They need ``equalize=False``, and nothing is pruned.
 
     Returns:
         The output error of every layer before and after.
@@ -235,9 +235,11 @@ def repair(
         )
     if not 0.0 <= held_back <= 0.5:
         raise CalibrationError(f"repair: held_back must be from 0 to 0.5, got {held_back}")
+    bounds = dict(cells or {})
+    if bounds and equalize:
+        raise CalibrationError("repair: cells are of weights as they are; expected equalize=False")
     prepared.eval()
     layers = layers_of(prepared)
-    bounds = dict(cells or {})
     data = Data(prepared, loader, batches)
     options = {
         "layers": entries,

@@ -53,6 +53,7 @@ def page(run: Run) -> str:
         '<div id="plan">',
         *_pictures(run),
         _table(run),
+        _levels(run),
         *_classes(run),
         _facts(run),
         "</div>",
@@ -91,8 +92,9 @@ def _levels(run: Run) -> str:
     rows = run.data.get("levels") or []
     if not rows:
         return ""
-    head = heads(
-        (text, True) for text in ("level", "average bits", "accuracy %", "ms per image, engine")
+    head = "".join(
+        f'<th scope="col" class="number">{text}</th>'
+        for text in ("level", "average bits", "accuracy %", "ms per image, engine")
     )
     body = "".join(
         "<tr>"
