@@ -16,15 +16,17 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import adalayer_native as ada
 from adalayer_native._files import write_text_atomic
+from adalayer_native.allocation import everywhere
 from bench.accuracy import Images, judge, network
 from bench.record import ROOT, results_of
 from bench.report import table, write_part
@@ -65,32 +67,38 @@ ROWS = {
 }
 
 
-def made(row: Row, images: Images, models: Path, work: Path, effort: str) -> dict[str, Any]:
-    """The levels and the separate plans of a row, classified; JSON values."""
+def measure(
+    row: Row,
+    found: dict[str, Any],
+    images: Images,
+    models: Path,
+    work: Path,
+    effort: str,
+    keep: Callable[[], None],
+) -> None:
+    """The levels and the separate plans of a row, classified one by one; what is found is kept."""
     model = network(row.network, models)
     calibration = images.calibration(IMAGES)
     common: dict[str, Any] = {"effort": effort, "work_dir": work, "progress": False}
-    if row.mixed:
-        plans = ada.level_plans(model, calibration, row.bits, **common)
-    else:
-        plans = [_everywhere(model, bits) for bits in row.bits]
+    plans = _plans(row, model, calibration, work, common)
     x = torch.rand(1, 3, 32, 32)
-    levels = ada.compress_levels(model, calibration, plans, **common)
-    first, *others = levels.models
-    engine = ada.compile(first, x, policy="native", levels=others)
-    size = engine.save(work / "levels.ada")
-    engine = ada.load(work / "levels.ada")
-    found: dict[str, Any] = {
-        "float": judge(model, images.tested)["accuracy"],
-        "bytes": size,
-        "levels": [],
-    }
-    for number, plan in enumerate(plans):
+    path = work / "levels.ada"
+    if not path.is_file():
+        levels = ada.compress_levels(model, calibration, plans, **common)
+        first, *others = levels.models
+        ada.compile(first, x, policy="native", weights="streamed", levels=others).save(path)
+    if "float" not in found:
+        accuracy = judge(model, images.tested)["accuracy"]
+        found.update(float=accuracy, bytes=path.stat().st_size, effort=effort, levels=[])
+        keep()
+    engine = ada.load(path, weights="streamed")
+    for number in range(len(found["levels"]), len(plans)):
+        plan = plans[number]
         engine.set_quality(number)
         alone = ada.compress(
             model, calibration, None, plan=plan, effort=effort, work_dir=work, progress=False
         ).model
-        other = ada.compile(alone, x, policy="native")
+        other = ada.compile(alone, x, policy="native", weights="streamed")
         found["levels"].append(
             {
                 "bits": plan.average_bits,
@@ -101,13 +109,22 @@ def made(row: Row, images: Images, models: Path, work: Path, effort: str) -> dic
             }
         )
         print(f"{row.title}, level {number}: {found['levels'][-1]}", file=sys.stderr, flush=True)
-    return found
+        keep()
 
 
-def _everywhere(model: Any, bits: int) -> ada.Plan:
-    from adalayer_native.allocation import everywhere
-
-    return everywhere(model, bits)
+def _plans(
+    row: Row, model: nn.Module, calibration: list[Any], work: Path, common: Mapping[str, Any]
+) -> list[ada.Plan]:
+    paths = [work / f"plan-{number}.json" for number in range(len(row.bits))]
+    if not all(path.is_file() for path in paths):
+        plans = (
+            ada.level_plans(model, calibration, row.bits, **common)
+            if row.mixed
+            else [everywhere(model, bits) for bits in row.bits]
+        )
+        for plan, path in zip(plans, paths, strict=True):
+            plan.save(path)
+    return [ada.Plan.load(path) for path in paths]
 
 
 def timed(path: Path) -> dict[str, Any]:
@@ -142,6 +159,8 @@ def page_section(data: Mapping[str, Any]) -> str:
     lines = [f"Machine: {machine['cpu']}, kernels {machine['isa']}.", ""]
     rows, clock = [], []
     for name, found in data["rows"].items():
+        if not found.get("levels"):
+            continue
         apart = sum(level["alone_bytes"] for level in found["levels"])
         for number, level in enumerate(found["levels"]):
             rows.append(
@@ -200,24 +219,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", required=True, help="folder or zip of CIFAR-10")
     parser.add_argument("--models", type=Path, required=True, help="folder of the trained weights")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
-    parser.add_argument("--effort", default="normal", help="of searches and repairs")
+    parser.add_argument("--effort", default="low", help="of searches and repairs")
     parser.add_argument("--times", action="store_true", help="only time what is there")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=PAGE)
     given = parser.parse_args(arguments)
     data = results_of(given.results, FORMAT, rows={})
     images = None
+
+    def keep() -> None:
+        write_text_atomic(given.results, json.dumps(data, indent=1) + "\n")
+        write_part(given.page, MARKERS, page_section(data))
+
     for name in given.rows:
         work = given.results.parent / "levels" / name
         work.mkdir(parents=True, exist_ok=True)
         if given.times:
             if name in data["rows"]:
                 data["rows"][name]["times"] = timed(work / "levels.ada")
-        elif name not in data["rows"]:
+        elif len(data["rows"].get(name, {}).get("levels", ())) < len(ROWS[name].bits):
             images = images or Images(given.data, progress=False)
-            data["rows"][name] = made(ROWS[name], images, given.models, work, given.effort)
-        write_text_atomic(given.results, json.dumps(data, indent=1) + "\n")
-        write_part(given.page, MARKERS, page_section(data))
+            found = data["rows"].setdefault(name, {})
+            measure(ROWS[name], found, images, given.models, work, given.effort, keep)
+        keep()
     return 0
 
 

@@ -26,14 +26,17 @@ from adalayer_native._fingerprint import fingerprint
 from adalayer_native._progress import stage
 from adalayer_native._stages import Stage
 from adalayer_native.allocation import Budget, allocate, everywhere
+from adalayer_native.allocation.rest import planned_rest, unsupported_rest
 from adalayer_native.allocation.settings import check_effort
 from adalayer_native.capture.loading import captured_on, first_sample
+from adalayer_native.capture.work import FloatRest, work_of
 from adalayer_native.compress import LEARNING, learned_distance, stages_of
 from adalayer_native.errors import PlanError
 from adalayer_native.importance.outputs import LossFn, Pick
 from adalayer_native.plan import Plan
 from adalayer_native.quantization import calibrate, convert, prepare
 from adalayer_native.quantization.graph import layers_of
+from adalayer_native.quantization.layout import native_layout
 from adalayer_native.repair import Repair
 from adalayer_native.repair import repair as repair_layers
 from adalayer_native.repair.cells import Cells, Nest, planes_for
@@ -52,11 +55,13 @@ class Levels:
         models: native models, best first; float in and float out.
         plans: bits per layer of each.
         repairs: output errors of every layer, of each.
+        float_rest: everything with multiply-accumulates that stays float, with the reason.
     """
 
     models: list[nn.Module] = field(default_factory=list)
     plans: list[Plan] = field(default_factory=list)
     repairs: list[Repair] = field(default_factory=list)
+    float_rest: FloatRest | None = None
 
 
 def check_plans(plans: Sequence[Plan]) -> None:
@@ -182,6 +187,8 @@ def compress_levels(
         loss_fn, output, observer, effort, seed, progress: as there.
         work_dir: checkpoints of the repairs are kept here.
 
+    What has multiply-accumulates and cannot be native is said in one warning, with its share.
+
     Raises:
         PlanError: see :func:`check_plans`.
         CalibrationError, UnsupportedModelError: as the steps do.
@@ -191,15 +198,24 @@ def compress_levels(
     wanted = [everywhere(model, plan) if isinstance(plan, int) else plan for plan in plans]
     check_plans(wanted)
     sample = first_sample(model, calibration)
-    stored = _widths(wanted[0])
-    found = Levels(plans=wanted)
+    macs = work_of(model, sample)
+    unsupported = unsupported_rest(model, wanted[0], macs)
+    if unsupported:
+        warnings.warn(
+            f"{100 * unsupported.share:.2g} % of the multiply-accumulates stay in float: "
+            f"{unsupported}",
+            stacklevel=2,
+        )
+    native = native_layout(model, wanted[0]).kept_float
+    stored = {name: bits for name, bits in _widths(wanted[0]).items() if name not in native}
+    found = Levels(plans=wanted, float_rest=planned_rest(model, wanted[0], macs))
     nests: dict[str, Nest] = {}
     lowest: dict[str, Planes] = {}
     for number in reversed(range(len(wanted))):
         plan = wanted[number]
         with stage(_title(number), enabled=progress):
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # which layers stay float, said by who compresses
+                warnings.simplefilter("ignore")  # which layers stay float was said
                 prepared = prepare(model, plan)
             calibrate(prepared, calibration, observer=observer, progress=progress)
             layers = layers_of(prepared)

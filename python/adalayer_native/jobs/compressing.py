@@ -224,6 +224,7 @@ def _leveled(job: CompressJob, ready: _Ready) -> Compressed:
         found.plans[0],
         kept_float=kept_float(ready.captured, found.plans[0]),
         repair=found.repairs[0],
+        float_rest=found.float_rest,
         lower=list(zip(found.models[1:], found.plans[1:], strict=True)),
     )
 
