@@ -38,10 +38,10 @@ class GatedRunner:
         self._engine = EngineRunner(path, threads)
         self.description = self._engine.description
 
-    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def run(self, inputs: Sequence[np.ndarray], level: int = 0) -> list[np.ndarray]:
         Gate.entered.release()
         assert Gate.opened.wait(30)
-        return self._engine.run(inputs)
+        return self._engine.run(inputs, level)
 
 
 class FragileRunner:
@@ -51,10 +51,10 @@ class FragileRunner:
         self._engine = EngineRunner(path, threads)
         self.description = self._engine.description
 
-    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def run(self, inputs: Sequence[np.ndarray], level: int = 0) -> list[np.ndarray]:
         if (inputs[0] == 1e9).any():
             raise ConnectionResetError("a request that ends processes")
-        return self._engine.run(inputs)
+        return self._engine.run(inputs, level)
 
 
 class PairRunner:
@@ -66,7 +66,7 @@ class PairRunner:
             (TensorInfo("sum", (6,)), TensorInfo("square", (3, 2))),
         )
 
-    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def run(self, inputs: Sequence[np.ndarray], level: int = 0) -> list[np.ndarray]:
         a, b = inputs
         return [a.reshape(-1, 6) + b, (b * b).reshape(-1, 3, 2)]
 
@@ -77,7 +77,7 @@ class EchoRunner:
     def __init__(self, path: str, threads: int) -> None:
         self.description = Description((TensorInfo("x", (2, 2)),), (TensorInfo("y", (4,)),))
 
-    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def run(self, inputs: Sequence[np.ndarray], level: int = 0) -> list[np.ndarray]:
         return [inputs[0].reshape(-1, 4).copy()]
 
 
@@ -87,7 +87,7 @@ class OverflowRunner:
     def __init__(self, path: str, threads: int) -> None:
         self.description = Description((TensorInfo("x", (3, 8, 8)),), (TensorInfo("y", (3,)),))
 
-    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def run(self, inputs: Sequence[np.ndarray], level: int = 0) -> list[np.ndarray]:
         scores = np.array([1.0, np.inf, -np.inf], np.float32)
         return [np.tile(scores, (inputs[0].shape[0], 1))]
 
@@ -130,6 +130,7 @@ class Running:
         self.host, self.port = url.removeprefix("http://").split(":")[0], int(url.split(":")[-1])
         self.deployer = deployer
         self.stop = stop
+        self.qualities: list[str | None] = []  # header of the answers, in the order they came
 
     def request(
         self,
@@ -145,6 +146,7 @@ class Running:
             connection.request(method, path, body, headers or {})
             answer = connection.getresponse()
             data = answer.read()
+            self.qualities.append(answer.headers.get("quality"))
             if answer.headers.get("content-type") == "application/json":
                 return answer.status, json.loads(data)
             return answer.status, data

@@ -134,6 +134,50 @@ def test_compress_optimal_with_overrides(monkeypatch, capsys, files, tmp_path) -
     assert [p.name[:7] for p in (out / "work" / "tables").iterdir()] == ["errors-"]
 
 
+def test_compress_to_levels(monkeypatch, capsys, files, tmp_path) -> None:
+    out = tmp_path / "out"
+    more = ("--levels", "8,6,4", "--fix", "conv2=7", "--effort", "low", "--quiet", "--json")
+    assert compress(monkeypatch, files, out, *more) == 0
+    printed = capsys.readouterr()
+    report = json.loads(printed.out)
+    widths = [row["average_bits"] for row in report["levels"]]
+    assert 8 >= widths[0] > 6 >= widths[1] > 4 >= widths[2]
+    assert report["levels"][0]["accuracy"] == report["accuracy"]
+    assert all(row["engine_ms"] > 0 for row in report["levels"])
+    assert "level 2, " in printed.err and report["epochs"] == 0
+    engine = ada.load(out / "model.ada")
+    assert engine.levels == 3
+    for level in range(3):
+        rows = {r.name: r.bits for r in engine.at_quality(level).coverage(rounds=0).rows if r.bits}
+        assert rows["conv2"] == 7
+    # The accuracies are those of the file.
+    test = open_dataset(files[0], "test", SIZE, progress=False)
+    x, labels = test.normalise(test.pixels()), test.labels
+    for level, row in enumerate(report["levels"]):
+        right = (engine.at_quality(level)(x).argmax(1) == labels).float().mean()
+        assert row["accuracy"] == pytest.approx(100 * float(right))
+    assert run(monkeypatch, "report", out, "--out", tmp_path / "page.html") == 0
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "Levels of quality" in page and f"{widths[2]:.2f}" in page
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "message"),
+    [
+        (("--levels", "3,8"), 2, "the best level first"),
+        (("--levels", "8"), 2, "two or more widths"),
+        (("--levels", "9,4"), 2, "expected 2 to 8 bits"),
+        (("--levels", "8,4", "--bits", 4), 1, "not with a budget"),
+        (("--levels", "8,4", "--no-repair"), 1, "or --no-repair"),
+        (("--levels", "8,4", "--method", "uniform"), 1, "which is optimal, not uniform"),
+        (("--levels", "8,4", "--fix", "nothing=4"), 1, "nothing"),
+    ],
+)
+def test_levels_that_cannot_be(monkeypatch, capsys, files, tmp_path, more, code, message) -> None:
+    assert compress(monkeypatch, files, tmp_path / "out", *more) == code
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -55,6 +55,7 @@ PYTHON_ROOMS = [
         "data",
         "_options",
         "compress",
+        "levels",
     ),
     *(
         "measure",

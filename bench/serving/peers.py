@@ -41,7 +41,7 @@ class TorchRunner:
             outputs = self._model(source.images(1)).shape[1]
         self.description = _description(source, outputs, "pytorch")
 
-    def run(self, inputs: Sequence[Array]) -> list[Array]:
+    def run(self, inputs: Sequence[Array], level: int = 0) -> list[Array]:
         """See :class:`adalayer_native.serve.runner.Runner`."""
         with torch.inference_mode():
             x = torch.from_numpy(inputs[0]).contiguous(memory_format=torch.channels_last)
@@ -66,7 +66,7 @@ class OpenVinoRunner:
         outputs = self.run([source.images(1).numpy()])[0].shape[1]
         self.description = _description(source, outputs, "openvino")
 
-    def run(self, inputs: Sequence[Array]) -> list[Array]:
+    def run(self, inputs: Sequence[Array], level: int = 0) -> list[Array]:
         """See :class:`adalayer_native.serve.runner.Runner`."""
         result = self._compiled({0: inputs[0]})
         return [np.ascontiguousarray(result[0], dtype=np.float32)]

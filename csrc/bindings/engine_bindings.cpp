@@ -16,6 +16,8 @@
 #include "engine/container.hpp"
 #include "engine/engine.hpp"
 #include "engine/interpret.hpp"
+#include "engine/leveled_engine.hpp"
+#include "engine/levels.hpp"
 #include "engine/program.hpp"
 #include "engine/sized_engine.hpp"
 #include "formats/canonical.hpp"
@@ -224,8 +226,9 @@ EngineOptions options_of(int64_t chunk, int64_t cache_bytes, const std::string& 
   return options;
 }
 
-py::dict size_info(const SizedEngine& e) {
-  const SizedEngine::Info info = e.info();
+/// Of sizes or levels.
+template <class Info>
+py::dict cache_info(const Info& info) {
   py::dict found;
   found["entries"] = info.entries;
   found["bytes"] = info.bytes;
@@ -264,6 +267,14 @@ void bind_program(py::module_& m) {
            [](const Program& p, const std::vector<int64_t>& sizes) {
              const py::gil_scoped_release release;
              return at_size(p, read_sizes(p), sizes);
+           })
+      .def("levels", [](const Program& p) { return p.levels.size() + 1; })
+      .def("add_level", &add_level, py::call_guard<py::gil_scoped_release>())
+      // With weights of its own: what a view is, Python need not know.
+      .def("at_level",
+           [](const Program& p, size_t level) {
+             const py::gil_scoped_release release;
+             return own_weights(at_level(p, level));
            })
       .def("to_bytes", &to_bytes)
       .def_static("from_bytes",
@@ -314,12 +325,12 @@ void bind_sizes(py::module_& m) {
   const auto shown = [](const std::shared_ptr<const Engine>& engine) {
     return std::const_pointer_cast<Engine>(engine);
   };
-  py::class_<SizedEngine>(m, "SizedEngine")
+  py::class_<SizedEngine, std::shared_ptr<SizedEngine>>(m, "SizedEngine")
       .def(py::init([](const Program& program, const std::string& weights, int64_t memory_bytes,
                        const std::string& plan) {
              const EngineOptions options = options_of(0, 0, weights, memory_bytes, plan);
              const py::gil_scoped_release release;
-             return std::make_unique<SizedEngine>(Program(program), options);
+             return std::make_shared<SizedEngine>(Program(program), options);
            }),
            py::arg("program"), py::arg("weights") = "measured", py::arg("memory_bytes") = 0,
            py::arg("plan") = "")
@@ -334,9 +345,28 @@ void bind_sizes(py::module_& m) {
              const py::gil_scoped_release release;
              return shown(e.warm_up(sizes));
            })
-      .def("info", &size_info)
+      .def("info", [](const SizedEngine& e) { return cache_info(e.info()); })
       .def("set_limits",
            [](SizedEngine& e, size_t entries, size_t bytes) { e.set_limits({entries, bytes}); });
+
+  py::class_<LeveledEngine>(m, "LeveledEngine")
+      .def(py::init([](const Program& program, const std::string& weights, int64_t memory_bytes,
+                       const std::string& plan) {
+             const EngineOptions options = options_of(0, 0, weights, memory_bytes, plan);
+             const py::gil_scoped_release release;
+             return std::make_unique<LeveledEngine>(Program(program), options);
+           }),
+           py::arg("program"), py::arg("weights") = "measured", py::arg("memory_bytes") = 0,
+           py::arg("plan") = "")
+      .def("levels", &LeveledEngine::levels)
+      .def("at",
+           [](const LeveledEngine& e, size_t level) {
+             const py::gil_scoped_release release;
+             return std::const_pointer_cast<SizedEngine>(e.at(level));
+           })
+      .def("info", [](const LeveledEngine& e) { return cache_info(e.info()); })
+      .def("set_limits",
+           [](LeveledEngine& e, size_t entries, size_t bytes) { e.set_limits({entries, bytes}); });
 }
 
 }  // namespace

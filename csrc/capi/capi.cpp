@@ -314,6 +314,10 @@ uint64_t adalayer_model_weight_bytes(const adalayer_model* model) {
   return model == nullptr ? 0 : model->shared->engine().weight_bytes();
 }
 
+size_t adalayer_model_quality_count(const adalayer_model* model) {
+  return model == nullptr ? 0 : model->shared->levels();
+}
+
 uint64_t adalayer_model_workspace_bytes(const adalayer_model* model) {
   return model == nullptr ? 0 : model->shared->engine().workspace_bytes();
 }
@@ -353,6 +357,13 @@ adalayer_status adalayer_context_set_shape(adalayer_context* context, size_t ind
     not_null(context, "context");
     not_null(shape, "shape");
     context->context.set_shape(index, {shape, rank});
+  });
+}
+
+adalayer_status adalayer_context_set_quality(adalayer_context* context, size_t level) {
+  return guarded([&] {
+    not_null(context, "context");
+    context->context.set_quality(level);
   });
 }
 

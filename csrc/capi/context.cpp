@@ -136,9 +136,18 @@ void Context::set_shape(size_t input, std::span<const int64_t> shape) {
   reshaped_ = true;
 }
 
+void Context::set_quality(size_t level) {
+  const Use use(*this);
+  if (level == level_) return;
+  // Shapes that were set may not belong together yet: only the compiled size says what is missing.
+  (void)model_->compiled(level);
+  level_ = level;
+  reshaped_ = true;
+}
+
 const Sized& Context::sized() {
   if (reshaped_) {
-    sized_ = model_->for_inputs(sized_.inputs);
+    sized_ = model_->for_inputs(sized_.inputs, level_);
     reshaped_ = false;
   }
   return sized_;

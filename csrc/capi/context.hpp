@@ -21,6 +21,9 @@ class Context {
   void set_normalization(size_t input, std::span<const float> mean, std::span<const float> std);
   /// Of the runs to come. Throws for a shape that the model does not take.
   void set_shape(size_t input, std::span<const int64_t> shape);
+  /// Of the runs to come; makes the level ready where it is not. Throws for one that does not
+  /// exist.
+  void set_quality(size_t level);
   void run(int64_t batch, std::span<const adalayer_input> inputs,
            std::span<const adalayer_output> outputs);
   /// For `read`, the tensors of the runs to come.
@@ -43,14 +46,15 @@ class Context {
     Context& context_;
   };
 
-  /// At the shapes that were set.
+  /// At the shapes and the quality that were set.
   const Sized& sized();
   void check_input(size_t k, int64_t batch, const adalayer_input& in) const;
   engine::InputTensor prepared(size_t k, int64_t batch, const adalayer_input& in);
 
   std::shared_ptr<const Model> model_;
   Sized sized_;
-  bool reshaped_ = false;  // since sized_ was made, but for its inputs
+  bool reshaped_ = false;  // since sized_ was made, but for its inputs and the level
+  size_t level_ = 0;
   int threads_ = 0;
   std::vector<std::vector<float>> tables_;     // [inputs] 256 numbers per channel, or empty
   std::vector<std::vector<float>> converted_;  // [inputs] scratch

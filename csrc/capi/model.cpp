@@ -133,7 +133,8 @@ void Model::check_rules() const {
                         inputs_[k].name, "\", got ", r.ports[k].size());
     for (size_t a = 0; a < r.ports[k].size(); ++a)
       if (r.ports[k][a] >= 0 &&
-          inputs_[k].shape[a] != engine_.compiled_sizes()[static_cast<size_t>(r.ports[k][a])])
+          inputs_[k].shape[a] !=
+              engine_.best()->compiled_sizes()[static_cast<size_t>(r.ports[k][a])])
         fail<CorruptData>(kSizes, ": axis ", a, " of input \"", inputs_[k].name, "\" is not ",
                           r.axes[static_cast<size_t>(r.ports[k][a])].name);
   }
@@ -148,11 +149,14 @@ const engine::SizeAxis* Model::axis(size_t input, size_t axis) const {
   return &rules().axes[static_cast<size_t>(rules().ports[input][axis])];
 }
 
-Sized Model::compiled() const { return {engine_.compiled(), inputs_, outputs_, result_elements_}; }
+Sized Model::compiled(size_t level) const {
+  return {engine_.at(level)->compiled(), inputs_, outputs_, result_elements_};
+}
 
-Sized Model::for_inputs(std::vector<Port> inputs) const {
+Sized Model::for_inputs(std::vector<Port> inputs, size_t level) const {
   const engine::SizeRules& r = rules();
-  if (!r.any()) return compiled();  // every axis is fixed, and nothing says how results would grow
+  // Every axis is fixed, and nothing says how results would grow.
+  if (!r.any()) return compiled(level);
   std::vector<int64_t> sizes(r.axes.size(), 0);
   for (size_t k = 0; k < inputs.size(); ++k)
     for (size_t a = 0; a < inputs[k].shape.size(); ++a) {
@@ -164,7 +168,7 @@ Sized Model::for_inputs(std::vector<Port> inputs) const {
                               ") as in another input, got ", inputs[k].shape[a]);
       size = inputs[k].shape[a];
     }
-  Sized found{engine_.at(sizes), std::move(inputs), outputs_, {}};
+  Sized found{engine_.at(level)->at(sizes), std::move(inputs), outputs_, {}};
   const engine::Program& p = found.engine->program();
   for (size_t k = 0; k < order_.size(); ++k)
     if (found.inputs[order_[k]].elements != elements_of(p.values[p.inputs[k]]))

@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "engine/sized_engine.hpp"
+#include "engine/leveled_engine.hpp"
 
 namespace adalayer::capi {
 
@@ -40,7 +40,7 @@ struct Normalization {
   std::vector<float> mean, std;
 };
 
-/// A model at one size of its inputs.
+/// A model at one size of its inputs and one level of quality.
 struct Sized {
   std::shared_ptr<const engine::Engine> engine;
   std::vector<Port> inputs;
@@ -54,16 +54,19 @@ class Model {
   /// throws.
   Model(engine::Program program, const engine::EngineOptions& options);
 
-  /// At the size that was compiled.
-  const engine::Engine& engine() const { return *engine_.compiled(); }
+  /// At the size that was compiled, and the best quality.
+  const engine::Engine& engine() const { return *engine_.best()->compiled(); }
   const std::vector<Port>& inputs() const { return inputs_; }
   const std::vector<OutputView>& outputs() const { return outputs_; }
-  const engine::SizeRules& rules() const { return engine_.rules(); }
+  const engine::SizeRules& rules() const { return engine_.best()->rules(); }
+  /// Levels of quality, 1 or more.
+  size_t levels() const { return engine_.levels(); }
   /// Which of the rules' axes an axis of an input's shape is; null where its size is fixed.
   const engine::SizeAxis* axis(size_t input, size_t axis) const;
-  Sized compiled() const;
-  /// For inputs of these shapes. Throws InvalidArgument where the model does not take them.
-  Sized for_inputs(std::vector<Port> inputs) const;
+  Sized compiled(size_t level = 0) const;
+  /// For inputs of these shapes, at a level. Throws InvalidArgument where the model does not take
+  /// them, or has no such level.
+  Sized for_inputs(std::vector<Port> inputs, size_t level) const;
   /// Which of inputs() the program's input k is.
   const std::vector<size_t>& order() const { return order_; }
   /// Elements of the program's output k.
@@ -82,7 +85,7 @@ class Model {
   void check_rules() const;
   const std::string* text(const char* key) const;
 
-  engine::SizedEngine engine_;
+  engine::LeveledEngine engine_;
   std::vector<Port> inputs_;
   std::vector<size_t> order_;
   std::vector<OutputView> outputs_;

@@ -75,6 +75,7 @@ class Resized {
   Program run(std::span<const int64_t> sizes) {
     rules_.check(sizes);
     to_.metadata.clear();  // it describes the program that was compiled
+    to_.levels.clear();    // of that size, too; at_level() comes first
     for (size_t k = 0; k < from_.inputs.size(); ++k) {
       Value& v = to_.values[from_.inputs[k]];
       const PortAxes& port = rules_.inputs[k];

@@ -15,8 +15,10 @@ static_assert(std::endian::native == std::endian::little, ".ada files are little
 namespace {
 
 constexpr uint64_t kAlign = 64;
-constexpr const char* kSections[] = {"VALS", "NODE", "PORT", "CNST", "DATA", "META"};
+constexpr const char* kSections[] = {"VALS", "NODE", "PORT", "CNST", "DATA", "META", "LEVL"};
 constexpr size_t kSectionCount = std::size(kSections);
+constexpr size_t kRequired = 6;       // all but the last
+constexpr uint16_t kLevelsMinor = 4;  // files with levels
 
 uint64_t aligned(uint64_t offset) { return (offset + kAlign - 1) / kAlign * kAlign; }
 
@@ -61,38 +63,46 @@ class Writer {
   std::vector<uint8_t>& out_;
 };
 
+void write_value(Writer& w, const Value& v) {
+  w.record([&] {
+    w.put(static_cast<uint32_t>(v.kind));
+    for (const int64_t axis : {v.c, v.h, v.w})
+      w.put(static_cast<uint32_t>(axis));
+    w.put(v.scale);
+    w.put(v.zero_point);
+    w.put(v.qmax);
+    w.count(v.name.size());
+    w.text(v.name);
+  });
+}
+
 void write_values(Writer& w, const Program& p) {
   w.count(p.values.size());
   for (const Value& v : p.values)
-    w.record([&] {
-      w.put(static_cast<uint32_t>(v.kind));
-      for (const int64_t axis : {v.c, v.h, v.w})
-        w.put(static_cast<uint32_t>(axis));
-      w.put(v.scale);
-      w.put(v.zero_point);
-      w.put(v.qmax);
-      w.count(v.name.size());
-      w.text(v.name);
-    });
+    write_value(w, v);
+}
+
+void write_node(Writer& w, const Node& n) {
+  w.record([&] {
+    w.put(static_cast<uint32_t>(n.op));
+    w.put(n.output);
+    w.count(n.name.size());
+    w.count(n.inputs.size());
+    w.count(n.ints.size());
+    w.count(n.floats.size());
+    w.count(n.constants.size());
+    w.text(n.name);
+    w.list(n.inputs);
+    w.list(n.ints);
+    w.list(n.floats);
+    w.list(n.constants);
+  });
 }
 
 void write_nodes(Writer& w, const Program& p) {
   w.count(p.nodes.size());
   for (const Node& n : p.nodes)
-    w.record([&] {
-      w.put(static_cast<uint32_t>(n.op));
-      w.put(n.output);
-      w.count(n.name.size());
-      w.count(n.inputs.size());
-      w.count(n.ints.size());
-      w.count(n.floats.size());
-      w.count(n.constants.size());
-      w.text(n.name);
-      w.list(n.inputs);
-      w.list(n.ints);
-      w.list(n.floats);
-      w.list(n.constants);
-    });
+    write_node(w, n);
 }
 
 void write_ports(Writer& w, const Program& p) {
@@ -132,6 +142,29 @@ void write_metadata(Writer& w, const Program& p) {
       w.count(entry.second.size());
       w.text(entry.first);
       w.text(entry.second);
+    });
+}
+
+void write_levels(Writer& w, const Program& p) {
+  w.count(p.levels.size());
+  for (const Level& level : p.levels)
+    w.record([&] {
+      w.count(level.views.size());
+      for (const Level::View& view : level.views) {
+        w.put(view.constant);
+        w.put(static_cast<uint32_t>(view.planes.bits));
+        w.put(static_cast<uint32_t>(view.planes.drop));
+      }
+      w.count(level.values.size());
+      for (const auto& [number, value] : level.values) {
+        w.put(number);
+        write_value(w, value);
+      }
+      w.count(level.nodes.size());
+      for (const auto& [number, node] : level.nodes) {
+        w.put(number);
+        write_node(w, node);
+      }
     });
 }
 
@@ -200,6 +233,7 @@ class Reader {
 /// The sections of a file by their place in kSections.
 struct Sections {
   std::span<const uint8_t> bytes[kSectionCount];
+  bool have[kSectionCount] = {};
   bool newer = false;  // a later minor version than this reader's
   std::string version;
 
@@ -210,54 +244,101 @@ struct Sections {
   }
 };
 
+Value read_value(const Sections& sections, Reader& r, uint32_t k) {
+  Reader f = r.record("a value");
+  Value v;
+  const auto kind = f.get<uint32_t>("a value's kind");
+  if (kind > static_cast<uint32_t>(ValueKind::I32)) f.bad("value ", k, ": unknown kind ", kind);
+  v.kind = static_cast<ValueKind>(kind);
+  v.c = f.get<uint32_t>("a value's channels");
+  v.h = f.get<uint32_t>("a value's height");
+  v.w = f.get<uint32_t>("a value's width");
+  v.scale = f.get<float>("a value's scale");
+  v.zero_point = f.get<int32_t>("a value's zero point");
+  v.qmax = f.get<int32_t>("a value's qmax");
+  v.name = f.text(f.get<uint32_t>("a value's name"), kMaxName, "a value's name");
+  f.end(sections.newer, "a value");
+  return v;
+}
+
+// The least bytes of a record, the u32 in front of it included.
+constexpr uint64_t kValueBytes = 36, kNodeBytes = 32;
+
 void read_values(const Sections& sections, Program& p) {
   Reader r = sections.reader("VALS");
-  const uint32_t n = r.count("values", 36, kMaxNodes + kMaxPorts);
+  const uint32_t n = r.count("values", kValueBytes, kMaxNodes + kMaxPorts);
   p.values.reserve(n);
-  for (uint32_t k = 0; k < n; ++k) {
-    Reader f = r.record("a value");
-    Value v;
-    const auto kind = f.get<uint32_t>("a value's kind");
-    if (kind > static_cast<uint32_t>(ValueKind::I32)) f.bad("value ", k, ": unknown kind ", kind);
-    v.kind = static_cast<ValueKind>(kind);
-    v.c = f.get<uint32_t>("a value's channels");
-    v.h = f.get<uint32_t>("a value's height");
-    v.w = f.get<uint32_t>("a value's width");
-    v.scale = f.get<float>("a value's scale");
-    v.zero_point = f.get<int32_t>("a value's zero point");
-    v.qmax = f.get<int32_t>("a value's qmax");
-    v.name = f.text(f.get<uint32_t>("a value's name"), kMaxName, "a value's name");
-    f.end(sections.newer, "a value");
-    p.values.push_back(std::move(v));
-  }
+  for (uint32_t k = 0; k < n; ++k)
+    p.values.push_back(read_value(sections, r, k));
   r.end(sections.newer, "the section");
+}
+
+Node read_node(const Sections& sections, Reader& r, uint32_t k) {
+  Reader f = r.record("a node");
+  Node node;
+  const auto op = f.get<uint32_t>("a node's operation");
+  if (!is_operation(op))
+    f.bad("node ", k, ": operation ", op, " is unknown to format ",
+          version_text(kAdaMajor, kAdaMinor), "; the file is of format ", sections.version);
+  node.op = static_cast<OpKind>(op);
+  node.output = f.get<int32_t>("a node's output");
+  const auto name = f.get<uint32_t>("the size of a node's name");
+  const auto inputs = f.get<uint32_t>("the number of a node's inputs");
+  const auto ints = f.get<uint32_t>("the number of a node's ints");
+  const auto floats = f.get<uint32_t>("the number of a node's floats");
+  const auto constants = f.get<uint32_t>("the number of a node's constants");
+  node.name = f.text(name, kMaxName, "a node's name");
+  node.inputs = f.list<int32_t>(inputs, "a node's inputs");
+  node.ints = f.list<int64_t>(ints, "a node's ints");
+  node.floats = f.list<float>(floats, "a node's floats");
+  node.constants = f.list<int32_t>(constants, "a node's constants");
+  f.end(sections.newer, "a node");
+  return node;
 }
 
 void read_nodes(const Sections& sections, Program& p) {
   Reader r = sections.reader("NODE");
-  const uint32_t n = r.count("nodes", 32, kMaxNodes);
+  const uint32_t n = r.count("nodes", kNodeBytes, kMaxNodes);
   p.nodes.reserve(n);
+  for (uint32_t k = 0; k < n; ++k)
+    p.nodes.push_back(read_node(sections, r, k));
+  r.end(sections.newer, "the section");
+}
+
+void read_levels(const Sections& sections, Program& p) {
+  if (!sections.have[kRequired]) return;
+  Reader r = sections.reader("LEVL");
+  const uint32_t n = r.count("levels", 16, kMaxLevels - 1);
+  if (n == 0) r.bad("expected at least one level");
   for (uint32_t k = 0; k < n; ++k) {
-    Reader f = r.record("a node");
-    Node node;
-    const auto op = f.get<uint32_t>("a node's operation");
-    if (!is_operation(op))
-      f.bad("node ", k, ": operation ", op, " is unknown to format ",
-            version_text(kAdaMajor, kAdaMinor), "; the file is of format ", sections.version);
-    node.op = static_cast<OpKind>(op);
-    node.output = f.get<int32_t>("a node's output");
-    const auto name = f.get<uint32_t>("the size of a node's name");
-    const auto inputs = f.get<uint32_t>("the number of a node's inputs");
-    const auto ints = f.get<uint32_t>("the number of a node's ints");
-    const auto floats = f.get<uint32_t>("the number of a node's floats");
-    const auto constants = f.get<uint32_t>("the number of a node's constants");
-    node.name = f.text(name, kMaxName, "a node's name");
-    node.inputs = f.list<int32_t>(inputs, "a node's inputs");
-    node.ints = f.list<int64_t>(ints, "a node's ints");
-    node.floats = f.list<float>(floats, "a node's floats");
-    node.constants = f.list<int32_t>(constants, "a node's constants");
-    f.end(sections.newer, "a node");
-    p.nodes.push_back(std::move(node));
+    Reader f = r.record("a level");
+    Level level;
+    const uint32_t views = f.count("views of weights", 12, kMaxConstants);
+    level.views.reserve(views);
+    for (uint32_t v = 0; v < views; ++v) {
+      const auto constant = f.get<int32_t>("the constant of a view");
+      const auto bits = f.get<uint32_t>("the bits of a view");
+      const auto drop = f.get<uint32_t>("the planes that a view leaves out");
+      // All else is validate()'s: it knows what the constant holds.
+      if (bits > formats::kMaxBits || drop > formats::kMaxBits)
+        f.bad("level ", k + 1, ": expected views of at most ", formats::kMaxBits, " planes, got ",
+              bits, " above ", drop);
+      level.views.push_back({constant, {static_cast<int>(bits), static_cast<int>(drop)}});
+    }
+    const uint32_t values = f.count("values", 4 + kValueBytes, kMaxNodes + kMaxPorts);
+    level.values.reserve(values);
+    for (uint32_t v = 0; v < values; ++v) {
+      const auto number = f.get<int32_t>("the number of a value");
+      level.values.emplace_back(number, read_value(sections, f, v));
+    }
+    const uint32_t nodes = f.count("nodes", 4 + kNodeBytes, kMaxNodes);
+    level.nodes.reserve(nodes);
+    for (uint32_t v = 0; v < nodes; ++v) {
+      const auto number = f.get<int32_t>("the number of a node");
+      level.nodes.emplace_back(number, read_node(sections, f, v));
+    }
+    f.end(sections.newer, "a level");
+    p.levels.push_back(std::move(level));
   }
   r.end(sections.newer, "the section");
 }
@@ -342,7 +423,6 @@ Sections read_sections(std::span<const uint8_t> file) {
   Sections found;
   found.newer = header.minor > kAdaMinor;
   found.version = version_text(header.major, header.minor);
-  bool have[kSectionCount] = {};
   uint64_t end = sizeof header + table_bytes;
   for (uint32_t k = 0; k < header.sections; ++k) {
     AdaSection s;
@@ -363,15 +443,15 @@ Sections read_sections(std::span<const uint8_t> file) {
     end = s.offset + s.bytes;
     for (size_t known = 0; known < kSectionCount; ++known) {
       if (std::memcmp(s.id, kSections[known], 4) != 0) continue;
-      if (have[known]) bad("section ", id, " is listed twice");
-      have[known] = true;
+      if (found.have[known]) bad("section ", id, " is listed twice");
+      found.have[known] = true;
       found.bytes[known] = bytes;
     }
   }
   if (end != file.size())
     bad("expected the file to end at ", end, ", it has ", file.size(), " bytes");
-  for (size_t known = 0; known < kSectionCount; ++known)
-    if (!have[known]) bad("section ", kSections[known], " is missing");
+  for (size_t known = 0; known < kRequired; ++known)
+    if (!found.have[known]) bad("section ", kSections[known], " is missing");
   return found;
 }
 
@@ -422,6 +502,7 @@ uint16_t needed_minor(const Program& p) {
   const auto since = [&](bool used, uint16_t version) {
     if (used) minor = std::max(minor, version);
   };
+  since(!p.levels.empty(), kLevelsMinor);
   for (const Value& v : p.values)
     since(v.kind == ValueKind::I32, 2);
   for (const Node& n : p.nodes) {
@@ -439,11 +520,17 @@ uint16_t needed_minor(const Program& p) {
 }  // namespace
 
 std::vector<uint8_t> serialize(const Program& p) {
+  for (size_t k = 0; k < p.constants.size(); ++k)
+    if (!p.constants[k].planes.all())
+      fail<InvalidArgument>("constant ", k,
+                            ": views of weights belong to levels; a program that is "
+                            "saved has weights of its own");
+  const size_t sections = p.levels.empty() ? kRequired : kSectionCount;
   AdaHeader header;
   std::copy(std::begin(kAdaMagic), std::end(kAdaMagic), header.magic);
   header.major = kAdaMajor;
   header.minor = needed_minor(p);
-  header.sections = kSectionCount;
+  header.sections = static_cast<uint32_t>(sections);
   header.table_offset = sizeof header;
 
   size_t constants = 0;
@@ -451,12 +538,14 @@ std::vector<uint8_t> serialize(const Program& p) {
     constants += aligned(c.bytes.size());
   std::vector<uint8_t> file;
   file.reserve(constants + (size_t{1} << 16));
-  file.resize(sizeof header + kSectionCount * sizeof(AdaSection));
+  const size_t table_bytes = sections * sizeof(AdaSection);
+  file.resize(sizeof header + table_bytes);
   Writer w(file);
   constexpr void (*kWriters[])(Writer&, const Program&) = {
-      write_values, write_nodes, write_ports, write_constants, write_data, write_metadata};
+      write_values, write_nodes,    write_ports, write_constants,
+      write_data,   write_metadata, write_levels};
   AdaSection table[kSectionCount];
-  for (size_t k = 0; k < kSectionCount; ++k) {
+  for (size_t k = 0; k < sections; ++k) {
     w.align();
     AdaSection& s = table[k];
     std::memcpy(s.id, kSections[k], 4);
@@ -465,9 +554,9 @@ std::vector<uint8_t> serialize(const Program& p) {
     s.bytes = file.size() - s.offset;
     s.checksum = formats::checksum(std::span(file).subspan(s.offset, s.bytes));
   }
-  std::memcpy(file.data() + sizeof header, table, sizeof table);
+  std::memcpy(file.data() + sizeof header, table, table_bytes);
   header.file_bytes = file.size();
-  header.table_checksum = formats::checksum(std::span(file).subspan(sizeof header, sizeof table));
+  header.table_checksum = formats::checksum(std::span(file).subspan(sizeof header, table_bytes));
   std::memcpy(file.data(), &header, sizeof header);
   header.checksum = formats::checksum(std::span(file).first(offsetof(AdaHeader, checksum)));
   std::memcpy(file.data(), &header, sizeof header);
@@ -482,6 +571,7 @@ Program parse(std::span<const uint8_t> bytes) {
   read_ports(sections, p);
   read_constants(sections, p);
   read_metadata(sections, p);
+  read_levels(sections, p);
   return p;
 }
 

@@ -129,8 +129,7 @@ std::vector<TransposedPhase> transposed_phases(const Program& program, const Nod
 std::vector<cpu::ConvTask> conv_tasks(const Program& program, const Node& node, bool own_input,
                                       cpu::Room room) {
   const cpu::KernelRow& kernels = *cpu::active_kernels();
-  const int bits =
-      formats::read_header(program.constants[conv_attributes(node).weights].bytes).bits;
+  const int bits = weight_bits(weights_of(program, node));
   const int qmax = value_of(program, node.inputs[0]).qmax;
   if (node.op == OpKind::Conv)
     return {{kernels, conv_shape(program, node), {}, bits, own_input, room, qmax}};
@@ -152,10 +151,10 @@ ConvStep::ConvStep(const Program& program, const Node& node, const cpu::ImageLay
       has_residual_(node.inputs.size() > 1) {
   if (residual != nullptr) residual_ = *residual;
   if (has_residual_) residual_value_ = value_of(program, node.inputs[1]);
-  const std::vector<uint8_t>& canonical = program.constants[attributes_.weights].bytes;
-  bits_ = formats::read_header(canonical).bits;
-  packed_bytes_ = canonical.size();
-  std::vector<int8_t> weights = formats::unpack_canonical(canonical);
+  const Constant& stored = weights_of(program, node);
+  bits_ = weight_bits(stored);
+  packed_bytes_ = stored.bytes.size();
+  std::vector<int8_t> weights = unpacked_weights(stored);
   prepare_epilogue(program, weights);
   // A float output adds its residual afterwards.
   const cpu::ConvLayouts at{in, out, float_out_ ? nullptr : residual};

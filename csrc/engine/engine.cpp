@@ -61,10 +61,10 @@ struct Engine::Impl : PreparedProgram {
   std::vector<bool> any_order;  // [values] only read by quantization, which takes NHWC as well
   std::vector<int64_t> rows;    // [program inputs] table_rows()
 
-  Impl(Program p, const EngineOptions& given)
+  Impl(Program p, const EngineOptions& given, std::shared_ptr<ArenaPool> shared)
       : PreparedProgram(std::move(p)),
         options(given),
-        arenas(std::make_shared<ArenaPool>()),
+        arenas(std::move(shared)),
         executor(*this, arenas),
         shared_constants(program.constants.size()) {
     if (!prepare()) return;
@@ -351,8 +351,10 @@ struct Engine::Impl : PreparedProgram {
   }
 };
 
-Engine::Engine(Program program, const EngineOptions& options)
-    : impl_(std::make_unique<Impl>(std::move(program), options)) {}
+Engine::Engine(Program program, const EngineOptions& options, const Engine* memory)
+    : impl_(std::make_unique<Impl>(
+          std::move(program), options,
+          memory == nullptr ? std::make_shared<ArenaPool>() : memory->impl_->arenas)) {}
 Engine::Engine(Program program, const Engine& base)
     : impl_(std::make_unique<Impl>(std::move(program), *base.impl_, base.impl_->arenas)) {
   impl_->count_tables(base.impl_->shared_constants);

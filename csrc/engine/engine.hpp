@@ -62,9 +62,10 @@ struct NodeProfile {
 /// nothing.
 class Engine {
  public:
-  /// Validates the program. Throws InvalidArgument or CorruptData naming the node, or
-  /// LimitExceeded.
-  explicit Engine(Program program, const EngineOptions& options = {});
+  /// Validates the program. Calls share memory with those of `memory` where it is not null; it need
+  /// not outlive this one. Throws InvalidArgument or CorruptData naming the node, or LimitExceeded.
+  explicit Engine(Program program, const EngineOptions& options = {},
+                  const Engine* memory = nullptr);
 
   /// The network of `base`, which may be of any size, for another image size: `program` is what
   /// at_size() made of the compiled one. The weights of `base`, what was chosen for them, and the

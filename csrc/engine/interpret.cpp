@@ -45,7 +45,7 @@ class Interpreter {
     for (const Node& n : program.nodes) {
       weights_.clear();
       if (n.op == OpKind::Conv || n.op == OpKind::ConvTranspose)
-        weights_ = formats::unpack_canonical(weights_of(program, n).bytes);
+        weights_ = unpacked_weights(weights_of(program, n));
       if (n.op == OpKind::FloatConv) float_weights_ = unpacked_floats(program, n);
       for (int64_t image = 0; image < batch; ++image)
         run(n, image);

@@ -40,7 +40,8 @@ double most_scratch(const Program& program, const Node& node,
 double stored_bytes(const Program& program) {
   double bytes = 0.0;
   for (const Constant& c : program.constants)
-    bytes += static_cast<double>(c.bytes.size());
+    if (c.planes.all())
+      bytes += static_cast<double>(c.bytes.size());  // views hold none of their own
   for (const auto& [key, text] : program.metadata)
     bytes += static_cast<double>(key.size() + text.size());
   return bytes;

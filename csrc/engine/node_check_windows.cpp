@@ -43,7 +43,7 @@ void NodeCheck::canonical_weights() const {
         s.kernel_w, ", got ", header.out_channels, " x ", header.group_in, " x ", header.kernel_h,
         " x ", header.kernel_w);
   try {
-    check_accumulator(header.count() / out().c, header.bits);
+    check_accumulator(header.count() / out().c, weight_bits(weights_of(program_, node_)));
   } catch (const InvalidArgument& e) {
     bad(e.what());
   }

@@ -107,7 +107,7 @@ std::vector<float> unpacked_floats(const Program& p, const Node& n) {
   constexpr OpKind op = OpKind::FloatConv;
   const Constant& weights = p.constants[n.constants[constant_of(op, "weights")]];
   if (weights.kind == ConstantKind::F32) return {};
-  const std::vector<int8_t> whole = formats::unpack_canonical(weights.bytes);
+  const std::vector<int8_t> whole = unpacked_weights(weights);
   const float* scale = floats(p, n.constants[constant_of(op, "scale")]);
   const size_t terms = whole.size() / static_cast<size_t>(p.values[n.output].c);
   std::vector<float> found(whole.size());
@@ -137,6 +137,15 @@ const Constant& weights_of(const Program& p, const Node& n) {
   static_assert(constant_of(OpKind::ConvTranspose, "weights") == place &&
                 constant_of(OpKind::FloatConv, "weights") == place);
   return p.constants[n.constants[place]];
+}
+
+int weight_bits(const Constant& weights) {
+  const int stored = formats::read_header(weights.bytes).bits;
+  return weights.planes.all() ? stored : weights.planes.bits;
+}
+
+std::vector<int8_t> unpacked_weights(const Constant& weights) {
+  return formats::unpack_canonical(weights.bytes, weights.planes);
 }
 
 const Constant& held_values(const Program& p, const Node& n) {

@@ -14,10 +14,12 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "core/shared_bytes.hpp"
 #include "engine/operations.hpp"
+#include "formats/canonical.hpp"
 #include "reference/attention.hpp"
 #include "reference/float_conv.hpp"
 #include "reference/image_spec.hpp"
@@ -57,6 +59,7 @@ struct Node {
 struct Constant {
   ConstantKind kind = ConstantKind::F32;
   SharedBytes bytes;
+  formats::Planes planes = {};  // of weights: what a level of lower quality reads of them
 
   std::span<const float> f32() const {
     return {reinterpret_cast<const float*>(bytes.data()), bytes.size() / 4};
@@ -64,6 +67,19 @@ struct Constant {
   std::span<const int32_t> i32() const {
     return {reinterpret_cast<const int32_t*>(bytes.data()), bytes.size() / 4};
   }
+};
+
+/// The same network at a lower quality: what differs from the program. Operations, their order and
+/// sizes do not; grids, scales, biases and tables may. Weights are planes of the program's.
+struct Level {
+  struct View {
+    int32_t constant = -1;
+    formats::Planes planes;
+  };
+  // Its nodes refer to them by the numbers behind those of the program's constants.
+  std::vector<View> views;
+  std::vector<std::pair<int32_t, Value>> values;  // by number, ascending
+  std::vector<std::pair<int32_t, Node>> nodes;
 };
 
 struct Program {
@@ -74,6 +90,7 @@ struct Program {
   std::vector<int32_t> outputs;  // F32 values
   // "classes" and "preprocessing" (JSON texts) and whatever else the writer adds.
   std::map<std::string, std::string> metadata;
+  std::vector<Level> levels;  // falling quality; the program itself is level 0 (levels.hpp)
 };
 
 /// Checks everything that execution relies on: counts and ranges of every node's parameters, value
@@ -85,6 +102,7 @@ void validate(const Program& program);
 constexpr int64_t kMaxNodes = 1 << 16;
 constexpr int64_t kMaxPorts = 1 << 10;  // program inputs, and program outputs
 constexpr int64_t kMaxConstants = 1 << 18;
+constexpr int64_t kMaxLevels = 16;            // the program itself among them
 constexpr int64_t kMaxElements = 1LL << 31;   // c * h * w of one value, its padding included
 constexpr int64_t kMaxInterleaved = 1 << 12;  // of a transposed convolution: strides multiplied
 constexpr int64_t kMaxName = 1 << 12;         // bytes of a name or of a metadata key
@@ -132,6 +150,10 @@ ChooseAttributes choose_attributes(const Node& node);
 U8Finish node_finish(const Program& program, const Node& node);
 /// Of Conv, ConvTranspose and FloatConv.
 const Constant& weights_of(const Program& program, const Node& node);
+/// Of a constant that holds weights: bits of what is read, and what is read, [O][I][KH][KW]. Throw
+/// CorruptData.
+int weight_bits(const Constant& weights);
+std::vector<int8_t> unpacked_weights(const Constant& weights);
 /// What a Constant gives.
 const Constant& held_values(const Program& program, const Node& node);
 /// Of a Lookup.

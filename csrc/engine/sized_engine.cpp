@@ -34,12 +34,13 @@ bool same_nodes(const Program& a, const Program& b) {
 
 }  // namespace
 
-SizedEngine::SizedEngine(Program program, const EngineOptions& options, SizeLimits limits)
+SizedEngine::SizedEngine(Program program, const EngineOptions& options, SizeLimits limits,
+                         const Engine* memory)
     : options_(options), limits_(limits) {
   // What the host has given room for is for weights and tensors first.
   if (options.memory_bytes > 0)
     limits_.bytes = std::min(limits_.bytes, static_cast<size_t>(options.memory_bytes) / 8);
-  compiled_ = std::make_shared<const Engine>(std::move(program), options);
+  compiled_ = std::make_shared<const Engine>(std::move(program), options, memory);
   const Program& p = compiled_->program();
   rules_ = read_sizes(p);
   if (!rules_.any()) return;

@@ -29,8 +29,10 @@ struct SizeLimits {
 /// one keeps it alive.
 class SizedEngine {
  public:
-  /// Throws what Engine throws, and CorruptData where the program's text about sizes is wrong.
-  explicit SizedEngine(Program program, const EngineOptions& options = {}, SizeLimits limits = {});
+  /// Calls share the memory of `memory`'s where it is not null. Throws what Engine throws, and
+  /// CorruptData where the program's text about sizes is wrong.
+  explicit SizedEngine(Program program, const EngineOptions& options = {}, SizeLimits limits = {},
+                       const Engine* memory = nullptr);
 
   const SizeRules& rules() const { return rules_; }
   const std::vector<int64_t>& compiled_sizes() const { return compiled_sizes_; }

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "core/status.hpp"
+#include "engine/levels.hpp"
 #include "engine/node_check.hpp"
 #include "engine/program.hpp"
 
@@ -137,6 +138,7 @@ void validate(const Program& p) {
   check_order(p);
   for (size_t k = 0; k < p.nodes.size(); ++k)
     NodeCheck(p, k).run();
+  check_levels(p);
 }
 
 }  // namespace adalayer::engine

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "core/status.hpp"
+#include "reference/spec.hpp"
 
 namespace adalayer::formats {
 
@@ -253,8 +254,18 @@ CanonicalHeader read_header(std::span<const uint8_t> packed) {
   return h;
 }
 
-std::vector<int8_t> unpack_canonical(std::span<const uint8_t> packed) {
-  const CanonicalHeader h = read_header(packed);
+void check_planes(const Planes& planes, int stored) {
+  if (planes.all() && planes.drop == 0) return;
+  if (planes.bits < kMinBits || planes.drop < 0 || planes.bits > stored ||
+      planes.drop > stored - planes.bits)
+    throw InvalidArgument("expected 2 to " + std::to_string(stored) + " planes of " +
+                          std::to_string(stored) + ", got " + std::to_string(planes.bits) +
+                          " above " + std::to_string(planes.drop));
+}
+
+namespace {
+
+std::vector<int8_t> unpack_all(std::span<const uint8_t> packed, const CanonicalHeader& h) {
   const uint8_t* payload = packed.data() + sizeof h;
   if (content_hash(h, payload) != h.content_hash)
     throw CorruptData("packed weight: the content hash does not match, the data is damaged");
@@ -294,6 +305,18 @@ std::vector<int8_t> unpack_canonical(std::span<const uint8_t> packed) {
   });
   if (next != stored)
     throw CorruptData("packed weight: the mask has fewer ones than stored weights");
+  return weights;
+}
+
+}  // namespace
+
+std::vector<int8_t> unpack_canonical(std::span<const uint8_t> packed, const Planes& planes) {
+  const CanonicalHeader h = read_header(packed);
+  check_planes(planes, h.bits);
+  std::vector<int8_t> weights = unpack_all(packed, h);
+  if (!planes.all())
+    for (int8_t& w : weights)
+      w = upper_planes(w, planes.bits, planes.drop);
   return weights;
 }
 

@@ -66,7 +66,20 @@ std::vector<uint8_t> pack_canonical(std::span<const int8_t> weights, int bits,
 /// Throws CorruptData saying what is wrong.
 CanonicalHeader read_header(std::span<const uint8_t> packed);
 
-/// Checks the content hash and returns the int8 weights [O][I][KH][KW]. Throws CorruptData.
-std::vector<int8_t> unpack_canonical(std::span<const uint8_t> packed);
+/// The bit-planes of packed weights that are read: all of them, or (`bits` not 0) so many above the
+/// `drop` lowest ones, by upper_planes() of reference/spec.hpp.
+struct Planes {
+  int bits = 0;
+  int drop = 0;
+
+  bool all() const { return bits == 0; }
+};
+
+/// Throws InvalidArgument unless `planes` are among `stored` ones.
+void check_planes(const Planes& planes, int stored);
+
+/// Checks the content hash and returns the int8 weights [O][I][KH][KW]. Throws CorruptData, and
+/// InvalidArgument for planes that are not there.
+std::vector<int8_t> unpack_canonical(std::span<const uint8_t> packed, const Planes& planes = {});
 
 }  // namespace adalayer::formats

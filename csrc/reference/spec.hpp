@@ -53,6 +53,17 @@ struct ActivationGrid {
   int32_t qmax = 255;  // 2^a - 1; fewer activation bits use the same container
 };
 
+/// What a level of lower quality reads of a stored weight of any width: the `bits` bit-planes above
+/// the `drop` lowest ones, rounded to nearest, the upper one of two, and clamped where planes above
+/// them are in use. Zeros stay zeros. (Planes that are only cut off round down, by half a step on
+/// average; that is half a step times the sum of the inputs of every single output, so that no bias
+/// makes up for it.)
+inline int8_t upper_planes(int8_t weight, int bits, int drop) {
+  const int rounded = (weight + ((1 << drop) >> 1)) >> drop;
+  const int top = (1 << (bits - 1)) - 1;
+  return static_cast<int8_t>(rounded > top ? top : rounded < -top - 1 ? -top - 1 : rounded);
+}
+
 /// Activations of one call. For U8 the values are levels of the grid already (inv_scale is unused).
 struct ActivationIn {
   const void* data = nullptr;

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from adalayer_native.importance.analyze import analyze
     from adalayer_native.importance.scores import LayerScores
     from adalayer_native.importance.task_loss import TaskLoss
+    from adalayer_native.levels import Levels, compress_levels, level_plans
     from adalayer_native.microscope import Comparison, compare
     from adalayer_native.onnx import from_onnx, to_onnx
     from adalayer_native.ops import get_num_threads, set_num_threads
@@ -72,6 +73,7 @@ __all__ = [
     "LayerHessian",
     "LayerPlan",
     "LayerScores",
+    "Levels",
     "MissingExtraError",
     "Plan",
     "PlanError",
@@ -86,6 +88,7 @@ __all__ = [
     "compare",
     "compile",
     "compress",
+    "compress_levels",
     "convert",
     "energy",
     "estimate_bytes",
@@ -96,6 +99,7 @@ __all__ = [
     "get_library_dir",
     "get_num_threads",
     "layer_hessians",
+    "level_plans",
     "load",
     "nn",
     "ops",
@@ -129,6 +133,7 @@ __getattr__, __dir__ = lazy(
         "compress": ["Compressed", "compress"],
         "engine": ["Engine", "Size", "compile", "load"],
         "files": ["save"],
+        "levels": ["Levels", "compress_levels", "level_plans"],
         "importance.analyze": ["analyze"],
         "importance.scores": ["LayerScores"],
         "importance.task_loss": ["TaskLoss"],

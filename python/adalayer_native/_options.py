@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,6 +37,7 @@ __all__ = [
     "Threads",
     "above_zero",
     "at_least_zero",
+    "averages",
     "fixed_widths",
     "input_widths",
     "normalising",
@@ -236,6 +238,20 @@ def widths(text: str | None) -> str | None:
     for width in whole_numbers(text) or []:
         if not MIN_BITS <= width <= MAX_BITS:
             raise typer.BadParameter(f"expected {MIN_BITS} to {MAX_BITS} bits, got {width}")
+    return text
+
+
+def averages(text: str | None) -> str | None:
+    """Callback of an option of falling average widths, separated by commas."""
+    values = numbers_of(text)
+    if values is None:
+        return None
+    if not all(MIN_BITS <= v <= MAX_BITS for v in values):
+        raise typer.BadParameter(f"expected {MIN_BITS} to {MAX_BITS} bits, got {text!r}")
+    if len(values) < 2 or any(a <= b for a, b in pairwise(values)):
+        raise typer.BadParameter(
+            f"expected two or more widths, the best level first, such as 8,4,3, got {text!r}"
+        )
     return text
 
 

@@ -37,6 +37,7 @@ from ._options import (
     Threads,
     above_zero,
     at_least_zero,
+    averages,
     fixed_widths,
     input_widths,
     normalising,
@@ -107,6 +108,20 @@ def _budget(method: str, limits: dict[str, float | None]) -> Any:
     return None
 
 
+def _check_levels(method: str, limits: dict[str, float | None], *others: Any) -> None:
+    """Levels have plans of their own."""
+    from .errors import BudgetError
+
+    *given, repaired = others
+    if any(value is not None for value in (*limits.values(), *given)) or not repaired:
+        raise BudgetError(
+            "--levels says what every level has: it goes with --fix, --exclude and --effort, and "
+            "not with a budget, --layer-bits, --stages, --criterion, --latency-table or --no-repair"
+        )
+    if method not in (_ADALAYER.value, "optimal"):
+        raise BudgetError(f"--levels has a method of its own, which is optimal, not {method}")
+
+
 def _names(text: str | None) -> list[str] | None:
     return None if text is None else [name.strip() for name in text.split(",")]
 
@@ -136,6 +151,14 @@ def compress(
     size: Annotated[float | None, typer.Option(help="Budget: fraction of the float file.")] = None,
     size_bytes: Annotated[int | None, typer.Option("--bytes", help="Budget: bytes.")] = None,
     bits: Annotated[float | None, typer.Option(help="Budget: average bits per weight.")] = None,
+    levels: Annotated[
+        str | None,
+        typer.Option(
+            callback=averages,
+            help="Instead of a budget: average bits of levels of quality in one file, such as "
+            "8,4,3; repaired together, not fine-tuned.",
+        ),
+    ] = None,
     latency: Annotated[
         float | None, typer.Option(help="Budget of optimal: ms per engine call, batch 1.")
     ] = None,
@@ -211,18 +234,18 @@ def compress(
     OUT gets plan.json, model.safetensors, model.ada (the engine, for adalayer serve and programs in
     C) and report.json. Interrupted? The same command goes on where it stopped.
     """
-    budget = _budget(
-        method.value,
-        {
-            "size": size,
-            "bytes": size_bytes,
-            "bits": bits,
-            "latency": latency,
-            "bops": bops,
-            "energy": energy,
-            "loss": loss,
-        },
-    )
+    limits = {
+        "size": size,
+        "bytes": size_bytes,
+        "bits": bits,
+        "latency": latency,
+        "bops": bops,
+        "energy": energy,
+        "loss": loss,
+    }
+    budget = None if levels is not None else _budget(method.value, limits)
+    if levels is not None:
+        _check_levels(method.value, limits, layer_bits, stages, criterion, latency_table, repair)
     if not quiet:
         _console.say("checking model, weights and data")
     from .jobs import CompressJob, check_compress, run_compress
@@ -234,6 +257,7 @@ def compress(
         out=out,
         budget=budget,
         method=method.value,
+        levels=numbers_of(levels),
         layer_bits=whole_numbers(layer_bits),
         stages=_names(stages),
         fixed={name: int(width) for name, _, width in (text.rpartition("=") for text in fix or [])},
@@ -586,6 +610,9 @@ def serve(
     ] = 0.0,
     timeout: Annotated[float, typer.Option(help="Seconds until a request is given up.")] = 30.0,
     max_queue: Annotated[int, typer.Option(min=1, help="Waiting requests per model.")] = 256,
+    degrade: Annotated[
+        bool, typer.Option(help="Lower levels of quality while many requests wait.")
+    ] = True,
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 64 << 20,
     max_upload: Annotated[int, typer.Option(min=1, help="Bytes of an uploaded model.")] = 1 << 30,
     max_connections: Annotated[int, typer.Option(min=1, help="Open connections.")] = 4096,
@@ -625,6 +652,7 @@ def serve(
             batch_wait_ms=batch_wait_ms,
             timeout=timeout,
             max_queue=max_queue,
+            degrade=degrade,
             max_body=max_body,
             max_upload=max_upload,
             max_connections=max_connections,

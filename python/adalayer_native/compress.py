@@ -63,6 +63,8 @@ class Compressed:
         repair: output error of every layer before and after the repair; None without.
         float_work: everything with multiply-accumulates that stays float, layers that the plan
             keeps so included, with the reason and the share of them.
+        lower: models and plans of the levels of quality below ``model``, better ones first; of
+            :func:`~adalayer_native.compress_levels` alone.
         decomposed: the float model with its tensor trains, of method ``"tensor_train"``; it is what
             :func:`~adalayer_native.restore` takes to read the saved file.
     """
@@ -75,6 +77,7 @@ class Compressed:
     repair: Repair | None = None
     float_work: FloatWork | None = None
     decomposed: Decomposed | None = None
+    lower: list[tuple[nn.Module, Plan]] = field(default_factory=list)
 
 
 def compress(
@@ -288,13 +291,7 @@ class _Steps:
             # Calibrated ranges are in it, and with them the data.
             name = f"repair-{fingerprint(prepared, {'seed': self.seed})[:16]}.safetensors"
             checkpoint = self.work / name
-        learned: Distance | None = None
-        if isinstance(self.loss_fn, TaskLoss):
-            learned = partial(_task_distance, self.loss_fn, self.output)
-        else:
-            with torch.no_grad():
-                if has_distance(sample(prepared), self.output):
-                    learned = partial(distance, pick=self.output)
+        learned = learned_distance(prepared, sample, self.loss_fn, self.output)
         with stage(REPAIR, enabled=self.progress):
             return repair_layers(
                 prepared,
@@ -429,6 +426,17 @@ def stages_of(
         # Forwards and back, the teacher, and the average's batch norms in the end.
         found.append(Stage(TRAINING, 6 * epochs * _length(train_loader), epochs))
     return found
+
+
+def learned_distance(
+    prepared: nn.Module, sample: Inputs, loss_fn: LossFn | None, output: Pick
+) -> Distance | None:
+    """By what the repair learns at its end; None where no distance of the outputs is known."""
+    if isinstance(loss_fn, TaskLoss):
+        return partial(_task_distance, loss_fn, output)
+    with torch.no_grad():
+        known = has_distance(sample(prepared), output)
+    return partial(distance, pick=output) if known else None
 
 
 def _task_distance(loss: TaskLoss, pick: Pick, float_output: Any, output: Any) -> torch.Tensor:

@@ -91,6 +91,7 @@ def show_engine(file: Path, as_json: bool) -> None:
             "bytes": total,
             "inputs": [{"name": port.name, "shape": list(port.shape)} for port in engine.inputs],
             "sizes": {name: asdict(size) for name, size in engine.sizes.items()},
+            "levels": engine.levels,
             "preprocessing": engine.preprocessing,
             "classes": engine.class_names,
             "detection": None if engine.detection is None else engine.detection.as_dict(),
@@ -111,5 +112,6 @@ def show_engine(file: Path, as_json: bool) -> None:
     ports = "; ".join(f"{p.name} {p}" for p in engine.inputs)
     classes = f"{len(engine.class_names)} classes" if engine.class_names else "no class names"
     given = "with" if engine.preprocessing else "without"
-    table.caption = escape(f"input {ports}; {classes}; {given} preprocessing")
+    levels = f"; {engine.levels} levels of quality, here the best" if engine.levels > 1 else ""
+    table.caption = escape(f"input {ports}; {classes}; {given} preprocessing{levels}")
     print_table(table)

@@ -4,6 +4,7 @@ activations, levels from zero up with a scale and a zero point."""
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,60 @@ def activation_grid(low: float, high: float, bits: int, name: str = "") -> tuple
     if not scale <= 1.0 / SMALLEST_STEP:
         raise CalibrationError(f"range of {name or 'an activation'} is ({low}, {high}), too wide")
     return scale, max(0, min(top, round(-low / scale)))
+
+
+@dataclass(frozen=True)
+class Planes:
+    """Which bit-planes of a stored weight a level of lower quality reads.
+
+    Attributes:
+        bits: of what is read.
+        drop: planes below them that are left out. Planes above them say only which end of the range
+            a weight beyond it is taken for.
+    """
+
+    bits: int
+    drop: int
+
+
+def upper_planes(levels: Tensor, bits: int, planes: Planes) -> Tensor:
+    """``clamp((q + 2^(d-1)) >> d, -2^(k-1), 2^(k-1)-1)``: what a level reads of stored integers.
+
+    That is the nearest multiple of ``2^d``, the upper one of two, so that zeros stay zeros. (Planes
+    that are only cut off round down, by half a step on average; that is half a step times the sum
+    of the inputs of every single output, so that no bias makes up for it.) The same formula is in
+    ``csrc/reference/spec.hpp``.
+
+    Args:
+        levels: whole numbers of ``bits`` bits, of an integer type.
+        bits: 2 to 8.
+
+    Returns:
+        A tensor of the same type.
+
+    Raises:
+        PlanError: the planes are not among so many.
+    """
+    low, high = weight_range(planes.bits)
+    if planes.drop < 0 or planes.bits + planes.drop > bits:
+        raise PlanError(
+            f"expected at most {bits} planes, got {planes.bits} above {planes.drop} that are left "
+            "out"
+        )
+    half = (1 << planes.drop) >> 1
+    return ((levels.to(torch.int16) + half) >> planes.drop).clamp_(low, high).to(levels.dtype)
+
+
+def plane_cells(levels: Tensor, bits: int, planes: Planes) -> tuple[Tensor, Tensor]:
+    """First and last stored integer, int16, of which :func:`upper_planes` gives ``levels``."""
+    low, high = weight_range(planes.bits)
+    first, last = weight_range(bits)
+    half = (1 << planes.drop) >> 1
+    start = (levels.to(torch.int16) << planes.drop) - half
+    end = start + ((1 << planes.drop) - 1)
+    start.masked_fill_(levels == low, first)
+    end.masked_fill_(levels == high, last)
+    return start, end
 
 
 def per_channel(scale: Tensor, ndim: int) -> Tensor:

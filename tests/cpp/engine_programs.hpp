@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "engine/container.hpp"
+#include "engine/levels.hpp"
 #include "engine/program.hpp"
 #include "engine/token_ids.hpp"
 #include "formats/canonical.hpp"
@@ -398,6 +399,75 @@ inline void repair_checksums(std::vector<uint8_t>& file) {
   std::memcpy(file.data(), &h, sizeof h);
   h.checksum = formats::checksum(all.first(offsetof(AdaHeader, checksum)));
   std::memcpy(file.data(), &h, sizeof h);
+}
+
+/// A program whose weights have `drop` bits less (2 at least), with scales and grids of its own:
+/// what a level of lower quality of it may be.
+inline Program narrowed(Program p, int drop) {
+  for (Constant& c : p.constants) {
+    if (c.kind != ConstantKind::Weights) continue;
+    const SharedBytes& stored = c.bytes;
+    const formats::CanonicalHeader h = formats::read_header(stored);
+    const int bits = std::max<int>(2, h.bits - drop);
+    c.bytes = formats::pack_canonical(formats::unpack_canonical(stored, {bits, h.bits - bits}),
+                                      bits, h.out_channels, h.group_in, h.kernel_h, h.kernel_w);
+  }
+  const float factor = 1.0f + 0.01f * static_cast<float>(drop);
+  for (Value& v : p.values)
+    if (v.name == "conv") v.scale *= factor;
+  for (Node& n : p.nodes) {
+    if (n.op != OpKind::Conv) continue;
+    if (p.values[n.output].name == "conv") n.floats[0] = 1.0f / p.values[n.output].scale;
+    Constant scale = p.constants[n.constants[1]];
+    auto* numbers = reinterpret_cast<float*>(scale.bytes.data());  // a copy of its own
+    for (size_t k = 0; k < scale.bytes.size() / 4; ++k)
+      numbers[k] *= static_cast<float>(1 << drop) * factor;
+    n.constants[1] = static_cast<int32_t>(p.constants.size());
+    p.constants.push_back(std::move(scale));
+  }
+  return p;
+}
+
+/// Convolutions in the forms that have kernels of their own.
+inline Program convolutions() {
+  Builder b;
+  const auto x = b.value("image", 3, 9, 8, ValueKind::F32);
+  auto y = b.node(OpKind::Quantize, {x}, b.value("levels", 3, 9, 8));
+  const auto conv = [&](int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t groups,
+                        int bits, bool residual) {
+    const Value v = b.p.values[static_cast<size_t>(y)];
+    const int64_t pad = kernel / 2;
+    const auto next = b.value("conv", out, (v.h + 2 * pad - kernel) / stride + 1,
+                              (v.w + 2 * pad - kernel) / stride + 1);
+    const std::vector<float> scale(static_cast<size_t>(out), 0.01f);
+    const std::vector<float> bias(static_cast<size_t>(out), 1.0f);
+    std::vector<int32_t> inputs = {y};
+    if (residual) inputs.push_back(y);
+    y = b.node(OpKind::Conv, inputs, next,
+               {kernel, kernel, stride, stride, pad, pad, pad, pad, 1, 1, groups, 10, 255, 10},
+               {kInverse, -1, 1},
+               {b.weights(static_cast<uint32_t>(out), static_cast<uint32_t>(in / groups),
+                          static_cast<uint32_t>(kernel), static_cast<uint32_t>(kernel), bits),
+                b.floats(scale), b.floats(bias), -1});
+  };
+  conv(3, 24, 3, 2, 1, 8, false);    // a stem
+  conv(24, 24, 3, 1, 24, 5, false);  // depthwise
+  conv(24, 32, 1, 1, 1, 3, false);   // pointwise
+  conv(32, 32, 3, 1, 4, 4, true);    // grouped, with a residual
+  conv(32, 20, 3, 1, 1, 2, false);
+  const Value v = b.p.values[static_cast<size_t>(y)];
+  const auto out = b.node(OpKind::Dequantize, {y}, b.value("y", v.c, v.h, v.w, ValueKind::F32));
+  b.p.inputs = {x};
+  b.p.outputs = {out};
+  return b.p;
+}
+
+/// Three levels of quality.
+inline Program leveled() {
+  Program p = convolutions();
+  for (const int drop : {2, 4})
+    add_level(p, narrowed(convolutions(), drop));
+  return p;
 }
 
 }  // namespace programs

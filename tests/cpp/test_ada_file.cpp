@@ -211,11 +211,11 @@ TEST(other_versions) {
 
   // An operation of the future.
   auto future = file;
-  poke(future, offsetof(AdaHeader, minor), uint16_t{4});
+  poke(future, offsetof(AdaHeader, minor), static_cast<uint16_t>(kAdaMinor + 1));
   poke(future, section(file, "NODE").offset + 8, uint32_t{kOpKinds});
   repair_checksums(future);
   CHECK_THROWS(read_program(future), CorruptData,
-               "operation 31 is unknown to format 1.3; the file is of format 1.4");
+               "operation 31 is unknown to format 1.4; the file is of format 1.5");
 
   // A file has the least version that its operations need.
   CHECK_EQ(int{read_ada_header(file, file.size()).minor}, 2);

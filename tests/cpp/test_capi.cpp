@@ -697,4 +697,38 @@ TEST(a_context_at_other_sizes) {
   CHECK_EQ(alone.output().elements, fixed.output().elements);
 }
 
+TEST(a_context_at_other_levels) {
+  Program p = programs::ranged();
+  for (const int drop : {1, 2})
+    add_level(p, narrowed(ranged(), drop));
+  const adalayer::Model model = shared(p);
+  CHECK_EQ(model.quality_count(), size_t{3});
+  CHECK_EQ(adalayer_model_quality_count(nullptr), size_t{0});
+  adalayer::Context context(model);
+  for (const size_t level : {0, 2, 1, 2, 0})
+    for (const auto& [h, w] : {std::pair<int64_t, int64_t>{16, 20}, {10, 64}}) {
+      context.set_quality(level);
+      context.set_shape({3, h, w});
+      const Floats x = ramp(context.input().elements);
+      Floats dense(context.output(0).elements), means(context.output(1).elements);
+      context.run(1, {{x.data(), x.size() * 4, ADALAYER_FLOAT32, ADALAYER_NCHW}},
+                  {{dense.data(), dense.size() * 4}, {means.data(), means.size() * 4}});
+      const Program wanted = narrowed(sized_network(h, w), static_cast<int>(level));
+      const std::vector<Floats> want = engine_run(wanted, 1, {x});
+      CHECK(same(dense, want[0]) && same(means, want[1]));
+    }
+  adalayer_context* c = nullptr;
+  CHECK_EQ(adalayer_context_create(model.get(), &c), ADALAYER_OK);
+  CHECK_EQ(adalayer_context_set_quality(c, 3), ADALAYER_INVALID_ARGUMENT);
+  CHECK(says("quality level 3 does not exist: there are 3"));
+  CHECK_EQ(adalayer_context_set_quality(nullptr, 0), ADALAYER_INVALID_ARGUMENT);
+  adalayer_context_free(c);
+  const adalayer::Model alone = shared(classifier());
+  CHECK_EQ(alone.quality_count(), size_t{1});
+  CHECK_EQ(adalayer_context_create(alone.get(), &c), ADALAYER_OK);
+  CHECK_EQ(adalayer_context_set_quality(c, 0), ADALAYER_OK);
+  CHECK_EQ(adalayer_context_set_quality(c, 1), ADALAYER_INVALID_ARGUMENT);
+  adalayer_context_free(c);
+}
+
 int main(int argc, char** argv) { return check::run_all(argc, argv); }

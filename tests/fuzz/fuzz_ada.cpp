@@ -14,6 +14,7 @@
 #include "core/status.hpp"
 #include "engine/container.hpp"
 #include "engine/interpret.hpp"
+#include "engine/levels.hpp"
 #include "fuzz/mutate.hpp"
 
 using namespace adalayer;
@@ -159,6 +160,18 @@ void run_through_c(adalayer_context* context, const adalayer_model* model, int64
     broken("a loaded model does not run");
 }
 
+/// At the sizes that the context has now. A level is refused only with a sentence: one that exists
+/// may need more memory, or have damaged weights.
+void run_at_levels(adalayer_context* context, const adalayer_model* model) {
+  const size_t levels = adalayer_model_quality_count(model);
+  for (size_t level = 1; level <= levels; ++level) {
+    const bool set = adalayer_context_set_quality(context, level) == ADALAYER_OK;
+    if (set && level == levels) broken("a level that does not exist");
+    if ((!set || !run_at(context, model, 1)) && *adalayer_last_error() == '\0')
+      broken("a level is refused without a sentence");
+  }
+}
+
 void check_results(const Program& p, const Engine& engine, int64_t batch, int threads) {
   const std::vector<std::vector<float>> images = noise(p, batch);
   std::vector<InputTensor> inputs;
@@ -230,6 +243,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     if (small) {
       run_through_c(context, model, 2);
       run_at_sizes(context, model);
+      run_at_levels(context, model);
     }
   }
   adalayer_model_free(model);
@@ -237,10 +251,12 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   if (!small) return 0;
   // What the C interface refused because of its texts runs all the same. Weights are unpacked, and
   // found to be damaged, when the program is made ready.
-  try {
-    run_program(program);
-  } catch (const Error& e) {
-    if (loaded) broken(e.what());
+  for (size_t level = 0; level <= program.levels.size(); ++level) {
+    try {
+      run_program(at_level(program, level));
+    } catch (const Error& e) {
+      if (loaded && level == 0) broken(e.what());
+    }
   }
   return 0;
 }

@@ -153,7 +153,13 @@ ADALAYER_API const char* adalayer_model_metadata_key(const adalayer_model* model
 ADALAYER_API adalayer_status adalayer_model_normalization(const adalayer_model* model, float* mean,
                                                           float* std, size_t channels);
 
-/* Bytes of the weights, shared by all contexts, and of the tensors of one running call. */
+/* Levels of quality that the model has, 1 or more; 0 for a null model. Level 0 is the best one, and
+ * what contexts begin with; the others read fewer bits of the same stored weights
+ * (adalayer_context_set_quality). */
+ADALAYER_API size_t adalayer_model_quality_count(const adalayer_model* model);
+
+/* Bytes of the weights at the best quality, shared by all contexts, and of the tensors of one
+ * running call. */
 ADALAYER_API uint64_t adalayer_model_weight_bytes(const adalayer_model* model);
 ADALAYER_API uint64_t adalayer_model_workspace_bytes(const adalayer_model* model);
 
@@ -186,6 +192,12 @@ ADALAYER_API adalayer_status adalayer_context_set_normalization(adalayer_context
  * tables for it, which takes milliseconds; the model keeps those of the shapes used last. */
 ADALAYER_API adalayer_status adalayer_context_set_shape(adalayer_context* context, size_t index,
                                                         const int64_t* shape, size_t rank);
+
+/* The quality of the runs to come, from 0, the best, to adalayer_model_quality_count - 1.
+ * INVALID_ARGUMENT for a level that does not exist; the context then keeps the one that it has. The
+ * first context that asks for a level makes it ready, which takes as long as loading does; contexts
+ * at other levels go on running meanwhile, and the model keeps the levels used last. */
+ADALAYER_API adalayer_status adalayer_context_set_quality(adalayer_context* context, size_t level);
 
 /* Inputs and outputs at the shapes that the context was given. Names live as long as the context,
  * until its next adalayer_context_set_shape. INVALID_ARGUMENT where the shapes of inputs do not

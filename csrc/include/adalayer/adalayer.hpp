@@ -93,6 +93,9 @@ class Model {
     return {c.name, c.least, c.most, c.multiple_of};
   }
 
+  /// Levels of quality, 1 or more; see Context::set_quality().
+  std::size_t quality_count() const { return adalayer_model_quality_count(get()); }
+
   /// Names of the classes, or an empty list.
   std::vector<std::string> class_names() const {
     std::vector<std::string> names;
@@ -155,6 +158,10 @@ class Context {
   /// Failure.
   void set_shape(const std::vector<std::int64_t>& shape, std::size_t input = 0) {
     detail::check(adalayer_context_set_shape(context_.get(), input, shape.data(), shape.size()));
+  }
+  /// The quality of the runs to come; 0 is the best. Throws Failure.
+  void set_quality(std::size_t level) {
+    detail::check(adalayer_context_set_quality(context_.get(), level));
   }
   /// At the shapes that were set.
   TensorInfo input(std::size_t index = 0) const {

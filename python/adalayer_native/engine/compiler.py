@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,7 @@ def compile(
     strict: bool = False,
     weights: str = "measured",
     sizes: Any = None,
+    levels: Sequence[nn.Module] = (),
 ) -> Engine:
     """Compile a converted model to one fused integer engine.
 
@@ -81,11 +82,17 @@ def compile(
             at all of them, or where the engine does not know how a node follows them. The example's
             size is the one that layers are timed at; plans for another one are made at its first
             call (:meth:`Engine.warm_up` makes and times them before).
+        levels: models of the same network with fewer bits, the better ones first, whose integers
+            are planes of ``model``'s: the others of
+            :func:`adalayer_native.compress_levels`. The engine then has as many levels of quality
+            and one more (:meth:`Engine.set_quality`), and stores weights once. What runs in float
+            is what does at the best quality.
 
     Raises:
         ValueError: an unknown policy or form of weights, or ``sizes`` that are not understood.
         UnsupportedModelError: not exportable with a dynamic batch, without native layers, or, if
-            strict, with nodes that the engine has no operation for; names them.
+            strict or with ``levels``, with nodes that the engine has no operation for; names them.
+            ``levels`` that are another network, or have other weights.
         CalibrationError: the model is prepared but not converted.
     """
     if policy not in POLICIES:
@@ -94,7 +101,8 @@ def compile(
         raise ValueError(f"weights must be one of {WEIGHTS}, got {weights!r}")
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"expected an nn.Module, got {type(model).__name__}")
-    check_converted(model)
+    for each in (model, *levels):
+        check_converted(each)
     exported = export(model, example_inputs)
     signature = _signature(model)
     batch = Inputs.of(example_inputs).count
@@ -112,6 +120,8 @@ def compile(
             weights=weights,
             signature=signature,
         )
+    if levels:
+        engine = _with_levels(engine, levels, example_inputs)
     if not _treats_one_alike(model, engine, Inputs.of(example_inputs)):
         engine.require_batch(2)
     engine.came_from(model)
@@ -140,6 +150,35 @@ def compile_range(
 
     found: Engine = ranged(model, engine, Inputs.of(example_inputs), sizes, lower)
     return found
+
+
+def _with_levels(engine: Engine, levels: Sequence[nn.Module], example_inputs: Any) -> Engine:
+    """The engine with levels of quality below its own."""
+    part = engine.only_part()
+    if part is None:
+        raise UnsupportedModelError(
+            "levels: parts of the model run in torch, which have one quality; compile with "
+            "strict=True to see which"
+        )
+    kinds = part.program.constants()
+    in_float = {
+        name
+        for op, name, _, _, _, _, constants in part.program.nodes()
+        if op == "float_conv" and kinds[constants[0]][0] == "weights"
+    }
+    for number, model in enumerate(levels, 1):
+        exported = export(model, example_inputs)
+        layers = [
+            node for node in exported.graph.nodes if is_layer(node) and layer_name(node) in in_float
+        ]
+        try:
+            part.program.add_level(_lowered(exported, layers).program)
+        except ValueError as error:
+            raise UnsupportedModelError(f"levels: {error}") from None
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"levels: level {number}: {error}") from error
+    made = NativePart(part.program, part.outputs, part.weights, plan=part.plan)
+    return engine.with_part(made)
 
 
 @dataclass

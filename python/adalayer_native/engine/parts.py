@@ -27,7 +27,8 @@ class NativePart:
 
     Attributes:
         program: as it would be saved.
-        engine: its executor; safe from many threads.
+        engine: its executor at the level of quality that the part has; safe from many threads.
+        level: that one; 0 is the best.
         outputs: how tensors show its outputs.
         rules: what it says about other sizes than the compiled one; None if nothing.
         weights: on the CPU "measured", "streamed" or "resident"; see
@@ -41,6 +42,7 @@ class NativePart:
         weights: str = "measured",
         max_memory: int = 0,
         plan: str = "",
+        level: int = 0,
     ) -> None:
         """max_memory: bytes that it may take, else MemoryError; 0 for a program of one's own.
         plan: what the clock chose for the same program before; measured anew where it no longer
@@ -48,8 +50,10 @@ class NativePart:
         self.program = program
         self.weights, self.max_memory = weights, max_memory
         self._plan = plan
+        self.level = level
         self.rules: SizeRules | None = None
         self.sized: _C.SizedEngine | None = None
+        self.leveled: _C.LeveledEngine | None = None
         self.outputs = tuple(outputs)
         self.engine = self._make()
         # Of sizes that were met lately: elements of inputs and outputs, and views of these.
@@ -58,18 +62,21 @@ class NativePart:
         self.elements = [math.prod(values[number][2:5]) for number in program.outputs()]
         # The common case: one output in memory order.
         self.single = self.outputs[0].shape if self._is_single() else None
-        self._run = self.engine.run
-        # Inputs that may come in channels_last order as they are.
-        self._any_order = self.engine.any_order()
         # Names of inputs that are token ids, which programs hold in 32 bits.
         inputs = [values[number] for number in program.inputs()]
         self._ids = {k: value[0] for k, value in enumerate(inputs) if value[1] == "i32"}
-        if self._ids:
-            self._run = self._run_ids
+        self._use()
+
+    def _use(self) -> None:
+        """What calls need of the engine."""
+        self._run = self._run_ids if self._ids else self.engine.run
+        # Inputs that may come in channels_last order as they are.
+        self._any_order = self.engine.any_order()
 
     def __reduce__(self) -> tuple[Any, ...]:
         held = self.program.to_bytes(), self.outputs, self.weights, self.max_memory
-        return _native_part, (*held, self.engine.plan())
+        best = self.engine if self.leveled is None else self.leveled.at(0).compiled()
+        return _native_part, (*held, best.plan(), self.level)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NativePart:
         return self  # nothing in it ever changes
@@ -77,13 +84,51 @@ class NativePart:
     def _make(self) -> Any:
         held, limit, plan = self.program, self.max_memory, self._plan
         text = held.metadata().get(KEY)
+        options: dict[str, Any] = {"weights": self.weights, "memory_bytes": limit, "plan": plan}
+        if held.levels() > 1:
+            self.leveled = _C.LeveledEngine(held, **options)
+            self.sized = self.leveled.at(self.level)
+        elif text is None:
+            return _C.Engine(held, **options)
+        else:
+            self.sized = _C.SizedEngine(held, **options)
         if text is None:
-            return _C.Engine(held, weights=self.weights, memory_bytes=limit, plan=plan)
-        self.sized = _C.SizedEngine(held, weights=self.weights, memory_bytes=limit, plan=plan)
+            engine, self.sized = self.sized.compiled(), None
+            return engine
         self.rules = SizeRules.from_text(text)
         if len(self.rules.outputs) != len(self.outputs):
             raise ValueError(f"{KEY}: rules for {len(self.rules.outputs)} results")
         return self.sized.compiled()
+
+    @property
+    def levels(self) -> int:
+        """How many levels of quality there are."""
+        return 1 if self.leveled is None else int(self.program.levels())
+
+    def at_level(self, level: int) -> NativePart:
+        """The same at another level, which is made ready where it is not.
+
+        Raises:
+            InputError: there is no such level.
+        """
+        if type(level) is not int or not 0 <= level < self.levels:
+            raise InputError(
+                f"quality level {level!r} does not exist: expected "
+                + (f"0 (the best) to {self.levels - 1}" if self.levels > 1 else "0, the only one")
+            )
+        if level == self.level or self.leveled is None:
+            return self
+        part = object.__new__(type(self))
+        part.__dict__.update(self.__dict__)
+        sized = self.leveled.at(level)
+        part.level, part.engine = level, sized.compiled()
+        part.sized = None if self.rules is None else sized
+        part._use()
+        return part
+
+    def program_at_level(self) -> _C.Program:
+        """The program at the part's level, as one without levels."""
+        return self.program if self.levels == 1 else self.program.at_level(self.level)
 
     @property
     def plan(self) -> str:
@@ -264,10 +309,15 @@ def program_of(data: bytes) -> _C.Program:
 
 
 def _native_part(
-    data: bytes, outputs: Sequence[Output], weights: str, max_memory: int, plan: str = ""
+    data: bytes,
+    outputs: Sequence[Output],
+    weights: str,
+    max_memory: int,
+    plan: str = "",
+    level: int = 0,
 ) -> NativePart:
     """A pickled part, made ready for the machine that reads it."""
-    return NativePart(program_of(data), outputs, weights, max_memory, plan)
+    return NativePart(program_of(data), outputs, weights, max_memory, plan, level)
 
 
 def _cuda_part(

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import statistics
+import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,8 @@ if TYPE_CHECKING:  # loading a file needs neither the compiler nor torch.export
 __all__ = ["Engine", "Step", "TorchStep"]
 
 _MOST_SHOWN = 256
+# Held while an engine's parts are exchanged for those of another level, which takes no time.
+_SWITCH = threading.Lock()
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -63,8 +66,9 @@ class Step:
 class Engine:
     """A compiled network. Build one with :func:`adalayer_native.compile` or ``load``.
 
-    Immutable and safe to call from many threads at once; the work runs without Python's global
-    lock. The number of threads of one call is :func:`adalayer_native.get_num_threads`.
+    Immutable but for its quality, and safe to call from many threads at once; the work runs without
+    Python's global lock. The number of threads of one call is
+    :func:`adalayer_native.get_num_threads`.
 
     It can be copied and pickled (with ``torch.save``, too; ``torch.load`` then needs
     ``weights_only=False``), gives the same bits and keeps what the clock has chosen, as long as it
@@ -124,13 +128,7 @@ class Engine:
         self.detection = detection
         # The converted model, as long as somebody holds it; see compile().
         self._source: weakref.ref[torch.nn.Module] | None = None
-        self._single: NativePart | None = None
-        if len(steps) == 1 and isinstance(steps[0].run, NativePart) and len(self.inputs) == 1:
-            part = steps[0].run
-            one_result = out_spec.is_leaf() and isinstance(self._leaves[0], Leaf)
-            plain = self._call.plain and self.inputs[0].is_float
-            if part.single is not None and one_result and steps[0].inputs == [0] and plain:
-                self._single = part
+        self._single = self._short_cut()
         gpus = {step.run.device for step in steps if isinstance(step.run, CudaPart)}
         self.device = torch.device("cuda", gpus.pop()) if gpus else torch.device("cpu")
         self._batch = [port.batched for port in self.inputs].index(True)
@@ -138,12 +136,94 @@ class Engine:
         self._rank = len(self._shape) + 1
         self.require_batch(least_batch)
 
+    def _short_cut(self) -> NativePart | None:
+        """The part of a network of one tensor in and one out, which needs few checks."""
+        part = self.only_part()
+        if part is None or len(self.inputs) != 1 or part.single is None:
+            return None
+        one_result = self._out_spec.is_leaf() and isinstance(self._leaves[0], Leaf)
+        plain = self._call.plain and self.inputs[0].is_float
+        return part if one_result and self._steps[0].inputs == [0] and plain else None
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_out_spec": skeleton(self._out_spec), "_source": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._out_spec = pytree.tree_structure(state["_out_spec"])
+
+    # -- quality --------------------------------------------------------------------------------
+
+    @property
+    def levels(self) -> int:
+        """How many levels of quality it has: 0 is the best, the others read fewer bits of the same
+        stored weights (``compile(levels=…)``). 1 without."""
+        part = self.only_part()
+        return 1 if part is None else part.levels
+
+    @property
+    def quality(self) -> int:
+        """The level that calls have now."""
+        part = self.only_part()
+        return 0 if part is None else part.level
+
+    def set_quality(self, level: int) -> None:
+        """Switch to another level. Any thread may, while others call: a call that has begun ends at
+        the level that it began with.
+
+        A level that is used for the first time is made ready before the switch, which takes as long
+        as loading the file does; then it is kept, and a switch costs microseconds.
+
+        Args:
+            level: from 0, the best, to ``levels - 1``.
+
+        Raises:
+            InputError: there is no such level; the engine keeps its own.
+        """
+        made = self._at_level(level)
+        with _SWITCH:
+            self._steps = made
+            if self._single is not None:
+                self._single = self.only_part()
+
+    def at_quality(self, level: int) -> Engine:
+        """An engine at a level, which stays there; weights in memory are shared with this one.
+
+        Raises:
+            InputError: there is no such level.
+        """
+        part = self._at_level(level)[0].run
+        assert isinstance(part, NativePart)
+        return self._with(part, self.inputs)
+
+    def _at_level(self, level: int) -> list[Step]:
+        part = self.only_part()
+        if part is None:
+            raise UnsupportedModelError(
+                "parts of the model run in torch, which have one quality; compile with strict=True "
+                "to see which"
+            )
+        step = self._steps[0]
+        return [Step(part.at_level(level), step.inputs, step.outputs, step.done)]
+
+    def quality_cache(
+        self, entries: int | None = None, max_bytes: int | None = None
+    ) -> dict[str, int]:
+        """What is kept for levels beside the best one; sets limits where they are given.
+
+        Returns:
+            ``entries``, ``bytes`` (of weights as this machine holds them, and tables), how many
+            were ``made`` so far, and the limits (``most_entries``, ``most_bytes``), above which the
+            levels used longest ago leave; the one used last stays.
+
+        Raises:
+            ValueError: a limit below 1.
+            UnsupportedModelError: the engine has one level.
+        """
+        part = self.only_part()
+        if part is None or part.leveled is None:
+            raise UnsupportedModelError("the engine has one level of quality")
+        return _cache(part.leveled, entries, max_bytes)
 
     # -- sizes ----------------------------------------------------------------------------------
 
@@ -201,20 +281,10 @@ class Engine:
         """
         part = self._sized_part()
         assert part.sized is not None
-        info: dict[str, int] = part.sized.info()
-        if entries is not None or max_bytes is not None:
-            limits = (
-                info["most_entries"] if entries is None else entries,
-                info["most_bytes"] if max_bytes is None else max_bytes,
-            )
-            if min(limits) < 1:
-                raise ValueError(f"expected limits of 1 or more, got {limits}")
-            part.sized.set_limits(*limits)
-            info = part.sized.info()
-        return info
+        return _cache(part.sized, entries, max_bytes)
 
     def fixed(self, sizes: Any) -> Engine:
-        """An engine for one of the sizes alone, with weights of its own.
+        """An engine for one of the sizes alone, at the present quality, with weights of its own.
 
         Args:
             sizes: one number per free size, or a dictionary by name.
@@ -227,7 +297,8 @@ class Engine:
         assert part.rules is not None
         wanted = part.rules.named(sizes)
         *_, outputs = part.at(tuple(wanted))
-        made = NativePart(part.program.at_size(wanted), outputs, part.weights, part.max_memory)
+        program = part.program_at_level().at_size(wanted)
+        made = NativePart(program, outputs, part.weights, part.max_memory)
         ports = list(self.inputs)
         for k, place, axis in self._free:
             shape = list(ports[k].shape)
@@ -421,7 +492,7 @@ class Engine:
 
         Weights are repacked from the program's canonical ones, and results have the same bits on
         every device. On a GPU a call enqueues one CUDA graph per batch size on torch's current
-        stream and does not wait for it.
+        stream and does not wait for it, and there is the present quality alone.
 
         Args:
             device: ``"cpu"``, ``"cuda"`` (the current GPU) or ``"cuda:1"``.
@@ -445,8 +516,12 @@ class Engine:
             if isinstance(step.run, TorchStep):
                 run = TorchStep(step.run.part.to(where), step.run.rows)
             else:
-                held = step.run.program, step.run.outputs, step.run.weights
-                run = NativePart(*held) if gpu is None else CudaPart(*held, gpu, **options)
+                part = step.run
+                held = part.outputs, part.weights
+                if gpu is None:
+                    run = NativePart(part.program, *held, level=part.level)
+                else:  # of one level: the present one
+                    run = CudaPart(part.program_at_level(), *held, gpu, **options)
             steps.append(Step(run, step.inputs, step.outputs, step.done))
         return Engine(
             steps,
@@ -602,7 +677,7 @@ class Engine:
         for step in self._steps:
             if not isinstance(step.run, NativePart):
                 continue
-            program = step.run.program
+            program = step.run.program_at_level()
             kinds = program.constants()
             for op, name, _, _, _, _, constants in program.nodes():
                 layer = op in ("conv", "conv_transpose", "float_conv")
@@ -751,6 +826,8 @@ class Engine:
 
     def __repr__(self) -> str:
         ports = ", ".join(f"{port.name}{port}" for port in self.inputs)
+        if self.levels > 1:
+            ports += f"; level {self.quality} of {self.levels}"
         kinds = [isinstance(step.run, NativePart) for step in self._steps]
         parts = (
             "native" if all(kinds) else f"{sum(kinds)} native and {kinds.count(False)} torch parts"
@@ -763,6 +840,23 @@ def _alike(dtype: torch.dtype) -> tuple[str, ...]:
     """Names of the types that an input of whole numbers may have, its own first."""
     others = [item for item in ID_TYPES if item != dtype] if dtype in ID_TYPES else []
     return tuple(map(type_name, (dtype, *others)))
+
+
+def _cache(
+    held: _C.SizedEngine | _C.LeveledEngine, entries: int | None, max_bytes: int | None
+) -> dict[str, int]:
+    """What a cache holds, with limits that are set where they are given."""
+    info: dict[str, int] = held.info()
+    if entries is None and max_bytes is None:
+        return info
+    limits = (
+        info["most_entries"] if entries is None else entries,
+        info["most_bytes"] if max_bytes is None else max_bytes,
+    )
+    if min(limits) < 1:
+        raise ValueError(f"expected limits of 1 or more, got {limits}")
+    held.set_limits(*limits)
+    return dict(held.info())
 
 
 def _port_row(port: Port) -> list[Any]:
@@ -781,7 +875,7 @@ def _native_rows(part: NativePart, batch: int, threads: int, rounds: int) -> lis
     untimed = isinstance(part.engine, _C.Engine)
     measured = part.engine.profile(batch, threads, rounds) if rounds > 0 or untimed else []
     found = {entry[0]: (entry[2], entry[7], entry[8]) for entry in measured}
-    program = part.program
+    program = part.program_at_level()
     values, sizes = program.values(), program.constants()
     rows = []
     for op, name, inputs, output, _, _, constants in program.nodes():

@@ -19,16 +19,17 @@ from .._files import write_text_atomic
 from .._progress import stage
 from .._stages import Stage
 from .._stages import job as announced
-from ..allocation import check_method, check_request, float_bytes, pareto
+from ..allocation import Budget, check_method, check_request, float_bytes, pareto
 from ..allocation.machine_table import MachineTable
 from ..allocation.optimal_settings import check_effort
 from ..capture import GraphModel
 from ..capture.loading import captured_on
-from ..compress import Compressed, compress, stages_of
+from ..compress import Compressed, compress, kept_float, stages_of
 from ..data import Loaders, loaders
 from ..energy import Meter
 from ..engine import Engine
 from ..errors import EnergyError, UnsupportedModelError
+from ..levels import compress_levels, level_plans, level_stages
 from ..measure import hits, inference_energy, model_milliseconds
 from ..plan import supported_layers
 from ..report import (
@@ -79,14 +80,15 @@ def _ready(job: CompressJob) -> _Ready:
         torch.set_num_threads(job.threads)
     options = _options(job)
     check_effort(job.effort)
-    check_method(
-        job.method,
-        job.budget,
-        criterion=job.criterion,
-        bits=job.layer_bits,
-        stages=job.stages,
-        options=options.get("options"),
-    )
+    if job.levels is None:
+        check_method(
+            job.method,
+            job.budget,
+            criterion=job.criterion,
+            bits=job.layer_bits,
+            stages=job.stages,
+            options=options.get("options"),
+        )
     if job.country is not None and not job.energy:
         raise EnergyError("a country is for the CO2 of the energy used: give --energy-use, too")
     # A missing extra or an unknown country shows now, too.
@@ -104,7 +106,10 @@ def _ready(job: CompressJob) -> _Ready:
     if job.epochs > 0:
         opened.train.decode()
     captured = captured_on(opened.model, data.calibration)
-    problem = check_request(captured, job.budget, method=job.method, **options)
+    budget, method = job.budget, job.method
+    if job.levels is not None:  # the narrowest is the hardest
+        budget, method = Budget(bits=job.levels[-1]), "optimal"
+    problem = check_request(captured, budget, method=method, **options)
     return _Ready(opened, data, captured, meter, problem.free)
 
 
@@ -142,11 +147,19 @@ def check_compress(job: CompressJob) -> dict[str, Any]:
         f"{len(opened.test):,} test images; {len(opened.train.classes)} classes",
         "normalisation": str(opened.normalisation),
         "float accuracy": f"{warn_chance(opened, ready.data):.2f} % of the calibration images",
-        "method": job.method
+        "method": (
+            job.method
+            if job.levels is None
+            else f"levels of {', '.join(f'{bits:g}' for bits in job.levels)} bits"
+        )
         + (f", within {job.budget}" if job.budget else "")
         + (f", on {MachineTable.load(job.latency_table).title}" if job.latency_table else "")
         + (", repair" if job.repair else "")
-        + (f", {job.epochs} epochs of fine-tuning" if job.epochs else ", no fine-tuning"),
+        + (
+            f", {job.epochs} epochs of fine-tuning"
+            if job.epochs and job.levels is None
+            else ", no fine-tuning"
+        ),
         "output": f"{job.out}: {', '.join(OUTPUTS)}",
     }
     for name, text in done.items():
@@ -167,7 +180,18 @@ def run_compress(job: CompressJob) -> dict[str, Any]:
     # Shows now, not at the end, whether the directory can be written.
     write_text_atomic(job.out / "work" / "command.json", json.dumps(arguments(job), indent=2))
     warn_chance(opened, ready.data)
-    ahead = stages_of(
+    ahead = _ahead(job, ready)
+    with announced([*ahead, Stage(RESULTS, 3 * len(ready.data.test), 2)]):
+        with ready.meter or nullcontext():
+            result = _compressed(job, ready) if job.levels is None else _leveled(job, ready)
+        with stage(RESULTS, enabled=job.progress):
+            return write_results(job, ready, result)
+
+
+def _ahead(job: CompressJob, ready: _Ready) -> list[Stage]:
+    if job.levels is not None:
+        return level_stages(ready.captured, ready.data.calibration, job.levels, job.effort)
+    return stages_of(
         ready.captured,
         ready.data.calibration,
         method=job.method,
@@ -176,11 +200,33 @@ def run_compress(job: CompressJob) -> dict[str, Any]:
         epochs=job.epochs,
         effort=job.effort,
     )
-    with announced([*ahead, Stage(RESULTS, 3 * len(ready.data.test), 2)]):
-        with ready.meter or nullcontext():
-            result = _compressed(job, ready)
-        with stage(RESULTS, enabled=job.progress):
-            return write_results(job, ready, result)
+
+
+def _leveled(job: CompressJob, ready: _Ready) -> Compressed:
+    """The best level as a compression of its own, with the others beside it."""
+    assert job.levels is not None
+    common: dict[str, Any] = {
+        "effort": job.effort,
+        "work_dir": job.out / "work",
+        "progress": job.progress,
+    }
+    plans = level_plans(
+        ready.captured,
+        ready.data.calibration,
+        job.levels,
+        fixed=job.fixed,
+        exclude=job.exclude,
+        **common,
+    )
+    found = compress_levels(ready.captured, ready.data.calibration, plans, seed=job.seed, **common)
+    return Compressed(
+        found.models[0],
+        found.plans[0],
+        kept_float=kept_float(ready.captured, found.plans[0]),
+        repair=found.repairs[0],
+        float_work=found.float_work,
+        lower=list(zip(found.models[1:], found.plans[1:], strict=True)),
+    )
 
 
 def _compressed(job: CompressJob, ready: _Ready) -> Compressed:
@@ -215,7 +261,7 @@ def write_results(job: CompressJob, ready: _Ready, result: Compressed) -> dict[s
     size = files.save(native, packed)
     original = float_bytes(model)
     sample, _ = next(iter(data.test))
-    engine, why = compiled(native, sample[:1])
+    engine, why = compiled(native, sample[:1], [model for model, _ in result.lower])
     saved = why if engine is None else _save_engine(ready, engine, job.out / "model.ada")
     candidates: dict[str, Any] = {"float": model, "native": native}
     if engine is not None:
@@ -243,6 +289,8 @@ def write_results(job: CompressJob, ready: _Ready, result: Compressed) -> dict[s
         more[f"{name}_ms"] = value / fewest
     for name, value in model_milliseconds(candidates, sample[:16]).items():
         more[f"{name}_ms_batch16"] = value
+    if result.lower:
+        more["levels"] = _level_rows(job, result, engine, after.accuracy, data, sample)
     more["energy"] = _energy(job, {"float": model, "native": native}, sample[:16], ready.meter)
     more["frontier"] = _frontier(job, model, data)
     more["ada"] = {"bytes": (job.out / "model.ada").stat().st_size} if not saved else {"why": saved}
@@ -250,6 +298,30 @@ def write_results(job: CompressJob, ready: _Ready, result: Compressed) -> dict[s
     write_text_atomic(job.out / "report.json", json.dumps(report, indent=2) + "\n")
     _show(job, result, report, original, size)
     return report
+
+
+def _level_rows(
+    job: CompressJob,
+    result: Compressed,
+    engine: Engine | None,
+    best: float,
+    data: Loaders,
+    sample: torch.Tensor,
+) -> list[dict[str, Any]]:
+    """What every level of quality is: average bits, accuracy, and milliseconds of one image."""
+    rows = []
+    for level, (model, plan) in enumerate([(result.model, result.plan), *result.lower]):
+        accuracy = best
+        if level:
+            title = f"level {level} test accuracy"
+            accuracy = hits(model, data.test, title=title, progress=job.progress).accuracy
+        rows.append({"average_bits": plan.average_bits, "accuracy": accuracy})
+    if engine is not None:
+        candidates = {str(level): engine.at_quality(level) for level in range(engine.levels)}
+        fewest = engine.least_batch
+        for name, value in model_milliseconds(candidates, sample[:fewest]).items():
+            rows[int(name)]["engine_ms"] = value / fewest
+    return rows
 
 
 def _save_engine(ready: _Ready, engine: Engine, path: Path) -> str:
@@ -285,6 +357,16 @@ def _show(
             "bytes": size,
             "ms": report["engine_ms" if by_engine else "native_ms"],
         },
+    ]
+    rows += [
+        {
+            "name": f"level {level}, {row['average_bits']:.3g} bits",
+            "accuracy": row["accuracy"],
+            "bytes": size,
+            "ms": row.get("engine_ms"),
+        }
+        for level, row in enumerate(report.get("levels", ()))
+        if level
     ]
     print_table(comparison_table(rows), console)
     for part in result.float_work.parts if result.float_work else ():

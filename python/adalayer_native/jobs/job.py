@@ -38,6 +38,7 @@ class CompressJob(_Job):
     out: Path
     budget: Budget | None
     method: str = "adalayer"
+    levels: Sequence[float] | None = None
     layer_bits: Sequence[int] | None = None
     stages: Sequence[str] | None = None
     fixed: Mapping[str, int] | None = None

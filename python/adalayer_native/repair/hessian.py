@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from adalayer_native.errors import CalibrationError, PlanError
 from adalayer_native.pruning.masks import pruned_count
 from adalayer_native.pruning.patterns import block_size, pattern_mask, pruned_blocks
+from adalayer_native.repair.cells import Cells
 from adalayer_native.repair.input_rows import columns, groups_of
 from adalayer_native.repair.solver import (
     Equations,
@@ -261,6 +262,7 @@ class LayerHessian:
         pattern: str = "unstructured",
         mask: Tensor | None = None,
         passes: int = PASSES,
+        cells: Cells | None = None,
     ) -> LayerSolution:
         """Integers, scales and mask of small output error; never worse than plain rounding.
 
@@ -274,13 +276,19 @@ class LayerHessian:
                 make up for it.
             mask: bool, output channels first: keep exactly these instead of choosing.
             passes: rounds of refinement after the sweep.
+            cells: bounds of every integer, output channels first; nothing is pruned then.
 
         Raises:
             CalibrationError: no data was added.
-            PlanError: bits, sparsity, the pattern or the mask's shape are not valid.
+            PlanError: bits, sparsity, the pattern or the mask's shape are not valid, or something
+                is to be pruned within bounds.
         """
         weight_range(bits)
         pruned_count(1, sparsity)
+        if cells is not None:
+            if sparsity or mask is not None:
+                raise PlanError(f"layer {self.name!r}: bounded integers cannot be pruned")
+            cells = cells.grouped(len(self.weight))
         given: Tensor | None = None
         if mask is not None:
             if mask.shape != self.shape:
@@ -290,15 +298,15 @@ class LayerHessian:
                 )
             given = mask.reshape(self.weight.shape)
         correction = self._corrected()
-        curve = self._curve(bits, sparsity, pattern, given, correction)
+        curve = self._curve(bits, sparsity, pattern, given, correction, cells)
         solver = self._ready(_least(curve, self.damping), correction)
         keep = given
         if keep is None and pattern != "unstructured" and sparsity:
             keep = self._pattern(solver, bits, sparsity, pattern)
-        levels, scale, kept = solver.run([(bits, sparsity)], passes, keep=keep)
+        levels, scale, kept = solver.run([(bits, sparsity)], passes, keep=keep, cells=cells)
         chosen = kept if keep is not None or pruned_count(kept.numel(), sparsity) else None
         return self._solution(
-            solver, bits, sparsity, levels, scale, chosen, given, pattern, curve, correction
+            solver, bits, sparsity, levels, scale, chosen, given, pattern, curve, correction, cells
         )
 
     @torch.no_grad()
@@ -369,6 +377,7 @@ class LayerHessian:
         pattern: str = "unstructured",
         curve: dict[float, float] | None = None,
         correction: float | None = None,
+        cells: Cells | None = None,
     ) -> LayerSolution:
         """The sweep's result, or plain rounding where that is better."""
         low, high = weight_range(bits)
@@ -377,7 +386,7 @@ class LayerHessian:
         if plain_mask is None and sparsity:
             plain_mask = pattern_mask(self.weight.reshape(self.shape), sparsity, pattern)
             plain_mask = plain_mask.reshape(self.weight.shape)
-        plain_levels, plain_scale = self._plain(bits, plain_mask)
+        plain_levels, plain_scale = self._plain(bits, plain_mask, cells)
         plain = solver.error(plain_levels * plain_scale[:, :, None])
         held = self._on_held(
             solver, q, plain_levels * plain_scale[:, :, None], curve or {}, correction
@@ -468,7 +477,12 @@ class LayerHessian:
         each = max(1, channels // self.weight.shape[0])
         return torch.linspace(0, count - 1, min(each, count)).round().long().unique()
 
-    def _plain(self, bits: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _plain(
+        self, bits: int, mask: Tensor | None, cells: Cells | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if cells is not None:
+            levels = torch.div(self.weight, cells.scale[:, :, None]).round_()
+            return torch.clamp(levels, cells.low, cells.high), cells.scale
         rows = self.weight.reshape(-1, self.weight.shape[2])
         keep = None if mask is None else mask.reshape(rows.shape)
         levels, scale = quantize_weight(rows, bits, keep)
@@ -494,7 +508,13 @@ class LayerHessian:
         return _least(_descended(CORRECTIONS, USUAL_CORRECTION, error), self.correction)
 
     def _curve(
-        self, bits: int, sparsity: float, pattern: str, given: Tensor | None, correction: float
+        self,
+        bits: int,
+        sparsity: float,
+        pattern: str,
+        given: Tensor | None,
+        correction: float,
+        cells: Cells | None = None,
     ) -> dict[float, float]:
         """Error on samples held back by damping, on some of the output channels; empty: none."""
         if not self._held:
@@ -508,7 +528,9 @@ class LayerHessian:
             keep = given
             if keep is None and pattern != "unstructured" and sparsity:
                 keep = self._pattern(solver, bits, sparsity, pattern)
-            levels, scale, _ = solver.run([(bits, sparsity)], 1, keep=keep, channels=channels)
+            levels, scale, _ = solver.run(
+                [(bits, sparsity)], 1, keep=keep, channels=channels, cells=cells
+            )
             q = levels * scale[:, :, None]
             wrong = self._judge(q, solver.bias_shift(q, channels), channels)
             return self._ratio(wrong, energy, gain)

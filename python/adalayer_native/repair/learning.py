@@ -15,7 +15,7 @@ beginning.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,9 +29,10 @@ from adalayer_native.capture.channels_last import laid_out
 from adalayer_native.quantization.fake_quant import QuantLayer
 from adalayer_native.quantization.graph import layers_of
 from adalayer_native.quantization.lsq import StepSize
+from adalayer_native.repair.cells import Cells
 from adalayer_native.repair.streams import Data
 from adalayer_native.repair.views import has_views, view
-from adalayer_native.rounding import conv_form
+from adalayer_native.rounding import conv_form, layer_form, per_channel
 
 __all__ = ["PASSES", "Distance", "Learned", "learn"]
 
@@ -70,6 +71,7 @@ def learn(
     passes: int = PASSES,
     seed: int = 0,
     progress: bool = True,
+    cells: Mapping[str, Cells] | None = None,
 ) -> Learned:
     """Learn weights, scales and biases of a repaired model; masks and ranges stay.
 
@@ -83,8 +85,9 @@ def learn(
         passes: over the data.
         seed: of the order of samples within a batch, and of the views.
         progress: show a progress bar.
+        cells: by layer bounds of its integers.
     """
-    run = _Learning(prepared, twin, norms, data, apart, distance)
+    run = _Learning(prepared, twin, norms, data, apart, distance, cells or {})
     result = Learned([run.judge()])
     best, state = result.curve[0] * (1 - GAIN), run.state()
     flags = [(p, p.requires_grad) for p in prepared.parameters()]
@@ -123,9 +126,10 @@ class _Learning:
         data: Data,
         apart: list[Tensor],
         distance: Distance,
+        cells: Mapping[str, Cells],
     ) -> None:
         self.prepared, self.twin, self.data, self.apart = prepared, twin, data, apart
-        self.distance = distance
+        self.distance, self.cells = distance, cells
         self.layers: dict[str, QuantLayer] = layers_of(prepared)
         # The bias of every layer, and the size of the output that it is a part of.
         self.biases: list[tuple[Any, float]] = []
@@ -186,9 +190,19 @@ class _Learning:
                 if parameter.grad is not None:
                     torch.nan_to_num_(parameter.grad, 0.0, 0.0, 0.0)
         optimizer.step()
-        for layer in self.layers.values():
+        for name, layer in self.layers.items():
             if layer.step is not None:
                 layer.weight_scale.copy_(layer.step.value())
+            if name in self.cells:
+                self._put_back(layer, self.cells[name])
+
+    @torch.no_grad()
+    def _put_back(self, layer: QuantLayer, cells: Cells) -> None:
+        """Weights whose integers have left their bounds, to the integer that is nearest."""
+        scale = per_channel(layer.weight_scale, layer.weight.dim())
+        low, high = (layer_form(layer, end * scale) for end in (cells.low, cells.high))
+        wide = layer_form(layer, (0.49 * scale).expand_as(cells.low))
+        layer.weight.copy_(torch.clamp(layer.weight, low - wide, high + wide))
 
     @torch.no_grad()
     def judge(self) -> float:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from adalayer_native.quantization.fake_quant import QuantLayer
 from adalayer_native.quantization.fold import check_calibrated
 from adalayer_native.quantization.graph import layers_of, metadata
 from adalayer_native.repair import checkpoint as store
+from adalayer_native.repair.cells import Cells
 from adalayer_native.repair.equalize import EqualizedPair, equalize_layers, pairs_of
 from adalayer_native.repair.hessian import (
     DAMPING,
@@ -165,6 +167,7 @@ def repair(
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    cells: Mapping[str, Cells] | None = None,
 ) -> Repair:
     """Round and prune every layer so that its output, not its weight, changes least.
 
@@ -212,6 +215,8 @@ def repair(
         checkpoint: safetensors file that is rewritten after every layer. A call with the same
             model, plan, data and options goes on behind the last layer in it.
         progress: show a progress bar.
+        cells: by layer bounds of its integers (:mod:`~adalayer_native.repair.cells`), which are
+            kept to in all that is done here. They need ``equalize=False``, and nothing is pruned.
 
     Returns:
         The output error of every layer before and after.
@@ -231,6 +236,9 @@ def repair(
         )
     if not 0.0 <= held_back <= 0.5:
         raise CalibrationError(f"repair: held_back must be from 0 to 0.5, got {held_back}")
+    bounds = dict(cells or {})
+    if bounds and equalize:
+        raise CalibrationError("repair: cells are of weights as they are; expected equalize=False")
     prepared.eval()
     data = Data(prepared, loader, batches)
     apart = data.held_back(held_back)
@@ -238,7 +246,7 @@ def repair(
     norms = {name: _norm_of(prepared, entries[name]) for name in order}
     run = _Run(
         prepared, data, apart, entries, layers_of(prepared), norms, choose_masks, passes, damping,
-        seed,
+        seed, bounds,
     )  # fmt: skip
     states: dict[str, store.LayerState] = {}
     identity = ""
@@ -274,7 +282,7 @@ def repair(
         if distance is not None and result.held_back and learning_passes:
             result.learned = learn(
                 prepared, twin, norms, data, apart, distance,
-                passes=learning_passes, seed=seed, progress=progress,
+                passes=learning_passes, seed=seed, progress=progress, cells=bounds,
             )  # fmt: skip
     return result
 
@@ -287,7 +295,7 @@ class _Run:
         apart: which samples of every batch are held back.
         entries: the plan's, by layer.
         layers, norms: the layers, and the batch norms that are folded into them.
-        choose_masks, passes, damping, seed: as of :func:`repair`.
+        choose_masks, passes, damping, seed, cells: as of :func:`repair`.
     """
 
     prepared: fx.GraphModule
@@ -300,10 +308,11 @@ class _Run:
     passes: int
     damping: float
     seed: int
+    cells: Mapping[str, Cells]
 
     def options(self) -> dict[str, Any]:
         """What a checkpoint depends on, beside the model."""
-        return {
+        found = {
             "layers": self.entries,
             "choose_masks": self.choose_masks,
             "passes": self.passes,
@@ -311,6 +320,9 @@ class _Run:
             "seed": self.seed,
             "data": self.data.digest,
         }
+        if self.cells:
+            found["cells"] = {name: _digest(own) for name, own in sorted(self.cells.items())}
+        return found
 
     @contextmanager
     def undone_on_error(self, order: Sequence[str]) -> Iterator[None]:
@@ -349,7 +361,12 @@ class _Run:
             mask = conv_form(layer, layer.mask)
         sparsity, pattern = self.entries[name]["sparsity"], self.entries[name]["pattern"]
         solution = hessian.quantize(
-            layer.bits, sparsity, pattern=pattern, mask=mask, passes=self.passes
+            layer.bits,
+            sparsity,
+            pattern=pattern,
+            mask=mask,
+            passes=self.passes,
+            cells=self.cells.get(name),
         )
         _apply(layer, norm, solution)
         return LayerReport(
@@ -361,6 +378,14 @@ class _Run:
             seconds=round(time.monotonic() - started, 3),
             **({} if solution.held is None else _judged(solution.held)),
         )
+
+
+def _digest(cells: Cells) -> str:
+    """Of the bounds of a layer: a checkpoint is of the same ones."""
+    found = hashlib.sha256()
+    for part in (cells.low, cells.high, cells.scale):
+        found.update(part.contiguous().cpu().numpy().tobytes())
+    return found.hexdigest()
 
 
 def _judged(held: HeldBack) -> dict[str, Any]:

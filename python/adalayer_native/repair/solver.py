@@ -8,6 +8,7 @@ from torch import Tensor
 from adalayer_native.errors import CalibrationError
 from adalayer_native.pruning.masks import magnitude_mask, pruned_count
 from adalayer_native.repair.blocks import BlockOrder
+from adalayer_native.repair.cells import Cells
 from adalayer_native.repair.sweep import Rows, compensate, refine
 from adalayer_native.rounding import quantize_weight, weight_range
 
@@ -204,16 +205,25 @@ class Solver:
         keep: Tensor | None = None,
         channels: Tensor | None = None,
         scale: Tensor | None = None,
+        cells: Cells | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Integers, scales and mask: ``[G, T, K]``, ``[G, T]``, ``[G, T, K]``.
 
         ``keep`` is a mask for all settings, ``[G, T, K]``; with it nothing is chosen. ``scale`` is
-        one that stays, ``[G, T]``.
+        one that stays, ``[G, T]``. ``cells`` bound the integers of one setting.
         """
         target, gain = self.target, self.gain
         if channels is not None:
             target, gain = target[:, channels], gain[:, channels]
-        rows = self._rows(target, gain, settings, keep, scale)
+            cells = None if cells is None else cells.of(channels)
+        if cells is None:
+            rows = self._rows(target, gain, settings, keep, scale)
+        else:
+            low, high = (_columns_of(end, self.order) for end in (cells.low, cells.high))
+            kept = torch.ones_like(low, dtype=torch.bool) if keep is None else keep
+            kept = _columns_of(kept, self.order)
+            start = cells.scale if scale is None else scale
+            rows = Rows(start, low, high, [0], gain, kept)
         repeated = target.repeat(1, len(settings), 1)
         levels, kept = compensate(repeated, self.factor, rows)
         levels, found = refine(
@@ -326,8 +336,11 @@ class SolverOfParts:
         *,
         keep: Tensor | None = None,
         channels: Tensor | None = None,
+        cells: Cells | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As :meth:`Solver.run`."""
+        if cells is not None:
+            return self._run_in(cells, settings, passes, keep, channels)
         target = torch.cat([solver.wanted() for solver in self.solvers], dim=2)
         if channels is not None:
             target = target[:, channels]
@@ -351,6 +364,30 @@ class SolverOfParts:
             for solver, part in zip(self.solvers, self.parts, strict=True)
         ]
         return torch.cat(levels, dim=2), scale, kept
+
+    def _run_in(
+        self,
+        cells: Cells,
+        settings: list[tuple[int, float]],
+        passes: int,
+        keep: Tensor | None,
+        channels: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """:meth:`run` within bounds, on the scale that these are for."""
+        scale = cells.scale if channels is None else cells.scale[:, channels]
+        found = [
+            solver.run(
+                settings,
+                passes,
+                keep=None if keep is None else keep[:, :, part],
+                channels=channels,
+                scale=scale,
+                cells=cells.columns(part),
+            )
+            for solver, part in zip(self.solvers, self.parts, strict=True)
+        ]
+        levels, kept = (torch.cat([each[k] for each in found], dim=2) for k in (0, 2))
+        return levels, scale, kept
 
     def pruning_cost(self, bits: int) -> Tensor:
         """As :meth:`Solver.pruning_cost`."""

@@ -37,7 +37,8 @@ class Rows:
 
     Attributes:
         scale: float32 ``[G, T]``, positive.
-        low, high: float32 ``[T]``, bounds of the integers.
+        low, high: float32, bounds of the integers: ``[T]``, or ``[G, T, K]`` where each has its
+            own.
         pruned: for every setting the number of weights to remove, over all its rows and groups.
         gain: float32 ``[G, R]``: what a squared error of an output channel counts in that choice.
         keep: bool ``[G, T, K]``: weights that may differ from zero. Without it the weights to
@@ -51,11 +52,11 @@ class Rows:
     gain: Tensor
     keep: Tensor | None = None
 
-    def round(self, weight: Tensor, scale: Tensor) -> Tensor:
-        """Integers of ``[G, T]`` or ``[G, T, B]`` weights."""
+    def round(self, weight: Tensor, scale: Tensor, column: int) -> Tensor:
+        """Integers of a column's weights ``[G, T]``."""
         low, high = self.low, self.high
-        if weight.dim() == 3:
-            low, high, scale = low[:, None], high[:, None], scale[:, :, None]
+        if low.dim() == 3:
+            low, high = low[:, :, column], high[:, :, column]
         return torch.clamp(torch.div(weight, scale).round_(), low, high)
 
 
@@ -85,7 +86,7 @@ def compensate(target: Tensor, factor: Tensor, rows: Rows) -> tuple[Tensor, Tens
         errors = weight.new_empty(groups, weight.shape[1], stop - start)
         for j in range(start, stop):
             w = weight[:, :, j]
-            q = rows.round(w, scale).mul_(kept[:, :, j - start])
+            q = rows.round(w, scale, j).mul_(kept[:, :, j - start])
             levels[:, :, j] = q
             error = w.sub(q.mul_(scale)).div_(diagonal[:, j, None])
             errors[:, :, j - start] = error
@@ -203,7 +204,7 @@ def refine(
             for j in range(start, stop):
                 old = levels[:, :, j]
                 best = torch.addcdiv(old * scale, gradient[:, :, j], diagonal[:, j, None])
-                new = rows.round(best, scale).mul_(kept[:, :, j - start])
+                new = rows.round(best, scale, j).mul_(kept[:, :, j - start])
                 step = new.sub(old).mul_(scale)
                 levels[:, :, j] = new
                 steps[:, :, j - start] = step

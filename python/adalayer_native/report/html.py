@@ -53,6 +53,7 @@ def page(run: Run) -> str:
         '<div id="plan">',
         *_pictures(run),
         _table(run),
+        _levels(run),
         *_classes(run),
         _facts(run),
         "</div>",
@@ -84,6 +85,36 @@ def _cards(run: Run) -> str:
         for figure, what, against in summary(run)
     )
     return f'<section class="cards" id="summary">{cards}</section>'
+
+
+def _levels(run: Run) -> str:
+    """What every level of quality is; nothing where there is one."""
+    rows = run.data.get("levels") or []
+    if not rows:
+        return ""
+    head = "".join(
+        f'<th scope="col" class="number">{text}</th>'
+        for text in ("level", "average bits", "accuracy %", "ms per image, engine")
+    )
+    body = "".join(
+        "<tr>"
+        + "".join(
+            f'<td class="number">{escape(text)}</td>'
+            for text in (
+                str(level),
+                f"{row['average_bits']:.2f}",
+                f"{row['accuracy']:.2f}",
+                f"{row['engine_ms']:.3f}" if "engine_ms" in row else "",
+            )
+        )
+        + "</tr>"
+        for level, row in enumerate(rows)
+    )
+    return (
+        '<section id="levels"><h2>Levels of quality</h2><p class="muted">One file: '
+        "the levels read planes of the same stored weights.</p><table><thead><tr>"
+        f"{head}</tr></thead><tbody>{body}</tbody></table></section>"
+    )
 
 
 def _pictures(run: Run) -> list[str]:

@@ -100,10 +100,13 @@ def class_rows(names: Sequence[str], before: Hits, after: Hits) -> list[dict[str
     return found
 
 
-def compiled(native: nn.Module, x: Any) -> tuple[Engine | None, str]:
-    """The engine of a converted model for such inputs, or why there is none."""
+def compiled(
+    native: nn.Module, x: Any, levels: Sequence[nn.Module] = ()
+) -> tuple[Engine | None, str]:
+    """The engine of a converted model for such inputs, and of levels of quality below it, or why
+    there is none."""
     try:
-        return compile_engine(native, x, policy="native"), ""
+        return compile_engine(native, x, policy="native", levels=levels), ""
     except AdaError as error:
         return None, str(error)
 

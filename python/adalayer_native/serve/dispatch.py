@@ -16,6 +16,7 @@ from . import wire
 from .errors import ServeError
 from .log import StrangersLog
 from .metrics import ModelMetrics
+from .quality import Quality
 from .runner import Description, TensorInfo
 from .settings import Settings
 from .wire import Header, Kind
@@ -42,6 +43,8 @@ class Job:
         shapes: per input its sizes without the batch; None where they are the model's own.
         placing: of a detector's image, where it lies in what the network read.
         outputs: of the answer, where those are not the model's own.
+        asked: level of quality; None leaves it to the server.
+        level: that it was sent to.
         future: gets the bytes of every output.
         attempts: replicas that it was sent to.
         arrived: of the loop's clock.
@@ -50,11 +53,13 @@ class Job:
 
     __slots__ = (
         "arrived",
+        "asked",
         "attempts",
         "count",
         "future",
         "images",
         "inputs",
+        "level",
         "outputs",
         "placing",
         "queued",
@@ -71,9 +76,12 @@ class Job:
         *,
         images: bool = False,
         shapes: tuple[tuple[int, ...], ...] | None = None,
+        asked: int | None = None,
     ) -> None:
         self.inputs = inputs
         self.shapes = shapes
+        self.asked = asked
+        self.level = asked or 0
         self.outputs: tuple[TensorInfo, ...] | None = None
         self.placing: Any = None
         self.count = count
@@ -121,6 +129,7 @@ class Dispatcher:
         self._samples = 0
         self._lanes: set[Lane] = set()
         self._busy: dict[str, int] = {}  # batches per replica
+        self._quality = Quality(1, settings.max_queue)  # until it is known how many there are
         self._wait: asyncio.TimerHandle | None = None
         self._idle = asyncio.Event()
         self._idle.set()
@@ -182,7 +191,10 @@ class Dispatcher:
                     if self._wait is None:
                         self._wait = self.loop.call_later(left, self._waited)
                     return
-            self._send(lane, self._next_batch())
+            waiting = len(self._jobs)
+            level = self._quality.update(waiting) if self._settings.degrade else 0
+            self.metrics.level.set(level)
+            self._send(lane, self._next_batch(level))
 
     def _waited(self) -> None:
         self._wait = None
@@ -192,11 +204,13 @@ class Dispatcher:
         free = [lane for lane in self._lanes if not lane.batch]
         return min(free, key=lambda lane: self._busy.get(lane.replica, 0)) if free else None
 
-    def _next_batch(self) -> list[Job]:
+    def _next_batch(self, level: int) -> list[Job]:
+        """The jobs that are sent next, all at one level: the one given if they ask for none."""
         first = self._jobs.popleft()
+        first.level = level if first.asked is None else first.asked
         batch, count = [first], first.count
         # What was sent before goes alone: if it ends a replica, it takes no other request with it.
-        passed: list[Job] = []  # of other sizes: they keep their places
+        passed: list[Job] = []  # of other sizes or levels: they keep their places
         while self._jobs and not first.attempts and len(passed) < MAX_PASSED:
             job = self._jobs[0]
             if (
@@ -209,7 +223,8 @@ class Dispatcher:
             if job.future.done():
                 self._samples -= job.count
                 continue
-            if job.shapes != first.shapes:
+            job.level = level if job.asked is None else job.asked
+            if job.shapes != first.shapes or job.level != first.level:
                 passed.append(job)
                 continue
             batch.append(job)
@@ -224,18 +239,22 @@ class Dispatcher:
         for job in batch:
             job.attempts += 1
             job.sent = now
+            if job.level and job.asked is None:
+                self.metrics.degraded.inc()
         self._busy[lane.replica] = self._busy.get(lane.replica, 0) + 1
         self.metrics.batch.observe(count)
         self.metrics.queue.set(len(self._jobs))
+        meta: dict[str, Any] = {"level": batch[0].level} if batch[0].level else {}
         if batch[0].images:
             parts = [piece for job in batch for piece in job.inputs[0]]
             sizes = [sum(len(piece) for piece in job.inputs[0]) for job in batch]
-            lane.send(Kind.IMAGES, batch, count, parts, {"sizes": sizes})
+            lane.send(Kind.IMAGES, batch, count, parts, {"sizes": sizes, **meta})
         else:
             inputs = range(len(batch[0].inputs))
             parts = [piece for k in inputs for job in batch for piece in job.inputs[k]]
-            shapes = batch[0].shapes
-            lane.send(Kind.TENSORS, batch, count, parts, shapes and {"shapes": shapes})
+            if batch[0].shapes is not None:
+                meta["shapes"] = batch[0].shapes
+            lane.send(Kind.TENSORS, batch, count, parts, meta or None)
 
     # -- what lanes report ------------------------------------------------------------------------
 
@@ -354,6 +373,7 @@ class Dispatcher:
         """A replica has the model."""
         if self.description is None:
             self.description = description
+            self._quality = Quality(description.levels, self._settings.max_queue)
         if not self.ready.done():
             self.ready.set_result(description)
 

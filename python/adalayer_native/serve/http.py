@@ -34,6 +34,7 @@ from .protocol import (
     parse_object,
     parse_request,
 )
+from .quality import HEADER, asked_level
 from .runner import Description
 from .settings import Settings
 
@@ -61,8 +62,10 @@ class Answer:
         self.body, self.status, self.headers = body, status, headers
 
     @classmethod
-    def json(cls, data: Any, status: int = 200) -> Answer:
-        return cls(orjson.dumps(data), status)
+    def json(
+        cls, data: Any, status: int = 200, more: tuple[tuple[bytes, bytes], ...] = ()
+    ) -> Answer:
+        return cls(orjson.dumps(data), status, (_JSON, *more))
 
 
 class Application:
@@ -246,7 +249,13 @@ class Application:
                 body, None if size is None else int(size), model, settings.largest_request
             )
             parsed = time.perf_counter_ns()
-            job = Job(request.inputs, request.count, dispatcher.loop, shapes=request.shapes)
+            job = Job(
+                request.inputs,
+                request.count,
+                dispatcher.loop,
+                shapes=request.shapes,
+                asked=asked_level(headers, request.parameters, model.levels),
+            )
             results = await self._run(dispatcher, job)
         except ServeError as error:
             dispatcher.metrics.error(error.status)
@@ -258,11 +267,10 @@ class Application:
         statistics.compute_input.add(parsed - begin)
         statistics.compute_output.add(time.perf_counter_ns() - done)
         if head_size is None:
-            return Answer(text)
+            return Answer(text, headers=(_JSON, *_level(model, job)))
         kind = (b"content-type", b"application/octet-stream")
-        return Answer(
-            text, headers=(kind, (b"inference-header-content-length", str(head_size).encode()))
-        )
+        size_of_head = (b"inference-header-content-length", str(head_size).encode())
+        return Answer(text, headers=(kind, size_of_head, *_level(model, job)))
 
     async def _classify(
         self, name: str, version: str | None, scope: Mapping[str, Any], receive: Receive
@@ -271,7 +279,7 @@ class Application:
         top = query.get("top", ["5"])[-1]
         if not (top.isascii() and top.isdigit() and len(top) < 7 and int(top) > 0):
             raise ServeError(400, f"top: expected a number of classes, got {top[:20]!r}")
-        entry, model, _, results = await self._image(name, version, scope, receive, _classifies)
+        entry, model, job, results = await self._image(name, version, scope, receive, _classifies)
         scores = np.frombuffer(results[0], np.float32)
         found = scores.astype(np.float64) if model.softmax else probabilities(scores)
         names = model.class_names
@@ -281,7 +289,10 @@ class Application:
             if names is not None and index < len(names):
                 row["name"] = names[index]
             classes.append(row)
-        return Answer.json({"model_name": name, "model_version": entry.version, "classes": classes})
+        return Answer.json(
+            {"model_name": name, "model_version": entry.version, "classes": classes},
+            more=_level(model, job),
+        )
 
     async def _detect(
         self, name: str, version: str | None, scope: Mapping[str, Any], receive: Receive
@@ -315,7 +326,8 @@ class Application:
                 "model_version": entry.version,
                 "image": {"width": width, "height": height},
                 "detections": rows,
-            }
+            },
+            more=_level(model, job),
         )
 
     async def _image(
@@ -335,9 +347,8 @@ class Application:
         model = _dispatcher(entry).description
         assert model is not None
         check(name, model)
-        body = await read_body(
-            dict(scope["headers"]), receive, settings.max_body, settings.body_timeout
-        )
+        headers = dict(scope["headers"])
+        body = await read_body(headers, receive, settings.max_body, settings.body_timeout)
         # Looked up again: while the body came, the version may have been replaced.
         entry = self._table.find(name, version)
         dispatcher = _dispatcher(entry)
@@ -347,7 +358,9 @@ class Application:
             check(name, model)
             if body.size == 0:
                 raise ServeError(400, "expected a JPEG or PNG as the body, got nothing")
-            job = Job([body.take(0, body.size)], 1, dispatcher.loop, images=True)
+            asked = asked_level(headers, None, model.levels)
+            image = body.take(0, body.size)
+            job = Job([image], 1, dispatcher.loop, images=True, asked=asked)
             results = await self._run(dispatcher, job)
         except ServeError as error:
             dispatcher.metrics.error(error.status)
@@ -427,6 +440,11 @@ class Application:
 def _dispatcher(entry: Entry) -> Dispatcher:
     assert entry.dispatcher is not None
     return entry.dispatcher
+
+
+def _level(model: Description, job: Job) -> tuple[tuple[bytes, bytes], ...]:
+    """The header that says at which quality a request was answered."""
+    return ((HEADER, str(job.level).encode()),) if model.levels > 1 else ()
 
 
 def _classifies(name: str, model: Description) -> None:

@@ -24,6 +24,8 @@ class ModelMetrics:
         self.replicas = all_.replicas.labels(*self.labels)
         self.resent = all_.resent.labels(*self.labels)
         self.rejected = all_.rejected.labels(*self.labels)
+        self.degraded = all_.degraded.labels(*self.labels)
+        self.level = all_.level.labels(*self.labels)
         self.statistics = all_.statistics.setdefault(self.labels, Statistics())
 
     def error(self, status: int) -> None:
@@ -33,6 +35,7 @@ class ModelMetrics:
     def gone(self) -> None:
         """The version is not served any more: its gauges show nothing."""
         self.queue.set(0)
+        self.level.set(0)
         self.replicas.set(0)
 
 
@@ -72,6 +75,18 @@ class Metrics:
         self.rejected = Counter(
             "adalayer_rejected_requests",
             "Requests refused because the queue was full.",
+            model,
+            registry=self.registry,
+        )
+        self.degraded = Counter(
+            "adalayer_degraded_requests",
+            "Requests sent to a lower level of quality because many were waiting.",
+            model,
+            registry=self.registry,
+        )
+        self.level = Gauge(
+            "adalayer_quality_level",
+            "Level of quality that requests get which ask for none; 0 is the best.",
             model,
             registry=self.registry,
         )

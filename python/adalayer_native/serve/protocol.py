@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -73,6 +73,7 @@ class InferRequest:
         shapes: per input, its sizes without the batch; None where they are the model's own.
         count: samples.
         outputs: number of an output, and whether it is wanted as bytes.
+        parameters: of the request.
     """
 
     id: str | None
@@ -80,6 +81,7 @@ class InferRequest:
     count: int
     outputs: list[tuple[int, bool]]
     shapes: tuple[tuple[int, ...], ...] | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
 
 
 def parse_request(
@@ -158,6 +160,7 @@ def parse_request(
         counts.pop(),
         outputs,
         None if own else tuple(shapes[name] for name in known),
+        parameters,
     )
 
 
@@ -465,6 +468,8 @@ def metadata(name: str, versions: Sequence[str], model: Description) -> dict[str
         extra["sizes"] = {
             name: dict(zip(keys, numbers, strict=True)) for name, numbers in sizes.items()
         }
+    if model.levels > 1:
+        extra["quality_levels"] = model.levels
     if extra:
         found["parameters"] = extra
     return found

@@ -237,6 +237,9 @@ class Worker:
             raise wire.FrameError(f"a batch of {header.count} samples")
         errors: dict[str, str] = {}
         placings: list[Placing] = []
+        level = int(meta.get("level", 0))
+        if not 0 <= level < self._runner.description.levels:
+            raise wire.FrameError(f"a batch at quality level {level}")
         try:
             if header.kind == Kind.TENSORS:
                 inputs = self._tensors(connection, header, meta, buffer)
@@ -249,7 +252,7 @@ class Worker:
                 with self._engine_lock:
                     self._busy_since = time.monotonic()
                     try:
-                        outputs = self._runner.run(inputs)
+                        outputs = self._runner.run(inputs, level)
                     finally:
                         self._busy_since = None
         except OSError:

@@ -115,6 +115,7 @@ class Description:
         softmax: whether the first output is probabilities already.
         platform: name for the metadata.
         most_output: bytes of one sample's outputs at the largest sizes.
+        levels: of quality.
     """
 
     inputs: tuple[TensorInfo, ...]
@@ -125,6 +126,7 @@ class Description:
     softmax: bool = False
     platform: str = "adalayer_ada"
     most_output: int = 0
+    levels: int = 1
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -162,6 +164,7 @@ class Description:
             bool(data["softmax"]),
             str(data["platform"]),
             int(data["most_output"]),
+            int(data["levels"]),
         )
 
 
@@ -170,9 +173,9 @@ class Runner(Protocol):
 
     description: Description
 
-    def run(self, inputs: Sequence[Input]) -> list[Array]:
+    def run(self, inputs: Sequence[Input], level: int = 0) -> list[Array]:
         """A batch: ``[n, ...]`` per input in, float32 or int32 as :attr:`TensorInfo.dtype` says;
-        contiguous float32 ``[n, ...]`` out.
+        contiguous float32 ``[n, ...]`` out. ``level``: of those that the description has.
 
         The inputs' memory is used again after the call.
         """
@@ -186,9 +189,10 @@ class EngineRunner:
         import adalayer_native as ada
 
         ada.set_num_threads(threads)
-        self._engine = ada.load(path)
-        engine = self._engine
+        engine = ada.load(path)
         check_inputs(engine)
+        # All of them from now on: when a lower one is wanted, there is no time to make it.
+        self._engines = [engine.at_quality(level) for level in range(engine.levels)]
         inputs = tuple(
             TensorInfo(port.name, tuple(port.shape), free=_free(port))
             if port.is_float
@@ -202,7 +206,7 @@ class EngineRunner:
             for port in engine.inputs
         )
         zeros = [np.zeros((1, *info.shape), info.dtype) for info in inputs]
-        result = engine.run_flat(zeros)  # also warms up
+        result, *_ = [each.run_flat(zeros) for each in self._engines]  # also warms up
         leaves = list(named(result).items())
         outputs = tuple(
             TensorInfo(
@@ -226,11 +230,12 @@ class EngineRunner:
             engine.detection,
             self._single and engine.coverage(rounds=0).rows[-1].op == "softmax",
             most_output=engine.most_output_bytes(),
+            levels=engine.levels,
         )
 
-    def run(self, inputs: Sequence[Input]) -> list[Array]:
+    def run(self, inputs: Sequence[Input], level: int = 0) -> list[Array]:
         """See :class:`Runner`."""
-        result = self._engine.run_flat(inputs)
+        result = self._engines[level].run_flat(inputs)
         if self._single:
             return [np.ascontiguousarray(result)]
         return [np.ascontiguousarray(value) for value in named(result).values()]

@@ -31,6 +31,7 @@ class Settings:
         replica_timeout: seconds after which a silent replica is given up and its batch resent.
         max_body, max_upload: bytes of an inference request and of a model upload.
         max_queue: requests waiting per model version; above it the answer is 503.
+        degrade: whether requests that ask for no level of quality get lower ones while many wait.
         max_connections: open connections; above it the answer is 503.
         header_timeout, body_timeout: seconds that a client may take to send each.
         keep_alive: seconds that an idle connection stays open.
@@ -56,6 +57,7 @@ class Settings:
     max_body: int = 64 << 20
     max_upload: int = 1 << 30
     max_queue: int = 256
+    degrade: bool = True
     max_connections: int = 4096
     max_request_batch: int = 256
     header_timeout: float = 10.0
