@@ -62,6 +62,7 @@ std::string describe(const Case& c) {
 
 void run_case(const Case& c, Isa isa, int parts, bool by_columns, Form form = Form::Dense) {
   force_isa(isa_name(isa));
+  const check::Family family(isa_name(isa));
   const KernelRow& kernels = *active_kernels();
   if (form == Form::Bitmask && bitmask_kernels(kernels).expand == nullptr) return;
   const ConvShape& s = c.shape;

@@ -212,6 +212,7 @@ void check_layer(const Layer& layer, int threads) {
     for (const cpu::KernelRow* row : cpu::kernel_rows()) {
       if (!isa_supported(row->isa)) continue;
       force_isa(row->name);
+      const check::Family family(row->name);
       const check::About where(
           [&] { return text_of(*row) + (layout == Layout::NCHW ? ", NCHW" : ", NHWC"); });
       CHECK(run<uint8_t>(layer, u8, layout, threads) == want_u8);
@@ -312,6 +313,7 @@ TEST(warm_calls_do_not_allocate) {
   for (const cpu::KernelRow* row : cpu::kernel_rows()) {
     if (!isa_supported(row->isa)) continue;
     force_isa(row->name);
+    const check::Family family(row->name);
     const check::About about([&] { return text_of(*row); });
     cpu::clear_weight_cache();
     long long allocations[3] = {};
@@ -370,6 +372,7 @@ TEST(levels_beyond_the_grid) {
     for (const cpu::KernelRow* row : cpu::kernel_rows()) {
       if (!isa_supported(row->isa)) continue;
       force_isa(row->name);
+      const check::Family family(row->name);
       const check::About about([&] { return text_of(*row) + ", grid to " + std::to_string(qmax); });
       CHECK(run<uint8_t>(layer, in, Layout::NHWC, 1) == want);
       if (qmax == 255) continue;
@@ -391,6 +394,7 @@ TEST(unpacking) {
     formats::unpack_tiles_scalar(packed.data(), bits, tiles, want.data());
     for (const cpu::KernelRow* row : cpu::kernel_rows()) {
       if (!isa_supported(row->isa)) continue;
+      const check::Family family(row->name);
       const check::About about(
           [&] { return text_of(*row) + ", " + std::to_string(bits) + " bits"; });
       row->unpack_tiles(packed.data(), bits, tiles, got.data());
@@ -422,6 +426,7 @@ TEST(bitmask_tiles) {
       CHECK(got == want);
       for (const cpu::KernelRow* row : cpu::kernel_rows()) {
         if (!isa_supported(row->isa)) continue;
+        const check::Family family(row->name);
         const cpu::UnpackTiles expand = cpu::bitmask_kernels(*row).expand;
         if (expand == nullptr) continue;
         const check::About about([&] {
@@ -632,6 +637,7 @@ void check_gemm(const cpu::KernelRow& row, const Product& p, const Exact<int8_t>
 
 /// In every form of the weights that the row takes.
 void check_gemm(const cpu::KernelRow& row, const Product& p) {
+  const check::Family family(row.name);
   if (row.arrangement == nullptr || cpu::product_bits(row, p.bits, p.qmax) < 8)
     check_gemm(row, p, nullptr);
   if (row.arrangement == nullptr) return;
@@ -785,6 +791,7 @@ TEST(gemv_of_every_row) {
         for (const cpu::KernelRow* row : cpu::kernel_rows()) {
           const bool is_arranged = row->arrangement != nullptr && bits == 8 && qmax == 255;
           if (!isa_supported(row->isa) || is_arranged) continue;
+          const check::Family family(row->name);
           for (const cpu::Gemv gemv : {row->gemv, cpu::gemv(*row)}) {
             const int64_t stride = tiles * 16 + uniform(0, 9);
             const Exact<int32_t> sums(static_cast<size_t>((rows - 1) * stride + tiles * 16));
@@ -863,6 +870,7 @@ TEST(every_size_has_its_algorithm) {
   for (const cpu::KernelRow* row : cpu::kernel_rows()) {
     if (!isa_supported(row->isa)) continue;
     force_isa(row->name);
+    const check::Family family(row->name);
     cpu::clear_weight_cache();
     // Which of them is the faster one does not matter here: a policy decides instead of the clock.
     cpu::set_winograd_policy("off");
