@@ -660,6 +660,8 @@ TEST(every_row_is_whole) {
     CHECK(w.multiply && w.groups >= 1 && w.rows >= 1);
     for (int form = 0; form < kWinogradForms; ++form)
       CHECK(w.input[form] && w.output[form]);
+    if (const cpu::WinogradByteKernels* b = row->winograd_bytes)
+      CHECK(b->input && b->multiply && b->cell > 2 && b->rows % b->together == 0);
     const cpu::ImageKernels& i = *row->image;
     CHECK(i.copy && i.lookup && i.gather && i.add && i.mul && i.line);
     CHECK(i.max_window && i.average_window && i.bilinear && i.moments && i.normalize);
