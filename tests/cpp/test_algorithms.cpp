@@ -24,7 +24,8 @@ int g_bytes[3] = {};     // of them, with products of bytes
 
 int pick(int lo, int hi) { return std::uniform_int_distribution<int>(lo, hi)(g_random); }
 
-ConvShape random_shape() {
+/// `suits`: that Winograd takes.
+ConvShape random_shape(bool suits) {
   for (;;) {
     ConvShape s;
     s.batch = 1;
@@ -43,7 +44,7 @@ ConvShape random_shape() {
     s.pad_bottom = pick(0, 2);
     s.pad_right = pick(0, 2);
     s.dilation_h = s.dilation_w = pick(0, 3) == 0 ? 2 : 1;
-    if (pick(0, 2) == 0) {  // what Winograd takes
+    if (suits || pick(0, 2) == 0) {
       s.kernel_h = s.kernel_w = 3;
       s.groups = s.stride_h = s.stride_w = s.dilation_h = s.dilation_w = 1;
     }
@@ -64,10 +65,14 @@ struct Layer {
   std::vector<float> want;  // [h][w][c]
 };
 
-Layer random_layer() {
-  Layer l{random_shape(), pick(2, 8), 255, 0, {}, {}, {}, {}};
+/// `narrow`: Winograd's products may be of bytes.
+Layer random_layer(bool narrow) {
+  Layer l{random_shape(narrow), pick(2, narrow ? 4 : 8), 255, 0, {}, {}, {}, {}};
   const ConvShape& s = l.shape;
-  if (pick(0, 1) == 1) l.qmax = (1 << pick(2, 8)) - 1;
+  if (narrow)
+    l.qmax = (1 << pick(1, 6)) - 1;
+  else if (pick(0, 1) == 1)
+    l.qmax = (1 << pick(2, 8)) - 1;
   l.zero_point = pick(0, l.qmax);
   const int half = 1 << (l.bits - 1), zeros = pick(0, 90);
   // The least of all weights and the largest of all levels are where sums in 16 bits would end.
@@ -200,8 +205,8 @@ using Names = std::vector<std::string>;
 }  // namespace
 
 TEST(every_form_of_random_layers) {
-  for (int i = 0; i < 60; ++i) {
-    const Layer l = random_layer();
+  for (int i = 0; i < 64; ++i) {
+    const Layer l = random_layer(i >= 60);
     for (const KernelRow* row : kernel_rows()) {
       if (!isa_supported(row->isa)) continue;
       force_isa(row->name);
