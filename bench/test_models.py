@@ -42,7 +42,8 @@ BEST_PLAN = {
     "vgg16_mean": 1.9, "resnet18": 1.5, "resnet50": 1.25, "adalayernet": 1.8, "resnet20": 1.8,
     "unet": 1.8, "mobilenet_v2": 1.6,
 }  # fmt: skip
-HAS_TILES = "amx" in ops.isas()
+# Of the instruction set that runs, which may be a forced one.
+HAS_TILES = ops.active_isa() == "amx"
 
 
 def targets_at(name: str, batch: int, threads: int) -> dict[int, float]:
@@ -51,7 +52,7 @@ def targets_at(name: str, batch: int, threads: int) -> dict[int, float]:
         return WITH_TILES.get((name, batch, threads), {})
     if batch > 1:
         return {8: 1.1} if threads == 2 else {}
-    return (WITH_VNNI if "avx512vnni" in ops.isas() else WITH_AVX2).get(name, {})
+    return (WITH_VNNI if ops.active_isa() == "avx512vnni" else WITH_AVX2).get(name, {})
 
 
 RANDOM_TARGET = 1.3 if HAS_TILES else 1.1

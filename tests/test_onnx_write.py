@@ -188,3 +188,72 @@ def test_a_file_is_whole_or_absent(network, tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"net\.onnx"):
         ada.to_onnx(native, path)
     assert path.read_bytes() == b"before" and os.listdir(tmp_path) == ["net.onnx"]
+
+
+class Choices(nn.Module):
+    """Comparisons, choices, orders and sums along axes behind a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.fc = nn.Linear(8, 6)
+
+    def forward(self, x):
+        y = self.conv(x)
+        y = torch.maximum(y, y.roll((1, -2), (2, 3)))
+        y = torch.where(y > 0.1, y, torch.minimum(y.flip(3), y * 0.5))
+        y = y.masked_fill((y >= 1.5) | (y != y), 0.25)
+        rows, columns = y.mean(2), y.mean(3)
+        mixed = torch.einsum("bcw, bdw -> bcd", rows, columns)
+        mixed = torch.stack(mixed.unbind(1), 2).cumsum(2)
+        most, place = mixed.max(2)
+        z = self.fc(most + mixed.min(1).values)
+        top, order = z.topk(3, 1)
+        return z, z.argmax(1), z.argmin(1, keepdim=True), top, order, place, z.sort(1)[0]
+
+
+@pytest.fixture(scope="module")
+def choices():
+    torch.manual_seed(1)
+    x = torch.randn(5, 3, 6, 6)
+    return converted(Choices(), x, {"conv": 8, "fc": 8}), x
+
+
+def test_choices(choices, tmp_path):
+    native, x = choices
+    path = tmp_path / "net.onnx"
+    ada.to_onnx(native, path)
+    onnx.checker.check_model(str(path), full_check=True)
+    wanted, got = [value.detach().numpy() for value in native(x)], by_runtime(str(path), x)
+    assert [value.dtype for value in got] == [value.dtype for value in wanted]
+    close = np.abs(got[0] - wanted[0]).max(1) < 1e-4  # else a level went another way
+    assert close.mean() >= 0.6
+    for ours, others in zip(wanted, got, strict=True):
+        assert ours.shape == others.shape
+        np.testing.assert_allclose(others[close], ours[close], atol=1e-3)
+
+
+class OverTheBatch(nn.Module):
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.function = function
+
+    def forward(self, x):
+        return self.function(self.fc(x))
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (lambda y: y.roll(1, 0), "a roll along the batch"),
+        (lambda y: y.roll(3), "a roll over all axes together"),
+        (lambda y: y.argmax(keepdim=True), "over all axes, which are kept"),
+    ],
+)
+def test_choices_that_onnx_has_not(function, said, tmp_path):
+    x = torch.randn(4, 4)
+    native = converted(OverTheBatch(function), x, {"fc": 8})
+    with pytest.raises(UnsupportedModelError, match=said):
+        ada.to_onnx(native, tmp_path / "net.onnx")
+    assert not list(tmp_path.iterdir())

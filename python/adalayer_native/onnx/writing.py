@@ -15,7 +15,7 @@ from adalayer_native.capture import GraphModel, TensorInfo, info_of
 from adalayer_native.engine.compiler import check_converted
 from adalayer_native.engine.export import Exported, export, op_name
 from adalayer_native.errors import InputError, UnsupportedModelError
-from adalayer_native.onnx import writing_layers  # noqa: F401  (it fills the table of rules)
+from adalayer_native.onnx import writing_choices, writing_layers  # noqa: F401  (they fill the table of rules)
 from adalayer_native.onnx.emitting import RULES, Emitter, Unwritable, described
 from adalayer_native.onnx.package import onnx_package
 from adalayer_native.onnx.writing_rules import getitem, is_getitem

@@ -15,8 +15,10 @@ void multiply_rows(const WinogradProductArgs& a, int row) {
   constexpr int kPointers = (kRows + 2) / 3;
   const int64_t stride = a.factor_stride;
   const int16_t* factors[kPointers];
-  for (int i = 0; i < kPointers; ++i)
-    factors[i] = a.factors + (row + 3 * i) * stride;
+  unrolled<0, kPointers>([&](auto i) __attribute__((always_inline)) {
+    factors[i.value] = a.factors + (row + 3 * i.value) * stride;
+    __asm__("" : "+r"(factors[i.value]));  // or the compiler makes twelve of them
+  });
   const uint8_t* taps = a.taps;
   T sums[kRows][kVectors];
   const auto step = [&](auto first) __attribute__((always_inline)) {
@@ -37,10 +39,10 @@ void multiply_rows(const WinogradProductArgs& a, int row) {
     });
     __builtin_prefetch(taps + kAhead);
     taps += kParts * kPartBytes;
-    for (const int16_t*& pointer : factors) {
-      pointer += 2;
-      __asm__("" : "+r"(pointer));  // or the compiler makes twelve of them
-    }
+    unrolled<0, kPointers>([&](auto i) __attribute__((always_inline)) {
+      factors[i.value] += 2;
+      __asm__("" : "+r"(factors[i.value]));
+    });
   };
   step(std::true_type());
   for (int64_t p = 1; p < a.pairs; ++p)
