@@ -226,8 +226,16 @@ void check_layer(const Layer& layer, int threads) {
   cpu::set_winograd_policy("auto");
 }
 
+// Fewer in an emulator, where the clock's trials of every layer, on up to three instruction sets,
+// take minutes.
+#ifdef ADALAYER_EMULATED
+constexpr int kRandomLayers = 50;
+#else
+constexpr int kRandomLayers = 150;
+#endif
+
 TEST(random_layers) {
-  for (int i = 0; i < 150; ++i)
+  for (int i = 0; i < kRandomLayers; ++i)
     check_layer(make_layer(random_shape(), uniform(2, 8)), uniform(1, 3));
 }
 
