@@ -10,8 +10,8 @@
 //
 //   const check::About about([&] { return "bits " + std::to_string(bits); });
 //
-// A Family says which kernels the checks of a block judge; how many there were of each is printed at
-// the end, so that a family that was never compared with anything is seen.
+// A Family says which kernels the checks of a block judge. How many each had is printed at the end,
+// so that a family that was never compared with anything is seen.
 #pragma once
 
 #include <atomic>
@@ -72,7 +72,7 @@ class About {
   const About* outer_;
 };
 
-/// The kernels, such as "neon", that the checks of this thread are about, until the end of the block.
+/// The kernels, such as "neon", that the checks of this thread judge, until the end of the block.
 class Family {
  public:
   explicit Family(std::string_view name) : outer_(counter()) {
