@@ -209,11 +209,10 @@ constexpr WinogradByteKernels kPlainBytes{.cell = kCell,
                                           .input = plain_byte_input<kCell, kTogether>,
                                           .multiply = plain_byte_products<kCell, kTogether>};
 
-/// A row's kernels of bytes, and those that every row can be tested with.
+/// A row's kernels of bytes, or those that every row can be tested with.
 std::vector<const WinogradByteKernels*> byte_kernels_of(const KernelRow& row) {
-  std::vector<const WinogradByteKernels*> all{&kPlainBytes<4, 1>, &kPlainBytes<8, 2>};
-  if (row.winograd_bytes != nullptr) all.push_back(row.winograd_bytes);
-  return all;
+  if (row.winograd_bytes != nullptr) return {row.winograd_bytes};
+  return {&kPlainBytes<4, 1>, &kPlainBytes<8, 2>};
 }
 
 /// A part has a scratch of its own, as large as said.
