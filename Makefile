@@ -55,7 +55,7 @@ install: $(PACKAGE_STAMP) $(LINT_STAMP) $(TEST_STAMP)
 
 # Side by side, a process per core; each of them with one thread, or they would fight for the cores.
 # (Tests of threads set their number themselves.)
-SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 test: test-cpp $(TEST_STAMP)
 	$(SIDE_BY_SIDE) -m "not slow"
 

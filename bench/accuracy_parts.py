@@ -25,10 +25,10 @@ from adalayer_native.capture import GraphModel
 from adalayer_native.importance.batches import kl_divergence
 from adalayer_native.plan import supported_layers
 from adalayer_native.repair import HELD_BACK, layer_hessians
-from adalayer_native.repair.walk import Data
+from adalayer_native.repair.streams import Data
 from adalayer_native.rounding import layer_form
 from bench.accuracy_imagenet import pictures
-from bench.report import table
+from bench.markdown import table
 from bench.zoo.networks import efficientnet_lite
 
 Rounded = Mapping[str, tuple[Tensor, Tensor]]  # weight, and what is added to the output

@@ -255,7 +255,7 @@ def main() -> None:
     arguments = parser.parse_args()
     text = others(arguments.others) if arguments.others else table()
     if arguments.write and not arguments.others:
-        from bench.report import write_part
+        from bench.markdown import write_part
 
         write_part(PAGE, MARKERS, text)
     print(text)

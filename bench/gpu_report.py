@@ -16,8 +16,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from bench.markdown import table, write_part
 from bench.record import ROOT
-from bench.report import PAGE, table, write_part
+from bench.report import PAGE
 
 RESULTS = ROOT / "build" / "gpu-bench.json"
 BEGIN = "<!-- gpu: begin (written by python -m bench.gpu_report) -->"

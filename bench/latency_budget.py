@@ -35,8 +35,8 @@ from adalayer_native.data import Batches, calibration_indices, open_dataset
 from adalayer_native.models import load_weights
 from adalayer_native.plan import Plan, supported_layers
 from bench.images import structured_images
+from bench.markdown import table
 from bench.networks import network
-from bench.report import table
 
 WARM, CALLS = 3, 12  # calls of an engine per turn, of which the first do not count
 OVER = 0.10  # a budget is met if the engine takes at most so much more

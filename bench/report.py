@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from adalayer_native._files import write_text_atomic
 from bench.interleave import STATES, Comparison, Spread
+from bench.markdown import table, with_part
 from bench.record import RESULTS, ROOT, Results
 
 PAGE = ROOT / "docs" / "performance.md"
@@ -47,12 +47,6 @@ def _ms(spread: Spread) -> str:
 
 
 # -------------------------------------------------------------------------------------- markdown
-
-
-def table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """A markdown table; the first column left, the others right."""
-    lines = ["| " + " | ".join(heading) + " |", "|---|" + "---:|" * (len(heading) - 1)]
-    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
 
 
 def shown_state(spread_table: Mapping[str, Mapping[str, Spread]]) -> str:
@@ -205,30 +199,6 @@ def page_section(results: Results) -> str:
         lines += ["## Channel counts 1 to 257", "", *channel_lines(results)]
     lines += ["## Targets", "", *verdict_table(results), *figure_table(results)]
     return "\n".join(lines)
-
-
-def with_part(text: str, markers: tuple[str, str], part: str, page: Path) -> str:
-    """A page's text with another generated part between two markers.
-
-    Raises:
-        ValueError: a marker is missing; names the page.
-    """
-    begin, end = text.find(markers[0]), text.find(markers[1])
-    if begin < 0 or end < begin:
-        raise ValueError(f"{page}: expected the markers {markers[0]!r} and {markers[1]!r}")
-    return f"{text[: begin + len(markers[0])]}\n\n{part}\n{text[end:]}"
-
-
-def write_part(page: Path, markers: tuple[str, str], part: str) -> None:
-    """Replace the generated part of a page between two markers, or add it at the end.
-
-    Raises:
-        ValueError: only one of the two markers is there.
-    """
-    text = page.read_text(encoding="utf-8") if page.is_file() else ""
-    if not any(marker in text for marker in markers):
-        text = "\n".join([text.rstrip(), "", *markers, ""])
-    write_text_atomic(page, with_part(text, markers, part, page))
 
 
 def write_page(results: Results, page: Path = PAGE) -> None:

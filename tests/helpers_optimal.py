@@ -9,7 +9,7 @@ from helpers_models import batches
 from adalayer_native.allocation import allocate
 from adalayer_native.plan import Plan
 
-FEW = {"widths": (2, 4, 8), "sparsities": (0.0, 0.6), "step": None, "finalists": 0}
+FEW = {"widths": (2, 4, 8), "sparsities": (0.0, 0.6), "step": None, "repaired_plans": 0}
 
 
 def optimal(model, budget, *, data=None, **options) -> Plan:

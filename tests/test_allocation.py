@@ -293,7 +293,7 @@ def test_fixed_hyper_parameters(scored) -> None:
     plan = quiet(scores, Budget(size=0.5), model=model, hyper=hyper)
     assert plan.hyper == hyper
     with pytest.raises(BudgetError, match="with these hyper-parameters: the smallest reachable"):
-        quiet(scores, Budget(size=0.2), model=model, hyper={**hyper, "bmax": 9, "lambda": 0})
+        quiet(scores, Budget(size=0.26), model=model, hyper={**hyper, "bmax": 9, "lambda": 0})
     for bad in ({"delte": 1}, {"gamma": -1}, {"gamma": float("nan")}, {"gamma": "x"}):
         with pytest.raises(PlanError, match="hyper-parameter"):
             quiet(scores, Budget(size=0.5), model=model, hyper=bad)
@@ -398,9 +398,9 @@ def test_layers_the_native_code_lacks_stay_float() -> None:
     plan = quiet(scores, Budget(size=1.0), model=model, calibration=batches())
     assert plan["0"].bits is not None
     assert plan["3"].bits is None
-    assert list(plan.float_rest) == ["3"]
+    assert list(plan.float_work) == ["3"]
     share = 4 * 66240 / (4 * 66240 + 64 * 3 * 1035)
-    assert plan.float_rest["3"]["share"] == pytest.approx(share)
+    assert plan.float_work["3"]["share"] == pytest.approx(share)
 
 
 def too_large() -> nn.Sequential:

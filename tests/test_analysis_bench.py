@@ -26,7 +26,7 @@ from helpers_models import batches, tiny
 from adalayer_native.importance import analyze
 import importlib
 module = importlib.import_module("adalayer_native.importance.analyze")
-module.SAVE_INTERVAL = 0.0
+sys.modules["adalayer_native._json_cache"].SAVE_INTERVAL = 0.0
 
 class Slowly:
     def __iter__(self):

@@ -10,7 +10,7 @@ from torch import nn
 import adalayer_native as ada
 from adalayer_native.allocation.repaired import RepairedWeights
 from adalayer_native.repair.equalize import equalize_layers, pairs_of
-from adalayer_native.repair.walk import Data
+from adalayer_native.repair.streams import Data
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import adalayer_native as ada
 from adalayer_native.capture import GraphModel
-from adalayer_native.capture.work import float_rest
+from adalayer_native.capture.work import float_work
 from adalayer_native.errors import InputError, UnsupportedModelError
 from adalayer_native.plan import supported_layers
 
@@ -151,7 +151,7 @@ def test_an_excluded_submodule_stays_as_it_is(pair: bool) -> None:
     with pytest.raises(InputError, match="expected shape"):
         graph(torch.randn(2, 3, 9, 9))
     plan = plan_of(graph)
-    rest = float_rest(graph, set(plan.layers))
+    rest = float_work(graph, set(plan.layers))
     assert {part.name for part in rest.parts} == {"picky"}
     assert 0 < rest.share < 1
     prepared = ada.prepare(graph, plan)

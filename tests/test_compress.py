@@ -170,7 +170,7 @@ def test_any_padding_is_native():
     model = network()
     model.conv2.padding_mode = "reflect"
     result = compress(model, ada.Budget(size=0.6), method="uniform")
-    assert result.kept_float == {} and not result.float_rest
+    assert result.kept_float == {} and not result.float_work
     assert isinstance(result.model.get_submodule("conv2"), ada.nn.Conv2d)
 
 
@@ -186,8 +186,8 @@ def test_layer_that_cannot_be_native_stays_float_and_is_reported(tmp_path):
     assert len(seen) == 1
     assert list(result.kept_float) == ["3"]
     assert "accumulator" in result.kept_float["3"]
-    assert result.float_rest.share == pytest.approx(share)
-    assert result.plan.float_rest["3"]["share"] == pytest.approx(share)
+    assert result.float_work.share == pytest.approx(share)
+    assert result.plan.float_work["3"]["share"] == pytest.approx(share)
     assert "Stays in float: 3 (" in str(result.plan)
     assert ada.Plan.from_json(result.plan.to_json()) == result.plan
     assert result.plan["3"].bits is None
@@ -203,8 +203,8 @@ def test_strict_is_about_the_plan_too():
     with pytest.raises(ada.UnsupportedModelError, match=r"strict: .*conv2 \(.*the plan keeps it"):
         compress(captured, ada.Budget(size=0.6), strict=True, **options)
     result = compress(captured, ada.Budget(size=0.6), **options)  # no warning: it was asked for
-    assert [part.name for part in result.float_rest.parts] == ["conv2"]
-    assert result.kept_float == {} and result.plan.float_rest == {}
+    assert [part.name for part in result.float_work.parts] == ["conv2"]
+    assert result.kept_float == {} and result.plan.float_work == {}
 
 
 def test_effort_decides_about_learning_and_is_one_of_three() -> None:

@@ -145,16 +145,16 @@ def test_flipped_weights_are_cached_by_content():
     native, weight = random_native({"kernel_size": 2, "stride": 2})
     x = torch.randn(1, 12, 3, 3)
     native(x)
-    before = len(ops.cpu._flipped)
+    before = len(ops.layer._flipped)
     assert torch.equal(copy.deepcopy(native)(x), expected(native, weight, x))
-    assert len(ops.cpu._flipped) == before
+    assert len(ops.layer._flipped) == before
     # Edited in place: other content, other entry.
     other, other_weight = random_native({"kernel_size": 2, "stride": 2}, seed=1)
     native.load_state_dict(other.state_dict())
     assert torch.equal(native(x), expected(other, other_weight, x))
-    for seed in range(ops.cpu._FLIPPED_LIMIT + 3):
+    for seed in range(ops.layer._FLIPPED_LIMIT + 3):
         random_native({"kernel_size": 2, "stride": 2}, bits=2, seed=seed)[0](x)
-    assert len(ops.cpu._flipped) == ops.cpu._FLIPPED_LIMIT
+    assert len(ops.layer._flipped) == ops.layer._FLIPPED_LIMIT
 
 
 def test_wrong_arguments_are_errors():

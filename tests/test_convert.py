@@ -25,10 +25,10 @@ from adalayer_native.plan import LayerPlan, Plan, layer_kind, supported_layers
 from adalayer_native.quantization import (
     calibrate,
     convert,
-    native_layout,
     prepare,
     restore,
     simulate,
+    stored_model,
 )
 from adalayer_native.quantization.graph import layers_of
 from adalayer_native.rounding import fma_float32
@@ -211,7 +211,7 @@ def test_conversion_folds_fuses_and_drops() -> None:
         assert torch.equal(value, before[key])
     # stored operands of the addition, the pooling and the concatenation keep their grid
     kept = [name for name, module in modules.items() if isinstance(module, native_nn.FakeQuantize)]
-    assert sorted(kept) == sorted(native_layout(*model_and_plan()).quantizers)
+    assert sorted(kept) == sorted(stored_model(*model_and_plan()).quantizers)
 
 
 def model_and_plan() -> tuple[nn.Module, Plan]:
@@ -302,7 +302,7 @@ def test_folded_linear_refuses_three_dimensions() -> None:
 def test_layout_is_what_the_file_holds(sparsity: float) -> None:
     model, prepared = ready(4, sparsity)
     state = convert(prepared).state_dict()
-    entries = native_layout(model, plan_for(model, 4, sparsity)).entries()
+    entries = stored_model(model, plan_for(model, 4, sparsity)).entries()
     assert sorted(key for key, _, _ in entries) == sorted(state)
     names = {"F32": torch.float32, "U8": torch.uint8, "I64": torch.int64}
     for key, dtype, shape in entries:
@@ -313,13 +313,13 @@ def test_layout_is_what_the_file_holds(sparsity: float) -> None:
 def test_layout_follows_the_plan_and_the_model() -> None:
     model = randomised(Block())
     plan = plan_for(model)
-    assert "bn.weight" not in {key for key, _, _ in native_layout(model, plan).float_tensors}
+    assert "bn.weight" not in {key for key, _, _ in stored_model(model, plan).float_tensors}
     plan["stem"].bits = None
-    keys = {key for key, _, _ in native_layout(model, plan).float_tensors}
+    keys = {key for key, _, _ in stored_model(model, plan).float_tensors}
     assert {"stem.weight", "bn.running_var"} <= keys
     # Exchanging a module must not meet a remembered trace.
     model.bn = nn.Identity()
-    keys = {key for key, _, _ in native_layout(model, plan).float_tensors}
+    keys = {key for key, _, _ in stored_model(model, plan).float_tensors}
     assert "bn.running_var" not in keys
 
 

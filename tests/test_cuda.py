@@ -47,6 +47,11 @@ def emulated(monkeypatch):
     library._loaded = None
 
 
+def operate(operator, *args):
+    """What the operator does on GPU tensors, with CPU tensors for the GPU in software."""
+    return ops.cuda.run_cuda(ops.geometry.call_of(operator, args, {}))
+
+
 def run(engine, program, inputs, nhwc=False):
     orders = [nhwc and any_order for any_order in engine.any_order()]
     arrays = [
@@ -144,7 +149,7 @@ def test_operators_on_a_gpu_in_software(emulated):
         addend = torch.randn_like(plain) if residual else None
         args += (*bounds, addend, *grid)
         expected = ops.conv2d(x, packed, scale, bias, *args)
-        got = ops.cuda.conv2d_cuda(x, packed, scale, bias, *args)
+        got = operate("conv2d", x, packed, scale, bias, *args)
         assert torch.equal(got, expected)
         assert got.stride() == expected.stride()
 
@@ -157,17 +162,17 @@ def test_other_operators_on_a_gpu_in_software(emulated):
     packed = ops.pack_weight(weights((8, 3, 3, 4), 4), 4)
     args = (0.03, 100, 8, (3, 4), (2, 3), (1, 0), (1, 1), (1, 1), 4)
     expected = ops.conv_transpose2d(x, packed, scale, bias, *args)
-    assert torch.equal(ops.cuda.conv_transpose2d_cuda(x, packed, scale, bias, *args), expected)
+    assert torch.equal(operate("conv_transpose2d", x, packed, scale, bias, *args), expected)
     flat = ops.pack_weight(weights((8, 6), 3), 3)
     expected = ops.linear(x, flat, scale, bias, 0.05, 128, 8)
-    assert torch.equal(ops.cuda.linear_cuda(x, flat, scale, bias, 0.05, 128, 8), expected)
+    assert torch.equal(operate("linear", x, flat, scale, bias, 0.05, 128, 8), expected)
     got = ops.cuda.linear_weight_only_cuda(x.half(), flat, scale, bias)
     torch.testing.assert_close(got, ops.linear_weight_only(x.half(), flat, scale, bias))
     levels = torch.randint(0, 256, (2, 12, 9, 8), dtype=torch.uint8)
     whole = ops.pack_weight(weights((8, 12, 3, 3), 5), 5)
     args = (17, 90, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1, 5, 250)
     expected = ops.conv2d_u8(levels, whole, scale, bias * 20, *args)
-    assert torch.equal(ops.cuda.conv2d_u8_cuda(levels, whole, scale, bias * 20, *args), expected)
+    assert torch.equal(operate("conv2d_u8", levels, whole, scale, bias * 20, *args), expected)
     for t in (x, x.half(), x.transpose(0, 2), x[:, ::2], x[:0]):
         expected = ops.fake_quantize(t, 0.1, 30, 6)
         assert torch.equal(ops.cuda.fake_quantize_cuda(t, 0.1, 30, 6), expected)
@@ -183,10 +188,10 @@ def test_changed_parameters_are_noticed(emulated):
         change()
         expected = ops.conv2d(x, packed, scale, bias, *args)
         for _ in range(2):
-            assert torch.equal(ops.cuda.conv2d_cuda(x, packed, scale, bias, *args), expected)
+            assert torch.equal(operate("conv2d", x, packed, scale, bias, *args), expected)
     packed.copy_(ops.pack_weight(weights((4, 3, 1, 1), 4).flip(0), 4))
     expected = ops.conv2d(x, packed, scale, bias, *args)
-    assert torch.equal(ops.cuda.conv2d_cuda(x, packed, scale, bias, *args), expected)
+    assert torch.equal(operate("conv2d", x, packed, scale, bias, *args), expected)
 
 
 def test_profile_and_sizes(emulated):
@@ -238,10 +243,10 @@ def test_tensors_of_another_device_are_named(on_gpu):
     packed = ops.pack_weight(weights((4, 3, 1, 1), 4), 4)
     args = (torch.rand(4), torch.zeros(4), 0.1, 0, 8, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1)
     with pytest.raises(InputError, match="the input is on cpu, but weight_packed is on meta"):
-        ops.cuda.conv2d_cuda(x, packed.to("meta"), *args)
+        operate("conv2d", x, packed.to("meta"), *args)
     residual = torch.zeros(2, 4, 4, 4, device="meta")
     with pytest.raises(InputError, match="the input is on cpu, but residual is on meta"):
-        ops.cuda.conv2d_cuda(x, packed, *args, None, None, residual)
+        operate("conv2d", x, packed, *args, None, None, residual)
 
 
 def test_memory_that_is_not_there_is_an_error(on_gpu, monkeypatch):
@@ -277,7 +282,7 @@ def test_views_and_empty_batches_on_a_gpu_in_software(emulated):
     whole = torch.randn(4, 12, 9, 11)
     for x in (whole[:, 3:9, 1:, 2:], whole[:, ::2], whole[1:, :6].transpose(2, 3), whole[:0, :6]):
         expected = ops.conv2d(x, packed, scale, bias, *args)
-        assert torch.equal(ops.cuda.conv2d_cuda(x, packed, scale, bias, *args), expected)
+        assert torch.equal(operate("conv2d", x, packed, scale, bias, *args), expected)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from adalayer_native.cli import app
 from adalayer_native.data import open_dataset
-from adalayer_native.data.layout import DATA_HELP
+from adalayer_native.data.folders import DATA_HELP
 from adalayer_native.data.sources import ImageList, list_images
 from adalayer_native.errors import DataError
 

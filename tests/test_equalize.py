@@ -11,7 +11,7 @@ from torch import nn
 import adalayer_native as ada
 from adalayer_native.plan import layer_kind, supported_layers
 from adalayer_native.repair.equalize import Pair, equalize_layers, pairs_of, scale_pair
-from adalayer_native.repair.walk import Data, float_twin
+from adalayer_native.repair.streams import Data, float_twin
 
 
 def conv(*args, **kwargs) -> nn.Sequential:

@@ -35,9 +35,9 @@ from adalayer_native.capture import exporting
 # The package's function of this name hides the module.
 capture_module = sys.modules["adalayer_native.capture.capture"]
 
-# The slow test. torch.export alone takes a good part of a second for one small network, so that two
-# slow cores judge some hundred in this time; a machine that is busy with other tests reaches these.
-SECONDS, LEAST = 240, 50
+# The slow test. torch.export alone takes a good part of a second for one small network; a machine
+# that is slow, or busy with other tests, reaches these.
+SECONDS, LEAST = 120, 50
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import adalayer_native as ada
 from adalayer_native.quantization.convert import convert
 from adalayer_native.quantization.graph import build_prepared
-from adalayer_native.quantization.layout import native_layout
+from adalayer_native.quantization.stored import stored_model
 
 
 def settled(norm: nn.Module) -> nn.Module:
@@ -66,7 +66,7 @@ def test_it_leaves_the_graph(case: str, tmp_path: Path) -> None:
         assert torch.equal(native(x), exact(x))
     engine = ada.compile(native, x, policy="native", weights="resident")
     assert torch.equal(engine(x), native(x))
-    keys = {key for key, _, _ in native_layout(graph, plan).entries()}
+    keys = {key for key, _, _ in stored_model(graph, plan).entries()}
     assert keys == set(native.state_dict())
     ada.save(native, tmp_path / "m.safetensors")
     assert torch.equal(ada.restore(graph, tmp_path / "m.safetensors")(x), native(x))

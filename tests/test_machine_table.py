@@ -49,7 +49,7 @@ ISA = KERNELS[-1] if KERNELS else ""  # the slowest: seldom the one in use
 OPTIONS = options_of((2, 8), (0.0, 0.6), ("unstructured", "block16x64"), (6,))
 BATCHES = batches(2, 12)
 X = BATCHES[0][0][:1]
-FEW = {"step": None, "finalists": 0, "rounds": 1, "interactions": False}
+FEW = {"step": None, "repaired_plans": 0, "rounds": 1, "interactions": False}
 
 
 class Other(nn.Module):

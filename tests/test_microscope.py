@@ -213,7 +213,7 @@ def test_memory_is_bounded_and_pieces_change_nothing(monkeypatch) -> None:
     model, data = captured(Residual), data_of(Residual, 1, 30)
     native = ada.convert(prepared_of(model, data, 4))
     whole = compared(model, native, data, suggest=False)
-    monkeypatch.setattr("adalayer_native.microscope.measuring.MEMORY", 200_000)
+    monkeypatch.setattr("adalayer_native.microscope.layer_errors.MEMORY", 200_000)
     cut = compared(model, native, data, suggest=False)
     for a, b in zip(whole, cut, strict=True):
         assert a.name == b.name and a.clipped == b.clipped and a.observed == b.observed

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 import adalayer_native as ada
 from adalayer_native import ops
 from adalayer_native.allocation import Budget, LayerTable, Settings
-from adalayer_native.allocation import measuring as tables_of
+from adalayer_native.allocation import measured_tables as tables_of
 from adalayer_native.allocation import optimal as method
 from adalayer_native.allocation.evaluate import Evaluator
 from adalayer_native.allocation.knapsack import Limit, Link, solve
 from adalayer_native.allocation.latencies import latency_table
-from adalayer_native.allocation.measuring import (
+from adalayer_native.allocation.measured_tables import (
     Data,
     inputs_of,
     loader_of,

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import adalayer_native as ada
+from adalayer_native import _C
 from adalayer_native.errors import FileFormatError, UnsupportedModelError
+from adalayer_native.operations import geometry, parameters
 
 
 def conv(bits=8, **options):
@@ -285,3 +290,130 @@ def test_layers_leave_the_dispatcher_out_only_where_nobody_watches(layer, shape,
         also = native(x)
     assert seen.names == [name]
     assert torch.equal(native(x), watched) and torch.equal(native(x), also)
+
+
+def fresh(layer):
+    """The operator on what the layer holds now."""
+    name, given = layer.operator()
+    return lambda x: getattr(ada.ops, name)(x, **given)
+
+
+def _bias_past_its_version(layer):
+    layer.bias.data.add_(1)
+
+
+def _other_memory(layer):
+    layer.bias.data = layer.bias * 3
+
+
+def _another_scale(layer):
+    layer.weight_scale.numpy()[:] *= 2
+
+
+def _another_buffer(layer):
+    layer.bias = layer.bias + 5
+
+
+def _another_clamp(layer):
+    layer.lo, layer.hi = -0.1, 0.2
+
+
+def _another_grid(layer):
+    layer._set_grid(ada.nn.layer.checked_qparams(0.3, 7, 5))
+
+
+def _other_weights(layer):
+    torch.manual_seed(9)
+    other = nn.Conv2d(6, 8, 3) if isinstance(layer, ada.nn.Conv2d) else nn.Linear(20, 7)
+    made = type(layer).from_float(other, 3, input_range=(-1.0, 2.0))
+    layer.load_state_dict(made.state_dict())
+
+
+CHANGES = [
+    _bias_past_its_version,
+    _other_memory,
+    _another_scale,
+    _another_buffer,
+    _another_clamp,
+    _another_grid,
+    _other_weights,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(("make", "shape"), [(conv, (2, 6, 5, 5)), (linear, (3, 20))])
+def test_a_layer_that_is_ready_notices_what_is_changed(make, shape, change):
+    _, layer = make()
+    x = torch.randn(shape)
+    before = layer(x)
+    assert torch.equal(layer(x), before)
+    change(layer)
+    after = layer(x)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, fresh(layer)(x))
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(copied(x), after)
+
+
+def test_a_layer_that_is_ready_notices_geometry_and_output_grid():
+    _, layer = conv()
+    x = torch.randn(2, 6, 7, 7)
+    before = layer(x)
+    layer.stride = (2, 2)
+    assert torch.equal(layer(x), before[..., ::2, ::2])
+    grid = ada.nn.FakeQuantize(0.25, 3, 4)
+    layer.__dict__["output_grid"] = grid
+    assert torch.equal(layer(x), grid(before[..., ::2, ::2]))
+    grid._set_grid(ada.nn.layer.checked_qparams(0.5, 1, 3))
+    assert torch.equal(layer(x), grid(before[..., ::2, ::2]))
+    layer.bias = torch.zeros(5)
+    with pytest.raises(TypeError, match=r"bias must be contiguous float32 \[8\]"):
+        layer(x)
+
+
+def test_moving_a_layer_leaves_no_memory_behind():
+    _, layer = conv()
+    layer(torch.randn(1, 6, 5, 5))
+    assert layer._made is not None
+    layer.to("meta")
+    assert layer._made is None
+
+
+def test_sizes_of_results_are_those_of_torch_and_of_the_engine():
+    numbers = random.Random(3)
+    checked = 0
+    while checked < 60:
+        kernel, stride, dilation, size = (
+            (numbers.randint(1, most), numbers.randint(1, most)) for most in (4, 3, 3, 12)
+        )
+        padding = [numbers.randint(0, 3) for _ in range(4)]
+        top, left, bottom, right = padding
+        x = torch.empty(1, 2, *size, device="meta")
+        try:
+            found = ada.ops.conv_out_shape(x.shape, 3, kernel, stride, padding, dilation)
+        except ValueError:
+            continue
+        checked += 1
+        weight = torch.empty(3, 2, *kernel, device="meta")
+        padded = F.pad(x, (left, right, top, bottom))
+        assert F.conv2d(padded, weight, None, stride, 0, dilation).shape == found
+        around = [min(k - 1, 2) for k in kernel]
+        back = ada.ops.transposed_out_size(size, kernel, stride, around, dilation)
+        turned = weight.transpose(0, 1)
+        expected = F.conv_transpose2d(x, turned, None, stride, around, dilation=dilation)
+        assert expected.shape[2:] == back
+        program = _C.Program()
+        values = [program.add_value("x", "f32", 2, *size)]
+        values.append(program.add_value("y", "f32", 3, *found[2:]))
+        held = torch.zeros(3, 2, *kernel), torch.zeros(3)
+        numbers_of = [program.add_constant_f32(t.data_ptr(), t.numel()) for t in held]
+        lists = parameters(
+            "float_conv",
+            **geometry(kernel, stride, padding, dilation),
+            weights=numbers_of[0],
+            bias=numbers_of[1],
+        )
+        program.add_node("float_conv", "c", values[:1], values[1], *lists)
+        program.set_inputs(values[:1])
+        program.set_outputs(values[1:])
+        program.validate()  # which refuses any other size

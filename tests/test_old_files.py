@@ -42,3 +42,16 @@ def test_ada(answered: tuple[torch.Tensor, torch.Tensor], tmp_path: Path) -> Non
     assert torch.equal(engine(x), y)
     engine.save(tmp_path / "again.ada")
     assert torch.equal(ada.load(tmp_path / "again.ada")(x), y)
+
+
+def test_each_reader_names_the_other_for_the_other_kind_of_file(tmp_path: Path) -> None:
+    with pytest.raises(ada.FileFormatError, match=r"packed model file: .*restore\(model, path\)"):
+        ada.load(FOLDER / "resnet20.safetensors")
+    with pytest.raises(ada.FileFormatError, match=r"an engine's: .*load\(path\) opens it"):
+        ada.restore(resnet20(10), FOLDER / "resnet20.ada")
+    neither = tmp_path / "model.ada"
+    neither.write_bytes(b"neither of them, but long enough")
+    for read in (ada.load, lambda path: ada.restore(resnet20(10), path)):
+        with pytest.raises(ada.FileFormatError) as caught:
+            read(neither)
+        assert "opens it" not in str(caught.value)

@@ -26,7 +26,7 @@ from adalayer_native.allocation import (
 from adalayer_native.allocation.evaluate import Evaluator, Measurement
 from adalayer_native.allocation.latencies import latency_table
 from adalayer_native.allocation.local_search import corrected, most_likely, starts
-from adalayer_native.allocation.measuring import Data, measure_tables, weights_of
+from adalayer_native.allocation.measured_tables import Data, measure_tables, weights_of
 from adalayer_native.allocation.options import Option, option_of
 from adalayer_native.allocation.problem import Problem
 from adalayer_native.allocation.resources import bit_operations, resources
@@ -343,8 +343,8 @@ def test_pareto(model) -> None:
         ({"sparsities": (0.5,)}, "with 0 among them"),
         ({"sparsities": (0.0, 1.0)}, "sparsities must be"),
         ({"step": 0}, "step must be"),
-        ({"rounds": -1}, "rounds and finalists must not be negative"),
-        ({"finalists": -1}, "rounds and finalists must not be negative"),
+        ({"rounds": -1}, "rounds and repaired_plans must not be negative"),
+        ({"repaired_plans": -1}, "rounds and repaired_plans must not be negative"),
     ],
 )
 def test_bad_options(model, options, message: str) -> None:

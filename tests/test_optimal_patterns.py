@@ -15,10 +15,10 @@ from adalayer_native import ops
 from adalayer_native.allocation import Budget, LayerTable, Settings, allocate, estimate_bytes
 from adalayer_native.allocation import clock as clocks
 from adalayer_native.allocation import optimal as method
-from adalayer_native.allocation.clock import EngineClock, kept, settle
+from adalayer_native.allocation.clock import EngineClock, choose_by_clock, keeps_latency
 from adalayer_native.allocation.evaluate import Evaluator
 from adalayer_native.allocation.latencies import latency_table
-from adalayer_native.allocation.measuring import Data, measure_tables
+from adalayer_native.allocation.measured_tables import Data, measure_tables
 from adalayer_native.allocation.options import Option, option_of
 from adalayer_native.allocation.problem import Problem
 from adalayer_native.allocation.repaired import RepairedWeights
@@ -32,7 +32,7 @@ from adalayer_native.repair import HELD_BACK, layer_hessians
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
-FEW = {"widths": (2, 4, 8), "sparsities": (0.0, 0.5), "step": None, "finalists": 0}
+FEW = {"widths": (2, 4, 8), "sparsities": (0.0, 0.5), "step": None, "repaired_plans": 0}
 PATTERNS = ("unstructured", "block16x64", "block32x64", "2:4")
 
 
@@ -237,10 +237,10 @@ def test_the_table_is_scaled_until_the_engine_agrees(model, factor: float, more:
     limit = 1.8
     selection = timed(model, limit)
     clock = Clock(selection, factor, more)
-    columns = settle(selection, clock)
+    columns = choose_by_clock(selection, clock)
     taken = clock(selection.choice(columns))
     assert taken <= limit * 1.03
-    assert kept(selection, columns, clock)
+    assert keeps_latency(selection, columns, clock)
     # And the budget is used: one more bit in the cheapest layer would be too much, or nearly.
     assert taken >= limit * 0.85
     assert clock.calls <= clocks.ROUNDS + 3
@@ -250,17 +250,17 @@ def test_an_unreachable_latency_names_what_the_fastest_engine_takes(model) -> No
     selection = timed(model, 0.5)
     # By the table 0.66 ms at least; the engine takes half as long, so that 0.5 ms can be reached.
     assert selection.choose() is None
-    assert settle(selection, Clock(selection, 0.5, 0.0)) is not None
+    assert choose_by_clock(selection, Clock(selection, 0.5, 0.0)) is not None
     selection = timed(model, 0.5)
     with pytest.raises(BudgetError, match=r"latency 0\.5 ms.*smallest reachable latency is 1\.32"):
-        settle(selection, Clock(selection, 2.0, 0.0))
+        choose_by_clock(selection, Clock(selection, 2.0, 0.0))
 
 
 def test_a_choice_that_is_too_slow_is_noticed(model) -> None:
     selection = timed(model, 1.8)
     columns = selection.choose()
     assert columns is not None
-    assert not kept(selection, columns, Clock(selection, 1.2, 0.0))
+    assert not keeps_latency(selection, columns, Clock(selection, 1.2, 0.0))
     assert not selection.fits(columns)  # the table knows it now
 
 
@@ -299,7 +299,7 @@ def test_a_latency_budget_ends_with_a_timed_engine(model, monkeypatch) -> None:
     result = ada.compress(model, images(), None, plan=plan, repair=False, progress=False)
     assert ada.compile(result.model, images()[0][:1])(images()[0][:1]).shape == (1, 4)
     # Plans whose engines never keep what was predicted are no plans.
-    monkeypatch.setattr(method, "kept", lambda *_: False)
+    monkeypatch.setattr(method, "keeps_latency", lambda *_: False)
     with pytest.raises(BudgetError, match=r"predicted to keep it, the fastest engine takes .* ms"):
         optimal(model, budget, **few)
 

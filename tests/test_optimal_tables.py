@@ -20,11 +20,11 @@ from adalayer_native.allocation import (
     packed_bytes,
 )
 from adalayer_native.allocation.evaluate import Evaluator, Measurement
-from adalayer_native.allocation.finals import contenders, finals
-from adalayer_native.allocation.measuring import Data, measure_tables
+from adalayer_native.allocation.measured_tables import Data, measure_tables
 from adalayer_native.allocation.options import Option
 from adalayer_native.allocation.problem import Problem
 from adalayer_native.allocation.repaired import RepairedWeights
+from adalayer_native.allocation.repaired_plans import best_repaired, plans_to_repair
 from adalayer_native.allocation.selection import selection_of
 from adalayer_native.allocation.sensitivity import LogitSensitivity
 from adalayer_native.errors import CalibrationError, PlanError
@@ -176,14 +176,14 @@ def test_repaired_weights_of_grouped_depthwise_and_transposed_layers() -> None:
 
 
 def test_the_last_plans_are_repaired_whole_and_compared(model, tmp_path, monkeypatch) -> None:
-    budget, options = Budget(bytes=1900), {"rounds": 1, "trials": 2, "finalists": 5}
+    budget, options = Budget(bytes=1900), {"rounds": 1, "trials": 2, "repaired_plans": 5}
     assert optimal(model, budget, **options).measured["calibration_loss"] < 3e-3
     assert len(files(tmp_path)) == 1  # so nothing was compared
     monkeypatch.setattr("adalayer_native.allocation.optimal.NEGLIGIBLE", 0.0)
     plan = optimal(model, budget, **options)
     (kept,) = (json.loads(f.read_text()) for f in files(tmp_path) if f.name.startswith("finals"))
     losses = {k[5:]: v for k, v in kept["values"].items() if k.startswith("loss ")}
-    assert 3 <= len(losses) <= 5 + 2  # and rivals
+    assert 3 <= len(losses) <= 5 + 2  # and those of other methods
     chosen = json.dumps([[n, e.bits, round(e.sparsity, 6)] for n, e in plan.layers.items()])
     assert losses[chosen] == min(losses.values()) == plan.measured["calibration_loss"]
     assert estimate_bytes(model, plan) <= 1900
@@ -215,7 +215,7 @@ def test_pruning_that_saves_nothing_is_not_offered(model) -> None:
                 assert selection.offered[row, column] == (saves or sparsity == 0), (name, sparsity)
 
 
-def test_contenders_and_what_corrects_them(model) -> None:
+def test_plans_to_repair_and_what_corrects_them(model) -> None:
     data = Data.split(model, batches(2, 24), None, None)
     settings, budget = Settings(widths=(2, 3, 4, 8), sparsities=(0.0, 0.6)), Budget(bytes=1700)
     problem = Problem(model, None)
@@ -223,7 +223,7 @@ def test_contenders_and_what_corrects_them(model) -> None:
     selection = selection_of(problem, budget, tables, settings)
     first = selection.choose()
     assert first is not None
-    found = contenders(selection, first, 8)
+    found = plans_to_repair(selection, first, 8)
     assert (found[0] == first).all() and all(selection.fits(choice) for choice in found)
     assert len({choice.tobytes() for choice in found}) == len(found)
     alike = [choice for choice in found if len(set(choice.tolist())) == 1]
@@ -239,7 +239,7 @@ def test_contenders_and_what_corrects_them(model) -> None:
         errors = selection.errors * np.where(pruned, 0.2, 1.0)
         return Measurement(selection.predicted(choice, errors), float("nan"))
 
-    best, measurement = finals(selection, first, pruning_is_free, count=8, progress=False)
+    best, measurement = best_repaired(selection, first, pruning_is_free, count=8, progress=False)
     assert measurement.loss == pruning_is_free(best).loss
     assert all(measurement.loss <= pruning_is_free(choice).loss for choice in found[:6])
     # Two plans in a row that gain nothing are enough, where that is asked for.
@@ -249,21 +249,21 @@ def test_contenders_and_what_corrects_them(model) -> None:
         measured.append(choice)
         return Measurement(1.0 + len(measured), float("nan"))
 
-    best, _ = finals(selection, first, never_better, count=8, gain=0.02, progress=False)
+    best, _ = best_repaired(selection, first, never_better, count=8, gain=0.02, progress=False)
     assert (best == first).all() and len(measured) == 3
 
 
 def test_effort_says_what_options_do_not() -> None:
     low, normal, high = (Settings(effort=effort) for effort in ("low", "normal", "high"))
     work = 1e12  # of a repair that is much work
-    assert [s.finalists_for(work) for s in (low, normal, high)] == [0, 3, 16]
+    assert [s.repaired_plans_for(work) for s in (low, normal, high)] == [0, 3, 16]
     assert low.search_rounds < normal.search_rounds < high.search_rounds
     assert low.search_trials < normal.search_trials < high.search_trials
     assert low.gain > normal.gain > high.gain == 0
-    assert not low.compares_rivals and normal.compares_rivals
-    given = Settings(effort="low", rounds=3, trials=2, finalists=5, rivals=True)
-    assert (given.search_rounds, given.search_trials, given.finalists_for(work)) == (3, 2, 5)
-    assert given.compares_rivals
+    assert not low.compares_other_methods and normal.compares_other_methods
+    given = Settings(effort="low", rounds=3, trials=2, repaired_plans=5, other_methods=True)
+    assert (given.search_rounds, given.search_trials, given.repaired_plans_for(work)) == (3, 2, 5)
+    assert given.compares_other_methods
     with pytest.raises(PlanError, match="unknown effort 'lots': expected one of"):
         Settings(effort="lots").check()
 

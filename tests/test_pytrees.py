@@ -17,11 +17,11 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 import adalayer_native as ada
-from adalayer_native.allocation.measuring import Data
+from adalayer_native.allocation.measured_tables import Data
 from adalayer_native.allocation.sensitivity import LogitSensitivity
 from adalayer_native.capture import GraphModel, Inputs
 from adalayer_native.capture.model import children_of
-from adalayer_native.capture.work import float_rest, work_of
+from adalayer_native.capture.work import float_work, work_of
 from adalayer_native.importance.analyze import dequantized_layer
 from adalayer_native.importance.batches import Batch
 from adalayer_native.importance.outputs import (
@@ -411,12 +411,12 @@ def test_sensitivity_is_the_distance_to_second_order(two: GraphModel) -> None:
 
 
 def test_allocation_over_several_outputs(two: GraphModel, own_cache: Any) -> None:
-    few = {"widths": (2, 4, 8), "sparsities": (0.0,), "rounds": 1, "finalists": 2}
+    few = {"widths": (2, 4, 8), "sparsities": (0.0,), "rounds": 1, "repaired_plans": 2}
     plan = ada.allocate(
         None, ada.Budget(bits=5), method="optimal", model=two, calibration=named(False),
         options=few, progress=False,
     )  # fmt: skip
-    assert plan.average_bits <= 5 and plan.float_rest == {}
+    assert plan.average_bits <= 5 and plan.float_work == {}
     # Tables of another output, or of a loss, are others.
     kinds = len(list((own_cache / "adalayer_native").glob("errors-*")))
     for rest in ({"output": "features"}, {"loss_fn": lambda y, t: (y.logits - t.logits).abs()}):
@@ -528,8 +528,8 @@ def test_what_stays_float_is_said_once(tokens: GraphModel) -> None:
         )
     assert len(seen) == 1
     assert result.kept_float == {}
-    assert result.float_rest is not None and result.float_rest.share == pytest.approx(share)
-    assert list(result.plan.float_rest or {}) == ["matmul", "matmul_1"]
+    assert result.float_work is not None and result.float_work.share == pytest.approx(share)
+    assert list(result.plan.float_work or {}) == ["matmul", "matmul_1"]
     assert "Stays in float: matmul (24 %" in str(result.plan)
     assert ada.Plan.from_json(result.plan.to_json()) == result.plan
     with pytest.raises(ada.UnsupportedModelError, match=r"^strict: 48 % of the multiply-accumul"):
@@ -592,7 +592,7 @@ def test_work_of_everything_that_multiplies() -> None:
         "matmul_1": 2 * 16 * 16 * 4,
     }
     assert work == expected
-    rest = float_rest(model, {"conv", "up", "row"})
+    rest = float_work(model, {"conv", "up", "row"})
     reasons = {part.name: part.reason for part in rest.parts}
     assert rest.macs == sum(expected.values())
     assert reasons["deep"] == "there is no native 3-D convolution"

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from adalayer_native.errors import CalibrationError, PlanError, UnsupportedModelError
 from adalayer_native.plan import LayerPlan, Plan, layer_kind, supported_layers
-from adalayer_native.quantization import calibrate, convert, native_layout, prepare, simulate
+from adalayer_native.quantization import calibrate, convert, prepare, simulate, stored_model
 from adalayer_native.quantization.fake_quant import QuantConv2d, QuantLinear
 from adalayer_native.quantization.graph import quantizers_of
 
@@ -308,7 +308,7 @@ def test_layers_that_stay_float_are_reported(layer: nn.Module, reason: str) -> N
         prepared = prepare(model, plan_for(model, bits=8))
     assert reason in prepared.meta["kept_float"]["0"]
     assert type(prepared.get_submodule("0")) is type(layer)
-    assert reason in native_layout(model, plan_for(model, bits=8)).kept_float["0"]
+    assert reason in stored_model(model, plan_for(model, bits=8)).kept_float["0"]
 
 
 def test_layer_that_forward_does_not_call_stays_float() -> None:

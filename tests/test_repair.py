@@ -16,7 +16,7 @@ from adalayer_native.pruning.masks import magnitude_mask, pruned_count
 from adalayer_native.quantization.graph import layers_of
 from adalayer_native.repair import LayerHessian, layer_hessians, repair
 from adalayer_native.repair import hessian as ada_hessian
-from adalayer_native.repair.columns import columns
+from adalayer_native.repair.input_rows import columns
 from adalayer_native.rounding import conv_form, layer_form, quantize_weight, round_weight
 
 # torch says so about every even kernel with "same"; it is one of the cases that matter here.

@@ -13,7 +13,7 @@ from adalayer_native.quantization.graph import layers_of
 from adalayer_native.repair import LayerHessian
 from adalayer_native.repair.hessian import CORRECTIONS, DAMPINGS
 from adalayer_native.repair.learning import learn
-from adalayer_native.repair.walk import Data, float_twin, rows_of
+from adalayer_native.repair.streams import Data, float_twin, rows_of
 
 
 def correlated(rows: int, width: int, seed: int) -> torch.Tensor:

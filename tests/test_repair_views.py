@@ -8,7 +8,7 @@ from torch import nn
 
 import adalayer_native as ada
 from adalayer_native.capture import Inputs
-from adalayer_native.capture.layout import laid_out
+from adalayer_native.capture.channels_last import laid_out
 from adalayer_native.repair.views import has_views, view
 
 

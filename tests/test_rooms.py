@@ -16,9 +16,13 @@ PYTHON_ROOMS = [
         "_lazy",
         "_version",
         "errors",
+        "_deprecated",
+        "_recent",
         "detection",
         "_console",
         "_files",
+        "_json_cache",
+        "_checkpoint",
         "_stages",
         "_fingerprint",
         "_library",
@@ -101,6 +105,40 @@ def test_python_rooms():
             checked += 1
             assert PYTHON_ROOMS.index(imported) < PYTHON_ROOMS.index(room), f"{path}: {imported}"
     assert checked > 50
+
+
+def _cycle(imports: dict[str, set[str]]) -> list[str]:
+    """Modules that import one another in a ring, else none."""
+    done: set[str] = set()
+
+    def follow(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done:
+            return []
+        for other in sorted(imports.get(module, ())):
+            if found := follow(other, [*path, module]):
+                return found
+        done.add(module)
+        return []
+
+    return next((found for module in sorted(imports) if (found := follow(module, []))), [])
+
+
+@pytest.mark.parametrize("room", ["cuda", "ops", "nn", "quantization", "engine"])
+def test_no_ring_of_imports_within_a_room(room: str) -> None:
+    """Imports for types alone and those inside functions too."""
+    files = {path.stem: path for path in (PACKAGE / room).glob("[!_]*.py")}
+    imports = {}
+    for name, path in files.items():
+        found: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [f"{node.module}.{alias.name}".split(".") for alias in node.names]
+                found |= {n[2] for n in names if n[:2] == ["adalayer_native", room]}
+        imports[name] = found & files.keys()
+    assert _cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == ["a", "b", "c", "a"]
+    assert any(imports.values()) and _cycle(imports) == []
 
 
 @pytest.mark.parametrize("room", CPP_ROOMS)

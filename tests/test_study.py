@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,11 +30,23 @@ from adalayer_native.study import (
     write_report,
 )
 from adalayer_native.study.configurations import STAGES, configuration, network, plan_of
-from adalayer_native.study.images import Images, SomeBatches
-from adalayer_native.study.measuring import ledger
+from adalayer_native.study.folder import Clock, Study
 from adalayer_native.study.papers import FIGURE6, TABLE2, TABLE3
-from adalayer_native.study.store import Clock, Study
+from adalayer_native.study.splits import Images, SomeBatches
+from adalayer_native.study.timing import ledger
 from bench import studies_page
+from bench.studies_page import markers_of
+
+
+def test_a_study_is_loaded_by_its_commands_alone() -> None:
+    code = (
+        "import sys, adalayer_native.cli, adalayer_native.compress, adalayer_native.jobs\n"
+        "print(sorted(m for m in sys.modules if m.startswith('adalayer_native.study')))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split("\n")[0] == (
+        "['adalayer_native.study', 'adalayer_native.study.commands']"
+    )
 
 
 @pytest.fixture
@@ -368,7 +382,7 @@ def test_adalayernet_refuses(small_adalayernet, change: dict, error: type, messa
 def test_page(small_green: GreenSettings, tmp_path) -> None:
     page = tmp_path / "docs" / "studies.md"
     page.parent.mkdir()
-    begin, end = (studies_page.MARKER.format("green", side) for side in ("begin", "end"))
+    begin, end = markers_of("green")
     page.write_text(
         f"# Studies\n\nBy hand.\n\n{begin}\nof before\n{end}\n\nBelow.\n", encoding="utf-8"
     )
@@ -390,8 +404,7 @@ def test_page(small_green: GreenSettings, tmp_path) -> None:
 def test_the_page_has_the_markers() -> None:
     text = studies_page.PAGE.read_text(encoding="utf-8")
     for name in ("adalayernet", "green"):
-        for side in ("begin", "end"):
-            assert text.count(studies_page.MARKER.format(name, side)) == 1
+        assert [text.count(marker) for marker in markers_of(name)] == [1, 1]
 
 
 # -- the commands ---------------------------------------------------------------------------------

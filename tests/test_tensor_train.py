@@ -183,7 +183,7 @@ def test_cores_with_axes_exchanged_run_natively():
     data = [torch.randn(8, 4, 4, 4)]
     result = ada.compress(model, data, 8, effort="low", progress=False)
     assert not result.kept_float
-    assert not result.float_rest
+    assert not result.float_work
     engine = ada.compile(result.model, data[0], strict=True)
     assert torch.equal(engine(data[0]), result.model(data[0]))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from adalayer_native._files import write_text_atomic
-from bench.report import table
+from bench.markdown import table
 from bench.zoo.judge import COSINE, MORE, QUANTIZED, misses
 from bench.zoo.sanity import VARIED
 

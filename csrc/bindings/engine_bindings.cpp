@@ -1,7 +1,5 @@
 // _C.Program, which Python builds piece by piece, and _C.Engine, which runs it. Buffers are raw
 // addresses, as in module.cpp; the sizes follow from the program's values.
-#include "bindings/engine_bindings.hpp"
-
 #include <pybind11/stl.h>
 #include <pybind11/stl/filesystem.h>
 
@@ -12,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "bindings/bindings.hpp"
 #include "core/status.hpp"
 #include "engine/at_size.hpp"
 #include "engine/container.hpp"
@@ -19,6 +18,7 @@
 #include "engine/interpret.hpp"
 #include "engine/program.hpp"
 #include "engine/sized_engine.hpp"
+#include "formats/canonical.hpp"
 
 namespace py = pybind11;
 using namespace adalayer;
@@ -235,22 +235,7 @@ py::dict size_info(const SizedEngine& e) {
   return found;
 }
 
-}  // namespace
-
-void bind_engine(py::module_& m) {
-  // OSError picks its subclass (FileNotFoundError, PermissionError ...) by the number.
-  py::register_exception_translator([](std::exception_ptr p) {
-    try {
-      if (p) std::rethrow_exception(p);
-    } catch (const FileError& e) {
-      const auto type = py::reinterpret_borrow<py::object>(PyExc_OSError);
-      const py::object error = type(e.code(), e.what());
-      PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.ptr())), error.ptr());
-    }
-  });
-
-  m.def("operations", &operations);
-
+void bind_program(py::module_& m) {
   py::class_<Program>(m, "Program")
       .def(py::init<>())
       .def("add_value", &add_value, py::arg("name"), py::arg("kind"), py::arg("c"),
@@ -291,7 +276,9 @@ void bind_engine(py::module_& m) {
                   py::call_guard<py::gil_scoped_release>())
       .def("run_reference", &run_reference)
       .def("reference_values", &reference_values);
+}
 
+void bind_one_size(py::module_& m) {
   py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine")
       .def(py::init([](const Program& program, int64_t chunk, int64_t cache_bytes,
                        const std::string& weights, int64_t memory_bytes, const std::string& plan) {
@@ -320,7 +307,9 @@ void bind_engine(py::module_& m) {
       .def("output_sizes", [](const Engine& e) { return port_sizes(e, e.program().outputs); })
       // A copy: the engine's own never changes.
       .def("program", [](const Engine& e) { return Program(e.program()); });
+}
 
+void bind_sizes(py::module_& m) {
   // pybind11 knows no pointers to const; every method of an Engine is.
   const auto shown = [](const std::shared_ptr<const Engine>& engine) {
     return std::const_pointer_cast<Engine>(engine);
@@ -348,4 +337,28 @@ void bind_engine(py::module_& m) {
       .def("info", &size_info)
       .def("set_limits",
            [](SizedEngine& e, size_t entries, size_t bytes) { e.set_limits({entries, bytes}); });
+}
+
+}  // namespace
+
+void bind_engine(py::module_& m) {
+  // OSError picks its subclass (FileNotFoundError, PermissionError ...) by the number.
+  py::register_exception_translator([](std::exception_ptr p) {
+    try {
+      if (p) std::rethrow_exception(p);
+    } catch (const FileError& e) {
+      const auto type = py::reinterpret_borrow<py::object>(PyExc_OSError);
+      const py::object error = type(e.code(), e.what());
+      PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.ptr())), error.ptr());
+    }
+  });
+
+  m.def("operations", &operations);
+  // What the length of a packed weight is counted with before it is packed.
+  m.attr("HEADER_BYTES") = sizeof(formats::CanonicalHeader);
+  m.attr("FILE_BLOCK") = py::make_tuple(formats::kBlockOut, formats::kBlockIn);
+  m.def("fields_bytes", &formats::fields_bytes);
+  bind_program(m);
+  bind_one_size(m);
+  bind_sizes(m);
 }

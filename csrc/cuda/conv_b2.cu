@@ -2,5 +2,5 @@
 #include "cuda/conv_forms.cuh"
 
 namespace adalayer::cuda {
-KernelInfo conv_kernel_b2(int tile, int piece) { return conv_form<2>(tile, piece); }
+KernelInfo conv_kernel_b2(Tile tile, int piece) { return conv_form<2>(tile, piece); }
 }  // namespace adalayer::cuda

@@ -2,5 +2,5 @@
 #include "cuda/conv_forms.cuh"
 
 namespace adalayer::cuda {
-KernelInfo conv_kernel_b3(int tile, int piece) { return conv_form<3>(tile, piece); }
+KernelInfo conv_kernel_b3(Tile tile, int piece) { return conv_form<3>(tile, piece); }
 }  // namespace adalayer::cuda

@@ -2,5 +2,5 @@
 #include "cuda/conv_forms.cuh"
 
 namespace adalayer::cuda {
-KernelInfo conv_kernel_b5(int tile, int piece) { return conv_form<5>(tile, piece); }
+KernelInfo conv_kernel_b5(Tile tile, int piece) { return conv_form<5>(tile, piece); }
 }  // namespace adalayer::cuda

@@ -2,5 +2,5 @@
 #include "cuda/conv_forms.cuh"
 
 namespace adalayer::cuda {
-KernelInfo conv_kernel_b8(int tile, int piece) { return conv_form<8>(tile, piece); }
+KernelInfo conv_kernel_b8(Tile tile, int piece) { return conv_form<8>(tile, piece); }
 }  // namespace adalayer::cuda

@@ -1,6 +1,9 @@
 // All forms of conv_mma for one width of the weights.
 #pragma once
 
+#include <type_traits>
+#include <utility>
+
 #include "cuda/conv_group.cuh"
 #include "cuda/conv_mma.cuh"
 #include "cuda/kernels.hpp"
@@ -10,60 +13,57 @@ namespace {
 
 template <class T>
 KernelInfo form() {
-  return {ADALAYER_KERNEL_ADDRESS(conv_mma<T>, ConvParams), T::kThreads, T::kSharedBytes};
+  if constexpr (T::kShape.group)
+    return {ADALAYER_KERNEL_ADDRESS(conv_group<T>, ConvParams), T::kThreads, T::kSharedBytes};
+  else
+    return {ADALAYER_KERNEL_ADDRESS(conv_mma<T>, ConvParams), T::kThreads, T::kSharedBytes};
 }
 
-template <class T>
-KernelInfo group_form() {
-  return {ADALAYER_KERNEL_ADDRESS(conv_group<T>, ConvParams), T::kThreads, T::kSharedBytes};
+template <int kBits, Tile kTile>
+KernelInfo dense_form(int piece) {
+  constexpr const TileShape& shape = shape_of(kTile);
+  if constexpr (shape.group) {
+    if (piece == 16) return form<GroupTile<kBits, kTile>>();
+  } else {
+    if (piece == 16) return form<ConvTile<kBits, kTile>>();
+  }
+  if constexpr (shape.has_small_pieces && kBits == 8) {
+    if (piece == 8) return form<ConvTile<kBits, kTile, 8>>();
+    if (piece == 4) return form<ConvTile<kBits, kTile, 4>>();
+  }
+  return {};
+}
+
+template <int kBits, Tile kTile>
+KernelInfo form_without_zeros(Form which) {
+  constexpr const TileShape& shape = shape_of(kTile);
+  if constexpr (shape.has_blocks)
+    if (which == Form::Blocks) return form<ConvTile<kBits, kTile, 16, Form::Blocks>>();
+  if constexpr (shape.has_structured)
+    if (which == Form::Structured) return form<ConvTile<kBits, kTile, 16, Form::Structured>>();
+  return {};
+}
+
+/// make(std::integral_constant<Tile, tile>()) for a tile that is known when the program runs.
+template <class Make, int... kNumbers>
+KernelInfo of_tile(Tile tile, const Make& make, std::integer_sequence<int, kNumbers...>) {
+  KernelInfo found{};
+  ((tile == Tile{kNumbers} ? void(found = make(std::integral_constant<Tile, Tile{kNumbers}>()))
+                           : void()),
+   ...);
+  return found;
 }
 
 template <int kBits>
-[[maybe_unused]] KernelInfo conv_form(int tile, int piece) {
-  if (piece != 16) {
-    if constexpr (kBits == 8) {
-      if (tile == 2 && piece == 8) return form<ConvTile<8, 1, 4, 4, 4, 8>>();
-      if (tile == 2 && piece == 4) return form<ConvTile<8, 1, 4, 4, 4, 4>>();
-    }
-    return {};
-  }
-  switch (tile) {
-    case 0:
-      return form<ConvTile<kBits, 2, 2, 8, 3, 16>>();
-    case 1:
-      return form<ConvTile<kBits, 2, 4, 8, 3, 16>>();
-    case 2:
-      return form<ConvTile<kBits, 1, 4, 4, 4, 16>>();
-    case 3:
-      return form<ConvTile<kBits, 1, 4, 2, 4, 16>>();
-    case 4:
-      return form<ConvTile<kBits, 4, 1, 2, 4, 16>>();
-    case 5:
-      return form<ConvTile<kBits, 1, 8, 4, 3, 16>>();
-    case 6:
-      return group_form<GroupTile<kBits, 2, 256, 4>>();
-    case 7:
-      return group_form<GroupTile<kBits, 2, 128, 4>>();
-    default:
-      return {};
-  }
+[[maybe_unused]] KernelInfo conv_form(Tile tile, int piece) {
+  const auto make = [&](auto t) { return dense_form<kBits, decltype(t)::value>(piece); };
+  return of_tile(tile, make, std::make_integer_sequence<int, kTiles>());
 }
 
-/// Skipped cells need tiles of one block of channels: its steps are a list of its own.
 template <int kBits>
-[[maybe_unused]] KernelInfo sparse_form(int tile, Form which) {
-  const bool blocks = which == Form::Blocks;
-  switch (tile) {
-    case 0:
-      return blocks ? KernelInfo{} : form<ConvTile<kBits, 2, 2, 8, 3, 16, Form::Structured>>();
-    case 2:
-      return blocks ? form<ConvTile<kBits, 1, 4, 4, 4, 16, Form::Blocks>>()
-                    : form<ConvTile<kBits, 1, 4, 4, 4, 16, Form::Structured>>();
-    case 3:
-      return blocks ? form<ConvTile<kBits, 1, 4, 2, 4, 16, Form::Blocks>>() : KernelInfo{};
-    default:
-      return {};
-  }
+[[maybe_unused]] KernelInfo sparse_form(Tile tile, Form which) {
+  const auto make = [&](auto t) { return form_without_zeros<kBits, decltype(t)::value>(which); };
+  return of_tile(tile, make, std::make_integer_sequence<int, kTiles>());
 }
 
 }  // namespace

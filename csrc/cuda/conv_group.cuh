@@ -11,13 +11,14 @@
 
 namespace adalayer::cuda {
 
-/// kGroups groups of four warps, with 64 channels x kPositions positions each.
-template <int kBits_, int kGroups_, int kPositions_, int kStages_>
-struct GroupTile : ConvTile<kBits_, kGroups_, 4, kPositions_ / 32, kStages_, 16> {
+/// A group of four warps has 64 channels x all positions.
+template <int kBits, Tile kTile>
+struct GroupTile : ConvTile<kBits, kTile> {
+  using Base = ConvTile<kBits, kTile>;
   // The tensor cores may still read the stage before the one that is multiplied now.
-  static constexpr int kAhead = kStages_ - 2;
-  static constexpr int kPositions = kPositions_;
-  static constexpr int kBlocks = kPositions > 128 ? 1 : 2;  // that registers are to suffice for
+  static constexpr int kAhead = Base::kStages - 2;
+  static constexpr int kPositions = Base::kN;
+  static constexpr int kBlocks = Base::kShape.blocks;  // that registers are to suffice for
   // One warp's sums: 16 channels x all positions.
   static constexpr int kWarpSums = kPositions / 2;
   static_assert(GroupTile::kStageBytes % 1024 == 0);  // the order of chunks counts from there

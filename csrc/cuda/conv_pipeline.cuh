@@ -10,16 +10,16 @@
 
 namespace adalayer::cuda {
 
-/// kWarpsM x kWarpsN warps of 64 channels x 8 * kColumns positions each. kPiece: bytes of the input
-/// that surely lie together (its pitch is a multiple of them).
-template <int kBits_, int kWarpsM_, int kWarpsN_, int kColumns_, int kStages_, int kPiece_,
-          Form kForm_ = Form::Dense>
+/// A tile of the table for weights of some bits in some form. kPiece: bytes of the input that
+/// surely lie together (its pitch is a multiple of them).
+template <int kBits_, Tile kTile, int kPiece_ = 16, Form kForm_ = Form::Dense>
 struct ConvTile {
-  static constexpr int kBits = kBits_, kWarpsM = kWarpsM_, kWarpsN = kWarpsN_;
-  static constexpr int kColumns = kColumns_, kStages = kStages_, kPiece = kPiece_;
+  static constexpr TileShape kShape = shape_of(kTile);
+  static constexpr int kBits = kBits_, kWarpsM = kShape.warps_m, kWarpsN = kShape.warps_n;
+  static constexpr int kColumns = kShape.columns, kStages = kShape.stages, kPiece = kPiece_;
   static constexpr Form kForm = kForm_;
-  static constexpr int kM = kBlockChannels * kWarpsM, kN = 8 * kColumns * kWarpsN;
-  static constexpr int kThreads = 32 * kWarpsM * kWarpsN;
+  static constexpr int kM = kShape.channels(), kN = kShape.positions();
+  static constexpr int kThreads = kShape.threads();
   static constexpr int kInputBytes = kN * kStepDepth;
   static constexpr int kCellBytes = kCellBytesPerBit * kBits;
   // A row of cells in one step.

@@ -136,10 +136,49 @@ class ProductBuilder {
     return w_.at(g * merge_ * group_out + o, c % w_.group_in, ky, kx);
   }
 
+  /// A piece of the reduction.
+  struct Entry {
+    int32_t ky, kx, y, x;  // taps of the kernel, and their numbers here
+    int32_t channel;
+    int32_t offset;
+  };
+
   void add(ConvPlan& plan, const Taps& y, const Taps& x, bool whole) {
-    const engine::ConvAttributes& a = s_.a;
+    ProductPlan p = geometry(y, x, whole);
+    const std::vector<Entry> entries = reduction(p, y, x, whole);
+    const auto bytes = static_cast<int64_t>(entries.size()) * p.piece;
+    p.depth = static_cast<int32_t>((bytes + 31) / 32 * 32);
+    p.steps = static_cast<int32_t>((bytes + kStepDepth - 1) / kStepDepth);
+
+    // Pieces behind the last one name a tap that no position has.
+    std::vector<int32_t> pieces(static_cast<size_t>(p.steps) * (kStepDepth / p.piece) * 2);
+    for (size_t k = 0; k < pieces.size() / 2; ++k) {
+      const bool there = k < entries.size();
+      pieces[2 * k] = there ? entries[k].offset : 0;
+      pieces[2 * k + 1] = there ? entries[k].y | entries[k].x << 8 : kMaxTaps | kMaxTaps << 8;
+    }
+    p.pieces = image_.add(pieces);
+    const std::vector<uint8_t> page(16, static_cast<uint8_t>(s_.input_zero_point));
+    p.zero_page = image_.add(page);
+
+    std::vector<int64_t> totals(static_cast<size_t>(s_.out_c), 0);
+    const ProductMatrix m = matrix(p, entries, totals);
+    std::vector<ChannelConstants> constants(static_cast<size_t>(s_.out_c) + kBlockChannels);
+    for (int64_t o = 0; o < s_.out_c; ++o)
+      constants[o] = {s_.scale[o], s_.bias[o],
+                      static_cast<int32_t>(-s_.input_zero_point * totals[o]), 0};
+    const std::vector<uint8_t> packed = pack(p, m);
+    p.channels = image_.add(constants);
+    p.weights = image_.add(packed);
+    plan.weight_bytes += static_cast<int64_t>(packed.size());
+    plan.weight_bytes += add_blocks(m, pieces, p, image_);
+    plan.weight_bytes += add_structured(m, p, image_);
+    plan.products.push_back(std::move(p));
+  }
+
+  ProductPlan geometry(const Taps& y, const Taps& x, bool whole) const {
     ProductPlan p;
-    p.groups = static_cast<int32_t>(a.groups / merge_);
+    p.groups = static_cast<int32_t>(s_.a.groups / merge_);
     p.group_out = s_.out_c / p.groups;
     p.piece = span_ % 16 == 0 ? 16 : span_ % 8 == 0 ? 8 : 4;
     // Few input channels: the product is what takes the time, not the weights.
@@ -161,13 +200,12 @@ class ProductBuilder {
     p.phase_y = y.phase;
     p.phase_x = x.phase;
     p.vector_store = p.groups == 1 || p.group_out % 8 == 0;
+    return p;
+  }
 
-    // Values of the reduction, tap by tap; `whole` has one tap, whose channels are pixels' bytes.
-    struct Entry {
-      int32_t ky, kx, y, x;  // taps of the kernel, and their numbers here
-      int32_t channel;
-      int32_t offset;
-    };
+  /// Tap by tap; `whole` has one tap, whose channels are pixels' bytes.
+  std::vector<Entry> reduction(const ProductPlan& p, const Taps& y, const Taps& x,
+                               bool whole) const {
     std::vector<Entry> entries;
     const auto add_entries = [&](int32_t ky, int32_t kx, int32_t ny, int32_t nx, int64_t offset) {
       for (int64_t c = 0; c < span_; c += p.piece)
@@ -175,57 +213,49 @@ class ProductBuilder {
             {ky, kx, ny, nx, static_cast<int32_t>(c), static_cast<int32_t>(offset + c)});
     };
     if (whole) {
-      for (int32_t ky = 0; ky < a.kernel_h; ++ky)
-        for (int32_t kx = 0; kx < a.kernel_w; ++kx)
-          add_entries(ky, kx, 0, 0, (ky * a.kernel_w + kx) * pitch_);
-    } else {
-      for (size_t ny = 0; ny < y.at.size(); ++ny)
-        for (size_t nx = 0; nx < x.at.size(); ++nx)
-          add_entries(y.kernel[ny], x.kernel[nx], static_cast<int32_t>(ny),
-                      static_cast<int32_t>(nx),
-                      static_cast<int64_t>(y.at[ny]) * p.in_row_bytes +
-                          static_cast<int64_t>(x.at[nx]) * p.in_pixel_bytes);
+      for (int32_t ky = 0; ky < s_.a.kernel_h; ++ky)
+        for (int32_t kx = 0; kx < s_.a.kernel_w; ++kx)
+          add_entries(ky, kx, 0, 0, (ky * s_.a.kernel_w + kx) * pitch_);
+      return entries;
     }
-    const auto bytes = static_cast<int64_t>(entries.size()) * p.piece;
-    p.depth = static_cast<int32_t>((bytes + 31) / 32 * 32);
-    p.steps = static_cast<int32_t>((bytes + kStepDepth - 1) / kStepDepth);
+    for (size_t ny = 0; ny < y.at.size(); ++ny)
+      for (size_t nx = 0; nx < x.at.size(); ++nx)
+        add_entries(y.kernel[ny], x.kernel[nx], static_cast<int32_t>(ny), static_cast<int32_t>(nx),
+                    static_cast<int64_t>(y.at[ny]) * p.in_row_bytes +
+                        static_cast<int64_t>(x.at[nx]) * p.in_pixel_bytes);
+    return entries;
+  }
 
-    // Pieces behind the last one name a tap that no position has.
-    std::vector<int32_t> pieces(static_cast<size_t>(p.steps) * (kStepDepth / p.piece) * 2);
-    for (size_t k = 0; k < pieces.size() / 2; ++k) {
-      const bool there = k < entries.size();
-      pieces[2 * k] = there ? entries[k].offset : 0;
-      pieces[2 * k + 1] = there ? entries[k].y | entries[k].x << 8 : kMaxTaps | kMaxTaps << 8;
-    }
-    p.pieces = image_.add(pieces);
-    const std::vector<uint8_t> page(16, static_cast<uint8_t>(s_.input_zero_point));
-    p.zero_page = image_.add(page);
-
+  /// Weights of every output channel in the order of the reduction, and their totals.
+  ProductMatrix matrix(const ProductPlan& p, const std::vector<Entry>& entries,
+                       std::vector<int64_t>& totals) const {
     ProductMatrix m;
-    m.columns = bytes;
-    m.w.resize(static_cast<size_t>(s_.out_c * bytes));
-    std::vector<int64_t> totals(static_cast<size_t>(s_.out_c), 0);
+    m.columns = static_cast<int64_t>(entries.size()) * p.piece;
+    m.w.resize(static_cast<size_t>(s_.out_c * m.columns));
     parallel_for(int64_t{s_.out_c}, default_threads(), [&](int64_t o, int) {
-      int8_t* row = m.w.data() + o * bytes;
-      for (int64_t k = 0; k < bytes; ++k) {
+      int8_t* row = m.w.data() + o * m.columns;
+      for (int64_t k = 0; k < m.columns; ++k) {
         const Entry& e = entries[k / p.piece];
         row[k] = weight(o / p.group_out, o % p.group_out, e.ky, e.kx, e.channel + k % p.piece);
         totals[o] += row[k];
       }
     });
+    return m;
+  }
 
+  /// The dense form; its sizes go into `p`.
+  static std::vector<uint8_t> pack(ProductPlan& p, const ProductMatrix& m) {
     p.cells = cells_of(p.group_out);
     const int64_t cell_bytes = int64_t{kCellBytesPerBit} * p.bits;
     p.group_weight_bytes = int64_t{p.steps} * p.cells * 2 * cell_bytes;
     std::vector<uint8_t> packed(static_cast<size_t>(p.group_weight_bytes) * p.groups, 0);
-    std::vector<ChannelConstants> constants(static_cast<size_t>(s_.out_c) + kBlockChannels);
     parallel_for(int64_t{p.groups} * p.cells, default_threads(), [&](int64_t task, int) {
       const int64_t g = task / p.cells, cell = task % p.cells;
       for (int row = 0; row < kCellChannels; ++row) {
         const int64_t o = cell_channel(p.group_out, cell, row);
         if (o >= p.group_out) continue;
         const int8_t* w = m.row(g * p.group_out + o);
-        for (int64_t k = 0; k < bytes; ++k) {
+        for (int64_t k = 0; k < m.columns; ++k) {
           if (w[k] == 0) continue;
           uint8_t* to =
               packed.data() + g * p.group_weight_bytes +
@@ -234,15 +264,7 @@ class ProductBuilder {
         }
       }
     });
-    for (int64_t o = 0; o < s_.out_c; ++o)
-      constants[o] = {s_.scale[o], s_.bias[o],
-                      static_cast<int32_t>(-s_.input_zero_point * totals[o]), 0};
-    p.channels = image_.add(constants);
-    p.weights = image_.add(packed);
-    plan.weight_bytes += static_cast<int64_t>(packed.size());
-    plan.weight_bytes += add_blocks(m, pieces, p, image_);
-    plan.weight_bytes += add_structured(m, p, image_);
-    plan.products.push_back(std::move(p));
+    return packed;
   }
 
   const ConvSource& s_;

@@ -2,5 +2,5 @@
 #include "cuda/conv_forms.cuh"
 
 namespace adalayer::cuda {
-KernelInfo sparse_kernel_b2(int tile, Form form) { return sparse_form<2>(tile, form); }
+KernelInfo sparse_kernel_b2(Tile tile, Form form) { return sparse_form<2>(tile, form); }
 }  // namespace adalayer::cuda

@@ -2,5 +2,5 @@
 #include "cuda/conv_forms.cuh"
 
 namespace adalayer::cuda {
-KernelInfo sparse_kernel_b6(int tile, Form form) { return sparse_form<6>(tile, form); }
+KernelInfo sparse_kernel_b6(Tile tile, Form form) { return sparse_form<6>(tile, form); }
 }  // namespace adalayer::cuda

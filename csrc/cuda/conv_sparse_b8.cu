@@ -2,5 +2,5 @@
 #include "cuda/conv_forms.cuh"
 
 namespace adalayer::cuda {
-KernelInfo sparse_kernel_b8(int tile, Form form) { return sparse_form<8>(tile, form); }
+KernelInfo sparse_kernel_b8(Tile tile, Form form) { return sparse_form<8>(tile, form); }
 }  // namespace adalayer::cuda

@@ -7,42 +7,31 @@
 
 namespace adalayer::cuda {
 
-KernelInfo conv_kernel_b2(int tile, int piece);
-KernelInfo sparse_kernel_b2(int tile, Form form);
-KernelInfo conv_kernel_b3(int tile, int piece);
-KernelInfo sparse_kernel_b3(int tile, Form form);
-KernelInfo conv_kernel_b4(int tile, int piece);
-KernelInfo sparse_kernel_b4(int tile, Form form);
-KernelInfo conv_kernel_b5(int tile, int piece);
-KernelInfo sparse_kernel_b5(int tile, Form form);
-KernelInfo conv_kernel_b6(int tile, int piece);
-KernelInfo sparse_kernel_b6(int tile, Form form);
-KernelInfo conv_kernel_b7(int tile, int piece);
-KernelInfo sparse_kernel_b7(int tile, Form form);
-KernelInfo conv_kernel_b8(int tile, int piece);
-KernelInfo sparse_kernel_b8(int tile, Form form);
+KernelInfo conv_kernel_b2(Tile tile, int piece);
+KernelInfo sparse_kernel_b2(Tile tile, Form form);
+KernelInfo conv_kernel_b3(Tile tile, int piece);
+KernelInfo sparse_kernel_b3(Tile tile, Form form);
+KernelInfo conv_kernel_b4(Tile tile, int piece);
+KernelInfo sparse_kernel_b4(Tile tile, Form form);
+KernelInfo conv_kernel_b5(Tile tile, int piece);
+KernelInfo sparse_kernel_b5(Tile tile, Form form);
+KernelInfo conv_kernel_b6(Tile tile, int piece);
+KernelInfo sparse_kernel_b6(Tile tile, Form form);
+KernelInfo conv_kernel_b7(Tile tile, int piece);
+KernelInfo sparse_kernel_b7(Tile tile, Form form);
+KernelInfo conv_kernel_b8(Tile tile, int piece);
+KernelInfo sparse_kernel_b8(Tile tile, Form form);
 
-KernelInfo conv_kernel(int bits, int tile, int piece, Form form) {
-  const bool dense = form == Form::Dense;
-  if (!dense && piece != 16) return {};
-  switch (bits) {
-    case 2:
-      return dense ? conv_kernel_b2(tile, piece) : sparse_kernel_b2(tile, form);
-    case 3:
-      return dense ? conv_kernel_b3(tile, piece) : sparse_kernel_b3(tile, form);
-    case 4:
-      return dense ? conv_kernel_b4(tile, piece) : sparse_kernel_b4(tile, form);
-    case 5:
-      return dense ? conv_kernel_b5(tile, piece) : sparse_kernel_b5(tile, form);
-    case 6:
-      return dense ? conv_kernel_b6(tile, piece) : sparse_kernel_b6(tile, form);
-    case 7:
-      return dense ? conv_kernel_b7(tile, piece) : sparse_kernel_b7(tile, form);
-    case 8:
-      return dense ? conv_kernel_b8(tile, piece) : sparse_kernel_b8(tile, form);
-    default:
-      return {};
-  }
+KernelInfo conv_kernel(int bits, Tile tile, int piece, Form form) {
+  constexpr KernelInfo (*kDense[])(Tile, int) = {conv_kernel_b2, conv_kernel_b3, conv_kernel_b4,
+                                                 conv_kernel_b5, conv_kernel_b6, conv_kernel_b7,
+                                                 conv_kernel_b8};
+  constexpr KernelInfo (*kSparse[])(Tile, Form) = {
+      sparse_kernel_b2, sparse_kernel_b3, sparse_kernel_b4, sparse_kernel_b5,
+      sparse_kernel_b6, sparse_kernel_b7, sparse_kernel_b8};
+  if (bits < 2 || bits > 8) return {};
+  if (form == Form::Dense) return kDense[bits - 2](tile, piece);
+  return piece == 16 ? kSparse[bits - 2](tile, form) : KernelInfo{};
 }
 
 KernelInfo kernel_info(Kernel kernel) {

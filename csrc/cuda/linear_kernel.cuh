@@ -43,6 +43,33 @@ ADALAYER_DEVICE uint32_t whole_to_pair(uint32_t fields) {
   }
 }
 
+/// Eight values of a row of x from feature `k` on; zeros where there are none.
+ADALAYER_DEVICE Words4 load_row(const LinearParams& p, int32_t row, int32_t k) {
+  if (row >= p.rows || k >= p.in_features) return {0, 0, 0, 0};
+  const uint16_t* at = p.x + static_cast<int64_t>(row) * p.in_features + k;
+  if (p.aligned && k + 8 <= p.in_features) return *reinterpret_cast<const Words4*>(at);
+  uint32_t v[4] = {};
+  for (int i = 0; i < 8 && k + i < p.in_features; ++i)
+    v[i / 2] |= static_cast<uint32_t>(at[i]) << (16 * (i % 2));
+  return {v[0], v[1], v[2], v[3]};
+}
+
+/// Weights of pair `pair` of a unit, from the lane's words of all planes.
+template <bool kBfloat, int kBits>
+ADALAYER_DEVICE uint32_t unpack_pair(const uint32_t (&words)[kBits][4], int pair) {
+  uint32_t fields = 0;
+  int before = 0;
+  ADALAYER_UNROLL
+  for (int plane = 8; plane > 0; plane /= 2) {
+    if (kBits - before < plane) continue;
+    const int pairs = 16 / plane, word = pair / pairs, shift = pair % pairs * plane;
+    const uint32_t mask = ((1u << plane) - 1) * 0x00010001u;
+    fields |= ((words[before + word / 4][word % 4] >> shift) & mask) << before;
+    before += plane;
+  }
+  return whole_to_pair<kBfloat, kBits>(fields);
+}
+
 template <bool kBfloat, int kBits, int kColumns>
 ADALAYER_KERNEL ADALAYER_THREADS(32 * kLinearWarps) linear_small(ADALAYER_PARAMS LinearParams p) {
   let_next_kernel_start();
@@ -67,39 +94,15 @@ ADALAYER_KERNEL ADALAYER_THREADS(32 * kLinearWarps) linear_small(ADALAYER_PARAMS
       const int32_t k = unit * kLinearDepth + linear_column(lane, 2 * two, 0, 0);
       Words4 x[kColumns];
       ADALAYER_UNROLL
-      for (int j = 0; j < kColumns; ++j) {
-        const int32_t row = first_row + j * 8 + g;
-        x[j] = {0, 0, 0, 0};
-        if (row >= p.rows || k >= p.in_features) continue;
-        const uint16_t* at = p.x + static_cast<int64_t>(row) * p.in_features + k;
-        if (p.aligned && k + 8 <= p.in_features) {
-          x[j] = *reinterpret_cast<const Words4*>(at);
-          continue;
-        }
-        uint32_t v[4] = {};
-        for (int i = 0; i < 8 && k + i < p.in_features; ++i)
-          v[i / 2] |= static_cast<uint32_t>(at[i]) << (16 * (i % 2));
-        x[j] = {v[0], v[1], v[2], v[3]};
-      }
+      for (int j = 0; j < kColumns; ++j)
+        x[j] = load_row(p, first_row + j * 8 + g, k);
       ADALAYER_UNROLL
       for (int h = 0; h < 2; ++h) {
         const int s = 2 * two + h;
         uint32_t left[4];
         ADALAYER_UNROLL
-        for (int r = 0; r < 4; ++r) {
-          const int pair = 4 * s + r;
-          uint32_t fields = 0;
-          int before = 0;
-          ADALAYER_UNROLL
-          for (int plane = 8; plane > 0; plane /= 2) {
-            if (kBits - before < plane) continue;
-            const int pairs = 16 / plane, word = pair / pairs, shift = pair % pairs * plane;
-            const uint32_t mask = ((1u << plane) - 1) * 0x00010001u;
-            fields |= ((words[before + word / 4][word % 4] >> shift) & mask) << before;
-            before += plane;
-          }
-          left[r] = whole_to_pair<kBfloat, kBits>(fields);
-        }
+        for (int r = 0; r < 4; ++r)
+          left[r] = unpack_pair<kBfloat, kBits>(words, 4 * s + r);
         ADALAYER_UNROLL
         for (int j = 0; j < kColumns; ++j) {
           const uint32_t right[2] = {h == 0 ? x[j].x : x[j].z, h == 0 ? x[j].y : x[j].w};

@@ -60,7 +60,7 @@ struct Launch {
 
 /// How one product on tensor cores is cut up.
 struct Choice {
-  int tile = 0;
+  Tile tile = Tile::Mma128x128;
   int splits = 1;
   Form form = Form::Dense;
   bool operator==(const Choice&) const = default;

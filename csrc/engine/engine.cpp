@@ -1,16 +1,14 @@
 #include "engine/engine.hpp"
 
 #include <algorithm>
-#include <atomic>
-#include <chrono>
 #include <cstring>
-#include <mutex>
 #include <optional>
 #include <random>
 
 #include "core/aligned_buffer.hpp"
 #include "core/status.hpp"
 #include "core/thread_pool.hpp"
+#include "engine/executor.hpp"
 #include "engine/interpret.hpp"
 #include "engine/limits.hpp"
 #include "engine/memory.hpp"
@@ -21,76 +19,9 @@
 namespace adalayer::engine {
 namespace {
 
-using cpu::Part;
-using Clock = std::chrono::steady_clock;
-
 // What one thread's tensors may take of the second-level cache (2 MiB on the machines that this was
-// tuned on), and how far ahead of their use weights are fetched into it.
+// tuned on).
 constexpr int64_t kActivationBudget = 1 << 20;
-constexpr int64_t kPrefetchWindow = 512 << 10;
-constexpr int kMaxTeam = 64;
-
-void pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#endif
-}
-
-/// How far a team is with one node: which parts somebody has begun, and how many are done. A thread
-/// that comes late finds the parts taken; one that never comes is not waited for.
-struct alignas(64) Progress {
-  std::atomic<uint64_t> begun{0};
-  std::atomic<int> done{0};
-};
-
-/// Memory for the tensors of calls, which all sizes of one network share: what is not in use waits
-/// here, and has grown to the largest size that it has been used for.
-class ArenaPool {
- public:
-  AlignedBuffer take(size_t bytes) {
-    AlignedBuffer arena;
-    {
-      const std::lock_guard lock(mutex_);
-      if (!idle_.empty()) {
-        arena = std::move(idle_.back());
-        idle_.pop_back();
-      } else {
-        idle_.reserve(++made_);  // giving back must not allocate
-      }
-    }
-    if (arena.size() < bytes) {
-      arena = AlignedBuffer();  // before the larger one is there
-      arena = AlignedBuffer(bytes);
-      arena.clear();
-    }
-    return arena;
-  }
-  void give(AlignedBuffer arena) {
-    const std::lock_guard lock(mutex_);
-    if (idle_.size() < idle_.capacity()) idle_.push_back(std::move(arena));
-  }
-
- private:
-  std::mutex mutex_;
-  std::vector<AlignedBuffer> idle_;
-  size_t made_ = 0;
-};
-
-/// Memory of one call: tensors, the team's progress, and the order in which each member reads the
-/// weights.
-struct Workspace {
-  AlignedBuffer arena;
-  const uint8_t* bound = nullptr;  // the arena that `frame` points into
-  Frame frame;
-  Frame single;  // one image of `frame`, for the nodes that run image by image
-  std::vector<Progress> progress;
-  std::atomic<bool> failed{false};  // a member met an exception: the others stop waiting for it
-  int team = 0;
-  std::vector<std::vector<cpu::WeightStream::Segment>> segments;  // [member][nodes]
-};
-
-/// Of floats and of ids.
-int64_t port_bytes(const Value& v) { return v.c * v.h * v.w * 4; }
 
 /// Images of noise for every input, zeros as ids, and room for the outputs.
 struct Noise {
@@ -119,35 +50,22 @@ struct Noise {
 
 }  // namespace
 
-struct Engine::Impl {
-  Program program;
-  const cpu::KernelRow* kernels = nullptr;  // null: everything runs on the interpreter
+struct Engine::Impl : PreparedProgram {
   Isa isa = Isa::Scalar;
-  std::vector<ValueLayout> layouts;
-  std::vector<Step> steps;
   EngineOptions options;
   std::shared_ptr<ArenaPool> arenas;
+  Executor executor;
   size_t shared_constants = 0;  // the first ones, which all sizes have
   size_t own = 0;    // bytes of packed weights and tables of positions that no other size has
   std::string plan;  // plan_line(); empty where nothing was measured
-  // A thread takes `chunk` images at a time. The first `front` nodes run image by image, because
-  // their tensors are large; the rest run on all images together, because their weights are.
-  int64_t chunk = 1;
-  size_t front = 0;
-  ArenaPlan arena;
-  std::vector<int> port;  // [values] index among program inputs, or outputs, or -1
-  std::vector<bool> is_output;
   std::vector<bool> any_order;  // [values] only read by quantization, which takes NHWC as well
-  std::vector<bool> in_front;   // [values] memory of one image only
   std::vector<int64_t> rows;    // [program inputs] table_rows()
 
-  mutable std::mutex mutex;
-  mutable std::vector<std::unique_ptr<Workspace>> idle;
-
   Impl(Program p, const EngineOptions& given)
-      : program(std::move(p)),
+      : PreparedProgram(std::move(p)),
         options(given),
         arenas(std::make_shared<ArenaPool>()),
+        executor(*this, arenas),
         shared_constants(program.constants.size()) {
     if (!prepare()) return;
     const auto fixed = [&](cpu::Room room) { return planned_memory(program, layouts, room); };
@@ -177,7 +95,10 @@ struct Engine::Impl {
 
   /// Of another size than `like`'s, with its weights and choices, in the memory of `arenas`.
   Impl(Program p, const Impl& like, std::shared_ptr<ArenaPool> shared)
-      : program(std::move(p)), options(like.options), arenas(std::move(shared)) {
+      : PreparedProgram(std::move(p)),
+        options(like.options),
+        arenas(std::move(shared)),
+        executor(*this, arenas) {
     if (!prepare()) return;
     if (isa != like.isa)
       fail<InvalidArgument>("the engine was compiled for ", isa_name(like.isa), ", but ",
@@ -265,12 +186,12 @@ struct Engine::Impl {
           return std::nullopt;
         }));
     Noise noise(program, 1);
-    const auto workspace = make_workspace();
-    attach(*workspace);
-    bind(workspace->frame, noise.inputs, noise.outputs, 0, 1);
+    // Not given back: it goes with what it was needed for.
+    const auto workspace = executor.borrow();
+    executor.bind(workspace->frame, noise.inputs, noise.outputs, 0, 1);
     choose_by_clock(steps, [&](std::vector<double>& seconds) {
       workspace->team = 0;  // which weights a member reads has changed
-      run_together(*workspace, threads, &seconds);
+      executor.run_together(*workspace, threads, &seconds);
     });
     if (cache) cache->keep(key, steps);
   }
@@ -394,225 +315,6 @@ struct Engine::Impl {
       in_front[v] = port[v] < 0 && lifetimes[v].last < static_cast<int32_t>(front);
   }
 
-  // ------------------------------------------------------------------------------- workspaces
-
-  std::unique_ptr<Workspace> borrow() const {
-    {
-      std::unique_lock lock(mutex);
-      if (!idle.empty()) {
-        auto workspace = std::move(idle.back());
-        idle.pop_back();
-        lock.unlock();
-        attach(*workspace);
-        return workspace;
-      }
-    }
-    auto workspace = make_workspace();
-    attach(*workspace);
-    const std::lock_guard lock(mutex);
-    idle.reserve(idle.capacity() + 1);  // giving back must not allocate
-    return workspace;
-  }
-
-  /// Gives it memory for the tensors.
-  void attach(Workspace& w) const {
-    // Kernels read whole blocks beyond the last tensor, too.
-    w.arena = arenas->take(static_cast<size_t>(arena.bytes) + 64);
-    if (w.bound == w.arena.data()) return;
-    w.bound = w.arena.data();
-    for (size_t v = 0; v < program.values.size(); ++v)
-      if (port[v] < 0) w.frame.data[v] = w.arena.data() + arena.offsets[v];
-    w.single.data = w.frame.data;
-  }
-
-  std::unique_ptr<Workspace> make_workspace() const {
-    auto workspace = std::make_unique<Workspace>();
-    workspace->progress = std::vector<Progress>(steps.size());
-    Frame& frame = workspace->frame;
-    frame.program = &program;
-    frame.layouts = &layouts;
-    frame.kernels = kernels;
-    frame.data.assign(program.values.size(), nullptr);
-    frame.order.assign(program.values.size(), Layout::NCHW);
-    workspace->single = frame;
-    return workspace;
-  }
-
-  void give_back(std::unique_ptr<Workspace> workspace) const {
-    arenas->give(std::move(workspace->arena));
-    const std::lock_guard lock(mutex);
-    idle.push_back(std::move(workspace));
-  }
-
-  /// Points the boundary values of `frame` at images [first, first + count) of the caller's.
-  void bind(Frame& frame, std::span<const InputTensor> inputs, std::span<float* const> outputs,
-            int64_t first, int64_t count) const {
-    frame.images = count;
-    for (size_t v = 0; v < port.size(); ++v) {
-      if (port[v] < 0) continue;
-      const int64_t offset = first * port_bytes(program.values[v]);
-      if (is_output[v]) {
-        frame.data[v] = reinterpret_cast<uint8_t*>(outputs[port[v]]) + offset;
-      } else {
-        // Program inputs are only read.
-        frame.data[v] = static_cast<uint8_t*>(const_cast<void*>(inputs[port[v]].data)) + offset;
-        frame.order[v] = inputs[port[v]].layout;
-      }
-    }
-  }
-
-  void set_team(Workspace& w, int team) const {
-    if (w.team == team) return;
-    w.team = team;
-    w.segments.assign(static_cast<size_t>(team), {});
-    for (int member = 0; member < team; ++member) {
-      int64_t before = 0;
-      for (const Step& step : steps) {
-        cpu::WeightStream::Segment segment{nullptr, 0, 0};
-        if (step.conv) {
-          const int64_t parts = parts_of(step, team);
-          const bool columns = step.conv->by_columns(team);
-          if (member < parts)
-            segment = step.conv->segment(columns ? Part{member, parts} : Part{0, 1});
-        }
-        segment.before = before;
-        before += segment.bytes;
-        w.segments[member].push_back(segment);
-      }
-    }
-  }
-
-  static int64_t parts_of(const Step& step, int team) {
-    return std::min<int64_t>(step.max_parts, team);
-  }
-
-  // -------------------------------------------------------------------------------- execution
-
-  void run_part(const Step& step, const Frame& frame, Part part, int team,
-                cpu::WeightStream* stream, int64_t segment) const {
-    const Node& node = *step.node;
-    const bool u8_out = program.values[node.output].kind == ValueKind::U8;
-    if (part.index == 0 && u8_out && layouts[node.output].own_input == nullptr)
-      cpu::fill_padding(frame.layout(node.output), frame.data[node.output], frame.images,
-                        static_cast<uint8_t>(program.values[node.output].zero_point));
-    if (step.floats) {
-      step.floats->run(frame.floats(node.inputs[0], 0), frame.floats(node.output, 0), frame.images,
-                       part);
-      return;
-    }
-    if (!step.conv) {
-      for (int64_t n = 0; n < frame.images; ++n)
-        step.run_image(frame, n, part);
-      return;
-    }
-    ConvBuffers b;
-    b.in = frame.data[node.inputs[0]];
-    b.residual = node.inputs.size() > 1 ? frame.data[node.inputs[1]] : nullptr;
-    if (u8_out)
-      b.out = frame.data[node.output];
-    else
-      b.out_f32 = frame.floats(node.output, 0);
-    b.images = frame.images;
-    step.conv->run(b, part, team > 1 && step.conv->by_columns(team), stream, segment);
-  }
-
-  /// Tile configuration of a thread for the length of one pass.
-  struct KernelScope {
-    const cpu::KernelRow& kernels;
-    explicit KernelScope(const cpu::KernelRow& k) : kernels(k) { kernels.begin(); }
-    ~KernelScope() { kernels.end(); }
-    KernelScope(const KernelScope&) = delete;
-    KernelScope& operator=(const KernelScope&) = delete;
-  };
-
-  /// A member's share of node k, then the parts that nobody has begun, then the wait for the rest.
-  void run_shared(Workspace& w, size_t k, int member, int team, cpu::WeightStream& stream) const {
-    const Step& step = steps[k];
-    const auto parts = static_cast<int>(parts_of(step, team));
-    Progress& progress = w.progress[k];
-    // One's own part first: its rows or weights are in this core's cache.
-    for (int i = 0; i < parts; ++i) {
-      const int p = (member + i) % parts;
-      const uint64_t mine = uint64_t{1} << p;
-      if ((progress.begun.load(std::memory_order_relaxed) & mine) != 0) continue;
-      if ((progress.begun.fetch_or(mine, std::memory_order_relaxed) & mine) != 0) continue;
-      run_part(step, w.frame, {p, parts}, team, p == member ? &stream : nullptr,
-               static_cast<int64_t>(k));
-      progress.done.fetch_add(1, std::memory_order_release);
-    }
-    while (progress.done.load(std::memory_order_acquire) < parts &&
-           !w.failed.load(std::memory_order_relaxed))
-      pause();
-  }
-
-  /// Points `single` at image i of the frame.
-  void select(Workspace& w, int64_t i) const {
-    w.single.images = 1;
-    w.single.order = w.frame.order;
-    for (size_t v = 0; v < port.size(); ++v) {
-      const Value& value = program.values[v];
-      const int64_t bytes = in_front[v]                   ? 0
-                            : value.kind == ValueKind::U8 ? layouts[v].layout.image_bytes
-                                                          : port_bytes(value);
-      w.single.data[v] = w.frame.data[v] + i * bytes;
-    }
-  }
-
-  /// One thread's way through the program, or a member's of a team.
-  void run_member(Workspace& w, int member, int team, std::vector<double>* seconds) const {
-    const KernelScope scope(*kernels);
-    cpu::WeightStream stream(w.segments[member], kPrefetchWindow);
-    auto last = seconds == nullptr ? Clock::time_point{} : Clock::now();
-    const auto timed = [&](size_t k) {
-      if (seconds == nullptr) return;
-      const auto now = Clock::now();
-      (*seconds)[k] += std::chrono::duration<double>(now - last).count();
-      last = now;
-    };
-    size_t k = 0;
-    if (team == 1 && w.frame.images > 1) {
-      for (int64_t i = 0; i < w.frame.images && front > 0; ++i) {
-        select(w, i);
-        // The weights of the next image's first node are those of this one's: no prefetching.
-        for (size_t f = 0; f < front; ++f, timed(f - 1))
-          run_part(steps[f], w.single, {0, 1}, 1, nullptr, 0);
-      }
-      k = front;
-    }
-    for (; k < steps.size(); ++k) {
-      if (team == 1) {
-        run_part(steps[k], w.frame, {0, 1}, 1, &stream, static_cast<int64_t>(k));
-      } else {
-        if (w.failed.load(std::memory_order_relaxed)) return;
-        try {
-          run_shared(w, k, member, team, stream);
-        } catch (...) {
-          w.failed.store(true, std::memory_order_relaxed);
-          throw;  // parallel_for hands it to the caller
-        }
-      }
-      timed(k);
-    }
-  }
-
-  /// All of a chunk by a team whose members share each node.
-  void run_together(Workspace& w, int threads, std::vector<double>* seconds) const {
-    const int team = std::clamp(threads, 1, kMaxTeam);
-    set_team(w, team);
-    if (team == 1) {
-      run_member(w, 0, 1, seconds);
-      return;
-    }
-    w.failed.store(false, std::memory_order_relaxed);
-    for (Progress& p : w.progress) {
-      p.begun.store(0, std::memory_order_relaxed);
-      p.done.store(0, std::memory_order_relaxed);
-    }
-    parallel_for(team, team, [&](int64_t member, int) {
-      run_member(w, static_cast<int>(member), team, member == 0 ? seconds : nullptr);
-    });
-  }
-
   /// Image by image, so that memory does not grow with the batch.
   void interpret_images(std::span<const InputTensor> inputs, int64_t batch,
                         std::span<float* const> outputs) const {
@@ -680,23 +382,22 @@ void Engine::run(std::span<const InputTensor> inputs, int64_t batch,
   if (threads <= 0) threads = default_threads();
 
   if (threads == 1 || batch < threads) {
-    auto workspace = e.borrow();
+    auto workspace = e.executor.borrow();
     const int64_t chunk = threads == 1 ? e.chunk : 1;
     for (int64_t first = 0; first < batch; first += chunk) {
-      e.bind(workspace->frame, inputs, outputs, first, std::min(chunk, batch - first));
-      e.run_together(*workspace, threads, nullptr);
+      e.executor.bind(workspace->frame, inputs, outputs, first, std::min(chunk, batch - first));
+      e.executor.run_together(*workspace, threads, nullptr);
     }
-    e.give_back(std::move(workspace));
+    e.executor.give_back(std::move(workspace));
   } else {
     // Every thread takes its own images through the whole program: nothing to wait for.
     const int64_t chunk = std::min(e.chunk, (batch + threads - 1) / threads);
     parallel_for((batch + chunk - 1) / chunk, threads, [&](int64_t task, int) {
       const int64_t first = task * chunk;
-      auto workspace = e.borrow();
-      e.bind(workspace->frame, inputs, outputs, first, std::min(chunk, batch - first));
-      e.set_team(*workspace, 1);
-      e.run_member(*workspace, 0, 1, nullptr);
-      e.give_back(std::move(workspace));
+      auto workspace = e.executor.borrow();
+      e.executor.bind(workspace->frame, inputs, outputs, first, std::min(chunk, batch - first));
+      e.executor.run_alone(*workspace);
+      e.executor.give_back(std::move(workspace));
     });
   }
   // Outputs that are inputs, or other outputs too.
@@ -752,17 +453,17 @@ std::vector<NodeProfile> Engine::profile(int64_t batch, int threads, int rounds)
 
   batch = std::min(batch, threads == 1 ? e.chunk : 1);
   const Noise noise(e.program, batch);
-  auto workspace = e.borrow();
-  e.bind(workspace->frame, noise.inputs, noise.outputs, 0, batch);
+  auto workspace = e.executor.borrow();
+  e.executor.bind(workspace->frame, noise.inputs, noise.outputs, 0, batch);
   std::vector<std::vector<double>> samples(e.steps.size());
   std::vector<double> seconds(e.steps.size());
   for (int round = 0; round < rounds + 2; ++round) {
     std::fill(seconds.begin(), seconds.end(), 0.0);
-    e.run_together(*workspace, threads, &seconds);
+    e.executor.run_together(*workspace, threads, &seconds);
     for (size_t k = 0; round >= 2 && k < samples.size(); ++k)
       samples[k].push_back(seconds[k]);
   }
-  e.give_back(std::move(workspace));
+  e.executor.give_back(std::move(workspace));
   for (size_t k = 0; k < samples.size(); ++k) {
     std::nth_element(samples[k].begin(), samples[k].begin() + rounds / 2, samples[k].end());
     profiles[k].microseconds = 1e6 * samples[k][rounds / 2];

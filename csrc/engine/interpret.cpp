@@ -78,6 +78,15 @@ class Interpreter {
   }
 
   void run(const Node& n, int64_t image);
+  void quantize(const Node& n, int64_t image);
+  void dequantize(const Node& n, int64_t image);
+  void lookup(const Node& n, int64_t image);
+  void affine(const Node& n, int64_t image);
+  void gather(const Node& n, int64_t image);
+  void function(const Node& n, int64_t image);
+  void combine_floats(const Node& n, int64_t image);
+  void float_conv(const Node& n, int64_t image);
+  void choose(const Node& n, int64_t image);
   void convolve(const Node& n, int64_t image);
   int32_t conv_sum(const Node& n, const ConvAttributes& a, const uint8_t* in, int64_t o, int64_t oy,
                    int64_t ox) const;
@@ -119,15 +128,17 @@ int32_t Interpreter::conv_sum(const Node& n, const ConvAttributes& a, const uint
   const int64_t group_in = s.c / a.groups, group_out = value(n.output).c / a.groups;
   const int8_t* w = weights_.data() + o * group_in * a.kernel_h * a.kernel_w;
   int32_t sum = 0;
-  for (int64_t c = 0; c < group_in; ++c)
-    for (int64_t ky = 0; ky < a.kernel_h; ++ky)
-      for (int64_t kx = 0; kx < a.kernel_w; ++kx) {
-        const int64_t iy = oy * a.stride_h - a.pad_top + ky * a.dilation_h;
-        const int64_t ix = ox * a.stride_w - a.pad_left + kx * a.dilation_w;
-        if (iy < 0 || iy >= s.h || ix < 0 || ix >= s.w) continue;  // holds the zero point
-        const int32_t level = in[s.at(o / group_out * group_in + c, iy, ix)];
-        sum += w[(c * a.kernel_h + ky) * a.kernel_w + kx] * (level - x.zero_point);
-      }
+  const int64_t taps = a.kernel_h * a.kernel_w, plane = s.h * s.w;
+  for (int64_t ky = 0; ky < a.kernel_h; ++ky)
+    for (int64_t kx = 0; kx < a.kernel_w; ++kx) {
+      const int64_t iy = oy * a.stride_h - a.pad_top + ky * a.dilation_h;
+      const int64_t ix = ox * a.stride_w - a.pad_left + kx * a.dilation_w;
+      if (iy < 0 || iy >= s.h || ix < 0 || ix >= s.w) continue;  // holds the zero point
+      const uint8_t* level = in + s.at(o / group_out * group_in, iy, ix);
+      const int8_t* tap = w + ky * a.kernel_w + kx;
+      for (int64_t c = 0; c < group_in; ++c)
+        sum += tap[c * taps] * (int32_t{level[c * plane]} - x.zero_point);
+    }
   return sum;
 }
 
@@ -138,18 +149,20 @@ int32_t Interpreter::transposed_sum(const Node& n, const ConvAttributes& a, cons
   const int64_t group_in = s.c / a.groups, group_out = value(n.output).c / a.groups;
   const int8_t* w = weights_.data() + o * group_in * a.kernel_h * a.kernel_w;
   int32_t sum = 0;
-  for (int64_t c = 0; c < group_in; ++c)
-    for (int64_t ky = 0; ky < a.kernel_h; ++ky)
-      for (int64_t kx = 0; kx < a.kernel_w; ++kx) {
-        // iy * stride - pad + ky * dilation = oy, where there is such an iy.
-        const int64_t sy = oy + a.pad_top - ky * a.dilation_h;
-        const int64_t sx = ox + a.pad_left - kx * a.dilation_w;
-        if (sy < 0 || sx < 0 || sy % a.stride_h != 0 || sx % a.stride_w != 0) continue;
-        const int64_t iy = sy / a.stride_h, ix = sx / a.stride_w;
-        if (iy >= s.h || ix >= s.w) continue;
-        const int32_t level = in[s.at(o / group_out * group_in + c, iy, ix)];
-        sum += w[(c * a.kernel_h + ky) * a.kernel_w + kx] * (level - x.zero_point);
-      }
+  const int64_t taps = a.kernel_h * a.kernel_w, plane = s.h * s.w;
+  for (int64_t ky = 0; ky < a.kernel_h; ++ky)
+    for (int64_t kx = 0; kx < a.kernel_w; ++kx) {
+      // iy * stride - pad + ky * dilation = oy, where there is such an iy.
+      const int64_t sy = oy + a.pad_top - ky * a.dilation_h;
+      const int64_t sx = ox + a.pad_left - kx * a.dilation_w;
+      if (sy < 0 || sx < 0 || sy % a.stride_h != 0 || sx % a.stride_w != 0) continue;
+      const int64_t iy = sy / a.stride_h, ix = sx / a.stride_w;
+      if (iy >= s.h || ix >= s.w) continue;
+      const uint8_t* level = in + s.at(o / group_out * group_in, iy, ix);
+      const int8_t* tap = w + ky * a.kernel_w + kx;
+      for (int64_t c = 0; c < group_in; ++c)
+        sum += tap[c * taps] * (int32_t{level[c * plane]} - x.zero_point);
+    }
   return sum;
 }
 
@@ -510,69 +523,108 @@ void Interpreter::attention(const Node& n, int64_t image) {
     levels(n.output, image)[i] = finish_u8(reals[i], spec.finish);
 }
 
+void Interpreter::quantize(const Node& n, int64_t image) {
+  const float* x = numbers(n.inputs[0], image);
+  const ActivationGrid grid = value_grid(value(n.output));
+  uint8_t* q = levels(n.output, image);
+  for (int64_t i = 0; i < Shape(value(n.output)).size(); ++i)
+    q[i] = quantize_value(x[i], grid);
+}
+
+void Interpreter::dequantize(const Node& n, int64_t image) {
+  const Value& x = value(n.inputs[0]);
+  const uint8_t* q = levels(n.inputs[0], image);
+  for (int64_t i = 0; i < Shape(x).size(); ++i)
+    numbers(n.output, image)[i] = dequantize_value(q[i], x.scale, x.zero_point);
+}
+
+void Interpreter::lookup(const Node& n, int64_t image) {
+  const uint8_t* table = lookup_table(program_, n);
+  const uint8_t* a = levels(n.inputs[0], image);
+  for (int64_t i = 0; i < Shape(value(n.output)).size(); ++i)
+    levels(n.output, image)[i] = table[a[i]];
+}
+
+void Interpreter::affine(const Node& n, int64_t image) {
+  const AffineSpec spec = affine_spec(program_, n);
+  const Shape s(value(n.output));
+  const bool floats = value(n.output).kind == ValueKind::F32;
+  for_each(s, [&](int64_t c, int64_t y, int64_t x) {
+    const int64_t i = s.at(c, y, x);
+    if (floats)
+      numbers(n.output, image)[i] =
+          std::fmaf(numbers(n.inputs[0], image)[i], spec.scale[c], spec.bias[c]);
+    else
+      levels(n.output, image)[i] = affine_u8(levels(n.inputs[0], image)[i], c, spec);
+  });
+}
+
+void Interpreter::gather(const Node& n, int64_t image) {
+  const auto index = gather_index(program_, n);
+  const Shape s(value(n.output));
+  const uint8_t* a = levels(n.inputs[0], image);
+  const int64_t plane = s.h * s.w;
+  for (int64_t c = 0; c < s.c; ++c)
+    std::copy_n(a + index[c] * plane, plane, levels(n.output, image) + c * plane);
+}
+
+void Interpreter::function(const Node& n, int64_t image) {
+  const FloatFunctionSpec spec = function_spec(n);
+  const float* x = numbers(n.inputs[0], image);
+  for (int64_t i = 0; i < Shape(value(n.output)).size(); ++i)
+    numbers(n.output, image)[i] = float_function(x[i], spec);
+}
+
+void Interpreter::combine_floats(const Node& n, int64_t image) {
+  const FloatPair pair = combine_pair(n);
+  const float *a = numbers(n.inputs[0], image), *b = numbers(n.inputs[1], image);
+  for (int64_t i = 0; i < Shape(value(n.output)).size(); ++i)
+    numbers(n.output, image)[i] = float_pair(a[i], b[i], pair);
+}
+
+void Interpreter::float_conv(const Node& n, int64_t image) {
+  FloatConvSpec spec = float_conv_spec(program_, n);
+  if (spec.weights == nullptr) spec.weights = float_weights_.data();
+  reference::float_conv(spec, numbers(n.inputs[0], image), numbers(n.output, image));
+}
+
+void Interpreter::choose(const Node& n, int64_t image) {
+  const auto [any, zero, other] = choose_attributes(n);
+  const int64_t size = Shape(value(n.output)).size();
+  const int32_t* x = tensors_[n.inputs[0]].ids.data() + image * size;
+  for (int64_t i = 0; i < size; ++i)
+    numbers(n.output, image)[i] = x[i] == 0 ? zero : other;
+}
+
 void Interpreter::run(const Node& n, int64_t image) {
-  const Value& out = value(n.output);
-  const Shape s(out);
-  const auto map = [&](auto&& f) {
-    const uint8_t* a = levels(n.inputs[0], image);
-    uint8_t* q = levels(n.output, image);
-    for_each(s,
-             [&](int64_t c, int64_t y, int64_t x) { q[s.at(c, y, x)] = f(a[s.at(c, y, x)], c); });
-  };
+  const bool floats = value(n.output).kind == ValueKind::F32;
   switch (n.op) {
-    case OpKind::Quantize: {
-      const float* x = numbers(n.inputs[0], image);
-      for (int64_t i = 0; i < s.size(); ++i)
-        levels(n.output, image)[i] = quantize_value(x[i], value_grid(out));
-      break;
-    }
-    case OpKind::Dequantize: {
-      const Value& x = value(n.inputs[0]);
-      for (int64_t i = 0; i < s.size(); ++i)
-        numbers(n.output, image)[i] =
-            dequantize_value(levels(n.inputs[0], image)[i], x.scale, x.zero_point);
-      break;
-    }
+    case OpKind::Quantize:
+      return quantize(n, image);
+    case OpKind::Dequantize:
+      return dequantize(n, image);
     case OpKind::Conv:
     case OpKind::ConvTranspose:
       return convolve(n, image);
-    case OpKind::Lookup: {
-      const uint8_t* table = lookup_table(program_, n);
-      return map([&](uint8_t q, int64_t) { return table[q]; });
-    }
+    case OpKind::Lookup:
+      return lookup(n, image);
     case OpKind::Add:
     case OpKind::Mul:
       return combine(n, image);
-    case OpKind::Affine: {
-      const AffineSpec spec = affine_spec(program_, n);
-      if (out.kind == ValueKind::F32) {
-        const float* x = numbers(n.inputs[0], image);
-        for_each(s, [&](int64_t c, int64_t y, int64_t w) {
-          const int64_t i = s.at(c, y, w);
-          numbers(n.output, image)[i] = std::fmaf(x[i], spec.scale[c], spec.bias[c]);
-        });
-        break;
-      }
-      return map([&](uint8_t q, int64_t c) { return affine_u8(q, c, spec); });
-    }
+    case OpKind::Affine:
+      return affine(n, image);
     case OpKind::Concat:
       return concat(n, image);
     case OpKind::MaxPool:
       return max_pool(n, image);
     case OpKind::AvgPool:
-      return out.kind == ValueKind::F32 ? average_floats(n, image) : avg_pool(n, image);
+      return floats ? average_floats(n, image) : avg_pool(n, image);
     case OpKind::AdaptiveAvgPool:
-      return out.kind == ValueKind::F32 ? average_floats(n, image) : adaptive_avg_pool(n, image);
+      return floats ? average_floats(n, image) : adaptive_avg_pool(n, image);
     case OpKind::Slice:
       return slice(n, image);
-    case OpKind::Gather: {
-      const auto index = gather_index(program_, n);
-      const uint8_t* a = levels(n.inputs[0], image);
-      const int64_t plane = s.h * s.w;
-      for (int64_t c = 0; c < s.c; ++c)
-        std::copy_n(a + index[c] * plane, plane, levels(n.output, image) + c * plane);
-      break;
-    }
+    case OpKind::Gather:
+      return gather(n, image);
     case OpKind::Pad:
       return pad(n, image);
     case OpKind::Resize:
@@ -581,28 +633,19 @@ void Interpreter::run(const Node& n, int64_t image) {
     case OpKind::RmsNorm:
       return layer_norm(n, image);
     case OpKind::Reshape:  // both sides are in NCHW order
-      std::copy_n(levels(n.inputs[0], image), s.size(), levels(n.output, image));
-      break;
+      std::copy_n(levels(n.inputs[0], image), Shape(value(n.output)).size(),
+                  levels(n.output, image));
+      return;
     case OpKind::Softmax:
       return softmax(n, image);
     case OpKind::Rearrange:
       return rearrange(n, image);
     case OpKind::Attention:
       return attention(n, image);
-    case OpKind::Function: {
-      const FloatFunctionSpec spec = function_spec(n);
-      const float* x = numbers(n.inputs[0], image);
-      for (int64_t i = 0; i < s.size(); ++i)
-        numbers(n.output, image)[i] = float_function(x[i], spec);
-      break;
-    }
-    case OpKind::Combine: {
-      const FloatPair pair = combine_pair(n);
-      const float *a = numbers(n.inputs[0], image), *b = numbers(n.inputs[1], image);
-      for (int64_t i = 0; i < s.size(); ++i)
-        numbers(n.output, image)[i] = float_pair(a[i], b[i], pair);
-      break;
-    }
+    case OpKind::Function:
+      return function(n, image);
+    case OpKind::Combine:
+      return combine_floats(n, image);
     case OpKind::AffineImage:
       return affine_image(n, image);
     case OpKind::Constant:
@@ -613,19 +656,10 @@ void Interpreter::run(const Node& n, int64_t image) {
       return group_norm(n, image);
     case OpKind::Embedding:
       return embedding(n, image);
-    case OpKind::FloatConv: {
-      FloatConvSpec spec = float_conv_spec(program_, n);
-      if (spec.weights == nullptr) spec.weights = float_weights_.data();
-      reference::float_conv(spec, numbers(n.inputs[0], image), numbers(n.output, image));
-      break;
-    }
-    case OpKind::Choose: {
-      const auto [any, zero, other] = choose_attributes(n);
-      const int32_t* x = tensors_[n.inputs[0]].ids.data() + image * s.size();
-      for (int64_t i = 0; i < s.size(); ++i)
-        numbers(n.output, image)[i] = x[i] == 0 ? zero : other;
-      break;
-    }
+    case OpKind::FloatConv:
+      return float_conv(n, image);
+    case OpKind::Choose:
+      return choose(n, image);
   }
 }
 

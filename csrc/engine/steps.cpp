@@ -189,52 +189,38 @@ RunImage float_pool(const Program& program, const Node& node) {
   };
 }
 
-RunImage run_image(const Program& program, const Node& node,
-                   const std::vector<ValueLayout>& layouts) {
-  if (node.op == OpKind::Constant) return constant(program, node);  // has no input
+RunImage dequantize(const Program& program, const Node& node) {
   const int32_t x = node.inputs[0], y = node.output;
   const Value in = program.values[x];
-  const bool pools = node.op == OpKind::AvgPool || node.op == OpKind::AdaptiveAvgPool ||
-                     node.op == OpKind::MaxPool;
-  if (pools && in.kind == ValueKind::F32) return float_pool(program, node);
+  return [=](const Frame& f, int64_t n, Part part) {
+    cpu::dequantize_image(f.image(x, n), in.scale, in.zero_point, f.floats(y, n), part);
+  };
+}
+
+/// Add and Mul.
+RunImage pair(const Program& program, const Node& node) {
+  const PairSpec spec = pair_spec(program, node);
+  if (node.op == OpKind::Add)
+    return binary(node, [=](auto a, auto b, auto o, Part part) { cpu::add(spec, a, b, o, part); });
+  return binary(node, [=](auto a, auto b, auto o, Part part) { cpu::mul(spec, a, b, o, part); });
+}
+
+RunImage pool(const Program& program, const Node& node) {
+  if (program.values[node.inputs[0]].kind == ValueKind::F32) return float_pool(program, node);
+  const PoolSpec spec = pool_spec(program, node);
+  if (node.op == OpKind::MaxPool)
+    return unary(node, [=](auto i, auto o, Part part) { cpu::max_pool(spec, i, o, part); });
+  if (node.op == OpKind::AvgPool)
+    return unary(node, [=](auto i, auto o, Part part) { cpu::avg_pool(spec, i, o, part); });
+  return unary(node, [=](auto i, auto o, Part part) { cpu::adaptive_avg_pool(spec, i, o, part); });
+}
+
+/// What moves levels and does not compute: Lookup, Slice, Gather, Pad, Reshape.
+RunImage move(const Program& program, const Node& node) {
   switch (node.op) {
-    case OpKind::Quantize:
-      return quantize(program, node, layouts);
-    case OpKind::Dequantize:
-      return [=](const Frame& f, int64_t n, Part part) {
-        cpu::dequantize_image(f.image(x, n), in.scale, in.zero_point, f.floats(y, n), part);
-      };
     case OpKind::Lookup: {
       const uint8_t* table = lookup_table(program, node);
       return unary(node, [=](auto i, auto o, Part part) { cpu::lookup(table, i, o, part); });
-    }
-    case OpKind::Add: {
-      const PairSpec spec = pair_spec(program, node);
-      return binary(node,
-                    [=](auto a, auto b, auto o, Part part) { cpu::add(spec, a, b, o, part); });
-    }
-    case OpKind::Mul: {
-      const PairSpec spec = pair_spec(program, node);
-      return binary(node,
-                    [=](auto a, auto b, auto o, Part part) { cpu::mul(spec, a, b, o, part); });
-    }
-    case OpKind::Affine:
-      return affine(program, node);
-    case OpKind::Concat:
-    case OpKind::Join:
-      return join(program, node);
-    case OpKind::MaxPool: {
-      const PoolSpec spec = pool_spec(program, node);
-      return unary(node, [=](auto i, auto o, Part part) { cpu::max_pool(spec, i, o, part); });
-    }
-    case OpKind::AvgPool: {
-      const PoolSpec spec = pool_spec(program, node);
-      return unary(node, [=](auto i, auto o, Part part) { cpu::avg_pool(spec, i, o, part); });
-    }
-    case OpKind::AdaptiveAvgPool: {
-      const PoolSpec spec = pool_spec(program, node);
-      return unary(node,
-                   [=](auto i, auto o, Part part) { cpu::adaptive_avg_pool(spec, i, o, part); });
     }
     case OpKind::Slice: {
       const SliceAttributes a = slice_attributes(node);
@@ -252,64 +238,111 @@ RunImage run_image(const Program& program, const Node& node,
       return unary(
           node, [=](auto i, auto o, Part part) { cpu::pad(a.top, a.left, a.level, i, o, part); });
     }
+    default:
+      return unary(node, [](auto i, auto o, Part part) { cpu::reshape(i, o, part); });
+  }
+}
+
+/// LayerNorm and RmsNorm.
+RunImage row_norm(const Program& program, const Node& node) {
+  const LayerNormSpec spec = layer_norm_spec(program, node);
+  return norm(
+      program, node, [=](auto i, auto o, Part part) { cpu::layer_norm(spec, i, o, part); },
+      [=](auto i, float* o, Part part) { cpu::layer_norm_f32(spec, i, o, part); },
+      [=](const float* i, int64_t c, int64_t plane, float* o, Part part) {
+        cpu::layer_norm_floats(spec, i, c, plane, o, part);
+      });
+}
+
+RunImage group_norm(const Program& program, const Node& node) {
+  const GroupNormSpec spec = group_norm_spec(program, node);
+  return norm(
+      program, node, [=](auto i, auto o, Part part) { cpu::group_norm(spec, i, o, part); },
+      [=](auto i, float* o, Part part) { cpu::group_norm_f32(spec, i, o, part); },
+      [=](const float* i, int64_t c, int64_t plane, float* o, Part part) {
+        cpu::group_norm_floats(spec, i, c, plane, o, part);
+      });
+}
+
+/// Function, Combine, Softmax: floats to floats.
+RunImage of_floats(const Program& program, const Node& node) {
+  const int32_t x = node.inputs[0], y = node.output;
+  const Value in = program.values[x];
+  const int64_t count = in.c * in.h * in.w;
+  if (node.op == OpKind::Softmax)
+    return [=](const Frame& f, int64_t n, Part part) {
+      cpu::softmax_f32(f.floats(x, n), in.c, in.h * in.w, f.floats(y, n), part);
+    };
+  if (node.op == OpKind::Function) {
+    const FloatFunctionSpec spec = function_spec(node);
+    return [=](const Frame& f, int64_t n, Part part) {
+      cpu::function_f32(spec, f.floats(x, n), count, f.floats(y, n), part);
+    };
+  }
+  const FloatPair pair = combine_pair(node);
+  const int32_t other = node.inputs[1];
+  return [=](const Frame& f, int64_t n, Part part) {
+    cpu::combine_f32(pair, f.floats(x, n), f.floats(other, n), count, f.floats(y, n), part);
+  };
+}
+
+RunImage embedding(const Program& program, const Node& node) {
+  const EmbeddingSpec spec = embedding_spec(program, node);
+  const int32_t x = node.inputs[0], y = node.output;
+  return [=](const Frame& f, int64_t n, Part part) {
+    cpu::embedding(spec, f.ids(x, n), f.image(y, n), part);
+  };
+}
+
+RunImage run_image(const Program& program, const Node& node,
+                   const std::vector<ValueLayout>& layouts) {
+  switch (node.op) {
+    case OpKind::Quantize:
+      return quantize(program, node, layouts);
+    case OpKind::Dequantize:
+      return dequantize(program, node);
+    case OpKind::Add:
+    case OpKind::Mul:
+      return pair(program, node);
+    case OpKind::Affine:
+      return affine(program, node);
+    case OpKind::AffineImage:
+      return affine_image(program, node);
+    case OpKind::Concat:
+    case OpKind::Join:
+      return join(program, node);
+    case OpKind::MaxPool:
+    case OpKind::AvgPool:
+    case OpKind::AdaptiveAvgPool:
+      return pool(program, node);
+    case OpKind::Lookup:
+    case OpKind::Slice:
+    case OpKind::Gather:
+    case OpKind::Pad:
+    case OpKind::Reshape:
+      return move(program, node);
+    case OpKind::Rearrange:
+      return rearrange(program, node);
     case OpKind::Resize:
       return resize(program, node);
     case OpKind::LayerNorm:
-    case OpKind::RmsNorm: {
-      const LayerNormSpec spec = layer_norm_spec(program, node);
-      return norm(
-          program, node, [=](auto i, auto o, Part part) { cpu::layer_norm(spec, i, o, part); },
-          [=](auto i, float* o, Part part) { cpu::layer_norm_f32(spec, i, o, part); },
-          [=](const float* i, int64_t c, int64_t plane, float* o, Part part) {
-            cpu::layer_norm_floats(spec, i, c, plane, o, part);
-          });
-    }
-    case OpKind::Reshape:
-      return unary(node, [](auto i, auto o, Part part) { cpu::reshape(i, o, part); });
-    case OpKind::Rearrange:
-      return rearrange(program, node);
-    case OpKind::Function: {
-      const FloatFunctionSpec spec = function_spec(node);
-      const int64_t count = in.c * in.h * in.w;
-      return [=](const Frame& f, int64_t n, Part part) {
-        cpu::function_f32(spec, f.floats(x, n), count, f.floats(y, n), part);
-      };
-    }
-    case OpKind::Combine: {
-      const FloatPair pair = combine_pair(node);
-      const int32_t other = node.inputs[1];
-      const int64_t count = in.c * in.h * in.w;
-      return [=](const Frame& f, int64_t n, Part part) {
-        cpu::combine_f32(pair, f.floats(x, n), f.floats(other, n), count, f.floats(y, n), part);
-      };
-    }
+    case OpKind::RmsNorm:
+      return row_norm(program, node);
+    case OpKind::GroupNorm:
+      return group_norm(program, node);
     case OpKind::Attention:
       return attention(program, node);
-    case OpKind::Embedding: {
-      const EmbeddingSpec spec = embedding_spec(program, node);
-      return [=](const Frame& f, int64_t n, Part part) {
-        cpu::embedding(spec, f.ids(x, n), f.image(y, n), part);
-      };
-    }
+    case OpKind::Function:
+    case OpKind::Combine:
     case OpKind::Softmax:
-      return [=](const Frame& f, int64_t n, Part part) {
-        cpu::softmax_f32(f.floats(x, n), in.c, in.h * in.w, f.floats(y, n), part);
-      };
-    case OpKind::AffineImage:
-      return affine_image(program, node);
-    case OpKind::GroupNorm: {
-      const GroupNormSpec spec = group_norm_spec(program, node);
-      return norm(
-          program, node, [=](auto i, auto o, Part part) { cpu::group_norm(spec, i, o, part); },
-          [=](auto i, float* o, Part part) { cpu::group_norm_f32(spec, i, o, part); },
-          [=](const float* i, int64_t c, int64_t plane, float* o, Part part) {
-            cpu::group_norm_floats(spec, i, c, plane, o, part);
-          });
-    }
+      return of_floats(program, node);
+    case OpKind::Embedding:
+      return embedding(program, node);
     case OpKind::Choose:
-      return choose(node, program.values[y]);
-    case OpKind::FloatConv:
+      return choose(node, program.values[node.output]);
     case OpKind::Constant:
+      return constant(program, node);
+    case OpKind::FloatConv:
     case OpKind::Conv:
     case OpKind::ConvTranspose:
       break;

@@ -62,32 +62,41 @@ int64_t index_of(Layout layout, int64_t n, int64_t c, int64_t y, int64_t x, int6
                                 : ((n * h + y) * w + x) * c_total + c;
 }
 
-struct Levels {
-  const ConvShape& s;
-  const ActivationIn& in;
-  int32_t at(int64_t n, int64_t c, int64_t y, int64_t x) const {
-    const int64_t i = index_of(in.layout, n, c, y, x, s.in_channels, s.in_h, s.in_w);
-    return in.dtype == DType::U8 ? static_cast<const uint8_t*>(in.data)[i]
-                                 : quantize_value(static_cast<const float*>(in.data)[i], in.grid);
-  }
-};
+/// Levels less their zero point, [N][H][W][C], each quantized once: a term of a sum is a product,
+/// and what lies outside of the image, which is the zero point, adds nothing.
+std::vector<int16_t> centred(const ConvShape& s, const ActivationIn& in) {
+  const int32_t z = in.grid.zero_point;
+  std::vector<int16_t> levels(static_cast<size_t>(s.batch * s.in_h * s.in_w * s.in_channels));
+  size_t at = 0;
+  for (int64_t n = 0; n < s.batch; ++n)
+    for (int64_t y = 0; y < s.in_h; ++y)
+      for (int64_t x = 0; x < s.in_w; ++x)
+        for (int64_t c = 0; c < s.in_channels; ++c) {
+          const int64_t i = index_of(in.layout, n, c, y, x, s.in_channels, s.in_h, s.in_w);
+          const int32_t level =
+              in.dtype == DType::U8
+                  ? static_cast<const uint8_t*>(in.data)[i]
+                  : quantize_value(static_cast<const float*>(in.data)[i], in.grid);
+          levels[at++] = static_cast<int16_t>(level - z);
+        }
+  return levels;
+}
 
-int32_t accumulate(const ConvShape& s, const Levels& levels, const int8_t* weight, int64_t n,
+int32_t accumulate(const ConvShape& s, const int16_t* levels, const int8_t* weight, int64_t n,
                    int64_t o, int64_t oy, int64_t ox) {
-  const int64_t cg = s.group_in();
+  const int64_t cg = s.group_in(), taps = s.kernel_h * s.kernel_w;
   const int64_t first = o / s.group_out() * cg;
-  const int32_t z = levels.in.grid.zero_point;
-  const int8_t* w = weight + o * s.reduction();
   int32_t acc = 0;
-  for (int64_t c = 0; c < cg; ++c) {
-    for (int64_t ky = 0; ky < s.kernel_h; ++ky) {
-      const int64_t y = oy * s.stride_h + ky * s.dilation_h - s.pad_top;
-      for (int64_t kx = 0; kx < s.kernel_w; ++kx) {
-        const int64_t x = ox * s.stride_w + kx * s.dilation_w - s.pad_left;
-        const bool inside = y >= 0 && y < s.in_h && x >= 0 && x < s.in_w;
-        const int32_t a = inside ? levels.at(n, first + c, y, x) : z;
-        acc += static_cast<int32_t>(w[(c * s.kernel_h + ky) * s.kernel_w + kx]) * (a - z);
-      }
+  for (int64_t ky = 0; ky < s.kernel_h; ++ky) {
+    const int64_t y = oy * s.stride_h + ky * s.dilation_h - s.pad_top;
+    if (y < 0 || y >= s.in_h) continue;
+    for (int64_t kx = 0; kx < s.kernel_w; ++kx) {
+      const int64_t x = ox * s.stride_w + kx * s.dilation_w - s.pad_left;
+      if (x < 0 || x >= s.in_w) continue;
+      const int16_t* a = levels + ((n * s.in_h + y) * s.in_w + x) * s.in_channels + first;
+      const int8_t* w = weight + o * s.reduction() + ky * s.kernel_w + kx;
+      for (int64_t c = 0; c < cg; ++c)
+        acc += int32_t{w[c * taps]} * int32_t{a[c]};
     }
   }
   return acc;
@@ -96,13 +105,13 @@ int32_t accumulate(const ConvShape& s, const Levels& levels, const int8_t* weigh
 template <class Sink>
 void for_each_output(const ConvShape& s, const ActivationIn& in, const int8_t* weight, int threads,
                      Sink&& sink) {
-  const Levels levels{s, in};
+  const std::vector<int16_t> levels = centred(s, in);
   const int64_t oh = s.out_h(), ow = s.out_w();
   parallel_for(s.batch * s.out_channels, threads, [&](int64_t task, int) {
     const int64_t n = task / s.out_channels, o = task % s.out_channels;
     for (int64_t y = 0; y < oh; ++y)
       for (int64_t x = 0; x < ow; ++x)
-        sink(n, o, y, x, accumulate(s, levels, weight, n, o, y, x));
+        sink(n, o, y, x, accumulate(s, levels.data(), weight, n, o, y, x));
   });
 }
 

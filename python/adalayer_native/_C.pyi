@@ -4,34 +4,36 @@ from collections.abc import Sequence
 from os import PathLike
 from typing import TypedDict
 
-def conv2d(
-    x: int,
-    x_is_u8: bool,
-    x_nhwc: bool,
-    batch: int,
-    h: int,
-    w: int,
-    geometry: tuple[int, ...],
-    packed: int,
-    packed_bytes: int,
-    scale: int,
-    bias: int,
-    input_scale: float,
-    input_zero_point: int,
-    input_bits: int,
-    y: int,
-    y_is_u8: bool,
-    y_nhwc: bool,
-    lo: float,
-    hi: float,
-    output_zero_point: int,
-    residual: int,
-    grid_scale: float,
-    grid_zero_point: int,
-    grid_bits: int,
-    threads: int,
-    /,
-) -> None: ...
+class Layer:
+    """A convolution without its parameters (csrc/cpu/layer/layer.hpp).
+
+    Grids are scale, zero point and bits. The geometry has the names of the engine's table of
+    operations.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        geometry: dict[str, int],
+        input: tuple[float, int, int],
+        bounds: tuple[float, float],
+        output: tuple[float, int, int] | None,
+        levels: bool,
+        /,
+    ) -> None: ...
+    def run(
+        self,
+        parameters: tuple[int, int, int, int],  # packed weights, their bytes, scale, bias
+        x: int,
+        size: tuple[int, int, int],  # images, height, width
+        nhwc: bool,
+        residual: int,
+        y: int,
+        threads: int,
+        /,
+    ) -> None: ...
+
 def quantize(
     x: int, n: int, scale: float, zero_point: int, bits: int, q: int, threads: int, /
 ) -> None: ...
@@ -41,28 +43,24 @@ def fake_quantize(
 def fma(a: int, b: int, c: int, n: int, y: int, threads: int, /) -> None: ...
 def float_function(function: int, x: int, n: int, y: int, threads: int, /) -> None: ...
 def float_conv(
-    geometry: tuple[int, ...],
+    sizes: tuple[int, int, int, int, int],  # images, channels, output channels, height, width
+    geometry: dict[str, int],
+    parameters: tuple[int, int],  # weights, bias
     x: int,
-    images: int,
-    h: int,
-    w: int,
-    weights: int,
-    bias: int,
     y: int,
     threads: int,
+    /,
 ) -> None: ...
 def float_norm(
-    x: int,
-    images: int,
-    channels: int,
-    plane: int,
+    sizes: tuple[int, int, int],  # images, channels, positions
     groups: int,
     about_zero: bool,
     eps: float,
-    gamma: int,
-    beta: int,
+    line: tuple[int, int],  # gamma, beta
+    x: int,
     y: int,
     threads: int,
+    /,
 ) -> None: ...
 def softmax(
     x: int, images: int, channels: int, positions: int, y: int, threads: int, /
@@ -70,16 +68,10 @@ def softmax(
 def attention(
     sizes: tuple[int, int, int, int, int, int, int],
     zero_points: tuple[int, int, int],
-    scale: float,
-    value_scale: float,
+    scales: tuple[float, float],  # of scores, of values
     causal: bool,
-    mask: int,
-    mask_image: int,
-    mask_head: int,
-    q: int,
-    k: int,
-    v: int,
-    y: int,
+    mask: tuple[int, int, int],  # address, from image to image, from head to head
+    tensors: Sequence[int],  # query, key, value, result
     threads: int,
     /,
 ) -> None: ...
@@ -89,7 +81,12 @@ def header(packed: int, size: int, /) -> dict[str, int | str | tuple[int, int, i
 def check_accumulator(reduction: int, bits: int, /) -> None: ...
 def isas() -> list[str]: ...
 def active_isa() -> str: ...
+
+HEADER_BYTES: int
+FILE_BLOCK: tuple[int, int]
+
 def kernels_key() -> str: ...
+def fields_bytes(stored: int, bits: int) -> int: ...
 def force_isa(name: str, /) -> None: ...
 def set_sparse_policy(name: str, /) -> None: ...
 def set_winograd_policy(name: str, /) -> None: ...

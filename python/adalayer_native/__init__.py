@@ -46,12 +46,13 @@ if TYPE_CHECKING:
     from adalayer_native.ops import get_num_threads, set_num_threads
     from adalayer_native.plan import LayerPlan, Plan
     from adalayer_native.quantization.calibrate import calibrate
-    from adalayer_native.quantization.convert import convert, restore
+    from adalayer_native.quantization.convert import convert
     from adalayer_native.quantization.exact import simulate
     from adalayer_native.quantization.graph import prepare
+    from adalayer_native.quantization.restore import restore
     from adalayer_native.repair import LayerHessian, Repair, layer_hessians, repair
     from adalayer_native.tensor_train import Decomposed, tensor_train
-    from adalayer_native.training import finetune
+    from adalayer_native.training.finetune import finetune
 
 __all__ = [
     "AdaError",
@@ -136,7 +137,8 @@ __getattr__, __dir__ = lazy(
         "ops": ["get_num_threads", "set_num_threads"],
         "plan": ["LayerPlan", "Plan"],
         "quantization.calibrate": ["calibrate"],
-        "quantization.convert": ["convert", "restore"],
+        "quantization.convert": ["convert"],
+        "quantization.restore": ["restore"],
         "quantization.exact": ["simulate"],
         "quantization.graph": ["prepare"],
         "repair": ["LayerHessian", "Repair", "layer_hessians", "repair"],

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from .errors import FileFormatError
 
-__all__ = ["found_at", "replacing", "require_file", "write_atomic", "write_text_atomic"]
+__all__ = [
+    "found_at",
+    "read_json",
+    "replacing",
+    "require_file",
+    "write_atomic",
+    "write_text_atomic",
+]
 
 _KINDS = {
     stat.S_IFREG: "is a file",
@@ -68,6 +77,25 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | memoryview) -> None
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
     """Write ``text`` as UTF-8; see :func:`write_atomic`."""
     write_atomic(path, text.encode("utf-8"))
+
+
+def read_json(path: str | os.PathLike[str], kind: tuple[str, int] | None = None) -> dict[str, Any]:
+    """A JSON object; ``kind``: its ``"format"`` and ``"version"``.
+
+    Raises:
+        FileFormatError: it cannot be read, is none, or of another kind; names the file.
+    """
+    source = os.fspath(path)
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FileFormatError(f"{source}: not readable as JSON: {error}") from None
+    if not isinstance(found, dict) or (kind is not None and found.get("format") != kind[0]):
+        wanted = "" if kind is None else f' with "format": "{kind[0]}"'
+        raise FileFormatError(f"{source}: expected a JSON object{wanted}")
+    if kind is not None and found.get("version") != kind[1]:
+        raise FileFormatError(f"{source}: expected version {kind[1]}, got {found.get('version')!r}")
+    return found
 
 
 @contextmanager

@@ -11,28 +11,34 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from .data.layout import DATA_HELP
+from .data.folders import DATA_HELP
 from .plan import MAX_BITS, MIN_BITS, PATTERNS
 
 __all__ = [
     "MAX_SEED",
     "Batch",
     "Classes",
+    "ClassesOfRun",
     "Country",
     "Data",
+    "Exclude",
     "Group",
+    "ImageSize",
+    "InputShape",
     "Mean",
     "Model",
+    "ModelOfRun",
     "Quiet",
     "Scale",
     "Seed",
+    "Source",
     "Std",
     "Threads",
     "above_zero",
     "at_least_zero",
     "fixed_widths",
-    "input_sizes",
     "input_widths",
+    "normalising",
     "numbers_of",
     "optional_folder",
     "output_file",
@@ -153,6 +159,13 @@ def whole_numbers(text: str | None, example: str = "2,3,4") -> list[int] | None:
 def numbers_of(text: str | None) -> list[float] | None:
     """What is written with commas, fractions like 1/255 allowed."""
     return None if text is None else _parsed(text, _number, "numbers", "0.5,0.5,0.5")
+
+
+def normalising(mean: str | None, std: str | None, scale: str | None) -> dict[str, Any]:
+    """The jobs' ``mean``, ``std`` and ``scale`` from the options of these names."""
+    values = numbers_of(scale)
+    factor = None if values is None else values[0]
+    return {"mean": numbers_of(mean), "std": numbers_of(std), "scale": factor}
 
 
 def _number(text: str) -> float:
@@ -299,6 +312,21 @@ Scale = Annotated[
         help="What pixels from 0 to 255 are multiplied by before mean and deviation: 1 where these "
         "are of values from 0 to 255. Default: 1/255.",
     ),
+]
+Source = Annotated[
+    Path, typer.Argument(help="Output directory of compress, or a packed model.safetensors.")
+]
+ModelOfRun = Annotated[
+    str | None, typer.Option(help="Built-in name or package.module:callable; default: the run's.")
+]
+ClassesOfRun = Annotated[int | None, typer.Option(min=1, help="Default: the run's.")]
+ImageSize = Annotated[int, typer.Option(min=1, max=4096, help="Pixels per side.")]
+InputShape = Annotated[
+    str | None,
+    typer.Option(callback=input_sizes, help="Channels, height and width instead, e.g. 3,32,64."),
+]
+Exclude = Annotated[
+    list[str] | None, typer.Option(help="Layer or module to leave in float; repeatable.")
 ]
 Batch = Annotated[int, typer.Option(min=1, help="Images per batch.")]
 Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of everything that is drawn.")]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.errors import LiveError
@@ -142,12 +142,7 @@ class ProgressBar:
         elif self.enabled and time.monotonic() - self._last >= LOG_INTERVAL:
             self._print()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is None and self.total is not None and self.done < self.total:
             self.total = self.done  # what was left was not needed
             if self._bar is not None:

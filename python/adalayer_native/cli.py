@@ -19,21 +19,27 @@ from ._options import (
     MAX_SEED,
     Batch,
     Classes,
+    ClassesOfRun,
     Country,
     Data,
+    Exclude,
     Group,
+    ImageSize,
+    InputShape,
     Mean,
     Model,
+    ModelOfRun,
     Quiet,
     Scale,
     Seed,
+    Source,
     Std,
     Threads,
     above_zero,
     at_least_zero,
     fixed_widths,
-    input_sizes,
     input_widths,
+    normalising,
     numbers_of,
     optional_folder,
     output_file,
@@ -45,7 +51,7 @@ from ._options import (
     widths,
     zero_patterns,
 )
-from .allocation.methods import BUDGETED, METHODS
+from .allocation.methods import METHODS, method_of
 from .errors import AdaError
 from .study.commands import app as study_app
 
@@ -90,14 +96,14 @@ def adalayer(
 
 def _budget(method: str, limits: dict[str, float | None]) -> Any:
     """The budget that the options give, if any."""
-    from .allocation import Budget
-    from .errors import BudgetError
+    from .allocation import Budget, refusals
 
     if any(value is not None for value in limits.values()):
         return Budget(**limits)  # type: ignore[arg-type]
-    if method in BUDGETED:
-        more = ", --latency, --bops, --energy or --loss" if method == "optimal" else ""
-        raise BudgetError(f"method {method!r} needs a budget: --size, --bytes or --bits{more}")
+    known = method_of(method)
+    if known.budget:
+        more = ", --latency, --bops, --energy or --loss" if known.several else ""
+        raise refusals.missing(method, f": --size, --bytes or --bits{more}")
     return None
 
 
@@ -105,9 +111,16 @@ def _names(text: str | None) -> list[str] | None:
     return None if text is None else [name.strip() for name in text.split(",")]
 
 
-def _scale(text: str | None) -> float | None:
-    values = numbers_of(text)
-    return None if values is None else values[0]
+def _printed(found: Any, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(found, indent=2))
+
+
+def _shape(image_size: int | None, input_shape: str | None) -> list[int] | None:
+    """Channels, height and width, from one of the two options."""
+    if image_size is not None and input_shape is not None:
+        raise typer.BadParameter("expected one of --image-size and --input-shape, got both")
+    return whole_numbers(input_shape) if image_size is None else [3, image_size, image_size]
 
 
 @app.command(short_help="Compress a network under a budget.")
@@ -145,9 +158,7 @@ def compress(
         list[str] | None,
         typer.Option(callback=fixed_widths, help="LAYER=BITS, decided already; may be repeated."),
     ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(help="Layer or module to leave in float; repeatable.")
-    ] = None,
+    exclude: Exclude = None,
     layer_bits: Annotated[
         str | None,
         typer.Option(callback=widths, help="For fixed/ascending/descending, e.g. 2,3,4."),
@@ -167,7 +178,7 @@ def compress(
     effort: Annotated[
         str, typer.Option(help="low, normal or high: learning of the repair, search of optimal.")
     ] = "normal",
-    image_size: Annotated[int, typer.Option(min=1, max=4096, help="Pixels per side.")] = 32,
+    image_size: ImageSize = 32,
     mean: Mean = None,
     std: Std = None,
     scale: Scale = None,
@@ -236,9 +247,7 @@ def compress(
         image_size=image_size,
         batch_size=batch_size,
         classes=classes,
-        mean=numbers_of(mean),
-        std=numbers_of(std),
-        scale=_scale(scale),
+        **normalising(mean, std, scale),
         criterion=criterion,
         latency_table=latency_table,
         frontier=frontier,
@@ -249,8 +258,7 @@ def compress(
         progress=not quiet,
     )
     report = check_compress(job) if check else run_compress(job)
-    if as_json:
-        print(json.dumps(report, indent=2))
+    _printed(report, as_json)
 
 
 @app.command(short_help="Train a float network.")
@@ -267,7 +275,7 @@ def train(
         float, typer.Option(callback=at_least_zero, help="Of SGD, for weights.")
     ] = 5e-4,
     augment: Annotated[bool, typer.Option(help="Random crops and mirroring.")] = True,
-    image_size: Annotated[int, typer.Option(min=1, max=4096, help="Pixels per side.")] = 32,
+    image_size: ImageSize = 32,
     mean: Mean = None,
     std: Std = None,
     scale: Scale = None,
@@ -296,43 +304,30 @@ def train(
         image_size=image_size,
         batch_size=batch_size,
         classes=classes,
-        mean=numbers_of(mean),
-        std=numbers_of(std),
-        scale=_scale(scale),
+        **normalising(mean, std, scale),
         seed=seed,
         threads=threads,
         progress=not quiet,
     )
     report = run_train(job)
-    if as_json:
-        print(json.dumps(report, indent=2))
+    _printed(report, as_json)
 
 
 @app.command("compile", short_help="Compile a packed model to an .ada file.")
 def compile_packed(
-    source: Annotated[
-        Path, typer.Argument(help="Output directory of compress, or a packed model.safetensors.")
-    ],
+    source: Source,
     output: Annotated[
         Path | None,
         typer.Option(
             "--output", "-o", callback=output_file, help="The file; default: model.ada beside it."
         ),
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help="Built-in name or package.module:callable; default: the run's."),
-    ] = None,
+    model: ModelOfRun = None,
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Pixels per side; default: the run's.")
     ] = None,
-    input_shape: Annotated[
-        str | None,
-        typer.Option(
-            callback=input_sizes, help="Channels, height and width instead, e.g. 3,32,64."
-        ),
-    ] = None,
-    classes: Annotated[int | None, typer.Option(min=1, help="Default: the run's.")] = None,
+    input_shape: InputShape = None,
+    classes: ClassesOfRun = None,
     mean: Mean = None,
     std: Std = None,
     scale: Scale = None,
@@ -351,27 +346,22 @@ def compile_packed(
 
     adalayer serve and libadalayer run it.
     """
-    if image_size is not None and input_shape is not None:
-        raise typer.BadParameter("expected one of --image-size and --input-shape, got both")
+    shape = _shape(image_size, input_shape)
     from .jobs import CompileJob, run_compile
 
-    square = None if image_size is None else [3, image_size, image_size]
     job = CompileJob(
         source=source,
         output=output,
         model=model,
         classes=classes,
-        input_shape=whole_numbers(input_shape) or square,
-        mean=numbers_of(mean),
-        std=numbers_of(std),
-        scale=_scale(scale),
+        input_shape=shape,
+        **normalising(mean, std, scale),
         weights=weights.value,
         batch=batch,
         threads=threads,
     )
     found = run_compile(job)
-    if as_json:
-        print(json.dumps(found, indent=2))
+    _printed(found, as_json)
 
 
 @app.command(short_help="Measure the latencies of this machine, for plans made elsewhere.")
@@ -401,16 +391,9 @@ def profile(
     image_size: Annotated[
         int | None, typer.Option(min=1, max=4096, help="Pixels per side; default: 32.")
     ] = None,
-    input_shape: Annotated[
-        str | None,
-        typer.Option(
-            callback=input_sizes, help="Channels, height and width instead, e.g. 3,32,64."
-        ),
-    ] = None,
+    input_shape: InputShape = None,
     classes: Annotated[int, typer.Option(min=1, help="Of the model.")] = 10,
-    exclude: Annotated[
-        list[str] | None, typer.Option(help="Layer or module to leave in float; repeatable.")
-    ] = None,
+    exclude: Exclude = None,
     isa: Annotated[
         str | None, typer.Option(help="Instruction set; default: the fastest of this machine.")
     ] = None,
@@ -439,17 +422,15 @@ def profile(
     adalayer compress --method optimal --latency MS --latency-table OUT plans with it, on any
     machine. Interrupted? The same command goes on where it stopped.
     """
-    if image_size is not None and input_shape is not None:
-        raise typer.BadParameter("expected one of --image-size and --input-shape, got both")
+    shape = _shape(image_size, input_shape)
     from .jobs import ProfileJob, run_profile
 
-    size = 32 if image_size is None else image_size
     job = ProfileJob(
         model=model,
         out=out,
         shapes=shapes,
         weights=weights,
-        input_shape=whole_numbers(input_shape) or [3, size, size],
+        input_shape=shape or [3, 32, 32],
         classes=classes,
         exclude=exclude or [],
         isa=isa,
@@ -462,15 +443,12 @@ def profile(
         progress=not quiet,
     )
     found = run_profile(job)
-    if as_json:
-        print(json.dumps(found, indent=2))
+    _printed(found, as_json)
 
 
 @app.command(short_help="Find the layers that lost accuracy, and what would recover it.")
 def compare(
-    source: Annotated[
-        Path, typer.Argument(help="Output directory of compress, or a packed model.safetensors.")
-    ],
+    source: Source,
     weights: Annotated[
         Path | None, typer.Option(help="Float weights, safetensors; default: the run's.")
     ] = None,
@@ -490,11 +468,8 @@ def compare(
         typer.Option(min=1, help="Images; every second one only judges the suggestions."),
     ] = 256,
     suggest: Annotated[bool, typer.Option(help="Try changes, and measure their effect.")] = True,
-    model: Annotated[
-        str | None,
-        typer.Option(help="Built-in name or package.module:callable; default: the run's."),
-    ] = None,
-    classes: Annotated[int | None, typer.Option(min=1, help="Default: the run's.")] = None,
+    model: ModelOfRun = None,
+    classes: ClassesOfRun = None,
     image_size: Annotated[
         int | None, typer.Option(min=1, max=4096, help="Pixels per side; default: the run's.")
     ] = None,
@@ -526,16 +501,13 @@ def compare(
         suggest=suggest,
         image_size=image_size,
         classes=classes,
-        mean=numbers_of(mean),
-        std=numbers_of(std),
-        scale=_scale(scale),
+        **normalising(mean, std, scale),
         seed=seed,
         threads=threads,
         progress=not quiet,
     )
     found = run_compare(job)
-    if as_json:
-        print(json.dumps(found, indent=2))
+    _printed(found, as_json)
 
 
 @app.command(short_help="Write one HTML page about a finished run.")

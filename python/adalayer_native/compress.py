@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adalayer_native._deprecated import renamed_fields
 from adalayer_native._fingerprint import fingerprint
 from adalayer_native._progress import stage
 from adalayer_native._stages import Stage, job
@@ -23,12 +24,13 @@ from adalayer_native.allocation import (
     check_request,
     everywhere,
 )
-from adalayer_native.allocation.rest import planned_rest, unsupported_rest
-from adalayer_native.allocation.settings import check_effort
-from adalayer_native.capture import Inputs, captured
+from adalayer_native.allocation.float_work import planned_work, unsupported_work
+from adalayer_native.allocation.methods import method_of
+from adalayer_native.allocation.optimal_settings import check_effort
+from adalayer_native.capture import GraphModel, Inputs, captured
 from adalayer_native.capture.example import guessed_example
 from adalayer_native.capture.loading import captured_on, first_sample
-from adalayer_native.capture.work import FloatRest, work_of
+from adalayer_native.capture.work import FloatWork, work_of
 from adalayer_native.data import distilled
 from adalayer_native.errors import CalibrationError, PlanError, UnsupportedModelError
 from adalayer_native.importance import LayerScores, analyze
@@ -38,7 +40,7 @@ from adalayer_native.importance.outputs import LossFn, Pick, distance, has_dista
 from adalayer_native.importance.task_loss import TaskLoss
 from adalayer_native.plan import Plan, supported_layers
 from adalayer_native.quantization import calibrate, convert, prepare
-from adalayer_native.quantization.layout import native_layout
+from adalayer_native.quantization.stored import stored_model
 from adalayer_native.repair import Distance, Repair
 from adalayer_native.repair import repair as repair_layers
 from adalayer_native.tensor_train import Decomposed, tensor_train
@@ -47,6 +49,7 @@ from adalayer_native.training import finetune
 __all__ = ["Compressed", "compress", "stages_of"]
 
 
+@renamed_fields(float_rest="float_work")
 @dataclass
 class Compressed:
     """Result of :func:`compress`.
@@ -58,7 +61,7 @@ class Compressed:
         kept_float: layers that stay float because no native layer covers them, with the reason.
         history: of the fine-tuning; None without.
         repair: output error of every layer before and after the repair; None without.
-        float_rest: everything with multiply-accumulates that stays float, layers that the plan
+        float_work: everything with multiply-accumulates that stays float, layers that the plan
             keeps so included, with the reason and the share of them.
         decomposed: the float model with its tensor trains, of method ``"tensor_train"``; it is what
             :func:`~adalayer_native.restore` takes to read the saved file.
@@ -70,7 +73,7 @@ class Compressed:
     kept_float: dict[str, str] = field(default_factory=dict)
     history: Any = None
     repair: Repair | None = None
-    float_rest: FloatRest | None = None
+    float_work: FloatWork | None = None
     decomposed: Decomposed | None = None
 
 
@@ -155,11 +158,6 @@ def compress(
         UnsupportedModelError: ``strict``, and something stays float; before the work where it is
             known by then.
     """
-    work = Path(work_dir) if work_dir is not None else None
-
-    def inside(name: str) -> Path | None:
-        return work / name if work is not None else None
-
     check_effort(effort)
     asked = dict(allocate_options or {})
     if calibration is None:
@@ -171,13 +169,8 @@ def compress(
         decomposed, budget, asked = _decomposed(model, calibration, budget, asked, progress)
         model, method = decomposed.model, "optimal"
     if isinstance(budget, int):
-        if plan is not None:
-            raise PlanError(f"give a plan, or bits of all layers ({budget!r}), not both")
-        other = sorted(set(asked) - {"activation_bits", "fixed", "exclude"})
-        if other:
-            raise PlanError(f"{budget} bits everywhere need no search: got options {other} of one")
         model = captured_on(model, calibration)
-        plan, budget = everywhere(model, budget, **asked), None
+        plan, budget = _everywhere(model, plan, budget, asked), None
     if plan is None:
         agreed = {key: asked.get(key) for key in ("bits", "stages", "options")}
         check_method(method, budget, criterion=criterion, **agreed)
@@ -187,111 +180,173 @@ def compress(
     if loss_fn is None and plan is not None and repair:  # a search says so itself
         warn_of_first_guess(model, calibration, output)
     macs = work_of(model, sample)
-    unsupported = unsupported_rest(model, plan, macs)
+    in_float = unsupported_work(model, plan, macs)
     if strict:
-        _refuse(unsupported if plan is None else planned_rest(model, plan, macs))
-    elif unsupported:
-        warnings.warn(
-            f"{100 * unsupported.share:.2g} % of the multiply-accumulates stay in float: "
-            f"{unsupported}",
-            stacklevel=2,
-        )
-    training = train_loader is not None and epochs > 0
+        _refuse(in_float if plan is None else planned_work(model, plan, macs))
+    elif in_float:
+        _warn_of_float(in_float)
+    steps = _Steps(
+        model, calibration, loss_fn, output, criterion, effort, repair,
+        None if work_dir is None else Path(work_dir), seed, progress,
+    )  # fmt: skip
     if plan is None:  # what can be said now is not said after an analysis of an hour
         known = ("bits", "stages", "activation_bits", "fixed", "exclude", "options")
         wanted = {key: asked[key] for key in known if key in asked}
         check_request(model, budget, method=method, **wanted)
     ahead = stages_of(
-        model,
-        calibration,
-        method=None if plan is not None else method,
-        repair=repair,
-        train_loader=train_loader,
-        epochs=epochs,
-        effort=effort,
-    )
+        model, calibration, method=None if plan is not None else method, repair=repair,
+        train_loader=train_loader, epochs=epochs, effort=effort,
+    )  # fmt: skip
     scores, report, history = None, None, None
     with job(ahead):
         if plan is None:
-            if method == "adalayer":  # the other methods do not look at scores
-                with stage(SCORES, enabled=progress):
-                    scores = analyze(
-                        model,
-                        calibration,
-                        loss_fn,
-                        output=output,
-                        criterion=criterion,
-                        cache=inside("analysis.json"),
-                        progress=progress,
-                    )
-            options = asked
-            if method == "optimal":
-                if work is not None:
-                    options.setdefault("tables", inside("tables"))
-                own: dict[str, Any] = {} if criterion is None else {"measure": criterion}
-                if not repair:  # tables of weights that there will not be would mislead
-                    own["weight_of"] = "rounded"
-                own["effort"] = effort
-                options["options"] = {**own, **(options.get("options") or {})}
-            with stage(SEARCH, enabled=progress):
-                plan = allocate(
-                    scores,
-                    budget,
-                    method=method,
-                    model=model,
-                    calibration=calibration,
-                    cache=inside("search.json"),
-                    progress=progress,
-                    **{"loss_fn": loss_fn, "output": output, **options},
-                )
-        rest = planned_rest(model, plan, macs)
+            scores, plan = steps.search(method, budget, asked)
+        in_float = planned_work(model, plan, macs)
         if strict:
-            _refuse(rest)
-        with stage(RANGES, enabled=progress):
+            _refuse(in_float)
+        prepared = steps.prepared(plan, observer)
+        if repair:
+            report = steps.repaired(prepared, sample)
+        if train_loader is not None and epochs > 0:
+            teacher = model if distill else None
+            history = steps.finetuned(
+                prepared, plan, train_loader, epochs, teacher, finetune_options or {}
+            )
+    kept = kept_float(model, plan)
+    return Compressed(convert(prepared), plan, scores, kept, history, report, in_float, decomposed)
+
+
+@dataclass
+class _Steps:
+    """The steps of one call of :func:`compress`; attributes are its arguments."""
+
+    model: GraphModel
+    calibration: Iterable[Any]
+    loss_fn: LossFn | None
+    output: Pick
+    criterion: str | None
+    effort: str
+    repair: bool
+    work: Path | None
+    seed: int
+    progress: bool
+
+    def inside(self, name: str) -> Path | None:
+        """A file of the work directory, if there is one."""
+        return None if self.work is None else self.work / name
+
+    def search(
+        self, method: str, budget: Budget | None, asked: dict[str, Any]
+    ) -> tuple[LayerScores | None, Plan]:
+        """Scores, where the method looks at some, and the plan."""
+        scores = None
+        if method_of(method).scores:
+            with stage(SCORES, enabled=self.progress):
+                scores = analyze(
+                    self.model,
+                    self.calibration,
+                    self.loss_fn,
+                    output=self.output,
+                    criterion=self.criterion,
+                    cache=self.inside("analysis.json"),
+                    progress=self.progress,
+                )
+        if method == "optimal":
+            if self.work is not None:
+                asked.setdefault("tables", self.inside("tables"))
+            own: dict[str, Any] = {} if self.criterion is None else {"measure": self.criterion}
+            if not self.repair:  # tables of weights that there will not be would mislead
+                own["weight_of"] = "rounded"
+            own["effort"] = self.effort
+            asked["options"] = {**own, **(asked.get("options") or {})}
+        with stage(SEARCH, enabled=self.progress):
+            plan = allocate(
+                scores,
+                budget,
+                method=method,
+                model=self.model,
+                calibration=self.calibration,
+                cache=self.inside("search.json"),
+                progress=self.progress,
+                **{"loss_fn": self.loss_fn, "output": self.output, **asked},
+            )
+        return scores, plan
+
+    def prepared(self, plan: Plan, observer: str) -> GraphModel:
+        """The simulated model with ranges."""
+        with stage(RANGES, enabled=self.progress):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # which layers stay float was said
-                prepared = prepare(model, plan)
-            calibrate(prepared, calibration, observer=observer, progress=progress)
-        if repair:
-            checkpoint = None
-            if work is not None:
-                # Calibrated ranges are in it, and with them the data.
-                name = f"repair-{fingerprint(prepared, {'seed': seed})[:16]}.safetensors"
-                checkpoint = work / name
-            learned: Distance | None = None
-            if isinstance(loss_fn, TaskLoss):
-                learned = partial(_task_distance, loss_fn, output)
-            else:
-                with torch.no_grad():
-                    if has_distance(sample(prepared), output):
-                        learned = partial(distance, pick=output)
-            with stage(REPAIR, enabled=progress):
-                report = repair_layers(
-                    prepared,
-                    calibration,
-                    distance=learned,
-                    learning_passes=LEARNING[effort],
-                    seed=seed,
-                    checkpoint=checkpoint,
-                    progress=progress,
-                )
-        if train_loader is not None and training:
-            with stage(TRAINING, enabled=progress):
-                history = finetune(
-                    prepared,
-                    train_loader,
-                    epochs,
-                    # I as eq. (1) gives it with the plan's own alpha and beta. Without scores the
-                    # norm term of eq. (5) is off: nothing says which layers it should shrink.
-                    scores=importance_of(plan),
-                    teacher=model if distill else None,
-                    checkpoint=inside("finetune.safetensors"),
-                    seed=seed,
-                    progress=progress,
-                    **{"loss_fn": loss_fn, "output": output, **(finetune_options or {})},
-                )
-    kept = kept_float(model, plan)
-    return Compressed(convert(prepared), plan, scores, kept, history, report, rest, decomposed)
+                prepared = prepare(self.model, plan)
+            calibrate(prepared, self.calibration, observer=observer, progress=self.progress)
+        return prepared
+
+    def repaired(self, prepared: GraphModel, sample: Inputs) -> Repair:
+        """Repair it in place."""
+        checkpoint = None
+        if self.work is not None:
+            # Calibrated ranges are in it, and with them the data.
+            name = f"repair-{fingerprint(prepared, {'seed': self.seed})[:16]}.safetensors"
+            checkpoint = self.work / name
+        learned: Distance | None = None
+        if isinstance(self.loss_fn, TaskLoss):
+            learned = partial(_task_distance, self.loss_fn, self.output)
+        else:
+            with torch.no_grad():
+                if has_distance(sample(prepared), self.output):
+                    learned = partial(distance, pick=self.output)
+        with stage(REPAIR, enabled=self.progress):
+            return repair_layers(
+                prepared,
+                self.calibration,
+                distance=learned,
+                learning_passes=LEARNING[self.effort],
+                seed=self.seed,
+                checkpoint=checkpoint,
+                progress=self.progress,
+            )
+
+    def finetuned(
+        self,
+        prepared: GraphModel,
+        plan: Plan,
+        loader: Iterable[Any],
+        epochs: int,
+        teacher: nn.Module | None,
+        options: Mapping[str, Any],
+    ) -> Any:
+        """Train it; the history."""
+        with stage(TRAINING, enabled=self.progress):
+            return finetune(
+                prepared,
+                loader,
+                epochs,
+                # I as eq. (1) gives it with the plan's own alpha and beta. Without scores the norm
+                # term of eq. (5) is off: nothing says which layers it should shrink.
+                scores=importance_of(plan),
+                teacher=teacher,
+                checkpoint=self.inside("finetune.safetensors"),
+                seed=self.seed,
+                progress=self.progress,
+                **{"loss_fn": self.loss_fn, "output": self.output, **options},
+            )
+
+
+def _everywhere(model: GraphModel, plan: Plan | None, bits: int, asked: dict[str, Any]) -> Plan:
+    """So many bits in every layer."""
+    if plan is not None:
+        raise PlanError(f"give a plan, or bits of all layers ({bits!r}), not both")
+    other = sorted(set(asked) - {"activation_bits", "fixed", "exclude"})
+    if other:
+        raise PlanError(f"{bits} bits everywhere need no search: got options {other} of one")
+    return everywhere(model, bits, **asked)
+
+
+def _warn_of_float(in_float: FloatWork) -> None:
+    warnings.warn(
+        f"{100 * in_float.share:.2g} % of the multiply-accumulates stay in float: {in_float}",
+        stacklevel=3,
+    )
 
 
 def _without_data(model: Any, example: Any, seed: int, progress: bool) -> list[Tensor]:
@@ -355,7 +410,7 @@ def stages_of(
     """
     layers, batches = len(supported_layers(model)), _length(calibration)
     found = []
-    if method == "adalayer":
+    if method is not None and method_of(method).scores:
         found.append(Stage(SCORES, layers * batches))
     repairing = layers * (4 + batches)
     if method is not None:
@@ -384,7 +439,7 @@ def _length(loader: Iterable[Any]) -> int:
     return len(loader) if isinstance(loader, Sized) else 1
 
 
-def _refuse(rest: FloatRest) -> None:
+def _refuse(rest: FloatWork) -> None:
     if rest:
         raise UnsupportedModelError(
             f"strict: {100 * rest.share:.2g} % of the multiply-accumulates would stay in float: "
@@ -395,7 +450,7 @@ def _refuse(rest: FloatRest) -> None:
 def kept_float(model: nn.Module, plan: Plan) -> dict[str, str]:
     """Layers that no plan could make native, with the reason; planned as float or not."""
     wanted = {name: replace(layer, bits=layer.bits or 8) for name, layer in plan.layers.items()}
-    return native_layout(model, Plan(wanted)).kept_float
+    return stored_model(model, Plan(wanted)).kept_float
 
 
 def importance_of(plan: Plan) -> dict[str, float] | None:

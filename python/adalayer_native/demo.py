@@ -14,7 +14,7 @@ from adalayer_native import files, ops
 from adalayer_native._files import write_text_atomic
 from adalayer_native.allocation import Budget, float_bytes, pareto
 from adalayer_native.compress import compress
-from adalayer_native.data import digits, loaders
+from adalayer_native.data import Loaders, digits, loaders
 from adalayer_native.engine import Engine, compile
 from adalayer_native.jobs.compiling import save_engine
 from adalayer_native.jobs.normalise import Normalisation
@@ -70,23 +70,18 @@ def run_demo(out: Path, *, size: float = 0.10, epochs: int = 5, seed: int = 0) -
     model = adalayernet(len(train.classes))
     fit(model, data.train, epochs, lr=0.05, seed=seed)
 
-    budget = Budget(size=size)
     x, _ = next(iter(data.test))
     timed: dict[str, nn.Module | Engine] = {"float": model}
     found = {"float": hits(model, data.test, title="testing float")}
     rows: list[dict[str, Any]] = [
-        {
-            "name": "float",
-            "accuracy": found["float"].accuracy,
-            "bytes": float_bytes(model),
-        }
+        {"name": "float", "accuracy": found["float"].accuracy, "bytes": float_bytes(model)}
     ]
     for method, name in (("uniform", "uniform"), ("adalayer", "layer-wise")):
         console.print(f"compressing to {size:.1%} of the float file, method {method}")
         result = compress(
             model,
             data.calibration,
-            budget,
+            Budget(size=size),
             method=method,
             train_loader=data.train,
             epochs=FINETUNE_EPOCHS,
@@ -95,13 +90,8 @@ def run_demo(out: Path, *, size: float = 0.10, epochs: int = 5, seed: int = 0) -
         engine = compile(result.model, x[:1], policy="native")
         timed[name] = engine
         found[name] = hits(result.model, data.test, title=f"testing {name}")
-        rows.append(
-            {
-                "name": name,
-                "accuracy": found[name].accuracy,
-                "bytes": files.save(result.model, out / f"{method}.safetensors"),
-            }
-        )
+        saved = files.save(result.model, out / f"{method}.safetensors")
+        rows.append({"name": name, "accuracy": found[name].accuracy, "bytes": saved})
         if method == "adalayer":
             console.print(figure6_table(result.plan))
         # All of them anew: times belong together only where they were taken in turn.
@@ -114,6 +104,33 @@ def run_demo(out: Path, *, size: float = 0.10, epochs: int = 5, seed: int = 0) -
     normalisation = Normalisation(train.mean, train.std, "digits")
     save_engine(engine, out / "adalayer.ada", normalisation, train.classes)
     ribbon(result.plan, out / "ribbon.png")
+    about = {
+        "budget": str(Budget(size=size)),
+        "seed": seed,
+        "epochs": FINETUNE_EPOCHS,
+        "float_accuracy": rows[0]["accuracy"],
+        "accuracy": rows[-1]["accuracy"],
+        "classes": class_rows(test.classes, found["float"], found["layer-wise"]),
+        "test_images": len(test),
+        "float_ms": times["float"],
+        "engine_ms": times["layer-wise"],
+        "frontier": _frontier(model, data, out),
+    }
+    packed = out / "adalayer.safetensors"
+    report = record("AdaLayerNet on digits", model, result, packed, x, about, engine=engine)
+    write_text_atomic(out / "report.json", json.dumps(report, indent=2) + "\n")
+    write_page(load_run(out), out / "report.html")
+    for line in (
+        f"architecture ribbon: {out / 'ribbon.png'}",
+        f"report: {out / 'report.html'}, one page with all pictures and layers",
+        f"packed model: {packed} (adalayer info shows it)",
+        f"engine: {out / 'adalayer.ada'} (adalayer serve and libadalayer run it)",
+    ):
+        console.print(line, markup=False, soft_wrap=True)  # a path that is cut cannot be copied
+
+
+def _frontier(model: nn.Module, data: Loaders, out: Path) -> list[dict[str, Any]]:
+    """Points of size against predicted loss, for the page."""
     frontier = pareto(
         model,
         data.calibration,
@@ -121,35 +138,7 @@ def run_demo(out: Path, *, size: float = 0.10, epochs: int = 5, seed: int = 0) -
         options={"sparsities": SPARSITIES},
         tables=out / "work" / "tables",
     )
-    report = record(
-        "AdaLayerNet on digits",
-        model,
-        result,
-        out / "adalayer.safetensors",
-        x,
-        {
-            "budget": str(budget),
-            "seed": seed,
-            "epochs": FINETUNE_EPOCHS,
-            "float_accuracy": rows[0]["accuracy"],
-            "accuracy": rows[-1]["accuracy"],
-            "classes": class_rows(test.classes, found["float"], found["layer-wise"]),
-            "test_images": len(test),
-            "float_ms": times["float"],
-            "engine_ms": times["layer-wise"],
-            "frontier": [
-                {key: value for key, value in point.items() if key != "layers"}
-                for point in frontier.as_dicts()
-            ],
-        },
-        engine=engine,
-    )
-    write_text_atomic(out / "report.json", json.dumps(report, indent=2) + "\n")
-    write_page(load_run(out), out / "report.html")
-    for line in (
-        f"architecture ribbon: {out / 'ribbon.png'}",
-        f"report: {out / 'report.html'}, one page with all pictures and layers",
-        f"packed model: {out / 'adalayer.safetensors'} (adalayer info shows it)",
-        f"engine: {out / 'adalayer.ada'} (adalayer serve and libadalayer run it)",
-    ):
-        console.print(line, markup=False, soft_wrap=True)  # a path that is cut cannot be copied
+    return [
+        {key: value for key, value in point.items() if key != "layers"}
+        for point in frontier.as_dicts()
+    ]

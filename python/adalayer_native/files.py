@@ -13,7 +13,27 @@ from adalayer_native import ops
 from adalayer_native._files import require_file, write_atomic
 from adalayer_native.errors import FileFormatError
 
-__all__ = ["describe", "save"]
+__all__ = ["ENGINE", "PACKED", "describe", "kind_of", "save"]
+
+ENGINE, PACKED = "engine", "packed model"  # the two kinds of files that we write
+_ADA_MAGIC = b"\x89ADA\r\n\x1a\n"
+
+
+def kind_of(path: str | os.PathLike[str]) -> str | None:
+    """``ENGINE`` for an ``.ada`` file, ``PACKED`` for one of safetensors, ``None`` for others.
+
+    By what it begins with, whatever it is called.
+    """
+    try:
+        with open(path, "rb") as file:
+            start = file.read(16)
+    except OSError:
+        return None
+    if start.startswith(_ADA_MAGIC):
+        return ENGINE
+    # The length of a JSON object, and its beginning.
+    length = int.from_bytes(start[:8], "little")
+    return PACKED if start[8:9] == b"{" and length <= os.path.getsize(path) - 8 else None
 
 
 def save(native: nn.Module, path: str | os.PathLike[str]) -> int:

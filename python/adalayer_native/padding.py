@@ -10,7 +10,7 @@ from torch import Tensor, nn
 __all__ = ["PaddedConv2d", "Sides", "four_paddings"]
 
 Sides = tuple[int, int, int, int]
-"""``(top, bottom, left, right)``"""
+"""``(top, left, bottom, right)``, the order of the operators and of the engine"""
 
 
 class PaddedConv2d(nn.Conv2d):
@@ -20,14 +20,14 @@ class PaddedConv2d(nn.Conv2d):
     padding by itself: torch's float kernels round otherwise where they pad.
 
     Args:
-        sides: ``(top, bottom, left, right)``, no less than ``padding``; all other arguments are
+        sides: ``(top, left, bottom, right)``, no less than ``padding``; all other arguments are
             those of ``nn.Conv2d``.
     """
 
     def __init__(self, *args: Any, sides: Sides, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.sides = sides
-        top, bottom, left, right = (
+        top, left, bottom, right = (
             all_ - own for all_, own in zip(sides, _own_paddings(self), strict=True)
         )
         self.around = left, right, top, bottom
@@ -48,7 +48,7 @@ class PaddedConv2d(nn.Conv2d):
 
 
 def four_paddings(layer: nn.Conv2d) -> Sides:
-    """Zero padding as ``(top, bottom, left, right)``; resolves ``"same"`` and ``"valid"``."""
+    """Zero padding as ``(top, left, bottom, right)``; resolves ``"same"`` and ``"valid"``."""
     return layer.sides if isinstance(layer, PaddedConv2d) else _own_paddings(layer)
 
 
@@ -59,7 +59,7 @@ def _own_paddings(layer: nn.Conv2d) -> Sides:
         totals = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
         # The odd element goes to the end, as torch does.
         (top, left) = (total // 2 for total in totals)
-        return top, totals[0] - top, left, totals[1] - left
+        return top, left, totals[0] - top, totals[1] - left
     assert not isinstance(layer.padding, str)
     vertical, horizontal = layer.padding
-    return vertical, vertical, horizontal, horizontal
+    return vertical, horizontal, vertical, horizontal

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ._deprecated import renamed_fields
 from ._files import require_file, write_text_atomic
 from .errors import FileFormatError, PlanError, UnsupportedModelError
 
@@ -128,6 +129,7 @@ class LayerPlan:
         return self.params * (1.0 - self.sparsity) * self.bits / 32.0
 
 
+@renamed_fields(float_rest="float_work")
 @dataclass
 class Plan:
     """Plans of all layers, in the model's order.
@@ -141,7 +143,7 @@ class Plan:
             and ``"E_even"``, for what it would lose with ``measured["even_bits"]``.
         measured: what was measured when the plan was chosen (``"calibration_loss"``, ...), and
             ``"even_bits"``, the plan's mean width, rounded.
-        float_rest: what no plan for the model can make native, where it is known: by name of the
+        float_work: what no plan for the model can make native, where it is known: by name of the
             layer or part of the model ``{"reason": ..., "share": ...}``, the share being that of
             the model's multiply-accumulates.
     """
@@ -151,7 +153,7 @@ class Plan:
     hyper: dict[str, float] = field(default_factory=dict)
     scores: dict[str, dict[str, float]] | None = None
     measured: dict[str, float] = field(default_factory=dict)
-    float_rest: dict[str, dict[str, Any]] | None = None
+    float_work: dict[str, dict[str, Any]] | None = None
 
     def __getitem__(self, name: str) -> LayerPlan:
         try:
@@ -264,8 +266,8 @@ class Plan:
         }
         if self.scores is not None:
             data["scores"] = self.scores
-        if self.float_rest is not None:
-            data["float_rest"] = self.float_rest
+        if self.float_work is not None:
+            data["float_rest"] = self.float_work  # as files of all versions call it
         return json.dumps(data, indent=2, allow_nan=False) + "\n"
 
     @classmethod
@@ -308,14 +310,14 @@ class Plan:
             layers[name] = LayerPlan(**row)
         method, hyper = data.get("method", "manual"), data.get("hyper", {})
         scores, measured = data.get("scores"), data.get("measured", {})
-        rest = data.get("float_rest")
+        in_float = data.get("float_rest")
         if not isinstance(method, str) or not isinstance(hyper, dict):
             raise FileFormatError(f'{source}: "method" must be text and "hyper" an object')
         if not isinstance(measured, dict):
             raise FileFormatError(f'{source}: "measured" must be an object')
         if scores is not None and not isinstance(scores, dict):
             raise FileFormatError(f'{source}: "scores" must be an object')
-        if rest is not None and not isinstance(rest, dict):
+        if in_float is not None and not isinstance(in_float, dict):
             raise FileFormatError(f'{source}: "float_rest" must be an object')
         plan = cls(
             layers=layers,
@@ -323,7 +325,7 @@ class Plan:
             hyper=hyper,
             scores=scores,
             measured=measured,
-            float_rest=rest,
+            float_work=in_float,
         )
         plan.check()
         return plan
@@ -356,8 +358,8 @@ class Plan:
 
         hyper = ", ".join(f"{key}={value:g}" for key, value in self.hyper.items())
         lines = [hyper] if hyper else []
-        if self.float_rest:
-            lines.append(f"Stays in float: {escape(float_text(self.float_rest))}")
+        if self.float_work:
+            lines.append(f"Stays in float: {escape(float_text(self.float_work))}")
         protected = protected_text(self)
         if protected:
             lines.append(f"Protected: {escape(protected)}")

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from adalayer_native.errors import CalibrationError, PlanError
-
-MIN_BITS = 2
-MAX_BITS = 8
+from adalayer_native.plan import MAX_BITS, MIN_BITS
 
 # Lower end of the searched clipping range, as a fraction of a channel's largest |w|. Few levels
 # pay for clipping the tail with a finer step, many levels do not; each bound lies well below the

@@ -62,6 +62,38 @@ std::vector<int8_t> bell(const ConvShape& s, int bits, std::mt19937& random) {
   return weights;
 }
 
+/// `rounds` of all, in turn.
+void measure(std::vector<Contender>& contenders, const KernelRow& row, int rounds) {
+  row.begin();
+  for (int round = -2; round < rounds; ++round)
+    for (Contender& c : contenders) {
+      const double begin = thread_microseconds();
+      c.run();
+      const double took = thread_microseconds() - begin;
+      if (round >= 0) c.microseconds.push_back(took);
+    }
+  row.end();
+}
+
+void print(std::vector<Contender>& contenders, int64_t channels, int64_t size) {
+  std::printf("%lld -> %lld channels at %lld x %lld\n", static_cast<long long>(channels),
+              static_cast<long long>(channels), static_cast<long long>(size),
+              static_cast<long long>(size));
+  // Over the faster direct form of the same width; 1 where none was asked for.
+  Ratio direct;
+  for (Contender& c : contenders) {
+    const double median = c.median(), least = c.microseconds.front();
+    if (c.name.rfind("direct", 0) == 0) {
+      const bool other_form = c.name.find("resident") != std::string::npos;
+      direct.median = other_form ? std::min(direct.median, median) : median;
+      direct.least = other_form ? std::min(direct.least, least) : least;
+    }
+    std::printf("  %-40s %6.0f us %5.2f x   least %6.0f us %5.2f x\n", c.name.c_str(), median,
+                direct.median > 0 ? direct.median / median : 1.0, least,
+                direct.least > 0 ? direct.least / least : 1.0);
+  }
+}
+
 void layer(int64_t channels, int64_t size, int rounds, const std::string& only = {}) {
   std::mt19937 random(1);
   const KernelRow& row = *active_kernels();
@@ -144,31 +176,8 @@ void layer(int64_t channels, int64_t size, int rounds, const std::string& only =
   }
   std::erase_if(contenders,
                 [&](const Contender& c) { return c.name.find(only) == std::string::npos; });
-  row.begin();
-  for (int round = -2; round < rounds; ++round)
-    for (Contender& c : contenders) {
-      const double begin = thread_microseconds();
-      c.run();
-      const double took = thread_microseconds() - begin;
-      if (round >= 0) c.microseconds.push_back(took);
-    }
-  row.end();
-  std::printf("%lld -> %lld channels at %lld x %lld\n", static_cast<long long>(channels),
-              static_cast<long long>(channels), static_cast<long long>(size),
-              static_cast<long long>(size));
-  // Over the faster direct form of the same width; 1 where none was asked for.
-  Ratio direct;
-  for (Contender& c : contenders) {
-    const double median = c.median(), least = c.microseconds.front();
-    if (c.name.rfind("direct", 0) == 0) {
-      const bool other_form = c.name.find("resident") != std::string::npos;
-      direct.median = other_form ? std::min(direct.median, median) : median;
-      direct.least = other_form ? std::min(direct.least, least) : least;
-    }
-    std::printf("  %-40s %6.0f us %5.2f x   least %6.0f us %5.2f x\n", c.name.c_str(), median,
-                direct.median > 0 ? direct.median / median : 1.0, least,
-                direct.least > 0 ? direct.least / least : 1.0);
-  }
+  measure(contenders, row, rounds);
+  print(contenders, channels, size);
 }
 
 }  // namespace

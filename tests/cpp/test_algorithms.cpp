@@ -12,6 +12,7 @@
 #include "cpu/conv/algorithm.hpp"
 #include "cpu/conv/policy.hpp"
 #include "cpu/image/ops.hpp"
+#include "describe.hpp"
 
 using namespace adalayer;
 using namespace adalayer::cpu;
@@ -133,6 +134,10 @@ AlignedBuffer packed_input(const Layer& l, const OwnInput* own, const ImageLayou
 
 void check_form(const Layer& l, const ConvTask& task, const ConvAlgorithm& algorithm) {
   const ConvShape& s = l.shape;
+  const check::About about([&] {
+    return text_of(task.kernels) + ", " + algorithm.name(s) + ", " + text_of(s) + ", " +
+           std::to_string(l.bits) + " bits, levels to " + std::to_string(l.qmax);
+  });
   const auto own = algorithm.own_input(task);
   CHECK(own == nullptr || task.own_input);
   const LayoutNeeds needs = algorithm.needs(task);
@@ -241,6 +246,7 @@ TEST(what_suits) {
     force_isa(row->name);
     const check::Family family(row->name);
     ConvTask task{*row, {.batch = 1, .in_channels = 3, .in_h = 9, .in_w = 9}, {}, 8, true};
+    const check::About about([&] { return text_of(*row) + ", " + text_of(task.shape); });
     task.shape.out_channels = 32;
     task.shape.kernel_h = task.shape.kernel_w = 3;
     CHECK((names_for(task) == Names{"stem"}));
@@ -284,6 +290,10 @@ TEST(winograd_where_sums_are_exact) {
                     {},    8,
                     false, Room::Several,
                     qmax};
+      const check::About about([&] {
+        return text_of(*row) + ", " + text_of(task.shape) + ", levels to " +
+               std::to_string(task.qmax);
+      });
       task.shape.out_channels = 16;
       task.shape.kernel_h = task.shape.kernel_w = 3;
       const std::vector<int8_t> weights(static_cast<size_t>(16 * ins * 9), int8_t{127});
@@ -338,6 +348,7 @@ TEST(products_of_narrow_levels) {
   for (const KernelRow* row : kernel_rows()) {
     if (!isa_supported(row->isa)) continue;
     const check::Family family(row->name);
+    const check::About about([&] { return text_of(*row); });
     CHECK_EQ(product_bits(*row, 8, 255), 8);
     CHECK_EQ(product_bits(*row, 3, 255), 3);
     const bool narrow = row->isa == Isa::Avx2 || row->isa == Isa::Avx512;

@@ -60,11 +60,96 @@ std::string describe(const Case& c) {
   return text;
 }
 
-void run_case(const Case& c, Isa isa, int parts, bool by_columns, Form form = Form::Dense) {
+/// One convolution and what it has to give, for every way to run it.
+struct Problem {
+  const Case c;
+  std::vector<int8_t> weights;
+  std::vector<uint8_t> levels;  // [N][C][H][W]
+  std::vector<float> scale, bias;
+  std::vector<int32_t> correction, sums;  // sums as [N][O][OH][OW]
+  std::vector<uint8_t> table;
+  ConvEpilogue epilogue;
+
+  explicit Problem(const Case& from) : c(from) {
+    const ConvShape& s = c.shape;
+    const int lo = -(1 << (c.bits - 1)), hi = (1 << (c.bits - 1)) - 1;
+    weights.resize(static_cast<size_t>(s.out_channels * s.reduction()));
+    for (auto& w : weights)
+      w = static_cast<int8_t>(c.extreme ? (pick(0, 3) ? lo : hi) : pick(lo, hi));
+    set_zeros(c, weights);
+    levels.resize(static_cast<size_t>(c.images * s.in_channels * s.in_h * s.in_w));
+    for (auto& v : levels)
+      v = static_cast<uint8_t>(c.extreme ? 255 : pick(0, 255));
+
+    const auto padded = static_cast<size_t>(epilogue_size(s.out_channels));
+    scale.resize(padded);
+    bias.resize(padded);
+    correction.resize(padded);
+    table.resize(256);
+    for (auto& v : table)
+      v = static_cast<uint8_t>(pick(0, 255));
+    for (int64_t o = 0; o < s.out_channels; ++o) {
+      int32_t sum = 0;
+      for (int64_t k = 0; k < s.reduction(); ++k)
+        sum += weights[o * s.reduction() + k];
+      correction[o] = -c.zero_point * sum;
+      scale[o] = static_cast<float>(pick(-100, 100)) / 1e3f /
+                 static_cast<float>((1 << (c.bits - 1)) * (1 + s.reduction() / 16));
+      bias[o] = static_cast<float>(pick(-1000, 1000)) / 10.0f;
+    }
+    if (!c.bounded) scale[0] = 1e30f;
+    epilogue.correction = c.zero_point == 0 ? nullptr : correction.data();
+    epilogue.scale = scale.data();
+    epilogue.bias = bias.data();
+    epilogue.residual_scale = 0.37f;
+    epilogue.residual_zero = c.zero_point;
+    epilogue.finish = {.lo = static_cast<float>(3 - 17),
+                       .hi = static_cast<float>(250 - 17),
+                       .zero_point = 17,
+                       .table = c.table ? table.data() : nullptr,
+                       .inv_scale = 1.7f};
+    epilogue.bounded = c.bounded;
+    add_up();
+  }
+
+  int32_t sum(int64_t n, int64_t o, int64_t y, int64_t x) const {
+    const ConvShape& s = c.shape;
+    return sums[((n * s.out_channels + o) * s.out_h() + y) * s.out_w() + x];
+  }
+
+ private:
+  void add_up() {
+    const ConvShape& s = c.shape;
+    const int64_t taps = s.kernel_h * s.kernel_w, plane = s.in_h * s.in_w;
+    for (int64_t n = 0; n < c.images; ++n)
+      for (int64_t o = 0; o < s.out_channels; ++o)
+        for (int64_t oy = 0; oy < s.out_h(); ++oy)
+          for (int64_t ox = 0; ox < s.out_w(); ++ox) {
+            const int64_t first = n * s.in_channels + o / s.group_out() * s.group_in();
+            int32_t acc = 0;
+            for (int64_t ky = 0; ky < s.kernel_h; ++ky)
+              for (int64_t kx = 0; kx < s.kernel_w; ++kx) {
+                const int64_t iy = oy * s.stride_h - s.pad_top + ky * s.dilation_h;
+                const int64_t ix = ox * s.stride_w - s.pad_left + kx * s.dilation_w;
+                // Padding is the zero point.
+                if (iy < 0 || iy >= s.in_h || ix < 0 || ix >= s.in_w) continue;
+                const uint8_t* a = levels.data() + first * plane + iy * s.in_w + ix;
+                const int8_t* w = weights.data() + o * s.reduction() + ky * s.kernel_w + kx;
+                for (int64_t i = 0; i < s.group_in(); ++i)
+                  acc += (a[i * plane] - c.zero_point) * w[i * taps];
+              }
+            sums.push_back(acc);
+          }
+  }
+};
+
+void run_case(const Problem& problem, Isa isa, int parts, bool by_columns,
+              Form form = Form::Dense) {
   force_isa(isa_name(isa));
   const check::Family family(isa_name(isa));
   const KernelRow& kernels = *active_kernels();
   if (form == Form::Bitmask && bitmask_kernels(kernels).expand == nullptr) return;
+  const Case& c = problem.c;
   const ConvShape& s = c.shape;
   const ImageLayout in =
       image_layout(s.in_channels, s.in_h, s.in_w,
@@ -74,55 +159,28 @@ void run_case(const Case& c, Isa isa, int parts, bool by_columns, Form form = Fo
       image_layout(s.out_channels, s.out_h(), s.out_w(), {pick(0, 2), pick(0, 1), 1, 1});
   const ImageLayout res = image_layout(s.out_channels, s.out_h(), s.out_w(), {0, pick(0, 1), 0, 0});
 
-  const int lo = -(1 << (c.bits - 1)), hi = (1 << (c.bits - 1)) - 1;
-  std::vector<int8_t> weights(static_cast<size_t>(s.out_channels * s.reduction()));
-  for (auto& w : weights)
-    w = static_cast<int8_t>(c.extreme ? (pick(0, 3) ? lo : hi) : pick(lo, hi));
-  set_zeros(c, weights);
   std::vector<uint8_t> x(static_cast<size_t>(c.images * in.image_bytes + in.slack));
+  // What lies between channels and pitch is unspecified.
   for (auto& v : x)
     v = static_cast<uint8_t>(c.extreme ? 255 : pick(0, 255));
   fill_padding(in, x.data(), c.images, static_cast<uint8_t>(c.zero_point));
+  size_t at_level = 0;
+  for (int64_t n = 0; n < c.images; ++n)
+    for (int64_t i = 0; i < s.in_channels; ++i)
+      for (int64_t y = 0; y < s.in_h; ++y)
+        for (int64_t column = 0; column < s.in_w; ++column)
+          x[n * in.image_bytes + in.offset(y, column) + i] = problem.levels[at_level++];
   std::vector<uint8_t> r(static_cast<size_t>(c.images * res.image_bytes + res.slack));
   for (auto& v : r)
     v = static_cast<uint8_t>(pick(0, 255));
-
-  const auto padded = static_cast<size_t>(epilogue_size(s.out_channels));
-  std::vector<float> scale(padded), bias(padded);
-  std::vector<int32_t> correction(padded);
-  std::vector<uint8_t> table(256);
-  for (auto& v : table)
-    v = static_cast<uint8_t>(pick(0, 255));
-  for (int64_t o = 0; o < s.out_channels; ++o) {
-    int32_t sum = 0;
-    for (int64_t k = 0; k < s.reduction(); ++k)
-      sum += weights[o * s.reduction() + k];
-    correction[o] = -c.zero_point * sum;
-    scale[o] = static_cast<float>(pick(-100, 100)) / 1e3f /
-               static_cast<float>((1 << (c.bits - 1)) * (1 + s.reduction() / 16));
-    bias[o] = static_cast<float>(pick(-1000, 1000)) / 10.0f;
-  }
-  if (!c.bounded) scale[0] = 1e30f;
-  ConvEpilogue e;
-  e.correction = c.zero_point == 0 ? nullptr : correction.data();
-  e.scale = scale.data();
-  e.bias = bias.data();
-  e.residual_scale = 0.37f;
-  e.residual_zero = c.zero_point;
-  e.finish = {.lo = static_cast<float>(3 - 17),
-              .hi = static_cast<float>(250 - 17),
-              .zero_point = 17,
-              .table = c.table ? table.data() : nullptr,
-              .inv_scale = 1.7f};
-  e.bounded = c.bounded;
 
   const ConvPlan plan =
       plan_conv(s, in, &out, c.residual ? &res : nullptr, kernels, {}, form == Form::BlocksByPixel);
   SparsePanels sparse;
   if (form == Form::Bitmask)
-    sparse = plan_bitmask(plan, weights, c.bits);
+    sparse = plan_bitmask(plan, problem.weights, c.bits);
   else if (form != Form::Dense)
-    sparse = plan_blocks(plan, weights);
+    sparse = plan_blocks(plan, problem.weights);
   // Tiles are 64-byte aligned, as the engine keeps them.
   // Weights of few bits may lie unpacked.
   const int panel_bits = form != Form::Bitmask && pick(0, 3) == 0 ? 8 : c.bits;
@@ -130,12 +188,13 @@ void run_case(const Case& c, Isa isa, int parts, bool by_columns, Form form = Fo
       form == Form::Dense ? plan.packed_bytes(panel_bits) : sparse.bytes(panel_bits);
   AlignedBuffer packed(static_cast<size_t>(bytes));
   if (form == Form::Dense)
-    pack_panels(plan, weights, panel_bits, packed.data());
+    pack_panels(plan, problem.weights, panel_bits, packed.data());
   else
-    pack_sparse(plan, sparse, weights, panel_bits, packed.data());
+    pack_sparse(plan, sparse, problem.weights, panel_bits, packed.data());
   std::vector<uint8_t> y(static_cast<size_t>(c.images * out.image_bytes + out.slack), 0xA5);
   const WeightStream::Segment segment{packed.data(), bytes, 0};
   WeightStream stream({&segment, 1}, 4096);
+  const ConvEpilogue& e = problem.epilogue;
   const ConvCall call{.plan = plan,
                       .weights = packed.data(),
                       .bits = panel_bits,
@@ -157,37 +216,19 @@ void run_case(const Case& c, Isa isa, int parts, bool by_columns, Form form = Fo
 
   int64_t wrong = 0;
   std::vector<uint8_t> touched(y.size(), 0);
-  for (int64_t n = 0; n < c.images; ++n) {
-    for (int64_t oy = 0; oy < s.out_h(); ++oy) {
+  for (int64_t n = 0; n < c.images; ++n)
+    for (int64_t oy = 0; oy < s.out_h(); ++oy)
       for (int64_t ox = 0; ox < s.out_w(); ++ox) {
         const int64_t at = n * out.image_bytes + out.offset(oy, ox);
         std::memset(touched.data() + at, 1, static_cast<size_t>(out.pitch));
         for (int64_t o = 0; o < s.out_channels; ++o) {
-          int32_t acc = 0;
-          const int64_t g = o / s.group_out();
-          for (int64_t ky = 0; ky < s.kernel_h; ++ky) {
-            for (int64_t kx = 0; kx < s.kernel_w; ++kx) {
-              const int64_t iy = oy * s.stride_h - s.pad_top + ky * s.dilation_h;
-              const int64_t ix = ox * s.stride_w - s.pad_left + kx * s.dilation_w;
-              for (int64_t i = 0; i < s.group_in(); ++i) {
-                const bool inside = iy >= 0 && iy < s.in_h && ix >= 0 && ix < s.in_w;
-                const int a = inside
-                                  ? x[n * in.image_bytes + in.offset(iy, ix) + g * s.group_in() + i]
-                                  : c.zero_point;
-                acc += (a - c.zero_point) *
-                       weights[((o * s.group_in() + i) * s.kernel_h + ky) * s.kernel_w + kx];
-              }
-            }
-          }
-          float v = conv_value(acc, scale[o], bias[o]);
+          float v = conv_value(problem.sum(n, o, oy, ox), e.scale[o], e.bias[o]);
           if (c.residual)
             v += dequantize_value(r[n * res.image_bytes + res.offset(oy, ox) + o], e.residual_scale,
                                   e.residual_zero);
           if (finish_u8(v, e.finish) != y[at + o]) ++wrong;
         }
       }
-    }
-  }
   for (size_t i = 0; i < y.size(); ++i)
     if (!touched[i] && y[i] != 0xA5) ++wrong;
   CHECK_MSG(wrong == 0, std::string(kernels.name) + ", " + kFormNames[static_cast<int>(form)] +
@@ -195,20 +236,22 @@ void run_case(const Case& c, Isa isa, int parts, bool by_columns, Form form = Fo
 }
 
 void all_isas(const Case& c) {
+  const Problem problem(c);
   for (const KernelRow* row : kernel_rows()) {
     if (!isa_supported(row->isa)) continue;
-    run_case(c, row->isa, 1, false);
-    run_case(c, row->isa, 3, pick(0, 1) == 1);
+    run_case(problem, row->isa, 1, false);
+    run_case(problem, row->isa, 3, pick(0, 1) == 1);
   }
   force_isa("auto");
 }
 
 void all_forms(const Case& c) {
+  const Problem problem(c);
   for (const KernelRow* row : kernel_rows()) {
     if (!isa_supported(row->isa)) continue;
     for (const Form form : kForms) {
-      run_case(c, row->isa, 1, false, form);
-      run_case(c, row->isa, 3, pick(0, 1) == 1, form);
+      run_case(problem, row->isa, 1, false, form);
+      run_case(problem, row->isa, 3, pick(0, 1) == 1, form);
     }
   }
   force_isa("auto");

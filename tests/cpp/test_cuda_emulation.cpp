@@ -204,7 +204,7 @@ TEST(products_of_four_warps) {
       int tried = 0;
       for (int number = 0; number < static_cast<int>(all.size()); ++number) {
         const cuda::Choice& c = all[static_cast<size_t>(number)];
-        if (!cuda::kTileSizes[c.tile].group || c.splits > 4) continue;
+        if (!cuda::shape_of(c.tile).group || c.splits > 4) continue;
         ++tried;
         check::report(same(run(p, inputs, 2, seed, number), expected), __FILE__, __LINE__,
                       show(k, 2, number));
@@ -213,7 +213,7 @@ TEST(products_of_four_warps) {
       cuda::Machine other;
       other.group_products = false;
       for (const cuda::Choice& c : cuda::choices(sizes.products.at(0), other))
-        CHECK(!cuda::kTileSizes[c.tile].group);
+        CHECK(!cuda::shape_of(c.tile).group);
     }
 }
 TEST(sparse_weights_in_every_form) {

@@ -26,6 +26,7 @@
 #include "cpu/isa/avx2/arrange.hpp"
 #include "cpu/kernel_table.hpp"
 #include "cpu/layer/single_layer.hpp"
+#include "describe.hpp"
 #include "exact.hpp"
 #include "formats/canonical.hpp"
 #include "formats/panels.hpp"
@@ -130,18 +131,6 @@ ConvShape random_shape() {
     }
   }
 }
-
-std::string text_of(const ConvShape& s) {
-  const auto n = [](int64_t number) { return std::to_string(number); };
-  const auto pair = [&](int64_t h, int64_t w) { return n(h) + "x" + n(w); };
-  return n(s.batch) + " x " + n(s.in_channels) + " x " + pair(s.in_h, s.in_w) + " to " +
-         n(s.out_channels) + " in " + n(s.groups) + " groups, kernel " +
-         pair(s.kernel_h, s.kernel_w) + ", stride " + pair(s.stride_h, s.stride_w) + ", dilation " +
-         pair(s.dilation_h, s.dilation_w) + ", padding " + n(s.pad_top) + " " + n(s.pad_bottom) +
-         " " + n(s.pad_left) + " " + n(s.pad_right);
-}
-
-std::string text_of(const cpu::KernelRow& row) { return std::string("kernels ") + row.name; }
 
 /// Runs one layer on the active instruction set into a buffer of exactly the output's size.
 template <class T>
@@ -485,6 +474,7 @@ struct Product {
   std::vector<int8_t> weights;  // unpacked tiles [tiles][steps]
   std::vector<uint8_t> packed;  // the same
   std::optional<Exact<uint8_t>> levels;
+  std::vector<int64_t> sums;  // [rows][columns]
 
   /// `whole`: all 64 bytes of a step are read, else just the live quads.
   Product(int width, int row_count, int step_count, int tile_count, Fill weight_fill,
@@ -513,6 +503,7 @@ struct Product {
         tile[w] = static_cast<int8_t>(fill_value(weight_fill, low, high));
       formats::pack_tile(tile, bits, packed.data() + i * 128 * bits);
     }
+    add_up();
   }
 
   std::string text() const {
@@ -524,14 +515,22 @@ struct Product {
   const int8_t* tile(int t) const { return weights.data() + t * steps * formats::kTileBytes; }
 
   int64_t want(int row, int column) const {
-    int64_t sum = 0;
-    for (int s = 0; s < steps; ++s)
-      for (int d = 0; d < 64; ++d)
-        if (const int8_t w =
-                tile(column / 16)[s * formats::kTileBytes + d / 4 * 64 + column % 16 * 4 + d % 4];
-            w != 0)
-          sum += int64_t{(*levels)[static_cast<size_t>(row_offsets[row] + offsets[s] + d)]} * w;
-    return sum;
+    return sums[static_cast<size_t>(row * tiles * 16 + column)];
+  }
+
+  /// Sums that every kernel has to give, from weights and levels.
+  void add_up() {
+    sums.assign(static_cast<size_t>(rows * tiles * 16), 0);
+    for (int row = 0; row < rows; ++row)
+      for (int t = 0; t < tiles; ++t)
+        for (int s = 0; s < steps; ++s)
+          for (int d = 0; d < live[s] * 4; ++d) {
+            const int64_t level = (*levels)[static_cast<size_t>(row_offsets[row] + offsets[s] + d)];
+            const int8_t* w = tile(t) + s * formats::kTileBytes + d / 4 * 64 + d % 4;
+            int64_t* sum = sums.data() + (row * tiles + t) * 16;
+            for (int column = 0; column < 16; ++column)
+              sum[column] += level * w[column * 4];
+          }
   }
 };
 
@@ -732,6 +731,7 @@ Product equal_products(int qmax, int weight, int steps) {
   std::fill(p.offsets.begin(), p.offsets.end(), 0);
   p.levels.emplace(size_t{64});
   std::fill_n(p.levels->data(), 64, static_cast<uint8_t>(qmax));
+  p.add_up();
   return p;
 }
 
@@ -780,6 +780,10 @@ TEST(forms_of_few_steps) {
         Case{129, -128, cpu::ShortForm::Words}, Case{130, 127, cpu::ShortForm::Words}})
     for (const int steps : {1, 2}) {
       const Product p = equal_products(c.qmax, c.weight, steps);
+      const check::About about([&] {
+        return "levels to " + std::to_string(c.qmax) + ", weights of " + std::to_string(c.weight) +
+               ", " + std::to_string(steps) + " steps";
+      });
       const Exact<int8_t> tiles = arranged(cpu::kAvx2Arrangement, p);
       CHECK(cpu::arranged_table(tiles.data(), steps, 0).short_form == c.form);
       check_gemm(cpu::kAvx2Row, p, &tiles);
@@ -881,6 +885,8 @@ TEST(every_size_has_its_algorithm) {
     if (!isa_supported(row->isa)) continue;
     force_isa(row->name);
     const check::Family family(row->name);
+    const check::About about(
+        [&] { return text_of(*row) + ", " + text_of(layer.shape) + ", 3 bits"; });
     cpu::clear_weight_cache();
     // Which of them is the faster one does not matter here: a policy decides instead of the clock.
     cpu::set_winograd_policy("off");

@@ -62,6 +62,13 @@ bool has(const std::string& text, const char* part) { return text.find(part) != 
 
 const EngineOptions kStreamed{.weights = WeightForm::Streamed};
 
+std::string text_of(const std::vector<int64_t>& sizes) {
+  std::string text = "sizes";
+  for (const int64_t size : sizes)
+    text.append(" ").append(std::to_string(size));
+  return text;
+}
+
 }  // namespace
 
 TEST(a_program_at_another_size) {
@@ -69,6 +76,7 @@ TEST(a_program_at_another_size) {
   const SizeRules rules = read_sizes(p);
   for (const auto& [h, w] : {std::pair{16, 20}, {8, 8}, {10, 64}, {38, 22}, {64, 64}}) {
     const std::vector<int64_t> sizes = {h, w};
+    const check::About about([&] { return text_of(sizes); });
     const Program got = at_size(p, rules, sizes), wanted = programs::sized_network(h, w);
     CHECK_EQ(got.nodes.size(), wanted.nodes.size());
     for (size_t v = 0; v < wanted.values.size(); ++v) {
@@ -94,7 +102,9 @@ TEST(an_engine_at_other_sizes_has_the_bits_of_its_own) {
   const SizedEngine engine(ranged(), kStreamed);
   const size_t weights = engine.compiled()->weight_bytes();
   for (const auto& [h, w] : {std::pair{16, 20}, {8, 8}, {10, 64}, {38, 22}, {16, 20}}) {
-    const auto at = engine.at(std::vector<int64_t>{h, w});
+    const std::vector<int64_t> sizes = {h, w};
+    const check::About about([&] { return text_of(sizes); });
+    const auto at = engine.at(sizes);
     const Results wanted = interpreted(programs::sized_network(h, w));
     CHECK(run(*at) == wanted);
     CHECK(run(*at, 2) == wanted);

@@ -14,6 +14,7 @@
 #include "core/thread_pool.hpp"
 #include "cpu/conv/winograd.hpp"
 #include "cpu/kernel_table.hpp"
+#include "describe.hpp"
 #include "exact.hpp"
 #include "reference/reference.hpp"
 
@@ -219,6 +220,7 @@ std::vector<const WinogradByteKernels*> byte_kernels_of(const KernelRow& row) {
 template <class Call>
 void run_parts(const Call& call, const WinogradPlan& plan, const KernelRow& row, int parts) {
   const auto bytes = static_cast<size_t>(winograd_scratch_bytes(plan, *row.winograd));
+  const check::About about([&] { return text_of(row) + ", " + std::to_string(parts) + " parts"; });
   for (int p = 0; p < parts; ++p) {
     AlignedBuffer scratch(bytes + 64);
     std::memset(scratch.data(), 0x5A, bytes + 64);
@@ -291,8 +293,20 @@ void check_tensor(const Problem& p, const WinogradWeights& w, const KernelRow& r
   out.zero_point = 11;
   const bool is_float = dtype == DType::F32;
   if (is_float && p.c.residual) out.residual = residual.data();
-  out.data = is_float ? static_cast<void*>(wanted_floats.data()) : wanted_levels.data();
-  reference::conv2d(s, p.levels(), p.weights.data(), out, 1);
+  for (int64_t n = 0; n < s.batch; ++n)
+    for (int64_t o = 0; o < s.out_channels; ++o)
+      for (int64_t y = 0; y < s.out_h(); ++y)
+        for (int64_t x = 0; x < s.out_w(); ++x) {
+          const int64_t i = layout == Layout::NCHW
+                                ? ((n * s.out_channels + o) * s.out_h() + y) * s.out_w() + x
+                                : ((n * s.out_h() + y) * s.out_w() + x) * s.out_channels + o;
+          const int32_t sum = p.sum(n, o, y, x);
+          if (is_float)
+            wanted_floats[static_cast<size_t>(i)] = output_value(sum, o, i, out);
+          else
+            wanted_levels[static_cast<size_t>(i)] =
+                requantize_u8(sum, out.scale[o], out.bias[o], out.lo, out.hi, out.zero_point);
+        }
   out.data = is_float ? static_cast<void*>(floats.data()) : levels.data();
   const TensorWinogradCall call{{.plan = plan,
                                  .taps = w.taps,
@@ -318,6 +332,7 @@ void check_case(const Case& c) {
   for (const WinogradForm form : kForms) {
     if (!reference::winograd_exact(form, p.weights, p.s.out_channels)) continue;
     const WinogradWeights w = derive_winograd(form, p.s, p.weights);
+    const check::About about([&] { return w.taps.describe() + ", " + text_of(p.s); });
     CHECK_EQ(static_cast<int64_t>(w.bytes()), w.taps.bytes());
     CHECK(w.taps.bytes() <= winograd_most_bytes(form, p.s, c.bits));
     for (const KernelRow* row : all_rows()) {
@@ -544,6 +559,7 @@ TEST(parts_run_at_the_same_time) {
           plan_winograd(w.taps.form, p.s, p.in, &p.out, nullptr, *row->winograd);
       std::vector<uint8_t> y(static_cast<size_t>(p.out.image_bytes + p.out.slack), 0xA5);
       const bool by_columns = winograd_prefers_columns(plan, w.taps, 1, kThreads);
+      const check::About about([&] { return text_of(*row) + ", " + text_of(p.s); });
       CHECK_EQ(by_columns, size == 7);
       const WinogradCall call{.plan = plan,
                               .taps = w.taps,

@@ -220,7 +220,6 @@ LayerWeights derive_weights(const ConvShape& shape, std::span<const uint8_t> can
 
 void conv2d(const ConvShape& shape, const ActivationIn& in, const LayerWeights& weights,
             const OutputSpec& out, int threads) {
-  validate(shape);
   const int64_t positions = shape.out_h() * shape.out_w();
   if (shape.batch == 0 || positions == 0) return;
   if (largest_level(in) > weights.qmax)

@@ -62,8 +62,8 @@ inline int largest_level(const ActivationIn& in) {
   return in.dtype == DType::U8 ? 255 : in.grid.qmax;
 }
 
-/// Runs one convolution with weights for largest_level() or more. Bit-equal to reference::conv2d
-/// whatever the instruction set and threads.
+/// Runs one convolution of a shape that passes validate(), with weights for largest_level() or
+/// more. Bit-equal to reference::conv2d whatever the instruction set and threads.
 void conv2d(const ConvShape& shape, const ActivationIn& in, const LayerWeights& weights,
             const OutputSpec& out, int threads);
 

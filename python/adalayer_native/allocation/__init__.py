@@ -8,13 +8,13 @@ if TYPE_CHECKING:
     from .allocate import allocate
     from .budget import Budget
     from .energy import plan_energy
+    from .layer_table import LayerTable
     from .methods import METHODS
+    from .optimal_settings import Settings
     from .pareto import Frontier, pareto
     from .request import check_method, check_request
     from .rl import RLSettings
-    from .settings import Settings
     from .size import estimate_bytes, float_bytes, packed_bytes, safetensors_bytes
-    from .tables import LayerTable
     from .uniform import everywhere
 
 __all__ = [
@@ -46,9 +46,9 @@ __getattr__, __dir__ = lazy(
         "pareto": ["Frontier", "pareto"],
         "request": ["check_method", "check_request"],
         "rl": ["RLSettings"],
-        "settings": ["Settings"],
+        "optimal_settings": ["Settings"],
         "size": ["estimate_bytes", "float_bytes", "packed_bytes", "safetensors_bytes"],
-        "tables": ["LayerTable"],
+        "layer_table": ["LayerTable"],
         "uniform": ["everywhere"],
     },
 )

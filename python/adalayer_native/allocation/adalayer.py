@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,16 +22,19 @@ from .._progress import ProgressBar
 from ..errors import PlanError
 from ..importance.analyze import dequantized
 from ..importance.scores import LayerScores
-from ..plan import Plan
+from ..plan import MAX_BITS, MIN_BITS, Plan
 from ..pruning.masks import magnitude_mask, pruned_count
 from ..rounding import conv_form
-from .closed_form import MAX_BITS, MIN_BITS, closed_form
+from .closed_form import closed_form
 from .evaluate import NEGLIGIBLE, Judge, Measurement, best_of, compared
 from .options import Choice, Option, option_of
 from .problem import PERCENTS, Problem
-from .uniform import uniform_finalists, uniform_pairs
+from .uniform import best_uniform_pairs, uniform_pairs
 
-__all__ = ["HYPER", "adalayer"]
+if TYPE_CHECKING:
+    from .request import Request
+
+__all__ = ["HYPER", "adalayer", "solve"]
 
 HYPER = ("alpha", "beta", "gamma", "delta", "lambda", "bmax")
 
@@ -47,7 +51,7 @@ _LAMBDA = (*np.arange(0, 2, 0.25).tolist(), *np.arange(2, 6.01, 0.5).tolist())
 _BMAX = tuple(np.arange(2, 9.01, 0.25).tolist())
 
 GOOD_USE = 0.93  # plans that leave more of the budget unused are only a last resort
-FINALISTS = 5  # so many of the best are repaired whole, beside uniform ones
+REPAIRED = 5  # so many of the best are repaired whole, beside uniform ones
 RESORT = 64  # how many of the fullest plans to look at if none uses the budget well
 ROUNDS = 3  # at most so many finer grids
 REFINE = 8  # plans tried per finer grid
@@ -72,11 +76,26 @@ class _Plans:
         return _Plans(self.bits[rows], self.percent[rows], self.hyper[rows], self.cost[rows])
 
 
+def solve(request: Request) -> Plan:
+    """The plan for a request."""
+    if request.scores is None:
+        raise PlanError("method 'adalayer' needs scores (from analyze)")
+    return adalayer(
+        request.problem,
+        request.scores,
+        request.evaluator,
+        request.repaired_check,
+        hyper=request.hyper,
+        candidates=request.candidates,
+        progress=request.progress,
+    )
+
+
 def adalayer(
     problem: Problem,
     scores: LayerScores,
     evaluator: Judge | None,
-    final: Judge | None = None,
+    repaired: Judge | None = None,
     *,
     hyper: Mapping[str, float] | None = None,
     candidates: int = 20,
@@ -84,7 +103,7 @@ def adalayer(
 ) -> Plan:
     """Find the plan; ``hyper`` fixes some or all of alpha, beta, gamma, delta, lambda, bmax.
 
-    ``final`` decides among the best few, see :class:`.repaired_check.RepairedCheck`.
+    ``repaired`` decides among the best few, see :class:`.repaired_check.RepairedCheck`.
 
     Raises:
         BudgetError: nothing fits; states the smallest reachable size.
@@ -92,48 +111,17 @@ def adalayer(
     """
     problem.check_scores(scores)
     fixed = _checked(hyper)
-    names = problem.free
-    a = np.array([scores[name].A for name in names])
-    f = np.array([scores[name].F for name in names])
-    r = np.array([scores[name].R for name in names])
-    costs = problem.cost_table()
-    errors = _error_table(problem, scores)
-
-    def plans_of(grid: list[np.ndarray]) -> tuple[_Plans, _Plans]:
-        return _enumerate(problem, grid, a, f, r, costs)
-
-    contribution = np.maximum(a, 1e-3)  # no loss in a small sample is cheap, but never free
-
-    def proxy(plans: _Plans, power: float) -> np.ndarray:
-        harm = errors[np.arange(len(a)), plans.bits - MIN_BITS, plans.percent]
-        return (harm * contribution**power).sum(axis=1)
-
-    def ranked(plans: _Plans, powers: tuple[float, ...]) -> np.ndarray:
-        orders = [np.argsort(proxy(plans, power), kind="stable") for power in powers]
-        return np.stack(orders, axis=1).ravel()  # the best by each, the second by each, ...
-
-    plans, least = plans_of(_grid(fixed))
-    if len(plans.cost) == 0:
-        smallest = problem.cost(_choice(problem, least, 0))
-        raise problem.impossible(smallest, " with these hyper-parameters" if fixed else "")
-    if not fixed and problem.fits(problem.uniform(MAX_BITS, 0.0)):
-        # All weights at full width: nothing to trade, and the rest would be chosen by noise.
-        plans, _ = plans_of([np.array([[0.0, 0.0]]), *(np.array([v]) for v in (0, 0, 0, 8.0))])
-    fullest = float(plans.cost.max())
-    limit = fullest if problem.limit is None else min(problem.limit, fullest)
-    if (plans.cost >= GOOD_USE * limit).any():
-        plans = plans.take(np.flatnonzero(plans.cost >= GOOD_USE * limit))
-    else:
-        plans = plans.take(np.argsort(-plans.cost, kind="stable")[:RESORT])
+    grids = _Grids(problem, scores)
+    plans = _first_plans(problem, grids, fixed)
     tried = plans.take(
-        _diverse(plans, ranked(plans, POWERS), candidates if evaluator is not None else 1)
+        _diverse(plans, grids.ranked(plans, POWERS), candidates if evaluator is not None else 1)
     )
     if evaluator is None:
         return _plan(problem, scores, tried, 0, None)
 
     searched = len(fixed) < len(HYPER) and len(plans.cost) > 1
     if not fixed and searched:  # layer-wise must not lose to uniform for want of trying it
-        same = [plans_of(grid)[0] for grid in _uniform_grids(problem)]
+        same = [grids.plans(grid)[0] for grid in _uniform_grids(problem)]
         tried = _joined([tried, *(_without(one, tried) for one in same)])
     total = len(tried.cost) + (ROUNDS * REFINE if searched else 0)
     with ProgressBar("trying plans", total, unit="plan", enabled=progress) as bar:
@@ -141,17 +129,7 @@ def adalayer(
         _measure(problem, evaluator, tried, measured, bar)
         best = best_of(measured, evaluator.samples)
         for _ in range(ROUNDS if searched else 0):
-            second = min(
-                (row for row in range(len(measured)) if row != best),
-                key=lambda row: measured[row].loss,
-                default=best,
-            )
-            grids = [_around(tried.hyper[row], fixed) for row in (best, second)]
-            near = _without(_joined([plans_of(grid)[0] for grid in grids]), tried)
-            near = near.take(np.flatnonzero(near.cost >= GOOD_USE * tried.cost[best]))
-            losses = [m.loss for m in measured]
-            power = max(POWERS, key=lambda p: _rank_correlation(proxy(tried, p), losses))
-            near = near.take(_diverse(near, ranked(near, (power,)), REFINE))
+            near = _finer(grids, fixed, tried, measured, best)
             if len(near.cost) == 0:
                 break
             tried = _joined([tried, near])
@@ -159,28 +137,95 @@ def adalayer(
             before, best = best, best_of(measured, evaluator.samples)
             if best == before:
                 break
-    if final is not None and searched and measured[best].loss > NEGLIGIBLE:
-        alike = [] if fixed else uniform_finalists(problem, evaluator)
-        return _final(problem, scores, tried, measured, alike, final, progress)
+    if repaired is not None and searched and measured[best].loss > NEGLIGIBLE:
+        alike = [] if fixed else best_uniform_pairs(problem, evaluator)
+        return _repaired(problem, scores, tried, measured, alike, repaired, progress)
     plan = _plan(problem, scores, tried, best, measured[best])
     return _unrounded(problem, evaluator, plan) if searched and not fixed else plan
 
 
-def _final(
+class _Grids:
+    """Plans of grids of hyper-parameters, and how good proxies take them to be."""
+
+    def __init__(self, problem: Problem, scores: LayerScores) -> None:
+        names = problem.free
+        self.problem = problem
+        self.a = np.array([scores[name].A for name in names])
+        self.f = np.array([scores[name].F for name in names])
+        self.r = np.array([scores[name].R for name in names])
+        self.costs = problem.cost_table()
+        self.errors = _error_table(problem, scores)
+        # No loss in a small sample is cheap, but never free.
+        self.contribution = np.maximum(self.a, 1e-3)
+
+    def plans(self, grid: list[np.ndarray]) -> tuple[_Plans, _Plans]:
+        """See :func:`_enumerate`."""
+        return _enumerate(self.problem, grid, self.a, self.f, self.r, self.costs)
+
+    def proxy(self, plans: _Plans, power: float) -> np.ndarray:
+        """Predicted harm of every plan, errors weighted by a power of A."""
+        harm = self.errors[np.arange(len(self.a)), plans.bits - MIN_BITS, plans.percent]
+        return np.asarray((harm * self.contribution**power).sum(axis=1))
+
+    def ranked(self, plans: _Plans, powers: tuple[float, ...]) -> np.ndarray:
+        """Rows of plans: the best by each proxy, then the second by each, and so on."""
+        orders = [np.argsort(self.proxy(plans, power), kind="stable") for power in powers]
+        return np.stack(orders, axis=1).ravel()
+
+
+def _first_plans(problem: Problem, grids: _Grids, fixed: Mapping[str, float]) -> _Plans:
+    """The plans of the whole grid that use the budget well; fuller ones, if none does."""
+    plans, least = grids.plans(_grid(fixed))
+    if len(plans.cost) == 0:
+        smallest = problem.cost(_choice(problem, least, 0))
+        raise problem.impossible(smallest, " with these hyper-parameters" if fixed else "")
+    if not fixed and problem.fits(problem.uniform(MAX_BITS, 0.0)):
+        # All weights at full width: nothing to trade, and the rest would be chosen by noise.
+        eight = [np.array([[0.0, 0.0]]), *(np.array([v]) for v in (0, 0, 0, float(MAX_BITS)))]
+        plans, _ = grids.plans(eight)
+    fullest = float(plans.cost.max())
+    limit = fullest if problem.limit is None else min(problem.limit, fullest)
+    if (plans.cost >= GOOD_USE * limit).any():
+        return plans.take(np.flatnonzero(plans.cost >= GOOD_USE * limit))
+    return plans.take(np.argsort(-plans.cost, kind="stable")[:RESORT])
+
+
+def _finer(
+    grids: _Grids,
+    fixed: Mapping[str, float],
+    tried: _Plans,
+    measured: list[Measurement],
+    best: int,
+) -> _Plans:
+    """New plans around the two best ones, those first that the best proxy so far prefers."""
+    second = min(
+        (row for row in range(len(measured)) if row != best),
+        key=lambda row: measured[row].loss,
+        default=best,
+    )
+    around = [_around(tried.hyper[row], fixed) for row in (best, second)]
+    near = _without(_joined([grids.plans(grid)[0] for grid in around]), tried)
+    near = near.take(np.flatnonzero(near.cost >= GOOD_USE * tried.cost[best]))
+    losses = [m.loss for m in measured]
+    power = max(POWERS, key=lambda p: _rank_correlation(grids.proxy(tried, p), losses))
+    return near.take(_diverse(near, grids.ranked(near, (power,)), REFINE))
+
+
+def _repaired(
     problem: Problem,
     scores: LayerScores,
     tried: _Plans,
     measured: list[Measurement],
     alike: list[tuple[int, float]],
-    final: Judge,
+    judge: Judge,
     progress: bool,
 ) -> Plan:
     """The best of the plans that lost least, and of uniform ones ``(bits, sparsity)``."""
     order = np.argsort([m.loss for m in measured], kind="stable")
-    rows = _diverse(tried, order, FINALISTS).tolist()
+    rows = _diverse(tried, order, REPAIRED).tolist()
     choices = [_choice(problem, tried, row) for row in rows]
     choices += [problem.uniform(*pair) for pair in alike]
-    best, found = compared(choices, final, "comparing repaired plans", progress=progress)
+    best, found = compared(choices, judge, "comparing repaired plans", progress=progress)
     if best < len(rows):
         return _plan(problem, scores, tried, rows[best], found)
     bits, sparsity = alike[best - len(rows)]

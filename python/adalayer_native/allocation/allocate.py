@@ -9,29 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..capture import GraphModel
 from ..capture.loading import captured_on, first_sample
 from ..capture.work import work_of
-from ..errors import CalibrationError, PlanError
+from ..errors import PlanError
 from ..importance.batches import warn_of_first_guess
 from ..importance.outputs import LossFn, Pick
 from ..importance.scores import LayerScores
 from ..plan import Plan
-from .adalayer import adalayer
 from .budget import Budget
-from .evaluate import Evaluator
-from .measuring import Data, loader_of
-from .methods import STAGE_METHODS
-from .optimal import optimal
-from .problem import Fixed, Problem
-from .repaired import REPAIR_VERSION, RepairedWeights
-from .repaired_check import RepairedCheck
-from .request import check_method
-from .rest import unsupported_rest
-from .rl import RLSettings, rl
-from .settings import settings_of
-from .stages import stage_plan
-from .uniform import uniform
+from .float_work import unsupported_work
+from .methods import method_of
+from .problem import Fixed
+from .request import Request, check_method, check_request
 
 __all__ = ["allocate"]
 
@@ -118,97 +107,29 @@ def allocate(
     check_method(method, budget, bits=bits, stages=stages, options=options)
     if candidates < 1:
         raise PlanError(f"candidates must be at least 1, got {candidates}")
+    known = method_of(method)
     model = captured_on(model, calibration)
-    if loss_fn is None and calibration is not None and method not in STAGE_METHODS:
+    if loss_fn is None and calibration is not None and known.data:
         warn_of_first_guess(model, calibration, output)
-    if method == "optimal":
-        plan = _optimal(
-            model, budget, calibration, activation_bits, fixed, exclude, options, tables,
-            loss_fn=loss_fn, output=output, batches=batches, cache=cache, progress=progress,
-        )  # fmt: skip
-        if scores is not None:
-            known = scores.as_dict()
-            predicted = plan.scores or {}
-            plan.scores = {n: {**known.get(n, {}), **predicted.get(n, {})} for n in plan}
-        return _finished(plan, model, calibration)
-    problem = Problem(model, budget, activation_bits, fixed=fixed, exclude=exclude)
-    if method in STAGE_METHODS:
-        plan = stage_plan(problem, method, bits, stages)
-        if scores is not None:
-            plan.scores = scores.as_dict()
-    else:
-        evaluator, final = None, None
-        if calibration is not None:
-            key = f"repaired-{REPAIR_VERSION}" if repaired else ""
-            evaluator = Evaluator(
-                model, calibration, loss_fn, batches=batches, cache=cache, key=key, output=output
-            )
-            if repaired:
-                names, data = list(problem.layout.layers), loader_of(evaluator.batches)
-                evaluator.weight_of = RepairedWeights(model, data, names, progress=progress)
-                final = _final(problem, evaluator, tables)
-        if method == "rl":
-            if evaluator is None:
-                raise CalibrationError("method 'rl' needs calibration data: it measures its plans")
-            plan = rl(problem, evaluator, RLSettings.of(options), progress=progress)
-            if scores is not None:
-                plan.scores = scores.as_dict()
-        elif method == "uniform":
-            plan = uniform(problem, evaluator, final, progress=progress)
-            if scores is not None:
-                plan.scores = scores.as_dict()
-        else:
-            if scores is None:
-                raise PlanError("method 'adalayer' needs scores (from analyze)")
-            plan = adalayer(
-                problem,
-                scores,
-                evaluator,
-                final,
-                hyper=hyper,
-                candidates=candidates,
-                progress=progress,
-            )
-    return _finished(plan, model, calibration)
-
-
-def _finished(plan: Plan, model: GraphModel, calibration: Iterable[Any] | None) -> Plan:
+    problem = check_request(
+        model, budget, method=method, bits=bits, stages=stages, activation_bits=activation_bits,
+        fixed=fixed, exclude=exclude, options=options,
+    )  # fmt: skip
+    request = Request(
+        problem, known, budget, scores=scores, calibration=calibration, loss_fn=loss_fn,
+        output=output, hyper=hyper, bits=bits, stages=stages, batches=batches,
+        candidates=candidates, repaired=repaired, options=options, tables=tables, cache=cache,
+        progress=progress,
+    )  # fmt: skip
+    plan = known.solve(request)
+    if scores is not None and not known.scores:
+        given, own = scores.as_dict(), plan.scores
+        plan.scores = given
+        if own is not None:
+            plan.scores = {n: {**given.get(n, {}), **own.get(n, {})} for n in plan}
+    if budget is not None and budget.single:
+        problem.limited(budget).check_kept(plan)
     plan.validate(model)
     sample = None if calibration is None else first_sample(model, calibration)
-    plan.float_rest = unsupported_rest(model, work=work_of(model, sample)).as_dict()
+    plan.float_work = unsupported_work(model, work=work_of(model, sample)).as_dict()
     return plan
-
-
-def _final(
-    problem: Problem, evaluator: Evaluator, tables: str | os.PathLike[str] | None
-) -> RepairedCheck | None:
-    """What compares repaired plans, if there are images for both."""
-    if evaluator.samples < 2:
-        return None
-    data = Data.split(
-        problem.model, loader_of(evaluator.batches), evaluator.loss_fn, None, evaluator.pick
-    )
-    return RepairedCheck(problem, data, settings_of(None, tables))
-
-
-def _optimal(
-    model: GraphModel,
-    budget: Budget | None,
-    calibration: Iterable[Any] | None,
-    activation_bits: int,
-    fixed: Mapping[str, Fixed] | None,
-    exclude: Sequence[str],
-    options: Mapping[str, Any] | None,
-    tables: str | os.PathLike[str] | None,
-    **rest: Any,
-) -> Plan:
-    assert budget is not None  # checked with the method
-    if calibration is None:
-        raise CalibrationError("method 'optimal' needs calibration data: it measures its errors")
-    return optimal(
-        Problem(model, None, activation_bits, fixed=fixed, exclude=exclude),
-        budget,
-        calibration,
-        settings_of(options, tables),
-        **rest,
-    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from ..errors import BudgetError
+from . import refusals
 
 __all__ = ["Budget"]
 
@@ -46,10 +46,9 @@ class Budget:
     def __post_init__(self) -> None:
         given = self.given
         if not given:
-            names = ", ".join(entry.name for entry in fields(self))
-            raise BudgetError(f"a budget needs at least one of {names}; got none")
+            raise refusals.empty([entry.name for entry in fields(self)])
         if "size" in given and "bytes" in given:
-            raise BudgetError("a budget limits the file by size or by bytes, not by both")
+            raise refusals.file_limited_twice()
         for name, value in given.items():
             if (
                 isinstance(value, bool)
@@ -57,7 +56,7 @@ class Budget:
                 or not math.isfinite(value)
                 or value <= 0
             ):
-                raise BudgetError(f"budget {name} must be a finite number above 0, got {value!r}")
+                raise refusals.out_of_range(name, value)
 
     @property
     def given(self) -> dict[str, float]:

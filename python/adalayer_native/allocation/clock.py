@@ -18,18 +18,17 @@ from ..capture import Inputs
 from ..engine.compiler import compile as compile_engine
 from ..engine.latency import call_seconds, seconds_in_turn
 from ..engine.runtime import Engine
-from ..errors import BudgetError
 from ..importance.batches import model_digest
 from ..quantization import calibrate, convert, prepare
 from .latencies import repeated, sizes_of
+from .optimal_settings import Settings
 from .options import Choice
 from .problem import Problem
 from .resources import LATENCY, Resource
 from .selection import Selection
-from .settings import Settings
 from .store import Store, cache_dir, machine
 
-__all__ = ["AGREEMENT", "EngineClock", "latency_of", "settle"]
+__all__ = ["AGREEMENT", "EngineClock", "choose_by_clock", "keeps_latency", "latency_of"]
 
 ROUNDS = 5  # of measuring and scaling, at most
 AGREEMENT = 0.03  # relative difference of prediction and measurement that ends them
@@ -137,7 +136,7 @@ def correct(selection: Selection, columns: np.ndarray, clock: EngineClock) -> tu
     return measured, predicted
 
 
-def settle(selection: Selection, clock: EngineClock) -> np.ndarray:
+def choose_by_clock(selection: Selection, clock: EngineClock) -> np.ndarray:
     """The solver's choice, with latencies scaled until the choice runs as fast as predicted.
 
     Raises:
@@ -168,7 +167,7 @@ def settle(selection: Selection, clock: EngineClock) -> np.ndarray:
     return final
 
 
-def kept(selection: Selection, columns: np.ndarray, clock: EngineClock) -> bool:
+def keeps_latency(selection: Selection, columns: np.ndarray, clock: EngineClock) -> bool:
     """Whether the engine of a choice keeps the limit; where it does not, latencies are scaled."""
     resource = latency_of(selection)
     assert resource is not None
@@ -176,11 +175,3 @@ def kept(selection: Selection, columns: np.ndarray, clock: EngineClock) -> bool:
         return True
     correct(selection, columns, clock)
     return False
-
-
-def refused(selection: Selection, measured: float) -> BudgetError:
-    """The error for plans that were predicted to keep a limit, and whose engines do not."""
-    return BudgetError(
-        f"the budget ({selection.budget}) cannot be met: of the plans that are predicted to keep "
-        f"it, the fastest engine takes {measured:.4g} ms"
-    )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["MAX_BITS", "MAX_SPARSITY", "MIN_BITS", "closed_form"]
+from ..plan import MAX_BITS, MIN_BITS
 
-MIN_BITS, MAX_BITS = 2, 8
+__all__ = ["MAX_SPARSITY", "closed_form"]
+
 MAX_SPARSITY = 0.95
 
 

@@ -6,17 +6,15 @@ import hashlib
 import json
 import math
 import os
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.func import functional_call
 
-from .._files import write_text_atomic
+from .._json_cache import JsonCache
 from .._progress import ProgressBar
 from ..errors import CalibrationError
 from ..importance.analyze import dequantized_layer, eval_mode
@@ -35,7 +33,6 @@ NEGLIGIBLE = 3e-3
 
 # Calibration batches stay in memory while plans are compared; more than this is refused.
 MEMORY_LIMIT = 2 << 30
-SAVE_INTERVAL = 2.0
 # Dequantized weights kept from one plan to the next, in bytes.
 WEIGHT_CACHE = 1 << 30
 
@@ -129,12 +126,8 @@ class Evaluator:
         self._held = 0
         with torch.no_grad(), eval_mode(model):
             self.outputs = [batch.x(model) for batch in self.batches]
-        self._path = None if cache is None else Path(cache)
-        self._known: dict[str, tuple[float, float]] = {}
-        self._saved = time.monotonic()
-        if self._path is not None:
-            self._key = self._digest()
-            self._known = self._read()
+        digest = "" if cache is None else self._digest()
+        self._cache = JsonCache(cache, digest, "plans", parse=_losses)
 
     def measure(self, layers: Choices) -> Measurement:
         """Loss and accuracy with ``{layer: (bits or None, sparsity[, pattern[, input bits]])}``.
@@ -144,11 +137,12 @@ class Evaluator:
         """
         options = {name: Option(*option) for name, option in layers.items()}
         key = json.dumps([[name, *option.values] for name, option in options.items()])
-        if key not in self._known:
-            self._known[key] = self._measure(options)
-            if self._path is not None and time.monotonic() - self._saved >= SAVE_INTERVAL:
-                self.save()
-        return Measurement(*self._known[key])
+        if key not in self._cache.values:
+            loss, accuracy = self._measure(options)
+            self._cache.values[key] = [loss, None if math.isnan(accuracy) else accuracy]
+            self._cache.touch()
+        loss, right = self._cache.values[key]
+        return Measurement(loss, math.nan if right is None else right)
 
     @torch.no_grad()
     def _measure(self, layers: dict[str, Option]) -> tuple[float, float]:
@@ -220,27 +214,7 @@ class Evaluator:
 
     def save(self) -> None:
         """Write the cache, if there is one."""
-        self._saved = time.monotonic()
-        if self._path is not None:
-            known = {
-                key: [loss, None if math.isnan(accuracy) else accuracy]
-                for key, (loss, accuracy) in self._known.items()
-            }
-            data = {"key": self._key, "plans": known}
-            write_text_atomic(self._path, json.dumps(data, allow_nan=False))
-
-    def _read(self) -> dict[str, tuple[float, float]]:
-        assert self._path is not None
-        try:
-            data = json.loads(self._path.read_text(encoding="utf-8"))
-            if data["key"] != self._key:
-                return {}
-            return {
-                key: (float(loss), math.nan if accuracy is None else float(accuracy))
-                for key, (loss, accuracy) in data["plans"].items()
-            }
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return {}  # none yet, or not ours: the next save replaces it
+        self._cache.save()
 
     def _digest(self) -> str:
         loss = loss_key(self.loss_fn)
@@ -262,6 +236,14 @@ class Evaluator:
                     f"on data in memory, so give fewer batches (batches=...)"
                 )
             yield batch
+
+
+def _losses(plans: dict[str, Any]) -> dict[str, Any]:
+    """What a cache holds per plan, checked: loss, and accuracy or ``None``."""
+    return {
+        key: [float(loss), None if accuracy is None else float(accuracy)]
+        for key, (loss, accuracy) in plans.items()
+    }
 
 
 def _adding(shift: torch.Tensor) -> Any:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import BudgetError
-from .clock import EngineClock, kept, latency_of
-from .closed_form import MAX_BITS
+from ..plan import MAX_BITS
+from . import refusals
+from .clock import EngineClock, keeps_latency, latency_of
 from .evaluate import Evaluator, Measurement
 from .options import Option
 from .resources import LATENCY, LOSS
@@ -62,10 +62,7 @@ def fastest(selection: Selection, evaluator: Evaluator | None, clock: EngineCloc
     if found is None and selection.fits(usual):
         found = _measured(selection, evaluator, usual, usual)
     if found is None:
-        raise BudgetError(
-            f"the budget ({selection.budget}) cannot be met: plans that are predicted to keep it "
-            "lose more, or take longer, where they are measured"
-        )
+        raise refusals.loss_not_kept(selection.budget)
     if not np.array_equal(found.columns, usual) and selection.fits(usual):
         both = found.columns, usual
         if clock is not None:
@@ -98,7 +95,7 @@ def _within(
         if columns is None:
             raise selection.impossible()
         limited = latency_of(selection) is not None
-        if clock is not None and limited and not kept(selection, columns, clock):
+        if clock is not None and limited and not keeps_latency(selection, columns, clock):
             continue  # latencies are scaled
         found = _measured(selection, evaluator, columns, usual)
         if found.loss is None or found.usual is None:

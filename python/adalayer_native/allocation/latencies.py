@@ -18,14 +18,14 @@ from ..engine.runtime import Engine
 from ..engine.shapes import WEIGHTED, shapes_of
 from ..errors import PlanError
 from ..importance.batches import model_digest
+from ..plan import MAX_BITS
 from ..quantization import calibrate, convert, prepare
-from .closed_form import MAX_BITS
+from .layer_table import LayerTable, Measured
 from .machine_table import MachineTable, Task
+from .optimal_settings import Settings
 from .options import UNSTRUCTURED, Choice, Option
 from .problem import Problem
-from .settings import Settings
 from .store import Store, cache_dir, machine
-from .tables import LayerTable, fill_parts
 
 __all__ = ["latency_table", "machine_latencies", "program_of", "repeated", "sizes_of"]
 
@@ -113,11 +113,13 @@ def latency_table(
         store[f" {option.name}"] = other
         return store[f"{name} {option.name}"]
 
-    table = fill_parts(
-        "latency", "µs", problem.free, measure, store,
-        bits=settings.widths, sparsities_of=settings.sparsities_of, patterns=patterns,
-        inputs=(None, *input_widths), progress=progress,
-    )  # fmt: skip
+    table = Measured("latency", "µs", problem.free, measure, store).tables(
+        settings.widths,
+        settings.sparsities_of,
+        patterns,
+        inputs=(None, *input_widths),
+        progress=progress,
+    )
     table.constant = float(np.median([store[f" {option.name}"] for option in table.options()]))
     table.about = {"batch": settings.latency_batch, **machine(settings.threads)}
     return table

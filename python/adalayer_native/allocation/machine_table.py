@@ -23,8 +23,8 @@ from .. import _C
 from .._files import require_file, write_text_atomic
 from .._version import __version__
 from ..errors import FileFormatError, PlanError
+from .layer_table import LayerTable
 from .options import UNSTRUCTURED, Choice, Option
-from .tables import LayerTable
 
 __all__ = ["MachineTable", "ShapeTimes", "Task"]
 

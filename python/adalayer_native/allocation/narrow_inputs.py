@@ -21,9 +21,9 @@ from ..capture import GraphModel
 from ..importance.batches import Batch
 from ..importance.outputs import Pick
 from ..importance.task_loss import TaskLoss
+from ..plan import MAX_BITS
 from ..quantization import ActivationQuantizer, calibrate, prepare
 from ..quantization.graph import insert_behind, quantizers_of
-from .closed_form import MAX_BITS
 from .options import Choices, Option
 from .problem import Problem
 from .sensitivity import LogitSensitivity

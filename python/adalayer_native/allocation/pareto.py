@@ -12,17 +12,18 @@ import torch
 from torch import nn
 
 from .._progress import ProgressBar
-from ..errors import BudgetError, PlanError
+from ..errors import PlanError
 from ..importance.batches import captured_on
 from ..importance.outputs import LossFn, Pick
 from ..plan import Plan
+from . import refusals
 from .budget import Budget
-from .measuring import Data, measure_tables, weights_of
+from .layer_table import LayerTable
+from .measured_tables import Data, measure_tables, weights_of
 from .optimal import plan_of
+from .optimal_settings import Settings
 from .problem import Fixed, Problem
 from .selection import selection_of
-from .settings import settings_of
-from .tables import LayerTable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -143,10 +144,10 @@ def pareto(
     if points < 2:
         raise PlanError(f"points must be at least 2, got {points}")
     if within is not None and (within.size is not None or within.bytes is not None):
-        raise BudgetError("the frontier runs over all sizes; within must not limit the file")
+        raise refusals.limited_frontier("file")
     if within is not None and within.loss is not None:
-        raise BudgetError("the frontier is about the loss; within must not limit it")
-    settings = settings_of(options, tables)
+        raise refusals.limited_frontier("loss")
+    settings = Settings.of(options, tables)
     settings.check()
     model = captured_on(model, calibration)
     problem = Problem(model, None, activation_bits, fixed=fixed, exclude=exclude)

@@ -14,12 +14,13 @@ from ..capture import captured
 from ..errors import BudgetError, PlanError, UnsupportedModelError
 from ..importance.analyze import checked_layers
 from ..importance.scores import LayerScores
-from ..plan import LayerPlan, Plan, layer_kind, unknown_layer
+from ..plan import MAX_BITS, MIN_BITS, LayerPlan, Plan, layer_kind, unknown_layer
 from ..pruning.masks import pruned_count
 from ..quantization.chains import Structure
-from ..quantization.layout import native_layout, structure_of
+from ..quantization.stored import stored_model, structure_of
+from . import refusals
 from .budget import Budget
-from .closed_form import MAX_BITS, MAX_SPARSITY, MIN_BITS
+from .closed_form import MAX_SPARSITY
 from .options import UNSTRUCTURED, Choice, Choices, Option, option_of
 from .size import estimate_bytes, float_bytes, packed_bytes
 
@@ -59,21 +60,21 @@ class Problem:
         template = self.plan(
             {name: Option(MAX_BITS) for name in self.layers if name not in self.pinned}
         )
-        self.layout = native_layout(model, template)
+        self.stored = stored_model(model, template)
         for name, option in self.pinned.items():
             bits = option.bits
-            if bits is not None and name not in self.layout.layers:
+            if bits is not None and name not in self.stored.layers:
                 raise PlanError(
                     f"layer {name!r} cannot be fixed to {bits} bits: "
-                    f"{self.layout.kept_float.get(name, 'it has no native form')}"
+                    f"{self.stored.kept_float.get(name, 'it has no native form')}"
                 )
         self.free = [
-            name for name in self.layers if name in self.layout.layers and name not in self.pinned
+            name for name in self.layers if name in self.stored.layers and name not in self.pinned
         ]
         if not self.free and self.pinned:
             raise PlanError("all layers are fixed or excluded: there is nothing to decide")
         if not self.free:
-            reasons = "; ".join(f"{n}: {why}" for n, why in self.layout.kept_float.items())
+            reasons = "; ".join(f"{n}: {why}" for n, why in self.stored.kept_float.items())
             raise UnsupportedModelError(f"no layer of the model can be quantized ({reasons})")
         self.float_bytes = float_bytes(model)
         self.limit = self._limit(budget)
@@ -126,7 +127,7 @@ class Problem:
     @cached_property
     def structure(self) -> Structure:
         """Where values are quantized, with every layer that can be native."""
-        return structure_of(self.model, set(self.layout.layers))
+        return structure_of(self.model, set(self.stored.layers))
 
     @cached_property
     def shared_inputs(self) -> dict[str, list[int]]:
@@ -186,7 +187,7 @@ class Problem:
         if not self.in_bytes:
             return plan.average_bits
         same = all((choice.get(name, Option(None))[0] is not None) for name in self.free)
-        return estimate_bytes(self.model, plan, layout=self.layout if same else None)
+        return estimate_bytes(self.model, plan, stored=self.stored if same else None)
 
     def fits(self, choice: Choices) -> bool:
         """Whether the choice is within the budget."""
@@ -198,7 +199,7 @@ class Problem:
 
     def form(self, name: str) -> tuple[int, ...]:
         """Shape of a layer's weight with the output channels first."""
-        return tuple(self.layout.layers[name].weight_shape)
+        return tuple(self.stored.layers[name].weight_shape)
 
     def cost_table(self) -> tuple[np.ndarray, float, float]:
         """``(table, constant, slack)``: cost of free layer l at b bits and p per cent zeros.
@@ -227,20 +228,31 @@ class Problem:
 
     def impossible(self, smallest: float, what: str = "") -> BudgetError:
         """The error for a budget that nothing can meet; states the least that can be reached."""
-        if not self.in_bytes:
-            reach = f"average width is {smallest:.3f} bits per weight"
-        else:
-            share = smallest / self.float_bytes
-            # Rounded up, so that the printed share itself is a budget that can be met.
-            share = np.ceil(share * 1e5) / 1e5
-            reach = (
-                f"size is {int(smallest):,} bytes, {share:.5f} of the float file "
-                f"({self.float_bytes:,} bytes)"
-            )
-        return BudgetError(
-            f"the budget ({self.budget}) cannot be met{what}: the smallest reachable {reach}"
-            f"{self.in_float}"
-        )
+        of = self.float_bytes if self.in_bytes else None
+        return refusals.not_reachable(self.budget, smallest, of, what, self.in_float)
+
+    def check_smallest(self, *, prunes: bool, method: str = "") -> None:
+        """Raise :class:`~adalayer_native.errors.BudgetError` where no uniform plan is small enough.
+
+        Args:
+            prunes: whether plans may prune.
+            method: which does not, for the message.
+        """
+        smallest = self.uniform(MIN_BITS, MAX_SPARSITY if prunes else 0.0)
+        if not self.fits(smallest):
+            why = "" if prunes else f" without pruning, which method {method!r} does not do"
+            raise self.impossible(self.cost(smallest), why)
+
+    def check_kept(self, plan: Plan) -> None:
+        """Raise :class:`~adalayer_native.errors.BudgetError` where a plan is beyond the budget.
+
+        The one check of what a method returns: whatever it did, layers that stay float count.
+        """
+        choice = {name: option_of(plan[name], self.activation_bits) for name in plan}
+        if not self.fits(choice):
+            cost = self.cost(choice)
+            shown = f"{cost:,.0f} bytes" if self.in_bytes else f"{cost:.3f} bits per weight"
+            raise refusals.plan_too_large(self.budget, shown, self.in_float)
 
     @property
     def in_float(self) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from .._recent import Recent
 from ..repair import HELD_BACK, LayerHessian, LayerSolution, layer_hessians
 from ..rounding import conv_form, layer_form
 from .options import UNSTRUCTURED, Option
@@ -49,8 +49,10 @@ class RepairedWeights:
         self.model, self.batches, self.layers = model, batches, list(layers)
         self.passes, self.memory, self.progress = passes, memory, progress
         self.modules = dict(model.named_modules())
-        self._hessians: OrderedDict[str, LayerHessian] = OrderedDict()
-        self._known: OrderedDict[tuple[Any, ...], LayerSolution] = OrderedDict()
+        self._hessians = Recent[str, LayerHessian](memory, lambda name, _: self._bytes(name))
+        self._known = Recent[tuple[Any, ...], LayerSolution](
+            memory, lambda _, solution: solution.levels.numel()
+        )
 
     def __call__(
         self, name: str, bits: int, sparsity: float, pattern: str = UNSTRUCTURED
@@ -60,8 +62,8 @@ class RepairedWeights:
         key = (name, *option.values)
         if key not in self._known:
             self.expect(name, [option])
-        self._known.move_to_end(key)
-        solution = self._known[key]
+        solution = self._known.get(key)
+        assert solution is not None
         layer: Any = self.modules[name]
         weight = layer_form(layer, solution.weight)
         return weight.to(layer.weight), solution.bias_shift
@@ -77,18 +79,15 @@ class RepairedWeights:
             for option, solution in zip(part, solutions, strict=True):
                 # A copy: a part of a sweep's tensor would keep the whole of it.
                 solution.mask, solution.levels = None, solution.levels.clone()
-                key = (name, *option.values)
-                self._known[key] = solution
-        held = sum(solution.levels.numel() for solution in self._known.values())
-        while held > self.memory and len(self._known) > len(missing):
-            _, old = self._known.popitem(last=False)
-            held -= old.levels.numel()
+                self._known.put((name, *option.values), solution, shrink=False)
+        self._known.shrink(keep=len(missing))
 
     def _hessian(self, name: str) -> LayerHessian:
         if name not in self._hessians:
             self._gather(name)
-        self._hessians.move_to_end(name)
-        return self._hessians[name]
+        found = self._hessians.get(name)
+        assert found is not None
+        return found
 
     def _gather(self, name: str) -> None:
         """Statistics of a layer, and of those behind it that fit into the same memory."""
@@ -99,15 +98,12 @@ class RepairedWeights:
                 break
             wanted.append(other)
             held += self._bytes(other)
-        total = held + sum(map(self._bytes, self._hessians))
-        while total > self.memory and self._hessians:
-            old, _ = self._hessians.popitem(last=False)
-            total -= self._bytes(old)
+        self._hessians.shrink(self.memory - held, keep=0)
         for found, hessian in layer_hessians(
             self.model, self.batches, wanted, held_back=HELD_BACK, memory=self.memory,
             progress=self.progress,
         ):  # fmt: skip
-            self._hessians[found] = hessian
+            self._hessians.put(found, hessian, shrink=False)
 
     def _bytes(self, name: str) -> int:
         """What a layer's statistics take, with the factors that solving makes of them."""

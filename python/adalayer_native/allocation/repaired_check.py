@@ -20,10 +20,10 @@ from ..importance.outputs import loss_of
 from ..quantization import calibrate, prepare
 from ..repair import repair
 from .evaluate import Measurement, hits
-from .measuring import Data, loader_of, table_key
+from .measured_tables import Data, loader_of, table_key
+from .optimal_settings import Settings
 from .options import Choices
 from .problem import Problem
-from .settings import Settings
 from .store import Store, cache_dir
 
 __all__ = ["RepairedCheck"]
@@ -50,6 +50,7 @@ class RepairedCheck:
             "check": check,
             "activation_bits": problem.activation_bits,
         }
+        # "finals": the files of earlier versions are read on.
         self.store = Store(cache_dir(settings.directory), "finals", key)
 
     @cached_property

@@ -1,23 +1,107 @@
-"""What is wrong with a request, said before anything is measured."""
+"""What was asked for, and what is wrong with it, said before anything is measured."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from ..capture import GraphModel
-from ..errors import BudgetError, PlanError
+from ..errors import CalibrationError, PlanError
+from ..importance.outputs import LossFn, Pick
 from ..importance.registry import criterion_of
+from ..importance.scores import LayerScores
+from . import refusals
 from .budget import Budget
-from .closed_form import MAX_SPARSITY, MIN_BITS
-from .methods import BUDGETED, METHODS, STAGE_METHODS
-from .optimal import reachable
+from .evaluate import Evaluator
+from .measured_tables import Data, loader_of
+from .methods import REGISTRY, Method, method_of
+from .optimal_settings import MEASURES, Settings
 from .problem import Fixed, Problem
-from .rl import RLSettings
-from .settings import MEASURES, settings_of
-from .stages import stage_plan
+from .repaired import REPAIR_VERSION, RepairedWeights
+from .repaired_check import RepairedCheck
 
-__all__ = ["check_method", "check_request"]
+__all__ = ["Request", "check_method", "check_request"]
+
+
+@dataclass
+class Request:
+    """Arguments of :func:`~adalayer_native.allocation.allocate`, checked, for its methods.
+
+    Attributes:
+        problem: the model's layers. Its budget is ``budget`` for methods that take one limit, and
+            none for those that take several, which judge them by themselves.
+    """
+
+    problem: Problem
+    method: Method
+    budget: Budget | None
+    scores: LayerScores | None = None
+    calibration: Iterable[Any] | None = None
+    loss_fn: LossFn | None = None
+    output: Pick = None
+    hyper: Mapping[str, float] | None = None
+    bits: int | Sequence[int] | None = None
+    stages: Sequence[str] | None = None
+    batches: int | None = None
+    candidates: int = 20
+    repaired: bool = False
+    options: Mapping[str, Any] | None = None
+    tables: str | os.PathLike[str] | None = None
+    cache: str | os.PathLike[str] | None = None
+    progress: bool = True
+
+    def check(self) -> None:
+        """Refuse what no plan can meet, as far as that is known without measuring.
+
+        Raises:
+            PlanError: bits or stages that do not fit.
+            BudgetError: no plan is small enough; states the smallest reachable size.
+        """
+        if self.method.checks:
+            self.method.check(self)
+        else:
+            self.problem.check_smallest(prunes=self.method.prunes, method=self.method.name)
+
+    @cached_property
+    def evaluator(self) -> Evaluator | None:
+        """What tries plans on the calibration data, if there are some."""
+        if self.calibration is None:
+            return None
+        found = Evaluator(
+            self.problem.model,
+            self.calibration,
+            self.loss_fn,
+            batches=self.batches,
+            cache=self.cache,
+            key=f"repaired-{REPAIR_VERSION}" if self.repaired else "",
+            output=self.output,
+        )
+        if self.repaired:
+            names, data = list(self.problem.stored.layers), loader_of(found.batches)
+            found.weight_of = RepairedWeights(found.model, data, names, progress=self.progress)
+        return found
+
+    @cached_property
+    def repaired_check(self) -> RepairedCheck | None:
+        """What compares plans that are repaired whole: where that is asked for, and images are
+        there to repair with and to compare on."""
+        if not self.repaired or self.evaluator is None or self.evaluator.samples < 2:
+            return None
+        loader = loader_of(self.evaluator.batches)
+        data = Data.split(self.problem.model, loader, self.loss_fn, None, self.output)
+        return RepairedCheck(self.problem, data, Settings.of(None, self.tables))
+
+    def check_data(self) -> Iterable[Any]:
+        """The calibration data of a method that needs some."""
+        if self.calibration is None:
+            raise CalibrationError(
+                f"method {self.method.name!r} needs calibration data: it measures "
+                f"its {'plans' if self.method.training else 'errors'}"
+            )
+        return self.calibration
 
 
 def check_method(
@@ -36,36 +120,28 @@ def check_method(
         BudgetError: a budget that the method needs, or does not take.
         FileFormatError: a latency table that cannot be used.
     """
-    if method not in METHODS:
-        raise PlanError(f"unknown method {method!r}: expected one of {METHODS}")
-    if budget is None and method in BUDGETED:
-        raise BudgetError(f"method {method!r} needs a budget")
-    if budget is not None and method != "optimal" and not budget.single:
-        raise BudgetError(
-            f"method {method!r} takes one limit of size, bytes and bits, got {budget}; method "
-            f"'optimal' takes several, and latency, bops and energy"
-        )
+    known = method_of(method)
+    if budget is None and known.budget:
+        raise refusals.missing(method)
+    if budget is not None and not known.several and not budget.single:
+        raise refusals.several_limits(method, budget)
     if criterion is not None:
-        if method not in ("adalayer", "optimal"):
+        if not (known.scores or known.several):
             raise PlanError(f"method {method!r} looks at no criterion, got {criterion!r}")
-        if method == "adalayer" or criterion not in MEASURES:
+        if known.scores or criterion not in MEASURES:
             criterion_of(criterion)
-    if method not in STAGE_METHODS and not (bits is None and stages is None):
+    if not known.stages and not (bits is None and stages is None):
+        takers = ", ".join(repr(each.name) for each in REGISTRY.values() if each.stages)
         raise PlanError(
-            f"method {method!r} takes no bits and stages; they are for methods "
-            f"{', '.join(map(repr, STAGE_METHODS))}"
+            f"method {method!r} takes no bits and stages; they are for methods {takers}"
         )
-    if options and method not in ("optimal", "rl"):
-        raise PlanError(
-            f"method {method!r} takes no options; they are for methods 'optimal' and 'rl'"
-        )
-    if method == "optimal":
-        settings = settings_of(options, None)
-        settings.check()
-        if settings.latency_table is not None and budget is not None and not budget.timed:
-            raise BudgetError(f"a latency table is for a budget of latency or loss, got {budget}")
-    elif method == "rl":
-        RLSettings.of(options)
+    if known.options:
+        found = known.options_class().of(options)
+        if known.several and budget is not None and found.latency_table and not budget.timed:
+            raise refusals.table_without_clock(budget)
+    elif options:
+        takers = " and ".join(repr(each.name) for each in REGISTRY.values() if each.options)
+        raise PlanError(f"method {method!r} takes no options; they are for methods {takers}")
 
 
 def check_request(
@@ -90,18 +166,9 @@ def check_request(
         BudgetError: no plan is small enough; states the smallest reachable size.
         UnsupportedModelError: no layer can be quantized.
     """
-    # Method "optimal" takes several limits, which only its own selection can judge.
-    single = budget if budget is not None and budget.single else None
-    problem = Problem(model, single, activation_bits, fixed=fixed, exclude=exclude)
-    if method in STAGE_METHODS:
-        stage_plan(problem, method, bits, stages)
-    elif method == "optimal" and budget is not None:
-        settings = settings_of(options, None)
-        settings.input_widths_for(budget, activation_bits)
-        reachable(problem, budget, settings)
-    else:
-        least = problem.uniform(MIN_BITS, 0.0 if method == "rl" else MAX_SPARSITY)
-        if not problem.fits(least):
-            why = " without pruning, which method 'rl' does not do" if method == "rl" else ""
-            raise problem.impossible(problem.cost(least), why)
+    known = method_of(method)
+    one = None if known.several else budget
+    problem = Problem(model, one, activation_bits, fixed=fixed, exclude=exclude)
+    request = Request(problem, known, budget, bits=bits, stages=stages, options=options)
+    request.check()
     return problem

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..energy.model import FLOAT_BITS, LayerEnergy, layer_energy
-from ..errors import BudgetError
 from ..importance.flops import Work
 from ..rounding import conv_form
+from . import refusals
 from .budget import Budget
+from .layer_table import LayerTable
 from .options import Choice, Option
 from .problem import Problem
 from .size import layer_bytes
-from .tables import LayerTable
 
 __all__ = ["LATENCY", "LOSS", "Resource", "bit_operations", "resources", "stored_energy"]
 
@@ -89,7 +89,7 @@ def resources(
         found.append(_average_bits(problem, budget.bits, options))
     if budget.timed:
         if latency is None:
-            raise BudgetError("a budget of latency or loss needs a latency table")
+            raise refusals.clock_without_table()
         found.append(
             Resource(
                 LATENCY,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,13 +22,15 @@ from torch import Tensor, nn
 
 from .._progress import ProgressBar
 from ..errors import PlanError
-from ..plan import Plan
-from .closed_form import MAX_BITS, MIN_BITS
+from ..plan import MAX_BITS, MIN_BITS, Plan
 from .evaluate import Evaluator, Measurement, best_of
 from .options import Choice, Option
 from .problem import Problem
 
-__all__ = ["RLSettings", "rl"]
+if TYPE_CHECKING:
+    from .request import Request
+
+__all__ = ["RLSettings", "rl", "solve"]
 
 FEATURES = 6
 WIDTHS = MAX_BITS - MIN_BITS + 1
@@ -73,15 +75,19 @@ class RLSettings:
         return found
 
 
+def solve(request: Request) -> Plan:
+    """The plan for a request."""
+    request.check_data()
+    assert request.evaluator is not None
+    settings = RLSettings.of(request.options)
+    return rl(request.problem, request.evaluator, settings, progress=request.progress)
+
+
 def rl(
     problem: Problem, evaluator: Evaluator, settings: RLSettings, *, progress: bool = True
 ) -> Plan:
-    """The best plan that the search measured; the same seed gives the same plan.
-
-    Raises:
-        BudgetError: no widths keep the budget; states the smallest reachable size without pruning.
-    """
-    walk = _Walk(problem)
+    """The best plan that the search measured; the same seed gives the same plan."""
+    decisions = _Decisions(problem)
     agent = _Agent(settings)
     random = np.random.default_rng(settings.seed)
     seen: dict[bytes, Measurement] = {}
@@ -94,11 +100,11 @@ def rl(
                 if episode + 1 < settings.episodes:
                     share = min(1.0, episode / max(1.0, GREEDY * settings.episodes))
                     explore = 1.0 + share * (EXPLORE - 1.0)
-                first = walk.uniform if episode == 0 else None
-                states, masks, actions = walk.episode(agent, explore, random, first)
+                first = decisions.uniform if episode == 0 else None
+                states, masks, actions = decisions.episode(agent, explore, random, first)
                 key = actions.tobytes()
                 if key not in seen:
-                    seen[key] = evaluator.measure(problem.full(walk.choice(actions)))
+                    seen[key] = evaluator.measure(problem.full(decisions.choice(actions)))
                 loss = seen[key].loss
                 reference = loss if reference is None else reference
                 # In the logarithm: losses of plans differ by orders of magnitude.
@@ -110,7 +116,7 @@ def rl(
     best = best_of(measured, evaluator.samples)
     actions = np.frombuffer(keys[best], dtype=np.int64)
     hyper = {"episodes": float(settings.episodes), "seed": float(settings.seed)}
-    plan = problem.plan(walk.choice(actions), "rl", hyper)
+    plan = problem.plan(decisions.choice(actions), "rl", hyper)
     plan.measured = {**measured[best].as_dict(), "plans_tried": float(len(seen))}
     return plan
 
@@ -124,7 +130,7 @@ def _log_ratio(loss: float, reference: float) -> float:
 Transition = tuple[np.ndarray, int, float, np.ndarray, np.ndarray, bool]
 
 
-class _Walk:
+class _Decisions:
     """The network as a sequence of decisions within a budget."""
 
     def __init__(self, problem: Problem) -> None:
@@ -136,12 +142,8 @@ class _Walk:
         cheapest = self.costs.min(axis=1)
         # What the layers after each one need at least.
         self.rest = np.append(np.cumsum(cheapest[::-1])[::-1][1:], 0.0)
-        if cheapest.sum() > self.room + 1e-9:
-            smallest = problem.cost(problem.uniform(MIN_BITS, 0.0))
-            if smallest > limit + 1e-9:
-                why = " without pruning, which method 'rl' does not do"
-                raise problem.impossible(smallest, why)
-            # The bound was too high and the file itself fits: 2 bits everywhere, nothing else.
+        # Where even these seem too much the bound was too high: the file itself fits with 2 bits
+        # everywhere (that is checked before), and with nothing else.
         counts = np.array([problem.layers[name].weight.numel() for name in problem.free], float)
         self.size = np.log(counts) / np.log(counts.max()) if counts.max() > 1 else counts
         self.share = counts / counts.sum()

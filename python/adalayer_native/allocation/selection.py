@@ -9,14 +9,15 @@ import numpy as np
 
 from ..errors import BudgetError, PlanError
 from ..importance.flops import Work
+from ..plan import MAX_BITS
+from . import refusals
 from .budget import Budget
-from .closed_form import MAX_BITS
 from .knapsack import Limit, Link, Pair, monotone, solve
+from .layer_table import LayerTable
+from .optimal_settings import Settings
 from .options import UNSTRUCTURED, Choice, Option
 from .problem import Problem
 from .resources import LATENCY, LOSS, Resource, resources
-from .settings import Settings
-from .tables import LayerTable
 from .uniform import uniform_sparsities
 
 __all__ = ["Selection", "Tables", "selection_of"]
@@ -152,24 +153,19 @@ class Selection:
     def impossible(self) -> BudgetError:
         """The error for limits that nothing keeps: names those that bind and what they can be."""
         limited = [r for r in self.resources if np.isfinite(r.limit)]
-        start = f"the budget ({self.budget}) cannot be met"
-        alone = []
-        for resource in limited:
-            least = self.least(resource, False)
-            if least is not None and least > resource.limit * (1 + 1e-9):
-                alone.append(f"the smallest reachable {resource.name} is {resource.show(least)}")
-        if alone:
-            return BudgetError(f"{start}: {'; '.join(alone)}{self.problem.in_float}")
-        together = []
-        for resource in limited:
-            least = self.least(resource, True)
-            if least is not None:
-                together.append(f"{resource.name} of at least {resource.show(least)}")
-        hint = "; ".join(together) or "each limit can be kept, but no two of them"
-        return BudgetError(
-            f"{start}: every limit can be kept alone, but not together; with the other limits as "
-            f"they are, possible is a {' or a '.join(together) if together else hint}"
-        )
+        alone = [(r, self.least(r, False)) for r in limited]
+        beyond = [
+            f"{r.name} is {r.show(least)}"
+            for r, least in alone
+            if least is not None and least > r.limit * (1 + 1e-9)
+        ]
+        if beyond:
+            return refusals.limits_apart(self.budget, beyond, self.problem.in_float)
+        together = [(r, self.least(r, True)) for r in limited]
+        possible = [
+            f"{r.name} of at least {r.show(least)}" for r, least in together if least is not None
+        ]
+        return refusals.limits_together(self.budget, possible)
 
 
 @dataclass

@@ -21,7 +21,7 @@ from ..importance.analyze import eval_mode
 from ..importance.batches import Batch, one_sample
 from ..importance.outputs import Pick, Result, picked, results_of
 from ..importance.task_loss import TaskLoss
-from ..repair.columns import columns
+from ..repair.input_rows import columns
 from ..rounding import conv_form
 
 __all__ = ["LayerError", "LogitSensitivity", "WeightOf", "shifted"]

@@ -1,6 +1,6 @@
 """Bytes of the saved file, computed from a plan before anything is quantized.
 
-The list of tensors comes from :func:`~adalayer_native.quantization.layout.native_layout`; the
+The list of tensors comes from :func:`~adalayer_native.quantization.stored.stored_model`; the
 packed weight's length and the safetensors header are formulas. The number of non-zero weights is
 taken from the plan's sparsity. Rounding can only add zeros, and zeros can only shrink a layer,
 so the result is an upper bound.
@@ -15,33 +15,22 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from .. import _C
+from .._deprecated import renamed_arguments
 from ..capture import captured
 from ..errors import PlanError
+from ..ops.packing import HEADER_BYTES
 from ..plan import Plan
 from ..pruning.patterns import FILE_BLOCK, pattern_pruned_count
-from ..quantization.layout import NativeLayout, native_layout
+from ..quantization.stored import StoredModel, stored_model
 
 __all__ = [
-    "GROUPS",
-    "HEADER_BYTES",
     "estimate_bytes",
     "float_bytes",
     "layer_bytes",
     "packed_bytes",
     "safetensors_bytes",
 ]
-
-# A weight of b bits is stored as bit planes grouped 4/2/1, so that decoding is shifts and masks.
-GROUPS: dict[int, tuple[int, ...]] = {
-    2: (2,),
-    3: (2, 1),
-    4: (4,),
-    5: (4, 1),
-    6: (4, 2),
-    7: (4, 2, 1),
-    8: (4, 4),
-}
-HEADER_BYTES = 64  # tagged header in front of every packed weight
 
 # safetensors' own order of types; a file holds its tensors by descending type, then by name.
 _ORDER = ("BOOL", "U8", "I8", "I16", "F16", "BF16", "I32", "F32", "F64", "I64")
@@ -74,13 +63,9 @@ def packed_bytes(
     Args:
         blocks: number of blocks and weights stored in them, where some blocks are known to be zero.
     """
-
-    def planes(stored: int) -> int:
-        return sum(-(-stored * g // 8) for g in GROUPS[bits])
-
-    size = min(planes(count), -(-count // 8) + planes(nonzero))
+    size = min(_C.fields_bytes(count, bits), -(-count // 8) + _C.fields_bytes(nonzero, bits))
     if blocks is not None:
-        size = min(size, -(-blocks[0] // 8) + planes(blocks[1]))
+        size = min(size, -(-blocks[0] // 8) + _C.fields_bytes(blocks[1], bits))
     return HEADER_BYTES + size
 
 
@@ -155,11 +140,12 @@ def float_bytes(model: nn.Module) -> int:
     )
 
 
+@renamed_arguments(layout="stored")
 def estimate_bytes(
     model: nn.Module | torch.export.ExportedProgram,
     plan: Plan,
     *,
-    layout: NativeLayout | None = None,
+    stored: StoredModel | None = None,
     integers: Mapping[str, Tensor] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> int:
@@ -168,32 +154,34 @@ def estimate_bytes(
     Args:
         model: the float model, captured or not.
         plan: bits and sparsity per layer.
-        layout: of this model for a plan that quantizes the same layers, if at hand.
+        stored: of this model for a plan that quantizes the same layers, if at hand.
         integers: quantized weights ``[O, I/groups, KH, KW]`` or ``[O, I]`` of layers where they are
             known; with all of them the result is exact. Default: what the plan's sparsity leaves.
         metadata: the file's text metadata, if it has any.
 
     Raises:
-        PlanError: the plan does not fit the model, or the layout not the plan.
+        PlanError: the plan does not fit the model, or ``stored`` not the plan.
         UnsupportedModelError: the model cannot be captured.
     """
-    layout = native_layout(captured(model), plan) if layout is None else layout
-    return safetensors_bytes(native_entries(layout, plan, integers), metadata)
+    stored = stored_model(captured(model), plan) if stored is None else stored
+    return safetensors_bytes(native_entries(stored, plan, integers), metadata)
 
 
 def native_entries(
-    layout: NativeLayout, plan: Plan, integers: Mapping[str, Tensor] | None = None
+    stored: StoredModel, plan: Plan, integers: Mapping[str, Tensor] | None = None
 ) -> list[Entry]:
     """Every tensor of the saved file as ``(key, dtype, shape)``."""
     entries: list[Entry] = []
-    for key, dtype, shape in layout.entries():
+    for key, dtype, shape in stored.entries():
         if shape is None:
             layer = key.removesuffix(".weight_packed")
             bits = plan[layer].bits
             if bits is None:
-                raise PlanError(f"layer {layer!r}: the layout has it native, the plan in float")
+                raise PlanError(
+                    f"layer {layer!r}: the stored model has it native, the plan in float"
+                )
             known = None if integers is None else integers.get(layer)
-            form = tuple(layout.layers[layer].weight_shape)
+            form = tuple(stored.layers[layer].weight_shape)
             shape = (layer_bytes(form, bits, plan[layer].sparsity, plan[layer].pattern, known),)
         entries.append((key, dtype, shape))
     return entries

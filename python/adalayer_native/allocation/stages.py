@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ..errors import PlanError
-from ..plan import Plan
-from .closed_form import MAX_BITS, MIN_BITS
+from ..plan import MAX_BITS, MIN_BITS, Plan
 from .options import Choice, Option
 from .problem import Problem
 
-__all__ = ["stage_plan"]
+if TYPE_CHECKING:
+    from .request import Request
+
+__all__ = ["check", "solve", "stage_plan"]
 
 DEFAULT_BITS = (2, 3, 4)
+
+
+def solve(request: Request) -> Plan:
+    """The plan for a request."""
+    return stage_plan(request.problem, request.method.name, request.bits, request.stages)
+
+
+check = solve  # nothing is measured
 
 
 def stage_plan(

@@ -7,21 +7,18 @@ import json
 import math
 import os
 import platform
-import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from .. import _C, ops
-from .._files import write_text_atomic
+from .._json_cache import JsonCache
 
 __all__ = ["Store", "cache_dir", "machine", "processor"]
 
 FORMAT = "adalayer-table-1"
 BOARD = Path("/proc/device-tree/model")
-SAVE_INTERVAL = 2.0  # seconds between two writes
 
 
 def cache_dir(explicit: str | os.PathLike[str] | None = None) -> Path:
@@ -66,12 +63,10 @@ def processor(cpuinfo: Path = Path("/proc/cpuinfo"), board: Path = BOARD) -> str
     return f"{name} ({part})" if part else name
 
 
-class Store:
-    """Numbers by name in ``<directory>/<kind>-<hash of key>.json``; a mapping that saves itself.
+class Store(JsonCache):
+    """Numbers by name in ``<directory>/<kind>-<hash of key>.json``.
 
-    Use it as a context manager: what was measured is on disk every few seconds and at the end,
-    also after Ctrl-C, so that the next run goes on there. The file is replaced as a whole or not
-    at all. One that cannot be read is reported with a warning and built anew.
+    One that cannot be read is reported with a warning and built anew.
 
     Args:
         directory: see :func:`cache_dir`.
@@ -82,67 +77,32 @@ class Store:
     def __init__(self, directory: str | os.PathLike[str], kind: str, key: dict[str, Any]) -> None:
         text = json.dumps({"format": FORMAT, "kind": kind, **key}, sort_keys=True)
         name = hashlib.sha256(text.encode()).hexdigest()[:24]
-        self.path = Path(directory) / f"{kind}-{name}.json"
-        self.key = json.loads(text)
-        self.values: dict[str, float] = self._read()
-        self.changed = False
-        self.saved = time.monotonic()
+        path = Path(directory) / f"{kind}-{name}.json"
 
-    def _read(self) -> dict[str, float]:
-        try:
-            text = self.path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            return {}
-        except (OSError, UnicodeDecodeError) as error:
-            return self._damaged(str(error))
-        try:
-            data = json.loads(text)
-            if data["key"] != self.key:
-                return self._damaged("it belongs to other settings")
-            values = {str(k): float(v) for k, v in data["values"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            return self._damaged(repr(error))
-        if not all(math.isfinite(value) for value in values.values()):
-            return self._damaged("it holds a number that is not finite")
-        return values
+        def damaged(why: str) -> None:
+            warnings.warn(
+                f"the table {os.fspath(path)!r} cannot be used ({why}); it is measured anew",
+                stacklevel=5,
+            )
 
-    def _damaged(self, why: str) -> dict[str, float]:
-        warnings.warn(
-            f"the table {os.fspath(self.path)!r} cannot be used ({why}); it is measured anew",
-            stacklevel=4,
-        )
-        return {}
+        super().__init__(path, json.loads(text), "values", parse=_numbers, report=damaged, indent=1)
 
     def __contains__(self, name: str) -> bool:
         return name in self.values
 
     def __getitem__(self, name: str) -> float:
-        return self.values[name]
+        return float(self.values[name])
 
     def __setitem__(self, name: str, value: float) -> None:
         self.values[name] = value
-        self.changed = True
-        if time.monotonic() - self.saved >= SAVE_INTERVAL:
-            self.save()
+        self.touch()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.values)
 
-    def save(self) -> None:
-        """Write the file if something is new."""
-        self.saved = time.monotonic()
-        if self.changed:
-            data = {"key": self.key, "values": self.values}
-            write_text_atomic(self.path, json.dumps(data, allow_nan=False, indent=1))
-            self.changed = False
 
-    def __enter__(self) -> Store:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.save()
+def _numbers(values: dict[str, Any]) -> dict[str, Any]:
+    found = {str(name): float(value) for name, value in values.items()}
+    if not all(math.isfinite(value) for value in found.values()):
+        raise ValueError("it holds a number that is not finite")
+    return found

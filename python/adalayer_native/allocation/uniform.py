@@ -3,27 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from .._progress import ProgressBar
-from ..plan import Plan
+from ..plan import MAX_BITS, MIN_BITS, Plan
 from ..rounding import weight_range
 from .budget import Budget
-from .closed_form import MAX_BITS, MAX_SPARSITY, MIN_BITS
+from .closed_form import MAX_SPARSITY
 from .evaluate import NEGLIGIBLE, Judge, best_of, compared
 from .problem import Fixed, Problem
 
-__all__ = ["everywhere", "uniform", "uniform_finalists", "uniform_pairs", "uniform_sparsities"]
+if TYPE_CHECKING:
+    from .request import Request
+
+__all__ = [
+    "best_uniform_pairs",
+    "everywhere",
+    "solve",
+    "uniform",
+    "uniform_pairs",
+    "uniform_sparsities",
+]
 
 STEPS = 1000  # sparsity in thousandths
-FINALISTS = 4  # so many of the candidates are repaired whole
+REPAIRED = 4  # so many of the candidates are repaired whole
+
+
+def solve(request: Request) -> Plan:
+    """The plan for a request."""
+    judges = request.evaluator, request.repaired_check
+    return uniform(request.problem, *judges, progress=request.progress)
 
 
 def uniform(
     problem: Problem,
     evaluator: Judge | None,
-    final: Judge | None = None,
+    repaired: Judge | None = None,
     *,
     progress: bool = True,
 ) -> Plan:
@@ -31,8 +48,8 @@ def uniform(
 
     Candidates are the widest bits that fit unpruned, and every greater width with the least
     pruning that makes it fit; the one that does best on calibration data is taken (without
-    data, the unpruned one). Where ``final`` is given, it decides among the best few. A whole number
-    of average bits goes to every layer as it is.
+    data, the unpruned one). ``repaired`` decides among the best few, if given. A whole number of
+    average bits goes to every layer as it is.
 
     Raises:
         BudgetError: nothing fits; states the smallest reachable size.
@@ -52,10 +69,10 @@ def uniform(
             finally:
                 evaluator.save()
         best = best_of(measured, evaluator.samples)
-        if final is not None and len(pairs) > 1 and measured[best].loss > NEGLIGIBLE:
-            few = uniform_finalists(problem, evaluator)
+        if repaired is not None and len(pairs) > 1 and measured[best].loss > NEGLIGIBLE:
+            few = best_uniform_pairs(problem, evaluator)
             choices = [problem.uniform(*pair) for pair in few]
-            row, found = compared(choices, final, "comparing repaired plans", progress=progress)
+            row, found = compared(choices, repaired, "comparing repaired plans", progress=progress)
             best = pairs.index(few[row])
             measured[best] = found
     bits, sparsity = pairs[best]
@@ -93,13 +110,13 @@ def everywhere(
     return problem.plan(problem.uniform(bits, 0.0), "uniform", {"bits": float(bits)})
 
 
-def uniform_finalists(problem: Problem, evaluator: Judge) -> list[tuple[int, float]]:
+def best_uniform_pairs(problem: Problem, evaluator: Judge) -> list[tuple[int, float]]:
     """The few candidates of :func:`uniform` that lose least, as ``(bits, sparsity)``."""
 
     def loss(pair: tuple[int, float]) -> float:
         return evaluator.measure(problem.full(problem.uniform(*pair))).loss
 
-    found = sorted(uniform_pairs(problem), key=loss)[:FINALISTS]
+    found = sorted(uniform_pairs(problem), key=loss)[:REPAIRED]
     evaluator.save()
     return found
 

@@ -419,7 +419,7 @@ _FACTORIES = frozenset(
 
 
 def _zeros_around(node: fx.Node) -> Sides | None:
-    """``(top, bottom, left, right)`` of a node that pads images or rows with zeros, else None."""
+    """``(top, left, bottom, right)`` of a node that pads images or rows with zeros, else None."""
     if node.op != "call_function" or op_name(node) not in _PADS:
         return None
     a = arguments(node)
@@ -433,17 +433,17 @@ def _zeros_around(node: fx.Node) -> Sides | None:
     left, right, top, bottom, *others = [*amounts, 0, 0, 0, 0]
     if any(others) or (axes == 1 and (top or bottom)):
         return None
-    return top, bottom, left, right
+    return top, left, bottom, right
 
 
 def _padded(layer: nn.Conv2d, around: Sides) -> nn.Conv2d:
     """A convolution with more zeros around its input than it has itself."""
     own = four_paddings(layer)
-    top, bottom, left, right = (old + new for old, new in zip(own, around, strict=True))
+    top, left, bottom, right = (old + new for old, new in zip(own, around, strict=True))
     return PaddedConv2d(
         layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride,
         layer.padding, layer.dilation, layer.groups, layer.bias is not None,
-        device="meta", sides=(top, bottom, left, right),
+        device="meta", sides=(top, left, bottom, right),
     )  # fmt: skip
 
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from adalayer_native.capture.capture import captured
+from adalayer_native.capture.channels_last import laid_out
 from adalayer_native.capture.example import Inputs, batch_inputs, repeatable
-from adalayer_native.capture.layout import laid_out
 from adalayer_native.capture.model import GraphModel
 from adalayer_native.errors import CalibrationError
 

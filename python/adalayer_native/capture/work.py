@@ -23,7 +23,7 @@ from adalayer_native.capture.quiet import quiet
 from adalayer_native.capture.vocabulary import LAYERS, arguments, op_name
 from adalayer_native.plan import float_text
 
-__all__ = ["FloatPart", "FloatRest", "Work", "example_of_model", "float_rest", "work_of"]
+__all__ = ["FloatPart", "FloatWork", "Work", "example_of_model", "float_work", "work_of"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class FloatPart:
 
 
 @dataclass(frozen=True)
-class FloatRest:
+class FloatWork:
     """What stays in float, the largest share first.
 
     Attributes:
@@ -178,12 +178,12 @@ def _moving(model: GraphModel) -> set[fx.Node]:
     return found
 
 
-def float_rest(
+def float_work(
     model: GraphModel,
     native: Collection[str],
     reasons: Mapping[str, str] | None = None,
     work: list[Work] | None = None,
-) -> FloatRest:
+) -> FloatWork:
     """What a model computes in float when some layers are native.
 
     Args:
@@ -203,7 +203,7 @@ def float_rest(
             reason = (reasons or {}).get(each.name, "the plan keeps it in float")
         sums[each.name, reason] = sums.get((each.name, reason), 0.0) + each.macs
     parts = [FloatPart(name, reason, macs / total) for (name, reason), macs in sums.items()]
-    return FloatRest(tuple(sorted(parts, key=lambda part: -part.share)), total)
+    return FloatWork(tuple(sorted(parts, key=lambda part: -part.share)), total)
 
 
 def _place(node: fx.Node) -> str:

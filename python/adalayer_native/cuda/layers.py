@@ -5,54 +5,24 @@ from __future__ import annotations
 import ctypes
 import threading
 import weakref
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from ctypes import c_void_p
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from adalayer_native import _C
+from adalayer_native._recent import Recent
 from adalayer_native.cuda.engine import CudaEngine
 from adalayer_native.cuda.library import check, library, stream_number
-from adalayer_native.operations import geometry, parameters
 
-__all__ = ["LayerGeometry", "linear_float", "on_grid", "run_layer"]
+__all__ = ["linear_float", "on_grid", "run_layer"]
 
 # Engines of single layers; each holds its packed weights on the device.
 _ENGINE_LIMIT = 512
-_INF = float("inf")
-
-
-@dataclass(frozen=True)
-class LayerGeometry:
-    """A convolution over ``[channels, h, w]`` on the grid of its input.
-
-    ``padding`` is (top, left, bottom, right); ``out_size`` (h, w). ``grid`` is (scale, zero point,
-    bits) of the output, for layers whose results are rounded onto one, else None.
-    """
-
-    channels: int
-    h: int
-    w: int
-    out_channels: int
-    out_size: tuple[int, int]
-    kernel_size: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int, int, int]
-    dilation: tuple[int, int]
-    groups: int
-    input_scale: float
-    input_zero_point: int
-    input_bits: int
-    lo: float | None = None
-    hi: float | None = None
-    transposed: bool = False
-    grid: tuple[float, int, int] | None = None
 
 
 def _number(t: Tensor) -> int:
@@ -92,7 +62,7 @@ class _Known:
 
 _lock = threading.Lock()
 _known: Any = WeakIdKeyDictionary()  # weight_packed -> _Known
-_engines: OrderedDict[tuple[Any, ...], CudaEngine] = OrderedDict()
+_engines: Recent[tuple[Any, ...], CudaEngine] = Recent(_ENGINE_LIMIT)
 
 
 def _content(packed: Tensor, scale: Tensor, bias: Tensor) -> bytes:
@@ -108,73 +78,35 @@ def _content(packed: Tensor, scale: Tensor, bias: Tensor) -> bytes:
         and known.bias() is bias
     ):
         return known.key
-    header = packed[:64].cpu().numpy().tobytes()  # holds a hash of the payload
+    header = packed[: _C.HEADER_BYTES].cpu().numpy().tobytes()  # holds a hash of the payload
     key = header + scale.cpu().numpy().tobytes() + bias.cpu().numpy().tobytes()
     with _lock:
         _known[packed] = _Known(identities, weakref.ref(scale), weakref.ref(bias), key)
     return key
 
 
-def _program(g: LayerGeometry, packed: Tensor, scale: Tensor, bias: Tensor) -> _C.Program:
-    program = _C.Program()
-    x = program.add_value("x", "f32", g.channels, g.h, g.w)
-    levels = program.add_value(
-        "levels",
-        "u8",
-        g.channels,
-        g.h,
-        g.w,
-        g.input_scale,
-        g.input_zero_point,
-        2**g.input_bits - 1,
-    )
-    y = program.add_value("y", "f32", g.out_channels, *g.out_size)
-    weights = packed.detach().cpu().contiguous()
-    # One product in float32, as everywhere.
-    steps = scale.detach().cpu().numpy() * np.float32(g.input_scale)
-    steps = np.ascontiguousarray(steps, dtype=np.float32)
-    offsets = np.ascontiguousarray(bias.detach().cpu().numpy(), dtype=np.float32)
-    op = "conv_transpose" if g.transposed else "conv"
-    lists = parameters(
-        op,
-        **geometry(g.kernel_size, g.stride, g.padding, g.dilation, g.groups),
-        clamp_lo=-_INF if g.lo is None else g.lo,
-        clamp_hi=_INF if g.hi is None else g.hi,
-        weights=program.add_constant_weights(weights.data_ptr(), weights.numel()),
-        scale=program.add_constant_f32(steps.ctypes.data, steps.size),
-        bias=program.add_constant_f32(offsets.ctypes.data, offsets.size),
-    )
-    program.add_node("quantize", "quantize", [x], levels)
-    program.add_node(op, op, [levels], y, *lists)
-    program.set_inputs([x])
-    program.set_outputs([y])
-    return program
+_Parameters = tuple[Tensor, Tensor, Tensor]
 
 
-def _engine(g: LayerGeometry, packed: Tensor, scale: Tensor, bias: Tensor) -> CudaEngine:
-    device = _number(packed)
-    key = (_content(packed, scale, bias), device, g)
-    with _lock:
-        found = _engines.get(key)
-        if found is not None:
-            _engines.move_to_end(key)
-            return found
-    grid = None if g.grid is None else (g.grid[0], g.grid[1], 2 ** g.grid[2] - 1)
+def _engine(
+    key: Hashable,
+    program: Callable[[], _C.Program],
+    grid: tuple[float, int, int] | None,
+    parameters: _Parameters,
+) -> CudaEngine:
+    device = _number(parameters[0])
+    whole = (_content(*parameters), device, key)
+    levels = None if grid is None else (grid[0], grid[1], 2 ** grid[2] - 1)
     # Two launches: a graph would save nothing.
-    made = CudaEngine(_program(g, packed, scale, bias), device, graph=False, grid=grid)
-    with _lock:
-        _engines[key] = made
-        while len(_engines) > _ENGINE_LIMIT:
-            _engines.popitem(last=False)
-    return made
+    return _engines.get_or(whole, lambda: CudaEngine(program(), device, graph=False, grid=levels))
 
 
 def run_layer(
-    g: LayerGeometry,
+    key: Hashable,
+    program: Callable[[], _C.Program],
+    grid: tuple[float, int, int] | None,
+    parameters: _Parameters,
     x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    bias: Tensor,
     residual: Tensor | None,
     out: Tensor,
     *,
@@ -183,11 +115,14 @@ def run_layer(
     """Enqueues one layer on torch's current stream.
 
     Args:
-        x: float32 on a GPU, ``[N, channels, h, w]`` in memory order, or channels_last with
-            ``nhwc``. packed, scale, bias: the layer's parameters on the same device.
+        key: what the program depends on beside the content of the parameters.
+        program: makes it, where no layer with such parameters and such a key has run yet.
+        grid: scale, zero point and bits of results that are rounded onto one, else None.
+        parameters: packed weights, scale and bias on the device of ``x``.
+        x: float32 on a GPU, ``[N, C, H, W]`` in memory order, or channels_last with ``nhwc``.
         residual: float32 of the output's shape and order, or None. out: likewise, written.
     """
-    _engine(g, packed, scale, bias).run_layer(
+    _engine(key, program, grid, parameters).run_layer(
         x.data_ptr(),
         nhwc,
         x.shape[0],
@@ -244,7 +179,7 @@ class _FloatLinear:
         self._finalizer = weakref.finalize(self, found.adalayer_cuda_linear_destroy, handle)
 
 
-_linears: OrderedDict[tuple[Any, ...], _FloatLinear] = OrderedDict()
+_linears: Recent[tuple[Any, ...], _FloatLinear] = Recent(_ENGINE_LIMIT)
 
 
 def linear_float(
@@ -254,16 +189,7 @@ def linear_float(
     result's, whose last entry is the output features."""
     device = _number(x)
     key = (_content(packed, scale, bias), device)
-    with _lock:
-        layer = _linears.get(key)
-        if layer is not None:
-            _linears.move_to_end(key)
-    if layer is None:
-        layer = _FloatLinear(packed, scale, bias, device)
-        with _lock:
-            _linears[key] = layer
-            while len(_linears) > _ENGINE_LIMIT:
-                _linears.popitem(last=False)
+    layer = _linears.get_or(key, lambda: _FloatLinear(packed, scale, bias, device))
     out = torch.empty(list(shape), dtype=x.dtype, device=x.device)
     rows = x.numel() // x.shape[-1]
     code = layer.run(

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from .._files import found_at
 from ..errors import DataError
-from .layout import SPLITS, arrange, kinds
+from .folders import SPLITS, arrange, kinds
 
 __all__ = ["MAX_FILE_BYTES", "ImageList", "list_images"]
 
@@ -65,7 +65,7 @@ class _Found:
 
 
 def list_images(path: str | os.PathLike[str], split: str) -> ImageList:
-    """Find the images of one split, by the rule in :mod:`~adalayer_native.data.layout`.
+    """Find the images of one split, by the rule in :mod:`~adalayer_native.data.folders`.
 
     What the rule leaves out is said in one warning.
 

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from ..errors import EnergyError, MissingExtraError
@@ -216,12 +215,7 @@ class Meter:
                 for counter in self._counters:
                     counter.sample()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         seconds = time.monotonic() - self._start
         self._ended.set()
         with self._lock:

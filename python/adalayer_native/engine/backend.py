@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from adalayer_native._recent import Recent
 from adalayer_native.engine.compiler import compile_exported, compile_range
 from adalayer_native.engine.export import Exported, export
 from adalayer_native.engine.runtime import Engine
@@ -207,7 +208,7 @@ class _Compiled:
         self._options = options
         self._ranged: Engine | None = None
         self._tried = False  # to make that one
-        self._runs: dict[Shapes, Run] = {}  # by sizes without the batch, the last used ones last
+        self._runs = Recent[Shapes, Run](_MOST_SIZES)  # by sizes without the batch
         self._versions = -1
         self._lock = threading.Lock()
 
@@ -260,11 +261,7 @@ class _Compiled:
             port.fits(shape) for port, shape in zip(ranged.inputs, shapes, strict=True)
         ):
             return ranged
-        run = self._runs.pop(shapes, None) or self._compile(inputs)
-        self._runs[shapes] = run
-        if len(self._runs) > _MOST_SIZES:
-            del self._runs[next(iter(self._runs))]
-        return run
+        return self._runs.get_or(shapes, lambda: self._compile(inputs))
 
     def __call__(self, *arguments: Any) -> Any:
         inputs = [arguments[position] for position in self._bound.inputs]
@@ -272,7 +269,7 @@ class _Compiled:
         shapes = tuple(tuple(x.shape[1:]) for x in inputs)
         with self._lock:
             if versions != self._versions:
-                self._ranged, self._tried, self._runs = None, False, {}
+                self._ranged, self._tried, self._runs = None, False, Recent(_MOST_SIZES)
                 self._versions = versions
             run = self._run_of(shapes, inputs)
         return run(*inputs)

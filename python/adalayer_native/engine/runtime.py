@@ -673,6 +673,33 @@ class Engine:
             UnsupportedModelError: some nodes run in torch; names them.
             OSError: the file cannot be written; nothing is left behind.
         """
+        part = self._part_of_a_file()
+        # A copy: what one file says, the next one need not.
+        program = program_of(part.program.to_bytes())
+        metadata = self._call_metadata(part)
+        shown = self.preprocessing if preprocessing is None else dict(preprocessing)
+        names = self.class_names if class_names is None else [str(name) for name in class_names]
+        if shown is not None:
+            metadata["preprocessing"] = shown
+        if names is not None:
+            metadata["classes"] = names
+        found = self.detection
+        if detection is not None:
+            given = detection.as_dict() if isinstance(detection, Detection) else detection
+            found = Detection.from_dict(given)
+            zeros = [np.zeros((self.least_batch, *port.shape), np.float32) for port in self.inputs]
+            result = named(self.run_flat(zeros))
+            found.check({name: value.shape[1:] for name, value in result.items()})
+        if found is not None:
+            metadata["detection"] = found.as_dict()
+        for key, value in metadata.items():
+            program.set_metadata(key, json.dumps(value))
+        with replacing(path) as temporary:
+            program.save(os.fspath(temporary))
+            return os.stat(temporary).st_size
+
+    def _part_of_a_file(self) -> NativePart:
+        """All there is, or an error that says what runs in torch."""
         rest = [
             row.name for s in self._steps if isinstance(s.run, TorchStep) for _, row in s.run.rows
         ]
@@ -684,8 +711,10 @@ class Engine:
             )
         part = self._steps[0].run
         assert isinstance(part, NativePart)
-        # A copy: what one file says, the next one need not.
-        program = program_of(part.program.to_bytes())
+        return part
+
+    def _call_metadata(self, part: NativePart) -> dict[str, Any]:
+        """How the model is called and what it returns, for a file."""
         structure, leaves = described(self._out_spec, self._leaves, "the model's result")
         if any(isinstance(leaf, Tensor) for leaf in leaves):
             raise UnsupportedModelError(
@@ -718,26 +747,7 @@ class Engine:
             metadata["adalayer.call"] = call
         if self.least_batch > 1:
             metadata["adalayer.least_batch"] = self.least_batch
-        shown = self.preprocessing if preprocessing is None else dict(preprocessing)
-        names = self.class_names if class_names is None else [str(name) for name in class_names]
-        if shown is not None:
-            metadata["preprocessing"] = shown
-        if names is not None:
-            metadata["classes"] = names
-        found = self.detection
-        if detection is not None:
-            given = detection.as_dict() if isinstance(detection, Detection) else detection
-            found = Detection.from_dict(given)
-            zeros = [np.zeros((self.least_batch, *port.shape), np.float32) for port in self.inputs]
-            result = named(self.run_flat(zeros))
-            found.check({name: value.shape[1:] for name, value in result.items()})
-        if found is not None:
-            metadata["detection"] = found.as_dict()
-        for key, value in metadata.items():
-            program.set_metadata(key, json.dumps(value))
-        with replacing(path) as temporary:
-            program.save(os.fspath(temporary))
-            return os.stat(temporary).st_size
+        return metadata
 
     def __repr__(self) -> str:
         ports = ", ".join(f"{port.name}{port}" for port in self.inputs)

@@ -17,6 +17,7 @@ from adalayer_native.engine.parts import WEIGHTS, NativePart
 from adalayer_native.engine.results import ID_TYPES, INTEGERS, Leaf, Output, Port, nest
 from adalayer_native.engine.runtime import Engine, Step
 from adalayer_native.errors import FileFormatError
+from adalayer_native.files import PACKED, kind_of
 
 __all__ = ["load"]
 
@@ -46,7 +47,8 @@ def load(
     Raises:
         ValueError: an unknown form of weights, or a limit below 1.
         FileFormatError: missing, truncated or damaged file, one of a newer version, or one that
-            needs more memory than allowed.
+            needs more memory than allowed. Of a packed model file, which :func:`.restore` opens,
+            it says so.
     """
     if weights not in WEIGHTS:
         raise ValueError(f"weights must be one of {WEIGHTS}, got {weights!r}")
@@ -58,7 +60,10 @@ def load(
     except OSError as error:
         raise FileFormatError(f"{os.fspath(path)}: cannot be read: {error}") from error
     except (ValueError, MemoryError) as error:
-        raise FileFormatError(f"{os.fspath(path)}: {error}") from error
+        hint = ""
+        if kind_of(path) == PACKED:
+            hint = "; it is a packed model file: adalayer_native.restore(model, path) opens it"
+        raise FileFormatError(f"{os.fspath(path)}: {error}{hint}") from error
     values, texts = program.values(), program.metadata()
     try:
         # RecursionError: json and nest() follow the text as deep as it goes.

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from .._files import write_text_atomic
+from .._json_cache import JsonCache
 from .._progress import ProgressBar
 from ..errors import CalibrationError, PlanError, UnsupportedModelError
 from ..plan import layer_kind, supported_layers
@@ -30,7 +27,6 @@ from .scores import LayerScore, LayerScores
 __all__ = ["analyze", "eval_mode", "normalise", "variance_of"]
 
 CACHE_FORMAT = "adalayer-analysis-cache-3"
-SAVE_INTERVAL = 2.0  # seconds between two writes of the cache
 
 
 def analyze(
@@ -108,15 +104,12 @@ def analyze(
     scorers = None
     if workers is not None or address is not None:
         scorers = Scorers(model, loss_fn, measure, workers, address)
-    memory = _Cache(
+    memory = _cache_of(
         cache,
         model,
         f"{probe_bits} {'default' if loss_fn is None else loss_key(loss_fn)} {output!r}",
     )
-    sums = {each.name: dict.fromkeys(layers, 0.0) for each in chosen}
-    first: dict[str, dict[str, float]] = {}
-    loss_sum, samples, metric = 0.0, 0, ""
-    flops: dict[str, float] | None = None
+    totals = _Totals(chosen, layers)
     total = _total(calibration, batches)
     bar = ProgressBar(
         "analyzing layers",
@@ -126,14 +119,14 @@ def analyze(
     )
     with eval_mode(model), bar, memory, scorers or nullcontext():
         for batch in iterate(calibration, model, batches):
-            if flops is None:
-                flops = count_flops(model, layers, one_sample(model, batch.x))
-            entry = memory.entry(batch.digest() if memory.path is not None else "")
-            raw: dict[str, dict[str, float]] = entry["raw"]
+            if totals.flops is None:
+                totals.flops = count_flops(model, layers, one_sample(model, batch.x))
+            entry: dict[str, Any] = {"raw": {}}
+            if memory.path is not None:
+                entry = memory.values.setdefault(batch.digest(), entry)
             for each in chosen:
-                known = raw.setdefault(each.name, {})
-                if each.once and each.name in first:
-                    known.update(first[each.name])
+                known = entry["raw"].setdefault(each.name, {})
+                known.update(totals.known_at_once(each))
                 bar.advance(sum(name in known for name in layers))
                 if "loss" not in entry or any(name not in known for name in layers):
                     report = _reporter(each.name, probe_bits, known, memory, bar)
@@ -143,39 +136,68 @@ def analyze(
                     else:
                         found = measure(each.name, model, loss_fn, batch, done, report)
                     entry["loss"], entry["metric"] = found
-                first.setdefault(each.name, known)
-                metric = metric or entry["metric"]
-                for name in layers:
-                    sums[each.name][name] += known[name] * batch.count
-            loss_sum += entry["loss"] * batch.count
-            samples += batch.count
-    if samples == 0 or flops is None:
-        raise CalibrationError("the calibration loader is empty: all its batches hold no sample")
-    values = {n: {c: of[n] / samples for c, of in sums.items()} for n in layers}
-    main = chosen[0].name
-    scores = LayerScores(
-        layers={
+                totals.add(each, known, batch.count)
+            totals.add_batch(entry, batch.count)
+    scores = totals.scores(layers, probe_bits)
+    scores.alpha, scores.beta = alpha, beta
+    normalise(scores, inverse)
+    return scores
+
+
+class _Totals:
+    """Sums over the batches of everything that is measured."""
+
+    def __init__(self, chosen: Sequence[Criterion], layers: Iterable[str]) -> None:
+        self.main = chosen[0].name
+        self.sums = {each.name: dict.fromkeys(layers, 0.0) for each in chosen}
+        self.first: dict[str, dict[str, float]] = {}
+        self.loss, self.samples, self.metric = 0.0, 0, ""
+        self.flops: dict[str, float] | None = None
+
+    def known_at_once(self, criterion: Criterion) -> dict[str, float]:
+        """What the first batch has said about layers, where the data do not matter."""
+        return self.first.get(criterion.name, {}) if criterion.once else {}
+
+    def add(self, criterion: Criterion, values: dict[str, float], count: int) -> None:
+        """Add a criterion's values for a batch of ``count`` samples."""
+        self.first.setdefault(criterion.name, values)
+        sums = self.sums[criterion.name]
+        for name in sums:
+            sums[name] += values[name] * count
+
+    def add_batch(self, entry: Mapping[str, Any], count: int) -> None:
+        """Add a batch's float loss, and how it was measured."""
+        self.loss += entry["loss"] * count
+        self.samples += count
+        self.metric = self.metric or entry["metric"]
+
+    def scores(self, layers: Mapping[str, Any], probe_bits: int) -> LayerScores:
+        """Means over all samples."""
+        if self.samples == 0 or self.flops is None:
+            raise CalibrationError(
+                "the calibration loader is empty: all its batches hold no sample"
+            )
+        values = {n: {c: of[n] / self.samples for c, of in self.sums.items()} for n in layers}
+        rows = {
             name: LayerScore(
                 name=name,
                 kind=layer_kind(layer),
                 params=layer.weight.numel(),
-                flops=flops[name],
-                raw=values[name][main],
+                flops=self.flops[name],
+                raw=values[name][self.main],
                 variance=variance_of(layer.weight),
                 criteria=values[name],
             )
             for name, layer in layers.items()
-        },
-        alpha=alpha,
-        beta=beta,
-        criterion=main,
-        probe_bits=probe_bits,
-        loss=loss_sum / samples,
-        metric=metric,
-        samples=samples,
-    )
-    normalise(scores, inverse)
-    return scores
+        }
+        return LayerScores(
+            layers=rows,
+            criterion=self.main,
+            probe_bits=probe_bits,
+            loss=self.loss / self.samples,
+            metric=self.metric,
+            samples=self.samples,
+        )
 
 
 class _Measurement:
@@ -244,7 +266,7 @@ def _float_loss(output: Any, batch: Batch, loss_fn: LossFn | None, pick: Pick) -
 
 
 def _reporter(
-    criterion: str, bits: int, known: dict[str, float], memory: _Cache, bar: ProgressBar
+    criterion: str, bits: int, known: dict[str, float], memory: JsonCache, bar: ProgressBar
 ) -> Callable[[str, float], None]:
     def report(name: str, value: float) -> None:
         if not math.isfinite(value):
@@ -346,60 +368,24 @@ def _total(loader: Iterable[Any], limit: int | None) -> int | None:
     return count if limit is None else min(count, limit)
 
 
-def _measured(entry: dict[str, Any]) -> dict[str, Any]:
-    """The float model's loss in an entry of the cache, if it is there."""
-    if "loss" not in entry:
-        return {}
-    return {"loss": float(entry["loss"]), "metric": str(entry["metric"])}
+def _entries(batches: dict[str, Any]) -> dict[str, Any]:
+    """What a cache holds per batch, checked: numbers by criterion and layer, the float loss."""
+    found: dict[str, Any] = {}
+    for batch, entry in batches.items():
+        raw = {
+            criterion: {name: float(value) for name, value in values.items()}
+            for criterion, values in entry["raw"].items()
+        }
+        found[batch] = {"raw": raw}
+        if "loss" in entry:
+            found[batch] |= {"loss": float(entry["loss"]), "metric": str(entry["metric"])}
+    return found
 
 
-class _Cache:
+def _cache_of(path: str | os.PathLike[str] | None, model: nn.Module, options: str) -> JsonCache:
     """Measurements per batch, keyed by weights, options and the batch's contents."""
-
-    def __init__(self, path: str | os.PathLike[str] | None, model: nn.Module, options: str) -> None:
-        self.path = None if path is None else Path(path)
-        self.batches: dict[str, dict[str, Any]] = {}
-        self.changed = False
-        self.saved = time.monotonic()
-        if self.path is None:
-            return
-        digest = hashlib.sha256(f"{CACHE_FORMAT} {options} {model_digest(model)}".encode())
-        self.key = digest.hexdigest()
-        try:
-            data = json.loads(self.path.read_text(encoding="utf-8"))
-            if data["key"] == self.key:
-                self.batches = {
-                    batch: {
-                        "raw": {
-                            criterion: {k: float(v) for k, v in values.items()}
-                            for criterion, values in entry["raw"].items()
-                        },
-                        **_measured(entry),
-                    }
-                    for batch, entry in data["batches"].items()
-                }
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            self.batches = {}  # none yet, or not ours: it is replaced by the first save
-
-    def entry(self, batch: str) -> dict[str, Any]:
-        if self.path is None:
-            return {"raw": {}}
-        return self.batches.setdefault(batch, {"raw": {}})
-
-    def touch(self) -> None:
-        self.changed = True
-        if time.monotonic() - self.saved >= SAVE_INTERVAL:
-            self.save()
-
-    def save(self) -> None:
-        self.saved = time.monotonic()
-        if self.path is not None and self.changed:
-            data = {"key": self.key, "batches": self.batches}
-            write_text_atomic(self.path, json.dumps(data, allow_nan=False))
-            self.changed = False
-
-    def __enter__(self) -> _Cache:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.save()  # also after Ctrl-C: what was measured is kept
+    key = ""
+    if path is not None:
+        text = f"{CACHE_FORMAT} {options} {model_digest(model)}"
+        key = hashlib.sha256(text.encode()).hexdigest()
+    return JsonCache(path, key, "batches", parse=_entries)

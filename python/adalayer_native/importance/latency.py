@@ -21,7 +21,7 @@ def latency(probe: Probe, batch: Batch) -> None:
     from ..engine.compiler import compile as compile_engine
     from ..engine.latency import LayerTimes
     from ..quantization import calibrate, convert, prepare
-    from ..quantization.layout import native_layout
+    from ..quantization.stored import stored_model
 
     def plan(native: set[str]) -> Plan:
         return Plan(
@@ -36,7 +36,7 @@ def latency(probe: Probe, batch: Batch) -> None:
             }
         )
 
-    native = set(native_layout(probe.model, plan(set(probe.layers))).layers)
+    native = set(stored_model(probe.model, plan(set(probe.layers))).layers)
     times: dict[str, float] = {}
     if native:
         x = batch.x[:1]

@@ -3,8 +3,8 @@
 from .comparing import run_compare
 from .compiling import run_compile
 from .compressing import check_compress, run_compress
+from .job import CompareJob, CompileJob, CompressJob, ProfileJob, TrainJob
 from .profiling import run_profile
-from .settings import CompareJob, CompileJob, CompressJob, ProfileJob, TrainJob
 from .training import run_train
 
 __all__ = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +10,18 @@ from rich.console import Console
 
 from .. import plot
 from .._console import print_table, say
-from .._files import require_file
+from .._files import read_json, require_file
 from ..data import Batches, ImageDataset, calibration_indices
 from ..engine import load
-from ..errors import DataError, FileFormatError
+from ..errors import DataError
 from ..microscope import Comparison, compare
 from ..models import is_file, load_weights
 from ..quantization import restore
 from ..report import COMPARISON
 from .compiling import classes_of, known_normalisation, network_of, packed_of, run_report
+from .job import CompareJob
 from .normalise import DIGITS, chosen, preset
 from .opening import build, open_splits
-from .settings import CompareJob
 
 __all__ = ["run_compare"]
 
@@ -114,13 +113,7 @@ def _command(packed: Path) -> dict[str, Any]:
     path = packed.parent / "work" / "command.json"
     if packed.name != "model.safetensors" or not path.is_file():
         return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FileFormatError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise FileFormatError(f"{path}: expected a JSON object")
-    return found
+    return read_json(path)
 
 
 def _path(text: Any) -> Path | None:

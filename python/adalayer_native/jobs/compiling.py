@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from .._console import say
-from .._files import found_at
+from .._files import found_at, read_json
 from ..engine import Engine
 from ..engine import compile as compile_engine
 from ..errors import DataError, FileFormatError, UnsupportedModelError
@@ -21,9 +20,9 @@ from ..models import is_file
 from ..ops import get_num_threads
 from ..plan import supported_layers
 from ..quantization import restore
+from .job import CompileJob
 from .normalise import CHANNELS, Normalisation, chosen, preset
 from .opening import build
-from .settings import CompileJob
 
 __all__ = [
     "classes_of",
@@ -100,13 +99,7 @@ def run_report(packed: Path) -> dict[str, Any]:
     path = packed.with_name("report.json")
     if packed.name != "model.safetensors" or not path.is_file():
         return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FileFormatError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise FileFormatError(f"{path}: expected a JSON object")
-    return found
+    return read_json(path)
 
 
 def network_of(name: str | None, known: dict[str, Any], packed: Path) -> str:

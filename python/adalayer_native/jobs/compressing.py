@@ -21,7 +21,7 @@ from .._stages import Stage
 from .._stages import job as announced
 from ..allocation import check_method, check_request, float_bytes, pareto
 from ..allocation.machine_table import MachineTable
-from ..allocation.settings import check_effort
+from ..allocation.optimal_settings import check_effort
 from ..capture import GraphModel
 from ..capture.loading import captured_on
 from ..compress import Compressed, compress, stages_of
@@ -41,8 +41,8 @@ from ..report import (
     record,
 )
 from .compiling import save_engine
+from .job import CompressJob, arguments
 from .opening import Opened, check_fit, open_model, warn_chance
-from .settings import CompressJob, arguments
 
 __all__ = ["check_compress", "run_compress"]
 
@@ -287,7 +287,7 @@ def _show(
         },
     ]
     print_table(comparison_table(rows), console)
-    for part in result.float_rest.parts if result.float_rest else ():
+    for part in result.float_work.parts if result.float_work else ():
         say(f"{part.name} stays float, {100 * part.share:.2g} % of the work: {part.reason}")
     written = [name for name in OUTPUTS if name != "model.ada" or "bytes" in report["ada"]]
     if "why" in report["ada"]:

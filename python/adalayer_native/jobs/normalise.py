@@ -12,7 +12,7 @@ from torch import nn
 from ..data import IMAGENET_MEAN, IMAGENET_STD
 from ..errors import DataError
 from ..models import MODELS
-from .settings import CompareJob, CompileJob, CompressJob, TrainJob
+from .job import CompareJob, CompileJob, CompressJob, TrainJob
 
 __all__ = ["DIGITS", "Normalisation", "chosen", "normalisation_of", "preset"]
 

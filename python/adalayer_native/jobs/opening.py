@@ -17,8 +17,8 @@ from ..errors import FileFormatError, UnsupportedModelError
 from ..importance.outputs import has_logits, logits_of
 from ..measure import accuracy
 from ..models import get_model, is_file, load_weights
+from .job import CompressJob, TrainJob
 from .normalise import Normalisation, normalisation_of
-from .settings import CompressJob, TrainJob
 
 __all__ = ["Opened", "at_chance", "build", "check_fit", "open_model", "open_splits", "warn_chance"]
 

@@ -23,8 +23,8 @@ from ..engine.shapes import has_weights, shapes_of
 from ..errors import DataError, FileFormatError, PlanError
 from ..models import load_weights
 from ..plan import MAX_BITS
+from .job import ProfileJob
 from .opening import build
-from .settings import ProfileJob
 
 __all__ = ["run_profile"]
 

@@ -12,8 +12,8 @@ from .._files import write_atomic, write_text_atomic
 from ..data import loaders
 from ..measure import accuracy
 from ..training import fit
+from .job import TrainJob, arguments
 from .opening import check_fit, open_model
-from .settings import TrainJob, arguments
 
 __all__ = ["run_train"]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from adalayer_native import ops
 from adalayer_native.capture import GraphModel
 from adalayer_native.errors import CalibrationError
-from adalayer_native.microscope.measuring import Grid, grid_of_input
+from adalayer_native.microscope.layer_errors import Grid, grid_of_input
 from adalayer_native.microscope.pairing import Layer, Pairs
 from adalayer_native.microscope.result import interval
 from adalayer_native.nn import Conv2d, ConvTranspose2d, FakeQuantize

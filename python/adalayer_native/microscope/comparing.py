@@ -21,7 +21,7 @@ from adalayer_native.importance.batches import tokens_of
 from adalayer_native.importance.outputs import Pick, has_distance, metric_name
 from adalayer_native.microscope.data import read
 from adalayer_native.microscope.findings import finding
-from adalayer_native.microscope.measuring import (
+from adalayer_native.microscope.layer_errors import (
     Sums,
     grid_of_input,
     measure,

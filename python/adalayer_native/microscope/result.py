@@ -8,14 +8,13 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from adalayer_native._files import require_file, write_text_atomic
+from adalayer_native._files import read_json, require_file, write_text_atomic
 from adalayer_native.errors import FileFormatError
 
 __all__ = ["COMPARISON_FORMAT", "Comparison", "Row", "Suggestion", "decibels"]
@@ -219,18 +218,7 @@ class Comparison:
         """
         source = os.fspath(path)
         require_file(path)
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise FileFormatError(f"{source}: not readable as JSON: {error}") from None
-        if not isinstance(data, dict) or data.get("format") != COMPARISON_FORMAT:
-            raise FileFormatError(
-                f'{source}: expected a JSON object with "format": "{COMPARISON_FORMAT}"'
-            )
-        if data.get("version") != COMPARISON_VERSION:
-            raise FileFormatError(
-                f"{source}: expected version {COMPARISON_VERSION}, got {data.get('version')!r}"
-            )
+        data = read_json(path, (COMPARISON_FORMAT, COMPARISON_VERSION))
         try:
             return _read(data)
         except (KeyError, TypeError, ValueError) as error:

@@ -12,7 +12,7 @@ from adalayer_native.capture import Inputs
 from adalayer_native.importance.outputs import Pick
 from adalayer_native.microscope.changes import Change, float_layer, more_bits, regrids
 from adalayer_native.microscope.data import Halves
-from adalayer_native.microscope.measuring import (
+from adalayer_native.microscope.layer_errors import (
     network_error,
     outputs_of,
     pieces,

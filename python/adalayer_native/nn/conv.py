@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,6 @@ from adalayer_native.rounding import activation_grid, conv_form, quantize_weight
 __all__ = ["Conv2d", "ConvTranspose2d"]
 
 _Pair = tuple[int, int]
-_ConvArguments = tuple[
-    Tensor, Tensor, Tensor, float, int, int, _Pair, _Pair, tuple[int, int, int, int], _Pair, int
-]
 
 
 def _pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
@@ -40,7 +37,46 @@ def _padding4(value: int | Sequence[int]) -> tuple[int, int, int, int]:
     return h, w, h, w
 
 
-class Conv2d(NativeLayer):
+class _Window(NamedTuple):
+    """How a kernel goes over an image."""
+
+    stride: _Pair
+    padding: tuple[int, ...]
+    dilation: _Pair
+    groups: int
+
+
+class _Convolution(NativeLayer):
+    output_grid: FakeQuantize | None
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bits: int,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        qparams: Tensor,
+        window: _Window,
+        activation: Activation,
+    ) -> None:
+        super().__init__()
+        groups = window.groups
+        if weight.dim() != 4:
+            raise ValueError(f"weight must be [O, I/groups, KH, KW], got {list(weight.shape)}")
+        if groups < 1 or weight.shape[0] % groups:
+            raise ValueError(f"{weight.shape[0]} output channels do not divide in {groups} groups")
+        self.out_channels = weight.shape[0]
+        self.in_channels = weight.shape[1] * groups
+        self.kernel_size = (weight.shape[2], weight.shape[3])
+        self.stride, self.padding, self.dilation, self.groups = window
+        self._set_weight(weight, bits, weight_scale, bias, activation)
+        self._set_grid(qparams)
+
+    def _channels(self) -> int:
+        return self.in_channels
+
+
+class Conv2d(_Convolution):
     """2-d convolution with packed b-bit weights on the u8 grid of its input.
 
     ``y = clamp(fma(acc, input_scale * weight_scale[o], bias[o]))`` with the exact int32
@@ -50,35 +86,6 @@ class Conv2d(NativeLayer):
 
     Build one with :meth:`from_quantized` or :meth:`from_float`.
     """
-
-    def __init__(
-        self,
-        weight: Tensor,
-        bits: int,
-        weight_scale: Tensor,
-        bias: Tensor | None,
-        qparams: Tensor,
-        stride: tuple[int, int],
-        padding: tuple[int, int, int, int],
-        dilation: tuple[int, int],
-        groups: int,
-        activation: Activation,
-    ) -> None:
-        super().__init__()
-        if weight.dim() != 4:
-            raise ValueError(f"weight must be [O, I/groups, KH, KW], got {list(weight.shape)}")
-        if groups < 1 or weight.shape[0] % groups:
-            raise ValueError(f"{weight.shape[0]} output channels do not divide in {groups} groups")
-        self.out_channels = weight.shape[0]
-        self.in_channels = weight.shape[1] * groups
-        self.kernel_size = (weight.shape[2], weight.shape[3])
-        self.stride, self.padding, self.dilation = stride, padding, dilation
-        self.groups = groups
-        self._set_weight(weight, bits, weight_scale, bias, activation)
-        self._set_grid(qparams)
-        # A FakeQuantize elsewhere in the model whose work this layer does on its way out. Not a
-        # child: its tensors belong to the place that the model gave it.
-        self.__dict__["output_grid"] = None
 
     @classmethod
     def from_quantized(
@@ -116,10 +123,9 @@ class Conv2d(NativeLayer):
             weight_scale,
             bias,
             checked_qparams(input_scale, input_zero_point, input_bits),
-            _pair(stride, "stride"),
-            _padding4(padding),
-            _pair(dilation, "dilation"),
-            groups,
+            _Window(
+                _pair(stride, "stride"), _padding4(padding), _pair(dilation, "dilation"), groups
+            ),
             activation,
         )
 
@@ -148,7 +154,6 @@ class Conv2d(NativeLayer):
             )
         weight, scale = quantize_weight(conv.weight.detach().float(), bits)
         input_scale, zero_point = activation_grid(*input_range, input_bits, "the input")
-        top, bottom, left, right = four_paddings(conv)
         return cls.from_quantized(
             weight,
             bits,
@@ -158,13 +163,11 @@ class Conv2d(NativeLayer):
             input_zero_point=zero_point,
             input_bits=input_bits,
             stride=conv.stride,
-            padding=(top, left, bottom, right),
+            padding=four_paddings(conv),
             dilation=conv.dilation,
             groups=conv.groups,
             activation=activation,
         )
-
-    output_grid: FakeQuantize | None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``x`` convolved, plus ``residual`` of the output's shape before the clamp."""
@@ -180,51 +183,27 @@ class Conv2d(NativeLayer):
         return self._finish(out, x)
 
     def _native(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        grid = self.output_grid
-        run = ops.conv2d_direct if x.is_cpu and ops.plain_eager(x) else ops.conv2d
-        return run(
+        if x.is_cpu and ops.plain_eager(x):
+            return self._ready()(x, residual)
+        return ops.conv2d(
             x,
-            *self._arguments(),
-            lo=self.lo,
-            hi=self.hi,
+            *(getattr(self, key) for key in _CONV_KEYS),
             residual=residual,
-            output_scale=0.0 if grid is None else grid.input_scale,
-            output_zero_point=0 if grid is None else grid.input_zero_point,
-            output_bits=0 if grid is None else grid.input_bits,
+            **_finish_of(self),
         )
 
     def operator(self) -> tuple[str, dict[str, Any]]:
-        given = dict(zip(_CONV_KEYS, self._arguments(), strict=True))
-        return "conv2d", given | _finish_of(self)
-
-    def _arguments(self) -> _ConvArguments:
-        """The operator's arguments from the weights to the groups."""
-        return (
-            self.weight_packed,
-            self.weight_scale,
-            self.bias,
-            self.input_scale,
-            self.input_zero_point,
-            self.input_bits,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-        )
+        return "conv2d", {key: getattr(self, key) for key in _CONV_KEYS} | _finish_of(self)
 
     def _same_shape(self, x: Tensor, residual: Tensor) -> bool:
-        """Whether the residual has the output's shape (written out: this runs on every call)."""
-        n, _, h, w = x.shape
-        top, left, bottom, right = self.padding
-        (kh, kw), (sh, sw), (dh, dw) = self.kernel_size, self.stride, self.dilation
-        out_h = (h + top + bottom - dh * (kh - 1) - 1) // sh + 1
-        out_w = (w + left + right - dw * (kw - 1) - 1) // sw + 1
-        return tuple(residual.shape) == (n, self.out_channels, out_h, out_w)
+        """Whether the residual has the output's shape."""
+        return residual.shape == ops.conv_out_shape(
+            x.shape, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation
+        )
 
     def _broadcast(self, x: Tensor, residual: Tensor) -> Tensor:
         """The same function for an addend that torch would broadcast; the kernels take none."""
-        out = ops.conv2d(x, *self._arguments()) + residual
+        out = ops.conv2d(x, *(getattr(self, key) for key in _CONV_KEYS)) + residual
         if self.lo is not None or self.hi is not None:
             out = out.clamp(self.lo, self.hi)
         return out if self.output_grid is None else self.output_grid(out)
@@ -247,6 +226,7 @@ _CONV_KEYS = (
     "weight_packed", "weight_scale", "bias", "input_scale", "input_zero_point", "input_bits",
     "kernel_size", "stride", "padding", "dilation", "groups",
 )  # fmt: skip
+_TRANSPOSED_KEYS = (*_CONV_KEYS[:9], "output_padding", *_CONV_KEYS[9:])
 
 
 def _finish_of(layer: Conv2d | ConvTranspose2d) -> dict[str, Any]:
@@ -261,7 +241,7 @@ def _finish_of(layer: Conv2d | ConvTranspose2d) -> dict[str, Any]:
     }
 
 
-class ConvTranspose2d(NativeLayer):
+class ConvTranspose2d(_Convolution):
     """Transposed 2-d convolution with packed b-bit weights on the u8 grid of its input.
 
     Arithmetic, dtypes and memory formats as :class:`Conv2d`. The packed weight has the form of a
@@ -276,18 +256,12 @@ class ConvTranspose2d(NativeLayer):
         weight_scale: Tensor,
         bias: Tensor | None,
         qparams: Tensor,
-        stride: tuple[int, int],
-        padding: tuple[int, int],
+        window: _Window,
         output_padding: tuple[int, int],
-        dilation: tuple[int, int],
-        groups: int,
         activation: Activation,
     ) -> None:
-        super().__init__()
-        if weight.dim() != 4:
-            raise ValueError(f"weight must be [O, I/groups, KH, KW], got {list(weight.shape)}")
-        if groups < 1 or weight.shape[0] % groups:
-            raise ValueError(f"{weight.shape[0]} output channels do not divide in {groups} groups")
+        super().__init__(weight, bits, weight_scale, bias, qparams, window, activation)
+        stride, padding, dilation = window.stride, window.padding, window.dilation
         if min(stride) < 1 or min(dilation) < 1 or min(padding) < 0:
             raise ValueError(
                 "stride and dilation must be at least 1 and padding at least 0, "
@@ -299,17 +273,7 @@ class ConvTranspose2d(NativeLayer):
                     f"output_padding must be at least 0 and smaller than stride {stride} or "
                     f"dilation {dilation}, got {output_padding}"
                 )
-        self.out_channels = weight.shape[0]
-        self.in_channels = weight.shape[1] * groups
-        self.kernel_size = (weight.shape[2], weight.shape[3])
-        self.stride, self.padding, self.dilation = stride, padding, dilation
         self.output_padding = output_padding
-        self.groups = groups
-        self._set_weight(weight, bits, weight_scale, bias, activation)
-        self._set_grid(qparams)
-        self.__dict__["output_grid"] = None  # as in Conv2d
-
-    output_grid: FakeQuantize | None
 
     @classmethod
     def from_quantized(
@@ -339,11 +303,13 @@ class ConvTranspose2d(NativeLayer):
             weight_scale,
             bias,
             checked_qparams(input_scale, input_zero_point, input_bits),
-            _pair(stride, "stride"),
-            _pair(padding, "padding"),
+            _Window(
+                _pair(stride, "stride"),
+                _pair(padding, "padding"),
+                _pair(dilation, "dilation"),
+                groups,
+            ),
             _pair(output_padding, "output_padding"),
-            _pair(dilation, "dilation"),
-            groups,
             activation,
         )
 
@@ -387,48 +353,23 @@ class ConvTranspose2d(NativeLayer):
         return self._finish(out, x)
 
     def operator(self) -> tuple[str, dict[str, Any]]:
-        return "conv_transpose2d", {
-            **{key: getattr(self, key) for key in (*_CONV_KEYS, "output_padding")},
-            **_finish_of(self),
-        }
+        given = {key: getattr(self, key) for key in _TRANSPOSED_KEYS}
+        return "conv_transpose2d", given | _finish_of(self)
 
     def _native(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-        grid = self.output_grid
-        return ops.conv_transpose2d(
-            x,
-            self.weight_packed,
-            self.weight_scale,
-            self.bias,
-            self.input_scale,
-            self.input_zero_point,
-            self.input_bits,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.output_padding if output_size is None else self._extra(x, output_size),
-            self.dilation,
-            self.groups,
-            self.lo,
-            self.hi,
-            0.0 if grid is None else grid.input_scale,
-            0 if grid is None else grid.input_zero_point,
-            0 if grid is None else grid.input_bits,
-        )
+        if output_size is None and x.is_cpu and ops.plain_eager(x):
+            return self._ready()(x)
+        given = self.operator()[1]
+        if output_size is not None:
+            given["output_padding"] = self._extra(x, output_size)
+        return ops.conv_transpose2d(x, *given.values())
 
     def _extra(self, x: Tensor, output_size: Sequence[int]) -> tuple[int, int]:
         """The output padding that gives the wanted size."""
-        extra = [
-            wanted - ((size - 1) * s - 2 * p + d * (k - 1) + 1)
-            for wanted, size, s, p, d, k in zip(
-                output_size[-2:],
-                x.shape[-2:],
-                self.stride,
-                self.padding,
-                self.dilation,
-                self.kernel_size,
-                strict=True,
-            )
-        ]
+        size = ops.transposed_out_size(
+            x.shape[-2:], self.kernel_size, self.stride, self.padding, self.dilation
+        )
+        extra = [wanted - least for wanted, least in zip(output_size[-2:], size, strict=True)]
         if any(not 0 <= value < step for value, step in zip(extra, self.stride, strict=True)):
             raise ValueError(
                 f"{self._label()}: an input of {list(x.shape)} has no output of size "

@@ -94,10 +94,11 @@ def refuse_backward(out: Tensor, x: Tensor, label: Callable[[], str]) -> Tensor:
 
     An export has no backward, and a compiler would have to break its graph at every layer.
     """
-    compiling = torch.compiler.is_compiling() or _exporting()
-    if torch.is_grad_enabled() and x.requires_grad and not compiling:
-        return _RefuseBackward.apply(out, x, label())
-    return out
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return out
+    if torch.compiler.is_compiling() or _exporting():
+        return out
+    return _RefuseBackward.apply(out, x, label())
 
 
 class QuantizedInput(nn.Module):
@@ -142,6 +143,13 @@ class QuantizedInput(nn.Module):
         return self
 
 
+def _numbers(grid: QuantizedInput | None) -> tuple[float, int, int] | None:
+    """Scale, zero point and bits."""
+    if grid is None:
+        return None
+    return grid.input_scale, grid.input_zero_point, grid.input_bits
+
+
 class NativeLayer(QuantizedInput):
     weight_packed: Tensor
     weight_scale: Tensor
@@ -151,10 +159,46 @@ class NativeLayer(QuantizedInput):
     policy: str = "native"
     # Under another policy (policy.py), what it has found out.
     fastest: Any = None
+    # A FakeQuantize elsewhere in the model whose work a layer does on its way out. Written past
+    # nn.Module, for it is no child: its tensors belong to the place that the model gave it.
+    output_grid: Any = None
+    # What _ready() made last.
+    _made: ops.Layer | None = None
 
     def operator(self) -> tuple[str, dict[str, Any]]:
         """The operator that the layer is, and its arguments by name, but for the input."""
         raise AssertionError("each layer type says its own operator")
+
+    def _channels(self) -> int:
+        """Of the input."""
+        raise AssertionError("each layer type says its own channels")
+
+    def _ready(self) -> ops.Layer:
+        """The layer as it is now, for tensors on a CPU that nobody traces (ops.plain_eager)."""
+        made, held, grid = self._made, self._buffers, self.output_grid
+        if made is not None:
+            packed, scale, bias = held["weight_packed"], held["weight_scale"], held["bias"]
+            if made.holds(packed, scale, bias) and made.geometry.grid == _numbers(grid):  # type: ignore[arg-type]
+                return made
+        operator, given = self.operator()
+        tensors = given["weight_packed"], given["weight_scale"], given["bias"]
+        outs = tensors[1].shape[0]
+        geometry = ops.LayerGeometry.of(operator, self._channels(), outs, given)
+        made = ops.Layer(geometry, *tensors)
+        self.__dict__["_made"] = made
+        return made
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.__dict__.pop("_made", None)  # whatever has changed: it is made anew
+        super().__setattr__(name, value)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.__dict__.pop("_made", None)  # it would keep the memory that tensors leave
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles make their own: it holds addresses.
+        return {name: value for name, value in self.__dict__.items() if name != "_made"}
 
     def _set_weight(
         self,
@@ -216,10 +260,11 @@ class NativeLayer(QuantizedInput):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _check(self, x: Tensor, channels: int, axis: int, dims: int | None) -> None:
-        if x.device != self.weight_packed.device:
+        held = self._buffers["weight_packed"]
+        assert held is not None
+        if x.device != held.device:
             raise InputError(
-                f"{self._label()}: the layer is on {self.weight_packed.device}, but its input is "
-                f"on {x.device}"
+                f"{self._label()}: the layer is on {held.device}, but its input is on {x.device}"
             )
         if dims is not None and x.dim() != dims:
             raise ValueError(

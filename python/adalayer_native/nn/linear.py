@@ -91,18 +91,12 @@ class Linear(NativeLayer):
         return self._finish(out, x)
 
     def _native(self, x: Tensor) -> Tensor:
-        run = ops.linear_direct if x.is_cpu and ops.plain_eager(x) else ops.linear
-        return run(
-            x,
-            self.weight_packed,
-            self.weight_scale,
-            self.bias,
-            self.input_scale,
-            self.input_zero_point,
-            self.input_bits,
-            self.lo,
-            self.hi,
-        )
+        if x.is_cpu and ops.plain_eager(x):
+            return self._ready()(x)
+        return ops.linear(x, *self.operator()[1].values())
+
+    def _channels(self) -> int:
+        return self.in_features
 
     def operator(self) -> tuple[str, dict[str, Any]]:
         keys = ("weight_packed", "weight_scale", "bias", "input_scale", "input_zero_point")

@@ -96,8 +96,7 @@ def convolution(g: Builder, node: NodeView, x: Value, weight: Any, bias: Any) ->
     if even:
         layer = _CONVS[axes](inputs, outputs, kernel, padding=pads[:axes], **rest)
     elif axes == 2:
-        top, left, bottom, right = pads
-        layer = PaddedConv2d(inputs, outputs, kernel, sides=(top, bottom, left, right), **rest)
+        layer = PaddedConv2d(inputs, outputs, kernel, sides=sides, **rest)
     else:
         del g.shared[key]  # what stands in front of it is no part of the module
         x = g.call(functions.pad, x, [0, 0, *pads[:axes], 0, 0, *pads[axes:]], "constant", 0.0)

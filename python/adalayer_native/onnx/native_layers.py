@@ -11,7 +11,8 @@ from adalayer_native.errors import UnsupportedModelError
 from adalayer_native.nn import Conv2d, ConvTranspose2d, Linear
 from adalayer_native.onnx.building import Builder
 from adalayer_native.onnx.values import Constant, Integers, Value
-from adalayer_native.rounding import MAX_BITS, MIN_BITS, conv_form
+from adalayer_native.plan import MAX_BITS, MIN_BITS
+from adalayer_native.rounding import conv_form
 
 __all__ = ["native_layer", "width_of"]
 

@@ -21,8 +21,8 @@ from adalayer_native.onnx.layers import convolution, product, window
 from adalayer_native.onnx.native_layers import width_of
 from adalayer_native.onnx.package import onnx_package
 from adalayer_native.onnx.values import Constant, Grid, Integers, Value
+from adalayer_native.plan import MAX_BITS, MIN_BITS
 from adalayer_native.quantization.chains import ACT_ROOT
-from adalayer_native.rounding import MAX_BITS, MIN_BITS
 
 __all__ = ["dequantize", "kind_of", "quantize"]
 
@@ -185,8 +185,9 @@ def _along(node: NodeView, axis: int) -> NodeView:
 @operator_of("QLinearConv", quantized=True)
 def _qlinear_conv(
     g: Builder, node: NodeView, x: Any, x_scale: Any, x_zero: Any, w: Any, w_scale: Any,
-    w_zero: Any, y_scale: Any, y_zero: Any, bias: Any = None,
+    w_zero: Any, *result: Any,
 ) -> Any:  # fmt: skip
+    y_scale, y_zero, bias = (*result, None)[:3]
     operand = _real(g, node, x, x_scale, x_zero)
     weight = _real(g, _along(node, 0), w, w_scale, w_zero)
     offset = None

@@ -10,11 +10,23 @@ Results have the same bits on CPU and GPU tensors. Weights are ``uint8[64 + payl
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from adalayer_native.ops import attention, averages, cpu, cuda, fake, floats, fused, norms, resizing
 from adalayer_native.ops.checks import plain_eager, untraced
-from adalayer_native.ops.cpu import conv2d_direct, linear_direct
+from adalayer_native.ops.geometry import (
+    LAYER_OPERATORS,
+    LayerCall,
+    LayerGeometry,
+    call_of,
+    conv_out_shape,
+    transposed_out_size,
+)
+from adalayer_native.ops.layer import Layer, run_cpu
 from adalayer_native.ops.machine import (
     active_isa,
     force_isa,
@@ -27,17 +39,18 @@ from adalayer_native.ops.machine import (
 from adalayer_native.ops.packing import pack_weight, packed_info, unpack_weight
 
 __all__ = [
+    "Layer",
+    "LayerGeometry",
     "active_isa",
     "conv2d",
-    "conv2d_direct",
     "conv2d_u8",
+    "conv_out_shape",
     "conv_transpose2d",
     "fake_quantize",
     "force_isa",
     "get_num_threads",
     "isas",
     "linear",
-    "linear_direct",
     "linear_weight_only",
     "pack_weight",
     "packed_info",
@@ -46,6 +59,7 @@ __all__ = [
     "set_num_threads",
     "set_sparse_policy",
     "set_winograd_policy",
+    "transposed_out_size",
     "unpack_weight",
 ]
 
@@ -146,15 +160,21 @@ for _function, _fake in (
         _library.impl(_function.__name__, untraced(_function), _device)
     torch.library.register_fake(f"adalayer::{_function.__name__}", _fake, lib=_library)
 
-for _name in (
-    "conv2d",
-    "conv2d_u8",
-    "conv_transpose2d",
-    "linear",
-    "linear_weight_only",
-    "quantize",
-    "fake_quantize",
-):
+
+def _layer_kernel(operator: str, run: Callable[[LayerCall], Tensor]) -> Callable[..., Tensor]:
+    def kernel(*args: Any, **kwargs: Any) -> Tensor:
+        return run(call_of(operator, args, kwargs))
+
+    return kernel
+
+
+for _name in LAYER_OPERATORS:
+    for _device, _run in (("CPU", run_cpu), ("CUDA", cuda.run_cuda)):
+        _library.impl(_name, untraced(_layer_kernel(_name, _run)), _device)
+    _of_shapes = _layer_kernel(_name, fake.run_fake)
+    torch.library.register_fake(f"adalayer::{_name}", _of_shapes, lib=_library)
+
+for _name in ("linear_weight_only", "quantize", "fake_quantize"):
     _library.impl(_name, untraced(getattr(cpu, f"{_name}_cpu")), "CPU")
     _library.impl(_name, untraced(getattr(cuda, f"{_name}_cuda")), "CUDA")
     torch.library.register_fake(f"adalayer::{_name}", getattr(fake, f"{_name}_fake"), lib=_library)

@@ -132,16 +132,10 @@ def grid_attention(
         _C.attention(
             (images, tokens, keys, heads, key_heads, depth, width),
             (int(grids[0][1]), int(grids[1][1]), int(grids[2][1])),
-            score_scale(grids[0][0], grids[1][0], total_scale(scale, factor)),
-            grids[2][0],
+            (score_scale(grids[0][0], grids[1][0], total_scale(scale, factor)), grids[2][0]),
             is_causal,
-            0 if mask is None else mask.data_ptr(),
-            pitches[0],
-            pitches[1],
-            operands[0].data_ptr(),
-            operands[1].data_ptr(),
-            operands[2].data_ptr(),
-            out.data_ptr(),
+            (0 if mask is None else mask.data_ptr(), *pitches),
+            [t.data_ptr() for t in (*operands, out)],
             get_num_threads(),
         )
     out = out.reshape(*lead, tokens, heads, width).transpose(-3, -2)

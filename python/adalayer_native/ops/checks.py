@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,10 +15,7 @@ __all__ = [
     "channels_last",
     "check_input",
     "check_parameters",
-    "conv_out_shape",
-    "conv_transpose_out_shape",
     "dense",
-    "geometry_of",
     "plain_eager",
     "untraced",
     "weight_only_shape",
@@ -30,55 +27,6 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 def channels_last(x: Tensor) -> bool:
     """Whether the result should be channels_last: the input is, and not just ambiguously so."""
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-
-
-def geometry_of(
-    channels: int,
-    out_channels: int,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> tuple[int, ...]:
-    top, left, bottom, right = padding
-    return (
-        channels,
-        out_channels,
-        *kernel_size,
-        *stride,
-        top,
-        left,
-        bottom,
-        right,
-        *dilation,
-        groups,
-    )
-
-
-def _out_size(size: int, before: int, after: int, kernel: int, stride: int, dilation: int) -> int:
-    return (size + before + after - dilation * (kernel - 1) - 1) // stride + 1
-
-
-def conv_out_shape(
-    x: Tensor,
-    out_channels: int,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> tuple[int, int, int, int]:
-    top, left, bottom, right = padding
-    if min(stride) < 1:
-        raise ValueError(f"adalayer::conv2d: stride must be at least 1, got {list(stride)}")
-    h = _out_size(x.shape[2], top, bottom, kernel_size[0], stride[0], dilation[0])
-    w = _out_size(x.shape[3], left, right, kernel_size[1], stride[1], dilation[1])
-    if h < 1 or w < 1:
-        raise ValueError(
-            f"adalayer::conv2d: an input of {list(x.shape)} with padding {list(padding)} is "
-            f"smaller than the dilated kernel {list(kernel_size)}, dilation {list(dilation)}"
-        )
-    return x.shape[0], out_channels, h, w
 
 
 def check_input(op: str, x: Tensor, dtypes: tuple[torch.dtype, ...], dims: int | None) -> None:
@@ -103,39 +51,6 @@ def check_parameters(op: str, packed: Tensor, scale: Tensor, bias: Tensor) -> No
                 f"adalayer::{op}: {name} must be contiguous float32 {list(scale.shape)}, "
                 f"got {t.dtype} {list(t.shape)}"
             )
-
-
-def conv_transpose_out_shape(
-    x: Tensor,
-    out_channels: int,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    output_padding: Sequence[int],
-    dilation: Sequence[int],
-) -> tuple[int, int, int, int]:
-    check_input("conv_transpose2d", x, FLOATS, 4)
-    if min(stride) < 1 or min(dilation) < 1:
-        raise ValueError(
-            "adalayer::conv_transpose2d: stride and dilation must be at least 1, "
-            f"got {list(stride)} and {list(dilation)}"
-        )
-    sizes = []
-    for axis in range(2):
-        extra = output_padding[axis]
-        if extra < 0 or extra >= max(stride[axis], dilation[axis]):
-            raise ValueError(
-                "adalayer::conv_transpose2d: output_padding must be at least 0 and smaller than "
-                f"stride {list(stride)} or dilation {list(dilation)}, got {list(output_padding)}"
-            )
-        reach = dilation[axis] * (kernel_size[axis] - 1) + 1
-        sizes.append((x.shape[2 + axis] - 1) * stride[axis] - 2 * padding[axis] + reach + extra)
-        if sizes[axis] < 1:
-            raise ValueError(
-                f"adalayer::conv_transpose2d: an input of {list(x.shape)} with padding "
-                f"{list(padding)} leaves no output"
-            )
-    return x.shape[0], out_channels, sizes[0], sizes[1]
 
 
 def weight_only_shape(x: Tensor, weight_scale: Tensor) -> list[int]:

@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+import numpy as np
 import torch
 from torch import Tensor
 
-from adalayer_native import cuda
-from adalayer_native.cuda import LayerGeometry
+from adalayer_native import _C, cuda
 from adalayer_native.errors import InputError
+from adalayer_native.operations import parameters
 from adalayer_native.ops.checks import (
     FLOATS,
     channels_last,
     check_input,
     check_parameters,
-    conv_out_shape,
-    conv_transpose_out_shape,
     dense,
     weight_only_shape,
 )
+from adalayer_native.ops.geometry import LayerCall, LayerGeometry
 
-__all__ = [
-    "conv2d_cuda",
-    "conv2d_u8_cuda",
-    "conv_transpose2d_cuda",
-    "fake_quantize_cuda",
-    "linear_cuda",
-    "linear_weight_only_cuda",
-    "quantize_cuda",
-]
+__all__ = ["fake_quantize_cuda", "linear_weight_only_cuda", "quantize_cuda", "run_cuda"]
+
+_INF = float("inf")
 
 
 def _same_device(op: str, x: Tensor, **others: Tensor | None) -> None:
@@ -47,20 +39,28 @@ def _ordered(x: Tensor) -> tuple[Tensor, bool]:
     return x.float().contiguous(memory_format=layout), nhwc
 
 
-def _convolve(
-    op: str,
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    g: LayerGeometry,
-    residual: Tensor | None,
-) -> Tensor:
+def run_cuda(call: LayerCall) -> Tensor:
+    """The result of a layer on GPU tensors."""
+    if call.layer.operator == "linear":
+        rows = call.x.contiguous().reshape(-1, call.layer.channels, 1, 1)
+        out = _convolve(call._replace(x=rows))
+        return out.reshape(*call.x.shape[:-1], call.layer.out_channels)
+    if not call.layer.levels:
+        return _convolve(call)
+    # Levels as the numbers that they are on a grid of step 1, and back: whole numbers, exactly.
+    out = _convolve(call._replace(x=call.x.float() - call.layer.input_zero_point))
+    assert call.layer.grid is not None
+    return (out + call.layer.grid[1]).to(torch.uint8)
+
+
+def _convolve(call: LayerCall) -> Tensor:
+    x, g, packed, scale, bias, residual = call
+    op = g.operator
     check_parameters(op, packed, scale, bias)
     _same_device(op, x, weight_packed=packed, scale=scale, bias=bias, residual=residual)
     values, nhwc = _ordered(x)
     layout = torch.channels_last if nhwc else torch.contiguous_format
-    shape = (x.shape[0], g.out_channels, *g.out_size)
+    shape = g.out_shape(x.shape)
     out = torch.empty(shape, dtype=torch.float32, device=x.device, memory_format=layout)
     if residual is not None:
         if tuple(residual.shape) != shape:
@@ -70,196 +70,56 @@ def _convolve(
             )
         residual = residual.float().contiguous(memory_format=layout)
     if out.numel() > 0:
-        cuda.run_layer(g, values, packed, scale, bias, residual, out, nhwc=nhwc)
+        size = tuple(x.shape[2:])
+        cuda.run_layer(
+            (g, size),
+            lambda: _program(g, size, shape[2:], packed, scale, bias),
+            g.grid,
+            (packed, scale, bias),
+            values,
+            residual,
+            out,
+            nhwc=nhwc,
+        )
     return out if x.dtype == torch.float32 else out.to(x.dtype)
 
 
-def _output_grid(scale: float, zero_point: int, bits: int) -> tuple[float, int, int] | None:
-    return (scale, zero_point, bits) if bits else None
-
-
-def _pair(values: Sequence[int]) -> tuple[int, int]:
-    first, second = values
-    return int(first), int(second)
-
-
-def _four(values: Sequence[int]) -> tuple[int, int, int, int]:
-    top, left, bottom, right = values
-    return int(top), int(left), int(bottom), int(right)
-
-
-def conv2d_cuda(
-    x: Tensor,
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor,
-    input_scale: float,
-    input_zero_point: int,
-    input_bits: int,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    lo: float | None = None,
-    hi: float | None = None,
-    residual: Tensor | None = None,
-    output_scale: float = 0.0,
-    output_zero_point: int = 0,
-    output_bits: int = 0,
-) -> Tensor:
-    check_input("conv2d", x, FLOATS, 4)
-    out_channels = weight_scale.shape[0]
-    shape = conv_out_shape(x, out_channels, kernel_size, stride, padding, dilation)
-    g = LayerGeometry(
-        x.shape[1],
-        x.shape[2],
-        x.shape[3],
-        out_channels,
-        shape[2:],
-        _pair(kernel_size),
-        _pair(stride),
-        _four(padding),
-        _pair(dilation),
-        groups,
-        input_scale,
-        input_zero_point,
-        input_bits,
-        lo,
-        hi,
-        grid=_output_grid(output_scale, output_zero_point, output_bits),
-    )
-    return _convolve("conv2d", x, weight_packed, weight_scale, bias, g, residual)
-
-
-def conv2d_u8_cuda(
-    x: Tensor,
-    weight_packed: Tensor,
+def _program(
+    g: LayerGeometry,
+    size: tuple[int, ...],
+    out_size: tuple[int, ...],
+    packed: Tensor,
     scale: Tensor,
     bias: Tensor,
-    input_zero_point: int,
-    output_zero_point: int,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    lo: int = 0,
-    hi: int = 255,
-) -> Tensor:
-    check_input("conv2d_u8", x, (torch.uint8,), 4)
-    if not 0 <= lo <= hi <= 255 or not 0 <= output_zero_point <= 255:
-        raise ValueError(
-            "adalayer::conv2d_u8: expected 0 <= lo <= hi <= 255 and a zero point in 0…255, "
-            f"got lo={lo}, hi={hi}, output_zero_point={output_zero_point}"
-        )
-    shape = conv_out_shape(x, scale.shape[0], kernel_size, stride, padding, dilation)
-    g = LayerGeometry(
-        x.shape[1],
-        x.shape[2],
-        x.shape[3],
-        scale.shape[0],
-        shape[2:],
-        _pair(kernel_size),
-        _pair(stride),
-        _four(padding),
-        _pair(dilation),
-        groups,
-        1.0,
-        input_zero_point,
-        8,
-        float(lo - output_zero_point),
-        float(hi - output_zero_point),
-        grid=(1.0, output_zero_point, 8),
+) -> _C.Program:
+    """A network of one layer, from float images of a size to float ones."""
+    program = _C.Program()
+    top = 2**g.input_bits - 1
+    x = program.add_value("x", "f32", g.channels, *size)
+    levels = program.add_value(
+        "levels", "u8", g.channels, *size, g.input_scale, g.input_zero_point, top
     )
-    # Levels as the numbers that they are on a grid of step 1, and back: whole numbers, exactly.
-    relative = x.float() - input_zero_point
-    out = _convolve("conv2d_u8", relative, weight_packed, scale, bias, g, None)
-    return (out + output_zero_point).to(torch.uint8)
-
-
-def conv_transpose2d_cuda(
-    x: Tensor,
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor,
-    input_scale: float,
-    input_zero_point: int,
-    input_bits: int,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    output_padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    lo: float | None = None,
-    hi: float | None = None,
-    output_scale: float = 0.0,
-    output_zero_point: int = 0,
-    output_bits: int = 0,
-) -> Tensor:
-    shape = conv_transpose_out_shape(
-        x, weight_scale.shape[0], kernel_size, stride, padding, output_padding, dilation
+    y = program.add_value("y", "f32", g.out_channels, *out_size)
+    weights = packed.detach().cpu().contiguous()
+    # One product in float32, as everywhere.
+    steps = scale.detach().cpu().numpy() * np.float32(g.input_scale)
+    steps = np.ascontiguousarray(steps, dtype=np.float32)
+    offsets = np.ascontiguousarray(bias.detach().cpu().numpy(), dtype=np.float32)
+    op = "conv" if g.output_padding is None else "conv_transpose"
+    lists = parameters(
+        op,
+        **g.by_name(),
+        clamp_lo=-_INF if g.lo is None else g.lo,
+        clamp_hi=_INF if g.hi is None else g.hi,
+        weights=program.add_constant_weights(weights.data_ptr(), weights.numel()),
+        scale=program.add_constant_f32(steps.ctypes.data, steps.size),
+        bias=program.add_constant_f32(offsets.ctypes.data, offsets.size),
     )
-    pad_h, pad_w = padding
-    g = LayerGeometry(
-        x.shape[1],
-        x.shape[2],
-        x.shape[3],
-        weight_scale.shape[0],
-        shape[2:],
-        _pair(kernel_size),
-        _pair(stride),
-        (pad_h, pad_w, pad_h, pad_w),
-        _pair(dilation),
-        groups,
-        input_scale,
-        input_zero_point,
-        input_bits,
-        lo,
-        hi,
-        transposed=True,
-        grid=_output_grid(output_scale, output_zero_point, output_bits),
-    )
-    return _convolve("conv_transpose2d", x, weight_packed, weight_scale, bias, g, None)
-
-
-def linear_cuda(
-    x: Tensor,
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor,
-    input_scale: float,
-    input_zero_point: int,
-    input_bits: int,
-    lo: float | None = None,
-    hi: float | None = None,
-) -> Tensor:
-    check_input("linear", x, FLOATS, None)
-    if x.dim() == 0:
-        raise ValueError("adalayer::linear: expected an input of at least one dimension")
-    features, out_features = x.shape[-1], weight_scale.shape[0]
-    one = (1, 1)
-    g = LayerGeometry(
-        features,
-        1,
-        1,
-        out_features,
-        one,
-        one,
-        one,
-        (0, 0, 0, 0),
-        one,
-        1,
-        input_scale,
-        input_zero_point,
-        input_bits,
-        lo,
-        hi,
-    )
-    rows = x.contiguous().reshape(-1, features, 1, 1)
-    out = _convolve("linear", rows, weight_packed, weight_scale, bias, g, None)
-    return out.reshape(*x.shape[:-1], out_features)
+    program.add_node("quantize", "quantize", [x], levels)
+    program.add_node(op, op, [levels], y, *lists)
+    program.set_inputs([x])
+    program.set_outputs([y])
+    return program
 
 
 def quantize_cuda(x: Tensor, scale: float, zero_point: int, bits: int) -> Tensor:

@@ -14,12 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adalayer_native import _C
-from adalayer_native.ops.checks import (
-    FLOATS,
-    check_input,
-    conv_out_shape,
-    geometry_of,
-)
+from adalayer_native.operations import geometry
+from adalayer_native.ops.checks import FLOATS, check_input
+from adalayer_native.ops.geometry import conv_out_shape
 from adalayer_native.ops.machine import get_num_threads
 
 __all__ = [
@@ -44,12 +41,19 @@ def _weights(op: str, weight: Tensor, bias: Tensor | None, size: int) -> tuple[T
 
 
 def _convolve(
-    x: Tensor, geometry: tuple[int, ...], weight: Tensor, bias: Tensor, out: Tensor, h: int, w: int
+    x: Tensor,
+    size: tuple[int, int, int],
+    by_name: dict[str, int],
+    weight: Tensor,
+    bias: Tensor,
+    out: Tensor,
 ) -> None:
-    images = x.numel() // (geometry[0] * h * w)
+    """`size`: channels, height and width of an image of `x`."""
     if out.numel():
-        addresses = weight.data_ptr(), bias.data_ptr(), out.data_ptr()
-        _C.float_conv(geometry, x.data_ptr(), images, h, w, *addresses, get_num_threads())
+        channels, h, w = size
+        sizes = x.numel() // (channels * h * w), channels, bias.shape[0], h, w
+        parameters = weight.data_ptr(), bias.data_ptr()
+        _C.float_conv(sizes, by_name, parameters, x.data_ptr(), out.data_ptr(), get_num_threads())
 
 
 @torch.no_grad()
@@ -67,8 +71,7 @@ def exact_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     weights, biases = _weights("exact_linear", weight, bias, features)
     x = input.float().resolve_neg().contiguous()
     out = torch.empty(*x.shape[:-1], weights.shape[0])
-    geometry = geometry_of(features, weights.shape[0], (1, 1), (1, 1), (0,) * 4, (1, 1), 1)
-    _convolve(x, geometry, weights, biases, out, 1, 1)
+    _convolve(x, (features, 1, 1), geometry((1, 1)), weights, biases, out)
     return out.to(input)
 
 
@@ -101,13 +104,13 @@ def exact_conv2d(
         return F.conv2d(padded, weight, bias, stride, 0, dilation, groups)
     channels, h, w = input.shape[1:]
     outs, kernel = weight.shape[0], list(weight.shape[2:])
-    shape = conv_out_shape(input, outs, kernel, stride, padding, dilation)
+    shape = conv_out_shape(input.shape, outs, kernel, stride, padding, dilation)
     size = channels // groups * kernel[0] * kernel[1]
     weights, biases = _weights("exact_conv2d", weight, bias, size)
     x = input.float().resolve_neg().contiguous()
     out = torch.empty(shape)
-    geometry = geometry_of(channels, outs, kernel, stride, padding, dilation, groups)
-    _convolve(x, geometry, weights, biases, out, h, w)
+    by_name = geometry(kernel, stride, padding, dilation, groups)
+    _convolve(x, (channels, h, w), by_name, weights, biases, out)
     return out.to(input)
 
 
@@ -121,7 +124,8 @@ def fake_conv2d(
     groups: int,
 ) -> Tensor:
     """Shape of :func:`exact_conv2d`."""
-    shape = conv_out_shape(input, weight.shape[0], weight.shape[2:], stride, padding, dilation)
+    outs, kernel = weight.shape[0], weight.shape[2:]
+    shape = conv_out_shape(input.shape, outs, kernel, stride, padding, dilation)
     return input.new_empty(shape)
 
 
@@ -141,8 +145,8 @@ def _norm(
     beta = torch.zeros(channels) if bias is None else bias.detach().float().cpu().contiguous()
     if x.numel():
         _C.float_norm(
-            x.data_ptr(), images, channels, plane, groups, about_zero, eps,
-            gamma.data_ptr(), beta.data_ptr(), out.data_ptr(), get_num_threads(),
+            (images, channels, plane), groups, about_zero, eps,
+            (gamma.data_ptr(), beta.data_ptr()), x.data_ptr(), out.data_ptr(), get_num_threads(),
         )  # fmt: skip
     return out
 

@@ -10,7 +10,7 @@ from adalayer_native.errors import FileFormatError
 
 __all__ = ["HEADER_BYTES", "pack_weight", "packed_info", "unpack_weight"]
 
-HEADER_BYTES = 64
+HEADER_BYTES: int = _C.HEADER_BYTES
 
 
 def pack_weight(weight: Tensor, bits: int) -> Tensor:

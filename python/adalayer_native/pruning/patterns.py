@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from adalayer_native import _C
 from adalayer_native.errors import CalibrationError, PlanError
 from adalayer_native.plan import PATTERNS
 from adalayer_native.pruning.masks import magnitude_mask, pruned_count
@@ -24,7 +25,7 @@ from adalayer_native.pruning.masks import magnitude_mask, pruned_count
 __all__ = ["FILE_BLOCK", "block_size", "pattern_mask", "pattern_pruned_count", "pruned_blocks"]
 
 # Output x input channels of what the file's encoding of blocks can leave out.
-FILE_BLOCK = (16, 64)
+FILE_BLOCK: tuple[int, int] = _C.FILE_BLOCK
 _RUN = 4  # of input channels, in the pattern 2:4
 _KEPT = 2
 

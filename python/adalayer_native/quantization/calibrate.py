@@ -11,7 +11,7 @@ from torch import nn
 
 from adalayer_native._progress import ProgressBar
 from adalayer_native.capture import batch_inputs
-from adalayer_native.capture.layout import laid_out
+from adalayer_native.capture.channels_last import laid_out
 from adalayer_native.errors import CalibrationError, InputError
 from adalayer_native.quantization.graph import layers_of, metadata, quantizers_of
 from adalayer_native.quantization.observing import observers_for

@@ -139,9 +139,9 @@ class _Steps:
             return None
         if len(info.shape) != 4:
             return None
-        top, bottom, left, right = four_paddings(layer)
         rest += self._parameters(node, "weight", "bias")
-        rest += [list(layer.stride), [top, left, bottom, right], list(layer.dilation), layer.groups]
+        sides = list(four_paddings(layer))
+        rest += [list(layer.stride), sides, list(layer.dilation), layer.groups]
         return self._insert(node, _ops.exact_conv2d.default, rest)
 
     def _batch_norm(self, node: fx.Node) -> fx.Node | None:

@@ -6,7 +6,7 @@ float32 sums; inside ``simulate(exact=True)`` they are the same bits (see ``exac
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,6 @@ from adalayer_native.rounding import (
 )
 
 if TYPE_CHECKING:
-    from adalayer_native.quantization.exact import ExactLayer
     from adalayer_native.quantization.observers import Observer
 
 
@@ -157,6 +156,12 @@ class ActivationQuantizer(nn.Module):
         return f"bits={self.bits}, scale={self.scale:.6g}, zero_point={self.zero_point}"
 
 
+class _Exact(Protocol):
+    """The layer in integers (``exact.ExactLayer``)."""
+
+    def run(self, x: Tensor, output_size: list[int] | None = None) -> Tensor: ...
+
+
 class _QuantLayer:
     """What the layers share: bits, mask, scales. Mixed into the float layer's class."""
 
@@ -165,7 +170,7 @@ class _QuantLayer:
     mask: Tensor | None
     bits: int
     name: str
-    exact: ExactLayer | None
+    exact: _Exact | None
     step: StepSize | None
     dense_gradient: bool
 

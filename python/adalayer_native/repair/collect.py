@@ -14,9 +14,9 @@ from adalayer_native._progress import ProgressBar
 from adalayer_native.capture.loading import captured_on
 from adalayer_native.errors import PlanError
 from adalayer_native.plan import LayerPlan, Plan, layer_kind, supported_layers
-from adalayer_native.quantization.layout import native_layout
+from adalayer_native.quantization.stored import stored_model
 from adalayer_native.repair.hessian import LayerHessian, parts_of
-from adalayer_native.repair.walk import Data, norm_gain, rows_of, rows_per_image
+from adalayer_native.repair.streams import Data, norm_gain, rows_of, rows_per_image
 from adalayer_native.rounding import conv_form
 
 __all__ = ["layer_hessians"]
@@ -63,14 +63,14 @@ def layer_hessians(
         name: LayerPlan(name, layer_kind(module), module.weight.numel(), 8)
         for name, module in modules.items()
     }
-    layout = native_layout(model, Plan(wanted))
-    names = list(layout.layers) if layers is None else list(layers)
+    stored = stored_model(model, Plan(wanted))
+    names = list(stored.layers) if layers is None else list(layers)
     for name in names:
-        if name not in layout.layers:
-            reason = layout.kept_float.get(name, "the model has no such layer")
+        if name not in stored.layers:
+            reason = stored.kept_float.get(name, "the model has no such layer")
             raise PlanError(f"layer {name!r} cannot be quantized: {reason}")
     everything = dict(model.named_modules())
-    norms = {name: layout.layers[name].batch_norm for name in names}
+    norms = {name: stored.layers[name].batch_norm for name in names}
     training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -22,9 +22,9 @@ from adalayer_native.pruning.patterns import pattern_mask
 from adalayer_native.quantization.fake_quant import ActivationQuantizer, QuantLayer
 from adalayer_native.quantization.graph import layers_of, metadata
 from adalayer_native.quantization.observers import make_observer
-from adalayer_native.repair.columns import groups_of
 from adalayer_native.repair.hessian import LayerHessian
-from adalayer_native.repair.walk import Data, float_twin, in_order, norm_gain, rows_per_image
+from adalayer_native.repair.input_rows import groups_of
+from adalayer_native.repair.streams import Data, float_twin, in_order, norm_gain, rows_per_image
 from adalayer_native.rounding import conv_form, layer_form
 
 __all__ = ["EqualizedPair", "Pair", "equalize_layers", "pairs_of", "scale_pair"]

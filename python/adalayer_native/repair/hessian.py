@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from adalayer_native.errors import CalibrationError, PlanError
 from adalayer_native.pruning.masks import pruned_count
 from adalayer_native.pruning.patterns import block_size, pattern_mask, pruned_blocks
-from adalayer_native.repair.columns import columns, groups_of
+from adalayer_native.repair.input_rows import columns, groups_of
 from adalayer_native.repair.solver import (
     Equations,
     HeldBackError,

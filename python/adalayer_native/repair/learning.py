@@ -25,12 +25,12 @@ from torch.utils import _pytree as pytree
 
 from adalayer_native._progress import ProgressBar
 from adalayer_native.capture import Inputs
-from adalayer_native.capture.layout import laid_out
+from adalayer_native.capture.channels_last import laid_out
 from adalayer_native.quantization.fake_quant import QuantLayer
 from adalayer_native.quantization.graph import layers_of
 from adalayer_native.quantization.lsq import StepSize
+from adalayer_native.repair.streams import Data
 from adalayer_native.repair.views import has_views, view
-from adalayer_native.repair.walk import Data
 from adalayer_native.rounding import conv_form
 
 __all__ = ["PASSES", "Distance", "Learned", "learn"]

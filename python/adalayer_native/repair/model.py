@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,8 @@ from adalayer_native._fingerprint import fingerprint
 from adalayer_native._progress import ProgressBar
 from adalayer_native.errors import CalibrationError
 from adalayer_native.quantization.calibrate import reestimate_batch_norms
-from adalayer_native.quantization.exact import check_calibrated
 from adalayer_native.quantization.fake_quant import QuantLayer
+from adalayer_native.quantization.fold import check_calibrated
 from adalayer_native.quantization.graph import layers_of, metadata
 from adalayer_native.repair import checkpoint as store
 from adalayer_native.repair.equalize import EqualizedPair, equalize_layers, pairs_of
@@ -30,7 +31,7 @@ from adalayer_native.repair.hessian import (
 )
 from adalayer_native.repair.learning import PASSES as LEARNING_PASSES
 from adalayer_native.repair.learning import Distance, Learned, learn
-from adalayer_native.repair.walk import (
+from adalayer_native.repair.streams import (
     Data,
     Streams,
     float_twin,
@@ -231,85 +232,42 @@ def repair(
     if not 0.0 <= held_back <= 0.5:
         raise CalibrationError(f"repair: held_back must be from 0 to 0.5, got {held_back}")
     prepared.eval()
-    layers = layers_of(prepared)
     data = Data(prepared, loader, batches)
-    options = {
-        "layers": entries,
-        "choose_masks": choose_masks,
-        "correct_inputs": correct_inputs,
-        "equalize": equalize,
-        "passes": passes,
-        "damping": damping,
-        "held_back": held_back,
-        "seed": seed,
-        "data": data.digest,
-    }
+    apart = data.held_back(held_back)
+    order = in_order(prepared)
+    norms = {name: _norm_of(prepared, entries[name]) for name in order}
+    run = _Run(
+        prepared, data, apart, entries, layers_of(prepared), norms, choose_masks, passes, damping,
+        seed,
+    )  # fmt: skip
     states: dict[str, store.LayerState] = {}
     identity = ""
-    apart = data.held_back(held_back)
     result = Repair(images=data.images, held_back=sum(int(part.sum()) for part in apart))
     if checkpoint is not None:
-        identity = fingerprint(prepared, options)
+        others = {"correct_inputs": correct_inputs, "equalize": equalize, "held_back": held_back}
+        identity = fingerprint(prepared, run.options() | others)
         states, reports = store.load(checkpoint, identity)
         result.layers = {entry["name"]: LayerReport(**entry) for entry in reports}
         result.resumed = len(reports)
-    order = in_order(prepared)
-    norms = {name: _norm_of(prepared, entries[name]) for name in order}
-    before = {name: _state(layers[name], norms[name]) for name in order}
-    others = {name: value.clone() for name, value in prepared.state_dict().items()}
-    equalized = dict(prepared.meta.get("equalized", {}))
     bar = ProgressBar("Repairing", len(order), unit="layer", enabled=progress)
-    try:
+    with run.undone_on_error(order):
         if equalize and pairs_of(prepared):  # always the same: a checkpoint need not hold it
-            _check_shapes(prepared, layers[order[0]], order[0], data)
+            _check_shapes(prepared, run.layers[order[0]], order[0], data)
             result.pairs = equalize_layers(
                 prepared, data, keep_masks=not choose_masks, seed=seed, progress=progress
             )
         twin = float_twin(prepared)
-        models = [prepared, twin] if correct_inputs else [prepared]
-        streams = Streams(models, data, memory)
+        streams = Streams([prepared, twin] if correct_inputs else [prepared], data, memory)
         with bar, torch.no_grad():
             for index, name in enumerate(order):
-                layer, norm = layers[name], norms[name]
                 if name in states:
-                    _load(layer, norm, states[name])
-                    bar.advance(1, name)
-                    continue
-                started = time.monotonic()
-                hessian = LayerHessian(
-                    layer,
-                    name=name,
-                    gain=norm_gain(norm),
-                    per_image=rows_per_image(layer, data.images),
-                    seed=seed * 1_000_003 + index,
-                    damping=damping,
-                )
-                for calls, chosen in zip(streams.inputs(name), apart, strict=True):
-                    for x, *other in calls:
-                        x_float = other[0] if other else None
-                        hessian.add(x, x_float, rows_of(chosen, x))
-                    bar.advance(0, name)
-                mask = None
-                if not choose_masks and layer.mask is not None:
-                    mask = conv_form(layer, layer.mask)
-                sparsity, pattern = entries[name]["sparsity"], entries[name]["pattern"]
-                solution = hessian.quantize(
-                    layer.bits, sparsity, pattern=pattern, mask=mask, passes=passes
-                )
-                _apply(layer, norm, solution)
-                result.layers[name] = LayerReport(
-                    name=name,
-                    bits=layer.bits,
-                    sparsity=sparsity,
-                    plain_error=solution.plain_error,
-                    error=solution.error,
-                    seconds=round(time.monotonic() - started, 3),
-                    **({} if solution.held is None else _judged(solution.held)),
-                )
-                if checkpoint is not None:
-                    states[name] = _state(layer, norm)
-                    rows = [asdict(row) for row in result.layers.values()]
-                    store.save(checkpoint, identity, states, rows)
+                    _load(run.layers[name], norms[name], states[name])
+                else:
+                    result.layers[name] = run.repaired(index, name, streams, bar)
+                    if checkpoint is not None:
+                        states[name] = _state(run.layers[name], norms[name])
+                        rows = [asdict(row) for row in result.layers.values()]
+                        store.save(checkpoint, identity, states, rows)
                 bar.advance(1, name)
             if bn_reestimate:
                 result.reestimated = _reestimate(prepared, twin, data)
@@ -318,14 +276,91 @@ def repair(
                 prepared, twin, norms, data, apart, distance,
                 passes=learning_passes, seed=seed, progress=progress,
             )  # fmt: skip
-    except BaseException:
-        # Half a repair is a model that nobody asked for; what is done is in the checkpoint.
-        for name in order:
-            _load(layers[name], norms[name], before[name])
-        prepared.load_state_dict(others)
-        prepared.meta["equalized"] = equalized
-        raise
     return result
+
+
+@dataclass
+class _Run:
+    """A repair under way.
+
+    Attributes:
+        apart: which samples of every batch are held back.
+        entries: the plan's, by layer.
+        layers, norms: the layers, and the batch norms that are folded into them.
+        choose_masks, passes, damping, seed: as of :func:`repair`.
+    """
+
+    prepared: fx.GraphModule
+    data: Data
+    apart: list[torch.Tensor]
+    entries: dict[str, Any]
+    layers: dict[str, QuantLayer]
+    norms: dict[str, nn.Module | None]
+    choose_masks: bool
+    passes: int
+    damping: float
+    seed: int
+
+    def options(self) -> dict[str, Any]:
+        """What a checkpoint depends on, beside the model."""
+        return {
+            "layers": self.entries,
+            "choose_masks": self.choose_masks,
+            "passes": self.passes,
+            "damping": self.damping,
+            "seed": self.seed,
+            "data": self.data.digest,
+        }
+
+    @contextmanager
+    def undone_on_error(self, order: Sequence[str]) -> Iterator[None]:
+        """Half a repair is a model that nobody asked for; what is done is in the checkpoint."""
+        before = {name: _state(self.layers[name], self.norms[name]) for name in order}
+        others = {name: value.clone() for name, value in self.prepared.state_dict().items()}
+        equalized = dict(self.prepared.meta.get("equalized", {}))
+        try:
+            yield
+        except BaseException:
+            for name in order:
+                _load(self.layers[name], self.norms[name], before[name])
+            self.prepared.load_state_dict(others)
+            self.prepared.meta["equalized"] = equalized
+            raise
+
+    def repaired(self, index: int, name: str, streams: Streams, bar: ProgressBar) -> LayerReport:
+        """One layer: its inputs are gathered, its weight is chosen and put in place."""
+        started = time.monotonic()
+        layer, norm = self.layers[name], self.norms[name]
+        hessian = LayerHessian(
+            layer,
+            name=name,
+            gain=norm_gain(norm),
+            per_image=rows_per_image(layer, self.data.images),
+            seed=self.seed * 1_000_003 + index,
+            damping=self.damping,
+        )
+        for calls, chosen in zip(streams.inputs(name), self.apart, strict=True):
+            for x, *other in calls:
+                x_float = other[0] if other else None
+                hessian.add(x, x_float, rows_of(chosen, x))
+            bar.advance(0, name)
+        mask = None
+        if not self.choose_masks and layer.mask is not None:
+            mask = conv_form(layer, layer.mask)
+        sparsity, pattern = self.entries[name]["sparsity"], self.entries[name]["pattern"]
+        solution = hessian.quantize(
+            layer.bits, sparsity, pattern=pattern, mask=mask, passes=self.passes
+        )
+        _apply(layer, norm, solution)
+        return LayerReport(
+            name=name,
+            bits=layer.bits,
+            sparsity=sparsity,
+            plain_error=solution.plain_error,
+            error=solution.error,
+            seconds=round(time.monotonic() - started, 3),
+            **({} if solution.held is None else _judged(solution.held)),
+        )
 
 
 def _judged(held: HeldBack) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from .. import files, ops
 from ..allocation import float_bytes, plan_energy
-from ..allocation.rest import planned_rest
+from ..allocation.float_work import planned_work
 from ..capture import GraphModel, Inputs, captured
 from ..compress import Compressed
 from ..engine import Engine
@@ -64,7 +64,7 @@ def record(
         engine = why if found is None else found
     times, timed = _profile(engine)
     layers = _layers(front, result, packed, sample, times)
-    rest = planned_rest(front, plan) if result.float_rest is None else result.float_rest
+    rest = planned_work(front, plan) if result.float_work is None else result.float_work
     return {
         "format": RECORD_FORMAT,
         "version": RECORD_VERSION,

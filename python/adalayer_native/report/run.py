@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .._files import found_at
+from .._files import found_at, read_json
 from ..errors import FileFormatError, PlanError
 from ..microscope import Comparison
 from ..plan import Plan
@@ -121,16 +120,7 @@ def load_run(path: str | os.PathLike[str]) -> Run:
             f"directory of adalayer compress or demo"
         )
     source = os.fspath(root / "report.json")
-    try:
-        data = json.loads((root / "report.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FileFormatError(f"{source}: not readable as JSON: {error}") from None
-    if not isinstance(data, dict) or data.get("format") != RECORD_FORMAT:
-        raise FileFormatError(f'{source}: expected a JSON object with "format": "{RECORD_FORMAT}"')
-    if data.get("version") != RECORD_VERSION:
-        raise FileFormatError(
-            f"{source}: expected version {RECORD_VERSION}, got {data.get('version')!r}"
-        )
+    data = read_json(source, (RECORD_FORMAT, RECORD_VERSION))
     plan = Plan.load(root / "plan.json")
     try:
         rows = data["layers"]

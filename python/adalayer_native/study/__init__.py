@@ -6,8 +6,8 @@ from .._lazy import lazy
 
 if TYPE_CHECKING:
     from .adalayernet import AdalayernetSettings, run_adalayernet
+    from .folder import load_study
     from .green import GreenSettings, run_green
-    from .store import load_study
     from .text import section, write_report
 
 __all__ = [
@@ -25,7 +25,7 @@ __getattr__, __dir__ = lazy(
     {
         "adalayernet": ["AdalayernetSettings", "run_adalayernet"],
         "green": ["GreenSettings", "run_green"],
-        "store": ["load_study"],
+        "folder": ["load_study"],
         "text": ["section", "write_report"],
     },
 )

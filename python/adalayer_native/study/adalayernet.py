@@ -22,13 +22,12 @@ from ..measure import accuracy
 from ..models import get_model, load_weights
 from ..plan import Plan
 from ..training import Paused, Watch, fit
-from .images import Images
-from .measuring import EngineModule, energies, latencies, ledger
+from .folder import Clock, Study
 from .memory import peak_bytes
 from .papers import TABLE2
-from .runner import run_study
-from .settings import StudySettings
-from .store import Clock, Study
+from .runner import StudySettings, run_study
+from .splits import Images
+from .timing import EngineModule, energies, latencies, ledger
 
 __all__ = ["METHODS", "AdalayernetSettings", "run_adalayernet"]
 

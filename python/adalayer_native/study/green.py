@@ -23,12 +23,11 @@ from ..plan import Plan
 from ..quantization import convert, restore
 from ..training import Paused
 from .configurations import CONFIGURATIONS, Configuration, configuration, network, plan_of
-from .images import Images
-from .measuring import EngineModule, energies, latencies, ledger
+from .folder import Clock, Study
 from .memory import peak_bytes
-from .runner import run_study
-from .settings import StudySettings
-from .store import Clock, Study
+from .runner import StudySettings, run_study
+from .splits import Images
+from .timing import EngineModule, energies, latencies, ledger
 from .training import RunWatch, prepared_of, train
 
 __all__ = ["GreenSettings", "run_green"]

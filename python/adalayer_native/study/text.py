@@ -9,8 +9,8 @@ from typing import Any
 
 from .._files import write_text_atomic
 from . import text_adalayernet, text_green
+from .folder import load_study
 from .pictures import write_pictures
-from .store import load_study
 
 __all__ = ["section", "write_report"]
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from .adalayernet import TITLES, key_of
+from .markdown import machine_line, number, spread_text, table
 from .papers import FIGURE6, TABLE2
-from .tables import machine_line, number, spread_text, table
 
 __all__ = ["lines"]
 

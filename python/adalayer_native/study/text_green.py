@@ -7,8 +7,8 @@ from typing import Any
 
 from .configurations import configuration
 from .green import key_of
+from .markdown import machine_line, number, spread, spread_text, table
 from .papers import TABLE3
-from .tables import machine_line, number, spread, spread_text, table
 
 __all__ = ["lines", "runs_of"]
 

@@ -14,7 +14,7 @@ from ..measure import accuracy
 from ..quantization import calibrate, prepare
 from ..training import History, Watch, finetune, fit, narrow_for_ranges
 from .configurations import Configuration, plan_of
-from .store import Clock
+from .folder import Clock
 
 __all__ = ["RunWatch", "prepared_of", "train"]
 

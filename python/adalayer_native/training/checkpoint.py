@@ -14,12 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adalayer_native._files import require_file, write_atomic
-from adalayer_native.errors import FileFormatError
+from adalayer_native._checkpoint import read_checkpoint, write_checkpoint
 from adalayer_native.training.average import Average
 
-_FORMAT = "adalayer-training"
-_VERSION = "2"
+_KIND = ("adalayer-training", "2")
 
 
 @dataclass
@@ -66,26 +64,17 @@ def save(
     identity: str,
 ) -> None:
     """Write the state of a run; an interruption leaves the previous file."""
-    from safetensors.torch import save as serialise
-
-    tensors = {f"model.{key}": value.detach() for key, value in model.state_dict().items()}
+    tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             if isinstance(value, Tensor):
-                tensors[f"optimizer.{names[id(parameter)]}.{key}"] = value.detach()
+                tensors[f"optimizer.{names[id(parameter)]}.{key}"] = value
     tensors |= {f"average.{name}": value for name, value in average.values.items()}
     progress.averaged = average.steps
     tensors["rng"] = torch.get_rng_state()
-    metadata = {
-        "format": _FORMAT,
-        "version": _VERSION,
-        "identity": identity,
-        "progress": json.dumps(asdict(progress)),
-    }
-    # clone: safetensors refuses views that share memory, channels_last is made contiguous
-    stored = {key: value.cpu().contiguous().clone() for key, value in tensors.items()}
-    write_atomic(path, serialise(stored, metadata))
+    texts = {"progress": json.dumps(asdict(progress))}
+    write_checkpoint(path, _KIND, identity, tensors, **texts)
 
 
 def load(
@@ -104,24 +93,14 @@ def load(
     Raises:
         FileFormatError: the file cannot be read or is not a checkpoint.
     """
-    from safetensors import SafetensorError, safe_open
-
-    shown = os.fspath(path)
-    require_file(path, "checkpoint")
-    try:
-        with safe_open(shown, framework="pt") as handle:
-            metadata = handle.metadata() or {}
-            if metadata.get("format") != _FORMAT or metadata.get("version") != _VERSION:
-                raise FileFormatError(
-                    f"checkpoint {shown!r}: expected format {_FORMAT} version {_VERSION}, got "
-                    f"{metadata.get('format')} version {metadata.get('version')}"
-                )
-            if metadata.get("identity") != identity:
-                return None
-            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
-            progress = Progress(**json.loads(metadata["progress"]))
+    with read_checkpoint(path, _KIND) as (metadata, handle):
+        if metadata.get("identity") != identity:
+            return None
+        tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+        progress = Progress(**json.loads(metadata["progress"]))
         model.load_state_dict(_part(tensors, "model."))
         average.load(_part(tensors, "average."), progress.averaged)
+        rng: Tensor = tensors["rng"]
         parameters = dict(model.named_parameters())
         for key, value in _part(tensors, "optimizer.").items():
             name, _, entry = key.rpartition(".")
@@ -130,14 +109,7 @@ def load(
                 # Same memory layout as the parameter, or sums could be ordered differently.
                 value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
             optimizer.state[parameter][entry] = value
-        return progress, tensors["rng"]
-    except FileFormatError:
-        raise
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise FileFormatError(
-            f"checkpoint {shown!r} is corrupt ({type(error).__name__}: {error}); delete it to "
-            "start again"
-        ) from error
+    return progress, rng
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

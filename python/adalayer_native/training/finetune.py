@@ -17,7 +17,7 @@ from adalayer_native.errors import CalibrationError, PlanError
 from adalayer_native.importance.batches import tokens_of
 from adalayer_native.importance.outputs import LossFn, Pick, has_logits, logits_of, loss_key
 from adalayer_native.quantization.calibrate import batch_norms, reestimate_batch_norms
-from adalayer_native.quantization.exact import check_calibrated
+from adalayer_native.quantization.fold import check_calibrated
 from adalayer_native.quantization.graph import layers_of, metadata
 from adalayer_native.quantization.lsq import StepSize
 from adalayer_native.training.batches import NORM_BATCHES, as_float, split_batch

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from adalayer_native.plan import MAX_BITS
 from adalayer_native.pruning.masks import magnitude_mask
 from adalayer_native.quantization.fake_quant import QuantLayer
 from adalayer_native.quantization.graph import layers_of, metadata
-from adalayer_native.rounding import MAX_BITS
 
 __all__ = ["CompressionSchedule", "cubic_sparsity", "half_cosine", "lowered_bits"]
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from adalayer_native.errors import PlanError
+from adalayer_native.plan import MAX_BITS, MIN_BITS
 from adalayer_native.quantization.graph import layers_of, metadata, quantizers_of
 from adalayer_native.quantization.lsq import StepSize
-from adalayer_native.rounding import MAX_BITS, MIN_BITS
 
 __all__ = ["WidthSchedule", "narrow_for_ranges"]
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import ops
-from .._files import found_at, write_text_atomic
+from .._files import found_at, read_json, write_text_atomic
+from ..allocation.store import processor
 from ..errors import FileFormatError, PlanError
 
 __all__ = ["FORMAT", "Clock", "Study", "describe_machine", "load_study"]
@@ -24,17 +25,9 @@ FILE = "study.json"
 
 def describe_machine() -> dict[str, Any]:
     """Processor, cores, kernels and versions; no names of the machine or of its user."""
-    cpu, cores = platform.processor() or platform.machine(), os.cpu_count() or 1
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                cpu = value.strip()
-    except OSError:  # not Linux
-        pass
     return {
-        "cpu": cpu,
-        "cores": cores,
+        "cpu": processor(),
+        "cores": os.cpu_count() or 1,
         "isa": ops.active_isa(),
         "python": platform.python_version(),
         "torch": version("torch"),
@@ -172,14 +165,7 @@ def load_study(path: str | os.PathLike[str], *, finished: bool = True) -> dict[s
 
 
 def _read(file: Path, name: str | None) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FileFormatError(f"{file}: not readable as JSON: {error}") from None
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise FileFormatError(f'{file}: expected a JSON object with "format": "{FORMAT}"')
-    if data.get("version") != VERSION:
-        raise FileFormatError(f"{file}: expected version {VERSION}, got {data.get('version')!r}")
+    data = read_json(file, (FORMAT, VERSION))
     if name is not None and data.get("study") != name:
         raise FileFormatError(
             f"{file} belongs to study {data.get('study')!r}, not {name!r}; give another --out"

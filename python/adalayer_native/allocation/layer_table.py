@@ -10,15 +10,14 @@ import numpy as np
 
 from .._progress import ProgressBar
 from ..errors import CalibrationError, PlanError
-from ..plan import unknown_layer
-from .closed_form import MAX_BITS, MIN_BITS
+from ..plan import MAX_BITS, MIN_BITS, unknown_layer
 from .options import UNSTRUCTURED, Option
 from .store import Store
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["BITS", "SPARSITIES", "LayerTable", "fill", "fill_parts"]
+__all__ = ["BITS", "SPARSITIES", "LayerTable", "Measured"]
 
 BITS = tuple(range(MIN_BITS, MAX_BITS + 1))
 # Below 30 % a bitmask saves nothing at 2 and 3 bits and little at more; in between, the file
@@ -218,108 +217,110 @@ class LayerTable:
         return self.table(self.sparsities[0])
 
 
-def fill(
-    what: str,
-    unit: str,
-    layers: Sequence[str],
-    measure: Callable[[str, Option], float],
-    store: Store,
-    *,
-    bits: Sequence[int] = BITS,
-    sparsities: Sequence[float] = SPARSITIES,
-    pattern: str = UNSTRUCTURED,
-    activation_bits: int | None = None,
-    wanted: np.ndarray | None = None,
-    progress: bool = True,
-) -> LayerTable:
-    """A table whose missing entries are measured, one after another, and kept in ``store``.
+@dataclass(frozen=True)
+class Measured:
+    """What a table holds, and how an entry of it is measured.
 
-    Args:
+    Attributes:
         what, unit, layers: see :class:`LayerTable`.
         measure: ``(layer, option) -> number``.
         store: entries that are there already are not measured again.
-        bits, sparsities, pattern, activation_bits: of the table.
-        wanted: bool ``[layers, widths, sparsities]``; the others become NaN. Default: all.
-        progress: show a progress bar.
-
-    Raises:
-        CalibrationError: a number that is not finite.
     """
-    shape = (len(layers), len(bits), len(sparsities))
-    wanted = np.ones(shape, dtype=bool) if wanted is None else wanted
-    values = np.full(shape, np.nan)
-    name = "measuring latencies" if what == "latency" else f"measuring {what}s"
-    if pattern != UNSTRUCTURED:
-        name += f", {pattern}"
-    if activation_bits is not None:
-        name += f", {activation_bits}-bit inputs"
-    bar = ProgressBar(name, int(wanted.sum()), unit="option", enabled=progress)
-    with store, bar:
-        for row, name in enumerate(layers):
-            for i, width in enumerate(bits):
-                for j, sparsity in enumerate(sparsities):
-                    if not wanted[row, i, j]:
-                        continue
-                    option = Option(
-                        width, sparsity, pattern if sparsity > 0 else UNSTRUCTURED, activation_bits
-                    )
-                    entry = f"{name} {option.name}"
-                    if entry not in store:
-                        value = float(measure(name, option))
-                        if not np.isfinite(value):
-                            raise CalibrationError(
-                                f"layer {name!r} at {width} bits and sparsity {sparsity:g}: the "
-                                f"{what} is {value}; expected a finite number"
-                            )
-                        store[entry] = value
-                    values[row, i, j] = store[entry]
-                    bar.advance(1, name)
-    return LayerTable(
-        what,
-        unit,
-        tuple(layers),
-        tuple(bits),
-        tuple(sparsities),
-        values,
-        pattern=pattern,
-        activation_bits=activation_bits,
-    )
 
+    what: str
+    unit: str
+    layers: Sequence[str]
+    measure: Callable[[str, Option], float]
+    store: Store
 
-def fill_parts(
-    what: str,
-    unit: str,
-    layers: Sequence[str],
-    measure: Callable[[str, Option], float],
-    store: Store,
-    *,
-    bits: Sequence[int],
-    sparsities_of: Callable[[str], Sequence[float]],
-    patterns: Sequence[str],
-    wanted: Mapping[str, np.ndarray] | None = None,
-    inputs: Sequence[int | None] = (None,),
-    progress: bool = True,
-) -> LayerTable:
-    """One table of the parts of all patterns and bits of inputs, see :func:`fill`.
+    def value(self, layer: str, option: Option) -> float:
+        """One entry, measured now or before.
 
-    ``sparsities_of`` and ``wanted`` are by pattern.
-    """
-    parts = [
-        fill(
-            what,
-            unit,
-            layers,
-            measure,
-            store,
-            bits=bits,
-            sparsities=sparsities_of(pattern),
+        Raises:
+            CalibrationError: a number that is not finite.
+        """
+        entry = f"{layer} {option.name}"
+        if entry not in self.store:
+            value = float(self.measure(layer, option))
+            if not np.isfinite(value):
+                raise CalibrationError(
+                    f"layer {layer!r} at {option.bits} bits and sparsity {option.sparsity:g}: the "
+                    f"{self.what} is {value}; expected a finite number"
+                )
+            self.store[entry] = value
+        return self.store[entry]
+
+    def title(self, pattern: str, activation_bits: int | None) -> str:
+        """What is being done, for a progress bar."""
+        name = "measuring latencies" if self.what == "latency" else f"measuring {self.what}s"
+        if pattern != UNSTRUCTURED:
+            name += f", {pattern}"
+        return name if activation_bits is None else f"{name}, {activation_bits}-bit inputs"
+
+    def table(
+        self,
+        bits: Sequence[int],
+        sparsities: Sequence[float],
+        pattern: str,
+        activation_bits: int | None,
+        wanted: np.ndarray | None = None,
+        *,
+        progress: bool = True,
+    ) -> LayerTable:
+        """One table, its entries measured one after the other.
+
+        Args:
+            bits, sparsities, pattern, activation_bits: of the table.
+            wanted: bool ``[layers, widths, sparsities]``; the others become NaN. Default: all.
+            progress: show a progress bar.
+        """
+        shape = (len(self.layers), len(bits), len(sparsities))
+        wanted = np.ones(shape, dtype=bool) if wanted is None else wanted
+        values = np.full(shape, np.nan)
+        title, total = self.title(pattern, activation_bits), int(wanted.sum())
+        with self.store, ProgressBar(title, total, unit="option", enabled=progress) as bar:
+            for row, i, j in np.argwhere(wanted).tolist():
+                sparsity, layer = sparsities[j], self.layers[row]
+                where = pattern if sparsity > 0 else UNSTRUCTURED
+                option = Option(bits[i], sparsity, where, activation_bits)
+                values[row, i, j] = self.value(layer, option)
+                bar.advance(1, layer)
+        return LayerTable(
+            self.what,
+            self.unit,
+            tuple(self.layers),
+            tuple(bits),
+            tuple(sparsities),
+            values,
             pattern=pattern,
             activation_bits=activation_bits,
-            wanted=None if wanted is None else wanted[pattern],
-            progress=progress,
         )
-        for activation_bits in inputs
-        for pattern in patterns
-    ]
-    parts[0].others = tuple(parts[1:])
-    return parts[0]
+
+    def tables(
+        self,
+        bits: Sequence[int],
+        sparsities_of: Callable[[str], Sequence[float]],
+        patterns: Sequence[str],
+        *,
+        wanted: Mapping[str, np.ndarray] | None = None,
+        inputs: Sequence[int | None] = (None,),
+        progress: bool = True,
+    ) -> LayerTable:
+        """One table of the parts of all patterns and bits of inputs.
+
+        ``sparsities_of`` and ``wanted`` are by pattern.
+        """
+        parts = [
+            self.table(
+                bits,
+                sparsities_of(pattern),
+                pattern,
+                activation_bits,
+                None if wanted is None else wanted[pattern],
+                progress=progress,
+            )
+            for activation_bits in inputs
+            for pattern in patterns
+        ]
+        parts[0].others = tuple(parts[1:])
+        return parts[0]

@@ -9,10 +9,10 @@ from helpers_models import batches, tiny
 from adalayer_native.allocation import Budget, Settings, allocate, estimate_bytes
 from adalayer_native.allocation import optimal as method
 from adalayer_native.allocation.evaluate import Evaluator, Measurement
-from adalayer_native.allocation.measuring import Data, loader_of, measure_tables
+from adalayer_native.allocation.measured_tables import Data, loader_of, measure_tables
 from adalayer_native.allocation.options import Option
+from adalayer_native.allocation.other_methods import Predictor, best_of_other_methods, table_scores
 from adalayer_native.allocation.problem import Problem
-from adalayer_native.allocation.rivals import Predictor, rivals, table_scores
 from adalayer_native.allocation.selection import selection_of
 from adalayer_native.allocation.uniform import uniform_pairs
 from adalayer_native.importance import analyze
@@ -64,9 +64,9 @@ def test_scores_of_the_tables_are_those_of_an_analysis_of_the_same_loss(model) -
 
 
 @pytest.mark.parametrize("budget", [Budget(bytes=1900), Budget(bits=2.5), Budget(size=0.4)])
-def test_rivals_keep_the_budget_and_are_the_best_of_their_kind(model, budget: Budget) -> None:
+def test_other_methods_keep_the_budget_and_are_their_best(model, budget: Budget) -> None:
     selection, tables, _ = known(model, budget)
-    found = rivals(selection, tables)
+    found = best_of_other_methods(selection, tables)
     assert 1 <= len(found) <= 2
     limited = selection.problem.limited(budget)
     assert all(limited.fits(choice) for choice in found)
@@ -79,15 +79,15 @@ def test_rivals_keep_the_budget_and_are_the_best_of_their_kind(model, budget: Bu
     assert predictor.measure(found[-1]).loss <= min(losses) * (1 + 1e-9)
 
 
-def test_no_rivals_where_the_other_methods_take_no_such_budget(model) -> None:
+def test_no_plans_where_the_other_methods_take_no_such_budget(model) -> None:
     selection, tables, _ = known(model, Budget(bytes=2000, bits=4))
-    assert rivals(selection, tables) == []
+    assert best_of_other_methods(selection, tables) == []
 
 
 @pytest.mark.parametrize("weights", ["rounded", "repaired"])
-def test_a_rival_that_loses_less_is_the_plan(model, monkeypatch, weights: str) -> None:
-    budget = Budget(bytes=1900)
-    options = {**SETTINGS, "weight_of": weights, "rounds": 1, "trials": 1, "finalists": 2}
+def test_a_better_plan_of_another_method_is_taken(model, monkeypatch, weights: str) -> None:
+    budget = Budget(bytes=2000)
+    options = {**SETTINGS, "weight_of": weights, "rounds": 1, "trials": 1, "repaired_plans": 2}
     monkeypatch.setattr(method, "NEGLIGIBLE", 0.0)
 
     def plan(**more):
@@ -96,16 +96,16 @@ def test_a_rival_that_loses_less_is_the_plan(model, monkeypatch, weights: str) -
             options={**options, **more}, progress=False,
         )  # fmt: skip
 
-    alone = plan(rivals=False)
+    alone = plan(other_methods=False)
     best = {"conv1": Option(8), "conv2": Option(2), "fc": Option(8)}
-    monkeypatch.setattr(method, "rivals", lambda *_: [best])
+    monkeypatch.setattr(method, "best_of_other_methods", lambda *_: [best])
     found = plan()
     data = Data.split(model, batches(2, 24), None, None)
     if weights == "rounded":
         judge = Evaluator(model, loader_of(data.check))
-        rival = judge.measure(best).loss
+        other = judge.measure(best).loss
         assert found.measured["calibration_loss"] == pytest.approx(
-            min(rival, alone.measured["calibration_loss"])
+            min(other, alone.measured["calibration_loss"])
         )
     assert found.measured["calibration_loss"] <= alone.measured["calibration_loss"]
     # And where it is the best by far, it is what comes out, with errors for the table.

@@ -90,7 +90,7 @@ def columns(
 def _padded(layer: nn.Module, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
     """The input as a stride-``s`` convolution without padding reads it, and that stride."""
     if isinstance(layer, nn.Conv2d):
-        top, bottom, left, right = four_paddings(layer)
+        top, left, bottom, right = four_paddings(layer)
         return F.pad(x, (left, right, top, bottom)), _pair(layer.stride)
     # A transposed convolution is a convolution of the input spread out with zeros.
     stride, padding, extra = (

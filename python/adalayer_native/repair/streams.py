@@ -15,7 +15,7 @@ from torch.fx.node import map_aggregate
 from adalayer_native._fingerprint import memory_of
 from adalayer_native.capture import GraphModel, Inputs, batch_inputs
 from adalayer_native.capture import vocabulary as table
-from adalayer_native.capture.layout import laid_out
+from adalayer_native.capture.channels_last import laid_out
 from adalayer_native.errors import CalibrationError, InputError
 from adalayer_native.padding import PaddedConv2d
 from adalayer_native.quantization.fake_quant import ActivationQuantizer, QuantLayer

@@ -22,16 +22,16 @@ from .budget import Budget
 from .evaluate import Evaluator
 from .knapsack import Pair
 from .latencies import latency_table, machine_latencies
+from .layer_table import LayerTable, Measured
 from .narrow_inputs import NarrowInputs
+from .optimal_settings import MEASURES, Settings
 from .options import UNSTRUCTURED, Option
 from .problem import Problem
 from .repaired import REPAIR_VERSION, RepairedWeights
 from .resources import resources
 from .selection import Selection, Tables, selection_of
 from .sensitivity import LayerError, LogitSensitivity, WeightOf
-from .settings import MEASURES, Settings
 from .store import Store, cache_dir
-from .tables import LayerTable, fill_parts
 
 __all__ = [
     "Data",
@@ -217,7 +217,7 @@ def inputs_key(problem: Problem, data: Data) -> dict[str, Any]:
         "logits": data.loss_fn is None,
         **({} if data.task_loss is None else {"loss": str(data.task_loss)}),
         "output": data.pick,
-        "layers": list(problem.layout.layers),
+        "layers": list(problem.stored.layers),
         "activation_bits": problem.activation_bits,
     }
 
@@ -256,7 +256,7 @@ def weights_of(
         return settings.weight_of
     if settings.weight_of == "rounded":
         return None
-    names = list(problem.layout.layers)  # pinned ones too: plans are measured with them
+    names = list(problem.stored.layers)  # pinned ones too: plans are measured with them
     return RepairedWeights(problem.model, loader_of(data.repair), names, progress=progress)
 
 
@@ -309,11 +309,9 @@ def _error_table(
                     store[f"{name} {other.name}"] = value
         return measure(name, *option.arguments())
 
-    table = fill_parts(
-        "error", "nats", problem.free, error, store,
-        bits=settings.widths, sparsities_of=settings.sparsities_of, patterns=patterns,
-        wanted=wanted, progress=progress,
-    )  # fmt: skip
+    table = Measured("error", "nats", problem.free, error, store).tables(
+        settings.widths, settings.sparsities_of, patterns, wanted=wanted, progress=progress
+    )
     images = sum(batch.count for batch in data.table)
     table.about = {"measure": str(by), "images": images, "repair": settings.repair}
     table.about["weights"] = "own" if callable(settings.weight_of) else settings.weight_of

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from .._deprecated import renamed_fields, renamed_keys
 from ..errors import PlanError
 from ..importance.outputs import LossFn
 from ..importance.registry import CRITERIA
@@ -14,18 +15,18 @@ from ..importance.task_loss import TaskLoss
 from ..plan import PATTERNS
 from .budget import Budget
 from .closed_form import MAX_SPARSITY
+from .layer_table import BITS, SPARSITIES
 from .machine_table import MachineTable
 from .options import UNSTRUCTURED
 from .sensitivity import LayerError, WeightOf
-from .tables import BITS, SPARSITIES
 
-__all__ = ["EFFORTS", "MEASURES", "Settings", "check_effort", "settings_of"]
+__all__ = ["EFFORTS", "MEASURES", "Settings", "check_effort"]
 
 MEASURES = ("logits", "loss")
 WEIGHTS = ("repaired", "rounded")
 BLOCKS = ("block16x64", "block32x64")  # what the kernels of the CPU skip
-FINALISTS, FEWEST_FINALISTS = 8, 3
-FINAL_WORK = 2.5e11  # multiply-accumulates of all images that finalists are repaired with
+REPAIRED_PLANS, FEWEST_REPAIRED = 8, 3
+REPAIR_WORK = 2.5e11  # multiply-accumulates of all images that repaired_plans are repaired with
 NARROW = (7, 6)  # bits of an input with which some layers run in a faster form
 
 
@@ -34,22 +35,24 @@ class _Search:
     """What an effort stands for.
 
     Attributes:
-        rounds, trials, rivals: as in :class:`Settings`, where they are not given.
-        finalists: the same; ``None``: by the work of a repair.
+        rounds, trials, other_methods: as in :class:`Settings`, where they are not given.
+        repaired_plans: the same; ``None``: by the work of a repair.
         gain: the share by which the least loss has to fall for the search to go on.
     """
 
     rounds: int
     trials: int
-    finalists: int | None
-    rivals: bool
+    repaired_plans: int | None
+    other_methods: bool
     gain: float
 
 
 _SEARCHES = {
-    "low": _Search(rounds=1, trials=4, finalists=0, rivals=False, gain=0.1),
-    "normal": _Search(rounds=4, trials=10, finalists=None, rivals=True, gain=0.02),
-    "high": _Search(rounds=8, trials=16, finalists=2 * FINALISTS, rivals=True, gain=0.0),
+    "low": _Search(rounds=1, trials=4, repaired_plans=0, other_methods=False, gain=0.1),
+    "normal": _Search(rounds=4, trials=10, repaired_plans=None, other_methods=True, gain=0.02),
+    "high": _Search(
+        rounds=8, trials=16, repaired_plans=2 * REPAIRED_PLANS, other_methods=True, gain=0.0
+    ),
 }
 EFFORTS = tuple(_SEARCHES)
 
@@ -60,6 +63,10 @@ def check_effort(effort: str) -> None:
         raise PlanError(f"unknown effort {effort!r}: expected one of {EFFORTS}")
 
 
+RENAMED = {"finalists": "repaired_plans", "rivals": "other_methods"}
+
+
+@renamed_fields(**RENAMED)
 @dataclass
 class Settings:
     """Options of method ``"optimal"``.
@@ -97,21 +104,20 @@ class Settings:
             different ones are kept apart; a table is not kept without it.
         interactions: whether to measure terms between the layers that lose most.
         effort: ``"low"``, ``"normal"`` or ``"high"``: how much is measured after the tables, where
-            ``rounds``, ``trials``, ``finalists`` and ``rivals`` do not say it. Low compares a dozen
-            plans of weights repaired layer by layer and repairs none whole; normal and high say
-            below what they do. A search ends where its last round (of the local search), or its
-            last two plans (of those that are repaired whole), lowered the least loss by less than
-            10, 2 or 0 percent.
+            ``rounds``, ``trials``, ``repaired_plans`` and ``other_methods`` do not say it. Low
+            compares a dozen plans of weights repaired layer by layer and repairs none whole; normal
+            and high say below what they do. A search ends where its last round (of the local
+            search), or its last two plans (of those that are repaired whole), lowered the least
+            loss by less than 10, 2 or 0 percent.
         rounds, trials: of the local search; 0 rounds take the solver's plan as it is. Default: 4
             and 10; at low effort 1 and 4, at high effort 8 and 16.
-        finalists: so many plans are repaired whole, as ``repair`` does it, and compared on the
-            images of the check (:mod:`~adalayer_native.allocation.finals`); 0 or 1: none. Only with
-            repaired weights, and where the local search leaves a loss worth speaking of. Default:
-            8, down to 3 where a repair is much work (:meth:`finalists_for`); 0 at low effort and 16
-            at high effort.
-        rivals: whether the best plans of methods ``"uniform"`` and ``"adalayer"``, as the tables
-            predict them, are measured as well and taken where they lose less; for budgets that
-            those methods take. Default: but at low effort.
+        repaired_plans: so many plans are repaired whole, as ``repair`` does it, and compared on the
+            images of the check (``repaired_plans.py``); 0 or 1: none. Only with repaired weights,
+            and where the local search leaves a loss worth speaking of. Default: 8, down to 3 where
+            a repair is much work (:meth:`repaired_plans_for`); 0 at low effort and 16 at high.
+        other_methods: whether the best plans of methods ``"uniform"`` and ``"adalayer"``, as the
+            tables predict them, are measured as well and taken where they lose less; for budgets
+            that those methods take. Default: but at low effort.
         latency_batch: images per call for which latencies are measured.
         threads: threads per call; default: those of ``ops.get_num_threads()``.
         latency_table: a file of ``adalayer profile`` from the machine that the plan is for. Then
@@ -132,12 +138,34 @@ class Settings:
     effort: str = "normal"
     rounds: int | None = None
     trials: int | None = None
-    finalists: int | None = None
-    rivals: bool | None = None
+    repaired_plans: int | None = None
+    other_methods: bool | None = None
     latency_batch: int = 1
     threads: int | None = None
     latency_table: str | os.PathLike[str] | None = None
     directory: str | os.PathLike[str] | None = None
+
+    @classmethod
+    def of(
+        cls, options: Mapping[str, Any] | None, tables: str | os.PathLike[str] | None = None
+    ) -> Settings:
+        """Settings from a mapping, checked; ``tables`` is the directory.
+
+        Raises:
+            PlanError: an unknown option, a value out of range, or a latency table of another batch
+                or other threads.
+            FileFormatError: a latency table that cannot be used.
+        """
+        given = renamed_keys(options or {}, RENAMED)
+        known = {entry.name for entry in fields(cls)} - {"directory"}
+        unknown = sorted(set(given) - known)
+        if unknown:
+            raise PlanError(f"unknown options {unknown}: expected some of {sorted(known)}")
+        if given.get("latency_table") is not None:
+            given = {**_of_table(MachineTable.load(given["latency_table"]), given), **given}
+        found = cls(**given, directory=tables)
+        found.check()
+        return found
 
     def measure_for(self, loss_fn: LossFn | None) -> str | LayerError:
         """What the error table holds of a loss."""
@@ -188,10 +216,11 @@ class Settings:
             )
         if self.step is not None and not 0.01 <= self.step <= 1:
             raise PlanError(f"step must be from 0.01 to 1 or None, got {self.step!r}")
-        few = min(self.search_rounds, self.finalists or 0) < 0
+        few = min(self.search_rounds, self.repaired_plans or 0) < 0
         if few or min(self.search_trials, self.latency_batch) < 1:
             raise PlanError(
-                "rounds and finalists must not be negative; trials and latency_batch at least 1"
+                "rounds and repaired_plans must not be negative; trials and latency_batch at "
+                "least 1"
             )
 
     @property
@@ -205,9 +234,13 @@ class Settings:
         return _SEARCHES[self.effort].trials if self.trials is None else self.trials
 
     @property
-    def compares_rivals(self) -> bool:
+    def compares_other_methods(self) -> bool:
         """Whether plans of other methods take part in the last comparison."""
-        return _SEARCHES[self.effort].rivals if self.rivals is None else self.rivals
+        return (
+            _SEARCHES[self.effort].other_methods
+            if self.other_methods is None
+            else self.other_methods
+        )
 
     @property
     def gain(self) -> float:
@@ -235,35 +268,20 @@ class Settings:
             )
         return tuple(sorted(self.input_widths, reverse=True))
 
-    def finalists_for(self, work: float) -> int:
+    def repaired_plans_for(self, work: float) -> int:
         """Plans that are repaired whole, where one repair looks at so many multiply-accumulates."""
-        asked = _SEARCHES[self.effort].finalists if self.finalists is None else self.finalists
+        asked = (
+            _SEARCHES[self.effort].repaired_plans
+            if self.repaired_plans is None
+            else self.repaired_plans
+        )
         if asked is not None:
             return asked
-        return max(FEWEST_FINALISTS, min(FINALISTS, int(FINAL_WORK / max(work, 1.0))))
+        return max(FEWEST_REPAIRED, min(REPAIRED_PLANS, int(REPAIR_WORK / max(work, 1.0))))
 
     def sparsities_of(self, pattern: str) -> tuple[float, ...]:
         """The sparsities that a pattern is measured at, 0 among them."""
         return (0.0, 0.5) if pattern == "2:4" else tuple(self.sparsities)
-
-
-def settings_of(
-    options: Mapping[str, Any] | None, tables: str | os.PathLike[str] | None
-) -> Settings:
-    """Settings from a mapping.
-
-    Raises:
-        PlanError: an unknown option, or a latency table of another batch or other threads.
-        FileFormatError: a latency table that cannot be used.
-    """
-    given = dict(options or {})
-    known = {entry.name for entry in fields(Settings)} - {"directory"}
-    unknown = sorted(set(given) - known)
-    if unknown:
-        raise PlanError(f"unknown options {unknown}: expected some of {sorted(known)}")
-    if given.get("latency_table") is not None:
-        given = {**_of_table(MachineTable.load(given["latency_table"]), given), **given}
-    return Settings(**{**given, "directory": tables})
 
 
 def _of_table(table: MachineTable, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..capture import GraphModel
-from ..capture.work import FloatRest, Work, float_rest
+from ..capture.work import FloatWork, Work, float_work
 from ..plan import MAX_BITS, LayerPlan, Plan, layer_kind, supported_layers
-from ..quantization.layout import native_layout
+from ..quantization.stored import stored_model
 
-__all__ = ["planned_rest", "unsupported_rest"]
+__all__ = ["planned_work", "unsupported_work"]
 
 
-def unsupported_rest(
+def unsupported_work(
     model: GraphModel, plan: Plan | None = None, work: list[Work] | None = None
-) -> FloatRest:
+) -> FloatWork:
     """What no plan can make native: layers without native form, products that are no layers.
 
     Args:
@@ -22,15 +22,15 @@ def unsupported_rest(
         plan: whose bits count where it has some; a layer may be too large for 8.
         work: of the model, if it is at hand.
     """
-    layout = native_layout(model, _everywhere(model, plan))
-    return float_rest(model, set(layout.layers), layout.kept_float, work)
+    stored = stored_model(model, _everywhere(model, plan))
+    return float_work(model, set(stored.layers), stored.kept_float, work)
 
 
-def planned_rest(model: GraphModel, plan: Plan, work: list[Work] | None = None) -> FloatRest:
+def planned_work(model: GraphModel, plan: Plan, work: list[Work] | None = None) -> FloatWork:
     """What stays in float with a plan, layers that it keeps so included."""
-    layout = native_layout(model, plan)
-    reasons = native_layout(model, _everywhere(model, plan)).kept_float
-    return float_rest(model, set(layout.layers), {**reasons, **layout.kept_float}, work)
+    stored = stored_model(model, plan)
+    every = stored_model(model, _everywhere(model, plan)).kept_float
+    return float_work(model, set(stored.layers), {**every, **stored.kept_float}, work)
 
 
 def _everywhere(model: GraphModel, plan: Plan | None) -> Plan:

@@ -22,7 +22,7 @@ from .problem import Problem
 from .selection import Selection, Tables
 from .uniform import uniform
 
-__all__ = ["Predictor", "rivals", "table_scores"]
+__all__ = ["Predictor", "best_of_other_methods", "table_scores"]
 
 _LEAST = 1e-12  # nats: what stands for an error of nothing in a logarithm
 CANDIDATES = 60  # plans of the closed form that are looked at first
@@ -98,7 +98,7 @@ def table_scores(problem: Problem, tables: Tables) -> LayerScores | None:
     return scores
 
 
-def rivals(selection: Selection, tables: Tables) -> list[Choice]:
+def best_of_other_methods(selection: Selection, tables: Tables) -> list[Choice]:
     """The best plans of methods ``"uniform"`` and ``"adalayer"``, as far as the tables know.
 
     None for budgets that those methods do not take.

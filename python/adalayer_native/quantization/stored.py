@@ -21,7 +21,7 @@ from adalayer_native.rounding import conv_form
 
 
 @dataclass(frozen=True)
-class NativeLayer:
+class StoredLayer:
     """A layer as it will be stored.
 
     Attributes:
@@ -52,7 +52,7 @@ class NativeLayer:
 
 
 @dataclass(frozen=True)
-class NativeLayout:
+class StoredModel:
     """Contents of the saved file of ``convert(prepare(model, plan))``.
 
     Attributes:
@@ -62,7 +62,7 @@ class NativeLayout:
         kept_float: reason by name for layers that the plan quantizes but that stay float.
     """
 
-    layers: dict[str, NativeLayer]
+    layers: dict[str, StoredLayer]
     quantizers: list[str]
     float_tensors: list[tuple[str, tuple[int, ...], torch.dtype]]
     kept_float: dict[str, str]
@@ -113,7 +113,7 @@ def structure_of(model: GraphModel, quantized: set[str]) -> Structure:
     return known[key]
 
 
-def native_layout(model: nn.Module | torch.export.ExportedProgram, plan: Plan) -> NativeLayout:
+def stored_model(model: nn.Module | torch.export.ExportedProgram, plan: Plan) -> StoredModel:
     """Tensors of the file that ``convert(prepare(model, plan))`` would be saved to.
 
     Cheap for a captured model: it is analysed once per set of quantized layers (bits and sparsity
@@ -129,11 +129,11 @@ def native_layout(model: nn.Module | torch.export.ExportedProgram, plan: Plan) -
     bits, kept_float = quantizable(model, plan)
     modules = dict(model.named_modules())
     structure = structure_of(model, set(bits))
-    layers: dict[str, NativeLayer] = {}
+    layers: dict[str, StoredLayer] = {}
     for name, width in bits.items():
         weight = modules[name].weight
         assert isinstance(weight, Tensor)
-        layers[name] = NativeLayer(
+        layers[name] = StoredLayer(
             name=name,
             kind=plan[name].kind,
             weight_shape=tuple(conv_form(modules[name], weight).shape),
@@ -144,7 +144,7 @@ def native_layout(model: nn.Module | torch.export.ExportedProgram, plan: Plan) -
         )
     folded = (*structure.batch_norms.values(), *structure.input_norms.values())
     gone = {*bits, *folded}
-    return NativeLayout(
+    return StoredModel(
         layers=layers,
         quantizers=[f"{ACT_ROOT}.{site.name}" for site in structure.sites.values() if site.kept],
         float_tensors=_remaining(model, gone),

@@ -8,15 +8,28 @@ from pathlib import Path
 from typing import Any
 
 from ..allocation import Budget
+from ..allocation.layer_table import BITS, SPARSITIES
+from ..allocation.optimal_settings import BLOCKS, NARROW
 from ..allocation.options import UNSTRUCTURED
-from ..allocation.settings import BLOCKS, NARROW
-from ..allocation.tables import BITS, SPARSITIES
 
 __all__ = ["CompareJob", "CompileJob", "CompressJob", "ProfileJob", "TrainJob", "arguments"]
 
 
+@dataclass(kw_only=True)
+class _Job:
+    """What the commands that look at images share: classes and normalisation, threads, a seed."""
+
+    classes: int | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    scale: float | None = None
+    seed: int = 0
+    threads: int | None = None
+    progress: bool = True
+
+
 @dataclass
-class CompressJob:
+class CompressJob(_Job):
     """Arguments of ``adalayer compress``; see its help."""
 
     model: str
@@ -37,22 +50,15 @@ class CompressJob:
     effort: str = "normal"
     image_size: int = 32
     batch_size: int = 128
-    classes: int | None = None
-    mean: Sequence[float] | None = None
-    std: Sequence[float] | None = None
-    scale: float | None = None
-    seed: int = 0
-    threads: int | None = None
     criterion: str | None = None
     latency_table: Path | None = None
     frontier: bool | None = None
     energy: bool = False
     country: str | None = None
-    progress: bool = True
 
 
 @dataclass
-class TrainJob:
+class TrainJob(_Job):
     """Arguments of ``adalayer train``; see its help."""
 
     model: str
@@ -65,34 +71,22 @@ class TrainJob:
     augment: bool = True
     image_size: int = 32
     batch_size: int = 128
-    classes: int | None = None
-    mean: Sequence[float] | None = None
-    std: Sequence[float] | None = None
-    scale: float | None = None
-    seed: int = 0
-    threads: int | None = None
-    progress: bool = True
 
 
 @dataclass
-class CompileJob:
+class CompileJob(_Job):
     """Arguments of ``adalayer compile``; see its help."""
 
     source: Path
     output: Path | None = None
     model: str | None = None
-    classes: int | None = None
     input_shape: Sequence[int] | None = None
-    mean: Sequence[float] | None = None
-    std: Sequence[float] | None = None
-    scale: float | None = None
     weights: str = "measured"
     batch: int = 1
-    threads: int | None = None
 
 
 @dataclass
-class CompareJob:
+class CompareJob(_Job):
     """Arguments of ``adalayer compare``; see its help. What is None is what the run says."""
 
     source: Path
@@ -104,13 +98,6 @@ class CompareJob:
     samples: int = 256
     suggest: bool = True
     image_size: int | None = None
-    classes: int | None = None
-    mean: Sequence[float] | None = None
-    std: Sequence[float] | None = None
-    scale: float | None = None
-    seed: int = 0
-    threads: int | None = None
-    progress: bool = True
 
 
 @dataclass

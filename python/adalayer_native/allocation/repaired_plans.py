@@ -11,15 +11,15 @@ from .evaluate import Measurement
 from .local_search import add_distinct, corrected
 from .selection import Selection
 
-__all__ = ["contenders", "finals"]
+__all__ = ["best_repaired", "plans_to_repair"]
 
 # What an option that prunes counts in the plans that are compared, and powers of the errors.
 CHEAPER = (0.3, 0.1)
 POWERS = (1.0, 0.5)
-UNIFORM = 2  # plans that treat all layers alike among the contenders, at most
+UNIFORM = 2  # plans that treat all layers alike among them, at most
 
 
-def contenders(selection: Selection, columns: np.ndarray, count: int) -> list[np.ndarray]:
+def plans_to_repair(selection: Selection, columns: np.ndarray, count: int) -> list[np.ndarray]:
     """Choices to compare: a given one, uniform ones, and the solver's with cheaper pruning."""
     pruned = np.array([option.sparsity > 0 for option in selection.options])
     rows = np.arange(len(selection.errors))
@@ -43,7 +43,7 @@ def contenders(selection: Selection, columns: np.ndarray, count: int) -> list[np
     return found[:count]
 
 
-def finals(
+def best_repaired(
     selection: Selection,
     columns: np.ndarray,
     measure: Callable[[np.ndarray], Measurement],
@@ -67,7 +67,7 @@ def finals(
         progress: show a progress bar.
     """
     reserved = count // 4
-    waiting = contenders(selection, columns, max(1, count - reserved))
+    waiting = plans_to_repair(selection, columns, max(1, count - reserved))
     tried: list[np.ndarray] = []
     measured: list[Measurement] = []
     with ProgressBar("comparing repaired plans", count, unit="plan", enabled=progress) as bar:

@@ -1,6 +1,0 @@
-#pragma once
-
-#include <pybind11/pybind11.h>
-
-/// Adds _C.Program and _C.Engine.
-void bind_engine(pybind11::module_& m);

@@ -1,0 +1,116 @@
+"""What CONTRIBUTING.md promises of the tree: where things are, and how long functions get."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PACKAGE = REPOSITORY / "python" / "adalayer_native"
+MOST_LINES, MOST_PARAMETERS = 80, 10
+
+QUESTIONS = (
+    "a kernel family",
+    "a convolution algorithm",
+    "an importance criterion",
+    "an observer of ranges",
+    "an operator of the engine",
+    "an endpoint of the server",
+    "a kind of budget",
+    "an encoding of packed weights",
+    "a front end",
+    "a picture",
+)
+
+# Many keyword arguments are what a user can choose.
+INTERFACES = {
+    "allocation/allocate.py": {"allocate"},
+    "allocation/pareto.py": {"pareto"},
+    "compress.py": {"compress"},
+    "importance/analyze.py": {"analyze"},
+    "nn/conv.py": {"Conv2d.from_quantized", "ConvTranspose2d.from_quantized"},
+    "repair/model.py": {"repair"},
+    "training/finetune.py": {"finetune"},
+    "training/fit.py": {"fit"},
+}
+# A command's signature is its help.
+COMMANDS = {
+    "cli.py": {"compress", "train", "compile_packed", "profile", "compare", "serve"},
+    "study/commands.py": {"adalayernet", "green"},
+}
+
+
+def rows() -> dict[str, list[str]]:
+    """The table of CONTRIBUTING.md: what is to be added, and the paths that it names."""
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    part = text.split("## Where would I change …")[1].split("\n## ")[0]
+    found = {}
+    for line in part.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        if len(cells) == 2 and "`" in cells[1]:
+            found[cells[0]] = re.findall(r"`([\w./*-]+)`", cells[1])
+    return found
+
+
+def test_the_table_answers_ten_questions() -> None:
+    assert tuple(rows()) == QUESTIONS
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_files_that_the_table_names_exist(question: str) -> None:
+    paths = rows()[question]
+    assert len(paths) >= 3
+    for path in paths:
+        assert list(REPOSITORY.glob(path)), f"{question}: {path} does not exist"
+    assert any(path.startswith("tests/") for path in paths), f"{question}: no test is named"
+
+
+def functions() -> Iterator[tuple[str, str, int, int]]:
+    """File, name, lines without the docstring, and parameters of every function."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        file = path.relative_to(PACKAGE).as_posix()
+        for name, node in _defined(ast.parse(path.read_text(encoding="utf-8")), ""):
+            lines = (node.end_lineno or 0) - node.lineno + 1
+            if ast.get_docstring(node) is not None:
+                text = node.body[0]
+                lines -= (text.end_lineno or 0) - text.lineno + 1
+            arguments = node.args
+            names = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+            own = bool(names) and names[0].arg in ("self", "cls")
+            yield file, name, lines, len(names) - own
+
+
+def _defined(
+    tree: ast.AST, prefix: str
+) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    for node in ast.iter_child_nodes(tree):
+        name = prefix
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            name = f"{prefix}.{node.name}".strip(".")
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield name, node
+        yield from _defined(node, name)
+
+
+def test_functions_are_short_and_take_few_parameters() -> None:
+    allowed = {
+        (file, name)
+        for exceptions in (INTERFACES, COMMANDS)
+        for file, names in exceptions.items()
+        for name in names
+    }
+    found = list(functions())
+    assert len(found) > 1000
+    many = {(file, name) for file, name, _, count in found if count > MOST_PARAMETERS}
+    assert many == allowed, "what may take many parameters is what does"
+    commands = {(file, name) for file, names in COMMANDS.items() for name in names}
+    long = {
+        f"{file} {name}: {lines} lines"
+        for file, name, lines, _ in found
+        if lines > MOST_LINES and (file, name) not in commands
+    }
+    assert not long
