@@ -70,7 +70,7 @@ def _convolve(call: LayerCall) -> Tensor:
             )
         residual = residual.float().contiguous(memory_format=layout)
     if out.numel() > 0:
-        size = tuple(x.shape[2:])
+        size = x.shape[2], x.shape[3]
         cuda.run_layer(
             (g, size),
             lambda: _program(g, size, shape[2:], packed, scale, bias),
@@ -86,8 +86,8 @@ def _convolve(call: LayerCall) -> Tensor:
 
 def _program(
     g: LayerGeometry,
-    size: tuple[int, ...],
-    out_size: tuple[int, ...],
+    size: tuple[int, int],
+    out_size: tuple[int, int],
     packed: Tensor,
     scale: Tensor,
     bias: Tensor,
