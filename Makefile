@@ -70,7 +70,7 @@ test-cpp: build-tests
 
 # Needs no .venv; skipped with a sentence where the cross compiler or the emulator is missing.
 test-arm:
-	@.ci/arm $(if $(QUICK),quick)
+	@.ci/arm $(if $(QUICK),quick,$(CPU))
 
 # In the folder that the package was built in, whose object files they share. Python tests load the
 # GPU in software that is among them.
@@ -143,7 +143,7 @@ wheel: $(BUILD_STAMP)
 
 # ROOT=...: a wheel, too, for the CPython whose files are in that folder (.ci/wheel-arm says how).
 wheel-arm: $(BUILD_STAMP)
-	.ci/wheel-arm $(ROOT)
+	.ci/wheel-arm $(ROOT) $(SITE)
 
 # ---- on a machine with an NVIDIA GPU ------------------------------------------------------------
 # These use the machine's own python3 with torch, and nothing is downloaded: cmake, ninja, nvcc,

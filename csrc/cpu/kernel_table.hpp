@@ -174,6 +174,9 @@ struct KernelRow {
   StemKernels stem;
   const GroupedKernels* grouped;
   const WinogradKernels* winograd;
+  const WinogradByteKernels* winograd_bytes = nullptr;  // or null
+  // Products that the direct convolution makes, at best, in the time of one of winograd->multiply.
+  double direct_products = 2.0;
   const ImageKernels* image;
 };
 

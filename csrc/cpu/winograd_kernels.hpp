@@ -23,8 +23,8 @@ struct WinogradInputArgs {
 
 /// Taps of one group of output channels from its weights, in the call that multiplies with them.
 struct WinogradTapsArgs {
-  const int8_t* weights;  // [9][pairs of channels][16 outputs][2]
-  int64_t pairs;
+  const int8_t* weights;  // [9][elements], in the order of the taps
+  int64_t elements;       // of a tap: a multiple of 32
   const bool* narrow;     // [taps * taps] of int8, else of int16
   const int64_t* offset;  // [taps * taps] of each tap, bytes
   uint8_t* taps;          // [taps * taps] as WinogradProductArgs has them
@@ -53,6 +53,40 @@ struct WinogradOutputArgs {
   int64_t tile_stride, row_stride;
 };
 
+// F(2x2) where all levels and taps are small enough for products of bytes: factors and taps of int8
+// (reference/winograd.hpp), and as many neighbouring channels in a `cell` as an instruction adds
+// up.
+
+struct WinogradByteInputArgs {
+  const uint8_t* rows[4];  // as in WinogradInputArgs
+  int64_t pitch;
+  int64_t channels;
+  int8_t* factors;     // of the tile: [16] at tap_stride, of each the first cell
+  int64_t tap_stride;  // bytes
+};
+
+/// products[r][o] = base[o] + sum over channels of factors[r][c] * tap[o][c], of one of the 16
+/// taps.
+struct WinogradByteProductArgs {
+  const int8_t* factors;
+  int64_t depth;       // bytes of a row's factors, a row being a tile
+  const int8_t* taps;  // [cells][16 outputs][cell]
+  int64_t cells;
+  const int32_t* base;  // [16], or null: zeros
+  int rows;             // any number
+  int32_t* products;    // [rows] at product_stride, [16] each
+  int64_t product_stride;
+};
+
+struct WinogradByteKernels {
+  int cell;
+  // Rows whose cells lie beside each other: [rows / together][cells][together][cell].
+  int together;
+  int rows;  // that `multiply` has in registers at once
+  void (*input)(const WinogradByteInputArgs&);
+  void (*multiply)(const WinogradByteProductArgs&);
+};
+
 struct WinogradKernels {
   const char* name;
   int groups;  // of output channels that `multiply` takes at once
@@ -77,6 +111,16 @@ extern const WinogradKernels kWinograd;
 #ifdef ADALAYER_HAVE_NEON
 namespace neon {
 extern const WinogradKernels kWinograd;
+}
+#endif
+#ifdef ADALAYER_HAVE_DOTPROD
+namespace dotprod {
+extern const WinogradByteKernels kWinogradBytes;
+}
+#endif
+#ifdef ADALAYER_HAVE_I8MM
+namespace i8mm {
+extern const WinogradByteKernels kWinogradBytes;
 }
 #endif
 #ifdef ADALAYER_HAVE_AVX512

@@ -76,6 +76,14 @@ void winograd_input(WinogradForm form, const uint8_t* levels, int16_t* factors) 
   both_axes(axis.input, axis.taps, axis.taps, levels, factors);
 }
 
+void winograd_byte_input(const uint8_t* levels, int8_t* factors) {
+  int16_t words[4 * 4];
+  winograd_input(WinogradForm::F2x2, levels, words);
+  words[kWinogradSumTap] -= kWinogradSumOffset;
+  for (int i = 0; i < 4 * 4; ++i)
+    factors[i] = static_cast<int8_t>(words[i]);
+}
+
 void winograd_output(WinogradForm form, const uint32_t* products, int32_t* sums) {
   const WinogradAxis& axis = winograd_axis(form);
   uint32_t multiples[kMostWinogradTile * kMostWinogradTile];

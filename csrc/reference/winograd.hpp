@@ -43,10 +43,19 @@ struct WinogradAxis {
 };
 const WinogradAxis& winograd_axis(WinogradForm form);
 
+// F(2x2) with products of bytes. Its factors are differences of levels, or of sums of two, and fit
+// int8 where no level is larger than this; but one tap's (the second row's and column's) are sums
+// of four levels. With 128 taken off, those do, too, and 128 times the tap is added to its
+// products.
+inline constexpr int kMostWinogradByteLevel = 63;
+inline constexpr int kWinogradSumTap = 5, kWinogradSumOffset = 128;
+
 /// Taps of one 3x3 kernel, [taps][taps]. They fit int16 for every int8 kernel.
 void winograd_taps(WinogradForm form, const int8_t* kernel, int16_t* taps);
 /// Levels [taps][taps] to the factors of the products. They fit int16 for all u8 levels.
 void winograd_input(WinogradForm form, const uint8_t* levels, int16_t* factors);
+/// Those of F(2x2) in bytes, modulo 256.
+void winograd_byte_input(const uint8_t* levels, int8_t* factors);
 /// Sums over all channels of the products [taps][taps], modulo 2^32, to sums [tile][tile].
 void winograd_output(WinogradForm form, const uint32_t* products, int32_t* sums);
 

@@ -9,6 +9,9 @@
 // are about (a shape, an instruction set), and is asked only when one of them fails:
 //
 //   const check::About about([&] { return "bits " + std::to_string(bits); });
+//
+// A Family says which kernels the checks of a block judge. How many each had is printed at the end,
+// so that a family that was never compared with anything is seen.
 #pragma once
 
 #include <atomic>
@@ -16,6 +19,8 @@
 #include <cstdio>
 #include <exception>
 #include <functional>
+#include <map>
+#include <mutex>
 #include <sstream>
 #include <string>
 #include <string_view>
@@ -67,8 +72,46 @@ class About {
   const About* outer_;
 };
 
+/// The kernels, such as "neon", that the checks of this thread judge, until the end of the block.
+class Family {
+ public:
+  explicit Family(std::string_view name) : outer_(counter()) {
+    const std::lock_guard lock(mutex());
+    counter() = &counts()[std::string(name)];
+  }
+  ~Family() { counter() = outer_; }
+  Family(const Family&) = delete;
+  Family& operator=(const Family&) = delete;
+
+  static void count() {
+    if (counter() != nullptr) counter()->fetch_add(1, std::memory_order_relaxed);
+  }
+  static void print() {
+    for (const auto& [name, checks] : counts())
+      std::printf("family %s: %lld checks\n", name.c_str(), checks.load());
+  }
+
+ private:
+  using Counter = std::atomic<long long>;
+  static std::map<std::string, Counter>& counts() {
+    static std::map<std::string, Counter> all;
+    return all;
+  }
+  static std::mutex& mutex() {
+    static std::mutex m;
+    return m;
+  }
+  static Counter*& counter() {
+    thread_local Counter* current = nullptr;
+    return current;
+  }
+
+  Counter* outer_;
+};
+
 inline void report(bool passed, const char* file, int line, const std::string& what) {
   g_checks.fetch_add(1, std::memory_order_relaxed);
+  Family::count();
   if (passed) return;
   // The first failures explain the rest; thousands of lines explain nothing.
   const long long earlier = g_failures.fetch_add(1, std::memory_order_relaxed);
@@ -112,6 +155,7 @@ inline int run_all(int argc, char** argv) {
                 g_failures == failed_before ? "" : "  FAILED");
     std::fflush(stdout);
   }
+  Family::print();
   std::printf("%d tests, %lld checks, %lld failures\n", ran, g_checks.load(), g_failures.load());
   if (ran == 0 || g_checks == 0) {
     std::fprintf(stderr, "nothing was checked: that is a failure\n");

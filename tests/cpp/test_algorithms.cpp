@@ -21,10 +21,12 @@ namespace {
 
 std::mt19937 g_random(5);
 int g_winograd[3] = {};  // forms that were run, by ConvTask::room
+int g_bytes[3] = {};     // of them, with products of bytes
 
 int pick(int lo, int hi) { return std::uniform_int_distribution<int>(lo, hi)(g_random); }
 
-ConvShape random_shape() {
+/// `suits`: that Winograd takes.
+ConvShape random_shape(bool suits) {
   for (;;) {
     ConvShape s;
     s.batch = 1;
@@ -43,7 +45,7 @@ ConvShape random_shape() {
     s.pad_bottom = pick(0, 2);
     s.pad_right = pick(0, 2);
     s.dilation_h = s.dilation_w = pick(0, 3) == 0 ? 2 : 1;
-    if (pick(0, 2) == 0) {  // what Winograd takes
+    if (suits || pick(0, 2) == 0) {
       s.kernel_h = s.kernel_w = 3;
       s.groups = s.stride_h = s.stride_w = s.dilation_h = s.dilation_w = 1;
     }
@@ -64,10 +66,14 @@ struct Layer {
   std::vector<float> want;  // [h][w][c]
 };
 
-Layer random_layer() {
-  Layer l{random_shape(), pick(2, 8), 255, 0, {}, {}, {}, {}};
+/// `narrow`: Winograd's products may be of bytes.
+Layer random_layer(bool narrow) {
+  Layer l{random_shape(narrow), pick(2, narrow ? 4 : 8), 255, 0, {}, {}, {}, {}};
   const ConvShape& s = l.shape;
-  if (pick(0, 1) == 1) l.qmax = (1 << pick(2, 8)) - 1;
+  if (narrow)
+    l.qmax = (1 << pick(1, 6)) - 1;
+  else if (pick(0, 1) == 1)
+    l.qmax = (1 << pick(2, 8)) - 1;
   l.zero_point = pick(0, l.qmax);
   const int half = 1 << (l.bits - 1), zeros = pick(0, 90);
   // The least of all weights and the largest of all levels are where sums in 16 bits would end.
@@ -181,6 +187,7 @@ void check_form(const Layer& l, const ConvTask& task, const ConvAlgorithm& algor
     CHECK(first == 0 && last == static_cast<int64_t>(packed.size()));
   }
   if (algorithm.name(s).starts_with("winograd")) ++g_winograd[static_cast<int>(task.room)];
+  if (form.weights->form() == "taps and factors s8") ++g_bytes[static_cast<int>(task.room)];
   // Without room for several, this one is in the place of the panels.
   double said = algorithm.bytes(task, in);
   if (task.room != Room::Several && form.weights->merit != Merit::Unknown)
@@ -203,11 +210,12 @@ using Names = std::vector<std::string>;
 }  // namespace
 
 TEST(every_form_of_random_layers) {
-  for (int i = 0; i < 60; ++i) {
-    const Layer l = random_layer();
+  for (int i = 0; i < 64; ++i) {
+    const Layer l = random_layer(i >= 60);
     for (const KernelRow* row : kernel_rows()) {
       if (!isa_supported(row->isa)) continue;
       force_isa(row->name);
+      const check::Family family(row->name);
       for (const auto& [sparse, winograd] :
            {std::pair{"auto", "4x4"}, {"blocks", "2x2"}, {"bitmask", "off"}, {"auto", "auto"}}) {
         set_sparse_policy(sparse);
@@ -226,12 +234,17 @@ TEST(every_form_of_random_layers) {
   force_isa("auto");
   CHECK(best_isa() == Isa::Scalar ||
         (g_winograd[0] == 0 && g_winograd[1] > 10 && g_winograd[2] > 10));
+  const bool any = std::any_of(kernel_rows().begin(), kernel_rows().end(), [](const KernelRow* r) {
+    return isa_supported(r->isa) && r->winograd_bytes != nullptr;
+  });
+  CHECK_EQ(g_bytes[1] > 0 && g_bytes[2] > 0, any);
 }
 
 TEST(what_suits) {
   for (const KernelRow* row : kernel_rows()) {
     if (!isa_supported(row->isa)) continue;
     force_isa(row->name);
+    const check::Family family(row->name);
     ConvTask task{*row, {.batch = 1, .in_channels = 3, .in_h = 9, .in_w = 9}, {}, 8, true};
     const check::About about([&] { return text_of(*row) + ", " + text_of(task.shape); });
     task.shape.out_channels = 32;
@@ -266,6 +279,7 @@ TEST(winograd_where_sums_are_exact) {
   for (const KernelRow* row : kernel_rows()) {
     if (!isa_supported(row->isa)) continue;
     force_isa(row->name);
+    const check::Family family(row->name);
     // 127 * 255 * 9 * 115 is below 2^25, and so is 127 * 127 * 9 * 231.
     for (const auto& [ins, qmax, large] : {std::tuple<int64_t, int, bool>{115, 255, true},
                                            {116, 255, false},
@@ -295,10 +309,45 @@ TEST(winograd_where_sums_are_exact) {
   force_isa("auto");
 }
 
+/// On maps that F(4x4) divides well, F(2x2) is tried where its products are of bytes: with levels
+/// of at most 6 bits and weights of which all taps fit, on rows that have such kernels.
+TEST(winograd_in_bytes_is_tried_beside_4x4) {
+  for (const KernelRow* row : kernel_rows()) {
+    if (!isa_supported(row->isa)) continue;
+    force_isa(row->name);
+    const check::Family family(row->name);
+    for (const auto& [qmax, weight, fits] :
+         {std::tuple<int, int, bool>{63, 14, true}, {64, 14, false}, {63, 15, false}}) {
+      ConvTask task{*row,  {.batch = 1, .in_channels = 64, .in_h = 32, .in_w = 32},
+                    {},    5,
+                    false, Room::Several,
+                    qmax};
+      task.shape.out_channels = 64;
+      task.shape.kernel_h = task.shape.kernel_w = 3;
+      task.shape.pad_top = task.shape.pad_left = task.shape.pad_bottom = task.shape.pad_right = 1;
+      // Nine of them are a tap: 126, or 135.
+      const std::vector<int8_t> weights(64 * 64 * 9, static_cast<int8_t>(weight));
+      Names derived;
+      for (const ConvAlgorithm* algorithm : algorithms_for(task)) {
+        const ImageLayout in = image_layout(64, 32, 32, algorithm->needs(task).padding);
+        const ConvForm form = make_form(*algorithm, task, {in}, weights);
+        if (form.weights == nullptr) continue;
+        derived.push_back(algorithm->name(task.shape));
+        CHECK_EQ(form.weights->form() == "taps and factors s8", derived.back() == "winograd 2x2");
+      }
+      Names want{"panels", "winograd 4x4"};
+      if (fits && row->winograd_bytes != nullptr) want.push_back("winograd 2x2");
+      CHECK_MSG(derived == want, std::string(row->name) + ", " + std::to_string(qmax));
+    }
+  }
+  force_isa("auto");
+}
+
 /// Where kernels add products in 16 bits, levels that lack bits leave room as weights do.
 TEST(products_of_narrow_levels) {
   for (const KernelRow* row : kernel_rows()) {
     if (!isa_supported(row->isa)) continue;
+    const check::Family family(row->name);
     const check::About about([&] { return text_of(*row); });
     CHECK_EQ(product_bits(*row, 8, 255), 8);
     CHECK_EQ(product_bits(*row, 3, 255), 3);

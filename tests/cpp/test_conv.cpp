@@ -146,6 +146,7 @@ struct Problem {
 void run_case(const Problem& problem, Isa isa, int parts, bool by_columns,
               Form form = Form::Dense) {
   force_isa(isa_name(isa));
+  const check::Family family(isa_name(isa));
   const KernelRow& kernels = *active_kernels();
   if (form == Form::Bitmask && bitmask_kernels(kernels).expand == nullptr) return;
   const Case& c = problem.c;

@@ -100,6 +100,7 @@ void check_program(const Program& p, int64_t batch) {
   CHECK(std::set<float>(want[0].begin(), want[0].end()).size() > 1);
   for (const Isa isa : supported_isas()) {
     force_isa(isa_name(isa));
+    const check::Family family(isa_name(isa));
     constexpr const char* kWinograd[] = {"auto", "off", "4x4", "2x2"};
     cpu::set_winograd_policy(kWinograd[pick(0, 3)]);
     // Images one by one or together; tensors that seem to fit into the cache or not.

@@ -188,6 +188,7 @@ void run_case(const Case& c) {
 
   for (Isa isa : supported_isas()) {
     force_isa(isa_name(isa));
+    const check::Family family(isa_name(isa));
     const GroupedWeights weights = build_grouped(s, n.weights);
     for (int parts : {1, pick(2, 5)}) {
       if (c.in_place && c.residual)

@@ -120,6 +120,7 @@ void check_operation(const std::string& what, const ImageLayout& l, const Level&
     byte = static_cast<uint8_t>(rng());
   for (const Isa isa : supported_isas()) {
     force_isa(isa_name(isa));
+    const check::Family family(isa_name(isa));
     for (int64_t parts = 1; parts <= 3; ++parts) {
       // Two runs over opposite canaries show every byte that is written, whatever its value.
       Exact<uint8_t> a(size), b(size);
@@ -273,6 +274,7 @@ TEST(elementwise_in_place) {
     const PairSpec spec{20, 30, 0.3f, 0.4f, f.finish};
     for (const Isa isa : supported_isas()) {
       force_isa(isa_name(isa));
+      const check::Family family(isa_name(isa));
       auto copy = Exact<uint8_t>::of(
           std::vector<uint8_t>(a.memory.data(), a.memory.data() + a.memory.size()));
       const ImageView out{&a.layout, copy.data()};
@@ -645,6 +647,7 @@ void check_floats(const std::string& what, const std::vector<float>& expected,
   const size_t n = expected.size();
   for (const Isa isa : supported_isas()) {
     force_isa(isa_name(isa));
+    const check::Family family(isa_name(isa));
     for (int64_t parts = 1; parts <= 3; ++parts) {
       std::vector<int> writers(n, 0);
       int64_t wrong = 0;

@@ -201,6 +201,7 @@ void check_layer(const Layer& layer, int threads) {
     for (const cpu::KernelRow* row : cpu::kernel_rows()) {
       if (!isa_supported(row->isa)) continue;
       force_isa(row->name);
+      const check::Family family(row->name);
       const check::About where(
           [&] { return text_of(*row) + (layout == Layout::NCHW ? ", NCHW" : ", NHWC"); });
       CHECK(run<uint8_t>(layer, u8, layout, threads) == want_u8);
@@ -214,8 +215,16 @@ void check_layer(const Layer& layer, int threads) {
   cpu::set_winograd_policy("auto");
 }
 
+// Fewer in an emulator, where the clock's trials of every layer, on up to three instruction sets,
+// take minutes.
+#ifdef ADALAYER_EMULATED
+constexpr int kRandomLayers = 50;
+#else
+constexpr int kRandomLayers = 150;
+#endif
+
 TEST(random_layers) {
-  for (int i = 0; i < 150; ++i)
+  for (int i = 0; i < kRandomLayers; ++i)
     check_layer(make_layer(random_shape(), uniform(2, 8)), uniform(1, 3));
 }
 
@@ -301,6 +310,7 @@ TEST(warm_calls_do_not_allocate) {
   for (const cpu::KernelRow* row : cpu::kernel_rows()) {
     if (!isa_supported(row->isa)) continue;
     force_isa(row->name);
+    const check::Family family(row->name);
     const check::About about([&] { return text_of(*row); });
     cpu::clear_weight_cache();
     long long allocations[3] = {};
@@ -359,6 +369,7 @@ TEST(levels_beyond_the_grid) {
     for (const cpu::KernelRow* row : cpu::kernel_rows()) {
       if (!isa_supported(row->isa)) continue;
       force_isa(row->name);
+      const check::Family family(row->name);
       const check::About about([&] { return text_of(*row) + ", grid to " + std::to_string(qmax); });
       CHECK(run<uint8_t>(layer, in, Layout::NHWC, 1) == want);
       if (qmax == 255) continue;
@@ -380,6 +391,7 @@ TEST(unpacking) {
     formats::unpack_tiles_scalar(packed.data(), bits, tiles, want.data());
     for (const cpu::KernelRow* row : cpu::kernel_rows()) {
       if (!isa_supported(row->isa)) continue;
+      const check::Family family(row->name);
       const check::About about(
           [&] { return text_of(*row) + ", " + std::to_string(bits) + " bits"; });
       row->unpack_tiles(packed.data(), bits, tiles, got.data());
@@ -411,6 +423,7 @@ TEST(bitmask_tiles) {
       CHECK(got == want);
       for (const cpu::KernelRow* row : cpu::kernel_rows()) {
         if (!isa_supported(row->isa)) continue;
+        const check::Family family(row->name);
         const cpu::UnpackTiles expand = cpu::bitmask_kernels(*row).expand;
         if (expand == nullptr) continue;
         const check::About about([&] {
@@ -631,6 +644,7 @@ void check_gemm(const cpu::KernelRow& row, const Product& p, const Exact<int8_t>
 
 /// In every form of the weights that the row takes.
 void check_gemm(const cpu::KernelRow& row, const Product& p) {
+  const check::Family family(row.name);
   if (row.arrangement == nullptr || cpu::product_bits(row, p.bits, p.qmax) < 8)
     check_gemm(row, p, nullptr);
   if (row.arrangement == nullptr) return;
@@ -653,6 +667,8 @@ TEST(every_row_is_whole) {
     CHECK(w.multiply && w.groups >= 1 && w.rows >= 1);
     for (int form = 0; form < kWinogradForms; ++form)
       CHECK(w.input[form] && w.output[form]);
+    if (const cpu::WinogradByteKernels* b = row->winograd_bytes)
+      CHECK(b->input && b->multiply && b->cell > 2 && b->rows % b->together == 0);
     const cpu::ImageKernels& i = *row->image;
     CHECK(i.copy && i.lookup && i.gather && i.add && i.mul && i.line);
     CHECK(i.max_window && i.average_window && i.bilinear && i.moments && i.normalize);
@@ -789,6 +805,7 @@ TEST(gemv_of_every_row) {
         for (const cpu::KernelRow* row : cpu::kernel_rows()) {
           const bool is_arranged = row->arrangement != nullptr && bits == 8 && qmax == 255;
           if (!isa_supported(row->isa) || is_arranged) continue;
+          const check::Family family(row->name);
           for (const cpu::Gemv gemv : {row->gemv, cpu::gemv(*row)}) {
             const int64_t stride = tiles * 16 + uniform(0, 9);
             const Exact<int32_t> sums(static_cast<size_t>((rows - 1) * stride + tiles * 16));
@@ -867,6 +884,7 @@ TEST(every_size_has_its_algorithm) {
   for (const cpu::KernelRow* row : cpu::kernel_rows()) {
     if (!isa_supported(row->isa)) continue;
     force_isa(row->name);
+    const check::Family family(row->name);
     const check::About about(
         [&] { return text_of(*row) + ", " + text_of(layer.shape) + ", 3 bits"; });
     cpu::clear_weight_cache();

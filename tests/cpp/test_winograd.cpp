@@ -176,6 +176,46 @@ std::vector<const KernelRow*> all_rows() {
   return all;
 }
 
+/// What products of bytes are to compute, for any cells.
+template <int kCell, int kTogether>
+void plain_byte_input(const WinogradByteInputArgs& a) {
+  for (int64_t c = 0; c < a.channels; ++c) {
+    uint8_t levels[16];
+    int8_t factors[16];
+    for (int k = 0; k < 16; ++k)
+      levels[k] = a.rows[k / 4][k % 4 * a.pitch + c];
+    reference::winograd_byte_input(levels, factors);
+    for (int k = 0; k < 16; ++k)
+      a.factors[k * a.tap_stride + c / kCell * kTogether * kCell + c % kCell] = factors[k];
+  }
+}
+
+template <int kCell, int kTogether>
+void plain_byte_products(const WinogradByteProductArgs& a) {
+  for (int r = 0; r < a.rows; ++r)
+    for (int o = 0; o < kWinogradGroup; ++o) {
+      int32_t sum = a.base == nullptr ? 0 : a.base[o];
+      const int8_t* row = a.factors + r / kTogether * kTogether * a.depth + r % kTogether * kCell;
+      for (int64_t k = 0; k < a.cells * kCell; ++k)
+        sum += row[k / kCell * kTogether * kCell + k % kCell] *
+               a.taps[(k / kCell * kWinogradGroup + o) * kCell + k % kCell];
+      a.products[r * a.product_stride + o] = sum;
+    }
+}
+
+template <int kCell, int kTogether>
+constexpr WinogradByteKernels kPlainBytes{.cell = kCell,
+                                          .together = kTogether,
+                                          .rows = 2 * kTogether,
+                                          .input = plain_byte_input<kCell, kTogether>,
+                                          .multiply = plain_byte_products<kCell, kTogether>};
+
+/// A row's kernels of bytes, or those that every row can be tested with.
+std::vector<const WinogradByteKernels*> byte_kernels_of(const KernelRow& row) {
+  if (row.winograd_bytes != nullptr) return {row.winograd_bytes};
+  return {&kPlainBytes<4, 1>, &kPlainBytes<8, 2>};
+}
+
 /// A part has a scratch of its own, as large as said.
 template <class Call>
 void run_parts(const Call& call, const WinogradPlan& plan, const KernelRow& row, int parts) {
@@ -213,9 +253,10 @@ int64_t wrong_levels(const Problem& p, const std::vector<uint8_t>& y) {
 }
 
 void check_image(const Problem& p, const WinogradWeights& w, const KernelRow& row, int parts,
-                 bool by_columns) {
-  const WinogradPlan plan =
-      plan_winograd(w.taps.form, p.s, p.in, &p.out, p.c.residual ? &p.res : nullptr, *row.winograd);
+                 bool by_columns, const WinogradByteKernels* bytes = nullptr) {
+  const check::Family family(row.name);
+  const WinogradPlan plan = plan_winograd(w.taps.form, p.s, p.in, &p.out,
+                                          p.c.residual ? &p.res : nullptr, *row.winograd, bytes);
   std::vector<uint8_t> y(static_cast<size_t>(p.s.batch * p.out.image_bytes + p.out.slack), 0xA5);
   const WinogradCall call{.plan = plan,
                           .taps = w.taps,
@@ -232,10 +273,12 @@ void check_image(const Problem& p, const WinogradWeights& w, const KernelRow& ro
 }
 
 void check_tensor(const Problem& p, const WinogradWeights& w, const KernelRow& row, Layout layout,
-                  DType dtype) {
+                  DType dtype, const WinogradByteKernels* bytes = nullptr) {
+  const check::Family family(row.name);
   const ConvShape& s = p.s;
   const size_t count = p.sums.size();
-  const WinogradPlan plan = plan_winograd(w.taps.form, s, p.in, nullptr, nullptr, *row.winograd);
+  const WinogradPlan plan =
+      plan_winograd(w.taps.form, s, p.in, nullptr, nullptr, *row.winograd, bytes);
   std::vector<float> residual(count), floats(count, -1.0f), wanted_floats(count);
   std::vector<uint8_t> levels(count, 0xA5), wanted_levels(count);
   for (auto& v : residual)
@@ -299,6 +342,29 @@ void check_case(const Case& c) {
       check_tensor(p, w, *row, pick(0, 1) ? Layout::NHWC : Layout::NCHW, DType::U8);
     }
   }
+}
+
+/// F(2x2) with products of bytes, on every instruction set, in every way.
+void check_bytes(const Case& c) {
+  const Problem p(c);
+  for (const KernelRow* row : all_rows())
+    for (const WinogradByteKernels* bytes : byte_kernels_of(*row)) {
+      const WinogradWeights w = derive_winograd(WinogradForm::F2x2, p.s, p.weights, c.qmax, bytes);
+      CHECK_MSG(w.taps.cell == bytes->cell, describe(c));
+      CHECK(w.taps.bytes() <= winograd_most_bytes(w.taps.form, p.s, c.bits, bytes));
+      check_image(p, w, *row, 1, false, bytes);
+      check_image(p, w, *row, 3, pick(0, 1) == 1, bytes);
+      check_tensor(p, w, *row, pick(0, 1) ? Layout::NHWC : Layout::NCHW, DType::F32, bytes);
+      check_tensor(p, w, *row, pick(0, 1) ? Layout::NHWC : Layout::NCHW, DType::U8, bytes);
+    }
+}
+
+/// Levels and weights whose factors and taps always fit bytes.
+Case narrow_square(int in, int size, int out, int pad, int bits, int qmax) {
+  Case c = square(in, size, out, pad, bits);
+  c.qmax = qmax;
+  c.zero_point = pick(0, qmax);
+  return c;
 }
 
 int64_t wrong_sums(WinogradForm form, const Problem& p) {
@@ -554,6 +620,135 @@ TEST(packed_taps_are_those_of_the_specification) {
         }
       CHECK_EQ(wrong, int64_t{0});
     }
+}
+
+TEST(byte_factors_fit_up_to_the_bound) {
+  const reference::WinogradAxis& axis = reference::winograd_axis(WinogradForm::F2x2);
+  int beyond = 0;
+  for (const int most : {reference::kMostWinogradByteLevel, reference::kMostWinogradByteLevel + 1})
+    for (int k = 0; k < 16; ++k)
+      for (const int sign : {1, -1}) {
+        // The largest factor of each kind: levels where the matrix has that sign.
+        uint8_t levels[16];
+        int8_t factors[16];
+        int factor = k == reference::kWinogradSumTap ? -reference::kWinogradSumOffset : 0;
+        for (int i = 0; i < 16; ++i) {
+          const int m = axis.input[k / 4][i / 4] * axis.input[k % 4][i % 4];
+          levels[i] = static_cast<uint8_t>(m * sign > 0 ? most : 0);
+          factor += m * levels[i];
+        }
+        reference::winograd_byte_input(levels, factors);
+        const bool fits = int{factors[k]} == factor;
+        beyond += !fits;
+        CHECK(fits || most > reference::kMostWinogradByteLevel);
+      }
+  CHECK(beyond > 0);
+}
+
+TEST(products_of_bytes_up_to_the_bounds_of_levels_and_taps) {
+  struct Bound {
+    int qmax, sum;  // the largest level; of the weights of one kernel, which is a tap of it
+    bool fits;
+  };
+  for (const auto& [qmax, sum, fits] : {Bound{63, 127, true},
+                                        {63, 128, false},
+                                        {63, -128, true},
+                                        {63, -129, false},
+                                        {64, 127, false},
+                                        {64, -128, false},
+                                        {1, 127, true}}) {
+    Case c = narrow_square(21, 6, 18, 1, 8, qmax);
+    c.weights = Values::Least;
+    c.levels = Values::Mixed;
+    Problem p(c);
+    std::fill(p.weights.begin(), p.weights.end(), int8_t{0});
+    // Of every output, a kernel of nearly equal weights whose sum is the tap in the middle.
+    for (int64_t o = 0; o < 18; ++o)
+      for (int k = 0, left = sum; k < 9; ++k) {
+        const int w = left / (9 - k);
+        p.weights[(o * 21 + (o * 5) % 21) * 9 + k] = static_cast<int8_t>(w);
+        left -= w;
+      }
+    reference::conv2d_accumulate(p.s, p.levels(), p.weights.data(), p.sums.data(), 1);
+    for (int64_t o = 0; o < 18; ++o)
+      p.correction[o] = -c.zero_point * sum;
+    for (const KernelRow* row : all_rows())
+      for (const WinogradByteKernels* bytes : byte_kernels_of(*row)) {
+        const check::About about([&] {
+          return std::string(row->name) + ", largest level " + std::to_string(qmax) + ", tap " +
+                 std::to_string(sum);
+        });
+        const WinogradWeights w = derive_winograd(WinogradForm::F2x2, p.s, p.weights, qmax, bytes);
+        CHECK_EQ(w.taps.in_bytes(), fits);
+        CHECK_EQ(w.taps.describe() == "taps and factors s8", fits);
+        check_image(p, w, *row, 1, false, fits ? bytes : nullptr);
+        // F(4x4) has larger factors, and a row without such kernels has no use for bytes.
+        CHECK(!derive_winograd(WinogradForm::F4x4, p.s, p.weights, qmax, bytes).taps.in_bytes());
+        CHECK(!derive_winograd(WinogradForm::F2x2, p.s, p.weights, qmax).taps.in_bytes());
+      }
+  }
+}
+
+TEST(products_of_bytes_of_every_size) {
+  for (int h = 1; h <= 6; ++h)
+    for (const int w : {1, 2, 3, 5, 8}) {
+      Case c = narrow_square(pick(1, 40), h, pick(1, 40), 1, pick(2, 4), (1 << pick(1, 6)) - 1);
+      c.shape.in_w = w;
+      c.shape.batch = pick(1, 2);
+      c.residual = pick(0, 1) == 1;
+      c.table = pick(0, 1) == 1;
+      check_bytes(c);
+    }
+  // Channels around the cells and registers, rows around the passes.
+  for (int channels = 1; channels <= 70; channels += channels < 34 ? 1 : 5) {
+    check_bytes(narrow_square(channels, 4, pick(1, 40), 1, 4, 63));
+    check_bytes(narrow_square(pick(1, 40), 4, channels, 1, 4, 63));
+  }
+  for (int size = 1; size <= 16; ++size) {
+    Case c = narrow_square(24, 2, 16, 1, 3, 63);
+    c.shape.in_w = 2 * size;
+    check_bytes(c);
+  }
+  // More tiles than a block has, and blocks that reach into the next image.
+  Case large = narrow_square(70, 21, 33, 1, 4, 63);
+  large.shape.batch = 3;
+  large.residual = true;
+  check_bytes(large);
+  check_bytes(narrow_square(1300, 3, 17, 0, 4, 63));
+}
+
+TEST(products_of_bytes_of_extremes) {
+  for (const int bits : {2, 3, 4})
+    for (const Values weights : {Values::Least, Values::Most, Values::Mixed})
+      for (const Values levels : {Values::Least, Values::Most, Values::Mixed}) {
+        Case c = narrow_square(50, 5, 20, 1, bits, 63);
+        c.weights = weights;
+        c.levels = levels;
+        c.zero_point = pick(0, 1) * 63;
+        check_bytes(c);
+      }
+}
+
+TEST(packed_byte_taps_are_those_of_the_specification) {
+  for (const WinogradByteKernels* bytes : {&kPlainBytes<4, 1>, &kPlainBytes<8, 2>}) {
+    const Problem p(narrow_square(37, 4, 21, 1, 4, 63));
+    const WinogradWeights w = derive_winograd(WinogradForm::F2x2, p.s, p.weights, 63, bytes);
+    int64_t wrong = 0;
+    for (int64_t o = 0; o < 21; ++o) {
+      const uint8_t* group = w.data.data() + o / 16 * w.taps.group_bytes;
+      int32_t base = 0;
+      for (int64_t c = 0; c < 37; ++c) {
+        int16_t taps[36];
+        reference::winograd_taps(WinogradForm::F2x2, p.weights.data() + (o * 37 + c) * 9, taps);
+        base += 128 * taps[5];
+        const int64_t at = (c / bytes->cell * 16 + o % 16) * bytes->cell + c % bytes->cell;
+        for (int k = 0; k < 16; ++k)
+          wrong += reinterpret_cast<const int8_t*>(group + w.taps.offset[k])[at] != taps[k];
+      }
+      wrong += reinterpret_cast<const int32_t*>(group + w.taps.base_offset)[o % 16] != base;
+    }
+    CHECK_EQ(wrong, int64_t{0});
+  }
 }
 
 TEST(what_does_not_suit_is_refused) {

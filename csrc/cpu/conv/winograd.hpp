@@ -21,39 +21,52 @@
 
 namespace adalayer::cpu {
 
-/// How the taps of one layer lie: [group of 16 output channels][taps * taps][pairs of input
-/// channels][16][2], of int8 for taps of which all values fit, else of int16.
+/// How the taps of one layer lie: [group of 16 output channels][taps * taps][cells of input
+/// channels][16][cell], of int8 for taps of which all values fit, else of int16. A cell is a pair
+/// of channels; for products of bytes, of which all taps are int8, it is what the kernels say, and
+/// behind the taps of a group lie 16 int32, which are added to the products of kWinogradSumTap.
 struct WinogradTaps {
   WinogradForm form = WinogradForm::F2x2;
   int64_t out_channels = 0, in_channels = 0;
   int area = 0;    // taps * taps
   int narrow = 0;  // of them, those in int8
+  int cell = 2;
   std::array<bool, reference::kMostWinogradTaps * reference::kMostWinogradTaps> is_narrow{};
   std::array<int64_t, reference::kMostWinogradTaps * reference::kMostWinogradTaps> offset{};
+  int64_t base_offset = 0;  // of what is added, for products of bytes
   int64_t group_bytes = 0;
 
+  bool in_bytes() const { return cell > 2; }
   int64_t groups() const { return (out_channels + kWinogradGroup - 1) / kWinogradGroup; }
-  int64_t pairs() const { return (in_channels + 1) / 2; }
+  int64_t cells() const { return (in_channels + cell - 1) / cell; }
+  /// Elements of a tap.
+  int64_t elements() const { return cells() * cell * kWinogradGroup; }
   int64_t bytes() const { return groups() * group_bytes; }
   /// "taps s8", "32 of 36 taps s8", for people.
   std::string describe() const;
 };
 
 /// Most bytes that the taps of weights of so many bits take, whatever the weights.
-int64_t winograd_most_bytes(WinogradForm form, const ConvShape& shape, int bits);
+int64_t winograd_most_bytes(WinogradForm form, const ConvShape& shape, int bits,
+                            const WinogradByteKernels* bytes = nullptr);
 
 /// Weights from which taps are made in the call, a group at a time: [group of 16 output channels],
-/// each [9][pairs of input channels][16][2], packed to `bits` as tiles are (formats/panels.hpp).
+/// each [9][cells of input channels][16][cell], packed to `bits` as tiles are (formats/panels.hpp).
 int64_t winograd_packed_group_bytes(const WinogradTaps& taps, int bits);
 void pack_winograd_weights(const WinogradTaps& taps, std::span<const int8_t> weights, int bits,
                            uint8_t* out);
 
 /// Throws InvalidArgument unless the shape suits and the form is exact for these weights
-/// [O][I][3][3] and levels of 0 .. qmax.
+/// [O][I][3][3] and levels of 0 .. qmax. With `bytes`, products are of bytes wherever levels and
+/// taps are small enough for that.
 WinogradTaps plan_winograd_taps(WinogradForm form, const ConvShape& shape,
-                                std::span<const int8_t> weights, int qmax = 255);
+                                std::span<const int8_t> weights, int qmax = 255,
+                                const WinogradByteKernels* bytes = nullptr);
 /// Writes taps.bytes() to `out`, which is 64-byte aligned.
 void pack_winograd_taps(const WinogradTaps& taps, std::span<const int8_t> weights, uint8_t* out);
+/// What is added to the products of a group's kWinogradSumTap, from its taps, where they are in
+/// bytes.
+void write_winograd_base(const WinogradTaps& taps, uint8_t* group);
 
 /// Both, where the taps have a buffer of their own.
 struct WinogradWeights {
@@ -63,13 +76,16 @@ struct WinogradWeights {
   size_t bytes() const { return data.size(); }
 };
 WinogradWeights derive_winograd(WinogradForm form, const ConvShape& shape,
-                                std::span<const int8_t> weights, int qmax = 255);
+                                std::span<const int8_t> weights, int qmax = 255,
+                                const WinogradByteKernels* bytes = nullptr);
 
 /// What follows from the shapes alone.
 struct WinogradPlan {
   ConvShape shape;  // of one image
   WinogradForm form = WinogradForm::F2x2;
   int tile = 0, area = 0;  // outputs of an axis, taps * taps
+  // Null: products of int16. Else its kernels, for taps of WinogradTaps::in_bytes().
+  const WinogradByteKernels* bytes = nullptr;
   int64_t tiles_h = 0, tiles_w = 0;
   int64_t depth = 0;    // elements of a tile's factors of one tap
   int block = 0;        // most tiles whose factors are in the cache at once
@@ -81,15 +97,18 @@ struct WinogradPlan {
   std::vector<int32_t> out_offset, residual_offset;
 
   int64_t tiles() const { return tiles_h * tiles_w; }
+  int64_t factor_bytes() const { return bytes == nullptr ? 2 : 1; }
 };
 
 /// The plan without its tables, which do not matter to winograd_scratch_bytes().
 WinogradPlan plan_winograd_blocks(WinogradForm form, const ConvShape& shape,
-                                  const WinogradKernels& kernels);
+                                  const WinogradKernels& kernels,
+                                  const WinogradByteKernels* bytes = nullptr);
 /// `out` is null for a float output, `residual` where there is none.
 WinogradPlan plan_winograd(WinogradForm form, const ConvShape& shape, const ImageLayout& in,
                            const ImageLayout* out, const ImageLayout* residual,
-                           const WinogradKernels& kernels);
+                           const WinogradKernels& kernels,
+                           const WinogradByteKernels* bytes = nullptr);
 
 /// Bytes that run_winograd() needs in each thread, 64-byte aligned. `made_bytes`: of a group's taps
 /// that are made in the call, else 0.

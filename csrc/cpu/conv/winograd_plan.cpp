@@ -51,30 +51,32 @@ int area_of(WinogradForm form) {
   return taps * taps;
 }
 
-int64_t tap_bytes(const ConvShape& s, bool narrow) {
-  return (s.in_channels + 1) / 2 * kWinogradGroup * 2 * (narrow ? 1 : 2);
-}
-
-/// Bytes of a group, of which each tap begins on a cache line.
+/// Bytes of a group's taps, of which each begins on a cache line.
 template <class Narrow>
-int64_t lay_out(int area, const ConvShape& shape, const Narrow& narrow, int64_t* offsets) {
+int64_t lay_out(int area, const ConvShape& shape, int cell, const Narrow& narrow,
+                int64_t* offsets) {
+  const int64_t elements = round_up(shape.in_channels, cell) * kWinogradGroup;
   int64_t at = 0;
   for (int k = 0; k < area; ++k) {
     if (offsets != nullptr) offsets[k] = at;
-    at += round_up(tap_bytes(shape, narrow(k)), 64);
+    at += round_up(elements * (narrow(k) ? 1 : 2), 64);
   }
   return at;
 }
 
+constexpr int64_t kBaseBytes = kWinogradGroup * sizeof(int32_t);
+
 }  // namespace
 
 std::string WinogradTaps::describe() const {
+  if (in_bytes()) return "taps and factors s8";
   if (narrow == area) return "taps s8";
   if (narrow == 0) return "taps s16";
   return std::to_string(narrow) + " of " + std::to_string(area) + " taps s8";
 }
 
-int64_t winograd_most_bytes(WinogradForm form, const ConvShape& shape, int bits) {
+int64_t winograd_most_bytes(WinogradForm form, const ConvShape& shape, int bits,
+                            const WinogradByteKernels* bytes) {
   const reference::WinogradAxis& axis = reference::winograd_axis(form);
   const auto reach = [&](int i) {
     int sum = 0;
@@ -86,11 +88,17 @@ int64_t winograd_most_bytes(WinogradForm form, const ConvShape& shape, int bits)
     return reach(k / axis.taps) * reach(k % axis.taps) << (bits - 1) <= 127;
   };
   const int64_t groups = (shape.out_channels + kWinogradGroup - 1) / kWinogradGroup;
-  return groups * lay_out(area_of(form), shape, narrow, nullptr);
+  int64_t most = lay_out(area_of(form), shape, 2, narrow, nullptr);
+  if (bytes != nullptr) {
+    const auto all = [](int) { return true; };
+    most = std::max(most, lay_out(area_of(form), shape, bytes->cell, all, nullptr) + kBaseBytes);
+  }
+  return groups * most;
 }
 
 WinogradTaps plan_winograd_taps(WinogradForm form, const ConvShape& shape,
-                                std::span<const int8_t> weights, int qmax) {
+                                std::span<const int8_t> weights, int qmax,
+                                const WinogradByteKernels* bytes) {
   require_suits(shape);
   if (static_cast<int64_t>(weights.size()) != shape.out_channels * shape.reduction())
     fail<InvalidArgument>("winograd: expected ", shape.out_channels * shape.reduction(),
@@ -119,8 +127,12 @@ WinogradTaps plan_winograd_taps(WinogradForm form, const ConvShape& shape,
                         *std::max_element(most[i], most[i] + kLanes) <= 127;
     taps.narrow += taps.is_narrow[i];
   }
-  taps.group_bytes =
-      lay_out(taps.area, shape, [&](int k) { return taps.is_narrow[k]; }, taps.offset.data());
+  if (bytes != nullptr && form == WinogradForm::F2x2 && taps.narrow == taps.area &&
+      qmax <= reference::kMostWinogradByteLevel)
+    taps.cell = bytes->cell;
+  taps.base_offset = lay_out(
+      taps.area, shape, taps.cell, [&](int k) { return taps.is_narrow[k]; }, taps.offset.data());
+  taps.group_bytes = taps.base_offset + (taps.in_bytes() ? kBaseBytes : 0);
   return taps;
 }
 
@@ -129,15 +141,16 @@ void pack_winograd_taps(const WinogradTaps& taps, std::span<const int8_t> weight
   const reference::WinogradAxis& axis = reference::winograd_axis(taps.form);
   const int64_t outs = taps.out_channels, ins = taps.in_channels;
   int16_t values[reference::kMostWinogradTaps * reference::kMostWinogradTaps][kLanes];
-  // A cache line has a pair of channels of all outputs of a group: they are written together.
-  for (int64_t first = 0; first < outs; first += kWinogradGroup, out += taps.group_bytes)
+  const int64_t cell = taps.cell;
+  // A cache line has a cell of channels of outputs of a group: they are written together.
+  for (int64_t first = 0; first < outs; first += kWinogradGroup, out += taps.group_bytes) {
     for (int64_t c = 0; c < ins; c += kLanes)
       for (int64_t o = 0; o < std::min<int64_t>(kWinogradGroup, outs - first); ++o) {
         const int64_t count = std::min<int64_t>(kLanes, ins - c);
         taps_of(axis, weights.data() + ((first + o) * ins + c) * 9, count, values);
         for (int k = 0; k < taps.area; ++k)
           for (int64_t l = 0; l < count; ++l) {
-            const int64_t at = ((c + l) / 2 * kWinogradGroup + o) * 2 + l % 2;
+            const int64_t at = ((c + l) / cell * kWinogradGroup + o) * cell + (c + l) % cell;
             if (taps.is_narrow[k])
               reinterpret_cast<int8_t*>(out + taps.offset[k])[at] =
                   static_cast<int8_t>(values[k][l]);
@@ -145,31 +158,44 @@ void pack_winograd_taps(const WinogradTaps& taps, std::span<const int8_t> weight
               reinterpret_cast<int16_t*>(out + taps.offset[k])[at] = values[k][l];
           }
       }
+    if (taps.in_bytes()) write_winograd_base(taps, out);
+  }
+}
+
+void write_winograd_base(const WinogradTaps& taps, uint8_t* group) {
+  const auto* tap =
+      reinterpret_cast<const int8_t*>(group + taps.offset[reference::kWinogradSumTap]);
+  auto* base = reinterpret_cast<uint32_t*>(group + taps.base_offset);  // modulo 2^32, as all sums
+  std::fill_n(base, kWinogradGroup, 0u);
+  for (int64_t c = 0; c < taps.cells(); ++c)
+    for (int o = 0; o < kWinogradGroup; ++o)
+      for (int k = 0; k < taps.cell; ++k)
+        base[o] += static_cast<uint32_t>(reference::kWinogradSumOffset * *tap++);
 }
 
 namespace {
 
-int64_t tiles_of_group(int64_t pairs) {
-  return (9 * pairs * kWinogradGroup * 2 + formats::kTileBytes - 1) / formats::kTileBytes;
+int64_t tiles_of_group(const WinogradTaps& taps) {
+  return (9 * taps.elements() + formats::kTileBytes - 1) / formats::kTileBytes;
 }
 
 }  // namespace
 
 int64_t winograd_packed_group_bytes(const WinogradTaps& taps, int bits) {
-  return tiles_of_group(taps.pairs()) * (formats::kTileBytes / 8) * bits;
+  return tiles_of_group(taps) * (formats::kTileBytes / 8) * bits;
 }
 
 void pack_winograd_weights(const WinogradTaps& taps, std::span<const int8_t> weights, int bits,
                            uint8_t* out) {
-  const int64_t outs = taps.out_channels, ins = taps.in_channels, pairs = taps.pairs();
-  const int64_t tiles = tiles_of_group(pairs);
+  const int64_t outs = taps.out_channels, ins = taps.in_channels, cell = taps.cell;
+  const int64_t tiles = tiles_of_group(taps);
   std::vector<int8_t> group(static_cast<size_t>(tiles * formats::kTileBytes));
   for (int64_t first = 0; first < outs; first += kWinogradGroup) {
     std::fill(group.begin(), group.end(), int8_t{0});
     for (int64_t o = 0; o < std::min<int64_t>(kWinogradGroup, outs - first); ++o)
       for (int64_t c = 0; c < ins; ++c)
         for (int64_t k = 0; k < 9; ++k)
-          group[((k * pairs + c / 2) * kWinogradGroup + o) * 2 + c % 2] =
+          group[k * taps.elements() + (c / cell * kWinogradGroup + o) * cell + c % cell] =
               weights[((first + o) * ins + c) * 9 + k];
     for (int64_t t = 0; t < tiles; ++t, out += formats::kTileBytes / 8 * bits)
       formats::pack_tile(group.data() + t * formats::kTileBytes, bits, out);
@@ -177,15 +203,17 @@ void pack_winograd_weights(const WinogradTaps& taps, std::span<const int8_t> wei
 }
 
 WinogradWeights derive_winograd(WinogradForm form, const ConvShape& shape,
-                                std::span<const int8_t> weights, int qmax) {
-  WinogradWeights w{plan_winograd_taps(form, shape, weights, qmax), {}};
+                                std::span<const int8_t> weights, int qmax,
+                                const WinogradByteKernels* bytes) {
+  WinogradWeights w{plan_winograd_taps(form, shape, weights, qmax, bytes), {}};
   w.data = AlignedBuffer(static_cast<size_t>(w.taps.bytes()));
   pack_winograd_taps(w.taps, weights, w.data.data());
   return w;
 }
 
 WinogradPlan plan_winograd_blocks(WinogradForm form, const ConvShape& shape,
-                                  const WinogradKernels& kernels) {
+                                  const WinogradKernels& kernels,
+                                  const WinogradByteKernels* bytes) {
   WinogradPlan plan;
   plan.shape = shape;
   plan.shape.batch = 1;
@@ -194,23 +222,26 @@ WinogradPlan plan_winograd_blocks(WinogradForm form, const ConvShape& shape,
   plan.area = area_of(form);
   plan.tiles_h = (std::max<int64_t>(0, shape.out_h()) + plan.tile - 1) / plan.tile;
   plan.tiles_w = (std::max<int64_t>(0, shape.out_w()) + plan.tile - 1) / plan.tile;
+  plan.bytes = bytes;
   plan.depth = round_up(shape.in_channels, 32);
-  const int64_t fit = kFactorBytes / (plan.area * plan.depth * 2);
-  const int64_t most = round_up(kProducts / plan.area, kernels.rows);
-  plan.block = static_cast<int>(std::clamp<int64_t>(fit, kernels.rows, most));
+  const int rows = bytes == nullptr ? kernels.rows : bytes->rows;
+  const int64_t fit = kFactorBytes / (plan.area * plan.depth * plan.factor_bytes());
+  const int64_t most = round_up(kProducts / plan.area, rows);
+  plan.block = static_cast<int>(std::clamp<int64_t>(fit, rows, most));
+  if (bytes != nullptr) plan.block -= plan.block % bytes->together;
   return plan;
 }
 
 WinogradPlan plan_winograd(WinogradForm form, const ConvShape& shape, const ImageLayout& in,
                            const ImageLayout* out, const ImageLayout* residual,
-                           const WinogradKernels& kernels) {
+                           const WinogradKernels& kernels, const WinogradByteKernels* bytes) {
   require_suits(shape);
   int64_t largest = 0;
   for (const ImageLayout* l : {&in, out, residual})
     if (l != nullptr) largest = std::max(largest, l->image_bytes);
   if (largest > INT32_MAX)
     throw InvalidArgument("convolution: an image of 2^31 or more bytes is not supported");
-  WinogradPlan plan = plan_winograd_blocks(form, shape, kernels);
+  WinogradPlan plan = plan_winograd_blocks(form, shape, kernels, bytes);
   const int64_t out_h = std::max<int64_t>(0, shape.out_h());
   const int64_t out_w = std::max<int64_t>(0, shape.out_w());
   plan.in_base = (in.pad_left - shape.pad_left) * in.pitch;
@@ -250,7 +281,7 @@ bool winograd_prefers_columns(const WinogradPlan& plan, const WinogradTaps& taps
                               int threads) {
   if (taps.groups() < threads) return false;
   const int64_t tiles = plan.tiles() * images;
-  return tiles < threads || taps.bytes() > 4 * tiles * plan.area * plan.depth * 2;
+  return tiles < threads || taps.bytes() > 4 * tiles * plan.area * plan.depth * plan.factor_bytes();
 }
 
 }  // namespace adalayer::cpu

@@ -30,9 +30,9 @@ class Carver {
 int64_t odd_lines(int64_t bytes) { return ((bytes + 63) / 64 | 1) * 64; }
 
 struct Buffers {
-  int16_t* factors;  // [area] at factor_stride, [block][depth] each
-  int64_t factor_stride;
-  int32_t* products;  // [area] at product_stride, [block][width] each
+  uint8_t* factors;       // [area] at factor_stride, [block][depth] of int16 or int8 each
+  int64_t factor_stride;  // bytes
+  int32_t* products;      // [area] at product_stride, [block][width] each
   int64_t product_stride;
   int32_t* sums;       // of as many tiles as the kernels have rows
   int32_t* positions;  // of a row of their outputs
@@ -43,17 +43,18 @@ struct Buffers {
   Buffers(const WinogradPlan& plan, const WinogradKernels& kernels, int64_t made_bytes,
           Carver& memory) {
     const int64_t width = int64_t{kernels.groups} * kWinogradGroup, outputs = plan.tile * plan.tile;
-    factor_stride = odd_lines(plan.block * plan.depth * 2) / 2;
+    factor_stride = odd_lines(plan.block * plan.depth * plan.factor_bytes());
     product_stride = odd_lines(plan.block * width * 4) / 4;
-    factors = memory.take<int16_t>(plan.area * factor_stride);
+    factors = memory.take<uint8_t>(plan.area * factor_stride);
     products = memory.take<int32_t>(plan.area * product_stride);
     sums = memory.take<int32_t>(kernels.rows * outputs * width);
     positions = memory.take<int32_t>(kernels.rows * plan.tile);
     weights = nullptr;
     taps = nullptr;
     if (made_bytes == 0) return;
-    const int64_t pairs = (plan.shape.in_channels + 1) / 2;
-    weights = memory.take<int8_t>(9 * pairs * kWinogradGroup * 2 + formats::kTileBytes);
+    const int64_t cell = plan.bytes == nullptr ? 2 : plan.bytes->cell;
+    const int64_t channels = (plan.shape.in_channels + cell - 1) / cell * cell;
+    weights = memory.take<int8_t>(9 * channels * kWinogradGroup + formats::kTileBytes);
     taps = memory.take<uint8_t>(kernels.groups * made_bytes);
   }
 };
@@ -98,18 +99,38 @@ struct Loop {
 
   void transform(int64_t first, int count) const {
     const WinogradPlan& plan = call.plan;
-    WinogradInputArgs a{};
-    a.pitch = plan.in_pitch;
-    a.channels = plan.shape.in_channels;
-    a.tap_stride = buffers.factor_stride;
+    if (const WinogradByteKernels* bytes = plan.bytes) {
+      WinogradByteInputArgs a{};
+      a.tap_stride = buffers.factor_stride;
+      each_tile(first, count, a, [&](int t) {
+        const int alone = t % bytes->together;
+        a.factors = reinterpret_cast<int8_t*>(buffers.factors) + (t - alone) * plan.depth +
+                    alone * bytes->cell;
+        bytes->input(a);
+      });
+    } else {
+      WinogradInputArgs a{};
+      a.tap_stride = buffers.factor_stride / 2;
+      each_tile(first, count, a, [&](int t) {
+        a.factors = reinterpret_cast<int16_t*>(buffers.factors) + t * plan.depth;
+        kernels.input[static_cast<int>(plan.form)](a);
+      });
+    }
+  }
+
+  /// fn(0), fn(1) ... of `count` tiles, with where each one's levels are in `args`.
+  template <class Args, class Fn>
+  void each_tile(int64_t first, int count, Args& args, const Fn& fn) const {
+    const WinogradPlan& plan = call.plan;
+    args.pitch = plan.in_pitch;
+    args.channels = plan.shape.in_channels;
     Tile tile(plan, first);
     for (int t = 0; t < count; ++t, tile.step(plan)) {
       const uint8_t* const column =
           call.in + tile.image * plan.in_image_bytes + plan.in_base + tile.x * plan.in_pitch;
       for (int i = 0; i < plan.tile + 2; ++i)
-        a.rows[i] = column + plan.in_row[tile.y + i];
-      a.factors = buffers.factors + t * plan.depth;
-      kernels.input[static_cast<int>(plan.form)](a);
+        args.rows[i] = column + plan.in_row[tile.y + i];
+      fn(t);
     }
   }
 
@@ -127,29 +148,50 @@ struct Loop {
         weights = buffers.weights;
       }
       kernels.taps[static_cast<int>(call.plan.form)]({.weights = weights,
-                                                      .pairs = taps.pairs(),
+                                                      .elements = taps.elements(),
                                                       .narrow = taps.is_narrow.data(),
                                                       .offset = taps.offset.data(),
                                                       .taps = buffers.taps + g * taps.group_bytes});
+      if (taps.in_bytes()) write_winograd_base(taps, buffers.taps + g * taps.group_bytes);
     }
     return buffers.taps;
   }
 
   void multiply(const uint8_t* taps_at, int groups, int count) const {
     const WinogradTaps& taps = call.taps;
+    if (call.plan.bytes != nullptr) return multiply_bytes(taps_at, groups, count);
     WinogradProductArgs a{};
     a.factor_stride = call.plan.depth;
     a.group_bytes = taps.group_bytes;
-    a.pairs = taps.pairs();
+    a.pairs = taps.cells();
     a.rows = count;
     a.groups = groups;
     for (int k = 0; k < taps.area; ++k) {
-      a.factors = buffers.factors + k * buffers.factor_stride;
+      a.factors = reinterpret_cast<const int16_t*>(buffers.factors + k * buffers.factor_stride);
       a.taps = taps_at + taps.offset[k];
       a.narrow = taps.is_narrow[k];
       a.products = buffers.products + k * buffers.product_stride;
       kernels.multiply(a);
     }
+  }
+
+  void multiply_bytes(const uint8_t* group, int groups, int count) const {
+    const WinogradTaps& taps = call.taps;
+    WinogradByteProductArgs a{};
+    a.depth = call.plan.depth;
+    a.cells = taps.cells();
+    a.rows = count;
+    a.product_stride = int64_t{groups} * kWinogradGroup;
+    for (int g = 0; g < groups; ++g, group += taps.group_bytes)
+      for (int k = 0; k < taps.area; ++k) {
+        a.factors = reinterpret_cast<const int8_t*>(buffers.factors + k * buffers.factor_stride);
+        a.taps = reinterpret_cast<const int8_t*>(group + taps.offset[k]);
+        a.base = k == reference::kWinogradSumTap
+                     ? reinterpret_cast<const int32_t*>(group + taps.base_offset)
+                     : nullptr;
+        a.products = buffers.products + k * buffers.product_stride + g * kWinogradGroup;
+        call.plan.bytes->multiply(a);
+      }
   }
 
   /// Tiles [t, t + tiles) of the block that begins with tile `first`.

@@ -305,9 +305,8 @@ class LayerHessian:
             keep = self._pattern(solver, bits, sparsity, pattern)
         levels, scale, kept = solver.run([(bits, sparsity)], passes, keep=keep, cells=cells)
         chosen = kept if keep is not None or pruned_count(kept.numel(), sparsity) else None
-        return self._solution(
-            solver, bits, sparsity, levels, scale, chosen, given, pattern, curve, correction, cells
-        )
+        plain = self._plain_rounding(bits, sparsity, pattern, given, cells)
+        return self._solution(solver, bits, (levels, scale, chosen), plain, curve, correction)
 
     @torch.no_grad()
     def solutions(
@@ -339,9 +338,9 @@ class LayerHessian:
             for index, (bits, sparsity) in enumerate(part):
                 own = slice(index * rows, (index + 1) * rows)
                 chosen = kept[:, own] if pruned_count(kept[:, own].numel(), sparsity) else None
-                yield self._solution(
-                    solver, bits, sparsity, levels[:, own], scale[:, own], chosen, pattern=pattern
-                )
+                found = (levels[:, own], scale[:, own], chosen)
+                plain = self._plain_rounding(bits, sparsity, pattern)
+                yield self._solution(solver, bits, found, plain)
 
     def _pattern(
         self, solver: Solver | SolverOfParts, bits: int, sparsity: float, pattern: str
@@ -365,28 +364,35 @@ class LayerHessian:
         size = self.weight.shape[0] * rows * self.weight.shape[2]
         return max(1, (_CHUNK * 2) // max(1, size))
 
+    def _plain_rounding(
+        self,
+        bits: int,
+        sparsity: float,
+        pattern: str,
+        mask: Tensor | None = None,
+        cells: Cells | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Levels, scale and mask without a repair."""
+        if mask is None and sparsity:
+            mask = pattern_mask(self.weight.reshape(self.shape), sparsity, pattern)
+            mask = mask.reshape(self.weight.shape)
+        return (*self._plain(bits, mask, cells), mask)
+
     def _solution(
         self,
         solver: Solver | SolverOfParts,
         bits: int,
-        sparsity: float,
-        levels: Tensor,
-        scale: Tensor,
-        chosen: Tensor | None,
-        plain_mask: Tensor | None = None,
-        pattern: str = "unstructured",
+        found: tuple[Tensor, Tensor, Tensor | None],
+        rounded: tuple[Tensor, Tensor, Tensor | None],
         curve: dict[float, float] | None = None,
         correction: float | None = None,
-        cells: Cells | None = None,
     ) -> LayerSolution:
-        """The sweep's result, or plain rounding where that is better."""
+        """The sweep's result, or plain rounding where that is better: levels, scale and mask."""
         low, high = weight_range(bits)
+        levels, scale, chosen = found
+        plain_levels, plain_scale, plain_mask = rounded
         q = levels * scale[:, :, None]
         error, energy = solver.error(q), solver.energy
-        if plain_mask is None and sparsity:
-            plain_mask = pattern_mask(self.weight.reshape(self.shape), sparsity, pattern)
-            plain_mask = plain_mask.reshape(self.weight.shape)
-        plain_levels, plain_scale = self._plain(bits, plain_mask, cells)
         plain = solver.error(plain_levels * plain_scale[:, :, None])
         held = self._on_held(
             solver, q, plain_levels * plain_scale[:, :, None], curve or {}, correction

@@ -28,7 +28,9 @@ constexpr double kSurely = 0.65;
 
 struct WinogradConvWeights final : ConvWeights {
   std::string form() const override { return taps.describe(); }
-  uint64_t key() const override { return 1 + static_cast<uint64_t>(taps.narrow); }
+  uint64_t key() const override {
+    return 1 + static_cast<uint64_t>(taps.narrow) + (taps.in_bytes() ? 64 : 0);
+  }
 
   WinogradTaps taps;
 };
@@ -123,27 +125,37 @@ bool saves_products(WinogradForm form, const ConvShape& s) {
          kWorthATrial * 9.0 * static_cast<double>(s.out_h()) * static_cast<double>(s.out_w());
 }
 
-/// Whether the form, which is exact, may be the fastest one.
-bool worth_a_trial(WinogradForm form, const ConvTask& task, std::span<const int8_t> values) {
+bool worth_a_trial(WinogradForm form, const ConvShape& s) {
+  return std::min(s.in_channels, s.out_channels) >= kLeastChannels && saves_products(form, s);
+}
+
+/// Whether the form, which is exact, may be faster than F(4x4) with the same kind of products.
+bool worth_beside_4x4(WinogradForm form, const ConvTask& task, std::span<const int8_t> values) {
   const ConvShape& s = task.shape;
-  if (std::min(s.in_channels, s.out_channels) < kLeastChannels || !saves_products(form, s))
-    return false;
   if (form == WinogradForm::F4x4) return true;
   return s.out_h() * s.out_w() <= kSmallMap || !saves_products(WinogradForm::F4x4, s) ||
          !reference::winograd_exact(WinogradForm::F4x4, values, s.out_channels, task.qmax);
 }
 
+/// The row's kernels for products of bytes, where the form and the levels allow them, or null.
+const WinogradByteKernels* byte_kernels(WinogradForm form, const ConvTask& task) {
+  const bool fits = form == WinogradForm::F2x2 && task.qmax <= reference::kMostWinogradByteLevel;
+  return fits ? task.kernels.winograd_bytes : nullptr;
+}
+
 /// Whether making the taps in every call is surely faster than the direct product, which has at
-/// best twice the products per instruction.
-bool surely_faster(const ConvTask& task, WinogradForm form) {
+/// best several times the products per instruction, unless they are of bytes here, too (`bytes`).
+bool surely_faster(const ConvTask& task, WinogradForm form, const WinogradByteKernels* bytes) {
   if (task.kernels.positions == Positions::Flattened) return false;
   const ConvShape& s = task.shape;
-  const WinogradPlan plan = plan_winograd_blocks(form, s, *task.kernels.winograd);
+  const WinogradPlan plan = plan_winograd_blocks(form, s, *task.kernels.winograd, bytes);
   const auto tiles = static_cast<double>(plan.tiles());
   const double blocks = std::ceil(tiles / plan.block);
   const bool by_pairs = task.product_bits() >= 7 && task.kernels.arrangement != nullptr;
   const double direct = 9.0 * static_cast<double>(s.out_h()) * static_cast<double>(s.out_w()) /
-                        (by_pairs ? 1.5 : 2.0);
+                        (bytes != nullptr ? 1.0
+                         : by_pairs       ? 1.5
+                                          : task.kernels.direct_products);
   return plan.area * (tiles + kMaking * blocks) <= kSurely * direct;
 }
 
@@ -171,10 +183,12 @@ class WinogradAlgorithm final : public ConvAlgorithm {
     const ConvShape& s = task.shape;
     const double tile = reference::winograd_axis(form_).tile;
     const auto padded = [&](int64_t n) { return std::max(static_cast<double>(n), 0.0) + tile; };
-    const auto taps = static_cast<double>(winograd_most_bytes(form_, s, task.bits));
+    const WinogradByteKernels* by = byte_kernels(form_, task);
+    const auto taps = static_cast<double>(winograd_most_bytes(form_, s, task.bits, by));
+    const int64_t channels = s.in_channels + (by == nullptr ? 2 : by->cell) - 1;
     const double groups = std::ceil(static_cast<double>(s.out_channels) / kWinogradGroup);
     // Packed weights take the place of panels where forms may not stand beside each other.
-    const double tiles = (9.0 * static_cast<double>(s.in_channels + 1) * kWinogradGroup) / 1024 + 1;
+    const double tiles = (9.0 * static_cast<double>(channels) * kWinogradGroup) / 1024 + 1;
     const double packed = task.room == Room::Several ? groups * tiles * 128.0 * task.bits : 0.0;
     // Offsets of an output and a residual for every output of the tiles, and of the rows.
     return (from_ == Taps::Made ? packed : taps) + 8.0 * padded(s.out_h()) * padded(s.out_w()) +
@@ -183,11 +197,16 @@ class WinogradAlgorithm final : public ConvAlgorithm {
 
   double scratch_bytes(const ConvTask& task) const override {
     const ConvShape& s = task.shape;
-    const WinogradPlan blocks = plan_winograd_blocks(form_, s, *task.kernels.winograd);
+    const WinogradKernels& kernels = *task.kernels.winograd;
+    const WinogradByteKernels* bytes = byte_kernels(form_, task);
     const int64_t groups = (s.out_channels + kWinogradGroup - 1) / kWinogradGroup;
-    const int64_t made =
-        from_ == Taps::Kept || groups == 0 ? 0 : winograd_most_bytes(form_, s, task.bits) / groups;
-    return static_cast<double>(winograd_scratch_bytes(blocks, *task.kernels.winograd, made));
+    const int64_t made = from_ == Taps::Kept || groups == 0
+                             ? 0
+                             : winograd_most_bytes(form_, s, task.bits, bytes) / groups;
+    const auto needed = [&](const WinogradByteKernels* by) {
+      return winograd_scratch_bytes(plan_winograd_blocks(form_, s, kernels, by), kernels, made);
+    };
+    return static_cast<double>(std::max(needed(nullptr), needed(bytes)));
   }
 
   std::unique_ptr<ConvWeights> derive(const ConvTask& task, const ConvLayouts&,
@@ -198,13 +217,20 @@ class WinogradAlgorithm final : public ConvAlgorithm {
     if (policy != WinogradPolicy::Auto && !forced) return nullptr;
     if (!reference::winograd_exact(form_, values, task.shape.out_channels, task.qmax))
       return nullptr;
-    if (!forced && !worth_a_trial(form_, task, values)) return nullptr;
+    if (!forced && !worth_a_trial(form_, task.shape)) return nullptr;
+    const WinogradByteKernels* bytes = byte_kernels(form_, task);
+    const bool worth = forced || worth_beside_4x4(form_, task, values);
+    if (!worth && bytes == nullptr) return nullptr;
+    const bool has_to_be_sure = from_ == Taps::Made && !forced && task.room == Room::Scratch;
+    if (has_to_be_sure && !surely_faster(task, form_, bytes)) return nullptr;
     auto weights = std::make_unique<WinogradConvWeights>();
-    if (from_ == Taps::Made && !forced && task.room == Room::Scratch) {
-      if (!surely_faster(task, form_)) return nullptr;
-      weights->merit = Merit::SurelyFaster;
-    }
-    weights->taps = plan_winograd_taps(form_, task.shape, values, task.qmax);
+    weights->taps = plan_winograd_taps(form_, task.shape, values, task.qmax, bytes);
+    weights->variant = weights->taps.in_bytes() ? 1 : 0;
+    // What has been asked of products of bytes is asked again of others.
+    if (bytes != nullptr && !weights->taps.in_bytes() &&
+        (!worth || (has_to_be_sure && !surely_faster(task, form_, nullptr))))
+      return nullptr;
+    if (has_to_be_sure) weights->merit = Merit::SurelyFaster;
     if (from_ == Taps::Made && !forced && task.room == Room::Several &&
         !worth_making(task, weights->taps))
       return nullptr;
@@ -214,10 +240,11 @@ class WinogradAlgorithm final : public ConvAlgorithm {
   }
 
   std::unique_ptr<PlannedConv> plan(const ConvTask& task, const ConvLayouts& at,
-                                    int) const override {
+                                    int variant) const override {
     return std::make_unique<WinogradConv>(
         task, at.in,
-        plan_winograd(form_, task.shape, at.in, at.out, at.residual, *task.kernels.winograd),
+        plan_winograd(form_, task.shape, at.in, at.out, at.residual, *task.kernels.winograd,
+                      variant == 1 ? task.kernels.winograd_bytes : nullptr),
         from_);
   }
 

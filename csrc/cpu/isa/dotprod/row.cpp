@@ -126,6 +126,8 @@ const KernelRow kDotprodRow{.name = "dotprod",
                             .stem = {},
                             .grouped = &neon::kGrouped,
                             .winograd = &neon::kWinograd,
+                            .winograd_bytes = &dotprod::kWinogradBytes,
+                            .direct_products = 4.0,
                             .image = &kNeonImage};
 
 }  // namespace adalayer::cpu

@@ -115,6 +115,8 @@ const KernelRow kI8mmRow{.name = "i8mm",
                          .stem = {},
                          .grouped = &neon::kGrouped,
                          .winograd = &neon::kWinograd,
+                         .winograd_bytes = &i8mm::kWinogradBytes,
+                         .direct_products = 8.0,
                          .image = &kNeonImage};
 
 }  // namespace adalayer::cpu

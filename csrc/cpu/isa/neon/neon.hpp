@@ -17,6 +17,11 @@ void requantize(const RequantizeArgs& args);
 void gemm(const GemmArgs& g);
 void gemv(const GemvArgs& g);
 
+// WinogradByteKernels::input of cells that lie behind each other, and of those of 8 channels of two
+// tiles beside each other.
+void winograd_byte_input(const WinogradByteInputArgs& a);
+void winograd_byte_input_of_two(const WinogradByteInputArgs& a);
+
 }  // namespace adalayer::cpu::neon
 
 namespace adalayer::cpu::dotprod {

@@ -10,6 +10,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "cpu/isa/neon/neon.hpp"
 #include "cpu/isa/shared/unrolled.hpp"
 #include "cpu/winograd_kernels.hpp"
 
@@ -143,7 +144,51 @@ void multiply(const WinogradProductArgs& a) {
   a.narrow ? multiply_all<true>(a, kRows) : multiply_all<false>(a, kRows);
 }
 
+/// One axis of F(2x2), modulo 256.
+[[gnu::always_inline]] inline void byte_axis(const uint8x16_t (&d)[4], uint8x16_t (&v)[4]) {
+  v[0] = vsubq_u8(d[0], d[2]);
+  v[1] = vaddq_u8(d[1], d[2]);
+  v[2] = vsubq_u8(d[2], d[1]);
+  v[3] = vsubq_u8(d[1], d[3]);
+}
+
+template <bool kOfTwo>
+void byte_input(const WinogradByteInputArgs& a) {
+  for (int64_t c = 0; c < a.channels; c += 16) {
+    uint8x16_t half[4][4];
+    unrolled<0, 4>([&](auto x) __attribute__((always_inline)) {
+      uint8x16_t d[4], v[4];
+      unrolled<0, 4>([&](auto y) __attribute__((always_inline)) {
+        d[y.value] = vld1q_u8(a.rows[y.value] + x.value * a.pitch + c);
+      });
+      byte_axis(d, v);
+      unrolled<0, 4>([&](auto i)
+                         __attribute__((always_inline)) { half[i.value][x.value] = v[i.value]; });
+    });
+    auto* out = reinterpret_cast<uint8_t*>(a.factors) + (kOfTwo ? 2 * c : c);
+    unrolled<0, 4>([&](auto i) __attribute__((always_inline)) {
+      uint8x16_t v[4];
+      byte_axis(half[i.value], v);
+      unrolled<0, 4>([&](auto j) __attribute__((always_inline)) {
+        uint8x16_t factor = v[j.value];
+        if constexpr (4 * i.value + j.value == reference::kWinogradSumTap)
+          factor = vsubq_u8(factor, vdupq_n_u8(reference::kWinogradSumOffset));
+        if constexpr (kOfTwo) {
+          vst1_u8(out, vget_low_u8(factor));
+          vst1_u8(out + 16, vget_high_u8(factor));
+        } else {
+          vst1q_u8(out, factor);
+        }
+        out += a.tap_stride;
+      });
+    });
+  }
+}
+
 }  // namespace
+
+void winograd_byte_input(const WinogradByteInputArgs& a) { byte_input<false>(a); }
+void winograd_byte_input_of_two(const WinogradByteInputArgs& a) { byte_input<true>(a); }
 
 const WinogradKernels kWinograd = kernels_named("neon");
 

@@ -106,13 +106,12 @@ template <int kTile>
 void transform_taps(const WinogradTapsArgs& a) {
   using A = Axis<kTile>;
   constexpr int n = A::kTaps;
-  const int64_t count = a.pairs * kWinogradGroup * 2;
-  for (int64_t at = 0; at < count; at += Vec::kLevels) {
+  for (int64_t at = 0; at < a.elements; at += Vec::kLevels) {
     T half[n][3];
     unrolled<0, 3>([&](auto x) __attribute__((always_inline)) {
       T g[3], u[n];
       unrolled<0, 3>([&](auto y) __attribute__((always_inline)) {
-        const int8_t* weights = a.weights + (y.value * 3 + x.value) * count + at;
+        const int8_t* weights = a.weights + (y.value * 3 + x.value) * a.elements + at;
         g[y.value] = Vec::load_narrow(reinterpret_cast<const uint8_t*>(weights));
       });
       A::weight(g, u);
