@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from adalayer_native import cuda, ops
+from adalayer_native._recent import Recent
 from adalayer_native.cuda import engine as cuda_engine
 from adalayer_native.cuda import layers, library
 from adalayer_native.errors import DeviceError, InputError
@@ -41,8 +41,8 @@ def emulated(monkeypatch):
     monkeypatch.setattr(library, "_loaded", None)
     for module in (cuda_engine, layers):
         monkeypatch.setattr(module, "stream_number", lambda device: 0)
-    monkeypatch.setattr(layers, "_engines", OrderedDict())
-    monkeypatch.setattr(layers, "_linears", OrderedDict())
+    monkeypatch.setattr(layers, "_engines", Recent(layers._ENGINE_LIMIT))
+    monkeypatch.setattr(layers, "_linears", Recent(layers._ENGINE_LIMIT))
     yield
     library._loaded = None
 

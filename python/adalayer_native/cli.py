@@ -110,16 +110,13 @@ def _budget(method: str, limits: dict[str, float | None]) -> Any:
 
 def _check_levels(method: str, limits: dict[str, float | None], *others: Any) -> None:
     """Levels have plans of their own."""
-    from .errors import BudgetError
+    from .allocation import refusals
 
     *given, repaired = others
     if any(value is not None for value in (*limits.values(), *given)) or not repaired:
-        raise BudgetError(
-            "--levels says what every level has: it goes with --fix, --exclude and --effort, and "
-            "not with a budget, --layer-bits, --stages, --criterion, --latency-table or --no-repair"
-        )
+        raise refusals.levels_apart()
     if method not in (_ADALAYER.value, "optimal"):
-        raise BudgetError(f"--levels has a method of its own, which is optimal, not {method}")
+        raise refusals.levels_of_one_method(method)
 
 
 def _names(text: str | None) -> list[str] | None:

@@ -20,6 +20,8 @@ __all__ = [
     "empty",
     "engines_too_slow",
     "file_limited_twice",
+    "levels_apart",
+    "levels_of_one_method",
     "limited_frontier",
     "limits_apart",
     "limits_together",
@@ -52,6 +54,19 @@ def out_of_range(name: str, value: object) -> BudgetError:
 
 
 # -- a budget that does not go with the rest of a request --------------------------------------
+
+
+def levels_apart() -> BudgetError:
+    """Levels have plans of their own."""
+    return BudgetError(
+        "--levels says what every level has: it goes with --fix, --exclude and --effort, and "
+        "not with a budget, --layer-bits, --stages, --criterion, --latency-table or --no-repair"
+    )
+
+
+def levels_of_one_method(method: str) -> BudgetError:
+    """Levels are planned by one method."""
+    return BudgetError(f"--levels has a method of its own, which is optimal, not {method}")
 
 
 def missing(method: str, hint: str = "") -> BudgetError:

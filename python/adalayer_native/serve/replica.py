@@ -252,7 +252,8 @@ class Worker:
                 with self._engine_lock:
                     self._busy_since = time.monotonic()
                     try:
-                        outputs = self._runner.run(inputs, level)
+                        # Runners without levels need no argument for them.
+                        outputs = self._runner.run(inputs, *([level] if level else ()))
                     finally:
                         self._busy_since = None
         except OSError:

@@ -175,7 +175,8 @@ class Runner(Protocol):
 
     def run(self, inputs: Sequence[Input], level: int = 0) -> list[Array]:
         """A batch: ``[n, ...]`` per input in, float32 or int32 as :attr:`TensorInfo.dtype` says;
-        contiguous float32 ``[n, ...]`` out. ``level``: of those that the description has.
+        contiguous float32 ``[n, ...]`` out. ``level``: of those that the description has; 0 is
+        not said.
 
         The inputs' memory is used again after the call.
         """
