@@ -152,9 +152,9 @@ def test_flipped_weights_are_cached_by_content():
     other, other_weight = random_native({"kernel_size": 2, "stride": 2}, seed=1)
     native.load_state_dict(other.state_dict())
     assert torch.equal(native(x), expected(other, other_weight, x))
-    for seed in range(ops.layer._FLIPPED_LIMIT + 3):
+    for seed in range(int(ops.layer._flipped.limit) + 3):
         random_native({"kernel_size": 2, "stride": 2}, bits=2, seed=seed)[0](x)
-    assert len(ops.layer._flipped) == ops.layer._FLIPPED_LIMIT
+    assert len(ops.layer._flipped) == ops.layer._flipped.limit
 
 
 def test_wrong_arguments_are_errors():

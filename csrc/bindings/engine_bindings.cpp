@@ -386,6 +386,7 @@ void bind_engine(py::module_& m) {
   m.def("operations", &operations);
   // What the length of a packed weight is counted with before it is packed.
   m.attr("HEADER_BYTES") = sizeof(formats::CanonicalHeader);
+  m.attr("MOST_LEVELS") = engine::kMaxLevels;
   m.attr("FILE_BLOCK") = py::make_tuple(formats::kBlockOut, formats::kBlockIn);
   m.def("fields_bytes", &formats::fields_bytes);
   bind_program(m);

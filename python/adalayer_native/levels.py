@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from adalayer_native import _C
 from adalayer_native._fingerprint import fingerprint
 from adalayer_native._progress import stage
 from adalayer_native._stages import Stage
@@ -44,7 +45,7 @@ from adalayer_native.rounding import Planes, conv_form
 
 __all__ = ["MOST_LEVELS", "Levels", "check_plans", "compress_levels", "level_plans", "level_stages"]
 
-MOST_LEVELS = 16  # csrc/engine/program.hpp
+MOST_LEVELS: int = _C.MOST_LEVELS
 
 
 @dataclass

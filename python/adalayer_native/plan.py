@@ -11,7 +11,7 @@ import difflib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -503,3 +503,11 @@ def unknown_layer(name: object, known: list[str]) -> str:
     close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4) or known[:3]
     hint = f"; closest names: {', '.join(map(repr, close))}" if close else ""
     return f"unknown layer {name!r}{hint}"
+
+
+def unknown_name(kind: str, name: object, known: Iterable[str]) -> PlanError:
+    """An error about a name that no registry has, with all that it has and the closest."""
+    names = tuple(known)
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return PlanError(f"unknown {kind} {name!r}: {hint}expected one of {names}")

@@ -8,6 +8,7 @@
 #include "cpu/conv/matmul.hpp"
 #include "cpu/kernel_table.hpp"
 #include "formats/canonical.hpp"
+#include "random_epilogue.hpp"
 
 using namespace adalayer;
 using namespace adalayer::cpu;
@@ -61,14 +62,11 @@ std::string describe(const Case& c) {
 }
 
 /// One convolution and what it has to give, for every way to run it.
-struct Problem {
+struct Problem : RandomEpilogue {
   const Case c;
   std::vector<int8_t> weights;
   std::vector<uint8_t> levels;  // [N][C][H][W]
-  std::vector<float> scale, bias;
-  std::vector<int32_t> correction, sums;  // sums as [N][O][OH][OW]
-  std::vector<uint8_t> table;
-  ConvEpilogue epilogue;
+  std::vector<int32_t> sums;    // [N][O][OH][OW]
 
   explicit Problem(const Case& from) : c(from) {
     const ConvShape& s = c.shape;
@@ -81,34 +79,7 @@ struct Problem {
     for (auto& v : levels)
       v = static_cast<uint8_t>(c.extreme ? 255 : pick(0, 255));
 
-    const auto padded = static_cast<size_t>(epilogue_size(s.out_channels));
-    scale.resize(padded);
-    bias.resize(padded);
-    correction.resize(padded);
-    table.resize(256);
-    for (auto& v : table)
-      v = static_cast<uint8_t>(pick(0, 255));
-    for (int64_t o = 0; o < s.out_channels; ++o) {
-      int32_t sum = 0;
-      for (int64_t k = 0; k < s.reduction(); ++k)
-        sum += weights[o * s.reduction() + k];
-      correction[o] = -c.zero_point * sum;
-      scale[o] = static_cast<float>(pick(-100, 100)) / 1e3f /
-                 static_cast<float>((1 << (c.bits - 1)) * (1 + s.reduction() / 16));
-      bias[o] = static_cast<float>(pick(-1000, 1000)) / 10.0f;
-    }
-    if (!c.bounded) scale[0] = 1e30f;
-    epilogue.correction = c.zero_point == 0 ? nullptr : correction.data();
-    epilogue.scale = scale.data();
-    epilogue.bias = bias.data();
-    epilogue.residual_scale = 0.37f;
-    epilogue.residual_zero = c.zero_point;
-    epilogue.finish = {.lo = static_cast<float>(3 - 17),
-                       .hi = static_cast<float>(250 - 17),
-                       .zero_point = 17,
-                       .table = c.table ? table.data() : nullptr,
-                       .inv_scale = 1.7f};
-    epilogue.bounded = c.bounded;
+    draw(s, weights, c.bits, c.zero_point, c.table, c.bounded, pick);
     add_up();
   }
 

@@ -15,6 +15,7 @@
 #include "engine/leveled_engine.hpp"
 #include "engine/levels.hpp"
 #include "engine_programs.hpp"
+#include "engine_results.hpp"
 
 using namespace adalayer;
 using namespace adalayer::engine;
@@ -24,37 +25,13 @@ using programs::narrowed;
 
 namespace {
 
-using Results = std::vector<std::vector<float>>;
+using programs::Results;
 
 const EngineOptions kStreamed{.weights = WeightForm::Streamed};
 
-template <class Run>
-Results results_of(const Program& p, int64_t batch, const Run& run) {
-  std::mt19937 random(5);
-  std::normal_distribution<float> normal;
-  const auto data = programs::input_noise(p, batch, [&] { return 8.0f * normal(random); });
-  std::vector<InputTensor> inputs;
-  for (const auto& x : data)
-    inputs.push_back({x.data(), Layout::NCHW});
-  Results results;
-  std::vector<float*> targets;
-  for (const int32_t v : p.outputs) {
-    const Value& value = p.values[v];
-    results.emplace_back(static_cast<size_t>(batch * value.c * value.h * value.w));
-    targets.push_back(results.back().data());
-  }
-  run(inputs, targets);
-  return results;
-}
+Results run(const Engine& e, int threads = 1) { return programs::computed(e, 2, 2.0f, threads); }
 
-Results run(const Engine& e, int threads = 1) {
-  return results_of(e.program(), 2, [&](auto& in, auto& out) { e.run(in, 2, out, threads); });
-}
-
-Results interpreted(const Program& p) {
-  const Engine e(p, kStreamed);
-  return results_of(p, 2, [&](auto& in, auto& out) { e.run_reference(in, 2, out); });
-}
+Results interpreted(const Program& p) { return programs::interpreted(p, 2, 2.0f); }
 
 /// What `lower` computes as a program of its own: the levels of leveled().
 Results wanted(size_t level) {

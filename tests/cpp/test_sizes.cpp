@@ -11,6 +11,7 @@
 #include "engine/at_size.hpp"
 #include "engine/sized_engine.hpp"
 #include "engine_programs.hpp"
+#include "engine_results.hpp"
 
 using namespace adalayer;
 using namespace adalayer::engine;
@@ -18,35 +19,11 @@ using programs::ranged;
 
 namespace {
 
-using Results = std::vector<std::vector<float>>;
+using programs::Results;
 
-template <class Run>
-Results results_of(const Program& p, int64_t batch, const Run& run) {
-  std::mt19937 random(3);
-  std::normal_distribution<float> normal;
-  const auto data = programs::input_noise(p, batch, [&] { return normal(random); });
-  std::vector<InputTensor> inputs;
-  for (const auto& x : data)
-    inputs.push_back({x.data(), Layout::NCHW});
-  Results results;
-  std::vector<float*> targets;
-  for (const int32_t v : p.outputs) {
-    const Value& value = p.values[v];
-    results.emplace_back(static_cast<size_t>(batch * value.c * value.h * value.w));
-    targets.push_back(results.back().data());
-  }
-  run(inputs, targets);
-  return results;
-}
+Results run(const Engine& e, int threads = 1) { return programs::computed(e, 3, 1.0f, threads); }
 
-Results run(const Engine& e, int threads = 1) {
-  return results_of(e.program(), 3, [&](auto& in, auto& out) { e.run(in, 3, out, threads); });
-}
-
-Results interpreted(const Program& p) {
-  const Engine e(p, {.weights = WeightForm::Streamed});
-  return results_of(p, 3, [&](auto& in, auto& out) { e.run_reference(in, 3, out); });
-}
+Results interpreted(const Program& p) { return programs::interpreted(p, 3, 1.0f); }
 
 template <class Body>
 std::string refusal(const Body& body) {

@@ -16,6 +16,7 @@
 #include "cpu/kernel_table.hpp"
 #include "describe.hpp"
 #include "exact.hpp"
+#include "random_epilogue.hpp"
 #include "reference/reference.hpp"
 
 using namespace adalayer;
@@ -81,7 +82,7 @@ Case square(int in, int size, int out, int pad, int bits) {
 }
 
 /// One convolution in all that a test compares.
-struct Problem {
+struct Problem : RandomEpilogue {
   const Case c;
   const ConvShape& s;
   ImageLayout in, out, res;
@@ -90,10 +91,6 @@ struct Problem {
   std::vector<uint8_t> plain;  // NCHW
   std::vector<uint8_t> residual;
   std::vector<int32_t> sums;  // [N][O][OH][OW], the specification's
-  std::vector<float> scale, bias;
-  std::vector<int32_t> correction;
-  std::vector<uint8_t> table;
-  ConvEpilogue epilogue;
 
   explicit Problem(const Case& from)
       : c(from),
@@ -128,33 +125,7 @@ struct Problem {
     sums.resize(static_cast<size_t>(s.batch * s.out_channels * s.out_h() * s.out_w()));
     reference::conv2d_accumulate(s, levels(), weights.data(), sums.data(), 1);
 
-    const auto padded = static_cast<size_t>(epilogue_size(s.out_channels));
-    scale.resize(padded);
-    bias.resize(padded);
-    correction.resize(padded);
-    table.resize(256);
-    for (auto& v : table)
-      v = static_cast<uint8_t>(pick(0, 255));
-    for (int64_t o = 0; o < s.out_channels; ++o) {
-      int32_t sum = 0;
-      for (int64_t k = 0; k < s.reduction(); ++k)
-        sum += weights[o * s.reduction() + k];
-      correction[o] = -c.zero_point * sum;
-      scale[o] = static_cast<float>(pick(-100, 100)) / 1e3f /
-                 static_cast<float>((1 << (c.bits - 1)) * (1 + s.reduction() / 16));
-      bias[o] = static_cast<float>(pick(-1000, 1000)) / 10.0f;
-    }
-    epilogue.correction = c.zero_point == 0 ? nullptr : correction.data();
-    epilogue.scale = scale.data();
-    epilogue.bias = bias.data();
-    epilogue.residual_scale = 0.37f;
-    epilogue.residual_zero = c.zero_point;
-    epilogue.finish = {.lo = static_cast<float>(3 - 17),
-                       .hi = static_cast<float>(250 - 17),
-                       .zero_point = 17,
-                       .table = c.table ? table.data() : nullptr,
-                       .inv_scale = 1.7f};
-    epilogue.bounded = true;
+    draw(s, weights, c.bits, c.zero_point, c.table, true, pick);
   }
 
   ActivationIn levels() const {

@@ -7,12 +7,11 @@ asked for a plan. A new method is a module with a function ``solve(request) -> P
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ..errors import PlanError
+from ..plan import unknown_name
 
 if TYPE_CHECKING:
     from ..plan import Plan
@@ -104,7 +103,5 @@ def method_of(name: str) -> Method:
         PlanError: there is none; the message names all and the closest.
     """
     if name not in REGISTRY:
-        close = difflib.get_close_matches(str(name), METHODS, n=1, cutoff=0.6)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise PlanError(f"unknown method {name!r}: {hint}expected one of {METHODS}")
+        raise unknown_name("method", name, METHODS)
     return REGISTRY[name]

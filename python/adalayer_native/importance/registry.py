@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from ..errors import PlanError
+from ..plan import unknown_name
 from .batches import Batch
 from .outputs import LossFn, Pick
 
@@ -124,7 +123,5 @@ def criterion_of(name: str) -> Criterion:
         PlanError: there is none; the message names all and the closest.
     """
     if name not in CRITERIA:
-        close = difflib.get_close_matches(str(name), CRITERIA, n=1, cutoff=0.6)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise PlanError(f"unknown criterion {name!r}: {hint}expected one of {sorted(CRITERIA)}")
+        raise unknown_name("criterion", name, sorted(CRITERIA))
     return CRITERIA[name]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from adalayer_native import _C
+from adalayer_native._recent import Recent
 from adalayer_native.ops.checks import FLOATS, channels_last, check_input, check_parameters
 from adalayer_native.ops.geometry import LayerCall, LayerGeometry
 from adalayer_native.ops.machine import get_num_threads
@@ -109,24 +108,14 @@ class _Linear(_Kernel):
 
 # Weights of transposed convolutions with their kernels flipped, by their canonical header, which
 # holds a hash of the content. Small next to the layouts that the kernels derive from them.
-_FLIPPED_LIMIT = 64
-_flipped: OrderedDict[bytes, Tensor] = OrderedDict()
-_flipped_lock = threading.Lock()
+_flipped: Recent[bytes, Tensor] = Recent(64)
 
 
 def _flipped_weight(packed: Tensor) -> Tensor:
-    key = packed[:HEADER_BYTES].numpy().tobytes()
-    with _flipped_lock:
-        found = _flipped.get(key)
-        if found is not None:
-            _flipped.move_to_end(key)
-            return found
-    flipped = pack_weight(unpack_weight(packed).flip(2, 3), packed_info(packed)["bits"])
-    with _flipped_lock:
-        _flipped[key] = flipped
-        while len(_flipped) > _FLIPPED_LIMIT:
-            _flipped.popitem(last=False)
-    return flipped
+    def flipped() -> Tensor:
+        return pack_weight(unpack_weight(packed).flip(2, 3), packed_info(packed)["bits"])
+
+    return _flipped.get_or(packed[:HEADER_BYTES].numpy().tobytes(), flipped)
 
 
 class _Transposed(_Kernel):
