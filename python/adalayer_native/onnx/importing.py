@@ -18,6 +18,7 @@ from adalayer_native.errors import AdaError, UnsupportedModelError
 from adalayer_native.onnx import (  # noqa: F401  (they fill the table of operators)
     layers,
     pointwise,
+    qoperator,
     quantized,
     shapes,
     windows,
@@ -26,7 +27,7 @@ from adalayer_native.onnx.batch import difference, mixed
 from adalayer_native.onnx.building import OPERATORS, Builder, NodeView, Refused
 from adalayer_native.onnx.package import onnx_package
 from adalayer_native.onnx.pointwise import SMALL, torch_dtype
-from adalayer_native.onnx.reading import OnnxFile, node_label, read
+from adalayer_native.onnx.reading import OnnxFile, node_label, operator_name, read
 from adalayer_native.onnx.tidying import tidy
 from adalayer_native.onnx.values import Constant, Value
 
@@ -194,7 +195,7 @@ def _kind(item: Any) -> str:
 
 
 def _follow(g: Builder, file: OnnxFile, node: Any, known: dict[str, Any]) -> None:
-    function, takes_quantized = OPERATORS[node.op_type]
+    function, takes_quantized = OPERATORS[operator_name(node)]
     names = list(node.output)
     last = next(iter(reversed(g.graph.nodes)))
     try:

@@ -19,7 +19,7 @@ from adalayer_native._files import require_file
 from adalayer_native.errors import FileFormatError, UnsupportedModelError
 from adalayer_native.onnx.package import onnx_package
 
-__all__ = ["NEWEST_OPSET", "OLDEST_OPSET", "OnnxFile", "node_label", "read"]
+__all__ = ["NEWEST_OPSET", "OLDEST_OPSET", "OnnxFile", "node_label", "operator_name", "read"]
 
 OLDEST_OPSET, NEWEST_OPSET = 10, 28
 # Of one constant, and of all: more than any network for images has.
@@ -44,10 +44,15 @@ class OnnxFile:
     opset: int
 
 
+def operator_name(node: Any) -> str:
+    """Of a node: with its domain, unless that is the standard one."""
+    domain = f"{node.domain}." if node.domain not in ("", "ai.onnx") else ""
+    return f"{domain}{node.op_type}"
+
+
 def node_label(node: Any) -> str:
     """A node as messages call it."""
-    domain = f"{node.domain}." if node.domain not in ("", "ai.onnx") else ""
-    return f"{domain}{node.op_type} {node.name or '→ ' + ', '.join(node.output)!s}"
+    return f"{operator_name(node)} {node.name or '→ ' + ', '.join(node.output)!s}"
 
 
 def read(source: str | os.PathLike[str] | bytes, known: Collection[str]) -> OnnxFile:
@@ -262,8 +267,7 @@ def _ordered(name: str, graph: Any) -> list[Any]:
 def _check_operators(name: str, nodes: list[Any], known: Collection[str]) -> None:
     unknown: dict[str, str] = {}
     for node in nodes:
-        domain = "" if node.domain in ("", "ai.onnx") else f"{node.domain}."
-        kind = f"{domain}{node.op_type}"
+        kind = operator_name(node)
         if kind not in known:
             unknown.setdefault(kind, node.name or (node.output[0] if node.output else ""))
     if unknown:

@@ -108,16 +108,20 @@ def _global_lp(g: Builder, node: NodeView, x: Value) -> Any:
 # -- resizing -----------------------------------------------------------------------------------
 
 
-@operator_of("Resize")
+@operator_of("Resize", quantized=True)
 def _resize(
     g: Builder, node: NodeView, x: Value, roi: Any = None, scales: Any = None, sizes: Any = None
 ) -> Any:
+    mode = _coordinates(node)
+    # Moved, or computed with the integers, whose value for what lies outside is one, too.
+    moves = node.get("mode", "nearest") == "nearest" and mode != "tf_crop_and_resize"
+    if x.quantized and not moves:
+        x = g.integers_of(x)
     if node.opset < 11:  # two operands then
         roi, scales = None, roi
     axes = [axis % x.rank for axis in node.get("axes") or range(x.rank)]
     factors, out = _factors(g, node, x, axes, scales, sizes)
     region: list[float] = []
-    mode = _coordinates(node)
     if mode == "tf_crop_and_resize":
         region = [float(v) for v in g.known(roi, "roi").tolist()]
     used = [
@@ -136,7 +140,8 @@ def _resize(
         tables.append(_table(node, mode, x.shape[axes[i]], out[i], factors[i], ends))
     outside = node.get("extrapolation_value", 0.0) if region else None
     constants = [tuple(Constant(torch.from_numpy(part)) for part in table) for table in tables]
-    return g.call(functions.resize, x, [axes[i] for i in used], constants, outside)
+    found = g.call(functions.resize, x, [axes[i] for i in used], constants, outside)
+    return moved(found, x) if moves else found
 
 
 def _coordinates(node: NodeView) -> str:
