@@ -27,11 +27,17 @@ from adalayer_native.onnx.batch import difference, mixed
 from adalayer_native.onnx.building import OPERATORS, Builder, NodeView, Refused
 from adalayer_native.onnx.package import onnx_package
 from adalayer_native.onnx.pointwise import SMALL, torch_dtype
-from adalayer_native.onnx.reading import OnnxFile, node_label, operator_name, read
+from adalayer_native.onnx.reading import (
+    OnnxFile,
+    check_operators,
+    node_label,
+    operator_name,
+    read,
+)
 from adalayer_native.onnx.tidying import tidy
 from adalayer_native.onnx.values import Constant, Value
 
-__all__ = ["OnnxModule", "followed", "from_onnx"]
+__all__ = ["OnnxModule", "followed", "from_onnx", "imported"]
 
 
 class OnnxModule(fx.GraphModule):
@@ -77,11 +83,8 @@ def from_onnx(
             names file and node.
         MissingExtraError: the package onnx is not installed.
     """
-    file = read(source, OPERATORS)
-    sizes = {} if sizes is None else sizes
-    _check_sizes(file, sizes)
-    module = followed(file, sizes=sizes, integers=integers)
-    _check_any_batch(file, module, sizes, integers)
+    file = read(source)
+    module = imported(file, sizes, integers=integers)
     reasons = {n: why for n, why in module.meta["onnx"]["layers"].items() if isinstance(why, str)}
     if reasons:
         listed = "; ".join(f"{name!r}: {why}" for name, why in reasons.items())
@@ -89,6 +92,22 @@ def from_onnx(
             f"{file.name}: layers whose integers are not kept, they stay in float: {listed}",
             stacklevel=2,
         )
+    return module
+
+
+def imported(
+    file: OnnxFile, sizes: Mapping[str, int] | int | None, *, integers: bool = True
+) -> fx.GraphModule:
+    """The module of a file that was read, for any batch.
+
+    Raises:
+        UnsupportedModelError: see :func:`from_onnx`.
+    """
+    check_operators(file, OPERATORS)
+    sizes = {} if sizes is None else sizes
+    _check_sizes(file, sizes)
+    module = followed(file, sizes=sizes, integers=integers)
+    _check_any_batch(file, module, sizes, integers)
     return module
 
 
@@ -160,7 +179,7 @@ def followed(
             known[name] = _constant_of_array(name, array)
         except (TypeError, Refused) as error:
             raise UnsupportedModelError(f"{file.name}: constant {name!r}: {error}") from None
-    inputs = [item for item in graph.input if item.name not in known]
+    inputs = [item for item in file.inputs if item.name not in known]
     if not inputs:
         raise UnsupportedModelError(f"{file.name}: the network has no input")
     examples, batch = _examples(file, inputs, sizes, free_batch, more)

@@ -19,7 +19,15 @@ from adalayer_native._files import require_file
 from adalayer_native.errors import FileFormatError, UnsupportedModelError
 from adalayer_native.onnx.package import onnx_package
 
-__all__ = ["NEWEST_OPSET", "OLDEST_OPSET", "OnnxFile", "node_label", "operator_name", "read"]
+__all__ = [
+    "NEWEST_OPSET",
+    "OLDEST_OPSET",
+    "OnnxFile",
+    "check_operators",
+    "node_label",
+    "operator_name",
+    "read",
+]
 
 OLDEST_OPSET, NEWEST_OPSET = 10, 28
 # Of one constant, and of all: more than any network for images has.
@@ -43,6 +51,12 @@ class OnnxFile:
     nodes: list[Any]
     opset: int
 
+    @property
+    def inputs(self) -> list[Any]:
+        """What a call of the network is given: no constants, which older files list as well."""
+        held = {item.name for item in self.model.graph.initializer}
+        return [item for item in self.model.graph.input if item.name not in held]
+
 
 def operator_name(node: Any) -> str:
     """Of a node: with its domain, unless that is the standard one."""
@@ -55,16 +69,15 @@ def node_label(node: Any) -> str:
     return f"{operator_name(node)} {node.name or '→ ' + ', '.join(node.output)!s}"
 
 
-def read(source: str | os.PathLike[str] | bytes, known: Collection[str]) -> OnnxFile:
-    """Read and check a model.
+def read(source: str | os.PathLike[str] | bytes) -> OnnxFile:
+    """Read and check a model, whatever its operators are.
 
     Args:
         source: a path, or the bytes of a file.
-        known: operators that can be followed.
 
     Raises:
         FileFormatError: not a file, not ONNX, or one that contradicts itself.
-        UnsupportedModelError: a model that is well-formed, but not one that can be followed.
+        UnsupportedModelError: an opset, or a kind of constants, that is not supported.
         MissingExtraError: the package onnx is not installed.
     """
     onnx = onnx_package()
@@ -99,7 +112,6 @@ def read(source: str | os.PathLike[str] | bytes, known: Collection[str]) -> Onnx
     held = [a.t for node in model.graph.node for a in node.attribute if a.HasField("t")]
     _check_tensors(name, [*model.graph.initializer, *held], folder)
     nodes = _ordered(name, model.graph)
-    _check_operators(name, nodes, known)
     return OnnxFile(name, model, nodes, opset)
 
 
@@ -264,12 +276,13 @@ def _ordered(name: str, graph: Any) -> list[Any]:
     return found
 
 
-def _check_operators(name: str, nodes: list[Any], known: Collection[str]) -> None:
+def check_operators(file: OnnxFile, known: Collection[str]) -> None:
+    """Raise for operators that are not among those that can be followed; names all of them."""
     unknown: dict[str, str] = {}
-    for node in nodes:
+    for node in file.nodes:
         kind = operator_name(node)
         if kind not in known:
             unknown.setdefault(kind, node.name or (node.output[0] if node.output else ""))
     if unknown:
         listed = ", ".join(f"{kind} (first: {place!r})" for kind, place in sorted(unknown.items()))
-        raise UnsupportedModelError(f"{name}: operators that are not supported: {listed}")
+        raise UnsupportedModelError(f"{file.name}: operators that are not supported: {listed}")
