@@ -125,8 +125,7 @@ def dequantize(g: Builder, node: NodeView, x: Any, steps: Tensor, zero: Tensor, 
     """Integers of some kind as real numbers; what is known of them is kept."""
     grid = _grid(steps, zero, kind) if kind in _KINDS else None
     if isinstance(x, Value) and x.quantized:
-        # (What is joined is on the grid that all parts have; the engine wants to be told.)
-        if x.grid == grid and x.node.target is not torch.cat:
+        if x.grid == grid and x.fake.dtype == steps.dtype:
             return x.on(grid)
         x = g.integers_of(x)
     wide, offset = (_spread(item, x.shape, node) for item in (steps, zero))

@@ -399,7 +399,7 @@ def _einsum(g: Builder, node: NodeView, *operands: Any) -> Any:
     return g.call(torch.einsum, node.get("equation"), *operands)
 
 
-@operator_of("Trilu", quantized=True)
+@operator_of("Trilu")
 def _trilu(g: Builder, node: NodeView, x: Any, k: Any = None) -> Any:
     diagonal = 0 if k is None else int(g.known(k, "k"))
-    return moved(g.call(torch.triu if node.get("upper", 1) else torch.tril, x, diagonal), x)
+    return g.call(torch.triu if node.get("upper", 1) else torch.tril, x, diagonal)
