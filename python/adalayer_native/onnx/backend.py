@@ -45,7 +45,7 @@ class Prepared(_BackendRep):
         arrays = dict(zip(names, map(_array, inputs), strict=True))
         first, *others = names
         constants = {name: arrays[name] for name in others}
-        module = followed(self.file, sizes={}, constants=constants, free_batch=False)
+        module = followed(self.file, constants=constants, free_batch=False)
         with torch.no_grad():
             found = module(_tensor(arrays[first]))
         results = found if isinstance(found, tuple) else (found,)

@@ -25,6 +25,7 @@ from adalayer_native.onnx import (  # noqa: F401  (they fill the table of operat
 )
 from adalayer_native.onnx.batch import difference, mixed
 from adalayer_native.onnx.building import OPERATORS, Builder, NodeView, Refused
+from adalayer_native.onnx.input_sizes import NOTHING, Asked, asked_sizes
 from adalayer_native.onnx.package import onnx_package
 from adalayer_native.onnx.pointwise import SMALL, torch_dtype
 from adalayer_native.onnx.reading import (
@@ -53,7 +54,7 @@ class OnnxModule(fx.GraphModule):
 def from_onnx(
     source: str | os.PathLike[str] | bytes,
     *,
-    sizes: Mapping[str, int] | int | None = None,
+    sizes: Any = None,
     integers: bool = True,
 ) -> fx.GraphModule:
     """A network from an ONNX file, as a torch module that every other call here takes.
@@ -73,7 +74,10 @@ def from_onnx(
         source: path of a file, or its bytes (which have no external data).
         sizes: those of inputs that the file leaves free, but for the batch, by the name that the
             file gives them, or ``"input.axis"``: ``{"height": 224, "x.3": 224}``. One number is the
-            height and width of images.
+            height and width of images. In the place of a number a range leaves them free:
+            ``(128, 512, 32)`` or an :class:`adalayer_native.Size`, as ``compile(..., sizes=)`` has
+            them; the network is then followed at several of these sizes, which have to give the
+            same graph.
         integers: False gives a float network also of a quantized one: layers with the dequantized
             weights, which may be compressed anew, and of every activation's grid its ends.
 
@@ -95,51 +99,25 @@ def from_onnx(
     return module
 
 
-def imported(
-    file: OnnxFile, sizes: Mapping[str, int] | int | None, *, integers: bool = True
-) -> fx.GraphModule:
+def imported(file: OnnxFile, sizes: Any, *, integers: bool = True) -> fx.GraphModule:
     """The module of a file that was read, for any batch.
 
     Raises:
         UnsupportedModelError: see :func:`from_onnx`.
     """
     check_operators(file, OPERATORS)
-    sizes = {} if sizes is None else sizes
-    _check_sizes(file, sizes)
-    module = followed(file, sizes=sizes, integers=integers)
-    _check_any_batch(file, module, sizes, integers)
+    asked = asked_sizes(file, {} if sizes is None else sizes)
+    module = followed(file, asked=asked, integers=integers)
+    _check_any_batch(file, module, asked, integers)
+    _check_any_size(file, module, asked, integers)
     return module
 
 
-def _check_sizes(file: OnnxFile, sizes: Mapping[str, int] | int) -> None:
-    """Raise for sizes that are none, or of no input."""
-    given = sizes if isinstance(sizes, Mapping) else {"height and width": sizes}
-    for name, size in given.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise UnsupportedModelError(
-                f"{file.name}: sizes: expected whole numbers from 1, got {size!r} for {name}"
-            )
-    if not isinstance(sizes, Mapping):
-        return
-    known = set()
-    for item in file.model.graph.input:
-        for axis, dim in enumerate(item.type.tensor_type.shape.dim):
-            known |= {f"{item.name}.{axis}", dim.dim_param} - {""}
-    unknown = sorted(set(sizes) - known)
-    if unknown:
-        raise UnsupportedModelError(
-            f"{file.name}: sizes: {', '.join(unknown)} is no axis of an input; expected some of "
-            f"{', '.join(sorted(known))}"
-        )
-
-
-def _check_any_batch(
-    file: OnnxFile, module: fx.GraphModule, sizes: Mapping[str, int] | int, integers: bool
-) -> None:
+def _check_any_batch(file: OnnxFile, module: fx.GraphModule, asked: Asked, integers: bool) -> None:
     """Raise where the module holds for one batch alone."""
     hint = "what it computes depends on the number of samples"
     try:
-        other = followed(file, sizes=sizes, integers=integers, more=1)
+        other = followed(file, asked=asked, integers=integers, more=1)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{error} ({hint})") from error
     where = difference(module, other)
@@ -154,10 +132,30 @@ def _check_any_batch(
         )
 
 
+def _check_any_size(file: OnnxFile, module: fx.GraphModule, asked: Asked, integers: bool) -> None:
+    """Raise where the module does not hold for all sizes of the ranges."""
+    if not asked.ranges:
+        return
+    for sizes in asked.others():
+        at = ", ".join(f"{name} {n}" for name, n in sizes.items())
+        hint = "give one size, or a range with multiples for which it does not"
+        try:
+            other = followed(file, asked=asked, integers=integers, at=asked.at(sizes))
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{error} (at {at}; {hint})") from error
+        where = difference(module, other)
+        if where is not None:
+            raise UnsupportedModelError(
+                f"{file.name}: {where}: what it does depends on the size of the image, as at {at}; "
+                f"{hint}"
+            )
+
+
 def followed(
     file: OnnxFile,
     *,
-    sizes: Mapping[str, int] | int,
+    asked: Asked = NOTHING,
+    at: Mapping[tuple[str, int], int] | None = None,
     integers: bool = True,
     constants: Mapping[str, Any] | None = None,
     free_batch: bool = True,
@@ -166,6 +164,8 @@ def followed(
     """The module of a checked file.
 
     Args:
+        asked: about sizes.
+        at: sizes of the example; default: the smallest.
         constants: values of inputs (numpy arrays) that are none for the module.
         free_batch: the first axis of inputs is a batch, of any size.
         more: samples of the example beyond the usual number.
@@ -182,8 +182,10 @@ def followed(
     inputs = [item for item in file.inputs if item.name not in known]
     if not inputs:
         raise UnsupportedModelError(f"{file.name}: the network has no input")
-    examples, batch = _examples(file, inputs, sizes, free_batch, more)
+    given = asked.at() if at is None else at
+    examples, batch = _examples(file, inputs, given, free_batch, more)
     g = Builder(FakeTensorMode(allow_non_fake_inputs=True), batch, integers)
+    g.ranged = {place: asked.ranges[name] for place, name in asked.ranged.items()}
     for item in inputs:
         value = g.input(item.name, examples[item.name])
         kind = _kind(item)
@@ -298,7 +300,7 @@ def _constant_of_array(name: str, array: Any, kind: str = "") -> Constant:
 def _examples(
     file: OnnxFile,
     inputs: list[Any],
-    sizes: Mapping[str, int] | int,
+    sizes: Mapping[tuple[str, int], int],
     free_batch: bool,
     more: int,
 ) -> tuple[dict[str, Tensor], tuple[int, int | None]]:
@@ -316,11 +318,7 @@ def _examples(
             if dim.HasField("dim_value"):
                 shape.append(int(dim.dim_value))
                 continue
-            size = None
-            if not isinstance(sizes, int):
-                size = sizes.get(dim.dim_param) or sizes.get(f"{item.name}.{axis}")
-            elif len(kind.shape.dim) == 4 and axis >= 2:
-                size = sizes
+            size = sizes.get((item.name, axis))
             if size is None and (axis > 0 or not free_batch):
                 free.append(
                     f"{item.name}.{axis}" + (f" ({dim.dim_param})" if dim.dim_param else "")
@@ -329,8 +327,8 @@ def _examples(
         shapes_[item.name] = shape
     if free:
         raise UnsupportedModelError(
-            f"{file.name}: sizes but the batch have to be known; give sizes={{...}} for "
-            f"{', '.join(free)}"
+            f"{file.name}: sizes but the batch have to be known; give sizes={{...}}, numbers or "
+            f"ranges, for {', '.join(free)}"
         )
     first = next((shape[0] for shape in shapes_.values() if shape), None)
     fixed = first if free_batch else None
