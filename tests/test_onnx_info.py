@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adalayer_native.onnx.describing import describe
+from adalayer_native.report.onnx_file import describe
 from tests.helpers_cli import run
 from tests.helpers_onnx import model, node, onnx
 

@@ -72,6 +72,7 @@ CASES = {
     # (Its exponentials are a table of integers there.)
     "softmax": ("QLinearSoftmax", {"axis": 1, "opset": 13}, [*X, "ps", "pz"], (4, 9), 1),
     "softmax, flat": ("QLinearSoftmax", {"axis": 1, "opset": 11}, [*X, "ps", "pz"], (4, 3, 5), 1),
+    "where": ("QLinearWhere", {}, ["m", *X, "b", "bs", "bz", *Y], (2, 3, 4, 4), 0),
     "concat": ("QLinearConcat", {"axis": 1}, [*Y, *X, "c", "bs", "bz", *X], (1, 3, 4, 4), 0),
 }  # fmt: skip
 
@@ -82,6 +83,7 @@ def test_operator(case: str, kind: int) -> None:
     name, attributes, operands, shape, most = CASES[case]
     lowest = -128 if kind == T.INT8 else 0
     constants = {
+        "m": np.array([True, False, True, True]),
         "b": (RANDOM.integers(lowest, lowest + 256, (3, 1, 1)), kind),
         "c": (RANDOM.integers(lowest, lowest + 256, (1, 2, 4, 4)), kind),
         "bs": np.float32(0.02), "bz": (np.array(130 + lowest), kind),

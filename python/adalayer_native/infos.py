@@ -16,8 +16,8 @@ from . import files, ops
 from ._console import print_table
 from ._version import __version__
 from .engine import load
-from .onnx.describing import FileLayer, OnnxDescription, describe
 from .report import load_run, run_table
+from .report.onnx_file import FileLayer, OnnxDescription, describe
 
 __all__ = ["show_engine", "show_machine", "show_onnx", "show_packed", "show_run"]
 

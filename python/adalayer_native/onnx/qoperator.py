@@ -70,9 +70,11 @@ def _two(
 
 @operator_of(f"{DOMAIN}.QLinearWhere", quantized=True)
 def _where(
-    g: Builder, node: NodeView, condition: Any, a: Any, a_scale: Any, a_zero: Any, b: Any,
-    b_scale: Any, b_zero: Any, y_scale: Any, y_zero: Any,
-) -> Any:  # fmt: skip
+    g: Builder, node: NodeView, condition: Any, a: Any, a_scale: Any, a_zero: Any, *rest: Any
+) -> Any:
+    if len(rest) != 5:
+        raise Refused(f"{len(rest) + 4} inputs are too many or too few")
+    b, b_scale, b_zero, y_scale, y_zero = rest
     operands = (real(g, node, a, a_scale, a_zero), real(g, node, b, b_scale, b_zero))
     found = _standard(g, node, "Where", condition, *operands)
     return _result(g, node, found, a, y_scale, y_zero)
