@@ -176,6 +176,7 @@ def test_resizing_by_a_factor(how: str) -> None:
         (True, "got True for height and width"),
         ({"h": 0}, "got 0 for h"),
         ({"h": (8, 16), "depth": 8}, "depth is no axis of an input; expected some of N, h, w, x.0"),
+        ({"x.1": 4, "h": 8, "w": 8}, "x.1 is 3 in the file, got 4"),
         ({"h": (8, 16)}, r"numbers or ranges, for x.3 \(w\)"),
         ({"h": ada.Size(8, 16, name="side"), "w": ada.Size(8, 24, name="side")}, "side is both"),
     ],
@@ -183,6 +184,12 @@ def test_resizing_by_a_factor(how: str) -> None:
 def test_sizes_that_make_no_sense(sizes: Any, match: str) -> None:
     with pytest.raises(UnsupportedModelError, match=match):
         imported(same_padding(), sizes=sizes)
+
+
+def test_a_range_for_a_file_of_one_size() -> None:
+    made = model([node("Relu", ["x"], ["y"])], inputs={"x": ["N", 3, 8, 8]}, outputs=["y"])
+    with pytest.raises(UnsupportedModelError, match=r"got 8..24, but no input leaves height and"):
+        imported(made, sizes=(8, 24))
 
 
 def test_axes_of_one_name_are_one() -> None:

@@ -158,6 +158,23 @@ def test_style(style: str, listed: bool) -> None:
         np.testing.assert_allclose(got, wanted, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("free", [-1, 0])
+def test_free_axes_as_numbers(free: int) -> None:
+    """As Paddle's exporter writes them."""
+    constants = {"w": W}
+    sizes: list[Any] = ["N", 3, "h", "w"]
+    made = model([op("Conv", "x w", "y")], inputs={"x": sizes}, outputs=["y"], constants=constants)
+    x = torch.from_numpy(floats(2, 3, 16, 9))
+    wanted = by_runtime(made.SerializeToString(), x)[0]
+    dims = made.graph.input[0].type.tensor_type.shape.dim
+    for axis in (0, 2, 3):
+        dims[axis].dim_value = free
+    with pytest.raises(UnsupportedModelError, match=r"numbers or ranges, for x.2, x.3"):
+        imported(made)
+    net = imported(made, sizes={"x.2": (8, 16, 8), "x.3": 9})
+    np.testing.assert_allclose(net(x).detach().numpy(), wanted, rtol=1e-4, atol=1e-4)
+
+
 def quantized(*nodes: Any, **constants: Any) -> Any:
     """x → Q → the nodes from q to y."""
     held = {"s": np.float32(0.0625), "z": np.uint8(117), **constants}

@@ -31,6 +31,7 @@ from adalayer_native.onnx.pointwise import SMALL, torch_dtype
 from adalayer_native.onnx.reading import (
     OnnxFile,
     check_operators,
+    fixed_size,
     node_label,
     operator_name,
     read,
@@ -315,8 +316,9 @@ def _examples(
             )
         shape: list[Any] = []
         for axis, dim in enumerate(kind.shape.dim):
-            if dim.HasField("dim_value"):
-                shape.append(int(dim.dim_value))
+            said = fixed_size(dim)
+            if said is not None:
+                shape.append(said)
                 continue
             size = sizes.get((item.name, axis))
             if size is None and (axis > 0 or not free_batch):

@@ -16,7 +16,7 @@ from typing import Any
 
 from adalayer_native.engine.sizes import Size, as_size
 from adalayer_native.errors import UnsupportedModelError
-from adalayer_native.onnx.reading import OnnxFile
+from adalayer_native.onnx.reading import OnnxFile, fixed_size
 
 __all__ = ["NOTHING", "Asked", "asked_sizes"]
 
@@ -86,7 +86,14 @@ def asked_sizes(file: OnnxFile, sizes: Any) -> Asked:
             name = dim.dim_param or own
             if whole is not None and len(dims) == 4 and axis >= 2:
                 item, name = whole, ("height", "width")[axis - 2]
-            if item is None or dim.HasField("dim_value"):
+            if item is None:
+                continue
+            said = fixed_size(dim)
+            if said is not None:
+                if whole is None and item != said:
+                    raise UnsupportedModelError(
+                        f"{file.name}: sizes: {own} is {said} in the file, got {item}"
+                    )
                 continue
             if isinstance(item, int):
                 fixed[value.name, axis] = item
@@ -97,6 +104,10 @@ def asked_sizes(file: OnnxFile, sizes: Any) -> Asked:
                 raise UnsupportedModelError(
                     f"{file.name}: sizes: {name} is both {ranges[name]} and {item}"
                 )
+    if isinstance(whole, Size) and not ranged:
+        raise UnsupportedModelError(
+            f"{file.name}: sizes: got {whole}, but no input leaves height and width free"
+        )
     unknown = sorted(str(key) for key in set(named) - known)
     if unknown:
         raise UnsupportedModelError(

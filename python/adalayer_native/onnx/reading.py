@@ -24,6 +24,7 @@ __all__ = [
     "OLDEST_OPSET",
     "OnnxFile",
     "check_operators",
+    "fixed_size",
     "node_label",
     "operator_name",
     "read",
@@ -56,6 +57,11 @@ class OnnxFile:
         """What a call of the network is given: no constants, which older files list as well."""
         held = {item.name for item in self.model.graph.initializer}
         return [item for item in self.model.graph.input if item.name not in held]
+
+
+def fixed_size(dim: Any) -> int | None:
+    """The size that a file says of an axis; None for a free one, which some write as -1 or 0."""
+    return int(dim.dim_value) if dim.HasField("dim_value") and dim.dim_value > 0 else None
 
 
 def operator_name(node: Any) -> str:

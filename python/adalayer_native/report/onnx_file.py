@@ -18,7 +18,7 @@ from adalayer_native.errors import UnsupportedModelError
 from adalayer_native.onnx.building import OPERATORS
 from adalayer_native.onnx.importing import imported
 from adalayer_native.onnx.package import onnx_package
-from adalayer_native.onnx.reading import OnnxFile, operator_name, read
+from adalayer_native.onnx.reading import OnnxFile, fixed_size, operator_name, read
 from adalayer_native.plan import layer_kind, supported_layers
 
 __all__ = ["FileLayer", "OnnxDescription", "describe"]
@@ -129,10 +129,7 @@ def describe(
 def _port(item: Any) -> dict[str, Any]:
     onnx = onnx_package()
     kind = item.type.tensor_type
-    sizes = [
-        int(dim.dim_value) if dim.HasField("dim_value") else dim.dim_param or "?"
-        for dim in kind.shape.dim
-    ]
+    sizes = [fixed_size(dim) or dim.dim_param or "?" for dim in kind.shape.dim]
     return {
         "name": item.name,
         "type": onnx.TensorProto.DataType.Name(kind.elem_type).lower(),
