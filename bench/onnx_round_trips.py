@@ -127,14 +127,24 @@ def _compared(one: np.ndarray, other: np.ndarray, network: Network) -> dict[str,
     return {"agreement": _share(one, other, network), "apart": _apart(one, other)}
 
 
-def with_rounded_biases(native: nn.Module) -> nn.Module:
-    """A copy whose biases are whole steps of the sums, as ONNX Runtime's integer kernels have them.
+def with_rounded_biases(native: nn.Module, file: Path) -> nn.Module:
+    """A copy whose biases are whole steps of the sums where they are in ONNX Runtime.
 
-    (Of what it leaves in float, as a last layer, it does not round them.)
+    That is in its integer kernels. What it leaves in float, as a last layer or one that a residual
+    is added to, has its bias as it is.
     """
+    import onnx
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(file.with_suffix(".optimized.onnx"))
+    options.log_severity_level = 3  # that such a file is for this machine alone
+    onnxruntime.InferenceSession(str(file), options)
+    nodes = onnx.load(options.optimized_model_filepath).graph.node
+    integer = {n.name.partition("/")[0] for n in nodes if n.op_type in ("QLinearConv", "QGemm")}
     other = copy.deepcopy(native)
-    for layer in other.modules():
-        if isinstance(layer, NativeLayer):
+    for name, layer in other.named_modules():
+        if isinstance(layer, NativeLayer) and name in integer:
             step = layer.input_scale * layer.weight_scale
             layer.bias.copy_(torch.round(layer.bias / step) * step)
     return other
@@ -181,7 +191,7 @@ def measure(network: Network, data: Path, count: int) -> dict[str, Any]:
             if name == "onnxruntime":
                 theirs = got
         rounded = ada.compile(
-            with_rounded_biases(native), images[0], policy="native", weights="resident"
+            with_rounded_biases(native, file), images[0], policy="native", weights="resident"
         )
         found["rounded"] = _compared(theirs, _all(rounded, images), network)
     return found

@@ -42,6 +42,9 @@ from adalayer_native.onnx.values import Constant, Value
 __all__ = ["OnnxModule", "followed", "from_onnx", "imported"]
 
 
+MOST_SIZES = 1 << 16  # in one list
+
+
 class OnnxModule(fx.GraphModule):
     """An imported network."""
 
@@ -235,6 +238,7 @@ def _follow(g: Builder, file: OnnxFile, node: Any, known: dict[str, Any]) -> Non
         except TypeError:
             raise Refused(f"{len(operands)} inputs are too many or too few") from None
         results = function(g, view, *operands)
+        _check_sizes(results)
     except AdaError:
         raise
     except Exception as error:  # torch's own, about sizes and types that do not go together
@@ -258,6 +262,18 @@ def _follow(g: Builder, file: OnnxFile, node: Any, known: dict[str, Any]) -> Non
     for name, value in zip(names, results, strict=False):
         if name:
             known[name] = value
+
+
+def _check_sizes(results: Any) -> None:
+    """Raise for lists of sizes that no network has: a few nodes may square or double them."""
+    for item in results if isinstance(results, tuple) else (results,):
+        if not isinstance(item, np.ndarray):
+            continue
+        if item.size > MOST_SIZES:
+            raise Refused(f"a list of {item.size} sizes; expected at most {MOST_SIZES}")
+        wrong = [n for n in item.flat if isinstance(n, int) and abs(n) >= 1 << 63]
+        if wrong:
+            raise Refused(f"a size of {wrong[0].bit_length()} bits; expected at most 63")
 
 
 def _attributes(file: OnnxFile, node: Any) -> dict[str, Any]:

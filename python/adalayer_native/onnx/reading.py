@@ -31,6 +31,8 @@ __all__ = [
 ]
 
 OLDEST_OPSET, NEWEST_OPSET = 10, 28
+MOST_BYTES = (1 << 31) - 1  # of a protobuf message
+MOST_NODES = 1 << 20  # with the file's functions in their places
 # Of one constant, and of all: more than any network for images has.
 MOST_ELEMENTS = 1 << 31
 _BITS_OF_SMALL = {"INT4": 4, "UINT4": 4, "INT2": 2, "UINT2": 2, "FLOAT4E2M1": 4}
@@ -93,6 +95,11 @@ def read(source: str | os.PathLike[str] | bytes) -> OnnxFile:
         path = Path(source)
         name, folder = os.fspath(source), path.parent
         require_file(path)
+        if path.stat().st_size > MOST_BYTES:
+            raise FileFormatError(
+                f"{name}: has {path.stat().st_size} bytes; expected at most {MOST_BYTES} (larger "
+                "networks have their weights in other files)"
+            )
         try:
             data = path.read_bytes()
         except OSError as error:
@@ -138,6 +145,27 @@ def _opset(name: str, model: Any) -> int:
 
 
 def _inlined(name: str, model: Any) -> Any:
+    """The model without functions: their nodes in the place of their calls."""
+    bodies = {(item.domain, item.name, item.overload): item.node for item in model.functions}
+    counts: dict[tuple[str, str, str], int] = {}
+
+    def nodes_of(nodes: Any, above: tuple[tuple[str, str, str], ...]) -> int:
+        total = 0
+        for node in nodes:
+            key = (node.domain, node.op_type, node.overload)
+            if key in bodies and key not in above:  # (circles are the package's to find)
+                if key not in counts:
+                    counts[key] = nodes_of(bodies[key], (*above, key))
+                total += counts[key]
+            total += 1
+        return total
+
+    count = nodes_of(model.graph.node, ())
+    if count > MOST_NODES:  # a few functions that call each other twice are as many as one likes
+        raise UnsupportedModelError(
+            f"{name}: {count} nodes with its functions in place of their calls; expected at most "
+            f"{MOST_NODES}"
+        )
     try:
         return onnx_package("inliner").inline_local_functions(model)
     except Exception as error:  # the package's own, of several kinds
