@@ -250,6 +250,9 @@ def test_network(network: type[nn.Module], activations: str, tmp_path: Any) -> N
     ]  # fmt: skip
     levels = np.rint(np.abs(got.numpy() - wanted) / step)
     assert levels.max() <= 2 and (levels != 0).mean() <= 0.05
+    ada.to_onnx(read, tmp_path / "again.onnx")  # as QDQ, of standard operators
+    with torch.no_grad():
+        assert torch.equal(ada.from_onnx(tmp_path / "again.onnx")(x), got)
     # (The engine has no softmax between two grids: that part of it runs in torch.)
     whole = network is Mobile
     engine = ada.compile(read, x[:2], policy="native", weights="resident", strict=whole)

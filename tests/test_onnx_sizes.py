@@ -168,6 +168,23 @@ def test_resizing_by_a_factor(how: str) -> None:
         np.testing.assert_allclose(net(x).numpy(), wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_halves_of_an_image() -> None:
+    """Sizes of pieces that the graph computes from those of the image."""
+    made = model(
+        [
+            node("Shape", ["x"], ["s"], start=3), node("Div", ["s", "two"], ["l"]),
+            node("Sub", ["s", "l"], ["r"]), node("Concat", ["l", "r"], ["p"], axis=0),
+            node("Split", ["x", "p"], ["a", "b"], axis=3),
+            node("Concat", ["b", "a"], ["y"], axis=3),
+        ],
+        inputs={"x": ["N", 3, "h", "w"]}, outputs=["y"], constants={"two": np.array([2])},
+    )  # fmt: skip
+    net = imported(made, sizes=(4, 20))
+    for height, width in ((4, 5), (11, 20)):
+        x = images(height, width)
+        assert torch.equal(net(x), torch.roll(x, -(width // 2), 3))
+
+
 @pytest.mark.parametrize(
     ("sizes", "match"),
     [

@@ -228,7 +228,8 @@ def _split(g: Builder, node: NodeView, x: Any, split: Any = None) -> Any:
     if not sizes:
         piece = -(-x.shape[axis] // count)
         sizes = [min(piece, x.shape[axis] - i * piece) for i in range(count)]
-    return moved(g.call(torch.split, x, [int(n) for n in sizes], axis), x)
+    pieces = [n if isinstance(n, Size) else int(n) for n in sizes]
+    return moved(g.call(torch.split, x, pieces, axis), x)
 
 
 @operator_of("Slice", quantized=True)
