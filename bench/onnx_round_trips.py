@@ -2,8 +2,9 @@
 
     python -m bench.onnx_round_trips --data DATA
 
-DATA holds imagenet500.zip. Weights are random: batch norms and the last layer's bias are set by
-pictures of one half of it (every class is equally far from being chosen), all others are drawn.
+DATA holds imagenet500.zip. EfficientNet-Lite0 has its package's weights. Those of all others are
+random: batch norms and the last layer's bias are set by pictures of one half (every class is
+equally far from being chosen), the rest is drawn.
 Each network is exported by ``torch.onnx.export``, read by ``from_onnx``, converted with 8 bits
 everywhere, written by ``to_onnx``, and run on pictures of the other half by ONNX Runtime, OpenVINO
 and ``from_onnx``. Results go into a JSON file row by row; the table between this program's markers
@@ -36,6 +37,7 @@ from bench.markdown import markers, table, write_part
 from bench.onnx_agreement import by_onnxruntime, by_openvino, native_of
 from bench.record import ROOT, describe_machine
 from bench.zoo.entry import draw_late_weights, settle
+from bench.zoo.networks import efficientnet_lite
 from bench.zoo.networks.own.images import UNet
 from bench.zoo.packages import package, torchvision_models
 
@@ -54,11 +56,13 @@ class Network:
         name: for people.
         make: builds it.
         classes: first and last channel of its classes, of which the largest is looked at.
+        trained: its package brings weights.
     """
 
     name: str
     make: Callable[[], nn.Module]
     classes: tuple[int, int | None] = (0, None)
+    trained: bool = False
 
 
 def _torchvision(name: str) -> nn.Module:
@@ -78,6 +82,7 @@ def _yolov8n() -> nn.Module:
 
 
 NETWORKS = (
+    Network("EfficientNet-Lite0 (trained)", efficientnet_lite.ENTRIES[0].make, trained=True),
     Network("ResNet-18", partial(_torchvision, "resnet18")),
     Network("MobileNetV2", partial(_torchvision, "mobilenet_v2")),
     Network("ConvNeXt-tiny", partial(_torchvision, "convnext_tiny")),
@@ -91,6 +96,8 @@ def built(network: Network, x: Tensor) -> nn.Module:
     """A network whose random weights make something of pictures."""
     torch.manual_seed(0)
     model = network.make().eval().requires_grad_(False)
+    if network.trained:
+        return model
     draw_late_weights(model, 0)
     settle(model, x)
     last = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))][-1]
@@ -153,7 +160,8 @@ def with_rounded_biases(native: nn.Module, file: Path) -> nn.Module:
 @torch.inference_mode()
 def measure(network: Network, data: Path, count: int) -> dict[str, Any]:
     """Differences on the way, and shares of positions where the same class is the largest."""
-    cut = slice((224 - SIDE) // 2, (224 + SIDE) // 2)
+    side = 224 if network.trained else SIDE
+    cut = slice((224 - side) // 2, (224 + side) // 2)
     halves = [
         [x[..., cut, cut].contiguous() for x, _ in pictures(data / "imagenet500.zip", half)]
         for half in ("a", "b")
