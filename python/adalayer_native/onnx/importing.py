@@ -37,7 +37,7 @@ from adalayer_native.onnx.reading import (
     read,
 )
 from adalayer_native.onnx.tidying import tidy
-from adalayer_native.onnx.values import Constant, Value
+from adalayer_native.onnx.values import Constant, Size, Value
 
 __all__ = ["OnnxModule", "followed", "from_onnx", "imported"]
 
@@ -271,7 +271,8 @@ def _check_sizes(results: Any) -> None:
             continue
         if item.size > MOST_SIZES:
             raise Refused(f"a list of {item.size} sizes; expected at most {MOST_SIZES}")
-        wrong = [n for n in item.flat if isinstance(n, int) and abs(n) >= 1 << 63]
+        sizes = [n.example if isinstance(n, Size) else n for n in item.flat]
+        wrong = [n for n in sizes if isinstance(n, int) and abs(n) >= 1 << 63]
         if wrong:
             raise Refused(f"a size of {wrong[0].bit_length()} bits; expected at most 63")
 
