@@ -32,7 +32,6 @@ INTERFACES = {
     "allocation/pareto.py": {"pareto"},
     "compress.py": {"compress"},
     "importance/analyze.py": {"analyze"},
-    "nn/conv.py": {"Conv2d.from_quantized", "ConvTranspose2d.from_quantized"},
     "repair/model.py": {"repair"},
     "training/finetune.py": {"finetune"},
     "training/fit.py": {"fit"},
