@@ -38,7 +38,8 @@ INTERFACES = {
 }
 # A command's signature is its help.
 COMMANDS = {
-    "cli.py": {"compress", "train", "compile_packed", "profile", "compare", "serve"},
+    "cli.py": {"compress", "train", "compile_packed", "profile", "compare"},
+    "serve/command.py": {"serve"},
     "study/commands.py": {"adalayernet", "green"},
 }
 
