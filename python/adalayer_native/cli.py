@@ -48,6 +48,7 @@ from ._options import (
     picture_file,
     share,
     shares,
+    told,
     whole_numbers,
     widths,
     zero_patterns,
@@ -248,35 +249,17 @@ def compress(
         _console.say("checking model, weights and data")
     from .jobs import CompressJob, check_compress, run_compress
 
-    job = CompressJob(
-        model=model,
-        weights=weights,
-        data=data,
-        out=out,
-        budget=budget,
+    job = told(
+        CompressJob,
+        locals(),
         method=method.value,
         levels=numbers_of(levels),
         layer_bits=whole_numbers(layer_bits),
         stages=_names(stages),
         fixed={name: int(width) for name, _, width in (text.rpartition("=") for text in fix or [])},
         exclude=exclude or [],
-        epochs=epochs,
-        lr=lr,
-        distill=distill,
-        repair=repair,
-        calibration=calibration,
-        effort=effort,
-        image_size=image_size,
-        batch_size=batch_size,
-        classes=classes,
         **normalising(mean, std, scale),
-        criterion=criterion,
-        latency_table=latency_table,
-        frontier=frontier,
         energy=energy_use,
-        country=country,
-        seed=seed,
-        threads=threads,
         progress=not quiet,
     )
     report = check_compress(job) if check else run_compress(job)
@@ -314,21 +297,10 @@ def train(
     """
     from .jobs import TrainJob, run_train
 
-    job = TrainJob(
-        model=model,
-        data=data,
-        out=out,
-        epochs=epochs,
-        lr=lr,
-        label_smoothing=label_smoothing,
-        weight_decay=weight_decay,
-        augment=augment,
-        image_size=image_size,
-        batch_size=batch_size,
-        classes=classes,
+    job = told(
+        TrainJob,
+        locals(),
         **normalising(mean, std, scale),
-        seed=seed,
-        threads=threads,
         progress=not quiet,
     )
     report = run_train(job)
@@ -371,16 +343,12 @@ def compile_packed(
     shape = _shape(image_size, input_shape)
     from .jobs import CompileJob, run_compile
 
-    job = CompileJob(
-        source=source,
-        output=output,
-        model=model,
-        classes=classes,
+    job = told(
+        CompileJob,
+        locals(),
         input_shape=shape,
         **normalising(mean, std, scale),
         weights=weights.value,
-        batch=batch,
-        threads=threads,
     )
     found = run_compile(job)
     _printed(found, as_json)
@@ -447,21 +415,15 @@ def profile(
     shape = _shape(image_size, input_shape)
     from .jobs import ProfileJob, run_profile
 
-    job = ProfileJob(
-        model=model,
-        out=out,
-        shapes=shapes,
-        weights=weights,
+    job = told(
+        ProfileJob,
+        locals(),
         input_shape=shape or [3, 32, 32],
-        classes=classes,
         exclude=exclude or [],
-        isa=isa,
         bits=tuple(sorted(set(whole_numbers(bits) or ()))),
         sparsities=tuple(numbers_of(sparsities) or ()),
         patterns=tuple(_names(patterns) or ()),
         input_bits=() if input_bits == "none" else tuple(whole_numbers(input_bits) or ()),
-        batch=batch,
-        threads=threads,
         progress=not quiet,
     )
     found = run_profile(job)
@@ -512,20 +474,10 @@ def compare(
     """
     from .jobs import CompareJob, run_compare
 
-    job = CompareJob(
-        source=source,
-        model=model,
-        weights=weights,
-        data=data,
-        out=out,
-        picture=picture,
-        samples=samples,
-        suggest=suggest,
-        image_size=image_size,
-        classes=classes,
+    job = told(
+        CompareJob,
+        locals(),
         **normalising(mean, std, scale),
-        seed=seed,
-        threads=threads,
         progress=not quiet,
     )
     found = run_compare(job)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .. import _console
+from .._options import told
 from .settings import RUNNER, Settings, parse_source
 
 __all__ = ["serve"]
@@ -64,24 +65,9 @@ def serve(
         raise typer.BadParameter("without --control, MODELS are needed", param_hint="MODELS")
     try:
         sources = [parse_source(text, name) for text in given]
-        settings = Settings(
-            host=host,
-            port=port,
-            replicas=replicas,
-            threads=threads,
-            max_batch=max_batch,
-            batch_wait_ms=batch_wait_ms,
-            timeout=timeout,
-            max_queue=max_queue,
-            degrade=degrade,
-            max_body=max_body,
-            max_upload=max_upload,
-            max_connections=max_connections,
-            drain=drain,
-            repository=repository,
-            control=control,
-            address=address,
-            data_host=data_host,
+        settings = told(
+            Settings,
+            locals(),
             runner=RUNNER if runner is None else runner,
         )
     except ValueError as error:
