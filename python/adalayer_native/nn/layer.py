@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from adalayer_native import _C, ops
+from adalayer_native._deprecated import renamed_arguments
 from adalayer_native.errors import FileFormatError, InputError, UnsupportedModelError
 from adalayer_native.padding import window_of
 from adalayer_native.rounding import SMALLEST_STEP, activation_grid, conv_form, quantize_weight
@@ -200,6 +201,7 @@ class NativeLayer(QuantizedInput):
         return cls(weight, bits, weight_scale, bias, qparams, activation, **window)
 
     @classmethod
+    @renamed_arguments(conv="layer", linear="layer")
     def from_float(
         cls: type[_Layer],
         layer: nn.Module,
