@@ -304,7 +304,6 @@ TEST(warm_calls_do_not_allocate) {
     if (!isa_supported(row->isa)) continue;
     force_isa(row->name);
     const check::Family family(row->name);
-    const check::About about([&] { return text_of(*row); });
     cpu::clear_weight_cache();
     long long allocations[3] = {};
     for (long long& count : allocations) {
