@@ -183,7 +183,7 @@ TEST(avx512_without_vbmi) {
     kAvx512Image.lookup(table.data(), pixels);
     CHECK_EQ(count([&](int64_t k, int64_t x) { return table[static_cast<size_t>(in(k, 0, x))]; }),
              0);
-    kAvx512Image.gather({index.data(), true, nullptr, nullptr, nullptr}, pixels);
+    kAvx512Image.gather({index.data(), true, 0, n, nullptr, nullptr, nullptr}, pixels);
     CHECK_EQ(count([&](int64_t k, int64_t x) { return in(index[static_cast<size_t>(k)], 0, x); }),
              0);
   }
