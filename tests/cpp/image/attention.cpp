@@ -4,21 +4,33 @@
 #include <vector>
 
 #include "cpu/image/attention.hpp"
+#include "cpu/kernel_table.hpp"
 #include "image/cases.hpp"
 
 using namespace adalayer;
 using namespace adalayer::cpu;
 
+/// What a thread does around its pass through a program: the tile unit's configuration.
+struct KernelScope {
+  const KernelRow* row = active_kernels();
+  KernelScope() {
+    if (row != nullptr) row->begin();
+  }
+  ~KernelScope() {
+    if (row != nullptr) row->end();
+  }
+};
+
 /// Sizes around a block of queries, a group of keys or channels, and their halves.
 AttentionShape random_attention() {
   AttentionShape n;
   n.sequences = uniform(0, 2) == 0 ? uniform(2, 3) : 1;
-  n.queries = pick<int64_t>({1, 2, 5, 23, 24, 25, 49});
-  n.keys = uniform(0, 2) == 0 ? n.queries : pick<int64_t>({1, 2, 15, 16, 17, 33, 64});
+  n.queries = pick<int64_t>({1, 2, 5, 23, 24, 25, 31, 33, 49, 65});
+  n.keys = uniform(0, 2) == 0 ? n.queries : pick<int64_t>({1, 2, 15, 16, 17, 33, 64, 65, 130});
   n.key_heads = uniform(1, 3);
   n.heads = n.key_heads * uniform(1, 2);
-  n.depth = pick<int64_t>({1, 2, 3, 8, 17, 32});
-  n.width = pick<int64_t>({1, 7, 15, 16, 17, 33, 64});
+  n.depth = pick<int64_t>({1, 2, 3, 8, 17, 32, 64, 70});
+  n.width = pick<int64_t>({1, 7, 15, 16, 17, 31, 33, 64, 65});
   return n;
 }
 
@@ -77,9 +89,13 @@ TEST(attention) {
         [&](int64_t c, int64_t y, int64_t x) {
           return finish_u8(reals[static_cast<size_t>((c * h + y) * w + x)], s.finish);
         },
-        [&](ImageView out, Part part) { attention(n, s, q.view(), k.view(), v.view(), out, part); },
+        [&](ImageView out, Part part) {
+          const KernelScope scope;
+          attention(n, s, q.view(), k.view(), v.view(), out, part);
+        },
         0, -1, true);
     check_floats("attention_f32 of " + describe(q.layout), reals, [&](float* out, Part part) {
+      const KernelScope scope;
       attention_f32(n, s, q.view(), k.view(), v.view(), {out, 1, h * w}, part);
     });
   }
