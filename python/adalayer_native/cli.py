@@ -503,14 +503,22 @@ def info(
     file: Annotated[
         Path | None,
         typer.Argument(
-            help="Packed model (model.safetensors), engine (.ada) or a run directory; without: "
-            "this machine's instruction sets and threads."
+            help="Packed model (model.safetensors), engine (.ada), ONNX file (.onnx) or a run "
+            "directory; without: this machine's instruction sets and threads."
         ),
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(min=1, max=4096, help="Height and width that an ONNX file leaves free."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
-    """Show what a packed model, a compiled engine or a finished run holds, layer by layer."""
+    """Show what a model's file, a compiled engine or a finished run holds, layer by layer."""
     from . import infos
+
+    onnx = file is not None and file.suffix == ".onnx"
+    if image_size is not None and not onnx:
+        raise typer.BadParameter("--image-size is for ONNX files")
 
     if file is None:
         infos.show_machine(as_json)
@@ -518,6 +526,8 @@ def info(
         infos.show_run(file, as_json)
     elif file.suffix == ".ada":
         infos.show_engine(file, as_json)
+    elif onnx:
+        infos.show_onnx(file, as_json, image_size)
     else:
         infos.show_packed(file, as_json)
 
