@@ -1,20 +1,22 @@
-"""Fixtures for all tests, and the count of kernel cases per instruction set."""
+"""Fixtures for all tests, and the hooks that count kernel cases per instruction set."""
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers_counted import (  # noqa: F401  # hooks of pytest
+    pytest_sessionfinish,
+    pytest_terminal_summary,
+    pytest_testnodedown,
+)
 
 # What the planner measures in tests stays with them. Before anything is compiled.
 os.environ.setdefault("ADALAYER_PLAN_CACHE", "off")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-# The tests of test_kernels.py that compare random layers on every instruction set.
-COUNTED = {"test_random_shapes", "test_random_linear"}
 
 
 @pytest.fixture(scope="session")
@@ -46,42 +48,3 @@ def guesses_of_small_images(request: pytest.FixtureRequest) -> Iterator[None]:
         if not request.module.__name__.startswith("test_capture"):
             patch.setattr(example, "_IMAGES", (64, *example._IMAGES))
         yield
-
-
-def _kernel_cases() -> dict[str, tuple[int, int]]:
-    """(all cases, random ones) per instruction set that was loaded; empty without these tests."""
-    module = sys.modules.get("test_kernels")
-    if module is None:
-        return {}
-    return {isa: (module.CASES[isa], module.RANDOM_CASES[isa]) for isa in module.FAST_ISAS}
-
-
-def _idle(session: pytest.Session) -> list[str]:
-    """Instruction sets without a random case although the tests that make them were selected."""
-    chosen = {getattr(item, "originalname", None) for item in session.items}
-    if not chosen >= COUNTED or session.config.option.collectonly:
-        return []
-    return [isa for isa, (_, random) in _kernel_cases().items() if random == 0]
-
-
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """A run that compared nothing on some instruction set is a failed run."""
-    if exitstatus == pytest.ExitCode.OK and _idle(session):
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Prints which instruction sets ran, and how many layers were compared on each."""
-    cases = _kernel_cases()
-    idle = _idle(terminalreporter._session)
-    if "test_kernels" not in sys.modules or (
-        cases and not idle and not any(map(any, cases.values()))
-    ):
-        return  # a run that selected other tests
-    terminalreporter.section("layers compared bit for bit with the scalar reference")
-    for isa, (total, random) in cases.items():
-        terminalreporter.write_line(f"{isa:<12}{total:6d} cases, {random} of them random")
-    if not cases:
-        terminalreporter.write_line("none: this machine runs the scalar reference only")
-    for isa in idle:
-        terminalreporter.write_line(f"FAILED: no random case ran on {isa}", red=True)
