@@ -40,6 +40,8 @@ def found_at(path: str | os.PathLike[str]) -> str:
         return "does not exist"
     except OSError as error:
         return f"cannot be looked at ({error.strerror})"
+    except ValueError as error:  # a zero byte
+        return f"cannot be looked at ({error})"
     return _KINDS.get(stat.S_IFMT(mode), "is no file")
 
 
