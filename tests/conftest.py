@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers_counted import (  # noqa: F401  # hooks of pytest
@@ -47,4 +48,28 @@ def guesses_of_small_images(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if not request.module.__name__.startswith("test_capture"):
             patch.setattr(example, "_IMAGES", (64, *example._IMAGES))
+        yield
+
+
+@pytest.fixture(scope="session")
+def exports() -> Any:
+    """``torch.export.export`` that remembers the structures of this process."""
+    from helpers_exports import Exports
+
+    return Exports()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_export_for_each_structure(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Models of one structure are exported once; half of the fast tests' time went into exports.
+
+    What an export gives is the business of test_capture*.py, which export as users do, and so does
+    everything with ADALAYER_FRESH_EXPORTS=1.
+    """
+    from adalayer_native.capture import exporting
+
+    fresh = os.environ.get("ADALAYER_FRESH_EXPORTS", "0") != "0"
+    with pytest.MonkeyPatch.context() as patch:
+        if not fresh and not request.module.__name__.startswith("test_capture"):
+            patch.setattr(exporting, "torch_export", request.getfixturevalue("exports"))
         yield
