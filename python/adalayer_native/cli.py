@@ -668,7 +668,7 @@ def serve(
     try:
         from adalayer_native.serve.server import run
     except ImportError as error:
-        _fail(f"serving needs `pip install adalayer_native[serve]` ({error})", 1)
+        _fail(f"serving needs more packages: pip install 'adalayer_native[serve]' ({error})", 1)
     # On one line, for whoever waits for it.
     run(settings, sources, lambda url: print(f"serving {', '.join(labels)} at {url}", flush=True))
 
