@@ -18,6 +18,7 @@ __all__ = [
     "read_json",
     "replacing",
     "require_file",
+    "user_cache",
     "write_atomic",
     "write_text_atomic",
 ]
@@ -58,6 +59,21 @@ def require_file(path: str | os.PathLike[str], what: str = "") -> None:
     if found != "is a file":
         shown = f"{what} {os.fspath(path)!r}" if what else f"{os.fspath(path)}:"
         raise FileFormatError(f"{shown} {found}; expected a file")
+
+
+def user_cache() -> Path | None:
+    """``adalayer_native`` in the user's cache folder: ``$XDG_CACHE_HOME``, or ``~/.cache`` where it
+    is unset or not absolute (the XDG base directory specification says to ignore it then).
+
+    None where nobody knows of a home, as in a container that runs as a number.
+    """
+    chosen = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(chosen):
+        return Path(chosen) / "adalayer_native"
+    try:
+        return Path.home() / ".cache" / "adalayer_native"
+    except RuntimeError:
+        return None
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
