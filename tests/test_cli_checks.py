@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers_cli import (
@@ -25,7 +26,7 @@ from helpers_torchvision import torchvision_models
 from torch import nn
 
 import adalayer_native as ada
-from adalayer_native import _files, _options
+from adalayer_native import _files, _options, infos
 from adalayer_native.data import open_dataset
 from adalayer_native.models import get_model
 
@@ -226,6 +227,21 @@ def test_a_full_disk_while_an_engine_is_saved_names_the_file(tmp_path) -> None:
     assert caught.value.filename == str(target) and ".tmp" not in str(caught.value)
 
 
+@pytest.mark.parametrize("allocator", ["torch", "numpy", "python"])
+def test_a_lack_of_memory_is_one_line(monkeypatch, capsys, tmp_path, allocator: str) -> None:
+    def greedy(as_json: bool) -> None:
+        if allocator == "torch":
+            torch.empty(1 << 60, dtype=torch.uint8)
+        elif allocator == "numpy":
+            np.empty(1 << 60, dtype=np.uint8)
+        bytearray(1 << 60)
+
+    monkeypatch.setattr(infos, "show_machine", greedy)
+    assert run(monkeypatch, "info") == 1
+    text = capsys.readouterr().err
+    assert "not enough memory (" in text and "smaller images" in text and text.count("\n") == 1
+
+
 def test_the_package_runs_as_a_module() -> None:
     for module in ("adalayer_native", "adalayer_native.cli"):
         done = subprocess.run(
@@ -410,6 +426,20 @@ def test_help_and_version_load_nothing_heavy(arguments: list[str]) -> None:
     text, names = loaded_by(*arguments)
     assert not names & HEAVY
     assert "adalayer_native" in names and text.strip()
+
+
+def test_help_is_soon_there() -> None:
+    """Within half of the time that importing torch alone takes, by the processor's clock."""
+
+    def seconds(*command: str) -> float:
+        process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        return used.ru_utime + used.ru_stime
+
+    help_ = min(seconds("-m", "adalayer_native", "--help") for _ in range(2))
+    assert help_ < 0.5 * seconds("-c", "import torch")
 
 
 def test_the_package_loads_what_is_used() -> None:
