@@ -276,6 +276,21 @@ def plain_weights(data: Path, path: Path) -> Path:
         ("--scale", "1/255"),
     ],
 )
+def test_an_interruption_while_it_is_loaded_is_one_line() -> None:
+    code = """
+import sys
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name == "typer":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Finder())
+from adalayer_native.__main__ import main
+main()
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (found.returncode, found.stdout, found.stderr) == (130, "", "error: interrupted\n")
+
+
 def test_values_from_0_to_1(compress, files, tmp_path, options) -> None:
     weights = plain_weights(files[0], tmp_path / "plain.safetensors")
     code, said = compress("--check", *options, weights=weights)
