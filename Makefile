@@ -62,8 +62,9 @@ test: test-cpp $(TEST_STAMP)
 test-slow: build-tests $(TEST_STAMP)
 	$(SIDE_BY_SIDE) -m "slow and not heavy"
 
+# Models of one structure are exported once elsewhere (tests/conftest.py).
 test-all: test-cpp $(TEST_STAMP)
-	$(BIN)/python -m pytest
+	ADALAYER_FRESH_EXPORTS=1 $(BIN)/python -m pytest
 
 test-cpp: build-tests
 	$(BIN)/ctest --test-dir $(BUILD) --verbose -j 2
