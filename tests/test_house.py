@@ -118,6 +118,23 @@ def test_functions_are_short_and_take_few_parameters() -> None:
     assert not long
 
 
+@pytest.mark.parametrize("place", ["jobs/*.py", "demo.py", "infos.py", "cli.py", "study/*.py"])
+def test_tables_are_printed_whole(place: str) -> None:
+    """Commands print tables by ``print_table``, which breaks no number, and texts by themselves."""
+    found = False
+    for file in PACKAGE.glob(place):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in (
+                "console.print",
+                "Console().print",
+                "Console(stderr=True).print",
+            ):
+                texts = (ast.Constant, ast.JoinedStr, ast.Name)
+                assert all(isinstance(each, texts) for each in node.args), ast.unparse(node)
+        found = True
+    assert found
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="make was not found")
 def test_what_a_first_user_waits_for(tmp_path) -> None:
     """``make demo`` compiles and installs what it runs; tests and the server come later."""

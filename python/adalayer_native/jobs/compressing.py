@@ -340,7 +340,7 @@ def _show(
     console = Console(stderr=True)
     print_table(figure6_table(result.plan), console)
     if result.repair is not None:
-        console.print(result.repair)
+        print_table(result.repair.table(), console)
     if any("E" in entry for entry in (result.plan.scores or {}).values()):
         print_table(error_table(result.plan), console)
     by_engine = "engine_ms" in report
