@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -176,6 +177,30 @@ def test_output_is_checked_before_the_work(monkeypatch, capsys, compress, files,
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_no_command_overwrites_what_it_reads(monkeypatch, capsys, files, tmp_path) -> None:
+    run_folder = tmp_path / "run"
+    run_folder.mkdir()
+    weights = run_folder / "model.safetensors"  # of the float network
+    shutil.copy(files[1], weights)
+    (run_folder / "report.json").write_text("{}")
+    link = tmp_path / "link"
+    link.symlink_to(run_folder)
+    network, sizes = "helpers_cli:SmallNet", ("--image-size", SIZE)
+    given = ("--weights", weights, "--data", files[0], "--bits", 4, *sizes)
+    for command in (
+        ("compress", network, *given, "--out", run_folder),
+        ("compress", network, *given, "--out", link, "--check"),
+        ("compile", run_folder, "-o", weights),
+        ("compile", weights, "--model", network, *sizes, "-o", link / "report.json"),
+        ("profile", network, "--weights", weights, *sizes, "--out", weights),
+        ("report", run_folder, "--out", link / "report.json"),
+    ):
+        assert run(monkeypatch, *command) == 1, command
+        assert "would overwrite" in capsys.readouterr().err
+    assert weights.read_bytes() == files[1].read_bytes()
+    assert (run_folder / "report.json").read_text() == "{}"
+
+
 @pytest.mark.parametrize(
     ("name", "classes"), [("with_classes", 7), ("with_keywords", 7), ("SmallNet", 7)]
 )
@@ -267,15 +292,6 @@ def plain_weights(data: Path, path: Path) -> Path:
     return save_weights(model.eval(), path)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("--mean", 0),
-        ("--std", 1),
-        ("--mean", 0, "--std", "255", "--scale", 1),
-        ("--scale", "1/255"),
-    ],
-)
 def test_an_interruption_while_it_is_loaded_is_one_line() -> None:
     code = """
 import sys
@@ -291,6 +307,15 @@ main()
     assert (found.returncode, found.stdout, found.stderr) == (130, "", "error: interrupted\n")
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--mean", 0),
+        ("--std", 1),
+        ("--mean", 0, "--std", "255", "--scale", 1),
+        ("--scale", "1/255"),
+    ],
+)
 def test_values_from_0_to_1(compress, files, tmp_path, options) -> None:
     weights = plain_weights(files[0], tmp_path / "plain.safetensors")
     code, said = compress("--check", *options, weights=weights)

@@ -16,6 +16,7 @@ from .errors import FileFormatError
 __all__ = [
     "found_at",
     "read_json",
+    "refuse_overwriting",
     "replacing",
     "require_file",
     "user_cache",
@@ -59,6 +60,28 @@ def require_file(path: str | os.PathLike[str], what: str = "") -> None:
     if found != "is a file":
         shown = f"{what} {os.fspath(path)!r}" if what else f"{os.fspath(path)}:"
         raise FileFormatError(f"{shown} {found}; expected a file")
+
+
+def refuse_overwriting(
+    output: str | os.PathLike[str], *read: str | os.PathLike[str] | None
+) -> None:
+    """Refuse an output that is one of the files that a command reads: it may be the only copy.
+
+    Raises:
+        FileFormatError: it is; names both.
+    """
+    for each in read:
+        try:
+            same = each is not None and os.path.samefile(output, each)
+        except (OSError, ValueError):  # one of them is not there
+            continue
+        if same:
+            shown = os.fspath(output), os.fspath(each or "")
+            raise FileFormatError(
+                "the output {!r} would overwrite {!r}, which is read; choose another place".format(
+                    *shown
+                )
+            )
 
 
 def user_cache() -> Path | None:

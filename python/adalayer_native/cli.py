@@ -540,8 +540,12 @@ def report(
     ),
 ) -> None:
     """Write one self-contained HTML page about a finished run: pictures and a table of layers."""
+    from ._files import refuse_overwriting
     from .report import load_run, write_page
 
+    for path in run.glob("*"):
+        if path.suffix != ".html":
+            refuse_overwriting(out, path)
     write_page(load_run(run), out)
     _console.say(f"written to {out}")
 
