@@ -34,8 +34,9 @@ struct GatherSource {
   uint64_t lanes;
 };
 struct GatherPlan {
-  const int32_t* index;         // [channels of the output]
-  bool interleaved;             // out[2i] = in[i], out[2i + 1] = in[channels / 2 + i]
+  const int32_t* index;  // [channels of the output]
+  bool interleaved;      // out[2i] = in[even + i], out[2i + 1] = in[odd + i]
+  int64_t even, odd;
   const uint8_t* low;           // index % 64, padded to whole blocks
   const GatherSource* sources;  // of all blocks, one after another
   const int32_t* ends;          // end of each block's sources

@@ -584,15 +584,34 @@ TEST(slice) {
 }
 
 TEST(rearrange) {
-  for (int round = 0; round < 60; ++round) {
+  for (int round = 0; round < 80; ++round) {
     const int64_t c = pick(channel_counts()), h = uniform(1, 6), w = uniform(1, 6);
     const Image in(c, h, w);
     std::vector<std::vector<int32_t>> tables;
-    if (round % 3 != 0) {
+    if (round % 4 == 3) {
+      // Channels shuffled, all of them or a half, of pixels that are moved, or repeated.
+      const int64_t sizes[] = {h, w}, steps[] = {w, 1};
+      std::vector<int32_t> order;
+      const auto half = static_cast<int>(c / 2);
+      for (int64_t k = 0; k < c; ++k)
+        order.push_back(static_cast<int32_t>(k % 2 * half + k / 2));
+      if (uniform(0, 1) == 0) std::shuffle(order.begin(), order.end(), rng);
+      if (uniform(0, 1) == 0 && half > 0) order.erase(order.begin(), order.begin() + half);
+      for (int32_t& k : order)
+        k *= static_cast<int32_t>(h * w);
+      tables.push_back(std::move(order));
+      for (int axis = 0; axis < 2; ++axis) {
+        const int shift = uniform(0, 3);
+        std::vector<int32_t> table;
+        for (int64_t i = 0; i < sizes[axis] + uniform(0, 2); ++i)
+          table.push_back(static_cast<int32_t>((i + shift) % sizes[axis] * steps[axis]));
+        tables.push_back(std::move(table));
+      }
+    } else if (round % 4 != 0) {
       // Axes in another order; places in memory add up.
       const int64_t sizes[] = {c, h, w}, steps[] = {h * w, w, 1};
       std::vector<size_t> order = {0, 1, 2};
-      if (round % 3 == 1) std::shuffle(order.begin(), order.end(), rng);
+      if (round % 4 == 1) std::shuffle(order.begin(), order.end(), rng);
       for (const size_t axis : order) {
         std::vector<int32_t> table;
         for (int64_t i = 0; i < sizes[axis]; ++i)
@@ -1358,7 +1377,7 @@ TEST(avx512_without_vbmi) {
     kAvx512Image.lookup(table.data(), pixels);
     CHECK_EQ(count([&](int64_t k, int64_t x) { return table[static_cast<size_t>(in(k, 0, x))]; }),
              0);
-    kAvx512Image.gather({index.data(), true, nullptr, nullptr, nullptr}, pixels);
+    kAvx512Image.gather({index.data(), true, 0, n, nullptr, nullptr, nullptr}, pixels);
     CHECK_EQ(count([&](int64_t k, int64_t x) { return in(index[static_cast<size_t>(k)], 0, x); }),
              0);
   }
