@@ -56,8 +56,9 @@ install: $(PACKAGE_STAMP) $(LINT_STAMP) $(TEST_STAMP)
 # Side by side, a process per core; each of them with one thread, or they would fight for the cores.
 # (Tests of threads set their number themselves.)
 SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+MARKS ?= not slow
 test: test-cpp $(TEST_STAMP)
-	$(SIDE_BY_SIDE) -m "not slow"
+	$(SIDE_BY_SIDE) -m "$(MARKS)"
 
 test-slow: build-tests $(TEST_STAMP)
 	$(SIDE_BY_SIDE) -m "slow and not heavy"
