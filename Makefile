@@ -56,14 +56,16 @@ install: $(PACKAGE_STAMP) $(LINT_STAMP) $(TEST_STAMP)
 # Side by side, a process per core; each of them with one thread, or they would fight for the cores.
 # (Tests of threads set their number themselves.)
 SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+MARKS ?= not slow
 test: test-cpp $(TEST_STAMP)
-	$(SIDE_BY_SIDE) -m "not slow"
+	$(SIDE_BY_SIDE) -m "$(MARKS)"
 
 test-slow: build-tests $(TEST_STAMP)
 	$(SIDE_BY_SIDE) -m "slow and not heavy"
 
+# Models of one structure are exported once elsewhere (tests/conftest.py).
 test-all: test-cpp $(TEST_STAMP)
-	$(BIN)/python -m pytest
+	ADALAYER_FRESH_EXPORTS=1 $(BIN)/python -m pytest
 
 test-cpp: build-tests
 	$(BIN)/ctest --test-dir $(BUILD) --verbose -j 2

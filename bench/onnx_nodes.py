@@ -7,8 +7,8 @@ runs the tests of the installed package ``onnx`` and replaces the generated part
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,17 +44,23 @@ class Row:
     refused: dict[str, str] = field(default_factory=dict)
 
 
-def cases() -> Iterator[tuple[str, Any]]:
-    """Operator and test case, for every test of one of :data:`OPERATORS` alone."""
+@functools.cache
+def cases() -> list[tuple[str, Any]]:
+    """Operator and test case, for every test of one of :data:`OPERATORS` alone.
+
+    The package makes all of its tests for that, which takes seconds.
+    """
     from onnx.backend.test.loader import load_model_tests
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numpy's, about overflows that tests are made of
         found = load_model_tests(kind="node")
+    chosen = []
     for case in sorted(found, key=lambda item: item.name):
         kinds = [node.op_type for node in case.model.graph.node]
         if len(kinds) == 1 and kinds[0] in OPERATORS:
-            yield kinds[0], case
+            chosen.append((kinds[0], case))
+    return chosen
 
 
 def outcome(case: Any) -> str:

@@ -1,20 +1,23 @@
-"""Fixtures for all tests, and the count of kernel cases per instruction set."""
+"""Fixtures for all tests, and the hooks that count kernel cases per instruction set."""
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from helpers_counted import (  # noqa: F401  # hooks of pytest
+    pytest_sessionfinish,
+    pytest_terminal_summary,
+    pytest_testnodedown,
+)
 
 # What the planner measures in tests stays with them. Before anything is compiled.
 os.environ.setdefault("ADALAYER_PLAN_CACHE", "off")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-# The tests of test_kernels.py that compare random layers on every instruction set.
-COUNTED = {"test_random_shapes", "test_random_linear"}
 
 
 @pytest.fixture(scope="session")
@@ -48,40 +51,25 @@ def guesses_of_small_images(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-def _kernel_cases() -> dict[str, tuple[int, int]]:
-    """(all cases, random ones) per instruction set that was loaded; empty without these tests."""
-    module = sys.modules.get("test_kernels")
-    if module is None:
-        return {}
-    return {isa: (module.CASES[isa], module.RANDOM_CASES[isa]) for isa in module.FAST_ISAS}
+@pytest.fixture(scope="session")
+def exports() -> Any:
+    """``torch.export.export`` that remembers the structures of this process."""
+    from helpers_exports import Exports
+
+    return Exports()
 
 
-def _idle(session: pytest.Session) -> list[str]:
-    """Instruction sets without a random case although the tests that make them were selected."""
-    chosen = {getattr(item, "originalname", None) for item in session.items}
-    if not chosen >= COUNTED or session.config.option.collectonly:
-        return []
-    return [isa for isa, (_, random) in _kernel_cases().items() if random == 0]
+@pytest.fixture(scope="module", autouse=True)
+def one_export_for_each_structure(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Models of one structure are exported once; half of the fast tests' time went into exports.
 
+    What an export gives is the business of test_capture*.py, which export as users do, and so does
+    everything with ADALAYER_FRESH_EXPORTS=1.
+    """
+    from adalayer_native.capture import exporting
 
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """A run that compared nothing on some instruction set is a failed run."""
-    if exitstatus == pytest.ExitCode.OK and _idle(session):
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Prints which instruction sets ran, and how many layers were compared on each."""
-    cases = _kernel_cases()
-    idle = _idle(terminalreporter._session)
-    if "test_kernels" not in sys.modules or (
-        cases and not idle and not any(map(any, cases.values()))
-    ):
-        return  # a run that selected other tests
-    terminalreporter.section("layers compared bit for bit with the scalar reference")
-    for isa, (total, random) in cases.items():
-        terminalreporter.write_line(f"{isa:<12}{total:6d} cases, {random} of them random")
-    if not cases:
-        terminalreporter.write_line("none: this machine runs the scalar reference only")
-    for isa in idle:
-        terminalreporter.write_line(f"FAILED: no random case ran on {isa}", red=True)
+    fresh = os.environ.get("ADALAYER_FRESH_EXPORTS", "0") != "0"
+    with pytest.MonkeyPatch.context() as patch:
+        if not fresh and not request.module.__name__.startswith("test_capture"):
+            patch.setattr(exporting, "torch_export", request.getfixturevalue("exports"))
+        yield

@@ -9,6 +9,7 @@ import signal
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -259,43 +260,64 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     return list(left) == list(right) and all(torch.equal(left[k], right[k]) for k in left)
 
 
-@pytest.mark.parametrize("stage", ["analysis", "search", "finetune"])
-def test_interrupted_compress_goes_on(monkeypatch, capsys, files, tmp_path, stage: str) -> None:
-    command = ("--size", BUDGET, "--epochs", 2, "--quiet")
-    owner, name, interrupt_at = {
-        "analysis": (sys.modules["adalayer_native.importance.accuracy"], "loss_of", 3),
-        "search": (sys.modules["adalayer_native.allocation.evaluate"].Evaluator, "_measure", 5),
-        "finetune": (sys.modules["adalayer_native.training.loop"].Loop, "_step", 6),
-    }[stage]
+# Of a stage: what it calls again and again, and at which call it is interrupted.
+STAGES = {
+    "analysis": ("adalayer_native.importance.accuracy", "loss_of", 3),
+    "search": ("adalayer_native.allocation.evaluate", "Evaluator._measure", 5),
+    "finetune": ("adalayer_native.training.loop", "Loop._step", 6),
+}
+TWO_EPOCHS = ("--size", BUDGET, "--epochs", 2, "--quiet")
+
+
+def counted(patch: pytest.MonkeyPatch, stage: str, limit: float = math.inf) -> list[int]:
+    """The number of a stage's calls, which grows; at the limit comes Ctrl-C."""
+    module, name, _ = STAGES[stage]
+    owner: Any = sys.modules[module]
+    *inner, name = name.split(".")
+    for part in inner:
+        owner = getattr(owner, part)
     original = getattr(owner, name)
+    count = [0]
 
-    def calls_of(out: Path, limit: float = math.inf) -> tuple[int, int]:
-        """Exit code, and how often the stage's function was called."""
-        count = 0
+    def counting(*arguments, **options):
+        count[0] += 1
+        if count[0] == limit:
+            signal.raise_signal(signal.SIGINT)
+        return original(*arguments, **options)
 
-        def counting(*arguments, **options):
-            nonlocal count
-            count += 1
-            if count == limit:
-                signal.raise_signal(signal.SIGINT)  # Ctrl-C
-            return original(*arguments, **options)
+    patch.setattr(owner, name, counting)
+    return count
 
-        with monkeypatch.context() as patch:
-            patch.setattr(owner, name, counting)
-            return compress(monkeypatch, files, out, *command), count
 
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    code, needed = calls_of(whole)
-    assert code == 0
-    capsys.readouterr()
-    assert calls_of(broken, interrupt_at) == (130, interrupt_at)
+@pytest.fixture(scope="module")
+def whole(files, tmp_path_factory) -> tuple[Path, dict[str, list[int]]]:
+    """A run that nobody interrupted, and how often its stages' functions were called."""
+    root = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        make_quick(patch, root / "cache")
+        counts = {stage: counted(patch, stage) for stage in STAGES}
+        assert compress(patch, files, root / "out", *TWO_EPOCHS) == 0
+    return root / "out", counts
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_interrupted_compress_goes_on(
+    monkeypatch, capsys, files, whole, tmp_path, stage: str
+) -> None:
+    expected, counts = whole
+    broken = tmp_path / "broken"
+    limit = STAGES[stage][2]
+    with monkeypatch.context() as patch:
+        count = counted(patch, stage, limit)
+        assert compress(patch, files, broken, *TWO_EPOCHS) == 130 and count == [limit]
     assert "same command goes on" in capsys.readouterr().err
     assert not (broken / "model.safetensors").exists()
-    code, rest = calls_of(broken)
-    assert code == 0
-    assert rest < needed
-    assert same(tensors(whole), tensors(broken))
-    assert load(whole / "plan.json") == load(broken / "plan.json")
+    with monkeypatch.context() as patch:
+        rest = counted(patch, stage)
+        assert compress(patch, files, broken, *TWO_EPOCHS) == 0
+    assert rest < counts[stage]
+    assert same(tensors(expected), tensors(broken))
+    assert load(expected / "plan.json") == load(broken / "plan.json")
 
 
 def train(monkeypatch, data: Path, out: Path, *more: object) -> int:

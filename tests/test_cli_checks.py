@@ -6,10 +6,12 @@ import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers_cli import (
@@ -25,7 +27,7 @@ from helpers_torchvision import torchvision_models
 from torch import nn
 
 import adalayer_native as ada
-from adalayer_native import _files, _options
+from adalayer_native import _files, _options, infos
 from adalayer_native.data import open_dataset
 from adalayer_native.models import get_model
 
@@ -175,6 +177,30 @@ def test_output_is_checked_before_the_work(monkeypatch, capsys, compress, files,
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_no_command_overwrites_what_it_reads(monkeypatch, capsys, files, tmp_path) -> None:
+    run_folder = tmp_path / "run"
+    run_folder.mkdir()
+    weights = run_folder / "model.safetensors"  # of the float network
+    shutil.copy(files[1], weights)
+    (run_folder / "report.json").write_text("{}")
+    link = tmp_path / "link"
+    link.symlink_to(run_folder)
+    network, sizes = "helpers_cli:SmallNet", ("--image-size", SIZE)
+    given = ("--weights", weights, "--data", files[0], "--bits", 4, *sizes)
+    for command in (
+        ("compress", network, *given, "--out", run_folder),
+        ("compress", network, *given, "--out", link, "--check"),
+        ("compile", run_folder, "-o", weights),
+        ("compile", weights, "--model", network, *sizes, "-o", link / "report.json"),
+        ("profile", network, "--weights", weights, *sizes, "--out", weights),
+        ("report", run_folder, "--out", link / "report.json"),
+    ):
+        assert run(monkeypatch, *command) == 1, command
+        assert "would overwrite" in capsys.readouterr().err
+    assert weights.read_bytes() == files[1].read_bytes()
+    assert (run_folder / "report.json").read_text() == "{}"
+
+
 @pytest.mark.parametrize(
     ("name", "classes"), [("with_classes", 7), ("with_keywords", 7), ("SmallNet", 7)]
 )
@@ -226,6 +252,21 @@ def test_a_full_disk_while_an_engine_is_saved_names_the_file(tmp_path) -> None:
     assert caught.value.filename == str(target) and ".tmp" not in str(caught.value)
 
 
+@pytest.mark.parametrize("allocator", ["torch", "numpy", "python"])
+def test_a_lack_of_memory_is_one_line(monkeypatch, capsys, tmp_path, allocator: str) -> None:
+    def greedy(as_json: bool) -> None:
+        if allocator == "torch":
+            torch.empty(1 << 60, dtype=torch.uint8)
+        elif allocator == "numpy":
+            np.empty(1 << 60, dtype=np.uint8)
+        bytearray(1 << 60)
+
+    monkeypatch.setattr(infos, "show_machine", greedy)
+    assert run(monkeypatch, "info") == 1
+    text = capsys.readouterr().err
+    assert "not enough memory (" in text and "smaller images" in text and text.count("\n") == 1
+
+
 def test_the_package_runs_as_a_module() -> None:
     for module in ("adalayer_native", "adalayer_native.cli"):
         done = subprocess.run(
@@ -249,6 +290,21 @@ def plain_weights(data: Path, path: Path) -> Path:
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
     return save_weights(model.eval(), path)
+
+
+def test_an_interruption_while_it_is_loaded_is_one_line() -> None:
+    code = """
+import sys
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name == "typer":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Finder())
+from adalayer_native.__main__ import main
+main()
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (found.returncode, found.stdout, found.stderr) == (130, "", "error: interrupted\n")
 
 
 @pytest.mark.parametrize(
@@ -410,6 +466,20 @@ def test_help_and_version_load_nothing_heavy(arguments: list[str]) -> None:
     text, names = loaded_by(*arguments)
     assert not names & HEAVY
     assert "adalayer_native" in names and text.strip()
+
+
+def test_help_is_soon_there() -> None:
+    """Within half of the time that importing torch alone takes, by the processor's clock."""
+
+    def seconds(*command: str) -> float:
+        process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        return used.ru_utime + used.ru_stime
+
+    help_ = min(seconds("-m", "adalayer_native", "--help") for _ in range(2))
+    assert help_ < 0.5 * seconds("-c", "import torch")
 
 
 def test_the_package_loads_what_is_used() -> None:

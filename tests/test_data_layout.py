@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import os
+import sys
 import warnings
 import zipfile
 from pathlib import Path
@@ -243,3 +245,81 @@ def test_the_help_says_the_rule() -> None:
     for command in (["compress"], ["train"], ["study", "green"], ["study", "adalayernet"]):
         shown = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "400"}).stdout
         assert " ".join(DATA_HELP.split()) in " ".join(shown.split()), command
+
+
+def test_something_else_than_a_file_is_named(tmp_path) -> None:
+    for name in PARTS:
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(dot())
+    os.mkfifo(tmp_path / "train" / "ape" / "pipe.png")  # reading it would wait for ever
+    with pytest.warns(UserWarning, match=r"pipe, socket or device 'train/ape/pipe.png' left out"):
+        train = list_images(tmp_path, "train")
+    assert len(train.names) == 10
+
+
+def test_a_class_whose_name_is_no_text_is_refused(tmp_path) -> None:
+    """It could be written into no report and no engine's file, after all of the work."""
+    for label in (b"ape", b"caf\xe9"):
+        folder = os.fsencode(tmp_path) + b"/data/" + label
+        os.makedirs(folder)
+        for index in range(5):
+            Path(os.fsdecode(folder), f"{index}.png").write_bytes(dot())
+    with pytest.raises(DataError, match=r"class folder 'caf\\udce9'.*is not UTF-8.*rename it"):
+        list_images(tmp_path / "data", "train")
+
+
+def test_more_folders_within_each_other_than_calls(tmp_path) -> None:
+    inside = tmp_path.joinpath(*["d"] * 200)  # (as many as shutil.rmtree of old Pythons can remove)
+    for label in ("ape", "bee"):
+        (inside / label).mkdir(parents=True)
+        for index in range(5):
+            (inside / label / f"{index}.png").write_bytes(dot())
+    limit = sys.getrecursionlimit()
+    try:
+        sys.setrecursionlimit(len(inspect.stack(0)) + 100)
+        assert len(list_images(tmp_path, "train").names) == 8
+    finally:
+        sys.setrecursionlimit(limit)
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("", "data '' is no path"),
+        ("a\0b", "cannot be looked at"),
+        ("x" * 5000, "cannot be looked at .*too long"),
+        ("/dev/null", "is a device"),
+    ],
+)
+def test_paths_that_cannot_be(path: str, expected: str) -> None:
+    with pytest.raises(DataError, match=expected):
+        list_images(path, "train")
+
+
+def test_zips_damaged_anywhere_are_refused_or_read(tmp_path) -> None:
+    """Python's reader has other errors for names that are none, sizes and versions."""
+    names = [
+        f"{part}/{label}/{i}.png" for part in ("train", "test") for label in "aé" for i in "01"
+    ]
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        for name in names:
+            archive.writestr(name, dot())
+    whole = stream.getvalue()
+    directory = whole.index(b"PK\1\2")
+    refused = 0
+    for place in range(directory, len(whole)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 0xFF
+        file = tmp_path / "data.zip"
+        file.write_bytes(damaged)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                found = list_images(file, "train")
+                for name in found.names:
+                    found.read(name)
+            except DataError as error:  # any other is a failure
+                refused += str(file) in str(error)
+    assert refused > 100

@@ -448,8 +448,9 @@ def test_fallback_between_native_parts(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=r"run in torch.*cumsum"):
         engine.save(tmp_path / "model.ada")
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(UnsupportedModelError, match=r"strict: .*aten\.cumsum\.default"):
-        ada.compile(native, x[:1], strict=True)
+    for policy in compiler.POLICIES:
+        with pytest.raises(UnsupportedModelError, match=r"strict: .*aten\.cumsum\.default"):
+            ada.compile(native, x[:1], policy=policy, strict=True)
 
 
 def test_what_is_faster_in_float_is_in_the_engine_too(monkeypatch, tmp_path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -114,6 +116,48 @@ def test_functions_are_short_and_take_few_parameters() -> None:
         if lines > MOST_LINES and (file, name) not in commands
     }
     assert not long
+
+
+@pytest.mark.parametrize("place", ["jobs/*.py", "demo.py", "infos.py", "cli.py", "study/*.py"])
+def test_tables_are_printed_whole(place: str) -> None:
+    """Commands print tables by ``print_table``, which breaks no number, and texts by themselves."""
+    found = False
+    for file in PACKAGE.glob(place):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in (
+                "console.print",
+                "Console().print",
+                "Console(stderr=True).print",
+            ):
+                texts = (ast.Constant, ast.JoinedStr, ast.Name)
+                assert all(isinstance(each, texts) for each in node.args), ast.unparse(node)
+        found = True
+    assert found
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make was not found")
+def test_what_a_first_user_waits_for(tmp_path) -> None:
+    """``make demo`` compiles and installs what it runs; tests and the server come later."""
+
+    def commands(target: str) -> str:
+        folders = (f"VENV={tmp_path}/venv", f"BUILD={tmp_path}/build")
+        return subprocess.run(
+            ["make", "-n", target, *folders],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+
+    demo = commands("demo")
+    assert "pip wheel" in demo and "build.targets=wheel_contents" in demo
+    assert "adalayer demo" in demo and '"torch==' in demo
+    later = ("torchvision", "adalayer_native[", "cmake --build", "ctest")
+    assert not any(word in demo for word in later)
+    test = commands("test")
+    assert all(word in test for word in later)
+    # The second target of a user begins with what the first has left.
+    assert demo.rpartition("adalayer demo")[0].count("pip wheel") == test.count("pip wheel") == 1
 
 
 _HEAD = re.compile(r"([A-Za-z_~][\w:~]*)\s*\(")

@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from adalayer_native import _json_cache
 from adalayer_native._checkpoint import read_checkpoint, write_checkpoint
+from adalayer_native._files import user_cache
 from adalayer_native._json_cache import JsonCache
 from adalayer_native._recent import Recent
+from adalayer_native.allocation.store import Store, cache_dir
+from adalayer_native.data.datasets import default_cache_dir, open_dataset
 from adalayer_native.errors import FileFormatError
 
 KIND = ("adalayer-test", "1")
@@ -93,3 +97,36 @@ def test_checkpoints_of_another_kind_are_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(FileFormatError, match="is corrupt"), read_checkpoint(path, KIND):
         pass
+
+
+def test_a_table_that_cannot_be_written_costs_no_run(tmp_path: Path) -> None:
+    store = Store(tmp_path / "cache", "latency", {"a": 1})
+    (tmp_path / "cache").write_text("")  # no folder
+    store["x"] = 2.0
+    with pytest.warns(RuntimeWarning, match=r"/cache/latency-\w+.json' cannot be kept"):
+        store.save()
+    with store:  # said once
+        store["y"] = 3.0
+    assert {name: store[name] for name in store} == {"x": 2.0, "y": 3.0}
+
+
+def test_nobodys_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In a container a process may be a number without a name, and HOME unset."""
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.delenv("ADALAYER_CACHE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert user_cache() == tmp_path / ".cache" / "adalayer_native" == default_cache_dir()
+
+    def nobody(number: int) -> None:
+        raise KeyError(number)
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    assert user_cache() is None and default_cache_dir() is None and cache_dir() is None
+    with Store(cache_dir(), "latency", {}) as store:
+        store["x"] = 1.0
+    for label in ("ape", "bee"):
+        (tmp_path / "data" / label).mkdir(parents=True)
+        for index in range(5):
+            Image.new("RGB", (4, 4)).save(tmp_path / "data" / label / f"{index}.png")
+    assert open_dataset(tmp_path / "data", "train", 4).pixels().shape == (8, 3, 4, 4)

@@ -89,6 +89,18 @@ def test_missing_and_corrupt_weight_files(tmp_path) -> None:
             load_weights(model, path)
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_files_of_torch_save_are_told_how_to_become_safetensors(tmp_path, zipped: bool) -> None:
+    model = get_model("resnet20")
+    file = tmp_path / "net.pt"
+    torch.save(model.state_dict(), file, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(FileFormatError, match=r"net.pt' is one of torch.save") as found:
+        load_weights(model, file)
+    line = str(found.value).partition("state_dict: ")[2]
+    exec(f"import torch, safetensors.torch; {line}")
+    load_weights(model, tmp_path / "net.safetensors")
+
+
 def test_mismatches_are_listed_and_nothing_is_changed(tmp_path) -> None:
     model = get_model("resnet20")
     before = {k: v.clone() for k, v in model.state_dict().items()}

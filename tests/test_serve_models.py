@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from helpers_serve import image_batch, load, outputs, running
 from helpers_serve_model import write_model
 
 import adalayer_native as ada
+from adalayer_native.serve import models
 from adalayer_native.serve.settings import ModelSource
 
 
@@ -86,6 +89,31 @@ def test_a_corrupt_upload_changes_nothing(model: Path):
         assert load(server, "-x", "1", data)[0] == 400
         assert load(server, "..%2Fx", "1", data)[0] == 404
         assert server.request("POST", "/v2/repository/models/new/load", "{}")[0] == 404
+
+
+def test_a_disk_without_room_for_an_upload(model: Path, monkeypatch):
+    x = image_batch(1)
+    wanted = ada.load(model).run(x)
+    data = model.read_bytes()
+
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    with running([ModelSource("tiny", "1", model)]) as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(models, "write_atomic", full)
+            for name in ("tiny", "other"):
+                status, answer = load(server, name, "1", data)
+                assert status == 507 and "No space left on device" in answer["error"]
+        np.testing.assert_array_equal(outputs(server.infer(x)[1]), wanted)
+        rows = server.request("POST", "/v2/repository/index", b"")[1]
+        assert {row["name"]: row["state"] for row in rows} == {
+            "tiny": "READY",
+            "other": "UNAVAILABLE",
+        }
+        for name in ("tiny", "other"):
+            assert load(server, name, "1", data)[0] == 200
+            np.testing.assert_array_equal(outputs(server.infer(x, name)[1]), wanted)
 
 
 def test_repository_folder_and_no_control(model: Path, tmp_path: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import socket
 import sys
@@ -48,11 +49,13 @@ def test_what_is_checked_before_ray(model: Path, tmp_path: Path, monkeypatch, ca
     data[-1] ^= 1
     damaged = tmp_path / "damaged.ada"
     damaged.write_bytes(data)
+    os.mkfifo(tmp_path / "pipe")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         for arguments, message in (
             (["a=missing.ada"], "model 'a', version '1': missing.ada: No such file or directory"),
             ([f"a={model}", f"b:2={tmp_path}"], r"model 'b', version '2': \S+: Is a directory"),
+            ([f"a={tmp_path}/pipe"], r"model 'a', version '1': \S+pipe is a named pipe; expected"),
             ([f"a={damaged}"], r"model 'a', version '1': \S+damaged.ada: .*checksum"),
             ([str(model), "--port", port], f"127.0.0.1:{port}: Address already in use; --port 0"),
             ([str(model), "--host", "192.0.2.1"], "192.0.2.1:8000: Cannot assign"),

@@ -1,5 +1,21 @@
-"""``python -m adalayer_native``: the command line."""
+"""``adalayer`` and ``python -m adalayer_native``."""
 
-from adalayer_native.cli import main
+from __future__ import annotations
 
-main()
+import sys
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """The command line; Ctrl-C is one line also while it is still being loaded."""
+    try:
+        from adalayer_native import cli
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        sys.exit(130)
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -16,8 +16,10 @@ from .errors import FileFormatError
 __all__ = [
     "found_at",
     "read_json",
+    "refuse_overwriting",
     "replacing",
     "require_file",
+    "user_cache",
     "write_atomic",
     "write_text_atomic",
 ]
@@ -40,6 +42,8 @@ def found_at(path: str | os.PathLike[str]) -> str:
         return "does not exist"
     except OSError as error:
         return f"cannot be looked at ({error.strerror})"
+    except ValueError as error:  # a zero byte
+        return f"cannot be looked at ({error})"
     return _KINDS.get(stat.S_IFMT(mode), "is no file")
 
 
@@ -56,6 +60,43 @@ def require_file(path: str | os.PathLike[str], what: str = "") -> None:
     if found != "is a file":
         shown = f"{what} {os.fspath(path)!r}" if what else f"{os.fspath(path)}:"
         raise FileFormatError(f"{shown} {found}; expected a file")
+
+
+def refuse_overwriting(
+    output: str | os.PathLike[str], *read: str | os.PathLike[str] | None
+) -> None:
+    """Refuse an output that is one of the files that a command reads: it may be the only copy.
+
+    Raises:
+        FileFormatError: it is; names both.
+    """
+    for each in read:
+        try:
+            same = each is not None and os.path.samefile(output, each)
+        except (OSError, ValueError):  # one of them is not there
+            continue
+        if same:
+            shown = os.fspath(output), os.fspath(each or "")
+            raise FileFormatError(
+                "the output {!r} would overwrite {!r}, which is read; choose another place".format(
+                    *shown
+                )
+            )
+
+
+def user_cache() -> Path | None:
+    """``adalayer_native`` in the user's cache folder: ``$XDG_CACHE_HOME``, or ``~/.cache`` where it
+    is unset or not absolute (the XDG base directory specification says to ignore it then).
+
+    None where nobody knows of a home, as in a container that runs as a number.
+    """
+    chosen = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(chosen):
+        return Path(chosen) / "adalayer_native"
+    try:
+        return Path.home() / ".cache" / "adalayer_native"
+    except RuntimeError:
+        return None
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes | memoryview) -> None:

@@ -6,6 +6,7 @@ What stands here loads nothing but typer; each command imports what it runs.
 from __future__ import annotations
 
 import json
+import re
 import sys
 import warnings
 from enum import Enum
@@ -492,8 +493,12 @@ def report(
     ),
 ) -> None:
     """Write one self-contained HTML page about a finished run: pictures and a table of layers."""
+    from ._files import refuse_overwriting
     from .report import load_run, write_page
 
+    for path in run.glob("*"):
+        if path.suffix != ".html":
+            refuse_overwriting(out, path)
     write_page(load_run(run), out)
     _console.say(f"written to {out}")
 
@@ -570,6 +575,8 @@ def main() -> None:
         if _is_usage_error(error):
             error.show()  # type: ignore[attr-defined]
             sys.exit(2)
+        if _is_lack_of_memory(error):
+            _fail(f"not enough memory ({_first_line(error)}); fewer or smaller images need less", 1)
         raise
     if code == _INTERRUPTED:  # newer versions of typer return it for Ctrl-C
         resumable = sys.argv[1:2] in (["compress"], ["train"], ["profile"], ["study"])
@@ -580,6 +587,19 @@ def main() -> None:
 def _is_usage_error(error: Any) -> bool:
     # typer carries click inside itself in newer versions, so the class has no one import path.
     return hasattr(error, "show") and hasattr(error, "exit_code")
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    """Python's, numpy's (MemoryErrors both) or torch's, which is a RuntimeError."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and re.search("(not enough|can't allocate) memory", str(error)) is not None
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _fail(message: str, code: int) -> NoReturn:

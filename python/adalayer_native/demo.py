@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import nn
 
 from adalayer_native import files, ops
+from adalayer_native._console import print_table
 from adalayer_native._files import write_text_atomic
 from adalayer_native.allocation import Budget, float_bytes, pareto
 from adalayer_native.compress import compress
@@ -93,13 +94,13 @@ def run_demo(out: Path, *, size: float = 0.10, epochs: int = 5, seed: int = 0) -
         saved = files.save(result.model, out / f"{method}.safetensors")
         rows.append({"name": name, "accuracy": found[name].accuracy, "bytes": saved})
         if method == "adalayer":
-            console.print(figure6_table(result.plan))
+            print_table(figure6_table(result.plan), console)
         # All of them anew: times belong together only where they were taken in turn.
         times = model_milliseconds(timed, x[:1], seconds=TIMING_SECONDS)
         for row in rows:
             row["ms"] = times[row["name"]]
         # The first table comes early: most of the time is spent behind it.
-        console.print(comparison_table(rows))
+        print_table(comparison_table(rows), console)
     result.plan.save(out / "plan.json")
     normalisation = Normalisation(train.mean, train.std, "digits")
     save_engine(engine, out / "adalayer.ada", normalisation, train.classes)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import _C, ops
+from .._files import user_cache
 from .._json_cache import JsonCache
 
 __all__ = ["Store", "cache_dir", "machine", "processor"]
@@ -21,17 +22,9 @@ FORMAT = "adalayer-table-1"
 BOARD = Path("/proc/device-tree/model")
 
 
-def cache_dir(explicit: str | os.PathLike[str] | None = None) -> Path:
-    """Where tables are kept: ``explicit``, else ``adalayer_native`` in the user's cache directory.
-
-    That is ``$XDG_CACHE_HOME``, or ``~/.cache`` where it is unset or not absolute (the XDG base
-    directory specification says to ignore it then).
-    """
-    if explicit is not None:
-        return Path(explicit)
-    home = os.environ.get("XDG_CACHE_HOME", "")
-    base = Path(home) if os.path.isabs(home) else Path.home() / ".cache"
-    return base / "adalayer_native"
+def cache_dir(explicit: str | os.PathLike[str] | None = None) -> Path | None:
+    """Where tables are kept: ``explicit``, else in the user's cache directory."""
+    return user_cache() if explicit is None else Path(explicit)
 
 
 def machine(threads: int | None = None) -> dict[str, Any]:
@@ -66,26 +59,40 @@ def processor(cpuinfo: Path = Path("/proc/cpuinfo"), board: Path = BOARD) -> str
 class Store(JsonCache):
     """Numbers by name in ``<directory>/<kind>-<hash of key>.json``.
 
-    One that cannot be read is reported with a warning and built anew.
+    One that cannot be read is reported with a warning and built anew; one that cannot be written,
+    too, and kept in memory: it saves time to later runs, and is no reason to lose this one.
 
     Args:
-        directory: see :func:`cache_dir`.
+        directory: see :func:`cache_dir`; None: only in memory.
         kind: what the numbers are, a part of the file's name.
         key: everything the numbers depend on; JSON values.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], kind: str, key: dict[str, Any]) -> None:
+    def __init__(self, directory: Path | None, kind: str, key: dict[str, Any]) -> None:
         text = json.dumps({"format": FORMAT, "kind": kind, **key}, sort_keys=True)
         name = hashlib.sha256(text.encode()).hexdigest()[:24]
-        path = Path(directory) / f"{kind}-{name}.json"
+        path = None if directory is None else directory / f"{kind}-{name}.json"
 
         def damaged(why: str) -> None:
             warnings.warn(
-                f"the table {os.fspath(path)!r} cannot be used ({why}); it is measured anew",
+                f"the table '{path}' cannot be used ({why}); it is measured anew",
                 stacklevel=5,
             )
 
         super().__init__(path, json.loads(text), "values", parse=_numbers, report=damaged, indent=1)
+
+    def save(self) -> None:
+        """Write what is new, if it can be written."""
+        try:
+            super().save()
+        except OSError as error:
+            warnings.warn(
+                f"the table '{self.path}' cannot be kept ({error.strerror or error}); a later run "
+                "will measure it again",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            self.path = None
 
     def __contains__(self, name: str) -> bool:
         return name in self.values

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export import export as torch_export
 from torch.utils import _pytree as pytree
 
 from adalayer_native.capture.example import Inputs
@@ -116,7 +117,7 @@ def _export(
         opaque_calls(model, exclude, inputs) as calls,
         _simple(FREE_SECONDS if free_sizes else math.inf),
     ):
-        program = torch.export.export(
+        program = torch_export(
             model,
             inputs.args,
             inputs.kwargs,
@@ -163,7 +164,7 @@ def branches_in(
             shapes[tensor] = dims
     try:
         with quiet(), untouched(model), torch.no_grad(), _simple(FREE_SECONDS):
-            program = torch.export.export(
+            program = torch_export(
                 model,
                 inputs.args,
                 inputs.kwargs,

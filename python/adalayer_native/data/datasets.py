@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .._files import replacing
+from .._files import replacing, user_cache
 from .._progress import ProgressBar
 from ..errors import DataError
 from .pictures import MAX_PIXELS, decode, scaled_part
@@ -218,7 +218,8 @@ def open_dataset(
     cache_file = None
     if cache:
         folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
-        cache_file = folder / f"images-{DECODING}-{source.fingerprint[:32]}-{split}-{size}.npy"
+        name = f"images-{DECODING}-{source.fingerprint[:32]}-{split}-{size}.npy"
+        cache_file = None if folder is None else folder / name
     return ImageDataset(
         torch.tensor(source.labels, dtype=torch.int64),
         source.classes,
@@ -232,13 +233,10 @@ def open_dataset(
     )
 
 
-def default_cache_dir() -> Path:
-    """``$ADALAYER_CACHE``, else ``adalayer_native`` under ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+def default_cache_dir() -> Path | None:
+    """``$ADALAYER_CACHE``, else that of :func:`~adalayer_native._files.user_cache`."""
     chosen = os.environ.get("ADALAYER_CACHE")
-    if chosen:
-        return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path("~/.cache").expanduser()) / "adalayer_native"
+    return Path(chosen) if chosen else user_cache()
 
 
 def decode_image(data: bytes, size: int, name: str) -> np.ndarray:

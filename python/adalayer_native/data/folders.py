@@ -24,7 +24,7 @@ from pathlib import PurePosixPath
 
 from ..errors import DataError
 
-__all__ = ["DATA_HELP", "SPLITS", "DataFolders", "arrange", "kinds"]
+__all__ = ["DATA_HELP", "SPLITS", "DataFolders", "arrange", "kinds", "named"]
 
 DATA_HELP = (
     "Folder or zip of images: train/CLASS/IMAGE and test/CLASS/IMAGE (or val/), or CLASS/IMAGE, "
@@ -115,18 +115,18 @@ def _by_parts(parts: dict[str, Parts], depth: int, where: str) -> DataFolders:
     if len(known) == 2:
         if strange := known["test"] - known["train"]:
             raise DataError(
-                f"data {where!r}: {_named(strange, 'class', 'classes')} only in "
+                f"data {where!r}: {named(strange, 'class', 'classes')} only in "
                 f"{chosen['test']!r}: nothing in {chosen['train']!r} has that name"
             )
         if untested := known["train"] - known["test"]:
             notes.append(
-                f"{_named(untested, 'class', 'classes')} only in {chosen['train']!r}, so no test "
+                f"{named(untested, 'class', 'classes')} only in {chosen['train']!r}, so no test "
                 f"image is of it"
             )
     if outside:
         folders = " and ".join(repr(f"{folder}/") for folder in chosen.values())
         notes.append(
-            f"{_named(outside, 'image', 'images')} left out, in no class folder of {folders}"
+            f"{named(outside, 'image', 'images')} left out, in no class folder of {folders}"
         )
     return DataFolders(members, chosen, classes, notes)
 
@@ -146,7 +146,7 @@ def _by_classes(parts: dict[str, Parts], depth: int, where: str) -> DataFolders:
         by_class.setdefault(p[depth], []).append(name)
     if all(label.lower() in _PART_NAMES for label in by_class):
         raise DataError(
-            f"data {where!r}: images lie in {_named(by_class, '', '')} itself, in no class "
+            f"data {where!r}: images lie in {named(by_class, '', '')} itself, in no class "
             f"directory ({_EXPECTED})"
         )
     classes = sorted(by_class)
@@ -157,7 +157,7 @@ def _by_classes(parts: dict[str, Parts], depth: int, where: str) -> DataFolders:
     notes = []
     if few := [label for label in classes if len(by_class[label]) < _FIFTH]:
         notes.append(
-            f"{_named(few, 'class', 'classes')} of fewer than {_FIFTH} images, so no test image is "
+            f"{named(few, 'class', 'classes')} of fewer than {_FIFTH} images, so no test image is "
             f"of it"
         )
     return DataFolders(members, {}, classes, notes)
@@ -173,7 +173,7 @@ def _empty_folders(found: DataFolders, folders: Iterable[str], top: Parts) -> li
             empty.append(folder)
     if not empty:
         return []
-    return [f"{_named(sorted(empty), 'folder', 'folders')} without images that can be read"]
+    return [f"{named(sorted(empty), 'folder', 'folders')} without images that can be read"]
 
 
 def kinds(counts: Counter[str]) -> str:
@@ -185,7 +185,7 @@ def kinds(counts: Counter[str]) -> str:
     return f"{total:,} file{'s' * (total != 1)} of other kinds left out ({', '.join(few)}{more})"
 
 
-def _named(names: Collection[str], one: str, many: str) -> str:
+def named(names: Collection[str], one: str, many: str) -> str:
     """``3 classes ('ape', 'bee' and 1 more)``; for a single one ``class 'ape'``."""
     few = sorted(names)[:2]
     if len(names) == 1:

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from .._files import found_at
 from ..errors import DataError
-from .folders import SPLITS, arrange, kinds
+from .folders import SPLITS, arrange, kinds, named
 
 __all__ = ["MAX_FILE_BYTES", "ImageList", "list_images"]
 
@@ -54,12 +54,14 @@ class _Found:
     Attributes:
         files: what changes when the file does, for every regular file.
         folders: names of all folders.
+        others: names of what is neither: reading from a pipe would wait for ever.
         read: as in :class:`ImageList`.
         stamp: of the data as a whole.
     """
 
     files: dict[str, str]
     folders: set[str]
+    others: list[str]
     read: Callable[[str], bytes]
     stamp: str
 
@@ -74,24 +76,27 @@ def list_images(path: str | os.PathLike[str], split: str) -> ImageList:
         split: ``"train"`` or ``"test"``.
 
     Raises:
-        DataError: nothing there, not a zip, no images, no such split, a dangling link, or names
-            that contradict the rule.
+        DataError: nothing there, not a zip, no images, no such split, a dangling link, names that
+            contradict the rule, or a class whose name is no text.
     """
     if split not in SPLITS:
         raise DataError(f"split must be one of {sorted(SPLITS)}, got {split!r}")
     root, where = Path(path), os.fspath(path)
-    if root.is_dir():
+    if not where:  # Path("") would be the current folder
+        raise DataError("data '' is no path (expected a directory or a zip)")
+    there = found_at(root)
+    if there == "is a directory":
         found = _from_directory(root)
-    elif root.is_file():
+    elif there == "is a file":
         found = _from_zip(root)
     else:
-        raise DataError(f"data {where!r} {found_at(root)} (expected a directory or a zip)")
+        raise DataError(f"data {where!r} {there} (expected a directory or a zip)")
     images = [name for name in found.files if _ending(name) in EXTENSIONS]
     others = Counter(_ending(name) for name in found.files if _ending(name) not in EXTENSIONS)
     if not images:
-        there = f"; {kinds(others)}" if others else ""
+        left = f"; {kinds(others)}" if others else ""
         raise DataError(
-            f"data {where!r}: no images found (looked for {', '.join(sorted(EXTENSIONS))}){there}"
+            f"data {where!r}: no images found (looked for {', '.join(sorted(EXTENSIONS))}){left}"
         )
     arranged = arrange(images, found.folders, where)
     if split not in arranged.members:
@@ -99,7 +104,11 @@ def list_images(path: str | os.PathLike[str], split: str) -> ImageList:
             f"data {where!r}: no {split!r} directory (looked for {', '.join(SPLITS[split])}; "
             f"found {', '.join(arranged.folders.values())})"
         )
+    _require_text(arranged.classes, where)
     notes = arranged.notes + ([kinds(others)] if others else [])
+    if found.others:
+        what = named(found.others, "pipe, socket or device", "pipes, sockets or devices")
+        notes.append(f"{what} left out")
     if notes:
         warnings.warn(f"data {where!r}: {'; '.join(notes)}", stacklevel=3)
     chosen = arranged.members[split]
@@ -119,6 +128,17 @@ def list_images(path: str | os.PathLike[str], split: str) -> ImageList:
     )
 
 
+def _require_text(classes: list[str], where: str) -> None:
+    """Class names stand in reports and engines, in UTF-8; folders may have any bytes for one."""
+    for label in classes:
+        try:
+            label.encode()
+        except UnicodeEncodeError:
+            raise DataError(
+                f"data {where!r}: the name of class folder {label!r} is not UTF-8; rename it"
+            ) from None
+
+
 def _ending(name: str) -> str:
     return PurePosixPath(name).suffix.lower()
 
@@ -130,8 +150,12 @@ def _hidden(name: str) -> bool:
 def _from_directory(root: Path) -> _Found:
     files: dict[str, str] = {}
     folders: set[str] = set()
-
-    def walk(folder: str, above: frozenset[tuple[int, int]]) -> None:
+    others: list[str] = []
+    own = root.stat()
+    # Folders still to be looked into, and which ones they lie in.
+    waiting = [("", frozenset({(own.st_dev, own.st_ino)}))]
+    while waiting:
+        folder, above = waiting.pop()
         place = root / folder
         try:
             with os.scandir(place) as entries:
@@ -140,25 +164,17 @@ def _from_directory(root: Path) -> _Found:
             raise DataError(f"cannot read the folder {os.fspath(place)!r}: {error}") from error
         for entry in inside:
             name = f"{folder}/{entry.name}" if folder else entry.name
-            try:
-                info = entry.stat()
-            except OSError as error:
-                if entry.is_symlink():
-                    raise DataError(
-                        f"dangling link {entry.path!r}: it leads to {os.readlink(entry.path)!r}"
-                    ) from error
-                raise DataError(f"cannot read {entry.path!r}: {error}") from error
+            info = _looked_at(entry)
             if stat.S_ISDIR(info.st_mode):
                 itself = (info.st_dev, info.st_ino)
                 if itself in above:
                     raise DataError(f"link {entry.path!r} leads back to a folder that it lies in")
                 folders.add(name)
-                walk(name, above | {itself})
+                waiting.append((name, above | {itself}))
             elif stat.S_ISREG(info.st_mode):
                 files[name] = f"{info.st_size} {info.st_mtime_ns}"
-
-    own = root.stat()
-    walk("", frozenset({(own.st_dev, own.st_ino)}))
+            else:
+                others.append(name)
 
     def read(name: str) -> bytes:
         file = root / name
@@ -169,14 +185,26 @@ def _from_directory(root: Path) -> _Found:
         except OSError as error:
             raise DataError(f"cannot read the image {os.fspath(file)!r}: {error}") from error
 
-    return _Found(files, folders, read, os.fspath(root.resolve()))
+    return _Found(files, folders, others, read, os.fspath(root.resolve()))
+
+
+def _looked_at(entry: os.DirEntry[str]) -> os.stat_result:
+    """What an entry of a folder is, or what it leads to."""
+    try:
+        return entry.stat()
+    except OSError as error:
+        if entry.is_symlink():
+            raise DataError(
+                f"dangling link {entry.path!r}: it leads to {os.readlink(entry.path)!r}"
+            ) from error
+        raise DataError(f"cannot read {entry.path!r}: {error}") from error
 
 
 def _from_zip(path: Path) -> _Found:
     where = os.fspath(path)
     try:
         archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
+    except Exception as error:  # BadZipFile, OSError, UnicodeDecodeError (names), struct.error, …
         raise DataError(
             f"data {where!r} is neither a directory nor a readable zip: {error}"
         ) from error
@@ -207,7 +235,7 @@ def _from_zip(path: Path) -> _Found:
         return data
 
     info = path.stat()
-    return _Found(files, folders, read, f"{path.resolve()} {info.st_size} {info.st_mtime_ns}")
+    return _Found(files, folders, [], read, f"{path.resolve()} {info.st_size} {info.st_mtime_ns}")
 
 
 def _entry_name(info: zipfile.ZipInfo, where: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .._console import say
-from .._files import found_at, read_json
+from .._files import found_at, read_json, refuse_overwriting
 from ..engine import Engine
 from ..engine import compile as compile_engine
 from ..errors import DataError, FileFormatError, UnsupportedModelError
@@ -48,6 +48,8 @@ def run_compile(job: CompileJob) -> dict[str, Any]:
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     packed = packed_of(job.source)
+    output = packed.with_suffix(".ada") if job.output is None else job.output
+    refuse_overwriting(output, packed, packed.with_name("report.json"))
     known = run_report(packed)
     name = network_of(job.model, known, packed)
     shape = _shape(job, known)
@@ -58,7 +60,6 @@ def run_compile(job: CompileJob) -> dict[str, Any]:
     x = torch.rand(job.batch, *shape)
     native = restore(model, packed, x)
     engine = compile_engine(native, x, policy="native", weights=job.weights)
-    output = packed.with_suffix(".ada") if job.output is None else job.output
     size = save_engine(engine, output, normalisation, known.get("class_names"))
     milliseconds = model_milliseconds({"engine": engine}, x, seconds=1.0)["engine"]
     threads = get_num_threads()

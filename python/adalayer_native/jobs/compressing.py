@@ -15,7 +15,7 @@ from torch import nn
 
 from .. import files
 from .._console import print_table, say
-from .._files import write_text_atomic
+from .._files import refuse_overwriting, write_text_atomic
 from .._progress import stage
 from .._stages import Stage
 from .._stages import job as announced
@@ -78,6 +78,8 @@ def _ready(job: CompressJob) -> _Ready:
     """
     if job.threads is not None:
         torch.set_num_threads(job.threads)
+    for name in OUTPUTS:
+        refuse_overwriting(job.out / name, job.weights, job.data, job.model, job.latency_table)
     options = _options(job)
     check_effort(job.effort)
     if job.levels is None:
@@ -340,7 +342,7 @@ def _show(
     console = Console(stderr=True)
     print_table(figure6_table(result.plan), console)
     if result.repair is not None:
-        console.print(result.repair)
+        print_table(result.repair.table(), console)
     if any("E" in entry for entry in (result.plan.scores or {}).values()):
         print_table(error_table(result.plan), console)
     by_engine = "engine_ms" in report

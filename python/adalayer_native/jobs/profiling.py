@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .._console import print_table, say
-from .._files import found_at
+from .._files import found_at, refuse_overwriting
 from ..allocation.latencies import program_of
 from ..allocation.machine_table import MachineTable
 from ..allocation.options import Option
@@ -43,6 +43,8 @@ def run_profile(job: ProfileJob) -> dict[str, Any]:
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     source = Path(job.model)
+    if job.out is not None:
+        refuse_overwriting(job.out, source, job.weights)
     if job.shapes is not None:
         programs = _built(job)
         for width, engine in programs.items():

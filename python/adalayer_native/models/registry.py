@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import zipfile
 from collections.abc import Callable
 
 import torch
@@ -99,6 +100,12 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     try:
         loaded = load_file(name)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
+        if _is_pickled(name):
+            raise FileFormatError(
+                f"weight file {name!r} is one of torch.save; expected a safetensors file. If you "
+                "trust it, and it holds a state_dict: safetensors.torch.save_file(torch.load("
+                f"{name!r}, weights_only=True), {os.path.splitext(name)[0] + '.safetensors'!r})"
+            ) from None
         raise FileFormatError(
             f"weight file {name!r} is not a readable safetensors file: {error}"
         ) from error
@@ -130,6 +137,16 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             raise FileFormatError(f"weight file {name!r}: tensor {key!r} holds NaN or infinity")
     model.load_state_dict(loaded, strict=False)
     return model
+
+
+def _is_pickled(path: str) -> bool:
+    """Whether a file looks like torch.save's: a zip with a pickle in it, or formerly the pickle."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("data.pkl") for name in archive.namelist())
+    except Exception:  # no zip; a damaged one raises many types
+        with open(path, "rb") as stream:
+            return stream.read(1) == b"\x80"
 
 
 def _called(name: str, target: Callable[..., object], num_classes: int, required: bool) -> object:

@@ -6,6 +6,7 @@ import errno
 import socket
 from collections.abc import Sequence
 
+from .._files import found_at
 from ..errors import AdaError
 from .runner import check_inputs, open_runner
 from .settings import RUNNER, ModelSource, Settings
@@ -39,6 +40,9 @@ def check_start(settings: Settings, sources: Sequence[ModelSource]) -> None:
 
 def _check_model(source: ModelSource, ours: bool) -> None:
     where = f"model {source.name!r}, version {source.version!r}: "
+    found = found_at(source.path)
+    if found.startswith("is a") and found not in ("is a file", "is a directory"):
+        raise StartError(f"{where}{source.path} {found}; expected a file")  # opening it may wait
     try:
         with open(source.path, "rb"):
             pass

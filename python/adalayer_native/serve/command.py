@@ -78,7 +78,9 @@ def serve(
     try:
         from .server import run
     except ImportError as error:
-        _console.fail(f"serving needs `pip install adalayer_native[serve]` ({error})")
+        _console.fail(
+            f"serving needs more packages: pip install 'adalayer_native[serve]' ({error})"
+        )
         raise typer.Exit(1) from None
     # On one line, for whoever waits for it.
     run(settings, sources, lambda url: print(f"serving {', '.join(labels)} at {url}", flush=True))

@@ -188,7 +188,10 @@ class ModelTable:
         key = uuid.uuid4().hex
         app = f"adalayer-{entry.name}-{entry.version}-{key[:8]}"
         copy = Path(self._folder.name) / f"{key}-{hashlib.sha256(data).hexdigest()[:16]}.ada"
-        await asyncio.to_thread(write_atomic, copy, data)
+        try:
+            await asyncio.to_thread(write_atomic, copy, data)
+        except OSError as error:
+            raise ServeError(507, f"{error.filename}: {error.strerror}") from error
         del data
         self._files[key] = copy
         metrics = ModelMetrics(self._metrics, entry.name, entry.version)
