@@ -212,6 +212,7 @@ struct V {
 // The rest of it.
 #include "cpu/isa/shared/attention.inl"
 #include "cpu/isa/shared/floats.inl"
+#include "cpu/isa/shared/recurrence.inl"
 
 }  // namespace
 }  // namespace avx2
@@ -243,6 +244,7 @@ const ImageKernels kAvx2Image{
     .line_floats = avx2::line_floats,
     .normalize_floats = avx2::normalize_floats,
     .multiply_floats = avx2::multiply_floats,
+    .recurrent_cell = avx2::recurrent_cell,
 };
 
 }  // namespace adalayer::cpu

@@ -180,6 +180,7 @@ struct V {
 // The rest of it.
 #include "cpu/isa/shared/attention.inl"
 #include "cpu/isa/shared/floats.inl"
+#include "cpu/isa/shared/recurrence.inl"
 
 }  // namespace
 }  // namespace avx512
@@ -211,6 +212,7 @@ const ImageKernels kAvx512Image{
     .line_floats = avx512::line_floats,
     .normalize_floats = avx512::normalize_floats,
     .multiply_floats = avx512::multiply_floats,
+    .recurrent_cell = avx512::recurrent_cell,
 };
 
 }  // namespace adalayer::cpu

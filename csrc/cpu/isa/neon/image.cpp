@@ -234,6 +234,7 @@ void interleave_sixteen(const uint8_t* a, const uint8_t* b, uint8_t* out) {
 // The rest of it.
 #include "cpu/isa/shared/attention.inl"
 #include "cpu/isa/shared/floats.inl"
+#include "cpu/isa/shared/recurrence.inl"
 
 }  // namespace
 }  // namespace neon
@@ -265,6 +266,7 @@ const ImageKernels kNeonImage{
     .line_floats = neon::line_floats,
     .normalize_floats = neon::normalize_floats,
     .multiply_floats = neon::multiply_floats,
+    .recurrent_cell = neon::recurrent_cell,
 };
 
 }  // namespace adalayer::cpu
