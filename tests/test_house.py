@@ -33,6 +33,8 @@ INTERFACES = {
     "compress.py": {"compress"},
     "importance/analyze.py": {"analyze"},
     "nn/conv.py": {"Conv2d.from_quantized", "ConvTranspose2d.from_quantized"},
+    # An operator's arguments are its schema.
+    "ops/recurrence.py": {"recurrence", "fake_recurrence"},
     "repair/model.py": {"repair"},
     "training/finetune.py": {"finetune"},
     "training/fit.py": {"fit"},

@@ -195,11 +195,13 @@ def expand(graph: fx.Graph, node: fx.Node, value: Callable[[Any], Tensor | None]
         return
     results = 3 if kind == "lstm" else 2
     users = {user: user.args[1] for user in node.users if op_name(user) == "getitem"}
-    if len(users) != len(node.users) or any(index not in range(results) for index in users.values()):
+    if len(users) != len(node.users) or any(
+        index not in range(results) for index in users.values()
+    ):
         return
     initial = list(a["hx"]) if kind == "lstm" else [a["hx"]]
     with graph.inserting_before(node):
-        sizes = [value(item).shape[1] for item in params[1 :: each]]  # type: ignore[union-attr]
+        sizes = [value(item).shape[1] for item in params[1::each]]  # type: ignore[union-attr]
         _Expanded(graph, node, kind, a, initial, users).run(params, each, layers, directions, sizes)
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
 from adalayer_native.errors import InputError
 from adalayer_native.nn.layer import NativeLayer, checked_qparams
 from adalayer_native.ops.recurrence import KINDS, gates_of
@@ -21,9 +20,9 @@ class Recurrence(NativeLayer):
 
     What the inputs contribute to the gates is a linear layer of its own, which comes first:
     ``products`` is its result for all steps, ``[N, T, gates * H]``. The result is the hidden state
-    behind every step, ``[N, T, H]``. In a product the hidden state is on a u8 grid, ``input_qparams``;
-    cells are computed in float32, by the engine's steps, and go from step to step in float.
-    Runs on the CPU alone.
+    behind every step, ``[N, T, H]``. In a product the hidden state is on a u8 grid,
+    ``input_qparams``; cells are computed in float32, by the engine's steps, and go from step to
+    step in float. Runs on the CPU alone.
 
     Args:
         kind: "lstm", "gru", "tanh" or "relu"; gates are in torch's order.
@@ -33,6 +32,8 @@ class Recurrence(NativeLayer):
         bias: of the recurrent product, ``[gates * H]``, or None.
         qparams: scale, zero point and bits of the hidden state's grid.
     """
+
+    has_float_form = False
 
     def __init__(
         self,

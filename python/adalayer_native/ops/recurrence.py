@@ -55,7 +55,9 @@ class Functions:
 
 
 FLOATS = Functions(torch.sigmoid, torch.tanh, lambda a, b, c: a * b + c)
-EXACT = Functions(partial(exact_function, kind="sigmoid"), partial(exact_function, kind="tanh"), fma)
+EXACT = Functions(
+    partial(exact_function, kind="sigmoid"), partial(exact_function, kind="tanh"), fma
+)
 
 
 def _lstm_gates(x: Tensor, y: Tensor, f: Functions) -> list[Tensor]:

@@ -154,7 +154,7 @@ def _fuse_recurrences(native: GraphModel, entries: dict[str, dict[str, Any]]) ->
             given = (*states.args, module.reverse, True in cells)
             fused = native.graph.call_module(name, given)
             fused.meta.update(calls[0].meta)
-            parts = {kind: fused for kind in cells}
+            parts = dict.fromkeys(cells, fused)
             if True in cells:
                 hidden = info_of(calls[0]).shape[-1]  # type: ignore[union-attr]
                 fused.meta.pop("info")
@@ -165,12 +165,12 @@ def _fuse_recurrences(native: GraphModel, entries: dict[str, dict[str, Any]]) ->
                     parts[kind] = part
         for kind, call in cells.items():
             call.replace_all_uses_with(parts[kind])
-        for node in [*calls, *_between(states)]:
+        for node in _up_to_cells(states):
             native.graph.erase_node(node)
+    called = {str(node.target) for node in native.graph.nodes if node.op == "call_module"}
     for name, module in modules.items():
-        if isinstance(module, (RecurrentStates, RecurrentCells)):
-            if not any(node.target == name for node in native.graph.nodes):
-                native.delete_submodule(name)
+        if isinstance(module, (RecurrentStates, RecurrentCells)) and name not in called:
+            native.delete_submodule(name)
     link_recurrences(native)
     return kinds
 
@@ -178,8 +178,8 @@ def _fuse_recurrences(native: GraphModel, entries: dict[str, dict[str, Any]]) ->
 _SLICE = torch.ops.aten.slice.Tensor
 
 
-def _between(states: fx.Node) -> list[fx.Node]:
-    """A call of states and what reads it, the last ones first."""
+def _up_to_cells(states: fx.Node) -> list[fx.Node]:
+    """A call of states and all that reads it, once nobody reads the cells; the last ones first."""
     found, pending = [], [states]
     while pending:
         node = pending.pop()

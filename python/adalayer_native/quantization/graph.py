@@ -108,7 +108,7 @@ def build_prepared(
 
 
 def _link_states(prepared: GraphModel, structure: Structure) -> None:
-    """Recurrent layers go from step to step through the layers and quantizers that there are now."""
+    """Recurrent layers go through the layers and quantizers that there are now."""
     for module in prepared.modules():
         if isinstance(module, RecurrentStates):
             site = structure.inputs.get(module.layer_name)
