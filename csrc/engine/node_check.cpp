@@ -343,8 +343,7 @@ void NodeCheck::recurrence() const {
   constexpr OpKind op = OpKind::Recurrence;
   const auto kind = static_cast<RecurrentKind>(node_.ints[int_of(op, "kind")]);
   const bool lstm = kind == RecurrentKind::Lstm, cells = node_.ints[int_of(op, "cells")] != 0;
-  if (cells && (!lstm || out().kind != ValueKind::F32))
-    bad("cells come out of an LSTM, as floats");
+  if (cells && (!lstm || out().kind != ValueKind::F32)) bad("cells come out of an LSTM, as floats");
   if (cells && out().c % 2 != 0)
     bad("expected an even number of channels, states and cells, got ", out().c);
   const int64_t hidden = cells ? out().c / 2 : out().c, gates = recurrent_gates(kind);

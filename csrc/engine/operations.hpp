@@ -80,7 +80,8 @@ enum class OpKind : uint8_t {
   Choose = 30,
   // A recurrent layer in one direction (reference/recurrence.hpp); positions are its steps. Inputs
   // are what the layer's inputs contribute to its gates, the state before the first step (1 x 1),
-  // and of an LSTM the cell's; zeros where there are none. Weights are [gates * H][H]; the finish is
+  // and of an LSTM the cell's; zeros where there are none. Weights are [gates * H][H]; the finish
+  // is
   // the grid of the state, also where the result is floats.
   Recurrence = 31,
 };

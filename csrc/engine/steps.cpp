@@ -420,10 +420,9 @@ Step recurrent_step(const Program& program, const Node& node, const cpu::Recurre
   const Constant& stored = weights_of(program, node);
   Step step;
   step.node = &node;
-  step.recurrence = like != nullptr
-                        ? std::make_unique<cpu::Recurrence>(*like, spec)
-                        : std::make_unique<cpu::Recurrence>(spec, unpacked_weights(stored),
-                                                            weight_bits(stored));
+  step.recurrence = like != nullptr ? std::make_unique<cpu::Recurrence>(*like, spec)
+                                    : std::make_unique<cpu::Recurrence>(
+                                          spec, unpacked_weights(stored), weight_bits(stored));
   step.max_parts = kMostImages;
   return step;
 }

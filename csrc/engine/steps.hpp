@@ -38,8 +38,8 @@ struct Frame {
 
 struct Step {
   const Node* node = nullptr;
-  std::unique_ptr<ConvStep> conv;          // or
-  std::unique_ptr<cpu::FloatConv> floats;  // or
+  std::unique_ptr<ConvStep> conv;               // or
+  std::unique_ptr<cpu::FloatConv> floats;       // or
   std::unique_ptr<cpu::Recurrence> recurrence;  // or
   std::function<void(const Frame&, int64_t image, cpu::Part)> run_image;
   int64_t max_parts = 1;

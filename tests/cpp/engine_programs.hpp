@@ -263,8 +263,8 @@ inline Program float_program() {
   return b.p;
 }
 
-/// Recurrent layers of all kinds: from floats and from what layers give, with and without a state to
-/// begin with, forward and backward, onto the state's grid, another one, and in floats.
+/// Recurrent layers of all kinds: from floats and from what layers give, with and without a state
+/// to begin with, forward and backward, onto the state's grid, another one, and in floats.
 inline Program recurrent_program(int hidden = 5, int64_t steps = 6, int bits = 4) {
   constexpr ValueKind F32 = ValueKind::F32;
   Builder b;
@@ -299,19 +299,17 @@ inline Program recurrent_program(int hidden = 5, int64_t steps = 6, int bits = 4
                    units(gates, 0.06f * weight, -0.02f * weight), units(gates, 0.25f, -0.1f), -1});
   };
   const auto lstm = layer(0, {x}, b.value("lstm", n, 1, steps), false, false, b.table(1));
-  const auto back =
-      layer(0, {x, state, cell}, b.value("back", n, 1, steps), true, false, -1);
-  const auto both = b.node(OpKind::Concat, {lstm, back}, b.value("both", 2 * n, 1, steps), {}, {},
-                           {-1, -1});
+  const auto back = layer(0, {x, state, cell}, b.value("back", n, 1, steps), true, false, -1);
+  const auto both =
+      b.node(OpKind::Concat, {lstm, back}, b.value("both", 2 * n, 1, steps), {}, {}, {-1, -1});
   const auto gru = layer(1, {products(both, 3, "of_gru"), state}, b.value("gru", n, 1, steps), true,
                          false, b.table(3));
   const auto plain =
       layer(2, {products(gru, 1, "of_tanh")}, b.value("tanh", n, 1, steps), false, false, -1);
   const auto of_relu = products(plain, 1, "of_relu");
   const auto relu = layer(3, {of_relu}, b.value("relu", n, 1, steps, F32), true, false, -1);
-  const auto cells =
-      layer(0, {products(plain, 4, "of_cells"), state, cell},
-            b.value("cells", 2 * n, 1, steps, F32), false, true, -1);
+  const auto cells = layer(0, {products(plain, 4, "of_cells"), state, cell},
+                           b.value("cells", 2 * n, 1, steps, F32), false, true, -1);
   const auto last = layer(1, {products(plain, 3, "of_last")}, b.value("last", n, 1, steps, F32),
                           false, false, -1);
   b.p.inputs = {image, state, cell};

@@ -223,8 +223,10 @@ double recurrence_bytes(int64_t outputs, int64_t hidden) {
 }
 
 double recurrence_scratch(const RecurrenceSpec& spec) {
-  const auto outputs = static_cast<double>(spec.outputs()), hidden = static_cast<double>(spec.hidden);
-  return kGemvRows * (4.0 * (2.0 * hidden + outputs * kStepsTogether + outputs + 32.0) + hidden + 64.0);
+  const auto outputs = static_cast<double>(spec.outputs()),
+             hidden = static_cast<double>(spec.hidden);
+  return kGemvRows *
+         (4.0 * (2.0 * hidden + outputs * kStepsTogether + outputs + 32.0) + hidden + 64.0);
 }
 
 }  // namespace adalayer::cpu

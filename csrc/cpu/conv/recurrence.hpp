@@ -25,11 +25,11 @@ struct StepFloats {
 /// Where the tensors of one call are.
 struct RecurrenceJob {
   int64_t images = 0;
-  StepFloats products;            // what the inputs contribute; only read
-  const float* state = nullptr;   // [images][hidden] before the first step, or null for zeros
-  const float* cell = nullptr;    // likewise
-  StepFloats reals;               // the result: either floats
-  ImageView levels;               // or the first image's levels; positions are steps
+  StepFloats products;           // what the inputs contribute; only read
+  const float* state = nullptr;  // [images][hidden] before the first step, or null for zeros
+  const float* cell = nullptr;   // likewise
+  StepFloats reals;              // the result: either floats
+  ImageView levels;              // or the first image's levels; positions are steps
 };
 
 /// Immutable; its weights are shared with those of the same layer for other numbers of steps.

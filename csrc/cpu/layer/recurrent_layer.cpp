@@ -58,8 +58,8 @@ void recurrent_layer(const RecurrenceSpec& spec, std::span<const uint8_t> canoni
   std::shared_ptr<const Recurrence> held = cache().find(key);
   // (The hash covers shape and width; a forged one must not read out of bounds.)
   if (held == nullptr || held->spec().outputs() != outputs || held->spec().hidden != hidden) {
-    held = std::make_shared<const Recurrence>(spec, formats::unpack_canonical(canonical),
-                                              header.bits);
+    held =
+        std::make_shared<const Recurrence>(spec, formats::unpack_canonical(canonical), header.bits);
     held = cache().insert(key, held);
   }
   const Recurrence layer(*held, spec);

@@ -58,8 +58,6 @@ void recurrent_cell(const RecurrentCell& a) {
     case RecurrentKind::Tanh:
       return each([&](int64_t j, auto left) { return tanh_of(gate_sum(a, j, left)); });
     case RecurrentKind::Relu:
-      return each([&](int64_t j, auto left) {
-        return V::max(gate_sum(a, j, left), V::set(0.0f));
-      });
+      return each([&](int64_t j, auto left) { return V::max(gate_sum(a, j, left), V::set(0.0f)); });
   }
 }
