@@ -16,7 +16,7 @@ from helpers_engine import compiled, native_of, plan_of
 from torch import Tensor, nn
 
 import adalayer_native as ada
-from adalayer_native.errors import FileFormatError, UnsupportedModelError
+from adalayer_native.errors import UnsupportedModelError
 from adalayer_native.files import save
 from adalayer_native.nn import Recurrence
 from adalayer_native.ops.recurrence import EXACT, KINDS, cells_of, gates_of, states_of
@@ -176,8 +176,8 @@ def test_errors_say_what_is_wrong() -> None:
     with pytest.raises(RuntimeError, match="backward through the native layer"):
         layer(sequences(2, 3, 20).requires_grad_()).sum().backward()
     damaged = copy.deepcopy(layer)
-    damaged.weight_packed[80] += 1
-    with pytest.raises(FileFormatError):
+    damaged.weight_packed[0] += 1
+    with pytest.raises(ValueError, match="the magic number is wrong"):
         damaged(sequences(2, 3, 20))
 
 
@@ -207,7 +207,7 @@ def test_networks(kind: str, units: int, steps: int, options: dict[str, Any]) ->
     rows = [row for row in engine.coverage().rows if row.op == "recurrence"]
     gates = gates_of(kind)
     assert [row.macs for row in rows] == [gates * units * units * steps] * len(rows)
-    assert all(row.bits == 8 and row.input_bits == 8 and row.packed_bytes for row in rows)
+    assert all(row.bits == 8 and row.input_bits == 8 and row.bytes for row in rows)
 
 
 def test_names_are_those_of_the_model() -> None:
@@ -232,24 +232,34 @@ class Ends(nn.Module):
         super().__init__()
         self.before = nn.Linear(8, 6)
         self.rnn = torch_layer(kind, 6, 7, 2, bidirectional=True)
-        self.after = nn.Linear(14, 4)
+        self.after = nn.Linear(42 if kind == "lstm" else 28, 4)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> Tensor:
         y, last = self.rnn(self.before(x))
+        parts = [y[:, 0]]
         if isinstance(last, tuple):
             last, cell = last
-            y = y + self.after(cell[-1].repeat(1, 2))[:, :1].unsqueeze(1)
-        return self.after(torch.cat([last[-2], last[-1]], 1)), self.after(y)
+            parts += [cell[-1], cell[0]]
+        return self.after(torch.cat([*parts, last[-2], last[-1]], 1))
 
 
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
 def test_last_states(kind: str) -> None:
     torch.manual_seed(2)
     model = Ends(kind).eval()
-    native, engine = compiled(model, sequences())
+    # (Node by node it cannot be judged: states and cells are one value on two grids.)
+    graph = ada.capture(model, sequences())
+    prepared = prepare(graph, plan_of(graph))
+    calibrate(prepared, [sequences()], observer="minmax", progress=False)
+    native = convert(prepared)
+    engine = ada.compile(native, sequences(), policy="native")
     assert torch_operators(engine) == []
-    for got, wanted in zip(native(sequences()), model(sequences()), strict=True):
-        assert F.cosine_similarity(got.flatten(), wanted.flatten(), 0) > 0.99
+    with torch.no_grad():
+        got, wanted = native(sequences()), model(sequences())
+        with simulate(prepared) as exact:
+            assert torch.equal(exact(sequences()), got)
+    assert torch.equal(engine(sequences()), got)
+    assert F.cosine_similarity(got.flatten(), wanted.flatten(), 0) > 0.99
 
 
 class Begins(nn.Module):
@@ -313,7 +323,7 @@ def test_files(tmp_path: Any) -> None:
     native, engine = compiled(model, sequences())
     wanted = native(sequences())
     save(native, tmp_path / "model.safetensors")
-    again = restore(model, tmp_path / "model.safetensors")
+    again = restore(model, tmp_path / "model.safetensors", sequences())
     assert torch.equal(again(sequences()), wanted)
     engine.save(tmp_path / "model.ada")
     assert torch.equal(ada.load(tmp_path / "model.ada")(sequences()), wanted)
@@ -323,18 +333,29 @@ def test_files(tmp_path: Any) -> None:
 
 
 def test_any_number_of_steps() -> None:
+    class Signal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(8, 8, 3, 2, 1)
+            self.rest = Network(nn.GRU(6, 9, batch_first=True, bidirectional=True))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.rest(self.conv(x).transpose(1, 2))
+
     torch.manual_seed(6)
-    model = Network(nn.GRU(6, 9, batch_first=True, bidirectional=True)).eval()
-    native = native_of(model, sequences(steps=10))
-    engine = ada.compile(native, sequences(steps=10), policy="native", sizes=(2, 30))
-    for steps in (2, 30, 17):
-        assert torch.equal(engine(sequences(steps=steps)), native(sequences(steps=steps)))
+    x = sequences(steps=8, width=20)
+    native = native_of(ada.capture(Signal().eval(), x), x)
+    engine = ada.compile(native, x, policy="native", sizes={"x": {2: (4, 60)}})
+    for length in (4, 60, 33):
+        x = sequences(steps=8, width=length)
+        assert torch.equal(engine(x), native(x))
 
 
 def test_prepared_copies_and_training() -> None:
     torch.manual_seed(7)
     model = Network(nn.LSTM(6, 5, batch_first=True)).eval()
-    prepared = prepare(model, plan_of(ada.capture(model, sequences()), 4))
+    graph = ada.capture(model, sequences())
+    prepared = prepare(graph, plan_of(graph, 4))
     calibrate(prepared, [sequences()], progress=False)
     with torch.no_grad():
         wanted = prepared(sequences())
@@ -418,7 +439,7 @@ def test_what_stays_in_torch(layer: Callable[[], nn.Module]) -> None:
     model = Model().eval()
     graph = ada.capture(model, sequences())
     assert list(supported_layers(graph)) == ["before"]
-    engine = ada.compile(native_of(model, sequences()), sequences(), policy="native")
+    engine = ada.compile(native_of(graph, sequences()), sequences(), policy="native")
     assert any("lstm" in name for name in torch_operators(engine))
 
 
@@ -454,7 +475,8 @@ def test_packed_sequences_are_refused() -> None:
 
 def test_onnx_has_no_such_layer(tmp_path: Any) -> None:
     pytest.importorskip("onnx")
-    native = native_of(Network(nn.GRU(6, 5, batch_first=True)).eval(), sequences())
+    graph = ada.capture(Network(nn.GRU(6, 5, batch_first=True)).eval(), sequences())
+    native = native_of(graph, sequences())
     with pytest.raises(UnsupportedModelError, match="recurrence"):
         ada.to_onnx(native, tmp_path / "model.onnx", sequences())
 
@@ -464,7 +486,7 @@ def test_comparing_leaves_recurrent_products_out() -> None:
     graph = ada.capture(model, sequences())
     native = native_of(graph, sequences())
     found = ada.compare(graph, native, [sequences()], progress=False)
-    names = {row.name for row in found.layers}
+    names = {row.name for row in found}
     assert "rnn.weight_ih_l0" in names and "rnn.weight_hh_l0" not in names
 
 

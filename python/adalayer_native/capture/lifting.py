@@ -74,7 +74,7 @@ class Lifter:
     def run(self) -> dict[str, nn.Module]:
         """Replace operators by calls of modules; the modules by name."""
         for node in list(self.graph.nodes):
-            if node.op == "call_function" and op_name(node) in recurrence.OPERATORS:
+            if node.op == "call_function" and op_name(node) == recurrence.LAYERS:
                 recurrence.expand(self.graph, node, self.value)
         for node in list(self.graph.nodes):
             if node.op != "call_function":

@@ -15,7 +15,8 @@ once inside the states, since each needs the one before it; a converted model do
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,25 +25,30 @@ from torch.nn import functional
 
 from adalayer_native import ops  # noqa: F401 (registers the operators)
 from adalayer_native.capture.vocabulary import arguments, op_name
-from adalayer_native.ops.recurrence import EXACT, FLOATS, cells_of, gates_of, states_of
+from adalayer_native.ops.recurrence import (
+    EXACT,
+    FLOATS,
+    cells_of,
+    gates_of,
+    states_of,
+    torch_operator,
+)
 
 __all__ = [
     "CELLS",
-    "OPERATORS",
+    "LAYERS",
     "STATES",
     "RecurrentCells",
     "RecurrentStates",
     "expand",
     "link_recurrences",
     "recurrences",
+    "whole_layers",
 ]
 
-OPERATORS = {
-    "aten.lstm.input": "lstm",
-    "aten.gru.input": "gru",
-    "aten.rnn_tanh.input": "tanh",
-    "aten.rnn_relu.input": "relu",
-}
+LAYERS = "adalayer.recurrent_layers.default"
+# What torch's modules call.
+_FUNCTIONS = {"lstm": "lstm", "gru": "gru", "rnn_tanh": "tanh", "rnn_relu": "relu"}
 STATES = "adalayer.recurrent_states.default"
 CELLS = "adalayer.recurrent_cells.default"
 _ZEROS = frozenset(f"aten.{name}.default" for name in ("zeros", "new_zeros", "zeros_like"))
@@ -173,36 +179,69 @@ def recurrences(graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[fx.Node,
 # -- from torch's operators -----------------------------------------------------------------------
 
 
-def expand(graph: fx.Graph, node: fx.Node, value: Callable[[Any], Tensor | None]) -> None:
-    """Replace one of :data:`OPERATORS` by linear layers, states and cells.
+@contextmanager
+def whole_layers() -> Iterator[None]:
+    """While a model is exported its recurrent layers call one operator each, of any number of
+    steps. Packed sequences and projected states go to torch as they are."""
+    functions: Any = torch._VF  # type: ignore[attr-defined]
+    before = {name: getattr(functions, name) for name in _FUNCTIONS}
+    own = {name: item for name, item in vars(functions).items() if name in _FUNCTIONS}
 
-    It stays where weights are computed, states are projected, or something else than the three
+    def calling(kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            if len(args) != 9 or not isinstance(args[2], list):  # packed
+                return original(*args)
+            x, hx, params, biases, layers, dropout, train, both, first = args
+            each = 4 if biases else 2
+            whole = len(params) == each * layers * (2 if both else 1)
+            if not whole or x.dtype != torch.float32:
+                return original(*args)
+            begin = list(hx) if kind == "lstm" else [hx]
+            options = (biases, layers, float(dropout), train, both, first)
+            return tuple(torch.ops.adalayer.recurrent_layers(x, begin, params, kind, *options))
+
+        return call
+
+    for name, kind in _FUNCTIONS.items():
+        setattr(functions, name, calling(kind, before[name]))
+    try:
+        yield
+    finally:
+        for name in _FUNCTIONS:
+            delattr(functions, name)
+        vars(functions).update(own)
+
+
+def expand(graph: fx.Graph, node: fx.Node, value: Callable[[Any], Tensor | None]) -> None:
+    """Replace one of :data:`LAYERS` by linear layers, states and cells.
+
+    It becomes torch's own operator where weights are computed, or where something else than its
     results is read.
 
     Args:
         value: of a node that depends on parameters alone.
     """
-    kind = OPERATORS[op_name(node)]
     a = arguments(node)
-    layers, directions = int(a["num_layers"]), 2 if a["bidirectional"] else 1
     params, each = list(a["params"]), 4 if a["has_biases"] else 2
-    given = a["input"].meta.get("val")
-    if not isinstance(given, Tensor) or given.dim() != 3 or given.dtype != torch.float32:
-        return
-    if len(params) != layers * directions * each or (a["train"] and a["dropout"]):
-        return
-    if any(value(item) is None for item in params):
-        return
-    results = 3 if kind == "lstm" else 2
     users = {user: user.args[1] for user in node.users if op_name(user) == "getitem"}
-    if len(users) != len(node.users) or any(
-        index not in range(results) for index in users.values()
-    ):
-        return
-    initial = list(a["hx"]) if kind == "lstm" else [a["hx"]]
+    trained = a["train"] and a["dropout"]
     with graph.inserting_before(node):
+        if trained or len(users) != len(node.users) or any(value(item) is None for item in params):
+            _as_torch_has_it(graph, node, a)
+            return
         sizes = [value(item).shape[1] for item in params[1::each]]  # type: ignore[union-attr]
-        _Expanded(graph, node, kind, a, initial, users).run(params, each, layers, directions, sizes)
+        _Expanded(graph, node, a, users).run(params, each, sizes)
+
+
+def _as_torch_has_it(graph: fx.Graph, node: fx.Node, a: dict[str, Any]) -> None:
+    begin = a["hx"] if a["kind"] == "lstm" else a["hx"][0]
+    given = [a["input"], begin, a["params"]]
+    for name in ("has_biases", "num_layers", "dropout", "train", "bidirectional", "batch_first"):
+        given.append(a[name])
+    new = graph.call_function(torch_operator(a["kind"]), tuple(given))
+    new.meta.update(node.meta)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
 
 
 class _Expanded:
@@ -212,22 +251,20 @@ class _Expanded:
         self,
         graph: fx.Graph,
         node: fx.Node,
-        kind: str,
         a: dict[str, Any],
-        initial: list[Any],
         users: dict[fx.Node, Any],
     ) -> None:
-        self.graph, self.node, self.kind, self.users = graph, node, kind, users
+        self.graph, self.node, self.kind, self.users = graph, node, str(a["kind"]), users
         self.batch_first = bool(a["batch_first"])
+        self.layers, self.directions = int(a["num_layers"]), 2 if a["bidirectional"] else 1
         self.input = a["input"]
-        self.initial = [None if _is_zeros(item) else item for item in initial]
+        self.initial = [None if _is_zeros(item) else item for item in a["hx"]]
         self.like = self.input.meta["val"]
         sizes = self.like.shape
         self.batch, self.steps = (sizes[0], sizes[1]) if self.batch_first else (sizes[1], sizes[0])
 
-    def run(
-        self, params: list[Any], each: int, layers: int, directions: int, hidden: list[int]
-    ) -> None:
+    def run(self, params: list[Any], each: int, hidden: list[int]) -> None:
+        layers, directions = self.layers, self.directions
         x = self.input if self.batch_first else self.turned(self.input)
         last: list[fx.Node] = []
         cells: list[fx.Node] = []
@@ -261,7 +298,7 @@ class _Expanded:
         w_ih, w_hh, b_ih, b_hh = params
         outputs = gates_of(self.kind) * hidden
         aten, ours = torch.ops.aten, torch.ops.adalayer
-        begin = [None if item is None else self.select(item, 0, k) for item in self.initial]
+        begin = [None if item is None else self.begin(item, k) for item in self.initial]
         state, cell = [*begin, None][:2]
         products = self.call(aten.linear.default, (x, w_ih, b_ih), outputs)
         rest = (self.kind, reverse)
@@ -293,6 +330,19 @@ class _Expanded:
     def joined(self, outs: list[fx.Node]) -> fx.Node:
         features = sum(out.meta["val"].shape[2] for out in outs)
         return self.call(torch.ops.aten.cat.default, (outs, -1), features)
+
+    def begin(self, states: fx.Node, k: int) -> fx.Node:
+        """One of the states ``[layers, N, H]`` that a caller gives."""
+        if op_name(states) == "aten.expand.default":
+            # A parameter for every sample: repeated behind what takes one of its rows, so that the
+            # batch comes first.
+            source, sizes = states.args[:2]
+            known = source.meta.get("val") if isinstance(source, fx.Node) else None
+            if isinstance(known, Tensor) and known.dim() == 3 and k < known.shape[0]:
+                one = self.select(source, 0, k)
+                batch, hidden = states.meta["val"].shape[1:]
+                return self.put(torch.ops.aten.expand.default, (one, sizes[1:]), (batch, hidden))
+        return self.select(states, 0, k)
 
     def select(self, x: fx.Node, axis: int, k: int) -> fx.Node:
         sizes = list(x.meta["val"].shape)

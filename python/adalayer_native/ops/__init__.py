@@ -156,6 +156,10 @@ _library.define(
     "recurrent_cells(Tensor products, Tensor recurrent, Tensor? state, Tensor? cell, str kind, "
     "bool reverse, bool cells) -> Tensor"
 )
+_library.define(
+    "recurrent_layers(Tensor input, Tensor[] hx, Tensor[] params, str kind, bool has_biases, "
+    "int num_layers, float dropout, bool train, bool bidirectional, bool batch_first) -> Tensor[]"
+)
 _library.define("exact_softmax(Tensor input) -> Tensor")
 _library.define("exact_function(Tensor input, str kind) -> Tensor")
 _library.define("exact_linear(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor")
@@ -190,6 +194,7 @@ torch.library.register_fake("adalayer::recurrence", recurrence.fake_recurrence, 
 for _function, _fake in (
     (recurrence.recurrent_states, recurrence.fake_states),
     (recurrence.recurrent_cells, recurrence.fake_cells),
+    (recurrence.recurrent_layers, recurrence.fake_layers),
 ):
     for _device in ("CPU", "CUDA"):
         _library.impl(_function.__name__, untraced(_function), _device)

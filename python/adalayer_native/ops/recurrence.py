@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,13 +27,16 @@ __all__ = [
     "Functions",
     "cells_of",
     "fake_cells",
+    "fake_layers",
     "fake_recurrence",
     "fake_states",
     "gates_of",
     "recurrence",
     "recurrent_cells",
+    "recurrent_layers",
     "recurrent_states",
     "states_of",
+    "torch_operator",
 ]
 
 # In the order of RecurrentKind (csrc/reference/float_kinds.hpp).
@@ -189,6 +193,43 @@ def recurrent_cells(
 ) -> Tensor:
     """:func:`cells_of` as one operator of an exported graph."""
     return cells_of(products, recurrent, state, cell, kind, reverse, cells).contiguous()
+
+
+_TORCH = {
+    "lstm": torch.ops.aten.lstm.input,
+    "gru": torch.ops.aten.gru.input,
+    "tanh": torch.ops.aten.rnn_tanh.input,
+    "relu": torch.ops.aten.rnn_relu.input,
+}
+
+
+def torch_operator(kind: str) -> torch._ops.OpOverload:
+    """torch's own operator: all layers and directions at once."""
+    return _TORCH[kind]
+
+
+def recurrent_layers(
+    input: Tensor, hx: list[Tensor], params: list[Tensor], kind: str, *options: bool | int | float
+) -> list[Tensor]:
+    """torch's operator by another name: while a model is exported, it hides that torch's own loops
+    over the steps, which would fix their number.
+
+    Args:
+        hx: the states to begin with, and an LSTM's cells.
+        options: has_biases, num_layers, dropout, train, bidirectional, batch_first.
+    """
+    begin = hx if kind == "lstm" else hx[0]
+    return list(_TORCH[kind](input, begin, params, *options))
+
+
+def fake_layers(
+    input: Tensor, hx: list[Tensor], params: list[Tensor], kind: str, *options: Any
+) -> list[Tensor]:
+    """Shapes of :func:`recurrent_layers`."""
+    bidirectional = options[4]
+    features = hx[0].shape[2] * (2 if bidirectional else 1)
+    out = input.new_empty((*input.shape[:2], features))
+    return [out, *(item.new_empty(item.shape) for item in hx)]
 
 
 def _states_like(products: Tensor, kind: str) -> Tensor:
