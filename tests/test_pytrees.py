@@ -565,7 +565,8 @@ class Products(nn.Module):
         return (
             self.row(t), a, torch.einsum("ntc,nsc->nts", t, a), torch.einsum("...ab,bd", t, t[0]),
             torch.baddbmm(t, t, a), functional.conv2d(x, x[:1, :, :3, :3]), self.lstm(t[:, :2])[0],
-            self.gru(t[:, :2])[0], self.projected(t[:, :2])[0], torch.matmul(t.unsqueeze(1), self.fixed) + bias.sum(),
+            self.gru(t[:, :2])[0], self.projected(t[:, :2])[0],
+            torch.matmul(t.unsqueeze(1), self.fixed) + bias.sum(),
         )  # fmt: skip
 
 
