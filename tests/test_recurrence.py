@@ -127,7 +127,12 @@ def test_the_law(kind: str, units: int, steps: int, bits: int) -> None:
 
 
 def test_all_instruction_sets_and_threads() -> None:
-    layer = Recurrence.from_float("gru", nn.Linear(37, 3 * 37), 5)
+    # Weights of all eight bits, and levels of all: sums of pairs of products exceed 16 bits.
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-128, 128, (3 * 37, 37), generator=generator, dtype=torch.int8)
+    layer = Recurrence.from_quantized(
+        "gru", weight, 8, torch.full((3 * 37,), 0.002), None, input_scale=0.004, input_zero_point=9
+    )
     products = sequences(9, 20, 3 * 37)
     wanted = layer(products)
     before = ada.ops.get_num_threads(), ada.ops.active_isa()

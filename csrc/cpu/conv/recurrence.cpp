@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstring>
 
-#include "core/aligned_buffer.hpp"
 #include "cpu/image_kernels.hpp"
 #include "formats/panels.hpp"
 
@@ -24,20 +23,42 @@ constexpr int64_t kKeptAsBytes = 256 << 10;
 
 int64_t tiles(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-std::vector<uint8_t> panels(std::span<const int8_t> weights, int64_t outputs, int64_t hidden,
-                            int bits) {
+/// Groups of 4 units that hold weights, of the last tile in depth.
+uint8_t live_quads(int64_t hidden, int64_t step) {
+  return static_cast<uint8_t>((std::min<int64_t>(kTileDepth, hidden - step * kTileDepth) + 3) / 4);
+}
+
+/// Bytes of a column of tiles.
+int64_t column_bytes(int64_t depth, int bits, const TileArrangement* arrangement) {
+  return depth * 128 * bits + (arrangement == nullptr ? 0 : arrangement->extra_bytes(depth));
+}
+
+AlignedBuffer panels(std::span<const int8_t> weights, int64_t outputs, int64_t hidden, int bits,
+                     const TileArrangement* arrangement, int qmax) {
   const int64_t depth = tiles(hidden, kTileDepth), columns = tiles(outputs, kTileWidth);
-  std::vector<uint8_t> packed(static_cast<size_t>(depth * columns * 128 * bits));
+  const int64_t bytes = column_bytes(depth, bits, arrangement);
+  AlignedBuffer packed(static_cast<size_t>(bytes * columns)), scratch;
+  std::vector<uint8_t> quads;
+  if (arrangement != nullptr) {
+    scratch = AlignedBuffer(static_cast<size_t>(arrangement->scratch_bytes(depth)));
+    for (int64_t step = 0; step < depth; ++step)
+      quads.push_back(live_quads(hidden, step));
+  }
   int8_t tile[kTileBytes];
-  for (int64_t column = 0; column < columns; ++column)
+  for (int64_t column = 0; column < columns; ++column) {
+    uint8_t* to = packed.data() + column * bytes;
     for (int64_t step = 0; step < depth; ++step) {
       std::fill(std::begin(tile), std::end(tile), int8_t{0});
       for (int64_t k = 0; k < std::min<int64_t>(kTileDepth, hidden - step * kTileDepth); ++k)
         for (int64_t n = 0; n < std::min<int64_t>(kTileWidth, outputs - column * kTileWidth); ++n)
           tile[k / 4 * 64 + n * 4 + k % 4] =
               weights[(column * kTileWidth + n) * hidden + step * kTileDepth + k];
-      formats::pack_tile(tile, bits, packed.data() + (column * depth + step) * 128 * bits);
+      formats::pack_tile(tile, bits, to + step * 128 * bits);
     }
+    if (arrangement != nullptr)
+      arrangement->arrange(reinterpret_cast<int8_t*>(to), depth, quads.data(), qmax,
+                           scratch.data());
+  }
   return packed;
 }
 
@@ -90,16 +111,21 @@ Recurrence::Recurrence(const RecurrenceSpec& spec, std::span<const int8_t> weigh
     correction[o] = -spec.state.zero_point * sum;
   }
   correction_ = std::make_shared<const std::vector<int32_t>>(std::move(correction));
-  std::vector<uint8_t> held;
+  AlignedBuffer held;
   if (const KernelRow* kernels = active_kernels()) {
     gemv_ = gemv(*kernels);
+    // Products of bytes that do not fit the sums of a vector by matrix product have another one.
+    const int qmax = std::max(1, static_cast<int>(spec.state.hi) + spec.state.zero_point);
+    if (kernels->arrangement != nullptr && product_bits(*kernels, bits, qmax) == 8)
+      arranged_ = kernels;
     if (depth_ * columns_ * kTileBytes <= kKeptAsBytes) bits_ = 8;
-    held = panels(weights, outputs, spec.hidden, bits_);
+    held = panels(weights, outputs, spec.hidden, bits_,
+                  arranged_ == nullptr ? nullptr : kernels->arrangement, qmax);
   } else {
-    held.resize(weights.size());
+    held = AlignedBuffer(weights.size());
     std::memcpy(held.data(), weights.data(), weights.size());
   }
-  weights_ = std::make_shared<const std::vector<uint8_t>>(std::move(held));
+  weights_ = std::make_shared<const AlignedBuffer>(std::move(held));
 }
 
 void Recurrence::start(const RecurrenceJob& job, int64_t image, int row, const Memory& m) const {
@@ -136,6 +162,7 @@ void Recurrence::multiply(const Memory& m, int rows) const {
   thread_local std::vector<int64_t> offsets;
   while (static_cast<int64_t>(offsets.size()) < depth_)
     offsets.push_back(static_cast<int64_t>(offsets.size()) * kTileDepth);
+  if (arranged_ != nullptr) return multiply_arranged(m, offsets.data(), rows);
   GemvArgs g{};
   for (int row = 0; row < rows; ++row)
     g.activations[row] = m.levels_of(row);
@@ -148,6 +175,36 @@ void Recurrence::multiply(const Memory& m, int rows) const {
   g.sums = m.sums;
   g.sums_stride = m.sum_row;
   gemv_(g);
+}
+
+void Recurrence::multiply_arranged(const Memory& m, const int64_t* offsets, int rows) const {
+  thread_local std::vector<uint8_t> quads;
+  quads.resize(static_cast<size_t>(depth_));
+  for (int64_t step = 0; step < depth_; ++step)
+    quads[step] = live_quads(spec_.hidden, step);
+  int32_t row_offsets[kGemvRows], sums[kGemvRows * kBlockCols];
+  for (int row = 0; row < rows; ++row)
+    row_offsets[row] = static_cast<int32_t>(row * m.level_row);
+  const int64_t bytes = column_bytes(depth_, 8, arranged_->arrangement);
+  GemmArgs g{};
+  g.activations = m.levels;
+  g.row_offsets = row_offsets;
+  g.step_offsets = offsets;
+  g.live_quads = quads.data();
+  g.steps = depth_;
+  g.weight_bits = 8;
+  g.arranged = true;
+  g.rows = rows;
+  g.sums = sums;
+  for (int64_t column = 0; column < columns_; column += 2) {
+    const int64_t count = std::min<int64_t>(2, columns_ - column);
+    g.tile0 = reinterpret_cast<const int8_t*>(weights_->data()) + column * bytes;
+    g.tile1 = count == 2 ? g.tile0 + bytes : nullptr;
+    arranged_->gemm(g);
+    for (int row = 0; row < rows; ++row)
+      std::copy_n(sums + row * kBlockCols, count * kTileWidth,
+                  m.sums + row * m.sum_row + column * kTileWidth);
+  }
 }
 
 void Recurrence::write(const RecurrenceJob& job, int64_t image, int64_t t, const float* state,
@@ -219,7 +276,8 @@ double recurrence_bytes(int64_t outputs, int64_t hidden) {
   const auto o = static_cast<double>(tiles(outputs, kTileWidth));
   const auto i = static_cast<double>(tiles(hidden, kTileDepth));
   // (Whole numbers while it is built.)
-  return o * i * kTileBytes * 2.0 + 4.0 * (o * kTileWidth + kBehind);
+  // An order of bytes takes no more than as much again.
+  return o * i * kTileBytes * 3.0 + 4.0 * (o * kTileWidth + kBehind);
 }
 
 double recurrence_scratch(const RecurrenceSpec& spec) {

@@ -8,6 +8,7 @@
 #include <span>
 #include <vector>
 
+#include "core/aligned_buffer.hpp"
 #include "cpu/image/layout.hpp"
 #include "cpu/kernel_table.hpp"
 #include "reference/recurrence.hpp"
@@ -56,6 +57,7 @@ class Recurrence {
   void start(const RecurrenceJob& job, int64_t image, int row, const Memory& m) const;
   void run_few(const RecurrenceJob& job, int64_t first, int rows) const;
   void multiply(const Memory& m, int rows) const;
+  void multiply_arranged(const Memory& m, const int64_t* offsets, int rows) const;
   void write(const RecurrenceJob& job, int64_t image, int64_t t, const float* state,
              const float* cell, const uint8_t* levels) const;
 
@@ -63,7 +65,8 @@ class Recurrence {
   int bits_;
   int64_t depth_, columns_;  // tiles of 64 units and of 16 outputs
   Gemv gemv_ = nullptr;      // null without vector kernels; weights are whole numbers then
-  std::shared_ptr<const std::vector<uint8_t>> weights_;
+  const KernelRow* arranged_ = nullptr;  // whose gemm reads the weights, in an order of its own
+  std::shared_ptr<const AlignedBuffer> weights_;
   std::shared_ptr<const std::vector<int32_t>> correction_;  // [columns * 16]
 };
 

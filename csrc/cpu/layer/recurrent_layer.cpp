@@ -20,7 +20,7 @@ constexpr size_t kCacheBytes = size_t{1} << 28;
 struct Key {
   uint64_t content = 0;
   int64_t outputs = 0, hidden = 0;
-  int32_t zero_point = 0;
+  int32_t zero_point = 0, highest = 255;
   Isa isa = Isa::Scalar;
   bool operator==(const Key&) const = default;
 };
@@ -54,7 +54,8 @@ void recurrent_layer(const RecurrenceSpec& spec, std::span<const uint8_t> canoni
                           header.out_channels, " x ", header.group_in, " x ", header.kernel_h,
                           " x ", header.kernel_w);
   check_accumulator(hidden, header.bits);
-  const Key key{header.content_hash, outputs, hidden, spec.state.zero_point, active_isa()};
+  const int32_t highest = static_cast<int32_t>(spec.state.hi) + spec.state.zero_point;
+  const Key key{header.content_hash, outputs, hidden, spec.state.zero_point, highest, active_isa()};
   std::shared_ptr<const Recurrence> held = cache().find(key);
   // (The hash covers shape and width; a forged one must not read out of bounds.)
   if (held == nullptr || held->spec().outputs() != outputs || held->spec().hidden != hidden) {
