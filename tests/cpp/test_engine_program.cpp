@@ -504,7 +504,7 @@ TEST(refusals_of_recurrent_layers_say_what_is_wrong) {
                [](Program&, Node& n) { n.floats[0] = 2.0f; });
   refused_with("a float output has no table", "relu",
                [&](Program& p, Node& n) { n.constants[3] = layer(p, "lstm").constants[3]; });
-  refused_with("expected f32 input 0, got u8", "lstm",
+  refused_with("expected f32 input 0, got u8", "gru",
                [&](Program& p, Node& n) { n.inputs[0] = layer(p, "lstm").output; });
 }
 
