@@ -314,6 +314,7 @@ class Lifter:
         a = arguments(node)
         module: nn.Module
         begin = (a["state"], a["cell"])
+        operands: tuple[Any, ...]
         if "weight" in a:
             module = recurrence.RecurrentStates(a["kind"], a["reverse"])
             operands, role = (a["products"], *begin), "states"

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from adalayer_native import ops  # noqa: F401 (registers the operators)
 from adalayer_native.capture.vocabulary import arguments, op_name
 from adalayer_native.ops.recurrence import (
     EXACT,
@@ -183,7 +182,7 @@ def recurrences(graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[fx.Node,
 def whole_layers() -> Iterator[None]:
     """While a model is exported its recurrent layers call one operator each, of any number of
     steps. Packed sequences and projected states go to torch as they are."""
-    functions: Any = torch._VF  # type: ignore[attr-defined]
+    functions: Any = torch._VF
     before = {name: getattr(functions, name) for name in _FUNCTIONS}
     own = {name: item for name, item in vars(functions).items() if name in _FUNCTIONS}
 
@@ -336,7 +335,7 @@ class _Expanded:
         if op_name(states) == "aten.expand.default":
             # A parameter for every sample: repeated behind what takes one of its rows, so that the
             # batch comes first.
-            source, sizes = states.args[:2]
+            source, sizes = (arguments(states)[key] for key in ("self", "size"))
             known = source.meta.get("val") if isinstance(source, fx.Node) else None
             if isinstance(known, Tensor) and known.dim() == 3 and k < known.shape[0]:
                 one = self.select(source, 0, k)
@@ -374,4 +373,6 @@ def _is_zeros(node: Any) -> bool:
         node = node.args[0]
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return False
-    return op_name(node) in _ZEROS or (op_name(node) == "aten.full.default" and node.args[1] == 0)
+    if op_name(node) == "aten.full.default":
+        return bool(arguments(node)["fill_value"] == 0)
+    return op_name(node) in _ZEROS

@@ -191,14 +191,15 @@ for _function, _fake in (
 
 _library.impl("recurrence", untraced(recurrence.recurrence), "CPU")
 torch.library.register_fake("adalayer::recurrence", recurrence.fake_recurrence, lib=_library)
-for _function, _fake in (
-    (recurrence.recurrent_states, recurrence.fake_states),
-    (recurrence.recurrent_cells, recurrence.fake_cells),
-    (recurrence.recurrent_layers, recurrence.fake_layers),
-):
+_of_torch: dict[Any, Any] = {
+    recurrence.recurrent_states: recurrence.fake_states,
+    recurrence.recurrent_cells: recurrence.fake_cells,
+    recurrence.recurrent_layers: recurrence.fake_layers,
+}
+for _float, _sizes in _of_torch.items():
     for _device in ("CPU", "CUDA"):
-        _library.impl(_function.__name__, untraced(_function), _device)
-    torch.library.register_fake(f"adalayer::{_function.__name__}", _fake, lib=_library)
+        _library.impl(_float.__name__, untraced(_float), _device)
+    torch.library.register_fake(f"adalayer::{_float.__name__}", _sizes, lib=_library)
 
 
 def _layer_kernel(operator: str, run: Callable[[LayerCall], Tensor]) -> Callable[..., Tensor]:

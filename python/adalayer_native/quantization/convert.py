@@ -102,6 +102,7 @@ def _native_layer(prepared: GraphModel, name: str, clamp: Any, recurrent: str | 
         "input_bits": quantizer.bits,
     }
     if recurrent is not None:
+        assert isinstance(layer, QuantLinear)
         return Recurrence.from_quantized(
             recurrent, folded.weight, layer.bits, folded.weight_scale, folded.bias, **common
         )
