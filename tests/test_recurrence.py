@@ -19,9 +19,10 @@ import adalayer_native as ada
 from adalayer_native.errors import UnsupportedModelError
 from adalayer_native.files import save
 from adalayer_native.nn import Recurrence
-from adalayer_native.ops.recurrence import EXACT, KINDS, cells_of, gates_of, states_of
+from adalayer_native.ops.recurrence import EXACT
 from adalayer_native.plan import supported_layers
 from adalayer_native.quantization import calibrate, convert, prepare, restore, simulate
+from adalayer_native.recurrent import KINDS, cells_of, gates_of, states_of
 from adalayer_native.rounding import fma_float32
 
 exact_function = torch.ops.adalayer.exact_function.default

@@ -24,9 +24,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from adalayer_native.capture.vocabulary import arguments, op_name
-from adalayer_native.ops.recurrence import (
-    EXACT,
+from adalayer_native.recurrent import (
     FLOATS,
+    Functions,
     cells_of,
     gates_of,
     states_of,
@@ -72,7 +72,7 @@ class RecurrentStates(nn.Module):
         reverse: from the last step to the first.
         layer_name: of the linear layer with ``weight_hh``.
         grid_name: of the quantizer of its input, or None.
-        exact: whether to compute by the engine's steps.
+        exact: functions to compute with, bit for bit as the engine does; None for torch's own.
     """
 
     def __init__(self, kind: str, reverse: bool) -> None:
@@ -80,7 +80,7 @@ class RecurrentStates(nn.Module):
         self.kind, self.reverse = kind, reverse
         self.layer_name = ""
         self.grid_name: str | None = None
-        self.exact = False
+        self.exact: Functions | None = None
 
     def link(self, root: nn.Module) -> None:
         """Find layer and quantizer in the model that this is a part of."""
@@ -104,7 +104,7 @@ class RecurrentStates(nn.Module):
                 h = type(grid).forward(grid, h)
             return run(h)
 
-        f = EXACT if self.exact else FLOATS
+        f = self.exact or FLOATS
         return states_of(products, contribution, state, cell, self.kind, self.reverse, f)
 
     def extra_repr(self) -> str:
@@ -132,7 +132,7 @@ class RecurrentCells(nn.Module):
     def __init__(self, kind: str, reverse: bool, cells: bool) -> None:
         super().__init__()
         self.kind, self.reverse, self.cells = kind, reverse, cells
-        self.exact = False
+        self.exact: Functions | None = None
 
     def forward(
         self, products: Tensor, recurrent: Tensor, state: Tensor | None, cell: Tensor | None
@@ -141,7 +141,7 @@ class RecurrentCells(nn.Module):
         if _traced():
             found: Tensor = torch.ops.adalayer.recurrent_cells(products, recurrent, *rest)
             return found
-        return cells_of(products, recurrent, *rest, EXACT if self.exact else FLOATS)
+        return cells_of(products, recurrent, *rest, self.exact or FLOATS)
 
     def extra_repr(self) -> str:
         return self.kind + (", reverse" if self.reverse else "") + (", cells" if self.cells else "")

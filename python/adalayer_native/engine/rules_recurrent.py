@@ -13,7 +13,7 @@ from adalayer_native.engine.grids import Grid, Want
 from adalayer_native.engine.lower import RULES, CannotLower, Lowering, Rule
 from adalayer_native.engine.rules_layers import clamped
 from adalayer_native.engine.views import Dims, Ref, Size, image_dims, merged
-from adalayer_native.ops.recurrence import KINDS
+from adalayer_native.recurrent import KINDS
 
 
 def _grid(a: dict[str, Any]) -> Grid:

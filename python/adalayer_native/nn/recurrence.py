@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from adalayer_native.errors import InputError
 from adalayer_native.nn.layer import NativeLayer, checked_qparams
-from adalayer_native.ops.recurrence import KINDS, gates_of
+from adalayer_native.recurrent import KINDS, gates_of
 from adalayer_native.rounding import activation_grid, quantize_weight
 
 __all__ = ["Recurrence"]

@@ -148,18 +148,6 @@ _library.define(
     "float input_scale, int input_zero_point, int input_bits, Tensor? state, Tensor? cell, "
     "str kind, bool reverse, bool cells) -> Tensor"
 )
-_library.define(
-    "recurrent_states(Tensor products, Tensor weight, Tensor? bias, Tensor? state, Tensor? cell, "
-    "str kind, bool reverse) -> Tensor"
-)
-_library.define(
-    "recurrent_cells(Tensor products, Tensor recurrent, Tensor? state, Tensor? cell, str kind, "
-    "bool reverse, bool cells) -> Tensor"
-)
-_library.define(
-    "recurrent_layers(Tensor input, Tensor[] hx, Tensor[] params, str kind, bool has_biases, "
-    "int num_layers, float dropout, bool train, bool bidirectional, bool batch_first) -> Tensor[]"
-)
 _library.define("exact_softmax(Tensor input) -> Tensor")
 _library.define("exact_function(Tensor input, str kind) -> Tensor")
 _library.define("exact_linear(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor")
@@ -191,15 +179,6 @@ for _function, _fake in (
 
 _library.impl("recurrence", untraced(recurrence.recurrence), "CPU")
 torch.library.register_fake("adalayer::recurrence", recurrence.fake_recurrence, lib=_library)
-_of_torch: dict[Any, Any] = {
-    recurrence.recurrent_states: recurrence.fake_states,
-    recurrence.recurrent_cells: recurrence.fake_cells,
-    recurrence.recurrent_layers: recurrence.fake_layers,
-}
-for _float, _sizes in _of_torch.items():
-    for _device in ("CPU", "CUDA"):
-        _library.impl(_float.__name__, untraced(_float), _device)
-    torch.library.register_fake(f"adalayer::{_float.__name__}", _sizes, lib=_library)
 
 
 def _layer_kernel(operator: str, run: Callable[[LayerCall], Tensor]) -> Callable[..., Tensor]:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from adalayer_native.capture.recurrence import RecurrentCells, RecurrentStates
+from adalayer_native.ops.recurrence import EXACT
 from adalayer_native.quantization.exact_steps import exact_steps, undo_steps
 from adalayer_native.quantization.fake_quant import (
     QuantConv2d,
@@ -103,7 +104,7 @@ def simulate(prepared: nn.Module, *, exact: bool = True) -> Iterator[nn.Module]:
                     set_submodule(prepared, target, nn.Identity())
             exact_steps(prepared, norms, replaced)
             for step in steps:
-                step.exact = True
+                step.exact = EXACT
         yield prepared
     finally:
         undo_steps(prepared, replaced)
@@ -112,6 +113,6 @@ def simulate(prepared: nn.Module, *, exact: bool = True) -> Iterator[nn.Module]:
         for layer in layers.values():
             layer.exact = None
         for step in steps:
-            step.exact = False
+            step.exact = None
         for module, mode in training:
             module.training = mode
