@@ -108,8 +108,8 @@ def test_the_law(kind: str, units: int, steps: int, bits: int) -> None:
     state, cell = torch.randn(2, images, units, generator=generator)
     grid = (0.011, 100, 8) if bits > 2 else (0.05, 30, 6)
     layer = Recurrence.from_quantized(
-        kind, weight, bits, weight_scale, bias, input_scale=grid[0], input_zero_point=grid[1],
-        input_bits=grid[2],
+        weight, bits, weight_scale, bias, input_scale=grid[0], input_zero_point=grid[1],
+        input_bits=grid[2], kind=kind,
     )  # fmt: skip
     multiplier = weight_scale * torch.tensor(grid[0])
     begin = (state, cell) if kind == "lstm" else (state, None)
@@ -132,7 +132,13 @@ def test_all_instruction_sets_and_threads() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randint(-128, 128, (3 * 37, 37), generator=generator, dtype=torch.int8)
     layer = Recurrence.from_quantized(
-        "gru", weight, 8, torch.full((3 * 37,), 0.002), None, input_scale=0.004, input_zero_point=9
+        weight,
+        8,
+        torch.full((3 * 37,), 0.002),
+        None,
+        input_scale=0.004,
+        input_zero_point=9,
+        kind="gru",
     )
     products = sequences(9, 20, 3 * 37)
     wanted = layer(products)
@@ -149,7 +155,7 @@ def test_all_instruction_sets_and_threads() -> None:
 
 
 def test_the_operator_is_one_for_torch() -> None:
-    layer = Recurrence.from_float("lstm", nn.Linear(5, 20), 4)
+    layer = Recurrence.rounded("lstm", nn.Linear(5, 20), 4)
     state = torch.zeros(2, 5)
     arguments = (
         sequences(2, 3, 20),
@@ -164,7 +170,7 @@ def test_the_operator_is_one_for_torch() -> None:
 
 
 def test_errors_say_what_is_wrong() -> None:
-    layer = Recurrence.from_float("lstm", nn.Linear(5, 20))
+    layer = Recurrence.rounded("lstm", nn.Linear(5, 20))
     with pytest.raises(ValueError, match=r"Recurrence\(lstm, 5\): expected 20 channels on axis -1"):
         layer(sequences(2, 3, 15))
     with pytest.raises(ValueError, match="expected 3 dimensions"):
@@ -174,11 +180,11 @@ def test_errors_say_what_is_wrong() -> None:
     with pytest.raises(ValueError, match=r"a cell of \[2, 5\], got \[2, 4\]"):
         layer(sequences(2, 3, 20), torch.zeros(2, 5), torch.zeros(2, 4))
     with pytest.raises(ValueError, match="cells are an LSTM's"):
-        Recurrence.from_float("gru", nn.Linear(5, 15))(sequences(2, 3, 15), cells=True)
+        Recurrence.rounded("gru", nn.Linear(5, 15))(sequences(2, 3, 15), cells=True)
     with pytest.raises(ValueError, match="kind must be one of lstm, gru, tanh, relu, got 'rnn'"):
-        Recurrence.from_float("rnn", nn.Linear(5, 5))
+        Recurrence.rounded("rnn", nn.Linear(5, 5))
     with pytest.raises(ValueError, match=r"weight must be \[3 \* H, H\] for 'gru'"):
-        Recurrence.from_float("gru", nn.Linear(5, 20))
+        Recurrence.rounded("gru", nn.Linear(5, 20))
     with pytest.raises(RuntimeError, match="backward through the native layer"):
         layer(sequences(2, 3, 20).requires_grad_()).sum().backward()
     damaged = copy.deepcopy(layer)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from adalayer_native.errors import InputError
-from adalayer_native.nn.layer import NativeLayer, checked_qparams
+from adalayer_native.nn.layer import Activation, NativeLayer, checked_qparams
 from adalayer_native.recurrent import KINDS, gates_of
 from adalayer_native.rounding import activation_grid, quantize_weight
 
@@ -37,16 +37,20 @@ class Recurrence(NativeLayer):
 
     def __init__(
         self,
-        kind: str,
         weight: Tensor,
         bits: int,
         weight_scale: Tensor,
         bias: Tensor | None,
         qparams: Tensor,
+        activation: Activation = None,
+        *,
+        kind: str,
     ) -> None:
         super().__init__()
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+        if activation is not None:
+            raise ValueError(f"a recurrent layer has no activation, got {activation!r}")
         if weight.dim() != 2 or weight.shape[0] != gates_of(kind) * weight.shape[1]:
             raise ValueError(
                 f"weight must be [{gates_of(kind)} * H, H] for {kind!r}, got {list(weight.shape)}"
@@ -57,39 +61,24 @@ class Recurrence(NativeLayer):
         self._set_grid(qparams)
 
     @classmethod
-    def from_quantized(
+    def rounded(
         cls,
         kind: str,
-        weight: Tensor,
-        bits: int,
-        weight_scale: Tensor,
-        bias: Tensor | None,
-        *,
-        input_scale: float,
-        input_zero_point: int,
-        input_bits: int = 8,
-    ) -> Recurrence:
-        """From int8 weights; the grid is that of the hidden state."""
-        qparams = checked_qparams(input_scale, input_zero_point, input_bits)
-        return cls(kind, weight, bits, weight_scale, bias, qparams)
-
-    @classmethod
-    def from_float(
-        cls,
-        kind: str,
-        linear: nn.Linear,
+        product: nn.Linear,
         bits: int = 8,
         *,
         state_range: tuple[float, float] = (-1.0, 1.0),
         state_bits: int = 8,
     ) -> Recurrence:
-        """Rounds the recurrent product of a float layer, ``weight_hh`` and ``bias_hh`` in torch."""
-        weight, scale = quantize_weight(linear.weight.detach().float(), bits)
-        input_scale, zero_point = activation_grid(*state_range, state_bits, "the hidden state")
-        return cls.from_quantized(
-            kind, weight, bits, scale, linear.bias, input_scale=input_scale,
-            input_zero_point=zero_point, input_bits=state_bits,
-        )  # fmt: skip
+        """From the recurrent product of a float layer, ``weight_hh`` and ``bias_hh`` in torch.
+
+        Args:
+            state_range: (low, high) of the hidden state.
+        """
+        weight, scale = quantize_weight(product.weight.detach().float(), bits)
+        step, zero_point = activation_grid(*state_range, state_bits, "the hidden state")
+        qparams = checked_qparams(step, zero_point, state_bits)
+        return cls(weight, bits, scale, product.bias, qparams, kind=kind)
 
     def weight_int(self) -> Tensor:
         return super().weight_int().flatten(1)

@@ -127,10 +127,10 @@ struct V {
   static I add16(I a, I b) { return _mm256_add_epi16(a, b); }
   static I sub16(I a, I b) { return _mm256_sub_epi16(a, b); }
   /// Whole numbers that fit int16.
-  static void store_shorts(int16_t* p, I v) {
+  static void store_bytes(uint8_t* p, I v) {
     const __m128i shorts =
         _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), shorts);
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(shorts, shorts));
   }
   static I add32(I a, I b) { return _mm256_add_epi32(a, b); }
   static I sub32(I a, I b) { return _mm256_sub_epi32(a, b); }
@@ -213,38 +213,12 @@ struct V {
 #include "cpu/isa/shared/attention.inl"
 #include "cpu/isa/shared/floats.inl"
 #include "cpu/isa/shared/recurrence.inl"
+// What they all define.
+#include "cpu/isa/shared/image_table.inl"
 
 }  // namespace
 }  // namespace avx2
 
-const ImageKernels kAvx2Image{
-    .copy = avx2::copy,
-    .lookup = avx2::lookup,
-    .gather = avx2::gather,
-    .add = avx2::add,
-    .mul = avx2::mul,
-    .line = avx2::line,
-    .max_window = avx2::max_window,
-    .average_window = avx2::average_window,
-    .bilinear = avx2::bilinear,
-    .moments = avx2::moments,
-    .normalize = avx2::normalize,
-    .quantize_planar = avx2::quantize_planar,
-    .quantize_pixels = avx2::quantize_pixels,
-    .dequantize_planar = avx2::dequantize_planar,
-    .dequantize_row = avx2::dequantize_row,
-    .blend_columns = avx2::blend_columns,
-    .blend_rows = avx2::blend_rows,
-    .fma_values = avx2::fma_values,
-    .softmax = avx2::softmax,
-    .softmax_levels = avx2::softmax_levels,
-    .scale_sums = avx2::scale_sums,
-    .function = avx2::function,
-    .combine = avx2::combine,
-    .line_floats = avx2::line_floats,
-    .normalize_floats = avx2::normalize_floats,
-    .multiply_floats = avx2::multiply_floats,
-    .recurrent_cell = avx2::recurrent_cell,
-};
+const ImageKernels kAvx2Image = avx2::kImage;
 
 }  // namespace adalayer::cpu

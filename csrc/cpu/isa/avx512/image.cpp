@@ -97,8 +97,8 @@ struct V {
   static I add16(I a, I b) { return _mm512_add_epi16(a, b); }
   static I sub16(I a, I b) { return _mm512_sub_epi16(a, b); }
   /// Whole numbers that fit int16.
-  static void store_shorts(int16_t* p, I v) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(v));
+  static void store_bytes(uint8_t* p, I v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
   }
   static I add32(I a, I b) { return _mm512_add_epi32(a, b); }
   static I sub32(I a, I b) { return _mm512_sub_epi32(a, b); }
@@ -181,38 +181,12 @@ struct V {
 #include "cpu/isa/shared/attention.inl"
 #include "cpu/isa/shared/floats.inl"
 #include "cpu/isa/shared/recurrence.inl"
+// What they all define.
+#include "cpu/isa/shared/image_table.inl"
 
 }  // namespace
 }  // namespace avx512
 
-const ImageKernels kAvx512Image{
-    .copy = avx512::copy,
-    .lookup = avx512::lookup,
-    .gather = avx512::gather,
-    .add = avx512::add,
-    .mul = avx512::mul,
-    .line = avx512::line,
-    .max_window = avx512::max_window,
-    .average_window = avx512::average_window,
-    .bilinear = avx512::bilinear,
-    .moments = avx512::moments,
-    .normalize = avx512::normalize,
-    .quantize_planar = avx512::quantize_planar,
-    .quantize_pixels = avx512::quantize_pixels,
-    .dequantize_planar = avx512::dequantize_planar,
-    .dequantize_row = avx512::dequantize_row,
-    .blend_columns = avx512::blend_columns,
-    .blend_rows = avx512::blend_rows,
-    .fma_values = avx512::fma_values,
-    .softmax = avx512::softmax,
-    .softmax_levels = avx512::softmax_levels,
-    .scale_sums = avx512::scale_sums,
-    .function = avx512::function,
-    .combine = avx512::combine,
-    .line_floats = avx512::line_floats,
-    .normalize_floats = avx512::normalize_floats,
-    .multiply_floats = avx512::multiply_floats,
-    .recurrent_cell = avx512::recurrent_cell,
-};
+const ImageKernels kAvx512Image = avx512::kImage;
 
 }  // namespace adalayer::cpu

@@ -140,7 +140,12 @@ struct V {
   static I add16(I a, I b) { return from(vaddq_s16(s16(a), s16(b))); }
   static I sub16(I a, I b) { return from(vsubq_s16(s16(a), s16(b))); }
   /// Whole numbers that fit int16.
-  static void store_shorts(int16_t* p, I v) { vst1_s16(p, vmovn_s32(v)); }
+  static void store_bytes(uint8_t* p, I v) {
+    const int16x4_t shorts = vmovn_s32(v);
+    const uint32_t four =
+        vget_lane_u32(vreinterpret_u32_u8(vqmovun_s16(vcombine_s16(shorts, shorts))), 0);
+    __builtin_memcpy(p, &four, sizeof four);
+  }
   static I add32(I a, I b) { return vaddq_s32(a, b); }
   static I sub32(I a, I b) { return vsubq_s32(a, b); }
   static I mul32(I a, I b) { return vmulq_s32(a, b); }
@@ -235,38 +240,12 @@ void interleave_sixteen(const uint8_t* a, const uint8_t* b, uint8_t* out) {
 #include "cpu/isa/shared/attention.inl"
 #include "cpu/isa/shared/floats.inl"
 #include "cpu/isa/shared/recurrence.inl"
+// What they all define.
+#include "cpu/isa/shared/image_table.inl"
 
 }  // namespace
 }  // namespace neon
 
-const ImageKernels kNeonImage{
-    .copy = neon::copy,
-    .lookup = neon::lookup,
-    .gather = neon::gather,
-    .add = neon::add,
-    .mul = neon::mul,
-    .line = neon::line,
-    .max_window = neon::max_window,
-    .average_window = neon::average_window,
-    .bilinear = neon::bilinear,
-    .moments = neon::moments,
-    .normalize = neon::normalize,
-    .quantize_planar = neon::quantize_planar,
-    .quantize_pixels = neon::quantize_pixels,
-    .dequantize_planar = neon::dequantize_planar,
-    .dequantize_row = neon::dequantize_row,
-    .blend_columns = neon::blend_columns,
-    .blend_rows = neon::blend_rows,
-    .fma_values = neon::fma_values,
-    .softmax = neon::softmax,
-    .softmax_levels = neon::softmax_levels,
-    .scale_sums = neon::scale_sums,
-    .function = neon::function,
-    .combine = neon::combine,
-    .line_floats = neon::line_floats,
-    .normalize_floats = neon::normalize_floats,
-    .multiply_floats = neon::multiply_floats,
-    .recurrent_cell = neon::recurrent_cell,
-};
+const ImageKernels kNeonImage = neon::kImage;
 
 }  // namespace adalayer::cpu
