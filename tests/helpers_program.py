@@ -473,6 +473,41 @@ class _Random:
         keys = [] if rows else [v for v in self.masks if v.shape[2] == tokens]
         self.put("attention", [x, x, x, *keys[:1]], x.shape, grid, ints, factors, [mask])
 
+    def op_recurrence(self, x: Value) -> None:
+        """What a value gives to the gates, its positions being steps."""
+        c, h, w = x.shape
+        kind = self.pick([k for k, gates in enumerate((4, 3, 1, 1)) if c % gates == 0])
+        gates = (4, 3, 1, 1)[kind]
+        hidden = c // gates
+        if self.on_gpus or c * hidden * h * w > 20000:
+            return
+        builder = self.builder
+        value = builder.node("dequantize", [x], builder.value(x.shape))
+        value = builder.node("function", [value], builder.value(x.shape), [1], [0.03, 0.0])
+        begin = []
+        for _ in range((2 if kind == 0 else 1) * self.int(0, 1)):
+            state = builder.value((hidden, 1, 1))
+            begin.append(builder.node("constant", [], state, (), (), [self.floats(hidden, -1, 1)]))
+        bits = self.int(2, 8)
+        unit = 1.0 / (2.0 ** (bits - 1) * np.sqrt(hidden))
+        weights = self.rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (c, hidden, 1, 1))
+        constants = [
+            builder.weights(weights, bits), self.floats(c, -unit, unit), self.floats(c, -1, 1),
+        ]  # fmt: skip
+        reverse, cells = self.int(0, 1), int(kind == 0 and self.int(0, 1))
+        if not cells and self.int(0, 1):
+            grid = self.grid()
+            finish, inv, table = self.finish(grid)
+            ints = [kind, reverse, 0, *finish]
+            shape = (hidden, h, w)
+            self.put("recurrence", [value, *begin], shape, grid, ints, [inv], [*constants, table])
+            return
+        zero_point = self.int(0, 255)
+        ints = [kind, reverse, cells, 0, self.int(zero_point, 255), zero_point]
+        out = builder.value((hidden * (1 + cells), h, w))
+        builder.node("recurrence", [value, *begin], out, ints, [100.0], [*constants, -1])
+        self.put("quantize", [out], out.shape, self.grid())
+
     def op_floats(self, x: Value) -> None:
         """Some operations on floats, and back to levels."""
         if self.on_gpus:

@@ -34,6 +34,8 @@ INTERFACES = {
     "allocation/pareto.py": {"pareto"},
     "compress.py": {"compress"},
     "importance/analyze.py": {"analyze"},
+    # An operator's arguments are its schema.
+    "ops/recurrence.py": {"recurrence", "fake_recurrence"},
     "repair/model.py": {"repair"},
     "training/finetune.py": {"finetune"},
     "training/fit.py": {"fit"},

@@ -551,6 +551,7 @@ class Products(nn.Module):
         self.row = nn.Conv1d(16, 6, 3, padding=1)
         self.lstm = nn.LSTM(16, 5, num_layers=2, batch_first=True, bidirectional=True)
         self.gru = nn.GRU(16, 3, batch_first=True)
+        self.projected = nn.LSTM(16, 5, proj_size=3, batch_first=True)
         self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
         self.fixed = nn.Parameter(torch.randn(2, 16, 4))
         self.grid = nn.Linear(4, 4)
@@ -564,7 +565,8 @@ class Products(nn.Module):
         return (
             self.row(t), a, torch.einsum("ntc,nsc->nts", t, a), torch.einsum("...ab,bd", t, t[0]),
             torch.baddbmm(t, t, a), functional.conv2d(x, x[:1, :, :3, :3]), self.lstm(t[:, :2])[0],
-            self.gru(t[:, :2])[0], torch.matmul(t.unsqueeze(1), self.fixed) + bias.sum(),
+            self.gru(t[:, :2])[0], self.projected(t[:, :2])[0],
+            torch.matmul(t.unsqueeze(1), self.fixed) + bias.sum(),
         )  # fmt: skip
 
 
@@ -574,14 +576,20 @@ def test_work_of_everything_that_multiplies() -> None:
     work: dict[str, float] = {}
     for each in work_of(model):
         work[each.name] = work.get(each.name, 0) + each.macs
-    weights = 4 * 5 * (16 + 5) * 2 + 4 * 5 * (10 + 5) * 2  # of the LSTM
+    lstm = {
+        f"lstm.weight_{part}_l{layer}{direction}": 2 * 4 * 5 * inputs
+        for layer, part, inputs in ((0, "ih", 16), (0, "hh", 5), (1, "ih", 10), (1, "hh", 5))
+        for direction in ("", "_reverse")
+    }
     expected = {
         "conv": 8 * 64 * 27,
         "up": 8 * 64 * 2 * 4,
         "deep": 2 * 256 * 4 * 27,
         "row": 6 * 16 * 48,
-        "lstm": 2 * weights,
-        "gru": 2 * 3 * 3 * (16 + 3),
+        **lstm,
+        "gru.weight_ih_l0": 2 * 3 * 3 * 16,
+        "gru.weight_hh_l0": 2 * 3 * 3 * 3,
+        "projected": 2 * (4 * 5 * (16 + 3) + 3 * 5),
         "attention.in_proj_weight": 16 * 16 * 48,
         "attention": 2 * 16 * 16 * 16,
         "attention.out_proj": 16 * 16 * 16,
@@ -596,7 +604,7 @@ def test_work_of_everything_that_multiplies() -> None:
     reasons = {part.name: part.reason for part in rest.parts}
     assert rest.macs == sum(expected.values())
     assert reasons["deep"] == "there is no native 3-D convolution"
-    assert reasons["lstm"] == reasons["gru"] == "a recurrent layer"
+    assert reasons["projected"] == "a recurrent layer"
     assert reasons["conv2d"] == "a convolution whose weights are computed"
     assert "constant" in reasons["matmul_1"]
     assert rest.parts[0].name == "deep"

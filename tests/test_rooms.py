@@ -33,6 +33,7 @@ PYTHON_ROOMS = [
         "operations",
         "cuda",
         "rounding",
+        "recurrent",
         "padding",
         "ops",
         "files",

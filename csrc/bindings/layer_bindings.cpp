@@ -14,6 +14,7 @@
 #include "bindings/bindings.hpp"
 #include "core/status.hpp"
 #include "cpu/layer/layer.hpp"
+#include "cpu/layer/recurrent_layer.hpp"
 #include "cpu/layer/single_layer.hpp"
 #include "formats/canonical.hpp"
 #include "reference/reference.hpp"
@@ -108,6 +109,40 @@ void attention(const std::array<int64_t, 7>& sizes, const std::array<int32_t, 3>
   cpu::attention({1, queries, keys, heads, key_heads, depth, width}, spec, images,
                  reinterpret_cast<const uint8_t*>(q), reinterpret_cast<const uint8_t*>(k),
                  reinterpret_cast<const uint8_t*>(v), reinterpret_cast<float*>(y), threads);
+}
+
+/// sizes: images, steps, units. form: RecurrentKind, reverse, cells. packed: address and bytes.
+/// line: scale (of the grid and of the weights) and bias. tensors: products, state, cell, result;
+/// state and cell may be 0.
+void recurrence(const std::array<int64_t, 3>& sizes, const std::tuple<int, bool, bool>& form,
+                const std::pair<uintptr_t, size_t>& packed, const std::array<uintptr_t, 2>& line,
+                const GridNumbers& grid, const std::array<uintptr_t, 4>& tensors, int threads) {
+  const auto [images, steps, hidden] = sizes;
+  const auto [kind, reverse, cells] = form;
+  const auto [scale, zero_point, bits] = grid;
+  if (*std::min_element(sizes.begin(), sizes.end()) < 1 || kind < 0 || kind >= kRecurrentKinds)
+    throw InvalidArgument("recurrence: expected positive sizes and a known kind");
+  RecurrenceSpec spec;
+  spec.kind = static_cast<RecurrentKind>(kind);
+  spec.reverse = reverse;
+  spec.cells = cells;
+  spec.hidden = hidden;
+  spec.steps = steps;
+  spec.scale = floats_at(line[0]);
+  spec.bias = floats_at(line[1]);
+  spec.state.inv_scale = 1.0f / scale;
+  spec.state.zero_point = zero_point;
+  spec.state.lo = static_cast<float>(-zero_point);
+  spec.state.hi = static_cast<float>((1 << bits) - 1 - zero_point);
+  cpu::RecurrenceJob job;
+  job.images = images;
+  const int64_t outputs = spec.outputs(), channels = spec.channels();
+  job.products = {reinterpret_cast<float*>(tensors[0]), steps * outputs, outputs, 1};
+  job.state = floats_at(tensors[1]);
+  job.cell = floats_at(tensors[2]);
+  job.reals = {reinterpret_cast<float*>(tensors[3]), steps * channels, channels, 1};
+  const py::gil_scoped_release release;
+  cpu::recurrent_layer(spec, bytes_at(packed.first, packed.second), job, threads);
 }
 
 /// sizes: images, channels, positions. line: addresses of gamma and beta.
@@ -213,6 +248,7 @@ void bind_layers(py::module_& m) {
   m.def("attention", &attention);
   m.def("float_norm", &float_norm);
   m.def("float_conv", &float_conv);
+  m.def("recurrence", &recurrence);
 
   m.def("pack", &pack);
   m.def("unpack", &unpack);

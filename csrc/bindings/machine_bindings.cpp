@@ -13,6 +13,7 @@
 #include "core/thread_pool.hpp"
 #include "cpu/conv/policy.hpp"
 #include "cpu/kernel_table.hpp"
+#include "cpu/layer/recurrent_layer.hpp"
 #include "cpu/layer/single_layer.hpp"
 #include "cpu/probe.hpp"
 #include "engine/planner.hpp"
@@ -66,5 +67,8 @@ void bind_machine(py::module_& m) {
     return py::make_tuple(info.entries, info.bytes, info.limit);
   });
   m.def("set_cache_limit", &cpu::set_weight_cache_limit);
-  m.def("clear_cache", &cpu::clear_weight_cache);
+  m.def("clear_cache", [] {
+    cpu::clear_weight_cache();
+    cpu::clear_recurrent_cache();
+  });
 }

@@ -11,6 +11,7 @@
 
 #include "reference/attention.hpp"
 #include "reference/image_spec.hpp"
+#include "reference/recurrence.hpp"
 
 namespace adalayer::cpu {
 
@@ -146,6 +147,22 @@ struct FloatProduct {
   int64_t c_row;
 };
 
+/// One step of a recurrent layer: all its units. Arrays over outputs are [gates * hidden]; whole
+/// registers of `sums` and `correction` may be read behind them.
+struct RecurrentCell {
+  RecurrentKind kind;
+  int64_t hidden;
+  const int32_t* sums;        // of products with levels
+  const int32_t* correction;  // zero point correction to add
+  const float* scale;
+  const float* bias;
+  const float* products;  // what the inputs contribute
+  float* state;           // [hidden]
+  float* cell;            // [hidden], of an LSTM
+  U8Finish finish;        // of the state, without a table
+  uint8_t* levels;        // [hidden] of the new state
+};
+
 /// `bounded` promises |y * inv_scale| < 2^30 for all possible inputs: the kernel may then convert
 /// first and clamp integers. lo and hi are whole numbers and rounding is monotone, so that the
 /// level is the same.
@@ -200,6 +217,7 @@ struct ImageKernels {
   void (*normalize_floats)(const LayerNormSpec& spec, double mean, float factor, const uint8_t* in,
                            int64_t n, float* out);
   void (*multiply_floats)(const FloatProduct& product);
+  void (*recurrent_cell)(const RecurrentCell& cell);
 };
 
 /// The kernels of the active row of the kernel table, or the scalar ones where there is none.

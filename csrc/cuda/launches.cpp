@@ -83,6 +83,7 @@ void Launcher::add(const Node& n, const NodeData& d) {
     case OpKind::Embedding:  // refused with their whole numbers
     case OpKind::Choose:
     case OpKind::FloatConv:  // check_node()
+    case OpKind::Recurrence:
       break;
     case OpKind::Softmax:
       return softmax(n);

@@ -71,6 +71,8 @@ void check_node(const Program& p, const Node& n) {
   const bool floats =
       p.values[n.output].kind == ValueKind::F32 &&
       std::find(std::begin(kOfLevels), std::end(kOfLevels), n.op) != std::end(kOfLevels);
+  if (n.op == OpKind::Recurrence)
+    fail<InvalidArgument>("node '", n.name, "': recurrent layers run on the CPU alone");
   if (floats || n.op == OpKind::FloatConv)
     fail<InvalidArgument>("node '", n.name, "': ", engine::op_name(n.op),
                           " with a float result runs on the CPU alone");

@@ -192,6 +192,7 @@ class Resized {
       case OpKind::Combine:
       case OpKind::AffineImage:
       case OpKind::Choose:
+      case OpKind::Recurrence:
         return give(in().h, in().w);
     }
     bad("it is unknown at other sizes");

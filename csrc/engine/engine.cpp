@@ -452,6 +452,15 @@ std::vector<NodeProfile> Engine::profile(int64_t batch, int threads, int rounds)
       p.packed_bytes = static_cast<int64_t>(conv.packed_bytes());
       p.derived_bytes = static_cast<int64_t>(conv.derived_bytes());
     }
+    if (p.op == OpKind::Recurrence) {
+      const Constant& weights = weights_of(e.program, e.program.nodes[k]);
+      const RecurrenceSpec spec = recurrence_spec(e.program, e.program.nodes[k]);
+      p.kernel += " recurrence";
+      p.bits = weight_bits(weights);
+      p.macs = spec.outputs() * spec.hidden * spec.steps;
+      p.packed_bytes = static_cast<int64_t>(weights.bytes.size());
+      if (e.kernels != nullptr) p.derived_bytes = static_cast<int64_t>(e.steps[k].derived_bytes());
+    }
     if (p.op == OpKind::FloatConv) {
       const Constant& weights = weights_of(e.program, e.program.nodes[k]);
       p.kernel += " floats";

@@ -33,6 +33,24 @@ struct KernelScope {
   KernelScope& operator=(const KernelScope&) = delete;
 };
 
+/// Where a recurrent layer's tensors are: planes of floats, whose positions are its steps.
+void run_recurrence(const cpu::Recurrence& layer, const Node& node, const Frame& frame, Part part) {
+  const RecurrenceSpec& s = layer.spec();
+  const auto begin = [&](size_t k) {
+    return node.inputs.size() > k ? frame.floats(node.inputs[k], 0) : nullptr;
+  };
+  cpu::RecurrenceJob job;
+  job.images = frame.images;
+  job.products = {frame.floats(node.inputs[0], 0), s.outputs() * s.steps, 1, s.steps};
+  job.state = begin(1);
+  job.cell = begin(2);
+  if (frame.program->values[node.output].kind == ValueKind::U8)
+    job.levels = frame.image(node.output, 0);
+  else
+    job.reals = {frame.floats(node.output, 0), s.channels() * s.steps, 1, s.steps};
+  layer.run(job, part);
+}
+
 }  // namespace
 
 std::unique_ptr<Workspace> Executor::borrow() const {
@@ -130,6 +148,10 @@ void Executor::run_part(const Step& step, const Frame& frame, Part part, int tea
   if (step.floats) {
     step.floats->run(frame.floats(node.inputs[0], 0), frame.floats(node.output, 0), frame.images,
                      part);
+    return;
+  }
+  if (step.recurrence) {
+    run_recurrence(*step.recurrence, node, frame, part);
     return;
   }
   if (!step.conv) {

@@ -44,7 +44,7 @@ class Interpreter {
       read_input(program.inputs[k], inputs[k], batch);
     for (const Node& n : program.nodes) {
       weights_.clear();
-      if (n.op == OpKind::Conv || n.op == OpKind::ConvTranspose)
+      if (n.op == OpKind::Conv || n.op == OpKind::ConvTranspose || n.op == OpKind::Recurrence)
         weights_ = unpacked_weights(weights_of(program, n));
       if (n.op == OpKind::FloatConv) float_weights_ = unpacked_floats(program, n);
       for (int64_t image = 0; image < batch; ++image)
@@ -114,6 +114,7 @@ class Interpreter {
   void softmax(const Node& n, int64_t image);
   void attention(const Node& n, int64_t image);
   void embedding(const Node& n, int64_t image);
+  void recurrence(const Node& n, int64_t image);
 
   const Program& program_;
   std::vector<Tensor> tensors_;
@@ -596,6 +597,23 @@ void Interpreter::choose(const Node& n, int64_t image) {
     numbers(n.output, image)[i] = x[i] == 0 ? zero : other;
 }
 
+void Interpreter::recurrence(const Node& n, int64_t image) {
+  const RecurrenceSpec spec = recurrence_spec(program_, n);
+  const auto begin = [&](size_t k) {
+    return n.inputs.size() > k ? numbers(n.inputs[k], image) : nullptr;
+  };
+  const int64_t size = Shape(value(n.output)).size();
+  std::vector<float> reals(static_cast<size_t>(size));
+  reference::recurrence(spec, weights_.data(), numbers(n.inputs[0], image), begin(1), begin(2),
+                        reals.data());
+  if (value(n.output).kind == ValueKind::F32) {
+    std::copy(reals.begin(), reals.end(), numbers(n.output, image));
+    return;
+  }
+  for (int64_t i = 0; i < size; ++i)
+    levels(n.output, image)[i] = finish_u8(reals[i], spec.state);
+}
+
 void Interpreter::run(const Node& n, int64_t image) {
   const bool floats = value(n.output).kind == ValueKind::F32;
   switch (n.op) {
@@ -660,6 +678,8 @@ void Interpreter::run(const Node& n, int64_t image) {
       return float_conv(n, image);
     case OpKind::Choose:
       return choose(n, image);
+    case OpKind::Recurrence:
+      return recurrence(n, image);
   }
 }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "core/status.hpp"
+#include "cpu/conv/recurrence.hpp"
 #include "cpu/image/attention.hpp"
 #include "cpu/image/float_conv.hpp"
 #include "engine/conv_step.hpp"
@@ -77,6 +78,11 @@ double planned_memory(const Program& program, const std::vector<ValueLayout>& la
       if (own) bytes += 5.0 * weight_count(program, node);
       scratch = std::max(scratch, cpu::float_conv_scratch(shape));
     }
+    if (node.op == OpKind::Recurrence) {
+      const RecurrenceSpec spec = recurrence_spec(program, node);
+      bytes += cpu::recurrence_bytes(spec.outputs(), spec.hidden);
+      scratch = std::max(scratch, cpu::recurrence_scratch(spec));
+    }
     if (!is_convolution(node)) continue;
     bytes += convolution_bytes(program, node, layouts, room);
     scratch = std::max(scratch, most_scratch(program, node, layouts, room));
@@ -98,7 +104,8 @@ double interpreter_memory(const Program& program) {
   for (const Node& node : program.nodes) {
     if (node.op == OpKind::FloatConv && !is_float(program, node))
       bytes += 5.0 * weight_count(program, node);
-    if (is_convolution(node)) bytes += 2.0 * weight_count(program, node);
+    if (is_convolution(node) || node.op == OpKind::Recurrence)
+      bytes += 2.0 * weight_count(program, node);
   }
   return bytes;
 }

@@ -339,6 +339,26 @@ void NodeCheck::choose() const {
       bad("expected finite floats or -infinity, got ", v);
 }
 
+void NodeCheck::recurrence() const {
+  constexpr OpKind op = OpKind::Recurrence;
+  const auto kind = static_cast<RecurrentKind>(node_.ints[int_of(op, "kind")]);
+  const bool lstm = kind == RecurrentKind::Lstm, cells = node_.ints[int_of(op, "cells")] != 0;
+  if (cells && (!lstm || out().kind != ValueKind::F32)) bad("cells come out of an LSTM, as floats");
+  if (cells && out().c % 2 != 0)
+    bad("expected an even number of channels, states and cells, got ", out().c);
+  const int64_t hidden = cells ? out().c / 2 : out().c, gates = recurrent_gates(kind);
+  shape("products", in(), gates * hidden, out().h, out().w);
+  const auto begins = static_cast<int>(node_.inputs.size()) - 1;
+  if (begins != 0 && begins != (lstm ? 2 : 1))
+    bad("expected ", lstm ? "a state and a cell" : "one state", " to begin with, or none, got ",
+        begins);
+  for (int k = 1; k <= begins; ++k)
+    shape(k == 1 ? "a state" : "a cell", in(static_cast<size_t>(k)), hidden, 1, 1);
+  packed_weights(gates * hidden, hidden, 1, 1);
+  floats("scale", gates * hidden);
+  floats("bias", gates * hidden);
+}
+
 void NodeCheck::run() const {
   const Operation& o = operation_;
   const auto inputs = static_cast<int>(node_.inputs.size());
@@ -414,6 +434,8 @@ void NodeCheck::run() const {
       return embedding();
     case OpKind::Choose:
       return choose();
+    case OpKind::Recurrence:
+      return recurrence();
   }
 }
 

@@ -52,6 +52,7 @@ class NodeCheck {
   // -- windows (node_check_windows.cpp)
   void groups(int64_t groups) const;
   void output_of_convolution() const;
+  void packed_weights(int64_t o, int64_t i, int64_t kernel_h, int64_t kernel_w) const;
   void canonical_weights() const;
   void convolution() const;
   void transposed_convolution() const;
@@ -82,6 +83,7 @@ class NodeCheck {
   void held() const;
   void embedding() const;
   void choose() const;
+  void recurrence() const;
 
   const Program& program_;
   size_t index_;

@@ -28,7 +28,7 @@ void NodeCheck::output_of_convolution() const {
         (padded_w - extent_w) / s.stride_w + 1);
 }
 
-void NodeCheck::canonical_weights() const {
+void NodeCheck::packed_weights(int64_t o, int64_t i, int64_t kernel_h, int64_t kernel_w) const {
   const formats::CanonicalHeader header = [&] {
     try {
       return formats::read_header(weights_of(program_, node_).bytes);
@@ -36,17 +36,21 @@ void NodeCheck::canonical_weights() const {
       bad(e.what());
     }
   }();
-  const ConvShape s = conv_shape(program_, node_);
-  if (header.out_channels != out().c || header.group_in != in().c / s.groups ||
-      header.kernel_h != s.kernel_h || header.kernel_w != s.kernel_w)
-    bad("expected weights of ", out().c, " x ", in().c / s.groups, " x ", s.kernel_h, " x ",
-        s.kernel_w, ", got ", header.out_channels, " x ", header.group_in, " x ", header.kernel_h,
-        " x ", header.kernel_w);
+  if (header.out_channels != o || header.group_in != i || header.kernel_h != kernel_h ||
+      header.kernel_w != kernel_w)
+    bad("expected weights of ", o, " x ", i, " x ", kernel_h, " x ", kernel_w, ", got ",
+        header.out_channels, " x ", header.group_in, " x ", header.kernel_h, " x ",
+        header.kernel_w);
   try {
-    check_accumulator(header.count() / out().c, weight_bits(weights_of(program_, node_)));
+    check_accumulator(header.count() / o, weight_bits(weights_of(program_, node_)));
   } catch (const InvalidArgument& e) {
     bad(e.what());
   }
+}
+
+void NodeCheck::canonical_weights() const {
+  const ConvShape s = conv_shape(program_, node_);
+  packed_weights(out().c, in().c / s.groups, s.kernel_h, s.kernel_w);
 }
 
 /// What both kinds on levels have.

@@ -78,8 +78,14 @@ enum class OpKind : uint8_t {
   FloatConv = 29,
   // The first float for 0, the second one for 1, and for all other numbers, if any are allowed.
   Choose = 30,
+  // A recurrent layer in one direction (reference/recurrence.hpp); positions are its steps. Inputs
+  // are what the layer's inputs contribute to its gates, the state before the first step (1 x 1),
+  // and of an LSTM the cell's; zeros where there are none. Weights are [gates * H][H]; the finish
+  // is
+  // the grid of the state, also where the result is floats.
+  Recurrence = 31,
 };
-constexpr int kOpKinds = 31;
+constexpr int kOpKinds = 32;
 
 constexpr int64_t kMaxAxis = 1 << 20;  // any of c, h, w; kernel, stride, padding, dilation
 
@@ -173,6 +179,7 @@ inline constexpr Form kNorms[] = {{u8, u8}, {u8, f32, 3}, {f32, f32, 3}};
 inline constexpr Form kAttention[] = {{u8, u8}, {u8, f32, 3}};
 inline constexpr Form kIds[] = {{i32, u8}};
 inline constexpr Form kChoices[] = {{i32, f32}};
+inline constexpr Form kRecurrence[] = {{f32, u8, 5}, {f32, f32, 5}};
 
 using Ints1 = std::array<IntParameter, 1>;
 inline constexpr std::array<IntParameter, 3> kFinish = {
@@ -230,6 +237,10 @@ inline constexpr auto kAttentionInts =
 inline constexpr IntParameter kJoinInts[] = {{"axis", 1, 2}};
 inline constexpr auto kGroupNormInts = joined(Ints1{{{"groups", 1, kMaxAxis}}}, kFinish);
 inline constexpr IntParameter kChooseInts[] = {{"any", 0, 1}};
+inline constexpr auto kRecurrenceInts = joined(
+    std::array<IntParameter, 3>{
+        {{"kind", 0, kRecurrentKinds - 1}, {"reverse", 0, 1, 0}, {"cells", 0, 1, 0}}},
+    kFinish);
 
 inline constexpr FloatParameter kInverse[] = {{"inv", true, 1.0f}};
 // The clamp of a float result.
@@ -270,6 +281,9 @@ inline constexpr ConstantParameter kMask[] = {optional("mask", F32)};
 inline constexpr ConstantParameter kHeld[] = {{"values", U8, F32}};
 inline constexpr ConstantParameter kFloatConvConstants[] = {
     {"weights", F32, ConstantKind::Weights}, optional("scale", F32), one("bias", F32)};
+inline constexpr ConstantParameter kRecurrenceConstants[] = {one("weights", ConstantKind::Weights),
+                                                             one("scale", F32), one("bias", F32),
+                                                             optional("table", U8)};
 
 }  // namespace table
 
@@ -418,6 +432,13 @@ inline constexpr Operation kOperations[kOpKinds] = {
      .ints = table::kChooseInts,
      .floats = table::kChooseFloats,
      .same_shape = true},
+    {.name = "recurrence",
+     .minor = 5,
+     .inputs_max = 3,
+     .forms = table::kRecurrence,
+     .ints = table::kRecurrenceInts,
+     .floats = table::kInverse,
+     .constants = table::kRecurrenceConstants},
 };
 
 constexpr const Operation& operation(OpKind op) { return kOperations[static_cast<size_t>(op)]; }

@@ -135,7 +135,8 @@ int joined_axis(const Node& n) {
 const Constant& weights_of(const Program& p, const Node& n) {
   constexpr size_t place = constant_of(OpKind::Conv, "weights");
   static_assert(constant_of(OpKind::ConvTranspose, "weights") == place &&
-                constant_of(OpKind::FloatConv, "weights") == place);
+                constant_of(OpKind::FloatConv, "weights") == place &&
+                constant_of(OpKind::Recurrence, "weights") == place);
   return p.constants[n.constants[place]];
 }
 
@@ -328,6 +329,21 @@ AttentionSpec attention_spec(const Program& p, const Node& n) {
     s.mask_sequence = rows ? (heads ? shape.heads : 1) * matrix : 0;
   }
   s.finish = node_finish(p, n);
+  return s;
+}
+
+RecurrenceSpec recurrence_spec(const Program& p, const Node& n) {
+  constexpr OpKind op = OpKind::Recurrence;
+  const Value& out = p.values[n.output];
+  RecurrenceSpec s;
+  s.kind = static_cast<RecurrentKind>(n.ints[int_of(op, "kind")]);
+  s.reverse = n.ints[int_of(op, "reverse")] != 0;
+  s.cells = n.ints[int_of(op, "cells")] != 0;
+  s.hidden = s.cells ? out.c / 2 : out.c;
+  s.steps = out.h * out.w;
+  s.scale = floats(p, n.constants[constant_of(op, "scale")]);
+  s.bias = floats(p, n.constants[constant_of(op, "bias")]);
+  s.state = node_finish(p, n);
   return s;
 }
 

@@ -23,6 +23,7 @@
 #include "reference/attention.hpp"
 #include "reference/float_conv.hpp"
 #include "reference/image_spec.hpp"
+#include "reference/recurrence.hpp"
 #include "reference/spec.hpp"
 
 namespace adalayer::engine {
@@ -148,7 +149,7 @@ ChooseAttributes choose_attributes(const Node& node);
 
 /// The finish of any operation that has one, its table included.
 U8Finish node_finish(const Program& program, const Node& node);
-/// Of Conv, ConvTranspose and FloatConv.
+/// Of Conv, ConvTranspose, FloatConv and Recurrence.
 const Constant& weights_of(const Program& program, const Node& node);
 /// Of a constant that holds weights: bits of what is read, and what is read, [O][I][KH][KW]. Throw
 /// CorruptData.
@@ -184,5 +185,6 @@ std::vector<float> unpacked_floats(const Program& program, const Node& node);
 AttentionShape attention_shape(const Program& program, const Node& node);
 AttentionSpec attention_spec(const Program& program, const Node& node);
 EmbeddingSpec embedding_spec(const Program& program, const Node& node);
+RecurrenceSpec recurrence_spec(const Program& program, const Node& node);
 
 }  // namespace adalayer::engine

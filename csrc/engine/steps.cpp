@@ -17,6 +17,8 @@ using RunImage = std::function<void(const Frame&, int64_t, Part)>;
 
 // An element-wise part smaller than this is done before another thread has picked it up.
 constexpr int64_t kBytesPerPart = 32 << 10;
+// Threads share the images of a recurrent layer, and never one image: steps wait for each other.
+constexpr int64_t kMostImages = 64;
 
 /// y = op(x) over u8 images.
 template <class Fn>
@@ -346,6 +348,7 @@ RunImage run_image(const Program& program, const Node& node,
     case OpKind::FloatConv:
     case OpKind::Conv:
     case OpKind::ConvTranspose:
+    case OpKind::Recurrence:
       break;
   }
   throw InvalidArgument("node '" + node.name + "': no such operation");
@@ -386,6 +389,7 @@ Step plain_step(const Program& program, const Node& node, const std::vector<Valu
   return step;
 }
 
+/// Whether a node is a convolution of levels.
 bool has_packed_weights(const Node& node) {
   return node.op == OpKind::Conv || node.op == OpKind::ConvTranspose;
 }
@@ -412,15 +416,37 @@ Step float_step(const Program& program, const Node& node, const cpu::FloatConv* 
   return step;
 }
 
+Step recurrent_step(const Program& program, const Node& node, const cpu::Recurrence* like) {
+  const RecurrenceSpec spec = recurrence_spec(program, node);
+  const Constant& stored = weights_of(program, node);
+  Step step;
+  step.node = &node;
+  step.recurrence = like != nullptr ? std::make_unique<cpu::Recurrence>(*like, spec)
+                                    : std::make_unique<cpu::Recurrence>(
+                                          spec, unpacked_weights(stored), weight_bits(stored));
+  step.max_parts = kMostImages;
+  return step;
+}
+
+/// A step that has weights of its own, but is no convolution of levels; `like` is the same one for
+/// another image size, or null.
+Step other_step(const Program& program, const Node& node, const std::vector<ValueLayout>& layouts,
+                const Step* like) {
+  if (node.op == OpKind::FloatConv)
+    return float_step(program, node, like == nullptr ? nullptr : like->floats.get());
+  if (node.op == OpKind::Recurrence)
+    return recurrent_step(program, node, like == nullptr ? nullptr : like->recurrence.get());
+  return plain_step(program, node, layouts);
+}
+
 }  // namespace
 
 std::vector<Step> build_steps(const Program& program, const std::vector<ValueLayout>& layouts,
                               cpu::Room room) {
   std::vector<Step> steps;
   for (const Node& node : program.nodes)
-    steps.push_back(has_packed_weights(node)       ? conv_step(program, node, layouts, room)
-                    : node.op == OpKind::FloatConv ? float_step(program, node, nullptr)
-                                                   : plain_step(program, node, layouts));
+    steps.push_back(has_packed_weights(node) ? conv_step(program, node, layouts, room)
+                                             : other_step(program, node, layouts, nullptr));
   return steps;
 }
 
@@ -430,9 +456,7 @@ SharedSteps build_steps(const Program& program, const std::vector<ValueLayout>& 
   for (size_t k = 0; k < program.nodes.size(); ++k) {
     const Node& node = program.nodes[k];
     if (!has_packed_weights(node)) {
-      found.steps.push_back(node.op == OpKind::FloatConv
-                                ? float_step(program, node, like[k].floats.get())
-                                : plain_step(program, node, layouts));
+      found.steps.push_back(other_step(program, node, layouts, &like[k]));
       continue;
     }
     const Around at = around(program, node, layouts);

@@ -5,6 +5,7 @@
 #include <memory>
 #include <vector>
 
+#include "cpu/conv/recurrence.hpp"
 #include "cpu/image/float_conv.hpp"
 #include "engine/conv_step.hpp"
 #include "engine/engine.hpp"
@@ -37,14 +38,18 @@ struct Frame {
 
 struct Step {
   const Node* node = nullptr;
-  std::unique_ptr<ConvStep> conv;          // or
-  std::unique_ptr<cpu::FloatConv> floats;  // or
+  std::unique_ptr<ConvStep> conv;               // or
+  std::unique_ptr<cpu::FloatConv> floats;       // or
+  std::unique_ptr<cpu::Recurrence> recurrence;  // or
   std::function<void(const Frame&, int64_t image, cpu::Part)> run_image;
   int64_t max_parts = 1;
 
   /// Of weights as this machine holds them.
   size_t derived_bytes() const {
-    return conv ? conv->derived_bytes() : floats ? floats->bytes() : 0;
+    return conv         ? conv->derived_bytes()
+           : floats     ? floats->bytes()
+           : recurrence ? recurrence->bytes()
+                        : 0;
   }
 };
 

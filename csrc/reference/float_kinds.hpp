@@ -13,4 +13,8 @@ constexpr int kFloatFunctions = 6;
 enum class FloatPair : int32_t { Sum, Difference, Product };
 constexpr int kFloatPairs = 3;
 
+/// Of a recurrent layer; reference/recurrence.hpp has the formulas.
+enum class RecurrentKind : int32_t { Lstm, Gru, Tanh, Relu };
+constexpr int kRecurrentKinds = 4;
+
 }  // namespace adalayer

@@ -75,6 +75,16 @@ def attention(
     threads: int,
     /,
 ) -> None: ...
+def recurrence(
+    sizes: tuple[int, int, int],  # images, steps, units
+    form: tuple[int, bool, bool],  # kind, reverse, cells
+    packed: tuple[int, int],
+    line: tuple[int, int],  # scale, bias
+    grid: tuple[float, int, int],
+    tensors: Sequence[int],  # products, state, cell, result
+    threads: int,
+    /,
+) -> None: ...
 def pack(weights: int, count: int, bits: int, o: int, i: int, kh: int, kw: int, /) -> bytes: ...
 def unpack(packed: int, size: int, /) -> bytes: ...
 def header(packed: int, size: int, /) -> dict[str, int | str | tuple[int, int, int, int]]: ...

@@ -79,7 +79,8 @@ struct Builder {
   }
 };
 
-/// Every operation once at least but those of token_program() and float_program(), convolutions in
+/// Every operation once at least but those of token_program(), float_program() and
+/// recurrent_program(), convolutions in
 /// all their forms; two inputs, three outputs.
 inline Program every_operation() {
   constexpr float kInf = std::numeric_limits<float>::infinity();
@@ -259,6 +260,60 @@ inline Program float_program() {
   const auto last_groups = norm(OpKind::GroupNorm, attended, "last_groups", {2, 0, 255, 0});
   b.p.inputs = {x, ids};
   b.p.outputs = {ends, last, last_roots, last_groups};
+  return b.p;
+}
+
+/// Recurrent layers of all kinds: from floats and from what layers give, with and without a state
+/// to begin with, forward and backward, onto the state's grid, another one, and in floats.
+inline Program recurrent_program(int hidden = 5, int64_t steps = 6, int bits = 4) {
+  constexpr ValueKind F32 = ValueKind::F32;
+  Builder b;
+  const int64_t n = hidden;
+  const auto units = [&](int64_t gates, float first, float step) {
+    std::vector<float> values(static_cast<size_t>(gates * n));
+    for (size_t i = 0; i < values.size(); ++i)
+      values[i] = first + step * static_cast<float>(i % 7);
+    return b.floats(values);
+  };
+  const auto out = static_cast<uint32_t>(n);
+  // So that gates are seldom all open, or all closed.
+  const float weight = 1.0f / (std::sqrt(static_cast<float>(n)) * static_cast<float>(1 << bits));
+  const auto image = b.value("x", 4 * n, 1, steps, F32);
+  const auto x = b.node(OpKind::Affine, {image}, b.value("scaled", 4 * n, 1, steps, F32),
+                        {0, 255, 0}, {1.0f}, {units(4, 0.02f, 0.002f), units(4, -1.0f, 0.1f), -1});
+  const auto state = b.value("state", n, 1, 1, F32), cell = b.value("cell", n, 1, 1, F32);
+  const auto layer = [&](int64_t kind, std::vector<int32_t> inputs, int32_t to, bool reverse,
+                         bool cells, int32_t table) {
+    const int64_t gates = kind == 0 ? 4 : kind == 1 ? 3 : 1;
+    const float inverse = table >= 0 ? 90.0f : kInverse;
+    return b.node(OpKind::Recurrence, std::move(inputs), to, {kind, reverse, cells, 0, 255, 10},
+                  {inverse},
+                  {b.weights(static_cast<uint32_t>(gates * n), out, 1, 1, bits),
+                   units(gates, 0.04f * weight, 0.01f * weight), units(gates, -0.5f, 0.2f), table});
+  };
+  const auto products = [&](int32_t from, int64_t gates, const char* name) {
+    const auto channels = static_cast<uint32_t>(gates * n);
+    return b.node(OpKind::Conv, {from}, b.value(name, gates * n, 1, steps, F32),
+                  {1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 0, 255, 0}, {1.0f, -1e9f, 1e9f},
+                  {b.weights(channels, static_cast<uint32_t>(b.p.values[from].c), 1, 1, bits),
+                   units(gates, 0.06f * weight, -0.02f * weight), units(gates, 0.25f, -0.1f), -1});
+  };
+  const auto lstm = layer(0, {x}, b.value("lstm", n, 1, steps), false, false, b.table(1));
+  const auto back = layer(0, {x, state, cell}, b.value("back", n, 1, steps), true, false, -1);
+  const auto both =
+      b.node(OpKind::Concat, {lstm, back}, b.value("both", 2 * n, 1, steps), {}, {}, {-1, -1});
+  const auto gru = layer(1, {products(both, 3, "of_gru"), state}, b.value("gru", n, 1, steps), true,
+                         false, b.table(3));
+  const auto plain =
+      layer(2, {products(gru, 1, "of_tanh")}, b.value("tanh", n, 1, steps), false, false, -1);
+  const auto of_relu = products(plain, 1, "of_relu");
+  const auto relu = layer(3, {of_relu}, b.value("relu", n, 1, steps, F32), true, false, -1);
+  const auto cells = layer(0, {products(plain, 4, "of_cells"), state, cell},
+                           b.value("cells", 2 * n, 1, steps, F32), false, true, -1);
+  const auto last = layer(1, {products(plain, 3, "of_last")}, b.value("last", n, 1, steps, F32),
+                          false, false, -1);
+  b.p.inputs = {image, state, cell};
+  b.p.outputs = {cells, relu, last};
   return b.p;
 }
 

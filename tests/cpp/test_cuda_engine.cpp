@@ -422,7 +422,9 @@ TEST(errors_have_codes_and_sentences) {
 #endif
 
   // What works on floats between layers runs on the CPU alone.
-  Program floats = programs::float_program();
+  Program floats = programs::float_program(), recurrent = programs::recurrent_program();
+  Node& line = recurrent.nodes[0];  // (A line of floats would be refused, too.)
+  line = {OpKind::Function, "layer.function", line.inputs, line.output, {1}, {0.5f, 0.0f}, {}};
   const auto refused = [&](const char* text) {
     const std::vector<uint8_t> file = write_program(floats);
     AdalayerCudaOptions plain = options();
@@ -432,6 +434,9 @@ TEST(errors_have_codes_and_sentences) {
     CHECK_MSG(message.find(text) != std::string::npos, message);
   };
   refused("input 'mask' is token ids");
+  std::swap(floats, recurrent);
+  refused("recurrent layers run on the CPU alone");
+  std::swap(floats, recurrent);
   floats.nodes.resize(1);  // the first convolution alone
   floats.values = {floats.values[floats.inputs[0]], floats.values[floats.nodes[0].output]};
   floats.inputs = floats.nodes[0].inputs = {0};

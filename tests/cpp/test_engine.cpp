@@ -221,6 +221,17 @@ TEST(floats_are_bit_equal_to_the_interpreter) {
     check_program(float_program(), batch);
 }
 
+TEST(recurrent_layers_are_bit_equal_to_the_interpreter) {
+  // Around a tile of 64 units and of 16 outputs, a register, and the steps that are side by side.
+  for (const int hidden : {1, 3, 16, 63, 64, 65, 130})
+    for (const int64_t steps : {1, 2, 16, 17})
+      for (const int bits : {2, 4, 8}) {
+        if (hidden > 64 && (steps == 2 || bits == 2)) continue;
+        check_program(recurrent_program(hidden, steps, bits), steps == 2 ? 9 : 1);
+      }
+  check_program(recurrent_program(), 5);
+}
+
 TEST(convolutions_are_bit_equal_to_the_interpreter) {
   for (int i = 0; i < 8; ++i) {
     const Program p = network();

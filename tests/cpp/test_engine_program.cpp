@@ -22,8 +22,8 @@ TEST(every_operation_is_valid_and_runs) {
   const Program p = every_operation();
   validate(p);
   std::set<OpKind> kinds;
-  const Program tokens = token_program(), floats = float_program();
-  for (const Program* all : {&p, &tokens, &floats})
+  const Program tokens = token_program(), floats = float_program(), steps = recurrent_program();
+  for (const Program* all : {&p, &tokens, &floats, &steps})
     for (const Node& n : all->nodes)
       kinds.insert(n.op);
   size_t operations = 0;
@@ -314,7 +314,8 @@ TEST(the_table_of_operations_holds_together) {
 TEST(every_parameter_has_its_range_and_every_list_its_length) {
   std::set<OpKind> met;
   int refusals = 0;
-  for (const Program& whole : {every_operation(), token_program(), float_program()}) {
+  for (const Program& whole :
+       {every_operation(), token_program(), float_program(), recurrent_program()}) {
     for (size_t k = 0; k < whole.nodes.size(); ++k) {
       const Operation& o = operation(whole.nodes[k].op);
       met.insert(whole.nodes[k].op);
@@ -457,6 +458,54 @@ TEST(floats_are_what_they_must_be) {
   });
   refused_with("expected f32 output, got u8",
                [](Program& p) { output_of(p, OpKind::RmsNorm).kind = ValueKind::U8; });
+}
+
+TEST(refusals_of_recurrent_layers_say_what_is_wrong) {
+  const auto layer = [](Program& p, const char* name) -> Node& {
+    return *std::find_if(p.nodes.begin(), p.nodes.end(), [&](const Node& n) {
+      return n.op == OpKind::Recurrence && p.values[n.output].name == name;
+    });
+  };
+  const auto refused_with = [&](const char* text, const char* name,
+                                const std::function<void(Program&, Node&)>& change) {
+    Program p = recurrent_program();
+    change(p, layer(p, name));
+    CHECK_THROWS(validate(p), InvalidArgument, text);
+  };
+  validate(recurrent_program());
+  refused_with("kind must be 0 to 3, got 4", "lstm", [](Program&, Node& n) { n.ints[0] = 4; });
+  refused_with("reverse must be 0 to 1", "lstm", [](Program&, Node& n) { n.ints[1] = 2; });
+  refused_with("cells come out of an LSTM, as floats", "lstm",
+               [](Program&, Node& n) { n.ints[2] = 1; });
+  refused_with("cells come out of an LSTM, as floats", "last",
+               [](Program&, Node& n) { n.ints[2] = 1; });
+  refused_with("expected an even number of channels", "cells",
+               [](Program& p, Node& n) { p.values[n.output].c = 9; });
+  refused_with("expected products of 15 x 1 x 6, got 20 x 1 x 6", "lstm",
+               [](Program&, Node& n) { n.ints[0] = 1; });
+  refused_with("expected a state and a cell to begin with, or none, got 1", "back",
+               [](Program&, Node& n) { n.inputs.pop_back(); });
+  refused_with("expected one state to begin with, or none, got 2", "gru",
+               [](Program&, Node& n) { n.inputs.push_back(n.inputs[1]); });
+  refused_with("expected a state of 5 x 1 x 1, got 20 x 1 x 6", "back",
+               [](Program&, Node& n) { n.inputs[1] = n.inputs[0]; });
+  refused_with("expected a cell of 5 x 1 x 1", "back",
+               [](Program&, Node& n) { n.inputs[2] = n.inputs[0]; });
+  refused_with("expected products of 20 x 1 x 7", "lstm",
+               [](Program& p, Node& n) { p.values[n.output].w = 7; });
+  refused_with("expected weights of 20 x 5 x 1 x 1, got 15 x 5 x 1 x 1", "lstm",
+               [&](Program& p, Node& n) { n.constants[0] = layer(p, "gru").constants[0]; });
+  refused_with("scale: expected 20 floats, got 15", "lstm",
+               [&](Program& p, Node& n) { n.constants[1] = layer(p, "gru").constants[1]; });
+  refused_with("bias: every entry must be finite", "lstm", [](Program& p, Node& n) {
+    poke(p.constants[n.constants[2]].bytes, 4, std::numeric_limits<float>::infinity());
+  });
+  refused_with("without a table the inverse scale must be the output's", "back",
+               [](Program&, Node& n) { n.floats[0] = 2.0f; });
+  refused_with("a float output has no table", "relu",
+               [&](Program& p, Node& n) { n.constants[3] = layer(p, "lstm").constants[3]; });
+  refused_with("expected f32 input 0, got u8", "gru",
+               [&](Program& p, Node& n) { n.inputs[0] = layer(p, "lstm").output; });
 }
 
 TEST(ids_that_no_table_has_are_an_error_of_the_call) {

@@ -48,6 +48,9 @@ double work_of(const Program& p) {
       work += static_cast<double>(a.stride_h) * static_cast<double>(a.stride_w);
     } else if (n.op == OpKind::FloatConv) {
       work += static_cast<double>(conv_shape(p, n).macs()) + static_cast<double>(y.c) * 256.0;
+    } else if (n.op == OpKind::Recurrence) {
+      const RecurrenceSpec s = recurrence_spec(p, n);
+      work += outputs * static_cast<double>(recurrent_gates(s.kind) * s.hidden);
     } else if (n.op == OpKind::MaxPool || n.op == OpKind::AvgPool) {
       const PoolSpec s = pool_spec(p, n);
       work += outputs * static_cast<double>(s.kernel_h) * static_cast<double>(s.kernel_w);

@@ -23,6 +23,7 @@ from adalayer_native.capture.model import (
     TensorInfo,
     code_of,
 )
+from adalayer_native.capture.recurrence import link_recurrences
 from adalayer_native.capture.spellings import plain_products
 from adalayer_native.errors import UnsupportedModelError
 
@@ -225,6 +226,7 @@ def _over_a_tree(
         for name, layer in model.named_modules()
         if isinstance(layer, table.LAYERS) and name and name not in modules
     ]
+    link_recurrences(found)
     return found.eval()
 
 

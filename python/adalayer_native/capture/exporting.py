@@ -27,6 +27,7 @@ from adalayer_native.capture.functional import functionalise, inline_regions
 from adalayer_native.capture.model import holds
 from adalayer_native.capture.opaque import Call, opaque_calls
 from adalayer_native.capture.quiet import quiet
+from adalayer_native.capture.recurrence import whole_layers
 from adalayer_native.errors import AdaError, UnsupportedModelError
 
 __all__ = ["Export", "branches_in", "broken_guards", "export", "exported_of", "untouched"]
@@ -115,6 +116,7 @@ def _export(
         untouched(model),
         torch.no_grad(),
         opaque_calls(model, exclude, inputs) as calls,
+        whole_layers(),
         _simple(FREE_SECONDS if free_sizes else math.inf),
     ):
         program = torch_export(

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from adalayer_native.capture.vocabulary import arguments, op_name
+from adalayer_native.capture import recurrence
+from adalayer_native.capture.vocabulary import arguments, module_of, op_name
 from adalayer_native.padding import PaddedConv2d, Sides, four_paddings
 
 __all__ = ["Lifter"]
@@ -64,6 +65,7 @@ class Lifter:
         self.values: dict[fx.Node, Tensor | None] = {}
         self.known: dict[tuple[Any, ...], str] = {}
         self.lifted: dict[str, nn.Module] = {}
+        self.roots: dict[Any, str] = {}  # by what its inputs contribute, a recurrence's weight
         self.owners = {
             name: {id(t): leaf for leaf, t in _own_tensors(owner)}
             for name, owner in model.named_modules(remove_duplicate=False)
@@ -72,16 +74,25 @@ class Lifter:
     def run(self) -> dict[str, nn.Module]:
         """Replace operators by calls of modules; the modules by name."""
         for node in list(self.graph.nodes):
+            if node.op == "call_function" and op_name(node) == recurrence.LAYERS:
+                recurrence.expand(self.graph, node, self.value)
+        for node in list(self.graph.nodes):
             if node.op != "call_function":
                 continue
             if op_name(node) == "adalayer.mark.default":
                 self._marked(node)
             elif op_name(node) in _NORMS:
                 self._norm(node)
+            elif op_name(node) in (recurrence.STATES, recurrence.CELLS):
+                self._recurrent(node)
             else:
                 call = self._layer(node)
                 if call is not None:
                     self._replace(node, call)
+        for node in self.graph.nodes:
+            module = module_of(node, self.lifted)
+            if isinstance(module, recurrence.RecurrentStates):
+                module.layer_name = str(next(iter(node.users)).target)
         return self.lifted
 
     # -- layers -----------------------------------------------------------------------------
@@ -295,6 +306,35 @@ class Lifter:
             count += 1
             found = f"{name}_{count}"
         return found
+
+    # -- recurrent layers -------------------------------------------------------------------
+
+    def _recurrent(self, node: fx.Node) -> None:
+        """The steps between the products of a recurrent layer."""
+        a = arguments(node)
+        module: nn.Module
+        begin = (a["state"], a["cell"])
+        operands: tuple[Any, ...]
+        if "weight" in a:
+            module = recurrence.RecurrentStates(a["kind"], a["reverse"])
+            operands, role = (a["products"], *begin), "states"
+            target = _origin(a["weight"]) or f"{_path(node)}.weight_hh".lstrip(".")
+            self.roots[node.args[0]] = target
+        else:
+            module = recurrence.RecurrentCells(a["kind"], a["reverse"], a["cells"])
+            operands, role = (a["products"], a["recurrent"], *begin), "cells"
+            if a["cells"]:
+                role = "cell_states"
+            target = self.roots[node.args[0]]
+        owner, _, leaf = target.rpartition(".")
+        leaf = leaf.replace("weight_hh", role) if "weight_hh" in leaf else f"{leaf}_{role}"
+        name = self._unused(f"{owner}.{leaf}".lstrip("."))
+        self.lifted[name] = module.eval()
+        with self.graph.inserting_before(node):
+            new = self.graph.create_node("call_module", name, operands)
+        _inherit(new, node)
+        node.replace_all_uses_with(new)
+        self.graph.erase_node(node)
 
     # -- batch norms and marks --------------------------------------------------------------
 

@@ -67,7 +67,7 @@ def _native_rows(part: NativePart, batch: int, threads: int, rounds: int) -> lis
     program = part.program_at_level()
     values, sizes = program.values(), program.constants()
     rows = []
-    for op, name, inputs, output, _, _, constants in program.nodes():
+    for op, name, inputs, output, ints, _, constants in program.nodes():
         bits = input_bits = packed = macs = 0
         kind = "native"
         if op == "float_conv":
@@ -84,6 +84,11 @@ def _native_rows(part: NativePart, batch: int, threads: int, rounds: int) -> lis
             pixels = values[output if op == "conv" else inputs[0]][3:5]
             macs = math.prod(header["shape"]) * math.prod(pixels)
             input_bits = int(values[inputs[0]][7]).bit_length()
+        elif op == "recurrence":
+            header = _header(program.constant_bytes(constants[0]))
+            bits, packed = int(header["bits"]), sizes[constants[0]][1]
+            macs = math.prod(header["shape"]) * math.prod(values[output][3:5])
+            input_bits = (int(ints[4])).bit_length()  # hi: of the state's grid
         elif op == "embedding":
             bits, packed = int(values[output][7]).bit_length(), sizes[constants[0]][1]
         kernel, microseconds, why = found.get(name, ("", 0.0, ""))

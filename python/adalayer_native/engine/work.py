@@ -93,10 +93,15 @@ def _float_convolution(shapes: _Shapes) -> int:
     return math.prod(shapes.result) * math.prod(shapes["weight"][1:])
 
 
+def _recurrence(shapes: _Shapes) -> int:
+    return math.prod(shapes["products"]) * _packed(shapes)[1]
+
+
 _NATIVE: dict[str, Callable[[Any], int]] = {
     "adalayer.exact_conv2d.default": _float_convolution,
     "adalayer.exact_linear.default": inner("input"),
     "adalayer.conv2d.default": _native_convolution,
     "adalayer.conv_transpose2d.default": _native_transposed,
     "adalayer.linear.default": inner("x"),
+    "adalayer.recurrence.default": _recurrence,
 }

@@ -25,7 +25,7 @@ from adalayer_native import ops
 from adalayer_native.capture import GraphModel
 from adalayer_native.capture.vocabulary import LAYERS, op_name
 from adalayer_native.errors import CalibrationError, UnsupportedModelError
-from adalayer_native.nn import FakeQuantize
+from adalayer_native.nn import FakeQuantize, Recurrence
 from adalayer_native.nn.float_layer import FloatLayer
 from adalayer_native.nn.layer import NativeLayer
 from adalayer_native.plan import LayerPlan, Plan, layer_kind, supported_layers
@@ -152,6 +152,8 @@ def pairs_of(model: GraphModel, native: Any) -> Pairs:
         if name not in quantized:
             found.layers[name] = Layer(name, other, module, None, both, inputs)
             continue
+        if isinstance(other, Recurrence):
+            continue  # what it makes of its states, step by step, has no counterpart
         weight, bias = _folded(model, name, structure)
         row = equalized.rows.get(name)
         if row is not None:

@@ -160,6 +160,7 @@ class NativeLayer(QuantizedInput):
     lo: float | None
     hi: float | None
     policy: str = "native"
+    has_float_form = True  # whether a policy may run it in float
     # Under another policy (policy.py), what it has found out.
     fastest: Any = None
     # A FakeQuantize elsewhere in the model whose work a layer does on its way out. Written past

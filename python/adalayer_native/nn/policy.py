@@ -143,7 +143,7 @@ def set_policy(model: nn.Module, policy: str) -> None:
     if policy not in POLICIES:
         raise ValueError(f"policy must be one of {POLICIES}, got {policy!r}")
     for module in model.modules():
-        if isinstance(module, NativeLayer):
+        if isinstance(module, NativeLayer) and module.has_float_form:
             module.policy = policy
             module.fastest = Fastest(module) if policy == "fastest" else None
 

@@ -16,7 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adalayer_native.ops import attention, averages, cpu, cuda, fake, floats, fused, norms, resizing
+from adalayer_native.ops import (
+    attention,
+    averages,
+    cpu,
+    cuda,
+    fake,
+    floats,
+    fused,
+    norms,
+    recurrence,
+    resizing,
+)
 from adalayer_native.ops.checks import plain_eager, untraced
 from adalayer_native.ops.geometry import (
     LAYER_OPERATORS,
@@ -132,6 +143,11 @@ _library.define(
 _library.define(
     "key_mask(Tensor keys, Tensor constant, float zero, float other, bool several) -> Tensor"
 )
+_library.define(
+    "recurrence(Tensor products, Tensor weight_packed, Tensor weight_scale, Tensor bias, "
+    "float input_scale, int input_zero_point, int input_bits, Tensor? state, Tensor? cell, "
+    "str kind, bool reverse, bool cells) -> Tensor"
+)
 _library.define("exact_softmax(Tensor input) -> Tensor")
 _library.define("exact_function(Tensor input, str kind) -> Tensor")
 _library.define("exact_linear(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor")
@@ -159,6 +175,10 @@ for _function, _fake in (
     for _device in ("CPU", "CUDA"):
         _library.impl(_function.__name__, untraced(_function), _device)
     torch.library.register_fake(f"adalayer::{_function.__name__}", _fake, lib=_library)
+
+
+_library.impl("recurrence", untraced(recurrence.recurrence), "CPU")
+torch.library.register_fake("adalayer::recurrence", recurrence.fake_recurrence, lib=_library)
 
 
 def _layer_kernel(operator: str, run: Callable[[LayerCall], Tensor]) -> Callable[..., Tensor]:

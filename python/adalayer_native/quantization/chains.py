@@ -28,6 +28,7 @@ from adalayer_native.capture import GraphModel, TensorInfo, info_of
 from adalayer_native.capture import vocabulary as table
 from adalayer_native.capture.attention import attentions, mask_values
 from adalayer_native.capture.float_values import float_values
+from adalayer_native.capture.recurrence import recurrences
 from adalayer_native.capture.rms_norms import rms_norms
 from adalayer_native.capture.vocabulary import LAYERS
 from adalayer_native.errors import UnsupportedModelError
@@ -162,6 +163,7 @@ class _Analysis:
     def __init__(
         self, model: GraphModel, quantized: set[str], keep: Collection[str] | None
     ) -> None:
+        self.graph = model.graph
         self.modules = dict(model.named_modules())
         self.quantized = quantized
         self.keep = keep
@@ -433,13 +435,25 @@ class _Analysis:
                 )
             if name in inputs:
                 first, second = sites[inputs[name]], sites[origin]
-                if first is not second:
-                    merged = sorted({*first, *second}, key=lambda item: self.order[item])
-                    for member in merged:
-                        sites[member] = merged
+                self.merge(sites, first, second)
             else:
                 inputs[name] = origin
+        # A recurrent layer's state has one grid, in front of the next step and in what follows.
+        for states, cells in recurrences(self.graph, self.modules).items():
+            for node in cells:
+                if node in sites and states in sites and not self.modules[str(node.target)].cells:
+                    self.merge(sites, sites[states], sites[node])
         return inputs
+
+    def merge(
+        self, sites: dict[fx.Node, list[fx.Node]], first: list[fx.Node], second: list[fx.Node]
+    ) -> None:
+        """Two sites share a grid from here on."""
+        if first is second:
+            return
+        merged = sorted({*first, *second}, key=lambda item: self.order[item])
+        for member in merged:
+            sites[member] = merged
 
 
 def check_model(model: GraphModel) -> None:

@@ -5,10 +5,17 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import fx, nn
 
-from adalayer_native.capture import GraphModel
+from adalayer_native.capture import GraphModel, info_of
 from adalayer_native.capture import vocabulary as table
+from adalayer_native.capture.recurrence import (
+    RecurrentCells,
+    RecurrentStates,
+    link_recurrences,
+    recurrences,
+)
 from adalayer_native.capture.tidying import drop_dead
 from adalayer_native.padding import window_of
 from adalayer_native.quantization.chains import ACT_ROOT
@@ -62,9 +69,11 @@ def convert(prepared: GraphModel) -> GraphModel:
         native.graph.erase_node(step)
     drop_dead(native.graph)  # the scores of attentions
     _drop_identities(native)
-    clamps = _fuse(native, entries)
+    kinds = _fuse_recurrences(native, entries)
+    clamps = _fuse(native, {name: entry for name, entry in entries.items() if name not in kinds})
     for name in entries:
-        set_submodule(native, name, _native_layer(prepared, name, clamps.get(name)))
+        kind = kinds.get(name)
+        set_submodule(native, name, _native_layer(prepared, name, clamps.get(name), kind))
     for target, kept in metadata(prepared, "quantizers").items():
         if kept:
             old = quantizers_of(prepared)[target]
@@ -82,8 +91,8 @@ def convert(prepared: GraphModel) -> GraphModel:
     return native
 
 
-def _native_layer(prepared: GraphModel, name: str, clamp: Any) -> Any:
-    from adalayer_native.nn import Conv2d, ConvTranspose2d, Linear
+def _native_layer(prepared: GraphModel, name: str, clamp: Any, recurrent: str | None) -> Any:
+    from adalayer_native.nn import Conv2d, ConvTranspose2d, Linear, Recurrence
     from adalayer_native.nn.layer import NativeLayer
 
     layer: Any = prepared.get_submodule(name)
@@ -94,7 +103,9 @@ def _native_layer(prepared: GraphModel, name: str, clamp: Any) -> Any:
         QuantConvTranspose2d: ConvTranspose2d,
         QuantConv2d: Conv2d,
     }
-    return kinds[type(layer)].from_quantized(
+    kind = Recurrence if recurrent is not None else kinds[type(layer)]
+    window = window_of(layer) if recurrent is None else {"kind": recurrent}
+    return kind.from_quantized(
         folded.weight,
         layer.bits,
         folded.weight_scale,
@@ -103,8 +114,59 @@ def _native_layer(prepared: GraphModel, name: str, clamp: Any) -> Any:
         input_zero_point=quantizer.zero_point,
         input_bits=quantizer.bits,
         activation=clamp,
-        **window_of(layer),
+        **window,
     )
+
+
+def _fuse_recurrences(native: GraphModel, entries: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """States, the layer that reads them, and cells become one call of that layer; kind by layer."""
+    modules = dict(native.named_modules())
+    kinds: dict[str, str] = {}
+    for states, calls in recurrences(native.graph, modules).items():
+        module = modules[str(states.target)]
+        assert isinstance(module, RecurrentStates)
+        name = module.layer_name
+        if name not in entries:
+            module.grid_name = None  # (its quantizer is gone where nothing else reads it)
+            continue
+        kinds[name] = module.kind
+        cells = {modules[str(call.target)].cells: call for call in calls}
+        with native.graph.inserting_before(calls[0]):
+            given = (*states.args, module.reverse, True in cells)
+            fused = native.graph.call_module(name, given)
+            fused.meta.update(calls[0].meta)
+            parts = dict.fromkeys(cells, fused)
+            if True in cells:
+                hidden = info_of(calls[0]).shape[-1]  # type: ignore[union-attr]
+                fused.meta.pop("info")
+                for kind, call in cells.items():
+                    bounds = (hidden, 2 * hidden) if kind else (0, hidden)
+                    part = native.graph.call_function(_SLICE, (fused, 2, *bounds))
+                    part.meta.update(call.meta)
+                    parts[kind] = part
+        for kind, call in cells.items():
+            call.replace_all_uses_with(parts[kind])
+        for node in _up_to_cells(states):
+            native.graph.erase_node(node)
+    called = {str(node.target) for node in native.graph.nodes if node.op == "call_module"}
+    for name, module in modules.items():
+        if isinstance(module, (RecurrentStates, RecurrentCells)) and name not in called:
+            native.delete_submodule(name)
+    link_recurrences(native)
+    return kinds
+
+
+_SLICE = torch.ops.aten.slice.Tensor
+
+
+def _up_to_cells(states: fx.Node) -> list[fx.Node]:
+    """A call of states and all that reads it, once nobody reads the cells; the last ones first."""
+    found, pending = [], [states]
+    while pending:
+        node = pending.pop()
+        found.append(node)
+        pending.extend(node.users)
+    return found[::-1]
 
 
 def _fuse(native: GraphModel, entries: dict[str, dict[str, Any]]) -> dict[str, Any]:

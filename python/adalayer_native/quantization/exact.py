@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from adalayer_native.capture.recurrence import RecurrentCells, RecurrentStates
+from adalayer_native.ops.recurrence import EXACT
 from adalayer_native.quantization.exact_steps import exact_steps, undo_steps
 from adalayer_native.quantization.fake_quant import (
     QuantConv2d,
@@ -86,6 +88,7 @@ def simulate(prepared: nn.Module, *, exact: bool = True) -> Iterator[nn.Module]:
     entries = metadata(prepared, "layers")
     training = [(module, module.training) for module in prepared.modules()]
     layers = layers_of(prepared)
+    steps = [m for m in prepared.modules() if isinstance(m, (RecurrentStates, RecurrentCells))]
     norms: dict[str, nn.Module] = {}
     replaced: dict[fx.Node, fx.Node] = {}
     check_calibrated(prepared)
@@ -100,6 +103,8 @@ def simulate(prepared: nn.Module, *, exact: bool = True) -> Iterator[nn.Module]:
                     norms[target] = prepared.get_submodule(target)
                     set_submodule(prepared, target, nn.Identity())
             exact_steps(prepared, norms, replaced)
+            for step in steps:
+                step.exact = EXACT
         yield prepared
     finally:
         undo_steps(prepared, replaced)
@@ -107,5 +112,7 @@ def simulate(prepared: nn.Module, *, exact: bool = True) -> Iterator[nn.Module]:
             set_submodule(prepared, target, norm)
         for layer in layers.values():
             layer.exact = None
+        for step in steps:
+            step.exact = None
         for module, mode in training:
             module.training = mode

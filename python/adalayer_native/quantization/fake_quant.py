@@ -6,6 +6,7 @@ float32 sums; inside ``simulate(exact=True)`` they are the same bits (see ``exac
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
@@ -320,6 +321,13 @@ class QuantLinear(_QuantLayer, nn.Linear):
         if self.exact is not None:
             return self.exact.run(input)
         return F.linear(input, self.quantized_weight(), self.bias)
+
+    def frozen(self) -> Callable[[Tensor], Tensor]:
+        """The same function for many calls in a row: the weight is quantized once."""
+        if self.exact is not None:
+            return self.exact.run
+        weight, bias = self.quantized_weight(), self.bias
+        return lambda x: F.linear(x, weight, bias)
 
 
 QUANT_LAYERS: dict[type[nn.Module], Any] = {

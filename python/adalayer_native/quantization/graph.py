@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from adalayer_native.capture import GraphModel, captured
+from adalayer_native.capture.recurrence import RecurrentStates, link_recurrences
 from adalayer_native.capture.vocabulary import BATCH_NORMS, LAYERS
 from adalayer_native.errors import CalibrationError, UnsupportedModelError
 from adalayer_native.plan import LayerPlan, Plan
@@ -87,6 +88,7 @@ def build_prepared(
     for name, width in bits.items():
         _replace_layer(prepared, plan[name], width, structure, empty=empty)
     _insert_quantizers(prepared, plan, structure)
+    _link_states(prepared, structure)
     prepared.meta["kept_float"] = kept_float
     prepared.meta["layers"] = {
         name: {
@@ -103,6 +105,15 @@ def build_prepared(
     prepared.meta["quantizers"] = {site.target: site.kept for site in structure.sites.values()}
     prepared.eval()
     return prepared
+
+
+def _link_states(prepared: GraphModel, structure: Structure) -> None:
+    """Recurrent layers go through the layers and quantizers that there are now."""
+    for module in prepared.modules():
+        if isinstance(module, RecurrentStates):
+            site = structure.inputs.get(module.layer_name)
+            module.grid_name = None if site is None else f"{ACT_ROOT}.{site}"
+    link_recurrences(prepared)
 
 
 def _replace_layer(

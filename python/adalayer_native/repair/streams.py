@@ -16,6 +16,7 @@ from adalayer_native._fingerprint import memory_of
 from adalayer_native.capture import GraphModel, Inputs, batch_inputs
 from adalayer_native.capture import vocabulary as table
 from adalayer_native.capture.channels_last import laid_out
+from adalayer_native.capture.recurrence import link_recurrences
 from adalayer_native.errors import CalibrationError, InputError
 from adalayer_native.padding import PaddedConv2d
 from adalayer_native.quantization.fake_quant import ActivationQuantizer, QuantLayer
@@ -115,6 +116,7 @@ def float_twin(prepared: fx.GraphModule) -> fx.GraphModule:
     for name, module in list(twin.named_modules()):
         if isinstance(module, ActivationQuantizer):
             set_submodule(twin, name, nn.Identity())
+    link_recurrences(twin)
     return twin.eval()
 
 

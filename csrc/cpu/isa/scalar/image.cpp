@@ -256,6 +256,25 @@ void multiply_floats(const FloatProduct& p) {
     }
 }
 
+void recurrent_cell(const RecurrentCell& a) {
+  const int64_t gates = recurrent_gates(a.kind);
+  for (int64_t j = 0; j < a.hidden; ++j) {
+    float x[4], y[4];
+    for (int64_t g = 0; g < gates; ++g) {
+      const int64_t o = g * a.hidden + j;
+      x[g] = a.products[o];
+      y[g] = conv_value(a.sums[o] + a.correction[o], a.scale[o], a.bias[o]);
+    }
+    if (a.kind == RecurrentKind::Lstm)
+      a.state[j] = lstm_unit(x, y, a.cell[j]);
+    else if (a.kind == RecurrentKind::Gru)
+      a.state[j] = gru_unit(x, y, a.state[j]);
+    else
+      a.state[j] = plain_unit(a.kind, x[0], y[0]);
+    a.levels[j] = level(a.state[j], a.finish);
+  }
+}
+
 #include "cpu/isa/shared/image_table.inl"
 
 }  // namespace

@@ -28,4 +28,5 @@ constexpr ImageKernels kImage{
     .line_floats = line_floats,
     .normalize_floats = normalize_floats,
     .multiply_floats = multiply_floats,
+    .recurrent_cell = recurrent_cell,
 };
