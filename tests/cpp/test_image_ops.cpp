@@ -17,13 +17,14 @@
 #include "cpu/image/ops.hpp"
 #include "cpu/image_kernels.hpp"
 #include "exact.hpp"
+#include "seed.hpp"
 
 using namespace adalayer;
 using namespace adalayer::cpu;
 
 namespace {
 
-std::mt19937 rng(20240711);
+std::mt19937 rng(check::seed(20240711));
 
 int uniform(int low, int high) { return std::uniform_int_distribution<int>(low, high)(rng); }
 
