@@ -340,7 +340,7 @@ TEST(weights_beyond_the_caches) {
       w = static_cast<int8_t>((o / 16 + i / 64) % 5 == 0 ? 0 : w == 0 ? 1 : w);
     }
   layer.packed = formats::pack_canonical(layer.weights, 8, 2112, 2112, 1, 1);
-  CHECK(layer.packed.size() > size_t{4} << 20);
+  CHECK(layer.weights.size() > size_t{4} << 20);
   check_layer(layer, 1, "auto");
 }
 
