@@ -34,8 +34,9 @@ struct GatherSource {
   uint64_t lanes;
 };
 struct GatherPlan {
-  const int32_t* index;         // [channels of the output]
-  bool interleaved;             // out[2i] = in[i], out[2i + 1] = in[channels / 2 + i]
+  const int32_t* index;  // [channels of the output]
+  bool interleaved;      // out[2i] = in[even + i], out[2i + 1] = in[odd + i]
+  int64_t even, odd;
   const uint8_t* low;           // index % 64, padded to whole blocks
   const GatherSource* sources;  // of all blocks, one after another
   const int32_t* ends;          // end of each block's sources
@@ -105,21 +106,28 @@ struct DequantizeRow {
   int64_t plane;
 };
 
-/// Sums of products in blocks of 16: sum i lies at sums[i / 16 * block + i % 16], and whole blocks
-/// may be read.
+/// Sums of products in blocks of 16 or 32 columns: sum i is sums[i / columns * block + i % columns]
+/// + term, and whole blocks may be read.
 struct BlockedSums {
   const int32_t* sums;
   int64_t block;  // elements
+  int log_columns;
   int64_t count;
+  int32_t term;
+
+  const int32_t* at(int64_t i) const {
+    return sums + (i >> log_columns) * block + (i & ((int64_t{1} << log_columns) - 1));
+  }
 };
 
 /// One row of attention's weights.
 struct SoftmaxLevels {
-  BlockedSums sums;   // of the keys
-  float scale;        // of a score
-  const float* mask;  // [count], or null
-  float* scores;      // scratch: [count], up to whole blocks
-  int16_t* levels;    // the same; zeros behind the count
+  BlockedSums sums;      // of the keys
+  const int32_t* terms;  // [count], up to whole blocks of 16: each key's, that its sum lacks
+  float scale;           // of a score
+  const float* mask;     // [count], or null
+  float* scores;         // scratch: as many as terms
+  uint8_t* levels;       // the same; zeros behind the count
 };
 
 /// c[r][j] += a chain of fused multiply-adds, from 0, of a[r][k] * b[k][j] over `terms` values of

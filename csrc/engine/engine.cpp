@@ -277,7 +277,7 @@ struct Engine::Impl : PreparedProgram {
   /// Bytes of one image of a value in the arena.
   int64_t image_bytes(size_t v) const {
     const Value& value = program.values[v];
-    if (port[v] >= 0) return 0;
+    if (port[v] >= 0 || layouts[v].in_place()) return 0;
     return value.kind == ValueKind::U8 ? layouts[v].layout.image_bytes : port_bytes(value);
   }
 
@@ -294,6 +294,11 @@ struct Engine::Impl : PreparedProgram {
       for (const int32_t v : node.inputs)
         lifetimes[v].last = at;
     }
+    // Their memory is there with the first of its pieces.
+    for (size_t v = 0; v < lifetimes.size(); ++v)
+      if (layouts[v].in_place())
+        lifetimes[layouts[v].holder].first =
+            std::min(lifetimes[layouts[v].holder].first, lifetimes[v].first);
     return lifetimes;
   }
 
@@ -313,6 +318,12 @@ struct Engine::Impl : PreparedProgram {
     in_front.assign(program.values.size(), false);
     for (size_t v = 0; v < lifetimes.size(); ++v)
       in_front[v] = port[v] < 0 && lifetimes[v].last < static_cast<int32_t>(front);
+    for (size_t v = 0; v < lifetimes.size(); ++v) {
+      const ValueLayout& at = layouts[v];
+      if (!at.in_place()) continue;
+      arena.offsets[v] = arena.offsets[at.holder] + at.channel;
+      in_front[v] = in_front[at.holder];
+    }
   }
 
   /// Image by image, so that memory does not grow with the batch.

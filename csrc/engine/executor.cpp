@@ -118,7 +118,8 @@ void Executor::run_part(const Step& step, const Frame& frame, Part part, int tea
                         cpu::WeightStream* stream, int64_t segment) const {
   const Node& node = *step.node;
   const bool u8_out = p_.program.values[node.output].kind == ValueKind::U8;
-  if (part.index == 0 && u8_out && p_.layouts[node.output].own_input == nullptr)
+  const ValueLayout& to = p_.layouts[node.output];
+  if (part.index == 0 && u8_out && to.own_input == nullptr && !to.in_place())
     cpu::fill_padding(frame.layout(node.output), frame.data[node.output], frame.images,
                       static_cast<uint8_t>(p_.program.values[node.output].zero_point));
   if (step.floats) {

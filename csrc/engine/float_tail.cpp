@@ -23,12 +23,33 @@ Window adaptive_window(int64_t i, int64_t in, int64_t out) {
   return {adaptive_begin(i, in, out), adaptive_end(i, in, out), 0};
 }
 
+/// Channels whose sums are added up side by side: one sum alone waits for each of its additions.
+constexpr int64_t kChannels = 8;
+
+/// The sums of a window of `count` channels, each in the order of its rows.
+void add_up(const float* in, int64_t plane, int64_t in_w, const Window& y, const Window& x,
+            int64_t count, double* sums) {
+  std::fill_n(sums, kChannels, 0.0);
+  for (int64_t iy = y.begin; iy < y.end; ++iy)
+    for (int64_t ix = x.begin; ix < x.end; ++ix) {
+      const float* at = in + iy * in_w + ix;
+      if (count == kChannels) {
+        for (int64_t k = 0; k < kChannels; ++k)
+          sums[k] += static_cast<double>(at[k * plane]);
+      } else {
+        for (int64_t k = 0; k < count; ++k)
+          sums[k] += static_cast<double>(at[k * plane]);
+      }
+    }
+}
+
 }  // namespace
 
 void average_f32(const PoolSpec& s, bool adaptive, const float* in, int64_t in_h, int64_t in_w,
                  float* out, int64_t out_h, int64_t out_w, int64_t first_channel,
                  int64_t last_channel) {
-  for (int64_t c = first_channel; c < last_channel; ++c)
+  const int64_t plane = in_h * in_w;
+  for (int64_t c = first_channel; c < last_channel; c += kChannels)
     for (int64_t oy = 0; oy < out_h; ++oy)
       for (int64_t ox = 0; ox < out_w; ++ox) {
         const Window y =
@@ -37,14 +58,15 @@ void average_f32(const PoolSpec& s, bool adaptive, const float* in, int64_t in_h
         const Window x =
             adaptive ? adaptive_window(ox, in_w, out_w)
                      : fixed_window(ox, in_w, s.kernel_w, s.stride_w, s.pad_left, s.pad_right);
-        double sum = 0.0;
-        for (int64_t iy = y.begin; iy < y.end; ++iy)
-          for (int64_t ix = x.begin; ix < x.end; ++ix)
-            sum += static_cast<double>(in[(c * in_h + iy) * in_w + ix]);
         const int64_t divisor = s.count_padding && !adaptive
                                     ? y.padded * x.padded
                                     : (y.end - y.begin) * (x.end - x.begin);
-        out[(c * out_h + oy) * out_w + ox] = static_cast<float>(sum / static_cast<double>(divisor));
+        const int64_t count = std::min(kChannels, last_channel - c);
+        double sums[kChannels];
+        add_up(in + c * plane, plane, in_w, y, x, count, sums);
+        for (int64_t k = 0; k < count; ++k)
+          out[((c + k) * out_h + oy) * out_w + ox] =
+              static_cast<float>(sums[k] / static_cast<double>(divisor));
       }
 }
 

@@ -24,6 +24,43 @@ struct Needs : cpu::LayoutNeeds {
   }
 };
 
+// Kernels write whole columns of so many channels; what is next to them is another piece's.
+constexpr int64_t kColumns = 16;
+
+/// Whether a node writes nothing but the channels of its output, wherever pixels lie.
+bool keeps_to_its_channels(const Node* writer) {
+  if (writer == nullptr) return false;
+  if (writer->op == OpKind::Concat) return true;
+  return (writer->op == OpKind::Conv || writer->op == OpKind::ConvTranspose) &&
+         conv_attributes(*writer).groups == 1;
+}
+
+/// Places pieces of concatenations, the outer ones first.
+void place_pieces(const Program& program, const std::vector<int>& readers,
+                  const std::vector<const Node*>& writer, std::vector<ValueLayout>& layouts) {
+  for (size_t k = program.nodes.size(); k-- > 0;) {
+    const Node& node = program.nodes[k];
+    if (node.op != OpKind::Concat) continue;
+    const ValueLayout& whole = layouts[node.output];
+    const int32_t holder = whole.in_place() ? whole.holder : node.output;
+    int64_t channel = whole.channel;
+    for (size_t i = 0; i < node.inputs.size(); ++i) {
+      const int32_t v = node.inputs[i];
+      const Value& piece = program.values[v];
+      const bool fits = readers[v] == 1 && node.constants[i] < 0 &&
+                        piece.zero_point == program.values[node.output].zero_point &&
+                        piece.c % kColumns == 0 && channel % kColumns == 0;
+      if (fits && keeps_to_its_channels(writer[v])) {
+        layouts[v].layout = layouts[holder].layout;
+        layouts[v].layout.channels = piece.c;
+        layouts[v].holder = holder;
+        layouts[v].channel = channel;
+      }
+      channel += piece.c;
+    }
+  }
+}
+
 }  // namespace
 
 std::vector<ValueLayout> plan_layouts(const Program& program) {
@@ -56,6 +93,9 @@ std::vector<ValueLayout> plan_layouts(const Program& program) {
     layouts[v].own_input = cpu::algorithms_for(task).front()->own_input(task);
     if (layouts[v].own_input != nullptr) layouts[v].layout = layouts[v].own_input->layout;
   }
+  for (const int32_t v : program.outputs)
+    ++readers[v];
+  place_pieces(program, readers, writer, layouts);
   return layouts;
 }
 

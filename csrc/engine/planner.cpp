@@ -6,7 +6,6 @@
 #include <chrono>
 #include <cstdlib>
 #include <fstream>
-#include <limits>
 #include <sstream>
 #include <string_view>
 #include <system_error>
@@ -25,7 +24,7 @@ namespace fs = std::filesystem;
 // A choice must win by this much: clocks scatter, and packed weights take less memory.
 constexpr double kClearly = 0.95;
 // Rounds of all choices, the first of which only warms up; large programs get fewer.
-constexpr int kMostRounds = 8, kLeastRounds = 3;
+constexpr int kMostRounds = 10, kLeastRounds = 4;
 constexpr double kMostSeconds = 1.0;
 
 // In the file: four letters for the choices of each form.
@@ -48,6 +47,13 @@ constexpr int64_t kMostBytes = 8 << 20;
 void choose(std::vector<Step>& steps, const ConvChoice& choice) {
   for (Step& step : steps)
     if (step.conv) step.conv->choose(choice);
+}
+
+/// The lower one of two in the middle; reorders.
+double median(std::vector<double>& values) {
+  const auto middle = values.begin() + (std::ssize(values) - 1) / 2;
+  std::nth_element(values.begin(), middle, values.end());
+  return *middle;
 }
 
 class Hash {
@@ -102,22 +108,27 @@ void choose_by_clock(std::vector<Step>& steps, const TimedRun& run) {
     });
     if (possible || c == 0) timed.push_back(c);
   }
-  std::vector<std::vector<double>> best(choices);
-  for (auto& times : best)
-    times.assign(steps.size(), std::numeric_limits<double>::infinity());
-  std::vector<double> seconds(steps.size());
+  // A core's speed changes in the middle of it all, so that only times of the same round compare.
+  std::vector<std::vector<std::vector<double>>> ratios(
+      choices, std::vector<std::vector<double>>(steps.size()));
+  std::vector<double> seconds(steps.size()), first_choice;
   const auto start = Clock::now();
   for (int round = 0; round < kMostRounds; ++round) {
     for (const size_t c : timed) {
       choose(steps, choice_of(c));
       std::fill(seconds.begin(), seconds.end(), 0.0);
       run(seconds);
+      if (c == timed.front()) first_choice = seconds;
       for (size_t k = 0; round > 0 && k < steps.size(); ++k)
-        best[c][k] = std::min(best[c][k], seconds[k]);
+        ratios[c][k].push_back(first_choice[k] > 0.0 ? seconds[k] / first_choice[k] : 1.0);
     }
     const std::chrono::duration<double> spent = Clock::now() - start;
     if (round + 1 >= kLeastRounds && spent.count() > kMostSeconds) break;
   }
+  std::vector<std::vector<double>> times(choices, std::vector<double>(steps.size()));
+  for (const size_t c : timed)
+    for (size_t k = 0; k < steps.size(); ++k)
+      times[c][k] = median(ratios[c][k]);
   for (size_t k = 0; k < steps.size(); ++k) {
     if (!steps[k].conv) continue;
     // The fastest of each form, where its first choice wins ties; then the form, likewise.
@@ -127,11 +138,11 @@ void choose_by_clock(std::vector<Step>& steps, const TimedRun& run) {
       const size_t first = static_cast<size_t>(form) * kOfForm;
       size_t of_form = first;
       for (const size_t c : timed)
-        if (choice_of(c).form == form && best[c][k] < kClearly * best[first][k] &&
-            best[c][k] < best[of_form][k])
+        if (choice_of(c).form == form && times[c][k] < kClearly * times[first][k] &&
+            times[c][k] < times[of_form][k])
           of_form = c;
-      seconds_of_forms.push_back(best[of_form][k]);
-      if (form == 0 || best[of_form][k] < kClearly * best[fastest][k]) fastest = of_form;
+      seconds_of_forms.push_back(times[of_form][k]);
+      if (form == 0 || times[of_form][k] < kClearly * times[fastest][k]) fastest = of_form;
     }
     steps[k].conv->measured(std::move(seconds_of_forms));
     steps[k].conv->choose(choice_of(fastest));

@@ -69,8 +69,8 @@ RunImage constant(const Program& program, const Node& node) {
   return [=](const Frame& f, int64_t n, Part part) { cpu::constant(levels, f.image(y, n), part); };
 }
 
-/// Concat and Join: the pieces one after the other along an axis.
-RunImage join(const Program& program, const Node& node) {
+/// Concat and Join: the pieces one after the other along an axis, but for those that are there.
+RunImage join(const Program& program, const Node& node, const std::vector<ValueLayout>& layouts) {
   struct Piece {
     int32_t value;
     int64_t begin;
@@ -81,7 +81,8 @@ RunImage join(const Program& program, const Node& node) {
   int64_t begin = 0;
   for (size_t k = 0; k < node.inputs.size(); ++k) {
     const Value& x = program.values[node.inputs[k]];
-    pieces.push_back({node.inputs[k], begin, table_bytes(program, node.constants[k])});
+    if (!layouts[node.inputs[k]].in_place())
+      pieces.push_back({node.inputs[k], begin, table_bytes(program, node.constants[k])});
     begin += axis == 0 ? x.c : axis == 1 ? x.h : x.w;
   }
   const int32_t y = node.output;
@@ -310,7 +311,7 @@ RunImage run_image(const Program& program, const Node& node,
       return affine_image(program, node);
     case OpKind::Concat:
     case OpKind::Join:
-      return join(program, node);
+      return join(program, node, layouts);
     case OpKind::MaxPool:
     case OpKind::AvgPool:
     case OpKind::AdaptiveAvgPool:

@@ -1,5 +1,6 @@
 // The executor of csrc/engine against the interpreter, whole programs on every instruction set:
 // what a kernel needs between nodes (AMX its tile configuration, on every thread) shows here.
+#include <algorithm>
 #include <cmath>
 #include <random>
 #include <set>
@@ -11,6 +12,7 @@
 #include "cpu/conv/policy.hpp"
 #include "engine/engine.hpp"
 #include "engine/interpret.hpp"
+#include "engine/layouts.hpp"
 #include "engine_programs.hpp"
 #include "seed.hpp"
 
@@ -87,6 +89,46 @@ Program network() {
   return b.p;
 }
 
+/// Concatenations whose pieces are convolutions, transposed ones, other concatenations and what has
+/// to be copied: levels behind a table, a value with another reader, odd numbers of channels. They
+/// are read with padding.
+Program joined() {
+  Builder b;
+  const auto x = b.value("image", pick(1, 8), pick(3, 9), pick(3, 9), ValueKind::F32);
+  const Value image = b.p.values[0];
+  const int64_t h = image.h, w = image.w;
+  const auto y = b.node(OpKind::Quantize, {x}, b.value("levels", image.c, h, w));
+  const auto piece = [&](int64_t channels) {
+    return add_conv(b, y, {.out_channels = channels, .kernel = 2 * pick(0, 1) + 1});
+  };
+  const auto channels_of = [&](int32_t v) { return b.p.values[static_cast<size_t>(v)].c; };
+  const auto join = [&](const char* name, const std::vector<int32_t>& pieces,
+                        std::vector<int32_t> tables) {
+    int64_t channels = 0;
+    for (const int32_t v : pieces)
+      channels += channels_of(v);
+    tables.resize(pieces.size(), -1);
+    return b.node(OpKind::Concat, pieces, b.value(name, channels, h, w), {}, {}, tables);
+  };
+  const auto shared = piece(16 * pick(1, 3));
+  std::vector<float> scale(32, 0.02f), bias(32, 90 * kScale);
+  const auto transposed =
+      b.node(OpKind::ConvTranspose, {shared}, b.value("transposed", 32, h, w),
+             {3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 255, 10}, {kInverse, -1e30f, 1e30f},
+             {b.weights(32, static_cast<uint32_t>(channels_of(shared)), 3, 3, pick(2, 8)),
+              b.floats(scale), b.floats(bias), -1});
+  const auto inner = join("inner", {piece(16), piece(16 * pick(1, 5)), shared}, {});
+  std::vector<int32_t> pieces = {inner, transposed, piece(pick(1, 40)), piece(32), piece(16)};
+  std::shuffle(pieces.begin(), pieces.end(), g_random);
+  const auto outer = join("outer", pieces, {-1, -1, pick(0, 1) == 0 ? b.table(3) : -1});
+  const auto strided = add_conv(b, outer, {.out_channels = 8, .stride = 2});
+  const auto last = add_conv(b, outer, {.out_channels = 5, .kind = ValueKind::F32});
+  const auto more = add_conv(b, strided, {.out_channels = 3, .kind = ValueKind::F32});
+  b.p.inputs = {x};
+  b.p.outputs = {last, more};
+  return b.p;
+}
+
 std::vector<std::vector<float>> noise(const Program& p, int64_t batch) {
   return input_noise(p, batch, [] { return static_cast<float>(pick(-20, 140)); });
 }
@@ -133,6 +175,41 @@ TEST(every_operation_is_bit_equal_to_the_interpreter) {
   p.outputs.erase(p.outputs.begin());
   for (const int64_t batch : {1, 2, 5})
     check_program(p, batch);
+}
+
+TEST(concatenations_are_bit_equal_to_the_interpreter) {
+  for (int round = 0; round < 8; ++round)
+    check_program(joined(), pick(1, 4));
+}
+
+TEST(convolutions_write_pieces_of_concatenations_in_place) {
+  Builder b;
+  const auto x = b.value("image", 3, 6, 6, ValueKind::F32);
+  const auto y = b.node(OpKind::Quantize, {x}, b.value("levels", 3, 6, 6));
+  const auto conv = [&](int64_t channels) { return add_conv(b, y, {.out_channels = channels}); };
+  const int32_t a = conv(32), c = conv(16), odd = conv(20), d = conv(16), shared = conv(16),
+                tabled = conv(16), grouped = add_conv(b, d, {.out_channels = 16, .groups = 16});
+  const auto join = [&](std::vector<int32_t> pieces, int64_t channels,
+                        std::vector<int32_t> tables) {
+    return b.node(OpKind::Concat, std::move(pieces), b.value("joined", channels, 6, 6), {}, {},
+                  std::move(tables));
+  };
+  const int32_t inner = join({a, c}, 48, {-1, -1});
+  const int32_t outer =
+      join({grouped, inner, tabled, shared, odd}, 116, {-1, -1, b.table(3), -1, -1});
+  const int32_t last = add_conv(b, outer, {.out_channels = 2, .kind = ValueKind::F32});
+  const int32_t other = add_conv(b, shared, {.out_channels = 2, .kind = ValueKind::F32});
+  b.p.inputs = {x};
+  b.p.outputs = {last, other};
+  const std::vector<ValueLayout> layouts = plan_layouts(b.p);
+  const auto at = [&](int32_t v) { return layouts[static_cast<size_t>(v)]; };
+  for (const auto& [v, channel] : {std::pair{inner, 16}, {a, 16}, {c, 48}}) {
+    CHECK_EQ(at(v).holder, outer);
+    CHECK_EQ(at(v).channel, channel);
+    CHECK_EQ(at(v).layout.pitch, at(outer).layout.pitch);
+  }
+  for (const int32_t v : {odd, d, shared, tabled, grouped, outer})
+    CHECK(!at(v).in_place());
 }
 
 TEST(tokens_are_bit_equal_to_the_interpreter) {

@@ -15,7 +15,7 @@
 #include "cpu/image/attention.hpp"
 #include "cpu/image/float_conv.hpp"
 #include "cpu/image/ops.hpp"
-#include "cpu/image_kernels.hpp"
+#include "cpu/kernel_table.hpp"
 #include "exact.hpp"
 #include "seed.hpp"
 
@@ -585,15 +585,34 @@ TEST(slice) {
 }
 
 TEST(rearrange) {
-  for (int round = 0; round < 60; ++round) {
+  for (int round = 0; round < 80; ++round) {
     const int64_t c = pick(channel_counts()), h = uniform(1, 6), w = uniform(1, 6);
     const Image in(c, h, w);
     std::vector<std::vector<int32_t>> tables;
-    if (round % 3 != 0) {
+    if (round % 4 == 3) {
+      // Channels shuffled, all of them or a half, of pixels that are moved, or repeated.
+      const int64_t sizes[] = {h, w}, steps[] = {w, 1};
+      std::vector<int32_t> order;
+      const auto half = static_cast<int>(c / 2);
+      for (int64_t k = 0; k < c; ++k)
+        order.push_back(static_cast<int32_t>(k % 2 * half + k / 2));
+      if (uniform(0, 1) == 0) std::shuffle(order.begin(), order.end(), rng);
+      if (uniform(0, 1) == 0 && half > 0) order.erase(order.begin(), order.begin() + half);
+      for (int32_t& k : order)
+        k *= static_cast<int32_t>(h * w);
+      tables.push_back(std::move(order));
+      for (int axis = 0; axis < 2; ++axis) {
+        const int shift = uniform(0, 3);
+        std::vector<int32_t> table;
+        for (int64_t i = 0; i < sizes[axis] + uniform(0, 2); ++i)
+          table.push_back(static_cast<int32_t>((i + shift) % sizes[axis] * steps[axis]));
+        tables.push_back(std::move(table));
+      }
+    } else if (round % 4 != 0) {
       // Axes in another order; places in memory add up.
       const int64_t sizes[] = {c, h, w}, steps[] = {h * w, w, 1};
       std::vector<size_t> order = {0, 1, 2};
-      if (round % 3 == 1) std::shuffle(order.begin(), order.end(), rng);
+      if (round % 4 == 1) std::shuffle(order.begin(), order.end(), rng);
       for (const size_t axis : order) {
         std::vector<int32_t> table;
         for (int64_t i = 0; i < sizes[axis]; ++i)
@@ -626,16 +645,27 @@ TEST(rearrange) {
   }
 }
 
+/// What a thread does around its pass through a program: the tile unit's configuration.
+struct KernelScope {
+  const KernelRow* row = active_kernels();
+  KernelScope() {
+    if (row != nullptr) row->begin();
+  }
+  ~KernelScope() {
+    if (row != nullptr) row->end();
+  }
+};
+
 /// Sizes around a block of queries, a group of keys or channels, and their halves.
 AttentionShape random_attention() {
   AttentionShape n;
   n.sequences = uniform(0, 2) == 0 ? uniform(2, 3) : 1;
-  n.queries = pick<int64_t>({1, 2, 5, 23, 24, 25, 49});
-  n.keys = uniform(0, 2) == 0 ? n.queries : pick<int64_t>({1, 2, 15, 16, 17, 33, 64});
+  n.queries = pick<int64_t>({1, 2, 5, 23, 24, 25, 31, 33, 49, 65});
+  n.keys = uniform(0, 2) == 0 ? n.queries : pick<int64_t>({1, 2, 15, 16, 17, 33, 64, 65, 130});
   n.key_heads = uniform(1, 3);
   n.heads = n.key_heads * uniform(1, 2);
-  n.depth = pick<int64_t>({1, 2, 3, 8, 17, 32});
-  n.width = pick<int64_t>({1, 7, 15, 16, 17, 33, 64});
+  n.depth = pick<int64_t>({1, 2, 3, 8, 17, 32, 64, 70});
+  n.width = pick<int64_t>({1, 7, 15, 16, 17, 31, 33, 64, 65});
   return n;
 }
 
@@ -730,9 +760,13 @@ TEST(attention) {
         [&](int64_t c, int64_t y, int64_t x) {
           return finish_u8(reals[static_cast<size_t>((c * h + y) * w + x)], s.finish);
         },
-        [&](ImageView out, Part part) { attention(n, s, q.view(), k.view(), v.view(), out, part); },
+        [&](ImageView out, Part part) {
+          const KernelScope scope;
+          attention(n, s, q.view(), k.view(), v.view(), out, part);
+        },
         0, -1, true);
     check_floats("attention_f32 of " + describe(q.layout), reals, [&](float* out, Part part) {
+      const KernelScope scope;
       attention_f32(n, s, q.view(), k.view(), v.view(), {out, 1, h * w}, part);
     });
   }
@@ -1359,7 +1393,7 @@ TEST(avx512_without_vbmi) {
     kAvx512Image.lookup(table.data(), pixels);
     CHECK_EQ(count([&](int64_t k, int64_t x) { return table[static_cast<size_t>(in(k, 0, x))]; }),
              0);
-    kAvx512Image.gather({index.data(), true, nullptr, nullptr, nullptr}, pixels);
+    kAvx512Image.gather({index.data(), true, 0, n, nullptr, nullptr, nullptr}, pixels);
     CHECK_EQ(count([&](int64_t k, int64_t x) { return in(index[static_cast<size_t>(k)], 0, x); }),
              0);
   }

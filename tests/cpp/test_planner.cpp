@@ -116,6 +116,28 @@ TEST(the_clock_decides_for_every_convolution) {
   CHECK((plan.conv(1).choice() == ConvChoice{false, true}));
 }
 
+TEST(a_core_that_changes_its_speed_decides_nothing) {
+  if (cpu::active_kernels() == nullptr) return;
+  Plan plan;
+  // The clock is fast in one round only, and there only after the first choice has run; `a` gains
+  // from resident weights in any round, and a run now and then takes much longer.
+  int runs = 0;
+  choose_by_clock(plan.steps, [&](std::vector<double>& seconds) {
+    const bool fast = runs >= 9 && runs < 12;
+    for (size_t k = 0; k < plan.steps.size(); ++k) {
+      const Step& step = plan.steps[k];
+      if (!step.conv) continue;
+      seconds[k] = fast ? 1.0 : 1.6;
+      if (step.conv.get() == &plan.conv(0) && step.conv->choice().resident) seconds[k] *= 0.8;
+      if (runs % 11 == static_cast<int>(k)) seconds[k] *= 3.0;
+    }
+    ++runs;
+  });
+  CHECK(plan.conv(0).choice().resident);
+  CHECK((plan.conv(1).choice() == ConvChoice{false, false}));
+  CHECK((plan.conv(2).choice() == ConvChoice{false, false}));
+}
+
 TEST(zeros_are_left_out_where_that_is_clearly_faster) {
   if (cpu::active_kernels() == nullptr) return;
   const Builder b = three_with_zeros(1);

@@ -14,8 +14,9 @@ struct ForLow {};
 struct ForSources {};
 struct ForEnds {};
 
-/// Sorts the lanes of every output block by the input block that they come from. `input` and
-/// `output` count channels.
+}  // namespace
+
+// Sorts the lanes of every output block by the input block that they come from.
 GatherPlan plan_gather(const int32_t* index, int64_t input, int64_t output) {
   constexpr int64_t kBlock = 64;
   const int64_t blocks = (output + kBlock - 1) / kBlock;
@@ -45,11 +46,9 @@ GatherPlan plan_gather(const int32_t* index, int64_t input, int64_t output) {
   }
   bool interleaved = output % 2 == 0;
   for (int64_t c = 0; c < output / 2 && interleaved; ++c)
-    interleaved = index[2 * c] == c && index[2 * c + 1] == output / 2 + c;
-  return {index, interleaved, low, sources, ends};
+    interleaved = index[2 * c] == index[0] + c && index[2 * c + 1] == index[1] + c;
+  return {index, interleaved, index[0], interleaved ? index[1] : 0, low, sources, ends};
 }
-
-}  // namespace
 
 void slice(int64_t axis, int64_t begin, int64_t step, ConstImageView in, ImageView out, Part part) {
   const ImageKernels& kernels = image_kernels();

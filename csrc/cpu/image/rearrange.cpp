@@ -3,7 +3,8 @@
 // An element's number in NCHW order is turned into its place in memory once per table, and not once
 // per element: an image lies in memory as row offset + pixel offset + channel, each of them linear
 // in its coordinate, so places may be added up like numbers as long as no coordinate carries over
-// into the next one.
+// into the next one. Where channels alone change places, pixels are gathered as in a shuffle of
+// channels.
 #include <algorithm>
 #include <cstring>
 
@@ -16,6 +17,7 @@ namespace {
 struct ForChannels {};
 struct ForRows {};
 struct ForColumns {};
+struct ForIndex {};
 
 /// Pixels that are written together, so that their levels are read from the same cache lines where
 /// the channels of the output lie far apart in the input.
@@ -57,6 +59,26 @@ bool add_up(const ImageLayout& l, const Table& a, const Table& b, const Table& c
          a.most_x + b.most_x + c.most_x < l.w && (l.phases == 1 || moving <= 1);
 }
 
+/// Pixels as they are, wherever they go, with channels in the order of `channels`.
+void by_channels(const Table& channels, const Table& rows, const Table& columns, ConstImageView in,
+                 ImageView out, Part part) {
+  const ImageKernels& kernels = image_kernels();
+  const ImageLayout &a = *in.layout, &b = *out.layout;
+  auto* index = thread_scratch<int32_t, ForIndex>(b.channels);
+  std::copy_n(channels.place, b.channels, index);
+  const GatherPlan plan = plan_gather(index, a.channels, b.channels);
+  const uint8_t* origin = in.pixel(0, 0);
+  for (int64_t y = part.first(b.h); y < part.last(b.h); ++y)
+    for (int64_t x = 0, end = 0; x < b.w; x = end) {
+      const int64_t step = x + 1 < b.w ? columns.place[x + 1] - columns.place[x] : 0;
+      end = std::min(x + 2, b.w);
+      while (end < b.w && columns.place[end] - columns.place[end - 1] == step)
+        ++end;
+      kernels.gather(plan, {origin + rows.place[y] + columns.place[x], step, out.pixel(y, x),
+                            b.pitch, b.channels, end - x});
+    }
+}
+
 void one_by_one(const RearrangeSpec& s, ConstImageView in, ImageView out, Part part) {
   const ImageLayout &a = *in.layout, &b = *out.layout;
   for (int64_t y = part.first(b.h); y < part.last(b.h); ++y)
@@ -84,6 +106,8 @@ void rearrange(const RearrangeSpec& s, ConstImageView in, ImageView out, Part pa
   for (int64_t c = 0; c < b.channels; c = channels.run(c))
     ++runs;
   const bool in_runs = runs * kShortRun <= b.channels;
+  if (!in_runs && channels.most_y + channels.most_x == 0)
+    return by_channels(channels, rows, columns, in, out, part);
   const int64_t last = part.last(b.h) * b.w;
   for (int64_t first = part.first(b.h) * b.w; first < last; first += kBlock) {
     const int64_t count = std::min(kBlock, last - first);

@@ -40,6 +40,10 @@ void each_run(ConstImageView in, ImageView out, int64_t y, const Fn& fn) {
     fn(from + x * a.pitch, to + x * b.pitch, b.channels);
 }
 
+/// The order of channels `index`, of `input` of them, for the kernel that gathers `output` ones. It
+/// lies in scratch memory of this thread until the next plan.
+GatherPlan plan_gather(const int32_t* index, int64_t input, int64_t output);
+
 /// The pixels of one output row, for kernels that take strides.
 inline Pixels row_pixels(ConstImageView in, ImageView out, int64_t y) {
   const ImageLayout& a = *in.layout;

@@ -140,7 +140,12 @@ struct V {
   static I add16(I a, I b) { return from(vaddq_s16(s16(a), s16(b))); }
   static I sub16(I a, I b) { return from(vsubq_s16(s16(a), s16(b))); }
   /// Whole numbers that fit int16.
-  static void store_shorts(int16_t* p, I v) { vst1_s16(p, vmovn_s32(v)); }
+  static void store_bytes(uint8_t* p, I v) {
+    const int16x4_t shorts = vmovn_s32(v);
+    const uint32_t four =
+        vget_lane_u32(vreinterpret_u32_u8(vqmovun_s16(vcombine_s16(shorts, shorts))), 0);
+    __builtin_memcpy(p, &four, sizeof four);
+  }
   static I add32(I a, I b) { return vaddq_s32(a, b); }
   static I sub32(I a, I b) { return vsubq_s32(a, b); }
   static I mul32(I a, I b) { return vmulq_s32(a, b); }

@@ -200,19 +200,19 @@ void softmax(const float* in, int64_t channels, int64_t stride, int64_t count, f
   }
 }
 
-int32_t at(const BlockedSums& s, int64_t i) { return s.sums[i / 16 * s.block + i % 16]; }
+int32_t at(const BlockedSums& s, int64_t i) { return *s.at(i) + s.term; }
 
 int32_t softmax_levels(const SoftmaxLevels& row) {
   float top = -std::numeric_limits<float>::infinity();
   for (int64_t j = 0; j < row.sums.count; ++j) {
     const float mask = row.mask == nullptr ? 0.0f : row.mask[j];
-    row.scores[j] = attention_score(at(row.sums, j), row.scale, mask);
+    row.scores[j] = attention_score(at(row.sums, j) + row.terms[j], row.scale, mask);
     top = max_x86(row.scores[j], top);
   }
   int32_t total = 0;
   for (int64_t j = 0; j < (row.sums.count + 15) / 16 * 16; ++j) {
     const int32_t value = j < row.sums.count ? attention_level(row.scores[j], top) : 0;
-    row.levels[j] = static_cast<int16_t>(value);
+    row.levels[j] = static_cast<uint8_t>(value);
     total += value;
   }
   return total;

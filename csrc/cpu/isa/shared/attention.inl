@@ -1,23 +1,26 @@
 // What attention needs between its products, for any vector width. Included behind image.inl.
 
+I load32(const int32_t* p) { return V::load(reinterpret_cast<const uint8_t*>(p), Whole{}); }
+
 I load_sums(const BlockedSums& s, int64_t i) {
   static_assert(16 % kLanes == 0);
-  return V::load(reinterpret_cast<const uint8_t*>(s.sums + i / 16 * s.block + i % 16), Whole{});
+  return V::add32(load32(s.at(i)), V::set32(s.term));
 }
 
 int32_t softmax_levels(const SoftmaxLevels& row) {
   constexpr float kNothing = -__builtin_inff();
   const int64_t count = row.sums.count, whole = (count + 15) / 16 * 16;
   const F scale = V::set(row.scale);
+  const auto score = [&](int64_t j, F mask) {
+    return V::fma(V::to_float(V::add32(load_sums(row.sums, j), load32(row.terms + j))), scale,
+                  mask);
+  };
   if (row.mask == nullptr)
-    for (int64_t j = 0; j < whole; j += kLanes) {
-      const F sum = V::to_float(load_sums(row.sums, j));
-      V::store_floats(row.scores + j, V::fma(sum, scale, V::set(0.0f)), Whole{});
-    }
+    for (int64_t j = 0; j < whole; j += kLanes)
+      V::store_floats(row.scores + j, score(j, V::set(0.0f)), Whole{});
   else
     each_vector(count, [&](int64_t j, auto left) {
-      const F sum = V::to_float(load_sums(row.sums, j));
-      V::store_floats(row.scores + j, V::fma(sum, scale, V::floats(row.mask + j, left)), Whole{});
+      V::store_floats(row.scores + j, score(j, V::floats(row.mask + j, left)), Whole{});
     });
   for (int64_t j = count; j < whole; ++j)
     row.scores[j] = kNothing;
@@ -33,7 +36,7 @@ int32_t softmax_levels(const SoftmaxLevels& row) {
   for (int64_t j = 0; j < whole; j += kLanes) {
     const F weight = exponential(V::sub(V::floats(row.scores + j, Whole{}), tops));
     const I level = V::round(V::mul(weight, highest));
-    V::store_shorts(row.levels + j, level);
+    V::store_bytes(row.levels + j, level);
     total = V::add32(total, level);
   }
   return static_cast<int32_t>(V::total32(total));

@@ -161,7 +161,7 @@ void gather(const GatherPlan& plan, const Pixels& p) {
     const uint8_t* in = p.in + i * p.in_step;
     uint8_t* out = p.out + i * p.out_step;
     if (plan.interleaved) {
-      interleave(in, in + p.bytes / 2, p.bytes / 2, out);
+      interleave(in + plan.even, in + plan.odd, p.bytes / 2, out);
     } else {
       for (int64_t c = 0; c < p.bytes; ++c)
         out[c] = in[plan.index[c]];
