@@ -77,12 +77,13 @@ def _images(row: Row, data: Path, count: int) -> tuple[list[Tensor], list[Tensor
     return parts[0], parts[1]
 
 
-def _native(row: Row, model: nn.Module, calibration: Sequence[Tensor]) -> Any:
+def native_of(bits: int, model: nn.Module, calibration: Sequence[Tensor]) -> Any:
+    """Every layer of so many bits, rounded; ranges of some batches."""
     captured = ada.capture(model, calibration[0])
     layers = supported_layers(captured)
     plan = Plan(
         {
-            name: LayerPlan(name, layer_kind(layer), layer.weight.numel(), row.bits)
+            name: LayerPlan(name, layer_kind(layer), layer.weight.numel(), bits)
             for name, layer in layers.items()
         }
     )
@@ -91,7 +92,8 @@ def _native(row: Row, model: nn.Module, calibration: Sequence[Tensor]) -> Any:
     return ada.convert(prepared)
 
 
-def _onnxruntime(path: Path) -> Callable[[Tensor], np.ndarray]:
+def by_onnxruntime(path: Path) -> Callable[[Tensor], np.ndarray]:
+    """A file in ONNX Runtime, as it comes."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -101,7 +103,8 @@ def _onnxruntime(path: Path) -> Callable[[Tensor], np.ndarray]:
     return lambda x: np.asarray(session.run(None, {name: x.numpy()})[0])
 
 
-def _openvino(path: Path) -> Callable[[Tensor], np.ndarray]:
+def by_openvino(path: Path) -> Callable[[Tensor], np.ndarray]:
+    """A file in OpenVINO; what is in float there stays in float32."""
     import openvino
 
     options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
@@ -121,7 +124,7 @@ def measure(row: Row, data: Path, models: Path, count: int) -> dict[str, Any]:
         else network(row.network, models)
     )
     calibration, images = _images(row, data, count)
-    native = _native(row, model, calibration)
+    native = native_of(row.bits, model, calibration)
     engine = ada.compile(native, images[0], policy="native", weights="resident")
     wanted = np.concatenate([engine(x).numpy() for x in images])
     found: dict[str, Any] = {"images": len(wanted)}
@@ -129,8 +132,8 @@ def measure(row: Row, data: Path, models: Path, count: int) -> dict[str, Any]:
         path = Path(folder) / "net.onnx"
         found["bytes"] = ada.to_onnx(native, path, opset=row.opset)
         readers: dict[str, Callable[[Path], Callable[[Tensor], Any]]] = {
-            "onnxruntime": _onnxruntime,
-            "openvino": _openvino,
+            "onnxruntime": by_onnxruntime,
+            "openvino": by_openvino,
             "from_onnx": ada.from_onnx,
         }
         for name, reader in readers.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import http.client
 import json
 import threading
@@ -211,3 +212,18 @@ def running(
     if "error" in found:
         raise found["error"]
     assert "url" in found
+
+
+def image_batch(n: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(n, 3, 8, 8)).astype(np.float32)
+
+
+def outputs(answer: dict) -> np.ndarray:
+    (output,) = answer["outputs"]
+    return np.array(output["data"], np.float32).reshape(output["shape"])
+
+
+def load(server: Running, name: str, version: str, data: bytes) -> tuple[int, dict]:
+    text = base64.b64encode(data).decode()
+    body = {"parameters": {"config": "{}", f"file:{version}/model.ada": text}}
+    return server.request("POST", f"/v2/repository/models/{name}/load", json.dumps(body))

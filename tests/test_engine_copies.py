@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,14 +86,8 @@ def mixed() -> tuple[Engine, Tensor]:
 @pytest.mark.parametrize("name", COPIES)
 def test_native_engine(name: str) -> None:
     _, engine = small_engine()
-    engine = Engine(
-        engine._steps,
-        engine.inputs,
-        engine._leaves,
-        engine._out_spec,
-        preprocessing={"mean": [0.5]},
-        class_names=["a", "b", "c", "d"],
-    )
+    said = {"preprocessing": {"mean": [0.5]}, "class_names": ["a", "b", "c", "d"]}
+    engine = Engine(engine._steps, replace(engine._interface, **said))
     other = COPIES[name](engine)
     assert other is not engine and other._single is other._steps[0].run
     assert other.inputs == engine.inputs and other.device == engine.device

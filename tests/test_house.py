@@ -32,14 +32,14 @@ INTERFACES = {
     "allocation/pareto.py": {"pareto"},
     "compress.py": {"compress"},
     "importance/analyze.py": {"analyze"},
-    "nn/conv.py": {"Conv2d.from_quantized", "ConvTranspose2d.from_quantized"},
     "repair/model.py": {"repair"},
     "training/finetune.py": {"finetune"},
     "training/fit.py": {"fit"},
 }
 # A command's signature is its help.
 COMMANDS = {
-    "cli.py": {"compress", "train", "compile_packed", "profile", "compare", "serve"},
+    "cli.py": {"compress", "train", "compile_packed", "profile", "compare"},
+    "serve/command.py": {"serve"},
     "study/commands.py": {"adalayernet", "green"},
 }
 
@@ -114,3 +114,55 @@ def test_functions_are_short_and_take_few_parameters() -> None:
         if lines > MOST_LINES and (file, name) not in commands
     }
     assert not long
+
+
+_HEAD = re.compile(r"([A-Za-z_~][\w:~]*)\s*\(")
+_BODY = re.compile(
+    r"\s*(?:const|noexcept|override|final|mutable|\s|->\s*[\w:<>,&* ]+)*(?::[^;{]*)?\{"
+)
+_NO_FUNCTIONS = {"if", "for", "while", "switch", "return", "catch", "sizeof", "decltype", "alignas"}
+
+
+def _end(text: str, start: int, pair: str) -> int:
+    """Where the bracket that opens at ``start`` is closed."""
+    depth = 0
+    for place in range(start, len(text)):
+        depth += (text[place] == pair[0]) - (text[place] == pair[1])
+        if depth == 0:
+            return place
+    return len(text)
+
+
+def _parameters(text: str) -> int:
+    depth, count = 0, int(bool(text.strip()))
+    for character in text:
+        depth += (character in "(<{[") - (character in ")>}]")
+        count += character == "," and depth == 0
+    return count
+
+
+def cpp_functions() -> Iterator[tuple[str, int, int]]:
+    """Place, lines and parameters of every function in C++ and CUDA."""
+    for path in sorted((REPOSITORY / "csrc").rglob("*")):
+        if path.suffix not in (".cpp", ".hpp", ".inl", ".cu", ".cuh"):
+            continue
+        text = re.sub(r"//[^\n]*", "", path.read_text(encoding="utf-8"))
+        text = re.sub(r'"(\\.|[^"\\\n])*"|\'(\\.|[^\'\\])\'', '""', text)
+        for head in _HEAD.finditer(text):
+            close = _end(text, head.end() - 1, "()")
+            body = _BODY.match(text, close + 1)
+            if body is None or head[1] in _NO_FUNCTIONS:
+                continue
+            lines = text.count("\n", head.start(), _end(text, body.end() - 1, "{}")) + 1
+            place = f"{path.relative_to(REPOSITORY)}:{text.count(chr(10), 0, head.start()) + 1}"
+            yield f"{place} {head[1]}", lines, _parameters(text[head.end() : close])
+
+
+def test_functions_of_cpp_are_short_and_take_few_parameters() -> None:
+    found = list(cpp_functions())
+    assert len(found) > 1500
+    assert not [
+        (place, lines, count)
+        for place, lines, count in found
+        if lines > MOST_LINES or count > MOST_PARAMETERS
+    ]

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import adalayer_native as ada
 from adalayer_native.quantization.convert import convert
+from adalayer_native.quantization.file_contents import stored_model
 from adalayer_native.quantization.graph import build_prepared
-from adalayer_native.quantization.stored import stored_model
 
 
 def settled(norm: nn.Module) -> nn.Module:

@@ -417,3 +417,16 @@ def test_sizes_of_results_are_those_of_torch_and_of_the_engine():
         program.set_inputs(values[:1])
         program.set_outputs(values[1:])
         program.validate()  # which refuses any other size
+
+
+def test_layers_are_made_by_name() -> None:
+    layer = nn.Conv2d(3, 4, 3)
+    with pytest.warns(DeprecationWarning, match="'conv' is called 'layer' now"):
+        native = ada.nn.Conv2d.from_float(conv=layer, input_range=(-3.0, 3.0))
+    assert type(native) is ada.nn.Conv2d
+    weight, scale = torch.zeros(4, 3, 1, 1, dtype=torch.int8), torch.ones(4)
+    for kind, window in ((ada.nn.Conv2d, "output_padding"), (ada.nn.ConvTranspose2d, "strides")):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{window}'"):
+            kind.from_quantized(
+                weight, 8, scale, None, input_scale=1.0, input_zero_point=0, **{window: 1}
+            )

@@ -44,6 +44,33 @@ def test_ada(answered: tuple[torch.Tensor, torch.Tensor], tmp_path: Path) -> Non
     assert torch.equal(ada.load(tmp_path / "again.ada")(x), y)
 
 
+# Small networks that need one version of the .ada format each, with what every level answered.
+VERSIONS = json.loads((FOLDER / "versions.json").read_text())
+
+
+@pytest.mark.parametrize("name", VERSIONS)
+def test_every_version_of_the_format(name: str, tmp_path: Path) -> None:
+    data = (FOLDER / name).read_bytes()
+    assert name == f"ada-{data[8]}.{data[10]}.ada"  # the lower bytes of the header's version
+    engine = ada.load(shutil.copy(FOLDER / name, tmp_path))
+    given, levels = VERSIONS[name]["input"], VERSIONS[name]["output"]
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    x = images if given == "images" else torch.tensor(given)
+    assert engine.levels == len(levels)
+    for level, rows in enumerate(levels):
+        engine.set_quality(level)
+        wanted = torch.tensor([[float.fromhex(value) for value in row] for row in rows])
+        assert torch.equal(engine(x), wanted)
+    engine.save(tmp_path / "again.ada")
+    assert (tmp_path / "again.ada").read_bytes() == data
+
+
+def test_the_newest_version_of_the_format_is_among_them() -> None:
+    text = (Path(__file__).parent.parent / "csrc/engine/container.hpp").read_text()
+    newest = text.split("kAdaMinor = ")[1].split(";")[0]
+    assert f"ada-1.{newest}.ada" in VERSIONS
+
+
 def test_each_reader_names_the_other_for_the_other_kind_of_file(tmp_path: Path) -> None:
     with pytest.raises(ada.FileFormatError, match=r"packed model file: .*restore\(model, path\)"):
         ada.load(FOLDER / "resnet20.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 
@@ -214,6 +215,49 @@ def test_small_file_that_asks_for_a_huge_constant():
         constants={"s": np.array([1 << 20, 1 << 20, 3])},
     )
     with pytest.raises(UnsupportedModelError, match="ConstantOfShape c_node: it makes a constant"):
+        imported(made)
+
+
+def test_a_file_of_more_than_two_gigabytes(tmp_path):
+    path = tmp_path / "huge.onnx"
+    path.touch()
+    os.truncate(path, 1 << 31)  # of holes
+    with pytest.raises(
+        FileFormatError, match=r"huge\.onnx: has 2147483648 bytes; expected at most"
+    ):
+        ada.from_onnx(path)
+
+
+def test_sizes_that_double_and_square():
+    for kind, count, match in (("Concat", 30, "a list of 131072 sizes"), ("Mul", 30, "bits")):
+        attributes = {"axis": 0} if kind == "Concat" else {}
+        nodes = [node("Shape", ["x"], ["s0"])]
+        nodes += [node(kind, [f"s{i}", f"s{i}"], [f"s{i + 1}"], **attributes) for i in range(count)]
+        nodes += [node("Cast", [f"s{count}"], ["y"], to=FLOAT)]
+        made = model(nodes, inputs={"x": ["N", 3]}, outputs=["y"])
+        with pytest.raises(UnsupportedModelError, match=f"{kind} s.*{match}"):
+            imported(made)
+
+
+def test_functions_that_call_each_other_twice():
+    opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("d", 1)]
+    functions = []
+    for i in range(30):
+        kind, domain = (f"F{i + 1}", "d") if i < 29 else ("Relu", "")
+        body = [
+            onnx.helper.make_node(kind, [a], [b], domain=domain)
+            for a, b in (("a", "t"), ("t", "b"))
+        ]
+        functions.append(onnx.helper.make_function("d", f"F{i}", ["a"], ["b"], body, opsets))
+    made = model([node("F0", ["x"], ["y"], domain="d")], inputs={"x": [1, 3]}, outputs=["y"])
+    made.functions.extend(functions)
+    made.opset_import.append(opsets[1])
+    with pytest.raises(UnsupportedModelError, match=r"\d{10} nodes with its functions in place"):
+        imported(made)
+    del made.functions[:]
+    body = [onnx.helper.make_node("F0", ["a"], ["b"], domain="d")]
+    made.functions.append(onnx.helper.make_function("d", "F0", ["a"], ["b"], body, opsets))
+    with pytest.raises(FileFormatError, match="its functions cannot be inlined: Cycle"):
         imported(made)
 
 

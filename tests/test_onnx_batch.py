@@ -224,7 +224,7 @@ def test_sizes_and_nodes_that_are_none():
     free = model([node("Conv", ["x", "w"], ["y"])], inputs={"x": ["N", 3, "H", "W"]},
                  outputs=["y"], constants=weight)  # fmt: skip
     for sizes, text in (
-        ("32", "whole numbers from 1, got '32'"),
+        ("32", "whole numbers from 1, or ranges .*, got '32'"),
         ({"H": 32.0, "W": 32}, "got 32.0 for H"),
         (True, "got True"),
         ({"H": 0, "W": 3}, "got 0 for H"),

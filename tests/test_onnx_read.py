@@ -126,7 +126,7 @@ def test_shape_arithmetic_of_exporters():
 
 def test_sizes_are_checked():
     net = imported(classifier())
-    with pytest.raises(InputError, match=r"input 'x': expected sizes \['any', 3, 8, 8\], got"):
+    with pytest.raises(InputError, match=r"input 'x': expected sizes \[any, 3, 8, 8\], got"):
         net(torch.zeros(1, 3, 9, 8))
 
 

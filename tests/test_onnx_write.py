@@ -13,6 +13,7 @@ from torch import nn
 
 import adalayer_native as ada
 from adalayer_native.errors import CalibrationError, InputError, UnsupportedModelError
+from adalayer_native.nn.layer import NativeLayer
 from tests.helpers_onnx import by_openvino, by_runtime, converted, onnx
 
 
@@ -257,3 +258,26 @@ def test_choices_that_onnx_has_not(function, said, tmp_path):
     with pytest.raises(UnsupportedModelError, match=said):
         ada.to_onnx(native, tmp_path / "net.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_onnx_runtime_rounds_otherwise(tmp_path):
+    """Its integer kernels have biases in whole steps of the sums; nothing else differs."""
+    runtime = pytest.importorskip("onnxruntime")
+    torch.manual_seed(2)
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.ReLU6(),
+        nn.MaxPool2d(2), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 1),
+    )  # fmt: skip
+    x = torch.randn(4, 3, 16, 16)
+    native = converted(net, x)
+    ada.to_onnx(native, tmp_path / "net.onnx")
+    session = runtime.InferenceSession(str(tmp_path / "net.onnx"))  # with its own rewriting
+    theirs = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    before = np.abs(native(x).detach().numpy() - theirs).max()
+    *inner, _ = [m for m in native.modules() if isinstance(m, NativeLayer)]  # the last is in float
+    with torch.no_grad():
+        for layer in inner:
+            step = layer.input_scale * layer.weight_scale
+            layer.bias.copy_(torch.round(layer.bias / step) * step)
+        after = np.abs(native(x).numpy() - theirs).max()
+    assert after < 1e-5 * np.abs(theirs).max() < 0.1 * before

@@ -1,18 +1,15 @@
-"""The server's protocol, limits and faults, with replicas in threads (no Ray)."""
+"""The server's protocol and limits, with replicas in threads (no Ray)."""
 
 from __future__ import annotations
 
-import base64
 import gzip
 import http.client
 import io
 import json
 import math
 import socket
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +22,7 @@ pytest.importorskip("orjson", reason="needs the extra [serve]")
 
 import orjson
 from helpers_cli import run
-from helpers_serve import Gate, Running, running
+from helpers_serve import Running, image_batch, outputs, running
 from helpers_serve_model import CLASSES, write_model
 from helpers_torchvision import torchvision_models
 from PIL import Image
@@ -43,11 +40,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("serve") / "other.ada", seed=5)
-
-
-@pytest.fixture(scope="module")
 def server(model: Path):
     with running([ModelSource("tiny", "1", model)], max_body=1 << 20) as found:
         yield found
@@ -56,15 +48,6 @@ def server(model: Path):
 @pytest.fixture(scope="module")
 def engine(model: Path) -> ada.Engine:
     return ada.load(model)
-
-
-def image_batch(n: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=(n, 3, 8, 8)).astype(np.float32)
-
-
-def outputs(answer: dict) -> np.ndarray:
-    (output,) = answer["outputs"]
-    return np.array(output["data"], np.float32).reshape(output["shape"])
 
 
 # -- the protocol ---------------------------------------------------------------------------------
@@ -646,275 +629,6 @@ def test_slow_headers(model: Path):
         assert server.request("GET", "/v2/health/ready")[0] == 200
 
 
-# -- models that come and go ----------------------------------------------------------------------
-
-
-def load(server: Running, name: str, version: str, data: bytes) -> tuple[int, dict]:
-    text = base64.b64encode(data).decode()
-    body = {"parameters": {"config": "{}", f"file:{version}/model.ada": text}}
-    return server.request("POST", f"/v2/repository/models/{name}/load", json.dumps(body))
-
-
-def test_models_and_versions(model: Path, other: Path):
-    x = image_batch(2)
-    one, two = ada.load(model).run(x), ada.load(other).run(x)
-    assert not np.array_equal(one, two)
-    with running([ModelSource("tiny", "1", model)]) as server:
-        assert load(server, "tiny", "3", other.read_bytes()) == (200, {})
-        assert load(server, "second", "1", other.read_bytes()) == (200, {})
-        # The highest version answers where none is named.
-        np.testing.assert_array_equal(outputs(server.infer(x)[1]), two)
-        np.testing.assert_array_equal(outputs(server.infer(x, "tiny/versions/1")[1]), one)
-        np.testing.assert_array_equal(outputs(server.infer(x, "second")[1]), two)
-        assert server.request("GET", "/v2/models/tiny")[1]["versions"] == ["1", "3"]
-        unload = "/v2/repository/models/tiny/unload"
-        body = json.dumps({"parameters": {"version": "3"}})
-        assert server.request("POST", unload, body) == (200, {})
-        np.testing.assert_array_equal(outputs(server.infer(x)[1]), one)
-        # In the place of one that runs.
-        assert load(server, "tiny", "1", other.read_bytes()) == (200, {})
-        np.testing.assert_array_equal(outputs(server.infer(x)[1]), two)
-        # Without a file: again from where it came.
-        assert server.request("POST", "/v2/repository/models/tiny/load", "{}") == (200, {})
-        np.testing.assert_array_equal(outputs(server.infer(x)[1]), one)
-        assert server.request("POST", unload, "") == (200, {})
-        assert server.infer(x)[0] == 404
-        assert server.request("POST", unload, "")[0] == 404
-        rows = server.request("POST", "/v2/repository/index", b"")[1]
-        assert [(r["name"], r["version"], r["state"]) for r in rows] == [
-            ("second", "1", "READY"),
-            ("tiny", "1", "UNAVAILABLE"),
-            ("tiny", "3", "UNAVAILABLE"),
-        ]
-        ready = server.request("POST", "/v2/repository/index", b'{"ready": true}')[1]
-        assert [row["name"] for row in ready] == ["second"]
-
-
-def test_a_corrupt_upload_changes_nothing(model: Path):
-    x = image_batch(1)
-    data = model.read_bytes()
-    wanted = ada.load(model).run(x)
-    damaged = bytearray(data)
-    damaged[len(data) // 2] ^= 1
-    with running([ModelSource("tiny", "1", model)]) as server:
-        for bad in (bytes(damaged), data[:-100], b"", b"rubbish"):
-            status, answer = load(server, "tiny", "1", bad)
-            assert status == 400, answer
-            np.testing.assert_array_equal(outputs(server.infer(x)[1]), wanted)
-        (row,) = server.request("POST", "/v2/repository/index", b"")[1]
-        assert row["state"] == "READY" and "last load failed" in row["reason"]
-        body = {"parameters": {"file:1/model.ada": "%%%"}}
-        path = "/v2/repository/models/tiny/load"
-        status, answer = server.request("POST", path, json.dumps(body))
-        assert status == 400 and "base64" in answer["error"]
-        body = {"parameters": {"file:../../x": ""}}
-        assert server.request("POST", path, json.dumps(body))[0] == 400
-        assert load(server, "-x", "1", data)[0] == 400
-        assert load(server, "..%2Fx", "1", data)[0] == 404
-        assert server.request("POST", "/v2/repository/models/new/load", "{}")[0] == 404
-
-
-def test_repository_folder_and_no_control(model: Path, tmp_path: Path):
-    target = tmp_path / "boxed" / "2"
-    target.mkdir(parents=True)
-    (target / "model.ada").write_bytes(model.read_bytes())
-    with running(repository=tmp_path) as server:
-        assert server.request("GET", "/v2/health/ready")[0] == 503
-        body = json.dumps({"parameters": {"version": "2"}})
-        assert server.request("POST", "/v2/repository/models/boxed/load", body) == (200, {})
-        assert server.infer(image_batch(1), "boxed")[0] == 200
-        assert server.request("GET", "/v2/health/ready")[0] == 200
-    with running([ModelSource("tiny", "1", model)], control=False) as server:
-        assert load(server, "tiny", "1", model.read_bytes())[0] == 403
-        assert server.request("POST", "/v2/repository/models/tiny/unload", "")[0] == 403
-
-
-def test_a_model_that_cannot_be_loaded_at_the_start(tmp_path: Path):
-    (tmp_path / "bad.ada").write_bytes(b"nothing")
-    from adalayer_native.serve.checks import StartError
-
-    with (
-        pytest.raises(
-            StartError,
-            match=r"model 'bad', version '1': ada file, header: expected at least 64 bytes",
-        ),
-        running([ModelSource("bad", "1", tmp_path / "bad.ada")]),
-    ):
-        pass
-    with (
-        pytest.raises(StartError, match="No such file"),
-        running([ModelSource("bad", "1", tmp_path / "missing.ada")]),
-    ):
-        pass
-
-
-# -- queues and faults ----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def gate():
-    Gate.close()
-    yield Gate
-    Gate.opened.set()
-
-
-GATED = "helpers_serve:GatedRunner"
-
-
-def test_batching_keeps_requests_apart(model: Path, engine: ada.Engine, gate):
-    source = ModelSource("tiny", "1", model)
-    with running([source], runner=GATED, max_batch=8) as server, ThreadPoolExecutor(20) as pool:
-        arrays = [image_batch(1 + k % 3, k) for k in range(20)]
-        asked = [pool.submit(server.infer, x) for x in arrays]
-        assert gate.entered.acquire(timeout=20)
-        time.sleep(0.5)  # both lanes hold one batch, the others wait
-        gate.opened.set()
-        for x, future in zip(arrays, asked, strict=True):
-            status, answer = future.result(timeout=30)
-            assert status == 200
-            np.testing.assert_array_equal(outputs(answer), engine.run(x))
-        text = server.request("GET", "/metrics")[1].decode()
-        count = next(r for r in text.splitlines() if r.startswith("adalayer_batch_size_count"))
-        assert float(count.split()[-1]) < 20
-
-
-def test_a_full_queue_and_lost_time(model: Path, gate):
-    source = ModelSource("tiny", "1", model)
-    settings = {"runner": GATED, "max_batch": 1, "max_queue": 3, "timeout": 1.0}
-    with running([source], **settings) as server, ThreadPoolExecutor(12) as pool:
-        asked = [pool.submit(server.infer, image_batch(1)) for _ in range(12)]
-        found = [future.result(timeout=20) for future in asked]
-        statuses = sorted(status for status, _ in found)
-        # Two in the lanes and three in the queue wait in vain; the rest is sent away at once.
-        assert statuses == [503] * 7 + [504] * 5
-        gate.opened.set()
-        assert server.infer(image_batch(1))[0] == 200
-        text = server.request("GET", "/metrics")[1].decode()
-        labels = 'model="tiny",version="1"'
-        assert f"adalayer_rejected_requests_total{{{labels}}} 7.0" in text
-        assert 'adalayer_request_errors_total{model="tiny",status="504",version="1"} 5.0' in text
-        assert f"adalayer_queue_requests{{{labels}}} 0.0" in text
-        assert f"adalayer_request_seconds_count{{{labels}}}" in text
-
-
-def test_what_dies_with_a_replica_is_sent_again(model: Path, engine: ada.Engine, gate):
-    source = ModelSource("tiny", "1", model)
-    with (
-        running([source], workers=2, runner=GATED, max_batch=2) as server,
-        ThreadPoolExecutor(12) as pool,
-    ):
-        deadline = time.monotonic() + 20
-        while b'replicas{model="tiny",version="1"} 2.0' not in server.request("GET", "/metrics")[1]:
-            assert time.monotonic() < deadline
-        arrays = [image_batch(1, k) for k in range(12)]
-        asked = [pool.submit(server.infer, x) for x in arrays]
-        assert gate.entered.acquire(timeout=20) and gate.entered.acquire(timeout=20)
-        time.sleep(0.3)
-        (workers,) = server.deployer.workers.values()
-        victim = workers[0]
-        victim._stopping = True
-        with victim._lock:
-            for connection in victim._connections:
-                connection.shutdown(socket.SHUT_RDWR)
-        time.sleep(0.3)
-        gate.opened.set()
-        for x, future in zip(arrays, asked, strict=True):
-            status, answer = future.result(timeout=30)
-            assert status == 200, answer
-            np.testing.assert_array_equal(outputs(answer), engine.run(x))
-        text = server.request("GET", "/metrics")[1].decode()
-        row = next(r for r in text.splitlines() if r.startswith("adalayer_resent_requests_total"))
-        assert float(row.split()[-1]) > 0
-        assert 'adalayer_replicas{model="tiny",version="1"} 1.0' in text
-
-
-def test_requests_wait_for_a_new_replica(model: Path, engine: ada.Engine):
-    x = image_batch(1)
-    with running([ModelSource("tiny", "1", model)]) as server, ThreadPoolExecutor(1) as pool:
-        ((app, workers),) = server.deployer.workers.items()
-        workers[0].stop()
-        deadline = time.monotonic() + 20
-        while server.request("GET", "/v2/models/tiny/ready")[0] == 200:
-            assert time.monotonic() < deadline
-        assert server.request("GET", "/v2/health/ready")[0] == 503
-        asked = pool.submit(server.infer, x)
-        time.sleep(0.2)
-        server.deployer.add(app, server.deployer.spec)
-        status, answer = asked.result(timeout=30)
-        assert status == 200
-        np.testing.assert_array_equal(outputs(answer), engine.run(x))
-
-
-def test_a_silent_replica_is_given_up(model: Path, engine: ada.Engine, gate):
-    source = ModelSource("tiny", "1", model)
-    x = image_batch(1)
-    settings = {"runner": GATED, "replica_timeout": 0.3, "timeout": 10.0}
-    with running([source], **settings) as server, ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(server.infer, x)
-        assert gate.entered.acquire(timeout=20)
-        (workers,) = server.deployer.workers.values()
-        deadline = time.monotonic() + 20
-        while workers[0].healthy():  # Ray Serve would replace it
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        gate.opened.set()
-        status, answer = asked.result(timeout=20)
-        assert status == 200
-        np.testing.assert_array_equal(outputs(answer), engine.run(x))
-
-
-def test_a_request_that_ends_every_replica(model: Path):
-    source = ModelSource("tiny", "1", model)
-    settings = {"runner": "helpers_serve:FragileRunner", "replica_timeout": 0.5}
-    with running([source], workers=3, **settings) as server, ThreadPoolExecutor(8) as pool:
-        bad = image_batch(1)
-        bad[0, 0, 0, 0] = 1e9
-        good = [image_batch(1, k) for k in range(7)]
-        asked = [pool.submit(server.infer, x) for x in [bad, *good]]
-        status, answer = asked[0].result(timeout=20)
-        assert status == 500 and "3 replicas" in answer["error"]
-        assert [future.result(timeout=20)[0] for future in asked[1:]] == [200] * 7
-
-
-def test_drain_answers_what_runs(model: Path, engine: ada.Engine, gate):
-    source = ModelSource("tiny", "1", model)
-    x = image_batch(1)
-    with running([source], runner=GATED) as server, ThreadPoolExecutor(3) as pool:
-        asked = [pool.submit(server.infer, x) for _ in range(3)]
-        assert gate.entered.acquire(timeout=20)
-        time.sleep(0.3)
-        server.stop()
-        time.sleep(0.5)
-        with pytest.raises(OSError):  # nothing new is taken
-            server.infer(x)
-        gate.opened.set()
-        for future in asked:
-            status, answer = future.result(timeout=20)
-            assert status == 200
-            np.testing.assert_array_equal(outputs(answer), engine.run(x))
-
-
-def test_strangers_at_the_data_port(model: Path, engine: ada.Engine):
-    from adalayer_native.serve import wire
-
-    x = image_batch(1)
-    with running([ModelSource("tiny", "1", model)]) as server:
-        spec = server.deployer.spec
-        hello = {"token": "wrong", "key": spec.key, "replica": "r", "pid": 1, "fetch": True}
-        for stranger in (
-            b"GET / HTTP/1.1\r\n\r\n" + b"x" * 100,
-            wire.frame_head(wire.Kind.HELLO, meta=hello),
-            wire.frame_head(wire.Kind.HELLO, payload=1 << 40),
-            wire.frame_head(wire.Kind.RESULT, count=1, payload=16),
-            wire.frame_head(wire.Kind.HELLO, meta={"token": spec.token}),
-        ):
-            with socket.create_connection((spec.host, spec.port), timeout=20) as connection:
-                connection.sendall(stranger)
-                with suppress(ConnectionResetError):
-                    assert connection.recv(1000) == b""
-        np.testing.assert_array_equal(outputs(server.infer(x)[1]), engine.run(x))
-
-
 def test_many_connections(server: Running, engine: ada.Engine):
     x = image_batch(1)
     wanted = engine.run(x)
@@ -961,21 +675,6 @@ def test_settings_are_checked(change):
         Settings(**change)
 
 
-def test_a_waiting_worker_reports_that_it_is_alone(model: Path, monkeypatch):
-    from adalayer_native.serve import replica
-
-    monkeypatch.setattr(replica, "ORPHANED", 0.3)
-    alone = threading.Event()
-    with running([ModelSource("tiny", "1", model)]) as server:
-        worker = replica.Worker(server.deployer.spec, alone.set)
-        worker.start()
-        assert not alone.wait(0.5)
-    try:
-        assert alone.wait(20)
-    finally:
-        worker.stop()
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -995,14 +694,3 @@ def test_arguments_of_the_command(monkeypatch, capsys, arguments, message):
     monkeypatch.setenv("COLUMNS", "200")
     assert run(monkeypatch, "serve", *arguments) == 2
     assert message in capsys.readouterr().err
-
-
-def test_names_are_limited(model: Path, monkeypatch):
-    from adalayer_native.serve import models
-
-    monkeypatch.setattr(models, "MAX_NAMES", 2)
-    with running([ModelSource("tiny", "1", model)]) as server:
-        assert load(server, "second", "1", b"rubbish")[0] == 400
-        status, answer = load(server, "third", "1", b"rubbish")
-        assert status == 400 and "2 names" in answer["error"]
-        assert load(server, "tiny", "2", model.read_bytes())[0] == 200

@@ -226,9 +226,7 @@ EngineOptions options_of(int64_t chunk, int64_t cache_bytes, const std::string& 
   return options;
 }
 
-/// Of sizes or levels.
-template <class Info>
-py::dict cache_info(const Info& info) {
+py::dict cache_info(const engine::CacheInfo& info) {
   py::dict found;
   found["entries"] = info.entries;
   found["bytes"] = info.bytes;

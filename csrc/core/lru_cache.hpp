@@ -1,6 +1,8 @@
 // Shared, immutable values by key; the least recently used ones leave above a limit in bytes.
 #pragma once
 
+#include <pthread.h>
+
 #include <cstddef>
 #include <list>
 #include <memory>
@@ -12,10 +14,6 @@ namespace adalayer {
 
 /// Safe from many threads. Value has bytes(), which never changes. A found value costs a look-up
 /// and no memory.
-///
-/// A fork copies the mutex as it is: held by a thread that the child does not have, it would never
-/// be free again. So the owner registers lock() and unlock() with pthread_atfork; the cache is then
-/// whole on both sides.
 template <class Key, class Value, class Hash>
 class LruCache {
  public:
@@ -90,5 +88,20 @@ class LruCache {
   std::size_t bytes_ = 0;
   std::size_t limit_;
 };
+
+/// The cache of this type that the whole process has. Never destroyed: worker threads and atexit
+/// handlers may still look something up.
+///
+/// A fork copies the mutex as it is: held by a thread that the child does not have, it would never
+/// be free again. So it is held over the fork, and the cache is whole on both sides.
+template <class Cache, std::size_t kLimit>
+Cache& process_cache() {
+  static Cache* const instance = [] {
+    constexpr auto unlock = [] { process_cache<Cache, kLimit>().unlock(); };
+    pthread_atfork([] { process_cache<Cache, kLimit>().lock(); }, unlock, unlock);
+    return new Cache(kLimit);
+  }();
+  return *instance;
+}
 
 }  // namespace adalayer

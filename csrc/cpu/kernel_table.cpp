@@ -6,6 +6,8 @@
 
 namespace adalayer::cpu {
 
+void do_nothing() {}
+
 std::span<const KernelRow* const> kernel_rows() {
   static const std::array rows{
 #ifdef ADALAYER_HAVE_AMX

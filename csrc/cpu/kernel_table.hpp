@@ -146,6 +146,9 @@ struct TileArrangement {
 
 using UnpackTiles = void (*)(const uint8_t* packed, int bits, int64_t count, int8_t* out);
 
+void do_nothing();
+
+/// A row says what it has; what it says nothing about, it does not have or need.
 struct KernelRow {
   const char* name;
   Isa isa;
@@ -156,22 +159,23 @@ struct KernelRow {
   void (*fake_quantize)(const float* x, int64_t n, const ActivationGrid& grid, float scale,
                         float* y);
   UnpackTiles unpack_tiles;
-  void (*begin)();  // per thread and pass: AMX tile configuration
-  void (*end)();
-  Positions positions;  // which of gemm and block the drivers of convolutions use
+  void (*begin)() = do_nothing;  // per thread and pass: AMX tile configuration
+  void (*end)() = do_nothing;
+  Positions positions = Positions::Listed;  // which of gemm and block convolutions use
   void (*gemm)(const GemmArgs&);
   /// Any number of rows, whose sums go on to `requantize` (its sums, tiles and rows are the
   /// kernel's business; g.sums is not used). All rows are kept: listed positions are outputs.
   /// May be null where gemm, then requantize, is as fast.
-  void (*gemm_requantize)(const GemmArgs& g, const RequantizeArgs& q, Requantize requantize);
-  int gemm_rows;                       // that a call should have at most
-  Gemv gemv;                           // needs no begin() and end(); not for arranged tiles
-  const TileArrangement* arrangement;  // of 8-bit weights, or null
+  void (*gemm_requantize)(const GemmArgs& g, const RequantizeArgs& q,
+                          Requantize requantize) = nullptr;
+  int gemm_rows = 56;  // that a call should have at most: several passes of the most
+  Gemv gemv;           // needs no begin() and end(); not for arranged tiles
+  const TileArrangement* arrangement = nullptr;  // of 8-bit weights, or null
   void (*store)(const StoreArgs&);
   void (*requantize)(const RequantizeArgs&);
   // Of flattened positions; other rows have none.
-  void (*block)(const BlockArgs&);
-  StemKernels stem;
+  void (*block)(const BlockArgs&) = nullptr;
+  StemKernels stem = {};
   const GroupedKernels* grouped;
   const WinogradKernels* winograd;
   const WinogradByteKernels* winograd_bytes = nullptr;  // or null

@@ -34,7 +34,7 @@ struct Call {
 /// A plan for one batch size in one workspace.
 struct Ready {
   int64_t batch = 0;
-  Plan plan;
+  LaunchPlan plan;
   cudaGraphExec_t graph = nullptr;
   cudaGraph_t source = nullptr;
   struct PortNode {
@@ -178,7 +178,7 @@ class DeviceEngine {
   }
 
   /// Choices for a batch size: forced, measured before, or the expected ones.
-  std::vector<Choice> chosen(const Plan& plan) const {
+  std::vector<Choice> chosen(const LaunchPlan& plan) const {
     std::vector<Choice> found;
     for (const auto& product : plan.products) {
       const std::vector<Choice> all = choices(product, machine);
@@ -197,8 +197,8 @@ class DeviceEngine {
   }
 
   /// A plan whose addresses are this workspace's, which grows where it must.
-  Plan plan_in(Workspace& w, int64_t batch, const std::vector<Choice>& choices) {
-    const Plan sizes = make_plan(model, batch, {}, choices);
+  LaunchPlan plan_in(Workspace& w, int64_t batch, const std::vector<Choice>& choices) {
+    const LaunchPlan sizes = make_plan(model, batch, {}, choices);
     if (sizes.arena_bytes > w.arena.bytes() || sizes.scratch_bytes > w.scratch.bytes()) {
       if (w.used) check(cudaEventSynchronize(w.done), "waiting for a workspace");
       w.ready.clear();  // their addresses end here
@@ -216,7 +216,8 @@ class DeviceEngine {
         check(cudaStreamSynchronize(own.stream), "cudaMemsetAsync");
       }
     }
-    Plan plan = make_plan(model, batch, {image.data(), w.arena.data(), w.scratch.data()}, choices);
+    LaunchPlan plan =
+        make_plan(model, batch, {image.data(), w.arena.data(), w.scratch.data()}, choices);
     for (Launch& l : plan.launches) {
       allow_shared_memory(l);
       if (l.output_at >= 0 && options.on_grid != 0) {
@@ -306,7 +307,7 @@ class DeviceEngine {
       w.ready.splice(w.ready.begin(), w.ready, it);
       return *w.ready.front();
     }
-    const Plan sizes = make_plan(model, batch, {});
+    const LaunchPlan sizes = make_plan(model, batch, {});
     const bool tune = with_graph && options.choice < 0 && (options.flags & ADALAYER_CUDA_TUNE) != 0;
     if (tune) {
       check(cudaStreamSynchronize(stream), "waiting for earlier work");
@@ -340,7 +341,7 @@ class DeviceEngine {
   }
 
   /// Measures the first choices of products that have not been measured.
-  void measure_choices(Workspace& w, int64_t batch, const Plan& sizes, const Call& call) {
+  void measure_choices(Workspace& w, int64_t batch, const LaunchPlan& sizes, const Call& call) {
     struct Best {
       Choice choice;
       double ms = 1e30;
@@ -364,7 +365,7 @@ class DeviceEngine {
       std::vector<Choice> choices;
       for (const auto& options_of : all)
         choices.push_back(options_of[std::min(round, options_of.size() - 1)]);
-      Plan plan = plan_in(w, batch, choices);
+      LaunchPlan plan = plan_in(w, batch, choices);
       std::map<ProductKey, bool> seen;
       for (Launch& l : plan.launches) {
         bring(l, call);

@@ -26,7 +26,7 @@ void fill_window(P& q, const PoolSpec& s) {
 
 }  // namespace
 
-Plan Launcher::run() {
+LaunchPlan Launcher::run() {
   std::vector<engine::Lifetime> lifetimes = d_.lifetimes;
   for (engine::Lifetime& l : lifetimes)
     l.bytes *= batch_;
@@ -427,8 +427,8 @@ void Launcher::held_values(const Node& n, const NodeData& d) {
   items(Kernel::Move, q, words(n.output));
 }
 
-Plan make_plan(const Model& model, int64_t batch, const Bases& bases,
-               const std::vector<Choice>& chosen) {
+LaunchPlan make_plan(const Model& model, int64_t batch, const Bases& bases,
+                     const std::vector<Choice>& chosen) {
   if (batch < 1 || batch > model.most_images())
     fail<InvalidArgument>("a plan is for 1 to ", model.most_images(), " images, got ", batch);
   return Launcher(model, batch, bases, chosen).run();

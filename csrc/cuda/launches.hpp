@@ -27,7 +27,7 @@ class Launcher {
         bases_(bases),
         chosen_(chosen) {}
 
-  Plan run();
+  LaunchPlan run();
 
  private:
   using Node = engine::Node;
@@ -140,7 +140,7 @@ class Launcher {
   const std::vector<Choice>& chosen_;
   std::vector<int64_t> offsets_;
   int32_t node_ = -1;
-  Plan plan_;
+  LaunchPlan plan_;
 };
 
 }  // namespace adalayer::cuda

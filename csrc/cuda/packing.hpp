@@ -30,12 +30,6 @@ constexpr int kBlockChannels = 64;
 // Depth of a step: what one stage of the pipeline holds.
 constexpr int kStepDepth = 128;
 
-/// Row and column (of 16 x 32) of byte `i` of register `r` in `lane`.
-ADALAYER_ANYWHERE constexpr int fragment_row(int lane, int r) { return lane / 4 + 8 * (r % 2); }
-ADALAYER_ANYWHERE constexpr int fragment_column(int lane, int r, int i) {
-  return 16 * (r / 2) + 4 * (lane % 4) + i;
-}
-
 /// Output channel, within a block of `cells` cells, of row `row` of cell `cell`. Chosen such that
 /// a lane's sums belong to 2 * cells neighbouring channels, beginning at 2 * cells * (lane / 4).
 /// (Cells of Form::Blocks are blocks of one cell.)

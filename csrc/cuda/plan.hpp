@@ -117,7 +117,7 @@ struct Bases {
   uint8_t* scratch = nullptr;  // zeros
 };
 
-struct Plan {
+struct LaunchPlan {
   std::vector<Launch> launches;
   int64_t arena_bytes = 0, scratch_bytes = 0;
   std::vector<Product> products;
@@ -125,7 +125,7 @@ struct Plan {
 
 /// All launches for `batch` images (1 to most_images()). `chosen`: one per product, or empty for
 /// the expected ones. Bytes of scratch stay below a limit; splits that need more are reduced.
-Plan make_plan(const Model& model, int64_t batch, const Bases& bases,
-               const std::vector<Choice>& chosen = {});
+LaunchPlan make_plan(const Model& model, int64_t batch, const Bases& bases,
+                     const std::vector<Choice>& chosen = {});
 
 }  // namespace adalayer::cuda

@@ -28,7 +28,6 @@ ADALAYER_DEVICE uint32_t block_x() { return blockIdx.x; }
 ADALAYER_DEVICE uint32_t block_y() { return blockIdx.y; }
 ADALAYER_DEVICE uint32_t block_z() { return blockIdx.z; }
 ADALAYER_DEVICE uint32_t grid_x() { return gridDim.x; }
-ADALAYER_DEVICE uint32_t grid_y() { return gridDim.y; }
 
 /// The block's dynamic shared memory.
 ADALAYER_DEVICE uint8_t* shared_memory() {
@@ -39,7 +38,6 @@ ADALAYER_DEVICE uint8_t* shared_memory() {
 // ---- order ----------------------------------------------------------------------------------
 
 ADALAYER_DEVICE void sync_threads() { __syncthreads(); }
-ADALAYER_DEVICE void sync_warp() { __syncwarp(); }
 ADALAYER_DEVICE void thread_fence() { __threadfence(); }
 
 /// A kernel may start before the one in front of it has ended. Until this returns it must not touch

@@ -4,8 +4,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <mutex>
-#include <vector>
 
 #include "engine/sized_engine.hpp"
 
@@ -13,22 +11,17 @@ namespace adalayer::engine {
 
 /// What is kept for levels beside the best one; the level used last always is. At most an eighth of
 /// EngineOptions::memory_bytes, within which a level and the best one's weights fit together.
-struct LevelLimits {
-  size_t entries = kMaxLevels;
-  size_t bytes = size_t{256} << 20;
-};
+constexpr CacheLimits kLevelLimits{.entries = kMaxLevels, .bytes = size_t{256} << 20};
 
 /// The engines of all levels of a program. Stored weights are in memory once; what is derived from
 /// them for this machine (panels, taps, corrections), and tables, is a level's own. It is made when
-/// the level is first asked for, which takes as long as compiling does, and the levels used longest
-/// ago leave above the limits. Memory of calls is shared. Safe from many threads: two that ask for
-/// a new level make it once, calls of other levels go on meanwhile, and whoever uses a level keeps
-/// it alive.
+/// the level is first asked for, which takes as long as compiling does. Memory of calls is shared.
+/// Safe from many threads.
 class LeveledEngine {
  public:
   /// Makes the best level. Throws what SizedEngine throws.
   explicit LeveledEngine(Program program, const EngineOptions& options = {},
-                         LevelLimits limits = {});
+                         CacheLimits limits = kLevelLimits);
 
   size_t levels() const { return program_.levels.size() + 1; }
   const std::shared_ptr<const SizedEngine>& best() const { return best_; }
@@ -37,32 +30,15 @@ class LeveledEngine {
   /// SizedEngine throws.
   std::shared_ptr<const SizedEngine> at(size_t level) const;
 
-  struct Info {
-    size_t entries = 0, bytes = 0;  // beside the best level
-    uint64_t made = 0;              // since the engine was made
-    LevelLimits limits;
-  };
-  Info info() const;
-  void set_limits(LevelLimits limits);
+  /// What is kept beside the best level.
+  CacheInfo info() const { return kept_.info(); }
+  void set_limits(CacheLimits limits) { kept_.set_limits(limits); }
 
  private:
-  struct Entry {
-    std::mutex making;
-    std::shared_ptr<const SizedEngine> engine;  // this and what follows: guarded by mutex_
-    size_t bytes = 0;
-    uint64_t used = 0;
-  };
-  std::shared_ptr<const SizedEngine> found(Entry& entry) const;
-  void shrink() const;
-
   Program program_;
   EngineOptions options_;
   std::shared_ptr<const SizedEngine> best_;
-
-  mutable std::mutex mutex_;
-  mutable std::vector<std::unique_ptr<Entry>> entries_;  // [levels() - 1]
-  mutable uint64_t clock_ = 0, made_ = 0;
-  LevelLimits limits_;
+  mutable EngineCache<size_t, SizedEngine> kept_;
 };
 
 }  // namespace adalayer::engine

@@ -34,12 +34,15 @@ bool same_nodes(const Program& a, const Program& b) {
 
 }  // namespace
 
-SizedEngine::SizedEngine(Program program, const EngineOptions& options, SizeLimits limits,
-                         const Engine* memory)
-    : options_(options), limits_(limits) {
-  // What the host has given room for is for weights and tensors first.
+CacheLimits limits_within(CacheLimits limits, const EngineOptions& options) {
   if (options.memory_bytes > 0)
-    limits_.bytes = std::min(limits_.bytes, static_cast<size_t>(options.memory_bytes) / 8);
+    limits.bytes = std::min(limits.bytes, static_cast<size_t>(options.memory_bytes) / 8);
+  return limits;
+}
+
+SizedEngine::SizedEngine(Program program, const EngineOptions& options, CacheLimits limits,
+                         const Engine* memory)
+    : options_(options), kept_(limits_within(limits, options)) {
   compiled_ = std::make_shared<const Engine>(std::move(program), options, memory);
   const Program& p = compiled_->program();
   rules_ = read_sizes(p);
@@ -70,79 +73,36 @@ std::shared_ptr<const Engine> SizedEngine::warm_up(std::span<const int64_t> size
 
 std::shared_ptr<const Engine> SizedEngine::found(std::span<const int64_t> sizes,
                                                  bool measured) const {
-  const std::shared_ptr<Entry> e = entry(sizes);
-  const auto done = [&] {
-    const std::lock_guard lock(mutex_);
-    return e->engine != nullptr && (e->measured || !measured) ? e->engine : nullptr;
-  };
-  if (auto engine = done()) return engine;
-  const std::lock_guard making(e->making);
-  if (auto engine = done()) return engine;  // another thread was quicker
-  try {
-    std::shared_ptr<const Engine> engine = make(sizes, measured);
-    const size_t bytes = engine->own_bytes();
-    const std::lock_guard lock(mutex_);
-    e->engine = engine;
-    e->measured = measured;
-    ++made_;
-    const auto place = index_.find(e->sizes);
-    if (place != index_.end() && *place->second == e) {  // it has not left meanwhile
-      bytes_ += bytes - e->bytes;
-      e->bytes = bytes;
-      shrink();
-    }
-    return engine;
-  } catch (...) {
-    const std::lock_guard lock(mutex_);
-    const auto place = index_.find(e->sizes);
-    if (e->engine == nullptr && place != index_.end() && *place->second == e) {
-      entries_.erase(place->second);
-      index_.erase(place);
-    }
-    throw;
-  }
-}
-
-std::shared_ptr<SizedEngine::Entry> SizedEngine::entry(std::span<const int64_t> sizes) const {
   rules_.check(sizes);
-  std::vector<int64_t> key(sizes.begin(), sizes.end());
-  const std::lock_guard lock(mutex_);
-  const auto found = index_.find(key);
-  if (found != index_.end()) {
-    entries_.splice(entries_.begin(), entries_, found->second);
-    return *found->second;
-  }
-  auto made = std::make_shared<Entry>();
-  made->sizes = key;
-  entries_.push_front(made);
-  index_.emplace(std::move(key), entries_.begin());
-  return made;
+  const Sizes key(sizes.begin(), sizes.end());
+  return kept_.at(key, measured, [&] { return make(key, measured); });
 }
 
-std::shared_ptr<const Engine> SizedEngine::make(std::span<const int64_t> sizes,
-                                                bool measured) const {
+SizedEngine::Cache::Made SizedEngine::make(const Sizes& sizes, bool measured) const {
+  const auto made = [&](std::shared_ptr<const Engine> engine) {
+    const size_t bytes = engine->own_bytes();
+    return Cache::Made{std::move(engine), bytes, measured};
+  };
   Program program = at_size(compiled_->program(), rules_, sizes, options_.memory_bytes);
-  if (!measured) return std::make_shared<const Engine>(std::move(program), *nearest(sizes));
+  if (!measured) return made(std::make_shared<const Engine>(std::move(program), *nearest(sizes)));
   EngineOptions options = options_;
   options.plan.clear();
   const Engine alone(std::move(program), options);
   // Weights in the forms that this size runs best with: of the compiled size where it is the same
   // form, or of another size that has it.
   std::vector<std::shared_ptr<const Engine>> alive = {compiled_};
-  {
-    const std::lock_guard lock(mutex_);
-    for (const auto& e : entries_)
-      if (e->engine != nullptr && e->measured) alive.push_back(e->engine);
-  }
+  kept_.each([&](const Sizes&, const Cache::Made& other) {
+    if (other.measured) alive.push_back(other.engine);
+  });
   std::vector<const Engine*> holders;
   for (const auto& engine : alive)
     holders.push_back(engine.get());
-  return std::make_shared<const Engine>(alone, *compiled_, holders);
+  return made(std::make_shared<const Engine>(alone, *compiled_, holders));
 }
 
 /// The engine of the size whose area is the most alike, of those that were timed.
-std::shared_ptr<const Engine> SizedEngine::nearest(std::span<const int64_t> sizes) const {
-  const auto area = [](std::span<const int64_t> axes) {
+std::shared_ptr<const Engine> SizedEngine::nearest(const Sizes& sizes) const {
+  const auto area = [](const Sizes& axes) {
     double product = 1.0;
     for (const int64_t n : axes)
       product *= static_cast<double>(n);
@@ -151,45 +111,13 @@ std::shared_ptr<const Engine> SizedEngine::nearest(std::span<const int64_t> size
   const double wanted = area(sizes);
   std::shared_ptr<const Engine> found = compiled_;
   double least = std::abs(area(compiled_sizes_) - wanted);
-  const std::lock_guard lock(mutex_);
-  for (const auto& e : entries_) {
-    if (e->engine == nullptr || !e->measured) continue;
-    const double distance = std::abs(area(e->sizes) - wanted);
-    if (distance >= least) continue;
+  kept_.each([&](const Sizes& other, const Cache::Made& made) {
+    const double distance = std::abs(area(other) - wanted);
+    if (!made.measured || distance >= least) return;
     least = distance;
-    found = e->engine;
-  }
+    found = made.engine;
+  });
   return found;
-}
-
-void SizedEngine::shrink() const {
-  size_t made = 0;
-  for (const auto& e : entries_)
-    made += e->engine != nullptr;
-  // From the one used longest ago on; the newest one, and those that are being made, stay.
-  for (auto at = entries_.end(); at != entries_.begin();) {
-    --at;
-    if (at == entries_.begin() || (made <= limits_.entries && bytes_ <= limits_.bytes)) return;
-    if ((*at)->engine == nullptr) continue;
-    bytes_ -= (*at)->bytes;
-    --made;
-    index_.erase((*at)->sizes);
-    at = entries_.erase(at);
-  }
-}
-
-SizedEngine::Info SizedEngine::info() const {
-  const std::lock_guard lock(mutex_);
-  Info info{0, bytes_, made_, limits_};
-  for (const auto& e : entries_)
-    info.entries += e->engine != nullptr;
-  return info;
-}
-
-void SizedEngine::set_limits(SizeLimits limits) {
-  const std::lock_guard lock(mutex_);
-  limits_ = limits;
-  shrink();
 }
 
 }  // namespace adalayer::engine

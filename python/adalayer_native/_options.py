@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from typer.core import TyperGroup
@@ -48,6 +49,7 @@ __all__ = [
     "picture_file",
     "share",
     "shares",
+    "told",
     "whole_numbers",
     "widths",
     "zero_patterns",
@@ -75,6 +77,21 @@ class Group(TyperGroup):
             where = f"for {name or before}" if name or before else "among the arguments"
             ctx.fail(f"expected a value {where}, got an empty text")
         return super().parse_args(ctx, args)
+
+
+Job = TypeVar("Job")
+
+
+def told(kind: type[Job], options: Mapping[str, Any], **others: Any) -> Job:
+    """A job, or settings, with the options that have the names of its fields.
+
+    Args:
+        kind: a dataclass.
+        options: of a command, as it got them: its ``locals()``.
+        others: fields that have another name or form than their option.
+    """
+    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: options[name] for name in names & options.keys()} | others)
 
 
 def above_zero(value: float | None) -> float | None:

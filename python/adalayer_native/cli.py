@@ -48,12 +48,14 @@ from ._options import (
     picture_file,
     share,
     shares,
+    told,
     whole_numbers,
     widths,
     zero_patterns,
 )
 from .allocation.methods import METHODS, method_of
 from .errors import AdaError
+from .serve.command import serve
 from .study.commands import app as study_app
 
 # Without rich's markup and panels: those read [serve] as markup, and cut what is long.
@@ -247,35 +249,17 @@ def compress(
         _console.say("checking model, weights and data")
     from .jobs import CompressJob, check_compress, run_compress
 
-    job = CompressJob(
-        model=model,
-        weights=weights,
-        data=data,
-        out=out,
-        budget=budget,
+    job = told(
+        CompressJob,
+        locals(),
         method=method.value,
         levels=numbers_of(levels),
         layer_bits=whole_numbers(layer_bits),
         stages=_names(stages),
         fixed={name: int(width) for name, _, width in (text.rpartition("=") for text in fix or [])},
         exclude=exclude or [],
-        epochs=epochs,
-        lr=lr,
-        distill=distill,
-        repair=repair,
-        calibration=calibration,
-        effort=effort,
-        image_size=image_size,
-        batch_size=batch_size,
-        classes=classes,
         **normalising(mean, std, scale),
-        criterion=criterion,
-        latency_table=latency_table,
-        frontier=frontier,
         energy=energy_use,
-        country=country,
-        seed=seed,
-        threads=threads,
         progress=not quiet,
     )
     report = check_compress(job) if check else run_compress(job)
@@ -313,21 +297,10 @@ def train(
     """
     from .jobs import TrainJob, run_train
 
-    job = TrainJob(
-        model=model,
-        data=data,
-        out=out,
-        epochs=epochs,
-        lr=lr,
-        label_smoothing=label_smoothing,
-        weight_decay=weight_decay,
-        augment=augment,
-        image_size=image_size,
-        batch_size=batch_size,
-        classes=classes,
+    job = told(
+        TrainJob,
+        locals(),
         **normalising(mean, std, scale),
-        seed=seed,
-        threads=threads,
         progress=not quiet,
     )
     report = run_train(job)
@@ -370,16 +343,12 @@ def compile_packed(
     shape = _shape(image_size, input_shape)
     from .jobs import CompileJob, run_compile
 
-    job = CompileJob(
-        source=source,
-        output=output,
-        model=model,
-        classes=classes,
+    job = told(
+        CompileJob,
+        locals(),
         input_shape=shape,
         **normalising(mean, std, scale),
         weights=weights.value,
-        batch=batch,
-        threads=threads,
     )
     found = run_compile(job)
     _printed(found, as_json)
@@ -446,21 +415,15 @@ def profile(
     shape = _shape(image_size, input_shape)
     from .jobs import ProfileJob, run_profile
 
-    job = ProfileJob(
-        model=model,
-        out=out,
-        shapes=shapes,
-        weights=weights,
+    job = told(
+        ProfileJob,
+        locals(),
         input_shape=shape or [3, 32, 32],
-        classes=classes,
         exclude=exclude or [],
-        isa=isa,
         bits=tuple(sorted(set(whole_numbers(bits) or ()))),
         sparsities=tuple(numbers_of(sparsities) or ()),
         patterns=tuple(_names(patterns) or ()),
         input_bits=() if input_bits == "none" else tuple(whole_numbers(input_bits) or ()),
-        batch=batch,
-        threads=threads,
         progress=not quiet,
     )
     found = run_profile(job)
@@ -511,20 +474,10 @@ def compare(
     """
     from .jobs import CompareJob, run_compare
 
-    job = CompareJob(
-        source=source,
-        model=model,
-        weights=weights,
-        data=data,
-        out=out,
-        picture=picture,
-        samples=samples,
-        suggest=suggest,
-        image_size=image_size,
-        classes=classes,
+    job = told(
+        CompareJob,
+        locals(),
         **normalising(mean, std, scale),
-        seed=seed,
-        threads=threads,
         progress=not quiet,
     )
     found = run_compare(job)
@@ -550,14 +503,22 @@ def info(
     file: Annotated[
         Path | None,
         typer.Argument(
-            help="Packed model (model.safetensors), engine (.ada) or a run directory; without: "
-            "this machine's instruction sets and threads."
+            help="Packed model (model.safetensors), engine (.ada), ONNX file (.onnx) or a run "
+            "directory; without: this machine's instruction sets and threads."
         ),
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(min=1, max=4096, help="Height and width that an ONNX file leaves free."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
-    """Show what a packed model, a compiled engine or a finished run holds, layer by layer."""
+    """Show what a model's file, a compiled engine or a finished run holds, layer by layer."""
     from . import infos
+
+    onnx = file is not None and file.suffix == ".onnx"
+    if image_size is not None and not onnx:
+        raise typer.BadParameter("--image-size is for ONNX files")
 
     if file is None:
         infos.show_machine(as_json)
@@ -565,6 +526,8 @@ def info(
         infos.show_run(file, as_json)
     elif file.suffix == ".ada":
         infos.show_engine(file, as_json)
+    elif onnx:
+        infos.show_onnx(file, as_json, image_size)
     else:
         infos.show_packed(file, as_json)
 
@@ -586,91 +549,7 @@ def demo(
     run_demo(out, size=size, epochs=epochs, seed=seed)
 
 
-@app.command(short_help="Serve .ada files over HTTP.")
-def serve(
-    models: Annotated[
-        list[str] | None,
-        typer.Argument(help="model.ada, NAME=model.ada or NAME:VERSION=model.ada; several."),
-    ] = None,
-    name: Annotated[
-        str | None, typer.Option(help="Name of one MODEL; default: its file's.")
-    ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8000,
-    replicas: Annotated[int, typer.Option(min=1, help="Processes per model version.")] = 1,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Of a replica; default: CPUs over replicas.")
-    ] = None,
-    max_batch: Annotated[int, typer.Option(min=1, help="Images per engine call.")] = 16,
-    batch_wait_ms: Annotated[
-        float, typer.Option(min=0, help="Wait for company while a replica is free.")
-    ] = 0.0,
-    timeout: Annotated[float, typer.Option(help="Seconds until a request is given up.")] = 30.0,
-    max_queue: Annotated[int, typer.Option(min=1, help="Waiting requests per model.")] = 256,
-    degrade: Annotated[
-        bool, typer.Option(help="Lower levels of quality while many requests wait.")
-    ] = True,
-    max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 64 << 20,
-    max_upload: Annotated[int, typer.Option(min=1, help="Bytes of an uploaded model.")] = 1 << 30,
-    max_connections: Annotated[int, typer.Option(min=1, help="Open connections.")] = 4096,
-    drain: Annotated[float, typer.Option(min=0, help="Seconds after SIGTERM.")] = 30.0,
-    repository: Annotated[
-        Path | None, typer.Option(help="Folder of NAME/VERSION/model.ada, to load by name.")
-    ] = None,
-    control: Annotated[bool, typer.Option(help="Clients may load and unload models.")] = True,
-    address: Annotated[
-        str | None,
-        typer.Option(help="Ray cluster to join: auto, host:port; default: our own."),
-    ] = None,
-    data_host: Annotated[
-        str | None, typer.Option(help="Where replicas reach this process; default: found out.")
-    ] = None,
-    runner: Annotated[str | None, typer.Option(hidden=True)] = None,
-) -> None:
-    """Serve MODELS over HTTP (Open Inference Protocol v2) until SIGTERM; needs extra [serve]."""
-    from adalayer_native.serve.settings import RUNNER, Settings, parse_source
-
-    given = models or []
-    if name is not None and len(given) != 1:
-        hint = "; give each its own, as NAME=model.ada" if given else ""
-        raise typer.BadParameter(
-            f"it is the name of one MODEL, got {len(given)}{hint}", param_hint="--name"
-        )
-    if not given and not control:
-        raise typer.BadParameter("without --control, MODELS are needed", param_hint="MODELS")
-    try:
-        sources = [parse_source(text, name) for text in given]
-        settings = Settings(
-            host=host,
-            port=port,
-            replicas=replicas,
-            threads=threads,
-            max_batch=max_batch,
-            batch_wait_ms=batch_wait_ms,
-            timeout=timeout,
-            max_queue=max_queue,
-            degrade=degrade,
-            max_body=max_body,
-            max_upload=max_upload,
-            max_connections=max_connections,
-            drain=drain,
-            repository=repository,
-            control=control,
-            address=address,
-            data_host=data_host,
-            runner=RUNNER if runner is None else runner,
-        )
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    labels = [f"{source.name}:{source.version}" for source in sources]
-    if len(set(labels)) < len(labels):
-        raise typer.BadParameter(f"two models have one name and version: {', '.join(labels)}")
-    try:
-        from adalayer_native.serve.server import run
-    except ImportError as error:
-        _fail(f"serving needs `pip install adalayer_native[serve]` ({error})", 1)
-    # On one line, for whoever waits for it.
-    run(settings, sources, lambda url: print(f"serving {', '.join(labels)} at {url}", flush=True))
+app.command(short_help="Serve .ada files over HTTP.")(serve)
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ from adalayer_native.importance.outputs import LossFn, Pick, distance, has_dista
 from adalayer_native.importance.task_loss import TaskLoss
 from adalayer_native.plan import Plan, supported_layers
 from adalayer_native.quantization import calibrate, convert, prepare
-from adalayer_native.quantization.stored import stored_model
+from adalayer_native.quantization.file_contents import stored_model
 from adalayer_native.repair import Distance, Repair
 from adalayer_native.repair import repair as repair_layers
 from adalayer_native.tensor_train import Decomposed, tensor_train

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from ._console import print_table
 from ._version import __version__
 from .engine import load
 from .report import load_run, run_table
+from .report.onnx_file import FileLayer, OnnxDescription, describe
 
-__all__ = ["show_engine", "show_machine", "show_packed", "show_run"]
+__all__ = ["show_engine", "show_machine", "show_onnx", "show_packed", "show_run"]
 
 
 def show_machine(as_json: bool) -> None:
@@ -115,3 +117,51 @@ def show_engine(file: Path, as_json: bool) -> None:
     levels = f"; {engine.levels} levels of quality, here the best" if engine.levels > 1 else ""
     table.caption = escape(f"input {ports}; {classes}; {given} preprocessing{levels}")
     print_table(table)
+
+
+def show_onnx(file: Path, as_json: bool, image_size: int | None) -> None:
+    """An ONNX file: what it holds, and what of it would be native."""
+    found = describe(file, sizes=image_size)
+    if as_json:
+        print(json.dumps(found.as_dict(), indent=2))
+        return
+    table = Table(title=escape(f"{file.name} — {found.bytes:,} bytes, opset {found.opset}"))
+    for column in ("layer", "kind", "weight"):
+        table.add_column(column)
+    table.add_column("parameters", justify="right")
+    for column in ("as it is", "with a plan"):
+        table.add_column(column)
+    for layer in found.layers:
+        table.add_row(
+            escape(layer.name),
+            layer.kind,
+            "×".join(map(str, layer.shape)),
+            f"{math.prod(layer.shape):,}",
+            escape(_as_it_is(layer)),
+            escape(f"float: {layer.why_never}" if layer.why_never else "native"),
+        )
+    table.caption = escape("\n".join(_onnx_lines(found)))
+    print_table(table)
+
+
+def _as_it_is(layer: FileLayer) -> str:
+    if layer.bits is not None:
+        return f"native, {layer.bits} bits"
+    return f"float: {layer.why_float}" if layer.why_float else "float"
+
+
+def _onnx_lines(found: OnnxDescription) -> list[str]:
+    lines = [f"written by {found.producer}"] if found.producer else []
+    for what, ports in (("input", found.inputs), ("output", found.outputs)):
+        for port in ports:
+            sizes = "of unknown sizes" if port["sizes"] is None else f"{port['sizes']}"
+            lines.append(f"{what} {port['name']}: {port['type']} {sizes}".replace("'", ""))
+    listed = ", ".join(f"{count} {kind}" for kind, count in found.operators.items())
+    lines.append(f"operators: {listed}")
+    macs = f", {found.macs:,.0f} multiply-accumulates per sample" if found.macs else ""
+    lines.append(f"{found.parameters:,} parameters{macs}")
+    for name, part in (found.in_float or {}).items():
+        lines.append(f"float whatever a plan says: {name}, {part['share']:.1%}: {part['reason']}")
+    if found.problem:
+        lines.append(f"cannot be followed: {found.problem}")
+    return lines

@@ -36,8 +36,8 @@ from adalayer_native.errors import PlanError
 from adalayer_native.importance.outputs import LossFn, Pick
 from adalayer_native.plan import Plan
 from adalayer_native.quantization import calibrate, convert, prepare
+from adalayer_native.quantization.file_contents import stored_model
 from adalayer_native.quantization.graph import layers_of
-from adalayer_native.quantization.stored import stored_model
 from adalayer_native.repair import Repair
 from adalayer_native.repair import repair as repair_layers
 from adalayer_native.repair.cells import Cells, Nest, planes_for

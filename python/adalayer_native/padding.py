@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["PaddedConv2d", "Sides", "four_paddings"]
+__all__ = ["PaddedConv2d", "Sides", "four_paddings", "window_of"]
 
 Sides = tuple[int, int, int, int]
 """``(top, left, bottom, right)``, the order of the operators and of the engine"""
@@ -50,6 +50,17 @@ class PaddedConv2d(nn.Conv2d):
 def four_paddings(layer: nn.Conv2d) -> Sides:
     """Zero padding as ``(top, left, bottom, right)``; resolves ``"same"`` and ``"valid"``."""
     return layer.sides if isinstance(layer, PaddedConv2d) else _own_paddings(layer)
+
+
+def window_of(layer: nn.Module) -> dict[str, Any]:
+    """How a float convolution goes over its input, as arguments of native ones; of a linear layer
+    nothing."""
+    if not isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+        return {}
+    shared = {"stride": layer.stride, "dilation": layer.dilation, "groups": layer.groups}
+    if isinstance(layer, nn.Conv2d):
+        return {**shared, "padding": four_paddings(layer)}
+    return {**shared, "padding": layer.padding, "output_padding": layer.output_padding}
 
 
 def _own_paddings(layer: nn.Conv2d) -> Sides:

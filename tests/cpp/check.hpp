@@ -10,8 +10,9 @@
 //
 //   const check::About about([&] { return "bits " + std::to_string(bits); });
 //
-// A Family says which kernels the checks of a block judge. How many each had is printed at the end,
-// so that a family that was never compared with anything is seen.
+// A Family says which kernels the checks of a block judge: a failure names them, and how many
+// checks each had is printed at the end, so that a family that was never compared with anything is
+// seen.
 #pragma once
 
 #include <atomic>
@@ -75,7 +76,8 @@ class About {
 /// The kernels, such as "neon", that the checks of this thread judge, until the end of the block.
 class Family {
  public:
-  explicit Family(std::string_view name) : outer_(counter()) {
+  explicit Family(std::string_view name)
+      : about_([text = std::string(name)] { return text; }), outer_(counter()) {
     const std::lock_guard lock(mutex());
     counter() = &counts()[std::string(name)];
   }
@@ -106,6 +108,7 @@ class Family {
     return current;
   }
 
+  const About about_;
   Counter* outer_;
 };
 

@@ -79,13 +79,8 @@ inline uint32_t block_x() { return emulation::block(0); }
 inline uint32_t block_y() { return emulation::block(1); }
 inline uint32_t block_z() { return emulation::block(2); }
 inline uint32_t grid_x() { return emulation::grid(0); }
-inline uint32_t grid_y() { return emulation::grid(1); }
 inline uint8_t* shared_memory() { return emulation::shared(); }
 inline void sync_threads() { emulation::barrier(); }
-inline void sync_warp() {
-  const uint8_t nothing = 0;
-  emulation::exchange(&nothing, 1);
-}
 inline void thread_fence() {}
 inline void wait_for_earlier_kernels() {}
 inline void let_next_kernel_start() {}

@@ -336,6 +336,8 @@ TEST(winograd_in_bytes_is_tried_beside_4x4) {
       task.shape.out_channels = 64;
       task.shape.kernel_h = task.shape.kernel_w = 3;
       task.shape.pad_top = task.shape.pad_left = task.shape.pad_bottom = task.shape.pad_right = 1;
+      const check::About about(
+          [&] { return text_of(task.shape) + ", 5 bits, levels to " + std::to_string(task.qmax); });
       // Nine of them are a tap: 126, or 135.
       const std::vector<int8_t> weights(64 * 64 * 9, static_cast<int8_t>(weight));
       Names derived;
@@ -348,7 +350,7 @@ TEST(winograd_in_bytes_is_tried_beside_4x4) {
       }
       Names want{"panels", "winograd 4x4"};
       if (fits && row->winograd_bytes != nullptr) want.push_back("winograd 2x2");
-      CHECK_MSG(derived == want, std::string(row->name) + ", " + std::to_string(qmax));
+      CHECK(derived == want);
     }
   }
   force_isa("auto");
@@ -359,7 +361,6 @@ TEST(products_of_narrow_levels) {
   for (const KernelRow* row : kernel_rows()) {
     if (!isa_supported(row->isa)) continue;
     const check::Family family(row->name);
-    const check::About about([&] { return text_of(*row); });
     CHECK_EQ(product_bits(*row, 8, 255), 8);
     CHECK_EQ(product_bits(*row, 3, 255), 3);
     const bool narrow = row->isa == Isa::Avx2 || row->isa == Isa::Avx512;

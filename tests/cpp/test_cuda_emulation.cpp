@@ -130,7 +130,7 @@ void check_runs(const std::vector<Run>& runs) {
 }  // namespace
 
 TEST(unpacking_gives_the_packed_weights) {
-  // Fields written by the places that field_place() names come out where fragment_*() say.
+  // Every field comes out of the place that field_place() names.
   std::mt19937 random(3);
   const auto each = [&](auto bits_tag) {
     constexpr int kBits = decltype(bits_tag)::value;

@@ -356,6 +356,33 @@ void finish_rows(const Job& job, int64_t y_first, int64_t y_last) {
   }
 }
 
+/// Points a tile of a block at its input and output rows: columns from `x` on of `strips` strips,
+/// of `strip` rows each, from `y0` on. What is written below `y_last` goes to `sink`.
+void point_at(const Job& job, const GroupedTile& t, const Pointers& p, const InputRows& input,
+              const GroupedBlock& b, int64_t x, int64_t y0, int64_t strips, int64_t y_last,
+              uint8_t* sink) {
+  const ConvShape& s = job.s;
+  const int64_t strip = strip_rows(s, job.weights.kind), channel = b.first * kGranule;
+  const int64_t multiplier = job.weights.kind == GroupedKind::Depthwise ? s.group_out() : 1;
+  const int64_t in_offset = x * s.stride_w * t.pitch + channel / multiplier;
+  for (int split = 0; split < b.splits; ++split) {
+    // Splits without rows of their own repeat the last strip, and drop what they find.
+    const int64_t y = y0 + std::min<int64_t>(split, strips - 1) * strip;
+    for (int64_t r = 0; r < t.row_count; ++r)
+      p.rows[split * t.row_count + r] =
+          input[y * s.stride_h - s.pad_top + r * s.dilation_h] + in_offset;
+    for (int r = 0; r < t.out_rows; ++r) {
+      const bool real = split < strips && y + r < y_last;
+      const int64_t at = split * t.out_rows + r, row = std::min(y + r, y_last - 1);
+      if (t.sums != nullptr)
+        p.sums[at] = real ? job.sums.pixel(row, x) + channel : reinterpret_cast<int32_t*>(sink);
+      else
+        p.out[at] = real ? job.out.pixel(row, x) + channel : sink;
+      if (t.residual != nullptr) p.residual[at] = job.residual.pixel(row, x) + channel;
+    }
+  }
+}
+
 /// Depthwise and InLane: strips of rows, block by block.
 void run_blocks(Job& job, int64_t y_first, int64_t y_last) {
   const ConvShape& s = job.s;
@@ -409,23 +436,7 @@ void run_blocks(Job& job, int64_t y_first, int64_t y_last) {
     }
     column_tiles(out_w, most, [&](int64_t x, int64_t n) {
       t.count = n;
-      for (int split = 0; split < b.splits; ++split) {
-        // Splits without rows of their own repeat the last strip, and drop what they find.
-        const int64_t y = y0 + std::min<int64_t>(split, strips - 1) * strip;
-        const int64_t in_offset = x * s.stride_w * t.pitch + channel / multiplier;
-        for (int64_t r = 0; r < t.row_count; ++r)
-          p.rows[split * t.row_count + r] =
-              input[y * s.stride_h - s.pad_top + r * s.dilation_h] + in_offset;
-        for (int r = 0; r < t.out_rows; ++r) {
-          const bool real = split < strips && y + r < y_last;
-          const int64_t at = split * t.out_rows + r, row = std::min(y + r, y_last - 1);
-          if (t.sums != nullptr)
-            p.sums[at] = real ? job.sums.pixel(row, x) + channel : reinterpret_cast<int32_t*>(sink);
-          else
-            p.out[at] = real ? job.out.pixel(row, x) + channel : sink;
-          if (t.residual != nullptr) p.residual[at] = job.residual.pixel(row, x) + channel;
-        }
-      }
+      point_at(job, t, p, input, b, x, y0, strips, y_last, sink);
       (depthwise ? k.depthwise : k.in_lane)(t);
     });
   };

@@ -382,6 +382,80 @@ bool rows_outside(const ConvCall& call, const BlockRange& range, int64_t pairs) 
          pairs * (cost(activations, kFirstLevel) + images * blocks * cost(held(1), kFirstLevel));
 }
 
+/// The columns and positions of one part, in the orders in which they may be visited.
+struct Visits {
+  const Loop& loop;
+  const BlockRange& range;
+  int64_t pair_first, pair_last;
+  bool tall;
+
+  /// Tiles of a pair that have lists of their own are multiplied one after the other.
+  bool tiles_together(int64_t pair) const {
+    return !tall && (!loop.listed || loop.call.sparse->joint[pair] != 0);
+  }
+
+  /// As few positions as a matrix-vector product takes.
+  void few() const {
+    const ConvPlan& plan = loop.call.plan;
+    for (int64_t p = pair_first; p < pair_last;) {
+      Columns c = columns_of(plan, p);
+      if (loop.listed && !tiles_together(p)) {
+        for (int t = 0; t < c.tiles; ++t)
+          loop.few({c.group, c.tile + t, 1});
+        ++p;
+        continue;
+      }
+      if (loop.tensor != nullptr && !loop.listed)
+        c.tiles = static_cast<int>(
+            std::min({kFewTiles, plan.column_tiles - c.tile, 2 * (pair_last - p)}));
+      loop.few(c);
+      p += (c.tiles + 1) / 2;
+    }
+  }
+
+  /// Every block of positions meets all columns, whose unpacked tiles are kept.
+  void by_rows(Loop::Pending& pending) const {
+    const ConvPlan& plan = loop.call.plan;
+    bool fresh = true;
+    for (int64_t n = 0; n < loop.call.images; ++n) {
+      for_blocks(plan, range, [&](const ConvRun& run, int64_t first, int count) {
+        for (int64_t p = pair_first; p < pair_last; ++p) {
+          const Columns pair = columns_of(plan, p);
+          const int per_visit = tiles_together(p) ? pair.tiles : 1;
+          for (int t = 0; t < pair.tiles; t += per_visit) {
+            int8_t* at = loop.unpack_tiles == nullptr
+                             ? nullptr
+                             : loop.unpacked + unpacked_bytes(plan, p - pair_first) +
+                                   t * plan.steps * kTileBytes;
+            loop.block({pair.group, pair.tile + t, per_visit}, at, fresh, n, run, first, count,
+                       pending);
+          }
+        }
+        fresh = false;
+      });
+    }
+  }
+
+  /// Every pair of columns meets all positions.
+  void by_columns(Loop::Pending& pending) const {
+    const ConvPlan& plan = loop.call.plan;
+    for (int64_t p = pair_first; p < pair_last; ++p) {
+      const Columns pair = columns_of(plan, p);
+      const int per_visit = tiles_together(p) ? pair.tiles : 1;
+      for (int t = 0; t < pair.tiles; t += per_visit) {
+        const Columns columns{pair.group, pair.tile + t, per_visit};
+        bool fresh = true;
+        for (int64_t n = 0; n < loop.call.images; ++n) {
+          for_blocks(plan, range, [&](const ConvRun& run, int64_t first, int count) {
+            loop.block(columns, loop.unpacked, fresh, n, run, first, count, pending);
+            fresh = false;
+          });
+        }
+      }
+    }
+  }
+};
+
 void run(const ConvCall& call, const TensorConvCall* tensor, const KernelRow& kernels, Part part) {
   const ConvPlan& plan = call.plan;
   const int64_t pairs = plan.pairs();
@@ -436,64 +510,13 @@ void run(const ConvCall& call, const TensorConvCall* tensor, const KernelRow& ke
                   listed,
                   local};
 
-  // Tiles of a pair that have lists of their own are multiplied one after the other.
-  const auto tiles_together = [&](int64_t pair) {
-    return !tall && (!listed || call.sparse->joint[pair] != 0);
-  };
-
-  if (few) {
-    for (int64_t p = pair_first; p < pair_last;) {
-      Columns c = columns_of(plan, p);
-      if (listed && !tiles_together(p)) {
-        for (int t = 0; t < c.tiles; ++t)
-          loop.few({c.group, c.tile + t, 1});
-        ++p;
-        continue;
-      }
-      if (tensor != nullptr && !listed)
-        c.tiles = static_cast<int>(
-            std::min({kFewTiles, plan.column_tiles - c.tile, 2 * (pair_last - p)}));
-      loop.few(c);
-      p += (c.tiles + 1) / 2;
-    }
-    return;
-  }
+  const Visits visits{loop, range, pair_first, pair_last, tall};
+  if (few) return visits.few();
   Loop::Pending pending;
-  if (together) {
-    bool fresh = true;
-    for (int64_t n = 0; n < call.images; ++n) {
-      for_blocks(plan, range, [&](const ConvRun& run, int64_t first, int count) {
-        for (int64_t p = pair_first; p < pair_last; ++p) {
-          const Columns pair = columns_of(plan, p);
-          const int per_visit = tiles_together(p) ? pair.tiles : 1;
-          for (int t = 0; t < pair.tiles; t += per_visit) {
-            int8_t* at = unpack == nullptr ? nullptr
-                                           : loop.unpacked + unpacked_bytes(plan, p - pair_first) +
-                                                 t * plan.steps * kTileBytes;
-            loop.block({pair.group, pair.tile + t, per_visit}, at, fresh, n, run, first, count,
-                       pending);
-          }
-        }
-        fresh = false;
-      });
-    }
-    if (pending.run != nullptr) loop.finish(pending);
-    return;
-  }
-  for (int64_t p = pair_first; p < pair_last; ++p) {
-    const Columns pair = columns_of(plan, p);
-    const int per_visit = tiles_together(p) ? pair.tiles : 1;
-    for (int t = 0; t < pair.tiles; t += per_visit) {
-      const Columns columns{pair.group, pair.tile + t, per_visit};
-      bool fresh = true;
-      for (int64_t n = 0; n < call.images; ++n) {
-        for_blocks(plan, range, [&](const ConvRun& run, int64_t first, int count) {
-          loop.block(columns, loop.unpacked, fresh, n, run, first, count, pending);
-          fresh = false;
-        });
-      }
-    }
-  }
+  if (together)
+    visits.by_rows(pending);
+  else
+    visits.by_columns(pending);
   if (pending.run != nullptr) loop.finish(pending);
 }
 

@@ -1,7 +1,5 @@
 #include "cpu/layer/plan.hpp"
 
-#include <pthread.h>
-
 #include <algorithm>
 #include <cstring>
 
@@ -14,16 +12,7 @@ namespace {
 // Tables of positions take 8 bytes for each: this is room for hundreds of layers.
 constexpr size_t kPlanBytes = size_t{64} << 20;
 
-using PlanCache = LruCache<LayerKey, LayerPlan, LayerKeyHash>;
-
-// Never destroyed: worker threads and atexit handlers may still run layers.
-PlanCache& cache() {
-  static auto* instance = new PlanCache(kPlanBytes);
-  return *instance;
-}
-
-[[maybe_unused]] const int g_at_fork =
-    pthread_atfork([] { cache().lock(); }, [] { cache().unlock(); }, [] { cache().unlock(); });
+auto& cache() { return process_cache<LruCache<LayerKey, LayerPlan, LayerKeyHash>, kPlanBytes>(); }
 
 /// Levels as they are: [h][w][c] or [c][h][w] to the rows of the layout.
 void copy_levels(const LayerPlan& plan, const uint8_t* x, Layout order, uint8_t* image, Part part) {

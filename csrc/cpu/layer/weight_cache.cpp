@@ -1,8 +1,6 @@
 // Derived weights by canonical content. Operators receive canonical bytes, so that a compiled or
 // exported program carries nothing that depends on the machine; what the machine wants is derived
 // on first use and found again by hash.
-#include <pthread.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -35,16 +33,9 @@ struct LayerSizes {
   }
 };
 
-using WeightCache = LruCache<LayerKey, LayerSizes, LayerKeyHash>;
-
-// Never destroyed: worker threads and atexit handlers may still run layers.
-WeightCache& cache() {
-  static auto* instance = new WeightCache(kWeightBytes);
-  return *instance;
+auto& cache() {
+  return process_cache<LruCache<LayerKey, LayerSizes, LayerKeyHash>, kWeightBytes>();
 }
-
-[[maybe_unused]] const int g_at_fork =
-    pthread_atfork([] { cache().lock(); }, [] { cache().unlock(); }, [] { cache().unlock(); });
 
 ConvShape of_one_image(ConvShape shape) {
   shape.batch = 1;

@@ -7,7 +7,7 @@ from dataclasses import replace
 from ..capture import GraphModel
 from ..capture.work import FloatWork, Work, float_work
 from ..plan import MAX_BITS, LayerPlan, Plan, layer_kind, supported_layers
-from ..quantization.stored import stored_model
+from ..quantization.file_contents import stored_model
 
 __all__ = ["planned_work", "unsupported_work"]
 

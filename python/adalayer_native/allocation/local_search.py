@@ -70,7 +70,7 @@ def local_search(
     """The best of the choices that were measured (:func:`most_likely`), and its measurement.
 
     After the plans of :func:`starts`, each round moves single layers of the best choice to a
-    better or a cheaper option, lets the solver settle the other layers for what that costs or
+    better or a cheaper option, lets the solver choose for the other layers with what that costs or
     frees, measures the plans that look best, and corrects the table by what all measured plans
     show (:func:`corrected`). It ends when a round brings nothing, or too little.
 

@@ -17,7 +17,7 @@ from ..importance.scores import LayerScores
 from ..plan import MAX_BITS, MIN_BITS, LayerPlan, Plan, layer_kind, unknown_layer
 from ..pruning.masks import pruned_count
 from ..quantization.chains import Structure
-from ..quantization.stored import stored_model, structure_of
+from ..quantization.file_contents import stored_model, structure_of
 from . import refusals
 from .budget import Budget
 from .closed_form import MAX_SPARSITY

@@ -1,7 +1,7 @@
 """Method "rl": bit-widths by deep Q-learning over the layers.
 
 After Jung, Kim, Kim and Kim, "Reinforcement learning-based layer-wise quantization for lightweight
-deep neural networks", ICIP 2020: an agent walks through the network and gives each layer a width,
+deep neural networks", ICIP 2020: an agent gives one layer after the other a width,
 looking at its number of parameters and at what is left of the budget. What the paper leaves open is
 ours: the state, the reward, that widths which would break the budget are not offered, and that the
 first plan is the widest uniform one, so that the search never ends below it.

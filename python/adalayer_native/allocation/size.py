@@ -1,6 +1,6 @@
 """Bytes of the saved file, computed from a plan before anything is quantized.
 
-The list of tensors comes from :func:`~adalayer_native.quantization.stored.stored_model`; the
+The list of tensors comes from :func:`~adalayer_native.quantization.file_contents.stored_model`; the
 packed weight's length and the safetensors header are formulas. The number of non-zero weights is
 taken from the plan's sparsity. Rounding can only add zeros, and zeros can only shrink a layer,
 so the result is an upper bound.
@@ -22,7 +22,7 @@ from ..errors import PlanError
 from ..ops.packing import HEADER_BYTES
 from ..plan import Plan
 from ..pruning.patterns import FILE_BLOCK, pattern_pruned_count
-from ..quantization.stored import StoredModel, stored_model
+from ..quantization.file_contents import StoredModel, stored_model
 
 __all__ = [
     "estimate_bytes",

@@ -24,7 +24,7 @@ from pathlib import PurePosixPath
 
 from ..errors import DataError
 
-__all__ = ["DATA_HELP", "SPLITS", "Layout", "arrange", "kinds"]
+__all__ = ["DATA_HELP", "SPLITS", "DataFolders", "arrange", "kinds"]
 
 DATA_HELP = (
     "Folder or zip of images: train/CLASS/IMAGE and test/CLASS/IMAGE (or val/), or CLASS/IMAGE, "
@@ -42,7 +42,7 @@ Parts = tuple[str, ...]
 
 
 @dataclass
-class Layout:
+class DataFolders:
     """How the pictures of a data set are arranged.
 
     Attributes:
@@ -58,7 +58,7 @@ class Layout:
     notes: list[str]
 
 
-def arrange(images: Collection[str], folders: Iterable[str], where: str) -> Layout:
+def arrange(images: Collection[str], folders: Iterable[str], where: str) -> DataFolders:
     """Arranges pictures by the rule.
 
     Args:
@@ -86,7 +86,7 @@ def arrange(images: Collection[str], folders: Iterable[str], where: str) -> Layo
     return found
 
 
-def _by_parts(parts: dict[str, Parts], depth: int, where: str) -> Layout:
+def _by_parts(parts: dict[str, Parts], depth: int, where: str) -> DataFolders:
     inside: dict[str, list[str]] = {}
     outside: list[str] = []
     for name, p in parts.items():
@@ -128,10 +128,10 @@ def _by_parts(parts: dict[str, Parts], depth: int, where: str) -> Layout:
         notes.append(
             f"{_named(outside, 'image', 'images')} left out, in no class folder of {folders}"
         )
-    return Layout(members, chosen, classes, notes)
+    return DataFolders(members, chosen, classes, notes)
 
 
-def _by_classes(parts: dict[str, Parts], depth: int, where: str) -> Layout:
+def _by_classes(parts: dict[str, Parts], depth: int, where: str) -> DataFolders:
     by_class: dict[str, list[str]] = {}
     for name, p in parts.items():
         if len(p) < depth + 2:
@@ -160,16 +160,16 @@ def _by_classes(parts: dict[str, Parts], depth: int, where: str) -> Layout:
             f"{_named(few, 'class', 'classes')} of fewer than {_FIFTH} images, so no test image is "
             f"of it"
         )
-    return Layout(members, {}, classes, notes)
+    return DataFolders(members, {}, classes, notes)
 
 
-def _empty_folders(layout: Layout, folders: Iterable[str], top: Parts) -> list[str]:
+def _empty_folders(found: DataFolders, folders: Iterable[str], top: Parts) -> list[str]:
     """A note about what looks like classes and holds no picture."""
-    homes = [(*top, folder) for folder in layout.folders.values()] or [top]
+    homes = [(*top, folder) for folder in found.folders.values()] or [top]
     empty = []
     for folder in folders:
         p = PurePosixPath(folder).parts
-        if p[:-1] in homes and p[-1] not in layout.classes:
+        if p[:-1] in homes and p[-1] not in found.classes:
             empty.append(folder)
     if not empty:
         return []

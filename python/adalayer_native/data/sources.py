@@ -93,19 +93,19 @@ def list_images(path: str | os.PathLike[str], split: str) -> ImageList:
         raise DataError(
             f"data {where!r}: no images found (looked for {', '.join(sorted(EXTENSIONS))}){there}"
         )
-    layout = arrange(images, found.folders, where)
-    if split not in layout.members:
+    arranged = arrange(images, found.folders, where)
+    if split not in arranged.members:
         raise DataError(
             f"data {where!r}: no {split!r} directory (looked for {', '.join(SPLITS[split])}; "
-            f"found {', '.join(layout.folders.values())})"
+            f"found {', '.join(arranged.folders.values())})"
         )
-    notes = layout.notes + ([kinds(others)] if others else [])
+    notes = arranged.notes + ([kinds(others)] if others else [])
     if notes:
         warnings.warn(f"data {where!r}: {'; '.join(notes)}", stacklevel=3)
-    chosen = layout.members[split]
+    chosen = arranged.members[split]
     if not chosen:
         raise DataError(f"data {where!r}: too few images for a {split!r} split")
-    number = {label: index for index, label in enumerate(layout.classes)}
+    number = {label: index for index, label in enumerate(arranged.classes)}
     digest = hashlib.sha256(found.stamp.encode())
     for name, _ in chosen:
         digest.update(f"\n{name}\t{found.files[name]}".encode("utf-8", "surrogateescape"))
@@ -113,7 +113,7 @@ def list_images(path: str | os.PathLike[str], split: str) -> ImageList:
         path=where,
         names=[name for name, _ in chosen],
         labels=[number[label] for _, label in chosen],
-        classes=layout.classes,
+        classes=arranged.classes,
         read=found.read,
         fingerprint=digest.hexdigest(),
     )

@@ -27,12 +27,14 @@ from adalayer_native.engine.call import Call
 from adalayer_native.engine.coverage import Row
 from adalayer_native.engine.emit import emit
 from adalayer_native.engine.export import Exported, export, layer_name, op_name
+from adalayer_native.engine.interface import Interface
 from adalayer_native.engine.parts import WEIGHTS, NativePart
 from adalayer_native.engine.policy import fastest_of, float_choices, layer_times
 from adalayer_native.engine.ranges import ranged
 from adalayer_native.engine.results import INTEGERS, Leaf, Output, Port, thawed
-from adalayer_native.engine.runtime import Engine, Step, TorchStep
+from adalayer_native.engine.runtime import Engine
 from adalayer_native.engine.segments import Part, TorchPart, divide, is_layer
+from adalayer_native.engine.steps import Step, TorchStep
 from adalayer_native.engine.work import multiply_accumulates
 from adalayer_native.errors import CalibrationError, UnsupportedModelError
 
@@ -341,7 +343,7 @@ def _build(
         step.done = [n for n in step.done if n not in seen]
         seen.update(step.done)
     call = Call.captured(exported.in_spec, entries, ports, signature)
-    return Engine(steps, ports, leaves, thawed(exported.out_spec), call=call)
+    return Engine(steps, Interface(tuple(ports), leaves, thawed(exported.out_spec), call))
 
 
 def _is_port(node: fx.Node) -> bool:

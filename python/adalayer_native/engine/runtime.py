@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
-import statistics
 import threading
-import time
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,46 +19,20 @@ from torch.utils import _pytree as pytree
 from adalayer_native import _C, cuda, ops
 from adalayer_native._files import replacing
 from adalayer_native.detection import Detection, named
-from adalayer_native.engine.call import Call
 from adalayer_native.engine.coverage import Coverage, Row
-from adalayer_native.engine.parts import (
-    CudaPart,
-    NativePart,
-    program_of,
-    type_name,
-    whole_numbers,
-)
-from adalayer_native.engine.results import ID_TYPES, Leaf, Port, described, skeleton
+from adalayer_native.engine.interface import Interface
+from adalayer_native.engine.metadata import metadata_of
+from adalayer_native.engine.parts import CudaPart, NativePart, program_of
+from adalayer_native.engine.results import Leaf, Port, skeleton
 from adalayer_native.engine.sizes import Size, SizeRules
+from adalayer_native.engine.steps import Step, TorchStep, rows_of
 from adalayer_native.errors import InputError, UnsupportedModelError
 
-if TYPE_CHECKING:  # loading a file needs neither the compiler nor torch.export
-    from adalayer_native.engine.segments import TorchPart
-
-__all__ = ["Engine", "Step", "TorchStep"]
+__all__ = ["Engine"]
 
 _MOST_SHOWN = 256
 # Held while an engine's parts are exchanged for those of another level, which takes no time.
 _SWITCH = threading.Lock()
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass
-class TorchStep:
-    """A part in torch between native ones, and what coverage says about its nodes by name."""
-
-    part: TorchPart
-    rows: list[tuple[str, Row]]
-
-
-@dataclass
-class Step:
-    """One part, with the numbers of the tensors that it reads and writes."""
-
-    run: NativePart | TorchStep
-    inputs: list[int]
-    outputs: list[int]
-    done: list[int]  # tensors that nobody reads after it
 
 
 class Engine:
@@ -76,41 +48,18 @@ class Engine:
     pickle also holds what runs in torch, and should be read from trusted sources only.
 
     Attributes:
-        inputs: name, sizes and type of every tensor that a call takes, in the order of the model's
-            arguments.
-        preprocessing: what to do with an image before the first layer, as the writer of the file
-            gave it, else None.
-        class_names: names of the classes, else None.
-        detection: which outputs of a detector are boxes and scores
-            (:class:`adalayer_native.detection.Detection`), else None.
         device: where its inputs and results are.
-        sizes: free sizes of its inputs by name, :class:`~.sizes.Size` each; empty where it was
-            compiled for one size.
-        least_batch: 2 where the model does something else with one sample alone.
     """
 
-    def __init__(
-        self,
-        steps: list[Step],
-        inputs: Sequence[Port],
-        leaves: Sequence[Any],
-        out_spec: Any,
-        *,
-        call: Call | None = None,
-        preprocessing: Any = None,
-        class_names: list[str] | None = None,
-        detection: Detection | None = None,
-        least_batch: int = 1,
-    ) -> None:
-        """leaves: per leaf of ``out_spec`` (a ``TreeSpec``) its tensor's number as Leaf, or a
-        constant. call: default one tensor per input."""
+    def __init__(self, steps: list[Step], interface: Interface) -> None:
         self._steps = steps
-        alone = steps[0].run if len(steps) == 1 else None
+        self._interface = interface
+        alone = self.only_part()
         self._rules: SizeRules | None = None
-        self.inputs = tuple(inputs)
-        if isinstance(alone, NativePart) and alone.rules is not None:
+        if alone is not None and alone.rules is not None:
             self._rules = alone.rules
-            self.inputs = alone.rules.ranged(inputs, alone.program)
+            ranged = alone.rules.ranged(interface.inputs, alone.program)
+            self._interface = replace(interface, inputs=ranged)
         # Sizes of the first input that were met lately, and what the free sizes were then.
         self._met: dict[Any, tuple[int, ...]] = {}
         # Of free sizes: input, axis of its shape, number of the axis.
@@ -120,12 +69,6 @@ class Engine:
             for place, axis in enumerate(axes)
             if axis is not None
         ]
-        self._leaves = list(leaves)
-        self._out_spec = out_spec
-        self._call = Call.flat(self.inputs) if call is None else call
-        self.preprocessing = preprocessing
-        self.class_names = class_names
-        self.detection = detection
         # The converted model, as long as somebody holds it; see compile().
         self._source: weakref.ref[torch.nn.Module] | None = None
         self._single = self._short_cut()
@@ -134,23 +77,53 @@ class Engine:
         self._batch = [port.batched for port in self.inputs].index(True)
         self._shape = self.inputs[0].shape
         self._rank = len(self._shape) + 1
-        self.require_batch(least_batch)
+        self.require_batch(interface.least_batch)
+
+    @property
+    def inputs(self) -> tuple[Port, ...]:
+        """Name, sizes and type of every tensor that a call takes, in the order of the model's
+        arguments."""
+        return self._interface.inputs
+
+    @property
+    def preprocessing(self) -> Any:
+        """What to do with an image before the first layer, as the writer of the file gave it, else
+        None."""
+        return self._interface.preprocessing
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of the classes, else None."""
+        return self._interface.class_names
+
+    @property
+    def detection(self) -> Detection | None:
+        """Which outputs of a detector are boxes and scores, else None."""
+        return self._interface.detection
+
+    @property
+    def least_batch(self) -> int:
+        """2 where the model does something else with one sample alone."""
+        return self._interface.least_batch
 
     def _short_cut(self) -> NativePart | None:
         """The part of a network of one tensor in and one out, which needs few checks."""
         part = self.only_part()
         if part is None or len(self.inputs) != 1 or part.single is None:
             return None
-        one_result = self._out_spec.is_leaf() and isinstance(self._leaves[0], Leaf)
-        plain = self._call.plain and self.inputs[0].is_float
+        called = self._interface
+        one_result = called.out_spec.is_leaf() and isinstance(called.leaves[0], Leaf)
+        plain = called.call.plain and self.inputs[0].is_float
         return part if one_result and self._steps[0].inputs == [0] and plain else None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_out_spec": skeleton(self._out_spec), "_source": None}
+        held = replace(self._interface, out_spec=skeleton(self._interface.out_spec))
+        return {**self.__dict__, "_interface": held, "_source": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._out_spec = pytree.tree_structure(state["_out_spec"])
+        spec = pytree.tree_structure(self._interface.out_spec)
+        self._interface = replace(self._interface, out_spec=spec)
 
     # -- quality --------------------------------------------------------------------------------
 
@@ -229,7 +202,7 @@ class Engine:
 
     @property
     def sizes(self) -> dict[str, Size]:
-        """Free sizes by name."""
+        """Free sizes of its inputs by name; empty where it was compiled for one size."""
         return {} if self._rules is None else {a.name: a.size for a in self._rules.axes}
 
     def _sized_part(self) -> NativePart:
@@ -316,7 +289,7 @@ class Engine:
         computed = self._steps[0].outputs
         rules = [
             self._rules.outputs[computed.index(leaf.number)]
-            for leaf in self._leaves
+            for leaf in self._interface.leaves
             if isinstance(leaf, Leaf)
         ]
         return [tuple(bool(n.h_power or n.w_power) for n in rule.shape) for rule in rules]
@@ -350,17 +323,8 @@ class Engine:
 
     def _with(self, part: NativePart, ports: Sequence[Port]) -> Engine:
         step = self._steps[0]
-        return Engine(
-            [Step(part, step.inputs, step.outputs, step.done)],
-            ports,
-            self._leaves,
-            self._out_spec,
-            call=self._call,
-            preprocessing=self.preprocessing,
-            class_names=self.class_names,
-            detection=self.detection,
-            least_batch=self.least_batch,
-        )
+        steps = [Step(part, step.inputs, step.outputs, step.done)]
+        return Engine(steps, replace(self._interface, inputs=tuple(ports)))
 
     def _sizes_of(self, inputs: Sequence[Tensor]) -> tuple[int, ...]:
         """Free sizes of a call; none where they are those that were compiled.
@@ -375,9 +339,10 @@ class Engine:
             port = self.inputs[k]
             n = inputs[k].shape[place + port.batched]
             if found[axis] not in (0, n):
+                label, name = self._interface.label(k), self._rules.axes[axis].name
                 raise InputError(
-                    f"{self._label(k)}: expected {found[axis]} at axis {place + port.batched} "
-                    f"({self._rules.axes[axis].name}) as in another input, got {n}"
+                    f"{label}: expected {found[axis]} at axis {place + port.batched} ({name}) as "
+                    f"in another input, got {n}"
                 )
             found[axis] = n
             compiled = compiled and n == port.shape[place]
@@ -429,11 +394,11 @@ class Engine:
                     return part(shape[0], args, sizes)[0]
                 except (RuntimeError, MemoryError) as error:
                     raise self._too_much(args, error) from error
-        return self._any(self._call(args, kwargs))
+        return self._any(self._interface.call(args, kwargs))
 
     def require_batch(self, least: int) -> None:
         """Refuse smaller batches from now on."""
-        self.least_batch = least
+        self._interface = replace(self._interface, least_batch=least)
         if least > 1:
             self._single = None  # which checks no batch
 
@@ -444,10 +409,10 @@ class Engine:
             InputError: as in a call.
         """
         # A call, where it is one, is faster for small networks.
-        return self(*inputs) if self._call.plain else self._any(inputs)
+        return self(*inputs) if self._interface.call.plain else self._any(inputs)
 
     def _any(self, inputs: Sequence[Any]) -> Any:
-        tensors, dtype = self._checked(inputs)
+        tensors, dtype = self._interface.checked(inputs, self.device)
         try:
             return self._run(tensors, dtype)
         except (RuntimeError, MemoryError) as error:
@@ -462,7 +427,7 @@ class Engine:
         Raises:
             InputError: as in a call.
         """
-        return self.run_flat(self._call(args, kwargs))
+        return self.run_flat(self._interface.call(args, kwargs))
 
     def run_flat(self, inputs: Sequence[Any]) -> Any:
         """:meth:`flat` for numpy arrays.
@@ -470,18 +435,7 @@ class Engine:
         Raises:
             InputError: as in a call.
         """
-        tensors = []
-        for position, item in enumerate(inputs):
-            array = np.asarray(item)
-            floats = position >= len(self.inputs) or self.inputs[position].is_float
-            known = ("float32", "float16") if floats else _alike(self.inputs[position].dtype)
-            if array.dtype.name not in known:
-                raise InputError(
-                    f"{self._label(position)}: expected an array of {known[0]}, got {array.dtype}"
-                )
-            if not array.flags.writeable or any(stride < 0 for stride in array.strides):
-                array = array.copy()
-            tensors.append(torch.from_numpy(array).to(self.device))
+        tensors = self._interface.tensors_of(inputs, self.device)
         return pytree.tree_map(
             lambda leaf: leaf.cpu().numpy() if isinstance(leaf, Tensor) else leaf,
             self.flat(tensors),
@@ -523,72 +477,9 @@ class Engine:
                 else:  # of one level: the present one
                     run = CudaPart(part.program_at_level(), *held, gpu, **options)
             steps.append(Step(run, step.inputs, step.outputs, step.done))
-        return Engine(
-            steps,
-            self.inputs,
-            [leaf.to(where) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves],
-            self._out_spec,
-            call=self._call,
-            preprocessing=self.preprocessing,
-            class_names=self.class_names,
-            detection=self.detection,
-            least_batch=self.least_batch,
-        )
-
-    def _label(self, position: int) -> str:
-        if position < len(self.inputs):
-            return f"input {self.inputs[position].name!r}"
-        return f"input {position}"
-
-    def _checked(self, inputs: Sequence[Any]) -> tuple[list[Tensor], torch.dtype | None]:
-        """The inputs, and the type of those that are floats; None if there are none."""
-        if len(inputs) != len(self.inputs):
-            names = ", ".join(port.name for port in self.inputs)
-            raise InputError(f"expected {len(self.inputs)} inputs ({names}), got {len(inputs)}")
-        found: list[Tensor] = []
-        batch: int | None = None
-        floats: torch.dtype | None = None
-        for position, (x, port) in enumerate(zip(inputs, self.inputs, strict=True)):
-            label = self._label(position)
-            if not isinstance(x, Tensor):
-                raise InputError(f"{label}: expected a torch.Tensor, got {type(x).__name__}")
-            if port.is_float and x.dtype not in _FLOATS:
-                raise InputError(
-                    f"{label}: expected torch.float32 (or bfloat16, float16), got {x.dtype}"
-                )
-            ids = port.dtype in ID_TYPES
-            if not port.is_float and x.dtype != port.dtype and not (ids and x.dtype in ID_TYPES):
-                raise InputError(f"{label}: expected {port.dtype}, got {x.dtype}")
-            if x.device != self.device:
-                raise InputError(
-                    f"{label}: expected a tensor on {self.device}, got one on {x.device}"
-                )
-            if x.layout != torch.strided:
-                raise InputError(f"{label}: expected a dense tensor, got layout {x.layout}")
-            shape = tuple(x.shape)
-            if len(shape) != len(port.shape) + port.batched or not port.fits(shape[port.batched :]):
-                raise InputError(f"{label}: expected shape {port}, got {list(shape)}")
-            if port.batched:
-                if batch is not None and shape[0] != batch:
-                    raise InputError(
-                        f"{label}: expected a batch of {batch} as in the first input, got "
-                        f"{shape[0]}"
-                    )
-                batch = shape[0]
-            if port.is_float:
-                if floats is not None and x.dtype != floats:
-                    raise InputError(
-                        f"{label}: expected {floats} as in the first input, got {x.dtype}"
-                    )
-                floats = x.dtype
-            found.append(whole_numbers(x, port.dtype, label) if ids else x)
-        if batch is not None and 0 < batch < self.least_batch:
-            raise InputError(
-                f"{self._label(0)}: expected a batch of {self.least_batch} or more, got {batch}; "
-                "the model treats one sample otherwise: squeeze() without an axis, for one, drops "
-                "the batch, where flatten(1) or squeeze(-1) would not"
-            )
-        return found, floats
+        known = self._interface.leaves
+        leaves = [leaf.to(where) if isinstance(leaf, Tensor) else leaf for leaf in known]
+        return Engine(steps, replace(self._interface, leaves=leaves))
 
     def _run(self, inputs: list[Tensor], dtype: torch.dtype | None) -> Any:
         batch = inputs[self._batch].shape[0]
@@ -600,10 +491,7 @@ class Engine:
             }
             for step in self._steps:
                 operands = [tensors[number] for number in step.inputs]
-                if isinstance(step.run, NativePart):
-                    results: Sequence[Tensor] = step.run(batch, operands, sizes)
-                else:
-                    results = step.run.part(batch, *operands)
+                results = step.results(batch, operands, sizes)
                 tensors.update(zip(step.outputs, results, strict=True))
                 for number in step.done:
                     del tensors[number]
@@ -613,7 +501,7 @@ class Engine:
                 else leaf.clone()  # a caller may write into it
                 if isinstance(leaf, Tensor)
                 else leaf
-                for leaf in self._leaves
+                for leaf in self._interface.leaves
             ]
             if dtype is not None and dtype is not torch.float32:
                 # Of a result that is no float (a class, a mask) the type says what it is.
@@ -623,7 +511,7 @@ class Engine:
                     else leaf
                     for leaf in leaves
                 ]
-        return pytree.tree_unflatten(leaves, self._out_spec)
+        return pytree.tree_unflatten(leaves, self._interface.out_spec)
 
     def _too_much(self, inputs: Sequence[Any], error: Exception) -> Exception:
         text = str(error)
@@ -651,14 +539,9 @@ class Engine:
             tensors = {k: p.sample(batch, self.device) for k, p in enumerate(self.inputs)}
         for step in self._steps:
             operands = [tensors[number] for number in step.inputs if number in tensors]
-            if isinstance(step.run, NativePart):
-                rows += _native_rows(step.run, batch, workers, rounds)
-                if tensors:
-                    results: Sequence[Tensor] = step.run(batch, operands)
-            else:
-                rows += _torch_rows(step.run, batch, operands, rounds)
-                results = step.run.part(batch, *operands)
+            rows += rows_of(step, batch, workers, operands, rounds)
             if tensors:
+                results = step.results(batch, operands)
                 tensors.update(zip(step.outputs, results, strict=True))
         return Coverage(tuple(rows), batch, workers)
 
@@ -751,27 +634,29 @@ class Engine:
         part = self._part_of_a_file()
         # A copy: what one file says, the next one need not.
         program = program_of(part.program.to_bytes())
-        metadata = self._call_metadata(part)
-        shown = self.preprocessing if preprocessing is None else dict(preprocessing)
-        names = self.class_names if class_names is None else [str(name) for name in class_names]
-        if shown is not None:
-            metadata["preprocessing"] = shown
-        if names is not None:
-            metadata["classes"] = names
-        found = self.detection
+        said: dict[str, Any] = {}
+        if preprocessing is not None:
+            said["preprocessing"] = dict(preprocessing)
+        if class_names is not None:
+            said["class_names"] = [str(name) for name in class_names]
         if detection is not None:
-            given = detection.as_dict() if isinstance(detection, Detection) else detection
-            found = Detection.from_dict(given)
-            zeros = [np.zeros((self.least_batch, *port.shape), np.float32) for port in self.inputs]
-            result = named(self.run_flat(zeros))
-            found.check({name: value.shape[1:] for name, value in result.items()})
-        if found is not None:
-            metadata["detection"] = found.as_dict()
+            said["detection"] = self._fitting(detection)
+        interface = replace(self._interface, **said)
+        metadata = metadata_of(interface, self._steps[0], part.outputs)
         for key, value in metadata.items():
             program.set_metadata(key, json.dumps(value))
         with replacing(path) as temporary:
             program.save(os.fspath(temporary))
             return os.stat(temporary).st_size
+
+    def _fitting(self, detection: Mapping[str, Any] | Detection) -> Detection:
+        """What is said of a detector, if it fits the results."""
+        given = detection.as_dict() if isinstance(detection, Detection) else detection
+        found = Detection.from_dict(given)
+        zeros = [np.zeros((self.least_batch, *port.shape), np.float32) for port in self.inputs]
+        result = named(self.run_flat(zeros))
+        found.check({name: value.shape[1:] for name, value in result.items()})
+        return found
 
     def _part_of_a_file(self) -> NativePart:
         """All there is, or an error that says what runs in torch."""
@@ -788,42 +673,6 @@ class Engine:
         assert isinstance(part, NativePart)
         return part
 
-    def _call_metadata(self, part: NativePart) -> dict[str, Any]:
-        """How the model is called and what it returns, for a file."""
-        structure, leaves = described(self._out_spec, self._leaves, "the model's result")
-        if any(isinstance(leaf, Tensor) for leaf in leaves):
-            raise UnsupportedModelError(
-                "the model returns a tensor that is the same in every call, which a file cannot "
-                "hold; leave it out of the results"
-            )
-        computed = self._steps[0].outputs
-        for leaf in leaves:
-            if isinstance(leaf, Leaf) and leaf.number not in computed:
-                raise UnsupportedModelError(
-                    f"the model returns its input {self.inputs[leaf.number].name!r} as it is, "
-                    "which a file cannot hold; leave it out of the results"
-                )
-        metadata = {
-            "adalayer.inputs": [_port_row(port) for port in self.inputs],
-            "adalayer.outputs": [
-                [output.source, list(output.shape), output.atoms] for output in part.outputs
-            ],
-            "adalayer.order": self._steps[0].inputs,
-            "adalayer.leaves": [
-                {"tensor": computed.index(leaf.number)}
-                if isinstance(leaf, Leaf)
-                else {"constant": leaf}
-                for leaf in leaves
-            ],
-            "adalayer.structure": structure,
-        }
-        call = self._call.as_json(self.inputs)
-        if call is not None:
-            metadata["adalayer.call"] = call
-        if self.least_batch > 1:
-            metadata["adalayer.least_batch"] = self.least_batch
-        return metadata
-
     def __repr__(self) -> str:
         ports = ", ".join(f"{port.name}{port}" for port in self.inputs)
         if self.levels > 1:
@@ -834,12 +683,6 @@ class Engine:
         )
         where = "" if self.device.type == "cpu" else f" on {self.device}"
         return f"Engine({ports}; {parts}{where})"
-
-
-def _alike(dtype: torch.dtype) -> tuple[str, ...]:
-    """Names of the types that an input of whole numbers may have, its own first."""
-    others = [item for item in ID_TYPES if item != dtype] if dtype in ID_TYPES else []
-    return tuple(map(type_name, (dtype, *others)))
 
 
 def _cache(
@@ -857,64 +700,3 @@ def _cache(
         raise ValueError(f"expected limits of 1 or more, got {limits}")
     held.set_limits(*limits)
     return dict(held.info())
-
-
-def _port_row(port: Port) -> list[Any]:
-    """For a file; batches of floats are name and sizes, as they have always been."""
-    row: list[Any] = [port.name, list(port.shape)]
-    if not port.batched:
-        return [*row, type_name(port.dtype), False]
-    return row if port.is_float else [*row, type_name(port.dtype)]
-
-
-# -- coverage -------------------------------------------------------------------------------------
-
-
-def _native_rows(part: NativePart, batch: int, threads: int, rounds: int) -> list[Row]:
-    # With 0 rounds the CPU's engine says what runs and times nothing.
-    untimed = isinstance(part.engine, _C.Engine)
-    measured = part.engine.profile(batch, threads, rounds) if rounds > 0 or untimed else []
-    found = {entry[0]: (entry[2], entry[7], entry[8]) for entry in measured}
-    program = part.program_at_level()
-    values, sizes = program.values(), program.constants()
-    rows = []
-    for op, name, inputs, output, _, _, constants in program.nodes():
-        bits = input_bits = packed = macs = 0
-        kind = "native"
-        if op == "float_conv":
-            # One product per weight and position of the result, too.
-            form, packed = sizes[constants[0]]
-            data = program.constant_bytes(constants[0]) if form == "weights" else b""
-            count = math.prod(_header(data)["shape"]) if data else packed // 4
-            bits = int(_header(data)["bits"]) if data else 32
-            macs, kind = count * math.prod(values[output][3:5]), "float"
-        elif op in ("conv", "conv_transpose"):
-            header = _header(program.constant_bytes(constants[0]))
-            bits, packed = int(header["bits"]), sizes[constants[0]][1]
-            # One product per weight and position of the result, or of the operand if transposed.
-            pixels = values[output if op == "conv" else inputs[0]][3:5]
-            macs = math.prod(header["shape"]) * math.prod(pixels)
-            input_bits = int(values[inputs[0]][7]).bit_length()
-        elif op == "embedding":
-            bits, packed = int(values[output][7]).bit_length(), sizes[constants[0]][1]
-        kernel, microseconds, why = found.get(name, ("", 0.0, ""))
-        rows.append(Row(name, op, kind, kernel, bits, microseconds, packed, macs, why, input_bits))
-    return rows
-
-
-def _header(data: bytes) -> dict[str, Any]:
-    return ops.packed_info(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-
-
-def _torch_rows(step: TorchStep, batch: int, inputs: list[Tensor], rounds: int) -> list[Row]:
-    samples: dict[str, list[float]] = {}
-    with torch.no_grad():
-        for _ in range(rounds):
-            for name, seconds in step.part.times(batch, inputs, time.perf_counter).items():
-                samples.setdefault(name, []).append(seconds)
-    rows = []
-    for name, row in step.rows:
-        times = samples.get(name)
-        spent = 1e6 * statistics.median(times) if times else 0.0
-        rows.append(replace(row, microseconds=spent))
-    return rows

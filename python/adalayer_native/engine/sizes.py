@@ -16,7 +16,7 @@ from adalayer_native import _C
 from adalayer_native.engine.results import Output, Port
 from adalayer_native.errors import InputError
 
-__all__ = ["KEY", "Axis", "Monomial", "OutputRule", "Size", "SizeRules", "asked_for"]
+__all__ = ["KEY", "Axis", "Monomial", "OutputRule", "Size", "SizeRules", "as_size", "asked_for"]
 
 KEY = "adalayer.sizes"
 LARGEST = 1 << 20
@@ -229,8 +229,12 @@ class SizeRules:
         return found
 
 
-def _size(item: Any) -> Size:
-    """What a caller may write for a range."""
+def as_size(item: Any) -> Size:
+    """What a caller may write for a range.
+
+    Raises:
+        ValueError: it is none.
+    """
     if isinstance(item, Size):
         return item
     if isinstance(item, (tuple, list)) and len(item) in (2, 3):
@@ -277,9 +281,9 @@ def asked_for(sizes: Any, ports: Sequence[Port]) -> tuple[list[Axis], list[list[
                         f"sizes[{name!r}]: expected axes {first} to "
                         f"{first + len(port.shape) - 1}, got {axis!r}"
                     )
-                wanted[names[name], place] = _size(item)
+                wanted[names[name], place] = as_size(item)
     else:
-        one = _size(sizes)
+        one = as_size(sizes)
         images = [k for k, port in enumerate(ports) if port.is_float and len(port.shape) == 3]
         if not images:
             raise ValueError("sizes: no input is an image; give ranges by input and axis")

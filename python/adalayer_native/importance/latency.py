@@ -21,7 +21,7 @@ def latency(probe: Probe, batch: Batch) -> None:
     from ..engine.compiler import compile as compile_engine
     from ..engine.latency import LayerTimes
     from ..quantization import calibrate, convert, prepare
-    from ..quantization.stored import stored_model
+    from ..quantization.file_contents import stored_model
 
     def plan(native: set[str]) -> Plan:
         return Plan(

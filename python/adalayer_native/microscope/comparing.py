@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from adalayer_native.capture.loading import captured_on
 from adalayer_native.engine import Engine
 from adalayer_native.errors import CalibrationError, InputError, UnsupportedModelError
 from adalayer_native.importance.batches import tokens_of
-from adalayer_native.importance.outputs import Pick, has_distance, metric_name
+from adalayer_native.importance.outputs import LossFn, Pick, has_distance, metric_name
+from adalayer_native.importance.task_loss import TaskLoss
 from adalayer_native.microscope.data import read
 from adalayer_native.microscope.findings import finding
 from adalayer_native.microscope.layer_errors import (
@@ -50,6 +52,7 @@ def compare(
     *,
     of: nn.Module | None = None,
     output: Pick = None,
+    loss_fn: LossFn | None = None,
     samples: int = 256,
     suggest: bool = True,
     progress: bool = True,
@@ -90,6 +93,10 @@ def compare(
         of: of an engine: the converted model that it was compiled from.
         output: which of the model's outputs counts, a key, an index or a path; default: all that
             are of floating point.
+        loss_fn: the network's error, by which changes are judged, in the terms of its task: a
+            :class:`~adalayer_native.TaskLoss` of a detector's boxes and scores or a segmenter's
+            classes, or any ``loss_fn(output, float model's output)``, a scalar or one value per
+            sample. Default: KL divergence of logits and squared error of everything else.
         samples: at most so many are used.
         suggest: try changes; all samples go into the table without.
         progress: show progress bars.
@@ -120,23 +127,27 @@ def compare(
     wanted = outputs_of(captured, halves.choosing)
     if not has_distance(wanted[0], output):
         raise CalibrationError("the model returns no tensor of floating point: nothing to compare")
-    error = network_error(pairs.native, halves.choosing, wanted, output)
+    error_of = partial(network_error, output=output, loss_fn=loss_fn)
+    error = error_of(pairs.native, halves.choosing, wanted)
     agreed = None
     if engine is not None:
-        agreed = _check_results(pairs, engine, halves.choosing, error, output)
+        apart = error
+        if loss_fn is not None:
+            apart = network_error(pairs.native, halves.choosing, wanted, output=output)
+        agreed = _check_results(pairs, engine, halves.choosing, apart, output)
     with ProgressBar("Comparing layers", None, unit="batch", enabled=progress) as bar:
         rows = _rows(pairs, *measure(pairs, halves.choosing, bar.advance))
     found = Comparison(
         rows=tuple(rows),
         error=error,
-        measure=metric_name(None, None, wanted[0], output, tokens_of(halves.choosing[0])),
+        measure=_measure(loss_fn, wanted[0], output, halves.choosing[0]),
         samples=halves.counts[0],
         judging=halves.counts[1],
         engine=agreed,
     )
     notes = []
     if suggest and halves.judging:
-        found.suggestions, found.together = suggested(pairs, rows, halves, output, progress)
+        found.suggestions, found.together = suggested(pairs, rows, halves, error_of, progress)
         if error > 0 and not found.suggestions:
             notes.append(
                 "no change of a single layer recovers a hundredth of the error (layers that were "
@@ -153,6 +164,13 @@ def compare(
         )
     found.note = "; ".join(notes)
     return found
+
+
+def _measure(loss_fn: LossFn | None, result: Any, output: Pick, x: Inputs) -> str:
+    """What the network's error is, for people."""
+    if isinstance(loss_fn, TaskLoss):
+        return "task_loss"
+    return metric_name(loss_fn, None, result, output, tokens_of(x))
 
 
 # -- rows -----------------------------------------------------------------------------------------
@@ -257,7 +275,7 @@ def _check_results(
     share = equal / max(1, count)
     if share == 1.0:
         return {"equal": 1.0, "snr_db": None}
-    apart = network_error(engine, batches, results, output)
+    apart = network_error(engine, batches, results, output=output)
     if apart > max(_AGREES * error, _ROUNDING):
         raise InputError(
             f"the engine does not give the converted model's results: only {100 * share:.2f} % of "

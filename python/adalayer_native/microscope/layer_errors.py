@@ -14,7 +14,7 @@ from adalayer_native import ops
 from adalayer_native.capture import GraphModel, Inputs
 from adalayer_native.errors import CalibrationError
 from adalayer_native.importance.batches import tokens_of
-from adalayer_native.importance.outputs import Pick, distance
+from adalayer_native.importance.outputs import LossFn, Pick, distance, loss_of
 from adalayer_native.microscope.pairing import Layer, Pairs, scaled_channels
 from adalayer_native.nn.layer import NativeLayer, QuantizedInput
 
@@ -254,13 +254,29 @@ def outputs_of(model: nn.Module, batches: Iterable[Inputs]) -> list[Any]:
 
 @torch.no_grad()
 def network_error(
-    model: Any, batches: list[Inputs], wanted: list[Any], output: Pick = None
+    model: Any,
+    batches: list[Inputs],
+    wanted: list[Any],
+    *,
+    output: Pick = None,
+    loss_fn: LossFn | None = None,
 ) -> float:
     """How far a model's results are from the float model's, a mean over samples.
 
-    See :func:`~adalayer_native.importance.outputs.distance`.
+    See :func:`~adalayer_native.importance.outputs.distance`; with a ``loss_fn`` of results and
+    the float model's results it is that, less what it says of the latter alone.
+
+    Raises:
+        CalibrationError: the loss is no number.
     """
     total = 0.0
     for x, reference in zip(batches, wanted, strict=True):
-        total += x.count * float(distance(reference, x(model), output, tokens_of(x)))
+        if loss_fn is None:
+            found = float(distance(reference, x(model), output, tokens_of(x)))
+        else:
+            found = loss_of(x(model), reference, None, loss_fn, pick=output)
+            found -= loss_of(reference, reference, None, loss_fn, pick=output)
+            if not math.isfinite(found):
+                raise CalibrationError(f"loss_fn gives {found} for {x.count} samples")
+        total += x.count * found
     return total / sum(x.count for x in batches)

@@ -140,7 +140,8 @@ class Comparison:
         rows: layers and values between them.
         error: the network's, on the data of the table; see
             :func:`~adalayer_native.importance.outputs.distance`.
-        measure: what that is: ``"kl_divergence"``, ``"squared_error"`` or both.
+        measure: what that is: ``"kl_divergence"``, ``"squared_error"`` or both; ``"task_loss"`` or
+            ``"loss_fn"`` where one was given.
         samples: of the table; judging: samples that suggestions were judged on.
         suggestions: each with its effect; empty if none lowers the error.
         together: all of them at once; None with fewer than two.

@@ -9,21 +9,18 @@ from torch import Tensor
 
 from adalayer_native._progress import ProgressBar
 from adalayer_native.capture import Inputs
-from adalayer_native.importance.outputs import Pick
 from adalayer_native.microscope.changes import Change, float_layer, more_bits, regrids
 from adalayer_native.microscope.data import Halves
-from adalayer_native.microscope.layer_errors import (
-    network_error,
-    outputs_of,
-    pieces,
-    recorded,
-)
+from adalayer_native.microscope.layer_errors import outputs_of, pieces, recorded
 from adalayer_native.microscope.pairing import Pairs, scaled_channels
 from adalayer_native.microscope.result import Row, Suggestion
 from adalayer_native.nn.layer import NativeLayer
 from adalayer_native.quantization.chains import ACT_ROOT
 
 __all__ = ["suggest"]
+
+NetworkError = Callable[[Any, list[Inputs], list[Any]], float]
+"""Of a model on batches, from the float model's results there."""
 
 LOOK = 6  # layers whose rounding costs the network most, that changes are tried for
 WORST = 4  # rows of the largest own errors, for which they are tried as well
@@ -35,7 +32,7 @@ DECISIVE = 0.1  # share of a row's own error that makes its cause worth a change
 
 
 def suggest(
-    pairs: Pairs, rows: list[Row], halves: Halves, output: Pick, progress: bool
+    pairs: Pairs, rows: list[Row], halves: Halves, error: NetworkError, progress: bool
 ) -> tuple[tuple[Suggestion, ...], Suggestion | None]:
     """Suggestions, and all of them together.
 
@@ -48,16 +45,16 @@ def suggest(
         pairs: what is compared.
         rows: worst own error first.
         halves: of the data.
-        output: which output counts.
+        error: of the network, by which changes are judged.
         progress: show a progress bar.
     """
     model, native = pairs.model, pairs.native
     wanted = outputs_of(model, halves.choosing)
-    before = network_error(native, halves.choosing, wanted, output)
+    before = error(native, halves.choosing, wanted)
     quantized = [row for row in rows if row.own > 0 and row.input_bits is not None]
     if before <= 0 or not quantized:
         return (), None
-    costly = _costly(pairs, quantized, halves, output, progress)
+    costly = _costly(pairs, quantized, halves, error, progress)
     looked = list(dict.fromkeys([*costly[:LOOK], *quantized[:WORST]]))
     trials = {row.name: _trials(pairs, row, halves) for row in looked}
     gains: dict[tuple[Any, ...], float] = {}
@@ -68,7 +65,7 @@ def suggest(
             for change in changes:
                 if change.key not in gains:
                     other = change.apply(native)
-                    after = network_error(other, halves.choosing, wanted, output)
+                    after = error(other, halves.choosing, wanted)
                     gains[change.key] = 1 - after / before
                 bar.advance(1, change.name)
             best = max((gains[change.key] for change in changes), default=0.0)
@@ -79,11 +76,11 @@ def suggest(
             if smallest.key not in [known.key for _, known in chosen]:
                 chosen.append((gains[smallest.key], smallest))
     chosen.sort(key=lambda item: -item[0])
-    return _judged(pairs, [change for _, change in chosen[:SHOWN]], halves, output)
+    return _judged(pairs, [change for _, change in chosen[:SHOWN]], halves, error)
 
 
 def _costly(
-    pairs: Pairs, rows: list[Row], halves: Halves, output: Pick, progress: bool
+    pairs: Pairs, rows: list[Row], halves: Halves, error: NetworkError, progress: bool
 ) -> list[Row]:
     """Layers whose rounding costs the network something, most first."""
     few: list[Inputs] = []
@@ -94,14 +91,14 @@ def _costly(
             few.append(x[:room])
             room -= few[-1].count
     wanted = outputs_of(pairs.model, few)
-    before = network_error(pairs.native, few, wanted, output)
+    before = error(pairs.native, few, wanted)
     layers = [row for row in rows if row.kind != "value"]
     gains: list[tuple[float, Row]] = []
     with ProgressBar("Screening layers", len(layers), unit="layer", enabled=progress) as bar:
         for row in layers:
             change = float_layer(pairs.layers[row.name])
             if change is not None:
-                after = network_error(change.apply(pairs.native), few, wanted, output)
+                after = error(change.apply(pairs.native), few, wanted)
                 gains.append((before - after, row))
             bar.advance(1, row.name)
     return [row for gain, row in sorted(gains, key=lambda item: -item[0]) if gain > 0]
@@ -132,7 +129,7 @@ def _seen(pairs: Pairs, site: str, halves: Halves) -> Iterator[Tensor]:
 
 
 def _judged(
-    pairs: Pairs, changes: list[Change], halves: Halves, output: Pick
+    pairs: Pairs, changes: list[Change], halves: Halves, error: NetworkError
 ) -> tuple[tuple[Suggestion, ...], Suggestion | None]:
     """The effect of every change on samples that it was not chosen by; those that have one."""
     if not changes:
@@ -140,13 +137,10 @@ def _judged(
     judging = halves.judging
     wanted = outputs_of(pairs.model, judging)
 
-    def error(model: Any) -> float:
-        return network_error(model, judging, wanted, output)
-
-    before = error(pairs.native)
+    before = error(pairs.native, judging, wanted)
     found = []
     for change in changes:
-        after = error(change.apply(pairs.native))
+        after = error(change.apply(pairs.native), judging, wanted)
         if after < (1 - LEAST) * before:
             found.append((change, _suggestion(change, before, after)))
     found.sort(key=lambda item: item[1].after)
@@ -161,7 +155,7 @@ def _judged(
         value=None,
         bytes=sum(item.bytes for item in suggestions),
         before=before,
-        after=error(everything(pairs.native)),
+        after=error(everything(pairs.native), judging, wanted),
         changes=suggestions,
         _apply=everything,
     )

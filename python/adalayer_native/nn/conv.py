@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from adalayer_native import ops
-from adalayer_native.errors import UnsupportedModelError
 from adalayer_native.nn.fake_quantize import FakeQuantize
-from adalayer_native.nn.layer import Activation, NativeLayer, checked_qparams
-from adalayer_native.padding import four_paddings
-from adalayer_native.rounding import activation_grid, conv_form, quantize_weight
+from adalayer_native.nn.layer import Activation, NativeLayer
 
 __all__ = ["Conv2d", "ConvTranspose2d"]
 
@@ -37,15 +34,6 @@ def _padding4(value: int | Sequence[int]) -> tuple[int, int, int, int]:
     return h, w, h, w
 
 
-class _Window(NamedTuple):
-    """How a kernel goes over an image."""
-
-    stride: _Pair
-    padding: tuple[int, ...]
-    dilation: _Pair
-    groups: int
-
-
 class _Convolution(NativeLayer):
     output_grid: FakeQuantize | None
 
@@ -56,11 +44,14 @@ class _Convolution(NativeLayer):
         weight_scale: Tensor,
         bias: Tensor | None,
         qparams: Tensor,
-        window: _Window,
-        activation: Activation,
+        activation: Activation = None,
+        *,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
     ) -> None:
         super().__init__()
-        groups = window.groups
         if weight.dim() != 4:
             raise ValueError(f"weight must be [O, I/groups, KH, KW], got {list(weight.shape)}")
         if groups < 1 or weight.shape[0] % groups:
@@ -68,12 +59,29 @@ class _Convolution(NativeLayer):
         self.out_channels = weight.shape[0]
         self.in_channels = weight.shape[1] * groups
         self.kernel_size = (weight.shape[2], weight.shape[3])
-        self.stride, self.padding, self.dilation, self.groups = window
+        self.stride, self.dilation = _pair(stride, "stride"), _pair(dilation, "dilation")
+        self.padding, self.groups = self._paddings(padding), groups
         self._set_weight(weight, bits, weight_scale, bias, activation)
         self._set_grid(qparams)
 
+    def _paddings(self, padding: int | Sequence[int]) -> tuple[int, ...]:
+        """As the layer's operator has them."""
+        return _pair(padding, "padding")
+
     def _channels(self) -> int:
         return self.in_channels
+
+    def _size_repr(self) -> str:
+        text = (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}"
+        )
+        usual = {"padding": 0, "output_padding": 0, "dilation": 1, "groups": 1}
+        for name, value in usual.items():
+            given = getattr(self, name, value)
+            if any(n != value for n in (given if isinstance(given, tuple) else (given,))):
+                text += f", {name}={given}"
+        return text
 
 
 class Conv2d(_Convolution):
@@ -87,87 +95,8 @@ class Conv2d(_Convolution):
     Build one with :meth:`from_quantized` or :meth:`from_float`.
     """
 
-    @classmethod
-    def from_quantized(
-        cls,
-        weight: Tensor,
-        bits: int,
-        weight_scale: Tensor,
-        bias: Tensor | None,
-        *,
-        input_scale: float,
-        input_zero_point: int,
-        input_bits: int = 8,
-        stride: int | Sequence[int] = 1,
-        padding: int | Sequence[int] = 0,
-        dilation: int | Sequence[int] = 1,
-        groups: int = 1,
-        activation: Activation = None,
-    ) -> Conv2d:
-        """From integer weights.
-
-        Args:
-            weight: int8 ``[O, I/groups, KH, KW]`` within ``bits`` (2 to 8).
-            weight_scale: float32 ``[O]``, may be negative. bias: float32 ``[O]`` or None.
-            input_scale, input_zero_point, input_bits: the u8 grid of the input.
-            padding: int, (h, w) or (top, left, bottom, right).
-            activation: None, "relu", "relu6" or a (lo, hi) clamp, fused into the output.
-
-        Raises:
-            TypeError, ValueError: wrong dtype, shape or range.
-            UnsupportedModelError: a reduction that could overflow the int32 accumulator.
-        """
-        return cls(
-            weight,
-            bits,
-            weight_scale,
-            bias,
-            checked_qparams(input_scale, input_zero_point, input_bits),
-            _Window(
-                _pair(stride, "stride"), _padding4(padding), _pair(dilation, "dilation"), groups
-            ),
-            activation,
-        )
-
-    @classmethod
-    def from_float(
-        cls,
-        conv: nn.Conv2d,
-        bits: int = 8,
-        *,
-        input_range: tuple[float, float],
-        input_bits: int = 8,
-        activation: Activation = None,
-    ) -> Conv2d:
-        """Rounds a float convolution (per-channel scales of least squared error).
-
-        Args:
-            input_range: (low, high) of the layer's input, as an observer or calibration gives it.
-
-        Raises:
-            UnsupportedModelError: padding_mode other than zeros, or an overflowing reduction.
-            ValueError: NaN or infinity in the weights.
-        """
-        if conv.padding_mode != "zeros":
-            raise UnsupportedModelError(
-                f"Conv2d: padding_mode must be 'zeros', got {conv.padding_mode!r}"
-            )
-        weight, scale = quantize_weight(conv.weight.detach().float(), bits)
-        input_scale, zero_point = activation_grid(*input_range, input_bits, "the input")
-        return cls.from_quantized(
-            weight,
-            bits,
-            scale,
-            conv.bias,
-            input_scale=input_scale,
-            input_zero_point=zero_point,
-            input_bits=input_bits,
-            stride=conv.stride,
-            padding=four_paddings(conv),
-            dilation=conv.dilation,
-            groups=conv.groups,
-            activation=activation,
-        )
+    def _paddings(self, padding: int | Sequence[int]) -> tuple[int, ...]:
+        return _padding4(padding)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``x`` convolved, plus ``residual`` of the output's shape before the clamp."""
@@ -208,19 +137,6 @@ class Conv2d(_Convolution):
             out = out.clamp(self.lo, self.hi)
         return out if self.output_grid is None else self.output_grid(out)
 
-    def _size_repr(self) -> str:
-        text = (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
-            f"stride={self.stride}"
-        )
-        if any(self.padding):
-            text += f", padding={self.padding}"
-        if self.dilation != (1, 1):
-            text += f", dilation={self.dilation}"
-        if self.groups != 1:
-            text += f", groups={self.groups}"
-        return text
-
 
 _CONV_KEYS = (
     "weight_packed", "weight_scale", "bias", "input_scale", "input_zero_point", "input_bits",
@@ -249,98 +165,21 @@ class ConvTranspose2d(_Convolution):
     each group and not flipped, so that there is one scale per output channel.
     """
 
-    def __init__(
-        self,
-        weight: Tensor,
-        bits: int,
-        weight_scale: Tensor,
-        bias: Tensor | None,
-        qparams: Tensor,
-        window: _Window,
-        output_padding: tuple[int, int],
-        activation: Activation,
-    ) -> None:
-        super().__init__(weight, bits, weight_scale, bias, qparams, window, activation)
-        stride, padding, dilation = window.stride, window.padding, window.dilation
+    def __init__(self, *given: Any, output_padding: int | Sequence[int] = 0, **window: Any) -> None:
+        super().__init__(*given, **window)
+        stride, padding, dilation = self.stride, self.padding, self.dilation
         if min(stride) < 1 or min(dilation) < 1 or min(padding) < 0:
             raise ValueError(
                 "stride and dilation must be at least 1 and padding at least 0, "
                 f"got {stride}, {dilation} and {padding}"
             )
-        for extra, step, spread in zip(output_padding, stride, dilation, strict=True):
+        self.output_padding = _pair(output_padding, "output_padding")
+        for extra, step, spread in zip(self.output_padding, stride, dilation, strict=True):
             if not 0 <= extra < max(step, spread):
                 raise ValueError(
                     f"output_padding must be at least 0 and smaller than stride {stride} or "
-                    f"dilation {dilation}, got {output_padding}"
+                    f"dilation {dilation}, got {self.output_padding}"
                 )
-        self.output_padding = output_padding
-
-    @classmethod
-    def from_quantized(
-        cls,
-        weight: Tensor,
-        bits: int,
-        weight_scale: Tensor,
-        bias: Tensor | None,
-        *,
-        input_scale: float,
-        input_zero_point: int,
-        input_bits: int = 8,
-        stride: int | Sequence[int] = 1,
-        padding: int | Sequence[int] = 0,
-        output_padding: int | Sequence[int] = 0,
-        dilation: int | Sequence[int] = 1,
-        groups: int = 1,
-        activation: Activation = None,
-    ) -> ConvTranspose2d:
-        """From int8 weights ``[O, I/groups, KH, KW]``, not flipped.
-
-        Padding is an int or (h, w); other arguments and errors as :meth:`Conv2d.from_quantized`.
-        """
-        return cls(
-            weight,
-            bits,
-            weight_scale,
-            bias,
-            checked_qparams(input_scale, input_zero_point, input_bits),
-            _Window(
-                _pair(stride, "stride"),
-                _pair(padding, "padding"),
-                _pair(dilation, "dilation"),
-                groups,
-            ),
-            _pair(output_padding, "output_padding"),
-            activation,
-        )
-
-    @classmethod
-    def from_float(
-        cls,
-        conv: nn.ConvTranspose2d,
-        bits: int = 8,
-        *,
-        input_range: tuple[float, float],
-        input_bits: int = 8,
-        activation: Activation = None,
-    ) -> ConvTranspose2d:
-        """Rounds a float layer; arguments and errors as :meth:`Conv2d.from_float`."""
-        weight, scale = quantize_weight(conv_form(conv, conv.weight.detach().float()), bits)
-        input_scale, zero_point = activation_grid(*input_range, input_bits, "the input")
-        return cls.from_quantized(
-            weight,
-            bits,
-            scale,
-            conv.bias,
-            input_scale=input_scale,
-            input_zero_point=zero_point,
-            input_bits=input_bits,
-            stride=conv.stride,
-            padding=conv.padding,  # type: ignore[arg-type]
-            output_padding=conv.output_padding,
-            dilation=conv.dilation,
-            groups=conv.groups,
-            activation=activation,
-        )
 
     def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """``x`` convolved; ``output_size`` (h, w) or a whole shape overrules output_padding."""
@@ -376,18 +215,3 @@ class ConvTranspose2d(_Convolution):
                 f"{list(output_size)}"
             )
         return extra[0], extra[1]
-
-    def _size_repr(self) -> str:
-        text = (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
-            f"stride={self.stride}"
-        )
-        for name, value, default in (
-            ("padding", self.padding, (0, 0)),
-            ("output_padding", self.output_padding, (0, 0)),
-            ("dilation", self.dilation, (1, 1)),
-            ("groups", self.groups, 1),
-        ):
-            if value != default:
-                text += f", {name}={value}"
-        return text

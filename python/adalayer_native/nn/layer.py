@@ -15,14 +15,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from adalayer_native import _C, ops
+from adalayer_native._deprecated import renamed_arguments
 from adalayer_native.errors import FileFormatError, InputError, UnsupportedModelError
-from adalayer_native.rounding import SMALLEST_STEP
+from adalayer_native.padding import window_of
+from adalayer_native.rounding import SMALLEST_STEP, activation_grid, conv_form, quantize_weight
 
 __all__ = [
     "Activation",
@@ -33,6 +35,7 @@ __all__ = [
     "refuse_backward",
 ]
 
+_Layer = TypeVar("_Layer", bound="NativeLayer")
 Activation = str | tuple[float | None, float | None] | None
 
 
@@ -164,6 +167,79 @@ class NativeLayer(QuantizedInput):
     output_grid: Any = None
     # What _ready() made last.
     _made: ops.Layer | None = None
+
+    @classmethod
+    def from_quantized(
+        cls: type[_Layer],
+        weight: Tensor,
+        bits: int,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        *,
+        input_scale: float,
+        input_zero_point: int,
+        input_bits: int = 8,
+        activation: Activation = None,
+        **window: Any,
+    ) -> _Layer:
+        """From integer weights.
+
+        Args:
+            weight: int8 ``[O, I]``, or ``[O, I/groups, KH, KW]`` of a convolution (of a transposed
+                one, too, and not flipped), within ``bits`` (2 to 8).
+            weight_scale: float32 ``[O]``, may be negative. bias: float32 ``[O]`` or None.
+            input_scale, input_zero_point, input_bits: the u8 grid of the input.
+            activation: None, "relu", "relu6" or a (lo, hi) clamp, fused into the output.
+            window: of a convolution, as torch has them: ``stride``, ``padding`` (of Conv2d also
+                (top, left, bottom, right)), ``dilation``, ``groups`` and ``output_padding``.
+
+        Raises:
+            TypeError, ValueError: wrong dtype, shape or range.
+            UnsupportedModelError: a reduction that could overflow the int32 accumulator.
+        """
+        qparams = checked_qparams(input_scale, input_zero_point, input_bits)
+        return cls(weight, bits, weight_scale, bias, qparams, activation, **window)
+
+    @classmethod
+    @renamed_arguments(conv="layer", linear="layer")
+    def from_float(
+        cls: type[_Layer],
+        layer: nn.Module,
+        bits: int = 8,
+        *,
+        input_range: tuple[float, float],
+        input_bits: int = 8,
+        activation: Activation = None,
+    ) -> _Layer:
+        """Rounds a float layer (per-channel scales of least squared error).
+
+        Args:
+            layer: of torch, of the same name.
+            input_range: (low, high) of the layer's input, as an observer or calibration gives it.
+
+        Raises:
+            UnsupportedModelError: padding_mode other than zeros, or an overflowing reduction.
+            ValueError: NaN or infinity in the weights.
+        """
+        mode = getattr(layer, "padding_mode", "zeros")
+        if mode != "zeros":
+            raise UnsupportedModelError(
+                f"{cls.__name__}: padding_mode must be 'zeros', got {mode!r}"
+            )
+        weight: Any = layer.weight
+        weight, scale = quantize_weight(conv_form(layer, weight.detach().float()), bits)
+        input_scale, zero_point = activation_grid(*input_range, input_bits, "the input")
+        return cls.from_quantized(
+            weight,
+            bits,
+            scale,
+            layer.bias,  # type: ignore[arg-type]
+            input_scale=input_scale,
+            input_zero_point=zero_point,
+            input_bits=input_bits,
+            activation=activation,
+            **window_of(layer),
+        )
 
     def operator(self) -> tuple[str, dict[str, Any]]:
         """The operator that the layer is, and its arguments by name, but for the input."""

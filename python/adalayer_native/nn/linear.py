@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from adalayer_native import ops
-from adalayer_native.nn.layer import Activation, NativeLayer, checked_qparams
-from adalayer_native.rounding import activation_grid, quantize_weight
+from adalayer_native.nn.layer import Activation, NativeLayer
 
 __all__ = ["Linear"]
 
@@ -28,7 +27,7 @@ class Linear(NativeLayer):
         weight_scale: Tensor,
         bias: Tensor | None,
         qparams: Tensor,
-        activation: Activation,
+        activation: Activation = None,
     ) -> None:
         super().__init__()
         if weight.dim() != 2:
@@ -36,47 +35,6 @@ class Linear(NativeLayer):
         self.out_features, self.in_features = weight.shape
         self._set_weight(weight, bits, weight_scale, bias, activation)
         self._set_grid(qparams)
-
-    @classmethod
-    def from_quantized(
-        cls,
-        weight: Tensor,
-        bits: int,
-        weight_scale: Tensor,
-        bias: Tensor | None,
-        *,
-        input_scale: float,
-        input_zero_point: int,
-        input_bits: int = 8,
-        activation: Activation = None,
-    ) -> Linear:
-        """From int8 weights ``[O, I]``; arguments and errors as :meth:`Conv2d.from_quantized`."""
-        qparams = checked_qparams(input_scale, input_zero_point, input_bits)
-        return cls(weight, bits, weight_scale, bias, qparams, activation)
-
-    @classmethod
-    def from_float(
-        cls,
-        linear: nn.Linear,
-        bits: int = 8,
-        *,
-        input_range: tuple[float, float],
-        input_bits: int = 8,
-        activation: Activation = None,
-    ) -> Linear:
-        """Rounds a float linear layer; arguments and errors as :meth:`Conv2d.from_float`."""
-        weight, scale = quantize_weight(linear.weight.detach().float(), bits)
-        input_scale, zero_point = activation_grid(*input_range, input_bits, "the input")
-        return cls.from_quantized(
-            weight,
-            bits,
-            scale,
-            linear.bias,
-            input_scale=input_scale,
-            input_zero_point=zero_point,
-            input_bits=input_bits,
-            activation=activation,
-        )
 
     def weight_int(self) -> Tensor:
         return super().weight_int().flatten(1)

@@ -16,7 +16,7 @@ from adalayer_native.onnx.building import OPERATORS
 from adalayer_native.onnx.importing import followed
 from adalayer_native.onnx.package import onnx_package
 from adalayer_native.onnx.pointwise import SMALL
-from adalayer_native.onnx.reading import OnnxFile, read
+from adalayer_native.onnx.reading import OnnxFile, check_operators, read
 
 if TYPE_CHECKING:
     from onnx.backend.base import Backend as _Backend
@@ -41,12 +41,11 @@ class Prepared(_BackendRep):
             UnsupportedModelError: an operator cannot be followed; says which and why.
         """
         graph = self.file.model.graph
-        held = {item.name for item in graph.initializer}
-        names = [item.name for item in graph.input if item.name not in held]
+        names = [item.name for item in self.file.inputs]
         arrays = dict(zip(names, map(_array, inputs), strict=True))
         first, *others = names
         constants = {name: arrays[name] for name in others}
-        module = followed(self.file, sizes={}, constants=constants, free_batch=False)
+        module = followed(self.file, constants=constants, free_batch=False)
         with torch.no_grad():
             found = module(_tensor(arrays[first]))
         results = found if isinstance(found, tuple) else (found,)
@@ -61,7 +60,9 @@ class AdalayerBackend(_Backend):
     @classmethod
     def prepare(cls, model: Any, device: str = "CPU", **kwargs: Any) -> Prepared:
         """Check a model; see :func:`adalayer_native.from_onnx` for its errors."""
-        return Prepared(read(model.SerializeToString(), OPERATORS))
+        file = read(model.SerializeToString())
+        check_operators(file, OPERATORS)
+        return Prepared(file)
 
     @classmethod
     def run_model(

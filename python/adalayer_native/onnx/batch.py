@@ -1,4 +1,4 @@
-"""Whether an imported network computes the same for every batch.
+"""Whether an imported network computes the same for every batch, and at every size of images.
 
 ONNX files speak of one batch, or of a free one whose size operators may ask for. What follows the
 operators does so with an example, and nothing of the example may stay in the network: it is
@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 __all__ = ["difference", "mixed"]
 
+_PLAIN = (int, float, str, tuple)
 APART = 1e-2  # of the norm; rounding to a grid may turn another way in a larger batch
 
 
@@ -40,11 +41,14 @@ def _label(node: fx.Node) -> str:
 
 
 def _held(module: fx.GraphModule, target: Any) -> Any:
-    """A constant, or those of a layer."""
+    """A constant, or all that a layer is: its tensors and its geometry."""
     found: Any = module
     for part in str(target).split("."):
         found = getattr(found, part)
-    return dict(found.state_dict()) if isinstance(found, nn.Module) else found
+    if not isinstance(found, nn.Module):
+        return found
+    plain = {key: value for key, value in vars(found).items() if isinstance(value, _PLAIN)}
+    return {**plain, **found.state_dict(), "class": type(found).__name__}
 
 
 def _arguments(node: fx.Node) -> Any:

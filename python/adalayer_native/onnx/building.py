@@ -6,7 +6,7 @@ import builtins
 import keyword
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,6 +89,7 @@ class Builder:
         held: constants that are buffers, and where.
         names: of modules and buffers.
         shared: layers by what makes two calls the same layer.
+        ranged: axes of inputs whose sizes are free, and their ranges.
     """
 
     mode: FakeTensorMode
@@ -100,6 +101,7 @@ class Builder:
     held: dict[Constant, str] = field(default_factory=dict)
     names: set[str] = field(default_factory=set)
     shared: dict[Any, str] = field(default_factory=dict)
+    ranged: Mapping[tuple[str, int], Any] = field(default_factory=dict)
     inputs: list[tuple[str, Value]] = field(default_factory=list)
 
     # -- values -----------------------------------------------------------------------------
@@ -118,7 +120,12 @@ class Builder:
         """Have the network check the sizes of its arguments, behind the last of them."""
         for name, value in self.inputs:
             if value.rank:
-                checked = self.call(functions.sized, value, name, [None, *value.shape[1:]])
+                sizes: list[Any] = [None, *value.shape[1:]]
+                for axis in range(1, value.rank):
+                    size = self.ranged.get((name, axis))
+                    if size is not None:
+                        sizes[axis] = (size.first, size.last, size.multiple_of)
+                checked = self.call(functions.sized, value, name, sizes)
                 value.node = checked.node
 
     def call(self, function: Any, *args: Any, **kwargs: Any) -> Any:

@@ -37,18 +37,36 @@ __all__ = [
 ]
 
 
-def sized(x: Tensor, name: str, sizes: Sequence[int | None]) -> Tensor:
-    """The tensor itself, if it has these sizes; None stands for any.
+def sized(x: Tensor, name: str, sizes: Sequence[int | tuple[int, int, int] | None]) -> Tensor:
+    """The tensor itself, if it has these sizes.
+
+    Args:
+        name: of the input, for the message.
+        sizes: None stands for any, three numbers for the smallest, the largest, and what all are
+            multiples of.
 
     Raises:
         InputError: it has others, for which the file's operators would be other ones.
     """
-    wanted = [n if n is None else int(n) for n in sizes]
-    fits = x.dim() == len(wanted)
-    if not fits or any(n is not None and x.shape[i] != n for i, n in enumerate(wanted)):
-        shown = ["any" if n is None else n for n in wanted]
-        raise InputError(f"input {name!r}: expected sizes {shown}, got {list(x.shape)}")
+    fits = x.dim() == len(sizes)
+    if not fits or not all(_allowed(x.shape[i], n) for i, n in enumerate(sizes)):
+        shown = ", ".join(map(_said, sizes))
+        raise InputError(f"input {name!r}: expected sizes [{shown}], got {list(x.shape)}")
     return x
+
+
+def _allowed(n: int, size: int | tuple[int, int, int] | None) -> bool:
+    if isinstance(size, (tuple, list)):
+        low, high, step = size
+        return bool(low <= n and n <= high and (step == 1 or n % step == 0))
+    return size is None or bool(n == size)
+
+
+def _said(size: int | tuple[int, int, int] | None) -> str:
+    if isinstance(size, (tuple, list)):
+        low, high, step = size
+        return f"{low} to {high}" + (f" by {step}" if step > 1 else "")
+    return "any" if size is None else f"{size}"
 
 
 def size_of(x: Tensor, axis: int) -> int:

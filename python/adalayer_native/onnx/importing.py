@@ -18,19 +18,31 @@ from adalayer_native.errors import AdaError, UnsupportedModelError
 from adalayer_native.onnx import (  # noqa: F401  (they fill the table of operators)
     layers,
     pointwise,
+    qoperator,
     quantized,
     shapes,
     windows,
 )
 from adalayer_native.onnx.batch import difference, mixed
 from adalayer_native.onnx.building import OPERATORS, Builder, NodeView, Refused
+from adalayer_native.onnx.input_sizes import NOTHING, Asked, asked_sizes
 from adalayer_native.onnx.package import onnx_package
 from adalayer_native.onnx.pointwise import SMALL, torch_dtype
-from adalayer_native.onnx.reading import OnnxFile, node_label, read
+from adalayer_native.onnx.reading import (
+    OnnxFile,
+    check_operators,
+    fixed_size,
+    node_label,
+    operator_name,
+    read,
+)
 from adalayer_native.onnx.tidying import tidy
 from adalayer_native.onnx.values import Constant, Value
 
-__all__ = ["OnnxModule", "followed", "from_onnx"]
+__all__ = ["OnnxModule", "followed", "from_onnx", "imported"]
+
+
+MOST_SIZES = 1 << 16  # in one list
 
 
 class OnnxModule(fx.GraphModule):
@@ -46,7 +58,7 @@ class OnnxModule(fx.GraphModule):
 def from_onnx(
     source: str | os.PathLike[str] | bytes,
     *,
-    sizes: Mapping[str, int] | int | None = None,
+    sizes: Any = None,
     integers: bool = True,
 ) -> fx.GraphModule:
     """A network from an ONNX file, as a torch module that every other call here takes.
@@ -66,7 +78,10 @@ def from_onnx(
         source: path of a file, or its bytes (which have no external data).
         sizes: those of inputs that the file leaves free, but for the batch, by the name that the
             file gives them, or ``"input.axis"``: ``{"height": 224, "x.3": 224}``. One number is the
-            height and width of images.
+            height and width of images. In the place of a number a range leaves them free:
+            ``(128, 512, 32)`` or an :class:`adalayer_native.Size`, as ``compile(..., sizes=)`` has
+            them; the network is then followed at several of these sizes, which have to give the
+            same graph.
         integers: False gives a float network also of a quantized one: layers with the dequantized
             weights, which may be compressed anew, and of every activation's grid its ends.
 
@@ -76,11 +91,8 @@ def from_onnx(
             names file and node.
         MissingExtraError: the package onnx is not installed.
     """
-    file = read(source, OPERATORS)
-    sizes = {} if sizes is None else sizes
-    _check_sizes(file, sizes)
-    module = followed(file, sizes=sizes, integers=integers)
-    _check_any_batch(file, module, sizes, integers)
+    file = read(source)
+    module = imported(file, sizes, integers=integers)
     reasons = {n: why for n, why in module.meta["onnx"]["layers"].items() if isinstance(why, str)}
     if reasons:
         listed = "; ".join(f"{name!r}: {why}" for name, why in reasons.items())
@@ -91,35 +103,25 @@ def from_onnx(
     return module
 
 
-def _check_sizes(file: OnnxFile, sizes: Mapping[str, int] | int) -> None:
-    """Raise for sizes that are none, or of no input."""
-    given = sizes if isinstance(sizes, Mapping) else {"height and width": sizes}
-    for name, size in given.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise UnsupportedModelError(
-                f"{file.name}: sizes: expected whole numbers from 1, got {size!r} for {name}"
-            )
-    if not isinstance(sizes, Mapping):
-        return
-    known = set()
-    for item in file.model.graph.input:
-        for axis, dim in enumerate(item.type.tensor_type.shape.dim):
-            known |= {f"{item.name}.{axis}", dim.dim_param} - {""}
-    unknown = sorted(set(sizes) - known)
-    if unknown:
-        raise UnsupportedModelError(
-            f"{file.name}: sizes: {', '.join(unknown)} is no axis of an input; expected some of "
-            f"{', '.join(sorted(known))}"
-        )
+def imported(file: OnnxFile, sizes: Any, *, integers: bool = True) -> fx.GraphModule:
+    """The module of a file that was read, for any batch.
+
+    Raises:
+        UnsupportedModelError: see :func:`from_onnx`.
+    """
+    check_operators(file, OPERATORS)
+    asked = asked_sizes(file, {} if sizes is None else sizes)
+    module = followed(file, asked=asked, integers=integers)
+    _check_any_batch(file, module, asked, integers)
+    _check_any_size(file, module, asked, integers)
+    return module
 
 
-def _check_any_batch(
-    file: OnnxFile, module: fx.GraphModule, sizes: Mapping[str, int] | int, integers: bool
-) -> None:
+def _check_any_batch(file: OnnxFile, module: fx.GraphModule, asked: Asked, integers: bool) -> None:
     """Raise where the module holds for one batch alone."""
     hint = "what it computes depends on the number of samples"
     try:
-        other = followed(file, sizes=sizes, integers=integers, more=1)
+        other = followed(file, asked=asked, integers=integers, more=1)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{error} ({hint})") from error
     where = difference(module, other)
@@ -134,10 +136,30 @@ def _check_any_batch(
         )
 
 
+def _check_any_size(file: OnnxFile, module: fx.GraphModule, asked: Asked, integers: bool) -> None:
+    """Raise where the module does not hold for all sizes of the ranges."""
+    if not asked.ranges:
+        return
+    for sizes in asked.others():
+        at = ", ".join(f"{name} {n}" for name, n in sizes.items())
+        hint = "give one size, or a range with multiples for which it does not"
+        try:
+            other = followed(file, asked=asked, integers=integers, at=asked.at(sizes))
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{error} (at {at}; {hint})") from error
+        where = difference(module, other)
+        if where is not None:
+            raise UnsupportedModelError(
+                f"{file.name}: {where}: what it does depends on the size of the image, as at {at}; "
+                f"{hint}"
+            )
+
+
 def followed(
     file: OnnxFile,
     *,
-    sizes: Mapping[str, int] | int,
+    asked: Asked = NOTHING,
+    at: Mapping[tuple[str, int], int] | None = None,
     integers: bool = True,
     constants: Mapping[str, Any] | None = None,
     free_batch: bool = True,
@@ -146,6 +168,8 @@ def followed(
     """The module of a checked file.
 
     Args:
+        asked: about sizes.
+        at: sizes of the example; default: the smallest.
         constants: values of inputs (numpy arrays) that are none for the module.
         free_batch: the first axis of inputs is a batch, of any size.
         more: samples of the example beyond the usual number.
@@ -159,11 +183,13 @@ def followed(
             known[name] = _constant_of_array(name, array)
         except (TypeError, Refused) as error:
             raise UnsupportedModelError(f"{file.name}: constant {name!r}: {error}") from None
-    inputs = [item for item in graph.input if item.name not in known]
+    inputs = [item for item in file.inputs if item.name not in known]
     if not inputs:
         raise UnsupportedModelError(f"{file.name}: the network has no input")
-    examples, batch = _examples(file, inputs, sizes, free_batch, more)
+    given = asked.at() if at is None else at
+    examples, batch = _examples(file, inputs, given, free_batch, more)
     g = Builder(FakeTensorMode(allow_non_fake_inputs=True), batch, integers)
+    g.ranged = {place: asked.ranges[name] for place, name in asked.ranged.items()}
     for item in inputs:
         value = g.input(item.name, examples[item.name])
         kind = _kind(item)
@@ -194,7 +220,7 @@ def _kind(item: Any) -> str:
 
 
 def _follow(g: Builder, file: OnnxFile, node: Any, known: dict[str, Any]) -> None:
-    function, takes_quantized = OPERATORS[node.op_type]
+    function, takes_quantized = OPERATORS[operator_name(node)]
     names = list(node.output)
     last = next(iter(reversed(g.graph.nodes)))
     try:
@@ -212,6 +238,7 @@ def _follow(g: Builder, file: OnnxFile, node: Any, known: dict[str, Any]) -> Non
         except TypeError:
             raise Refused(f"{len(operands)} inputs are too many or too few") from None
         results = function(g, view, *operands)
+        _check_sizes(results)
     except AdaError:
         raise
     except Exception as error:  # torch's own, about sizes and types that do not go together
@@ -235,6 +262,18 @@ def _follow(g: Builder, file: OnnxFile, node: Any, known: dict[str, Any]) -> Non
     for name, value in zip(names, results, strict=False):
         if name:
             known[name] = value
+
+
+def _check_sizes(results: Any) -> None:
+    """Raise for lists of sizes that no network has: a few nodes may square or double them."""
+    for item in results if isinstance(results, tuple) else (results,):
+        if not isinstance(item, np.ndarray):
+            continue
+        if item.size > MOST_SIZES:
+            raise Refused(f"a list of {item.size} sizes; expected at most {MOST_SIZES}")
+        wrong = [n for n in item.flat if isinstance(n, int) and abs(n) >= 1 << 63]
+        if wrong:
+            raise Refused(f"a size of {wrong[0].bit_length()} bits; expected at most 63")
 
 
 def _attributes(file: OnnxFile, node: Any) -> dict[str, Any]:
@@ -278,7 +317,7 @@ def _constant_of_array(name: str, array: Any, kind: str = "") -> Constant:
 def _examples(
     file: OnnxFile,
     inputs: list[Any],
-    sizes: Mapping[str, int] | int,
+    sizes: Mapping[tuple[str, int], int],
     free_batch: bool,
     more: int,
 ) -> tuple[dict[str, Tensor], tuple[int, int | None]]:
@@ -293,14 +332,11 @@ def _examples(
             )
         shape: list[Any] = []
         for axis, dim in enumerate(kind.shape.dim):
-            if dim.HasField("dim_value"):
-                shape.append(int(dim.dim_value))
+            said = fixed_size(dim)
+            if said is not None:
+                shape.append(said)
                 continue
-            size = None
-            if not isinstance(sizes, int):
-                size = sizes.get(dim.dim_param) or sizes.get(f"{item.name}.{axis}")
-            elif len(kind.shape.dim) == 4 and axis >= 2:
-                size = sizes
+            size = sizes.get((item.name, axis))
             if size is None and (axis > 0 or not free_batch):
                 free.append(
                     f"{item.name}.{axis}" + (f" ({dim.dim_param})" if dim.dim_param else "")
@@ -309,8 +345,8 @@ def _examples(
         shapes_[item.name] = shape
     if free:
         raise UnsupportedModelError(
-            f"{file.name}: sizes but the batch have to be known; give sizes={{...}} for "
-            f"{', '.join(free)}"
+            f"{file.name}: sizes but the batch have to be known; give sizes={{...}}, numbers or "
+            f"ranges, for {', '.join(free)}"
         )
     first = next((shape[0] for shape in shapes_.values() if shape), None)
     fixed = first if free_batch else None

@@ -16,7 +16,7 @@ from adalayer_native.onnx.shapes import transposed
 from adalayer_native.onnx.values import Constant, Value
 from adalayer_native.padding import PaddedConv2d
 
-__all__ = ["convolution", "product", "window"]
+__all__ = ["convolution", "product", "row_of", "window"]
 
 _CONVS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _TRANSPOSED: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -216,14 +216,14 @@ def _gemm(g: Builder, node: NodeView, a: Any, b: Any, c: Any = None) -> Any:
         bias = None
     else:
         b = transposed(g, b, [1, 0]) if node.get("transB") else b
-        bias = _row_of(c, b.shape[1])
+        bias = row_of(c, b.shape[1])
         found = product(g, node, a, b, None if bias is None else bias * beta)
     if c is None or bias is not None:
         return found
     return g.call(torch.add, found, c if beta == 1.0 else g.call(torch.mul, c, beta))
 
 
-def _row_of(c: Any, outputs: int) -> Tensor | None:
+def row_of(c: Any, outputs: int) -> Tensor | None:
     """The third operand as a bias, if it is one."""
     if not isinstance(c, Constant) or c.rank > 2 or (c.rank == 2 and c.shape[0] != 1):
         return None

@@ -336,3 +336,14 @@ def _arg(g: Builder, node: NodeView, x: Any) -> Any:
         raise Refused("it wants the last of several equal elements (select_last_index)")
     function = torch.argmax if node.kind == "ArgMax" else torch.argmin
     return g.call(function, x, node.get("axis", 0), bool(node.get("keepdims", 1)))
+
+
+@operator_of("CumSum")
+def _cumsum(g: Builder, node: NodeView, x: Any, axis: Any) -> Any:
+    along = int(g.known(axis, "axis"))
+    back = bool(node.get("reverse"))
+    part = g.call(torch.flip, x, [along]) if back else x
+    total = g.call(torch.cumsum, part, along, dtype=_dtype(x))
+    if node.get("exclusive"):  # without the element itself
+        total = g.call(torch.sub, total, part)
+    return g.call(torch.flip, total, [along]) if back else total

@@ -24,7 +24,7 @@ from adalayer_native.onnx.values import Constant, Grid, Integers, Value
 from adalayer_native.plan import MAX_BITS, MIN_BITS
 from adalayer_native.quantization.chains import ACT_ROOT
 
-__all__ = ["dequantize", "kind_of", "quantize"]
+__all__ = ["along", "dequantize", "kind_of", "quantize", "real"]
 
 # ONNX types of integers: bits, and the lowest of them.
 _KINDS = {
@@ -64,7 +64,7 @@ def _grid(scale: Tensor, zero_point: Tensor, kind: str) -> Grid | None:
 # -- QuantizeLinear and DequantizeLinear -----------------------------------------------------------
 
 
-@operator_of("QuantizeLinear")
+@operator_of("QuantizeLinear", "com.microsoft.QuantizeLinear")
 def _quantize_linear(g: Builder, node: NodeView, x: Any, scale: Any, zero_point: Any = None) -> Any:
     steps = g.known(scale, "scale")
     kind = _output_kind(node, zero_point)
@@ -90,7 +90,8 @@ def quantize(g: Builder, node: NodeView, x: Any, steps: Tensor, zero: Tensor, ki
     bits, lowest = _KINDS[kind]
     grid = _grid(steps, zero, kind)
     if isinstance(x, Value) and grid is not None and x.fake.is_floating_point():
-        if x.grid == grid:
+        # (What is joined is on the grid that all parts have; the engine wants to be told.)
+        if x.grid == grid and x.node.target is not torch.cat:
             return x.on(grid, quantized=True)
         if g.integers:
             name = g.unused(f"{ACT_ROOT}.{g.layer_name(node).replace('.', '_')}")
@@ -113,23 +114,18 @@ def quantize(g: Builder, node: NodeView, x: Any, steps: Tensor, zero: Tensor, ki
     return found
 
 
-@operator_of("DequantizeLinear", quantized=True)
+@operator_of("DequantizeLinear", "com.microsoft.DequantizeLinear", quantized=True)
 def _dequantize_linear(
     g: Builder, node: NodeView, x: Any, scale: Any, zero_point: Any = None
 ) -> Any:
-    steps = g.known(scale, "scale")
-    kind = kind_of(x)
-    zero = torch.zeros(1, dtype=torch.int32)
-    if zero_point is not None:
-        zero = g.known(zero_point, "zero point").to(torch.int32)
-    return dequantize(g, node, x, steps, zero, kind)
+    return real(g, node, x, scale, zero_point)
 
 
 def dequantize(g: Builder, node: NodeView, x: Any, steps: Tensor, zero: Tensor, kind: str) -> Any:
     """Integers of some kind as real numbers; what is known of them is kept."""
     grid = _grid(steps, zero, kind) if kind in _KINDS else None
     if isinstance(x, Value) and x.quantized:
-        if x.grid == grid:
+        if x.grid == grid and x.fake.dtype == steps.dtype:
             return x.on(grid)
         x = g.integers_of(x)
     wide, offset = (_spread(item, x.shape, node) for item in (steps, zero))
@@ -172,13 +168,16 @@ def _dynamic(g: Builder, node: NodeView, x: Value) -> Any:
 # -- operators on integers -------------------------------------------------------------------------
 
 
-def _real(g: Builder, node: NodeView, x: Any, scale: Any, zero_point: Any) -> Any:
+def real(g: Builder, node: NodeView, x: Any, scale: Any, zero_point: Any) -> Any:
     """An operand of a QLinear operator as real numbers."""
-    steps, zero = g.known(scale, "scale"), g.known(zero_point, "zero point")
-    return dequantize(g, node, x, steps, zero, kind_of(x))
+    zero = torch.zeros(1, dtype=torch.int32)
+    if zero_point is not None:
+        zero = g.known(zero_point, "zero point").to(torch.int32)
+    return dequantize(g, node, x, g.known(scale, "scale"), zero, kind_of(x))
 
 
-def _along(node: NodeView, axis: int) -> NodeView:
+def along(node: NodeView, axis: int) -> NodeView:
+    """A node whose scales lie along an axis."""
     return NodeView(node.kind, node.name, node.opset, {**node.attributes, "axis": axis}, [])
 
 
@@ -188,8 +187,8 @@ def _qlinear_conv(
     w_zero: Any, *result: Any,
 ) -> Any:  # fmt: skip
     y_scale, y_zero, bias = (*result, None)[:3]
-    operand = _real(g, node, x, x_scale, x_zero)
-    weight = _real(g, _along(node, 0), w, w_scale, w_zero)
+    operand = real(g, node, x, x_scale, x_zero)
+    weight = real(g, along(node, 0), w, w_scale, w_zero)
     offset = None
     if bias is not None:
         step = g.known(x_scale, "scale").double() * g.known(w_scale, "scale").double()
@@ -204,8 +203,8 @@ def _qlinear_matmul(
     g: Builder, node: NodeView, a: Any, a_scale: Any, a_zero: Any, b: Any, b_scale: Any,
     b_zero: Any, y_scale: Any, y_zero: Any,
 ) -> Any:  # fmt: skip
-    left = _real(g, _along(node, a.rank - 2), a, a_scale, a_zero)
-    right = _real(g, _along(node, b.rank - 1), b, b_scale, b_zero)
+    left = real(g, along(node, a.rank - 2), a, a_scale, a_zero)
+    right = real(g, along(node, b.rank - 1), b, b_scale, b_zero)
     out = product(g, node, left, right, None)
     zero = g.known(y_zero, "zero point")
     return quantize(g, node, out, g.known(y_scale, "scale"), zero, kind_of(y_zero))
@@ -276,7 +275,7 @@ def _by_integers(
     if grid is None or (zeros[1].numel() > 1 and zeros[1].numel() != w.shape[axis]):
         return None
     steps = one if zeros[1].numel() == 1 else torch.ones(w.shape[axis])
-    weight = dequantize(g, _along(node, axis), w, steps, zeros[1], kind_of(w))
+    weight = dequantize(g, along(node, axis), w, steps, zeros[1], kind_of(w))
     most = max(grid.zero_point, (1 << grid.bits) - 1 - grid.zero_point)
     others = [i for i in range(weight.rank) if i != axis]
     if float(weight.tensor.abs().double().sum(others).max()) * most >= 1 << 24:

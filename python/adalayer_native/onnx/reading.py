@@ -19,9 +19,20 @@ from adalayer_native._files import require_file
 from adalayer_native.errors import FileFormatError, UnsupportedModelError
 from adalayer_native.onnx.package import onnx_package
 
-__all__ = ["NEWEST_OPSET", "OLDEST_OPSET", "OnnxFile", "node_label", "read"]
+__all__ = [
+    "NEWEST_OPSET",
+    "OLDEST_OPSET",
+    "OnnxFile",
+    "check_operators",
+    "fixed_size",
+    "node_label",
+    "operator_name",
+    "read",
+]
 
 OLDEST_OPSET, NEWEST_OPSET = 10, 28
+MOST_BYTES = (1 << 31) - 1  # of a protobuf message
+MOST_NODES = 1 << 20  # with the file's functions in their places
 # Of one constant, and of all: more than any network for images has.
 MOST_ELEMENTS = 1 << 31
 _BITS_OF_SMALL = {"INT4": 4, "UINT4": 4, "INT2": 2, "UINT2": 2, "FLOAT4E2M1": 4}
@@ -43,23 +54,38 @@ class OnnxFile:
     nodes: list[Any]
     opset: int
 
+    @property
+    def inputs(self) -> list[Any]:
+        """What a call of the network is given: no constants, which older files list as well."""
+        held = {item.name for item in self.model.graph.initializer}
+        return [item for item in self.model.graph.input if item.name not in held]
+
+
+def fixed_size(dim: Any) -> int | None:
+    """The size that a file says of an axis; None for a free one, which some write as -1 or 0."""
+    return int(dim.dim_value) if dim.HasField("dim_value") and dim.dim_value > 0 else None
+
+
+def operator_name(node: Any) -> str:
+    """Of a node: with its domain, unless that is the standard one."""
+    domain = f"{node.domain}." if node.domain not in ("", "ai.onnx") else ""
+    return f"{domain}{node.op_type}"
+
 
 def node_label(node: Any) -> str:
     """A node as messages call it."""
-    domain = f"{node.domain}." if node.domain not in ("", "ai.onnx") else ""
-    return f"{domain}{node.op_type} {node.name or '→ ' + ', '.join(node.output)!s}"
+    return f"{operator_name(node)} {node.name or '→ ' + ', '.join(node.output)!s}"
 
 
-def read(source: str | os.PathLike[str] | bytes, known: Collection[str]) -> OnnxFile:
-    """Read and check a model.
+def read(source: str | os.PathLike[str] | bytes) -> OnnxFile:
+    """Read and check a model, whatever its operators are.
 
     Args:
         source: a path, or the bytes of a file.
-        known: operators that can be followed.
 
     Raises:
         FileFormatError: not a file, not ONNX, or one that contradicts itself.
-        UnsupportedModelError: a model that is well-formed, but not one that can be followed.
+        UnsupportedModelError: an opset, or a kind of constants, that is not supported.
         MissingExtraError: the package onnx is not installed.
     """
     onnx = onnx_package()
@@ -69,6 +95,11 @@ def read(source: str | os.PathLike[str] | bytes, known: Collection[str]) -> Onnx
         path = Path(source)
         name, folder = os.fspath(source), path.parent
         require_file(path)
+        if path.stat().st_size > MOST_BYTES:
+            raise FileFormatError(
+                f"{name}: has {path.stat().st_size} bytes; expected at most {MOST_BYTES} (larger "
+                "networks have their weights in other files)"
+            )
         try:
             data = path.read_bytes()
         except OSError as error:
@@ -94,7 +125,6 @@ def read(source: str | os.PathLike[str] | bytes, known: Collection[str]) -> Onnx
     held = [a.t for node in model.graph.node for a in node.attribute if a.HasField("t")]
     _check_tensors(name, [*model.graph.initializer, *held], folder)
     nodes = _ordered(name, model.graph)
-    _check_operators(name, nodes, known)
     return OnnxFile(name, model, nodes, opset)
 
 
@@ -115,6 +145,27 @@ def _opset(name: str, model: Any) -> int:
 
 
 def _inlined(name: str, model: Any) -> Any:
+    """The model without functions: their nodes in the place of their calls."""
+    bodies = {(item.domain, item.name, item.overload): item.node for item in model.functions}
+    counts: dict[tuple[str, str, str], int] = {}
+
+    def nodes_of(nodes: Any, above: tuple[tuple[str, str, str], ...]) -> int:
+        total = 0
+        for node in nodes:
+            key = (node.domain, node.op_type, node.overload)
+            if key in bodies and key not in above:  # (circles are the package's to find)
+                if key not in counts:
+                    counts[key] = nodes_of(bodies[key], (*above, key))
+                total += counts[key]
+            total += 1
+        return total
+
+    count = nodes_of(model.graph.node, ())
+    if count > MOST_NODES:  # a few functions that call each other twice are as many as one likes
+        raise UnsupportedModelError(
+            f"{name}: {count} nodes with its functions in place of their calls; expected at most "
+            f"{MOST_NODES}"
+        )
     try:
         return onnx_package("inliner").inline_local_functions(model)
     except Exception as error:  # the package's own, of several kinds
@@ -259,13 +310,13 @@ def _ordered(name: str, graph: Any) -> list[Any]:
     return found
 
 
-def _check_operators(name: str, nodes: list[Any], known: Collection[str]) -> None:
+def check_operators(file: OnnxFile, known: Collection[str]) -> None:
+    """Raise for operators that are not among those that can be followed; names all of them."""
     unknown: dict[str, str] = {}
-    for node in nodes:
-        domain = "" if node.domain in ("", "ai.onnx") else f"{node.domain}."
-        kind = f"{domain}{node.op_type}"
+    for node in file.nodes:
+        kind = operator_name(node)
         if kind not in known:
             unknown.setdefault(kind, node.name or (node.output[0] if node.output else ""))
     if unknown:
         listed = ", ".join(f"{kind} (first: {place!r})" for kind, place in sorted(unknown.items()))
-        raise UnsupportedModelError(f"{name}: operators that are not supported: {listed}")
+        raise UnsupportedModelError(f"{file.name}: operators that are not supported: {listed}")

@@ -228,7 +228,8 @@ def _split(g: Builder, node: NodeView, x: Any, split: Any = None) -> Any:
     if not sizes:
         piece = -(-x.shape[axis] // count)
         sizes = [min(piece, x.shape[axis] - i * piece) for i in range(count)]
-    return moved(g.call(torch.split, x, [int(n) for n in sizes], axis), x)
+    pieces = [n if isinstance(n, Size) else int(n) for n in sizes]
+    return moved(g.call(torch.split, x, pieces, axis), x)
 
 
 @operator_of("Slice", quantized=True)
@@ -399,7 +400,7 @@ def _einsum(g: Builder, node: NodeView, *operands: Any) -> Any:
     return g.call(torch.einsum, node.get("equation"), *operands)
 
 
-@operator_of("Trilu", quantized=True)
+@operator_of("Trilu")
 def _trilu(g: Builder, node: NodeView, x: Any, k: Any = None) -> Any:
     diagonal = 0 if k is None else int(g.known(k, "k"))
-    return moved(g.call(torch.triu if node.get("upper", 1) else torch.tril, x, diagonal), x)
+    return g.call(torch.triu if node.get("upper", 1) else torch.tril, x, diagonal)

@@ -14,7 +14,7 @@ from adalayer_native.onnx import functions
 from adalayer_native.onnx.building import Builder, NodeView, Refused, operator_of
 from adalayer_native.onnx.layers import window
 from adalayer_native.onnx.shapes import moved
-from adalayer_native.onnx.values import Constant, Value
+from adalayer_native.onnx.values import Constant, Size, Value
 
 __all__: list[str] = []
 
@@ -57,13 +57,15 @@ def _max_pool(g: Builder, node: NodeView, x: Value) -> Any:
     axes = len(kernel)
     dtype = x.fake.dtype
     operand = x if dtype.is_floating_point else g.call(torch.Tensor.to, x, torch.float32)
-    padding = pads[:axes]
-    if not _plain(kernel, pads, beyond):
+    padding, up = pads[:axes], False
+    if g.ranged and node.get("ceil_mode") and _plain(kernel, pads, [0] * axes):
+        up = True  # windows are as many as the size asks for
+    elif not _plain(kernel, pads, beyond):
         ends = [p + more for p, more in zip(pads[axes:], beyond, strict=True)]
         around = [0, 0, *pads[:axes], 0, 0, *ends]
         operand = g.call(functions.pad, operand, around, "constant", -math.inf)
         padding = [0] * axes
-    result = g.call(_MAX_POOLS[axes], operand, kernel, stride, padding, dilation)
+    result = g.call(_MAX_POOLS[axes], operand, kernel, stride, padding, dilation, up)
     return moved(
         result
         if operand is x or dtype.is_floating_point
@@ -108,24 +110,29 @@ def _global_lp(g: Builder, node: NodeView, x: Value) -> Any:
 # -- resizing -----------------------------------------------------------------------------------
 
 
-@operator_of("Resize")
+@operator_of("Resize", quantized=True)
 def _resize(
     g: Builder, node: NodeView, x: Value, roi: Any = None, scales: Any = None, sizes: Any = None
 ) -> Any:
+    mode = _coordinates(node)
+    # Moved, or computed with the integers, whose value for what lies outside is one, too.
+    moves = node.get("mode", "nearest") == "nearest" and mode != "tf_crop_and_resize"
+    if x.quantized and not moves:
+        x = g.integers_of(x)
     if node.opset < 11:  # two operands then
         roi, scales = None, roi
     axes = [axis % x.rank for axis in node.get("axes") or range(x.rank)]
     factors, out = _factors(g, node, x, axes, scales, sizes)
     region: list[float] = []
-    mode = _coordinates(node)
     if mode == "tf_crop_and_resize":
         region = [float(v) for v in g.known(roi, "roi").tolist()]
     used = [
         i for i, axis in enumerate(axes) if out[i] != x.shape[axis] or factors[i] != 1.0 or region
     ]
     plain = _plain_resize(
-        g, node, x, [axes[i] for i in used], [factors[i] for i in used], [out[i] for i in used]
-    )
+        g, node, x, [axes[i] for i in used], [factors[i] for i in used], [out[i] for i in used],
+        _sizes_asked(g, x, axes, factors, sizes) if g.ranged else {},
+    )  # fmt: skip
     if plain is not None:
         return plain
     if any(axes[i] == 0 for i in used) and g.batch[1] is not None:
@@ -136,7 +143,8 @@ def _resize(
         tables.append(_table(node, mode, x.shape[axes[i]], out[i], factors[i], ends))
     outside = node.get("extrapolation_value", 0.0) if region else None
     constants = [tuple(Constant(torch.from_numpy(part)) for part in table) for table in tables]
-    return g.call(functions.resize, x, [axes[i] for i in used], constants, outside)
+    found = g.call(functions.resize, x, [axes[i] for i in used], constants, outside)
+    return moved(found, x) if moves else found
 
 
 def _coordinates(node: NodeView) -> str:
@@ -172,10 +180,32 @@ def _factors(
     return factors, wanted
 
 
+def _sizes_asked(
+    g: Builder, x: Value, axes: list[int], factors: list[float], sizes: Any
+) -> dict[int, Any]:
+    """By axis the size of the result, as it follows from sizes of inputs."""
+    if sizes is not None:
+        listed = list(sizes.flat) if isinstance(sizes, np.ndarray) else []
+        pairs = zip(axes, listed, strict=False)
+        return {axis: size for axis, size in pairs if isinstance(size, Size)}
+    found: dict[int, Any] = {}
+    for axis, factor in zip(axes, factors, strict=True):
+        if factor.is_integer():
+            found[axis] = g.size(x, axis) * int(factor)
+        elif (1 / factor).is_integer():
+            found[axis] = g.size(x, axis) // int(1 / factor)
+    return found
+
+
 def _plain_resize(
-    g: Builder, node: NodeView, x: Value, axes: list[int], factors: list[float], out: list[int]
-) -> Any:
-    """One of torch's own functions, where it computes the same."""
+    g: Builder, node: NodeView, x: Value, axes: list[int], factors: list[float], out: list[int],
+    asked: dict[int, Any],
+) -> Any:  # fmt: skip
+    """One of torch's own functions, where it computes the same.
+
+    Args:
+        asked: by axis what the size follows from, where images of other sizes have others.
+    """
     if not axes:
         return x
     if x.rank not in (3, 4, 5) or min(axes) < 2 or not x.fake.is_floating_point():
@@ -199,13 +229,14 @@ def _plain_resize(
             return moved(g.call(F.interpolate, x, scale_factor=factor, mode="nearest"), x)
         return None
     modes = {"linear": {3: "linear", 4: "bilinear"}, "cubic": {4: "bicubic"}}
-    name = modes.get(kind, {}).get(x.rank)
+    name, several = modes.get(kind, {}).get(x.rank), min(full) > 1
     if name is None or (kind == "cubic" and node.get("cubic_coeff_a", -0.75) != -0.75):
         return None
+    full = [asked.get(axis, n) for axis, n in zip(range(2, x.rank), full, strict=True)]
     if how == "align_corners":
         return g.call(F.interpolate, x, size=full, mode=name, align_corners=True)
     half = how in ("half_pixel", "half_pixel_symmetric")
-    if half or (how == "pytorch_half_pixel" and min(full) > 1):
+    if half or (how == "pytorch_half_pixel" and several):
         return g.call(F.interpolate, x, size=full, mode=name, align_corners=False)
     return None
 

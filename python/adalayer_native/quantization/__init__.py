@@ -10,9 +10,9 @@ from adalayer_native.quantization.fake_quant import (
     QuantConvTranspose2d,
     QuantLinear,
 )
+from adalayer_native.quantization.file_contents import StoredModel, stored_model
 from adalayer_native.quantization.graph import prepare
 from adalayer_native.quantization.restore import restore
-from adalayer_native.quantization.stored import StoredModel, stored_model
 from adalayer_native.rounding import quantize_weight
 
 __all__ = [

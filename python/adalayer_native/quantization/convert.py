@@ -10,6 +10,7 @@ from torch import fx, nn
 from adalayer_native.capture import GraphModel
 from adalayer_native.capture import vocabulary as table
 from adalayer_native.capture.tidying import drop_dead
+from adalayer_native.padding import window_of
 from adalayer_native.quantization.chains import ACT_ROOT
 from adalayer_native.quantization.exact_steps import exact_steps
 from adalayer_native.quantization.fake_quant import (
@@ -83,44 +84,26 @@ def convert(prepared: GraphModel) -> GraphModel:
 
 def _native_layer(prepared: GraphModel, name: str, clamp: Any) -> Any:
     from adalayer_native.nn import Conv2d, ConvTranspose2d, Linear
+    from adalayer_native.nn.layer import NativeLayer
 
-    layer = prepared.get_submodule(name)
+    layer: Any = prepared.get_submodule(name)
     folded = fold(prepared, name)
     quantizer = folded.quantizer
-    common: dict[str, Any] = {
-        "input_scale": quantizer.scale,
-        "input_zero_point": quantizer.zero_point,
-        "input_bits": quantizer.bits,
-        "activation": clamp,
+    kinds: dict[type, type[NativeLayer]] = {
+        QuantLinear: Linear,
+        QuantConvTranspose2d: ConvTranspose2d,
+        QuantConv2d: Conv2d,
     }
-    if isinstance(layer, QuantLinear):
-        return Linear.from_quantized(
-            folded.weight, layer.bits, folded.weight_scale, folded.bias, **common
-        )
-    if isinstance(layer, QuantConvTranspose2d):
-        return ConvTranspose2d.from_quantized(
-            folded.weight,
-            layer.bits,
-            folded.weight_scale,
-            folded.bias,
-            stride=layer.stride,
-            padding=layer.padding,  # type: ignore[arg-type]
-            output_padding=layer.output_padding,
-            dilation=layer.dilation,
-            groups=layer.groups,
-            **common,
-        )
-    assert isinstance(layer, QuantConv2d)
-    return Conv2d.from_quantized(
+    return kinds[type(layer)].from_quantized(
         folded.weight,
         layer.bits,
         folded.weight_scale,
         folded.bias,
-        stride=layer.stride,
-        padding=layer.sides,
-        dilation=layer.dilation,
-        groups=layer.groups,
-        **common,
+        input_scale=quantizer.scale,
+        input_zero_point=quantizer.zero_point,
+        input_bits=quantizer.bits,
+        activation=clamp,
+        **window_of(layer),
     )
 
 

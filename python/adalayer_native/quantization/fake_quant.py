@@ -6,14 +6,14 @@ float32 sums; inside ``simulate(exact=True)`` they are the same bits (see ``exac
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adalayer_native.errors import CalibrationError, PlanError
-from adalayer_native.padding import PaddedConv2d, four_paddings
+from adalayer_native.padding import PaddedConv2d, window_of
 from adalayer_native.quantization.lsq import StepSize, learned_activation, learned_weight
 from adalayer_native.rounding import (
     activation_grid,
@@ -162,6 +162,21 @@ class _Exact(Protocol):
     def run(self, x: Tensor, output_size: list[int] | None = None) -> Tensor: ...
 
 
+Layer = TypeVar("Layer", bound="_QuantLayer")
+
+
+def _shape(layer: nn.Module) -> dict[str, Any]:
+    """The arguments with which a layer like it is made, but for parameters."""
+    if isinstance(layer, nn.Linear):
+        return {"in_features": layer.in_features, "out_features": layer.out_features}
+    assert isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d))
+    names = "in_channels", "out_channels", "kernel_size"
+    found = {name: getattr(layer, name) for name in names} | window_of(layer)
+    if isinstance(layer, nn.Conv2d):
+        found |= {"sides": found["padding"], "padding": layer.padding}
+    return found
+
+
 class _QuantLayer:
     """What the layers share: bits, mask, scales. Mixed into the float layer's class."""
 
@@ -173,6 +188,18 @@ class _QuantLayer:
     exact: _Exact | None
     step: StepSize | None
     dense_gradient: bool
+
+    @classmethod
+    def from_layer(
+        cls: type[Layer], layer: Any, bits: int, mask: Tensor | None = None, *, name: str = ""
+    ) -> Layer:
+        """Take over parameters and geometry of a float layer; scales are not yet chosen."""
+        made: Any = cls
+        new = made(**_shape(layer), bias=layer.bias is not None, device="meta")
+        new.weight, new.bias = layer.weight, layer.bias
+        new._setup(bits, mask, name)
+        new.train(layer.training)
+        return new
 
     def _setup(self, bits: int, mask: Tensor | None, name: str) -> None:
         assert isinstance(self, nn.Module)
@@ -226,8 +253,8 @@ class _QuantLayer:
             None if self.mask is None else conv_form(self, self.mask)
         )
 
-    def _describe(self) -> str:
-        text = f", bits={self.bits}"
+    def extra_repr(self) -> str:
+        text = f"{super().extra_repr()}, bits={self.bits}"  # type: ignore[misc]
         if self.mask is not None:
             text += f", pruned={1.0 - float(self.mask.float().mean()):.3f}"
         return text
@@ -241,35 +268,10 @@ class QuantConv2d(_QuantLayer, PaddedConv2d):
     (float32 ``[O]``), which is fixed between calls of :meth:`refresh_scales`.
     """
 
-    @classmethod
-    def from_layer(
-        cls, layer: nn.Conv2d, bits: int, mask: Tensor | None = None, *, name: str = ""
-    ) -> QuantConv2d:
-        """Take over parameters and geometry of a float convolution; scales are not yet chosen."""
-        new = cls(
-            layer.in_channels,
-            layer.out_channels,
-            layer.kernel_size,
-            stride=layer.stride,
-            padding=layer.padding,
-            sides=four_paddings(layer),
-            dilation=layer.dilation,
-            groups=layer.groups,
-            bias=layer.bias is not None,
-            device="meta",
-        )
-        new.weight, new.bias = layer.weight, layer.bias
-        new._setup(bits, mask, name)
-        new.train(layer.training)
-        return new
-
     def forward(self, input: Tensor) -> Tensor:
         if self.exact is not None:
             return self.exact.run(input)
         return self.convolve(input, self.quantized_weight())
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}{self._describe()}"
 
 
 class QuantConvTranspose2d(_QuantLayer, nn.ConvTranspose2d):
@@ -278,28 +280,6 @@ class QuantConvTranspose2d(_QuantLayer, nn.ConvTranspose2d):
     Input and output are float32 ``[N, C, H, W]``. ``weight`` and ``mask`` have torch's shape
     ``[I, O/groups, KH, KW]``; ``weight_scale`` is float32 ``[O]``, one per output channel.
     """
-
-    @classmethod
-    def from_layer(
-        cls, layer: nn.ConvTranspose2d, bits: int, mask: Tensor | None = None, *, name: str = ""
-    ) -> QuantConvTranspose2d:
-        """Take over parameters and geometry of a float layer; scales are not yet chosen."""
-        new = cls(
-            layer.in_channels,
-            layer.out_channels,
-            layer.kernel_size,  # type: ignore[arg-type]
-            stride=layer.stride,  # type: ignore[arg-type]
-            padding=layer.padding,  # type: ignore[arg-type]
-            output_padding=layer.output_padding,  # type: ignore[arg-type]
-            groups=layer.groups,
-            bias=layer.bias is not None,
-            dilation=layer.dilation,  # type: ignore[arg-type]
-            device="meta",
-        )
-        new.weight, new.bias = layer.weight, layer.bias
-        new._setup(bits, mask, name)
-        new.train(layer.training)
-        return new
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         if self.exact is not None:
@@ -329,9 +309,6 @@ class QuantConvTranspose2d(_QuantLayer, nn.ConvTranspose2d):
             self.dilation,
         )
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}{self._describe()}"
-
 
 class QuantLinear(_QuantLayer, nn.Linear):
     """Linear layer whose weight is pruned and quantized on every forward (eq. 4).
@@ -339,24 +316,10 @@ class QuantLinear(_QuantLayer, nn.Linear):
     Input float32 ``[..., I]``, output ``[..., O]``; state as in :class:`QuantConv2d`.
     """
 
-    @classmethod
-    def from_layer(
-        cls, layer: nn.Linear, bits: int, mask: Tensor | None = None, *, name: str = ""
-    ) -> QuantLinear:
-        """Take over the parameters of a float layer; scales are not yet chosen."""
-        new = cls(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-        new.weight, new.bias = layer.weight, layer.bias
-        new._setup(bits, mask, name)
-        new.train(layer.training)
-        return new
-
     def forward(self, input: Tensor) -> Tensor:
         if self.exact is not None:
             return self.exact.run(input)
         return F.linear(input, self.quantized_weight(), self.bias)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}{self._describe()}"
 
 
 QUANT_LAYERS: dict[type[nn.Module], Any] = {

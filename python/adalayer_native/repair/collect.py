@@ -14,7 +14,7 @@ from adalayer_native._progress import ProgressBar
 from adalayer_native.capture.loading import captured_on
 from adalayer_native.errors import PlanError
 from adalayer_native.plan import LayerPlan, Plan, layer_kind, supported_layers
-from adalayer_native.quantization.stored import stored_model
+from adalayer_native.quantization.file_contents import stored_model
 from adalayer_native.repair.hessian import LayerHessian, parts_of
 from adalayer_native.repair.streams import Data, norm_gain, rows_of, rows_per_image
 from adalayer_native.rounding import conv_form

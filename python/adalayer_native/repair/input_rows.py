@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adalayer_native.errors import CalibrationError
+from adalayer_native.ops.geometry import conv_out_shape
 from adalayer_native.padding import four_paddings
 
 __all__ = ["columns", "groups_of"]
@@ -55,10 +56,7 @@ def columns(
         )
     x, stride = _padded(layer, x)
     kernel, dilation = _pair(layer.kernel_size), _pair(layer.dilation)
-    rows, cols = (
-        (size - d * (k - 1) - 1) // s + 1
-        for size, k, d, s in zip(x.shape[2:], kernel, dilation, stride, strict=True)
-    )
+    *_, rows, cols = conv_out_shape(x.shape, 1, kernel, stride, (0, 0, 0, 0), dilation)
     images, channels = x.shape[:2]
     drawn = min(rows * cols, per_image)
     if drawn < rows * cols:

@@ -19,7 +19,6 @@ from ..detection import setting
 from ..errors import InputError
 from .bodies import Receive, read_body
 from .connection import BROKEN
-from .dispatch import Dispatcher, Job
 from .errors import ServeError
 from .images import Placing, probabilities
 from .log import StrangersLog
@@ -35,6 +34,7 @@ from .protocol import (
     parse_request,
 )
 from .quality import HEADER, asked_level
+from .queues import Dispatcher, Job
 from .runner import Description
 from .settings import Settings
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Protocol
 
 from .._files import write_atomic
-from .dispatch import Dispatcher, Hub
 from .errors import ServeError
 from .metrics import Metrics, ModelMetrics
+from .queues import Dispatcher, Hub
 from .replica import WorkerSpec
 from .settings import Settings, valid_name, valid_version
 

@@ -14,12 +14,12 @@ import uvicorn
 
 from .checks import StartError, bind, check_start
 from .connection import connections
-from .dispatch import Hub
 from .errors import ServeError
 from .http import Application
 from .log import StrangersLog, log_to_stderr
 from .metrics import Metrics
 from .models import Deployer, ModelTable, new_token
+from .queues import Hub
 from .settings import ModelSource, Settings
 
 __all__ = ["StartError", "run", "serve_until"]

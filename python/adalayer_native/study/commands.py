@@ -8,7 +8,17 @@ from typing import Annotated, Any
 import typer
 
 from .._console import say
-from .._options import Batch, Data, Group, Quiet, Threads, above_zero, output_folder, whole_numbers
+from .._options import (
+    Batch,
+    Data,
+    Group,
+    Quiet,
+    Threads,
+    above_zero,
+    output_folder,
+    told,
+    whole_numbers,
+)
 
 __all__ = ["app"]
 
@@ -93,24 +103,12 @@ def adalayernet(
     """The first paper: float, uniform, layer-wise and optimal plans of AdaLayerNet, native."""
     from .adalayernet import AdalayernetSettings, run_adalayernet
 
-    settings = AdalayernetSettings(
-        data=data,
-        out=out,
-        models=models,
-        dataset=dataset,
-        size=size,
-        epochs=epochs,
-        float_epochs=float_epochs,
+    settings = told(
+        AdalayernetSettings,
+        locals(),
         seeds=whole_numbers(seeds) or [],
         methods=_names(methods),
-        calibration=calibration,
-        minutes=minutes,
-        threads=threads,
         only=_only(only, ("compress", "timing", "report")),
-        country=country,
-        energy=energy,
-        memory=memory,
-        seconds=seconds,
         progress=not quiet,
     )
     _finish(run_adalayernet(settings), out)
@@ -153,27 +151,12 @@ def green(
     """The second paper: widths that rise and fall over depth and time, trained, then native."""
     from .green import GreenSettings, run_green
 
-    settings = GreenSettings(
-        data=data,
-        out=out,
-        dataset=dataset,
-        epochs=epochs,
-        images=images,
-        batch_size=batch_size,
-        lr=lr,
+    settings = told(
+        GreenSettings,
+        locals(),
         seeds=whole_numbers(seeds) or [],
         configurations=_names(configurations),
-        fixed_bits=fixed_bits,
-        blocks=blocks,
-        curve_images=curve_images,
-        stop_accuracy=stop_accuracy,
-        minutes=minutes,
-        threads=threads,
         only=_only(only, ("train", "timing", "report")),
-        country=country,
-        energy=energy,
-        memory=memory,
-        seconds=seconds,
         progress=not quiet,
     )
     _finish(run_green(settings), out)

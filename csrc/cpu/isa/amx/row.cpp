@@ -222,9 +222,7 @@ const KernelRow kAmxRow{
     .positions = Positions::Flattened,
     .gemm = avx512vnni::gemm,
     .gemm_requantize = avx512vnni::gemm_requantize,
-    .gemm_rows = 56,  // several passes of the most
     .gemv = avx512vnni::gemv,
-    .arrangement = nullptr,
     .store = avx512::store,
     .requantize = avx512::requantize,
     .block = amx::block,

@@ -136,5 +136,3 @@ void unpack_tiles(const uint8_t* packed, int bits, int64_t count, int8_t* out) {
 }
 
 #include "cpu/isa/avx2/store256.inl"
-
-void nothing() {}

@@ -212,37 +212,12 @@ struct V {
 // The rest of it.
 #include "cpu/isa/shared/attention.inl"
 #include "cpu/isa/shared/floats.inl"
+// What they all define.
+#include "cpu/isa/shared/image_table.inl"
 
 }  // namespace
 }  // namespace avx2
 
-const ImageKernels kAvx2Image{
-    .copy = avx2::copy,
-    .lookup = avx2::lookup,
-    .gather = avx2::gather,
-    .add = avx2::add,
-    .mul = avx2::mul,
-    .line = avx2::line,
-    .max_window = avx2::max_window,
-    .average_window = avx2::average_window,
-    .bilinear = avx2::bilinear,
-    .moments = avx2::moments,
-    .normalize = avx2::normalize,
-    .quantize_planar = avx2::quantize_planar,
-    .quantize_pixels = avx2::quantize_pixels,
-    .dequantize_planar = avx2::dequantize_planar,
-    .dequantize_row = avx2::dequantize_row,
-    .blend_columns = avx2::blend_columns,
-    .blend_rows = avx2::blend_rows,
-    .fma_values = avx2::fma_values,
-    .softmax = avx2::softmax,
-    .softmax_levels = avx2::softmax_levels,
-    .scale_sums = avx2::scale_sums,
-    .function = avx2::function,
-    .combine = avx2::combine,
-    .line_floats = avx2::line_floats,
-    .normalize_floats = avx2::normalize_floats,
-    .multiply_floats = avx2::multiply_floats,
-};
+const ImageKernels kAvx2Image = avx2::kImage;
 
 }  // namespace adalayer::cpu

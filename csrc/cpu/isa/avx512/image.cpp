@@ -180,37 +180,12 @@ struct V {
 // The rest of it.
 #include "cpu/isa/shared/attention.inl"
 #include "cpu/isa/shared/floats.inl"
+// What they all define.
+#include "cpu/isa/shared/image_table.inl"
 
 }  // namespace
 }  // namespace avx512
 
-const ImageKernels kAvx512Image{
-    .copy = avx512::copy,
-    .lookup = avx512::lookup,
-    .gather = avx512::gather,
-    .add = avx512::add,
-    .mul = avx512::mul,
-    .line = avx512::line,
-    .max_window = avx512::max_window,
-    .average_window = avx512::average_window,
-    .bilinear = avx512::bilinear,
-    .moments = avx512::moments,
-    .normalize = avx512::normalize,
-    .quantize_planar = avx512::quantize_planar,
-    .quantize_pixels = avx512::quantize_pixels,
-    .dequantize_planar = avx512::dequantize_planar,
-    .dequantize_row = avx512::dequantize_row,
-    .blend_columns = avx512::blend_columns,
-    .blend_rows = avx512::blend_rows,
-    .fma_values = avx512::fma_values,
-    .softmax = avx512::softmax,
-    .softmax_levels = avx512::softmax_levels,
-    .scale_sums = avx512::scale_sums,
-    .function = avx512::function,
-    .combine = avx512::combine,
-    .line_floats = avx512::line_floats,
-    .normalize_floats = avx512::normalize_floats,
-    .multiply_floats = avx512::multiply_floats,
-};
+const ImageKernels kAvx512Image = avx512::kImage;
 
 }  // namespace adalayer::cpu

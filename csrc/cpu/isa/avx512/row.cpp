@@ -3,11 +3,6 @@
 #include "cpu/kernel_table.hpp"
 
 namespace adalayer::cpu {
-namespace {
-
-void nothing() {}
-
-}  // namespace
 
 const KernelRow kAvx512Row{
     .name = "avx512",
@@ -16,17 +11,11 @@ const KernelRow kAvx512Row{
     .quantize_planar = avx512::quantize_planar,
     .fake_quantize = avx512::fake_quantize,
     .unpack_tiles = avx512::unpack_tiles,
-    .begin = nothing,
-    .end = nothing,
-    .positions = Positions::Listed,
     .gemm = avx512::gemm,
-    .gemm_requantize = nullptr,
     .gemm_rows = 48,  // several passes of the most
     .gemv = avx512::gemv,
-    .arrangement = nullptr,
     .store = avx512::store,
     .requantize = avx512::requantize,
-    .block = nullptr,
     .stem = {avx512::quantize_quads, avx512::interleave_pairs, avx512::interleave_fours},
     .grouped = &avx512::kGrouped,
     .winograd = &avx512::kWinograd,

@@ -4,11 +4,6 @@
 #include "cpu/kernel_table.hpp"
 
 namespace adalayer::cpu {
-namespace {
-
-void nothing() {}
-
-}  // namespace
 
 const KernelRow kAvx512VnniRow{
     .name = "avx512vnni",
@@ -17,17 +12,11 @@ const KernelRow kAvx512VnniRow{
     .quantize_planar = avx512::quantize_planar,
     .fake_quantize = avx512::fake_quantize,
     .unpack_tiles = avx512::unpack_tiles,
-    .begin = nothing,
-    .end = nothing,
-    .positions = Positions::Listed,
     .gemm = avx512vnni::gemm,
     .gemm_requantize = avx512vnni::gemm_requantize,
-    .gemm_rows = 56,  // several passes of the most
     .gemv = avx512vnni::gemv,
-    .arrangement = nullptr,
     .store = avx512::store,
     .requantize = avx512::requantize,
-    .block = nullptr,
     .stem = {avx512::quantize_quads, avx512::interleave_pairs, avx512::interleave_fours},
     .grouped = &avx512vnni::kGrouped,
     .winograd = &avx512vnni::kWinograd,

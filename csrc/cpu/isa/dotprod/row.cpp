@@ -98,8 +98,6 @@ void gemm(const GemmArgs& g) {
   });
 }
 
-void nothing() {}
-
 }  // namespace
 
 void gemv(const GemvArgs& g) { gemv_of<UnsignedDot>(g); }
@@ -112,18 +110,11 @@ const KernelRow kDotprodRow{.name = "dotprod",
                             .quantize_planar = neon::quantize_planar,
                             .fake_quantize = neon::fake_quantize,
                             .unpack_tiles = neon::unpack_tiles,
-                            .begin = dotprod::nothing,
-                            .end = dotprod::nothing,
-                            .positions = Positions::Listed,
                             .gemm = dotprod::gemm,
-                            .gemm_requantize = nullptr,
                             .gemm_rows = kGemmRows,  // as in the neon row
                             .gemv = dotprod::gemv,
-                            .arrangement = nullptr,
                             .store = neon::store,
                             .requantize = neon::requantize,
-                            .block = nullptr,
-                            .stem = {},
                             .grouped = &neon::kGrouped,
                             .winograd = &neon::kWinograd,
                             .winograd_bytes = &dotprod::kWinogradBytes,

@@ -90,8 +90,6 @@ void gemm(const GemmArgs& g) {
   });
 }
 
-void nothing() {}
-
 }  // namespace
 }  // namespace i8mm
 
@@ -101,18 +99,10 @@ const KernelRow kI8mmRow{.name = "i8mm",
                          .quantize_planar = neon::quantize_planar,
                          .fake_quantize = neon::fake_quantize,
                          .unpack_tiles = neon::unpack_tiles,
-                         .begin = i8mm::nothing,
-                         .end = i8mm::nothing,
-                         .positions = Positions::Listed,
                          .gemm = i8mm::gemm,
-                         .gemm_requantize = nullptr,
-                         .gemm_rows = 56,  // several passes of the most
                          .gemv = dotprod::gemv,
-                         .arrangement = nullptr,
                          .store = neon::store,
                          .requantize = neon::requantize,
-                         .block = nullptr,
-                         .stem = {},
                          .grouped = &neon::kGrouped,
                          .winograd = &neon::kWinograd,
                          .winograd_bytes = &i8mm::kWinogradBytes,

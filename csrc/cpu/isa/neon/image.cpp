@@ -239,37 +239,12 @@ void interleave_sixteen(const uint8_t* a, const uint8_t* b, uint8_t* out) {
 // The rest of it.
 #include "cpu/isa/shared/attention.inl"
 #include "cpu/isa/shared/floats.inl"
+// What they all define.
+#include "cpu/isa/shared/image_table.inl"
 
 }  // namespace
 }  // namespace neon
 
-const ImageKernels kNeonImage{
-    .copy = neon::copy,
-    .lookup = neon::lookup,
-    .gather = neon::gather,
-    .add = neon::add,
-    .mul = neon::mul,
-    .line = neon::line,
-    .max_window = neon::max_window,
-    .average_window = neon::average_window,
-    .bilinear = neon::bilinear,
-    .moments = neon::moments,
-    .normalize = neon::normalize,
-    .quantize_planar = neon::quantize_planar,
-    .quantize_pixels = neon::quantize_pixels,
-    .dequantize_planar = neon::dequantize_planar,
-    .dequantize_row = neon::dequantize_row,
-    .blend_columns = neon::blend_columns,
-    .blend_rows = neon::blend_rows,
-    .fma_values = neon::fma_values,
-    .softmax = neon::softmax,
-    .softmax_levels = neon::softmax_levels,
-    .scale_sums = neon::scale_sums,
-    .function = neon::function,
-    .combine = neon::combine,
-    .line_floats = neon::line_floats,
-    .normalize_floats = neon::normalize_floats,
-    .multiply_floats = neon::multiply_floats,
-};
+const ImageKernels kNeonImage = neon::kImage;
 
 }  // namespace adalayer::cpu

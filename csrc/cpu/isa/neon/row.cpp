@@ -175,8 +175,6 @@ void store_planar(const StoreArgs& s, const Output& output, int r) {
                      s.channel + c);
 }
 
-void nothing() {}
-
 }  // namespace
 
 void store(const StoreArgs& s) {
@@ -202,18 +200,11 @@ const KernelRow kNeonRow{
     .quantize_planar = neon::quantize_planar,
     .fake_quantize = neon::fake_quantize,
     .unpack_tiles = neon::unpack_tiles,
-    .begin = neon::nothing,
-    .end = neon::nothing,
-    .positions = Positions::Listed,
     .gemm = neon::gemm,
-    .gemm_requantize = nullptr,
     .gemm_rows = kGemmRows,  // what is made of a call's weights serves them all
     .gemv = neon::gemv,
-    .arrangement = nullptr,
     .store = neon::store,
     .requantize = neon::requantize,
-    .block = nullptr,
-    .stem = {},
     .grouped = &neon::kGrouped,
     .winograd = &neon::kWinograd,
     .image = &kNeonImage};

@@ -1,0 +1,31 @@
+// The kernels of one instruction set, by the names that its file has for them. Included behind
+// them.
+
+constexpr ImageKernels kImage{
+    .copy = copy,
+    .lookup = lookup,
+    .gather = gather,
+    .add = add,
+    .mul = mul,
+    .line = line,
+    .max_window = max_window,
+    .average_window = average_window,
+    .bilinear = bilinear,
+    .moments = moments,
+    .normalize = normalize,
+    .quantize_planar = quantize_planar,
+    .quantize_pixels = quantize_pixels,
+    .dequantize_planar = dequantize_planar,
+    .dequantize_row = dequantize_row,
+    .blend_columns = blend_columns,
+    .blend_rows = blend_rows,
+    .fma_values = fma_values,
+    .softmax = softmax,
+    .softmax_levels = softmax_levels,
+    .scale_sums = scale_sums,
+    .function = function,
+    .combine = combine,
+    .line_floats = line_floats,
+    .normalize_floats = normalize_floats,
+    .multiply_floats = multiply_floats,
+};
