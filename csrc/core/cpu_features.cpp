@@ -9,10 +9,10 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
+#include "core/arm_cores.hpp"
 #include "core/status.hpp"
 
 namespace adalayer {
@@ -156,16 +156,14 @@ std::string cpu_brand() {
     brand += text;
   }
 #elif defined(__aarch64__) && defined(__linux__)
-  // MIDR_EL1, which the kernel answers for in user programs where it says so.
+  brand = arm_cores();
+  // The register of this core, which the kernel answers for in user programs where it says so.
   constexpr unsigned long kCpuid = 1UL << 11;
-  if ((getauxval(AT_HWCAP) & kCpuid) == 0) return {};
-  std::uint64_t midr = 0;
-  __asm__("mrs %0, midr_el1" : "=r"(midr));
-  char text[32];
-  std::snprintf(text, sizeof text, "arm %02x:%03x r%up%u", static_cast<unsigned>(midr >> 24 & 0xFF),
-                static_cast<unsigned>(midr >> 4 & 0xFFF), static_cast<unsigned>(midr >> 20 & 0xF),
-                static_cast<unsigned>(midr & 0xF));
-  brand = text;
+  if (brand.empty() && (getauxval(AT_HWCAP) & kCpuid) != 0) {
+    std::uint64_t midr = 0;
+    __asm__("mrs %0, midr_el1" : "=r"(midr));
+    brand = "arm " + arm_core(midr);
+  }
 #endif
   return brand;
 }

@@ -57,6 +57,7 @@
 #include <type_traits>
 
 #include "core/host_openmp.hpp"
+#include "core/relax.hpp"
 #include "core/status.hpp"
 
 #if defined(__linux__)
@@ -81,14 +82,6 @@ constexpr std::uint32_t kActiveOne = 1U << 12;
 constexpr std::uint32_t kActiveMask = 0xfffU << 12;
 constexpr std::uint32_t kWaiting = 1U << 24;
 static_assert(kMaxThreads <= static_cast<int>(kSeatMask));
-
-void cpu_relax() {
-#if defined(__x86_64__) || defined(__i386__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  __asm__ volatile("yield");
-#endif
-}
 
 // Sleeps until woken, unless *word != expected. May return early; callers loop.
 void futex_wait(std::atomic<std::uint32_t>& word, std::uint32_t expected) {

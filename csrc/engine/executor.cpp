@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 
+#include "core/relax.hpp"
 #include "core/thread_pool.hpp"
 #include "cpu/image/ops.hpp"
 
@@ -15,12 +16,6 @@ using Clock = std::chrono::steady_clock;
 // How far ahead of their use weights are fetched into the second-level cache.
 constexpr int64_t kPrefetchWindow = 512 << 10;
 constexpr int kMaxTeam = 64;
-
-void pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#endif
-}
 
 int64_t parts_of(const Step& step, int team) { return std::min<int64_t>(step.max_parts, team); }
 
@@ -187,7 +182,7 @@ void Executor::run_shared(Workspace& w, size_t k, int member, int team,
   }
   while (progress.done.load(std::memory_order_acquire) < parts &&
          !w.failed.load(std::memory_order_relaxed))
-    pause();
+    cpu_relax();
 }
 
 void Executor::select(Workspace& w, int64_t i) const {

@@ -11,15 +11,17 @@
 #include "core/cpu_features.hpp"
 #include "cpu/conv/algorithm.hpp"
 #include "cpu/conv/policy.hpp"
+#include "cpu/conv/trial.hpp"
 #include "cpu/image/ops.hpp"
 #include "describe.hpp"
+#include "seed.hpp"
 
 using namespace adalayer;
 using namespace adalayer::cpu;
 
 namespace {
 
-std::mt19937 g_random(5);
+std::mt19937 g_random(check::seed(5));
 int g_winograd[3] = {};  // forms that were run, by ConvTask::room
 int g_bytes[3] = {};     // of them, with products of bytes
 
@@ -208,6 +210,15 @@ std::vector<std::string> names_for(const ConvTask& task) {
 using Names = std::vector<std::string>;
 
 }  // namespace
+
+TEST(turns_of_a_trial) {
+  int turns = 1;
+  while (another_turn(turns, 1e-3 * turns))
+    ++turns;
+  CHECK_EQ(turns, 9);
+  CHECK(another_turn(1, 60.0));  // there is something to compare
+  CHECK(!another_turn(2, 60.0));
+}
 
 TEST(every_form_of_random_layers) {
   for (int i = 0; i < 64; ++i) {

@@ -9,13 +9,14 @@
 #include "cpu/kernel_table.hpp"
 #include "formats/canonical.hpp"
 #include "random_epilogue.hpp"
+#include "seed.hpp"
 
 using namespace adalayer;
 using namespace adalayer::cpu;
 
 namespace {
 
-std::mt19937 g_random(1);
+std::mt19937 g_random(check::seed(1));
 
 int pick(int lo, int hi) { return std::uniform_int_distribution<int>(lo, hi)(g_random); }
 

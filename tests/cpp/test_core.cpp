@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
+#include <fstream>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -16,6 +18,7 @@
 
 #include "check.hpp"
 #include "core/aligned_buffer.hpp"
+#include "core/arm_cores.hpp"
 #include "core/cpu_features.hpp"
 #include "core/status.hpp"
 #include "core/thread_pool.hpp"
@@ -116,6 +119,27 @@ TEST(cpu_features_imply_each_other) {
                                        __builtin_cpu_supports("avx512dq")));
   CHECK_EQ(f.avx512vnni, f.avx512 && __builtin_cpu_supports("avx512vnni"));
 #endif
+}
+
+/// The kinds of cores, in any order of the cores themselves, of which some sleep.
+TEST(arm_cores_of_a_phone) {
+  namespace fs = std::filesystem;
+  const fs::path folder = fs::temp_directory_path() / ("arm_cores-" + std::to_string(getpid()));
+  const auto core = [&](int number, const char* midr) {
+    const fs::path at = folder / ("cpu" + std::to_string(number)) / "regs" / "identification";
+    fs::create_directories(midr == nullptr ? at.parent_path().parent_path() : at);
+    if (midr != nullptr) std::ofstream(at / "midr_el1") << midr << '\n';
+  };
+  CHECK_EQ(arm_cores(folder), "");
+  core(0, nullptr);
+  CHECK_EQ(arm_cores(folder), "");
+  core(1, "0x00000000414fd0b1");
+  CHECK_EQ(arm_cores(folder), "arm 41:d0b r4p1");
+  core(2, "0x00000000411fd050");
+  core(3, "0x00000000414fd0b1");
+  core(5, "0x00000000410fd034");  // behind a gap, in which there is no core
+  CHECK_EQ(arm_cores(folder), "arm 41:d05 r1p0 41:d0b r4p1");
+  fs::remove_all(folder);
 }
 
 TEST(forcing_by_name) {

@@ -14,12 +14,13 @@
 #include "engine/interpret.hpp"
 #include "engine/layouts.hpp"
 #include "engine_programs.hpp"
+#include "seed.hpp"
 
 using namespace programs;
 
 namespace {
 
-std::mt19937 g_random(11);
+std::mt19937 g_random(check::seed(11));
 
 int pick(int lo, int hi) { return std::uniform_int_distribution<int>(lo, hi)(g_random); }
 

@@ -13,13 +13,14 @@
 #include "core/cpu_features.hpp"
 #include "core/status.hpp"
 #include "cpu/conv/grouped.hpp"
+#include "seed.hpp"
 
 using namespace adalayer;
 using namespace adalayer::cpu;
 
 namespace {
 
-std::mt19937 g_random(20240611);
+std::mt19937 g_random(check::seed(20240611));
 
 int pick(int lo, int hi) { return std::uniform_int_distribution<int>(lo, hi)(g_random); }
 

@@ -18,12 +18,13 @@
 #include "describe.hpp"
 #include "exact.hpp"
 #include "formats/panels.hpp"
+#include "seed.hpp"
 
 using namespace adalayer;
 
 namespace {
 
-std::mt19937 rng(20240607);
+std::mt19937 rng(check::seed(20240607));
 
 int uniform(int low, int high) { return std::uniform_int_distribution<int>(low, high)(rng); }
 

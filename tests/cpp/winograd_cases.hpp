@@ -19,10 +19,11 @@
 #include "random_epilogue.hpp"
 #include "reference/reference.hpp"
 #include "reference/winograd.hpp"
+#include "seed.hpp"
 
 namespace adalayer::cpu {
 
-inline std::mt19937 g_random(1);
+inline std::mt19937 g_random(check::seed(1));
 
 inline int pick(int lo, int hi) { return std::uniform_int_distribution<int>(lo, hi)(g_random); }
 

@@ -1,6 +1,9 @@
 // What the fuzzer does with its seeds, for machines and emulators that have no sanitizer: every
 // file of a folder as it is, and changed in some ways, the same ones in every run. Usage:
-// fuzz_files FOLDER CHANGES
+// fuzz_files FOLDER CHANGES [FATES]
+//
+// With a third argument files are loaded alone, and that file gets a line for each: what the reader
+// says. It says the same on every machine.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -8,7 +11,10 @@
 #include <fstream>
 #include <iterator>
 #include <set>
+#include <string>
 #include <vector>
+
+#include "adalayer/adalayer.h"
 
 extern "C" {
 int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size);
@@ -24,6 +30,16 @@ uint32_t next() {
   g_state = g_state * 1664525u + 1013904223u;
   return g_state >> 8;
 }
+
+std::string fate(const std::vector<uint8_t>& input, size_t size) {
+  adalayer_load_options options = {};
+  options.struct_size = sizeof options;
+  options.memory_limit = 32 << 20;
+  adalayer_model* model = nullptr;
+  const adalayer_status status = adalayer_model_load_memory(input.data(), size, &options, &model);
+  adalayer_model_free(model);
+  return status == ADALAYER_OK ? "loaded" : adalayer_last_error();
+}
 }  // namespace
 
 /// What the mutator of the format asks for where it has no better idea: some other bytes.
@@ -35,10 +51,12 @@ size_t LLVMFuzzerMutate(uint8_t* data, size_t size, size_t max_size) {
 }
 
 int main(int argc, char** argv) {
-  if (argc != 3) {
-    std::fprintf(stderr, "usage: %s FOLDER CHANGES\n", argv[0]);
+  if (argc != 3 && argc != 4) {
+    std::fprintf(stderr, "usage: %s FOLDER CHANGES [FATES]\n", argv[0]);
     return 2;
   }
+  std::ofstream fates;
+  if (argc == 4) fates.open(argv[3]);
   const int changes = std::atoi(argv[2]);
   std::set<std::filesystem::path> files;
   for (const auto& entry : std::filesystem::directory_iterator(argv[1]))
@@ -56,10 +74,13 @@ int main(int argc, char** argv) {
         size = LLVMFuzzerCustomMutator(input.data(), size, input.size(),
                                        static_cast<unsigned>(change));
       }
-      LLVMFuzzerTestOneInput(input.data(), size);
+      if (argc == 4)
+        fates << path.filename().string() << ' ' << change << ": " << fate(input, size) << '\n';
+      else
+        LLVMFuzzerTestOneInput(input.data(), size);
       ++executions;
     }
   }
   std::printf("%zu seeds, %zu executions\n", files.size(), executions);
-  return files.empty() ? 1 : 0;
+  return files.empty() || (argc == 4 && !fates.flush()) ? 1 : 0;
 }

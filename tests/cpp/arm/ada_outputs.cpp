@@ -4,6 +4,7 @@
 //   computed
 //                              by the fastest instruction set of this machine, as NAME.out; a
 //                              network that classifies, and a picture for it
+//   ada_outputs answer FOLDER  NAME.out for other files that lie there: tests/write_programs.py
 //   ada_outputs check FOLDER   reads them, and compares on every instruction set of this machine
 #include <bit>
 #include <cstdio>
@@ -137,6 +138,17 @@ void write(const fs::path& folder) {
               std::string(isa_name(active_isa())).c_str());
 }
 
+void answer(const fs::path& folder) {
+  int files = 0;
+  for (const auto& entry : fs::directory_iterator(folder)) {
+    if (entry.path().extension() != ".ada") continue;
+    fs::path out = entry.path();
+    write_bytes(out.replace_extension(".out"), run(engine_of(entry.path(), WeightForm::Resident)));
+    ++files;
+  }
+  std::printf("%d files, computed on %s\n", files, std::string(isa_name(active_isa())).c_str());
+}
+
 int check(const fs::path& folder) {
   int files = 0, failed = 0;
   long long compared = 0;
@@ -176,13 +188,13 @@ int check(const fs::path& folder) {
 
 int main(int argc, char** argv) {
   const std::string command = argc == 3 ? argv[1] : "";
-  if (command != "write" && command != "check") {
-    std::fprintf(stderr, "usage: %s write|check FOLDER\n", argv[0]);
+  if (command != "write" && command != "answer" && command != "check") {
+    std::fprintf(stderr, "usage: %s write|answer|check FOLDER\n", argv[0]);
     return 2;
   }
   try {
     if (command == "check") return check(argv[2]);
-    write(argv[2]);
+    command == "write" ? write(argv[2]) : answer(argv[2]);
   } catch (const std::exception& e) {
     std::fprintf(stderr, "%s\n", e.what());
     return 1;

@@ -14,10 +14,11 @@
 #include "core/cpu_features.hpp"
 #include "cpu/image/ops.hpp"
 #include "exact.hpp"
+#include "seed.hpp"
 
 namespace adalayer::cpu {
 
-inline std::mt19937 rng(20240711);
+inline std::mt19937 rng(check::seed(20240711));
 
 inline int uniform(int low, int high) { return std::uniform_int_distribution<int>(low, high)(rng); }
 
