@@ -69,17 +69,17 @@ Floats run(const Program& p, const Floats& inputs, int64_t batch, uint64_t seed 
   cuda::emulation::seed(seed);
   const cuda::Model model(p, {});
   std::vector<cuda::Choice> chosen;
-  const cuda::Plan sizes = cuda::make_plan(model, batch, {});
+  const cuda::LaunchPlan sizes = cuda::make_plan(model, batch, {});
   for (const cuda::Product& product : sizes.products) {
     const auto all = cuda::choices(product, model.machine());
     CHECK(!all.empty());
     if (choice >= 0) chosen.push_back(all[static_cast<size_t>(choice) % all.size()]);
   }
-  const cuda::Plan asked = cuda::make_plan(model, batch, {}, chosen);
+  const cuda::LaunchPlan asked = cuda::make_plan(model, batch, {}, chosen);
   Guarded image(model.image().size(), 0), arena(static_cast<size_t>(asked.arena_bytes), 0xCD),
       scratch(static_cast<size_t>(asked.scratch_bytes), 0);
   std::memcpy(image.data(), model.image().data(), model.image().size());
-  cuda::Plan plan =
+  cuda::LaunchPlan plan =
       cuda::make_plan(model, batch, {image.data(), arena.data(), scratch.data()}, chosen);
   Floats outputs;
   for (const int32_t v : p.outputs)
@@ -197,7 +197,7 @@ TEST(products_of_four_warps) {
       k.bits = bits;
       const Program p = program_of(k, ++seed);
       const cuda::Model model(p, {});
-      const cuda::Plan sizes = cuda::make_plan(model, 2, {});
+      const cuda::LaunchPlan sizes = cuda::make_plan(model, 2, {});
       const auto all = cuda::choices(sizes.products.at(0), model.machine());
       const Floats inputs = noise(p, 2, seed);
       const Floats expected = interpreted(p, inputs, 2);
