@@ -453,16 +453,18 @@ def test_what_a_file_has_no_form_for(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=r"the model's result: a file holds .* a dict"):
         engine.save(path)
     leaf = pytree.tree_structure(0)
-    result, engine._out_spec = engine._out_spec, leaf
+    interface = engine._interface
+    engine._interface = replace(interface, out_spec=leaf)
     with pytest.raises(UnsupportedModelError, match=r"argument 'x': a file holds .* a dict"):
         engine.save(path)
     assert list(tmp_path.iterdir()) == []
     # A default value of any kind may be left out.
-    arguments = engine._call.arguments
-    engine._call = Call([replace(arguments[0], spec=leaf), *arguments[1:]], 1)
+    first, *others = interface.call.arguments
+    call = Call([replace(first, spec=leaf), *others], 1)
+    engine._interface = replace(interface, out_spec=leaf, call=call)
     engine.save(path)
     loaded = ada.load(path)
-    engine._out_spec = result
+    engine._interface = replace(interface, call=call)
     assert torch.equal(loaded(x), engine(x)[1])
     assert torch.equal(loaded(x, fast=True), loaded(x))
     with pytest.raises(InputError, match="'fast': the engine was compiled for True, got False"):

@@ -190,6 +190,22 @@ std::span<const KernelRow* const> kernel_rows();
 /// The row of the active instruction set, or null when it is the scalar reference.
 const KernelRow* active_kernels();
 
+/// A row's begin() and end() around a thread's pass; nothing for the scalar reference.
+class KernelScope {
+ public:
+  explicit KernelScope(const KernelRow* row = active_kernels()) : row_(row) {
+    if (row_ != nullptr) row_->begin();
+  }
+  ~KernelScope() {
+    if (row_ != nullptr) row_->end();
+  }
+  KernelScope(const KernelScope&) = delete;
+  KernelScope& operator=(const KernelScope&) = delete;
+
+ private:
+  const KernelRow* row_;
+};
+
 /// The row's own unpacking and matrix-vector product, or the GFNI ones where the machine has it (a
 /// sub-feature of its own: Cascade Lake has AVX-512-VNNI without GFNI).
 UnpackTiles unpacker(const KernelRow& row);

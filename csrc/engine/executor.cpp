@@ -19,15 +19,6 @@ constexpr int kMaxTeam = 64;
 
 int64_t parts_of(const Step& step, int team) { return std::min<int64_t>(step.max_parts, team); }
 
-/// Tile configuration of a thread for the length of one pass.
-struct KernelScope {
-  const cpu::KernelRow& kernels;
-  explicit KernelScope(const cpu::KernelRow& k) : kernels(k) { kernels.begin(); }
-  ~KernelScope() { kernels.end(); }
-  KernelScope(const KernelScope&) = delete;
-  KernelScope& operator=(const KernelScope&) = delete;
-};
-
 /// Where a recurrent layer's tensors are: planes of floats, whose positions are its steps.
 void run_recurrence(const cpu::Recurrence& layer, const Node& node, const Frame& frame, Part part) {
   const RecurrenceSpec& s = layer.spec();
@@ -198,7 +189,7 @@ void Executor::select(Workspace& w, int64_t i) const {
 }
 
 void Executor::run_member(Workspace& w, int member, int team, std::vector<double>* seconds) const {
-  const KernelScope scope(*p_.kernels);
+  const cpu::KernelScope scope(p_.kernels);
   cpu::WeightStream stream(w.segments[member], kPrefetchWindow);
   auto last = seconds == nullptr ? Clock::time_point{} : Clock::now();
   const auto timed = [&](size_t k) {

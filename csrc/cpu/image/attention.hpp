@@ -1,5 +1,5 @@
 // Attention over images of levels, on the active instruction set (reference/attention.hpp). Callers
-// are between the row's begin() and end(): products may run in its tile unit.
+// hold a KernelScope: products may run in the row's tile unit.
 #pragma once
 
 #include "cpu/image/layout.hpp"

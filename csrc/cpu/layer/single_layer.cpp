@@ -302,6 +302,7 @@ void attention(const AttentionShape& shape, const AttentionSpec& spec, int64_t i
     const int64_t n = task / parts;
     AttentionSpec own = spec;
     if (own.mask != nullptr) own.mask += n * spec.mask_sequence;
+    const KernelScope scope;
     attention_f32(shape, own, {&queries, q + n * queries.image_bytes},
                   {&keys, k + n * keys.image_bytes}, {&values, v + n * values.image_bytes},
                   {y + n * size, shape.heads * shape.width, 1}, {task % parts, parts});

@@ -10,17 +10,6 @@
 using namespace adalayer;
 using namespace adalayer::cpu;
 
-/// What a thread does around its pass through a program: the tile unit's configuration.
-struct KernelScope {
-  const KernelRow* row = active_kernels();
-  KernelScope() {
-    if (row != nullptr) row->begin();
-  }
-  ~KernelScope() {
-    if (row != nullptr) row->end();
-  }
-};
-
 /// Sizes around a block of queries, a group of keys or channels, and their halves.
 AttentionShape random_attention() {
   AttentionShape n;
