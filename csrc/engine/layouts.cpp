@@ -21,6 +21,7 @@ struct Needs : cpu::LayoutNeeds {
     if (together <= kMaxPhases) phases = together;
     const int64_t columns = std::lcm(columns_multiple, more.columns_multiple);
     if (columns <= kMaxPhases) columns_multiple = columns;
+    stride = std::max(stride, more.stride);
   }
 };
 
@@ -80,8 +81,9 @@ std::vector<ValueLayout> plan_layouts(const Program& program) {
   for (size_t v = 0; v < layouts.size(); ++v) {
     const Value& value = program.values[v];
     if (value.kind != ValueKind::U8) continue;
-    layouts[v].layout = cpu::image_layout(value.c, value.h, value.w, needs[v].padding,
-                                          needs[v].phases, needs[v].columns_multiple);
+    layouts[v].layout =
+        cpu::image_layout(value.c, value.h, value.w, needs[v].padding, needs[v].phases,
+                          needs[v].columns_multiple, needs[v].stride);
   }
   for (const Node& node : program.nodes) {
     if (node.op != OpKind::Conv) continue;

@@ -212,6 +212,23 @@ TEST(convolutions_write_pieces_of_concatenations_in_place) {
     CHECK(!at(v).in_place());
 }
 
+TEST(strides_wider_than_the_image) {
+  // The tile unit loads sixteen positions, whatever lies where the others would be.
+  for (const int64_t stride : {int64_t{17}, int64_t{1} << 16, int64_t{1} << 20}) {
+    Builder b;
+    const auto x = b.value("image", 2, 1, 1, ValueKind::F32);
+    const auto y = b.node(OpKind::Quantize, {x}, b.value("levels", 2, 1, 1));
+    const auto z = b.value("rows", 9, 5, 1, ValueKind::F32);
+    b.node(OpKind::Conv, {y}, z, {1, 1, 1, stride, 0, 0, 4, 0, 1, 1, 1, 0, 255, 0},
+           {kInverse, -1e30f, 1e30f},
+           {b.weights(9, 2, 1, 1, 6), b.floats(std::vector<float>(9, 0.01f)),
+            b.floats(std::vector<float>(9, 0.5f)), -1});
+    b.p.inputs = {x};
+    b.p.outputs = {z};
+    check_program(b.p, 2);
+  }
+}
+
 TEST(tokens_are_bit_equal_to_the_interpreter) {
   for (const int64_t batch : {1, 2, 5})
     check_program(token_program(), batch);

@@ -46,7 +46,7 @@ struct ConvTask {
 /// What an algorithm asks of the layout of an input that others may read, too.
 struct LayoutNeeds {
   Padding padding;
-  int64_t phases = 1, columns_multiple = 1;  // image_layout()
+  int64_t phases = 1, columns_multiple = 1, stride = 1;  // image_layout()
 };
 
 /// An input in a form that one algorithm alone understands.

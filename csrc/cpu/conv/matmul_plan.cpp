@@ -141,7 +141,7 @@ ConvPlan plan_conv(const ConvShape& shape, const ImageLayout& in, const ImageLay
   plan.shape = shape;
   plan.shape.batch = 1;
   plan.arrangement = kernels.arrangement;
-  plan.position_stride = shape.stride_w * in.pitch;
+  plan.position_stride = in.bounded(shape.stride_w) * in.pitch;
   plan.column_tiles = (shape.group_out() + kTileWidth - 1) / kTileWidth;
   plan.in_image_bytes = in.image_bytes;
   const int64_t out_h = shape.out_h(), out_w = shape.out_w();

@@ -7,8 +7,9 @@ namespace adalayer::cpu {
 namespace {
 
 constexpr int64_t kLine = 64;
-// A kernel that keeps one position may read this many.
-constexpr int64_t kBlockPositions = 64;
+// A kernel that keeps one position may read this many, which are neighbours or fill rows, and the
+// tile unit so many of any stride.
+constexpr int64_t kBlockPositions = 64, kTilePositions = 16;
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -22,7 +23,7 @@ int64_t pixel_pitch(int64_t channels) {
 }
 
 ImageLayout image_layout(int64_t channels, int64_t h, int64_t w, const Padding& padding,
-                         int64_t phases, int64_t columns_multiple) {
+                         int64_t phases, int64_t columns_multiple, int64_t stride) {
   ImageLayout l;
   l.channels = channels;
   l.h = h;
@@ -38,7 +39,9 @@ ImageLayout image_layout(int64_t channels, int64_t h, int64_t w, const Padding& 
   // The last row has no next one: its right padding follows the rows.
   const int64_t tail = std::max(padding.left, padding.right) * l.pitch;
   l.image_bytes = round_up(phases * l.phase_rows * l.row_bytes + tail, kLine);
-  l.slack = round_up(kBlockPositions * l.pitch * columns_multiple, kLine) + kLine;
+  const int64_t pixels =
+      std::max(kBlockPositions * columns_multiple, kTilePositions * l.bounded(stride));
+  l.slack = round_up(pixels * l.pitch, kLine) + kLine;
   return l;
 }
 

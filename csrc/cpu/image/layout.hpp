@@ -37,6 +37,10 @@ struct ImageLayout {
   int64_t offset(int64_t y, int64_t x) const {
     return row_offset(y + pad_top) + (x + pad_left) * pitch;
   }
+  /// Pixels of a stride, which are no more than there are where a second position follows.
+  int64_t bounded(int64_t stride) const {
+    return stride < columns * phases * phase_rows ? stride : columns * phases * phase_rows;
+  }
   bool operator==(const ImageLayout&) const = default;
 };
 
@@ -51,8 +55,9 @@ struct Padding {
 
 /// The layout of a c x h x w image with at least this padding around it, for readers that move
 /// `phases` rows from one output row to the next. `columns_multiple`: columns is a multiple of it.
+/// `stride`: the most pixels from one position of a block to the next.
 ImageLayout image_layout(int64_t channels, int64_t h, int64_t w, const Padding& padding = {},
-                         int64_t phases = 1, int64_t columns_multiple = 1);
+                         int64_t phases = 1, int64_t columns_multiple = 1, int64_t stride = 1);
 
 /// One image in memory.
 struct ImageView {

@@ -61,7 +61,7 @@ LayerInput layer_input(const ConvTask& task, const ConvAlgorithm& algorithm) {
   const ConvShape& s = task.shape;
   const LayoutNeeds needs = algorithm.needs(task);
   return {nullptr, image_layout(s.in_channels, s.in_h, s.in_w, needs.padding, needs.phases,
-                                needs.columns_multiple)};
+                                needs.columns_multiple, needs.stride)};
 }
 
 std::shared_ptr<const LayerPlan> cached_plan(const ConvTask& task, const ConvAlgorithm& algorithm,

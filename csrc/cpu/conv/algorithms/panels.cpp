@@ -17,6 +17,7 @@ class PanelsAlgorithm final : public ConvAlgorithm {
     if (task.kernels.positions == Positions::Flattened) {
       needs.phases = task.shape.stride_h;
       needs.columns_multiple = task.shape.stride_w;
+      needs.stride = task.shape.stride_w;
     }
     return needs;
   }
