@@ -237,6 +237,14 @@ def test_names_are_those_of_the_model() -> None:
         assert graph(sequences(steps=11)).shape == (3, 11, 4)
 
 
+def test_layers_that_no_plan_names_stay_in_torch() -> None:
+    model = Network(torch_layer("gru", 6, 5)).eval()
+    prepared = prepare(model, plan_of(model), sequences())
+    calibrate(prepared, [sequences()], progress=False)
+    with pytest.raises(UnsupportedModelError, match="its recurrent weights are float: the plan"):
+        ada.compile(convert(prepared), sequences(), policy="native", strict=True)
+
+
 class Ends(nn.Module):
     """What is behind the last step, of states and cells."""
 

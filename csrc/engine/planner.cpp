@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "core/cpu_features.hpp"
+#include "core/median.hpp"
 #include "cpu/conv/policy.hpp"
 #include "engine/kernels_digest.hpp"
 
@@ -47,13 +48,6 @@ constexpr int64_t kMostBytes = 8 << 20;
 void choose(std::vector<Step>& steps, const ConvChoice& choice) {
   for (Step& step : steps)
     if (step.conv) step.conv->choose(choice);
-}
-
-/// The lower one of two in the middle; reorders.
-double median(std::vector<double>& values) {
-  const auto middle = values.begin() + (std::ssize(values) - 1) / 2;
-  std::nth_element(values.begin(), middle, values.end());
-  return *middle;
 }
 
 class Hash {

@@ -21,7 +21,6 @@ __all__ = [
     "KINDS",
     "Functions",
     "cells_of",
-    "fake_cells",
     "fake_layers",
     "fake_states",
     "gates_of",
@@ -222,35 +221,11 @@ def fake_layers(
     return [out, *(item.new_empty(item.shape) for item in hx)]
 
 
-def _states_like(products: Tensor, kind: str) -> Tensor:
+def fake_states(products: Tensor, *others: Any) -> Tensor:
+    """Shape of :func:`recurrent_states`, and of :func:`recurrent_cells`."""
+    (kind,) = (item for item in others if isinstance(item, str))
     batch, steps, outputs = products.shape
     return products.new_empty((batch, steps, outputs // gates_of(kind)))
-
-
-def fake_states(
-    products: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    state: Tensor | None,
-    cell: Tensor | None,
-    kind: str,
-    reverse: bool,
-) -> Tensor:
-    """Shape of :func:`recurrent_states`."""
-    return _states_like(products, kind)
-
-
-def fake_cells(
-    products: Tensor,
-    recurrent: Tensor,
-    state: Tensor | None,
-    cell: Tensor | None,
-    kind: str,
-    reverse: bool,
-    cells: bool,
-) -> Tensor:
-    """Shape of :func:`recurrent_cells`."""
-    return _states_like(products, kind)
 
 
 # (Here, since a capture loads nothing native.)
@@ -269,7 +244,7 @@ _library.define(
 )
 _OPERATORS: dict[Any, Any] = {
     recurrent_states: fake_states,
-    recurrent_cells: fake_cells,
+    recurrent_cells: fake_states,
     recurrent_layers: fake_layers,
 }
 for _function, _fake in _OPERATORS.items():

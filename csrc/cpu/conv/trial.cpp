@@ -2,6 +2,9 @@
 
 #include <algorithm>
 #include <chrono>
+#include <vector>
+
+#include "core/median.hpp"
 
 #if defined(__SSE2__)
 #include <emmintrin.h>
@@ -57,7 +60,7 @@ class Trial {
   }
 
   void run(const PackedForm& f) {
-    task_.kernels.begin();
+    const KernelScope scope(&task_.kernels);
     f.form.plan->run({.weights = *f.form.weights,
                       .packed = f.packed.data(),
                       .bits = task_.bits,
@@ -66,7 +69,6 @@ class Trial {
                       .correction = constants_.as<int32_t>(),
                       .tensor = &tensor_},
                      {});
-    task_.kernels.end();
   }
 
  private:
@@ -82,7 +84,8 @@ class Trial {
   OutputSpec tensor_;
 };
 
-/// Least seconds of each form over some turns, with a batch.
+/// Times of each form beside those of the first one in the same turn, because a core changes its
+/// speed meanwhile; the median of some turns, with a batch.
 void race(const ConvTask& task, std::span<PackedForm> forms, int64_t images) {
   using Clock = std::chrono::steady_clock;
   Trial trial(task, forms, images);
@@ -100,17 +103,22 @@ void race(const ConvTask& task, std::span<PackedForm> forms, int64_t images) {
   const double once = std::max(timed(forms[0], 1), 1e-7);
   const bool warm = !cold && once < kWarmsItself;
   const int calls = cold ? 1 : static_cast<int>(std::clamp(kShortest / once, 1.0, 100.0));
-  for (PackedForm& f : forms)
-    f.seconds = INFINITY;
+  std::vector<std::vector<double>> times(forms.size());
   const auto start = Clock::now();
   int turns = 0;
-  do
-    for (PackedForm& f : forms) {
+  do {
+    double first = 0.0;
+    for (size_t k = 0; k < forms.size(); ++k) {
+      const PackedForm& f = forms[k];
       if (cold) evict(f.packed.data(), static_cast<int64_t>(f.packed.size()));
       if (warm) trial.run(f);
-      f.seconds = std::min(f.seconds, timed(f, calls));
+      const double seconds = std::max(timed(f, calls), 1e-9);
+      if (k == 0) first = seconds;
+      times[k].push_back(seconds / first);
     }
-  while (another_turn(++turns, std::chrono::duration<double>(Clock::now() - start).count()));
+  } while (another_turn(++turns, std::chrono::duration<double>(Clock::now() - start).count()));
+  for (size_t k = 0; k < forms.size(); ++k)
+    forms[k].time = median(times[k]);
 }
 
 }  // namespace
@@ -136,14 +144,14 @@ PackedForm fastest_form(const ConvTask& task, std::vector<ConvForm> forms,
     race(task, packed, 1);
     std::vector<double> alone;
     for (const PackedForm& f : packed)
-      alone.push_back(f.seconds);
+      alone.push_back(f.time);
     bool batched = false;
     for (size_t k = 1; k < packed.size(); ++k) {
       if (alone[k] > kClearly * alone[best]) continue;
       if (packed[k].form.weights->for_few_positions) {
         if (!batched) race(task, packed, kManyImages);
         batched = true;
-        if (packed[k].seconds * kClearly >= packed[best].seconds) continue;
+        if (packed[k].time * kClearly >= packed[best].time) continue;
       }
       best = k;
     }

@@ -1,7 +1,6 @@
 // Trial runs of a single layer: which form of its weights is the fastest.
 #pragma once
 
-#include <cmath>
 #include <span>
 #include <vector>
 
@@ -13,7 +12,7 @@ namespace adalayer::cpu {
 struct PackedForm {
   ConvForm form;
   AlignedBuffer packed;
-  double seconds = INFINITY;
+  double time = 1.0;  // of its trials, beside those of the first form
 };
 
 /// Whether the forms are timed once more after so many turns, which took so many seconds: a layer

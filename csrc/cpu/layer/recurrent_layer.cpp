@@ -1,7 +1,5 @@
 #include "cpu/layer/recurrent_layer.hpp"
 
-#include <pthread.h>
-
 #include <algorithm>
 #include <memory>
 #include <vector>
@@ -33,14 +31,7 @@ struct KeyHash {
 };
 using Cache = LruCache<Key, Recurrence, KeyHash>;
 
-// Never destroyed: atexit handlers may still run layers.
-Cache& cache() {
-  static auto* instance = new Cache(kCacheBytes);
-  return *instance;
-}
-
-[[maybe_unused]] const int g_at_fork =
-    pthread_atfork([] { cache().lock(); }, [] { cache().unlock(); }, [] { cache().unlock(); });
+Cache& cache() { return process_cache<Cache, kCacheBytes>(); }
 
 }  // namespace
 
@@ -57,8 +48,7 @@ void recurrent_layer(const RecurrenceSpec& spec, std::span<const uint8_t> canoni
   const int32_t highest = static_cast<int32_t>(spec.state.hi) + spec.state.zero_point;
   const Key key{header.content_hash, outputs, hidden, spec.state.zero_point, highest, active_isa()};
   std::shared_ptr<const Recurrence> held = cache().find(key);
-  // (The hash covers shape and width; a forged one must not read out of bounds.)
-  if (held == nullptr || held->spec().outputs() != outputs || held->spec().hidden != hidden) {
+  if (held == nullptr) {
     held =
         std::make_shared<const Recurrence>(spec, formats::unpack_canonical(canonical), header.bits);
     held = cache().insert(key, held);

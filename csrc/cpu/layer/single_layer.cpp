@@ -51,7 +51,7 @@ struct Call {
 /// One part of images [first, first + images), which lie packed at `packed`.
 void multiply(const Call& call, const uint8_t* packed, int64_t first, int64_t images, Part part,
               bool by_columns) {
-  call.kernels.begin();
+  const KernelScope scope(&call.kernels);
   call.plan.conv->run({.weights = *call.weights.form,
                        .packed = call.weights.packed.data(),
                        .bits = call.weights.header.bits,
@@ -62,7 +62,6 @@ void multiply(const Call& call, const uint8_t* packed, int64_t first, int64_t im
                        .first_image = first,
                        .by_columns = by_columns},
                       part);
-  call.kernels.end();
 }
 
 void run_images(const Call& call, int threads) {

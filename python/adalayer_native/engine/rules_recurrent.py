@@ -94,4 +94,13 @@ def _u8(low: Lowering, node: fx.Node, want: Want) -> Ref:
     return low.quantized(_f32(low, node, want.lo, want.hi), node, Want(want.grid))
 
 
+def _in_float(low: Lowering, node: fx.Node, *_: Any) -> Ref:
+    raise CannotLower(
+        node, "its recurrent weights are float: the plan has no layer of them (weight_hh)"
+    )
+
+
 RULES["adalayer.recurrence.default"] = Rule(_u8, _f32)
+# What a prepared layer consists of; converted, it is the operator above.
+for _name in ("states", "cells"):
+    RULES[f"adalayer.recurrent_{_name}.default"] = Rule(_in_float, _in_float)

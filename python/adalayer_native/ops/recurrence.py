@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,21 +93,9 @@ def recurrence(
     return out.to(products.dtype)
 
 
-def fake_recurrence(
-    products: Tensor,
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor,
-    input_scale: float,
-    input_zero_point: int,
-    input_bits: int,
-    state: Tensor | None,
-    cell: Tensor | None,
-    kind: str,
-    reverse: bool,
-    cells: bool,
-) -> Tensor:
+def fake_recurrence(products: Tensor, *others: Any) -> Tensor:
     """Shape of :func:`recurrence`."""
+    kind, _, cells = others[-3:]
     batch, steps, outputs = products.shape
     hidden = outputs // gates_of(kind)
     return products.new_empty((batch, steps, 2 * hidden if cells else hidden))
