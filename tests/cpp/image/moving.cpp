@@ -148,9 +148,9 @@ TEST(rearrange) {
 
 TEST(gather_channels) {
   for (const int64_t c : channel_counts()) {
-    for (int kind = 0; kind < 3; ++kind) {
+    for (int kind = 0; kind < 4; ++kind) {
       if (kind == 0 && c % 2 != 0) continue;
-      // Shuffle of two groups, of any groups, and any selection.
+      // Shuffle of two groups, of any groups, any selection, and what is nearly the first.
       std::vector<int32_t> order;
       if (kind < 2) {
         int64_t groups = kind == 0 ? 2 : uniform(1, 8);
@@ -158,9 +158,14 @@ TEST(gather_channels) {
           --groups;
         for (int64_t i = 0; i < c; ++i)
           order.push_back(static_cast<int32_t>(i % groups * (c / groups) + i / groups));
-      } else {
+      } else if (kind == 2) {
         for (int64_t i = uniform(1, 300); i > 0; --i)
           order.push_back(uniform(0, static_cast<int>(c) - 1));
+      } else {
+        for (int32_t i = 0; i < c; ++i) {
+          order.push_back(i);
+          order.push_back(uniform(0, static_cast<int>(c) - 1));
+        }
       }
       const Size s(c);
       const Image in(c, s.h, s.w);
