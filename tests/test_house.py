@@ -35,7 +35,7 @@ INTERFACES = {
     "compress.py": {"compress"},
     "importance/analyze.py": {"analyze"},
     # An operator's arguments are its schema.
-    "ops/recurrence.py": {"recurrence", "fake_recurrence"},
+    "ops/recurrence.py": {"recurrence"},
     "repair/model.py": {"repair"},
     "training/finetune.py": {"finetune"},
     "training/fit.py": {"fit"},
