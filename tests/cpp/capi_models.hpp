@@ -52,6 +52,19 @@ inline Floats ramp(size_t n) {
   return x;
 }
 
+/// Room for what a call gives, each as large as another's.
+struct Outputs {
+  std::vector<Floats> got;
+  std::vector<adalayer_output> places;
+
+  explicit Outputs(const std::vector<Floats>& like) {
+    for (const Floats& y : like)
+      got.emplace_back(y.size());
+    for (Floats& y : got)
+      places.push_back({y.data(), y.size() * 4});
+  }
+};
+
 inline std::vector<Floats> engine_run(const Program& p, int64_t batch,
                                       const std::vector<Floats>& in) {
   const Engine engine{Program(p)};

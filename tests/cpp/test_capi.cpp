@@ -75,16 +75,12 @@ TEST(every_form_of_weights_gives_the_same_bits) {
   for (const adalayer_weights form :
        {ADALAYER_WEIGHTS_MEASURED, ADALAYER_WEIGHTS_PACKED, ADALAYER_WEIGHTS_UNPACKED}) {
     adalayer::Context context(adalayer::Model(file.data(), file.size(), 0, form));
-    std::vector<Floats> got;
-    std::vector<adalayer_output> outputs;
-    for (const Floats& y : want)
-      got.emplace_back(y.size());
-    for (Floats& y : got)
-      outputs.push_back({y.data(), y.size() * 4});
+    Outputs outputs(want);
+    const std::vector<Floats>& got = outputs.got;
     context.run(1,
                 {{x.data(), 480, ADALAYER_FLOAT32, ADALAYER_NCHW},
                  {z.data(), 16, ADALAYER_FLOAT32, ADALAYER_NCHW}},
-                outputs);
+                outputs.places);
     for (size_t k = 0; k < got.size(); ++k)
       CHECK_MSG(same(got[k], want[k]), std::to_string(form) + " " + std::to_string(k));
   }

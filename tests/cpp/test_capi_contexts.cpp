@@ -20,16 +20,12 @@ TEST(many_threads_with_contexts_of_their_own) {
       adalayer::Context context(model);
       context.set_threads(1 + t % 3);
       for (int round = 0; round < kRounds; ++round) {
-        std::vector<Floats> got;
-        std::vector<adalayer_output> outputs;
-        for (const Floats& y : want)
-          got.emplace_back(y.size());
-        for (Floats& y : got)
-          outputs.push_back({y.data(), y.size() * 4});
+        Outputs outputs(want);
+        const std::vector<Floats>& got = outputs.got;
         context.run(3,
                     {{x.data(), x.size() * 4, ADALAYER_FLOAT32, ADALAYER_NCHW},
                      {z.data(), z.size() * 4, ADALAYER_FLOAT32, ADALAYER_NCHW}},
-                    outputs);
+                    outputs.places);
         for (size_t k = 0; k < got.size(); ++k)
           CHECK(same(got[k], want[k]));
         // Errors belong to the thread that made them.
