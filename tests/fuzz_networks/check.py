@@ -91,15 +91,16 @@ class Case:
     @property
     def rounding(self) -> set[int]:
         """Cells for which torch takes kernels in a graph that round otherwise: where the cell
-        writes into memory, a graph makes new tensors, which may lie there in another order; and a
-        linear layer is another product where its weight needs no gradient, as one that the model
-        computes without gradients."""
+        writes into memory, a graph makes new tensors, which may lie there in another order; a linear
+        layer is another product where its weight needs no gradient, as one that the model computes
+        without gradients; and a recurrent layer's products are of all steps at once."""
         return {
             k
             for k, recipe in enumerate(self.recipes)
             if any(not step.makes or step.op in WRITING for step in recipe.steps)
             or any(
-                part.kind == "ScaledLinear" or (part.kind == "Linear" and part.dress)
+                part.kind in ("ScaledLinear", "GRU", "LSTM")
+                or (part.kind == "Linear" and part.dress)
                 for part in recipe.parts
             )
         }
