@@ -17,6 +17,7 @@ from typing import Any
 
 from adalayer_native._files import write_text_atomic
 from adalayer_native.study import load_study, section
+from adalayer_native.study.markdown import data_name
 from adalayer_native.study.pictures import write_pictures
 from bench.markdown import markers, with_part
 from bench.record import ROOT
@@ -26,8 +27,8 @@ PAGE = ROOT / "docs" / "studies.md"
 
 def name_of(data: Mapping[str, Any]) -> str:
     """What a study is called on the page: its kind, and its data if they are not CIFAR-10."""
-    dataset = data["settings"]["dataset"]
-    return str(data["study"]) if dataset == "cifar10" else f"{data['study']} {dataset}"
+    name = data_name(data)
+    return str(data["study"]) if name == "cifar10" else f"{data['study']} {name}"
 
 
 def markers_of(name: str) -> tuple[str, str]:

@@ -20,6 +20,7 @@ __all__ = [
     "empty",
     "engines_too_slow",
     "file_limited_twice",
+    "learned_loss",
     "levels_apart",
     "levels_of_one_method",
     "limited_frontier",
@@ -54,6 +55,11 @@ def out_of_range(name: str, value: object) -> BudgetError:
 
 
 # -- a budget that does not go with the rest of a request --------------------------------------
+
+
+def learned_loss(budget: Budget) -> BudgetError:
+    """What is learned loses as little as it can; there is nothing to limit."""
+    return BudgetError(f"allocate='learned' takes no budget of loss, got {budget}")
 
 
 def levels_apart() -> BudgetError:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from adalayer_native.errors import CalibrationError, PlanError
 from adalayer_native.padding import PaddedConv2d, window_of
+from adalayer_native.quantization.fractional import FractionalInput, FractionalWeight
 from adalayer_native.quantization.lsq import StepSize, learned_activation, learned_weight
 from adalayer_native.rounding import (
     activation_grid,
@@ -88,10 +89,12 @@ class ActivationQuantizer(nn.Module):
         qparams: float32 ``[3]`` buffer ``(scale, zero_point, bits)``; scale 0 = not calibrated.
         observer: collects the range while calibration runs, else ``None``.
         step: the scale as a parameter while it is being learned, else ``None``.
+        fractional: stands in while the bits are being learned, else ``None``.
     """
 
     qparams: Tensor
     step: StepSize | None
+    fractional: FractionalInput | None
 
     def __init__(self, bits: int = 8, *, name: str = "") -> None:
         super().__init__()
@@ -101,6 +104,7 @@ class ActivationQuantizer(nn.Module):
         self.register_buffer("qparams", torch.tensor([0.0, 0.0, float(bits)]))
         self.observer: Observer | None = None
         self.step = None
+        self.fractional = None
 
     @property
     def calibrated(self) -> bool:
@@ -144,6 +148,9 @@ class ActivationQuantizer(nn.Module):
             return x
         if not self.calibrated:
             return x
+        if self.fractional is not None and self.fractional.active:
+            between: Tensor = self.fractional(x)
+            return between
         if torch.is_grad_enabled() and self.step is not None:
             return learned_activation(x, self.step, self.constants())
         if torch.is_grad_enabled() and x.requires_grad:
@@ -188,6 +195,7 @@ class _QuantLayer:
     name: str
     exact: _Exact | None
     step: StepSize | None
+    fractional: FractionalWeight | None
     dense_gradient: bool
 
     @classmethod
@@ -215,6 +223,7 @@ class _QuantLayer:
         # Set only inside simulate(exact=True): replaces the float computation of forward.
         self.exact = None
         self.step = None  # the scales as a parameter while they are being learned
+        self.fractional = None  # stands in while bits and zeros are being learned
         self.dense_gradient = False  # whether pruned weights get a gradient meanwhile
         self.register_buffer("mask", mask)
         channels = conv_form(self, self.weight).shape[0]
@@ -233,6 +242,8 @@ class _QuantLayer:
         """Eq. (4): ``W_opt = mask * Q_b(W)``, float32, differentiable straight through."""
         assert isinstance(self, nn.Module)
         weight, mask = self._conv_form()
+        if self.fractional is not None and self.fractional.active:
+            return layer_form(self, self.fractional(weight))
         if self.step is not None:
             learned = learned_weight(
                 weight, self.step, self.weight_scale, mask, self.bits, dense=self.dense_gradient

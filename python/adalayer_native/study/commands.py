@@ -38,7 +38,9 @@ Minutes = Annotated[
 ]
 Country = Annotated[str, typer.Option(help="Whose electricity, for CO2: ISO alpha-3.")]
 Energy = Annotated[bool, typer.Option(help="Meter energy and CO2 (extra [energy]).")]
-Dataset = Annotated[str, typer.Option(help="cifar10 or cifar100: what --data holds.")]
+Dataset = Annotated[
+    str, typer.Option(help="cifar10 or cifar100: what --data holds, unless it is digits.")
+]
 Seconds = Annotated[float, typer.Option(min=0.01, help="Of measuring, per timing.")]
 
 
@@ -131,6 +133,9 @@ def green(
     ] = "full,ascending,descending,fixed,rising,falling",
     fixed_bits: Annotated[int, typer.Option(min=2, max=8, help="Of configuration fixed.")] = 2,
     blocks: Annotated[int, typer.Option(min=1, help="Residual blocks per stage.")] = 3,
+    image_size: Annotated[
+        int, typer.Option(min=8, help="Pixels per side; the digits are enlarged to it.")
+    ] = 32,
     curve_images: Annotated[
         int, typer.Option(min=1, help="Test images that are looked at after every epoch.")
     ] = 2000,

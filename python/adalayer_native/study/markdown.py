@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["machine_line", "number", "spread", "spread_text", "table"]
+__all__ = ["data_name", "machine_line", "number", "spread", "spread_text", "table"]
 
 
 def table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -32,6 +32,13 @@ def spread_text(values: Sequence[float | None], digits: int = 2) -> str:
         return "–"
     mean, deviation = spread(known)
     return number(mean, digits) + ("" if deviation is None else f" ± {deviation:.{digits}f}")
+
+
+def data_name(data: Mapping[str, Any]) -> str:
+    """What a study's data are called; of digits with the pixels they were enlarged to."""
+    settings = data["settings"]
+    name = str(settings["dataset"])
+    return f"{name}-{settings['image_size']}" if name == "digits" else name
 
 
 def machine_line(data: Mapping[str, Any]) -> str:

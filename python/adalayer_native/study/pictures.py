@@ -11,6 +11,7 @@ from typing import Any
 from ..plan import LayerPlan, Plan
 from ..plot import bars, fingerprint, ribbon
 from ..plot.style import INK, LINE, MUTED, canvas, finish, heading
+from .markdown import data_name
 from .papers import FIGURE6
 from .text_adalayernet import runs_of as models_of
 from .text_green import names_of, runs_of, title_of
@@ -120,7 +121,7 @@ def curves(data: Mapping[str, Any], path: str | os.PathLike[str] | None = None) 
     heading(
         figure,
         "Accuracy and loss while training",
-        f"{settings['dataset']}, epochs of {settings['images']:,} images; mean of {seeds} "
+        f"{data_name(data)}, epochs of {settings['images']:,} images; mean of {seeds} "
         f"seed{'s' * (seeds > 1)}, bands from lowest to highest",
     )
     return finish(figure, path, 100)

@@ -25,7 +25,7 @@ class StudySettings:
     Attributes:
         data: folder or zip of images, or ``"digits"``.
         out: output directory.
-        dataset: ``"cifar10"`` or ``"cifar100"``.
+        dataset: ``"cifar10"`` or ``"cifar100"``; of the data ``"digits"`` always that.
         batch_size: of training.
         seeds: of everything that is drawn.
         minutes: until a clean stop; ``None``: no limit.
@@ -53,6 +53,10 @@ class StudySettings:
     seconds: float = 10.0
     image_size: int = 32
     progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.data == "digits":  # tables and pages are about them, whatever the default is
+            self.dataset = "digits"
 
 
 def run_study(

@@ -9,7 +9,7 @@ from ..errors import DataError
 
 __all__ = ["CLASSES", "Images", "SomeBatches"]
 
-CLASSES = {"cifar10": 10, "cifar100": 100}
+CLASSES = {"cifar10": 10, "cifar100": 100, "digits": 10}
 TEST_BATCH = 250
 
 
@@ -43,7 +43,7 @@ class Images:
 
     Args:
         source: folder or zip with ``train/<class>/…`` and ``test/<class>/…``, or ``"digits"``.
-        dataset: ``"cifar10"`` or ``"cifar100"``: how many classes are expected.
+        dataset: ``"cifar10"``, ``"cifar100"`` or ``"digits"``: how many classes are expected.
         size: pixels per side.
         progress: show progress.
 

@@ -36,6 +36,7 @@ class Progress:
         finished: the run is complete.
         stage: of the compression schedule.
         width: position in the schedule of widths.
+        choice: bits and zeros that were learned, once they are whole.
         averaged: steps in the moving average.
         history: one entry per completed epoch.
     """
@@ -51,6 +52,7 @@ class Progress:
     finished: bool = False
     stage: int = -1
     width: int = -1
+    choice: dict[str, Any] | None = None
     averaged: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from adalayer_native.allocation import Budget
 from adalayer_native.capture import Inputs
 from adalayer_native.errors import CalibrationError, PlanError
 from adalayer_native.importance.batches import tokens_of
@@ -21,8 +22,11 @@ from adalayer_native.quantization.fold import check_calibrated
 from adalayer_native.quantization.graph import layers_of, metadata
 from adalayer_native.quantization.lsq import StepSize
 from adalayer_native.training.batches import NORM_BATCHES, as_float, split_batch
+from adalayer_native.training.learned import LearnedWidths, check_learned
+from adalayer_native.training.learned_settings import LearnedSettings
 from adalayer_native.training.loop import History, Loop, LoopOptions, bf16_helps, check_range
 from adalayer_native.training.losses import data_loss
+from adalayer_native.training.offer import Offer
 from adalayer_native.training.scales import (
     apply_scales,
     clip_scale_gradients,
@@ -83,6 +87,9 @@ def finetune(
     ramp: float = 0.5,
     extra_bits: int = 0,
     widths: Sequence[int] | None = None,
+    allocate: str | None = None,
+    budget: Budget | None = None,
+    allocate_options: Mapping[str, Any] | None = None,
     ema: float = 0.999,
     freeze_norms: float = 0.0,
     reestimate_norms: bool = True,
@@ -153,6 +160,15 @@ def finetune(
         widths: bits of all weights and activations over time, each for an equal share of the run;
             the last must be the plan's in every layer. Not together with ``extra_bits``. Ranges
             are best calibrated for the fewest, see :func:`narrow_for_ranges`.
+        allocate: ``"learned"``: bits and zeros of every layer, and bits of inputs where the budget
+            counts them, are learned together with the weights
+            (:mod:`~adalayer_native.training.learned`), beginning with those that the model was
+            prepared by, and whole halfway through the run, within ``budget`` as the file is saved.
+            ``teacher`` must be the float model that was prepared, and the loader have a length.
+            The plan is ``History.plan``; nothing else may change bits and masks meanwhile.
+        budget: of ``allocate``: one or several limits; a latency is that of the measured table.
+        allocate_options: fields of
+            :class:`~adalayer_native.training.learned_settings.LearnedSettings`.
         ema: largest decay per step of the moving average, which spans about a tenth of the steps;
             0 takes the last parameters.
         freeze_norms: share of the run, at its end, in which batch norms use their running
@@ -174,7 +190,10 @@ def finetune(
 
     Raises:
         CalibrationError: not calibrated, empty loader, NaN or infinite inputs or loss.
-        PlanError: an argument out of range, or scores for unknown layers.
+        PlanError: an argument out of range, or scores for unknown layers; with ``allocate`` zeros
+            in blocks, another model as teacher, or a loader without a length.
+        BudgetError: ``allocate`` without a budget, or with one that no widths meet; names the limit
+            that binds and the smallest value that can be reached.
         FileFormatError: the checkpoint is corrupt.
         KeyboardInterrupt: Ctrl-C, after the running step and the checkpoint.
         Paused: ``watch`` said so, likewise.
@@ -202,6 +221,7 @@ def finetune(
         reestimate_norms=reestimate_norms,
     )
     options.check("finetune")
+    check_learned(allocate, budget, teacher)
     if max_minutes is not None:
         check_range("finetune", "max_minutes", max_minutes, 0.0, math.inf)
     if widths is not None and extra_bits:
@@ -209,8 +229,42 @@ def finetune(
     schedule = WidthSchedule(prepared, widths)
     penalties = _penalties(prepared, scores)
     aim = (loss_fn, output)
-    run = _Finetuning(prepared, train_loader, options, penalties, teacher, schedule, aim)
-    return run.execute(checkpoint, resume, max_minutes, progress, watch)
+    learned = None
+    if budget is not None and teacher is not None:
+        if widths is not None or extra_bits:
+            raise PlanError("finetune: with allocate='learned' widths and extra_bits say nothing")
+        options.gradual = False  # its zeros come by themselves
+        settings = LearnedSettings.of(allocate_options)
+        learned = _learned(prepared, teacher, budget, settings, train_loader, progress)
+    elif allocate_options:
+        raise PlanError("finetune: allocate_options are for allocate='learned'")
+    run = _Finetuning(prepared, train_loader, options, penalties, teacher, schedule, aim, learned)
+    history = run.execute(checkpoint, resume, max_minutes, progress, watch)
+    if learned is not None:
+        history.plan = learned.plan()
+    return history
+
+
+def _learned(
+    prepared: nn.Module,
+    teacher: nn.Module,
+    budget: Budget,
+    settings: LearnedSettings,
+    loader: Iterable[Any],
+    progress: bool,
+) -> LearnedWidths:
+    if not isinstance(loader, Sized):
+        raise PlanError(
+            "finetune: allocate='learned' needs a loader with a length, since its limits fall over "
+            f"the steps of the run; got {type(loader).__name__}"
+        )
+
+    def sample() -> Inputs:
+        with torch.random.fork_rng(devices=[]):
+            return split_batch(prepared, next(iter(loader)))[0]
+
+    offer = Offer(prepared, teacher, budget, settings, sample, progress=progress)
+    return LearnedWidths(prepared, offer, loader)
 
 
 def _penalties(prepared: nn.Module, scores: Mapping[str, Any] | None) -> dict[str, float]:
@@ -243,6 +297,7 @@ class _Finetuning(Loop):
         teacher: nn.Module | None,
         widths: WidthSchedule,
         aim: tuple[LossFn | None, Pick],
+        learned: LearnedWidths | None,
     ) -> None:
         identity: dict[str, Any] = {
             "penalties": penalties,
@@ -251,6 +306,10 @@ class _Finetuning(Loop):
         }
         if widths.widths:
             identity["widths"] = widths.widths
+        self.learned = learned
+        if learned is not None:
+            offer = learned.offer
+            identity["learned"] = [offer.budget.given, offer.settings.key()]
         self.loss_fn, self.pick = aim
         if self.loss_fn is not None:
             identity["loss"] = loss_key(self.loss_fn)
@@ -267,6 +326,7 @@ class _Finetuning(Loop):
         self.schedule = CompressionSchedule(
             model, ramp=options.ramp, extra_bits=options.extra_bits, gradual=options.gradual
         )
+        self.count = 0  # samples of this step
         self.teacher: nn.Module | None = None
         if teacher is not None:
             # A copy, so that evaluation mode and memory format do not leak into the caller's.
@@ -279,19 +339,26 @@ class _Finetuning(Loop):
         if self.options.learn_scales:
             learn_scales(self.model)
             self.scales = step_sizes(self.model)
+        if self.learned is not None:
+            self.learned.attach()
 
     def groups(self) -> list[dict[str, Any]]:
         quantized = {id(layer.weight) for layer in self.layers.values()}
+        places = {id(position) for position in self._places()}
         decayed: list[nn.Parameter] = []
         plain: list[nn.Parameter] = []
         for parameter in self.model.parameters():
-            if parameter.requires_grad:
+            if parameter.requires_grad and id(parameter) not in places:
                 float_weight = parameter.dim() > 1 and id(parameter) not in quantized
                 (decayed if float_weight else plain).append(parameter)
         return [
             {"params": plain, "weight_decay": 0.0},
             {"params": decayed, "weight_decay": self.options.weight_decay},
         ]
+
+    def _places(self) -> list[nn.Parameter]:
+        """Positions of what is learned, which take steps of their own."""
+        return [] if self.learned is None else self.learned.positions()
 
     def split(self, batch: Any) -> tuple[Inputs, Any]:
         x, labels = split_batch(self.model, batch)
@@ -303,7 +370,7 @@ class _Finetuning(Loop):
         return x, labels
 
     def forward(self, x: Inputs) -> tuple[Any, Any]:
-        self.tokens = tokens_of(x)
+        self.tokens, self.count = tokens_of(x), x.count
         target = None
         if self.teacher is not None:
             with torch.no_grad():
@@ -353,9 +420,14 @@ class _Finetuning(Loop):
     def loaded(self) -> None:
         self.schedule.resume(self.state.stage)
         self.widths.resume(self.state.width)
+        if self.learned is not None:
+            self.learned.resume(self.state.choice)
 
     def before_step(self, time: float) -> None:
         self._rewidth(time)
+        if self.learned is not None:
+            self._settle(time)
+            self.learned.sharpen(time)
         if self.state.step == 0 and not self.scales:
             for layer in self.layers.values():
                 layer.refresh_scales()
@@ -376,19 +448,40 @@ class _Finetuning(Loop):
             self.optimizer.state.pop(step.log, None)
         self.state.width = self.widths.position
 
+    def _settle(self, time: float) -> None:
+        assert self.learned is not None
+        if self.learned.over(time):
+            for step in self.learned.settle():
+                self.optimizer.state.pop(step.log, None)
+            self.state.choice = self.learned.choice
+
     def before_update(self) -> None:
         clip_scale_gradients(self.scales)
+        if self.learned is not None:
+            self.learned.observe(self.count)
 
     def after_step(self) -> None:
         apply_scales(self.model)
+        if self.learned is not None:
+            assert self.steps is not None  # its loader has a length
+            self.learned.move(self.time(), self.steps * self.options.epochs)
+
+    def notes(self) -> dict[str, Any]:
+        return {} if self.learned is None else {"widths": self.learned.widths()}
+
+    def remark(self) -> str:
+        return "" if self.learned is None else f"  {self.learned.average:.2f} bits"
 
     def averaging(self) -> bool:
         # Weights of another sparsity or on another grid would not average to anything.
-        return self.schedule.done and self.widths.done
+        learned = self.learned is None or self.learned.done
+        return self.schedule.done and self.widths.done and learned
 
     def complete(self) -> None:
         self._reschedule(1.0)
         self._rewidth(1.0)
+        if self.learned is not None:
+            self._settle(1.0)
         self.average.use()
         if self.scales:
             apply_scales(self.model)
@@ -404,4 +497,7 @@ class _Finetuning(Loop):
     def end(self) -> None:
         self.schedule.finish()
         self.widths.finish()
+        if self.learned is not None:
+            self.learned.settle()
+            self.learned.release()
         release_scales(self.model)

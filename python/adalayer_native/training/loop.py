@@ -23,6 +23,7 @@ from adalayer_native._progress import ProgressBar
 from adalayer_native.capture import Inputs
 from adalayer_native.capture.example import repeatable
 from adalayer_native.errors import CalibrationError, PlanError
+from adalayer_native.plan import Plan
 from adalayer_native.training import checkpoint as store
 from adalayer_native.training.average import Average
 from adalayer_native.training.batches import as_float, on_device
@@ -45,7 +46,9 @@ class History:
     Attributes:
         epochs: per completed epoch ``epoch``, ``loss`` (mean per sample), ``accuracy`` (share of
             labelled training samples, ``None`` without labels), ``samples``, ``seconds``, ``lr``
-            (at its end), and what a ``watch`` added.
+            (at its end), what the run itself notes (``widths``: bits per weight of every layer,
+            where these change) and what a ``watch`` added.
+        plan: of a run that chose one (``allocate="learned"``).
         finished: false if the time limit, or a ``watch``, ended the run early.
         amp: whether bfloat16 autocast was used.
         resumed: whether the run continued from a checkpoint.
@@ -55,6 +58,7 @@ class History:
     finished: bool = True
     amp: bool = False
     resumed: bool = False
+    plan: Plan | None = None
 
 
 @dataclass
@@ -172,6 +176,14 @@ class Loop(ABC):
     def averaging(self) -> bool:
         """Whether the present parameters belong into the average."""
         return True
+
+    def notes(self) -> dict[str, Any]:
+        """JSON values for an epoch's entry in the history."""
+        return {}
+
+    def remark(self) -> str:
+        """What the progress bar says besides loss, accuracy and speed."""
+        return ""
 
     def complete(self) -> None:
         """Called once, after the last step of the run and before its last checkpoint."""
@@ -318,6 +330,7 @@ class Loop(ABC):
                 "samples": state.samples,
                 "seconds": round(state.seconds - sum(e["seconds"] for e in state.history), 3),
                 "lr": self.optimizer.param_groups[0]["lr"],
+                **self.notes(),
             }
         )
         if not state.ended:
@@ -406,7 +419,7 @@ class Loop(ABC):
         if state.labelled:
             text += f"  accuracy {100.0 * state.correct / state.labelled:.2f} %"
         spent = state.seconds - sum(entry["seconds"] for entry in state.history)
-        return text + f"  {state.samples / max(spent, 1e-9):.0f} samples/s"
+        return text + self.remark() + f"  {state.samples / max(spent, 1e-9):.0f} samples/s"
 
 
 def _channels_last(tensor: Tensor) -> Tensor:
