@@ -149,9 +149,9 @@ def run_seed(
         "bytes": size,
         "float_bytes": float_bytes(model),
         "lr": lr,
-        "held_out": _accuracy(engine, images.held_out),
-        "accuracy": _accuracy(engine, images.test),
-        "float": _accuracy(model, images.test),
+        "held_out": accuracy(engine, images.held_out),
+        "accuracy": accuracy(engine, images.test),
+        "float": accuracy(model, images.test),
         "history": result.history.epochs,
     }
     write_text_atomic(folder / "result.json", json.dumps(found, indent=1) + "\n")
@@ -159,7 +159,7 @@ def run_seed(
 
 
 @torch.inference_mode()
-def _accuracy(function: Any, batches: Batches) -> float:
+def accuracy(function: Any, batches: Batches) -> float:
     right = sum(int((function(x).argmax(1) == y).sum()) for x, y in batches)
     return 100 * right / len(batches.indices)
 

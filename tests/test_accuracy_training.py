@@ -77,7 +77,7 @@ def test_a_row_over_two_seeds(inputs: tuple[Path, Path], tmp_path, monkeypatch, 
         assert found["bytes"] == file.stat().st_size
         native = ada.restore(model, file)
         test = bench.Images(str(data)).test
-        assert found["accuracy"] == bench._accuracy(native, test)
+        assert found["accuracy"] == bench.accuracy(native, test)
     assert f"drop {runs[0]['float'] - (runs[0]['accuracy'] + runs[1]['accuracy']) / 2:+.2f}" in (
         capsys.readouterr().out
     )

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import helpers_study
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 
 import adalayer_native as ada
 from adalayer_native.allocation import estimate_bytes, everywhere, float_bytes
+from adalayer_native.cli import main
 from adalayer_native.errors import BudgetError, PlanError
 from adalayer_native.quantization import calibrate, convert, prepare
 from adalayer_native.quantization.fractional import FractionalInput, FractionalWeight
@@ -334,3 +338,60 @@ def test_refusals(trained: nn.Module) -> None:
     calibrate(prepared, batches(1), progress=False)
     with pytest.raises(PlanError, match=r"the plan gives them \[6, 8\] bits"):
         learn(prepared, trained, ada.Budget(bops=1e6))
+
+
+# -- in one call ----------------------------------------------------------------------------------
+
+
+def test_compress_learns(trained: nn.Module, tmp_path: Path) -> None:
+    data = batches()
+    result = ada.compress(
+        trained, data[:3], ada.Budget(size=0.3), allocate="learned", train_loader=data, epochs=2,
+        allocate_options={"fixed": {"fc": 6}, "options": {"search": 0.6}}, work_dir=tmp_path,
+        finetune_options={"lr": 0.02, "amp": False}, distill=False, progress=False,
+    )  # fmt: skip
+    assert result.plan is result.history.plan
+    assert result.plan["fc"].bits == 6
+    assert result.repair is None
+    size = ada.save(result.model, tmp_path / "model.safetensors")
+    assert size <= 0.3 * float_bytes(trained)
+    common = {"train_loader": data, "allocate": "learned", "progress": False}
+    with pytest.raises(PlanError, match="needs a train_loader"):
+        ada.compress(trained, data, ada.Budget(size=0.3), allocate="learned", progress=False)
+    with pytest.raises(BudgetError, match="needs a budget"):
+        ada.compress(trained, data, None, **common)
+    with pytest.raises(BudgetError, match="smallest reachable"):
+        ada.compress(trained, data, ada.Budget(size=0.01), **common)
+    with pytest.raises(PlanError, match=r"got options \['bits'\]"):
+        ada.compress(trained, data, ada.Budget(size=0.3), allocate_options={"bits": 3}, **common)
+
+
+def test_the_command_learns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    data = str(helpers_study.write_images(tmp_path / "data"))
+    torch.manual_seed(0)
+    weights = tmp_path / "w.safetensors"
+    save_file(helpers_study.SmallNet().state_dict(), weights)
+    common = [
+        "compress", "helpers_study:SmallNet", "--weights", str(weights), "--data", data,
+        "--image-size", "8", "--batch-size", "16", "--calibration", "20", "--out", str(out),
+        "--threads", "1", "--quiet", "--allocate", "learned",
+    ]  # fmt: skip
+    assert run(*common) == 1
+    assert "method 'learned' needs a budget: --size" in capsys.readouterr().err
+    assert run(*common, "--size", "0.4", "--epochs", "0") == 1
+    assert "at least one epoch" in capsys.readouterr().err
+    assert run(*common, "--size", "0.4", "--epochs", "1") == 0
+    plan = ada.Plan.load(out / "plan.json")
+    assert plan.method == "learned"
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    assert report["bytes"] <= 0.4 * report["float_bytes"]
+
+
+def run(*arguments: str) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["adalayer", *arguments])
+        patch.setattr("warnings.showwarning", None)  # the entry point replaces it
+        with pytest.raises(SystemExit) as done:
+            main()
+    return int(done.value.code or 0)

@@ -104,7 +104,7 @@ def _budget(method: str, limits: dict[str, float | None]) -> Any:
 
     if any(value is not None for value in limits.values()):
         return Budget(**limits)  # type: ignore[arg-type]
-    known = method_of(method)
+    known = method_of("optimal" if method == "learned" else method)  # the same limits
     if known.budget:
         more = ", --latency, --bops, --energy or --loss" if known.several else ""
         raise refusals.missing(method, f": --size, --bytes or --bits{more}")
@@ -190,6 +190,13 @@ def compress(
         str | None, typer.Option(help="Their stages, e.g. layer1,layer2,layer3.")
     ] = None,
     epochs: Annotated[int, typer.Option(min=0, help="Fine-tuning epochs.")] = 2,
+    allocate: Annotated[
+        str | None,
+        typer.Option(
+            help="learned: no method; bits and zeros are learned while fine-tuning, from 8 bits "
+            "everywhere down to the budget."
+        ),
+    ] = None,
     lr: Annotated[
         float, typer.Option(callback=above_zero, help="Peak learning rate of the fine-tuning.")
     ] = 0.01,
@@ -243,7 +250,9 @@ def compress(
         "energy": energy,
         "loss": loss,
     }
-    budget = None if levels is not None else _budget(method.value, limits)
+    budget = None
+    if levels is None:
+        budget = _budget(method.value if allocate is None else allocate, limits)
     if levels is not None:
         _check_levels(method.value, limits, layer_bits, stages, criterion, latency_table, repair)
     if not quiet:

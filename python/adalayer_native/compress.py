@@ -38,13 +38,13 @@ from adalayer_native.importance.batches import warn_of_first_guess
 from adalayer_native.importance.calibration import check_calibration
 from adalayer_native.importance.outputs import LossFn, Pick, distance, has_distance, picked
 from adalayer_native.importance.task_loss import TaskLoss
-from adalayer_native.plan import Plan, supported_layers
+from adalayer_native.plan import MAX_BITS, Plan, supported_layers
 from adalayer_native.quantization import calibrate, convert, prepare
 from adalayer_native.quantization.file_contents import stored_model
 from adalayer_native.repair import Distance, Repair
 from adalayer_native.repair import repair as repair_layers
 from adalayer_native.tensor_train import Decomposed, tensor_train
-from adalayer_native.training import finetune
+from adalayer_native.training import check_learned, finetune
 
 __all__ = ["Compressed", "compress", "stages_of"]
 
@@ -93,6 +93,7 @@ def compress(
     strict: bool = False,
     train_loader: Iterable[Any] | None = None,
     epochs: int = 2,
+    allocate: str | None = None,
     distill: bool = True,
     repair: bool = True,
     observer: str = "mse",
@@ -137,6 +138,9 @@ def compress(
         strict: make it an error that anything with multiply-accumulates stays float.
         train_loader: batches for fine-tuning, as for calibration; without it there is none.
         epochs: of fine-tuning, eq. (5).
+        allocate: ``"learned"``: no method is asked; bits and zeros are learned while fine-tuning
+            (:func:`~adalayer_native.training.finetune`), within ``budget``, beginning with ``plan``
+            or 8 bits everywhere. Nothing is repaired.
         distill: the float model teaches while fine-tuning.
         repair: round and prune by the error of the layers' outputs
             (:func:`adalayer_native.repair`) instead of weight by weight. Fine-tuning, if there is
@@ -157,7 +161,7 @@ def compress(
 
     Raises:
         BudgetError, CalibrationError, UnsupportedModelError, PlanError: as the steps do.
-        PlanError: an unknown effort.
+        PlanError: an unknown effort; ``allocate="learned"`` without training.
         UnsupportedModelError: ``strict``, and something stays float; before the work where it is
             known by then.
     """
@@ -171,6 +175,11 @@ def compress(
             raise PlanError(f"a plan names layers as they are: method {method!r} takes none")
         decomposed, budget, asked = _decomposed(model, calibration, budget, asked, progress)
         model, method = decomposed.model, "optimal"
+    learned = None
+    if allocate is not None:
+        model = captured_on(model, calibration)
+        learned = _learned(model, allocate, budget, plan, train_loader, epochs, asked)
+        plan, budget, repair = learned.start, None, False
     if isinstance(budget, int):
         model = captured_on(model, calibration)
         plan, budget = _everywhere(model, plan, budget, asked), None
@@ -211,10 +220,13 @@ def compress(
         if repair:
             report = steps.repaired(prepared, sample)
         if train_loader is not None and epochs > 0:
-            teacher = model if distill else None
-            history = steps.finetuned(
-                prepared, plan, train_loader, epochs, teacher, finetune_options or {}
-            )
+            teacher = model if distill or learned is not None else None
+            options = {} if learned is None else learned.options
+            if not distill:
+                options = {"distill_weight": 0.0, **options}
+            options = {**options, **(finetune_options or {})}
+            history = steps.finetuned(prepared, plan, train_loader, epochs, teacher, options)
+            plan = history.plan or plan
     kept = kept_float(model, plan)
     return Compressed(convert(prepared), plan, scores, kept, history, report, in_float, decomposed)
 
@@ -337,6 +349,49 @@ def _everywhere(model: GraphModel, plan: Plan | None, bits: int, asked: dict[str
     if other:
         raise PlanError(f"{bits} bits everywhere need no search: got options {other} of one")
     return everywhere(model, bits, **asked)
+
+
+@dataclass
+class _Learned:
+    """Where widths that are learned begin, and what the fine-tuning is told of them."""
+
+    start: Plan
+    options: dict[str, Any]
+
+
+def _learned(
+    model: GraphModel,
+    allocate: str,
+    budget: Budget | int | None,
+    plan: Plan | None,
+    loader: Iterable[Any] | None,
+    epochs: int,
+    asked: dict[str, Any],
+) -> _Learned:
+    """What ``allocate="learned"`` stands for, checked before anything is done."""
+    if isinstance(budget, int):
+        budget = Budget(bits=budget)
+    if loader is None or epochs < 1:
+        raise PlanError("compress: allocate='learned' needs a train_loader and at least one epoch")
+    check_learned(allocate, budget, model)
+    known = {k: asked[k] for k in ("activation_bits", "fixed", "exclude") if k in asked}
+    others = sorted(set(asked) - {*known, "options"})
+    if others:
+        raise PlanError(f"allocate='learned' asks no method: got options {others} of one")
+    # No plan is small enough: said now, in the words of the method with the same options.
+    options = dict(asked.get("options") or {})
+    table = {k: v for k, v in options.items() if k == "latency_table"}
+    check_request(model, budget, method="optimal", options=table or None, **known)
+    start = everywhere(model, MAX_BITS, **known) if plan is None else plan
+    fixed = [name for name in asked.get("fixed") or {} if start[name].bits is not None]
+    return _Learned(
+        start,
+        {
+            "allocate": allocate,
+            "budget": budget,
+            "allocate_options": {**({"fixed": fixed} if fixed else {}), **options},
+        },
+    )
 
 
 def _warn_of_float(in_float: FloatWork) -> None:

@@ -53,10 +53,10 @@ def observe(
             handle.remove()
 
 
-def entropy_bits(values: Tensor) -> float:
-    """``-sum p_k log2 p_k`` over 256 equal bins from the smallest to the largest value, in bits.
+def entropy_bits(values: Tensor, bins: int = BINS) -> float:
+    """``-sum p_k log2 p_k`` over equal bins from the smallest to the largest value, in bits.
 
-    0 for an empty or constant tensor, 8 for values that fill all bins alike.
+    0 for an empty or constant tensor, 8 for values that fill all of 256 bins alike.
     """
     flat = values.detach().float().reshape(-1)
     if flat.numel() == 0:
@@ -64,6 +64,6 @@ def entropy_bits(values: Tensor) -> float:
     low, high = float(flat.min()), float(flat.max())
     if not high > low:
         return 0.0
-    counts = torch.histc(flat.cpu(), BINS, low, high).double()
+    counts = torch.histc(flat.cpu(), bins, low, high).double()
     share = counts[counts > 0] / counts.sum()
     return float(-(share * share.log2()).sum()) + 0.0

@@ -28,7 +28,7 @@ from ..compress import Compressed, compress, kept_float, stages_of
 from ..data import Loaders, loaders
 from ..energy import Meter
 from ..engine import Engine
-from ..errors import EnergyError, UnsupportedModelError
+from ..errors import EnergyError, PlanError, UnsupportedModelError
 from ..levels import compress_levels, level_plans, level_stages
 from ..measure import hits, inference_energy, model_milliseconds
 from ..plan import supported_layers
@@ -41,6 +41,7 @@ from ..report import (
     figure6_table,
     record,
 )
+from ..training import check_learned
 from .compiling import save_engine
 from .job import CompressJob, arguments
 from .opening import Opened, check_fit, open_model, warn_chance
@@ -82,7 +83,13 @@ def _ready(job: CompressJob) -> _Ready:
         refuse_overwriting(job.out / name, job.weights, job.data, job.model, job.latency_table)
     options = _options(job)
     check_effort(job.effort)
-    if job.levels is None:
+    if job.allocate is not None:
+        if job.levels is not None:
+            raise PlanError("--levels are repaired together; --allocate learned trains one plan")
+        if job.epochs < 1:
+            raise PlanError("--allocate learned needs at least one epoch")
+        check_learned(job.allocate, job.budget, job.model)
+    elif job.levels is None:
         check_method(
             job.method,
             job.budget,
@@ -109,6 +116,8 @@ def _ready(job: CompressJob) -> _Ready:
         opened.train.decode()
     captured = captured_on(opened.model, data.calibration)
     budget, method = job.budget, job.method
+    if job.allocate is not None:  # the options are those of that method
+        method = "optimal"
     if job.levels is not None:  # the narrowest is the hardest
         budget, method = Budget(bits=job.levels[-1]), "optimal"
     problem = check_request(captured, budget, method=method, **options)
@@ -150,13 +159,13 @@ def check_compress(job: CompressJob) -> dict[str, Any]:
         "normalisation": str(opened.normalisation),
         "float accuracy": f"{warn_chance(opened, ready.data):.2f} % of the calibration images",
         "method": (
-            job.method
+            (job.method if job.allocate is None else "bits and zeros learned while fine-tuning")
             if job.levels is None
             else f"levels of {', '.join(f'{bits:g}' for bits in job.levels)} bits"
         )
         + (f", within {job.budget}" if job.budget else "")
         + (f", on {MachineTable.load(job.latency_table).title}" if job.latency_table else "")
-        + (", repair" if job.repair else "")
+        + (", repair" if job.repair and job.allocate is None else "")
         + (
             f", {job.epochs} epochs of fine-tuning"
             if job.epochs and job.levels is None
@@ -196,8 +205,8 @@ def _ahead(job: CompressJob, ready: _Ready) -> list[Stage]:
     return stages_of(
         ready.captured,
         ready.data.calibration,
-        method=job.method,
-        repair=job.repair,
+        method=job.method if job.allocate is None else None,
+        repair=job.repair and job.allocate is None,
         train_loader=ready.data.train,
         epochs=job.epochs,
         effort=job.effort,
@@ -239,6 +248,7 @@ def _compressed(job: CompressJob, ready: _Ready) -> Compressed:
         method=job.method,
         train_loader=ready.data.train,
         epochs=job.epochs,
+        allocate=job.allocate,
         distill=job.distill,
         repair=job.repair,
         effort=job.effort,

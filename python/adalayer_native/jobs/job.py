@@ -44,6 +44,7 @@ class CompressJob(_Job):
     fixed: Mapping[str, int] | None = None
     exclude: Sequence[str] = ()
     epochs: int = 2
+    allocate: str | None = None
     lr: float = 0.01
     distill: bool = True
     repair: bool = True

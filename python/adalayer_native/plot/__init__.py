@@ -6,5 +6,6 @@ from .microscope import microscope
 from .pareto import pareto
 from .ribbon import ribbon
 from .sensitivity import sensitivity
+from .widths import widths
 
-__all__ = ["bars", "fingerprint", "microscope", "pareto", "ribbon", "sensitivity"]
+__all__ = ["bars", "fingerprint", "microscope", "pareto", "ribbon", "sensitivity", "widths"]

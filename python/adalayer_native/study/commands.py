@@ -130,7 +130,7 @@ def green(
     seeds: Seeds = "0,1",
     configurations: Annotated[
         str, typer.Option(help="In the order of running; fixed-N: N bits everywhere.")
-    ] = "full,ascending,descending,fixed,rising,falling",
+    ] = "full,ascending,descending,fixed,rising,falling,dynamic",
     fixed_bits: Annotated[int, typer.Option(min=2, max=8, help="Of configuration fixed.")] = 2,
     blocks: Annotated[int, typer.Option(min=1, help="Residual blocks per stage.")] = 3,
     image_size: Annotated[

@@ -12,6 +12,7 @@ from ..allocation import allocate
 from ..errors import PlanError
 from ..models.resnet_cifar import ResNetCifar
 from ..plan import Plan
+from ..training import DynamicWidths
 
 __all__ = ["CONFIGURATIONS", "STAGES", "WIDTHS", "Configuration", "configuration", "network",
            "plan_of"]  # fmt: skip
@@ -19,7 +20,7 @@ __all__ = ["CONFIGURATIONS", "STAGES", "WIDTHS", "Configuration", "configuration
 STAGES = ("layer1", "layer2", "layer3")
 WIDTHS = (2, 3, 4)
 # In this order they run: first those of the paper.
-CONFIGURATIONS = ("full", "ascending", "descending", "fixed", "rising", "falling")
+CONFIGURATIONS = ("full", "ascending", "descending", "fixed", "rising", "falling", "dynamic")
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,15 @@ class Configuration:
         title: in words.
         depth: final bits of layer1, layer2, layer3, weights and activations; ``None`` is float.
         time: bits of all three over the training, in equal parts; ``None``: ``depth`` all along.
+        dynamic: bounds between which every layer's bits follow its gradients and activations, from
+            ``depth`` on; ``None``: they do not.
     """
 
     name: str
     title: str
     depth: tuple[int, ...] | None
     time: tuple[int, ...] | None = None
+    dynamic: DynamicWidths | None = None
 
 
 def configuration(name: str, fixed: int = 2) -> Configuration:
@@ -61,6 +65,9 @@ def configuration(name: str, fixed: int = 2) -> Configuration:
         "descending": Configuration("descending", "descending (4, 3, 2)", WIDTHS[::-1]),
         "rising": Configuration("rising", "rising over time (2, 3, 4)", (4, 4, 4), WIDTHS),
         "falling": Configuration("falling", "falling over time (4, 3, 2)", (2, 2, 2), WIDTHS[::-1]),
+        "dynamic": Configuration(
+            "dynamic", "dynamic (2 to 4)", (2, 2, 2), dynamic=DynamicWidths(2, 4)
+        ),
     }
     if name not in known:
         raise PlanError(
@@ -80,7 +87,10 @@ def network(blocks: int, classes: int, seed: int) -> nn.Module:
 
 
 def plan_of(model: nn.Module, chosen: Configuration) -> Plan | None:
-    """Final widths of weights and of what enters each layer; ``None`` for full precision."""
+    """Final widths of weights and of what enters each layer; ``None`` for full precision.
+
+    Of dynamic widths those that they begin with.
+    """
     if chosen.depth is None:
         return None
     method = "fixed" if len(set(chosen.depth)) == 1 else chosen.name

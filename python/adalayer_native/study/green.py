@@ -193,7 +193,7 @@ def _train_run(
             watch=watch,
             progress=settings.progress,
         )
-    packed = folder / "model.safetensors"
+    packed, plan = folder / "model.safetensors", None
     example = next(iter(images.tested()))[0][:2]
     if chosen.depth is None:
         write_atomic(packed, serialise({k: v.contiguous() for k, v in model.state_dict().items()}))
@@ -203,7 +203,7 @@ def _train_run(
         size = files.save(native, packed)
         engine = compile_engine(native, example, policy="native")
         share, judged = engine.native_share, EngineModule(engine)
-        plan = plan_of(start, chosen)
+        plan = history.plan or plan_of(start, chosen)
         assert plan is not None
         plan.save(folder / "plan.json")
     epochs = history.epochs
@@ -223,7 +223,7 @@ def _train_run(
         "bytes": size,
         "float_bytes": float_bytes(start),
         "native_share": share,
-        **ledger(start, plan_of(start, chosen), example),
+        **ledger(start, plan, example),
     }
 
 
@@ -249,7 +249,7 @@ def load_native(
         plan.validate(model)
     except PlanError as error:
         raise PlanError(f"{folder / 'plan.json'} is the plan of another model: {error}") from None
-    if plan.layers != expected.layers:
+    if chosen.dynamic is None and plan.layers != expected.layers:
         raise PlanError(
             f"{folder / 'plan.json'} is not the plan of configuration {chosen.name!r}; delete the "
             f"study's entry to train it again"

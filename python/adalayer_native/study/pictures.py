@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..plan import LayerPlan, Plan
-from ..plot import bars, fingerprint, ribbon
+from ..plot import bars, fingerprint, ribbon, widths
 from ..plot.style import INK, LINE, MUTED, canvas, finish, heading
 from .markdown import data_name
 from .papers import FIGURE6
@@ -41,6 +41,9 @@ def write_pictures(data: Mapping[str, Any], folder: Path, prefix: str = "") -> l
         if data["entries"].get("timing"):
             files.append(folder / f"{prefix}native.png")
             native(data, files[1])
+        if "dynamic" in names_of(data):
+            files.append(folder / f"{prefix}widths.png")
+            widths(runs_of(data, "dynamic")[0]["history"], files[-1])
         return files
     runs = models_of(data, "adalayer")
     if not runs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,6 +55,7 @@ def lines(data: Data, prefix: str) -> list[str]:
         f"![Accuracy and loss over the epochs]({prefix}curves.png)",
         "",
         *([f"![Accuracy and latency]({prefix}native.png)", ""] if _timing(data) else []),
+        *_dynamic(data, prefix),
     ]
 
 
@@ -81,6 +83,9 @@ def _reading(settings: Mapping[str, Any]) -> list[str]:
         else "- The stop at 95 % is off.",
         "- Rising and falling over time: all three stages have 2, 3 and 4 bits (4, 3 and 2) for a "
         "third of the run each.",
+        "- Dynamic (its section 7): a layer's weights go from 2 to 4 bits as the signal-to-noise "
+        "ratio of its gradient falls by a power of ten, its input has about as many bits as the "
+        "entropy of its values; until three quarters of the epochs, if the run gets there.",
         "- Train time, energy and emission of its Table 3 carry no units: seconds, kWh and kg of "
         "CO2 per step, by their numbers.",
         "",
@@ -253,6 +258,26 @@ def _steps(data: Data) -> list[str]:
         f"{'s' * (timing['threads'] > 1)}; medians. Training simulates the integers in float32, "
         f"so fewer bits save neither time nor memory here. Peak memory: growth of a fresh "
         f"process over three steps.",
+        "",
+    ]
+
+
+def _dynamic(data: Data, prefix: str) -> list[str]:
+    """Where the widths that follow statistics went."""
+    runs = runs_of(data, "dynamic")
+    if "dynamic" not in names_of(data):
+        return []
+    ends = []
+    for run in runs:
+        last = run["history"][-1]
+        means = [statistics.mean(last[key].values()) for key in ("widths", "input_widths")]
+        ends.append(
+            f"seed {run['seed']}: {means[0]:.2f} bits in weights and {means[1]:.2f} in inputs"
+        )
+    return [
+        f"Dynamic widths ended at means over layers of {'; '.join(ends)}.",
+        "",
+        f"![Widths that follow gradients and activations]({prefix}widths.png)",
         "",
     ]
 

@@ -71,7 +71,13 @@ def train(
     if chosen.depth is None:
         return fit(model, loader, epochs, **common)
     return finetune(
-        model, loader, epochs, widths=chosen.time, ramp=0.0, reestimate_norms=False, **common
+        model,
+        loader,
+        epochs,
+        widths=chosen.dynamic or chosen.time,
+        ramp=0.0,
+        reestimate_norms=False,
+        **common,
     )
 
 

@@ -36,6 +36,7 @@ class Progress:
         finished: the run is complete.
         stage: of the compression schedule.
         width: position in the schedule of widths.
+        dynamic: state of widths that follow statistics.
         choice: bits and zeros that were learned, once they are whole.
         averaged: steps in the moving average.
         history: one entry per completed epoch.
@@ -52,6 +53,7 @@ class Progress:
     finished: bool = False
     stage: int = -1
     width: int = -1
+    dynamic: dict[str, Any] | None = None
     choice: dict[str, Any] | None = None
     averaged: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)

@@ -22,6 +22,7 @@ from adalayer_native.quantization.fold import check_calibrated
 from adalayer_native.quantization.graph import layers_of, metadata
 from adalayer_native.quantization.lsq import StepSize
 from adalayer_native.training.batches import NORM_BATCHES, as_float, split_batch
+from adalayer_native.training.dynamic import DynamicSchedule, DynamicWidths
 from adalayer_native.training.learned import LearnedWidths, check_learned
 from adalayer_native.training.learned_settings import LearnedSettings
 from adalayer_native.training.loop import History, Loop, LoopOptions, bf16_helps, check_range
@@ -86,7 +87,7 @@ def finetune(
     gradual: bool = True,
     ramp: float = 0.5,
     extra_bits: int = 0,
-    widths: Sequence[int] | None = None,
+    widths: Sequence[int] | DynamicWidths | None = None,
     allocate: str | None = None,
     budget: Budget | None = None,
     allocate_options: Mapping[str, Any] | None = None,
@@ -159,7 +160,11 @@ def finetune(
             away one by one.
         widths: bits of all weights and activations over time, each for an equal share of the run;
             the last must be the plan's in every layer. Not together with ``extra_bits``. Ranges
-            are best calibrated for the fewest, see :func:`narrow_for_ranges`.
+            are best calibrated for the fewest, see :func:`narrow_for_ranges`. Or
+            :class:`~adalayer_native.training.DynamicWidths`: bits of every layer follow its
+            gradients, those of its input its entropy, between two bounds of which the plan has the
+            lower one everywhere; what they end at is ``History.plan``, how they got there
+            ``widths``, ``input_widths``, ``snr_db`` and ``entropy`` of its epochs.
         allocate: ``"learned"``: bits and zeros of every layer, and bits of inputs where the budget
             counts them, are learned together with the weights
             (:mod:`~adalayer_native.training.learned`), beginning with those that the model was
@@ -226,7 +231,10 @@ def finetune(
         check_range("finetune", "max_minutes", max_minutes, 0.0, math.inf)
     if widths is not None and extra_bits:
         raise PlanError("finetune: widths and extra_bits both say how the bits change; give one")
-    schedule = WidthSchedule(prepared, widths)
+    dynamic = DynamicSchedule(prepared, widths) if isinstance(widths, DynamicWidths) else None
+    if dynamic is not None and optimizer == "sgd" and momentum == 0.0:
+        raise PlanError("finetune: dynamic widths are told by the optimizer's momentum, got 0")
+    schedule = WidthSchedule(prepared, None if isinstance(widths, DynamicWidths) else widths)
     penalties = _penalties(prepared, scores)
     aim = (loss_fn, output)
     learned = None
@@ -238,10 +246,12 @@ def finetune(
         learned = _learned(prepared, teacher, budget, settings, train_loader, progress)
     elif allocate_options:
         raise PlanError("finetune: allocate_options are for allocate='learned'")
-    run = _Finetuning(prepared, train_loader, options, penalties, teacher, schedule, aim, learned)
+    moving = (schedule, dynamic, learned)
+    run = _Finetuning(prepared, train_loader, options, penalties, teacher, moving, aim)
     history = run.execute(checkpoint, resume, max_minutes, progress, watch)
-    if learned is not None:
-        history.plan = learned.plan()
+    for each in (dynamic, learned):
+        if each is not None:
+            history.plan = each.plan()
     return history
 
 
@@ -295,20 +305,21 @@ class _Finetuning(Loop):
         options: _Options,
         penalties: dict[str, float],
         teacher: nn.Module | None,
-        widths: WidthSchedule,
+        moving: tuple[WidthSchedule, DynamicSchedule | None, LearnedWidths | None],
         aim: tuple[LossFn | None, Pick],
-        learned: LearnedWidths | None,
     ) -> None:
+        self.widths, self.dynamic, self.learned = moving
         identity: dict[str, Any] = {
             "penalties": penalties,
             "teacher": teacher is not None,
             "layers": metadata(model, "layers"),
         }
-        if widths.widths:
-            identity["widths"] = widths.widths
-        self.learned = learned
-        if learned is not None:
-            offer = learned.offer
+        if self.widths.widths:
+            identity["widths"] = self.widths.widths
+        if self.dynamic is not None:
+            identity["dynamic"] = self.dynamic.key
+        if self.learned is not None:
+            offer = self.learned.offer
             identity["learned"] = [offer.budget.given, offer.settings.key()]
         self.loss_fn, self.pick = aim
         if self.loss_fn is not None:
@@ -316,7 +327,6 @@ class _Finetuning(Loop):
         if self.pick is not None:
             identity["output"] = self.pick
         self.tokens: frozenset[int] = frozenset()
-        self.widths = widths
         super().__init__(model, loader, options, identity)
         self.layers = layers_of(model)
         self.penalties = penalties
@@ -420,6 +430,8 @@ class _Finetuning(Loop):
     def loaded(self) -> None:
         self.schedule.resume(self.state.stage)
         self.widths.resume(self.state.width)
+        if self.dynamic is not None:
+            self.dynamic.resume(self.state.dynamic)
         if self.learned is not None:
             self.learned.resume(self.state.choice)
 
@@ -447,6 +459,10 @@ class _Finetuning(Loop):
         for step in self.widths.update(time):
             self.optimizer.state.pop(step.log, None)
         self.state.width = self.widths.position
+        if self.dynamic is not None and time < 1.0:  # at its end a run changes nothing any more
+            for step in self.dynamic.update(time):
+                self.optimizer.state.pop(step.log, None)
+            self.dynamic.watch(self.state.step)
 
     def _settle(self, time: float) -> None:
         assert self.learned is not None
@@ -457,6 +473,9 @@ class _Finetuning(Loop):
 
     def before_update(self) -> None:
         clip_scale_gradients(self.scales)
+        if self.dynamic is not None:
+            self.dynamic.observe(self.optimizer)
+            self.state.dynamic = self.dynamic.state
         if self.learned is not None:
             self.learned.observe(self.count)
 
@@ -467,6 +486,8 @@ class _Finetuning(Loop):
             self.learned.move(self.time(), self.steps * self.options.epochs)
 
     def notes(self) -> dict[str, Any]:
+        if self.dynamic is not None:
+            return self.dynamic.notes()
         return {} if self.learned is None else {"widths": self.learned.widths()}
 
     def remark(self) -> str:
@@ -474,8 +495,8 @@ class _Finetuning(Loop):
 
     def averaging(self) -> bool:
         # Weights of another sparsity or on another grid would not average to anything.
-        learned = self.learned is None or self.learned.done
-        return self.schedule.done and self.widths.done and learned
+        others = (each for each in (self.dynamic, self.learned) if each is not None)
+        return self.schedule.done and self.widths.done and all(each.done for each in others)
 
     def complete(self) -> None:
         self._reschedule(1.0)
@@ -497,6 +518,8 @@ class _Finetuning(Loop):
     def end(self) -> None:
         self.schedule.finish()
         self.widths.finish()
+        if self.dynamic is not None:
+            self.dynamic.finish()
         if self.learned is not None:
             self.learned.settle()
             self.learned.release()

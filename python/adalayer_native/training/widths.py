@@ -9,10 +9,11 @@ from torch import nn
 
 from adalayer_native.errors import PlanError
 from adalayer_native.plan import MAX_BITS, MIN_BITS
+from adalayer_native.quantization.fake_quant import ActivationQuantizer, QuantLayer
 from adalayer_native.quantization.graph import layers_of, metadata, quantizers_of
 from adalayer_native.quantization.lsq import StepSize
 
-__all__ = ["WidthSchedule", "narrow_for_ranges"]
+__all__ = ["WidthSchedule", "change_input", "change_weight", "narrow_for_ranges"]
 
 
 def narrow_for_ranges(prepared: nn.Module, widths: Sequence[int]) -> nn.Module:
@@ -105,19 +106,31 @@ class WidthSchedule:
 
     def _change(self, width: int) -> Iterator[StepSize]:
         for layer in self.layers.values():
-            layer.bits = width
-            layer.refresh_scales()
-            if layer.step is not None:
-                layer.step.restart(layer.weight_scale)
-                yield layer.step
+            yield from change_weight(layer, width)
         for quantizer in self.quantizers.values():
-            # Fewer levels cover a smaller range: steps go with the square root of their number, as
-            # those that learned step sizes start from do. With the range kept, two bits would
-            # leave most activations at zero, and training from scratch goes astray.
-            share = math.sqrt((2**width - 1) / (2**quantizer.bits - 1))
-            low, high = (quantizer.scale * level * share for level in quantizer.constants()[2:])
-            quantizer.bits = width
-            quantizer.set_range(low, high)
-            if quantizer.step is not None:
-                quantizer.step.restart(quantizer.qparams[:1])
-                yield quantizer.step
+            yield from change_input(quantizer, width)
+
+
+def change_weight(layer: QuantLayer, width: int) -> Iterator[StepSize]:
+    """Give a weight other bits; yields its learned scale, if any, which begins anew."""
+    layer.bits = width
+    layer.refresh_scales()
+    if layer.step is not None:
+        layer.step.restart(layer.weight_scale)
+        yield layer.step
+
+
+def change_input(quantizer: ActivationQuantizer, width: int) -> Iterator[StepSize]:
+    """Give a stored tensor other bits; yields its learned scale, if any, which begins anew.
+
+    Fewer levels cover a smaller range: steps go with the square root of their number, as those that
+    learned step sizes start from do. With the range kept, two bits would leave most activations at
+    zero, and training from scratch goes astray.
+    """
+    share = math.sqrt((2**width - 1) / (2**quantizer.bits - 1))
+    low, high = (quantizer.scale * level * share for level in quantizer.constants()[2:])
+    quantizer.bits = width
+    quantizer.set_range(low, high)
+    if quantizer.step is not None:
+        quantizer.step.restart(quantizer.qparams[:1])
+        yield quantizer.step
