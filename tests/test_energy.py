@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,15 @@ from helpers_models import tiny
 
 import adalayer_native as ada
 from adalayer_native.allocation import packed_bytes
-from adalayer_native.energy import LayerEnergy, Meter, counters, layer_energy
+from adalayer_native.energy import (
+    LayerEnergy,
+    Meter,
+    Row,
+    counters,
+    fit_layers,
+    intensity,
+    layer_energy,
+)
 from adalayer_native.energy.meter import Counter
 from adalayer_native.importance.flops import Work, layer_work
 from adalayer_native.plan import LayerPlan, Plan, layer_kind, supported_layers
@@ -172,3 +181,51 @@ def test_estimates_of_codecarbon() -> None:
         time.sleep(0.05)
     assert meter.use.measured and meter.use.joules == 3600
     assert meter.use.co2_grams == pytest.approx(grams_per_kwh * 1e-3, rel=1e-6)
+
+
+# -- fitted to a machine, and elsewhere -----------------------------------------------------------
+
+
+def test_a_model_that_layers_follow_is_found_again() -> None:
+    truth = {"multiplications": 3e-5, "additions": 1e-5, "weights": 2e-3, "activations": 1e-3}
+    rows = []
+    for position, (macs, kilobytes, values) in enumerate(
+        [(1e6, 2, 9e3), (4e6, 30, 4e3), (2e5, 80, 1e3), (9e6, 9, 3e4), (3e6, 1, 2e4), (5e5, 4, 5e2)]
+    ):
+        bits = 2 + position
+        took = (
+            truth["multiplications"] * macs * bits * 8 / 64
+            + truth["additions"] * macs
+            + truth["weights"] * 1e3 * kilobytes
+            + truth["activations"] * values
+            + 5.0
+        )
+        rows.append(Row(f"layer{position}", macs, bits, 8, 1e3 * kilobytes, values, took))
+    fit = fit_layers(rows, "µs")
+    for name, value in truth.items():
+        assert fit.coefficients[name] == pytest.approx(value, rel=1e-3)
+    assert fit.coefficients["constant"] == pytest.approx(5.0, rel=1e-3)
+    assert fit.error < 1e-6
+    # One layer that takes twice as long as its like stands out.
+    odd = replace(rows[0], measured=2 * rows[0].measured)
+    off = fit_layers([odd, *rows[1:]], "µs")
+    assert off.error > 0.05
+    shown = off.as_dict()
+    assert shown["unit"] == "µs"
+    assert max(shown["rows"], key=lambda row: abs(row["residual"]))["name"] == "layer0"
+    with pytest.raises(ada.EnergyError, match="at least 2 measured layers, got 1"):
+        fit_layers(rows[:1], "µs")
+    with pytest.raises(ada.EnergyError, match="layer 'layer1': measured is 0"):
+        fit_layers([rows[0], replace(rows[1], measured=0.0)], "µs")
+
+
+def test_co2_by_region() -> None:
+    pytest.importorskip("codecarbon")
+    with Meter(found=[Counter("RAPL", "cpu", lambda: 0.0)]) as meter:
+        pass
+    use = replace(meter.use, joules=3.6e6)  # a kWh
+    found = use.co2_in(["SWE", "IND"])
+    assert found == {"SWE": intensity("SWE"), "IND": intensity("IND")}
+    assert 0 < found["SWE"] < found["IND"]
+    with pytest.raises(ada.EnergyError, match="unknown country 'XXX'"):
+        use.co2_in(["XXX"])

@@ -31,6 +31,7 @@ from adalayer_native.study import (
 )
 from adalayer_native.study.configurations import STAGES, configuration, network, plan_of
 from adalayer_native.study.folder import Clock, Study
+from adalayer_native.study.markdown import data_name
 from adalayer_native.study.papers import FIGURE6, TABLE2, TABLE3
 from adalayer_native.study.splits import Images, SomeBatches
 from adalayer_native.study.timing import ledger
@@ -286,6 +287,19 @@ def test_green_stops_at_an_accuracy(small_green: GreenSettings) -> None:
     assert entry["stopped_at"] == len(entry["history"]) == 1
     assert found["missing"] == ["timing"]
     assert "full precision (seed 0) after epoch 1" in section(found)
+
+
+def test_a_run_stops_with_widths_that_it_trained() -> None:
+    assert green.first_stop(configuration("fixed"), 100) == 1
+    assert green.first_stop(configuration("falling"), 100) == 67
+    assert green.first_stop(configuration("rising"), 3) == 3
+
+
+@pytest.mark.parametrize("name", ["digits-16", "cifar10"])
+def test_data_are_named(name: str, tmp_path) -> None:
+    source = "digits" if name != "cifar10" else "x"
+    settings = GreenSettings(source, tmp_path, image_size=16)
+    assert data_name({"settings": settings.shared()}) == name
 
 
 @pytest.mark.parametrize(

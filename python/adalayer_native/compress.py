@@ -176,12 +176,12 @@ def compress(
         decomposed, budget, asked = _decomposed(model, calibration, budget, asked, progress)
         model, method = decomposed.model, "optimal"
     learned = None
-    if allocate is not None:
+    if allocate is not None or isinstance(budget, int):
         model = captured_on(model, calibration)
+    if allocate is not None:
         learned = _learned(model, allocate, budget, plan, train_loader, epochs, asked)
         plan, budget, repair = learned.start, None, False
     if isinstance(budget, int):
-        model = captured_on(model, calibration)
         plan, budget = _everywhere(model, plan, budget, asked), None
     if plan is None:
         agreed = {key: asked.get(key) for key in ("bits", "stages", "options")}
@@ -192,19 +192,13 @@ def compress(
     if loss_fn is None and plan is not None and repair:  # a search says so itself
         warn_of_first_guess(model, calibration, output)
     macs = work_of(model, sample)
-    in_float = unsupported_work(model, plan, macs)
-    if strict:
-        _refuse(in_float if plan is None else planned_work(model, plan, macs))
-    elif in_float:
-        _warn_of_float(in_float)
+    _check_float(model, plan, macs, strict)
     steps = _Steps(
         model, calibration, loss_fn, output, criterion, effort, repair,
         None if work_dir is None else Path(work_dir), seed, progress,
     )  # fmt: skip
     if plan is None:  # what can be said now is not said after an analysis of an hour
-        known = ("bits", "stages", "activation_bits", "fixed", "exclude", "options")
-        wanted = {key: asked[key] for key in known if key in asked}
-        check_request(model, budget, method=method, **wanted)
+        check_request(model, budget, method=method, **{k: asked[k] for k in EARLY if k in asked})
     ahead = stages_of(
         model, calibration, method=None if plan is not None else method, repair=repair,
         train_loader=train_loader, epochs=epochs, effort=effort,
@@ -221,10 +215,7 @@ def compress(
             report = steps.repaired(prepared, sample)
         if train_loader is not None and epochs > 0:
             teacher = model if distill or learned is not None else None
-            options = {} if learned is None else learned.options
-            if not distill:
-                options = {"distill_weight": 0.0, **options}
-            options = {**options, **(finetune_options or {})}
+            options = _training_options(learned, distill, finetune_options)
             history = steps.finetuned(prepared, plan, train_loader, epochs, teacher, options)
             plan = history.plan or plan
     kept = kept_float(model, plan)
@@ -394,11 +385,26 @@ def _learned(
     )
 
 
-def _warn_of_float(in_float: FloatWork) -> None:
-    warnings.warn(
-        f"{100 * in_float.share:.2g} % of the multiply-accumulates stay in float: {in_float}",
-        stacklevel=3,
-    )
+def _training_options(
+    learned: _Learned | None, distill: bool, given: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What the fine-tuning is told; a teacher may only be there to say what the file holds."""
+    options = {} if distill else {"distill_weight": 0.0}
+    return {**options, **({} if learned is None else learned.options), **(given or {})}
+
+
+def _check_float(
+    model: GraphModel, plan: Plan | None, macs: Mapping[str, float], strict: bool
+) -> None:
+    """Warn of what stays in float, or refuse it."""
+    in_float = unsupported_work(model, plan, macs)
+    if strict:
+        _refuse(in_float if plan is None else planned_work(model, plan, macs))
+    elif in_float:
+        warnings.warn(
+            f"{100 * in_float.share:.2g} % of the multiply-accumulates stay in float: {in_float}",
+            stacklevel=3,
+        )
 
 
 def _without_data(model: Any, example: Any, seed: int, progress: bool) -> list[Tensor]:
@@ -417,6 +423,7 @@ def _without_data(model: Any, example: Any, seed: int, progress: bool) -> list[T
     return distilled(front, inputs[0], seed=seed, progress=progress)
 
 
+EARLY = ("bits", "stages", "activation_bits", "fixed", "exclude", "options")  # known at once
 TENSOR_TRAIN = "tensor_train"
 
 

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -20,7 +20,7 @@ from typing import Any
 
 from ..errors import EnergyError, MissingExtraError
 
-__all__ = ["EnergyUse", "Meter", "counters"]
+__all__ = ["EnergyUse", "Meter", "counters", "intensity"]
 
 POWERCAP = Path("/sys/class/powercap")
 KWH = 3.6e6  # joules
@@ -75,6 +75,39 @@ class EnergyUse:
             None if self.co2_grams is None else self.co2_grams / count,
             self.country,
         )
+
+    def co2_in(self, countries: Iterable[str]) -> dict[str, float]:
+        """Grams of CO2 equivalent where the electricity of other countries is used.
+
+        Raises:
+            EnergyError, MissingExtraError: as :func:`intensity`.
+        """
+        return {country: self.joules / KWH * intensity(country) for country in countries}
+
+
+def intensity(country: str) -> float:
+    """Grams of CO2 equivalent per kWh of a country's electricity, its yearly mean.
+
+    Args:
+        country: ISO 3166 alpha-3, such as ``"ITA"``.
+
+    Raises:
+        EnergyError: a country of which codecarbon's data know nothing.
+        MissingExtraError: codecarbon is not installed.
+    """
+    try:
+        codecarbon: Any = importlib.import_module("codecarbon")
+    except ImportError:
+        raise MissingExtraError(
+            "energy: the CO2 intensity of a country's electricity is in codecarbon's data; install "
+            "adalayer_native[energy]"
+        ) from None
+    found = _mix(codecarbon).get(country, {}).get("carbon_intensity")
+    if found is None:
+        raise EnergyError(
+            f"unknown country {country!r}: expected an ISO 3166 alpha-3 code such as 'ITA'"
+        )
+    return float(found)
 
 
 class Counter:
@@ -294,8 +327,14 @@ def _quiet() -> Iterator[None]:
 
 def _countries(codecarbon: Any) -> set[str]:
     """Codes that codecarbon has an energy mix of; empty if its data are not where we know them."""
+    return set(_mix(codecarbon))
+
+
+def _mix(codecarbon: Any) -> Mapping[str, Any]:
+    """Its data by country; empty if they are not where we know them."""
     try:
         source = importlib.import_module("codecarbon.input").DataSource()
-        return set(source.get_global_energy_mix_data())
+        found: Mapping[str, Any] = source.get_global_energy_mix_data()
+        return found
     except Exception:  # another version keeps them elsewhere, and checks the code itself
-        return set()
+        return {}

@@ -147,8 +147,27 @@ def run_table(run: Run) -> Table:
     protected = protected_text(run.plan)
     if protected:
         lines.append(f"protected: {protected}")
+    fitted = fitted_text(run.data)
+    if fitted:
+        lines.append(f"model fitted to the layers, {fitted}")
     table.caption = escape("\n".join(lines))
     return table
+
+
+def fitted_text(data: dict[str, Any]) -> str:
+    """How far the energy model is off that was fitted to the layers as they were measured."""
+    fit = data.get("fitted_model")
+    if not fit:
+        return ""
+    rows = sorted(fit["rows"], key=lambda row: -abs(row["residual"]))
+    worst = ", ".join(f"{row['name']} {100 * row['residual']:+.0f} %" for row in rows[:3])
+    terms = ", ".join(
+        f"{name} {value:.3g}" for name, value in fit["coefficients"].items() if value > 0
+    )
+    return (
+        f"in {fit['unit']}: {terms}; residuals of {100 * fit['error']:.0f} % (root mean square), "
+        f"largest {worst}"
+    )
 
 
 def total_of(column: Column, run: Run) -> str:

@@ -13,7 +13,7 @@ from .. import plot
 from .._files import write_text_atomic
 from ..plan import protected_text
 from ..plot import style
-from .columns import COLUMNS, notes, summary, total_of
+from .columns import COLUMNS, fitted_text, notes, summary, total_of
 from .microscope import panel
 from .parts import Cell, heads, picture, side, wide
 from .parts import row as row_of
@@ -246,6 +246,7 @@ def _facts(run: Run) -> str:
         ("no engine", data.get("engine", {}).get("why")),
         *_float_rest(data),
         ("protected", protected_text(run.plan)),
+        ("model fitted to the layers", fitted_text(data)),
     ]
     for key, words in (("compression", "energy of the compression"), ("float", "energy, float"),
                        ("native", "energy, native")):  # fmt: skip

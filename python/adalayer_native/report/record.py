@@ -14,6 +14,7 @@ from ..allocation import float_bytes, plan_energy
 from ..allocation.float_work import planned_work
 from ..capture import GraphModel, Inputs, captured
 from ..compress import Compressed
+from ..energy import Row, fit_layers
 from ..engine import Engine
 from ..engine import compile as compile_engine
 from ..errors import AdaError
@@ -27,6 +28,7 @@ __all__ = ["RECORD_FORMAT", "RECORD_VERSION", "class_rows", "compiled", "record"
 
 RECORD_FORMAT = "adalayer-report"
 RECORD_VERSION = 1
+LEAST_FITTED = 8  # timed layers; the model has five terms
 ROUNDS = 15  # runs of the engine that a layer's microseconds are the median of
 
 
@@ -83,9 +85,33 @@ def record(
         "engine": timed,
         "modelled_energy_uj": 1e-6 * sum(layer["energy_pj"] for layer in layers),
         "modelled_float_energy_uj": 1e-6 * sum(layer["float_energy_pj"] for layer in layers),
+        "fitted_model": _fitted(layers, (more or {}).get("energy")),
         **(more or {}),
         "layers": layers,
     }
+
+
+def _fitted(
+    layers: Sequence[Mapping[str, Any]], energy: Mapping[str, Any] | None
+) -> dict[str, Any] | None:
+    """The energy model fitted to the layers that were timed, with its residuals, if they suffice.
+
+    Where the energy of inference was metered, times are multiplied by the power that was drawn.
+    """
+    timed = [e for e in layers if e.get("microseconds", 0.0) > 0.0 and e["bits"] is not None]
+    if len(timed) < LEAST_FITTED:
+        return None
+    use = (energy or {}).get("native")
+    watts = use["joules"] / use["seconds"] if use and use["seconds"] > 0 else 0.0
+    factor, unit = (watts, f"µJ, power {use['label']}") if use and watts > 0 else (1.0, "µs")
+    rows = [
+        Row(
+            e["name"], e["flops"] / 2, e["bits"], e["activation_bits"], e["bytes"],
+            e["activations"], factor * e["microseconds"],
+        )
+        for e in timed
+    ]  # fmt: skip
+    return fit_layers(rows, unit).as_dict()
 
 
 def class_rows(names: Sequence[str], before: Hits, after: Hits) -> list[dict[str, Any]]:
@@ -164,6 +190,7 @@ def _layers(
             "planned_sparsity": layer.sparsity,
             "pattern": layer.pattern,
             "flops": 2 * work[name].macs,
+            "activations": work[name].activations,
             "energy_pj": energy[name].total,
             "energy_extrapolated": energy[name].extrapolated,
             "float_energy_pj": whole[name].total,

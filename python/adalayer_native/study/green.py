@@ -14,7 +14,7 @@ from safetensors.torch import save as serialise
 from .. import files
 from .._files import write_atomic
 from ..allocation import float_bytes
-from ..energy import Meter
+from ..energy import Meter, intensity
 from ..engine import compile as compile_engine
 from ..errors import PlanError
 from ..measure import accuracy
@@ -34,6 +34,7 @@ __all__ = ["GreenSettings", "run_green"]
 
 NAME = "green"
 STEPS = 3  # of a timed training run
+REGIONS = ("SWE", "FRA", "ITA", "DEU", "USA", "CHN", "IND")  # from little coal to much
 ROUNDS = 5  # of them per configuration, in turn
 
 
@@ -161,6 +162,13 @@ def missing(data: dict[str, Any]) -> list[str]:
 # -- training -------------------------------------------------------------------------------------
 
 
+def first_stop(chosen: Configuration, epochs: int) -> int:
+    """The first epoch after which a run may stop: the first one of its last width over time."""
+    if chosen.time is None:
+        return 1
+    return epochs * (len(chosen.time) - 1) // len(chosen.time) + 1
+
+
 def _train_run(
     settings: GreenSettings,
     chosen: Configuration,
@@ -178,6 +186,7 @@ def _train_run(
         images.tested(settings.curve_images),
         clock,
         stop=limit,
+        first=first_stop(chosen, settings.epochs),
         country=settings.country,
         energy=settings.energy,
     )
@@ -280,6 +289,7 @@ def _timing(
         found["energy"] = energies(
             runners, x[:16], seconds=settings.seconds, country=settings.country
         )
+        found["intensity"] = {country: intensity(country) for country in REGIONS}
     return found
 
 

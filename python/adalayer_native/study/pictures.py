@@ -131,20 +131,29 @@ def curves(data: Mapping[str, Any], path: str | os.PathLike[str] | None = None) 
 
 
 def native(data: Mapping[str, Any], path: str | os.PathLike[str] | None = None) -> Any:
-    """Test accuracy against milliseconds per image, and against the file's size."""
-    figure = canvas(9, 4.2)
+    """Test accuracy against milliseconds per image, the file's size, and joules where metered."""
     timing = data["entries"]["timing"]
+    energy = timing.get("energy") or {}
+    labels = ["ms per image, batch 1", "file, kB"]
+    if energy:
+        used = next(iter(energy.values()))["label"]
+        labels.append(f"J per 1,000 images, {used}")
+    inches = 2.4 + 3.3 * len(labels)
+    figure = canvas(inches, 4.2)
     names = [name for name in names_of(data) if name in timing["latency"]]
     handles: list[Any] = []
-    for column, label in enumerate(("ms per image, batch 1", "file, kB")):
-        axes = figure.add_axes((0.075 + 0.36 * column, 0.14, 0.29, 0.66))
+    for column, label in enumerate(labels):
+        left = (0.65 + 3.25 * column) / inches
+        axes = figure.add_axes((left, 0.14, 2.6 / inches, 0.66))
         _frame(axes, label, "test accuracy, %" if column == 0 else "")
         drawn = []
         for position, name in enumerate(names):
             runs = runs_of(data, name)
-            x = timing["latency"][name]["1"]["median"]
-            if column:
-                x = runs[0]["bytes"] / 1e3
+            x = (
+                timing["latency"][name]["1"]["median"],
+                runs[0]["bytes"] / 1e3,
+                energy.get(name, {}).get("joules", 0.0),
+            )[column]
             accuracies = [run["test_accuracy"] for run in runs]
             mean = statistics.mean(accuracies)
             span = [[mean - min(accuracies)], [max(accuracies) - mean]]
@@ -156,7 +165,8 @@ def native(data: Mapping[str, Any], path: str | os.PathLike[str] | None = None) 
         axes.set_xlim(left=0)
         handles = drawn
     figure.legend(
-        handles=handles, loc="center left", bbox_to_anchor=(0.745, 0.47), fontsize=8.5,
+        handles=handles, loc="center left",
+        bbox_to_anchor=((0.4 + 3.25 * len(labels)) / inches, 0.47), fontsize=8.5,
         frameon=False, labelcolor=INK,
     )  # fmt: skip
     heading(

@@ -78,7 +78,8 @@ def _reading(settings: Mapping[str, Any]) -> list[str]:
         "straight-through gradients, scales learned (LSQ) from calibrated ones.",
         f"- Optimizer: SGD, momentum 0.9, learning rate {settings['lr']:g} as in the paper, with a "
         f"half cosine to 0; no weight decay; random crops and mirroring; float32.",
-        f"- The stop: a run ends after the first epoch with a training accuracy of {stop:g} %."
+        f"- The stop: a run ends after the first epoch with a training accuracy of {stop:g} %; one "
+        f"that rises or falls over time not before it has its last widths."
         if stop
         else "- The stop at 95 % is off.",
         "- Rising and falling over time: all three stages have 2, 3 and 4 bits (4, 3 and 2) for a "
@@ -262,6 +263,21 @@ def _steps(data: Data) -> list[str]:
     ]
 
 
+def _regions(data: Data) -> list[str]:
+    """The same joules in other countries' electricity."""
+    timing = _timing(data)
+    known, energy = timing.get("intensity"), timing.get("energy")
+    if not known or not energy:
+        return []
+    rows = []
+    for name in names_of(data):
+        if name in energy:
+            kwh = energy[name]["joules"] / 3.6e6
+            rows.append([title_of(data, name), *(number(1e3 * kwh * g, 3) for g in known.values())])
+    heading = ["mg CO2 per 1,000 images in", *(f"{c} ({g:.0f} g/kWh)" for c, g in known.items())]
+    return table(heading, rows)
+
+
 def _dynamic(data: Data, prefix: str) -> list[str]:
     """Where the widths that follow statistics went."""
     runs = runs_of(data, "dynamic")
@@ -323,4 +339,5 @@ def _native(data: Data) -> list[str]:
         "published figures below 8 bits and is no measurement.",
         "",
         *table(heading, rows),
+        *_regions(data),
     ]

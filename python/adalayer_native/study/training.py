@@ -88,6 +88,7 @@ class RunWatch(Watch):
         test: test images of the curves.
         clock: when to pause.
         stop: training accuracy, 0 to 1, after whose first epoch the run ends; ``None``: never.
+        first: the first epoch after which it may: what it ends with has to have been trained.
         country: whose electricity.
         energy: whether to meter.
     """
@@ -98,10 +99,11 @@ class RunWatch(Watch):
         clock: Clock,
         *,
         stop: float | None = None,
+        first: int = 1,
         country: str | None = None,
         energy: bool = True,
     ) -> None:
-        self.test, self.clock, self.limit = test, clock, stop
+        self.test, self.clock, self.limit, self.first = test, clock, stop, first
         self.country, self.energy = country, energy
         self.meter: Meter | None = None
 
@@ -144,4 +146,5 @@ class RunWatch(Watch):
 
     def stop(self, entry: Mapping[str, Any]) -> bool:
         """Whether the training accuracy is reached."""
-        return self.limit is not None and entry["accuracy"] >= self.limit
+        over = self.limit is not None and entry["accuracy"] >= self.limit
+        return over and entry["epoch"] >= self.first

@@ -226,17 +226,11 @@ def finetune(
         reestimate_norms=reestimate_norms,
     )
     options.check("finetune")
-    check_learned(allocate, budget, teacher)
+    check_learned(allocate, budget, teacher, allocate_options)
     if max_minutes is not None:
         check_range("finetune", "max_minutes", max_minutes, 0.0, math.inf)
-    if widths is not None and extra_bits:
-        raise PlanError("finetune: widths and extra_bits both say how the bits change; give one")
-    dynamic = DynamicSchedule(prepared, widths) if isinstance(widths, DynamicWidths) else None
-    if dynamic is not None and optimizer == "sgd" and momentum == 0.0:
-        raise PlanError("finetune: dynamic widths are told by the optimizer's momentum, got 0")
-    schedule = WidthSchedule(prepared, None if isinstance(widths, DynamicWidths) else widths)
+    schedules = _schedules(prepared, widths, options)
     penalties = _penalties(prepared, scores)
-    aim = (loss_fn, output)
     learned = None
     if budget is not None and teacher is not None:
         if widths is not None or extra_bits:
@@ -244,15 +238,26 @@ def finetune(
         options.gradual = False  # its zeros come by themselves
         settings = LearnedSettings.of(allocate_options)
         learned = _learned(prepared, teacher, budget, settings, train_loader, progress)
-    elif allocate_options:
-        raise PlanError("finetune: allocate_options are for allocate='learned'")
-    moving = (schedule, dynamic, learned)
+    moving, aim = (*schedules, learned), (loss_fn, output)
     run = _Finetuning(prepared, train_loader, options, penalties, teacher, moving, aim)
     history = run.execute(checkpoint, resume, max_minutes, progress, watch)
-    for each in (dynamic, learned):
+    for each in (schedules[1], learned):
         if each is not None:
             history.plan = each.plan()
     return history
+
+
+def _schedules(
+    prepared: nn.Module, widths: Sequence[int] | DynamicWidths | None, options: _Options
+) -> tuple[WidthSchedule, DynamicSchedule | None]:
+    """What ``widths`` stands for."""
+    if widths is not None and options.extra_bits:
+        raise PlanError("finetune: widths and extra_bits both say how the bits change; give one")
+    if not isinstance(widths, DynamicWidths):
+        return WidthSchedule(prepared, widths), None
+    if options.optimizer == "sgd" and options.momentum == 0.0:
+        raise PlanError("finetune: dynamic widths are told by the optimizer's momentum, got 0")
+    return WidthSchedule(prepared, None), DynamicSchedule(prepared, widths)
 
 
 def _learned(

@@ -20,7 +20,7 @@ keeps the budget to the byte.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -47,7 +47,12 @@ _TRAVEL = 4.0  # times through the longest list of options at full rate
 _BATCHES = 4  # that the grids of narrower inputs are calibrated on
 
 
-def check_learned(allocate: str | None, budget: Budget | None, teacher: Any) -> None:
+def check_learned(
+    allocate: str | None,
+    budget: Budget | None,
+    teacher: Any,
+    options: Mapping[str, Any] | None = None,
+) -> None:
     """Raise where the arguments of ``finetune`` do not go together.
 
     Raises:
@@ -57,6 +62,8 @@ def check_learned(allocate: str | None, budget: Budget | None, teacher: Any) -> 
     if allocate is None:
         if budget is not None:
             raise PlanError("finetune: a budget is for allocate='learned'")
+        if options:
+            raise PlanError("finetune: allocate_options are for allocate='learned'")
         return
     if allocate != "learned":
         raise PlanError(f"finetune: allocate must be 'learned' or None, got {allocate!r}")

@@ -173,7 +173,9 @@ class Offer:
         for row, name in enumerate(problem.free):
             layer = self.layers[name]
             table = weight_errors(conv_form(layer, layer.weight), bits, shares)
-            self.errors[row] = [table[bits.index(o[0]), shares.index(o[1])] for o in kinds]
+            for column, option in enumerate(kinds):
+                at = bits.index(option.bits or 0), shares.index(option.sparsity)
+                self.errors[row, column] = float(table[at])
             chain = hull(self.relative[row], self.errors[row], self.usable[row, self.plain])
             # A layer of one option only stands still between it and itself.
             self.chains.append([self.plain[k] for k in (chain if len(chain) > 1 else chain * 2)])
