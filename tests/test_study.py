@@ -417,7 +417,7 @@ def test_page(small_green: GreenSettings, tmp_path) -> None:
 
 def test_the_page_has_the_markers() -> None:
     text = studies_page.PAGE.read_text(encoding="utf-8")
-    for name in ("adalayernet", "green"):
+    for name in ("adalayernet", "green", "green digits-16"):
         assert [text.count(marker) for marker in markers_of(name)] == [1, 1]
 
 
