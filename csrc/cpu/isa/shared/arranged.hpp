@@ -19,8 +19,8 @@
 namespace adalayer::cpu {
 namespace {
 
-/// How a tile is multiplied in its own order, where the lists would save nothing: in bytes, if int16
-/// holds the sum of each pair of products, else in 16 bits.
+/// How a tile is multiplied in its own order, where the lists would save nothing: in bytes, if
+/// int16 holds the sum of each pair of products, else in 16 bits.
 enum class PlainForm : uint32_t { None, Bytes, Words };
 
 /// Kinds of quads, in this order.
