@@ -341,7 +341,7 @@ def test_refusals(trained: nn.Module) -> None:
         ),
     ):
         with pytest.raises(PlanError, match=message):
-            learn(start(trained), trained, budget, **options)
+            learn(start(trained), trained, **{"budget": budget, **options})
     plan = everywhere(trained, 8)
     plan["fc"].sparsity, plan["fc"].pattern = 0.5, "2:4"
     prepared = prepare(trained, plan, torch.zeros(1, 1, 8, 8))

@@ -30,7 +30,7 @@ from adalayer_native.allocation.optimal_settings import check_effort
 from adalayer_native.capture import GraphModel, Inputs, captured
 from adalayer_native.capture.example import guessed_example
 from adalayer_native.capture.loading import captured_on, first_sample
-from adalayer_native.capture.work import FloatWork, work_of
+from adalayer_native.capture.work import FloatWork, Work, work_of
 from adalayer_native.data import distilled
 from adalayer_native.errors import CalibrationError, PlanError, UnsupportedModelError
 from adalayer_native.importance import LayerScores, analyze
@@ -176,12 +176,12 @@ def compress(
         decomposed, budget, asked = _decomposed(model, calibration, budget, asked, progress)
         model, method = decomposed.model, "optimal"
     learned = None
-    if allocate is not None or isinstance(budget, int):
-        model = captured_on(model, calibration)
     if allocate is not None:
+        model = captured_on(model, calibration)
         learned = _learned(model, allocate, budget, plan, train_loader, epochs, asked)
         plan, budget, repair = learned.start, None, False
     if isinstance(budget, int):
+        model = captured_on(model, calibration)
         plan, budget = _everywhere(model, plan, budget, asked), None
     if plan is None:
         agreed = {key: asked.get(key) for key in ("bits", "stages", "options")}
@@ -393,9 +393,7 @@ def _training_options(
     return {**options, **({} if learned is None else learned.options), **(given or {})}
 
 
-def _check_float(
-    model: GraphModel, plan: Plan | None, macs: Mapping[str, float], strict: bool
-) -> None:
+def _check_float(model: GraphModel, plan: Plan | None, macs: list[Work], strict: bool) -> None:
     """Warn of what stays in float, or refuse it."""
     in_float = unsupported_work(model, plan, macs)
     if strict:
