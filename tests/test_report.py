@@ -7,6 +7,8 @@ from rich.console import Console
 
 from adalayer_native.plan import LayerPlan, Plan
 from adalayer_native.report import Result, comparison_table, figure6_table
+from adalayer_native.report.columns import fitted_text
+from adalayer_native.report.record import _fitted
 
 FIGURE6 = {  # the paper's printed rows: before, after (thousands), pruned %, bits
     "Conv1": (864, 0.20217, 6.4045, 8),
@@ -54,3 +56,21 @@ def test_comparison_table() -> None:
     assert "-0.50" in small
     assert "10.00" in small
     assert "faster" in shown
+
+
+def test_the_fit_is_said_with_its_residuals() -> None:
+    layers = [
+        {
+            "name": f"conv{k}", "flops": 2e6 * (k + 1), "bits": 2 + k % 5, "activation_bits": 8,
+            "bytes": 9000 - 900 * k, "activations": 500 * (k % 4 + 1),
+            "microseconds": 3.0 + 2.0 * k + 6.0 * (k == 4),
+        }
+        for k in range(9)
+    ]  # fmt: skip
+    found = fitted_text({"fitted_model": _fitted(layers, None)})
+    assert found.startswith("in µs: ") and "largest conv4 -" in found
+    use = {"joules": 3.0, "seconds": 1.5, "label": "measured (RAPL)"}
+    metered = _fitted(layers, {"native": use})
+    assert metered is not None and metered["unit"] == "µJ, power measured (RAPL)"
+    assert metered["rows"][0]["measured"] == 6.0  # 2 W for 3 µs
+    assert _fitted(layers[:4], None) is None and fitted_text({}) == ""
