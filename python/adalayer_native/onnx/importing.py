@@ -284,6 +284,8 @@ def _attributes(file: OnnxFile, node: Any) -> dict[str, Any]:
         value = onnx.helper.get_attribute_value(attribute)
         if isinstance(value, bytes):
             value = value.decode("utf-8", "replace")
+        elif isinstance(value, float):  # of 32 bits in the file; who wrote 1e-5 meant 1e-5
+            value = float(str(np.float32(value)))
         elif isinstance(value, onnx.TensorProto):
             value = _constant_of(file, value)
         elif isinstance(value, (onnx.GraphProto, onnx.SparseTensorProto)):
