@@ -131,7 +131,7 @@ class File:
         integers = torch.from_numpy(self.constants[weight.input[0]].astype(np.float64))
         scales = self.constants[weight.input[1]].astype(np.float64)[:, None, None] * step
         bias = self.constants[conv.input[2]].astype(np.float64)[:, None, None]
-        said = {a.name: list(a.ints) or a.i for a in conv.attribute}
+        said: Any = {a.name: list(a.ints) or a.i for a in conv.attribute}
         top, left, bottom, right = said["pads"]
         x = torch.from_numpy(levels[source.input[0]].astype(np.float64) - zero)
         x = F.pad(x, (left, right, top, bottom))
