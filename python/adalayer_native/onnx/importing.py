@@ -221,7 +221,7 @@ def _kind(item: Any) -> str:
 
 
 def _follow_if(g: Builder, file: OnnxFile, node: Any, known: dict[str, Any]) -> None:
-    """The branch that is taken; exporters leave the choice to the number of axes or a size."""
+    """The branch that is taken; exporters leave the choice to the number of axes."""
     try:
         taken = g.known(known[node.input[0]], "condition")
         if taken.numel() != 1:
