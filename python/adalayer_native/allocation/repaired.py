@@ -15,7 +15,7 @@ from .options import UNSTRUCTURED, Option
 __all__ = ["REPAIR_VERSION", "RepairedWeights"]
 
 REPAIR_VERSION = 4  # of the weights behind measurements that are kept
-MEMORY = 1 << 30  # bytes of statistics that are kept, and as many of solutions
+MEMORY = 1 << 29  # bytes of statistics that are kept, and as many of solutions
 PASSES = 1  # of refinement: the repair of the chosen plan makes more
 
 
@@ -71,16 +71,19 @@ class RepairedWeights:
     def expect(self, name: str, options: Sequence[Option]) -> None:
         """Work out what is going to be asked for; many options in one sweep cost less."""
         missing = [o for o in options if (name, *o.values) not in self._known]
+        if not missing:
+            return
+        hessian = self._hessian(name)
         for pattern in dict.fromkeys(option.pattern for option in missing):
             part = [option for option in missing if option.pattern == pattern]
             asked = [(option.bits or 0, option.sparsity) for option in part]
-            hessian = self._hessian(name)
             solutions = hessian.solutions(asked, pattern=pattern, passes=self.passes)
             for option, solution in zip(part, solutions, strict=True):
                 # A copy: a part of a sweep's tensor would keep the whole of it.
                 solution.mask, solution.levels = None, solution.levels.clone()
                 self._known.put((name, *option.values), solution, shrink=False)
         self._known.shrink(keep=len(missing))
+        hessian.release()
 
     def _hessian(self, name: str) -> LayerHessian:
         if name not in self._hessians:
@@ -106,7 +109,8 @@ class RepairedWeights:
             self._hessians.put(found, hessian, shrink=False)
 
     def _bytes(self, name: str) -> int:
-        """What a layer's statistics take, with the factors that solving makes of them."""
+        """What a layer's statistics take."""
         layer: Any = self.modules[name]
         width = conv_form(layer, layer.weight)[0].numel()
-        return 24 * getattr(layer, "groups", 1) * width * width  # three matrices of float64
+        # Two matrices of float64: the samples that are repaired with, and those held back.
+        return 16 * getattr(layer, "groups", 1) * width * width
