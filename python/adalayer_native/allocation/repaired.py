@@ -48,8 +48,9 @@ class RepairedWeights:
     ) -> None:
         self.model, self.batches, self.layers = model, batches, list(layers)
         self.passes, self.memory, self.progress = passes, memory, progress
-        self.modules = dict(model.named_modules())
-        self._hessians = Recent[str, LayerHessian](memory, lambda name, _: self._bytes(name))
+        self.modules = modules = dict(model.named_modules())
+        # Without ``self``, which would be a circle that is let go of much later than it is left.
+        self._hessians = Recent[str, LayerHessian](memory, lambda name, _: _bytes(modules[name]))
         self._known = Recent[tuple[Any, ...], LayerSolution](
             memory, lambda _, solution: solution.levels.numel()
         )
@@ -95,12 +96,12 @@ class RepairedWeights:
     def _gather(self, name: str) -> None:
         """Statistics of a layer, and of those behind it that fit into the same memory."""
         position = self.layers.index(name)
-        wanted, held = [name], self._bytes(name)
+        wanted, held = [name], _bytes(self.modules[name])
         for other in self.layers[position + 1 :]:
-            if other in self._hessians or held + self._bytes(other) > self.memory:
+            if other in self._hessians or held + _bytes(self.modules[other]) > self.memory:
                 break
             wanted.append(other)
-            held += self._bytes(other)
+            held += _bytes(self.modules[other])
         self._hessians.shrink(self.memory - held, keep=0)
         for found, hessian in layer_hessians(
             self.model, self.batches, wanted, held_back=HELD_BACK, memory=self.memory,
@@ -108,9 +109,9 @@ class RepairedWeights:
         ):  # fmt: skip
             self._hessians.put(found, hessian, shrink=False)
 
-    def _bytes(self, name: str) -> int:
-        """What a layer's statistics take."""
-        layer: Any = self.modules[name]
-        width = conv_form(layer, layer.weight)[0].numel()
-        # Two matrices of float64: the samples that are repaired with, and those held back.
-        return 16 * getattr(layer, "groups", 1) * width * width
+
+def _bytes(layer: Any) -> int:
+    """What a layer's statistics take."""
+    width = conv_form(layer, layer.weight)[0].numel()
+    # Two matrices of float64: the samples that are repaired with, and those held back.
+    return 16 * int(getattr(layer, "groups", 1)) * width * width
