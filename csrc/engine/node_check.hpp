@@ -77,6 +77,8 @@ class NodeCheck {
   void reshape() const;
   void rearrange() const;
   void function() const;
+  void combine() const;
+  void reduce() const;
   void attention() const;
   void norm() const;
   void group_norm() const;

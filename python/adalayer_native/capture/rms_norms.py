@@ -1,7 +1,12 @@
-"""RMS norms: torch's own operator, and the steps that models write it as."""
+"""RMS norms: torch's own operator, and the steps that models write it as.
+
+A vector of length one, ``x / max(|x|, eps)``, is an RMS norm divided by the root of the number of
+its elements.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,21 +26,21 @@ class RmsNorm:
     Attributes:
         node: the result.
         operand: what is normalised.
-        weight: a constant of one axis, or None.
+        weight: a constant of one axis, a number for all, or None.
         eps: what is added to the mean.
         inside: the steps in between, which nobody else reads.
     """
 
     node: fx.Node
     operand: fx.Node
-    weight: fx.Node | None
+    weight: fx.Node | float | None
     eps: float
     inside: frozenset[fx.Node]
 
 
 def rms_norms(graph: fx.Graph) -> dict[fx.Node, RmsNorm]:
     """By their last node."""
-    found = (_operator(node) or _written_out(node) for node in graph.nodes)
+    found = (_operator(node) or _written_out(node) or _unit(node) for node in graph.nodes)
     return {norm.node: norm for norm in found if norm is not None}
 
 
@@ -80,6 +85,40 @@ def _written_out(inverse: fx.Node) -> RmsNorm | None:
         if isinstance(weight, fx.Node) and _is_weight(weight, channels):
             return RmsNorm(readers[0], operand, weight, eps, frozenset({*inside, scaled}))
     return RmsNorm(scaled, operand, None, eps, frozenset(inside))
+
+
+def _unit(node: fx.Node) -> RmsNorm | None:
+    """``F.normalize`` along the last axis, whose size is known.
+
+    The largest of a length and eps is nearly the root of the sum of their squares unless they are
+    about as large; of levels, which are zero or many times eps, it is.
+    """
+    if not _is(node, "aten.div.Tensor"):
+        return None
+    operand, info = node.args[0], info_of(node.args[0])
+    steps, step = [], node.args[1]
+    while _is(step, "aten.expand_as.default", "aten.expand.default", "aten.clamp_min.default"):
+        assert isinstance(step, fx.Node)
+        steps.append(step)
+        step = step.args[0]
+    least = [item.args[1] for item in steps if _is(item, "aten.clamp_min.default")]
+    if len(least) != 1 or not isinstance(least[0], (int, float)) or least[0] <= 0:
+        return None
+    if not _is(step, "aten.linalg_vector_norm.default") or not isinstance(info, TensorInfo):
+        return None
+    assert isinstance(step, fx.Node)
+    a, last, count = arguments(step), len(info.shape) - 1, info.shape[-1]
+    if step.args[0] is not operand or a["ord"] != 2 or a["dtype"] is not None or not a["keepdim"]:
+        return None
+    if [axis % len(info.shape) for axis in a["dim"] or ()] != [last] or info_of(node) != info:
+        return None
+    if not isinstance(count, int) or not isinstance(operand, fx.Node):
+        return None
+    inside = frozenset((*steps, step))
+    if any(not inside.union([node]).issuperset(item.users) for item in inside):
+        return None
+    eps = max(least[0] ** 2 / count, torch.finfo(torch.float32).tiny)
+    return RmsNorm(node, operand, 1.0 / math.sqrt(count), eps, inside)
 
 
 def _pair(node: fx.Node) -> tuple[object, ...]:

@@ -13,7 +13,8 @@ from torch import fx
 from adalayer_native import ops
 from adalayer_native.engine.grids import Grid, Want
 from adalayer_native.engine.lower import RULES, CannotLower, Grids, Lowering, Rule
-from adalayer_native.engine.rules_layers import arguments
+from adalayer_native.engine.rules_floats import then_levels
+from adalayer_native.engine.rules_layers import arguments, check_grid, clamped
 from adalayer_native.engine.rules_views import (
     axis_of,
     bordered,
@@ -30,6 +31,7 @@ from adalayer_native.engine.views import (
     built,
     channel_axis,
     image_dims,
+    is_scattered,
     merged,
 )
 from adalayer_native.operations import geometry
@@ -80,14 +82,19 @@ def _form_of_copies(letters: str, sizes: Sequence[int], place: int) -> Form:
     return lambda count: arranged_as(letters, [*sizes[:place], count, *sizes[place + 1 :]])
 
 
-def _joined(
-    low: Lowering, node: fx.Node, items: Sequence[Any], refs: dict[int, Ref], place: int, want: Want
+def joined(
+    low: Lowering,
+    node: fx.Node,
+    items: Sequence[Any],
+    refs: dict[int, Ref],
+    place: int,
+    want: Want | None,
 ) -> Ref:
     """Values and constants along one axis of their views.
 
     Args:
         items: operands.
-        refs: those of them that are computed, by position, on the wanted grid.
+        refs: those of them that are computed, by position, on the wanted grid, or in float32.
         place: number of the axis.
     """
     largest = max(refs.values(), key=lambda ref: math.prod(low.size(ref)))
@@ -117,7 +124,7 @@ def _joined(
             like = form(int(constant.shape[place + 1]))
             if math.prod(like[0]) != constant.numel():
                 raise CannotLower(node, f"a constant of {list(constant.shape)} among its operands")
-            refs[position] = low.levels(item, constant, want, like)
+            refs[position] = low.held(item, constant, want, like)
     parts = [refs[position] for position in range(len(items))]
     along = "chw".index(letter)
     size, dims = form(sum(low.size(ref)[along] for ref in parts))
@@ -126,28 +133,28 @@ def _joined(
         low.name(node),
         [ref.value for ref in parts],
         size,
-        want.grid,
+        None if want is None else want.grid,
         **({"axis": along} if along else {}),
     )
     return Ref(number, dims)
 
 
-def _cat(low: Lowering, node: fx.Node, want: Want) -> Ref:
+def _piece(low: Lowering, item: Any, want: Want | None) -> Ref:
+    return low.f32(item) if want is None else low.u8(item, want)
+
+
+def _cat(low: Lowering, node: fx.Node, want: Want | None) -> Ref:
     items, axis = node.args[0], int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
     assert isinstance(items, (list, tuple))
     computed = [k for k, item in enumerate(items) if low.parameter(item) is None]
     rank = node.meta["val"].dim()
     if axis % rank == 0:
         raise CannotLower(node, "it works along the batch")
-    refs = {k: low.u8(items[k], want) for k in computed}
-    return _joined(low, node, items, refs, axis % rank - 1, want)
+    refs = {k: _piece(low, items[k], want) for k in computed}
+    return joined(low, node, items, refs, axis % rank - 1, want)
 
 
-RULES["aten.cat.default"] = Rule(_cat)
-RULES["aten.concat.default"] = Rule(_cat)
-
-
-def _stack(low: Lowering, node: fx.Node, want: Want) -> Ref:
+def _stack(low: Lowering, node: fx.Node, want: Want | None) -> Ref:
     items, axis = node.args[0], int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
     assert isinstance(items, (list, tuple))
     place = axis % node.meta["val"].dim() - 1
@@ -157,12 +164,20 @@ def _stack(low: Lowering, node: fx.Node, want: Want) -> Ref:
         raise CannotLower(node, "a constant among what it stacks")
     refs = {}
     for position, item in enumerate(items):
-        ref = low.u8(item, want)
+        ref = _piece(low, item, want)
         refs[position] = Ref(ref.value, (*ref.dims[:place], (), *ref.dims[place:]))
-    return _joined(low, node, items, refs, place, want)
+    return joined(low, node, items, refs, place, want)
 
 
-RULES["aten.stack.default"] = Rule(_stack)
+def _rule_of_joined(join: Callable[[Lowering, fx.Node, Want | None], Ref]) -> Rule:
+    def f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
+        return clamped(low, node, join(low, node, None), lo, hi)
+
+    return Rule(join, f32)
+
+
+RULES["aten.cat.default"] = RULES["aten.concat.default"] = _rule_of_joined(_cat)
+RULES["aten.stack.default"] = _rule_of_joined(_stack)
 
 
 def _pad_grid(grids: Grids, node: fx.Node) -> Grid | None:
@@ -441,16 +456,36 @@ def _mean_axes(low: Lowering, node: fx.Node, ref: Ref) -> tuple[Ref, Dims, int]:
         kept: Dims = ((),) * len(over) if a["keepdim"] else ()
         return ref, (*kept, merged([(c, 1)])), c
     size = low.size(ref)
+    if a.get("dtype") is not None or not over:
+        raise CannotLower(node, "a mean over everything, or in another type")
+    if not _is_global(low, node, ref):
+        ref, lengths = _gathered(low, node, ref, set(over))
+        dims = arranged_as("c" * len(lengths), lengths)[1]
+        kept = [item for k, item in enumerate(dims) if k not in over or a["keepdim"]]
+        return ref, tuple(kept), low.size(ref)[0]
     axes = axes_of(ref.dims, size)
-    if axes is None or a.get("dtype") is not None:
-        raise CannotLower(node, "a mean over split axes or in another type")
-    spatial = {axis for axis, n in zip("hw", size[1:], strict=True) if n > 1}
-    if set("".join(axes[item] for item in over)) != spatial or not over:
-        raise CannotLower(node, "a mean over other axes than height and width")
+    assert axes is not None
     c = size[0]
     left = ["c" if "c" in name else "" for name in axes]
     keep = [left[i] for i in range(len(left)) if i not in over or a["keepdim"]]
     return ref, built(keep, (c, 1, 1)), c
+
+
+def _is_global(low: Lowering, node: fx.Node, ref: Ref) -> bool:
+    """Whether a mean is one over height and width."""
+    size, over = low.size(ref), [axis_of(low, node, item) for item in arguments(node)["dim"] or ()]
+    axes = axes_of(ref.dims, size)
+    spatial = {axis for axis, n in zip("hw", size[1:], strict=True) if n > 1}
+    return axes is not None and set("".join(axes[k] for k in over)) == spatial and bool(over)
+
+
+def _gathered(low: Lowering, node: fx.Node, ref: Ref, over: set[int]) -> tuple[Ref, list[int]]:
+    """A copy whose columns are the axes that go, and the sizes of the others, which are channels.
+    """
+    letters = "".join("w" if k in over else "c" for k in range(len(ref.dims)))
+    lengths = [math.prod(n for n, _ in atoms) for atoms in ref.dims]
+    copy = low.arranged(ref, low.name(node, "reorder"), letters)
+    return copy, [1 if k in over else n for k, n in enumerate(lengths)]
 
 
 def _mean(low: Lowering, node: fx.Node, want: Want) -> Ref:
@@ -469,14 +504,55 @@ def _mean(low: Lowering, node: fx.Node, want: Want) -> Ref:
 
 
 def _mean_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
-    _no_clamp(node, lo, hi)
     ref = low.f32(node.args[0])
+    if not _is_global(low, node, ref):
+        return clamped(low, node, _reduced(low, node, ref, "mean"), lo, hi)
+    _no_clamp(node, lo, hi)
     ref, dims, c = _mean_axes(low, node, ref)
     return Ref(_average_f32(low, node, ref, "adaptive_avg_pool", (c, 1, 1), {}), dims)
 
 
 for _name in ("aten.mean.dim", "adalayer.exact_mean.default"):
     RULES[_name] = Rule(_mean, _mean_f32)
+
+
+_REDUCTIONS = {"mean": 0, "norm": 1}  # Reduction of csrc/reference/float_kinds.hpp
+
+
+def _reduced(low: Lowering, node: fx.Node, ref: Ref, kind: str) -> Ref:
+    """Floats of all values along axes of a view."""
+    a = arguments(node)
+    if is_scattered(ref.dims) or a.get("dtype") is not None:
+        raise CannotLower(node, f"a {kind} in another type, or across the batch")
+    over = {axis_of(low, node, item) for item in a["dim"]}
+    axes = axes_of(ref.dims, low.size(ref))
+    gone = "" if axes is None else "".join(axes[k] for k in sorted(over))
+    if axes is None or not gone:
+        ref, lengths = _gathered(low, node, ref, over)
+        gone, size = "w", (low.size(ref)[0], 1, 1)
+        dims = list(arranged_as("c" * len(lengths), lengths)[1])
+    else:
+        c, h, w = (1 if axis in gone else n for axis, n in zip("chw", low.size(ref), strict=True))
+        size = (c, h, w)
+        dims = list(built(["" if k in over else axis for k, axis in enumerate(axes)], size))
+    number = low.program.node(
+        "reduce", low.name(node), [ref.value], size, None,
+        kind=_REDUCTIONS[kind], **{f"along_{axis}": 1 for axis in gone},
+    )  # fmt: skip
+    return Ref(number, tuple(item for k, item in enumerate(dims) if k not in over or a["keepdim"]))
+
+
+def _vector_norm(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
+    a = arguments(node)
+    if a["qparams"] is None:
+        ref = low.f32(a["input"])
+    else:
+        ref, grid = low.on_own_grid(a["input"])
+        check_grid(low, node, grid, a["qparams"])
+    return clamped(low, node, _reduced(low, node, ref, "norm"), lo, hi)
+
+
+RULES["adalayer.exact_vector_norm.default"] = then_levels(_vector_norm, folds=True)
 
 
 # -- resizing -------------------------------------------------------------------------------------
@@ -552,21 +628,18 @@ RULES["adalayer.exact_bilinear.default"] = Rule(_resize_u8, _resize_f32, _neares
 # -- the float tail -------------------------------------------------------------------------------
 
 
-def _no_u8(low: Lowering, node: fx.Node, want: Want) -> Ref:
-    raise CannotLower(node, "a softmax in the middle of the network")
-
-
 def _softmax(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
     a = arguments(node)
     ref = low.f32(node.args[0])
-    axis = axis_of(low, node, a.get("dim", 1))
+    axis = axis_of(low, node, a.get("dim", 1), ref)
+    if a.get("dtype") is not None:
+        raise CannotLower(node, "a softmax in another type")
     if channel_axis(ref.dims, low.size(ref)) != axis:
-        raise CannotLower(node, "a softmax over other axes than the channels")
-    if (lo, hi) != (-math.inf, math.inf) or a.get("dtype") is not None:
-        raise CannotLower(node, "a softmax that is clamped or in another type")
+        letters = "".join("c" if k == axis else "w" for k in range(len(ref.dims)))
+        ref = low.arranged(ref, low.name(node, "reorder"), letters)
     number = low.program.node("softmax", low.name(node), [ref.value], low.size(ref), None)
-    return Ref(number, ref.dims)
+    return clamped(low, node, Ref(number, ref.dims), lo, hi)
 
 
 for _name in ("aten.softmax.int", "aten._softmax.default", "adalayer.exact_softmax.default"):
-    RULES[_name] = Rule(_no_u8, _softmax)
+    RULES[_name] = then_levels(_softmax, folds=True)

@@ -24,9 +24,13 @@ from adalayer_native.engine.rules_layers import (
 from adalayer_native.engine.views import (
     BATCH,
     Atom,
+    Dims,
     Ref,
+    Size,
+    arranged_as,
     axis_atoms,
     in_order,
+    is_scattered,
     merged,
 )
 from adalayer_native.ops.fused import FLOAT_FUNCTIONS, SIXTH
@@ -243,21 +247,25 @@ def _line(
     alpha: float,
     left: bool,
     want: Want,
+    addend: Tensor | None = None,
 ) -> Ref:
-    """A sum, difference, product or quotient of a tensor and a constant."""
+    """A sum, difference, product or quotient of a tensor and a constant, and what is added."""
     ref, _ = low.on_own_grid(operand)
     lines = line_of(kind, constant, alpha, left)
     factor, offset = (_of_elements(low, node, ref, item) for item in lines)
+    if addend is not None:
+        both = np.broadcast_arrays(offset, _of_elements(low, node, ref, addend.double()))
+        offset = both[0] + both[1]
     return affine(low, node, operand, factor, offset, want)
 
 
 def _grid_line(low: Lowering, node: fx.Node, want: Want) -> Ref:
     a = arguments(node)
-    constant = low.parameter(a["constant"])
-    if constant is None:
+    constant, addend = low.parameter(a["constant"]), low.parameter(a["addend"])
+    if constant is None or (addend is None and a["addend"] is not None):
         raise CannotLower(node, "its constant is computed by the graph")
     check_grid(low, node, low.on_own_grid(a["input"])[1], a["qparams"])
-    return _line(low, node, a["input"], constant, a["kind"], a["alpha"], a["left"], want)
+    return _line(low, node, a["input"], constant, a["kind"], a["alpha"], a["left"], want, addend)
 
 
 RULES["adalayer.grid_line.default"] = Rule(_grid_line, folds=True, scatters=True)
@@ -329,7 +337,8 @@ def _binary(low: Lowering, node: fx.Node, want: Want) -> Ref:
     )
 
 
-_PAIRS = {"add": 0, "sub": 1, "mul": 2}  # FloatPair of csrc/reference/float_kinds.hpp
+# FloatPair of csrc/reference/float_kinds.hpp
+_PAIRS = {"add": 0, "sub": 1, "mul": 2, "div": 3}
 
 
 def _pair_number(node: fx.Node) -> int:
@@ -372,13 +381,41 @@ def _binary_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
             ref = float_function(low, node, ref, step, number)
         return clamped(low, node, ref, lo, hi)
     number = _pair_number(node)
-    a, b = low.f32(left), low.f32(right)
-    if low.size(a) != low.size(b) or a.dims != b.dims:
-        raise CannotLower(node, "float operands that differ in size or order")
+    a, b, size, dims = _together(low, node, low.f32(left), low.f32(right))
     value = low.program.node(
-        "combine", low.name(node), [a.value, b.value], low.size(a), None, pair=number
+        "combine", low.name(node), [a.value, b.value], size, None, pair=number
     )
-    return clamped(low, node, Ref(value, a.dims), lo, hi)
+    return clamped(low, node, Ref(value, dims), lo, hi)
+
+
+def _together(low: Lowering, node: fx.Node, a: Ref, b: Ref) -> tuple[Ref, Ref, Size, Dims]:
+    """Two float operands in one order, and size and view of what their elements give.
+
+    Along an axis where one has size 1 it is repeated.
+    """
+    if low.size(a) == low.size(b) and a.dims == b.dims:
+        return a, b, low.size(a), a.dims
+    if is_scattered(a.dims) or is_scattered(b.dims):
+        raise CannotLower(node, "operands in whose middle the batch is")
+    rank = max(len(a.dims), len(b.dims))
+    pair = [Ref(ref.value, ((),) * (rank - len(ref.dims)) + ref.dims) for ref in (a, b)]
+    lengths = [tuple(map(_length, ref.dims)) for ref in pair]
+    result = tuple(map(max, *lengths))
+    if lengths[0] == lengths[1]:
+        found = low.alike(pair[1], pair[0], low.name(node, "reorder"))
+        if found is not None:
+            return pair[0], found, low.size(pair[0]), pair[0].dims
+    if rank > 3:
+        raise CannotLower(node, f"operands of {rank + 1} axes that are repeated along some")
+    letters = "hwc"[-rank:] if rank < 3 else "chw"
+    size, dims = arranged_as(letters, result)
+    ordered = []
+    for ref, own in zip(pair, lengths, strict=True):
+        like = arranged_as(letters, own)
+        in_place = (low.size(ref), ref.dims) == like
+        copy = ref if in_place else low.arranged(ref, low.name(node, "reorder"), letters)
+        ordered.append(copy)
+    return ordered[0], ordered[1], size, dims
 
 
 def _no_grid(grids: Grids, node: fx.Node) -> None:

@@ -120,8 +120,8 @@ _library.define(
     "Tensor? qparams) -> Tensor"
 )
 _library.define(
-    "grid_line(Tensor input, Tensor constant, str kind, float alpha, bool left, Tensor qparams)"
-    " -> Tensor"
+    "grid_line(Tensor input, Tensor constant, str kind, float alpha, bool left, Tensor qparams, "
+    "Tensor? addend=None) -> Tensor"
 )
 _library.define(
     "exact_avg_pool2d(Tensor input, int[2] kernel_size, int[2] stride, int[2] padding, "
@@ -130,7 +130,8 @@ _library.define(
 _library.define(
     "exact_adaptive_avg_pool2d(Tensor input, SymInt[2] output_size, Tensor? qparams) -> Tensor"
 )
-_library.define("exact_mean(Tensor input, int[] dim, bool keepdim, Tensor? qparams) -> Tensor")
+for _name in ("exact_mean", "exact_vector_norm"):
+    _library.define(f"{_name}(Tensor input, int[] dim, bool keepdim, Tensor? qparams) -> Tensor")
 _library.define(
     "exact_bilinear(Tensor input, SymInt[]? output_size, bool align_corners, "
     "float[]? scale_factors, Tensor? qparams) -> Tensor"
@@ -164,6 +165,7 @@ for _function, _fake in (
     (averages.exact_avg_pool2d, averages.fake_avg_pool2d),
     (averages.exact_adaptive_avg_pool2d, averages.fake_adaptive_avg_pool2d),
     (averages.exact_mean, averages.fake_mean),
+    (averages.exact_vector_norm, averages.fake_vector_norm),
     (resizing.exact_bilinear, resizing.fake_bilinear),
     (attention.grid_attention, attention.fake_attention),
     (attention.key_mask, attention.fake_key_mask),

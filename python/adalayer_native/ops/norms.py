@@ -162,7 +162,13 @@ def line_of(kind: str, constant: Tensor, alpha: float, left: bool) -> tuple[Tens
 
 @torch.no_grad()
 def grid_line(
-    input: Tensor, constant: Tensor, kind: str, alpha: float, left: bool, qparams: Tensor
+    input: Tensor,
+    constant: Tensor,
+    kind: str,
+    alpha: float,
+    left: bool,
+    qparams: Tensor,
+    addend: Tensor | None = None,
 ) -> Tensor:
     """``fma(q, s, t)`` with ``s = factor * scale`` and ``t = offset - z * s`` in float64.
 
@@ -171,8 +177,11 @@ def grid_line(
         constant: broadcasts with it.
         kind, alpha, left: see :func:`line_of`.
         qparams: float32 ``[3]``: the grid's scale, zero point and bits.
+        addend: what is added to a product or quotient; broadcasts with the input.
     """
     factor, offset = line_of(kind, constant, alpha, left)
+    if addend is not None:
+        offset = offset + addend.double()
     scale, zero_point = qparams[:2].tolist()
     step = factor * scale
     y = fma(levels(input, qparams), step.float(), (offset - zero_point * step).float())

@@ -83,7 +83,9 @@ class _Steps:
         self.modules = dict(model.named_modules())
         self.folded = folded
         self.constants = table.constants(model.graph)
-        self.attentions = {item.result: item for item in attentions(model)}
+        found = attentions(model)
+        self.attentions = {item.result: item for item in found}
+        self.weights = {step for item in found for step in item.inner}
         self.norms = rms_norms(self.graph)
         self.inside = {step for norm in self.norms.values() for step in norm.inside}
 
@@ -102,7 +104,7 @@ class _Steps:
             return None
         if node in self.norms:
             norm = self.norms[node]
-            rest = [norm.weight, norm.eps]
+            rest = [self._weight(node, norm.weight), norm.eps]
             return self._norm(node, _ops.grid_rms_norm.default, rest, norm.operand)
         if name == "aten.layer_norm.default":
             return self._layer_norm(node)
@@ -153,6 +155,15 @@ class _Steps:
         rest = [node.args[0], *tensors, eps, self._qparams(node, grid)]
         return self._insert(node, _ops.grid_batch_norm.default, rest)
 
+    def _weight(self, node: fx.Node, weight: fx.Node | float | None) -> fx.Node | None:
+        """A norm's weight; a number is one for every channel."""
+        if weight is None or isinstance(weight, fx.Node):
+            return weight
+        info = info_of(node)
+        assert isinstance(info, TensorInfo)
+        full = torch.ops.aten.full.default
+        return self._insert(node, full, [[int(info.shape[-1])], weight])
+
     def _layer_norm(self, node: fx.Node) -> fx.Node | None:
         a = table.arguments(node)
         if len(a["normalized_shape"]) != 1:
@@ -188,6 +199,22 @@ class _Steps:
         rest = [constant, kind, float(a.get("alpha", 1)), left]
         return self._on_grid(node, _ops.grid_line.default, rest, operand)
 
+    def _two_lines(self, node: fx.Node) -> fx.Node | None:
+        """``addend + value * factor * operand`` of two constants."""
+        a = table.arguments(node)
+        pair = [a["tensor1"], a["tensor2"]]
+        given = [item in self.constants for item in (a["self"], *pair)]
+        if given[0] is False or given[1] == given[2] or a["value"] != 1:
+            return None
+        constant, operand = pair if given[1] else pair[::-1]
+        if not _same_shape(operand, node) or not self._becomes_levels(node):
+            return None
+        grid = self._grid_of(operand)
+        if grid is None:
+            return None
+        rest = [constant, "mul", 1.0, bool(given[1]), self._qparams(node, grid), a["self"]]
+        return self._insert(node, _ops.grid_line.default, [operand, *rest])
+
     def _avg_pool(self, node: fx.Node) -> fx.Node | None:
         a = table.arguments(node)
         info = info_of(node)
@@ -214,6 +241,13 @@ class _Steps:
         rest = [list(a["dim"]), a["keepdim"]]
         return self._average(node, _ops.exact_mean.default, rest)
 
+    def _vector_norm(self, node: fx.Node) -> fx.Node | None:
+        a = table.arguments(node)
+        if a["ord"] != 2 or not a["dim"] or a["dtype"] is not None:
+            return None
+        rest = [list(a["dim"]), a["keepdim"], self._qparams(node, self._grid_of(table.source(node)))]
+        return self._insert(node, _ops.exact_vector_norm.default, [node.args[0], *rest])
+
     def _bilinear(self, node: fx.Node) -> fx.Node | None:
         a = table.arguments(node)
         factors = a.get("scale_factors")
@@ -223,16 +257,20 @@ class _Steps:
         return self._average(node, _ops.exact_bilinear.default, rest)
 
     def _softmax(self, node: fx.Node) -> fx.Node | None:
-        """Over the channels, where nothing follows: the engine has no other."""
+        """Over one axis, which the engine has as channels."""
         a, info = table.arguments(node), info_of(node)
         if not isinstance(info, TensorInfo) or a.get("dtype") is not None:
             return None
-        rank = len(info.shape)
-        if rank not in (2, 4) or a["dim"] % rank != 1 or a.get("half_to_float"):
+        axis = a["dim"] % len(info.shape)
+        if axis == 0 or a.get("half_to_float") or node in self.weights:
             return None
-        if any(user.op != "output" for user in node.users):
-            return None
-        return self._insert(node, _ops.exact_softmax.default, [node.args[0]])
+        if axis == 1:
+            return self._insert(node, _ops.exact_softmax.default, [node.args[0]])
+        with self.graph.inserting_before(node):
+            operand = self._exchanged(node.args[0], 1, axis)
+        found = self._insert(node, _ops.exact_softmax.default, [operand])
+        with self.graph.inserting_before(node):
+            return self._exchanged(found, 1, axis)
 
     def _attention(self, found: Attention) -> fx.Node | None:
         operands = (found.query, found.key, found.value)
@@ -293,8 +331,8 @@ class _Steps:
     def _reshaped(self, node: fx.Node, sizes: list[Any]) -> fx.Node:
         return self.graph.call_function(torch.ops.aten.reshape.default, (node, sizes))
 
-    def _exchanged(self, node: fx.Node) -> fx.Node:
-        return self.graph.call_function(torch.ops.aten.transpose.int, (node, -2, -1))
+    def _exchanged(self, node: Any, first: int = -2, second: int = -1) -> fx.Node:
+        return self.graph.call_function(torch.ops.aten.transpose.int, (node, first, second))
 
     def _function(self, node: fx.Node) -> fx.Node | None:
         """Behind the last quantized layer; in front of it a table of levels does it."""
@@ -379,6 +417,8 @@ _MAKERS: dict[str, Callable[[_Steps, fx.Node], fx.Node | None]] = {
     "aten.avg_pool2d.default": _Steps._avg_pool,
     "aten.adaptive_avg_pool2d.default": _Steps._adaptive,
     "aten.mean.dim": _Steps._mean,
+    "aten.linalg_vector_norm.default": _Steps._vector_norm,
+    "aten.addcmul.default": _Steps._two_lines,
     "aten.group_norm.default": _Steps._group_norm,
     "aten.upsample_bilinear2d.vec": _Steps._bilinear,
     "aten.upsample_bilinear2d.default": _Steps._bilinear,
