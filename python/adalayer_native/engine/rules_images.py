@@ -480,8 +480,7 @@ def _is_global(low: Lowering, node: fx.Node, ref: Ref) -> bool:
 
 
 def _gathered(low: Lowering, node: fx.Node, ref: Ref, over: set[int]) -> tuple[Ref, list[int]]:
-    """A copy whose columns are the axes that go, and the sizes of the others, which are channels.
-    """
+    """A copy whose columns are the axes that go, and the sizes of all; the others are channels."""
     letters = "".join("w" if k in over else "c" for k in range(len(ref.dims)))
     lengths = [math.prod(n for n, _ in atoms) for atoms in ref.dims]
     copy = low.arranged(ref, low.name(node, "reorder"), letters)
@@ -641,5 +640,10 @@ def _softmax(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
     return clamped(low, node, Ref(number, ref.dims), lo, hi)
 
 
-for _name in ("aten.softmax.int", "aten._softmax.default", "adalayer.exact_softmax.default"):
-    RULES[_name] = then_levels(_softmax, folds=True)
+def _no_u8(low: Lowering, node: fx.Node, want: Want) -> Ref:
+    raise CannotLower(node, "torch's own softmax in the middle of the network")
+
+
+for _name in ("aten.softmax.int", "aten._softmax.default"):
+    RULES[_name] = Rule(_no_u8, _softmax)
+RULES["adalayer.exact_softmax.default"] = then_levels(_softmax, folds=True)

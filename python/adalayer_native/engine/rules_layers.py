@@ -23,7 +23,7 @@ from adalayer_native.engine.lower import (
     Lowering,
     Rule,
 )
-from adalayer_native.engine.rules_floats import float_conv, linear_view
+from adalayer_native.engine.rules_floats import float_conv, linear_view, transposed_by_phases
 from adalayer_native.engine.views import (
     BATCH,
     Dims,
@@ -193,12 +193,38 @@ def _as_float(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
         "scale": program.f32(_double(scale)),
         "bias": program.f32(layer.bias),
     }
+    if layer.op == "conv_transpose":
+        return _transposed_as_float(
+            low, node, layer, Ref(reals, layer.source.dims), constants, bounds
+        )
     number = float_conv(
         low, low.name(node), Ref(reals, layer.source.dims), layer.size, layer.geometry, constants,
         bounds if plain else (-math.inf, math.inf),
     )  # fmt: skip
     result = Ref(number, layer.dims)
     return result if plain else _plus_residual(low, node, layer, result, bounds)
+
+
+def _transposed_as_float(
+    low: Lowering,
+    node: fx.Node,
+    layer: _Layer,
+    source: Ref,
+    constants: dict[str, int],
+    bounds: tuple[float, float],
+) -> Ref:
+    packed = low.parameter(node.args[1])
+    assert packed is not None
+    bits = int(ops.packed_info(packed)["bits"])
+
+    def parts(part: Tensor) -> dict[str, int]:
+        data = ops.pack_weight(part, bits).numpy().tobytes()
+        return {**constants, "weights": low.program.constant("weights", data)}
+
+    weight = ops.unpack_weight(packed)
+    return transposed_by_phases(
+        low, node, source, weight, parts, layer.geometry, layer.size, bounds
+    )
 
 
 def _plus_residual(

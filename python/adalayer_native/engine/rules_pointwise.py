@@ -231,10 +231,9 @@ def _with_constant(
             return result
 
         return low.retable(ref, node, grid, want, run)
-    if kind == "div" and left:
-        raise CannotLower(node, "a quotient of a constant by a tensor")
-    if sum(size != 1 for size in constant.shape) != 1:
-        raise CannotLower(node, f"a constant operand of shape {list(constant.shape)}")
+    if (kind == "div" and left) or sum(size != 1 for size in constant.shape) != 1:
+        # The module adds and multiplies floats.
+        return _then_levels(low, node, want, _binary_f32)
     return _line(low, node, operand, constant, kind, alpha, left, want)
 
 
@@ -382,9 +381,7 @@ def _binary_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
         return clamped(low, node, ref, lo, hi)
     number = _pair_number(node)
     a, b, size, dims = _together(low, node, low.f32(left), low.f32(right))
-    value = low.program.node(
-        "combine", low.name(node), [a.value, b.value], size, None, pair=number
-    )
+    value = low.program.node("combine", low.name(node), [a.value, b.value], size, None, pair=number)
     return clamped(low, node, Ref(value, dims), lo, hi)
 
 

@@ -20,6 +20,7 @@ from adalayer_native.onnx import (  # noqa: F401  (they fill the table of operat
     pointwise,
     qoperator,
     quantized,
+    recurrences,
     shapes,
     windows,
 )

@@ -27,6 +27,7 @@ from adalayer_native.ops import (
     norms,
     recurrence,
     resizing,
+    transposed,
 )
 from adalayer_native.ops.checks import plain_eager, untraced
 from adalayer_native.ops.geometry import (
@@ -156,6 +157,10 @@ _library.define(
     "exact_conv2d(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[4] padding, "
     "int[2] dilation, int groups) -> Tensor"
 )
+_library.define(
+    "exact_conv_transpose2d(Tensor input, Tensor weight, Tensor? bias, int[2] stride, "
+    "int[2] padding, int[2] output_padding, int groups, int[2] dilation) -> Tensor"
+)
 for _function, _fake in (
     (norms.grid_batch_norm, norms.norm_fake),
     (norms.grid_layer_norm, norms.norm_fake),
@@ -173,6 +178,7 @@ for _function, _fake in (
     (fused.exact_function, fused.fake_function),
     (floats.exact_linear, floats.fake_linear),
     (floats.exact_conv2d, floats.fake_conv2d),
+    (transposed.exact_conv_transpose2d, transposed.fake_conv_transpose2d),
 ):
     for _device in ("CPU", "CUDA"):
         _library.impl(_function.__name__, untraced(_function), _device)

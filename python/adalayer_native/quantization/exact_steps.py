@@ -128,7 +128,8 @@ class _Steps:
     def _float_layer(self, node: fx.Node) -> fx.Node | None:
         """A convolution or linear layer that nobody quantizes."""
         layer = self.modules[str(node.target)]
-        if isinstance(layer, QuantLayer) or not isinstance(layer, (nn.Conv2d, nn.Linear)):
+        kinds = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+        if isinstance(layer, QuantLayer) or not isinstance(layer, kinds):
             return None
         if layer.weight.dtype != torch.float32 or not table.is_value(node):
             return None
@@ -141,7 +142,13 @@ class _Steps:
             return None
         if len(info.shape) != 4:
             return None
+        if isinstance(layer, nn.ConvTranspose2d) and len(node.args) + len(node.kwargs) > 1:
+            return None  # of a size that the call gives
         rest += self._parameters(node, "weight", "bias")
+        if isinstance(layer, nn.ConvTranspose2d):
+            pads = [list(layer.padding), list(layer.output_padding)]
+            rest += [list(layer.stride), *pads, layer.groups, list(layer.dilation)]
+            return self._insert(node, _ops.exact_conv_transpose2d.default, rest)
         sides = list(four_paddings(layer))
         rest += [list(layer.stride), sides, list(layer.dilation), layer.groups]
         return self._insert(node, _ops.exact_conv2d.default, rest)
@@ -245,7 +252,11 @@ class _Steps:
         a = table.arguments(node)
         if a["ord"] != 2 or not a["dim"] or a["dtype"] is not None:
             return None
-        rest = [list(a["dim"]), a["keepdim"], self._qparams(node, self._grid_of(table.source(node)))]
+        rest = [
+            list(a["dim"]),
+            a["keepdim"],
+            self._qparams(node, self._grid_of(table.source(node))),
+        ]
         return self._insert(node, _ops.exact_vector_norm.default, [node.args[0], *rest])
 
     def _bilinear(self, node: fx.Node) -> fx.Node | None:
