@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers_engine import compiled, native_of, plan_of
+from helpers_engine import native_of, node_differences, plan_of
 from torch import Tensor, nn
 
 import adalayer_native as ada
@@ -22,15 +22,29 @@ from adalayer_native.plan import Plan
 
 def whole(model: nn.Module, *example: Tensor, folder: Path) -> None:
     """Everything in the engine, with the modules' bits, and from a file again."""
-    native, engine = compiled(model, *example)
+    graph = ada.capture(model, example)
+    prepared = ada.prepare(graph, plan_of(graph))
+    ada.calibrate(prepared, [example], observer="minmax", progress=False)
+    native = ada.convert(prepared)
+    engine = ada.compile(native, example, policy="native", weights="resident")
     outside = [(row.name, row.why) for row in engine.coverage(rounds=0) if row.kind == "torch"]
     assert not outside
+    wanted = _list(native(*example))
+    with ada.simulate(prepared) as exact:
+        _check_equal(_list(exact(*example)), wanted)
+    _check_equal(_list(engine(*example)), wanted)
+    for difference in node_differences(native, example):
+        difference.check()
     engine.save(folder / "net.ada")
-    again = ada.load(folder / "net.ada")
-    for got, wanted in zip(_list(again(*example)), _list(engine(*example)), strict=True):
-        assert torch.equal(got, wanted)
-    for got, wanted in zip(_list(native(*example)), _list(model(*example)), strict=True):
-        assert float((got - wanted).norm()) < 0.1 * float(wanted.norm())
+    _check_equal(_list(ada.load(folder / "net.ada")(*example)), wanted)
+    for got, floats in zip(wanted, _list(model(*example)), strict=True):
+        assert float((got - floats).norm()) < 0.1 * float(floats.norm())
+
+
+def _check_equal(got: list[Tensor], wanted: list[Tensor]) -> None:
+    assert len(got) == len(wanted)
+    for one, other in zip(got, wanted, strict=True):
+        assert torch.equal(one, other)
 
 
 def _list(result: Tensor | tuple[Tensor, ...]) -> list[Tensor]:

@@ -1,12 +1,10 @@
 """RMS norms: torch's own operator, and the steps that models write it as.
 
-A vector of length one, ``x / max(|x|, eps)``, is an RMS norm divided by the root of the number of
-its elements.
+So are vectors of length one, ``x / max(|x|, eps)``, but for the root of the number of elements.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -26,16 +24,18 @@ class RmsNorm:
     Attributes:
         node: the result.
         operand: what is normalised.
-        weight: a constant of one axis, a number for all, or None.
+        weight: a constant of one axis, or None.
         eps: what is added to the mean.
         inside: the steps in between, which nobody else reads.
+        unit: the result is ``operand / max(|operand|, eps)`` instead.
     """
 
     node: fx.Node
     operand: fx.Node
-    weight: fx.Node | float | None
+    weight: fx.Node | None
     eps: float
     inside: frozenset[fx.Node]
+    unit: bool = False
 
 
 def rms_norms(graph: fx.Graph) -> dict[fx.Node, RmsNorm]:
@@ -88,11 +88,7 @@ def _written_out(inverse: fx.Node) -> RmsNorm | None:
 
 
 def _unit(node: fx.Node) -> RmsNorm | None:
-    """``F.normalize`` along the last axis, whose size is known.
-
-    The largest of a length and eps is nearly the root of the sum of their squares unless they are
-    about as large; of levels, which are zero or many times eps, it is.
-    """
+    """``F.normalize`` along the last axis."""
     if not _is(node, "aten.div.Tensor"):
         return None
     operand, info = node.args[0], info_of(node.args[0])
@@ -107,18 +103,17 @@ def _unit(node: fx.Node) -> RmsNorm | None:
     if not _is(step, "aten.linalg_vector_norm.default") or not isinstance(info, TensorInfo):
         return None
     assert isinstance(step, fx.Node)
-    a, last, count = arguments(step), len(info.shape) - 1, info.shape[-1]
+    a, last = arguments(step), len(info.shape) - 1
     if step.args[0] is not operand or a["ord"] != 2 or a["dtype"] is not None or not a["keepdim"]:
         return None
     if [axis % len(info.shape) for axis in a["dim"] or ()] != [last] or info_of(node) != info:
         return None
-    if not isinstance(count, int) or not isinstance(operand, fx.Node):
+    if not isinstance(operand, fx.Node):
         return None
     inside = frozenset((*steps, step))
     if any(not inside.union([node]).issuperset(item.users) for item in inside):
         return None
-    eps = max(least[0] ** 2 / count, torch.finfo(torch.float32).tiny)
-    return RmsNorm(node, operand, 1.0 / math.sqrt(count), eps, inside)
+    return RmsNorm(node, operand, None, float(least[0]), inside, unit=True)
 
 
 def _pair(node: fx.Node) -> tuple[object, ...]:

@@ -123,6 +123,7 @@ INTEGER_OPERATORS = frozenset(
         "constant_pad_nd.default", "avg_pool2d.default", "adaptive_avg_pool2d.default", "mean.dim",
         "upsample_bilinear2d.vec", "upsample_bilinear2d.default", "softmax.int",
         "_softmax.default", "embedding.default", "rms_norm.default", "addcmul.default",
+        "reciprocal.default",
     )
 )  # fmt: skip
 

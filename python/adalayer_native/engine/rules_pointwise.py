@@ -147,14 +147,49 @@ def _leaky(low: Lowering, node: fx.Node) -> Ref:
     return _combined(low, node, "add", above, float_function(low, node, below, "multiply", slope))
 
 
+def _absolute(low: Lowering, node: fx.Node) -> Ref:
+    """Both signs apart, one of which is zero."""
+    ref = low.f32(node.args[0])
+    turned = float_function(low, node, ref, "multiply", -1.0)
+    parts = [float_function(low, node, part, "clamp", 0.0, math.inf) for part in (ref, turned)]
+    return _combined(low, node, "add", *parts)
+
+
+def _inverse(low: Lowering, node: fx.Node) -> Ref:
+    ref, program = low.f32(node.args[0]), low.program
+    one = program.node(
+        "constant", low.name(node, "one"), [], (1, 1, 1), None, values=program.f32([1.0])
+    )
+    pair = _PAIRS["div"]
+    name, operands = low.name(node), [one, ref.value]
+    return Ref(program.node("combine", name, operands, low.size(ref), None, pair=pair), ref.dims)
+
+
+def _square(low: Lowering, node: fx.Node) -> Ref:
+    ref = low.f32(node.args[0])
+    return _combined(low, node, "mul", ref, ref)
+
+
+# Of floats, in steps that round as torch does.
+_IN_STEPS: dict[str, Callable[[Lowering, fx.Node], Ref]] = {
+    "aten.leaky_relu.default": _leaky,
+    "aten.abs.default": _absolute,
+    "aten.reciprocal.default": _inverse,
+    "aten.square.default": _square,
+}
+
+
 def _function_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
     bounds = _clamp(node)
     if bounds is not None:
         return low.f32(node.args[0], *compose_clamps(bounds, (lo, hi)))
     if op_name(node) == "adalayer.exact_function.default" and node.args[1] in _HARD:
         return clamped(low, node, _hard(low, node, str(node.args[1])), lo, hi)
-    if op_name(node) == "aten.leaky_relu.default":
-        return clamped(low, node, _leaky(low, node), lo, hi)
+    in_steps = _IN_STEPS.get(op_name(node))
+    if op_name(node) == "aten.pow.Tensor_Scalar" and node.args[1] == 2:
+        in_steps = _square
+    if in_steps is not None:
+        return clamped(low, node, in_steps(low, node), lo, hi)
     steps = _float_steps(node)
     if steps is None:
         raise CannotLower(
@@ -170,7 +205,8 @@ def _function_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
 
 for _name in FUNCTIONS:
     RULES[f"aten.{_name}.default"] = Rule(_pointwise, _function_f32, folds=True, scatters=True)
-RULES["aten.pow.Tensor_Scalar"] = Rule(_pointwise, folds=True)
+RULES["aten.reciprocal.default"] = Rule(_pointwise, _function_f32, folds=True)
+RULES["aten.pow.Tensor_Scalar"] = Rule(_pointwise, _function_f32, folds=True)
 RULES["aten.rsub.Scalar"] = Rule(_pointwise, _function_f32, folds=True)
 for _name in ("add", "sub", "mul", "div"):
     RULES[f"aten.{_name}.Scalar"] = Rule(_pointwise, _function_f32, folds=True)
@@ -270,6 +306,13 @@ def _grid_line(low: Lowering, node: fx.Node, want: Want) -> Ref:
 RULES["adalayer.grid_line.default"] = Rule(_grid_line, folds=True, scatters=True)
 
 
+def _no_line(low: Lowering, node: fx.Node, want: Want) -> Ref:
+    raise CannotLower(node, "a product that is added where no levels are, or to no constant")
+
+
+RULES["aten.addcmul.default"] = Rule(_no_line)
+
+
 def _length(atoms: tuple[Atom, ...]) -> int:
     return math.prod(n for n, _ in atoms)
 
@@ -288,9 +331,10 @@ def _pair(low: Lowering, node: fx.Node, a: Ref, b: Ref) -> tuple[Ref, Ref, bool]
                 found = low.alike(other, target, name)
                 if found is not None:
                     return (target, found, False) if target is a else (found, target, False)
-    image = len(a.dims) in (1, 3)
-    for order in (low.plain,) if image else (low.rows, low.in_rows):
-        a, b = (order(item, low.name(node, "reorder")) for item in (a, b))
+    given = a, b
+    orders = (low.rows, low.in_rows)
+    for order in (low.plain, *orders) if len(a.dims) in (1, 3) else orders:
+        a, b = (order(item, low.name(node, "reorder")) for item in given)
         size_a, size_b = low.size(a), low.size(b)
         if (size_a == size_b and a.dims == b.dims) or size_b == (size_a[0], 1, 1):
             return a, b, False

@@ -420,7 +420,10 @@ def _border(mode: str) -> Rule:
 RULES["aten.flip.default"] = _moved(_flipped)
 RULES["aten.roll.default"] = _moved(_rolled)
 RULES["aten.index_select.default"] = _moved(_selected)
-for _name in ("expand.default", "repeat.default", "tile.default", "repeat_interleave.self_int"):
+for _name in (
+    "expand.default", "expand_as.default", "repeat.default", "tile.default",
+    "repeat_interleave.self_int",
+):  # fmt: skip
     RULES[f"aten.{_name}"] = _moved(_repeated)
 for _axes in (1, 2):
     RULES[f"aten.reflection_pad{_axes}d.default"] = _border("reflect")

@@ -285,6 +285,8 @@ def _attributes(file: OnnxFile, node: Any) -> dict[str, Any]:
         value = onnx.helper.get_attribute_value(attribute)
         if isinstance(value, bytes):
             value = value.decode("utf-8", "replace")
+        elif isinstance(value, list) and any(isinstance(item, bytes) for item in value):
+            value = [item.decode("utf-8", "replace") for item in value]
         elif isinstance(value, onnx.TensorProto):
             value = _constant_of(file, value)
         elif isinstance(value, (onnx.GraphProto, onnx.SparseTensorProto)):

@@ -375,6 +375,17 @@ def _reduce(e: Emitter, node: fx.Node, a: dict[str, Any]) -> Any:
     return e.moved(found, operand) if kind == "amax" else found
 
 
+@rule("adalayer.grid_unit.default")
+def _unit(e: Emitter, node: fx.Node, a: dict[str, Any]) -> Any:
+    operand, keep = e.of(node.args[0]), {"keepdims": 1}
+    if e.opset >= 18:
+        length = e.op("ReduceL2", [operand, _ints(e, [-1])], f"{node.name}.length", **keep)
+    else:
+        length = e.op("ReduceL2", [operand], f"{node.name}.length", axes=[-1], **keep)
+    length = e.op("Max", [length, e.of(a["eps"])], f"{node.name}.least")
+    return e.op("Div", [operand, length], node.name)
+
+
 def _scaled(size: Any, factor: np.float32) -> int | None:
     """The size that readers of ONNX come to; None where they may differ."""
     one, other = int(np.float32(size) * factor), int(float(size) * float(factor))

@@ -115,6 +115,7 @@ _library.define(
     "grid_layer_norm(Tensor input, Tensor? weight, Tensor? bias, float eps, Tensor? qparams)"
     " -> Tensor"
 )
+_library.define("grid_unit(Tensor input, float eps, Tensor? qparams) -> Tensor")
 _library.define("grid_rms_norm(Tensor input, Tensor? weight, float eps, Tensor? qparams) -> Tensor")
 _library.define(
     "grid_group_norm(Tensor input, int num_groups, Tensor? weight, Tensor? bias, float eps, "
@@ -166,6 +167,7 @@ for _function, _fake in (
     (norms.grid_layer_norm, norms.norm_fake),
     (norms.grid_group_norm, norms.norm_fake),
     (norms.grid_rms_norm, norms.norm_fake),
+    (norms.grid_unit, norms.norm_fake),
     (norms.grid_line, norms.norm_fake),
     (averages.exact_avg_pool2d, averages.fake_avg_pool2d),
     (averages.exact_adaptive_avg_pool2d, averages.fake_adaptive_avg_pool2d),

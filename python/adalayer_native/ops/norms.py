@@ -9,6 +9,8 @@ numbers, and what follows is a fixed sequence of float32 and float64 operations.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,8 +24,10 @@ __all__ = [
     "grid_layer_norm",
     "grid_line",
     "grid_rms_norm",
+    "grid_unit",
     "line_of",
     "norm_fake",
+    "unit_as_rms",
 ]
 
 
@@ -140,6 +144,24 @@ def grid_rms_norm(
     gamma = y.new_ones(()) if weight is None else weight.float().reshape(-1)
     # (The sum turns -0 into 0, as the engine's does.)
     return (y * gamma + 0.0).to(input.dtype)
+
+
+def unit_as_rms(count: int, eps: float) -> tuple[float, float]:
+    """Weight and eps of an RMS norm of vectors with so many elements, whose results have length one
+    as ``F.normalize`` gives it.
+
+    The largest of a length and eps is the root of the sum of their squares unless they are about as
+    large, which levels are not: they are zero, or steps of a grid.
+    """
+    return 1.0 / math.sqrt(count), max(eps**2 / count, torch.finfo(torch.float32).tiny)
+
+
+@torch.no_grad()
+def grid_unit(input: Tensor, eps: float, qparams: Tensor | None) -> Tensor:
+    """``F.normalize(input, dim=-1, eps=eps)``, as :func:`grid_rms_norm` computes it."""
+    count = input.shape[-1]
+    weight, least = unit_as_rms(count, eps)
+    return grid_rms_norm(input, torch.full((count,), weight), least, qparams)
 
 
 def line_of(kind: str, constant: Tensor, alpha: float, left: bool) -> tuple[Tensor, Tensor]:

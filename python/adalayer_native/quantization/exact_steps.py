@@ -104,7 +104,9 @@ class _Steps:
             return None
         if node in self.norms:
             norm = self.norms[node]
-            rest = [self._weight(node, norm.weight), norm.eps]
+            if norm.unit:
+                return self._norm(node, _ops.grid_unit.default, [norm.eps], norm.operand)
+            rest = [norm.weight, norm.eps]
             return self._norm(node, _ops.grid_rms_norm.default, rest, norm.operand)
         if name == "aten.layer_norm.default":
             return self._layer_norm(node)
@@ -161,15 +163,6 @@ class _Steps:
         eps = self.modules[str(node.target)].eps
         rest = [node.args[0], *tensors, eps, self._qparams(node, grid)]
         return self._insert(node, _ops.grid_batch_norm.default, rest)
-
-    def _weight(self, node: fx.Node, weight: fx.Node | float | None) -> fx.Node | None:
-        """A norm's weight; a number is one for every channel."""
-        if weight is None or isinstance(weight, fx.Node):
-            return weight
-        info = info_of(node)
-        assert isinstance(info, TensorInfo)
-        full = torch.ops.aten.full.default
-        return self._insert(node, full, [[int(info.shape[-1])], weight])
 
     def _layer_norm(self, node: fx.Node) -> fx.Node | None:
         a = table.arguments(node)
