@@ -214,7 +214,9 @@ class Between(nn.Module):
 STEPS: dict[str, Callable[[Tensor], Tensor]] = {
     "share of a pixel": lambda y: y / (y.abs().mean(1, keepdim=True) + 0.1),
     "share of a channel": lambda y: y / (y.norm(dim=(2, 3), keepdim=True) + 1e-6),
-    "share of everything": lambda y: y / (y.norm(dim=(1, 2, 3), keepdim=True) + 1e-6),
+    "share of everything": lambda y: (
+        y / (torch.linalg.vector_norm(y, dim=(1, 2, 3), keepdim=True) + 1e-6)
+    ),
     "share of rows": lambda y: y / (y.norm(dim=3, keepdim=True) + 0.5),
     "length one along channels": lambda y: F.normalize(y.permute(0, 2, 3, 1), dim=-1).permute(
         0, 3, 1, 2
@@ -222,6 +224,7 @@ STEPS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax over channels": lambda y: y.softmax(1),
     "softmax over columns": lambda y: y.softmax(3),
     "gate of channels": lambda y: y * y.mean((2, 3), keepdim=True).softmax(1),
+    "sums": lambda y: y * y.abs().sum(1, keepdim=True) + y.sum((2, 3), keepdim=True).expand_as(y),
     "mean of channels": lambda y: y - y.mean(1, keepdim=True).expand_as(y),
 }
 

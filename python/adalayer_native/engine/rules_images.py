@@ -14,7 +14,7 @@ from adalayer_native import ops
 from adalayer_native.engine.grids import Grid, Want
 from adalayer_native.engine.lower import RULES, CannotLower, Grids, Lowering, Rule
 from adalayer_native.engine.rules_floats import then_levels
-from adalayer_native.engine.rules_layers import arguments, check_grid, clamped
+from adalayer_native.engine.rules_layers import arguments, check_grid, clamped, float_function
 from adalayer_native.engine.rules_views import (
     axis_of,
     bordered,
@@ -541,17 +541,31 @@ def _reduced(low: Lowering, node: fx.Node, ref: Ref, kind: str) -> Ref:
     return Ref(number, tuple(item for k, item in enumerate(dims) if k not in over or a["keepdim"]))
 
 
-def _vector_norm(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
+def _of_levels_or_floats(low: Lowering, node: fx.Node) -> Ref:
     a = arguments(node)
     if a["qparams"] is None:
-        ref = low.f32(a["input"])
-    else:
-        ref, grid = low.on_own_grid(a["input"])
-        check_grid(low, node, grid, a["qparams"])
+        return low.f32(a["input"])
+    ref, grid = low.on_own_grid(a["input"])
+    check_grid(low, node, grid, a["qparams"])
+    return ref
+
+
+def _vector_norm(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
+    ref = _of_levels_or_floats(low, node)
     return clamped(low, node, _reduced(low, node, ref, "norm"), lo, hi)
 
 
+def _sum(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
+    """A mean, and the number of values."""
+    operand = _of_levels_or_floats(low, node)
+    mean = _reduced(low, node, operand, "mean")
+    count = math.prod(low.size(operand)) // math.prod(low.size(mean))
+    total = float_function(low, node, mean, "multiply", float(count))
+    return clamped(low, node, total, lo, hi)
+
+
 RULES["adalayer.exact_vector_norm.default"] = then_levels(_vector_norm, folds=True)
+RULES["adalayer.exact_sum.default"] = then_levels(_sum, folds=True)
 
 
 # -- resizing -------------------------------------------------------------------------------------

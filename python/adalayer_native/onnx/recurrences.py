@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from adalayer_native.onnx.building import Builder, NodeView, Refused, operator_of
-from adalayer_native.onnx.values import Value
+from adalayer_native.onnx.values import Constant, Value
 
 # Places of torch's gates among those of ONNX.
 _GATES = {"LSTM": (0, 2, 3, 1), "GRU": (1, 0, 2), "RNN": (0,)}
@@ -110,6 +110,10 @@ def _recurrence(
     begin = [_turned(g, item, batch_first) for item in begin if item is not None]
     if node.kind == "LSTM" and len(begin) == 1:
         raise Refused("one of initial_h and initial_c; expected both or neither")
+    if all(isinstance(item, Constant) and not bool(item.tensor.any()) for item in begin):
+        begin = []
+    batch = g.size(x, 0 if batch_first else 1) if begin else None
+    begin = [_for_all(g, item, batch) for item in begin]
     operands = [x if direction != "reverse" else g.call(torch.flip, x, [time])]
     if begin:
         operands.append(tuple(begin) if node.kind == "LSTM" else begin[0])
@@ -121,6 +125,17 @@ def _recurrence(
         steps = g.call(torch.transpose, steps, 1, 2)
     ends = last if isinstance(last, tuple) else (last,)
     return (steps, *(_turned(g, item, batch_first) for item in ends))
+
+
+def _for_all(g: Builder, states: Any, batch: Any) -> Any:
+    """States ``[directions, N, H]``; those of the file that all samples share for any batch."""
+    if not isinstance(states, Constant):
+        return states
+    first = states.tensor[:, :1]
+    if not torch.equal(first.expand_as(states.tensor), states.tensor):
+        return states
+    one = Constant(first.contiguous(), states.name)
+    return g.call(torch.Tensor.expand, one, [-1, batch, -1])
 
 
 def _turned(g: Builder, states: Any, batch_first: bool) -> Any:

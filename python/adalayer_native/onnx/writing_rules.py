@@ -358,13 +358,15 @@ def _adaptive(e: Emitter, node: fx.Node, a: dict[str, Any]) -> Any:
     return e.moved(found, operand) if largest else found
 
 
-@rule("adalayer.exact_mean.default", "adalayer.exact_vector_norm.default",
+@rule("adalayer.exact_mean.default", "adalayer.exact_sum.default",
+      "adalayer.exact_vector_norm.default",
       *_aten("mean.dim", "amax.default", "sum.dim_IntList"))  # fmt: skip
 def _reduce(e: Emitter, node: fx.Node, a: dict[str, Any]) -> Any:
     x, operand = node.args[0], e.of(node.args[0])
     assert isinstance(x, fx.Node)
     kind = op_name(node).split(".")[1]
-    names = {"amax": "ReduceMax", "sum": "ReduceSum", "exact_vector_norm": "ReduceL2"}
+    names = {"amax": "ReduceMax", "sum": "ReduceSum", "exact_sum": "ReduceSum",
+             "exact_vector_norm": "ReduceL2"}  # fmt: skip
     name = names.get(kind, "ReduceMean")
     axes = [int(axis) for axis in a["dim"] or range(e.rank(x))]
     keep = int(a["keepdim"])

@@ -132,7 +132,7 @@ _library.define(
 _library.define(
     "exact_adaptive_avg_pool2d(Tensor input, SymInt[2] output_size, Tensor? qparams) -> Tensor"
 )
-for _name in ("exact_mean", "exact_vector_norm"):
+for _name in ("exact_mean", "exact_sum", "exact_vector_norm"):
     _library.define(f"{_name}(Tensor input, int[] dim, bool keepdim, Tensor? qparams) -> Tensor")
 _library.define(
     "exact_bilinear(Tensor input, SymInt[]? output_size, bool align_corners, "
@@ -172,6 +172,7 @@ for _function, _fake in (
     (averages.exact_avg_pool2d, averages.fake_avg_pool2d),
     (averages.exact_adaptive_avg_pool2d, averages.fake_adaptive_avg_pool2d),
     (averages.exact_mean, averages.fake_mean),
+    (averages.exact_sum, averages.fake_vector_norm),
     (averages.exact_vector_norm, averages.fake_vector_norm),
     (resizing.exact_bilinear, resizing.fake_bilinear),
     (attention.grid_attention, attention.fake_attention),

@@ -19,6 +19,7 @@ __all__ = [
     "exact_adaptive_avg_pool2d",
     "exact_avg_pool2d",
     "exact_mean",
+    "exact_sum",
     "exact_vector_norm",
     "fake_adaptive_avg_pool2d",
     "fake_avg_pool2d",
@@ -106,6 +107,18 @@ def exact_mean(input: Tensor, dim: Sequence[int], keepdim: bool, qparams: Tensor
 
 
 @torch.no_grad()
+def exact_sum(input: Tensor, dim: Sequence[int], keepdim: bool, qparams: Tensor | None) -> Tensor:
+    """``input.sum(dim, keepdim)``: a mean times the number of values, each rounded; see
+    :func:`exact_avg_pool2d`."""
+    terms = _terms(input, qparams)
+    count = math.prod(terms.shape[axis] for axis in dim)
+    sums = terms.sum(list(dim), keepdim)
+    if qparams is not None:
+        sums = sums * qparams[0].double()
+    return ((sums / count).float() * float(count)).to(input.dtype)
+
+
+@torch.no_grad()
 def exact_vector_norm(
     input: Tensor, dim: Sequence[int], keepdim: bool, qparams: Tensor | None
 ) -> Tensor:
@@ -144,5 +157,5 @@ def fake_mean(input: Tensor, dim: Sequence[int], keepdim: bool, qparams: Tensor 
 def fake_vector_norm(
     input: Tensor, dim: Sequence[int], keepdim: bool, qparams: Tensor | None
 ) -> Tensor:
-    """Shape of :func:`exact_vector_norm`."""
+    """Shape of :func:`exact_vector_norm` and :func:`exact_sum`."""
     return input.sum(list(dim), keepdim)

@@ -65,15 +65,13 @@ def phases(
 
 
 def part_of(weight: Tensor, row: Phase, column: Phase) -> Tensor:
-    """The kernel of two phases; zeros of one tap where no input counts.
+    """The kernel of two phases; zeros, of one tap along such an axis, where no input counts.
 
     Args:
         weight: ``[O, I / groups, KH, KW]``, not flipped.
     """
-    if not row.taps or not column.taps:
-        return torch.zeros_like(weight[:, :, :1, :1])
-    part: Tensor = weight[:, :, list(row.taps)][:, :, :, list(column.taps)]
-    return part.contiguous()
+    part = weight[:, :, list(row.taps) or [0]][:, :, :, list(column.taps) or [0]].contiguous()
+    return part if row.taps and column.taps else torch.zeros_like(part)
 
 
 def outputs_first(weight: Tensor, groups: int) -> Tensor:

@@ -252,6 +252,17 @@ class _Steps:
         ]
         return self._insert(node, _ops.exact_vector_norm.default, [node.args[0], *rest])
 
+    def _sum(self, node: fx.Node) -> fx.Node | None:
+        a = table.arguments(node)
+        if not a["dim"] or a["dtype"] is not None:
+            return None
+        rest = [
+            list(a["dim"]),
+            a["keepdim"],
+            self._qparams(node, self._grid_of(table.source(node))),
+        ]
+        return self._insert(node, _ops.exact_sum.default, [node.args[0], *rest])
+
     def _bilinear(self, node: fx.Node) -> fx.Node | None:
         a = table.arguments(node)
         factors = a.get("scale_factors")
@@ -422,6 +433,7 @@ _MAKERS: dict[str, Callable[[_Steps, fx.Node], fx.Node | None]] = {
     "aten.adaptive_avg_pool2d.default": _Steps._adaptive,
     "aten.mean.dim": _Steps._mean,
     "aten.linalg_vector_norm.default": _Steps._vector_norm,
+    "aten.sum.dim_IntList": _Steps._sum,
     "aten.addcmul.default": _Steps._two_lines,
     "aten.group_norm.default": _Steps._group_norm,
     "aten.upsample_bilinear2d.vec": _Steps._bilinear,
