@@ -208,7 +208,6 @@ void Interpreter::combine(const Node& n, int64_t image) {
   });
 }
 
-
 void Interpreter::max_pool(const Node& n, int64_t image) {
   const PoolSpec p = pool_spec(program_, n);
   const Shape in(value(n.inputs[0])), out(value(n.output));
@@ -574,7 +573,8 @@ void Interpreter::function(const Node& n, int64_t image) {
 
 void Interpreter::combine_floats(const Node& n, int64_t image) {
   const FloatPair pair = combine_pair(n);
-  const Shape out(value(n.output)), sizes[] = {Shape(value(n.inputs[0])), Shape(value(n.inputs[1]))};
+  const Shape out(value(n.output)),
+      sizes[] = {Shape(value(n.inputs[0])), Shape(value(n.inputs[1]))};
   const auto operand = [&](size_t k, int64_t c, int64_t y, int64_t x) {
     const Shape& s = sizes[k];
     return numbers(n.inputs[k], image)[s.at(s.c == 1 ? 0 : c, s.h == 1 ? 0 : y, s.w == 1 ? 0 : x)];

@@ -282,8 +282,8 @@ inline Program reduced_program() {
   };
   const auto lengths = along(q, "lengths", {1, 0, 1, 1});
   const auto mean = along(lengths, "average", {0, 1, 0, 0});
-  const auto one = b.node(OpKind::Constant, {}, b.value("one", 1, 1, 1, F32), {}, {},
-                          {b.floats({1e-6f})});
+  const auto one =
+      b.node(OpKind::Constant, {}, b.value("one", 1, 1, 1, F32), {}, {}, {b.floats({1e-6f})});
   const auto divisor = pair(0, mean, one, "divisor", 1, 1, 1);
   const auto shares = pair(3, lengths, divisor, "shares", 6, 1, 1);
   const auto scaled = pair(2, x, shares, "scaled", 6, 3, 5);

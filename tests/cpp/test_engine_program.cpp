@@ -315,9 +315,8 @@ TEST(the_table_of_operations_holds_together) {
 TEST(every_parameter_has_its_range_and_every_list_its_length) {
   std::set<OpKind> met;
   int refusals = 0;
-  for (const Program& whole :
-       {every_operation(), token_program(), float_program(), recurrent_program(),
-        reduced_program()}) {
+  for (const Program& whole : {every_operation(), token_program(), float_program(),
+                               recurrent_program(), reduced_program()}) {
     for (size_t k = 0; k < whole.nodes.size(); ++k) {
       const Operation& o = operation(whole.nodes[k].op);
       met.insert(whole.nodes[k].op);

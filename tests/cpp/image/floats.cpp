@@ -135,9 +135,8 @@ TEST(reductions_of_floats) {
     std::vector<float> expected;
     for (const double sum : sums)
       expected.push_back(reduced_floats(sum, count, spec.kind));
-    check_floats("reduction", expected, [&](float* out, Part part) {
-      reduce_floats(spec, x.data(), c, h, w, out, part);
-    });
+    check_floats("reduction", expected,
+                 [&](float* out, Part part) { reduce_floats(spec, x.data(), c, h, w, out, part); });
   }
 }
 
@@ -165,10 +164,9 @@ TEST(reductions_of_levels) {
       for (int64_t y = 0; y < h; ++y)
         for (int64_t x = 0; x < w; ++x) {
           const int64_t q = in.pixel(y, x)[k] - spec.zero_point;
-          sums[static_cast<size_t>(((spec.along[0] ? 0 : k) * rows + (spec.along[1] ? 0 : y)) *
-                                       columns +
-                                   (spec.along[2] ? 0 : x))] +=
-              spec.kind == Reduction::Norm ? q * q : q;
+          sums[static_cast<size_t>(
+              ((spec.along[0] ? 0 : k) * rows + (spec.along[1] ? 0 : y)) * columns +
+              (spec.along[2] ? 0 : x))] += spec.kind == Reduction::Norm ? q * q : q;
         }
     const int64_t count = c * h * w / static_cast<int64_t>(sums.size());
     std::vector<float> expected;
