@@ -355,7 +355,10 @@ def _binary(low: Lowering, node: fx.Node, want: Want) -> Ref:
         if constant is not None:
             return _with_constant(low, node, other, constant, is_left, want)
     (a, grid_a), (b, grid_b) = low.on_own_grid(left), low.on_own_grid(right)
-    a, b, exchanged = _pair(low, node, a, b)
+    try:
+        a, b, exchanged = _pair(low, node, a, b)
+    except CannotLower:
+        return _then_levels(low, node, want, _binary_f32)  # which are repeated along any axes
     if exchanged:
         grid_a, grid_b = grid_b, grid_a
     scale_a, scale_b = grid_a.scale, grid_b.scale
@@ -438,20 +441,20 @@ def _together(low: Lowering, node: fx.Node, a: Ref, b: Ref) -> tuple[Ref, Ref, S
         return a, b, low.size(a), a.dims
     if is_scattered(a.dims) or is_scattered(b.dims):
         raise CannotLower(node, "operands in whose middle the batch is")
-    rank = max(len(a.dims), len(b.dims))
-    pair = [Ref(ref.value, ((),) * (rank - len(ref.dims)) + ref.dims) for ref in (a, b)]
-    lengths = [tuple(map(_length, ref.dims)) for ref in pair]
-    result = tuple(map(max, *lengths))
+    rank = len(a.dims)
+    if len(b.dims) != rank:
+        raise CannotLower(node, f"operands of {rank + 1} and {len(b.dims) + 1} axes")
+    lengths = [tuple(map(_length, ref.dims)) for ref in (a, b)]
     if lengths[0] == lengths[1]:
-        found = low.alike(pair[1], pair[0], low.name(node, "reorder"))
+        found = low.alike(b, a, low.name(node, "reorder"))
         if found is not None:
-            return pair[0], found, low.size(pair[0]), pair[0].dims
+            return a, found, low.size(a), a.dims
     if rank > 3:
         raise CannotLower(node, f"operands of {rank + 1} axes that are repeated along some")
     letters = "hwc"[-rank:] if rank < 3 else "chw"
-    size, dims = arranged_as(letters, result)
+    size, dims = arranged_as(letters, tuple(map(max, *lengths)))
     ordered = []
-    for ref, own in zip(pair, lengths, strict=True):
+    for ref, own in zip((a, b), lengths, strict=True):
         like = arranged_as(letters, own)
         in_place = (low.size(ref), ref.dims) == like
         copy = ref if in_place else low.arranged(ref, low.name(node, "reorder"), letters)
