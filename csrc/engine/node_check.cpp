@@ -151,6 +151,11 @@ void NodeCheck::pair() const {
     if (!std::isfinite(v)) bad("scales must be finite, got ", v);
 }
 
+void NodeCheck::affine() const {
+  floats("scale", in().c);
+  floats("bias", in().c);
+}
+
 void NodeCheck::affine_image() const {
   const int64_t channels = in().c, elements = channels * in().h * in().w;
   for (const ConstantParameter& p : operation_.constants.first(2)) {
@@ -411,8 +416,7 @@ void NodeCheck::run() const {
     case OpKind::Mul:
       return pair();
     case OpKind::Affine:
-      floats("scale", in().c);
-      return floats("bias", in().c);
+      return affine();
     case OpKind::AffineImage:
       return affine_image();
     case OpKind::Concat:

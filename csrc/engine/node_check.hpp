@@ -69,6 +69,7 @@ class NodeCheck {
 
   // -- other operations
   void pair() const;
+  void affine() const;
   void affine_image() const;
   void join() const;
   void slice() const;

@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from adalayer_native.capture import TensorInfo, info_of
 from adalayer_native.capture import vocabulary as table
-from adalayer_native.capture.attention import Attention, Choice, attentions
+from adalayer_native.capture.attention import Attention, Choice, attentions, mask_values
 from adalayer_native.capture.rms_norms import rms_norms
 from adalayer_native.padding import four_paddings
 from adalayer_native.quantization.fake_quant import ActivationQuantizer, QuantLayer
@@ -85,7 +85,9 @@ class _Steps:
         self.constants = table.constants(model.graph)
         found = attentions(model)
         self.attentions = {item.result: item for item in found}
-        self.weights = {step for item in found for step in item.inner}
+        # What stays in torch's steps inside of them, and in masks.
+        self.scores = {step for item in found for step in item.inner}
+        self.scores |= mask_values(self.graph, found)
         self.norms = rms_norms(self.graph)
         self.inside = {step for norm in self.norms.values() for step in norm.inside}
 
@@ -100,7 +102,7 @@ class _Steps:
         if node in self.attentions:
             return self._attention(self.attentions[node])
         name = table.op_name(node)
-        if node in self.inside:
+        if node in self.inside or node in self.scores:
             return None
         if node in self.norms:
             norm = self.norms[node]
@@ -277,7 +279,7 @@ class _Steps:
         if not isinstance(info, TensorInfo) or a.get("dtype") is not None:
             return None
         axis = a["dim"] % len(info.shape)
-        if axis == 0 or a.get("half_to_float") or node in self.weights:
+        if axis == 0 or a.get("half_to_float"):
             return None
         if axis == 1:
             return self._insert(node, _ops.exact_softmax.default, [node.args[0]])
