@@ -514,7 +514,8 @@ class _Random:
             return
         value = self.builder.node("dequantize", [x], self.builder.value(x.shape))
         for _ in range(self.int(1, 3)):
-            step = self.pick(["conv", "line", "norm", "pool", "turn", "sum"])
+            steps = ["conv", "line", "norm", "pool", "turn", "sum", "response", "join"]
+            step = self.pick(steps)
             value = getattr(self, f"_float_{step}")(value) or value
         self.put("quantize", [value], value.shape, self.grid())
 
@@ -578,6 +579,39 @@ class _Random:
         self.builder.node("constant", [], fixed, constants=constants)
         both = [x, fixed] if self.int(0, 1) else [fixed, x]
         return self.builder.node("combine", both, self.builder.value(x.shape), [self.int(0, 2)])
+
+    def _reduced(self, x: Value) -> Value:
+        """Of levels or floats, to floats."""
+        along = [self.int(0, 1) for _ in range(3)]
+        along[self.int(0, 2)] = 1
+        shape = [1 if gone else n for gone, n in zip(along, x.shape, strict=True)]
+        return self.builder.node("reduce", [x], self.builder.value(shape), [self.int(0, 1), *along])
+
+    def _float_response(self, x: Value) -> Value:
+        """A value beside one of its reductions: a quotient has no zero below."""
+        small = self._reduced(x)
+        kind = self.int(0, 3)
+        if kind == 3:
+            positive = self.builder.value(small.shape)
+            small = self.builder.node("function", [small], positive, [3], [0.0, 0.0])
+            kind = 3 if self.int(0, 2) else 1
+        both = [small, x] if kind != 3 and self.int(0, 1) else [x, small]
+        return self.builder.node("combine", both, self.builder.value(x.shape), [kind])
+
+    def _float_join(self, x: Value) -> Value | None:
+        axis = self.int(0, 2)
+        shape = list(x.shape)
+        shape[axis] = self.int(1, 3)
+        fixed = self.builder.value(shape)
+        constants = [self.floats(int(np.prod(shape)), -30, 30)]
+        self.builder.node("constant", [], fixed, constants=constants)
+        shape[axis] += x.shape[axis]
+        if np.prod(shape) > 4000:
+            return None
+        pieces = [x, fixed] if self.int(0, 1) else [fixed, x]
+        out = self.builder.value(shape)
+        op = "join" if axis else "concat"
+        return self.builder.node(op, pieces, out, [axis] if axis else [], constants=[-1, -1])
 
     def mask(self, ids: Value) -> None:
         """A mask of keys from ids."""
@@ -651,7 +685,7 @@ class _Random:
     def tail(self, x: Value) -> Value:
         """One float output."""
         if not self.on_gpus and self.int(0, 4) == 0:
-            return self._norm_of(x)
+            return self._norm_of(x) if self.int(0, 2) else self._reduced(x)
         transposed = self.everything and self.int(0, 3) == 0
         out = self._convolution(x, transposed, to_float=True) if self.int(0, 1) else None
         if out is None:

@@ -21,7 +21,7 @@ from adalayer_native import ops
 from adalayer_native.engine import Coverage, Engine, compiler
 from adalayer_native.engine.parts import NativePart
 from adalayer_native.engine.policy import Times
-from adalayer_native.engine.segments import has_float_form
+from adalayer_native.engine.segments import is_layer
 from adalayer_native.errors import (
     CalibrationError,
     InputError,
@@ -496,7 +496,7 @@ def test_layers_that_lose_against_float_run_in_float(monkeypatch: pytest.MonkeyP
 
     def times(exported: Any, engine: Engine, batch: int) -> Times:
         assert batch == 3
-        layers = [node for node in exported.graph.nodes if has_float_form(node)]
+        layers = [node for node in exported.graph.nodes if is_layer(node)]
         lost = {n: (2.0, 3.0 if compiler.layer_name(n) == "last" else 1.0) for n in layers}
         return Times(lost, 100.0)
 
@@ -532,7 +532,7 @@ def test_fastest_is_never_slower_than_all_in_float(monkeypatch: pytest.MonkeyPat
     x = torch.randn(4, 3, 8, 8)
 
     def times(exported: Any, engine: Engine, batch: int) -> Times:
-        layers = [node for node in exported.graph.nodes if has_float_form(node)]
+        layers = [node for node in exported.graph.nodes if is_layer(node)]
         return Times(dict.fromkeys(layers, (1.0, 0.9)), total)
 
     compared = []

@@ -25,7 +25,7 @@ import adalayer_native as ada
 from adalayer_native.engine import Engine
 from adalayer_native.engine.parts import NativePart
 from adalayer_native.engine.policy import Times
-from adalayer_native.engine.segments import TorchPart, has_float_form
+from adalayer_native.engine.segments import TorchPart, is_layer
 
 
 def _through_torch(engine: Engine) -> Engine:
@@ -114,7 +114,7 @@ def test_engine_with_layers_in_float(name: str, monkeypatch: pytest.MonkeyPatch)
     from adalayer_native.engine import compiler
 
     def times(exported: Any, engine: Engine, batch: int) -> Times:
-        layers = [node for node in exported.graph.nodes if has_float_form(node)]
+        layers = [node for node in exported.graph.nodes if is_layer(node)]
         return Times(dict.fromkeys(layers[1:-1], (2.0, 1.0)), 2.0)
 
     monkeypatch.setattr(compiler, "layer_times", times)

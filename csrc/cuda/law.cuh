@@ -105,6 +105,8 @@ ADALAYER_DEVICE float float_pair(float a, float b, FloatPair pair) {
       return sub_rn(a, b);
     case FloatPair::Product:
       return mul_rn(a, b);
+    case FloatPair::Quotient:
+      return div_rn(a, b);
   }
   return a;
 }

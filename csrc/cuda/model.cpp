@@ -67,12 +67,20 @@ NodeData prepare_node(const Program& p, const Node& n, ImageBuilder& image) {
 void check_node(const Program& p, const Node& n) {
   constexpr OpKind kOfLevels[] = {OpKind::Affine,    OpKind::Rearrange, OpKind::Constant,
                                   OpKind::Attention, OpKind::LayerNorm, OpKind::RmsNorm,
-                                  OpKind::GroupNorm, OpKind::MaxPool};
+                                  OpKind::GroupNorm, OpKind::MaxPool,   OpKind::Concat,
+                                  OpKind::Join,      OpKind::Reduce};
   const bool floats =
       p.values[n.output].kind == ValueKind::F32 &&
       std::find(std::begin(kOfLevels), std::end(kOfLevels), n.op) != std::end(kOfLevels);
   if (n.op == OpKind::Recurrence)
     fail<InvalidArgument>("node '", n.name, "': recurrent layers run on the CPU alone");
+  if (n.op == OpKind::Combine) {
+    const auto& a = p.values[n.inputs[0]];
+    const auto& b = p.values[n.inputs[1]];
+    if (a.c != b.c || a.h != b.h || a.w != b.w)
+      fail<InvalidArgument>("node '", n.name,
+                            "': floats of different sizes are combined on the CPU alone");
+  }
   if (floats || n.op == OpKind::FloatConv)
     fail<InvalidArgument>("node '", n.name, "': ", engine::op_name(n.op),
                           " with a float result runs on the CPU alone");

@@ -173,6 +173,12 @@ class Resized {
         return;
       case OpKind::Rearrange:
         return rearrange();
+      case OpKind::Reduce: {
+        const ReduceSpec s = reduce_spec(to_, node());
+        return give(s.along[1] ? 1 : in().h, s.along[2] ? 1 : in().w);
+      }
+      case OpKind::Combine:
+        return give(std::max(in(0).h, in(1).h), std::max(in(0).w, in(1).w));
       case OpKind::Constant:
         return;  // the same at every size: whoever needs another one is refused below
       case OpKind::Attention:
@@ -189,7 +195,6 @@ class Resized {
       case OpKind::GroupNorm:
       case OpKind::Softmax:
       case OpKind::Function:
-      case OpKind::Combine:
       case OpKind::AffineImage:
       case OpKind::Choose:
       case OpKind::Recurrence:

@@ -491,6 +491,16 @@ std::vector<uint8_t> write_program(const Program& p) {
 
 namespace {
 
+/// Whether a Combine divides, or has operands of different sizes.
+bool combines_as_of_6(const Program& p, const Node& n) {
+  const auto exists = [&](int32_t v) { return v >= 0 && static_cast<size_t>(v) < p.values.size(); };
+  if (n.ints.size() != 1 || n.inputs.size() != 2) return false;
+  if (n.ints[0] == static_cast<int64_t>(FloatPair::Quotient)) return true;
+  if (!exists(n.inputs[0]) || !exists(n.inputs[1])) return false;
+  const Value &a = p.values[n.inputs[0]], &b = p.values[n.inputs[1]];
+  return a.c != b.c || a.h != b.h || a.w != b.w;
+}
+
 /// The first minor version that has all operations of a program in the forms that it uses, so that
 /// older libraries read what they can run. (Programs that are not valid are written, too: tests and
 /// the fuzzer make such files.)
@@ -510,6 +520,7 @@ uint16_t needed_minor(const Program& p) {
     const Operation& o = operation(n.op);
     since(true, o.minor);
     since(n.op == OpKind::Attention && n.inputs.size() > 3, 3);
+    since(n.op == OpKind::Combine && combines_as_of_6(p, n), 6);
     for (const Form& form : o.forms)
       since(is(n.output, form.output) && (n.inputs.empty() || is(n.inputs[0], form.inputs)),
             form.minor);

@@ -85,6 +85,7 @@ class Interpreter {
   void gather(const Node& n, int64_t image);
   void function(const Node& n, int64_t image);
   void combine_floats(const Node& n, int64_t image);
+  void reduce(const Node& n, int64_t image);
   void float_conv(const Node& n, int64_t image);
   void choose(const Node& n, int64_t image);
   void convolve(const Node& n, int64_t image);
@@ -93,7 +94,6 @@ class Interpreter {
   int32_t transposed_sum(const Node& n, const ConvAttributes& a, const uint8_t* in, int64_t o,
                          int64_t oy, int64_t ox) const;
   void combine(const Node& n, int64_t image);
-  void concat(const Node& n, int64_t image);
   void affine_image(const Node& n, int64_t image);
   void constant(const Node& n, int64_t image);
   void join(const Node& n, int64_t image);
@@ -206,16 +206,6 @@ void Interpreter::combine(const Node& n, int64_t image) {
     const uint8_t other = b[per_channel ? c : i];
     q[i] = n.op == OpKind::Add ? add_u8(a[i], other, spec) : mul_u8(a[i], other, spec);
   });
-}
-
-void Interpreter::concat(const Node& n, int64_t image) {
-  uint8_t* q = levels(n.output, image);
-  for (size_t k = 0; k < n.inputs.size(); ++k) {
-    const uint8_t* in = levels(n.inputs[k], image);
-    const uint8_t* table = table_bytes(program_, n.constants[k]);
-    for (int64_t i = 0; i < Shape(value(n.inputs[k])).size(); ++i)
-      *q++ = table == nullptr ? in[i] : table[in[i]];
-  }
 }
 
 void Interpreter::max_pool(const Node& n, int64_t image) {
@@ -438,21 +428,26 @@ void Interpreter::constant(const Node& n, int64_t image) {
            [&](int64_t c, int64_t y, int64_t x) { q[s.at(c, y, x)] = a[(y * s.w + x) * s.c + c]; });
 }
 
+/// Concat and Join.
 void Interpreter::join(const Node& n, int64_t image) {
   const Shape out(value(n.output));
-  uint8_t* q = levels(n.output, image);
-  const bool rows = joined_axis(n) == 1;
-  int64_t begin = 0;
+  const bool floats = value(n.output).kind == ValueKind::F32;
+  const auto axis = static_cast<size_t>(joined_axis(n));
+  int64_t begin[3] = {};
   for (size_t k = 0; k < n.inputs.size(); ++k) {
     const Shape s(value(n.inputs[k]));
-    const uint8_t* a = levels(n.inputs[k], image);
     const uint8_t* table = table_bytes(program_, n.constants[k]);
     for_each(s, [&](int64_t c, int64_t y, int64_t x) {
-      const uint8_t level = a[s.at(c, y, x)];
-      q[rows ? out.at(c, begin + y, x) : out.at(c, y, begin + x)] =
-          table == nullptr ? level : table[level];
+      const int64_t from = s.at(c, y, x), to = out.at(begin[0] + c, begin[1] + y, begin[2] + x);
+      if (floats) {
+        numbers(n.output, image)[to] = numbers(n.inputs[k], image)[from];
+      } else {
+        const uint8_t level = levels(n.inputs[k], image)[from];
+        levels(n.output, image)[to] = table == nullptr ? level : table[level];
+      }
     });
-    begin += rows ? s.h : s.w;
+    const int64_t sizes[] = {s.c, s.h, s.w};
+    begin[axis] += sizes[axis];
   }
 }
 
@@ -578,9 +573,39 @@ void Interpreter::function(const Node& n, int64_t image) {
 
 void Interpreter::combine_floats(const Node& n, int64_t image) {
   const FloatPair pair = combine_pair(n);
-  const float *a = numbers(n.inputs[0], image), *b = numbers(n.inputs[1], image);
-  for (int64_t i = 0; i < Shape(value(n.output)).size(); ++i)
-    numbers(n.output, image)[i] = float_pair(a[i], b[i], pair);
+  const Shape out(value(n.output)),
+      sizes[] = {Shape(value(n.inputs[0])), Shape(value(n.inputs[1]))};
+  const auto operand = [&](size_t k, int64_t c, int64_t y, int64_t x) {
+    const Shape& s = sizes[k];
+    return numbers(n.inputs[k], image)[s.at(s.c == 1 ? 0 : c, s.h == 1 ? 0 : y, s.w == 1 ? 0 : x)];
+  };
+  for_each(out, [&](int64_t c, int64_t y, int64_t x) {
+    numbers(n.output, image)[out.at(c, y, x)] =
+        float_pair(operand(0, c, y, x), operand(1, c, y, x), pair);
+  });
+}
+
+void Interpreter::reduce(const Node& n, int64_t image) {
+  const ReduceSpec spec = reduce_spec(program_, n);
+  const Shape in(value(n.inputs[0])), out(value(n.output));
+  const bool of_floats = value(n.inputs[0]).kind == ValueKind::F32;
+  const int64_t count = in.size() / out.size();
+  std::vector<double> sums(static_cast<size_t>(out.size()));
+  std::vector<int64_t> exact(sums.size());
+  for_each(in, [&](int64_t c, int64_t y, int64_t x) {
+    const auto at = static_cast<size_t>(
+        out.at(spec.along[0] ? 0 : c, spec.along[1] ? 0 : y, spec.along[2] ? 0 : x));
+    if (of_floats) {
+      const float v = numbers(n.inputs[0], image)[in.at(c, y, x)];
+      sums[at] += reduction_term(static_cast<double>(v), spec.kind);
+    } else {
+      const int64_t q = levels(n.inputs[0], image)[in.at(c, y, x)] - spec.zero_point;
+      exact[at] += spec.kind == Reduction::Norm ? q * q : q;
+    }
+  });
+  for (size_t i = 0; i < sums.size(); ++i)
+    numbers(n.output, image)[i] = of_floats ? reduced_floats(sums[i], count, spec.kind)
+                                            : reduced_levels(exact[i], count, spec);
 }
 
 void Interpreter::float_conv(const Node& n, int64_t image) {
@@ -631,8 +656,6 @@ void Interpreter::run(const Node& n, int64_t image) {
       return combine(n, image);
     case OpKind::Affine:
       return affine(n, image);
-    case OpKind::Concat:
-      return concat(n, image);
     case OpKind::MaxPool:
       return max_pool(n, image);
     case OpKind::AvgPool:
@@ -668,8 +691,11 @@ void Interpreter::run(const Node& n, int64_t image) {
       return affine_image(n, image);
     case OpKind::Constant:
       return constant(n, image);
+    case OpKind::Concat:
     case OpKind::Join:
       return join(n, image);
+    case OpKind::Reduce:
+      return reduce(n, image);
     case OpKind::GroupNorm:
       return group_norm(n, image);
     case OpKind::Embedding:

@@ -41,7 +41,7 @@ void place_pieces(const Program& program, const std::vector<int>& readers,
                   const std::vector<const Node*>& writer, std::vector<ValueLayout>& layouts) {
   for (size_t k = program.nodes.size(); k-- > 0;) {
     const Node& node = program.nodes[k];
-    if (node.op != OpKind::Concat) continue;
+    if (node.op != OpKind::Concat || program.values[node.output].kind != ValueKind::U8) continue;
     const ValueLayout& whole = layouts[node.output];
     const int32_t holder = whole.in_place() ? whole.holder : node.output;
     int64_t channel = whole.channel;

@@ -151,6 +151,11 @@ void NodeCheck::pair() const {
     if (!std::isfinite(v)) bad("scales must be finite, got ", v);
 }
 
+void NodeCheck::affine() const {
+  floats("scale", in().c);
+  floats("bias", in().c);
+}
+
 void NodeCheck::affine_image() const {
   const int64_t channels = in().c, elements = channels * in().h * in().w;
   for (const ConstantParameter& p : operation_.constants.first(2)) {
@@ -172,7 +177,9 @@ void NodeCheck::join() const {
     shape("input", in(k), axis == 0 ? own[0] : out().c, axis == 1 ? own[1] : out().h,
           axis == 2 ? own[2] : out().w);
     sizes[axis] += own[axis];
-    if (node_.constants[k] == -1)
+    if (out().kind == ValueKind::F32) {
+      if (node_.constants[k] != -1) bad("floats have no table");
+    } else if (node_.constants[k] == -1)
       same_grid(k);
     else
       table(node_.constants[k], 0, in(k).qmax);
@@ -239,6 +246,23 @@ void NodeCheck::function() const {
   } else if (!std::isfinite(s.a) || !std::isfinite(s.b)) {
     bad("a and b must be finite, got ", s.a, " and ", s.b);
   }
+}
+
+void NodeCheck::combine() const {
+  const Value &a = in(0), &b = in(1);
+  const auto fits = [&](int64_t x, int64_t y, int64_t result) {
+    return result == std::max(x, y) && std::min(x, y) == (x == y ? x : 1);
+  };
+  if (!fits(a.c, b.c, out().c) || !fits(a.h, b.h, out().h) || !fits(a.w, b.w, out().w))
+    bad("expected operands of the output's size along each axis, ", out().c, " x ", out().h, " x ",
+        out().w, ", or of 1, got ", a.c, " x ", a.h, " x ", a.w, " and ", b.c, " x ", b.h, " x ",
+        b.w);
+}
+
+void NodeCheck::reduce() const {
+  const ReduceSpec s = reduce_spec(program_, node_);
+  if (!s.along[0] && !s.along[1] && !s.along[2]) bad("expected an axis that it goes along");
+  shape("output", out(), s.along[0] ? 1 : in().c, s.along[1] ? 1 : in().h, s.along[2] ? 1 : in().w);
 }
 
 void NodeCheck::attention() const {
@@ -392,8 +416,7 @@ void NodeCheck::run() const {
     case OpKind::Mul:
       return pair();
     case OpKind::Affine:
-      floats("scale", in().c);
-      return floats("bias", in().c);
+      return affine();
     case OpKind::AffineImage:
       return affine_image();
     case OpKind::Concat:
@@ -420,7 +443,9 @@ void NodeCheck::run() const {
     case OpKind::Function:
       return function();
     case OpKind::Combine:
-      return shape("second input", in(1), in().c, in().h, in().w);
+      return combine();
+    case OpKind::Reduce:
+      return reduce();
     case OpKind::Attention:
       return attention();
     case OpKind::LayerNorm:

@@ -69,6 +69,7 @@ class NodeCheck {
 
   // -- other operations
   void pair() const;
+  void affine() const;
   void affine_image() const;
   void join() const;
   void slice() const;
@@ -77,6 +78,8 @@ class NodeCheck {
   void reshape() const;
   void rearrange() const;
   void function() const;
+  void combine() const;
+  void reduce() const;
   void attention() const;
   void norm() const;
   void group_norm() const;

@@ -57,7 +57,8 @@ enum class OpKind : uint8_t {
   // NCHW order; no entry is negative. Permuted axes, windows, pixel shuffles, flips, rolls,
   // borders.
   Rearrange = 19,
-  // Of floats, behind the last quantized layer: a FloatFunction; a FloatPair of equal shapes.
+  // Of floats, behind the last quantized layer or between layers: a FloatFunction; a FloatPair,
+  // whose operands have the output's size along each axis, or 1.
   Function = 20,
   Combine = 21,
   // softmax(scale q k^T + mask) v for every head (reference/attention.hpp); scale with those of the
@@ -84,8 +85,9 @@ enum class OpKind : uint8_t {
   // is
   // the grid of the state, also where the result is floats.
   Recurrence = 31,
+  Reduce = 32,  // a Reduction along whole axes, which have size 1 then
 };
-constexpr int kOpKinds = 32;
+constexpr int kOpKinds = 33;
 
 constexpr int64_t kMaxAxis = 1 << 20;  // any of c, h, w; kernel, stride, padding, dilation
 
@@ -175,6 +177,8 @@ inline constexpr Form kFloats[] = {{f32, f32}};
 inline constexpr Form kLevelsToEither[] = {{u8, u8}, {u8, f32}};
 inline constexpr Form kEach[] = {{u8, u8}, {f32, f32}};
 inline constexpr Form kEachFrom3[] = {{u8, u8}, {f32, f32, 3}};
+inline constexpr Form kEachFrom6[] = {{u8, u8}, {f32, f32, 6}};
+inline constexpr Form kToFloat[] = {{u8, f32}, {f32, f32}};
 inline constexpr Form kNorms[] = {{u8, u8}, {u8, f32, 3}, {f32, f32, 3}};
 inline constexpr Form kAttention[] = {{u8, u8}, {u8, f32, 3}};
 inline constexpr Form kIds[] = {{i32, u8}};
@@ -234,6 +238,8 @@ inline constexpr auto kAttentionInts =
                                         {"mask_rows", 0, 1, 0},
                                         {"mask_heads", 0, 1, 0}}},
            kFinish);
+inline constexpr IntParameter kReduceInts[] = {
+    {"kind", 0, kReductions - 1}, {"along_c", 0, 1, 0}, {"along_h", 0, 1, 0}, {"along_w", 0, 1, 0}};
 inline constexpr IntParameter kJoinInts[] = {{"axis", 1, 2}};
 inline constexpr auto kGroupNormInts = joined(Ints1{{{"groups", 1, kMaxAxis}}}, kFinish);
 inline constexpr IntParameter kChooseInts[] = {{"any", 0, 1}};
@@ -331,7 +337,11 @@ inline constexpr Operation kOperations[kOpKinds] = {
      .floats = table::kInverse,
      .constants = table::kLineConstants,
      .same_shape = true},
-    {.name = "concat", .inputs_max = kAnyNumber, .forms = table::kLevels, .table_per_input = true},
+    // Floats have no tables.
+    {.name = "concat",
+     .inputs_max = kAnyNumber,
+     .forms = table::kEachFrom6,
+     .table_per_input = true},
     {.name = "max_pool", .forms = table::kEachFrom3, .ints = table::kMaxPoolInts, .moves = true},
     {.name = "avg_pool",
      .forms = table::kEach,
@@ -376,8 +386,7 @@ inline constexpr Operation kOperations[kOpKinds] = {
      .inputs_min = 2,
      .inputs_max = 2,
      .forms = table::kFloats,
-     .ints = table::kCombineInts,
-     .same_shape = true},
+     .ints = table::kCombineInts},
     {.name = "attention",
      .minor = 2,
      .inputs_min = 3,
@@ -402,7 +411,7 @@ inline constexpr Operation kOperations[kOpKinds] = {
     {.name = "join",
      .minor = 2,
      .inputs_max = kAnyNumber,
-     .forms = table::kLevels,
+     .forms = table::kEachFrom6,
      .ints = table::kJoinInts,
      .table_per_input = true},
     {.name = "embedding", .minor = 2, .forms = table::kIds, .constants = table::kLookupConstants},
@@ -439,6 +448,7 @@ inline constexpr Operation kOperations[kOpKinds] = {
      .ints = table::kRecurrenceInts,
      .floats = table::kInverse,
      .constants = table::kRecurrenceConstants},
+    {.name = "reduce", .minor = 6, .forms = table::kToFloat, .ints = table::kReduceInts},
 };
 
 constexpr const Operation& operation(OpKind op) { return kOperations[static_cast<size_t>(op)]; }

@@ -262,6 +262,21 @@ FloatPair combine_pair(const Node& n) {
   return static_cast<FloatPair>(n.ints[int_of(OpKind::Combine, "pair")]);
 }
 
+ReduceSpec reduce_spec(const Program& p, const Node& n) {
+  constexpr OpKind op = OpKind::Reduce;
+  const Value& in = first_input(p, n);
+  ReduceSpec s;
+  s.kind = static_cast<Reduction>(n.ints[int_of(op, "kind")]);
+  s.along[0] = n.ints[int_of(op, "along_c")] != 0;
+  s.along[1] = n.ints[int_of(op, "along_h")] != 0;
+  s.along[2] = n.ints[int_of(op, "along_w")] != 0;
+  if (in.kind == ValueKind::U8) {
+    s.zero_point = in.zero_point;
+    s.step = static_cast<double>(in.scale);
+  }
+  return s;
+}
+
 ChooseAttributes choose_attributes(const Node& n) {
   constexpr OpKind op = OpKind::Choose;
   return {n.ints[int_of(op, "any")] != 0, n.floats[float_of(op, "zero")],

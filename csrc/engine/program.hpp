@@ -178,6 +178,7 @@ LayerNormSpec layer_norm_spec(const Program& program, const Node& node);
 GroupNormSpec group_norm_spec(const Program& program, const Node& node);
 FloatFunctionSpec function_spec(const Node& node);
 FloatPair combine_pair(const Node& node);
+ReduceSpec reduce_spec(const Program& program, const Node& node);
 /// FloatConv, at batch 1. Its weights are null where they are packed.
 FloatConvSpec float_conv_spec(const Program& program, const Node& node);
 /// Packed weights of a FloatConv as floats; empty where they are floats.

@@ -71,8 +71,34 @@ RunImage constant(const Program& program, const Node& node) {
   return [=](const Frame& f, int64_t n, Part part) { cpu::constant(levels, f.image(y, n), part); };
 }
 
+/// Concat and Join of floats.
+RunImage join_floats(const Program& program, const Node& node) {
+  struct Piece {
+    int32_t value;
+    int64_t begin, length;
+  };
+  const int axis = joined_axis(node);
+  const Value& y = program.values[node.output];
+  const int64_t rows = axis == 0 ? 1 : axis == 1 ? y.c : y.c * y.h;
+  const int64_t pitch = y.c * y.h * y.w / rows;
+  std::vector<Piece> pieces;
+  int64_t begin = 0;
+  for (const int32_t v : node.inputs) {
+    const Value& x = program.values[v];
+    pieces.push_back({v, begin, x.c * x.h * x.w / rows});
+    begin += pieces.back().length;
+  }
+  const int32_t to = node.output;
+  return [=](const Frame& f, int64_t n, Part part) {
+    for (const Piece& p : pieces)
+      cpu::copy_piece_f32(f.floats(p.value, n), rows, p.length, f.floats(to, n), pitch, p.begin,
+                          part);
+  };
+}
+
 /// Concat and Join: the pieces one after the other along an axis, but for those that are there.
 RunImage join(const Program& program, const Node& node, const std::vector<ValueLayout>& layouts) {
+  if (program.values[node.output].kind == ValueKind::F32) return join_floats(program, node);
   struct Piece {
     int32_t value;
     int64_t begin;
@@ -282,10 +308,24 @@ RunImage of_floats(const Program& program, const Node& node) {
       cpu::function_f32(spec, f.floats(x, n), count, f.floats(y, n), part);
     };
   }
-  const FloatPair pair = combine_pair(node);
   const int32_t other = node.inputs[1];
+  const Value &b = program.values[other], &out = program.values[y];
+  const cpu::CombinedFloats spec(combine_pair(node), {in.c, in.h, in.w}, {b.c, b.h, b.w},
+                                 {out.c, out.h, out.w});
   return [=](const Frame& f, int64_t n, Part part) {
-    cpu::combine_f32(pair, f.floats(x, n), f.floats(other, n), count, f.floats(y, n), part);
+    cpu::combine_f32(spec, f.floats(x, n), f.floats(other, n), f.floats(y, n), part);
+  };
+}
+
+RunImage reduce(const Program& program, const Node& node) {
+  const ReduceSpec spec = reduce_spec(program, node);
+  const int32_t x = node.inputs[0], y = node.output;
+  const Value in = program.values[x];
+  return [=](const Frame& f, int64_t n, Part part) {
+    if (in.kind == ValueKind::U8)
+      cpu::reduce(spec, f.image(x, n), f.floats(y, n), part);
+    else
+      cpu::reduce_floats(spec, f.floats(x, n), in.c, in.h, in.w, f.floats(y, n), part);
   };
 }
 
@@ -339,6 +379,8 @@ RunImage run_image(const Program& program, const Node& node,
     case OpKind::Combine:
     case OpKind::Softmax:
       return of_floats(program, node);
+    case OpKind::Reduce:
+      return reduce(program, node);
     case OpKind::Embedding:
       return embedding(program, node);
     case OpKind::Choose:

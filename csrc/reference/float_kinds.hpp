@@ -10,8 +10,12 @@ enum class FloatFunction : int32_t { Clamp, Multiply, Plus, Sigmoid, Tanh, Silu 
 constexpr int kFloatFunctions = 6;
 
 /// Of two.
-enum class FloatPair : int32_t { Sum, Difference, Product };
-constexpr int kFloatPairs = 3;
+enum class FloatPair : int32_t { Sum, Difference, Product, Quotient };
+constexpr int kFloatPairs = 4;
+
+/// Of all values along some axes: their mean, or the root of the sum of their squares.
+enum class Reduction : int32_t { Mean, Norm };
+constexpr int kReductions = 2;
 
 /// Of a recurrent layer; reference/recurrence.hpp has the formulas.
 enum class RecurrentKind : int32_t { Lstm, Gru, Tanh, Relu };

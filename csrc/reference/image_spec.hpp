@@ -262,9 +262,44 @@ inline float float_function(float x, const FloatFunctionSpec& s) {
   return x;
 }
 
-/// Two float tensors of one shape, element by element: one rounding, as everywhere.
+/// Two float tensors, element by element: one rounding, as everywhere. Each has the output's size
+/// along an axis, or one value for all of it.
 inline float float_pair(float a, float b, FloatPair pair) {
-  return pair == FloatPair::Sum ? a + b : pair == FloatPair::Difference ? a - b : a * b;
+  switch (pair) {
+    case FloatPair::Sum:
+      return a + b;
+    case FloatPair::Difference:
+      return a - b;
+    case FloatPair::Product:
+      return a * b;
+    case FloatPair::Quotient:
+      return a / b;
+  }
+  return a;
+}
+
+/// One float of all values along whole axes, n of them, from a sum in double:
+///   floats: Mean (sum x) / n, Norm sqrt(sum x^2), one after the other in NCHW order
+///   levels: Mean (sum (q - z)) * step / n, Norm sqrt(sum (q - z)^2) * step, from exact sums
+/// rounded once, to float.
+struct ReduceSpec {
+  Reduction kind = Reduction::Mean;
+  bool along[3] = {};      // c, h, w
+  int32_t zero_point = 0;  // of levels
+  double step = 1.0;       // their scale
+};
+inline double reduction_term(double x, Reduction kind) {
+  return kind == Reduction::Norm ? x * x : x;
+}
+inline float reduced_floats(double sum, int64_t count, Reduction kind) {
+  return static_cast<float>(kind == Reduction::Norm ? std::sqrt(sum)
+                                                    : sum / static_cast<double>(count));
+}
+inline float reduced_levels(int64_t sum, int64_t count, const ReduceSpec& s) {
+  const auto exact = static_cast<double>(sum);
+  return static_cast<float>(s.kind == Reduction::Norm
+                                ? std::sqrt(exact) * s.step
+                                : exact * s.step / static_cast<double>(count));
 }
 
 }  // namespace adalayer

@@ -79,8 +79,8 @@ struct Builder {
   }
 };
 
-/// Every operation once at least but those of token_program(), float_program() and
-/// recurrent_program(), convolutions in
+/// Every operation once at least but those of token_program(), float_program(),
+/// recurrent_program() and reduced_program(), convolutions in
 /// all their forms; two inputs, three outputs.
 inline Program every_operation() {
   constexpr float kInf = std::numeric_limits<float>::infinity();
@@ -260,6 +260,47 @@ inline Program float_program() {
   const auto last_groups = norm(OpKind::GroupNorm, attended, "last_groups", {2, 0, 255, 0});
   b.p.inputs = {x, ids};
   b.p.outputs = {ends, last, last_roots, last_groups};
+  return b.p;
+}
+
+/// Reductions of levels and floats, floats that are joined along every axis, and pairs of them of
+/// different sizes: a response norm, in floats.
+inline Program reduced_program() {
+  constexpr ValueKind F32 = ValueKind::F32;
+  Builder b;
+  const auto x = b.value("x", 6, 3, 5, F32);
+  const auto q = b.node(OpKind::Quantize, {x}, b.value("q", 6, 3, 5));
+  const auto along = [&](int32_t from, const char* name, std::vector<int64_t> ints) {
+    const Value& v = b.p.values[static_cast<size_t>(from)];
+    const int64_t c = ints[1] != 0 ? 1 : v.c, h = ints[2] != 0 ? 1 : v.h;
+    const int64_t w = ints[3] != 0 ? 1 : v.w;
+    return b.node(OpKind::Reduce, {from}, b.value(name, c, h, w, F32), std::move(ints));
+  };
+  const auto pair = [&](int64_t kind, int32_t left, int32_t right, const char* name, int64_t c,
+                        int64_t h, int64_t w) {
+    return b.node(OpKind::Combine, {left, right}, b.value(name, c, h, w, F32), {kind});
+  };
+  const auto lengths = along(q, "lengths", {1, 0, 1, 1});
+  const auto mean = along(lengths, "average", {0, 1, 0, 0});
+  const auto one =
+      b.node(OpKind::Constant, {}, b.value("one", 1, 1, 1, F32), {}, {}, {b.floats({1e-6f})});
+  const auto divisor = pair(0, mean, one, "divisor", 1, 1, 1);
+  const auto shares = pair(3, lengths, divisor, "shares", 6, 1, 1);
+  const auto scaled = pair(2, x, shares, "scaled", 6, 3, 5);
+  const auto rows = along(q, "rows", {0, 0, 0, 1});
+  const auto columns = along(scaled, "columns", {1, 1, 1, 0});
+  const auto crossed = pair(1, rows, columns, "crossed", 6, 3, 5);
+  const auto pixels = along(q, "pixels", {0, 1, 0, 0});
+  const auto lines = along(x, "lines", {1, 0, 0, 1});
+  const auto joined = [&](OpKind op, std::vector<int32_t> from, const char* name, int64_t c,
+                          int64_t h, int64_t w, std::vector<int64_t> axis) {
+    return b.node(op, std::move(from), b.value(name, c, h, w, F32), std::move(axis), {}, {-1, -1});
+  };
+  const auto deep = joined(OpKind::Concat, {scaled, pixels}, "deep", 7, 3, 5, {});
+  const auto tall = joined(OpKind::Join, {shares, lines}, "tall", 6, 4, 1, {1});
+  const auto wide = joined(OpKind::Join, {crossed, lines}, "wide", 6, 3, 6, {2});
+  b.p.inputs = {x};
+  b.p.outputs = {deep, tall, wide};
   return b.p;
 }
 

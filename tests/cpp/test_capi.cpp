@@ -170,6 +170,38 @@ TEST(floats_and_masks) {
     CHECK_MSG(same(got[k], want[k]), std::to_string(k));
 }
 
+/// A program whose inputs are all floats gives the engine's bits.
+static void check_floats_in_and_out(const Program& program, int64_t batch) {
+  const adalayer::Model model = shared(program);
+  adalayer::Context context(model);
+  std::vector<std::vector<float>> given;
+  std::vector<adalayer_input> inputs;
+  for (const int32_t v : program.inputs) {
+    const Value& value = program.values[v];
+    Floats x(static_cast<size_t>(batch * value.c * value.h * value.w));
+    for (size_t i = 0; i < x.size(); ++i)
+      x[i] = static_cast<float>((i * 7 + static_cast<size_t>(v)) % 23) * 0.3f - 3.0f;
+    given.push_back(std::move(x));
+  }
+  for (const auto& x : given)
+    inputs.push_back({x.data(), x.size() * 4, ADALAYER_FLOAT32, ADALAYER_NCHW});
+  const auto want = engine_run(program, batch, given);
+  std::vector<Floats> got;
+  std::vector<adalayer_output> outputs;
+  for (const auto& y : want)
+    outputs.push_back({got.emplace_back(y.size()).data(), y.size() * 4});
+  context.run(batch, inputs, outputs);
+  for (size_t k = 0; k < want.size(); ++k)
+    CHECK_MSG(same(got[k], want[k]), std::to_string(k));
+}
+
+TEST(recurrent_layers) {
+  for (const int64_t batch : {1, 5})
+    check_floats_in_and_out(recurrent_program(7, 9, 8), batch);
+}
+
+TEST(reductions_and_joined_floats) { check_floats_in_and_out(reduced_program(), 3); }
+
 TEST(token_ids) {
   const Program program = token_program();
   const adalayer::Model model = shared(program);

@@ -437,6 +437,18 @@ TEST(errors_have_codes_and_sentences) {
   std::swap(floats, recurrent);
   refused("recurrent layers run on the CPU alone");
   std::swap(floats, recurrent);
+  Program reduced = programs::reduced_program();
+  std::swap(floats, reduced);
+  refused("node 'layer.reduce': reduce with a float result runs on the CPU alone");
+  programs::Builder sizes;
+  const auto large = sizes.value("large", 6, 2, 2, ValueKind::F32);
+  const auto small = sizes.value("small", 6, 1, 1, ValueKind::F32);
+  sizes.p.outputs = {sizes.node(OpKind::Combine, {large, small},
+                                sizes.value("pair", 6, 2, 2, ValueKind::F32), {2})};
+  sizes.p.inputs = {large, small};
+  floats = sizes.p;
+  refused("node 'layer.combine': floats of different sizes are combined on the CPU alone");
+  std::swap(floats, reduced);
   floats.nodes.resize(1);  // the first convolution alone
   floats.values = {floats.values[floats.inputs[0]], floats.values[floats.nodes[0].output]};
   floats.inputs = floats.nodes[0].inputs = {0};

@@ -235,8 +235,10 @@ TEST(tokens_are_bit_equal_to_the_interpreter) {
 }
 
 TEST(floats_are_bit_equal_to_the_interpreter) {
-  for (const int64_t batch : {1, 2, 5})
+  for (const int64_t batch : {1, 2, 5}) {
     check_program(float_program(), batch);
+    check_program(reduced_program(), batch);
+  }
 }
 
 TEST(recurrent_layers_are_bit_equal_to_the_interpreter) {

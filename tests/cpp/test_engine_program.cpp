@@ -23,7 +23,8 @@ TEST(every_operation_is_valid_and_runs) {
   validate(p);
   std::set<OpKind> kinds;
   const Program tokens = token_program(), floats = float_program(), steps = recurrent_program();
-  for (const Program* all : {&p, &tokens, &floats, &steps})
+  const Program reduced = reduced_program();
+  for (const Program* all : {&p, &tokens, &floats, &steps, &reduced})
     for (const Node& n : all->nodes)
       kinds.insert(n.op);
   size_t operations = 0;
@@ -174,8 +175,8 @@ TEST(refusals_of_what_moves_values_say_what_is_wrong) {
   check_refused("a and b must be finite", [](Program& p) {
     find(p, OpKind::Function).floats[0] = std::numeric_limits<float>::infinity();
   });
-  check_refused("pair must be 0 to 2", [](Program& p) { find(p, OpKind::Combine).ints[0] = 3; });
-  check_refused("expected second input of 8 x 2 x 2",
+  check_refused("pair must be 0 to 3", [](Program& p) { find(p, OpKind::Combine).ints[0] = 4; });
+  check_refused("of the output's size along each axis, 8 x 2 x 2, or of 1, got 8 x 2 x 2 and 4 x",
                 [](Program& p) { find(p, OpKind::Combine).inputs[1] = p.inputs[1]; });
 }
 
@@ -314,8 +315,8 @@ TEST(the_table_of_operations_holds_together) {
 TEST(every_parameter_has_its_range_and_every_list_its_length) {
   std::set<OpKind> met;
   int refusals = 0;
-  for (const Program& whole :
-       {every_operation(), token_program(), float_program(), recurrent_program()}) {
+  for (const Program& whole : {every_operation(), token_program(), float_program(),
+                               recurrent_program(), reduced_program()}) {
     for (size_t k = 0; k < whole.nodes.size(); ++k) {
       const Operation& o = operation(whole.nodes[k].op);
       met.insert(whole.nodes[k].op);
@@ -460,6 +461,31 @@ TEST(floats_are_what_they_must_be) {
                [](Program& p) { output_of(p, OpKind::RmsNorm).kind = ValueKind::U8; });
 }
 
+TEST(refusals_of_reductions_and_joined_floats_say_what_is_wrong) {
+  const auto refused_with = [](const char* text, const std::function<void(Program&)>& change) {
+    Program p = reduced_program();
+    change(p);
+    CHECK_THROWS(validate(p), InvalidArgument, text);
+  };
+  validate(reduced_program());
+  refused_with("kind must be 0 to 1, got 2",
+               [](Program& p) { find(p, OpKind::Reduce).ints[0] = 2; });
+  refused_with("expected an axis that it goes along",
+               [](Program& p) { find(p, OpKind::Reduce).ints = {0, 0, 0, 0}; });
+  refused_with("expected output of 6 x 3 x 1, got 6 x 1 x 1",
+               [](Program& p) { find(p, OpKind::Reduce).ints[2] = 0; });
+  refused_with("expected f32 output, got u8",
+               [](Program& p) { output_of(p, OpKind::Reduce).kind = ValueKind::U8; });
+  refused_with("floats have no table", [](Program& p) {
+    p.constants.push_back({ConstantKind::U8, SharedBytes(std::vector<uint8_t>(256))});
+    find(p, OpKind::Concat).constants[0] = static_cast<int32_t>(p.constants.size() - 1);
+  });
+  refused_with("expected output of 7 x 3 x 5, got 8 x 3 x 5",
+               [](Program& p) { output_of(p, OpKind::Concat).c = 8; });
+  refused_with("expected f32 input 1, got u8",
+               [](Program& p) { find(p, OpKind::Concat).inputs[1] = p.nodes[0].output; });
+}
+
 TEST(refusals_of_recurrent_layers_say_what_is_wrong) {
   const auto layer = [](Program& p, const char* name) -> Node& {
     return *std::find_if(p.nodes.begin(), p.nodes.end(), [&](const Node& n) {
@@ -602,7 +628,8 @@ TEST(no_parameter_may_be_absurd) {
 }
 
 TEST(every_shape_is_checked) {
-  for (const Program& good : {every_operation(), token_program(), float_program()})
+  for (const Program& good :
+       {every_operation(), token_program(), float_program(), reduced_program()})
     for (size_t v = 0; v < good.values.size(); ++v)
       for (int axis = 0; axis < 3; ++axis)
         for (const int by : {-1, 1, 1000}) {
@@ -610,6 +637,8 @@ TEST(every_shape_is_checked) {
           Value& value = p.values[v];
           // Averages may round up, and adaptive ones may have any size.
           if (axis > 0 && by > 0 && (value.name == "mean" || value.name == "average")) continue;
+          // One row is repeated along the other operand's.
+          if (axis == 1 && by < 0 && value.name == "most") continue;
           (axis == 0 ? value.c : axis == 1 ? value.h : value.w) += by;
           CHECK_MSG(refused(p), value.name + " axis " + std::to_string(axis));
         }

@@ -119,10 +119,4 @@ void function_f32(const FloatFunctionSpec& spec, const float* in, int64_t count,
   image_kernels().function(spec, in + first, part.last(count) - first, out + first);
 }
 
-void combine_f32(FloatPair pair, const float* a, const float* b, int64_t count, float* out,
-                 Part part) {
-  const int64_t first = part.first(count);
-  image_kernels().combine(pair, a + first, b + first, part.last(count) - first, out + first);
-}
-
 }  // namespace adalayer::cpu

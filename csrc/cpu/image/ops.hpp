@@ -71,7 +71,26 @@ void resize_f32(const ResizeSpec& spec, const float* in, int64_t c, int64_t in_h
 void softmax_f32(const float* in, int64_t channels, int64_t positions, float* out, Part part);
 void function_f32(const FloatFunctionSpec& spec, const float* in, int64_t count, float* out,
                   Part part);
-void combine_f32(FloatPair pair, const float* a, const float* b, int64_t count, float* out,
-                 Part part);
+
+/// Two images of floats, which have the result's size along each axis or 1, as lines of `size[2]`.
+struct CombinedFloats {
+  /// Sizes are c, h, w.
+  CombinedFloats(FloatPair by, const int64_t (&a)[3], const int64_t (&b)[3],
+                 const int64_t (&result)[3]);
+
+  FloatPair pair;
+  int64_t size[3] = {1, 1, 1};
+  int64_t step_a[3] = {}, step_b[3] = {};  // 0 along an axis that an operand is repeated on
+};
+void combine_f32(const CombinedFloats& spec, const float* a, const float* b, float* out, Part part);
+/// One piece of floats that are joined: `rows` runs of `length` floats, the first of them `begin`
+/// behind `out`, and `pitch` from one to the next. The part is one of the piece.
+void copy_piece_f32(const float* in, int64_t rows, int64_t length, float* out, int64_t pitch,
+                    int64_t begin, Part part);
+
+/// One float of all values along some axes, NCHW.
+void reduce(const ReduceSpec& spec, ConstImageView in, float* out, Part part);
+void reduce_floats(const ReduceSpec& spec, const float* in, int64_t c, int64_t h, int64_t w,
+                   float* out, Part part);
 
 }  // namespace adalayer::cpu

@@ -57,7 +57,8 @@ class Attention:
         masks: what is added to the scores, or one bool tensor.
         causal: a query meets the keys up to its own place.
         scale: of the scores.
-        factors: constants of one number that they are multiplied with, too, or divided by (True).
+        factors: constants of one number, or one per head, that they are multiplied with, too, or
+            divided by (True).
         key_turned: as a matrix product has it.
         result_turned: the result is ``[..., heads, width, queries]``.
         split: sizes of the scores where a mask is added, if their first axes are split for it.
@@ -335,7 +336,8 @@ class _Spelled:
             if not isinstance(before, TensorInfo) or not isinstance(info, TensorInfo):
                 return None
             one = set(info.shape) <= {1} and len(info.shape) <= len(before.shape)
-            return (other, kind == "div") if one and self._is_constant(other) else None
+            fits = one or _is_per_head(info, before)
+            return (other, kind == "div") if fits and self._is_constant(other) else None
         if not isinstance(other, (int, float)) or (kind == "div" and not other):
             return None
         return float(other), kind == "div"
@@ -368,6 +370,17 @@ class _Spelled:
         operand = node.args[0]
         assert isinstance(operand, fx.Node)
         return operand
+
+
+def _is_per_head(factor: TensorInfo, scores: TensorInfo) -> bool:
+    """Whether a constant has one number for each head, ``[heads, 1, 1]``."""
+    lead, last = factor.shape[:-2], factor.shape[-2:]
+    return (
+        3 <= len(factor.shape) <= len(scores.shape)
+        and last == (1, 1)
+        and set(lead[:-1]) <= {1}
+        and lead[-1] == scores.shape[-3]
+    )
 
 
 def _size(node: fx.Node, axis: int) -> int | str | None:

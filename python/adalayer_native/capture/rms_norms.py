@@ -1,4 +1,7 @@
-"""RMS norms: torch's own operator, and the steps that models write it as."""
+"""RMS norms: torch's own operator, and the steps that models write it as.
+
+So are vectors of length one, ``x / max(|x|, eps)``, but for the root of the number of elements.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,7 @@ class RmsNorm:
         weight: a constant of one axis, or None.
         eps: what is added to the mean.
         inside: the steps in between, which nobody else reads.
+        unit: the result is ``operand / max(|operand|, eps)`` instead.
     """
 
     node: fx.Node
@@ -31,11 +35,12 @@ class RmsNorm:
     weight: fx.Node | None
     eps: float
     inside: frozenset[fx.Node]
+    unit: bool = False
 
 
 def rms_norms(graph: fx.Graph) -> dict[fx.Node, RmsNorm]:
     """By their last node."""
-    found = (_operator(node) or _written_out(node) for node in graph.nodes)
+    found = (_operator(node) or _written_out(node) or _unit(node) for node in graph.nodes)
     return {norm.node: norm for norm in found if norm is not None}
 
 
@@ -80,6 +85,35 @@ def _written_out(inverse: fx.Node) -> RmsNorm | None:
         if isinstance(weight, fx.Node) and _is_weight(weight, channels):
             return RmsNorm(readers[0], operand, weight, eps, frozenset({*inside, scaled}))
     return RmsNorm(scaled, operand, None, eps, frozenset(inside))
+
+
+def _unit(node: fx.Node) -> RmsNorm | None:
+    """``F.normalize`` along the last axis."""
+    if not _is(node, "aten.div.Tensor"):
+        return None
+    operand, info = node.args[0], info_of(node.args[0])
+    steps, step = [], node.args[1]
+    while _is(step, "aten.expand_as.default", "aten.expand.default", "aten.clamp_min.default"):
+        assert isinstance(step, fx.Node)
+        steps.append(step)
+        step = step.args[0]
+    least = [item.args[1] for item in steps if _is(item, "aten.clamp_min.default")]
+    if len(least) != 1 or not isinstance(least[0], (int, float)) or least[0] <= 0:
+        return None
+    if not _is(step, "aten.linalg_vector_norm.default") or not isinstance(info, TensorInfo):
+        return None
+    assert isinstance(step, fx.Node)
+    a, last = arguments(step), len(info.shape) - 1
+    if step.args[0] is not operand or a["ord"] != 2 or a["dtype"] is not None or not a["keepdim"]:
+        return None
+    if [axis % len(info.shape) for axis in a["dim"] or ()] != [last] or info_of(node) != info:
+        return None
+    if not isinstance(operand, fx.Node):
+        return None
+    inside = frozenset((*steps, step))
+    if any(not inside.union([node]).issuperset(item.users) for item in inside):
+        return None
+    return RmsNorm(node, operand, None, float(least[0]), inside, unit=True)
 
 
 def _pair(node: fx.Node) -> tuple[object, ...]:

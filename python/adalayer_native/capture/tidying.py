@@ -76,6 +76,10 @@ def merge_reshapes(graph: fx.Graph) -> None:
         if name in CASTS and _same_type(node):
             node.replace_all_uses_with(node.args[0])
             continue
+        if name == "aten.type_as.default":  # a type, and no value, of its second operand
+            node.target = torch.ops.aten.to.dtype
+            node.args = (node.args[0], node.meta["val"].dtype)
+            continue
         if name not in _RESHAPES:
             continue
         operand = node.args[0]

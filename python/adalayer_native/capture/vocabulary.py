@@ -122,7 +122,8 @@ INTEGER_OPERATORS = frozenset(
         "stack.default", "pad.default",
         "constant_pad_nd.default", "avg_pool2d.default", "adaptive_avg_pool2d.default", "mean.dim",
         "upsample_bilinear2d.vec", "upsample_bilinear2d.default", "softmax.int",
-        "_softmax.default", "embedding.default", "rms_norm.default",
+        "_softmax.default", "embedding.default", "rms_norm.default", "addcmul.default",
+        "reciprocal.default",
     )
 )  # fmt: skip
 

@@ -21,6 +21,7 @@ from adalayer_native.engine import (  # noqa: F401  (they fill the table of rule
     rules_layers,
     rules_pointwise,
     rules_recurrent,
+    rules_reductions,
     rules_tokens,
     rules_views,
 )

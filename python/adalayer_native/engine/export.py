@@ -221,14 +221,14 @@ def flattened(model: nn.Module, exported: Export) -> Exported:
 
 
 def _fold_repeats(module: fx.GraphModule) -> None:
-    """Write what depends on parameters and the batch's size as constants, if one size is free."""
-    sizes: dict[fx.Node, Any] = {}
+    """Write what depends on parameters and the batch's size as constants."""
+    holders: dict[fx.Node, Any] = {}
     for node in module.graph.find_nodes(op="placeholder"):
         value = node.meta.get("val")
         if isinstance(value, Tensor) and value.dim() and type(value.shape[0]) is not int:
-            sizes[node] = value.shape[0]
-    if len(set(map(str, sizes.values()))) == 1:
-        Repeats(module, *next(iter(sizes.items()))).fold()
+            holders[node] = value.shape[0]
+    if holders:
+        Repeats(module, holders).fold()
 
 
 _SCALARS = (torch.SymFloat, torch.SymInt, torch.SymBool, int, float, bool)

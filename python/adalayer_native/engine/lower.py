@@ -201,7 +201,7 @@ class Lowering:
         if key not in self._u8:
             constant = self.parameter(node)
             if constant is not None:
-                self._u8[key] = self.levels(node, constant, want)
+                self._u8[key] = self.held(node, constant, want)
                 return self._u8[key]
             ref = self._find_u8(node, want)
             self._u8[key] = ref
@@ -366,10 +366,14 @@ class Lowering:
         name = self.name(node, suffix)
         return self.emit("lookup", name, [ref.value], ref, want, table=self.program.table(table))
 
-    def levels(
-        self, node: fx.Node, constant: Tensor, want: Want, like: tuple[Size, Dims] | None = None
+    def held(
+        self,
+        node: fx.Node,
+        constant: Tensor,
+        want: Want | None,
+        like: tuple[Size, Dims] | None = None,
     ) -> Ref:
-        """A constant of one sample, ``[1, ...]``, on the wanted grid.
+        """A constant of one sample, ``[1, ...]``, on the wanted grid, or in float32.
 
         Args:
             like: size and view that it gets; by default those of a copy.
@@ -381,11 +385,20 @@ class Lowering:
             axes = "chw" if len(sizes) == 3 else rows_of(((),) * len(sizes))
             like = arranged_as(axes, sizes)
         size, dims = like
+        name = self.name(node)
+        if want is None:
+            if not bool(torch.isfinite(constant).all()):
+                raise CannotLower(None, "a constant among its operands that is not finite")
+            values = in_order(constant.contiguous().numpy(), dims, size).transpose(2, 0, 1)
+            number = self.program.node(
+                "constant", name, [], size, None, values=self.program.f32(values)
+            )
+            return Ref(number, dims)
         grid = want.grid
-        values = constant.clamp(want.lo, want.hi).contiguous()
-        found = ops.quantize(values, grid.scale, grid.zero_point, grid.bits).numpy()
+        clamped = constant.clamp(want.lo, want.hi).contiguous()
+        found = ops.quantize(clamped, grid.scale, grid.zero_point, grid.bits).numpy()
         in_memory = self.program.u8(in_order(found, dims, size))
-        number = self.program.node("constant", self.name(node), [], size, grid, values=in_memory)
+        number = self.program.node("constant", name, [], size, grid, values=in_memory)
         return Ref(number, dims)
 
     # -- layouts ------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from adalayer_native import ops
 from adalayer_native.engine.export import Exported, layer_name
-from adalayer_native.engine.segments import float_layer, has_float_form
+from adalayer_native.engine.segments import float_layer, is_layer
 
 __all__ = ["fastest_of", "float_choices", "layer_times", "seconds_of"]
 
@@ -93,7 +93,7 @@ def layer_times(exported: Exported, engine: Any, batch: int) -> Times:
     found: dict[fx.Node, tuple[float, float]] = {}
     counts: dict[str, int] = {}
     for node in exported.graph.nodes:
-        if not has_float_form(node):
+        if not is_layer(node):
             continue
         name = layer_name(node)
         counts[name] = counts.get(name, 0) + 1

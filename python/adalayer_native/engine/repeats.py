@@ -28,12 +28,14 @@ class Repeats:
 
     Args:
         owner: of the graph and its constants.
-        holder: an input whose first size is the batch's.
-        batch: the symbol of that size.
+        holders: the inputs whose first size is the batch's, with its symbol there. Inputs that
+            the model does not combine have symbols of their own, which a call gives one value.
     """
 
-    def __init__(self, owner: fx.GraphModule, holder: fx.Node, batch: torch.SymInt) -> None:
-        self.owner, self.graph, self.holder, self.batch = owner, owner.graph, holder, batch
+    def __init__(self, owner: fx.GraphModule, holders: dict[fx.Node, torch.SymInt]) -> None:
+        self.owner, self.graph = owner, owner.graph
+        self.holder, self.batch = next(iter(holders.items()))
+        self.symbols = {str(symbol): symbol.node.expr for symbol in holders.values()}
         self.known: set[fx.Node] = set()
         for node in self.graph.nodes:
             if self._is_known(node):
@@ -74,7 +76,7 @@ class Repeats:
         if node.op != "call_function":
             return False
         if isinstance(value, torch.SymInt):
-            return {str(n) for n in value.node.expr.free_symbols} == {str(self.batch)}
+            return self.symbols.keys() >= {str(n) for n in value.node.expr.free_symbols}
         if op_name(node) in LIKE_FACTORIES:
             return self.known.issuperset(node.all_input_nodes[1:])
         sources = node.all_input_nodes
@@ -88,7 +90,7 @@ class Repeats:
     def _size(self, size: Any, batch: int) -> int:
         """A size for so many samples."""
         if isinstance(size, torch.SymInt):
-            return int(size.node.expr.subs({self.batch.node.expr: batch}))
+            return int(size.node.expr.subs(dict.fromkeys(self.symbols.values(), batch)))
         return int(size)
 
     def _values(self, batch: int, wanted: list[fx.Node]) -> dict[fx.Node, Any]:

@@ -11,7 +11,9 @@ from torch import Tensor, fx
 from adalayer_native.capture.vocabulary import arguments, op_name
 from adalayer_native.engine.grids import Grid, Want
 from adalayer_native.engine.lower import RULES, CannotLower, Lowering, Rule
+from adalayer_native.engine.rules_images import joined
 from adalayer_native.engine.rules_layers import check_grid, clamped
+from adalayer_native.engine.rules_views import sliced
 from adalayer_native.engine.views import Dims, Ref, Size, merged
 from adalayer_native.ops.attention import additive_mask, score_scale, total_scale
 
@@ -68,8 +70,10 @@ def _key_mask(low: Lowering, node: fx.Node, operand: fx.Node) -> Ref:
     return low.masks[operand]
 
 
-def _mask(low: Lowering, node: fx.Node, operand: Any, letters: str, folds: int) -> Tensor | None:
-    """float32 [sequences or 1, heads or 1, queries, keys]; None for none."""
+def _mask(
+    low: Lowering, node: fx.Node, operand: Any, letters: str, folds: int, head: int | None
+) -> Tensor | None:
+    """float32 [sequences or 1, heads or 1, queries, keys], of one head if given; None for none."""
     if operand is None:
         return None
     given = low.parameter(operand)
@@ -82,6 +86,8 @@ def _mask(low: Lowering, node: fx.Node, operand: Any, letters: str, folds: int) 
     mask = mask.reshape((1,) * (rank - mask.dim()) + mask.shape)
     if mask.shape[0] != 1:
         raise CannotLower(node, "its mask differs between samples")
+    if head is not None and mask.shape[-3] > 1:
+        mask = mask[..., head : head + 1, :, :]
     # Axes that are merged into the batch are the view's first.
     lead = [*([1] if folds > 1 else []), *mask.shape[1:-2]]
     sizes = dict(zip(letters[:-2], lead, strict=True))
@@ -105,15 +111,45 @@ def _product(dims: Dims) -> int:
 def _attention(low: Lowering, node: fx.Node, want: Want | None) -> Ref:
     """On a grid, or in float32."""
     a = arguments(node)
-    query, query_grid = _own_grid(low, node, "query")
-    key, key_grid = _own_grid(low, node, "key")
-    value, _ = _own_grid(low, node, "value")
+    grids = [_own_grid(low, node, name) for name in ("query", "key", "value")]
+    factor = low.parameter(a["factor"])
+    if factor is None and a["factor"] is not None:
+        raise CannotLower(node, "its scale is computed by the graph")
+    given = [ref for ref, _ in grids]
+    if factor is None or factor.numel() == 1:
+        return _heads(low, node, given, grids[0][1], grids[1][1], factor, None, want)
+    # One after the other, each with its own scale.
+    place, found = len(given[0].dims) - 3, {}
+    heads = [_product(ref.dims[place : place + 1]) for ref in given]
+    for head, own in enumerate(factor.reshape(-1)):
+        numbers = (head * n // heads[0] for n in heads)
+        parts = [
+            sliced(low, node, ref, place, number, 1, 1)
+            for ref, number in zip(given, numbers, strict=True)
+        ]
+        found[head] = _heads(low, node, parts, grids[0][1], grids[1][1], own, head, want)
+    return joined(low, node, [node] * len(found), found, place, want)
+
+
+def _heads(
+    low: Lowering,
+    node: fx.Node,
+    operands: list[Ref],
+    query_grid: Grid,
+    key_grid: Grid,
+    factor: Tensor | None,
+    head: int | None,
+    want: Want | None,
+) -> Ref:
+    """All heads, or the one that the operands are of."""
+    a = arguments(node)
+    query, key, value = operands
     letters = _letters(low, node, query)
     fixed, hiding = a["attn_mask"], []
     if _is_key_mask(fixed):
         hiding = [_key_mask(low, node, fixed).value]
         fixed = fixed.args[1]
-    mask = _mask(low, node, fixed, letters, low.exported.folds(a["query"]))
+    mask = _mask(low, node, fixed, letters, low.exported.folds(a["query"]), head)
     heads, key_heads = (
         _product(ref.dims[letters.index("c") :][:1]) if "c" in letters[:-2] else 1
         for ref in (query, key)
@@ -131,9 +167,6 @@ def _attention(low: Lowering, node: fx.Node, want: Want | None) -> Ref:
         merged([(w, 1)] if "h" in letters else [(h * w, 1)]),
         merged([(width, h * w)]),
     )
-    factor = low.parameter(a["factor"])
-    if factor is None and a["factor"] is not None:
-        raise CannotLower(node, "its scale is computed by the graph")
     scale = total_scale(a["scale"], factor)
     masked: dict[str, Any] = {}
     if mask is not None:

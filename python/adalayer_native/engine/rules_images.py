@@ -1,4 +1,4 @@
-"""Rules for images: concatenation, padding, pooling, resizing, and a softmax behind them."""
+"""Rules for images: concatenation, padding, pooling and resizing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import fx
 from adalayer_native import ops
 from adalayer_native.engine.grids import Grid, Want
 from adalayer_native.engine.lower import RULES, CannotLower, Grids, Lowering, Rule
-from adalayer_native.engine.rules_layers import arguments
+from adalayer_native.engine.rules_layers import arguments, clamped
 from adalayer_native.engine.rules_views import (
     axis_of,
     bordered,
@@ -28,9 +28,7 @@ from adalayer_native.engine.views import (
     arranged_as,
     axes_of,
     built,
-    channel_axis,
     image_dims,
-    merged,
 )
 from adalayer_native.operations import geometry
 from adalayer_native.ops.resizing import linear_tables, nearest_tables
@@ -80,14 +78,19 @@ def _form_of_copies(letters: str, sizes: Sequence[int], place: int) -> Form:
     return lambda count: arranged_as(letters, [*sizes[:place], count, *sizes[place + 1 :]])
 
 
-def _joined(
-    low: Lowering, node: fx.Node, items: Sequence[Any], refs: dict[int, Ref], place: int, want: Want
+def joined(
+    low: Lowering,
+    node: fx.Node,
+    items: Sequence[Any],
+    refs: dict[int, Ref],
+    place: int,
+    want: Want | None,
 ) -> Ref:
     """Values and constants along one axis of their views.
 
     Args:
         items: operands.
-        refs: those of them that are computed, by position, on the wanted grid.
+        refs: those of them that are computed, by position, on the wanted grid, or in float32.
         place: number of the axis.
     """
     largest = max(refs.values(), key=lambda ref: math.prod(low.size(ref)))
@@ -117,7 +120,7 @@ def _joined(
             like = form(int(constant.shape[place + 1]))
             if math.prod(like[0]) != constant.numel():
                 raise CannotLower(node, f"a constant of {list(constant.shape)} among its operands")
-            refs[position] = low.levels(item, constant, want, like)
+            refs[position] = low.held(item, constant, want, like)
     parts = [refs[position] for position in range(len(items))]
     along = "chw".index(letter)
     size, dims = form(sum(low.size(ref)[along] for ref in parts))
@@ -126,28 +129,28 @@ def _joined(
         low.name(node),
         [ref.value for ref in parts],
         size,
-        want.grid,
+        None if want is None else want.grid,
         **({"axis": along} if along else {}),
     )
     return Ref(number, dims)
 
 
-def _cat(low: Lowering, node: fx.Node, want: Want) -> Ref:
+def _piece(low: Lowering, item: Any, want: Want | None) -> Ref:
+    return low.f32(item) if want is None else low.u8(item, want)
+
+
+def _cat(low: Lowering, node: fx.Node, want: Want | None) -> Ref:
     items, axis = node.args[0], int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
     assert isinstance(items, (list, tuple))
     computed = [k for k, item in enumerate(items) if low.parameter(item) is None]
     rank = node.meta["val"].dim()
     if axis % rank == 0:
         raise CannotLower(node, "it works along the batch")
-    refs = {k: low.u8(items[k], want) for k in computed}
-    return _joined(low, node, items, refs, axis % rank - 1, want)
+    refs = {k: _piece(low, items[k], want) for k in computed}
+    return joined(low, node, items, refs, axis % rank - 1, want)
 
 
-RULES["aten.cat.default"] = Rule(_cat)
-RULES["aten.concat.default"] = Rule(_cat)
-
-
-def _stack(low: Lowering, node: fx.Node, want: Want) -> Ref:
+def _stack(low: Lowering, node: fx.Node, want: Want | None) -> Ref:
     items, axis = node.args[0], int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
     assert isinstance(items, (list, tuple))
     place = axis % node.meta["val"].dim() - 1
@@ -157,12 +160,20 @@ def _stack(low: Lowering, node: fx.Node, want: Want) -> Ref:
         raise CannotLower(node, "a constant among what it stacks")
     refs = {}
     for position, item in enumerate(items):
-        ref = low.u8(item, want)
+        ref = _piece(low, item, want)
         refs[position] = Ref(ref.value, (*ref.dims[:place], (), *ref.dims[place:]))
-    return _joined(low, node, items, refs, place, want)
+    return joined(low, node, items, refs, place, want)
 
 
-RULES["aten.stack.default"] = Rule(_stack)
+def _rule_of_joined(join: Callable[[Lowering, fx.Node, Want | None], Ref]) -> Rule:
+    def f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
+        return clamped(low, node, join(low, node, None), lo, hi)
+
+    return Rule(join, f32)
+
+
+RULES["aten.cat.default"] = RULES["aten.concat.default"] = _rule_of_joined(_cat)
+RULES["aten.stack.default"] = _rule_of_joined(_stack)
 
 
 def _pad_grid(grids: Grids, node: fx.Node) -> Grid | None:
@@ -373,13 +384,13 @@ def _average(
     return Ref(number, image_dims(size))
 
 
-def _average_f32(
+def average_f32(
     low: Lowering, node: fx.Node, ref: Ref, op: str, size: Size, window: dict[str, int]
 ) -> int:
     return low.program.node(op, low.name(node), [ref.value], size, None, **window)
 
 
-def _no_clamp(node: fx.Node, lo: float, hi: float) -> None:
+def no_clamp(node: fx.Node, lo: float, hi: float) -> None:
     if (lo, hi) != (-math.inf, math.inf):
         raise CannotLower(node, "a clamp of its float32 result")
 
@@ -407,9 +418,9 @@ def _avg_pool(low: Lowering, node: fx.Node, want: Want) -> Ref:
 
 
 def _avg_pool_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
-    _no_clamp(node, lo, hi)
+    no_clamp(node, lo, hi)
     ref, size = _image(low, node, low.f32(node.args[0])), _image_size(low, node)
-    number = _average_f32(low, node, ref, "avg_pool", size, _avg_pool_window(node))
+    number = average_f32(low, node, ref, "avg_pool", size, _avg_pool_window(node))
     return Ref(number, image_dims(size))
 
 
@@ -418,65 +429,15 @@ def _adaptive(low: Lowering, node: fx.Node, want: Want) -> Ref:
 
 
 def _adaptive_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
-    _no_clamp(node, lo, hi)
+    no_clamp(node, lo, hi)
     ref, size = _image(low, node, low.f32(node.args[0])), _image_size(low, node)
-    return Ref(_average_f32(low, node, ref, "adaptive_avg_pool", size, {}), image_dims(size))
+    return Ref(average_f32(low, node, ref, "adaptive_avg_pool", size, {}), image_dims(size))
 
 
 for _name in ("aten.avg_pool2d", "adalayer.exact_avg_pool2d"):
     RULES[f"{_name}.default"] = Rule(_avg_pool, _avg_pool_f32)
 for _name in ("aten.adaptive_avg_pool2d", "adalayer.exact_adaptive_avg_pool2d"):
     RULES[f"{_name}.default"] = Rule(_adaptive, _adaptive_f32)
-
-
-def _mean_axes(low: Lowering, node: fx.Node, ref: Ref) -> tuple[Ref, Dims, int]:
-    """The operand, the view after a mean over height and width, and the number of channels."""
-    a = arguments(node)
-    over = [axis_of(low, node, item) for item in a["dim"] or ()]
-    if sorted(over) == list(range(len(ref.dims) - 1)) and low.value(ref).grid is not None:
-        if a.get("dtype") is not None:
-            raise CannotLower(node, "a mean in another type")
-        ref = low.rows(ref, low.name(node, "reorder"))  # over all tokens, in whatever order
-        c = low.size(ref)[0]
-        kept: Dims = ((),) * len(over) if a["keepdim"] else ()
-        return ref, (*kept, merged([(c, 1)])), c
-    size = low.size(ref)
-    axes = axes_of(ref.dims, size)
-    if axes is None or a.get("dtype") is not None:
-        raise CannotLower(node, "a mean over split axes or in another type")
-    spatial = {axis for axis, n in zip("hw", size[1:], strict=True) if n > 1}
-    if set("".join(axes[item] for item in over)) != spatial or not over:
-        raise CannotLower(node, "a mean over other axes than height and width")
-    c = size[0]
-    left = ["c" if "c" in name else "" for name in axes]
-    keep = [left[i] for i in range(len(left)) if i not in over or a["keepdim"]]
-    return ref, built(keep, (c, 1, 1)), c
-
-
-def _mean(low: Lowering, node: fx.Node, want: Want) -> Ref:
-    ref, grid = low.on_own_grid(node.args[0])
-    ref, dims, c = _mean_axes(low, node, ref)
-    number = low.program.node(
-        "adaptive_avg_pool",
-        low.name(node),
-        [ref.value],
-        (c, 1, 1),
-        want.grid,
-        **want.finish(),
-        ratio=grid.scale,
-    )
-    return Ref(number, dims)
-
-
-def _mean_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
-    _no_clamp(node, lo, hi)
-    ref = low.f32(node.args[0])
-    ref, dims, c = _mean_axes(low, node, ref)
-    return Ref(_average_f32(low, node, ref, "adaptive_avg_pool", (c, 1, 1), {}), dims)
-
-
-for _name in ("aten.mean.dim", "adalayer.exact_mean.default"):
-    RULES[_name] = Rule(_mean, _mean_f32)
 
 
 # -- resizing -------------------------------------------------------------------------------------
@@ -531,7 +492,7 @@ def _resize_u8(low: Lowering, node: fx.Node, want: Want) -> Ref:
 
 
 def _resize_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
-    _no_clamp(node, lo, hi)
+    no_clamp(node, lo, hi)
     ref = _image(low, node, low.f32(node.args[0]))
     size = _image_size(low, node)
     tables = _resize_tables(low, node, low.size(ref))
@@ -547,26 +508,3 @@ for _name in ("upsample_bilinear2d", "upsample_nearest2d", "_upsample_nearest_ex
     for _form in ("vec", "default"):
         RULES[f"aten.{_name}.{_form}"] = Rule(_resize_u8, _resize_f32, _nearest_grid)
 RULES["adalayer.exact_bilinear.default"] = Rule(_resize_u8, _resize_f32, _nearest_grid)
-
-
-# -- the float tail -------------------------------------------------------------------------------
-
-
-def _no_u8(low: Lowering, node: fx.Node, want: Want) -> Ref:
-    raise CannotLower(node, "a softmax in the middle of the network")
-
-
-def _softmax(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
-    a = arguments(node)
-    ref = low.f32(node.args[0])
-    axis = axis_of(low, node, a.get("dim", 1))
-    if channel_axis(ref.dims, low.size(ref)) != axis:
-        raise CannotLower(node, "a softmax over other axes than the channels")
-    if (lo, hi) != (-math.inf, math.inf) or a.get("dtype") is not None:
-        raise CannotLower(node, "a softmax that is clamped or in another type")
-    number = low.program.node("softmax", low.name(node), [ref.value], low.size(ref), None)
-    return Ref(number, ref.dims)
-
-
-for _name in ("aten.softmax.int", "aten._softmax.default", "adalayer.exact_softmax.default"):
-    RULES[_name] = Rule(_no_u8, _softmax)

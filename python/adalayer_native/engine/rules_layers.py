@@ -23,7 +23,7 @@ from adalayer_native.engine.lower import (
     Lowering,
     Rule,
 )
-from adalayer_native.engine.rules_floats import float_conv, linear_view
+from adalayer_native.engine.rules_floats import float_conv, linear_view, transposed_by_phases
 from adalayer_native.engine.views import (
     BATCH,
     Dims,
@@ -36,6 +36,7 @@ from adalayer_native.engine.views import (
 )
 from adalayer_native.operations import geometry
 from adalayer_native.ops.fused import FLOAT_FUNCTIONS
+from adalayer_native.ops.norms import unit_as_rms
 
 Doubles = npt.NDArray[np.float64]
 
@@ -193,12 +194,38 @@ def _as_float(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
         "scale": program.f32(_double(scale)),
         "bias": program.f32(layer.bias),
     }
+    if layer.op == "conv_transpose":
+        return _transposed_as_float(
+            low, node, layer, Ref(reals, layer.source.dims), constants, bounds
+        )
     number = float_conv(
         low, low.name(node), Ref(reals, layer.source.dims), layer.size, layer.geometry, constants,
         bounds if plain else (-math.inf, math.inf),
     )  # fmt: skip
     result = Ref(number, layer.dims)
     return result if plain else _plus_residual(low, node, layer, result, bounds)
+
+
+def _transposed_as_float(
+    low: Lowering,
+    node: fx.Node,
+    layer: _Layer,
+    source: Ref,
+    constants: dict[str, int],
+    bounds: tuple[float, float],
+) -> Ref:
+    packed = low.parameter(node.args[1])
+    assert packed is not None
+    bits = int(ops.packed_info(packed)["bits"])
+
+    def parts(part: Tensor) -> dict[str, int]:
+        data = ops.pack_weight(part, bits).numpy().tobytes()
+        return {**constants, "weights": low.program.constant("weights", data)}
+
+    weight = ops.unpack_weight(packed)
+    return transposed_by_phases(
+        low, node, source, weight, parts, layer.geometry, layer.size, bounds
+    )
 
 
 def _plus_residual(
@@ -417,18 +444,29 @@ def _scale_and_shift(
 
 
 def _norm_rule(
-    op: str, arrange: Callable[[Lowering, fx.Node, dict[str, Any], Ref], Ref], rows: bool
+    op: str,
+    arrange: Callable[[Lowering, fx.Node, dict[str, Any], Ref], Ref],
+    rows: bool,
+    unit: bool = False,
 ) -> Rule:
     """A norm of levels to levels or floats, or of floats.
 
     Args:
         arrange: puts the operand in the order that the norm needs.
         rows: it works along the last axis, whatever the others are.
+        unit: to vectors of length one.
     """
 
     def put(low: Lowering, node: fx.Node, a: dict[str, Any], ref: Ref, want: Want | None) -> Ref:
         ref = arrange(low, node, a, ref)
         eps = torch.finfo(torch.float32).eps if a["eps"] is None else float(a["eps"])
+        channels = low.size(ref)[0]
+        if unit:
+            number, eps = unit_as_rms(channels, eps)
+            constants = {"gamma": np.full(channels, number), "beta": np.zeros(channels)}
+            given = {name: low.program.f32(values) for name, values in constants.items()}
+        else:
+            given = _scale_and_shift(low, node, a, channels)
         groups = {"groups": int(a["num_groups"])} if "num_groups" in a else {}
         number = low.program.node(
             op,
@@ -439,7 +477,7 @@ def _norm_rule(
             **groups,
             **({} if want is None else want.finish()),
             eps=eps,
-            **_scale_and_shift(low, node, a, low.size(ref)[0]),
+            **given,
         )
         return Ref(number, ref.dims)
 
@@ -493,6 +531,7 @@ for _name in ("layer_norm", "rms_norm"):
     _rule = _norm_rule(_name, _in_rows, rows=True)
     RULES[f"aten.{_name}.default"] = Rule(_rule.u8, folds=True, scatters=True)
     RULES[f"adalayer.grid_{_name}.default"] = _rule
+RULES["adalayer.grid_unit.default"] = _norm_rule("rms_norm", _in_rows, rows=True, unit=True)
 _rule = _norm_rule("group_norm", _in_planes, rows=False)
 RULES["aten.group_norm.default"] = Rule(_rule.u8)
 RULES["adalayer.grid_group_norm.default"] = _rule

@@ -24,9 +24,13 @@ from adalayer_native.engine.rules_layers import (
 from adalayer_native.engine.views import (
     BATCH,
     Atom,
+    Dims,
     Ref,
+    Size,
+    arranged_as,
     axis_atoms,
     in_order,
+    is_scattered,
     merged,
 )
 from adalayer_native.ops.fused import FLOAT_FUNCTIONS, SIXTH
@@ -143,14 +147,49 @@ def _leaky(low: Lowering, node: fx.Node) -> Ref:
     return _combined(low, node, "add", above, float_function(low, node, below, "multiply", slope))
 
 
+def _absolute(low: Lowering, node: fx.Node) -> Ref:
+    """Both signs apart, one of which is zero."""
+    ref = low.f32(node.args[0])
+    turned = float_function(low, node, ref, "multiply", -1.0)
+    parts = [float_function(low, node, part, "clamp", 0.0, math.inf) for part in (ref, turned)]
+    return _combined(low, node, "add", *parts)
+
+
+def _inverse(low: Lowering, node: fx.Node) -> Ref:
+    ref, program = low.f32(node.args[0]), low.program
+    one = program.node(
+        "constant", low.name(node, "one"), [], (1, 1, 1), None, values=program.f32([1.0])
+    )
+    pair = _PAIRS["div"]
+    name, operands = low.name(node), [one, ref.value]
+    return Ref(program.node("combine", name, operands, low.size(ref), None, pair=pair), ref.dims)
+
+
+def _square(low: Lowering, node: fx.Node) -> Ref:
+    ref = low.f32(node.args[0])
+    return _combined(low, node, "mul", ref, ref)
+
+
+# Of floats, in steps that round as torch does.
+_IN_STEPS: dict[str, Callable[[Lowering, fx.Node], Ref]] = {
+    "aten.leaky_relu.default": _leaky,
+    "aten.abs.default": _absolute,
+    "aten.reciprocal.default": _inverse,
+    "aten.square.default": _square,
+}
+
+
 def _function_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
     bounds = _clamp(node)
     if bounds is not None:
         return low.f32(node.args[0], *compose_clamps(bounds, (lo, hi)))
     if op_name(node) == "adalayer.exact_function.default" and node.args[1] in _HARD:
         return clamped(low, node, _hard(low, node, str(node.args[1])), lo, hi)
-    if op_name(node) == "aten.leaky_relu.default":
-        return clamped(low, node, _leaky(low, node), lo, hi)
+    in_steps = _IN_STEPS.get(op_name(node))
+    if op_name(node) == "aten.pow.Tensor_Scalar" and node.args[1] == 2:
+        in_steps = _square
+    if in_steps is not None:
+        return clamped(low, node, in_steps(low, node), lo, hi)
     steps = _float_steps(node)
     if steps is None:
         raise CannotLower(
@@ -166,7 +205,8 @@ def _function_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
 
 for _name in FUNCTIONS:
     RULES[f"aten.{_name}.default"] = Rule(_pointwise, _function_f32, folds=True, scatters=True)
-RULES["aten.pow.Tensor_Scalar"] = Rule(_pointwise, folds=True)
+RULES["aten.reciprocal.default"] = Rule(_pointwise, _function_f32, folds=True)
+RULES["aten.pow.Tensor_Scalar"] = Rule(_pointwise, _function_f32, folds=True)
 RULES["aten.rsub.Scalar"] = Rule(_pointwise, _function_f32, folds=True)
 for _name in ("add", "sub", "mul", "div"):
     RULES[f"aten.{_name}.Scalar"] = Rule(_pointwise, _function_f32, folds=True)
@@ -227,10 +267,9 @@ def _with_constant(
             return result
 
         return low.retable(ref, node, grid, want, run)
-    if kind == "div" and left:
-        raise CannotLower(node, "a quotient of a constant by a tensor")
-    if sum(size != 1 for size in constant.shape) != 1:
-        raise CannotLower(node, f"a constant operand of shape {list(constant.shape)}")
+    if (kind == "div" and left) or sum(size != 1 for size in constant.shape) != 1:
+        # The module adds and multiplies floats.
+        return _then_levels(low, node, want, _binary_f32)
     return _line(low, node, operand, constant, kind, alpha, left, want)
 
 
@@ -243,24 +282,35 @@ def _line(
     alpha: float,
     left: bool,
     want: Want,
+    addend: Tensor | None = None,
 ) -> Ref:
-    """A sum, difference, product or quotient of a tensor and a constant."""
+    """A sum, difference, product or quotient of a tensor and a constant, and what is added."""
     ref, _ = low.on_own_grid(operand)
     lines = line_of(kind, constant, alpha, left)
     factor, offset = (_of_elements(low, node, ref, item) for item in lines)
+    if addend is not None:
+        both = np.broadcast_arrays(offset, _of_elements(low, node, ref, addend.double()))
+        offset = both[0] + both[1]
     return affine(low, node, operand, factor, offset, want)
 
 
 def _grid_line(low: Lowering, node: fx.Node, want: Want) -> Ref:
     a = arguments(node)
-    constant = low.parameter(a["constant"])
-    if constant is None:
+    constant, addend = low.parameter(a["constant"]), low.parameter(a["addend"])
+    if constant is None or (addend is None and a["addend"] is not None):
         raise CannotLower(node, "its constant is computed by the graph")
     check_grid(low, node, low.on_own_grid(a["input"])[1], a["qparams"])
-    return _line(low, node, a["input"], constant, a["kind"], a["alpha"], a["left"], want)
+    return _line(low, node, a["input"], constant, a["kind"], a["alpha"], a["left"], want, addend)
 
 
 RULES["adalayer.grid_line.default"] = Rule(_grid_line, folds=True, scatters=True)
+
+
+def _no_line(low: Lowering, node: fx.Node, want: Want) -> Ref:
+    raise CannotLower(node, "a product that is added where no levels are, or to no constant")
+
+
+RULES["aten.addcmul.default"] = Rule(_no_line)
 
 
 def _length(atoms: tuple[Atom, ...]) -> int:
@@ -281,9 +331,10 @@ def _pair(low: Lowering, node: fx.Node, a: Ref, b: Ref) -> tuple[Ref, Ref, bool]
                 found = low.alike(other, target, name)
                 if found is not None:
                     return (target, found, False) if target is a else (found, target, False)
-    image = len(a.dims) in (1, 3)
-    for order in (low.plain,) if image else (low.rows, low.in_rows):
-        a, b = (order(item, low.name(node, "reorder")) for item in (a, b))
+    given = a, b
+    orders = (low.rows, low.in_rows)
+    for order in (low.plain, *orders) if len(a.dims) in (1, 3) else orders:
+        a, b = (order(item, low.name(node, "reorder")) for item in given)
         size_a, size_b = low.size(a), low.size(b)
         if (size_a == size_b and a.dims == b.dims) or size_b == (size_a[0], 1, 1):
             return a, b, False
@@ -304,7 +355,10 @@ def _binary(low: Lowering, node: fx.Node, want: Want) -> Ref:
         if constant is not None:
             return _with_constant(low, node, other, constant, is_left, want)
     (a, grid_a), (b, grid_b) = low.on_own_grid(left), low.on_own_grid(right)
-    a, b, exchanged = _pair(low, node, a, b)
+    try:
+        a, b, exchanged = _pair(low, node, a, b)
+    except CannotLower:
+        return _then_levels(low, node, want, _binary_f32)  # which are repeated along any axes
     if exchanged:
         grid_a, grid_b = grid_b, grid_a
     scale_a, scale_b = grid_a.scale, grid_b.scale
@@ -329,7 +383,8 @@ def _binary(low: Lowering, node: fx.Node, want: Want) -> Ref:
     )
 
 
-_PAIRS = {"add": 0, "sub": 1, "mul": 2}  # FloatPair of csrc/reference/float_kinds.hpp
+# FloatPair of csrc/reference/float_kinds.hpp
+_PAIRS = {"add": 0, "sub": 1, "mul": 2, "div": 3}
 
 
 def _pair_number(node: fx.Node) -> int:
@@ -372,13 +427,39 @@ def _binary_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
             ref = float_function(low, node, ref, step, number)
         return clamped(low, node, ref, lo, hi)
     number = _pair_number(node)
-    a, b = low.f32(left), low.f32(right)
-    if low.size(a) != low.size(b) or a.dims != b.dims:
-        raise CannotLower(node, "float operands that differ in size or order")
-    value = low.program.node(
-        "combine", low.name(node), [a.value, b.value], low.size(a), None, pair=number
-    )
-    return clamped(low, node, Ref(value, a.dims), lo, hi)
+    a, b, size, dims = _together(low, node, low.f32(left), low.f32(right))
+    value = low.program.node("combine", low.name(node), [a.value, b.value], size, None, pair=number)
+    return clamped(low, node, Ref(value, dims), lo, hi)
+
+
+def _together(low: Lowering, node: fx.Node, a: Ref, b: Ref) -> tuple[Ref, Ref, Size, Dims]:
+    """Two float operands in one order, and size and view of what their elements give.
+
+    Along an axis where one has size 1 it is repeated.
+    """
+    if low.size(a) == low.size(b) and a.dims == b.dims:
+        return a, b, low.size(a), a.dims
+    if is_scattered(a.dims) or is_scattered(b.dims):
+        raise CannotLower(node, "operands in whose middle the batch is")
+    rank = len(a.dims)
+    if len(b.dims) != rank:
+        raise CannotLower(node, f"operands of {rank + 1} and {len(b.dims) + 1} axes")
+    lengths = [tuple(map(_length, ref.dims)) for ref in (a, b)]
+    if lengths[0] == lengths[1]:
+        found = low.alike(b, a, low.name(node, "reorder"))
+        if found is not None:
+            return a, found, low.size(a), a.dims
+    if rank > 3:
+        raise CannotLower(node, f"operands of {rank + 1} axes that are repeated along some")
+    letters = "hwc"[-rank:] if rank < 3 else "chw"
+    size, dims = arranged_as(letters, tuple(map(max, *lengths)))
+    ordered = []
+    for ref, own in zip((a, b), lengths, strict=True):
+        like = arranged_as(letters, own)
+        in_place = (low.size(ref), ref.dims) == like
+        copy = ref if in_place else low.arranged(ref, low.name(node, "reorder"), letters)
+        ordered.append(copy)
+    return ordered[0], ordered[1], size, dims
 
 
 def _no_grid(grids: Grids, node: fx.Node) -> None:

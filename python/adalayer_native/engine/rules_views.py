@@ -22,7 +22,7 @@ from adalayer_native.engine.lower import (
     Rule,
     letters_of,
 )
-from adalayer_native.engine.rules_layers import arguments
+from adalayer_native.engine.rules_layers import arguments, clamped
 from adalayer_native.engine.views import (
     BATCH,
     Positions,
@@ -195,7 +195,7 @@ def _outermost(ref: Ref, size: Size, axis: int) -> int:
     return parts if parts > 1 else 0
 
 
-def _sliced(
+def sliced(
     low: Lowering, node: fx.Node, ref: Ref, axis: int, begin: int, step: int, count: int
 ) -> Ref:
     """Every ``step``-th of ``count`` elements along one axis of the view."""
@@ -254,7 +254,7 @@ def _slice(low: Lowering, node: fx.Node, ref: Ref) -> Ref:
         raise CannotLower(node, "a slice with computed bounds")
     begin, _, step = slice(a["start"], a["end"], a["step"]).indices(n)
     count = int(node.meta["val"].shape[axis])
-    return _sliced(low, node, ref, place, begin, step, count)
+    return sliced(low, node, ref, place, begin, step, count)
 
 
 RULES["aten.slice.Tensor"] = rule_of_view(_slice, folds=True)
@@ -263,7 +263,7 @@ RULES["aten.slice.Tensor"] = rule_of_view(_slice, folds=True)
 def _narrow(low: Lowering, node: fx.Node, ref: Ref) -> Ref:
     a = arguments(node)
     axis = axis_of(low, node, a["dim"])
-    return _sliced(low, node, ref, axis, int(a["start"]), 1, int(a["length"]))
+    return sliced(low, node, ref, axis, int(a["start"]), 1, int(a["length"]))
 
 
 RULES["aten.narrow.default"] = rule_of_view(_narrow, folds=True)
@@ -271,7 +271,7 @@ RULES["aten.narrow.default"] = rule_of_view(_narrow, folds=True)
 
 def _taken(low: Lowering, node: fx.Node, ref: Ref, axis: int, index: int) -> Ref:
     """One element along an axis, which disappears."""
-    one = _sliced(low, node, ref, axis, index, 1, 1)
+    one = sliced(low, node, ref, axis, index, 1, 1)
     return Ref(one.value, without_batch(one.dims[:axis] + one.dims[axis + 1 :]))
 
 
@@ -289,7 +289,8 @@ def only_pieces(low: Lowering, node: fx.Node, want: Want) -> Ref:
     raise CannotLower(node, "its pieces are only known one by one")
 
 
-def _getitem(low: Lowering, node: fx.Node, want: Want) -> Ref:
+def _getitem(low: Lowering, node: fx.Node, want: Want | None) -> Ref:
+    """One of several pieces, on a grid or in float32."""
     source, index = node.args[:2]
     assert isinstance(source, fx.Node) and isinstance(index, int)
     rule = RULES.get(str(source.target))
@@ -298,21 +299,27 @@ def _getitem(low: Lowering, node: fx.Node, want: Want) -> Ref:
     operand = source.args[0]
     assert isinstance(operand, fx.Node)
     if rule.piece is not None:
+        if want is None:
+            raise CannotLower(source, "its result is wanted in float32")
         return rule.piece(low, node, want)
     pieces: Sequence[Tensor] = source.meta["val"]
     index = index % len(pieces)
     dim = int(arguments(source)["dim"])
-    ref = low.u8(operand, want)
+    ref = low.f32(operand) if want is None else low.u8(operand, want)
     axis = axis_of(low, source, dim, ref)
     if str(source.target) == "aten.unbind.int":
         return _taken(low, node, ref, axis, index)
     widths = [int(piece.shape[dim]) for piece in pieces]
-    return _sliced(low, node, ref, axis, sum(widths[:index]), 1, widths[index])
+    return sliced(low, node, ref, axis, sum(widths[:index]), 1, widths[index])
+
+
+def _getitem_f32(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
+    return clamped(low, node, _getitem(low, node, None), lo, hi)
 
 
 for _name in ("chunk.default", "split.Tensor", "split_with_sizes.default", "unbind.int"):
     RULES[f"aten.{_name}"] = Rule(only_pieces, None, operand_grid, True, True)
-RULES["getitem"] = Rule(_getitem, None, operand_grid, True, True)
+RULES["getitem"] = Rule(_getitem, _getitem_f32, operand_grid, True, True)
 
 
 # -- any positions along axes ---------------------------------------------------------------------
@@ -321,14 +328,13 @@ RULES["getitem"] = Rule(_getitem, None, operand_grid, True, True)
 def _moved(positions: Callable[[Lowering, fx.Node, list[int]], dict[int, Positions]]) -> Rule:
     """The positions that an operator takes along each axis of its operand's view."""
 
-    def u8(low: Lowering, node: fx.Node, want: Want) -> Ref:
+    def moved(low: Lowering, node: fx.Node, ref: Ref) -> Ref:
         operand = node.args[0]
         assert isinstance(operand, fx.Node)
         picked = positions(low, node, list(low.sizes(operand)))
-        ref = low.u8(operand, want)
         return low.arranged(ref, low.name(node), letters_of(ref.dims, low.size(ref)), picked)
 
-    return Rule(u8, None, operand_grid, folds=True)
+    return rule_of_view(moved, folds=True)
 
 
 def _flipped(low: Lowering, node: fx.Node, sizes: list[int]) -> dict[int, Positions]:
@@ -414,7 +420,10 @@ def _border(mode: str) -> Rule:
 RULES["aten.flip.default"] = _moved(_flipped)
 RULES["aten.roll.default"] = _moved(_rolled)
 RULES["aten.index_select.default"] = _moved(_selected)
-for _name in ("expand.default", "repeat.default", "tile.default", "repeat_interleave.self_int"):
+for _name in (
+    "expand.default", "expand_as.default", "repeat.default", "tile.default",
+    "repeat_interleave.self_int",
+):  # fmt: skip
     RULES[f"aten.{_name}"] = _moved(_repeated)
 for _axes in (1, 2):
     RULES[f"aten.reflection_pad{_axes}d.default"] = _border("reflect")

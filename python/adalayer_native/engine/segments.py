@@ -21,7 +21,7 @@ from adalayer_native.engine.work import multiply_accumulates
 from adalayer_native.errors import UnsupportedModelError
 from adalayer_native.nn.float_layer import FloatLayer
 
-__all__ = ["Part", "TorchPart", "divide", "float_layer", "has_float_form", "is_layer"]
+__all__ = ["Part", "TorchPart", "divide", "float_layer", "is_layer"]
 
 
 @dataclass
@@ -50,11 +50,6 @@ def is_layer(node: fx.Node) -> bool:
         "adalayer.conv_transpose2d.default",
         "adalayer.linear.default",
     )
-
-
-def has_float_form(node: fx.Node) -> bool:
-    """Whether the engine can compute a native layer in float, too."""
-    return is_layer(node) and op_name(node) != "adalayer.conv_transpose2d.default"
 
 
 def is_tensor(node: Any) -> bool:

@@ -156,18 +156,19 @@ class Builder:
                     f"{MOST_COMPUTED} elements"
                 )
 
-    def module(self, name: str, module: nn.Module, operand: Value) -> Value:
+    def module(self, name: str, module: nn.Module, *operands: Any) -> Any:
         """A call of a module, which is put at ``name`` if it is not there yet."""
         if name not in self.names:
             owner, _, leaf = name.rpartition(".")
             self._put(owner, leaf, module)
-        return self.again(name, operand)
+        return self.again(name, *operands)
 
-    def again(self, name: str, operand: Value) -> Value:
-        """Another call of a module."""
-        node = self.graph.call_module(name, (operand.node,))
+    def again(self, name: str, *operands: Any) -> Any:
+        """Another call of a module: a value, or several."""
+        node = self.graph.call_module(name, _mapped(operands, self._noded))
         with self.mode, torch.no_grad():
-            return Value(node, self.root.get_submodule(name)(operand.fake))
+            fake = self.root.get_submodule(name)(*_mapped(operands, self._example))
+        return self._values(node, fake)
 
     def size(self, operand: Value, axis: int) -> Size:
         """A size of a value."""
@@ -279,7 +280,7 @@ class Builder:
             return Value(node, fake)
         if isinstance(fake, (list, tuple)):
             return tuple(
-                Value(self.graph.call_function(operator.getitem, (node, i)), item)
+                self._values(self.graph.call_function(operator.getitem, (node, i)), item)
                 for i, item in enumerate(fake)
             )
         raise Refused(f"{node.target} gives {type(fake).__name__}")

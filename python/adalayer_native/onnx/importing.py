@@ -20,6 +20,7 @@ from adalayer_native.onnx import (  # noqa: F401  (they fill the table of operat
     pointwise,
     qoperator,
     quantized,
+    recurrences,
     shapes,
     windows,
 )
@@ -312,6 +313,8 @@ def _attributes(file: OnnxFile, node: Any) -> dict[str, Any]:
             value = value.decode("utf-8", "replace")
         elif isinstance(value, float):  # of 32 bits in the file; who wrote 1e-5 meant 1e-5
             value = float(str(np.float32(value)))
+        elif isinstance(value, list) and any(isinstance(item, bytes) for item in value):
+            value = [item.decode("utf-8", "replace") for item in value]
         elif isinstance(value, onnx.TensorProto):
             value = _constant_of(file, value)
         elif isinstance(value, (onnx.GraphProto, onnx.SparseTensorProto)):

@@ -126,7 +126,10 @@ def _line(e: Emitter, node: fx.Node, a: dict[str, Any]) -> Any:
     left, right = (constant, value) if a["left"] else (value, constant)
     if a["alpha"] != 1:
         right = e.op("Mul", [right, e.of(a["alpha"])], f"{node.name}.alpha")
-    return e.op(_BINARY[a["kind"]], [left, right], node.name)
+    if a["addend"] is None:
+        return e.op(_BINARY[a["kind"]], [left, right], node.name)
+    product = e.op(_BINARY[a["kind"]], [left, right], f"{node.name}.product")
+    return e.op("Add", [product, e.of(a["addend"])], node.name)
 
 
 @rule(*_aten("pow.Tensor_Scalar", "square.default", "rsqrt.default"))
@@ -355,12 +358,16 @@ def _adaptive(e: Emitter, node: fx.Node, a: dict[str, Any]) -> Any:
     return e.moved(found, operand) if largest else found
 
 
-@rule("adalayer.exact_mean.default", *_aten("mean.dim", "amax.default", "sum.dim_IntList"))
+@rule("adalayer.exact_mean.default", "adalayer.exact_sum.default",
+      "adalayer.exact_vector_norm.default",
+      *_aten("mean.dim", "amax.default", "sum.dim_IntList"))  # fmt: skip
 def _reduce(e: Emitter, node: fx.Node, a: dict[str, Any]) -> Any:
     x, operand = node.args[0], e.of(node.args[0])
     assert isinstance(x, fx.Node)
     kind = op_name(node).split(".")[1]
-    name = {"amax": "ReduceMax", "sum": "ReduceSum"}.get(kind, "ReduceMean")
+    names = {"amax": "ReduceMax", "sum": "ReduceSum", "exact_sum": "ReduceSum",
+             "exact_vector_norm": "ReduceL2"}  # fmt: skip
+    name = names.get(kind, "ReduceMean")
     axes = [int(axis) for axis in a["dim"] or range(e.rank(x))]
     keep = int(a["keepdim"])
     if e.opset >= 18 or name == "ReduceSum":
@@ -368,6 +375,17 @@ def _reduce(e: Emitter, node: fx.Node, a: dict[str, Any]) -> Any:
     else:
         found = e.op(name, [operand], node.name, axes=axes, keepdims=keep)
     return e.moved(found, operand) if kind == "amax" else found
+
+
+@rule("adalayer.grid_unit.default")
+def _unit(e: Emitter, node: fx.Node, a: dict[str, Any]) -> Any:
+    operand, keep = e.of(node.args[0]), {"keepdims": 1}
+    if e.opset >= 18:
+        length = e.op("ReduceL2", [operand, _ints(e, [-1])], f"{node.name}.length", **keep)
+    else:
+        length = e.op("ReduceL2", [operand], f"{node.name}.length", axes=[-1], **keep)
+    length = e.op("Max", [length, e.of(a["eps"])], f"{node.name}.least")
+    return e.op("Div", [operand, length], node.name)
 
 
 def _scaled(size: Any, factor: np.float32) -> int | None:

@@ -27,6 +27,7 @@ from adalayer_native.ops import (
     norms,
     recurrence,
     resizing,
+    transposed,
 )
 from adalayer_native.ops.checks import plain_eager, untraced
 from adalayer_native.ops.geometry import (
@@ -114,14 +115,15 @@ _library.define(
     "grid_layer_norm(Tensor input, Tensor? weight, Tensor? bias, float eps, Tensor? qparams)"
     " -> Tensor"
 )
+_library.define("grid_unit(Tensor input, float eps, Tensor? qparams) -> Tensor")
 _library.define("grid_rms_norm(Tensor input, Tensor? weight, float eps, Tensor? qparams) -> Tensor")
 _library.define(
     "grid_group_norm(Tensor input, int num_groups, Tensor? weight, Tensor? bias, float eps, "
     "Tensor? qparams) -> Tensor"
 )
 _library.define(
-    "grid_line(Tensor input, Tensor constant, str kind, float alpha, bool left, Tensor qparams)"
-    " -> Tensor"
+    "grid_line(Tensor input, Tensor constant, str kind, float alpha, bool left, Tensor qparams, "
+    "Tensor? addend=None) -> Tensor"
 )
 _library.define(
     "exact_avg_pool2d(Tensor input, int[2] kernel_size, int[2] stride, int[2] padding, "
@@ -130,7 +132,8 @@ _library.define(
 _library.define(
     "exact_adaptive_avg_pool2d(Tensor input, SymInt[2] output_size, Tensor? qparams) -> Tensor"
 )
-_library.define("exact_mean(Tensor input, int[] dim, bool keepdim, Tensor? qparams) -> Tensor")
+for _name in ("exact_mean", "exact_sum", "exact_vector_norm"):
+    _library.define(f"{_name}(Tensor input, int[] dim, bool keepdim, Tensor? qparams) -> Tensor")
 _library.define(
     "exact_bilinear(Tensor input, SymInt[]? output_size, bool align_corners, "
     "float[]? scale_factors, Tensor? qparams) -> Tensor"
@@ -155,15 +158,22 @@ _library.define(
     "exact_conv2d(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[4] padding, "
     "int[2] dilation, int groups) -> Tensor"
 )
+_library.define(
+    "exact_conv_transpose2d(Tensor input, Tensor weight, Tensor? bias, int[2] stride, "
+    "int[2] padding, int[2] output_padding, int groups, int[2] dilation) -> Tensor"
+)
 for _function, _fake in (
     (norms.grid_batch_norm, norms.norm_fake),
     (norms.grid_layer_norm, norms.norm_fake),
     (norms.grid_group_norm, norms.norm_fake),
     (norms.grid_rms_norm, norms.norm_fake),
+    (norms.grid_unit, norms.norm_fake),
     (norms.grid_line, norms.norm_fake),
     (averages.exact_avg_pool2d, averages.fake_avg_pool2d),
     (averages.exact_adaptive_avg_pool2d, averages.fake_adaptive_avg_pool2d),
     (averages.exact_mean, averages.fake_mean),
+    (averages.exact_sum, averages.fake_vector_norm),
+    (averages.exact_vector_norm, averages.fake_vector_norm),
     (resizing.exact_bilinear, resizing.fake_bilinear),
     (attention.grid_attention, attention.fake_attention),
     (attention.key_mask, attention.fake_key_mask),
@@ -171,6 +181,7 @@ for _function, _fake in (
     (fused.exact_function, fused.fake_function),
     (floats.exact_linear, floats.fake_linear),
     (floats.exact_conv2d, floats.fake_conv2d),
+    (transposed.exact_conv_transpose2d, transposed.fake_conv_transpose2d),
 ):
     for _device in ("CPU", "CUDA"):
         _library.impl(_function.__name__, untraced(_function), _device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -91,6 +92,27 @@ def _pitches(mask: Tensor) -> tuple[int, int]:
     return (heads * size if images > 1 else 0), (size if heads > 1 else 0)
 
 
+def _by_head(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    factor: Tensor,
+    attention: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor], Tensor],
+) -> Tensor:
+    """The heads one after the other, each with its own factor."""
+    heads, shared = query.shape[-3], query.shape[-3] // key.shape[-3]
+    found = []
+    for head, own in enumerate(factor.reshape(-1)):
+        keys = slice(head // shared, head // shared + 1)
+        part = mask
+        if mask is not None and mask.dim() > 2 and mask.shape[-3] == heads:
+            part = mask[..., head : head + 1, :, :]
+        items = (query[..., head : head + 1, :, :], key[..., keys, :, :], value[..., keys, :, :])
+        found.append(attention(*items, part, own))
+    return torch.cat(found, -3)
+
+
 @torch.no_grad()
 def grid_attention(
     query: Tensor,
@@ -111,8 +133,15 @@ def grid_attention(
         key, value: of the same leading sizes; they may have fewer heads (``enable_gqa``).
         attn_mask: broadcasts to ``[..., heads, queries, keys]``; bool, or added to scores.
         query_qparams, key_qparams, value_qparams: float32 ``[3]``: scale, zero point and bits.
-        factor: one number that multiplies the scale.
+        factor: one number that multiplies the scale, or one per head.
     """
+    if factor is not None and factor.numel() > 1:
+        return _by_head(
+            query, key, value, attn_mask, factor,
+            lambda *items: grid_attention(
+                *items[:4], is_causal, scale, query_qparams, key_qparams, value_qparams, items[4]
+            ),
+        )  # fmt: skip
     tokens, depth = query.shape[-2:]
     keys, width = value.shape[-2:]
     heads, key_heads = (1, 1) if query.dim() < 3 else (query.shape[-3], key.shape[-3])

@@ -1,4 +1,4 @@
-"""Averages whose bits do not depend on the order of additions, as the engine takes them.
+"""Averages and norms whose bits do not depend on the order of additions, as the engine takes them.
 
 Values on a u8 grid are added up as whole numbers (csrc/reference/image_spec.hpp); others in
 float64, where the order shows only beyond what float32 holds.
@@ -19,9 +19,12 @@ __all__ = [
     "exact_adaptive_avg_pool2d",
     "exact_avg_pool2d",
     "exact_mean",
+    "exact_sum",
+    "exact_vector_norm",
     "fake_adaptive_avg_pool2d",
     "fake_avg_pool2d",
     "fake_mean",
+    "fake_vector_norm",
 ]
 
 
@@ -103,6 +106,27 @@ def exact_mean(input: Tensor, dim: Sequence[int], keepdim: bool, qparams: Tensor
     return _average(sums, torch.full((), count).to(terms), qparams, input.dtype)
 
 
+@torch.no_grad()
+def exact_sum(input: Tensor, dim: Sequence[int], keepdim: bool, qparams: Tensor | None) -> Tensor:
+    """``input.sum(dim, keepdim)``: a mean times the number of values, each rounded; see
+    :func:`exact_avg_pool2d`."""
+    terms = _terms(input, qparams)
+    count = math.prod(terms.shape[axis] for axis in dim)
+    sums = terms.sum(list(dim), keepdim)
+    if qparams is not None:
+        sums = sums * qparams[0].double()
+    return ((sums / count).float() * float(count)).to(input.dtype)
+
+
+@torch.no_grad()
+def exact_vector_norm(
+    input: Tensor, dim: Sequence[int], keepdim: bool, qparams: Tensor | None
+) -> Tensor:
+    """``torch.linalg.vector_norm(input, 2, dim, keepdim)``; see :func:`exact_avg_pool2d`."""
+    root = _terms(input, qparams).square().sum(list(dim), keepdim).sqrt()
+    return (root if qparams is None else root * qparams[0].double()).to(input.dtype)
+
+
 def fake_avg_pool2d(
     input: Tensor,
     kernel_size: Sequence[int],
@@ -128,3 +152,10 @@ def fake_adaptive_avg_pool2d(
 def fake_mean(input: Tensor, dim: Sequence[int], keepdim: bool, qparams: Tensor | None) -> Tensor:
     """Shape of :func:`exact_mean`."""
     return input.mean(list(dim), keepdim)
+
+
+def fake_vector_norm(
+    input: Tensor, dim: Sequence[int], keepdim: bool, qparams: Tensor | None
+) -> Tensor:
+    """Shape of :func:`exact_vector_norm` and :func:`exact_sum`."""
+    return input.sum(list(dim), keepdim)

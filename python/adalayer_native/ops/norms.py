@@ -9,6 +9,8 @@ numbers, and what follows is a fixed sequence of float32 and float64 operations.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,8 +24,10 @@ __all__ = [
     "grid_layer_norm",
     "grid_line",
     "grid_rms_norm",
+    "grid_unit",
     "line_of",
     "norm_fake",
+    "unit_as_rms",
 ]
 
 
@@ -142,6 +146,24 @@ def grid_rms_norm(
     return (y * gamma + 0.0).to(input.dtype)
 
 
+def unit_as_rms(count: int, eps: float) -> tuple[float, float]:
+    """Weight and eps of an RMS norm of vectors with so many elements, whose results have length one
+    as ``F.normalize`` gives it.
+
+    The largest of a length and eps is the root of the sum of their squares unless they are about as
+    large, which levels are not: they are zero, or steps of a grid.
+    """
+    return 1.0 / math.sqrt(count), max(eps**2 / count, torch.finfo(torch.float32).tiny)
+
+
+@torch.no_grad()
+def grid_unit(input: Tensor, eps: float, qparams: Tensor | None) -> Tensor:
+    """``F.normalize(input, dim=-1, eps=eps)``, as :func:`grid_rms_norm` computes it."""
+    count = input.shape[-1]
+    weight, least = unit_as_rms(count, eps)
+    return grid_rms_norm(input, torch.full((count,), weight), least, qparams)
+
+
 def line_of(kind: str, constant: Tensor, alpha: float, left: bool) -> tuple[Tensor, Tensor]:
     """Factor and offset, float64, of a product, quotient, sum or difference with a constant.
 
@@ -162,7 +184,13 @@ def line_of(kind: str, constant: Tensor, alpha: float, left: bool) -> tuple[Tens
 
 @torch.no_grad()
 def grid_line(
-    input: Tensor, constant: Tensor, kind: str, alpha: float, left: bool, qparams: Tensor
+    input: Tensor,
+    constant: Tensor,
+    kind: str,
+    alpha: float,
+    left: bool,
+    qparams: Tensor,
+    addend: Tensor | None = None,
 ) -> Tensor:
     """``fma(q, s, t)`` with ``s = factor * scale`` and ``t = offset - z * s`` in float64.
 
@@ -171,8 +199,11 @@ def grid_line(
         constant: broadcasts with it.
         kind, alpha, left: see :func:`line_of`.
         qparams: float32 ``[3]``: the grid's scale, zero point and bits.
+        addend: what is added to a product or quotient; broadcasts with the input.
     """
     factor, offset = line_of(kind, constant, alpha, left)
+    if addend is not None:
+        offset = offset + addend.double()
     scale, zero_point = qparams[:2].tolist()
     step = factor * scale
     y = fma(levels(input, qparams), step.float(), (offset - zero_point * step).float())

@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from adalayer_native.capture import TensorInfo, info_of
 from adalayer_native.capture import vocabulary as table
-from adalayer_native.capture.attention import Attention, Choice, attentions
+from adalayer_native.capture.attention import Attention, Choice, attentions, mask_values
 from adalayer_native.capture.rms_norms import rms_norms
 from adalayer_native.padding import four_paddings
 from adalayer_native.quantization.fake_quant import ActivationQuantizer, QuantLayer
@@ -83,7 +83,11 @@ class _Steps:
         self.modules = dict(model.named_modules())
         self.folded = folded
         self.constants = table.constants(model.graph)
-        self.attentions = {item.result: item for item in attentions(model)}
+        found = attentions(model)
+        self.attentions = {item.result: item for item in found}
+        # What stays in torch's steps inside of them, and in masks.
+        self.scores = {step for item in found for step in item.inner}
+        self.scores |= mask_values(self.graph, found)
         self.norms = rms_norms(self.graph)
         self.inside = {step for norm in self.norms.values() for step in norm.inside}
 
@@ -98,10 +102,12 @@ class _Steps:
         if node in self.attentions:
             return self._attention(self.attentions[node])
         name = table.op_name(node)
-        if node in self.inside:
+        if node in self.inside or node in self.scores:
             return None
         if node in self.norms:
             norm = self.norms[node]
+            if norm.unit:
+                return self._norm(node, _ops.grid_unit.default, [norm.eps], norm.operand)
             rest = [norm.weight, norm.eps]
             return self._norm(node, _ops.grid_rms_norm.default, rest, norm.operand)
         if name == "aten.layer_norm.default":
@@ -126,7 +132,8 @@ class _Steps:
     def _float_layer(self, node: fx.Node) -> fx.Node | None:
         """A convolution or linear layer that nobody quantizes."""
         layer = self.modules[str(node.target)]
-        if isinstance(layer, QuantLayer) or not isinstance(layer, (nn.Conv2d, nn.Linear)):
+        kinds = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+        if isinstance(layer, QuantLayer) or not isinstance(layer, kinds):
             return None
         if layer.weight.dtype != torch.float32 or not table.is_value(node):
             return None
@@ -139,7 +146,13 @@ class _Steps:
             return None
         if len(info.shape) != 4:
             return None
+        if isinstance(layer, nn.ConvTranspose2d) and len(node.args) + len(node.kwargs) > 1:
+            return None  # of a size that the call gives
         rest += self._parameters(node, "weight", "bias")
+        if isinstance(layer, nn.ConvTranspose2d):
+            pads = [list(layer.padding), list(layer.output_padding)]
+            rest += [list(layer.stride), *pads, layer.groups, list(layer.dilation)]
+            return self._insert(node, _ops.exact_conv_transpose2d.default, rest)
         sides = list(four_paddings(layer))
         rest += [list(layer.stride), sides, list(layer.dilation), layer.groups]
         return self._insert(node, _ops.exact_conv2d.default, rest)
@@ -188,6 +201,22 @@ class _Steps:
         rest = [constant, kind, float(a.get("alpha", 1)), left]
         return self._on_grid(node, _ops.grid_line.default, rest, operand)
 
+    def _two_lines(self, node: fx.Node) -> fx.Node | None:
+        """``addend + value * factor * operand`` of two constants."""
+        a = table.arguments(node)
+        pair = [a["tensor1"], a["tensor2"]]
+        given = [item in self.constants for item in (a["self"], *pair)]
+        if given[0] is False or given[1] == given[2] or a["value"] != 1:
+            return None
+        constant, operand = pair if given[1] else pair[::-1]
+        if not _same_shape(operand, node) or not self._becomes_levels(node):
+            return None
+        grid = self._grid_of(operand)
+        if grid is None:
+            return None
+        rest = [constant, "mul", 1.0, bool(given[1]), self._qparams(node, grid), a["self"]]
+        return self._insert(node, _ops.grid_line.default, [operand, *rest])
+
     def _avg_pool(self, node: fx.Node) -> fx.Node | None:
         a = table.arguments(node)
         info = info_of(node)
@@ -214,6 +243,28 @@ class _Steps:
         rest = [list(a["dim"]), a["keepdim"]]
         return self._average(node, _ops.exact_mean.default, rest)
 
+    def _vector_norm(self, node: fx.Node) -> fx.Node | None:
+        a = table.arguments(node)
+        if a["ord"] != 2 or not a["dim"] or a["dtype"] is not None:
+            return None
+        rest = [
+            list(a["dim"]),
+            a["keepdim"],
+            self._qparams(node, self._grid_of(table.source(node))),
+        ]
+        return self._insert(node, _ops.exact_vector_norm.default, [node.args[0], *rest])
+
+    def _sum(self, node: fx.Node) -> fx.Node | None:
+        a = table.arguments(node)
+        if not a["dim"] or a["dtype"] is not None:
+            return None
+        rest = [
+            list(a["dim"]),
+            a["keepdim"],
+            self._qparams(node, self._grid_of(table.source(node))),
+        ]
+        return self._insert(node, _ops.exact_sum.default, [node.args[0], *rest])
+
     def _bilinear(self, node: fx.Node) -> fx.Node | None:
         a = table.arguments(node)
         factors = a.get("scale_factors")
@@ -223,16 +274,20 @@ class _Steps:
         return self._average(node, _ops.exact_bilinear.default, rest)
 
     def _softmax(self, node: fx.Node) -> fx.Node | None:
-        """Over the channels, where nothing follows: the engine has no other."""
+        """Over one axis, which the engine has as channels."""
         a, info = table.arguments(node), info_of(node)
         if not isinstance(info, TensorInfo) or a.get("dtype") is not None:
             return None
-        rank = len(info.shape)
-        if rank not in (2, 4) or a["dim"] % rank != 1 or a.get("half_to_float"):
+        axis = a["dim"] % len(info.shape)
+        if axis == 0 or a.get("half_to_float"):
             return None
-        if any(user.op != "output" for user in node.users):
-            return None
-        return self._insert(node, _ops.exact_softmax.default, [node.args[0]])
+        if axis == 1:
+            return self._insert(node, _ops.exact_softmax.default, [node.args[0]])
+        with self.graph.inserting_before(node):
+            operand = self._exchanged(node.args[0], 1, axis)
+        found = self._insert(node, _ops.exact_softmax.default, [operand])
+        with self.graph.inserting_before(node):
+            return self._exchanged(found, 1, axis)
 
     def _attention(self, found: Attention) -> fx.Node | None:
         operands = (found.query, found.key, found.value)
@@ -293,8 +348,8 @@ class _Steps:
     def _reshaped(self, node: fx.Node, sizes: list[Any]) -> fx.Node:
         return self.graph.call_function(torch.ops.aten.reshape.default, (node, sizes))
 
-    def _exchanged(self, node: fx.Node) -> fx.Node:
-        return self.graph.call_function(torch.ops.aten.transpose.int, (node, -2, -1))
+    def _exchanged(self, node: Any, first: int = -2, second: int = -1) -> fx.Node:
+        return self.graph.call_function(torch.ops.aten.transpose.int, (node, first, second))
 
     def _function(self, node: fx.Node) -> fx.Node | None:
         """Behind the last quantized layer; in front of it a table of levels does it."""
@@ -379,6 +434,9 @@ _MAKERS: dict[str, Callable[[_Steps, fx.Node], fx.Node | None]] = {
     "aten.avg_pool2d.default": _Steps._avg_pool,
     "aten.adaptive_avg_pool2d.default": _Steps._adaptive,
     "aten.mean.dim": _Steps._mean,
+    "aten.linalg_vector_norm.default": _Steps._vector_norm,
+    "aten.sum.dim_IntList": _Steps._sum,
+    "aten.addcmul.default": _Steps._two_lines,
     "aten.group_norm.default": _Steps._group_norm,
     "aten.upsample_bilinear2d.vec": _Steps._bilinear,
     "aten.upsample_bilinear2d.default": _Steps._bilinear,

@@ -77,9 +77,103 @@ TEST(functions_and_pairs_of_floats) {
       for (int64_t i = 0; i < n; ++i)
         expected.push_back(float_pair(a[static_cast<size_t>(i)], b[static_cast<size_t>(i)], pair));
       check_floats("pair " + std::to_string(k), expected, [&](float* out, Part part) {
-        combine_f32(pair, a.data(), b.data(), n, out, part);
+        combine_f32(CombinedFloats(pair, {n, 1, 1}, {n, 1, 1}, {n, 1, 1}), a.data(), b.data(), out,
+                    part);
       });
     }
+  }
+}
+
+TEST(pairs_of_floats_of_different_sizes) {
+  for (int round = 0; round < 60; ++round) {
+    int64_t size[3], a[3], b[3];
+    for (int k = 0; k < 3; ++k) {
+      size[k] = uniform(1, 9);
+      a[k] = uniform(0, 2) == 0 ? 1 : size[k];
+      b[k] = uniform(0, 2) == 0 && a[k] == size[k] ? 1 : size[k];
+    }
+    const auto values = [](const int64_t (&n)[3]) {
+      return Exact<float>::of(random_floats(n[0] * n[1] * n[2], [] {
+        return static_cast<float>(uniform(1, 3000)) * pick<float>({0.01f, -0.03f});
+      }));
+    };
+    const auto x = values(a), y = values(b);
+    const auto at = [](const int64_t (&n)[3], int64_t c, int64_t h, int64_t w) {
+      return static_cast<size_t>(((n[0] == 1 ? 0 : c) * n[1] + (n[1] == 1 ? 0 : h)) * n[2] +
+                                 (n[2] == 1 ? 0 : w));
+    };
+    const auto pair = static_cast<FloatPair>(round % kFloatPairs);
+    std::vector<float> expected;
+    for (int64_t c = 0; c < size[0]; ++c)
+      for (int64_t h = 0; h < size[1]; ++h)
+        for (int64_t w = 0; w < size[2]; ++w)
+          expected.push_back(float_pair(x[at(a, c, h, w)], y[at(b, c, h, w)], pair));
+    check_floats("pair of sizes", expected, [&](float* out, Part part) {
+      combine_f32(CombinedFloats(pair, a, b, size), x.data(), y.data(), out, part);
+    });
+  }
+}
+
+TEST(reductions_of_floats) {
+  for (int round = 0; round < 60; ++round) {
+    ReduceSpec spec;
+    spec.kind = static_cast<Reduction>(round % kReductions);
+    const int axes = uniform(1, 7);
+    for (int k = 0; k < 3; ++k)
+      spec.along[k] = (axes >> k & 1) != 0;
+    const int64_t c = uniform(1, 9), h = uniform(1, 5), w = pick<int64_t>({1, 7, 64, 65, 150});
+    const auto x = Exact<float>::of(random_floats(
+        c * h * w, [] { return static_cast<float>(uniform(-3000, 3000)) * 1.37e-3f; }));
+    const int64_t rows = spec.along[1] ? 1 : h, columns = spec.along[2] ? 1 : w;
+    std::vector<double> sums(static_cast<size_t>((spec.along[0] ? 1 : c) * rows * columns));
+    for (int64_t i = 0; i < c * h * w; ++i) {
+      const int64_t k = spec.along[0] ? 0 : i / (h * w), y = spec.along[1] ? 0 : i / w % h;
+      sums[static_cast<size_t>((k * rows + y) * columns + (spec.along[2] ? 0 : i % w))] +=
+          reduction_term(static_cast<double>(x[static_cast<size_t>(i)]), spec.kind);
+    }
+    const int64_t count = c * h * w / static_cast<int64_t>(sums.size());
+    std::vector<float> expected;
+    for (const double sum : sums)
+      expected.push_back(reduced_floats(sum, count, spec.kind));
+    check_floats("reduction", expected,
+                 [&](float* out, Part part) { reduce_floats(spec, x.data(), c, h, w, out, part); });
+  }
+}
+
+TEST(reductions_of_levels) {
+  for (int round = 0; round < 60; ++round) {
+    ReduceSpec spec;
+    spec.kind = static_cast<Reduction>(round % kReductions);
+    spec.zero_point = pick<int>({0, 3, 128, 255});
+    spec.step = 0.0123;
+    const int axes = uniform(1, 7);
+    for (int k = 0; k < 3; ++k)
+      spec.along[k] = (axes >> k & 1) != 0;
+    // Long enough for more squares than 32 bits hold.
+    const bool large = round % 20 == 1;
+    const int64_t c = large ? 2 : pick<int64_t>({1, 3, 63, 64, 65, 130});
+    const int64_t h = large ? 300 : uniform(1, 5), w = large ? 500 : uniform(1, 9);
+    const ImageLayout layout = image_layout(c, h, w, {1, 2, 0, 1});
+    std::vector<uint8_t> memory(static_cast<size_t>(layout.image_bytes + layout.slack));
+    for (auto& q : memory)
+      q = large ? 255 : static_cast<uint8_t>(rng());
+    const ConstImageView in{&layout, memory.data()};
+    const int64_t rows = spec.along[1] ? 1 : h, columns = spec.along[2] ? 1 : w;
+    std::vector<int64_t> sums(static_cast<size_t>((spec.along[0] ? 1 : c) * rows * columns));
+    for (int64_t k = 0; k < c; ++k)
+      for (int64_t y = 0; y < h; ++y)
+        for (int64_t x = 0; x < w; ++x) {
+          const int64_t q = in.pixel(y, x)[k] - spec.zero_point;
+          sums[static_cast<size_t>(
+              ((spec.along[0] ? 0 : k) * rows + (spec.along[1] ? 0 : y)) * columns +
+              (spec.along[2] ? 0 : x))] += spec.kind == Reduction::Norm ? q * q : q;
+        }
+    const int64_t count = c * h * w / static_cast<int64_t>(sums.size());
+    std::vector<float> expected;
+    for (const int64_t sum : sums)
+      expected.push_back(reduced_levels(sum, count, spec));
+    check_floats("reduction of levels", expected,
+                 [&](float* out, Part part) { reduce(spec, in, out, part); });
   }
 }
 

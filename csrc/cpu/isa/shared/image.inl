@@ -615,6 +615,8 @@ void combine(FloatPair pair, const float* a, const float* b, int64_t n, float* o
       return by([](F x, F y) { return V::sub(x, y); });
     case FloatPair::Product:
       return by([](F x, F y) { return V::mul(x, y); });
+    case FloatPair::Quotient:
+      return by([](F x, F y) { return V::div(x, y); });
   }
 }
 
