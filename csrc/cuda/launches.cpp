@@ -84,6 +84,7 @@ void Launcher::add(const Node& n, const NodeData& d) {
     case OpKind::Choose:
     case OpKind::FloatConv:  // check_node()
     case OpKind::Recurrence:
+    case OpKind::Linear:
       break;
     case OpKind::Softmax:
       return softmax(n);

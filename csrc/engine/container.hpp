@@ -15,7 +15,7 @@ namespace adalayer::engine {
 
 constexpr uint8_t kAdaMagic[8] = {0x89, 'A', 'D', 'A', '\r', '\n', 0x1A, '\n'};
 constexpr uint16_t kAdaMajor = 1;
-constexpr uint16_t kAdaMinor = 5;  // the newest that is read; files have the least they need
+constexpr uint16_t kAdaMinor = 6;  // the newest that is read; files have the least they need
 constexpr uint32_t kAdaMaxSections = 64;
 
 /// The first 64 bytes; all fields little-endian.

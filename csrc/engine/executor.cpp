@@ -37,6 +37,27 @@ void run_recurrence(const cpu::Recurrence& layer, const Node& node, const Frame&
   layer.run(job, part);
 }
 
+/// Positions are the rows of a linear layer; floats lie in planes.
+void run_linear(const cpu::Linear& layer, const Node& node, const Frame& frame, Part part) {
+  const Value &in = frame.program->values[node.inputs[0]],
+              &out = frame.program->values[node.output];
+  cpu::LinearJob job;
+  job.images = frame.images;
+  job.positions = in.h * in.w;
+  const auto floats = [&](int32_t v, const Value& value) {
+    return cpu::StepFloats{frame.floats(v, 0), value.c * job.positions, 1, job.positions};
+  };
+  if (in.kind == ValueKind::U8)
+    job.levels = frame.image(node.inputs[0], 0);
+  else
+    job.reals = floats(node.inputs[0], in);
+  if (out.kind == ValueKind::U8)
+    job.level_out = frame.image(node.output, 0);
+  else
+    job.real_out = floats(node.output, out);
+  layer.run(job, part);
+}
+
 }  // namespace
 
 std::unique_ptr<Workspace> Executor::borrow() const {
@@ -138,6 +159,10 @@ void Executor::run_part(const Step& step, const Frame& frame, Part part, int tea
   }
   if (step.recurrence) {
     run_recurrence(*step.recurrence, node, frame, part);
+    return;
+  }
+  if (step.linear) {
+    run_linear(*step.linear, node, frame, part);
     return;
   }
   if (!step.conv) {

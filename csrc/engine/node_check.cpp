@@ -359,6 +359,20 @@ void NodeCheck::recurrence() const {
   floats("bias", gates * hidden);
 }
 
+void NodeCheck::linear() const {
+  constexpr OpKind op = OpKind::Linear;
+  shape("output", out(), out().c, in().h, in().w);
+  packed_weights(out().c, in().c, 1, 1);
+  const int64_t group = node_.ints[int_of(op, "group_size")];
+  if (group != 0 && group != 32 && group != 64 && group != 128)
+    bad("group_size must be 0, 32, 64 or 128, got ", group);
+  floats("scale", out().c * (group == 0 ? 1 : (in().c + group - 1) / group));
+  floats("bias", out().c);
+  const float lo = node_.floats[float_of(op, "clamp_lo")];
+  const float hi = node_.floats[float_of(op, "clamp_hi")];
+  if (!(lo <= hi)) bad("clamp_lo must not exceed clamp_hi, got ", lo, " and ", hi);
+}
+
 void NodeCheck::run() const {
   const Operation& o = operation_;
   const auto inputs = static_cast<int>(node_.inputs.size());
@@ -436,6 +450,8 @@ void NodeCheck::run() const {
       return choose();
     case OpKind::Recurrence:
       return recurrence();
+    case OpKind::Linear:
+      return linear();
   }
 }
 

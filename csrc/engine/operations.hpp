@@ -84,8 +84,12 @@ enum class OpKind : uint8_t {
   // is
   // the grid of the state, also where the result is floats.
   Recurrence = 31,
+  // reference/linear.hpp: features of every position. Of levels, the step of the input's grid is in
+  // the scales; floats get a grid for every position, of 2^bits levels. The scales are
+  // [C][groups], of group_size input channels each; 0: of all of them.
+  Linear = 32,
 };
-constexpr int kOpKinds = 32;
+constexpr int kOpKinds = 33;
 
 constexpr int64_t kMaxAxis = 1 << 20;  // any of c, h, w; kernel, stride, padding, dilation
 
@@ -179,6 +183,7 @@ inline constexpr Form kNorms[] = {{u8, u8}, {u8, f32, 3}, {f32, f32, 3}};
 inline constexpr Form kAttention[] = {{u8, u8}, {u8, f32, 3}};
 inline constexpr Form kIds[] = {{i32, u8}};
 inline constexpr Form kChoices[] = {{i32, f32}};
+inline constexpr Form kLinear[] = {{u8, u8, 6}, {u8, f32, 6}, {f32, u8, 6}, {f32, f32, 6}};
 inline constexpr Form kRecurrence[] = {{f32, u8, 5}, {f32, f32, 5}};
 
 using Ints1 = std::array<IntParameter, 1>;
@@ -241,6 +246,9 @@ inline constexpr auto kRecurrenceInts = joined(
     std::array<IntParameter, 3>{
         {{"kind", 0, kRecurrentKinds - 1}, {"reverse", 0, 1, 0}, {"cells", 0, 1, 0}}},
     kFinish);
+
+inline constexpr auto kLinearInts =
+    joined(std::array<IntParameter, 2>{{{"group_size", 0, 128, 0}, {"bits", 2, 8, 8}}}, kFinish);
 
 inline constexpr FloatParameter kInverse[] = {{"inv", true, 1.0f}};
 // The clamp of a float result.
@@ -439,6 +447,12 @@ inline constexpr Operation kOperations[kOpKinds] = {
      .ints = table::kRecurrenceInts,
      .floats = table::kInverse,
      .constants = table::kRecurrenceConstants},
+    {.name = "linear",
+     .minor = 6,
+     .forms = table::kLinear,
+     .ints = table::kLinearInts,
+     .floats = table::kConvFloats,
+     .constants = table::kConvConstants},
 };
 
 constexpr const Operation& operation(OpKind op) { return kOperations[static_cast<size_t>(op)]; }

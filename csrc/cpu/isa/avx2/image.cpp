@@ -213,6 +213,7 @@ struct V {
 #include "cpu/isa/shared/attention.inl"
 #include "cpu/isa/shared/floats.inl"
 #include "cpu/isa/shared/recurrence.inl"
+#include "cpu/isa/shared/linear.inl"
 // What they all define.
 #include "cpu/isa/shared/image_table.inl"
 

@@ -240,6 +240,7 @@ void interleave_sixteen(const uint8_t* a, const uint8_t* b, uint8_t* out) {
 #include "cpu/isa/shared/attention.inl"
 #include "cpu/isa/shared/floats.inl"
 #include "cpu/isa/shared/recurrence.inl"
+#include "cpu/isa/shared/linear.inl"
 // What they all define.
 #include "cpu/isa/shared/image_table.inl"
 

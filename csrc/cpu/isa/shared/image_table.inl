@@ -29,4 +29,7 @@ constexpr ImageKernels kImage{
     .normalize_floats = normalize_floats,
     .multiply_floats = multiply_floats,
     .recurrent_cell = recurrent_cell,
+    .add_group = add_group,
+    .row_range = row_range,
+    .finish_floats = finish_floats,
 };
