@@ -169,6 +169,7 @@ void linear(const std::array<int64_t, 4>& sizes, const std::pair<uintptr_t, size
   if (grid) {
     const ActivationGrid g = cpu::activation_grid(grid_of(*grid));
     job.on_grid = true;
+    job.step = std::get<0>(*grid);
     job.inv_scale = g.inv_scale;
     spec.zero_point = g.zero_point;
     spec.qmax = g.qmax;

@@ -161,6 +161,7 @@ int64_t Linear::stage(const LinearJob& job, int64_t row, int64_t end, Chunk& chu
     }
     RowGrid g;
     if (job.on_grid) {
+      g.step = job.step;
       g.grid = {job.inv_scale, spec_.zero_point, spec_.qmax};
     } else {
       float low, high;

@@ -19,8 +19,8 @@ struct LinearJob {
   int64_t images = 0, positions = 1;
   ConstImageView levels;  // the first image's, on the grid of the spec;
   StepFloats reals;       // or floats: only read. Their rows get grids of their own
-  bool on_grid = false;   // floats go onto the grid of the spec instead; inverse of its step:
-  float inv_scale = 1.0f;
+  bool on_grid = false;   // floats go onto one grid instead, the spec's zero point and
+  float step = 1.0f, inv_scale = 1.0f;  // this step, which then is not in the scales
   ImageView level_out;  // either levels
   StepFloats real_out;  // or floats
 
