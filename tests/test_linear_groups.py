@@ -1,4 +1,4 @@
-"""Linear layers with a scale per group of input channels: plan, simulation, repair, files, engine."""
+"""Linear layers with a scale per group of input channels, from the plan to the engine."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def test_parameters_are_read_where_they_lie() -> None:
 def test_wrong_scales_are_refused() -> None:
     weight = torch.zeros(4, 100, dtype=torch.int8)
     for shape in ((4, 3), (3, 4), (4, 4, 1)):
-        with pytest.raises(ValueError, match="scales|must have shape"):
+        with pytest.raises(ValueError, match=r"scales|must have shape"):
             native_nn.Linear.from_quantized(
                 weight, 4, torch.ones(shape), None, input_scale=0.1, input_zero_point=0
             )

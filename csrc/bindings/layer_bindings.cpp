@@ -146,34 +146,29 @@ void recurrence(const std::array<int64_t, 3>& sizes, const std::tuple<int, bool,
   cpu::recurrent_layer(spec, bytes_at(packed.first, packed.second), job, threads);
 }
 
-/// sizes: rows, inputs, outputs, input channels per scale (0: all). packed: address and bytes.
-/// line: scale, [outputs][groups], and bias. grid: of the input, whose step is in the scales; or,
-/// without one, bits of the grids that rows get. tensors: input and result, both [rows][..].
+/// sizes: rows, inputs, outputs, input channels per scale. packed: address and bytes. line: scale,
+/// [outputs][groups], and bias. tensors: input and result, both [rows][..].
 void linear(const std::array<int64_t, 4>& sizes, const std::pair<uintptr_t, size_t>& packed,
-            const std::array<uintptr_t, 2>& line, const std::optional<GridNumbers>& grid, int bits,
+            const std::array<uintptr_t, 2>& line, const GridNumbers& input,
             const std::pair<float, float>& bounds, const std::array<uintptr_t, 2>& tensors,
             int threads) {
   const auto [rows, inputs, outputs, group] = sizes;
-  if (rows < 1 || inputs < 1 || outputs < 1 || group < 0 || bits < 2 || bits > 8)
-    throw InvalidArgument("linear: expected positive sizes and 2 to 8 bits");
+  if (*std::min_element(sizes.begin(), sizes.end()) < 1)
+    throw InvalidArgument("linear: expected positive sizes");
+  const ActivationGrid grid = cpu::activation_grid(grid_of(input));
   LinearSpec spec;
   spec.inputs = inputs;
   spec.outputs = outputs;
-  spec.group = group == 0 ? inputs : std::min(group, inputs);
+  spec.group = std::min(group, inputs);
   spec.scale = floats_at(line[0]);
   spec.bias = floats_at(line[1]);
-  spec.qmax = (1 << bits) - 1;
+  spec.qmax = grid.qmax;
+  spec.zero_point = grid.zero_point;
+  spec.step = std::get<0>(input);
   std::tie(spec.lo, spec.hi) = bounds;
   cpu::LinearJob job;
   job.images = rows;
-  if (grid) {
-    const ActivationGrid g = cpu::activation_grid(grid_of(*grid));
-    job.on_grid = true;
-    job.step = std::get<0>(*grid);
-    job.inv_scale = g.inv_scale;
-    spec.zero_point = g.zero_point;
-    spec.qmax = g.qmax;
-  }
+  job.inv_scale = grid.inv_scale;
   job.reals = {reinterpret_cast<float*>(tensors[0]), inputs, inputs, 1};
   job.real_out = {reinterpret_cast<float*>(tensors[1]), outputs, outputs, 1};
   const py::gil_scoped_release release;

@@ -171,8 +171,8 @@ struct GroupSums {
   int64_t sum_row;
   const int32_t* totals;  // of the group's weights
   const float* scale;
-  const int32_t* zeros;  // [rows]
-  const float* steps;    // [rows]
+  int32_t zero;
+  float step;
   int rows;
   int64_t columns;
   float* reals;
@@ -235,8 +235,6 @@ struct ImageKernels {
   void (*multiply_floats)(const FloatProduct& product);
   void (*recurrent_cell)(const RecurrentCell& cell);
   void (*add_group)(const GroupSums& group);
-  /// reference::row_range()
-  void (*row_range)(const float* x, int64_t n, float* low, float* high);
   /// The finish of n floats.
   void (*finish_floats)(const float* y, int64_t n, const U8Finish& finish, uint8_t* out);
 };

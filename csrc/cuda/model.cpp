@@ -75,8 +75,7 @@ void check_node(const Program& p, const Node& n) {
     fail<InvalidArgument>("node '", n.name, "': recurrent layers run on the CPU alone");
   if (n.op == OpKind::Linear)
     fail<InvalidArgument>("node '", n.name,
-                          "': linear layers with weight groups, or with a grid per row, run on the "
-                          "CPU alone");
+                          "': linear layers with weight groups run on the CPU alone");
   if (floats || n.op == OpKind::FloatConv)
     fail<InvalidArgument>("node '", n.name, "': ", engine::op_name(n.op),
                           " with a float result runs on the CPU alone");

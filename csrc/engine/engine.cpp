@@ -465,10 +465,7 @@ std::vector<NodeProfile> Engine::profile(int64_t batch, int threads, int rounds)
       const Constant& weights = weights_of(e.program, e.program.nodes[k]);
       const LinearSpec spec = linear_spec(e.program, e.program.nodes[k]);
       const Value& out = e.program.values[e.program.nodes[k].output];
-      p.kernel += spec.group < spec.inputs ? " linear, groups of " + std::to_string(spec.group)
-                                           : std::string(" linear");
-      if (e.program.values[e.program.nodes[k].inputs[0]].kind == ValueKind::F32)
-        p.kernel += ", a grid per row";
+      p.kernel += " linear, groups of " + std::to_string(spec.group);
       p.bits = weight_bits(weights);
       p.macs = spec.outputs * spec.inputs * out.h * out.w;
       p.packed_bytes = static_cast<int64_t>(weights.bytes.size());

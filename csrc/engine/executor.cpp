@@ -39,22 +39,15 @@ void run_recurrence(const cpu::Recurrence& layer, const Node& node, const Frame&
 
 /// Positions are the rows of a linear layer; floats lie in planes.
 void run_linear(const cpu::Linear& layer, const Node& node, const Frame& frame, Part part) {
-  const Value &in = frame.program->values[node.inputs[0]],
-              &out = frame.program->values[node.output];
+  const Value& out = frame.program->values[node.output];
   cpu::LinearJob job;
   job.images = frame.images;
-  job.positions = in.h * in.w;
-  const auto floats = [&](int32_t v, const Value& value) {
-    return cpu::StepFloats{frame.floats(v, 0), value.c * job.positions, 1, job.positions};
-  };
-  if (in.kind == ValueKind::U8)
-    job.levels = frame.image(node.inputs[0], 0);
-  else
-    job.reals = floats(node.inputs[0], in);
+  job.positions = out.h * out.w;
+  job.levels = frame.image(node.inputs[0], 0);
   if (out.kind == ValueKind::U8)
     job.level_out = frame.image(node.output, 0);
   else
-    job.real_out = floats(node.output, out);
+    job.real_out = {frame.floats(node.output, 0), out.c * job.positions, 1, job.positions};
   layer.run(job, part);
 }
 

@@ -620,25 +620,12 @@ void Interpreter::linear(const Node& n, int64_t image) {
   const LinearSpec spec = linear_spec(program_, n);
   const Shape s(value(n.output));
   const int64_t plane = s.h * s.w;
-  const bool from_levels = value(n.inputs[0]).kind == ValueKind::U8;
-  std::vector<float> row(static_cast<size_t>(spec.inputs)), reals(static_cast<size_t>(s.c));
-  std::vector<uint8_t> q(static_cast<size_t>(spec.inputs));
+  std::vector<uint8_t> row(static_cast<size_t>(spec.inputs));
+  std::vector<float> reals(static_cast<size_t>(s.c));
   for (int64_t p = 0; p < plane; ++p) {
-    RowGrid g;
-    g.grid.zero_point = spec.zero_point;
     for (int64_t c = 0; c < spec.inputs; ++c)
-      if (from_levels)
-        q[c] = levels(n.inputs[0], image)[c * plane + p];
-      else
-        row[c] = numbers(n.inputs[0], image)[c * plane + p];
-    if (!from_levels) {
-      float low, high;
-      reference::row_range(row.data(), spec.inputs, &low, &high);
-      g = row_grid(low, high, spec.qmax);
-      for (int64_t c = 0; c < spec.inputs; ++c)
-        q[c] = quantize_value(row[c], g.grid);
-    }
-    reference::linear(spec, weights_.data(), q.data(), g.grid.zero_point, g.step, reals.data());
+      row[c] = levels(n.inputs[0], image)[c * plane + p];
+    reference::linear(spec, weights_.data(), row.data(), reals.data());
     for (int64_t o = 0; o < s.c; ++o)
       if (value(n.output).kind == ValueKind::U8)
         levels(n.output, image)[o * plane + p] = finish_u8(reals[o], spec.finish);

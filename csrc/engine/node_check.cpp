@@ -364,9 +364,9 @@ void NodeCheck::linear() const {
   shape("output", out(), out().c, in().h, in().w);
   packed_weights(out().c, in().c, 1, 1);
   const int64_t group = node_.ints[int_of(op, "group_size")];
-  if (group != 0 && group != 32 && group != 64 && group != 128)
-    bad("group_size must be 0, 32, 64 or 128, got ", group);
-  floats("scale", out().c * (group == 0 ? 1 : (in().c + group - 1) / group));
+  if (group != 32 && group != 64 && group != 128)
+    bad("group_size must be 32, 64 or 128, got ", group);
+  floats("scale", out().c * ((in().c + group - 1) / group));
   floats("bias", out().c);
   const float lo = node_.floats[float_of(op, "clamp_lo")];
   const float hi = node_.floats[float_of(op, "clamp_hi")];

@@ -84,9 +84,8 @@ enum class OpKind : uint8_t {
   // is
   // the grid of the state, also where the result is floats.
   Recurrence = 31,
-  // reference/linear.hpp: features of every position. Of levels, the step of the input's grid is in
-  // the scales; floats get a grid for every position, of 2^bits levels. The scales are
-  // [C][groups], of group_size input channels each; 0: of all of them.
+  // A 1x1 convolution with scales for groups of input channels (reference/linear.hpp):
+  // [C][groups], of group_size input channels each; the last one may have fewer.
   Linear = 32,
 };
 constexpr int kOpKinds = 33;
@@ -183,7 +182,7 @@ inline constexpr Form kNorms[] = {{u8, u8}, {u8, f32, 3}, {f32, f32, 3}};
 inline constexpr Form kAttention[] = {{u8, u8}, {u8, f32, 3}};
 inline constexpr Form kIds[] = {{i32, u8}};
 inline constexpr Form kChoices[] = {{i32, f32}};
-inline constexpr Form kLinear[] = {{u8, u8, 6}, {u8, f32, 6}, {f32, u8, 6}, {f32, f32, 6}};
+inline constexpr Form kLinear[] = {{u8, u8, 6}, {u8, f32, 6}};
 inline constexpr Form kRecurrence[] = {{f32, u8, 5}, {f32, f32, 5}};
 
 using Ints1 = std::array<IntParameter, 1>;
@@ -247,8 +246,7 @@ inline constexpr auto kRecurrenceInts = joined(
         {{"kind", 0, kRecurrentKinds - 1}, {"reverse", 0, 1, 0}, {"cells", 0, 1, 0}}},
     kFinish);
 
-inline constexpr auto kLinearInts =
-    joined(std::array<IntParameter, 2>{{{"group_size", 0, 128, 0}, {"bits", 2, 8, 8}}}, kFinish);
+inline constexpr auto kLinearInts = joined(Ints1{{{"group_size", 32, 128}}}, kFinish);
 
 inline constexpr FloatParameter kInverse[] = {{"inv", true, 1.0f}};
 // The clamp of a float result.

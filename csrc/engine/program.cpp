@@ -351,16 +351,14 @@ RecurrenceSpec recurrence_spec(const Program& p, const Node& n) {
 LinearSpec linear_spec(const Program& p, const Node& n) {
   constexpr OpKind op = OpKind::Linear;
   const Value& in = first_input(p, n);
-  const int64_t group = n.ints[int_of(op, "group_size")];
   LinearSpec s;
   s.inputs = in.c;
   s.outputs = p.values[n.output].c;
-  s.group = group == 0 ? s.inputs : std::min(group, s.inputs);
+  s.group = std::min(n.ints[int_of(op, "group_size")], s.inputs);
   s.scale = floats(p, n.constants[constant_of(op, "scale")]);
   s.bias = floats(p, n.constants[constant_of(op, "bias")]);
-  const bool levels = in.kind == ValueKind::U8;
-  s.qmax = levels ? in.qmax : (1 << n.ints[int_of(op, "bits")]) - 1;
-  s.zero_point = levels ? in.zero_point : 0;
+  s.qmax = in.qmax;
+  s.zero_point = in.zero_point;
   s.lo = n.floats[float_of(op, "clamp_lo")];
   s.hi = n.floats[float_of(op, "clamp_hi")];
   s.finish = node_finish(p, n);

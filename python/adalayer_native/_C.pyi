@@ -89,8 +89,7 @@ def linear(
     sizes: tuple[int, int, int, int],  # rows, inputs, outputs, input channels per scale
     packed: tuple[int, int],
     line: tuple[int, int],  # scale, bias
-    grid: tuple[float, int, int] | None,  # of the input; None: each row gets one
-    bits: int,  # of those
+    grid: tuple[float, int, int],  # of the input
     bounds: tuple[float, float],
     tensors: tuple[int, int],  # input, result
     threads: int,

@@ -1,8 +1,8 @@
 """Grids: of weights, signed integers with one positive float32 scale per output channel, or per
 group of input channels of one; of activations, levels from zero up with a scale and a zero point.
 
-Scales of a weight ``[O, I]`` in groups are ``[O, groups]``: ``groups`` says by itself how many input
-channels share one (:func:`group_size_of`)."""
+Scales of a weight ``[O, I]`` in groups are ``[O, groups]``: ``groups`` says by itself how many
+input channels share one (:func:`group_size_of`)."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ AdaSection section(const std::vector<uint8_t>& file, const char* id) {
 
 TEST(round_trip) {
   for (const Program& p : {every_operation(), small_program(), token_program(), float_program(),
-                           recurrent_program()}) {
+                           recurrent_program(), grouped_program()}) {
     const auto file = write_program(p);
     const Program back = read_program(file);
     CHECK(write_program(back) == file);
@@ -216,7 +216,7 @@ TEST(other_versions) {
   poke(future, section(file, "NODE").offset + 8, uint32_t{kOpKinds});
   repair_checksums(future);
   CHECK_THROWS(read_program(future), CorruptData,
-               "operation 32 is unknown to format 1.5; the file is of format 1.6");
+               "operation 33 is unknown to format 1.6; the file is of format 1.7");
 
   // A file has the least version that its operations need.
   CHECK_EQ(int{read_ada_header(file, file.size()).minor}, 2);
@@ -226,6 +226,8 @@ TEST(other_versions) {
   CHECK_EQ(int{read_ada_header(floats, floats.size()).minor}, 3);
   const auto recurrent = write_program(recurrent_program());
   CHECK_EQ(int{read_ada_header(recurrent, recurrent.size()).minor}, 5);
+  const auto grouped = write_program(grouped_program());
+  CHECK_EQ(int{read_ada_header(grouped, grouped.size()).minor}, 6);
   Builder b;
   const auto x = b.value("x", 2, 1, 1, ValueKind::F32);
   const auto y = b.value("y", 2, 1, 1, ValueKind::F32);

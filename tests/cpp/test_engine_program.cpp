@@ -22,8 +22,9 @@ TEST(every_operation_is_valid_and_runs) {
   const Program p = every_operation();
   validate(p);
   std::set<OpKind> kinds;
-  const Program tokens = token_program(), floats = float_program(), steps = recurrent_program();
-  for (const Program* all : {&p, &tokens, &floats, &steps})
+  const Program tokens = token_program(), floats = float_program(), steps = recurrent_program(),
+                groups = grouped_program();
+  for (const Program* all : {&p, &tokens, &floats, &steps, &groups})
     for (const Node& n : all->nodes)
       kinds.insert(n.op);
   size_t operations = 0;
@@ -314,8 +315,8 @@ TEST(the_table_of_operations_holds_together) {
 TEST(every_parameter_has_its_range_and_every_list_its_length) {
   std::set<OpKind> met;
   int refusals = 0;
-  for (const Program& whole :
-       {every_operation(), token_program(), float_program(), recurrent_program()}) {
+  for (const Program& whole : {every_operation(), token_program(), float_program(),
+                               recurrent_program(), grouped_program()}) {
     for (size_t k = 0; k < whole.nodes.size(); ++k) {
       const Operation& o = operation(whole.nodes[k].op);
       met.insert(whole.nodes[k].op);
@@ -458,6 +459,27 @@ TEST(floats_are_what_they_must_be) {
   });
   refused_with("expected f32 output, got u8",
                [](Program& p) { output_of(p, OpKind::RmsNorm).kind = ValueKind::U8; });
+}
+
+TEST(refusals_of_weight_groups_say_what_is_wrong) {
+  const auto refused_with = [](const char* text,
+                               const std::function<void(Program&, Node&)>& change) {
+    Program p = grouped_program();
+    change(p, find(p, OpKind::Linear));
+    CHECK_THROWS(validate(p), InvalidArgument, text);
+  };
+  validate(grouped_program());
+  refused_with("group_size must be 32, 64 or 128, got 48",
+               [](Program&, Node& n) { n.ints[0] = 48; });
+  refused_with("group_size must be 32 to 128, got 0", [](Program&, Node& n) { n.ints[0] = 0; });
+  refused_with("scale: expected 18 floats", [](Program&, Node& n) { n.ints[0] = 64; });
+  refused_with("expected weights of 18 x 39",
+               [](Program& p, Node& n) { p.values[n.inputs[0]].c = p.values[p.inputs[0]].c = 39; });
+  refused_with("expected u8 input 0, got f32",
+               [](Program& p, Node& n) { n.inputs[0] = p.inputs[0]; });
+  Program p = grouped_program();
+  p.nodes.back().floats[1] = 4.0f;
+  CHECK_THROWS(validate(p), InvalidArgument, "clamp_lo must not exceed clamp_hi");
 }
 
 TEST(refusals_of_recurrent_layers_say_what_is_wrong) {

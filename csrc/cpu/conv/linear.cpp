@@ -16,8 +16,6 @@ using formats::kTileWidth;
 
 // Rows that share a pass over the weights, which are unpacked for each.
 constexpr int kRows = kGemmRows / 2;
-// Rows of planes that are put side by side at once: a line of the cache.
-constexpr int kTogether = 16;
 // A thread that has fewer rows takes a share of the outputs.
 constexpr int64_t kRowsOfPart = 16;
 // Rows of a chunk lie no farther apart, so that 32 bits count them.
@@ -48,19 +46,17 @@ auto* pixel_of(const View& view, const Place& at) {
 
 }  // namespace
 
-/// Rows whose levels lie somewhere, and their grids.
+/// Rows whose levels lie somewhere.
 struct Linear::Chunk {
   int64_t first = 0;
   int rows = 0;
   const uint8_t* levels = nullptr;
   int32_t offsets[kRows];  // bytes from there
-  int32_t zeros[kRows];
-  float steps[kRows];
 };
 
 struct Linear::Memory {
   int32_t* sums;
-  float *reals, *gathered;
+  float* reals;
   int8_t* unpacked;
   uint8_t* levels;
   int64_t wide;  // columns of sums and reals of few rows
@@ -69,14 +65,12 @@ struct Linear::Memory {
     thread_local AlignedBuffer memory;
     const int64_t block = std::max<int64_t>(kRows * kBlockCols, kGemvRows * wide);
     const int64_t tiles = 2 * l.depth_ * kTileBytes;
-    const int64_t bytes = 8 * block + 4 * kTogether * l.spec_.inputs + tiles +
-                          kRows * row_pitch(l.spec_.inputs) + 4 * kTileDepth;
+    const int64_t bytes = 8 * block + tiles + kRows * row_pitch(l.spec_.inputs) + 4 * kTileDepth;
     auto* at = grown<uint8_t>(memory, bytes);
     unpacked = reinterpret_cast<int8_t*>(at);
     sums = reinterpret_cast<int32_t*>(at + tiles);
     reals = reinterpret_cast<float*>(sums + block);
-    gathered = reals + block;
-    levels = reinterpret_cast<uint8_t*>(gathered + kTogether * l.spec_.inputs);
+    levels = reinterpret_cast<uint8_t*>(reals + block);
   }
 };
 
@@ -137,42 +131,18 @@ int64_t Linear::stage(const LinearJob& job, int64_t row, int64_t end, Chunk& chu
       const int64_t offset = pixel_of(job.levels, place(job, row)) - chunk.levels;
       if (offset > kMostOffset || offset < -kMostOffset) break;
       chunk.offsets[chunk.rows] = static_cast<int32_t>(offset);
-      chunk.zeros[chunk.rows] = spec_.zero_point;
-      chunk.steps[chunk.rows] = 1.0f;
     }
     return row;
   }
-  const ImageKernels& kernels = image_kernels();
-  const int64_t inputs = spec_.inputs, pitch = row_pitch(inputs), channel = job.reals.channel;
+  const int64_t pitch = row_pitch(spec_.inputs);
+  const ActivationGrid grid{job.inv_scale, spec_.zero_point, spec_.qmax};
   chunk.levels = m.levels;
   for (; row < end; ++row, ++chunk.rows) {
     const Place at = place(job, row);
-    const float* x = job.reals.at(at.image, at.position);
-    if (channel != 1) {
-      const int k = chunk.rows % kTogether;
-      if (k == 0)
-        for (int64_t c = 0; c < inputs; ++c)
-          for (int64_t r = row; r < std::min(end, row + kTogether); ++r) {
-            const Place from = place(job, r);
-            m.gathered[(r - row) * inputs + c] =
-                job.reals.at(from.image, from.position)[c * channel];
-          }
-      x = m.gathered + k * inputs;
-    }
-    RowGrid g;
-    if (job.on_grid) {
-      g.step = job.step;
-      g.grid = {job.inv_scale, spec_.zero_point, spec_.qmax};
-    } else {
-      float low, high;
-      kernels.row_range(x, inputs, &low, &high);
-      g = row_grid(low, high, spec_.qmax);
-    }
-    uint8_t* levels = m.levels + chunk.rows * pitch;
-    kernels.quantize_pixels({x, inputs, 1, 1, levels, pitch}, g.grid);
-    chunk.offsets[chunk.rows] = static_cast<int32_t>(chunk.rows * pitch);
-    chunk.zeros[chunk.rows] = g.grid.zero_point;
-    chunk.steps[chunk.rows] = g.step;
+    const int64_t offset = chunk.rows * pitch;
+    image_kernels().quantize_pixels(
+        {job.reals.at(at.image, at.position), spec_.inputs, 1, 1, m.levels + offset, pitch}, grid);
+    chunk.offsets[chunk.rows] = static_cast<int32_t>(offset);
   }
   return row;
 }
@@ -196,8 +166,8 @@ void Linear::begin(int rows, int64_t column, int64_t width, float* reals, int64_
 void Linear::add(const Chunk& chunk, int64_t group, int64_t column, int64_t width,
                  const int32_t* sums, int64_t sum_row, float* reals, int64_t real_row) const {
   const int64_t at = (group * columns_ + column) * kTileWidth;
-  image_kernels().add_group({sums, sum_row, totals_->data() + at, scales_->data() + at, chunk.zeros,
-                             chunk.steps, chunk.rows, width, reals, real_row});
+  image_kernels().add_group({sums, sum_row, totals_->data() + at, scales_->data() + at,
+                             spec_.zero_point, spec_.step, chunk.rows, width, reals, real_row});
 }
 
 /// Sums of one or two columns of tiles, [rows][kBlockCols].
@@ -360,8 +330,7 @@ double linear_bytes(const LinearSpec& spec) {
 double linear_scratch(const LinearSpec& spec) {
   const auto inputs = static_cast<double>(spec.inputs), outputs = static_cast<double>(spec.outputs);
   return 8.0 * (kRows * kBlockCols + kGemvRows * (outputs + kTileWidth)) +
-         (4.0 * kTogether + kRows + 2.0 * kTileWidth) * (inputs + 2.0 * kTileDepth) +
-         2.0 * kTileBytes;
+         (kRows + 2.0 * kTileWidth) * (inputs + 2.0 * kTileDepth) + 2.0 * kTileBytes;
 }
 
 }  // namespace adalayer::cpu

@@ -1,5 +1,5 @@
-// Linear layers with a scale per group of input channels, or with a grid per row: products of each
-// group in whole numbers, which are then added up in float (reference/linear.hpp).
+// Linear layers with a scale per group of input channels: products of each group in whole numbers,
+// which are then added up in float (reference/linear.hpp).
 #pragma once
 
 #include <cstdint>
@@ -17,10 +17,9 @@ namespace adalayer::cpu {
 /// Where the tensors of one call are: of images whose positions are the rows.
 struct LinearJob {
   int64_t images = 0, positions = 1;
-  ConstImageView levels;  // the first image's, on the grid of the spec;
-  StepFloats reals;       // or floats: only read. Their rows get grids of their own
-  bool on_grid = false;   // floats go onto one grid instead, the spec's zero point and
-  float step = 1.0f, inv_scale = 1.0f;  // this step, which then is not in the scales
+  ConstImageView levels;  // either the first image's levels
+  StepFloats reals;       // or floats side by side, which go onto a grid; the inverse of its step:
+  float inv_scale = 1.0f;
   ImageView level_out;  // either levels
   StepFloats real_out;  // or floats
 
@@ -40,7 +39,7 @@ class Linear {
   /// Of the weights as this machine holds them.
   size_t bytes() const { return weights_->size() + 4 * (totals_->size() + scales_->size()); }
 
-  /// A share of the rows, or of the outputs where rows are few. `parts` must have been asked.
+  /// A share of the rows, or of the outputs where rows are few.
   void run(const LinearJob& job, Part part) const;
 
  private:

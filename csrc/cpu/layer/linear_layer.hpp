@@ -1,5 +1,4 @@
-// A linear layer with weight groups, or with a grid per row, on the active instruction set: tensors
-// in, tensors out.
+// A linear layer with weight groups on the active instruction set: tensors in, tensors out.
 #pragma once
 
 #include <cstdint>

@@ -88,8 +88,7 @@ def _native_rows(part: NativePart, batch: int, threads: int, rounds: int) -> lis
             header = _header(program.constant_bytes(constants[0]))
             bits, packed = int(header["bits"]), sizes[constants[0]][1]
             macs = math.prod(header["shape"]) * math.prod(values[output][3:5])
-            levels = values[inputs[0]][1] == "u8"
-            input_bits = int(values[inputs[0]][7]).bit_length() if levels else int(ints[1])
+            input_bits = int(values[inputs[0]][7]).bit_length()
         elif op == "recurrence":
             header = _header(program.constant_bytes(constants[0]))
             bits, packed = int(header["bits"]), sizes[constants[0]][1]

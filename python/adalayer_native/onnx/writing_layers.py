@@ -26,7 +26,9 @@ def _weights(e: Emitter, a: dict[str, Any], name: str) -> tuple[Tensor, Tensor, 
     levels, bits = unpack_weight(packed), int(packed_info(packed)["bits"])
     scale = e.exported.tensor(a["weight_scale"]).clone()
     if scale.dim() == 2:
-        raise Unwritable("a linear layer with weight groups: its integers would need a scale per block")
+        raise Unwritable(
+            "a linear layer with weight groups: its integers would need a scale per block"
+        )
     sparsity = 1.0 - float((levels != 0).float().mean()) if levels.numel() else 0.0
     # A batch norm with a negative factor leaves negative scales, which not every reader takes.
     low, high = weight_range(bits)

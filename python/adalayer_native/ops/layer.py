@@ -134,7 +134,6 @@ class _LinearInGroups(_Linear):
                 (packed, size),
                 (scale, bias),
                 (g.input_scale, g.input_zero_point, g.input_bits),
-                8,
                 (-_INF if g.lo is None else g.lo, _INF if g.hi is None else g.hi),
                 (x.data_ptr(), out.data_ptr()),
                 get_num_threads(),

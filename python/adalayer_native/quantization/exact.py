@@ -3,7 +3,8 @@
 A native layer computes ``y = fma((float)acc, m[c], bias[c])`` with the int32 sum
 ``acc = sum(w * (q - z))``, ``m[c] = float32(input_scale * weight_scale[c])`` and the batch norm
 folded into ``weight_scale`` and ``bias``. (Where groups of input channels have scales of their own,
-each group's sum is multiplied by its own and added to the groups before.) Two things make that reproducible in torch:
+each group's sum is multiplied by its own and added to the groups before.) Two things make that
+reproducible in torch:
 
 * The integer sum is taken in float64, where whole numbers up to 2^53 and all sums of them in any
   order are exact. (float32 would only do below 2^24.)
@@ -70,9 +71,8 @@ class ExactLayer:
         # int32 to float32 is one rounding, the first of the two that the kernels make.
         return fma_float32(acc.float(), multiplier, bias)
 
-
     def _in_groups(self, levels: Tensor) -> Tensor:
-        """Of a linear layer with weight groups: their parts are added to the bias in their order."""
+        """Of a layer with weight groups: their parts are added to the bias in their order."""
         size = group_size_of(levels.shape[-1], self.multiplier.shape[1])
         out = self.bias.expand(*levels.shape[:-1], -1)
         for group, multiplier in enumerate(self.multiplier.T):

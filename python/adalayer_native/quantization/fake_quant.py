@@ -210,9 +210,7 @@ class _QuantLayer:
         new.train(layer.training)
         return new
 
-    def _setup(
-        self, bits: int, mask: Tensor | None, name: str, group_size: int | None
-    ) -> None:
+    def _setup(self, bits: int, mask: Tensor | None, name: str, group_size: int | None) -> None:
         assert isinstance(self, nn.Module)
         weight_range(bits)
         if mask is not None and mask.shape != self.weight.shape:

@@ -151,9 +151,7 @@ def _replace_layer(
         else:
             form = pattern_mask(conv_form(old, weight), plan.sparsity, plan.pattern)
             mask = layer_form(old, form)
-    new = QUANT_LAYERS[type(old)].from_layer(
-        old, bits, mask, name=name, group_size=plan.group_size
-    )
+    new = QUANT_LAYERS[type(old)].from_layer(old, bits, mask, name=name, group_size=plan.group_size)
     if not empty:
         new.refresh_scales()
     set_submodule(prepared, name, new)

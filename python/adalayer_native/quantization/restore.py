@@ -182,6 +182,7 @@ def _group_size(
         size = group_size_of(layer.in_features, scale.shape[1])
     except ValueError as error:
         raise FileFormatError(
-            f"{os.fspath(path)}: tensor '{name}.weight_scale' of shape {tuple(scale.shape)}: {error}"
+            f"{os.fspath(path)}: tensor '{name}.weight_scale' of shape {tuple(scale.shape)}: "
+            f"{error}"
         ) from None
     return size if size < layer.in_features else None

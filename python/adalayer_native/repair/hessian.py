@@ -584,8 +584,9 @@ class LayerHessian:
                 for each, p in zip(equations, self.parts, strict=True)
             ]
             one = len(solvers) == 1
-            self._solver = key, (
-                solvers[0] if one else SolverOfParts(solvers, self.parts, self.group_size)
+            self._solver = (
+                key,
+                (solvers[0] if one else SolverOfParts(solvers, self.parts, self.group_size)),
             )
         return self._solver[1]
 

@@ -36,8 +36,8 @@ class Rows:
     """The grid of every row and how much of it is pruned.
 
     Attributes:
-        scale: float32 ``[G, T]``, positive; of columns in groups ``[G, T, groups]``, or one for each
-            of them, ``[G, T, K]``, which then stays.
+        scale: float32 ``[G, T]``, positive; of columns in groups ``[G, T, groups]``, or one for
+            each of them, ``[G, T, K]``, which then stays.
         low, high: float32, bounds of the integers: ``[T]``, or ``[G, T, K]`` where each has its
             own.
         pruned: for every setting the number of weights to remove, over all its rows and groups.

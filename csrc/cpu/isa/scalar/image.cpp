@@ -279,12 +279,8 @@ void add_group(const GroupSums& a) {
   for (int r = 0; r < a.rows; ++r)
     for (int64_t j = 0; j < a.columns; ++j) {
       float& y = a.reals[r * a.real_row + j];
-      y = add_part(a.sums[r * a.sum_row + j] - a.zeros[r] * a.totals[j], a.scale[j], a.steps[r], y);
+      y = add_part(a.sums[r * a.sum_row + j] - a.zero * a.totals[j], a.scale[j], a.step, y);
     }
-}
-
-void row_range(const float* x, int64_t n, float* low, float* high) {
-  reference::row_range(x, n, low, high);
 }
 
 void finish_floats(const float* y, int64_t n, const U8Finish& finish, uint8_t* out) {

@@ -30,6 +30,5 @@ constexpr ImageKernels kImage{
     .multiply_floats = multiply_floats,
     .recurrent_cell = recurrent_cell,
     .add_group = add_group,
-    .row_range = row_range,
     .finish_floats = finish_floats,
 };

@@ -1,13 +1,12 @@
-// Parts of a linear layer's outputs, and the ranges of its rows, for any vector width. Included
-// behind image.inl.
+// Parts of a linear layer's outputs, for any vector width. Included behind image.inl.
 
 void add_group(const GroupSums& a) {
   const auto ints = [](const int32_t* p) {
     return V::load(reinterpret_cast<const uint8_t*>(p), Whole{});
   };
+  const I zero = V::set32(a.zero);
+  const F step = V::set(a.step);
   for (int r = 0; r < a.rows; ++r) {
-    const I zero = V::set32(a.zeros[r]);
-    const F step = V::set(a.steps[r]);
     const int32_t* sums = a.sums + r * a.sum_row;
     float* reals = a.reals + r * a.real_row;
     for (int64_t j = 0; j < a.columns; j += kLanes) {
@@ -17,30 +16,6 @@ void add_group(const GroupSums& a) {
       V::store_floats(reals + j, y, Whole{});
     }
   }
-}
-
-void row_range(const float* x, int64_t n, float* low, float* high) {
-  F lows = V::set(0.0f), highs = lows;
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    const F v = V::floats(x + i, Whole{});
-    lows = V::min(v, lows);
-    highs = V::max(v, highs);
-  }
-  float ends[2][kLanes];
-  V::store_floats(ends[0], lows, Whole{});
-  V::store_floats(ends[1], highs, Whole{});
-  float least = 0.0f, most = 0.0f;
-  const auto take = [&](float a, float b) {
-    least = a < least ? a : least;
-    most = b > most ? b : most;
-  };
-  for (int64_t k = 0; k < kLanes; ++k)
-    take(ends[0][k], ends[1][k]);
-  for (; i < n; ++i)
-    take(x[i], x[i]);
-  *low = least;
-  *high = most;
 }
 
 void finish_floats(const float* y, int64_t n, const U8Finish& finish, uint8_t* out) {
