@@ -229,7 +229,7 @@ int product_bits(const KernelRow& row, int bits, int qmax);
 
 #ifdef ADALAYER_HAVE_AVX2
 extern const KernelRow kAvx2Row;
-extern const TileArrangement kAvx2Arrangement;
+extern const TileArrangement kAvx2Arrangement, kAvx512Arrangement;
 void gemm_avx2(const GemmArgs& g);
 void gemm_requantize_avx2(const GemmArgs& g, const RequantizeArgs& q, Requantize requantize);
 void requantize_avx2(const RequantizeArgs& args);

@@ -384,7 +384,6 @@ Product equal_products(int qmax, int weight, int steps) {
 
 /// The quads of a tile of equal weights, by how many of them int16 adds up.
 TEST(largest_groups_that_int16_holds) {
-  if (!isa_supported(Isa::Avx2)) return;
   using Table = cpu::ArrangedTable;
   struct Case {
     int qmax, weight;
@@ -405,12 +404,17 @@ TEST(largest_groups_that_int16_holds) {
       {64, -128, &Table::paired}, {65, -128, &Table::whole},  {31, 127, &Table::four},
       {32, -128, &Table::four},   {33, -128, &Table::paired}, {1, -128, &Table::four}};
   for (const Case& c : cases) {
-    const Product p = equal_products(c.qmax, c.weight, 3);
-    const Exact<int8_t> tiles = arranged(cpu::kAvx2Arrangement, p);
-    for (int half = 0; half < 2; ++half)
-      CHECK_MSG(cpu::arranged_table(tiles.data(), p.steps, half).*c.kind == 48,
-                "levels to " + std::to_string(c.qmax) + ", weights " + std::to_string(c.weight));
-    check_gemm(cpu::kAvx2Row, p, &tiles);
+    const Product p = equal_products(c.qmax, c.weight, 6);
+    for (const cpu::KernelRow* row : cpu::kernel_rows()) {
+      if (row->arrangement == nullptr || !isa_supported(row->isa)) continue;
+      const Exact<int8_t> tiles = arranged(*row->arrangement, p);
+      const int lists = row->isa == Isa::Avx2 ? 2 : 1;  // of the vectors that a quad has
+      for (int list = 0; list < lists; ++list)
+        CHECK_MSG(cpu::arranged_table(tiles.data(), p.steps, list).*c.kind == 96,
+                  std::string(row->name) + ", levels to " + std::to_string(c.qmax) + ", weights " +
+                      std::to_string(c.weight));
+      check_gemm(*row, p, &tiles);
+    }
   }
 }
 
@@ -419,12 +423,12 @@ TEST(forms_of_few_steps) {
   if (!isa_supported(Isa::Avx2)) return;
   struct Case {
     int qmax, weight;
-    cpu::ShortForm form;
+    cpu::PlainForm form;
   };
   for (const Case& c :
-       {Case{255, 64, cpu::ShortForm::Bytes}, Case{255, 65, cpu::ShortForm::Words},
-        Case{128, -128, cpu::ShortForm::Bytes}, Case{129, 127, cpu::ShortForm::Bytes},
-        Case{129, -128, cpu::ShortForm::Words}, Case{130, 127, cpu::ShortForm::Words}})
+       {Case{255, 64, cpu::PlainForm::Bytes}, Case{255, 65, cpu::PlainForm::Words},
+        Case{128, -128, cpu::PlainForm::Bytes}, Case{129, 127, cpu::PlainForm::Bytes},
+        Case{129, -128, cpu::PlainForm::Words}, Case{130, 127, cpu::PlainForm::Words}})
     for (const int steps : {1, 2}) {
       const Product p = equal_products(c.qmax, c.weight, steps);
       const check::About about([&] {
@@ -432,7 +436,7 @@ TEST(forms_of_few_steps) {
                ", " + std::to_string(steps) + " steps";
       });
       const Exact<int8_t> tiles = arranged(cpu::kAvx2Arrangement, p);
-      CHECK(cpu::arranged_table(tiles.data(), steps, 0).short_form == c.form);
+      CHECK(cpu::arranged_table(tiles.data(), steps, 0).plain_form == c.form);
       check_gemm(cpu::kAvx2Row, p, &tiles);
     }
 }

@@ -130,9 +130,11 @@ EMULATED_BINARY(div_ps, F512, _mm256_div_ps)
 EMULATED_BINARY(madd_epi16, I512, _mm256_madd_epi16)
 EMULATED_BINARY(maddubs_epi16, I512, _mm256_maddubs_epi16)
 EMULATED_BINARY(max_epi32, I512, _mm256_max_epi32)
+EMULATED_BINARY(max_epi8, I512, _mm256_max_epi8)
 EMULATED_BINARY(max_epu8, I512, _mm256_max_epu8)
 EMULATED_BINARY(max_ps, F512, _mm256_max_ps)
 EMULATED_BINARY(min_epi32, I512, _mm256_min_epi32)
+EMULATED_BINARY(min_epi8, I512, _mm256_min_epi8)
 EMULATED_BINARY(min_epu8, I512, _mm256_min_epu8)
 EMULATED_BINARY(min_ps, F512, _mm256_min_ps)
 EMULATED_BINARY(mul_ps, F512, _mm256_mul_ps)
@@ -164,6 +166,7 @@ EMULATED_SHIFT(srai_epi32, _mm256_srai_epi32)
 EMULATED_SHIFT(srli_epi16, _mm256_srli_epi16)
 EMULATED_SHIFT(srli_epi32, _mm256_srli_epi32)
 
+EMULATED_UNARY(abs_epi8, I512, I512, _mm256_abs_epi8)
 EMULATED_UNARY(castsi512_ps, F512, I512, _mm256_castsi256_ps)
 EMULATED_UNARY(cvtepi32_ps, F512, I512, _mm256_cvtepi32_ps)
 EMULATED_UNARY(cvtps_epi32, I512, F512, _mm256_cvtps_epi32)
@@ -386,6 +389,20 @@ EMULATED __mmask64 movepi8_mask(I512 v) {
   const auto half = [](__m256i h) { return static_cast<uint32_t>(_mm256_movemask_epi8(h)); };
   return half(v.low) | uint64_t{half(v.high)} << 32;
 }
+EMULATED_LOOP __mmask32 cmpgt_epi16_mask(I512 a, I512 b) {
+  const Ints<int16_t> x(a), y(b);
+  __mmask32 mask = 0;
+  for (int i = 0; i < 32; ++i)
+    mask |= static_cast<__mmask32>(x.lane[i] > y.lane[i]) << i;
+  return mask;
+}
+EMULATED_LOOP __mmask16 test_epi32_mask(I512 a, I512 b) {
+  const Ints<int32_t> x(and_si512(a, b));
+  unsigned mask = 0;
+  for (int i = 0; i < 16; ++i)
+    mask |= static_cast<unsigned>(x.lane[i] != 0) << i;
+  return static_cast<__mmask16>(mask);
+}
 EMULATED_LOOP __mmask16 cmpge_epi32_mask(I512 a, I512 b) {
   const Ints<int32_t> x(a), y(b);
   unsigned mask = 0;
@@ -472,6 +489,8 @@ EMULATED void mask_cvtepi32_storeu_epi8(void* p, __mmask16 mask, I512 v) {
 #define _mm256_dpwssd_avx_epi32 ::emulation::dpwssd_half
 #undef _mm256_mask_storeu_epi8
 #define _mm256_mask_storeu_epi8 ::emulation::mask_storeu_epi8_256
+#undef _mm512_abs_epi8
+#define _mm512_abs_epi8 ::emulation::abs_epi8
 #undef _mm512_add_epi16
 #define _mm512_add_epi16 ::emulation::add_epi16
 #undef _mm512_add_epi32
@@ -504,6 +523,8 @@ EMULATED void mask_cvtepi32_storeu_epi8(void* p, __mmask16 mask, I512 v) {
 #define _mm512_castsi512_si256 ::emulation::castsi512_si256
 #undef _mm512_cmpge_epi32_mask
 #define _mm512_cmpge_epi32_mask ::emulation::cmpge_epi32_mask
+#undef _mm512_cmpgt_epi16_mask
+#define _mm512_cmpgt_epi16_mask ::emulation::cmpgt_epi16_mask
 #undef _mm512_cvtepi16_epi8
 #define _mm512_cvtepi16_epi8 ::emulation::cvtepi16_epi8
 #undef _mm512_cvtepi32_epi64
@@ -598,12 +619,16 @@ EMULATED void mask_cvtepi32_storeu_epi8(void* p, __mmask16 mask, I512 v) {
 #define _mm512_maskz_loadu_ps ::emulation::maskz_loadu_ps
 #undef _mm512_max_epi32
 #define _mm512_max_epi32 ::emulation::max_epi32
+#undef _mm512_max_epi8
+#define _mm512_max_epi8 ::emulation::max_epi8
 #undef _mm512_max_epu8
 #define _mm512_max_epu8 ::emulation::max_epu8
 #undef _mm512_max_ps
 #define _mm512_max_ps ::emulation::max_ps
 #undef _mm512_min_epi32
 #define _mm512_min_epi32 ::emulation::min_epi32
+#undef _mm512_min_epi8
+#define _mm512_min_epi8 ::emulation::min_epi8
 #undef _mm512_min_epu8
 #define _mm512_min_epu8 ::emulation::min_epu8
 #undef _mm512_min_ps
@@ -682,6 +707,8 @@ EMULATED void mask_cvtepi32_storeu_epi8(void* p, __mmask16 mask, I512 v) {
 #define _mm512_sub_pd ::emulation::sub_pd
 #undef _mm512_sub_ps
 #define _mm512_sub_ps ::emulation::sub_ps
+#undef _mm512_test_epi32_mask
+#define _mm512_test_epi32_mask ::emulation::test_epi32_mask
 #undef _mm512_unpackhi_epi16
 #define _mm512_unpackhi_epi16 ::emulation::unpackhi_epi16
 #undef _mm512_unpackhi_epi32

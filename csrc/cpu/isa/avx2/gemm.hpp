@@ -11,7 +11,7 @@ void gemm_requantize_arranged_avx2(const GemmArgs& g, const RequantizeArgs& q,
                                    Requantize requantize);
 
 /// The same for few steps, with sums that never leave their registers. Returns false, and does
-/// nothing, where the tiles have no such weights (ArrangedTable::short_form).
+/// nothing, where the tiles have no such weights (ArrangedTable::plain_form).
 bool gemm_requantize_short_avx2(const GemmArgs& g, const RequantizeArgs& q, Requantize requantize);
 
 }  // namespace adalayer::cpu

@@ -1,4 +1,4 @@
-// Products of few steps (ShortForm in arrange.hpp): 6 rows by 16 columns in registers, from the
+// Products of few steps (PlainForm in arrange.hpp): 6 rows by 16 columns in registers, from the
 // first product to the requantized level.
 #include "cpu/isa/avx2/arrange.hpp"
 #include "cpu/isa/avx2/gemm.hpp"
@@ -91,7 +91,7 @@ template <int kRows>
   }
 }
 
-template <ShortForm kForm, bool kResidual, bool kBounded, int kRows>
+template <PlainForm kForm, bool kResidual, bool kBounded, int kRows>
 [[gnu::noinline]] void multiply_tile(const GemmArgs& g, const uint8_t* widened, int row, int tile,
                                      const Finish& finish, int32_t* memory) {
   __m256i sums[kRows][2];
@@ -99,7 +99,7 @@ template <ShortForm kForm, bool kResidual, bool kBounded, int kRows>
     sums[i.value / 2][i.value % 2] = finish.initial(tile, i.value % 2);
   });
   const int8_t* weights = short_weights(tile == 0 ? g.tile0 : g.tile1, g.steps);
-  if (kForm == ShortForm::Bytes)
+  if (kForm == PlainForm::Bytes)
     multiply_bytes(g, Rows<kRows>(g, row), weights, sums);
   else
     multiply_words(g, widened, weights, sums);
@@ -120,12 +120,12 @@ template <ShortForm kForm, bool kResidual, bool kBounded, int kRows>
 
 bool gemm_requantize_short_avx2(const GemmArgs& g, const RequantizeArgs& q, Requantize requantize) {
   if (g.steps == 0 || g.steps > kMostShortSteps) return false;
-  ShortForm forms[2] = {};
+  PlainForm forms[2] = {};
   bool words = false;
   for (int t = 0; t < (g.tile1 == nullptr ? 1 : 2); ++t) {
-    forms[t] = arranged_table(t == 0 ? g.tile0 : g.tile1, g.steps, 0).short_form;
-    if (forms[t] == ShortForm::None) return false;
-    words = words || forms[t] == ShortForm::Words;
+    forms[t] = arranged_table(t == 0 ? g.tile0 : g.tile1, g.steps, 0).plain_form;
+    if (forms[t] == PlainForm::None) return false;
+    words = words || forms[t] == PlainForm::Words;
   }
   const Finish finish(g, q, requantize);
   alignas(kVectorBytes) int32_t sums[kRowsOfPass * kBlockCols];
@@ -136,11 +136,11 @@ bool gemm_requantize_short_avx2(const GemmArgs& g, const RequantizeArgs& q, Requ
       if (words) widen(g, Rows<n.value>(g, row), widened);
       for (int t = 0; t < finish.tiles(); ++t) {
         constexpr bool kResidual = residual.value != 0, kBounded = bounded.value != 0;
-        if (forms[t] == ShortForm::Bytes)
-          multiply_tile<ShortForm::Bytes, kResidual, kBounded, n.value>(g, widened, row, t, finish,
+        if (forms[t] == PlainForm::Bytes)
+          multiply_tile<PlainForm::Bytes, kResidual, kBounded, n.value>(g, widened, row, t, finish,
                                                                         sums);
         else
-          multiply_tile<ShortForm::Words, kResidual, kBounded, n.value>(g, widened, row, t, finish,
+          multiply_tile<PlainForm::Words, kResidual, kBounded, n.value>(g, widened, row, t, finish,
                                                                         sums);
       }
       if (!finish.in_registers()) finish(row, n.value, sums);

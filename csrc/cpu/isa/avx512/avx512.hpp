@@ -11,6 +11,8 @@ void quantize_planar(const float* x, int64_t channel_stride, int64_t channels, i
 void fake_quantize(const float* x, int64_t n, const ActivationGrid& grid, float scale, float* y);
 void unpack_tiles(const uint8_t* packed, int bits, int64_t count, int8_t* out);
 void gemm(const GemmArgs& g);
+/// Of eight-bit weights in the order of kAvx512Arrangement.
+void gemm_arranged(const GemmArgs& g);
 void gemv(const GemvArgs& g);
 void store(const StoreArgs& s);
 void requantize(const RequantizeArgs& args);

@@ -2,12 +2,14 @@
 //
 // As with AVX2 (avx2/gemm.cpp), vpmaddubsw adds pairs of products in int16, which holds
 // 2^(7 - bits) pairs of b-bit weights before vpmaddwd widens them. Pairs of eight-bit weights may
-// be beyond it: they are multiplied in 16 bits throughout, two at once with vpmaddwd.
+// be beyond it: where too few are not, so that sorting them gains nothing (gemm_arranged.cpp), they
+// are multiplied in 16 bits throughout, two at once with vpmaddwd.
 #include <immintrin.h>
 
 #include <cstring>
 
 #include "cpu/isa/avx512/avx512.hpp"
+#include "cpu/isa/shared/arranged.hpp"
 #include "cpu/isa/shared/unrolled.hpp"
 
 namespace adalayer::cpu::avx512 {
@@ -17,7 +19,7 @@ namespace {
 #include "cpu/isa/shared/passes.inl"
 #include "cpu/isa/shared/planar.inl"
 
-constexpr int kQuadsOfStep = 16;
+constexpr int kQuadsOfStep = 16, kQuadBytes = formats::kTileWidth * 4;
 
 /// Pairs of products that an int16 holds: 255 * 2^(bits - 1) * 2 each, and no more than a step has.
 constexpr int pairs_in_int16(int bits) {
@@ -85,9 +87,11 @@ struct Pass {
     for (int line = 0; line < g.fetch_lines; ++line, fetch += 64)
       _mm_prefetch(reinterpret_cast<const char*>(fetch), _MM_HINT_T1);
   }
-  [[gnu::always_inline]] static __m512i weights(const GemmArgs& g, int tile, int64_t s, int quad) {
-    return Bytes512::load_weights((tile == 0 ? g.tile0 : g.tile1) + s * formats::kTileBytes +
-                                  quad * 64);
+  /// Of step s and the live quads before it.
+  [[gnu::always_inline]] static const int8_t* weights(const GemmArgs& g, int tile, int64_t s,
+                                                      int64_t before) {
+    return (tile == 0 ? g.tile0 : g.tile1) +
+           (g.arranged ? before * kQuadBytes : s * formats::kTileBytes);
   }
   void store() const {
     each([&](auto r, auto c) __attribute__((always_inline)) {
@@ -101,8 +105,12 @@ struct Pass {
 template <int kRows, int kTiles>
 [[gnu::noinline]] void narrow_pass(const GemmArgs& g, int row, int run) {
   Pass<kRows, kTiles> pass(g, row);
-  for (int64_t s = 0; s < g.steps; ++s) {
+  int64_t before = 0;  // live quads
+  for (int64_t s = 0; s < g.steps; before += g.live_quads[s++]) {
     const uint8_t* a = g.activations + g.step_offsets[s];
+    const int8_t* weights[kTiles];
+    for (int t = 0; t < kTiles; ++t)
+      weights[t] = pass.weights(g, t, s, before);
     pass.fetch_lines();
     const int live = g.live_quads[s];
     for (int quad = 0; quad < live;) {
@@ -110,7 +118,7 @@ template <int kRows, int kTiles>
       const auto multiply = [&](auto first) __attribute__((always_inline)) {
         __m512i w[kTiles];
         unrolled<0, kTiles>([&](auto c) __attribute__((always_inline)) {
-          w[c.value] = pass.weights(g, c.value, s, quad);
+          w[c.value] = Bytes512::load_weights(weights[c.value] + quad * kQuadBytes);
         });
         unrolled<0, kRows>([&](auto r) __attribute__((always_inline)) {
           const __m512i v = Bytes512::broadcast(a + pass.offsets[r.value] + quad * 4);
@@ -137,13 +145,17 @@ template <int kRows, int kTiles>
 template <int kRows, int kTiles>
 [[gnu::noinline]] void wide_pass(const GemmArgs& g, int row) {
   Pass<kRows, kTiles> pass(g, row);
-  for (int64_t s = 0; s < g.steps; ++s) {
+  int64_t before = 0;  // live quads
+  for (int64_t s = 0; s < g.steps; before += g.live_quads[s++]) {
     const uint8_t* a = g.activations + g.step_offsets[s];
+    const int8_t* weights[kTiles];
+    for (int t = 0; t < kTiles; ++t)
+      weights[t] = pass.weights(g, t, s, before);
     pass.fetch_lines();
     for (int quad = 0; quad < g.live_quads[s]; ++quad) {
       Wide512::Pairs w[kTiles];
       unrolled<0, kTiles>([&](auto c) __attribute__((always_inline)) {
-        w[c.value] = Wide512::weights(pass.weights(g, c.value, s, quad));
+        w[c.value] = Wide512::weights(Bytes512::load_weights(weights[c.value] + quad * kQuadBytes));
       });
       unrolled<0, kRows>([&](auto r) __attribute__((always_inline)) {
         const Wide512::Pairs v =
@@ -176,13 +188,20 @@ void wide_rows(const GemmArgs& g, int row, int rows) {
 }
 
 template <int kTiles>
-void gemm_tiles(const GemmArgs& g) {
-  if (g.weight_bits == 8)
+void gemm_tiles(const GemmArgs& g, PlainForm form) {
+  if (form == PlainForm::Words)
     return for_passes<kWideRows>(
         g.rows, [&](int row, int rows) { wide_rows<kWideRows, kTiles>(g, row, rows); });
-  const int run = pairs_in_int16(g.weight_bits);
+  const int run = g.weight_bits < 8 ? pairs_in_int16(g.weight_bits) : 1;
   for_passes<kNarrowRows>(
       g.rows, [&](int row, int rows) { narrow_rows<kNarrowRows, kTiles>(g, row, rows, run); });
+}
+
+/// Of both tiles; None: they are to be taken in their lists' order.
+PlainForm arranged_form(const GemmArgs& g) {
+  const PlainForm form = arranged_table(g.tile0, g.steps, 0).plain_form;
+  const bool both = g.tile1 == nullptr || arranged_table(g.tile1, g.steps, 0).plain_form == form;
+  return both ? form : PlainForm::None;
 }
 
 }  // namespace
@@ -191,7 +210,11 @@ void unpack_tiles(const uint8_t* packed, int bits, int64_t count, int8_t* out) {
   unpack_planar<Bytes512>(packed, bits, count, out);
 }
 
-void gemm(const GemmArgs& g) { g.tile1 != nullptr ? gemm_tiles<2>(g) : gemm_tiles<1>(g); }
+void gemm(const GemmArgs& g) {
+  const PlainForm form = g.arranged ? arranged_form(g) : PlainForm::Bytes;
+  if (form == PlainForm::None) return gemm_arranged(g);
+  g.tile1 != nullptr ? gemm_tiles<2>(g, form) : gemm_tiles<1>(g, form);
+}
 
 void gemv(const GemvArgs& g) {
   if (g.bits == 8)

@@ -14,6 +14,7 @@ const KernelRow kAvx512Row{
     .gemm = avx512::gemm,
     .gemm_rows = 48,  // several passes of the most
     .gemv = avx512::gemv,
+    .arrangement = &kAvx512Arrangement,
     .store = avx512::store,
     .requantize = avx512::requantize,
     .stem = {avx512::quantize_quads, avx512::interleave_pairs, avx512::interleave_fours},
