@@ -128,7 +128,7 @@ def measure(row: Row, model: nn.Module, data: str, folder: Path) -> dict[str, An
     images, test = (open_dataset(data, split, 32) for split in ("train", "test"))
     indices = calibration_indices(images, CALIBRATION)
     calibration = list(Batches(images, 125, indices=indices))
-    network = ada.capture(model, example=calibration[0][0][:1])
+    network = ada.capture(model, calibration[0][0][:1])
     plan = everywhere(network, row.bits)
     for layer in plan.layers.values():
         if layer.kind == "linear":

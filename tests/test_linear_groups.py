@@ -128,12 +128,12 @@ def test_what_has_no_groups_refuses_them(model: nn.Module, images: Tensor) -> No
     with pytest.raises(PlanError, match="levels have no weight groups"):
         ada.levels.check_plans([plan_for(model), plan_for(model, 3)])
     network = nn.GRU(8, 40, batch_first=True)
-    captured = ada.capture(network, example=torch.randn(1, 3, 8))
+    captured = ada.capture(network, torch.randn(1, 3, 8))
     with pytest.raises(PlanError, match="product of a hidden state"):
         prepare(captured, plan_for(captured))
     _, native = native_of(model, images, plan_for(model))
     with pytest.raises(UnsupportedModelError, match="weight groups"):
-        ada.onnx.save(native, "/dev/null", images[:1])
+        ada.to_onnx(native, "/dev/null", images[:1])
 
 
 # -- layers ---------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def test_a_layer_adds_up_its_groups_in_their_order(inputs: int, bits: int) -> No
                 assert torch.equal(native(x), want), isa
                 assert torch.equal(native(x[:1, :1]), want[:1, :1]), isa
             finally:
-                ops.force_isa(None)
+                ops.force_isa("auto")
         assert native(x[:0]).shape == (0, 5, 21)
 
 
@@ -238,7 +238,7 @@ def test_simulation_layers_and_engine_agree(
         try:
             assert torch.equal(ada.load(ada_file)(images), exact), isa
         finally:
-            ops.force_isa(None)
+            ops.force_isa("auto")
 
 
 def test_a_file_of_other_groups_is_refused(
