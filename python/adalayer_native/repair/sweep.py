@@ -250,7 +250,8 @@ def _refit_groups(
         part, old = levels[:, :, own], scale[:, :, group]
         moved = part @ hessian[:, own]
         below = (part * moved[:, :, own]).sum(dim=2)
-        above = (part * (pull - product)[:, :, own]).sum(dim=2) + old * below
+        missing = pull[:, :, own] - product[:, :, own]
+        above = (part * missing).sum(dim=2) + old * below
         new = _better(old, above, below)
         product += moved.mul_((new - old)[:, :, None])
         scale[:, :, group] = new
