@@ -185,7 +185,9 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         "drop",
         "aim",
     )
-    return table(head, lines)
+    machine = next(iter(results.values()))["machine"]
+    said = f"Machine: {machine['cpu']}, kernels {machine['isa']}, torch {machine['versions']['torch']}."
+    return "\n".join([said, "", *table(head, lines)])
 
 
 def main() -> None:
