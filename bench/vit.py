@@ -186,7 +186,8 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         "aim",
     )
     machine = next(iter(results.values()))["machine"]
-    said = f"Machine: {machine['cpu']}, kernels {machine['isa']}, torch {machine['versions']['torch']}."
+    versions = machine["versions"]
+    said = f"Machine: {machine['cpu']}, kernels {machine['isa']}, torch {versions['torch']}."
     return "\n".join([said, "", *table(head, lines)])
 
 
