@@ -473,6 +473,32 @@ class _Random:
         keys = [] if rows else [v for v in self.masks if v.shape[2] == tokens]
         self.put("attention", [x, x, x, *keys[:1]], x.shape, grid, ints, factors, [mask])
 
+    def op_linear(self, x: Value) -> None:
+        """With a scale for every group of input channels."""
+        c, h, w = x.shape
+        outputs, size = self.int(1, 40), self.pick([32, 64, 128])
+        if self.on_gpus or c * outputs * h * w > 100000:
+            return
+        bits = self.int(2, 8)
+        groups = -(-c // size)
+        weights = self.rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (outputs, c, 1, 1))
+        unit = 1.0 / (2.0 ** (bits - 1) * np.sqrt(c))
+        constants = [
+            self.builder.weights(weights, bits),
+            self.floats(outputs * groups, -unit, unit),
+            self.floats(outputs, -1, 1),
+        ]
+        grid = self.grid()
+        if self.int(0, 1):
+            finish, inv, table = self.finish(grid)
+            ints, floats = [size, *finish], [inv, 0.0, 0.0]
+            self.put("linear", [x], (outputs, h, w), grid, ints, floats, [*constants, table])
+            return
+        out = self.builder.value((outputs, h, w))
+        ints, floats = [size, 0, 255, 0], [1.0, -2.0, float(np.inf)]
+        self.builder.node("linear", [x], out, ints, floats, [*constants, -1])
+        self.put("quantize", [out], out.shape, grid)
+
     def op_recurrence(self, x: Value) -> None:
         """What a value gives to the gates, its positions being steps."""
         c, h, w = x.shape

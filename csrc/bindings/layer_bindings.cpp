@@ -14,6 +14,7 @@
 #include "bindings/bindings.hpp"
 #include "core/status.hpp"
 #include "cpu/layer/layer.hpp"
+#include "cpu/layer/linear_layer.hpp"
 #include "cpu/layer/recurrent_layer.hpp"
 #include "cpu/layer/single_layer.hpp"
 #include "formats/canonical.hpp"
@@ -145,6 +146,35 @@ void recurrence(const std::array<int64_t, 3>& sizes, const std::tuple<int, bool,
   cpu::recurrent_layer(spec, bytes_at(packed.first, packed.second), job, threads);
 }
 
+/// sizes: rows, inputs, outputs, input channels per scale. packed: address and bytes. line: scale,
+/// [outputs][groups], and bias. tensors: input and result, both [rows][..].
+void linear(const std::array<int64_t, 4>& sizes, const std::pair<uintptr_t, size_t>& packed,
+            const std::array<uintptr_t, 2>& line, const GridNumbers& input,
+            const std::pair<float, float>& bounds, const std::array<uintptr_t, 2>& tensors,
+            int threads) {
+  const auto [rows, inputs, outputs, group] = sizes;
+  if (*std::min_element(sizes.begin(), sizes.end()) < 1)
+    throw InvalidArgument("linear: expected positive sizes");
+  const ActivationGrid grid = cpu::activation_grid(grid_of(input));
+  LinearSpec spec;
+  spec.inputs = inputs;
+  spec.outputs = outputs;
+  spec.group = std::min(group, inputs);
+  spec.scale = floats_at(line[0]);
+  spec.bias = floats_at(line[1]);
+  spec.qmax = grid.qmax;
+  spec.zero_point = grid.zero_point;
+  spec.step = std::get<0>(input);
+  std::tie(spec.lo, spec.hi) = bounds;
+  cpu::LinearJob job;
+  job.images = rows;
+  job.inv_scale = grid.inv_scale;
+  job.reals = {reinterpret_cast<float*>(tensors[0]), inputs, inputs, 1};
+  job.real_out = {reinterpret_cast<float*>(tensors[1]), outputs, outputs, 1};
+  const py::gil_scoped_release release;
+  cpu::linear_layer(spec, bytes_at(packed.first, packed.second), job, threads);
+}
+
 /// sizes: images, channels, positions. line: addresses of gamma and beta.
 void float_norm(const std::array<int64_t, 3>& sizes, int64_t groups, bool about_zero, float eps,
                 const std::array<uintptr_t, 2>& line, uintptr_t x, uintptr_t y, int threads) {
@@ -249,6 +279,7 @@ void bind_layers(py::module_& m) {
   m.def("float_norm", &float_norm);
   m.def("float_conv", &float_conv);
   m.def("recurrence", &recurrence);
+  m.def("linear", &linear);
 
   m.def("pack", &pack);
   m.def("unpack", &unpack);

@@ -13,6 +13,7 @@
 #include "core/thread_pool.hpp"
 #include "cpu/conv/policy.hpp"
 #include "cpu/kernel_table.hpp"
+#include "cpu/layer/linear_layer.hpp"
 #include "cpu/layer/recurrent_layer.hpp"
 #include "cpu/layer/single_layer.hpp"
 #include "cpu/probe.hpp"
@@ -70,5 +71,6 @@ void bind_machine(py::module_& m) {
   m.def("clear_cache", [] {
     cpu::clear_weight_cache();
     cpu::clear_recurrent_cache();
+    cpu::clear_linear_cache();
   });
 }

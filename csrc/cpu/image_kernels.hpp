@@ -11,6 +11,7 @@
 
 #include "reference/attention.hpp"
 #include "reference/image_spec.hpp"
+#include "reference/linear.hpp"
 #include "reference/recurrence.hpp"
 
 namespace adalayer::cpu {
@@ -163,6 +164,21 @@ struct RecurrentCell {
   uint8_t* levels;        // [hidden] of the new state
 };
 
+/// Rows of y[j] = fma((float)(sums[j] - zero * totals[j]), scale[j] * step, y[j]): what a group of
+/// a linear layer's input channels adds to its outputs. Columns are a multiple of 16.
+struct GroupSums {
+  const int32_t* sums;  // of products with levels, from row to row:
+  int64_t sum_row;
+  const int32_t* totals;  // of the group's weights
+  const float* scale;
+  int32_t zero;
+  float step;
+  int rows;
+  int64_t columns;
+  float* reals;
+  int64_t real_row;
+};
+
 /// `bounded` promises |y * inv_scale| < 2^30 for all possible inputs: the kernel may then convert
 /// first and clamp integers. lo and hi are whole numbers and rounding is monotone, so that the
 /// level is the same.
@@ -218,6 +234,9 @@ struct ImageKernels {
                            int64_t n, float* out);
   void (*multiply_floats)(const FloatProduct& product);
   void (*recurrent_cell)(const RecurrentCell& cell);
+  void (*add_group)(const GroupSums& group);
+  /// The finish of n floats.
+  void (*finish_floats)(const float* y, int64_t n, const U8Finish& finish, uint8_t* out);
 };
 
 /// The kernels of the active row of the kernel table, or the scalar ones where there is none.

@@ -85,6 +85,7 @@ void Launcher::add(const Node& n, const NodeData& d) {
     case OpKind::FloatConv:  // check_node()
     case OpKind::Recurrence:
     case OpKind::Reduce:
+    case OpKind::Linear:
       break;
     case OpKind::Softmax:
       return softmax(n);

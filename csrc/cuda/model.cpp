@@ -81,6 +81,9 @@ void check_node(const Program& p, const Node& n) {
       fail<InvalidArgument>("node '", n.name,
                             "': floats of different sizes are combined on the CPU alone");
   }
+  if (n.op == OpKind::Linear)
+    fail<InvalidArgument>("node '", n.name,
+                          "': linear layers with weight groups run on the CPU alone");
   if (floats || n.op == OpKind::FloatConv)
     fail<InvalidArgument>("node '", n.name, "': ", engine::op_name(n.op),
                           " with a float result runs on the CPU alone");

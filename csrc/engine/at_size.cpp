@@ -198,6 +198,7 @@ class Resized {
       case OpKind::AffineImage:
       case OpKind::Choose:
       case OpKind::Recurrence:
+      case OpKind::Linear:
         return give(in().h, in().w);
     }
     bad("it is unknown at other sizes");

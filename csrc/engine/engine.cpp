@@ -461,6 +461,16 @@ std::vector<NodeProfile> Engine::profile(int64_t batch, int threads, int rounds)
       p.packed_bytes = static_cast<int64_t>(weights.bytes.size());
       if (e.kernels != nullptr) p.derived_bytes = static_cast<int64_t>(e.steps[k].derived_bytes());
     }
+    if (p.op == OpKind::Linear) {
+      const Constant& weights = weights_of(e.program, e.program.nodes[k]);
+      const LinearSpec spec = linear_spec(e.program, e.program.nodes[k]);
+      const Value& out = e.program.values[e.program.nodes[k].output];
+      p.kernel += " linear, groups of " + std::to_string(spec.group);
+      p.bits = weight_bits(weights);
+      p.macs = spec.outputs * spec.inputs * out.h * out.w;
+      p.packed_bytes = static_cast<int64_t>(weights.bytes.size());
+      if (e.kernels != nullptr) p.derived_bytes = static_cast<int64_t>(e.steps[k].derived_bytes());
+    }
     if (p.op == OpKind::FloatConv) {
       const Constant& weights = weights_of(e.program, e.program.nodes[k]);
       p.kernel += " floats";

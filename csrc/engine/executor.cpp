@@ -37,6 +37,20 @@ void run_recurrence(const cpu::Recurrence& layer, const Node& node, const Frame&
   layer.run(job, part);
 }
 
+/// Positions are the rows of a linear layer; floats lie in planes.
+void run_linear(const cpu::Linear& layer, const Node& node, const Frame& frame, Part part) {
+  const Value& out = frame.program->values[node.output];
+  cpu::LinearJob job;
+  job.images = frame.images;
+  job.positions = out.h * out.w;
+  job.levels = frame.image(node.inputs[0], 0);
+  if (out.kind == ValueKind::U8)
+    job.level_out = frame.image(node.output, 0);
+  else
+    job.real_out = {frame.floats(node.output, 0), out.c * job.positions, 1, job.positions};
+  layer.run(job, part);
+}
+
 }  // namespace
 
 std::unique_ptr<Workspace> Executor::borrow() const {
@@ -138,6 +152,10 @@ void Executor::run_part(const Step& step, const Frame& frame, Part part, int tea
   }
   if (step.recurrence) {
     run_recurrence(*step.recurrence, node, frame, part);
+    return;
+  }
+  if (step.linear) {
+    run_linear(*step.linear, node, frame, part);
     return;
   }
   if (!step.conv) {

@@ -44,7 +44,8 @@ class Interpreter {
       read_input(program.inputs[k], inputs[k], batch);
     for (const Node& n : program.nodes) {
       weights_.clear();
-      if (n.op == OpKind::Conv || n.op == OpKind::ConvTranspose || n.op == OpKind::Recurrence)
+      if (n.op == OpKind::Conv || n.op == OpKind::ConvTranspose || n.op == OpKind::Recurrence ||
+          n.op == OpKind::Linear)
         weights_ = unpacked_weights(weights_of(program, n));
       if (n.op == OpKind::FloatConv) float_weights_ = unpacked_floats(program, n);
       for (int64_t image = 0; image < batch; ++image)
@@ -115,6 +116,7 @@ class Interpreter {
   void attention(const Node& n, int64_t image);
   void embedding(const Node& n, int64_t image);
   void recurrence(const Node& n, int64_t image);
+  void linear(const Node& n, int64_t image);
 
   const Program& program_;
   std::vector<Tensor> tensors_;
@@ -639,6 +641,24 @@ void Interpreter::recurrence(const Node& n, int64_t image) {
     levels(n.output, image)[i] = finish_u8(reals[i], spec.state);
 }
 
+void Interpreter::linear(const Node& n, int64_t image) {
+  const LinearSpec spec = linear_spec(program_, n);
+  const Shape s(value(n.output));
+  const int64_t plane = s.h * s.w;
+  std::vector<uint8_t> row(static_cast<size_t>(spec.inputs));
+  std::vector<float> reals(static_cast<size_t>(s.c));
+  for (int64_t p = 0; p < plane; ++p) {
+    for (int64_t c = 0; c < spec.inputs; ++c)
+      row[c] = levels(n.inputs[0], image)[c * plane + p];
+    reference::linear(spec, weights_.data(), row.data(), reals.data());
+    for (int64_t o = 0; o < s.c; ++o)
+      if (value(n.output).kind == ValueKind::U8)
+        levels(n.output, image)[o * plane + p] = finish_u8(reals[o], spec.finish);
+      else
+        numbers(n.output, image)[o * plane + p] = min_x86(max_x86(reals[o], spec.lo), spec.hi);
+  }
+}
+
 void Interpreter::run(const Node& n, int64_t image) {
   const bool floats = value(n.output).kind == ValueKind::F32;
   switch (n.op) {
@@ -706,6 +726,8 @@ void Interpreter::run(const Node& n, int64_t image) {
       return choose(n, image);
     case OpKind::Recurrence:
       return recurrence(n, image);
+    case OpKind::Linear:
+      return linear(n, image);
   }
 }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "core/status.hpp"
+#include "cpu/conv/linear.hpp"
 #include "cpu/conv/recurrence.hpp"
 #include "cpu/image/attention.hpp"
 #include "cpu/image/float_conv.hpp"
@@ -83,6 +84,11 @@ double planned_memory(const Program& program, const std::vector<ValueLayout>& la
       bytes += cpu::recurrence_bytes(spec.outputs(), spec.hidden);
       scratch = std::max(scratch, cpu::recurrence_scratch(spec));
     }
+    if (node.op == OpKind::Linear) {
+      const LinearSpec spec = linear_spec(program, node);
+      bytes += cpu::linear_bytes(spec);
+      scratch = std::max(scratch, cpu::linear_scratch(spec));
+    }
     if (!is_convolution(node)) continue;
     bytes += convolution_bytes(program, node, layouts, room);
     scratch = std::max(scratch, most_scratch(program, node, layouts, room));
@@ -104,7 +110,7 @@ double interpreter_memory(const Program& program) {
   for (const Node& node : program.nodes) {
     if (node.op == OpKind::FloatConv && !is_float(program, node))
       bytes += 5.0 * weight_count(program, node);
-    if (is_convolution(node) || node.op == OpKind::Recurrence)
+    if (is_convolution(node) || node.op == OpKind::Recurrence || node.op == OpKind::Linear)
       bytes += 2.0 * weight_count(program, node);
   }
   return bytes;

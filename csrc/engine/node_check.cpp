@@ -383,6 +383,20 @@ void NodeCheck::recurrence() const {
   floats("bias", gates * hidden);
 }
 
+void NodeCheck::linear() const {
+  constexpr OpKind op = OpKind::Linear;
+  shape("output", out(), out().c, in().h, in().w);
+  packed_weights(out().c, in().c, 1, 1);
+  const int64_t group = node_.ints[int_of(op, "group_size")];
+  if (group != 32 && group != 64 && group != 128)
+    bad("group_size must be 32, 64 or 128, got ", group);
+  floats("scale", out().c * ((in().c + group - 1) / group));
+  floats("bias", out().c);
+  const float lo = node_.floats[float_of(op, "clamp_lo")];
+  const float hi = node_.floats[float_of(op, "clamp_hi")];
+  if (!(lo <= hi)) bad("clamp_lo must not exceed clamp_hi, got ", lo, " and ", hi);
+}
+
 void NodeCheck::run() const {
   const Operation& o = operation_;
   const auto inputs = static_cast<int>(node_.inputs.size());
@@ -398,7 +412,6 @@ void NodeCheck::run() const {
   if (o.same_shape) shape("output", out(), in().c, in().h, in().w);
   if (o.moves && out().kind == ValueKind::U8) same_grid();
   if (o.finish() >= 0) finish();
-
   switch (node_.op) {
     case OpKind::Quantize:
     case OpKind::Dequantize:
@@ -461,6 +474,8 @@ void NodeCheck::run() const {
       return choose();
     case OpKind::Recurrence:
       return recurrence();
+    case OpKind::Linear:
+      return linear();
   }
 }
 

@@ -87,6 +87,7 @@ class NodeCheck {
   void embedding() const;
   void choose() const;
   void recurrence() const;
+  void linear() const;
 
   const Program& program_;
   size_t index_;

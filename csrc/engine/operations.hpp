@@ -86,8 +86,11 @@ enum class OpKind : uint8_t {
   // the grid of the state, also where the result is floats.
   Recurrence = 31,
   Reduce = 32,  // a Reduction along whole axes, which have size 1 then
+  // A 1x1 convolution with scales for groups of input channels (reference/linear.hpp):
+  // [C][groups], of group_size input channels each; the last one may have fewer.
+  Linear = 33,
 };
-constexpr int kOpKinds = 33;
+constexpr int kOpKinds = 34;
 
 constexpr int64_t kMaxAxis = 1 << 20;  // any of c, h, w; kernel, stride, padding, dilation
 
@@ -183,6 +186,7 @@ inline constexpr Form kNorms[] = {{u8, u8}, {u8, f32, 3}, {f32, f32, 3}};
 inline constexpr Form kAttention[] = {{u8, u8}, {u8, f32, 3}};
 inline constexpr Form kIds[] = {{i32, u8}};
 inline constexpr Form kChoices[] = {{i32, f32}};
+inline constexpr Form kLinear[] = {{u8, u8, 6}, {u8, f32, 6}};
 inline constexpr Form kRecurrence[] = {{f32, u8, 5}, {f32, f32, 5}};
 
 using Ints1 = std::array<IntParameter, 1>;
@@ -247,6 +251,8 @@ inline constexpr auto kRecurrenceInts = joined(
     std::array<IntParameter, 3>{
         {{"kind", 0, kRecurrentKinds - 1}, {"reverse", 0, 1, 0}, {"cells", 0, 1, 0}}},
     kFinish);
+
+inline constexpr auto kLinearInts = joined(Ints1{{{"group_size", 32, 128}}}, kFinish);
 
 inline constexpr FloatParameter kInverse[] = {{"inv", true, 1.0f}};
 // The clamp of a float result.
@@ -449,6 +455,12 @@ inline constexpr Operation kOperations[kOpKinds] = {
      .floats = table::kInverse,
      .constants = table::kRecurrenceConstants},
     {.name = "reduce", .minor = 6, .forms = table::kToFloat, .ints = table::kReduceInts},
+    {.name = "linear",
+     .minor = 6,
+     .forms = table::kLinear,
+     .ints = table::kLinearInts,
+     .floats = table::kConvFloats,
+     .constants = table::kConvConstants},
 };
 
 constexpr const Operation& operation(OpKind op) { return kOperations[static_cast<size_t>(op)]; }

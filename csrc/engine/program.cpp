@@ -136,7 +136,8 @@ const Constant& weights_of(const Program& p, const Node& n) {
   constexpr size_t place = constant_of(OpKind::Conv, "weights");
   static_assert(constant_of(OpKind::ConvTranspose, "weights") == place &&
                 constant_of(OpKind::FloatConv, "weights") == place &&
-                constant_of(OpKind::Recurrence, "weights") == place);
+                constant_of(OpKind::Recurrence, "weights") == place &&
+                constant_of(OpKind::Linear, "weights") == place);
   return p.constants[n.constants[place]];
 }
 
@@ -359,6 +360,23 @@ RecurrenceSpec recurrence_spec(const Program& p, const Node& n) {
   s.scale = floats(p, n.constants[constant_of(op, "scale")]);
   s.bias = floats(p, n.constants[constant_of(op, "bias")]);
   s.state = node_finish(p, n);
+  return s;
+}
+
+LinearSpec linear_spec(const Program& p, const Node& n) {
+  constexpr OpKind op = OpKind::Linear;
+  const Value& in = first_input(p, n);
+  LinearSpec s;
+  s.inputs = in.c;
+  s.outputs = p.values[n.output].c;
+  s.group = std::min(n.ints[int_of(op, "group_size")], s.inputs);
+  s.scale = floats(p, n.constants[constant_of(op, "scale")]);
+  s.bias = floats(p, n.constants[constant_of(op, "bias")]);
+  s.qmax = in.qmax;
+  s.zero_point = in.zero_point;
+  s.lo = n.floats[float_of(op, "clamp_lo")];
+  s.hi = n.floats[float_of(op, "clamp_hi")];
+  s.finish = node_finish(p, n);
   return s;
 }
 

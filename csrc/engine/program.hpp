@@ -23,6 +23,7 @@
 #include "reference/attention.hpp"
 #include "reference/float_conv.hpp"
 #include "reference/image_spec.hpp"
+#include "reference/linear.hpp"
 #include "reference/recurrence.hpp"
 #include "reference/spec.hpp"
 
@@ -149,7 +150,7 @@ ChooseAttributes choose_attributes(const Node& node);
 
 /// The finish of any operation that has one, its table included.
 U8Finish node_finish(const Program& program, const Node& node);
-/// Of Conv, ConvTranspose, FloatConv and Recurrence.
+/// Of Conv, ConvTranspose, FloatConv, Recurrence and Linear.
 const Constant& weights_of(const Program& program, const Node& node);
 /// Of a constant that holds weights: bits of what is read, and what is read, [O][I][KH][KW]. Throw
 /// CorruptData.
@@ -187,5 +188,6 @@ AttentionShape attention_shape(const Program& program, const Node& node);
 AttentionSpec attention_spec(const Program& program, const Node& node);
 EmbeddingSpec embedding_spec(const Program& program, const Node& node);
 RecurrenceSpec recurrence_spec(const Program& program, const Node& node);
+LinearSpec linear_spec(const Program& program, const Node& node);
 
 }  // namespace adalayer::engine

@@ -19,6 +19,7 @@ using RunImage = std::function<void(const Frame&, int64_t, Part)>;
 constexpr int64_t kBytesPerPart = 32 << 10;
 // Threads share the images of a recurrent layer, and never one image: steps wait for each other.
 constexpr int64_t kMostImages = 64;
+constexpr int64_t kProductsPerPart = 1 << 18;
 
 /// y = op(x) over u8 images.
 template <class Fn>
@@ -391,6 +392,7 @@ RunImage run_image(const Program& program, const Node& node,
     case OpKind::Conv:
     case OpKind::ConvTranspose:
     case OpKind::Recurrence:
+    case OpKind::Linear:
       break;
   }
   throw InvalidArgument("node '" + node.name + "': no such operation");
@@ -470,6 +472,20 @@ Step recurrent_step(const Program& program, const Node& node, const cpu::Recurre
   return step;
 }
 
+Step linear_step(const Program& program, const Node& node, const cpu::Linear* like) {
+  const Constant& stored = weights_of(program, node);
+  const LinearSpec spec = linear_spec(program, node);
+  Step step;
+  step.node = &node;
+  step.linear = like != nullptr ? std::make_unique<cpu::Linear>(*like, spec, false)
+                                : std::make_unique<cpu::Linear>(spec, unpacked_weights(stored),
+                                                                weight_bits(stored));
+  const Value& out = program.values[node.output];
+  step.max_parts =
+      std::max<int64_t>(1, spec.inputs * spec.outputs * out.h * out.w / kProductsPerPart);
+  return step;
+}
+
 /// A step that has weights of its own, but is no convolution of levels; `like` is the same one for
 /// another image size, or null.
 Step other_step(const Program& program, const Node& node, const std::vector<ValueLayout>& layouts,
@@ -478,6 +494,8 @@ Step other_step(const Program& program, const Node& node, const std::vector<Valu
     return float_step(program, node, like == nullptr ? nullptr : like->floats.get());
   if (node.op == OpKind::Recurrence)
     return recurrent_step(program, node, like == nullptr ? nullptr : like->recurrence.get());
+  if (node.op == OpKind::Linear)
+    return linear_step(program, node, like == nullptr ? nullptr : like->linear.get());
   return plain_step(program, node, layouts);
 }
 

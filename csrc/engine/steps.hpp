@@ -5,6 +5,7 @@
 #include <memory>
 #include <vector>
 
+#include "cpu/conv/linear.hpp"
 #include "cpu/conv/recurrence.hpp"
 #include "cpu/image/float_conv.hpp"
 #include "engine/conv_step.hpp"
@@ -41,6 +42,7 @@ struct Step {
   std::unique_ptr<ConvStep> conv;               // or
   std::unique_ptr<cpu::FloatConv> floats;       // or
   std::unique_ptr<cpu::Recurrence> recurrence;  // or
+  std::unique_ptr<cpu::Linear> linear;          // or
   std::function<void(const Frame&, int64_t image, cpu::Part)> run_image;
   int64_t max_parts = 1;
 
@@ -49,6 +51,7 @@ struct Step {
     return conv         ? conv->derived_bytes()
            : floats     ? floats->bytes()
            : recurrence ? recurrence->bytes()
+           : linear     ? linear->bytes()
                         : 0;
   }
 };

@@ -85,6 +85,16 @@ def recurrence(
     threads: int,
     /,
 ) -> None: ...
+def linear(
+    sizes: tuple[int, int, int, int],  # rows, inputs, outputs, input channels per scale
+    packed: tuple[int, int],
+    line: tuple[int, int],  # scale, bias
+    grid: tuple[float, int, int],  # of the input
+    bounds: tuple[float, float],
+    tensors: tuple[int, int],  # input, result
+    threads: int,
+    /,
+) -> None: ...
 def pack(weights: int, count: int, bits: int, o: int, i: int, kh: int, kw: int, /) -> bytes: ...
 def unpack(packed: int, size: int, /) -> bytes: ...
 def header(packed: int, size: int, /) -> dict[str, int | str | tuple[int, int, int, int]]: ...

@@ -82,6 +82,8 @@ def check_plans(plans: Sequence[Plan]) -> None:
         for name, bits in widths.items():
             if plan[name].sparsity:
                 raise PlanError(f"level {number}, layer {name!r}: weights of levels are not pruned")
+            if plan[name].group_size is not None:
+                raise PlanError(f"level {number}, layer {name!r}: levels have no weight groups")
             if bits > above[name]:
                 raise PlanError(
                     f"level {number}, layer {name!r}: expected at most the {above[name]} bits of "

@@ -39,6 +39,7 @@ PLAN_VERSION = 1
 KINDS = ("conv2d", "conv_transpose2d", "linear")
 PATTERNS = ("unstructured", "block16x64", "block32x64", "2:4")
 MIN_BITS, MAX_BITS = 2, 8
+GROUP_SIZES = (32, 64, 128)
 SHOWN = 4  # protected layers below a table
 
 
@@ -58,6 +59,8 @@ class LayerPlan:
         pattern: how zeros are placed: ``"unstructured"``, ``"block16x64"``, ``"block32x64"`` or
             ``"2:4"`` (at sparsity 0.5); see :mod:`adalayer_native.pruning.patterns`.
         activation_bits: bits of the layer's input activation, 2 to 8.
+        group_size: of a linear layer: 32, 64 or 128 input channels share a scale, and the last ones
+            of an output may be fewer; ``None``: all of them do. It pays at 4 bits or fewer.
         kernel: what ran the layer where the plan's engine was timed
             (``"avx2 winograd 4x4, 32 of 36 taps s8"``); else empty. A note: another machine, or
             another plan, may run it otherwise.
@@ -70,6 +73,7 @@ class LayerPlan:
     sparsity: float = 0.0
     pattern: str = "unstructured"
     activation_bits: int = 8
+    group_size: int | None = None
     kernel: str = ""
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -118,6 +122,11 @@ class LayerPlan:
                 f"a whole number from {MIN_BITS} to {MAX_BITS}",
                 self.activation_bits,
             )
+        if self.group_size is not None:
+            if not _is_int(self.group_size) or self.group_size not in GROUP_SIZES:
+                raise bad("group_size", f"one of {GROUP_SIZES}, or None", self.group_size)
+            if self.kind != "linear":
+                raise bad("group_size", f"None for a layer of kind {self.kind}", self.group_size)
         if not isinstance(self.kernel, str):
             raise bad("kernel", "text", self.kernel)
 
@@ -371,6 +380,9 @@ class Plan:
         patterns = any(layer.pattern != PATTERNS[0] for layer in self.layers.values())
         if patterns:
             table.add_column("Pattern")
+        grouped = any(layer.group_size for layer in self.layers.values())
+        if grouped:
+            table.add_column("Group", justify="right")
         kernels = any(layer.kernel for layer in self.layers.values())
         if kernels:
             table.add_column("Ran as")
@@ -387,6 +399,7 @@ class Plan:
                 f"{100 * layer.sparsity:.1f}",
                 "float" if layer.bits is None else str(layer.activation_bits),
                 *([layer.pattern] if patterns else []),
+                *([str(layer.group_size or "")] if grouped else []),
                 *([escape(layer.kernel)] if kernels else []),
                 *(_number(key, score[key]) if key in score else "" for key in scored),
             )
@@ -415,10 +428,12 @@ class Plan:
 
 
 def _row(layer: LayerPlan) -> dict[str, Any]:
-    """A layer as JSON values; older versions read plans that were never timed."""
+    """A layer as JSON values; older versions read plans without what they do not know."""
     row = asdict(layer)
     if not layer.kernel:
         del row["kernel"]
+    if layer.group_size is None:
+        del row["group_size"]
     return row
 
 

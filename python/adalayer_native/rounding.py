@@ -1,5 +1,8 @@
-"""Grids: of weights, signed integers with one positive float32 scale per output channel; of
-activations, levels from zero up with a scale and a zero point."""
+"""Grids: of weights, signed integers with one positive float32 scale per output channel, or per
+group of input channels of one; of activations, levels from zero up with a scale and a zero point.
+
+Scales of a weight ``[O, I]`` in groups are ``[O, groups]``: ``groups`` says by itself how many
+input channels share one (:func:`group_size_of`)."""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from adalayer_native.errors import CalibrationError, PlanError
-from adalayer_native.plan import MAX_BITS, MIN_BITS
+from adalayer_native.plan import GROUP_SIZES, MAX_BITS, MIN_BITS
 
 # Lower end of the searched clipping range, as a fraction of a channel's largest |w|. Few levels
 # pay for clipping the tail with a finer step, many levels do not; each bound lies well below the
@@ -113,9 +116,40 @@ def plane_cells(levels: Tensor, bits: int, planes: Planes) -> tuple[Tensor, Tens
     return start, end
 
 
-def per_channel(scale: Tensor, ndim: int) -> Tensor:
-    """View a ``[O]`` scale so that it broadcasts over a ``[O, ...]`` weight of ``ndim`` axes."""
-    return scale.view(-1, *([1] * (ndim - 1)))
+def group_size_of(inputs: int, groups: int) -> int:
+    """Input channels per scale where ``inputs`` of them have so many scales.
+
+    Raises:
+        ValueError: no group size gives that number.
+    """
+    if groups == 1:
+        return inputs
+    for size in GROUP_SIZES:
+        if -(-inputs // size) == groups:
+            return size
+    counts = sorted({-(-inputs // size) for size in GROUP_SIZES} | {1}, reverse=True)
+    raise ValueError(
+        f"{inputs} input channels have {counts} scales (groups of {GROUP_SIZES}), got {groups}"
+    )
+
+
+def group_count(inputs: int, group_size: int | None) -> int | None:
+    """Scales per output channel; None where there is one, which then is no group's."""
+    if group_size is None or group_size >= inputs:
+        return None
+    return -(-inputs // group_size)
+
+
+def per_channel(scale: Tensor, shape: torch.Size) -> Tensor:
+    """A scale as it broadcasts over a weight ``[O, ...]`` of that shape.
+
+    Args:
+        scale: ``[O]``; or ``[O, groups]`` of a weight ``[O, I]``.
+    """
+    if scale.dim() == 1:
+        return scale.view(-1, *([1] * (len(shape) - 1)))
+    size = group_size_of(shape[1], scale.shape[1])
+    return scale.repeat_interleave(size, dim=1)[:, : shape[1]]
 
 
 def conv_form(layer: nn.Module, weight: Tensor) -> Tensor:
@@ -150,7 +184,7 @@ def round_weight(weight: Tensor, scale: Tensor, bits: int, mask: Tensor | None =
 
     Args:
         weight: float32 ``[O, ...]``.
-        scale: float32 ``[O]``, positive.
+        scale: float32 ``[O]``, or ``[O, groups]``, positive.
         bits: 2 to 8.
         mask: optional bool tensor of the weight's shape, true where the weight is kept.
 
@@ -158,13 +192,18 @@ def round_weight(weight: Tensor, scale: Tensor, bits: int, mask: Tensor | None =
         float32 tensor of whole numbers, same shape as ``weight``.
     """
     low, high = weight_range(bits)
-    q = torch.div(weight, per_channel(scale, weight.dim())).round_().clamp_(low, high)
+    q = torch.div(weight, per_channel(scale, weight.shape)).round_().clamp_(low, high)
     return q.mul_(mask) if mask is not None else q
 
 
 @torch.no_grad()
 def quantize_weight(
-    w: Tensor, bits: int, mask: Tensor | None = None, *, chunk: int = 1 << 16
+    w: Tensor,
+    bits: int,
+    mask: Tensor | None = None,
+    *,
+    group_size: int | None = None,
+    chunk: int = 1 << 16,
 ) -> tuple[Tensor, Tensor]:
     """Quantize a weight with the scale of least squared error in every output channel.
 
@@ -178,11 +217,13 @@ def quantize_weight(
         bits: 2 to 8, the signed range is ``-2^(b-1) ... 2^(b-1)-1``.
         mask: optional bool tensor of the same shape; weights where it is false become 0 and do
             not influence the scale.
+        group_size: of a weight ``[O, I]``: every so many input channels get a scale.
         chunk: number of weights handled at once, bounds the working memory.
 
     Returns:
-        ``(q, scale)``: int8 tensor of the shape of ``w``, and float32 ``[O]`` positive scales. A
-        channel without a non-zero kept weight gets scale 1 and zeros.
+        ``(q, scale)``: int8 tensor of the shape of ``w``, and float32 ``[O]`` positive scales, or
+        ``[O, groups]`` where there is more than one. Where no kept weight is non-zero the scale
+        is 1 and weights are zeros.
 
     Raises:
         PlanError: ``bits`` out of range.
@@ -191,6 +232,11 @@ def quantize_weight(
     low, high = weight_range(bits)
     if mask is not None and mask.shape != w.shape:
         raise PlanError(f"mask has shape {tuple(mask.shape)}, expected {tuple(w.shape)}")
+    groups = None if group_size is None else group_count(w.shape[1], group_size)
+    if group_size is not None and groups is not None:
+        parts = (_in_groups(t, group_size) for t in (w, mask) if t is not None)
+        q, scale = quantize_weight(next(parts), bits, next(parts, None), chunk=chunk)
+        return q.reshape(len(w), -1)[:, : w.shape[1]].contiguous(), scale.reshape(-1, groups)
     channels = w.shape[0]
     flat = w.detach().to(torch.float32).reshape(channels, -1)
     if not bool(torch.isfinite(flat).all()):
@@ -223,6 +269,11 @@ def quantize_weight(
         q[start : start + rows] = torch.div(part, final).round_().clamp_(low, high)
         scale[start : start + rows] = final[:, 0]
     return q.reshape(w.shape), scale
+
+
+def _in_groups(w: Tensor, size: int) -> Tensor:
+    """``[O, I]`` as ``[O * groups, size]``; the last group of an output ends with zeros."""
+    return torch.nn.functional.pad(w, (0, -w.shape[1] % size)).reshape(-1, size)
 
 
 def _search(unit: Tensor, steps: list[float], low: int, high: int) -> Tensor:

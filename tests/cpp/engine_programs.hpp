@@ -80,7 +80,7 @@ struct Builder {
 };
 
 /// Every operation once at least but those of token_program(), float_program(),
-/// recurrent_program() and reduced_program(), convolutions in
+/// recurrent_program(), reduced_program() and grouped_program(), convolutions in
 /// all their forms; two inputs, three outputs.
 inline Program every_operation() {
   constexpr float kInf = std::numeric_limits<float>::infinity();
@@ -355,6 +355,35 @@ inline Program recurrent_program(int hidden = 5, int64_t steps = 6, int bits = 4
                           false, false, -1);
   b.p.inputs = {image, state, cell};
   b.p.outputs = {cells, relu, last};
+  return b.p;
+}
+
+/// Linear layers with weight groups: onto a table's grid, onto a grid, and in floats.
+inline Program grouped_program(int64_t inputs = 40, int64_t outputs = 18, int64_t positions = 3,
+                               int bits = 4, int64_t group = 32) {
+  constexpr ValueKind F32 = ValueKind::F32;
+  Builder b;
+  const auto layer = [&](int32_t from, int32_t to, int32_t table, std::vector<float> floats) {
+    const int64_t in = b.p.values[from].c, out = b.p.values[to].c;
+    std::vector<float> scale(static_cast<size_t>(out * ((in + group - 1) / group)));
+    for (size_t i = 0; i < scale.size(); ++i)
+      scale[i] =
+          0.02f * static_cast<float>(static_cast<int>(i % 5) - 1) / static_cast<float>(1 << bits);
+    std::vector<float> bias(static_cast<size_t>(out));
+    for (size_t i = 0; i < bias.size(); ++i)
+      bias[i] = 0.5f * static_cast<float>(i % 9);
+    return b.node(OpKind::Linear, {from}, to, {group, 3, 250, 10}, std::move(floats),
+                  {b.weights(static_cast<uint32_t>(out), static_cast<uint32_t>(in), 1, 1, bits),
+                   b.floats(scale), b.floats(bias), table});
+  };
+  const auto x = b.value("x", inputs, 1, positions, F32);
+  const auto q = b.node(OpKind::Quantize, {x}, b.value("q", inputs, 1, positions));
+  const auto first = layer(q, b.value("first", outputs, 1, positions), b.table(1), {40.0f, 0, 0});
+  const auto next = layer(first, b.value("next", inputs, 1, positions), -1, {kInverse, 0, 0});
+  const auto last =
+      layer(next, b.value("last", outputs, 1, positions, F32), -1, {1.0f, -2.0f, 3.0f});
+  b.p.inputs = {x};
+  b.p.outputs = {last};
   return b.p;
 }
 

@@ -88,7 +88,7 @@ AdaSection section(const std::vector<uint8_t>& file, const char* id) {
 
 TEST(round_trip) {
   for (const Program& p : {every_operation(), small_program(), token_program(), float_program(),
-                           recurrent_program(), reduced_program()}) {
+                           recurrent_program(), reduced_program(), grouped_program()}) {
     const auto file = write_program(p);
     const Program back = read_program(file);
     CHECK(write_program(back) == file);
@@ -236,6 +236,8 @@ TEST(other_versions) {
     const auto alone = serialize(p);
     CHECK_EQ(int{read_ada_header(alone, alone.size()).minor}, 6);
   }
+  const auto grouped = write_program(grouped_program());
+  CHECK_EQ(int{read_ada_header(grouped, grouped.size()).minor}, 6);
   Builder b;
   const auto x = b.value("x", 2, 1, 1, ValueKind::F32);
   const auto y = b.value("y", 2, 1, 1, ValueKind::F32);

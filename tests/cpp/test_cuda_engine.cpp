@@ -422,7 +422,8 @@ TEST(errors_have_codes_and_sentences) {
 #endif
 
   // What works on floats between layers runs on the CPU alone.
-  Program floats = programs::float_program(), recurrent = programs::recurrent_program();
+  Program floats = programs::float_program(), recurrent = programs::recurrent_program(),
+          grouped = programs::grouped_program();
   Node& line = recurrent.nodes[0];  // (A line of floats would be refused, too.)
   line = {OpKind::Function, "layer.function", line.inputs, line.output, {1}, {0.5f, 0.0f}, {}};
   const auto refused = [&](const char* text) {
@@ -449,6 +450,9 @@ TEST(errors_have_codes_and_sentences) {
   floats = sizes.p;
   refused("node 'layer.combine': floats of different sizes are combined on the CPU alone");
   std::swap(floats, reduced);
+  std::swap(floats, grouped);
+  refused("linear layers with weight groups run on the CPU alone");
+  std::swap(floats, grouped);
   floats.nodes.resize(1);  // the first convolution alone
   floats.values = {floats.values[floats.inputs[0]], floats.values[floats.nodes[0].output]};
   floats.inputs = floats.nodes[0].inputs = {0};

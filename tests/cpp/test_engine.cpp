@@ -252,6 +252,19 @@ TEST(recurrent_layers_are_bit_equal_to_the_interpreter) {
   check_program(recurrent_program(), 5);
 }
 
+TEST(weight_groups_are_bit_equal_to_the_interpreter) {
+  // Around a group, a tile of 64 inputs and of 16 outputs, and rows that share a pass.
+  for (const int64_t inputs : {5, 32, 33, 64, 130})
+    for (const int64_t positions : {1, 4, 5, 130})
+      for (const int bits : {2, 4, 8}) {
+        const int64_t group = inputs == 130 ? (bits == 4 ? 128 : 64) : 32;
+        if (positions > 5 && inputs != 33 && bits != 4) continue;
+        check_program(grouped_program(inputs, inputs / 2 + 1, positions, bits, group),
+                      positions == 4 ? 3 : 1);
+      }
+  check_program(grouped_program(96, 70, 1), 20);
+}
+
 TEST(convolutions_are_bit_equal_to_the_interpreter) {
   for (int i = 0; i < 8; ++i) {
     const Program p = network();

@@ -22,9 +22,9 @@ TEST(every_operation_is_valid_and_runs) {
   const Program p = every_operation();
   validate(p);
   std::set<OpKind> kinds;
-  const Program tokens = token_program(), floats = float_program(), steps = recurrent_program();
-  const Program reduced = reduced_program();
-  for (const Program* all : {&p, &tokens, &floats, &steps, &reduced})
+  const Program tokens = token_program(), floats = float_program(), steps = recurrent_program(),
+                reduced = reduced_program(), groups = grouped_program();
+  for (const Program* all : {&p, &tokens, &floats, &steps, &reduced, &groups})
     for (const Node& n : all->nodes)
       kinds.insert(n.op);
   size_t operations = 0;
@@ -316,7 +316,7 @@ TEST(every_parameter_has_its_range_and_every_list_its_length) {
   std::set<OpKind> met;
   int refusals = 0;
   for (const Program& whole : {every_operation(), token_program(), float_program(),
-                               recurrent_program(), reduced_program()}) {
+                               recurrent_program(), reduced_program(), grouped_program()}) {
     for (size_t k = 0; k < whole.nodes.size(); ++k) {
       const Operation& o = operation(whole.nodes[k].op);
       met.insert(whole.nodes[k].op);
@@ -484,6 +484,27 @@ TEST(refusals_of_reductions_and_joined_floats_say_what_is_wrong) {
                [](Program& p) { output_of(p, OpKind::Concat).c = 8; });
   refused_with("expected f32 input 1, got u8",
                [](Program& p) { find(p, OpKind::Concat).inputs[1] = p.nodes[0].output; });
+}
+
+TEST(refusals_of_weight_groups_say_what_is_wrong) {
+  const auto refused_with = [](const char* text,
+                               const std::function<void(Program&, Node&)>& change) {
+    Program p = grouped_program();
+    change(p, find(p, OpKind::Linear));
+    CHECK_THROWS(validate(p), InvalidArgument, text);
+  };
+  validate(grouped_program());
+  refused_with("group_size must be 32, 64 or 128, got 48",
+               [](Program&, Node& n) { n.ints[0] = 48; });
+  refused_with("group_size must be 32 to 128, got 0", [](Program&, Node& n) { n.ints[0] = 0; });
+  refused_with("scale: expected 18 floats", [](Program&, Node& n) { n.ints[0] = 64; });
+  refused_with("expected weights of 18 x 39",
+               [](Program& p, Node& n) { p.values[n.inputs[0]].c = p.values[p.inputs[0]].c = 39; });
+  refused_with("expected u8 input 0, got f32",
+               [](Program& p, Node& n) { n.inputs[0] = p.inputs[0]; });
+  Program p = grouped_program();
+  p.nodes.back().floats[1] = 4.0f;
+  CHECK_THROWS(validate(p), InvalidArgument, "clamp_lo must not exceed clamp_hi");
 }
 
 TEST(refusals_of_recurrent_layers_say_what_is_wrong) {

@@ -51,6 +51,8 @@ double work_of(const Program& p) {
     } else if (n.op == OpKind::Recurrence) {
       const RecurrenceSpec s = recurrence_spec(p, n);
       work += outputs * static_cast<double>(recurrent_gates(s.kind) * s.hidden);
+    } else if (n.op == OpKind::Linear) {
+      work += outputs * static_cast<double>(p.values[n.inputs[0]].c);
     } else if (n.op == OpKind::MaxPool || n.op == OpKind::AvgPool) {
       const PoolSpec s = pool_spec(p, n);
       work += outputs * static_cast<double>(s.kernel_h) * static_cast<double>(s.kernel_w);

@@ -30,6 +30,7 @@ inline std::vector<std::pair<std::string, Program>> seeds() {
   all.emplace_back("floats", float_program());
   all.emplace_back("recurrent", recurrent_program());
   all.emplace_back("reduced", reduced_program());
+  all.emplace_back("groups", grouped_program());
   all.emplace_back("convolutions", convolutions());
   all.emplace_back("described", described());
   all.emplace_back("sizes", ranged());

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cpu/conv/product_tiles.hpp"
 #include "cpu/image_kernels.hpp"
 #include "formats/panels.hpp"
 
@@ -21,44 +22,11 @@ constexpr int64_t kBehind = 16;
 // they are kept as bytes.
 constexpr int64_t kKeptAsBytes = 256 << 10;
 
-int64_t tiles(int64_t n, int64_t size) { return (n + size - 1) / size; }
-
-/// Groups of 4 units that hold weights, of the last tile in depth.
-uint8_t live_quads(int64_t hidden, int64_t step) {
-  return static_cast<uint8_t>((std::min<int64_t>(kTileDepth, hidden - step * kTileDepth) + 3) / 4);
-}
-
-/// Bytes of a column of tiles.
-int64_t column_bytes(int64_t depth, int bits, const TileArrangement* arrangement) {
-  return depth * 128 * bits + (arrangement == nullptr ? 0 : arrangement->extra_bytes(depth));
-}
-
 AlignedBuffer panels(std::span<const int8_t> weights, int64_t outputs, int64_t hidden, int bits,
                      const TileArrangement* arrangement, int qmax) {
-  const int64_t depth = tiles(hidden, kTileDepth), columns = tiles(outputs, kTileWidth);
-  const int64_t bytes = column_bytes(depth, bits, arrangement);
-  AlignedBuffer packed(static_cast<size_t>(bytes * columns)), scratch;
-  std::vector<uint8_t> quads;
-  if (arrangement != nullptr) {
-    scratch = AlignedBuffer(static_cast<size_t>(arrangement->scratch_bytes(depth)));
-    for (int64_t step = 0; step < depth; ++step)
-      quads.push_back(live_quads(hidden, step));
-  }
-  int8_t tile[kTileBytes];
-  for (int64_t column = 0; column < columns; ++column) {
-    uint8_t* to = packed.data() + column * bytes;
-    for (int64_t step = 0; step < depth; ++step) {
-      std::fill(std::begin(tile), std::end(tile), int8_t{0});
-      for (int64_t k = 0; k < std::min<int64_t>(kTileDepth, hidden - step * kTileDepth); ++k)
-        for (int64_t n = 0; n < std::min<int64_t>(kTileWidth, outputs - column * kTileWidth); ++n)
-          tile[k / 4 * 64 + n * 4 + k % 4] =
-              weights[(column * kTileWidth + n) * hidden + step * kTileDepth + k];
-      formats::pack_tile(tile, bits, to + step * 128 * bits);
-    }
-    if (arrangement != nullptr)
-      arrangement->arrange(reinterpret_cast<int8_t*>(to), depth, quads.data(), qmax,
-                           scratch.data());
-  }
+  const int64_t bytes = column_bytes(tile_count(hidden, kTileDepth), bits, arrangement);
+  AlignedBuffer packed(static_cast<size_t>(bytes * tile_count(outputs, kTileWidth)));
+  pack_columns(weights.data(), hidden, outputs, hidden, bits, arrangement, qmax, packed.data());
   return packed;
 }
 
@@ -100,8 +68,8 @@ struct Recurrence::Memory {
 Recurrence::Recurrence(const RecurrenceSpec& spec, std::span<const int8_t> weights, int bits)
     : spec_(spec),
       bits_(bits),
-      depth_(tiles(spec.hidden, kTileDepth)),
-      columns_(tiles(spec.outputs(), kTileWidth)) {
+      depth_(tile_count(spec.hidden, kTileDepth)),
+      columns_(tile_count(spec.outputs(), kTileWidth)) {
   const int64_t outputs = spec.outputs();
   std::vector<int32_t> correction(static_cast<size_t>(columns_ * kTileWidth + kBehind), 0);
   for (int64_t o = 0; o < outputs; ++o) {
@@ -273,8 +241,8 @@ void Recurrence::run(const RecurrenceJob& job, Part part) const {
 }
 
 double recurrence_bytes(int64_t outputs, int64_t hidden) {
-  const auto o = static_cast<double>(tiles(outputs, kTileWidth));
-  const auto i = static_cast<double>(tiles(hidden, kTileDepth));
+  const auto o = static_cast<double>(tile_count(outputs, kTileWidth));
+  const auto i = static_cast<double>(tile_count(hidden, kTileDepth));
   // (Whole numbers while it is built.)
   // An order of bytes takes no more than as much again.
   return o * i * kTileBytes * 3.0 + 4.0 * (o * kTileWidth + kBehind);

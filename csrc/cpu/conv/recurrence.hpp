@@ -15,14 +15,6 @@
 
 namespace adalayer::cpu {
 
-/// Floats of several images, a vector for every step; all distances are in elements.
-struct StepFloats {
-  float* data = nullptr;
-  int64_t image = 0, step = 1, channel = 1;
-
-  float* at(int64_t n, int64_t t) const { return data + n * image + t * step; }
-};
-
 /// Where the tensors of one call are.
 struct RecurrenceJob {
   int64_t images = 0;

@@ -79,6 +79,15 @@ struct ConstImageView {
   const uint8_t* pixel(int64_t y, int64_t x) const { return data + layout->offset(y, x); }
 };
 
+/// Floats of several images, a vector for every step of a sequence, or position of an image; all
+/// distances are in elements.
+struct StepFloats {
+  float* data = nullptr;
+  int64_t image = 0, step = 1, channel = 1;
+
+  float* at(int64_t n, int64_t t) const { return data + n * image + t * step; }
+};
+
 /// A share of an operation: part `index` of `count` equal ones. How work is cut is up to the
 /// operation (usually rows of the output); parts never write the same bytes.
 struct Part {

@@ -37,6 +37,7 @@ from adalayer_native.engine.views import (
 from adalayer_native.operations import geometry
 from adalayer_native.ops.fused import FLOAT_FUNCTIONS
 from adalayer_native.ops.norms import unit_as_rms
+from adalayer_native.rounding import group_size_of, per_channel
 
 Doubles = npt.NDArray[np.float64]
 
@@ -85,6 +86,11 @@ class _Layer:
     dims: Dims  # of the result
     residual: Any
     bounds: tuple[float, float]
+
+    @property
+    def in_groups(self) -> bool:
+        """Whether groups of input channels have scales of their own."""
+        return self.op == "linear"
 
 
 def _input_grid(node: fx.Node) -> Grid:
@@ -145,7 +151,26 @@ def _linear(low: Lowering, node: fx.Node) -> _Layer:
     features = int(node.meta["val"].shape[-1])
     source, out, dims = linear_view(low, node, _source(low, node), features)
     c, h, w = low.size(source)
-    kernel = (1, 1) if _in_channels(packed, 1) == c else (h, w)
+    inputs = _in_channels(packed, 1)
+    kernel = (1, 1) if inputs == c else (h, w)
+    if multiplier.ndim == 2:
+        if kernel != (1, 1):
+            source = low.arranged(source, low.name(node, "reorder"), "c")
+            out = (features, 1, 1)
+            dims = image_dims(out)[:1]
+        return _Layer(
+            "linear",
+            source,
+            _input_grid(node),
+            low.program.constant("weights", packed.numpy().tobytes()),
+            multiplier,
+            bias,
+            {"group_size": group_size_of(inputs, multiplier.shape[1])},
+            out,
+            dims,
+            None,
+            _bounds(arguments(node)),
+        )
     if kernel != (1, 1):
         weight = ops.unpack_weight(packed).reshape(features, c, h, w)
         packed = ops.pack_weight(weight, int(ops.packed_info(packed)["bits"]))
@@ -187,19 +212,23 @@ def _as_float(low: Lowering, node: fx.Node, lo: float, hi: float) -> Ref:
     reals = program.node(
         "dequantize", low.name(node, "floats"), [layer.source.value], low.size(layer.source), None
     )
-    scale = low.parameter(node.args[2])
+    packed, scale = low.parameter(node.args[1]), low.parameter(node.args[2])
+    assert packed is not None
     assert scale is not None
-    constants = {
-        "weights": layer.weights,
-        "scale": program.f32(_double(scale)),
-        "bias": program.f32(layer.bias),
-    }
+    place = layer.geometry
+    if layer.in_groups:  # packed weights of a float layer have one scale per output channel
+        weight = ops.unpack_weight(packed).flatten(1)
+        whole = _double(weight * per_channel(scale, weight.shape))
+        constants, place = {"weights": program.f32(whole)}, geometry((1, 1))
+    else:
+        constants = {"weights": layer.weights, "scale": program.f32(_double(scale))}
+    constants["bias"] = program.f32(layer.bias)
     if layer.op == "conv_transpose":
         return _transposed_as_float(
             low, node, layer, Ref(reals, layer.source.dims), constants, bounds
         )
     number = float_conv(
-        low, low.name(node), Ref(reals, layer.source.dims), layer.size, layer.geometry, constants,
+        low, low.name(node), Ref(reals, layer.source.dims), layer.size, place, constants,
         bounds if plain else (-math.inf, math.inf),
     )  # fmt: skip
     result = Ref(number, layer.dims)

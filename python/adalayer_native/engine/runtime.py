@@ -563,7 +563,7 @@ class Engine:
             program = step.run.program_at_level()
             kinds = program.constants()
             for op, name, _, _, _, _, constants in program.nodes():
-                layer = op in ("conv", "conv_transpose", "float_conv", "recurrence")
+                layer = op in ("conv", "conv_transpose", "float_conv", "recurrence", "linear")
                 if layer and kinds[constants[0]][0] == "weights":
                     data = bytearray(program.constant_bytes(constants[0]))
                     found[name] = torch.frombuffer(data, dtype=torch.uint8)

@@ -84,6 +84,11 @@ def _native_rows(part: NativePart, batch: int, threads: int, rounds: int) -> lis
             pixels = values[output if op == "conv" else inputs[0]][3:5]
             macs = math.prod(header["shape"]) * math.prod(pixels)
             input_bits = int(values[inputs[0]][7]).bit_length()
+        elif op == "linear":
+            header = _header(program.constant_bytes(constants[0]))
+            bits, packed = int(header["bits"]), sizes[constants[0]][1]
+            macs = math.prod(header["shape"]) * math.prod(values[output][3:5])
+            input_bits = int(values[inputs[0]][7]).bit_length()
         elif op == "recurrence":
             header = _header(program.constant_bytes(constants[0]))
             bits, packed = int(header["bits"]), sizes[constants[0]][1]

@@ -22,7 +22,7 @@ from adalayer_native.plan import MAX_BITS
 from adalayer_native.quantization.chains import ACT_ROOT
 from adalayer_native.quantization.graph import insert_behind, set_submodule
 from adalayer_native.quantization.observers import OBSERVERS, make_observer
-from adalayer_native.rounding import activation_grid, quantize_weight
+from adalayer_native.rounding import activation_grid, group_size_of, quantize_weight
 
 __all__ = ["Change", "float_layer", "more_bits", "regrids"]
 
@@ -79,7 +79,10 @@ def _bits(pairs: Pairs, layer: Layer, bits: int) -> Change:
     mask = None
     if pruned or ops.packed_info(module.weight_packed)["encoding"] != "dense":
         mask = (module.weight_int() != 0).reshape(layer.weight.shape)
-    weight, scale = quantize_weight(layer.weight, bits, mask)
+    size = None
+    if module.weight_scale.dim() == 2:
+        size = group_size_of(layer.weight.shape[1], module.weight_scale.shape[1])
+    weight, scale = quantize_weight(layer.weight, bits, mask, group_size=size)
     packed = ops.pack_weight(weight, bits)
 
     def make(native: nn.Module) -> None:

@@ -33,7 +33,7 @@ from adalayer_native.quantization.chains import Structure, analyse
 from adalayer_native.quantization.graph import build_prepared, norm_line
 from adalayer_native.repair.equalize import Pair
 from adalayer_native.repair.equalize import pairs_of as scalable_pairs
-from adalayer_native.rounding import conv_form, layer_form
+from adalayer_native.rounding import conv_form, layer_form, per_channel
 
 __all__ = ["Layer", "Pairs", "Value", "pairs_of", "scaled_channels"]
 
@@ -406,7 +406,8 @@ def _slopes(
     layer: Any = model.get_submodule(name)
     weight, _ = _folded(model, name, structure)
     other: Any = native.get_submodule(name)
-    held = other.weight_int().reshape(weight.shape).double() * _leading(other.weight_scale, weight)
+    held = other.weight_int().reshape(weight.shape).double()
+    held = held * per_channel(other.weight_scale, weight.shape)
     if not columns:
         a, b = weight.flatten(1), held.flatten(1)
     else:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adalayer_native import ops
+from adalayer_native.rounding import per_channel
 
 __all__ = ["FloatLayer"]
 
@@ -27,7 +28,8 @@ class FloatLayer(nn.Module):
         super().__init__()
         self.name = operator
         weight = ops.unpack_weight(a["weight_packed"]).float()
-        self.register_buffer("weight", weight * a["weight_scale"].reshape(-1, 1, 1, 1))
+        scale = per_channel(a["weight_scale"], weight.shape[:2])[:, :, None, None]
+        self.register_buffer("weight", weight * scale)
         self.register_buffer("bias", a["bias"])
         self.input_grid = (
             None if on_grid else (a["input_scale"], a["input_zero_point"], a["input_bits"])

@@ -3,12 +3,13 @@
 The modules hold the canonical packed weights as buffers, so ``state_dict``, ``deepcopy`` and
 safetensors carry the same device-neutral bytes that the ``.safetensors`` model file has:
 
-======================  =========  =====================================================
+======================  =========  ==============================================================
 ``weight_packed``       uint8      header of 64 bytes, then bit-planes (or mask + the rest)
-``weight_scale``        float32    one step per output channel, batch norm folded in
+``weight_scale``        float32    one step per output channel, or per group of input channels of
+                                   one (``[out, groups]``), batch norm folded in
 ``bias``                float32    ``[out]``, batch norm folded in
 ``input_qparams``       float32    (scale, zero point, bits) of the u8 input grid
-======================  =========  =====================================================
+======================  =========  ==============================================================
 """
 
 from __future__ import annotations
@@ -24,7 +25,14 @@ from adalayer_native import _C, ops
 from adalayer_native._deprecated import renamed_arguments
 from adalayer_native.errors import FileFormatError, InputError, UnsupportedModelError
 from adalayer_native.padding import window_of
-from adalayer_native.rounding import SMALLEST_STEP, activation_grid, conv_form, quantize_weight
+from adalayer_native.plan import GROUP_SIZES
+from adalayer_native.rounding import (
+    SMALLEST_STEP,
+    activation_grid,
+    conv_form,
+    group_size_of,
+    quantize_weight,
+)
 
 __all__ = [
     "Activation",
@@ -188,7 +196,9 @@ class NativeLayer(QuantizedInput):
         Args:
             weight: int8 ``[O, I]``, or ``[O, I/groups, KH, KW]`` of a convolution (of a transposed
                 one, too, and not flipped), within ``bits`` (2 to 8).
-            weight_scale: float32 ``[O]``, may be negative. bias: float32 ``[O]`` or None.
+            weight_scale: float32 ``[O]``, may be negative; of a linear layer also ``[O, groups]``,
+                of 32, 64 or 128 input channels each.
+            bias: float32 ``[O]`` or None.
             input_scale, input_zero_point, input_bits: the u8 grid of the input.
             activation: None, "relu", "relu6" or a (lo, hi) clamp, fused into the output.
             window: of a convolution, as torch has them: ``stride``, ``padding`` (of Conv2d also
@@ -210,13 +220,16 @@ class NativeLayer(QuantizedInput):
         *,
         input_range: tuple[float, float],
         input_bits: int = 8,
+        group_size: int | None = None,
         activation: Activation = None,
     ) -> _Layer:
-        """Rounds a float layer (per-channel scales of least squared error).
+        """Rounds a float layer (scales of least squared error, one per output channel).
 
         Args:
             layer: of torch, of the same name.
             input_range: (low, high) of the layer's input, as an observer or calibration gives it.
+            group_size: of a linear layer: 32, 64 or 128 input channels share a scale; the last ones
+                of an output may be fewer.
 
         Raises:
             UnsupportedModelError: padding_mode other than zeros, or an overflowing reduction.
@@ -227,8 +240,16 @@ class NativeLayer(QuantizedInput):
             raise UnsupportedModelError(
                 f"{cls.__name__}: padding_mode must be 'zeros', got {mode!r}"
             )
+        if group_size is not None and (
+            group_size not in GROUP_SIZES or not isinstance(layer, nn.Linear)
+        ):
+            raise ValueError(
+                f"{cls.__name__}: group_size must be one of {GROUP_SIZES}, of a linear layer, or "
+                f"None, got {group_size}"
+            )
         weight: Any = layer.weight
-        weight, scale = quantize_weight(conv_form(layer, weight.detach().float()), bits)
+        form = conv_form(layer, weight.detach().float())
+        weight, scale = quantize_weight(form, bits, group_size=group_size)
         input_scale, zero_point = activation_grid(*input_range, input_bits, "the input")
         return cls.from_quantized(
             weight,
@@ -291,10 +312,18 @@ class NativeLayer(QuantizedInput):
         scale = weight_scale.detach().to(torch.float32).cpu().contiguous().clone()
         offset = torch.zeros(out_channels) if bias is None else bias
         offset = offset.detach().to(torch.float32).cpu().contiguous().clone()
+        if scale.dim() == 2 and weight.dim() == 2 and len(scale) == out_channels:
+            group_size_of(weight.shape[1], scale.shape[1])
+            if scale.shape[1] == 1:
+                scale = scale.flatten()
+            scales = scale.shape
+        else:
+            scales = torch.Size([out_channels])
+        shapes = {"weight_scale": scales, "bias": torch.Size([out_channels])}
         for name, value in (("weight_scale", scale), ("bias", offset)):
-            if value.shape != (out_channels,):
+            if value.shape != shapes[name]:
                 raise ValueError(
-                    f"{name} must have shape [{out_channels}], got {list(value.shape)}"
+                    f"{name} must have shape {list(shapes[name])}, got {list(value.shape)}"
                 )
             if not bool(torch.isfinite(value).all()):
                 raise ValueError(f"{name} must be finite")

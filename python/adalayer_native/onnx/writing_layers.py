@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from adalayer_native.engine.export import layer_name, op_name
-from adalayer_native.onnx.emitting import Emitter, rule
+from adalayer_native.onnx.emitting import Emitter, Unwritable, rule
 from adalayer_native.ops import packed_info, unpack_weight
 from adalayer_native.rounding import layer_form, weight_range
 
@@ -83,6 +83,10 @@ def _weights(e: Emitter, node: fx.Node, a: dict[str, Any], name: str) -> tuple[T
     packed = e.exported.tensor(a["weight_packed"])
     levels, bits = unpack_weight(packed), int(packed_info(packed)["bits"])
     scale = e.exported.tensor(a["weight_scale"]).clone()
+    if scale.dim() == 2:
+        raise Unwritable(
+            "a linear layer with weight groups: its integers would need a scale per block"
+        )
     sparsity = 1.0 - float((levels != 0).float().mean()) if levels.numel() else 0.0
     # A batch norm with a negative factor leaves negative scales, which not every reader takes.
     low, high = weight_range(bits)

@@ -45,10 +45,12 @@ def check_parameters(op: str, packed: Tensor, scale: Tensor, bias: Tensor) -> No
             f"adalayer::{op}: weight_packed must be contiguous uint8 of one dimension, "
             f"got {packed.dtype} {list(packed.shape)}"
         )
+    grouped = op == "linear" and scale.dim() == 2
+    expected = {"scale": scale.shape, "bias": scale.shape[:1] if grouped else scale.shape}
     for name, t in (("scale", scale), ("bias", bias)):
-        if t.dtype != torch.float32 or t.shape != scale.shape or not t.is_contiguous():
+        if t.dtype != torch.float32 or t.shape != expected[name] or not t.is_contiguous():
             raise TypeError(
-                f"adalayer::{op}: {name} must be contiguous float32 {list(scale.shape)}, "
+                f"adalayer::{op}: {name} must be contiguous float32 {list(expected[name])}, "
                 f"got {t.dtype} {list(t.shape)}"
             )
 

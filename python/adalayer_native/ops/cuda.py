@@ -41,6 +41,11 @@ def _ordered(x: Tensor) -> tuple[Tensor, bool]:
 
 def run_cuda(call: LayerCall) -> Tensor:
     """The result of a layer on GPU tensors."""
+    if call.scale.dim() == 2:
+        raise InputError(
+            "adalayer::linear: linear layers with weight groups run on the CPU alone, got an input "
+            f"on {call.x.device}"
+        )
     if call.layer.operator == "linear":
         rows = call.x.contiguous().reshape(-1, call.layer.channels, 1, 1)
         out = _convolve(call._replace(x=rows))

@@ -13,6 +13,7 @@ from adalayer_native.ops.checks import FLOATS, channels_last, check_input, check
 from adalayer_native.ops.geometry import LayerCall, LayerGeometry
 from adalayer_native.ops.machine import get_num_threads
 from adalayer_native.ops.packing import HEADER_BYTES, pack_weight, packed_info, unpack_weight
+from adalayer_native.rounding import group_size_of
 
 __all__ = ["Layer", "run_cpu"]
 
@@ -28,6 +29,13 @@ class _Parameters:
         check_parameters(operator, packed, scale, bias)
         self.packed, self.scale, self.bias = packed, scale, bias
         self.addresses = packed.data_ptr(), packed.numel(), scale.data_ptr(), bias.data_ptr()
+
+    def group_size(self, features: int) -> int:
+        """Of scales in groups."""
+        try:
+            return group_size_of(features, self.scale.shape[1])
+        except ValueError as error:
+            raise ValueError(f"adalayer::linear: {error}") from None
 
 
 class _Kernel:
@@ -106,6 +114,33 @@ class _Linear(_Kernel):
         return out if dtype is self.type else out.to(dtype)
 
 
+class _LinearInGroups(_Linear):
+    """A linear layer whose scales are ``[out_features, groups]``."""
+
+    def __init__(self, geometry: LayerGeometry) -> None:
+        self.geometry, self.type = geometry, torch.float32
+
+    def run(self, x: Tensor, held: _Parameters, residual: Tensor | None) -> Tensor:
+        dtype, g = x.dtype, self.geometry
+        if dtype is not self.type:
+            x = self.converted(x)
+        x = x.contiguous()
+        *rows, features = x.shape
+        out = torch.empty((*rows, g.out_channels))
+        if out.numel():
+            packed, size, scale, bias = held.addresses
+            _C.linear(
+                (x.numel() // features, features, g.out_channels, held.group_size(features)),
+                (packed, size),
+                (scale, bias),
+                (g.input_scale, g.input_zero_point, g.input_bits),
+                (-_INF if g.lo is None else g.lo, _INF if g.hi is None else g.hi),
+                (x.data_ptr(), out.data_ptr()),
+                get_num_threads(),
+            )
+        return out if dtype is self.type else out.to(dtype)
+
+
 # Weights of transposed convolutions with their kernels flipped, by their canonical header, which
 # holds a hash of the content. Small next to the layouts that the kernels derive from them.
 _flipped: Recent[bytes, Tensor] = Recent(64)
@@ -152,7 +187,9 @@ class _Transposed(_Kernel):
 
 
 @lru_cache(maxsize=4096)
-def _kernel(geometry: LayerGeometry) -> _Kernel:
+def _kernel(geometry: LayerGeometry, in_groups: bool = False) -> _Kernel:
+    if in_groups:
+        return _LinearInGroups(geometry)
     kind = {"linear": _Linear, "conv_transpose2d": _Transposed}.get(geometry.operator, _Kernel)
     return kind(geometry)
 
@@ -177,7 +214,7 @@ class Layer:
         # Aliases: the memory stays, whatever becomes of the tensors.
         tensors = packed.detach(), scale.detach(), bias.detach()
         self._held = _Parameters(geometry.operator, *tensors)
-        self._kernel = _kernel(geometry)
+        self._kernel = _kernel(geometry, scale.dim() == 2)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The operator's result for an input of the right dimensions and channels."""
@@ -192,4 +229,4 @@ class Layer:
 def run_cpu(call: LayerCall) -> Tensor:
     """The result of an operator on CPU tensors."""
     held = _Parameters(call.layer.operator, call.packed, call.scale, call.bias)
-    return _kernel(call.layer).run(call.x, held, call.residual)
+    return _kernel(call.layer, call.scale.dim() == 2).run(call.x, held, call.residual)

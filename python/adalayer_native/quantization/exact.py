@@ -2,7 +2,9 @@
 
 A native layer computes ``y = fma((float)acc, m[c], bias[c])`` with the int32 sum
 ``acc = sum(w * (q - z))``, ``m[c] = float32(input_scale * weight_scale[c])`` and the batch norm
-folded into ``weight_scale`` and ``bias``. Two things make that reproducible in torch:
+folded into ``weight_scale`` and ``bias``. (Where groups of input channels have scales of their own,
+each group's sum is multiplied by its own and added to the groups before.) Two things make that
+reproducible in torch:
 
 * The integer sum is taken in float64, where whole numbers up to 2^53 and all sums of them in any
   order are exact. (float32 would only do below 2^24.)
@@ -29,7 +31,7 @@ from adalayer_native.quantization.fake_quant import (
 )
 from adalayer_native.quantization.fold import FoldedLayer, check_calibrated, fold
 from adalayer_native.quantization.graph import layers_of, metadata, set_submodule
-from adalayer_native.rounding import fma_float32, layer_form
+from adalayer_native.rounding import fma_float32, group_size_of, layer_form
 
 
 class ExactLayer:
@@ -48,6 +50,8 @@ class ExactLayer:
         """Float32 input to float32 output, through the integers."""
         levels = self.quantizer.levels(x.float()).double()
         layer = self.layer
+        if self.multiplier.dim() == 2:
+            return self._in_groups(levels)
         if isinstance(layer, QuantConv2d):
             top, left, bottom, right = layer.sides
             acc = F.conv2d(
@@ -66,6 +70,16 @@ class ExactLayer:
             multiplier, bias = (t.view(1, -1, 1, 1) for t in (multiplier, bias))
         # int32 to float32 is one rounding, the first of the two that the kernels make.
         return fma_float32(acc.float(), multiplier, bias)
+
+    def _in_groups(self, levels: Tensor) -> Tensor:
+        """Of a layer with weight groups: their parts are added to the bias in their order."""
+        size = group_size_of(levels.shape[-1], self.multiplier.shape[1])
+        out = self.bias.expand(*levels.shape[:-1], -1)
+        for group, multiplier in enumerate(self.multiplier.T):
+            part = slice(group * size, (group + 1) * size)
+            acc = F.linear(levels[..., part], self.weight[:, part])
+            out = fma_float32(acc.float(), multiplier, out)
+        return out
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from adalayer_native.quantization.lsq import StepSize, learned_activation, learn
 from adalayer_native.rounding import (
     activation_grid,
     conv_form,
+    group_count,
     layer_form,
     per_channel,
     quantize_weight,
@@ -192,6 +193,7 @@ class _QuantLayer:
     weight_scale: Tensor
     mask: Tensor | None
     bits: int
+    group_size: int | None
     name: str
     exact: _Exact | None
     step: StepSize | None
@@ -200,17 +202,23 @@ class _QuantLayer:
 
     @classmethod
     def from_layer(
-        cls: type[Layer], layer: Any, bits: int, mask: Tensor | None = None, *, name: str = ""
+        cls: type[Layer],
+        layer: Any,
+        bits: int,
+        mask: Tensor | None = None,
+        *,
+        name: str = "",
+        group_size: int | None = None,
     ) -> Layer:
         """Take over parameters and geometry of a float layer; scales are not yet chosen."""
         made: Any = cls
         new = made(**_shape(layer), bias=layer.bias is not None, device="meta")
         new.weight, new.bias = layer.weight, layer.bias
-        new._setup(bits, mask, name)
+        new._setup(bits, mask, name, group_size)
         new.train(layer.training)
         return new
 
-    def _setup(self, bits: int, mask: Tensor | None, name: str) -> None:
+    def _setup(self, bits: int, mask: Tensor | None, name: str, group_size: int | None) -> None:
         assert isinstance(self, nn.Module)
         weight_range(bits)
         if mask is not None and mask.shape != self.weight.shape:
@@ -219,6 +227,7 @@ class _QuantLayer:
                 f"expected {tuple(self.weight.shape)}"
             )
         self.bits = bits
+        self.group_size = group_size
         self.name = name
         # Set only inside simulate(exact=True): replaces the float computation of forward.
         self.exact = None
@@ -226,14 +235,16 @@ class _QuantLayer:
         self.fractional = None  # stands in while bits and zeros are being learned
         self.dense_gradient = False  # whether pruned weights get a gradient meanwhile
         self.register_buffer("mask", mask)
-        channels = conv_form(self, self.weight).shape[0]
-        self.register_buffer("weight_scale", torch.ones(channels, device=self.weight.device))
+        channels, inputs = conv_form(self, self.weight).shape[:2]
+        groups = group_count(inputs, group_size)
+        shape = (channels,) if groups is None else (channels, groups)
+        self.register_buffer("weight_scale", torch.ones(shape, device=self.weight.device))
 
     def refresh_scales(self) -> None:
         """Recompute ``weight_scale`` as the MSE-optimal scale of the present weight."""
         weight, mask = self._conv_form()
         try:
-            _, scale = quantize_weight(weight, self.bits, mask)
+            _, scale = quantize_weight(weight, self.bits, mask, group_size=self.group_size)
         except CalibrationError as error:
             raise CalibrationError(f"layer {self.name!r}: {error}") from None
         self.weight_scale.copy_(scale)
@@ -249,7 +260,7 @@ class _QuantLayer:
                 weight, self.step, self.weight_scale, mask, self.bits, dense=self.dense_gradient
             )
             return layer_form(self, learned)
-        scale = per_channel(self.weight_scale, weight.dim())
+        scale = per_channel(self.weight_scale, weight.shape)
         return layer_form(self, _QuantizeWeight.apply(weight, scale, mask, self.bits))
 
     @torch.no_grad()
@@ -267,6 +278,8 @@ class _QuantLayer:
 
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, bits={self.bits}"  # type: ignore[misc]
+        if self.weight_scale.dim() == 2:
+            text += f", group_size={self.group_size}"
         if self.mask is not None:
             text += f", pruned={1.0 - float(self.mask.float().mean()):.3f}"
         return text
@@ -325,7 +338,8 @@ class QuantConvTranspose2d(_QuantLayer, nn.ConvTranspose2d):
 class QuantLinear(_QuantLayer, nn.Linear):
     """Linear layer whose weight is pruned and quantized on every forward (eq. 4).
 
-    Input float32 ``[..., I]``, output ``[..., O]``; state as in :class:`QuantConv2d`.
+    Input float32 ``[..., I]``, output ``[..., O]``; state as in :class:`QuantConv2d`, but that
+    ``weight_scale`` is ``[O, groups]`` where groups of input channels have scales of their own.
     """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from adalayer_native.quantization.chains import (
     check_model,
     quantizable,
 )
-from adalayer_native.rounding import conv_form
+from adalayer_native.rounding import conv_form, group_count
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class StoredLayer:
         sparsity: share of zeros that the plan asks for (rounding adds more).
         activation_bits: bits of the input.
         batch_norm: the batch norm that is folded into it and disappears, or ``None``.
+        scales: shape of the weight's scales, ``[O]``, or ``[O, groups]``.
     """
 
     name: str
@@ -41,6 +42,7 @@ class StoredLayer:
     sparsity: float
     activation_bits: int
     batch_norm: str | None
+    scales: tuple[int, ...]
 
     @property
     def numel(self) -> int:
@@ -75,10 +77,9 @@ class StoredModel:
         """
         found: list[tuple[str, str, tuple[int, ...] | None]] = []
         for name, layer in self.layers.items():
-            channels = (layer.weight_shape[0],)
             found.append((f"{name}.weight_packed", "U8", None))
-            found.append((f"{name}.weight_scale", "F32", channels))
-            found.append((f"{name}.bias", "F32", channels))
+            found.append((f"{name}.weight_scale", "F32", layer.scales))
+            found.append((f"{name}.bias", "F32", layer.weight_shape[:1]))
             found.append((f"{name}.input_qparams", "F32", (3,)))
         found += [(f"{name}.qparams", "F32", (3,)) for name in self.quantizers]
         found += [(key, _DTYPES[dtype], shape) for key, shape, dtype in self.float_tensors]
@@ -141,6 +142,7 @@ def stored_model(model: nn.Module | torch.export.ExportedProgram, plan: Plan) ->
             sparsity=plan[name].sparsity,
             activation_bits=plan[name].activation_bits,
             batch_norm=structure.batch_norms.get(name),
+            scales=_scales(conv_form(modules[name], weight).shape, plan[name].group_size),
         )
     folded = (*structure.batch_norms.values(), *structure.input_norms.values())
     gone = {*bits, *folded}
@@ -150,6 +152,11 @@ def stored_model(model: nn.Module | torch.export.ExportedProgram, plan: Plan) ->
         float_tensors=_remaining(model, gone),
         kept_float=kept_float,
     )
+
+
+def _scales(weight: torch.Size, group_size: int | None) -> tuple[int, ...]:
+    groups = group_count(weight[1], group_size)
+    return tuple(weight[:1]) if groups is None else (weight[0], groups)
 
 
 def _remaining(model: GraphModel, gone: set[str]) -> list[tuple[str, tuple[int, ...], torch.dtype]]:

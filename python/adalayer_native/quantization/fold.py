@@ -25,7 +25,7 @@ class FoldedLayer:
 
     Attributes:
         weight: int8, output channels first: ``[O, I/groups, KH, KW]`` or ``[O, I]``.
-        weight_scale: float32 ``[O]``, batch norm included; may be negative.
+        weight_scale: float32 ``[O]`` or ``[O, groups]``, batch norm included; may be negative.
         bias: float32 ``[O]``, batch norm included.
         quantizer: the calibrated quantizer of the layer's input.
     """
@@ -55,7 +55,7 @@ def fold(prepared: nn.Module, name: str) -> FoldedLayer:
             "run calibrate(prepared, loader) first"
         )
     scale = layer.weight_scale.double()
-    bias = torch.zeros_like(scale) if layer.bias is None else layer.bias.double()
+    bias = scale.new_zeros(len(scale)) if layer.bias is None else layer.bias.double()
     if entry["batch_norm"] is not None:
         norm = prepared.get_submodule(entry["batch_norm"])
         assert isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d))
@@ -67,7 +67,7 @@ def fold(prepared: nn.Module, name: str) -> FoldedLayer:
         bias = (bias - norm.running_mean.double()) * factor
         if norm.bias is not None:
             bias = bias + norm.bias.double()
-        scale = scale * factor
+        scale = scale * (factor if scale.dim() == 1 else factor[:, None])
     scale, bias = scale.float(), bias.float()
     if not bool(torch.isfinite(scale).all() and torch.isfinite(bias).all()):
         raise CalibrationError(

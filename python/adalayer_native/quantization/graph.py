@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from adalayer_native.capture import GraphModel, captured
 from adalayer_native.capture.recurrence import RecurrentStates, link_recurrences
 from adalayer_native.capture.vocabulary import BATCH_NORMS, LAYERS
-from adalayer_native.errors import CalibrationError, UnsupportedModelError
+from adalayer_native.errors import CalibrationError, PlanError, UnsupportedModelError
 from adalayer_native.plan import LayerPlan, Plan
 from adalayer_native.pruning.masks import magnitude_mask
 from adalayer_native.pruning.patterns import pattern_mask
@@ -81,6 +81,7 @@ def build_prepared(
     bits, kept_float = quantizable(model, plan)
     for name, reason in kept_float.items():
         warnings.warn(f"layer {name!r} stays in float: {reason}", stacklevel=3)
+    _check_groups(model, plan, bits)
     structure = analyse(model, set(bits), keep)
     prepared = copy.deepcopy(model).eval()
     for name, norm in structure.input_norms.items():
@@ -105,6 +106,17 @@ def build_prepared(
     prepared.meta["quantizers"] = {site.target: site.kept for site in structure.sites.values()}
     prepared.eval()
     return prepared
+
+
+def _check_groups(model: GraphModel, plan: Plan, bits: Collection[str]) -> None:
+    for module in model.modules():
+        if isinstance(module, RecurrentStates) and module.layer_name in bits:
+            size = plan[module.layer_name].group_size
+            if size is not None:
+                raise PlanError(
+                    f"plan of layer {module.layer_name!r}: group_size must be None for the product "
+                    f"of a hidden state, got {size}"
+                )
 
 
 def _link_states(prepared: GraphModel, structure: Structure) -> None:
@@ -139,7 +151,7 @@ def _replace_layer(
         else:
             form = pattern_mask(conv_form(old, weight), plan.sparsity, plan.pattern)
             mask = layer_form(old, form)
-    new = QUANT_LAYERS[type(old)].from_layer(old, bits, mask, name=name)
+    new = QUANT_LAYERS[type(old)].from_layer(old, bits, mask, name=name, group_size=plan.group_size)
     if not empty:
         new.refresh_scales()
     set_submodule(prepared, name, new)

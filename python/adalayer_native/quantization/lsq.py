@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adalayer_native.rounding import per_channel, weight_range
+from adalayer_native.rounding import group_size_of, per_channel, weight_range
 
 __all__ = ["StepSize", "learned_activation", "learned_weight"]
 
@@ -36,8 +36,8 @@ class StepSize(nn.Module):
     """One scale per element of ``start``: ``start * exp(log)``.
 
     Attributes:
-        start: float32 ``[C]`` buffer, positive.
-        log: float32 ``[C]`` parameter.
+        start: float32 buffer, positive: ``[C]``, or ``[C, groups]``.
+        log: float32 parameter of that shape.
     """
 
     start: Tensor
@@ -59,6 +59,14 @@ class StepSize(nn.Module):
         self.log.zero_()
 
 
+def _per_scale(values: Tensor, scale: Tensor) -> Tensor:
+    """Sums over the weights ``[O, ...]`` that share each scale, ``[O]`` or ``[O, groups]``."""
+    if scale.dim() == 1:
+        return values.flatten(1).sum(dim=1)
+    size = group_size_of(values.shape[1], scale.shape[1])
+    return torch.stack([part.sum(dim=1) for part in values.split(size, dim=1)], dim=1)
+
+
 class _LearnedWeight(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -71,13 +79,13 @@ class _LearnedWeight(torch.autograd.Function):
         dense: bool,
     ) -> Tensor:
         low, high = weight_range(bits)
-        levels = torch.div(weight, per_channel(scale, weight.dim()))
+        levels = torch.div(weight, per_channel(scale, weight.shape))
         ctx.save_for_backward(levels, scale, mask)
         ctx.bits, ctx.dense = bits, dense
         out = levels.round().clamp_(low, high)
         if mask is not None:
             out.mul_(mask)
-        return out.mul_(per_channel(scale, weight.dim()))
+        return out.mul_(per_channel(scale, weight.shape))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -87,9 +95,9 @@ class _LearnedWeight(torch.autograd.Function):
         kept = grad if mask is None else grad * mask
         inside = ~(above | below)
         error = levels.round().clamp_(low, high).sub_(levels * inside)
-        axes = list(range(1, levels.dim()))
-        count = levels[0].numel() if mask is None else mask.sum(dim=axes).clamp_(min=1)
-        total = (kept * error).sum(dim=axes)
+        count = _per_scale(torch.ones_like(levels) if mask is None else mask.float(), scale)
+        total = _per_scale(kept * error, scale)
+        count.clamp_(min=1)
         log_grad = total / (scale * (count * high) ** 0.5)
         # A clipped weight only moves when the step (against the gradient) leads back into range.
         free = inside | (above & (grad >= 0)) | (below & (grad <= 0))
@@ -104,7 +112,7 @@ def learned_weight(
     Args:
         weight: float32 ``[O, ...]``.
         step: of the ``O`` channels; gets the gradient.
-        scale: float32 ``[O]``: the step's present value.
+        scale: float32 ``[O]`` or ``[O, groups]``: the step's present value.
         mask: bool, of the weight's shape, or ``None``.
         bits: 2 to 8.
         dense: pruned weights get the gradient that they would have if they were kept, so that one

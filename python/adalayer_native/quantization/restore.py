@@ -23,6 +23,7 @@ from adalayer_native.quantization.fake_quant import (
 )
 from adalayer_native.quantization.file_names import with_present_names
 from adalayer_native.quantization.graph import build_prepared, quantizers_of
+from adalayer_native.rounding import group_size_of
 
 __all__ = ["restore"]
 
@@ -112,15 +113,18 @@ def _skeleton(
     for name, module in layers.items():
         bits: int | None = None
         activation_bits = 8
+        group_size = None
         if name in native:
             bits = _packed_bits(tensors[name + suffix], name, path)
             activation_bits = _activation_bits(tensors, name, path)
+            group_size = _group_size(tensors.get(f"{name}.weight_scale"), module, name, path)
         plans[name] = LayerPlan(
             name=name,
             kind=layer_kind(module),
             params=module.weight.numel(),
             bits=bits,
             activation_bits=activation_bits,
+            group_size=group_size,
         )
     # Batch norms in front of a layer: in the file are those that it has not taken in.
     statistics = ".running_mean"
@@ -166,3 +170,19 @@ def _activation_bits(tensors: dict[str, Tensor], name: str, path: str | os.PathL
             f"{os.fspath(path)}: tensor '{name}.input_qparams' is missing or not of 3 elements"
         )
     return int(qparams.reshape(-1)[2])
+
+
+def _group_size(
+    scale: Tensor | None, layer: nn.Module, name: str, path: str | os.PathLike[str]
+) -> int | None:
+    """Input channels per scale; None for one scale per output, or where something is wrong."""
+    if scale is None or scale.dim() != 2 or not isinstance(layer, nn.Linear):
+        return None
+    try:
+        size = group_size_of(layer.in_features, scale.shape[1])
+    except ValueError as error:
+        raise FileFormatError(
+            f"{os.fspath(path)}: tensor '{name}.weight_scale' of shape {tuple(scale.shape)}: "
+            f"{error}"
+        ) from None
+    return size if size < layer.in_features else None

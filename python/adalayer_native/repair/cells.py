@@ -95,7 +95,7 @@ def planes_for(weight: Tensor, scale: Tensor, bits: int, kept: int) -> Planes:
     low, high = weight_range(bits)
     best, least = Planes(kept, bits - kept), float("inf")
     for drop in range(bits - kept, max(-1, bits - kept - 3), -1):
-        step = per_channel(scale / 2**drop, weight.dim())
+        step = per_channel(scale / 2**drop, weight.shape)
         rounded = torch.div(weight, step).round_().clamp_(low, high).mul_(step)
         error = float((rounded - weight).square().sum())
         if error < least:

@@ -34,9 +34,11 @@ from adalayer_native.repair.solver import (
     Solver,
     SolverOfParts,
     Statistics,
+    steps_of,
 )
 from adalayer_native.rounding import (
     conv_form,
+    group_count,
     per_channel,
     quantize_weight,
     round_weight,
@@ -92,7 +94,7 @@ class LayerSolution:
 
     Attributes:
         levels: int8, output channels first: ``[O, I/groups, KH, KW]`` or ``[O, I]``.
-        scale: float32 ``[O]``, positive.
+        scale: float32 ``[O]``, positive; ``[O, groups]`` of a layer with weight groups.
         mask: bool of the shape of ``levels``, true where a weight is kept; ``None`` at sparsity 0.
         bias_shift: float32 ``[O]``, to be added to the layer's bias.
         error: mean squared error of the layer's output over the variance of the float output,
@@ -113,7 +115,7 @@ class LayerSolution:
     @property
     def weight(self) -> Tensor:
         """Float32 weight ``levels * scale``; rounding it on ``scale`` gives the levels again."""
-        return self.levels.float() * per_channel(self.scale, self.levels.dim())
+        return self.levels.float() * per_channel(self.scale, self.levels.shape)
 
 
 class LayerHessian:
@@ -163,6 +165,10 @@ class LayerHessian:
         if not bool(torch.isfinite(form).all()):
             raise CalibrationError(f"layer {name!r}: its weight contains NaN or infinity")
         self.shape = form.shape
+        # Of the prepared layer; None also where all columns share a scale.
+        self.group_size: int | None = getattr(layer, "group_size", None)
+        if group_count(form.shape[1], self.group_size) is None:
+            self.group_size = None
         groups = groups_of(layer)
         self.weight = form.reshape(groups, form.shape[0] // groups, -1).clone()
         self.gain = torch.ones(self.weight.shape[:2], device=form.device)
@@ -399,21 +405,20 @@ class LayerHessian:
         low, high = weight_range(bits)
         levels, scale, chosen = found
         plain_levels, plain_scale, plain_mask = rounded
-        q = levels * scale[:, :, None]
+        q = levels * steps_of(scale, levels.shape[2])
         error, energy = solver.error(q), solver.energy
-        plain = solver.error(plain_levels * plain_scale[:, :, None])
-        held = self._on_held(
-            solver, q, plain_levels * plain_scale[:, :, None], curve or {}, correction
-        )
+        plain_q = plain_levels * steps_of(plain_scale, levels.shape[2])
+        plain = solver.error(plain_q)
+        held = self._on_held(solver, q, plain_q, curve or {}, correction)
         worse = float((self.gain * plain).sum()) < float((self.gain * error).sum())
         if worse if held is None else held.undone:
             levels, scale, chosen, error = plain_levels, plain_scale, plain_mask, plain
-            q = levels * scale[:, :, None]
+            q = levels * steps_of(scale, levels.shape[2])
         form = self.shape
-        flat_scale = scale.reshape(-1).float()
+        flat_scale = scale.flatten(0, 1).float()
         # The division that rounding makes must give the integers back, on the stored scale.
         stored = levels.reshape(form).clamp(low, high)
-        weight = stored * per_channel(flat_scale, len(form))
+        weight = stored * per_channel(flat_scale, form)
         assert torch.equal(round_weight(weight, flat_scale, bits), stored)
         return LayerSolution(
             levels=stored.to(torch.int8),
@@ -471,7 +476,7 @@ class LayerHessian:
         for start in range(0, len(settings), step):
             part = list(settings[start : start + step])
             levels, scale, _ = solver.run(part, passes, channels=chosen)
-            q = levels * scale[:, :, None]
+            q = levels * steps_of(scale, levels.shape[2])
             for index in range(len(part)):
                 rows = slice(index * len(chosen), (index + 1) * len(chosen))
                 error = solver.error(q[:, rows], chosen)
@@ -499,8 +504,9 @@ class LayerHessian:
             return torch.clamp(levels, cells.low, cells.high), cells.scale
         rows = self.weight.reshape(-1, self.weight.shape[2])
         keep = None if mask is None else mask.reshape(rows.shape)
-        levels, scale = quantize_weight(rows, bits, keep)
-        return levels.float().reshape(self.weight.shape), scale.reshape(self.weight.shape[:2])
+        levels, scale = quantize_weight(rows, bits, keep, group_size=self.group_size)
+        scale = scale.reshape(*self.weight.shape[:2], *scale.shape[1:])
+        return levels.float().reshape(self.weight.shape), scale
 
     @cached_property
     def _judge(self) -> HeldBackError:
@@ -545,7 +551,7 @@ class LayerHessian:
             levels, scale, _ = solver.run(
                 [(bits, sparsity)], 1, keep=keep, channels=channels, cells=cells
             )
-            q = levels * scale[:, :, None]
+            q = levels * steps_of(scale, levels.shape[2])
             wrong = self._judge(q, solver.bias_shift(q, channels), channels)
             return self._ratio(wrong, energy, gain)
 
@@ -575,11 +581,21 @@ class LayerHessian:
             self._solver = None  # not two at once: they are large
             taps = self.shape[2:].numel()
             solvers = [
-                Solver(each, self.gain, (p.stop - p.start) // taps, damping, correction)
+                Solver(
+                    each,
+                    self.gain,
+                    (p.stop - p.start) // taps,
+                    damping,
+                    correction,
+                    self.group_size,
+                )
                 for each, p in zip(equations, self.parts, strict=True)
             ]
             one = len(solvers) == 1
-            self._solver = key, solvers[0] if one else SolverOfParts(solvers, self.parts)
+            self._solver = (
+                key,
+                (solvers[0] if one else SolverOfParts(solvers, self.parts, self.group_size)),
+            )
         return self._solver[1]
 
 

@@ -200,7 +200,7 @@ class _Learning:
     @torch.no_grad()
     def _put_back(self, layer: QuantLayer, cells: Cells) -> None:
         """Weights whose integers have left their bounds, to the integer that is nearest."""
-        scale = per_channel(layer.weight_scale, layer.weight.dim())
+        scale = per_channel(layer.weight_scale, layer.weight.shape)
         low, high = (layer_form(layer, end * scale) for end in (cells.low, cells.high))
         wide = layer_form(layer, (0.49 * scale).expand_as(cells.low))
         layer.weight.copy_(torch.clamp(layer.weight, low - wide, high + wide))

@@ -10,9 +10,9 @@ from adalayer_native.pruning.masks import magnitude_mask, pruned_count
 from adalayer_native.repair.blocks import BlockOrder
 from adalayer_native.repair.cells import Cells
 from adalayer_native.repair.sweep import Rows, compensate, refine
-from adalayer_native.rounding import quantize_weight, weight_range
+from adalayer_native.rounding import group_size_of, quantize_weight, weight_range
 
-__all__ = ["Equations", "HeldBackError", "Solver", "SolverOfParts", "Statistics"]
+__all__ = ["Equations", "HeldBackError", "Solver", "SolverOfParts", "Statistics", "steps_of"]
 
 PRECISE = 1024  # columns; the covariance of more is factorised in float32
 
@@ -204,6 +204,8 @@ class Solver:
         inputs: input channels per group that the columns belong to.
         damping: of the norm that is rounded in, over the mean of the diagonal of the covariance.
         correction: damping of the weights that are rounded, ``W*``.
+        group_size: columns that share a scale, in the order that they have in the weight; ``None``:
+            all of them.
     """
 
     def __init__(
@@ -213,9 +215,10 @@ class Solver:
         inputs: int,
         damping: float,
         correction: float,
+        group_size: int | None = None,
     ) -> None:
         self.equations, self.seen = equations, equations.seen
-        self.gain, self.inputs = gain, inputs
+        self.gain, self.inputs, self.group_size = gain, inputs, group_size
         self.energy, self.order = equations.energy, equations.order
         hessian, upper = equations.damped(damping)
         self.hessian = hessian.float()
@@ -237,8 +240,9 @@ class Solver:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Integers, scales and mask: ``[G, T, K]``, ``[G, T]``, ``[G, T, K]``.
 
-        ``keep`` is a mask for all settings, ``[G, T, K]``; with it nothing is chosen. ``scale`` is
-        one that stays, ``[G, T]``. ``cells`` bound the integers of one setting.
+        Scales of groups are ``[G, T, groups]``. ``keep`` is a mask for all settings,
+        ``[G, T, K]``; with it nothing is chosen. ``scale`` is one that stays, ``[G, T]``, or
+        ``[G, T, K]``. ``cells`` bound the integers of one setting.
         """
         target, gain = self.target, self.gain
         if channels is not None:
@@ -304,6 +308,7 @@ class Solver:
         groups, per_group, width = target.shape
         flat = target.reshape(-1, width)
         diagonal = self.factor.diagonal(dim1=1, dim2=2)[:, None]
+        back = torch.argsort(self.order, dim=1)  # to the order of groups
         scales, bounds, pruned = [], [], []
         kept = None if keep is None else _columns_of(keep, self.order)
         for index, (bits, sparsity) in enumerate(settings):
@@ -317,20 +322,36 @@ class Solver:
             if pruned[-1]:
                 # A first guess of what will be kept, for the scale alone.
                 likely = magnitude_mask(target * gain[:, :, None].sqrt() / diagonal, sparsity)
-            part = None if likely is None else likely.reshape(flat.shape)
-            _, first = quantize_weight(flat, bits, part)
-            scales.append(first.reshape(groups, per_group))
+            if self.group_size is not None:
+                _, first = quantize_weight(
+                    _columns_of(target, back).reshape(flat.shape),
+                    bits,
+                    None if likely is None else _columns_of(likely, back).reshape(flat.shape),
+                    group_size=self.group_size,
+                )
+            else:
+                part = None if likely is None else likely.reshape(flat.shape)
+                _, first = quantize_weight(flat, bits, part)
+            scales.append(first.reshape(groups, per_group, *first.shape[1:]))
         low, high = (
             torch.tensor([pair[end] for pair in bounds], dtype=torch.float32, device=flat.device)
             for end in (0, 1)
         )
+        members = None
+        if scale is None:
+            scale = torch.cat(scales, dim=1)
+            if self.group_size is not None:
+                members = self.order // self.group_size
+        elif scale.dim() == 3:
+            scale = _columns_of(scale, self.order)
         return Rows(
-            scale=torch.cat(scales, dim=1) if scale is None else scale,
+            scale=scale,
             low=low.repeat_interleave(per_group),
             high=high.repeat_interleave(per_group),
             pruned=pruned,
             gain=gain,
             keep=kept,
+            members=members,
         )
 
     def error(self, q: Tensor, channels: Tensor | None = None) -> Tensor:
@@ -349,8 +370,10 @@ class SolverOfParts:
     chosen over the whole layer before any part.
     """
 
-    def __init__(self, solvers: list[Solver], parts: list[slice]) -> None:
-        self.solvers, self.parts = solvers, parts
+    def __init__(
+        self, solvers: list[Solver], parts: list[slice], group_size: int | None = None
+    ) -> None:
+        self.solvers, self.parts, self.group_size = solvers, parts, group_size
         self.energy = torch.stack([solver.energy for solver in solvers]).sum(dim=0)
 
     def run(
@@ -380,11 +403,19 @@ class SolverOfParts:
             else:
                 masks.append(torch.ones_like(target, dtype=torch.bool))
             flat = target.reshape(-1, width)
-            _, scale = quantize_weight(flat, bits, masks[-1].reshape(flat.shape))
-            scales.append(scale.reshape(groups, rows))
+            keeps = masks[-1].reshape(flat.shape)
+            _, scale = quantize_weight(flat, bits, keeps, group_size=self.group_size)
+            scales.append(scale.reshape(groups, rows, *scale.shape[1:]))
         kept, scale = torch.cat(masks, dim=1), torch.cat(scales, dim=1)
+        each = steps_of(scale, width)
         levels = [
-            solver.run(settings, passes, keep=kept[:, :, part], channels=channels, scale=scale)[0]
+            solver.run(
+                settings,
+                passes,
+                keep=kept[:, :, part],
+                channels=channels,
+                scale=scale if scale.dim() == 2 else each[:, :, part],
+            )[0]
             for solver, part in zip(self.solvers, self.parts, strict=True)
         ]
         return torch.cat(levels, dim=2), scale, kept
@@ -470,6 +501,14 @@ class HeldBackError:
             missing += (weight.double() @ other.unsqueeze(2)).squeeze(2)
             missing -= (own.double() @ mean.unsqueeze(2)).squeeze(2)
         return total + missing.square()
+
+
+def steps_of(scale: Tensor, width: int) -> Tensor:
+    """Scales ``[G, T]``, or ``[G, T, groups]``, as they broadcast over weights ``[G, T, K]``."""
+    if scale.dim() == 2:
+        return scale[:, :, None]
+    size = group_size_of(width, scale.shape[2])
+    return scale.repeat_interleave(size, dim=2)[:, :, :width]
 
 
 def _columns_of(x: Tensor, order: Tensor) -> Tensor:

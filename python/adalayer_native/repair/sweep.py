@@ -36,13 +36,15 @@ class Rows:
     """The grid of every row and how much of it is pruned.
 
     Attributes:
-        scale: float32 ``[G, T]``, positive.
+        scale: float32 ``[G, T]``, positive; of columns in groups ``[G, T, groups]``, or one for
+            each of them, ``[G, T, K]``, which then stays.
         low, high: float32, bounds of the integers: ``[T]``, or ``[G, T, K]`` where each has its
             own.
         pruned: for every setting the number of weights to remove, over all its rows and groups.
         gain: float32 ``[G, R]``: what a squared error of an output channel counts in that choice.
         keep: bool ``[G, T, K]``: weights that may differ from zero. Without it the weights to
             prune are chosen here.
+        members: int64 ``[1, K]``: the group of every column.
     """
 
     scale: Tensor
@@ -51,6 +53,13 @@ class Rows:
     pruned: list[int]
     gain: Tensor
     keep: Tensor | None = None
+    members: Tensor | None = None
+
+    def steps(self, scale: Tensor, width: int) -> Tensor:
+        """The scale of every weight, ``[G, T, K]``."""
+        if scale.dim() == 2:
+            return scale.unsqueeze(2).expand(-1, -1, width)
+        return scale if self.members is None else scale[:, :, self.members[0]]
 
     def round(self, weight: Tensor, scale: Tensor, column: int) -> Tensor:
         """Integers of a column's weights ``[G, T]``."""
@@ -77,7 +86,7 @@ def compensate(target: Tensor, factor: Tensor, rows: Rows) -> tuple[Tensor, Tens
     diagonal = factor.diagonal(dim1=1, dim2=2)
     choice = None if rows.keep is not None else _Choice(target, diagonal, rows)
     keep = torch.ones_like(weight, dtype=torch.bool) if rows.keep is None else rows.keep
-    scale = rows.scale
+    steps = rows.steps(rows.scale, width)
     for start in range(0, width, _BLOCK):
         stop = min(start + _BLOCK, width)
         if choice is not None:
@@ -85,7 +94,7 @@ def compensate(target: Tensor, factor: Tensor, rows: Rows) -> tuple[Tensor, Tens
         kept = keep[:, :, start:stop].float()
         errors = weight.new_empty(groups, weight.shape[1], stop - start)
         for j in range(start, stop):
-            w = weight[:, :, j]
+            w, scale = weight[:, :, j], steps[:, :, j]
             q = rows.round(w, scale, j).mul_(kept[:, :, j - start])
             levels[:, :, j] = q
             error = w.sub(q.mul_(scale)).div_(diagonal[:, j, None])
@@ -126,7 +135,7 @@ class _Choice:
         channels = self.shape[1] // self.settings
         part = slice(setting * channels, (setting + 1) * channels)
         w = weight[:, part]
-        scale = self.rows.scale[:, part, None]
+        scale = self.rows.steps(self.rows.scale, self.shape[2])[:, part, start:stop]
         low, high = self.rows.low[part, None], self.rows.high[part, None]
         q = torch.clamp(torch.div(w, scale).round_(), low, high).mul_(scale)
         cost = w.square() - q.sub_(w).square_()
@@ -183,29 +192,36 @@ def refine(
         refit: false leaves the scales as they are.
 
     Returns:
-        ``(levels, scale)``: the integers, and scales ``[G, T]``.
+        ``(levels, scale)``: the integers, and scales of the shape of ``rows.scale``.
     """
     width = target.shape[2]
     pull = target @ hessian
     diagonal = hessian.diagonal(dim1=1, dim2=2)
     scale = rows.scale
     for turn in range(passes + 1):
-        product = levels @ hessian
-        if refit:
-            scale = _refit(levels, pull, product, scale)
+        if scale.dim() == 2:
+            product = levels @ hessian
+            if refit:
+                scale = _refit(levels, pull, product, scale)
+            product.mul_(scale[:, :, None])
+        else:
+            product = (levels * rows.steps(scale, width)) @ hessian
+            if refit and rows.members is not None:
+                scale = _refit_groups(levels, pull, product, scale, hessian, rows.members[0])
         if turn == passes:
             break
-        gradient = pull - product.mul_(scale[:, :, None])  # (W - Q) H
+        gradient = pull - product  # (W - Q) H
+        each = rows.steps(scale, width)
         changed = False
         for start in range(0, width, _BLOCK):
             stop = min(start + _BLOCK, width)
             kept = keep[:, :, start:stop].float()
             steps = torch.zeros_like(kept)
             for j in range(start, stop):
-                old = levels[:, :, j]
-                best = torch.addcdiv(old * scale, gradient[:, :, j], diagonal[:, j, None])
-                new = rows.round(best, scale, j).mul_(kept[:, :, j - start])
-                step = new.sub(old).mul_(scale)
+                old, own = levels[:, :, j], each[:, :, j]
+                best = torch.addcdiv(old * own, gradient[:, :, j], diagonal[:, j, None])
+                new = rows.round(best, own, j).mul_(kept[:, :, j - start])
+                step = new.sub(old).mul_(own)
                 levels[:, :, j] = new
                 steps[:, :, j - start] = step
                 if j + 1 < stop:
@@ -221,8 +237,28 @@ def refine(
 
 
 def _refit(levels: Tensor, pull: Tensor, product: Tensor, scale: Tensor) -> Tensor:
-    above = (levels * pull).sum(dim=2)
-    below = (levels * product).sum(dim=2)
+    return _better(scale, (levels * pull).sum(dim=2), (levels * product).sum(dim=2))
+
+
+def _refit_groups(
+    levels: Tensor, pull: Tensor, product: Tensor, scale: Tensor, hessian: Tensor, members: Tensor
+) -> Tensor:
+    """Scales ``[1, T, groups]``, one group after the other; ``product`` follows in place."""
+    scale = scale.clone()
+    for group in range(scale.shape[2]):
+        own = (members == group).nonzero().flatten()
+        part, old = levels[:, :, own], scale[:, :, group]
+        moved = part @ hessian[:, own]
+        below = (part * moved[:, :, own]).sum(dim=2)
+        missing = pull[:, :, own] - product[:, :, own]
+        above = (part * missing).sum(dim=2) + old * below
+        new = _better(old, above, below)
+        product += moved.mul_((new - old)[:, :, None])
+        scale[:, :, group] = new
+    return scale
+
+
+def _better(scale: Tensor, above: Tensor, below: Tensor) -> Tensor:
     fits = (above > 0) & (below > 0)
     best = above / torch.where(fits, below, torch.ones_like(below))
     # Far from the present scale the quotient is noise, of a row that hardly matters.

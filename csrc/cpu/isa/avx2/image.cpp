@@ -212,6 +212,7 @@ struct V {
 // The rest of it.
 #include "cpu/isa/shared/attention.inl"
 #include "cpu/isa/shared/floats.inl"
+#include "cpu/isa/shared/linear.inl"
 #include "cpu/isa/shared/recurrence.inl"
 // What they all define.
 #include "cpu/isa/shared/image_table.inl"

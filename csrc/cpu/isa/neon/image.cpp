@@ -239,6 +239,7 @@ void interleave_sixteen(const uint8_t* a, const uint8_t* b, uint8_t* out) {
 // The rest of it.
 #include "cpu/isa/shared/attention.inl"
 #include "cpu/isa/shared/floats.inl"
+#include "cpu/isa/shared/linear.inl"
 #include "cpu/isa/shared/recurrence.inl"
 // What they all define.
 #include "cpu/isa/shared/image_table.inl"

@@ -275,6 +275,19 @@ void recurrent_cell(const RecurrentCell& a) {
   }
 }
 
+void add_group(const GroupSums& a) {
+  for (int r = 0; r < a.rows; ++r)
+    for (int64_t j = 0; j < a.columns; ++j) {
+      float& y = a.reals[r * a.real_row + j];
+      y = add_part(a.sums[r * a.sum_row + j] - a.zero * a.totals[j], a.scale[j], a.step, y);
+    }
+}
+
+void finish_floats(const float* y, int64_t n, const U8Finish& finish, uint8_t* out) {
+  for (int64_t i = 0; i < n; ++i)
+    out[i] = level(y[i], finish);
+}
+
 #include "cpu/isa/shared/image_table.inl"
 
 }  // namespace

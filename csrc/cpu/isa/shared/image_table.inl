@@ -29,4 +29,6 @@ constexpr ImageKernels kImage{
     .normalize_floats = normalize_floats,
     .multiply_floats = multiply_floats,
     .recurrent_cell = recurrent_cell,
+    .add_group = add_group,
+    .finish_floats = finish_floats,
 };
