@@ -65,6 +65,8 @@ class Row:
         method: of the allocation.
         bits: of all weights, without a budget.
         input_bits: of the layers' inputs, but those of depthwise ones, which have 8.
+        picture_bits: of the input of the first layer, where it is another one: a picture is no
+            activation, and comes with 8 bits.
         most: largest drop on the other half that is aimed at, in points.
         repair: whether rounding is repaired.
         effort: of method ``"optimal"``.
@@ -76,6 +78,7 @@ class Row:
     method: str = "uniform"
     bits: int = 8
     input_bits: int = 8
+    picture_bits: int = 8
     most: float | None = None
     repair: bool = True
     effort: str = "low"
@@ -85,14 +88,15 @@ class Row:
         if self.budget:
             return None
         layers = {}
-        for name, layer in supported_layers(model).items():
+        for position, (name, layer) in enumerate(supported_layers(model).items()):
             depthwise = getattr(layer, "groups", 1) > 1
+            usual = self.input_bits if position else self.picture_bits
             layers[name] = ada.LayerPlan(
                 name,
                 layer_kind(layer),
                 layer.weight.numel(),
                 self.bits,
-                activation_bits=8 if depthwise else self.input_bits,
+                activation_bits=8 if depthwise else usual,
             )
         return ada.Plan(layers, method="uniform")
 
@@ -107,7 +111,14 @@ ROWS = {
         Row("optimal-4", "average 4 bits, `optimal`", (("bits", 4.0),), "optimal", most=1.0),
         Row("uniform-10", "10 % of the float file, `uniform`", SMALL),
         Row("optimal-10", "10 % of the float file, `optimal`", SMALL, "optimal", most=2.0),
-        Row("uniform-4-6", "4-bit weights, 6-bit inputs", bits=4, input_bits=6, most=3.0),
+        Row("uniform-4-6", "4-bit weights, 6-bit activations", bits=4, input_bits=6, most=3.0),
+        Row(
+            "uniform-4-6-picture",
+            "the same, the picture of 6 bits, too",
+            bits=4,
+            input_bits=6,
+            picture_bits=6,
+        ),
     )
 }
 

@@ -45,13 +45,14 @@ def test_the_page_has_means_of_both_directions(tmp_path: Path) -> None:
     assert "not whole" not in text
 
 
-def test_plans_without_a_search_give_depthwise_inputs_eight_bits() -> None:
+@pytest.mark.parametrize(("row", "picture"), [("uniform-4-6", 8), ("uniform-4-6-picture", 6)])
+def test_plans_without_a_search_give_depthwise_inputs_eight_bits(row: str, picture: int) -> None:
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1))
     model = ada.capture(net.eval(), torch.rand(2, 3, 12, 12))
-    plan = bench.ROWS["uniform-4-6"].plan(model)
+    plan = bench.ROWS[row].plan(model)
     assert plan is not None
     found = [(entry.bits, entry.activation_bits) for entry in plan.layers.values()]
-    assert found == [(4, 6), (4, 8), (4, 6)]
+    assert found == [(4, picture), (4, 8), (4, 6)]
     assert bench.ROWS["optimal-4"].plan(model) is None
 
 

@@ -109,10 +109,33 @@ def test_a_packed_model_alone_needs_to_be_told(
     assert "weights" in message and "Traceback" not in message
 
 
+def test_the_loss_of_a_task(monkeypatch, capsys, out: Path) -> None:
+    """What the network's error is follows from what its output is said to be."""
+    errors = {}
+    for kind in ("classes", "values"):
+        more = ("--task", f"output={kind}", "--samples", 40, "--no-suggest", "--quiet")
+        assert run(monkeypatch, "compare", out, *more) == 0
+        found = ada.Comparison.load(out / "compare.json")
+        assert found.measure == "task_loss"
+        errors[kind] = found.error
+    assert 0 < errors["classes"] != errors["values"] > 0
+    assert run(monkeypatch, "compare", out, "--samples", 40, "--no-suggest", "--quiet") == 0
+    usual = ada.Comparison.load(out / "compare.json")
+    assert usual.measure != "task_loss" and usual.error == pytest.approx(errors["classes"])
+
+
 @pytest.mark.parametrize(
     ("more", "message", "code"),
     [
         (("--samples", 0), "--samples", 2),
+        (("--task", "classes"), "expected OUTPUT=KIND", 2),
+        (("--task", "a=values", "--task", "a=boxes"), "'a' is given more than once", 2),
+        (("--task", "output=colours"), "colours", 1),
+        (("--task", "other=classes"), "no output 'other'", 1),
+        (("--detection", "boxes"), "not JSON", 1),
+        (("--detection", '{"boxes": "a", "scores": "b"}'), "no output 'b'", 1),
+        (("--detection", '{"boxes": "a"}'), "scores", 1),
+        (("--detection", "{}", "--task", "output=classes"), "give one", 1),
         (("--picture", "m.gif"), "in .png or .svg", 2),
         (("--mean", "a"), "numbers separated by commas", 2),
         (("--weights", "missing.safetensors"), "missing.safetensors", 1),

@@ -33,6 +33,7 @@ W, B = floats(4, 3, 3, 3), floats(4)
 IMAGE = ["N", 3, 9, 8]
 NORM = {"s": floats(3), "b": floats(3), "m": floats(3), "v": np.abs(floats(3)) + 0.5}
 HALF = W.astype(np.float16)
+SCALES = onnx.numpy_helper.from_array(np.float32([1, 1, 2, 3]), "scales")
 TENSOR = onnx.numpy_helper.from_array(W, "inner")
 # Nodes, sizes of x, constants and opset.
 STYLES: dict[str, tuple[list[Any], list[Any], dict[str, Any], int]] = {
@@ -124,6 +125,25 @@ STYLES: dict[str, tuple[list[Any], list[Any], dict[str, Any], int]] = {
     "pads by attribute": (
         [op("Pad", "x", "y", pads=[0, 0, 1, 0, 0, 0, 0, 2], value=2.0)], IMAGE, {}, 10,
     ),
+    "slices by attribute": (
+        [
+            op("Slice", "x", "a", starts=[1, -6], ends=[3, 99], axes=[1, 2]),
+            op("Slice", "a", "y", starts=[0, 0, 1], ends=[9, 2, -1]),
+        ],
+        IMAGE, {}, 9,
+    ),
+    "the largest by attribute": ([op("TopK", "x", "y places", k=2, axis=1)], IMAGE, {}, 9),
+    "upsampled by a constant": (
+        [op("Constant", "", "s", value=SCALES), op("Upsample", "x s", "y", mode="nearest")],
+        IMAGE, {}, 9,
+    ),
+    "upsampled by attribute": (
+        [
+            op("Upsample", "x", "a", scales=[1.0, 1.0, 2.0, 2.0], mode="linear"),
+            op("Upsample", "a", "y", scales=[1.0, 1.0, 1.0, 3.0]),
+        ],
+        IMAGE, {}, 7,
+    ),
     "resized to a size": (
         [op("Resize", "x - - s", "y", mode="linear", coordinate_transformation_mode="asymmetric")],
         [1, 3, 9, 8], {"s": ints(1, 3, 5, 13)}, 13,
@@ -201,14 +221,54 @@ def test_half_precision_begins_where_the_file_says() -> None:
     np.testing.assert_array_equal(got.numpy(), wanted)
 
 
-@pytest.mark.parametrize("kind", ["If", "Loop"])
-def test_control_flow_is_refused_by_name(kind: str) -> None:
+def _body(kind: str, *constants: Any) -> Any:
+    info = onnx.helper.make_tensor_value_info("o", T.FLOAT, None)
+    nodes = [op(kind, " ".join(["r", *(c.name for c in constants)]), "o")]
+    return onnx.helper.make_graph(nodes, "body", [], [info], list(constants))
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+def test_a_branch_that_is_known_is_followed(axes: int) -> None:
+    """As torch's older exporter writes a squeeze: it asks for the number of axes, or for a size."""
+    axis = onnx.numpy_helper.from_array(np.array([1]), "axis")
+    made = model(
+        [
+            # (Behind what its branches read, whatever the order in the file.)
+            op("If", "c", "y", then_branch=_body("Squeeze", axis), else_branch=_body("Neg")),
+            op("Shape", "x", "s"), op("Size", "s", "n"), op("Equal", "n three", "c"),
+            op("Relu", "x", "r"),
+        ],
+        inputs={"x": ["N", 1, 4][:axes]}, outputs=["y"], constants={"three": np.int64(3)},
+    )  # fmt: skip
+    x = torch.from_numpy(floats(*[2, 1, 4][:axes]))
+    wanted = x.relu().squeeze(1) if axes == 3 else -x.relu()
+    assert torch.equal(imported(made)(x), wanted)
+
+
+def test_a_branch_that_is_not_known_is_refused() -> None:
+    made = model(
+        [op("Relu", "x", "r"), op("ReduceMax", "x", "m", keepdims=0), op("Greater", "m zero", "c"),
+         op("If", "c", "y", then_branch=_body("Neg"), else_branch=_body("Abs"))],
+        inputs={"x": ["N", 3]}, outputs=["y"], constants={"zero": np.float32(0)},
+    )  # fmt: skip
+    with pytest.raises(UnsupportedModelError, match="If → y: its condition is computed while"):
+        imported(made)
+    for body, said in ((_body("Loop"), "not supported: Loop "), (_body("Nothing"), "Nothing")):
+        made.graph.node[3].attribute[0].g.CopyFrom(body)
+        made.graph.node[3].attribute[1].g.CopyFrom(body)
+        made.graph.node[3].input[0] = "yes"
+        if not any(t.name == "yes" for t in made.graph.initializer):
+            made.graph.initializer.append(onnx.numpy_helper.from_array(np.array(True), "yes"))
+        with pytest.raises(UnsupportedModelError, match=said):
+            imported(made)
+
+
+def test_loops_are_refused_by_name() -> None:
     info = onnx.helper.make_tensor_value_info("o", T.FLOAT, None)
     body = onnx.helper.make_graph([op("Relu", "x", "o")], "body", [], [info])
-    inputs, parts = ("c", ["then_branch", "else_branch"]) if kind == "If" else ("- c", ["body"])
     made = model(
-        [op(kind, inputs, "y", **dict.fromkeys(parts, body))],
+        [op("Loop", "- c", "y", body=body)],
         inputs={"x": ["N", 3]}, outputs=["y"], constants={"c": np.array(True)},
     )  # fmt: skip
-    with pytest.raises(UnsupportedModelError, match=f"not supported: {kind} "):
+    with pytest.raises(UnsupportedModelError, match="not supported: Loop "):
         imported(made)

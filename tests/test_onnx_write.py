@@ -117,6 +117,74 @@ def test_read_back_it_has_the_same_bits(tmp_path):
     assert torch.equal(engine(x), native(x))
 
 
+def test_read_back_a_negative_scale_is_kept(tmp_path):
+    """Of integers that reach -2^(b-1), which cannot be turned round."""
+    torch.manual_seed(4)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    with torch.no_grad():
+        net[1].weight.copy_(torch.linspace(-1.5, -0.5, 8))
+    x = torch.randn(4, 3, 8, 8)
+    native = converted(net, x, {"0": 2, "3": 8})
+    first = native.get_submodule("0")
+    assert (first.weight_scale[first.weight_int().flatten(1).amin(1) == -2] < 0).any()
+    ada.to_onnx(native, tmp_path / "net.onnx")
+    again = ada.from_onnx(tmp_path / "net.onnx")
+    assert again.meta["onnx"]["layers"] == {"0": 2, "3": 8}
+    assert torch.equal(again(x), native(x))
+
+
+def test_channels_that_training_has_switched_off(tmp_path):
+    """Their bias is so many steps of the sums that int32 cannot hold it: their weights are 0."""
+    runtime = pytest.importorskip("onnxruntime")
+    torch.manual_seed(6)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    with torch.no_grad():
+        net[0].weight[[1, 2]] *= 1e-9
+        net[0].bias[[1, 2]] = torch.tensor([0.73, -0.73])
+        net[2].weight[:, 1] *= 4
+    x = torch.randn(4, 3, 8, 8)
+    native = converted(net, x)
+    path = tmp_path / "net.onnx"
+    ada.to_onnx(native, path)
+    again = ada.from_onnx(path)
+    assert torch.equal(again(x), native(x))
+    zeros = again.get_submodule("0").weight_int().flatten(1).any(1)
+    assert zeros.tolist() == [True, False, False, True, True, True, True, True]
+    session = runtime.InferenceSession(str(path))  # with its own rewriting
+    theirs = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    wanted = native(x).detach().numpy()
+    assert np.abs(theirs - wanted).max() < 0.02 * np.abs(wanted).max()
+
+
+class Block(nn.Module):
+    """Of a ConvNeXt: channels come last, so its linear layers are a product and a sum in ONNX."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deep = nn.Conv2d(8, 8, 5, padding=2, groups=8)
+        self.norm = nn.LayerNorm(8, eps=1e-6)
+        self.wide, self.slim = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.layer_scale = nn.Parameter(0.5 + torch.rand(8, 1, 1))
+        self.last = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        y = self.norm(self.deep(x).permute(0, 2, 3, 1))
+        y = self.slim(F.gelu(self.wide(y))).permute(0, 3, 1, 2)
+        return self.last(x + self.layer_scale * y)
+
+
+def test_read_back_and_compiled_norms_have_the_same_bits(tmp_path):
+    torch.manual_seed(5)
+    x = torch.randn(6, 8, 8, 8)
+    native = converted(Block(), x)
+    ada.to_onnx(native, tmp_path / "net.onnx")
+    again = ada.from_onnx(tmp_path / "net.onnx")
+    for name in ("wide", "slim"):
+        assert torch.equal(again.get_submodule(name).bias, native.get_submodule(name).bias)
+    engines = [ada.compile(m, x, policy="native", weights="resident") for m in (native, again)]
+    assert torch.equal(engines[0](x), engines[1](x))
+
+
 def test_inputs_of_fewer_bits_keep_their_ends(tmp_path):
     torch.manual_seed(2)
     x = torch.randn(4, 3, 8, 8)

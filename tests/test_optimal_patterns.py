@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -26,6 +28,7 @@ from adalayer_native.allocation.resources import resources
 from adalayer_native.allocation.selection import Selection, selection_of
 from adalayer_native.allocation.sensitivity import LogitSensitivity
 from adalayer_native.errors import BudgetError, PlanError
+from adalayer_native.importance.batches import iterate
 from adalayer_native.plan import LayerPlan, Plan
 from adalayer_native.pruning.patterns import pattern_mask, pattern_pruned_count
 from adalayer_native.repair import HELD_BACK, layer_hessians
@@ -319,3 +322,21 @@ def test_selections_know_the_bytes_of_blocks(model) -> None:
         assert size.costs[row, column] == 64 + -(-blocks // 8) + 64 * 64 * 9 // 4
         # A layer of one block cannot do without it.
         assert not selection.offered[problem.free.index("7"), column]
+
+
+def test_tables_go_with_whoever_asked_for_them(model) -> None:
+    """Not when Python next looks for circles: the repair behind a search needs the memory."""
+    model = ada.capture(model, images()[0])  # torch.export leaves circles with its callers' frames
+    gc.disable()
+    try:
+        weights = RepairedWeights(model, images(), ["3", "7"], progress=False)
+        data = list(iterate(images(), model))
+        layers = {"3": model.get_submodule("3")}
+        evaluator = Evaluator(model, images(), weight_of=weights)
+        evaluator.measure({"3": Option(4, 0.0)})
+        kept = [weights, evaluator, LogitSensitivity(model, data, layers, images=2, directions=1)]
+        left = [weakref.ref(each) for each in kept]
+        del weights, evaluator, kept
+        assert [each() for each in left] == [None, None, None]
+    finally:
+        gc.enable()

@@ -214,3 +214,18 @@ def relative(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
 
 def constant(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
     return 0.0 * found.sum() + 1.0
+
+
+def test_what_is_released_is_made_again() -> None:
+    """Many layers' statistics wait for questions; their factors need not."""
+    layer, x = layer_of(16), correlated(200, 16, seed=1)
+    hessian = LayerHessian(layer)
+    hessian.add(x, held_back=torch.arange(200) % 4 == 3)
+    settings = [(4, 0.0), (3, 0.5)]
+    before = list(hessian.solutions(settings))
+    hessian.release()
+    assert hessian._solver is None and not hessian._equations and "_judge" not in vars(hessian)
+    for first, second in zip(before, hessian.solutions(settings), strict=True):
+        assert torch.equal(first.levels, second.levels)
+        assert torch.equal(first.scale, second.scale)
+        assert first.held == second.held

@@ -46,6 +46,7 @@ __all__ = [
     "optional_folder",
     "output_file",
     "output_folder",
+    "output_kinds",
     "picture_file",
     "share",
     "shares",
@@ -240,6 +241,17 @@ def fixed_widths(texts: list[str] | None) -> list[str] | None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise typer.BadParameter(f"layer {twice[0]!r} is given more than once")
+    return texts
+
+
+def output_kinds(texts: list[str] | None) -> list[str] | None:
+    """Callback of options OUTPUT=KIND."""
+    names = [text.rpartition("=")[0] for text in texts or []]
+    for text, name in zip(texts or [], names, strict=True):
+        if not name or text.endswith("="):
+            raise typer.BadParameter(f"expected OUTPUT=KIND, such as logits=classes, got {text!r}")
+        if names.count(name) > 1:
+            raise typer.BadParameter(f"output {name!r} is given more than once")
     return texts
 
 

@@ -46,6 +46,7 @@ from ._options import (
     optional_folder,
     output_file,
     output_folder,
+    output_kinds,
     picture_file,
     share,
     shares,
@@ -453,6 +454,21 @@ def compare(
         typer.Option(min=1, help="Images; every second one only judges the suggestions."),
     ] = 256,
     suggest: Annotated[bool, typer.Option(help="Try changes, and measure their effect.")] = True,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            callback=output_kinds,
+            help="OUTPUT=KIND: the error is a loss of what the output is: classes, binary, "
+            "probabilities, values or boxes; may be repeated.",
+        ),
+    ] = None,
+    detection: Annotated[
+        str | None,
+        typer.Option(
+            help="The error is a detector's. JSON, as engine.save has it: which outputs are boxes, "
+            "and which scores."
+        ),
+    ] = None,
     model: ModelOfRun = None,
     classes: ClassesOfRun = None,
     image_size: Annotated[
@@ -478,6 +494,7 @@ def compare(
     job = told(
         CompareJob,
         locals(),
+        task={name: kind for name, _, kind in (text.rpartition("=") for text in task or [])},
         **normalising(mean, std, scale),
         progress=not quiet,
     )

@@ -91,9 +91,9 @@ class Case:
     @property
     def rounding(self) -> set[int]:
         """Cells for which torch takes kernels in a graph that round otherwise: where the cell
-        writes into memory, a graph makes new tensors, which may lie there in another order; a linear
-        layer is another product where its weight needs no gradient, as one that the model computes
-        without gradients; and a recurrent layer's products are of all steps at once."""
+        writes into memory, a graph makes new tensors, which may lie there in another order; a
+        linear layer is another product where its weight needs no gradient, as one that the model
+        computes without gradients; and a recurrent layer's products are of all steps at once."""
         return {
             k
             for k, recipe in enumerate(self.recipes)

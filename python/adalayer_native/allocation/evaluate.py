@@ -34,7 +34,7 @@ NEGLIGIBLE = 3e-3
 # Calibration batches stay in memory while plans are compared; more than this is refused.
 MEMORY_LIMIT = 2 << 30
 # Dequantized weights kept from one plan to the next, in bytes.
-WEIGHT_CACHE = 1 << 30
+WEIGHT_CACHE = 1 << 28
 
 
 @dataclass(frozen=True)

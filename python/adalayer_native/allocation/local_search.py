@@ -12,7 +12,8 @@ from .selection import Selection
 
 __all__ = ["add_distinct", "corrected", "local_search", "most_likely", "starts"]
 
-MOVED = 12  # layers that are moved up and down per round
+MOVED = 12  # layers that are moved up and down per round, at most
+PER_TRIAL = 2  # of them for every plan that is measured: each is a problem for the solver
 # Standard deviations that are assumed where the tables are corrected: of a layer's factor around
 # the common one, of what pruning adds to it, and of a plan's predicted loss with the right factors.
 FACTOR_SD, PRUNED_SD, PLAN_SD = 0.5, 2.0, 0.3
@@ -102,7 +103,8 @@ def local_search(
             for _ in range(rounds):
                 errors = corrected(selection, tried, measured)
                 best = most_likely(selection, errors, tried, measured)
-                fresh = _neighbours(selection, tried[best], errors, seen)
+                moved = min(MOVED, PER_TRIAL * trials)
+                fresh = _neighbours(selection, tried[best], errors, seen, moved)
                 fresh.sort(key=lambda columns: selection.predicted(columns, errors))
                 for columns in fresh[:trials]:
                     measure(columns)
@@ -139,9 +141,12 @@ def most_likely(
 
 
 def _neighbours(
-    selection: Selection, columns: np.ndarray, errors: np.ndarray, seen: set[bytes]
+    selection: Selection, columns: np.ndarray, errors: np.ndarray, seen: set[bytes], moved: int
 ) -> list[np.ndarray]:
-    """Choices that differ from one in a moved layer and in what the solver makes of the rest."""
+    """Choices that differ from one in a moved layer and in what the solver makes of the rest.
+
+    ``moved`` layers are moved up and as many down.
+    """
     rows = np.arange(len(columns))
     current = errors[rows, columns]
     open_ = selection.offered
@@ -154,9 +159,9 @@ def _neighbours(
 
     add(selection.choose(errors=errors))
     # Worth moving up: what loses most. Worth moving down: where the next option costs least.
-    up = np.argsort(-current, kind="stable")[:MOVED]
+    up = np.argsort(-current, kind="stable")[:moved]
     worse = np.where(open_ & (errors > current[:, None]), errors, np.inf).min(axis=1) - current
-    down = np.argsort(worse, kind="stable")[:MOVED]
+    down = np.argsort(worse, kind="stable")[:moved]
     moves: list[tuple[int, Callable[[np.ndarray], np.ndarray]]] = []
     for row in up.tolist():
         moves.append((row, lambda values, row=row: values < current[row]))  # type: ignore[misc]

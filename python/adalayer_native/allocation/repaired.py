@@ -15,7 +15,7 @@ from .options import UNSTRUCTURED, Option
 __all__ = ["REPAIR_VERSION", "RepairedWeights"]
 
 REPAIR_VERSION = 4  # of the weights behind measurements that are kept
-MEMORY = 1 << 30  # bytes of statistics that are kept, and as many of solutions
+MEMORY = 1 << 29  # bytes of statistics that are kept, and as many of solutions
 PASSES = 1  # of refinement: the repair of the chosen plan makes more
 
 
@@ -48,8 +48,9 @@ class RepairedWeights:
     ) -> None:
         self.model, self.batches, self.layers = model, batches, list(layers)
         self.passes, self.memory, self.progress = passes, memory, progress
-        self.modules = dict(model.named_modules())
-        self._hessians = Recent[str, LayerHessian](memory, lambda name, _: self._bytes(name))
+        self.modules = modules = dict(model.named_modules())
+        # Without ``self``, which would be a circle that is let go of much later than it is left.
+        self._hessians = Recent[str, LayerHessian](memory, lambda name, _: _bytes(modules[name]))
         self._known = Recent[tuple[Any, ...], LayerSolution](
             memory, lambda _, solution: solution.levels.numel()
         )
@@ -71,16 +72,19 @@ class RepairedWeights:
     def expect(self, name: str, options: Sequence[Option]) -> None:
         """Work out what is going to be asked for; many options in one sweep cost less."""
         missing = [o for o in options if (name, *o.values) not in self._known]
+        if not missing:
+            return
+        hessian = self._hessian(name)
         for pattern in dict.fromkeys(option.pattern for option in missing):
             part = [option for option in missing if option.pattern == pattern]
             asked = [(option.bits or 0, option.sparsity) for option in part]
-            hessian = self._hessian(name)
             solutions = hessian.solutions(asked, pattern=pattern, passes=self.passes)
             for option, solution in zip(part, solutions, strict=True):
                 # A copy: a part of a sweep's tensor would keep the whole of it.
                 solution.mask, solution.levels = None, solution.levels.clone()
                 self._known.put((name, *option.values), solution, shrink=False)
         self._known.shrink(keep=len(missing))
+        hessian.release()
 
     def _hessian(self, name: str) -> LayerHessian:
         if name not in self._hessians:
@@ -92,12 +96,12 @@ class RepairedWeights:
     def _gather(self, name: str) -> None:
         """Statistics of a layer, and of those behind it that fit into the same memory."""
         position = self.layers.index(name)
-        wanted, held = [name], self._bytes(name)
+        wanted, held = [name], _bytes(self.modules[name])
         for other in self.layers[position + 1 :]:
-            if other in self._hessians or held + self._bytes(other) > self.memory:
+            if other in self._hessians or held + _bytes(self.modules[other]) > self.memory:
                 break
             wanted.append(other)
-            held += self._bytes(other)
+            held += _bytes(self.modules[other])
         self._hessians.shrink(self.memory - held, keep=0)
         for found, hessian in layer_hessians(
             self.model, self.batches, wanted, held_back=HELD_BACK, memory=self.memory,
@@ -105,8 +109,9 @@ class RepairedWeights:
         ):  # fmt: skip
             self._hessians.put(found, hessian, shrink=False)
 
-    def _bytes(self, name: str) -> int:
-        """What a layer's statistics take, with the factors that solving makes of them."""
-        layer: Any = self.modules[name]
-        width = conv_form(layer, layer.weight)[0].numel()
-        return 24 * getattr(layer, "groups", 1) * width * width  # three matrices of float64
+
+def _bytes(layer: Any) -> int:
+    """What a layer's statistics take."""
+    width = conv_form(layer, layer.weight)[0].numel()
+    # Two matrices of float64: the samples that are repaired with, and those held back.
+    return 16 * int(getattr(layer, "groups", 1)) * width * width

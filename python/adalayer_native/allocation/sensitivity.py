@@ -41,7 +41,9 @@ def shifted(layer: nn.Module, output: Tensor, shift: Tensor) -> Tensor:
     return output + shift.view(-1, 1, 1)
 
 
-MEMORY = 1 << 30  # bytes of layer inputs and gradients that are kept
+MEMORY = 1 << 29  # bytes of layer inputs and gradients that are kept
+# Of gradients: each is rounded by 0.2 % on its own, and an error is a sum of thousands of products.
+KEPT = torch.bfloat16
 AT_ONCE = 4  # images that are differentiated together
 
 
@@ -85,12 +87,13 @@ class LogitSensitivity:
     ``<J^T B v, dy>`` is linear in the weight error, too. Where a layer's weight is smaller than
     what goes through it, as in the first layers of a network for large images, its gradient by the
     weight is kept instead of inputs and gradients by the output: an option then costs one product,
-    and far more images fit into memory.
+    and far more images fit into memory. Gradients are kept in bfloat16, inputs as they are:
+    what a grid of a few bits does to values that have been rounded is something else.
 
     Args:
         model: float model; not changed.
         batches: calibration batches; the first ``images`` images are used, fewer where layer
-            inputs and gradients exceed 1 GiB.
+            inputs and gradients exceed 512 MiB.
         layers: the layers of interest by name.
         images: at most so many.
         directions: random vectors per image.
@@ -158,7 +161,8 @@ class LogitSensitivity:
 
         def hook_for(name: str) -> Any:
             def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-                found[name] += inputs[0].numel() + directions * output.numel()
+                found[name] += 4 * inputs[0].numel()
+                found[name] += KEPT.itemsize * directions * output.numel()
 
             return hook
 
@@ -176,10 +180,10 @@ class LogitSensitivity:
             kept = found[name] // x.count
             if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
                 form = conv_form(layer, layer.weight)
-                folded = directions * (form.numel() + form.shape[0])
+                folded = KEPT.itemsize * directions * (form.numel() + form.shape[0])
                 if folded < kept:
                     self._folded[name], kept = [], folded
-            total += 4 * kept
+            total += kept
         return total
 
     def _run(
@@ -229,11 +233,10 @@ class LogitSensitivity:
                 if call[0] == name
             ]
             if name not in self._folded:
-                self._seen[name].append(own)
+                self._seen[name].append([(x, [g.to(KEPT) for g in k]) for x, k in own])
             elif own:
-                self._folded[name].append(
-                    torch.stack([_by_weight(layer, x, kept) for x, kept in own]).sum(dim=0)
-                )
+                folded = torch.stack([_by_weight(layer, x, kept) for x, kept in own]).sum(dim=0)
+                self._folded[name].append(folded.to(KEPT))
 
     def _projection(
         self, output: Any, batch: Batch, scales: list[Any], generator: torch.Generator
@@ -264,7 +267,9 @@ class LogitSensitivity:
             change = conv_form(layer, weight.to(layer.weight) - layer.weight)
             step = torch.zeros(len(change)).to(change) if shift is None else shift.to(change)
             both = torch.cat([change.flatten(), step])
-            total = sum(float((part @ both).double().square().sum()) for part in self._folded[name])
+            total = sum(
+                float((part.to(both) @ both).double().square().sum()) for part in self._folded[name]
+            )
             return 0.5 * total / (self.images * self.directions)
         state = {"weight": weight.to(layer.weight) - layer.weight}
         if layer.bias is not None:
@@ -312,15 +317,15 @@ def _by_weight(layer: nn.Module, x: Tensor, gradients: list[Tensor]) -> Tensor:
     rows = columns(layer, x, every, torch.Generator())  # [G, N * P, K]
     groups, count, width = rows.shape
     images = x.shape[0] if x.dim() > 1 else 1
-    found = []
-    for gradient in gradients:
-        last = isinstance(layer, nn.Linear)
-        y = gradient if last else gradient.permute(0, 2, 3, 1)  # [N, ..., O]
-        by_output = y.reshape(images, count // images, groups, -1)
-        inputs = rows.reshape(groups, images, count // images, width)
-        weight = torch.einsum("npgo,gnpk->ngok", by_output, inputs)
-        found.append(torch.cat([weight.flatten(1), by_output.sum(dim=1).flatten(1)], dim=1))
-    return torch.cat(found)
+    # All directions with one reading of the inputs, which are the larger operand.
+    y = torch.stack(gradients)
+    if not isinstance(layer, nn.Linear):
+        y = y.permute(0, 1, 3, 4, 2)  # [D, N, ..., O]
+    by_output = y.reshape(len(gradients), images, count // images, groups, -1)
+    inputs = rows.reshape(groups, images, count // images, width)
+    weight = torch.einsum("dnpgo,gnpk->dngok", by_output, inputs)
+    found = torch.cat([weight.flatten(2), by_output.sum(dim=2).flatten(2)], dim=2)
+    return found.flatten(0, 1)
 
 
 class _Form:

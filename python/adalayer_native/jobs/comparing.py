@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from .. import plot
 from .._console import print_table, say
 from .._files import read_json, require_file
 from ..data import Batches, ImageDataset, calibration_indices
+from ..detection import Detection
 from ..engine import load
-from ..errors import DataError
+from ..errors import DataError, FileFormatError
+from ..importance import TaskLoss
 from ..microscope import Comparison, compare
 from ..models import is_file, load_weights
 from ..quantization import restore
@@ -38,6 +41,7 @@ def run_compare(job: CompareJob) -> dict[str, Any]:
     """
     if job.threads is not None:
         torch.set_num_threads(job.threads)
+    loss = _loss(job)
     packed = packed_of(job.source)
     known = run_report(packed)
     command = _command(packed)
@@ -80,11 +84,25 @@ def run_compare(job: CompareJob) -> dict[str, Any]:
         native if engine is None else engine,
         images,
         of=None if engine is None else native,
+        loss_fn=loss,
         samples=job.samples,
         suggest=job.suggest,
         progress=job.progress,
     )
     return _written(job, found, packed, file if engine is not None else None)
+
+
+def _loss(job: CompareJob) -> TaskLoss | None:
+    """The task's own loss, where the command says what the outputs are."""
+    if job.detection is not None:
+        if job.task:
+            raise DataError("--detection and --task both say what the outputs are; give one")
+        try:
+            said = json.loads(job.detection)
+        except ValueError as error:
+            raise FileFormatError(f"--detection: not JSON: {error}") from None
+        return TaskLoss.of_detection(Detection.from_dict(said))
+    return TaskLoss.of(job.task) if job.task else None
 
 
 def _written(

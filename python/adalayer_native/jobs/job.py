@@ -98,6 +98,8 @@ class CompareJob(_Job):
     picture: Path | None = None
     samples: int = 256
     suggest: bool = True
+    task: Mapping[str, str] | None = None
+    detection: str | None = None
     image_size: int | None = None
 
 

@@ -35,6 +35,7 @@ from adalayer_native.onnx.reading import (
     fixed_size,
     node_label,
     operator_name,
+    ordered,
     read,
 )
 from adalayer_native.onnx.tidying import tidy
@@ -110,7 +111,7 @@ def imported(file: OnnxFile, sizes: Any, *, integers: bool = True) -> fx.GraphMo
     Raises:
         UnsupportedModelError: see :func:`from_onnx`.
     """
-    check_operators(file, OPERATORS)
+    check_operators(file, {*OPERATORS, "If"})
     asked = asked_sizes(file, {} if sizes is None else sizes)
     module = followed(file, asked=asked, integers=integers)
     _check_any_batch(file, module, asked, integers)
@@ -220,7 +221,32 @@ def _kind(item: Any) -> str:
     return str(onnx_package().TensorProto.DataType.Name(item.type.tensor_type.elem_type))
 
 
+def _follow_if(g: Builder, file: OnnxFile, node: Any, known: dict[str, Any]) -> None:
+    """The branch that is taken; exporters leave the choice to the number of axes."""
+    try:
+        taken = g.known(known[node.input[0]], "condition")
+        if taken.numel() != 1:
+            raise Refused(f"its condition has sizes {list(taken.shape)}; expected one element")
+    except Refused as error:
+        raise UnsupportedModelError(f"{file.name}: {node_label(node)}: {error}") from None
+    name = "then_branch" if bool(taken) else "else_branch"
+    branch = next((a.g for a in node.attribute if a.name == name), None)
+    if branch is None or len(branch.output) < len(node.output):
+        raise UnsupportedModelError(f"{file.name}: {node_label(node)}: its {name} is missing")
+    nodes = ordered(file.name, branch, known)
+    check_operators(file, {*OPERATORS, "If"}, nodes)
+    inside = dict(known)
+    inside.update({tensor.name: _constant_of(file, tensor) for tensor in branch.initializer})
+    for item in nodes:
+        _follow(g, file, item, inside)
+    for output, item in zip(node.output, branch.output, strict=False):
+        known[output] = inside[item.name]
+
+
 def _follow(g: Builder, file: OnnxFile, node: Any, known: dict[str, Any]) -> None:
+    if operator_name(node) == "If":
+        _follow_if(g, file, node, known)
+        return
     function, takes_quantized = OPERATORS[operator_name(node)]
     names = list(node.output)
     last = next(iter(reversed(g.graph.nodes)))
@@ -287,6 +313,8 @@ def _attributes(file: OnnxFile, node: Any) -> dict[str, Any]:
             value = value.decode("utf-8", "replace")
         elif isinstance(value, list) and any(isinstance(item, bytes) for item in value):
             value = [item.decode("utf-8", "replace") for item in value]
+        elif isinstance(value, float):  # of 32 bits in the file; who wrote 1e-5 meant 1e-5
+            value = float(str(np.float32(value)))
         elif isinstance(value, onnx.TensorProto):
             value = _constant_of(file, value)
         elif isinstance(value, (onnx.GraphProto, onnx.SparseTensorProto)):

@@ -242,6 +242,8 @@ def _batch_norm(
         raise Refused("it is in training mode; expected a network for inference")
     if x.rank not in _NORMS:
         raise Refused(f"an operand of {x.rank} axes; expected 2 to 5")
+    if node.opset < 9 and not node.get("spatial", 1):
+        raise Refused("it has a mean for every pixel (spatial 0); expected one per channel")
     known = [
         g.known(item, what)
         for item, what in ((scale, "scale"), (bias, "bias"), (mean, "mean"), (var, "variance"))

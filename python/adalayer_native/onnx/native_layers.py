@@ -57,8 +57,9 @@ def native_layer(
             f"its integers less the zero point go from {low} to {high}; {MAX_BITS} bits hold "
             "-128 to 127"
         )
-    if not reason and not bool((torch.isfinite(integers.scale) & (integers.scale > 0)).all()):
-        reason = "one of its scales is not a positive number"
+    # (A batch norm's negative factor is in the scale where the integers cannot be turned round.)
+    if not reason and not bool((torch.isfinite(integers.scale) & (integers.scale != 0)).all()):
+        reason = "one of its scales is 0 or no number"
     layer = None
     if not reason:
         assert x.grid is not None

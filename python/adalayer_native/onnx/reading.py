@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import math
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,11 @@ __all__ = [
     "fixed_size",
     "node_label",
     "operator_name",
+    "ordered",
     "read",
 ]
 
-OLDEST_OPSET, NEWEST_OPSET = 10, 28
+OLDEST_OPSET, NEWEST_OPSET = 7, 28
 MOST_BYTES = (1 << 31) - 1  # of a protobuf message
 MOST_NODES = 1 << 20  # with the file's functions in their places
 # Of one constant, and of all: more than any network for images has.
@@ -122,9 +123,8 @@ def read(source: str | os.PathLike[str] | bytes) -> OnnxFile:
             f"{name}: constant {model.graph.sparse_initializer[0].values.name!r} is a sparse "
             "tensor, which is not supported"
         )
-    held = [a.t for node in model.graph.node for a in node.attribute if a.HasField("t")]
-    _check_tensors(name, [*model.graph.initializer, *held], folder)
-    nodes = _ordered(name, model.graph)
+    _check_tensors(name, list(_tensors(model.graph)), folder)
+    nodes = ordered(name, model.graph)
     return OnnxFile(name, model, nodes, opset)
 
 
@@ -170,6 +170,30 @@ def _inlined(name: str, model: Any) -> Any:
         return onnx_package("inliner").inline_local_functions(model)
     except Exception as error:  # the package's own, of several kinds
         raise FileFormatError(f"{name}: its functions cannot be inlined: {error}") from None
+
+
+def _tensors(graph: Any) -> Iterator[Any]:
+    """All constants of a graph and of its branches."""
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            if attribute.HasField("g"):
+                yield from _tensors(attribute.g)
+
+
+def _reads(node: Any) -> list[str]:
+    """What a node reads, and what its branches read of the graph around them."""
+    found = list(node.input)
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            inner = attribute.g
+            own = {item.name for item in (*inner.input, *inner.initializer)}
+            own |= {output for part in inner.node for output in part.output}
+            outer = [item for part in inner.node for item in _reads(part)]
+            found += [item for item in outer if item not in own]
+    return found
 
 
 def _check_tensors(name: str, tensors: Any, folder: Path | None) -> None:
@@ -266,18 +290,23 @@ def _load_external(name: str, tensor: Any, folder: Path | None, elements: int) -
     tensor.data_location = tensor.DEFAULT
 
 
-def _ordered(name: str, graph: Any) -> list[Any]:
-    """The nodes so that each comes after what it reads."""
+def ordered(name: str, graph: Any, around: Collection[str] = ()) -> list[Any]:
+    """The nodes so that each comes after what it reads.
+
+    Args:
+        around: what the graph around a branch has.
+    """
     given = {item.name for item in graph.input} | {item.name for item in graph.initializer}
-    given |= {""}  # an optional operand that is left out
+    given |= {"", *around}  # "": an optional operand that is left out
+    reads = [_reads(node) for node in graph.node]
     makers: dict[str, Any] = {}
     for node in graph.node:
         for output in node.output:
             if output and (output in makers or output in given):
                 raise FileFormatError(f"{name}: {output!r} is computed twice ({node_label(node)})")
             makers[output] = node
-    for node in graph.node:
-        missing = [item for item in node.input if item not in given and item not in makers]
+    for node, read_ in zip(graph.node, reads, strict=True):
+        missing = [item for item in read_ if item not in given and item not in makers]
         if missing:
             raise FileFormatError(
                 f"{name}: {node_label(node)} reads {missing[0]!r}, which nothing gives"
@@ -286,10 +315,10 @@ def _ordered(name: str, graph: Any) -> list[Any]:
     if absent or not graph.output:
         raise FileFormatError(f"{name}: nothing gives its output {absent[0] if absent else ''!r}")
     # As the standard wants it they lie in order already; so the first in the file comes first.
-    waits = [sum(item not in given for item in set(node.input)) for node in graph.node]
+    waits = [sum(item not in given for item in set(read_)) for read_ in reads]
     readers: dict[str, list[int]] = {}
-    for index, node in enumerate(graph.node):
-        for item in set(node.input):
+    for index, read_ in enumerate(reads):
+        for item in set(read_):
             readers.setdefault(item, []).append(index)
     ready = [index for index, count in enumerate(waits) if count == 0]
     heapq.heapify(ready)
@@ -310,10 +339,14 @@ def _ordered(name: str, graph: Any) -> list[Any]:
     return found
 
 
-def check_operators(file: OnnxFile, known: Collection[str]) -> None:
-    """Raise for operators that are not among those that can be followed; names all of them."""
+def check_operators(file: OnnxFile, known: Collection[str], nodes: Any = None) -> None:
+    """Raise for operators that are not among those that can be followed; names all of them.
+
+    Args:
+        nodes: of a branch; default: the file's.
+    """
     unknown: dict[str, str] = {}
-    for node in file.nodes:
+    for node in file.nodes if nodes is None else nodes:
         kind = operator_name(node)
         if kind not in known:
             unknown.setdefault(kind, node.name or (node.output[0] if node.output else ""))

@@ -237,6 +237,11 @@ def _slice(
     g: Builder, node: NodeView, x: Any, starts: Any = None, ends: Any = None, axes: Any = None,
     steps: Any = None,
 ) -> Any:  # fmt: skip
+    if node.opset < 10:  # attributes then
+        starts, ends, axes = (
+            None if node.get(key) is None else Constant(torch.tensor(node.get(key)))
+            for key in ("starts", "ends", "axes")
+        )
     begin, end = g.sizes(starts, "starts"), g.sizes(ends, "ends")
     along = list(range(len(begin))) if axes is None else g.sizes(axes, "axes")
     by = [1] * len(begin) if steps is None else g.sizes(steps, "steps")
@@ -390,8 +395,8 @@ def _pad(
 
 
 @operator_of("TopK")
-def _topk(g: Builder, node: NodeView, x: Value, count: Any) -> Any:
-    (k,) = g.sizes(count, "k")
+def _topk(g: Builder, node: NodeView, x: Value, count: Any = None) -> Any:
+    (k,) = [node.get("k")] if node.opset < 10 else g.sizes(count, "k")
     return g.call(functions.top_k, x, k, node.get("axis", -1), bool(node.get("largest", 1)))
 
 

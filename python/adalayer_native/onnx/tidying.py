@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from adalayer_native.nn import FakeQuantize
+from adalayer_native.nn import FakeQuantize, Linear
 from adalayer_native.nn.layer import NativeLayer
 from adalayer_native.onnx.building import CONSTANTS, Builder
 
@@ -45,14 +45,17 @@ def _take_biases(g: Builder) -> None:
         name = str(left.target)
         layer: Any = g.root.get_submodule(name)
         called = [item for item in g.graph.nodes if item.target == name]
-        if type(layer) is not nn.Linear or len(called) != 1:
+        if type(layer) not in (nn.Linear, Linear) or len(called) != 1:
             continue
-        if getattr(layer, "bias", None) is not None:
+        if layer.bias is not None and layer.bias.any():  # (a native layer has one of zeros)
             continue
         owner, _, leaf = str(right.target).rpartition(".")
         bias = getattr(g.root.get_submodule(owner), leaf)
-        if bias.shape == (layer.out_features,):
-            layer.bias = nn.Parameter(bias.clone())
+        if bias.shape == (layer.out_features,) and bool(torch.isfinite(bias).all()):
+            if isinstance(layer, NativeLayer):
+                layer.bias = bias.to(torch.float32).clone()
+            else:
+                layer.bias = nn.Parameter(bias.clone())
             node.replace_all_uses_with(left)
             g.graph.erase_node(node)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -145,6 +146,14 @@ def _resize(
     constants = [tuple(Constant(torch.from_numpy(part)) for part in table) for table in tables]
     found = g.call(functions.resize, x, [axes[i] for i in used], constants, outside)
     return moved(found, x) if moves else found
+
+
+@operator_of("Upsample", quantized=True)
+def _upsample(g: Builder, node: NodeView, x: Value, scales: Any = None) -> Any:
+    # What Resize was called before opset 10; its scales were an attribute before 9.
+    if node.opset < 9:
+        scales = Constant(torch.tensor(node.get("scales")))
+    return _resize(g, replace(node, opset=10), x, scales)
 
 
 def _coordinates(node: NodeView) -> str:

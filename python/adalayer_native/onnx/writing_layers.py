@@ -8,19 +8,77 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from adalayer_native.engine.export import layer_name
+from adalayer_native.engine.export import layer_name, op_name
 from adalayer_native.onnx.emitting import Emitter, rule
 from adalayer_native.ops import packed_info, unpack_weight
 from adalayer_native.rounding import layer_form, weight_range
 
 __all__: list[str] = []
 
+_ON_GRIDS = ("adalayer.conv2d.default", "adalayer.linear.default", "adalayer.fake_quantize.default")
+_MOST_STEPS = 1 << 30  # of an int32, half of which are left to the sums
+
 
 def _grid(a: dict[str, Any], part: str) -> Any:
     return a[f"{part}_scale"], a[f"{part}_zero_point"], a[f"{part}_bits"]
 
 
-def _weights(e: Emitter, a: dict[str, Any], name: str) -> tuple[Tensor, Tensor, int]:
+def _grid_behind(e: Emitter, node: fx.Node, a: dict[str, Any]) -> Any:
+    """The one grid on which a layer's result is put, by itself or by all its readers; else None."""
+    if a.get("residual") is not None:
+        return None
+    if a.get("output_bits"):
+        return _grid(a, "output")
+    found = set()
+    for user in node.users:
+        b = e.arguments(user) if op_name(user) in _ON_GRIDS else {}
+        if b.get("x") is not node or b.get("residual") is node:
+            return None
+        found.add(
+            _grid(b, "input") if "input_scale" in b else (b["scale"], b["zero_point"], b["bits"])
+        )
+    return found.pop() if len(found) == 1 else None
+
+
+def _still(
+    e: Emitter, node: fx.Node, a: dict[str, Any], levels: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Channels that only their bias decides, with no weights and a scale that holds the bias.
+
+    Who computes in integers has biases as int32 in steps of the sums. Beside a bias such steps may
+    be next to nothing (a channel that training has switched off), and the sums wrap round. Where
+    no input can turn the channel's level, its weights are left out: the network stays the same.
+    """
+    step, bias = float(a["input_scale"]), e.exported.tensor(a["bias"]).double()
+    unit = step * scale.double().abs()
+    silent = levels.flatten(1).abs().amax(1) == 0
+    lost = (bias.abs() > _MOST_STEPS * unit) & (bias != 0)
+    grid = _grid_behind(e, node, a)
+    if grid is not None:
+        top = (1 << int(a["input_bits"])) - 1 - int(a["input_zero_point"])
+        ends = levels.flatten(1).double() * (scale.double() * step)[:, None]
+        one, other = ends * top, ends * -int(a["input_zero_point"])
+        low, high = (
+            (bias + pick(one, other).sum(1)).clamp(a["lo"], a["hi"])
+            if (a["lo"], a["hi"]) != (None, None)
+            else bias + pick(one, other).sum(1)
+            for pick in (torch.minimum, torch.maximum)
+        )
+        # (A thousandth is more than float32 adds to a number of at most 255.)
+        last = (1 << int(grid[2])) - 1
+        levels_at = [
+            ((y / grid[0] + grid[1] + margin).round().clamp(0, last))
+            for y, margin in ((low, -1e-3), (high, 1e-3))
+        ]
+        silent = silent | (levels_at[0] == levels_at[1])
+    still = lost & silent
+    levels, scale = levels.clone(), scale.clone()
+    levels[still] = 0
+    scale[still] = (bias[still].abs() / (step * (1 << 20))).float()
+    return levels, scale
+
+
+def _weights(e: Emitter, node: fx.Node, a: dict[str, Any], name: str) -> tuple[Tensor, Tensor, int]:
     """Integers ``[O, I/groups, KH, KW]``, a scale for each O, and their bits."""
     packed = e.exported.tensor(a["weight_packed"])
     levels, bits = unpack_weight(packed), int(packed_info(packed)["bits"])
@@ -38,7 +96,7 @@ def _weights(e: Emitter, a: dict[str, Any], name: str) -> tuple[Tensor, Tensor, 
         "sparsity": round(sparsity, 6),
         "input_bits": int(a["input_bits"]),
     }
-    return levels, scale, bits
+    return *_still(e, node, a, levels, scale), bits
 
 
 def _dequantized(e: Emitter, levels: Tensor, scale: Tensor, bits: int, axis: int, name: str) -> str:
@@ -76,7 +134,7 @@ def _finished(e: Emitter, value: str, a: dict[str, Any], name: str) -> str:
 @rule("adalayer.conv2d.default")
 def _conv2d(e: Emitter, node: fx.Node, a: dict[str, Any]) -> str:
     name = layer_name(node)
-    levels, scale, bits = _weights(e, a, name)
+    levels, scale, bits = _weights(e, node, a, name)
     x = e.quantized(e.of(a["x"]), _grid(a, "input"), f"{name}.in")
     weight = _dequantized(e, levels, scale, bits, 0, name)
     top, left, bottom, right = a["padding"]
@@ -91,7 +149,7 @@ def _conv2d(e: Emitter, node: fx.Node, a: dict[str, Any]) -> str:
 @rule("adalayer.conv_transpose2d.default")
 def _conv_transpose2d(e: Emitter, node: fx.Node, a: dict[str, Any]) -> str:
     name = layer_name(node)
-    levels, scale, bits = _weights(e, a, name)
+    levels, scale, bits = _weights(e, node, a, name)
     groups, outputs = a["groups"], levels.shape[0]
     inputs = levels.shape[1] * groups
     x = e.quantized(e.of(a["x"]), _grid(a, "input"), f"{name}.in")
@@ -118,7 +176,7 @@ def _conv_transpose2d(e: Emitter, node: fx.Node, a: dict[str, Any]) -> str:
 @rule("adalayer.linear.default")
 def _linear(e: Emitter, node: fx.Node, a: dict[str, Any]) -> str:
     name = layer_name(node)
-    levels, scale, bits = _weights(e, a, name)
+    levels, scale, bits = _weights(e, node, a, name)
     x = e.quantized(e.of(a["x"]), _grid(a, "input"), f"{name}.in")
     matrix = levels.flatten(1)
     bias = _bias(e, a, name)

@@ -207,9 +207,8 @@ class LayerHessian:
         self._add(self._seen, x, x_float)
 
     def _add(self, into: list[Statistics], x: Tensor, x_float: Tensor | None) -> None:
-        self._solver = self._usual = None
-        self._equations = []
-        self.__dict__.pop("_judge", None)
+        self._usual = None
+        self.release()
         each = self._images_at_once(x) if len(x) else 1
         for start in range(0, x.shape[0], each):
             part = slice(start, start + each)
@@ -220,6 +219,15 @@ class LayerHessian:
                 other = self._rows(x_float[part])
             for seen, own in zip(into, self.parts, strict=True):
                 seen.add(rows[:, :, own], None if other is None else other[:, :, own])
+
+    def release(self) -> None:
+        """Let go of what was made of the statistics; it is made again when it is needed.
+
+        That takes twice the memory of the statistics, and more where a layer has many outputs.
+        """
+        self._solver = None
+        self._equations = []
+        self.__dict__.pop("_judge", None)
 
     @property
     def count(self) -> int:
@@ -362,7 +370,7 @@ class LayerHessian:
         """Settings that fit a bounded amount of memory and go through one sweep."""
         rows = self.weight.shape[1] if channels is None else channels
         size = self.weight.shape[0] * rows * self.weight.shape[2]
-        return max(1, (_CHUNK * 2) // max(1, size))
+        return max(1, _CHUNK // max(1, size))
 
     def _plain_rounding(
         self,

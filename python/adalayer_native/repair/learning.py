@@ -131,6 +131,7 @@ class _Learning:
         self.prepared, self.twin, self.data, self.apart = prepared, twin, data, apart
         self.distance, self.cells = distance, cells
         self.layers: dict[str, QuantLayer] = layers_of(prepared)
+        self.wanted: dict[int, Any] = {}  # the float model's output for samples held back
         # The bias of every layer, and the size of the output that it is a part of.
         self.biases: list[tuple[Any, float]] = []
         for name, layer in self.layers.items():
@@ -208,10 +209,12 @@ class _Learning:
     def judge(self) -> float:
         """Mean distance on the samples held back."""
         total = count = 0.0
-        for x, chosen in zip(self.data, self.apart, strict=True):
+        for batch, (x, chosen) in enumerate(zip(self.data, self.apart, strict=True)):
             if bool(chosen.any()):
                 some = laid_out(self.prepared, _chosen(x, chosen.nonzero().flatten()))
-                value = float(self.distance(some(self.twin), some(self.prepared)))
+                if batch not in self.wanted:
+                    self.wanted[batch] = some(self.twin)
+                value = float(self.distance(self.wanted[batch], some(self.prepared)))
                 total += (value if math.isfinite(value) else math.inf) * some.count
                 count += some.count
         return total / max(1.0, count)

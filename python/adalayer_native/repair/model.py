@@ -163,7 +163,7 @@ def repair(
     held_back: float = HELD_BACK,
     distance: Distance | None = None,
     learning_passes: int = LEARNING_PASSES,
-    memory: int = 1 << 30,
+    memory: int = 1 << 29,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,

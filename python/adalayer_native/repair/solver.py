@@ -78,6 +78,34 @@ class Statistics:
         return self._sum / self.count, other / self.count
 
 
+class QuadraticError:
+    """``E(Q)`` around the float weight ``W``: what changes is small, so that float32 will do.
+
+    With ``D = Q - W`` it is ``E(W) + D (C D + 2 (W C - W C'))``.
+
+    Args:
+        weight: float32 ``[G, R, K]``.
+        covariance, pull, energy: as of :meth:`Statistics.moments`.
+    """
+
+    def __init__(self, weight: Tensor, covariance: Tensor, pull: Tensor, energy: Tensor) -> None:
+        w = weight.double()
+        excess = w @ covariance - pull
+        self.weight, self.covariance = weight, covariance.float()
+        self.slope = (2 * excess).float()
+        self.least = energy + (w * (excess - pull)).sum(dim=2)
+
+    def __call__(self, q: Tensor, channels: Tensor | None = None) -> Tensor:
+        """Per channel, float64 ``[G, R]``, of weights ``[G, R, K]`` of all or some channels."""
+        weight, slope, least = self.weight, self.slope, self.least
+        if channels is not None:
+            weight, slope, least = weight[:, channels], slope[:, channels], least[:, channels]
+        change = q - weight
+        return least + (change @ self.covariance).add_(slope).mul_(change).sum(
+            dim=2, dtype=torch.float64
+        )
+
+
 class Equations:
     """What one set of statistics says, before any damping.
 
@@ -96,6 +124,7 @@ class Equations:
         # Important columns first.
         self.order = torch.argsort(diagonal, dim=1, descending=True, stable=True)
         self._wanted: tuple[float, Tensor] | None = None  # the last one asked for
+        self.error = QuadraticError(seen.weight, self.covariance, self.pull, self.energy)
 
     def damped(self, damping: float) -> tuple[Tensor, Tensor]:
         """``H`` with its columns in order, and ``R`` of ``H = R R^T``, upper triangular.
@@ -187,7 +216,6 @@ class Solver:
     ) -> None:
         self.equations, self.seen = equations, equations.seen
         self.gain, self.inputs = gain, inputs
-        self.covariance, self.pull = equations.covariance, equations.pull
         self.energy, self.order = equations.energy, equations.order
         hessian, upper = equations.damped(damping)
         self.hessian = hessian.float()
@@ -307,11 +335,7 @@ class Solver:
 
     def error(self, q: Tensor, channels: Tensor | None = None) -> Tensor:
         """``E(Q)`` per channel, float64 ``[G, R]``, without the damping."""
-        q = q.double()
-        pull, energy = self.pull, self.energy
-        if channels is not None:
-            pull, energy = pull[:, channels], energy[:, channels]
-        return energy + (q * (q @ self.covariance - 2 * pull)).sum(dim=2)
+        return self.equations.error(q, channels)
 
     def bias_shift(self, q: Tensor, channels: Tensor | None = None) -> Tensor:
         """As :meth:`Equations.bias_shift`."""
@@ -422,8 +446,11 @@ class HeldBackError:
 
     def __init__(self, seen: list[Statistics], parts: list[slice]) -> None:
         self.seen, self.parts = seen, parts
-        self._moments = [part.moments() for part in seen]
-        self.energy = torch.stack([energy for _, _, energy in self._moments]).sum(dim=0)
+        moments = [part.moments() for part in seen]
+        self.energy = torch.stack([energy for _, _, energy in moments]).sum(dim=0)
+        self._errors = [
+            QuadraticError(own.weight, *found) for own, found in zip(seen, moments, strict=True)
+        ]
 
     def __call__(self, q: Tensor, shift: Tensor, channels: Tensor | None = None) -> Tensor:
         """Mean squared error per channel, float64 ``[G, R]``.
@@ -433,19 +460,15 @@ class HeldBackError:
             shift: added to the bias for them, ``[G, R]``. Here it need not take the mean error.
             channels: the ``R`` that ``q`` has.
         """
-        q, total = q.double(), self.energy.clone()
-        total = total if channels is None else total[:, channels]
         missing = -shift.double()
-        for seen, part, (covariance, pull, _) in zip(
-            self.seen, self.parts, self._moments, strict=True
-        ):
-            weight = seen.weight.double()
-            if channels is not None:
-                weight, pull = weight[:, channels], pull[:, channels]
+        total = torch.zeros_like(missing)
+        for seen, part, error in zip(self.seen, self.parts, self._errors, strict=True):
             own = q[:, :, part]
-            total += (own * (own @ covariance - 2 * pull)).sum(dim=2)
+            total += error(own, channels)
+            weight = seen.weight if channels is None else seen.weight[:, channels]
             mean, other = seen.means()
-            missing += (weight @ other.unsqueeze(2) - own @ mean.unsqueeze(2)).squeeze(2)
+            missing += (weight.double() @ other.unsqueeze(2)).squeeze(2)
+            missing -= (own.double() @ mean.unsqueeze(2)).squeeze(2)
         return total + missing.square()
 
 
