@@ -216,7 +216,7 @@ TEST(other_versions) {
   poke(future, section(file, "NODE").offset + 8, uint32_t{kOpKinds});
   repair_checksums(future);
   CHECK_THROWS(read_program(future), CorruptData,
-               "operation 33 is unknown to format 1.6; the file is of format 1.7");
+               "operation 34 is unknown to format 1.6; the file is of format 1.7");
 
   // A file has the least version that its operations need.
   CHECK_EQ(int{read_ada_header(file, file.size()).minor}, 2);
