@@ -43,8 +43,8 @@ def _mean_axes(low: Lowering, node: fx.Node, ref: Ref) -> tuple[Ref, Dims, int]:
     if not _is_global(low, node, ref):
         ref, lengths = _gathered(low, node, ref, set(over))
         dims = arranged_as("c" * len(lengths), lengths)[1]
-        kept = [item for k, item in enumerate(dims) if k not in over or a["keepdim"]]
-        return ref, tuple(kept), low.size(ref)[0]
+        left_over = [item for k, item in enumerate(dims) if k not in over or a["keepdim"]]
+        return ref, tuple(left_over), low.size(ref)[0]
     axes = axes_of(ref.dims, size)
     assert axes is not None
     c = size[0]

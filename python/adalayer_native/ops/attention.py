@@ -136,12 +136,13 @@ def grid_attention(
         factor: one number that multiplies the scale, or one per head.
     """
     if factor is not None and factor.numel() > 1:
-        return _by_head(
-            query, key, value, attn_mask, factor,
-            lambda *items: grid_attention(
-                *items[:4], is_causal, scale, query_qparams, key_qparams, value_qparams, items[4]
-            ),
-        )  # fmt: skip
+        rest = (is_causal, scale, query_qparams, key_qparams, value_qparams)
+
+        def one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, own: Tensor) -> Tensor:
+            found: Tensor = grid_attention(q, k, v, mask, *rest, own)
+            return found
+
+        return _by_head(query, key, value, attn_mask, factor, one)
     tokens, depth = query.shape[-2:]
     keys, width = value.shape[-2:]
     heads, key_heads = (1, 1) if query.dim() < 3 else (query.shape[-3], key.shape[-3])

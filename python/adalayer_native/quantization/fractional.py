@@ -158,7 +158,7 @@ class _Between(torch.autograd.Function):
         values = []
         for scale, threshold, width in zip(scales, thresholds, bits, strict=True):
             low, high = weight_range(width)
-            step = per_channel(scale, weight.dim())
+            step = per_channel(scale, weight.shape)
             value = torch.div(weight, step).round_().clamp_(low, high).mul_(step)
             values.append(value.mul_(weight.abs() > threshold))
         first, difference = values[0], values[1] - values[0]
@@ -174,7 +174,7 @@ class _Between(torch.autograd.Function):
             if share == 0.0:
                 continue
             low, high = weight_range(width)
-            step = per_channel(scale, weight.dim())
+            step = per_channel(scale, weight.shape)
             above, below = weight > (high + 0.5) * step, weight < (low - 0.5) * step
             # A clipped weight only moves when the step (against the gradient) leads back.
             free = ~(above | below) | (above & (grad >= 0)) | (below & (grad <= 0))

@@ -35,7 +35,7 @@ def weight_errors(weight: Tensor, bits: Sequence[int], sparsities: Sequence[floa
     found = np.zeros((len(bits), len(sparsities)))
     for row, width in enumerate(bits):
         levels, scale = quantize_weight(weight, width)
-        value = levels.to(torch.float32) * per_channel(scale, weight.dim())
+        value = levels.to(torch.float32) * per_channel(scale, weight.shape)
         error = (value.double().flatten() - flat)[order].square()
         kept = error.sum() - torch.cat([error.new_zeros(1), error.cumsum(0)])
         for column, count in enumerate(counts):

@@ -110,6 +110,7 @@ class Offer:
             name: LayerPlan(
                 name, layer_kind(known[name]), known[name].weight.numel(), entry["bits"],
                 entry["sparsity"], entry["pattern"], self.quantizers[entry["input"]].bits,
+                group_size=self.layers[name].group_size,
             )
             for name, entry in self.entries.items()
             if name in self.settings.fixed
@@ -124,6 +125,12 @@ class Offer:
                 raise PlanError(
                     f"layer {name!r}: zeros of pattern {entry['pattern']!r} cannot be learned, "
                     "only unstructured ones; keep the layer as it is with fixed"
+                )
+            size = self.layers[name].group_size
+            if size is not None:
+                raise PlanError(
+                    f"layer {name!r}: bits of weight groups (group_size {size}) cannot be learned, "
+                    "only those of output channels; keep the layer as it is with fixed"
                 )
 
     def _count(self, tables: Settings, sample: Callable[[], Inputs], progress: bool) -> None:
