@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -342,12 +343,16 @@ def test_refusals(trained: nn.Module) -> None:
     ):
         with pytest.raises(PlanError, match=message):
             learn(start(trained), trained, **{"budget": budget, **options})
-    plan = everywhere(trained, 8)
-    plan["fc"].sparsity, plan["fc"].pattern = 0.5, "2:4"
-    prepared = prepare(trained, plan, torch.zeros(1, 1, 8, 8))
-    calibrate(prepared, batches(1), progress=False)
-    with pytest.raises(PlanError, match="pattern '2:4' cannot be learned"):
-        learn(prepared, trained, budget)
+    for changes, message in (
+        ({"sparsity": 0.5, "pattern": "2:4"}, "pattern '2:4' cannot be learned"),
+        ({"group_size": 32}, r"'fc': bits of weight groups \(group_size 32\) cannot be learned"),
+    ):
+        plan = everywhere(trained, 8)
+        plan["fc"] = replace(plan["fc"], **changes)
+        prepared = prepare(trained, plan, torch.zeros(1, 1, 8, 8))
+        calibrate(prepared, batches(1), progress=False)
+        with pytest.raises(PlanError, match=message):
+            learn(prepared, trained, budget)
     plan = everywhere(trained, 8)
     plan["fc"].activation_bits = 6
     prepared = prepare(trained, plan, torch.zeros(1, 1, 8, 8))
