@@ -412,6 +412,10 @@ void NodeCheck::run() const {
   if (o.same_shape) shape("output", out(), in().c, in().h, in().w);
   if (o.moves && out().kind == ValueKind::U8) same_grid();
   if (o.finish() >= 0) finish();
+  of_operation();
+}
+
+void NodeCheck::of_operation() const {
   switch (node_.op) {
     case OpKind::Quantize:
     case OpKind::Dequantize:

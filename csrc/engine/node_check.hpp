@@ -36,6 +36,7 @@ class NodeCheck {
   void ints() const;
   void constants() const;
   void finish() const;
+  void of_operation() const;
 
   // -- parameters
   const Constant& constant(std::string_view name) const;
