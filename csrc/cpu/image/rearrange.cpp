@@ -66,7 +66,9 @@ void by_channels(const Table& channels, const Table& rows, const Table& columns,
   const ImageLayout &a = *in.layout, &b = *out.layout;
   auto* index = thread_scratch<int32_t, ForIndex>(b.channels);
   std::copy_n(channels.place, b.channels, index);
-  const GatherPlan plan = plan_gather(index, a.channels, b.channels);
+  // Rows and columns may begin at another channel: fewer lie behind those.
+  const int64_t behind = a.channels - rows.most_c - columns.most_c;
+  const GatherPlan plan = plan_gather(index, behind, b.channels);
   const uint8_t* origin = in.pixel(0, 0);
   for (int64_t y = part.first(b.h); y < part.last(b.h); ++y)
     for (int64_t x = 0, end = 0; x < b.w; x = end) {

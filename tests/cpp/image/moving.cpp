@@ -146,6 +146,26 @@ TEST(rearrange) {
   }
 }
 
+/// Rows or columns that choose channels, too: what is read of a pixel ends where it does. Layouts
+/// without padding have nothing behind the one that there is.
+TEST(rearrange_from_some_channel_on) {
+  for (int round = 0; round < 30; ++round)
+    for (const size_t axis : {1, 2}) {
+      const auto c = pick<int64_t>({12, 44, 63, 65, 127});
+      const int64_t part = c / 8, first = c - 2 * part;
+      const Image in(c, 1, 1);
+      std::vector<int32_t> tables[3] = {{}, {0}, {0}};
+      for (int64_t k = 0; k < part; ++k)  // every other one, the last ones first
+        tables[0].push_back(static_cast<int32_t>(2 * (part - 1 - k)));
+      tables[axis] = {static_cast<int32_t>(first)};
+      const RearrangeSpec spec{tables[0].data(), tables[1].data(), tables[2].data()};
+      check_operation(
+          "rearrange of " + describe(in.layout), random_layout(part, 1, 1),
+          [&](int64_t oc, int64_t, int64_t) { return in(first + 2 * (part - 1 - oc), 0, 0); },
+          [&](ImageView out, Part share) { rearrange(spec, in.view(), out, share); });
+    }
+}
+
 TEST(gather_channels) {
   for (const int64_t c : channel_counts()) {
     for (int kind = 0; kind < 4; ++kind) {
