@@ -153,6 +153,7 @@ TEST(rearrange_from_some_channel_on) {
     for (const size_t axis : {1, 2}) {
       const auto c = pick<int64_t>({12, 44, 63, 65, 127});
       const int64_t part = c / 8, first = c - 2 * part;
+      if (round % 2 == 1) Exact<uint8_t>(1);  // the page that cannot be read is behind the next one
       const Image in(c, 1, 1);
       std::vector<int32_t> tables[3] = {{}, {0}, {0}};
       for (int64_t k = 0; k < part; ++k)  // every other one, the last ones first
